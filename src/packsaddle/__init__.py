@@ -1,0 +1,28 @@
+"""packsaddle: training over slow networks with compressed gradients, without getting stuck at saddle points."""
+
+from packsaddle.compress import Compressor, Identity, Message, RandomK, TopK
+from packsaddle.escape import Escape, Reset
+from packsaddle.ledger import Bytes, Ledger, Span
+from packsaddle.noise import Ramp
+from packsaddle.optimizer import CompressedSGD
+from packsaddle.simulate import simulate
+from packsaddle.sketch import NormSketch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Bytes",
+    "CompressedSGD",
+    "Compressor",
+    "Escape",
+    "Identity",
+    "Ledger",
+    "Message",
+    "NormSketch",
+    "Ramp",
+    "RandomK",
+    "Reset",
+    "Span",
+    "TopK",
+    "simulate",
+]

@@ -1,0 +1,148 @@
+"""The command line: packsaddle demo | run | report."""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from packsaddle.config import load
+from packsaddle.exchange import WorkerFailedError, under_launcher
+from packsaddle.runfolder import Run, make_new, read_runs
+from packsaddle.schema import ConfigError
+
+
+def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
+    """Show compressed, perturbed SGD leaving a saddle that plain SGD sits on.
+
+    Trains a deep autoencoder on scikit-learn's digits four times (dense; dense, RandomK 1% and TopK 1% with noise),
+    prints a table and writes a figure and an HTML page.
+
+    Args:
+        out: A new folder for the runs and the report; by default one under runs/ named by the time.
+        workers: Worker processes.
+        serial: Simulate the workers in this process instead.
+        epochs: Passes over the digits.
+        seed: Seed of everything random.
+    """
+    from packsaddle import demo as demonstration
+    from packsaddle.experiment import Job
+    from packsaddle.report import write_report
+
+    _at_least_one(workers)
+    configs = demonstration.configs(workers, epochs, seed)
+    folder = out or _dated("demo")
+    job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
+    job.check(workers)
+    make_new(folder)
+    job.run(workers, serial=serial)
+    runs = [run for name in configs for run in read_runs([folder / name])]
+    _print_table(runs)
+    print(f"report: {write_report(runs, folder / 'report')}")
+
+
+def run(
+    config: Annotated[Path, tyro.conf.Positional],
+    set: tuple[str, ...] = (),
+    workers: int | None = None,
+    serial: bool = False,
+    data_dir: Path | None = None,
+    download: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Train as a TOML file says, with one process or several.
+
+    Under torchrun the world it made is used; otherwise this command starts its own workers.
+
+    Args:
+        config: The TOML file.
+        set: Overrides, key=value by dotted key, as in: --set lr=0.05 compressor.ratio=0.001
+        workers: Worker processes; overrides the file.
+        serial: Simulate the workers in this process instead of starting processes.
+        data_dir: Folder of the dataset (not needed for digits).
+        download: Fetch the dataset into --data-dir if it is not there.
+        out: A new folder for the run; by default one under runs/ named by the file and the time.
+    """
+    from packsaddle.experiment import Job, train_in_process_group
+
+    overrides = [*set, f"workers={workers}"] if workers is not None else set
+    loaded = load(config, overrides)
+    if under_launcher():
+        world = int(os.environ["WORLD_SIZE"])
+        job = Job((replace(loaded, workers=world),), (out or Path("runs") / config.stem,), data_dir, download)
+        train_in_process_group(job)
+        return
+    folder = out or _dated(config.stem)
+    job = Job((loaded,), (folder,), data_dir, download)
+    job.check(loaded.workers)
+    make_new(folder)
+    job.run(loaded.workers, serial=serial)
+    _print_table(read_runs([folder]))
+    print(f"run folder: {folder}")
+
+
+def report(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None, overwrite: bool = False
+) -> None:
+    """Compare runs: a table, a figure and one self-contained HTML page.
+
+    Args:
+        runs: Run folders, or folders of run folders.
+        out: A new folder for the report; by default `report` in the first folder given.
+        overwrite: Allow the report's folder to exist.
+    """
+    from packsaddle.report import write_report
+
+    if not runs:
+        raise ConfigError("report needs at least one run folder")
+    found = read_runs(runs)
+    _print_table(found)
+    print(f"report: {write_report(found, out or runs[0] / 'report', overwrite=overwrite)}")
+
+
+def _print_table(runs: Sequence[Run]) -> None:
+    from packsaddle.report import HEADINGS, cells, row
+
+    table = Table(*HEADINGS, caption="+ still on the plateau at the end of the run")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for found in runs:
+        table.add_row(*cells(row(found)))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a pipe or a file has no width to fit
+    console.print(table)
+
+
+def _dated(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _at_least_one(workers: int) -> None:
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
+
+
+def main() -> None:
+    """Entry point of the console script: bad input is one line on stderr and exit code 2."""
+    try:
+        tyro.extras.subcommand_cli_from_dict({"demo": demo, "run": run, "report": report}, prog="packsaddle")
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"packsaddle: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except WorkerFailedError as error:
+        print(f"packsaddle: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""The configuration of a run: typed, frozen, read from TOML, and saved resolved with every run."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from packsaddle.compress import Identity, RandomK, TopK
+from packsaddle.schema import ConfigError, build
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which examples, and how they are dealt to the workers."""
+
+    name: Literal["digits", "mnist", "cifar10", "folder"]  # folder: train/CLASS/* and test/CLASS/* images
+    shard: Literal["iid", "class"] = "iid"  # class: worker i gets the classes c with c mod W = i
+    limit: int | None = None  # use the first so many training examples only
+
+    def __post_init__(self) -> None:
+        _positive(self, "limit")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network."""
+
+    name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34"]
+    widths: tuple[int, ...] = ()  # autoencoder: the encoder's layers after the input; the decoder mirrors them
+
+    def __post_init__(self) -> None:
+        if (self.name == "autoencoder") != bool(self.widths):
+            raise ValueError(f"widths are for the autoencoder, and it needs them, got {list(self.widths)}")
+        if any(w < 1 for w in self.widths):
+            raise ValueError(f"widths must be at least 1, got {list(self.widths)}")
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """r, the standard deviation of each coordinate of xi_t, and when it is lowered to zero."""
+
+    std: float = 0.0
+    lower_from: float | None = None  # in epochs; None: never
+    lower_until: float | None = None  # in epochs; None: the end of the run
+
+    def __post_init__(self) -> None:
+        if not self.std >= 0:
+            raise ValueError(f"std must not be negative, got {self.std}")
+        start, stop = self.lower_from, self.lower_until
+        if stop is not None and (start is None or not 0 <= start <= stop):
+            raise ValueError(f"lower_until needs 0 <= lower_from <= lower_until, got {start} and {stop}")
+
+
+@dataclass(frozen=True)
+class EscapeConfig:
+    """The escape check: I in steps, R in the norm of x, and on how many examples of each worker f is taken."""
+
+    interval: int
+    radius: float
+    compare: Literal["x", "y"] = "x"
+    every: int = 1
+    examples: int = 1024
+
+    def __post_init__(self) -> None:
+        _positive(self, "interval", "radius", "every", "examples")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    data: DataConfig
+    model: ModelConfig
+    lr: float
+    epochs: float
+    batch_size: int  # examples per worker and step
+    compressor: Identity | RandomK | TopK = field(default_factory=Identity)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    escape: EscapeConfig | None = None
+    label: str = ""  # how tables and figures call the run; by default its folder's name
+    weight_decay: float = 0.0
+    dense_below: int = 1024
+    seed: int = 0
+    workers: int = 1
+    log_every: int = 100  # steps that one line of metrics averages
+    plateau: float | None = None  # the loss of the plateau whose length is to be measured
+
+    def __post_init__(self) -> None:
+        _positive(self, "epochs", "batch_size", "workers", "log_every", "plateau")
+        for name in ("lr", "weight_decay", "dense_below"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
+    try:
+        data = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(data, override)
+    try:
+        return build(Config, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set takes key=value, got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    *path, last = key.strip().split(".")
+    for part in path:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {override}: {part} is not a table")
+    data[last] = value
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")

@@ -1,0 +1,142 @@
+"""Images in memory, dealt to workers, and read in batches that are pure functions of (seed, worker, step)."""
+
+import importlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from packsaddle.config import DataConfig
+from packsaddle.schema import ConfigError
+from packsaddle.seeds import Stream, generator
+
+
+class MissingExtraError(ConfigError):
+    """A feature needs a package that is not installed."""
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or raise MissingExtraError that names the extra which brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
+        raise MissingExtraError(f"{purpose} needs {package}: pip install 'packsaddle[{extra}]'") from error
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images and their classes; pixels are levels / full_scale, in [0, 1]."""
+
+    levels: Tensor  # uint8[n, channels, height, width]
+    labels: Tensor  # int64[n]
+    full_scale: int
+
+    def __len__(self) -> int:
+        return len(self.levels)
+
+    def pixels(self, index: Tensor) -> Tensor:
+        """Return the chosen images, float32[b, channels, height, width] in [0, 1]."""
+        return self.levels[index].to(torch.float32).div_(self.full_scale)
+
+
+def load_images(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Images:
+    """Load the training or test part of a dataset. Raises ConfigError that names what is missing."""
+    images = _load(config.name, data_dir, train, download)
+    if config.limit is None or not train:
+        return images
+    if config.limit > len(images):
+        raise ConfigError(f"data.limit must be at most {len(images)} (the examples of {config.name})")
+    return Images(images.levels[: config.limit], images.labels[: config.limit], images.full_scale)
+
+
+@lru_cache(maxsize=4)  # the workers of a simulation share one copy
+def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Images:
+    if name == "digits":
+        return _digits(train)
+    if data_dir is None:
+        raise ConfigError(f"{name} needs --data-dir, the folder that holds it or that it is to be downloaded to")
+    if not data_dir.is_dir():
+        raise ConfigError(f"--data-dir {data_dir} is not a folder")
+    vision = require("torchvision", "vision", f"reading {name}")
+    if name == "folder":
+        return _folder(vision, data_dir / ("train" if train else "test"))
+    reader = {"mnist": vision.datasets.MNIST, "cifar10": vision.datasets.CIFAR10}[name]
+    try:
+        dataset = reader(data_dir, train=train, download=download)
+    except RuntimeError:
+        raise ConfigError(f"{name} is not in --data-dir {data_dir}; --download fetches it there") from None
+    if name == "mnist":
+        return Images(dataset.data[:, None], dataset.targets, 255)
+    return Images(torch.as_tensor(dataset.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets), 255)
+
+
+def _digits(train: bool) -> Images:
+    """scikit-learn's 1,797 digits, 8 x 8 pixels of 17 levels; every sixth is a test digit."""
+    digits = require("sklearn.datasets", "digits", "the digits dataset").load_digits()
+    levels, labels = torch.as_tensor(digits.images).to(torch.uint8)[:, None], torch.as_tensor(digits.target)
+    chosen = (torch.arange(len(labels)) % 6 != 5) == train
+    return Images(levels[chosen], labels[chosen].to(torch.int64), 16)
+
+
+def _folder(vision: ModuleType, root: Path) -> Images:
+    if not root.is_dir():
+        raise ConfigError(f"an image folder needs train/CLASS/* and test/CLASS/*, but {root} is not a folder")
+    try:
+        dataset = vision.datasets.ImageFolder(root, transform=vision.transforms.PILToTensor())
+    except FileNotFoundError as error:
+        raise ConfigError(f"image folder {root}: {str(error).splitlines()[0]}") from None
+    images: list[Tensor] = []
+    for (path, _), index in zip(dataset.samples, range(len(dataset)), strict=True):
+        try:
+            image = dataset[index][0]
+        except OSError:
+            raise ConfigError(f"{path} cannot be read as an image") from None
+        if images and image.shape != images[0].shape:
+            raise ConfigError(
+                f"images must be of one size, but {path} is {list(image.shape)}, not {list(images[0].shape)}"
+            )
+        images.append(image)
+    return Images(torch.stack(images), torch.tensor(dataset.targets), 255)
+
+
+def shard(labels: Tensor, how: str, *, worker: int, workers: int, seed: int) -> Tensor:
+    """Return the indices, int64, that this worker owns: an equal random share (iid), or whole classes (class).
+
+    Raises ConfigError if a worker would get nothing.
+    """
+    if how == "class":
+        mine = (labels % workers == worker).nonzero().squeeze(1)
+    else:
+        mine = torch.randperm(len(labels), generator=generator(seed, 0, Stream.SHARD))[worker::workers]
+    if len(mine) == 0:
+        raise ConfigError(f"worker {worker} of {workers} gets no examples with data.shard = {how!r}; use fewer workers")
+    return mine
+
+
+class Batches:
+    """This worker's batches, without replacement within a pass over its shard; batch t depends only on t."""
+
+    def __init__(self, indices: Tensor, batch_size: int, *, worker: int, seed: int) -> None:
+        self._indices, self._batch_size, self._worker, self._seed = indices, batch_size, worker, seed
+        self._epoch, self._order = -1, indices
+
+    def __getitem__(self, step: int) -> Tensor:
+        """Return the indices of the batch of a step, int64[batch_size]; a batch may straddle two passes."""
+        n, picked = len(self._indices), []
+        position, missing = step * self._batch_size, self._batch_size
+        while missing:
+            epoch, offset = divmod(position, n)
+            part = self._pass(epoch)[offset : offset + missing]
+            picked.append(part)
+            position, missing = position + len(part), missing - len(part)
+        return torch.cat(picked)
+
+    def _pass(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            rng = generator(self._seed, epoch, Stream.BATCH, worker=self._worker)
+            self._epoch, self._order = epoch, self._indices[torch.randperm(len(self._indices), generator=rng)]
+        return self._order

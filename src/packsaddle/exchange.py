@@ -1,0 +1,156 @@
+"""Groups of workers. This is the only module that imports torch.distributed.
+
+A group has three collectives. `Solo` is the group of one, `TorchGroup` a torch.distributed process group (gloo
+or NCCL); `packsaddle.simulate` adds a group of threads. What to send, and the count of its bytes, is `average`.
+"""
+
+import multiprocessing
+import os
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Group(ABC):
+    """Workers that call the same collectives in the same order. `rank` is this worker, `size` their number W."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace the tensor by its sum over workers, in place; equal shapes and dtypes everywhere."""
+
+    @abstractmethod
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return every worker's tensor, by rank; equal shapes and dtypes everywhere."""
+
+    @abstractmethod
+    def broadcast(self, tensor: Tensor) -> None:
+        """Replace the tensor by rank 0's, in place."""
+
+
+class Solo(Group):
+    """One worker, nothing to exchange."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        pass
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    def broadcast(self, tensor: Tensor) -> None:
+        pass
+
+
+class TorchGroup(Group):
+    """A torch.distributed process group (None: the default one)."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self._group = process_group
+        self.rank = dist.get_rank(process_group)
+        self.size = dist.get_world_size(process_group)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self._group)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor, group=self._group)
+        return gathered
+
+    def broadcast(self, tensor: Tensor) -> None:
+        source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+        dist.broadcast(tensor, src=source, group=self._group)
+
+
+_ambient: ContextVar[Group | None] = ContextVar("packsaddle_group", default=None)
+
+
+@contextmanager
+def ambient_group(group: Group) -> Iterator[None]:
+    """Make `group` the one that `resolve(None)` finds in this thread."""
+    token = _ambient.set(group)
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
+
+
+def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
+    """Return the group to use: the given one, else a simulated one, else torch's default group, else Solo.
+
+    Raises TypeError for anything that is not a group.
+    """
+    if isinstance(process_group, Group):
+        return process_group
+    if process_group is None:
+        if (ambient := _ambient.get()) is not None:
+            return ambient
+        return TorchGroup() if dist.is_available() and dist.is_initialized() else Solo()
+    if isinstance(process_group, dist.ProcessGroup):
+        return TorchGroup(process_group)
+    raise TypeError(f"process_group must be a torch ProcessGroup, a packsaddle Group or None, got {process_group!r}")
+
+
+def under_launcher() -> bool:
+    """Whether torchrun (or any launcher that sets RANK and WORLD_SIZE) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def process_group() -> Iterator[Group]:
+    """Join the world that the launcher set up (NCCL where every worker has a GPU, else gloo), and leave it."""
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
+    if use_nccl:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if use_nccl else "gloo")
+    try:
+        yield TorchGroup()
+    finally:
+        # Without this, interpreters that exit while gloo threads live abort now and then.
+        dist.destroy_process_group()
+
+
+class WorkerFailedError(RuntimeError):
+    """A launched worker process raised; the message is its first error."""
+
+
+def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:
+    """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
+
+    `entry` is called with the launcher's environment set (see `process_group`), and must be importable by
+    name. Raises WorkerFailedError if a worker fails.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    multiprocessing.set_forkserver_preload(["torch", entry.__module__])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=workers,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="forkserver",  # torch is imported once, and every worker is a clean copy
+        monitor_interval=0.1,
+    )
+    try:
+        return elastic_launch(config, entry)(*args)[0]
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise WorkerFailedError(f"worker {rank} failed: {failure.message}") from error

@@ -1,0 +1,222 @@
+"""The training loop of a configured run: the same for one process, torchrun's workers and a simulation."""
+
+import math
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import packsaddle
+from packsaddle.config import Config, NoiseConfig
+from packsaddle.data import Batches, Images, load_images, shard
+from packsaddle.escape import Escape
+from packsaddle.exchange import launch, process_group, resolve
+from packsaddle.models import make_task
+from packsaddle.noise import Ramp
+from packsaddle.optimizer import CompressedSGD
+from packsaddle.progress import live, megabytes
+from packsaddle.runfolder import RunFolder, environment
+from packsaddle.schema import ConfigError, plain
+from packsaddle.seeds import Stream, mix
+from packsaddle.simulate import simulate
+
+_EVAL_BATCH = 512
+
+
+class Training:
+    """One worker's side of a run. Construction loads data and model; `run` trains and writes the run folder."""
+
+    def __init__(self, config: Config, data_dir: Path | None, download: bool) -> None:
+        self.config = config
+        self.group = resolve(None)
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        self.images = load_images(config.data, data_dir, train=True, download=download)
+        self.test_images = load_images(config.data, data_dir, train=False, download=download)
+        rank, size = self.group.rank, self.group.size
+        self.shard = shard(self.images.labels, config.data.shard, worker=rank, workers=size, seed=config.seed)
+        self.batches = Batches(self.shard, config.batch_size, worker=rank, seed=config.seed)
+        self.steps_per_epoch = max(1, len(self.images) // (config.batch_size * size))
+        self.steps = max(1, round(config.epochs * self.steps_per_epoch))
+        classes = int(self.images.labels.max()) + 1
+        start = mix(config.seed, int(Stream.INIT)) >> 33
+        self.task = make_task(config.model, self.images.levels.shape[1:], classes, start).to(self.device)
+        self.optimizer = self._make_optimizer()
+
+    def _make_optimizer(self) -> CompressedSGD:
+        config = self.config
+        try:
+            return CompressedSGD(
+                self.task.named_parameters(),
+                config.lr,
+                compressor=config.compressor,
+                noise=_noise(config.noise, self.steps_per_epoch, self.steps),
+                escape=self._escape(),
+                weight_decay=config.weight_decay,
+                seed=config.seed,
+                dense_below=config.dense_below,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def run(self, folder: RunFolder, *, quiet: bool) -> None:
+        """Train, recording a line of metrics every `log_every` steps, then evaluate, summarise and checkpoint."""
+        sums = torch.zeros(2, dtype=torch.float64)  # of the loss and of the gradient norm since the last line
+        lines: list[dict[str, Any]] = []
+        begin, since = time.perf_counter(), 0
+        with live(self.config.label or folder.path.name, self.steps, quiet=quiet or self.group.rank != 0) as report:
+            for step in range(self.steps):
+                sums += self._step(step)
+                if (step + 1) % self.config.log_every == 0 or step + 1 == self.steps:
+                    means = self.optimizer.channel.mean(sums / (step + 1 - since), "metrics")
+                    lines.append(self._line(step + 1, means, time.perf_counter() - begin))
+                    report(step + 1, _describe(lines[-1], self.group.size))
+                    if self.group.rank == 0:
+                        folder.append_metrics(lines[-1])
+                    sums, since = torch.zeros_like(sums), step + 1
+        self._finish(folder, lines)
+
+    def _step(self, step: int) -> Tensor:
+        """One step of the algorithm; returns this worker's loss and gradient norm, float64[2]."""
+        self.optimizer.zero_grad()
+        loss = self.task(*self._read(self.images, self.batches[step]))
+        loss.backward()
+        gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.optimizer.step()
+        return torch.stack([loss.detach(), norm]).to("cpu", torch.float64)
+
+    def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
+        moved = self.optimizer.ledger.total
+        return {
+            "step": steps,
+            "epoch": steps / self.steps_per_epoch,
+            "loss": float(means[0]),
+            "grad_norm": float(means[1]),
+            **asdict(moved),
+            "seconds": seconds,
+            "resets": len(self.optimizer.resets),
+        }
+
+    def _finish(self, folder: RunFolder, lines: list[dict[str, Any]]) -> None:
+        test = self._test()
+        folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.optimizer.state_dict())
+        if self.group.rank != 0:
+            return
+        folder.save_tensors("checkpoint/model.pt", {k: v.clone() for k, v in self.task.network.state_dict().items()})
+        last_epoch = [line["loss"] for line in lines if line["step"] > self.steps - self.steps_per_epoch]
+        opt, ledger = self.optimizer, self.optimizer.ledger
+        dense = self.steps * opt.numel * 4
+        training = sum(b.payload for name, b in ledger.by_purpose.items() if name not in ("start", "metrics"))
+        folder.write_json(
+            "summary.json",
+            {
+                "label": self.config.label or folder.path.name,
+                "workers": self.group.size,
+                "steps": self.steps,
+                "final_loss": sum(last_epoch) / len(last_epoch),
+                **test,
+                "parameters": opt.numel,
+                "compressed_parameters": opt.compressed_numel,
+                "mu": opt.mu,
+                **asdict(ledger.total),
+                "bytes_by_purpose": {name: asdict(b) for name, b in ledger.by_purpose.items()},
+                "compression": dense / training if training else math.inf,
+                "seconds": lines[-1]["seconds"],
+                "resets": [asdict(r) for r in opt.resets],
+            },
+        )
+
+    @torch.no_grad()
+    def _test(self) -> dict[str, float]:
+        """Mean test loss, and accuracy of a classifier; each worker takes its share of the test images."""
+        totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
+        self.task.eval()
+        mine = torch.arange(len(self.test_images))[self.group.rank :: self.group.size]
+        for index in torch.split(mine, _EVAL_BATCH):
+            batch = self._read(self.test_images, index)
+            correct = float(self.task.correct(*batch)) if self.task.classifies else 0.0
+            totals += torch.tensor([float(self.task(*batch)) * len(index), correct, len(index)], dtype=torch.float64)
+        self.task.train()
+        loss, correct, examples = self.optimizer.channel.mean(totals, "metrics").tolist()
+        return {"test_loss": loss / examples, **({"test_accuracy": correct / examples} if self.task.classifies else {})}
+
+    def _escape(self) -> Escape | None:
+        rule = self.config.escape
+        if rule is None:
+            return None
+        sample = self.shard[: rule.examples]
+
+        def objective() -> Tensor:
+            self.task.eval()
+            losses = [self.task(*self._read(self.images, i)) * len(i) for i in torch.split(sample, _EVAL_BATCH)]
+            self.task.train()
+            return torch.stack(losses).sum() / len(sample)
+
+        return Escape(rule.interval, rule.radius, objective, compare=rule.compare, every=rule.every)
+
+    def _read(self, images: Images, index: Tensor) -> tuple[Tensor, Tensor]:
+        return images.pixels(index).to(self.device), images.labels[index].to(self.device)
+
+
+def _noise(config: NoiseConfig, steps_per_epoch: int, steps: int) -> float | Ramp:
+    """Translate a noise schedule from epochs to steps."""
+    if config.lower_from is None:
+        return config.std
+    stop = steps if config.lower_until is None else round(config.lower_until * steps_per_epoch)
+    start = min(round(config.lower_from * steps_per_epoch), stop)
+    return Ramp(config.std, start, stop)
+
+
+def _describe(line: dict[str, Any], workers: int) -> str:
+    moved = line["sent"] if workers > 1 else line["payload"]
+    return f"loss {line['loss']:.4f}  gradient {line['grad_norm']:.1e}  {megabytes(moved)}"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs to do one after the other with the same workers, each into its own new folder."""
+
+    configs: tuple[Config, ...]
+    folders: tuple[Path, ...]
+    data_dir: Path | None = None
+    download: bool = False
+    quiet: bool = False
+
+    def check(self, workers: int) -> None:
+        """Raise ConfigError for whatever would stop a worker at its start; in one process, before any is launched."""
+        for config in self.configs:
+            training = Training(config, self.data_dir, self.download)
+            for worker in range(workers):
+                shard(training.images.labels, config.data.shard, worker=worker, workers=workers, seed=config.seed)
+
+    def train(self) -> None:
+        """Do the runs in the present group (see `exchange.resolve`); collective."""
+        for config, path in zip(self.configs, self.folders, strict=True):
+            training, folder = Training(config, self.data_dir, self.download), RunFolder(path)
+            if training.group.rank == 0:
+                folder.write_json("config.json", plain(config))
+                device = str(training.device)
+                folder.write_json("environment.json", environment(packsaddle.__version__, training.group.size, device))
+            training.run(folder, quiet=self.quiet)
+
+    def run(self, workers: int, *, serial: bool) -> None:
+        """Do the runs with `workers` workers: a simulation in this process if `serial`, else as many processes."""
+        if workers == 1:
+            self.train()
+        elif serial:
+            simulate(lambda rank: self.train(), workers)
+        else:
+            launch(train_in_process_group, (self,), workers)
+
+
+def train_in_process_group(job: Job) -> None:
+    """`Job.train` in a process that a launcher started."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    with process_group():
+        job.train()

@@ -1,0 +1,105 @@
+"""Parameters as one flat vector x, float[d], of which a part is compressed and the rest goes dense.
+
+The parameters are made views of x, so that an update of k coordinates costs O(k), and an anchor or an
+error memory is one tensor, however many layers the network has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of the flat vector whose parameters belong to one parameter group (so have one learning rate)."""
+
+    group: int
+    start: int
+    stop: int
+
+
+class FlatParameters:
+    """The flat vector x and the place of every parameter in it: compressed tensors first, dense ones after.
+
+    `groups` are the optimizer's parameter groups. A tensor goes dense if it has fewer than `dense_below`
+    elements or fewer than two dimensions (biases, norms); `dense_below=0` compresses everything. Raises
+    ValueError for parameters that are not floating point, or differ in dtype or device, or share memory.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], dense_below: int) -> None:
+        self.parameters: list[Tensor] = [p for g in groups for p in g["params"]]
+        names = [n for g in groups for n in g.get("param_names", [])]
+        self.names = names or [f"parameter {i}" for i in range(len(self.parameters))]
+        self._check()
+        owner = [i for i, g in enumerate(groups) for _ in g["params"]]
+        self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
+        dense = [dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below) for p in self.parameters]
+        order = sorted(range(len(self.parameters)), key=lambda i: dense[i])  # stable: compressed, then dense
+        self._offsets = [0] * len(self.parameters)
+        self.runs: list[Run] = []  # contiguous, in flat order
+        self.d = 0
+        for i in order:
+            self._offsets[i] = self.d
+            stop = self.d + self.parameters[i].numel()
+            if self.runs and self.runs[-1].group == owner[i]:
+                self.runs[-1] = Run(owner[i], self.runs[-1].start, stop)
+            else:
+                self.runs.append(Run(owner[i], self.d, stop))
+            self.d = stop
+        self.compressed_d = sum(p.numel() for p, is_dense in zip(self.parameters, dense, strict=True) if not is_dense)
+        self._flatten()
+
+    def _check(self) -> None:
+        seen: dict[int, str] = {}
+        first = self.parameters[0]
+        for name, p in zip(self.names, self.parameters, strict=True):
+            if not p.is_floating_point():
+                raise ValueError(f"params must be floating point, but {name} is {p.dtype}")
+            if (p.dtype, p.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"params must share one dtype and device, but {self.names[0]} is {first.dtype} on "
+                    f"{first.device} and {name} is {p.dtype} on {p.device}"
+                )
+            if p.numel() and seen.setdefault(p.data_ptr(), name) != name:
+                raise ValueError(f"params must not share memory, but {seen[p.data_ptr()]} and {name} do")
+
+    def _flatten(self) -> None:
+        """Move every parameter into one new tensor, keeping its memory format (channels_last, say)."""
+        first = self.parameters[0]
+        self._strides = [_dense_strides(p) for p in self.parameters]
+        self.x = torch.empty(self.d, dtype=first.dtype, device=first.device)
+        for p, view in zip(self.parameters, self.views(self.x), strict=True):
+            view.copy_(p.data)
+            p.data = view
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Return views of a flat vector, float[d], shaped as the parameters, in the user's order."""
+        return [
+            flat.as_strided(p.shape, stride, flat.storage_offset() + offset)
+            for p, stride, offset in zip(self.parameters, self._strides, self._offsets, strict=True)
+        ]
+
+    def in_order(self, flat: Tensor) -> Tensor:
+        """Return a flat vector rearranged in the user's order, as torch's parameters_to_vector has it."""
+        return torch.cat([view.reshape(-1) for view in self.views(flat)])
+
+    def check_attached(self) -> None:
+        """Raise RuntimeError if a parameter no longer lives in x (moved or replaced after construction)."""
+        base, size = self.x.data_ptr(), self.x.element_size()
+        for name, p, offset in zip(self.names, self.parameters, self._offsets, strict=True):
+            if p.numel() and p.data_ptr() != base + offset * size:
+                raise RuntimeError(
+                    f"{name} was moved or replaced after the optimizer was made (by model.to(), or another "
+                    f"CompressedSGD?); make the optimizer last"
+                )
+
+
+def _dense_strides(p: Tensor) -> tuple[int, ...]:
+    """Return p's own strides if they fill its numel without gaps, else those of a contiguous tensor."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+    if p.numel() and extent == p.numel():
+        return p.stride()
+    return torch.empty(p.shape, device="meta").stride()

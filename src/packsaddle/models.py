@@ -1,0 +1,93 @@
+"""The networks of the paper's experiments, and small relatives of them."""
+
+import itertools
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.config import ModelConfig
+from packsaddle.data import require
+from packsaddle.schema import ConfigError
+
+
+def mnist_autoencoder() -> nn.Module:
+    """The paper's deep MNIST autoencoder (its footnote 7), 210,369 parameters; [b, 1, 28, 28] to the same.
+
+    Encoder: convolutions (16, kernel 3, stride 2, padding 1), (32, 3, 2, 1), (64, 7, 1, 0) with ReLU. "The
+    decoder is symmetrical": transposed convolutions in reverse. Open in the paper: nothing follows the code
+    layer, and the output passes a sigmoid (without it there is no plateau at loss 0.095).
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 7),
+        nn.ConvTranspose2d(64, 32, 7),
+        nn.ReLU(),
+        nn.ConvTranspose2d(32, 16, 3, stride=2, padding=1, output_padding=1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 1, 3, stride=2, padding=1, output_padding=1),
+        nn.Sigmoid(),
+    )
+
+
+def autoencoder(shape: torch.Size, widths: tuple[int, ...]) -> nn.Module:
+    """A fully connected autoencoder with ReLU, mirrored, sigmoid at the end; [b, *shape] to the same."""
+    sizes = [shape.numel(), *widths]
+    sizes += sizes[-2::-1]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for width_in, width_out in itertools.pairwise(sizes):
+        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1], nn.Sigmoid(), nn.Unflatten(1, shape))
+
+
+def resnet(depth: int, classes: int) -> nn.Module:
+    """torchvision's ResNet with the stem for small images: a 3 x 3 convolution, no max pooling."""
+    vision = require("torchvision", "vision", f"ResNet-{depth}")
+    network: nn.Module = getattr(vision.models, f"resnet{depth}")(num_classes=classes)
+    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    network.maxpool = nn.Identity()
+    return network
+
+
+class Task(nn.Module):
+    """A network with its loss: mean squared reconstruction error, or cross entropy on normalised images."""
+
+    def __init__(self, config: ModelConfig, shape: torch.Size, classes: int) -> None:
+        super().__init__()
+        self.classifies = config.name.startswith("resnet")
+        if config.name == "mnist-autoencoder":
+            if tuple(shape) != (1, 28, 28):
+                raise ConfigError(f"model mnist-autoencoder needs 1 x 28 x 28 images, got {list(shape)}")
+            self.network = mnist_autoencoder()
+        elif config.name == "autoencoder":
+            self.network = autoencoder(shape, config.widths)
+        else:
+            if shape[0] != 3:
+                raise ConfigError(f"model {config.name} needs images of 3 channels, got {list(shape)}")
+            self.network = resnet(int(config.name.removeprefix("resnet")), classes)
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean loss of a batch: pixels float[b, c, h, w] in [0, 1], labels int64[b]."""
+        if not self.classifies:
+            return nn.functional.mse_loss(self.network(pixels), pixels)
+        return nn.functional.cross_entropy(self.network(normalise(pixels)), labels)
+
+    def correct(self, pixels: Tensor, labels: Tensor) -> Tensor:
+        """Return how many of a batch are classified right."""
+        logits: Tensor = self.network(normalise(pixels))
+        return (logits.argmax(1) == labels).sum()
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Map [0, 1] to [-2, 2], near zero mean and unit variance for natural images."""
+    return (pixels - 0.5) * 4.0
+
+
+def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int) -> Task:
+    """Build a task from its own random start, a function of the seed; the global random state is restored."""
+    # torch's layers initialise themselves from the global generator and offer no other way.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Task(config, shape, classes)

@@ -1,0 +1,227 @@
+"""CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD", the one place where its stages meet."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.average import Channel, average
+from packsaddle.compress import Compressor, Identity, RandomK
+from packsaddle.escape import Escape, EscapeCheck, Reset
+from packsaddle.exchange import resolve
+from packsaddle.feedback import ErrorMemory
+from packsaddle.flat import FlatParameters
+from packsaddle.ledger import Ledger
+from packsaddle.noise import Perturbation
+
+
+class CompressedSGD(Optimizer):
+    """Compressed, perturbed SGD with error feedback, on one process or on many with the same code.
+
+    Args:
+        params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
+        lr: the step size eta.
+        compressor: C, applied to the concatenation of all compressed tensors.
+        noise: r, the standard deviation of each coordinate of xi_t in the units of a gradient, or a function
+            of the step that gives it (see `Ramp`).
+        escape: the escape check of lines 4-8; None leaves it out.
+        weight_decay: coefficient of x added to the gradient, before compression.
+        seed: seed of all shared randomness; the same on every worker.
+        dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent dense;
+            0 compresses everything.
+        process_group: a torch.distributed process group; None is the default group if there is one, else
+            this process alone.
+
+    The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
+    collective: every worker starts from rank 0's parameters. Raises ValueError for bad arguments.
+
+    A parameter without a gradient counts as one with gradient zero: noise and weight decay still apply.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        compressor: Compressor = RandomK(0.01),  # noqa: B008 -- immutable
+        noise: float | Callable[[int], float] = 0.0,
+        escape: Escape | None = None,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        dense_below: int = 1024,
+        process_group: Any = None,
+    ) -> None:
+        if not isinstance(compressor, Compressor):
+            raise ValueError(f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {compressor!r}")
+        if dense_below < 0:
+            raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
+        self._perturbation = Perturbation(noise)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for name in ("lr", "weight_decay"):
+                if not (math.isfinite(group[name]) and group[name] >= 0):
+                    raise ValueError(f"{name} must be finite and not negative, got {group[name]}")
+        self._flat = FlatParameters(self.param_groups, dense_below)
+        compressor.validate(self._flat.compressed_d)
+        if self._flat.compressed_d == 0 and not isinstance(compressor, Identity):
+            warnings.warn(
+                f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} "
+                f"elements (dense_below=0 compresses everything)",
+                stacklevel=2,
+            )
+        self.compressor = compressor
+        self.seed = seed
+        self.ledger = Ledger()
+        self.channel = Channel(resolve(process_group), self.ledger)
+        self.resets: list[Reset] = []
+        self._step = 0
+        self._memory = ErrorMemory(self._flat)
+        with torch.no_grad():
+            self.channel.broadcast(self._flat.x, "start")
+        self._escape = EscapeCheck(escape, self._flat, self.channel, seed) if escape else None
+        self._publish_state()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse groups after construction: the flat vector, its error memory and its anchor are fixed by then."""
+        if hasattr(self, "_flat"):
+            raise RuntimeError("CompressedSGD takes all its parameters at construction; make a new optimizer")
+        super().add_param_group(param_group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Do one iteration of Algorithm 1; collective. Returns the closure's value, if one is given.
+
+        Gradients are read and left as they are; call `zero_grad` as with any optimizer.
+        """
+        loss = self._evaluate(closure)
+        self._flat.check_attached()
+        self.channel.step = t = self._step
+        xi = self._perturbation.draw(self._memory.pending, seed=self.seed, step=t)  # line 9
+        corrected = self._memory.correct(self._each("lr"), self._each("weight_decay"), xi)
+        g = average(
+            self.channel, self.compressor, corrected, self._flat.compressed_d, seed=self.seed, step=t
+        )  # line 10
+        g.subtract_from(self._flat.x, self.compressor)  # line 11
+        self._memory.absorb(self.compressor, g.own)  # line 12
+        self._step = t + 1
+        self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
+        return loss
+
+    def _check_escape(self) -> None:
+        if self._escape is None:
+            return
+        reset = self._escape.run(self._step, self._memory.pending)
+        if reset is not None:
+            self._memory.reset()
+            self.resets.append(reset)
+
+    def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def _each(self, name: str) -> list[float]:
+        return [float(group[name]) for group in self.param_groups]
+
+    @property
+    def steps(self) -> int:
+        """t, the number of steps taken."""
+        return self._step
+
+    @property
+    def mu(self) -> float:
+        """The effective contraction of the whole vector: 1 - E||v - C(v)||^2 / ||v||^2 for v of even energy.
+
+        Dense coordinates are sent exactly, so this exceeds `compressor.mu` of the compressed part, which is
+        what holds for every v (all of v's energy may lie there).
+        """
+        d, compressed = self._flat.d, self._flat.compressed_d
+        return (self.compressor.mu(compressed) * compressed + (d - compressed)) / d if d else 1.0
+
+    @property
+    def compressed_numel(self) -> int:
+        """How many coordinates are compressed; the other `numel - compressed_numel` go dense."""
+        return self._flat.compressed_d
+
+    @property
+    def numel(self) -> int:
+        """d, the number of coordinates."""
+        return self._flat.d
+
+    @torch.no_grad()
+    def error(self) -> Tensor:
+        """Return e_t = mean_i e^(i), float[d], in the order of torch's `parameters_to_vector`; collective.
+
+        Raises RuntimeError where a learning rate is 0 (then e_t is undefined; `corrected` is not).
+        """
+        if 0.0 in self._each("lr"):
+            raise RuntimeError("error() divides by the learning rate, which is 0; use corrected()")
+        e = self._mean_pending()
+        for run in self._flat.runs:
+            e[run.start : run.stop].div_(self._each("lr")[run.group])
+        return self._flat.in_order(e)
+
+    @torch.no_grad()
+    def corrected(self) -> Tensor:
+        """Return y_t = x_t - eta e_t, float[d], in the order of torch's `parameters_to_vector`; collective."""
+        return self._flat.in_order(self._flat.x - self._mean_pending())
+
+    def _mean_pending(self) -> Tensor:
+        return self.channel.mean(self._memory.pending.clone(), "inspection")
+
+    def _flat_state(self) -> dict[str, Tensor]:
+        """The flat vectors of a checkpoint: this worker's eta e^(i), and x_t' if there is an escape check."""
+        anchor = {"anchor": self._escape.anchor} if self._escape else {}
+        return {"pending": self._memory.pending, **anchor}
+
+    def _publish_state(self) -> None:
+        """Show the flat vectors as per-parameter state, so that torch's checkpoint tools find them."""
+        for name, flat in self._flat_state().items():
+            for p, view in zip(self._flat.parameters, self._flat.views(flat), strict=True):
+                self.state[p][name] = view
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state: per parameter "pending" (eta e^(i)) and "anchor" (x_t'); t, t' and the
+        seed in each group; the ledger's totals. Tensors and plain types only. Each worker has its own."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group["step"], group["seed"] = self._step, self.seed
+            group["anchor_step"] = self._escape.anchor_step if self._escape else 0
+        state["ledger"] = self.ledger.state_dict()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        saved, groups = state_dict["state"], state_dict["param_groups"]
+        if any(group.get("seed") != self.seed for group in groups):
+            raise ValueError(f"seed is {self.seed}, but the state was saved under seed {groups[0].get('seed')}")
+        for name in self._flat_state():
+            for i, (p, label) in enumerate(zip(self._flat.parameters, self._flat.names, strict=True)):
+                found = saved.get(i, {}).get(name)
+                if found is None or found.shape != p.shape:
+                    what = "nothing" if found is None else f"shape {tuple(found.shape)}"
+                    raise ValueError(f'state "{name}" of {label} must have shape {tuple(p.shape)}, found {what}')
+        # torch would cast state to the parameters' dtype, so only the groups go through it.
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        for name, flat in self._flat_state().items():
+            for i, view in enumerate(self._flat.views(flat)):
+                view.copy_(saved[i][name])
+        self._publish_state()
+        self._step = groups[0]["step"]
+        if self._escape:
+            self._escape.anchor_step = groups[0]["anchor_step"]
+        for group in self.param_groups:
+            for name in ("step", "seed", "anchor_step"):
+                group.pop(name, None)
+        self.ledger.load_state_dict(state_dict.get("ledger", {}))

@@ -1,0 +1,121 @@
+"""A run's folder: config.json, environment.json, metrics.jsonl, summary.json and checkpoint/.
+
+A folder is made once and never overwritten. Every file but metrics.jsonl, which grows line by line, is written
+aside and renamed, so that a reader or a crash never finds half of one. summary.json appears when the run is done.
+"""
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from packsaddle.schema import ConfigError
+
+
+class RunFolder:
+    """The writing end, for rank 0 (and for each worker's part of the checkpoint)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Make the folder. Raises ConfigError if it exists or cannot be made; nothing is touched then."""
+        make_new(self.path)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file atomically."""
+        self._replace(name, lambda file: file.write(json.dumps(content, indent=2, allow_nan=True).encode() + b"\n"))
+
+    def append_metrics(self, line: Mapping[str, Any]) -> None:
+        """Add one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save_tensors(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write tensors and plain types atomically, to be read with torch.load(weights_only=True)."""
+        self._replace(name, lambda file: torch.save(content, file))
+
+    def _replace(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+        target = self.path / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+
+
+def make_new(path: Path) -> None:
+    """Make a folder that must not exist yet, with its parents. Raises ConfigError."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(f"output folder {path} exists already; choose another with --out") from None
+    except OSError as error:
+        raise ConfigError(f"output folder {path} cannot be made: {error.strerror}") from None
+
+
+def environment(version: str, workers: int, device: str) -> dict[str, Any]:
+    """Describe what a run ran on."""
+    return {
+        "packsaddle": version,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or device,
+        "workers": workers,
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """The reading end: what a run left in its folder."""
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any] | None  # None: the run has not finished
+
+    @property
+    def label(self) -> str:
+        """The run's name in tables and figures."""
+        return str(self.config.get("label") or self.path.name)
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read run folders, or folders of run folders. Raises ConfigError that names what is not one."""
+    runs = []
+    for path in paths:
+        if (path / "config.json").is_file():
+            runs.append(_read_run(path))
+            continue
+        inside = [p.parent for p in path.glob("*/config.json")] if path.is_dir() else []
+        if not inside:
+            raise ConfigError(f"{path} is not a run folder (it has no config.json) and holds none")
+        runs += sorted(map(_read_run, inside), key=lambda run: run.path.stat().st_mtime_ns)
+    return runs
+
+
+def _read_run(path: Path) -> Run:
+    try:
+        lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
+        summary = path / "summary.json"
+        return Run(
+            path,
+            json.loads((path / "config.json").read_text()),
+            json.loads((path / "environment.json").read_text()),
+            [json.loads(line) for line in lines],
+            json.loads(summary.read_text()) if summary.exists() else None,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run folder {path} is damaged: {error}") from None
