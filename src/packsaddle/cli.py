@@ -67,24 +67,27 @@ def run(
         serial: Simulate the workers in this process instead of starting processes.
         data_dir: Folder of the dataset (not needed for digits).
         download: Fetch the dataset into --data-dir if it is not there.
-        out: A new folder for the run; by default one under runs/ named by the file and the time.
+        out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
     """
     from packsaddle.experiment import Job, train_in_process_group
 
     overrides = [*set, f"workers={workers}"] if workers is not None else set
     loaded = load(config, overrides)
     if under_launcher():
-        world = int(os.environ["WORLD_SIZE"])
-        job = Job((replace(loaded, workers=world),), (out or Path("runs") / config.stem,), data_dir, download)
-        train_in_process_group(job)
-        return
+        if out is None:  # a name made from the time could differ between workers
+            raise ConfigError("--out is needed under torchrun")
+        loaded = replace(loaded, workers=int(os.environ["WORLD_SIZE"]))
     folder = out or _dated(config.stem)
     job = Job((loaded,), (folder,), data_dir, download)
-    job.check(loaded.workers)
-    make_new(folder)
-    job.run(loaded.workers, serial=serial)
-    _print_table(read_runs([folder]))
-    print(f"run folder: {folder}")
+    if under_launcher():
+        train_in_process_group(job, claim=True)
+    else:
+        job.check(loaded.workers)
+        make_new(folder)
+        job.run(loaded.workers, serial=serial)
+    if _is_first():
+        _print_table(read_runs([folder]))
+        print(f"run folder: {folder}")
 
 
 def report(
@@ -124,6 +127,11 @@ def _dated(name: str) -> Path:
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
+def _is_first() -> bool:
+    """Whether this process speaks to the user: under a launcher, only rank 0 does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _at_least_one(workers: int) -> None:
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
@@ -134,7 +142,7 @@ def main() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict({"demo": demo, "run": run, "report": report}, prog="packsaddle")
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if _is_first():
             print(f"packsaddle: error: {error}", file=sys.stderr)
         sys.exit(2)
     except WorkerFailedError as error:

@@ -19,7 +19,7 @@ from packsaddle.models import make_task
 from packsaddle.noise import Ramp
 from packsaddle.optimizer import CompressedSGD
 from packsaddle.progress import live, megabytes
-from packsaddle.runfolder import RunFolder, environment
+from packsaddle.runfolder import RunFolder, environment, make_new
 from packsaddle.schema import ConfigError, plain
 from packsaddle.seeds import Stream, mix
 from packsaddle.simulate import simulate
@@ -195,6 +195,20 @@ class Job:
             for worker in range(workers):
                 shard(training.images.labels, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
+    def claim(self) -> None:
+        """Make the folders on rank 0; collective, and if they cannot be made every worker raises ConfigError."""
+        group, problem = resolve(None), ""
+        if group.rank == 0:
+            try:
+                for folder in self.folders:
+                    make_new(folder)
+            except ConfigError as error:
+                problem = str(error)
+        failed = torch.tensor([float(bool(problem))])
+        group.broadcast(failed)
+        if failed:
+            raise ConfigError(problem or "worker 0 could not make the output folder")
+
     def train(self) -> None:
         """Do the runs in the present group (see `exchange.resolve`); collective."""
         for config, path in zip(self.configs, self.folders, strict=True):
@@ -215,8 +229,10 @@ class Job:
             launch(train_in_process_group, (self,), workers)
 
 
-def train_in_process_group(job: Job) -> None:
-    """`Job.train` in a process that a launcher started."""
+def train_in_process_group(job: Job, claim: bool = False) -> None:
+    """`Job.train`, after `Job.claim` if asked for, in a process that a launcher started."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     with process_group():
+        if claim:
+            job.claim()
         job.train()

@@ -20,6 +20,7 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.8,
     "svg.hashsalt": "packsaddle",  # the same runs give the same file
 }
+_NO_METADATA = {"Date": None, "Creator": None}
 # Okabe and Ito's palette, distinguishable by colour-blind readers; black first, for the baseline.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
 
@@ -38,12 +39,14 @@ def draw(runs: Sequence[Run]) -> Any:
         for level in {run.config.get("plateau") for run in runs} - {None}:
             for axis in axes[0]:
                 axis.axhline(level, color="grey", linewidth=1, linestyle=":")
-        wire = all(run.metrics[-1]["sent"] for run in runs if run.metrics)
+        drawn = [run for run in runs if run.metrics]
+        wire = all(run.metrics[-1]["sent"] for run in drawn)
         axes[0][0].set_ylabel("training loss")
         axes[1][0].set_ylabel("stochastic gradient norm")
-        axes[1][0].set_yscale("log")
         axes[1][0].set_xlabel("epochs")
-        axes[1][1].set_xscale("log")
+        if drawn:  # a logarithmic axis needs data
+            axes[1][0].set_yscale("log")
+            axes[1][1].set_xscale("log")
         axes[1][1].set_xlabel("megabytes sent per worker" if wire else "megabytes of messages per worker")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)))
@@ -63,12 +66,12 @@ def _draw_run(axes: Any, run: Run, colour: str) -> None:
 def save(figure: Any, folder: Path) -> None:
     """Write figure.png and figure.svg into a folder."""
     figure.savefig(folder / "figure.png", dpi=150)
-    figure.savefig(folder / "figure.svg", metadata={"Date": None})
+    figure.savefig(folder / "figure.svg", metadata=_NO_METADATA)
 
 
 def to_svg(figure: Any) -> str:
     """Return a figure as an <svg> element to be put into a page."""
     buffer = StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -1,0 +1,22 @@
+"""Fixtures: real gloo worker processes, and toy runs shared by several test modules."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from workers import run_in_processes
+
+# The same examples everywhere, and no verdict by the clock.
+settings.register_profile("packsaddle", deadline=None, derandomize=True)
+settings.load_profile("packsaddle")
+
+# Tests run beside worker processes on few cores, and small tensors gain nothing from threads.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def gloo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
+    """gloo(fn, workers, *args) runs fn(*args) in that many gloo processes and returns the results by rank."""
+    return lambda fn, workers, *args: run_in_processes(fn, workers, tmp_path_factory.mktemp("gloo"), *args)

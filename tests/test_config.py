@@ -1,0 +1,123 @@
+"""Configurations: TOML in, every mistake named in one line, and the saved form reads back."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packsaddle import Identity, RandomK, TopK
+from packsaddle.config import Config, EscapeConfig, load
+from packsaddle.schema import ConfigError, build, plain
+
+BASE = """
+lr = 0.1
+epochs = 2
+batch_size = 8
+[data]
+name = "digits"
+[model]
+name = "autoencoder"
+widths = [32, 8]
+"""
+
+
+def write(folder: Path, extra: str = "") -> Path:
+    path = folder / "config.toml"
+    path.write_text(BASE + extra)
+    return path
+
+
+def test_tables_overrides_and_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, '[compressor]\nkind = "RandomK"\nratio = 0.01\n[escape]\ninterval = 5\nradius = 1\n')
+    config = load(path, ["compressor.ratio=0.5", "noise.std=0.25", "label=two words", "seed=7", "data.shard='class'"])
+    assert config.compressor == RandomK(0.5)
+    assert config.escape == EscapeConfig(5, 1.0)
+    assert (config.noise.std, config.label, config.seed, config.data.shard) == (0.25, "two words", 7, "class")
+    assert (config.epochs, config.model.widths) == (2.0, (32, 8))
+    assert load(write(tmp_path)).compressor == Identity()
+
+
+def test_the_saved_form_reads_back(tmp_path: Path) -> None:
+    for overrides in ([], ["compressor.kind=TopK", "compressor.k=3", "escape.interval=4", "escape.radius=2.5"]):
+        config = load(write(tmp_path), overrides)
+        assert build(Config, json.loads(json.dumps(plain(config)))) == config
+    assert config.compressor == TopK(k=3)
+
+
+MISTAKES = {
+    "lrr=0.1": "unknown key lrr (did you mean lr?)",
+    "data.shards='iid'": "unknown key data.shards (did you mean shard?)",
+    "zebra=1": "unknown key zebra",
+    "lr='fast'": "lr must be of type float, got 'fast'",
+    "seed=1.5": "seed must be of type int, got 1.5",
+    "seed=true": "seed must be of type int, got True",
+    "lr=-1": "lr must not be negative, got -1.0",
+    "lr=nan": "lr must not be negative, got nan",
+    "epochs=0": "epochs must be positive, got 0.0",
+    "workers=0": "workers must be positive, got 0",
+    "data.name=digit": "'digits', 'mnist', 'cifar10', 'folder', got 'digit' (did you mean digits?)",
+    "data.limit=0": "data: limit must be positive, got 0",
+    "data=3": "data must be a table, got 3",
+    "compressor.ratio=0.1": "compressor must be a table with a kind, one of Identity, RandomK, TopK",
+    "compressor={kind='randomk'}": "one of Identity, RandomK, TopK, got 'randomk' (did you mean RandomK?)",
+    "compressor={kind='TopK', ratio=1.5}": "compressor: ratio of TopK must be in (0, 1], got 1.5; for a number of",
+    "compressor={kind='TopK', block_size=2}": "unknown key compressor.block_size",
+    "noise.std=-0.1": "noise: std must not be negative, got -0.1",
+    "noise.lower_until=3": "noise: lower_until needs 0 <= lower_from",
+    "escape.interval=3": "missing key escape.radius",
+    "model.widths=8": "model.widths must be a list, got 8",
+    "model.widths=[8, 0]": "model: widths must be at least 1, got [8, 0]",
+    "model.widths=[8, 'a']": "model.widths[1] must be of type int, got 'a'",
+    "model.name=resnet18": "model: widths are for the autoencoder",
+    "lr": "--set takes key=value, got 'lr'",
+    "lr.x=1": "--set lr.x=1: lr is not a table",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES.items())
+def test_mistakes(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path), [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path)
+    (tmp_path / "bad.toml").write_text("lr = = 1")
+    with pytest.raises(ConfigError, match=r"not valid TOML: .*line 1"):
+        load(tmp_path / "bad.toml")
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / "bytes.toml")
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A dataclass of every type that a field may have."""
+
+    a: int
+    b: float = 1.0
+    c: str | None = None
+    d: tuple[float, ...] = ()
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcde"), st.none() | st.integers() | st.text() | st.lists(st.floats() | st.text()))
+)
+def test_anything_builds_or_is_a_config_error(data: dict[str, Any]) -> None:
+    try:
+        leaf = build(Leaf, data)
+    except ConfigError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert plain(leaf) | data == plain(leaf) or any(v != v for v in leaf.d)
+    assert "\n" not in message

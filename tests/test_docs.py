@@ -1,0 +1,41 @@
+"""The documentation runs: Python blocks of the README, the documented configuration, and the experiments' configs."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from packsaddle.config import Config, load
+from packsaddle.schema import build, plain
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_python_blocks_run(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), {})
+
+
+def test_the_documented_configuration_has_every_key() -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
+    documented = tomllib.loads(block)
+    config = plain(build(Config, documented))
+    optional = {"compressor": {"k", "block_size"}, "model": {"widths"}}
+    for name, value in config.items():
+        assert name in documented
+        if isinstance(value, dict):
+            assert value.keys() - optional.get(name, set()) == documented[name].keys()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.toml")), ids=lambda p: p.parent.name)
+def test_experiment_configs_load(path: Path) -> None:
+    assert load(path).plateau
+    assert "packsaddle run" in (path.parent / "README.md").read_text()
+
+
+def test_links_exist() -> None:
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*/*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,60 @@
+"""Data flows one way: a module imports lower layers only, and exchange alone knows torch.distributed."""
+
+import ast
+from pathlib import Path
+
+import packsaddle
+
+ROOT = Path(packsaddle.__file__).parent
+LAYERS = [
+    {"flat", "seeds", "ledger", "schema", "exchange"},
+    {"compress.base", "noise", "simulate", "sketch", "progress", "runfolder"},
+    {"compress.sparse"},
+    {"compress"},
+    {"average", "config", "feedback"},
+    {"data", "escape"},
+    {"models", "figures"},
+    {"optimizer", "report", "demo"},
+    {"experiment"},
+    {"cli"},
+]
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+MODULES = {module_name(p): imports(p) for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"}
+LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
+
+
+def test_every_module_has_a_layer() -> None:
+    assert MODULES.keys() == LEVEL.keys()
+
+
+def test_imports_go_down() -> None:
+    for name, imported in MODULES.items():
+        for target in imported:
+            short = target.removeprefix("packsaddle.")
+            if target.startswith("packsaddle.") and short in LEVEL:
+                assert LEVEL[short] < LEVEL[name], f"{name} imports {short}"
+
+
+def test_only_exchange_imports_torch_distributed() -> None:
+    users = {name for name, imported in MODULES.items() if any(t.startswith("torch.distributed") for t in imported)}
+    assert users == {"exchange"}
+
+
+def test_reports_know_no_algorithm() -> None:
+    for name in ("report", "figures"):
+        assert {t for t in MODULES[name] if t in {"torch", "packsaddle.optimizer", "packsaddle.compress"}} == set()

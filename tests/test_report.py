@@ -1,0 +1,107 @@
+"""Reports are made from run folders alone: the plateau's length, the table, the page."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packsaddle.report import plateau, row, write_report
+from packsaddle.runfolder import RunFolder, read_runs
+from packsaddle.schema import ConfigError
+
+
+def line(epoch: float, loss: float) -> dict[str, Any]:
+    n = int(epoch * 1000)
+    return {
+        "step": int(epoch * 10),
+        "epoch": epoch,
+        "loss": loss,
+        "grad_norm": 0.1,
+        "payload": n,
+        "sent": n,
+        "received": n,
+        "seconds": epoch,
+        "resets": 0,
+    }
+
+
+LINES = [line(*p) for p in ((0.5, 0.2), (1.0, 0.104), (1.5, 0.1), (2.0, 0.096), (2.5, 0.094), (3.0, 0.05))]
+
+
+def make_run(folder: Path, label: str, lines: list[dict[str, Any]], *, done: bool = True) -> Path:
+    run = RunFolder(folder)
+    run.create()
+    run.write_json("config.json", {"label": label, "plateau": 0.1})
+    run.write_json("environment.json", {"torch": "2"})
+    for entry in lines:
+        run.append_metrics(entry)
+    if done:
+        run.write_json("summary.json", {"final_loss": lines[-1]["loss"], "test_loss": 0.06, "compression": 40.0})
+    return folder
+
+
+def test_plateau() -> None:
+    """Entered at 1.0 (0.104 <= 0.105), left at 2.5 (0.094 < 0.095)."""
+    assert plateau(LINES, 0.1) == (1.5, True)
+    assert plateau(LINES[:4], 0.1) == (1.0, False)
+    assert plateau(LINES[:1], 0.1) == (0.0, None)
+    assert plateau(LINES, None) == (None, None)
+
+
+def test_report(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "a", "<b>bold</b> & co", LINES)
+    make_run(tmp_path / "runs" / "b", "", LINES[:4], done=False)
+    runs = read_runs([tmp_path / "runs"])
+    assert [r.label for r in runs] == ["<b>bold</b> & co", "b"]
+    page = write_report(runs, tmp_path / "report")
+    html = page.read_text()
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; co" in html
+    assert "<b>bold" not in html
+    assert "b (unfinished)" in html
+    assert "1.0+" in html
+    for outside in ("http://", "https://", "src=", "@import", "url("):
+        for place in html.split(outside)[1:]:
+            assert place.startswith(("www.w3.org/", "purl.org/", "creativecommons.org/", "#")), outside + place[:40]
+    assert (tmp_path / "report" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "report" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["plateau_epochs"] == "1.5"
+    assert float(rows[0]["megabytes"]) == pytest.approx(0.003)
+    with pytest.raises(ConfigError, match="report exists already"):
+        write_report(runs, tmp_path / "report")
+    write_report(runs, tmp_path / "report", overwrite=True)
+
+
+def test_row_of_an_empty_run(tmp_path: Path) -> None:
+    (run,) = read_runs([make_run(tmp_path / "a", "new", [], done=False)])
+    assert row(run).run == "new (unfinished)"
+    write_report([run], tmp_path / "report")
+
+
+def test_what_is_not_a_run_folder(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError, match=r"is not a run folder \(it has no config\.json\)"):
+            read_runs([path])
+    folder = make_run(tmp_path / "a", "a", LINES)
+    (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n{broken")
+    with pytest.raises(ConfigError, match="is damaged"):
+        read_runs([folder])
+
+
+def test_folders_are_never_overwritten(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", "a", LINES)
+    with pytest.raises(ConfigError, match="exists already; choose another with --out"):
+        RunFolder(folder).create()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        RunFolder(tmp_path / "file" / "run").create()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_json("a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        folder.write_json("a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
