@@ -9,9 +9,6 @@ from algorithm1 import algorithm1
 from torch import nn
 
 from packsaddle import CompressedSGD, Compressor, Identity, RandomK, TopK, simulate
-from packsaddle.average import Channel, average
-from packsaddle.exchange import resolve
-from packsaddle.ledger import Ledger
 from packsaddle.noise import Perturbation
 
 COMPRESSORS: dict[str, Compressor] = {
@@ -67,28 +64,6 @@ def test_y_recursion(compressor: Compressor, workers: int) -> None:
             mean_gradient = sum(toys.gradient(i)(run["x"][t]) for i in range(workers)) / workers
             xi = Perturbation(r).draw(run["x"][t], seed=9, step=t)
             assert torch.allclose(run["y"][t + 1], run["y"][t] - eta * (mean_gradient + xi), rtol=1e-12, atol=1e-13)
-
-
-@by_compressor
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_conservation(compressor: Compressor, workers: int) -> None:
-    """Mean of what was sent + mean of new errors = mean of what was to be sent, also for heterogeneous vectors."""
-    d, compressed_d = 20, 13
-    vectors = [torch.randn(d, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(workers)]
-
-    def worker(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        averaged = average(Channel(resolve(None), Ledger()), compressor, vectors[rank], compressed_d, seed=1, step=2)
-        sent = torch.zeros(d, dtype=torch.float64)
-        averaged.subtract_from(sent, compressor)
-        error = vectors[rank].clone()
-        compressor.add_decoded(averaged.own, error[:compressed_d], alpha=-1.0)
-        error[compressed_d:] = 0
-        return -sent, error
-
-    results = simulate(worker, workers)
-    errors = sum(error for _, error in results) / workers
-    for sent, _ in results:
-        assert torch.allclose(sent + errors, sum(vectors) / workers, rtol=1e-14, atol=1e-15)
 
 
 def test_identity_is_sgd() -> None:

@@ -97,17 +97,17 @@ def test_a_network_on_three_processes(gloo: Callable[..., list[Any]], compressor
     assert not torch.allclose(real[0]["pending"], real[1]["pending"])  # errors are each worker's own
 
 
-def test_predicted_bytes() -> None:
+def test_bytes_of_a_network() -> None:
     """The ledger holds what the protocol says: a ring all-reduce of k values + dense part, an all-gather for TopK."""
     d, dense, steps, workers = 1200, 70, 40, 3
     k = d // 10
-    linear, gathered = (
-        simulate(lambda rank, c=c: network_run(c), workers)[0]["bytes"] for c in (RandomK(0.1), TopK(0.1))
-    )
+    linear, gathered = (simulate(lambda _, c=c: network_run(c), workers)[0]["bytes"] for c in (RandomK(0.1), TopK(0.1)))
     ring = 2 * (workers - 1) / workers
-    assert linear["compressed"] == (4 * k * steps, round(ring * 4 * k) * steps, round(ring * 4 * k) * steps)
+    assert linear["values"] == (4 * k * steps, round(ring * 4 * k) * steps, round(ring * 4 * k) * steps)
     assert linear["dense"][0] == gathered["dense"][0] == 4 * dense * steps
-    assert gathered["compressed"] == (8 * k * steps, 2 * 8 * k * steps, 2 * 8 * k * steps)
+    assert gathered["values"] == (4 * k * steps, 2 * 4 * k * steps, 2 * 4 * k * steps)
+    assert "indices" not in linear
+    assert gathered["indices"][0] / (k * steps) < 0.8  # bytes an index, of which a random set needs 0.58
     assert linear["escape norm"][0] == 4 * 3 * 32 * steps
 
 

@@ -7,17 +7,25 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
-    {"flat", "seeds", "ledger", "schema", "exchange"},
-    {"compress.base", "noise", "simulate", "sketch", "progress", "runfolder"},
-    {"compress.sparse"},
+    {"flat", "seeds", "ledger", "schema", "exchange", "compress.wire", "compress.base"},
+    {"noise", "simulate", "sketch", "hashing", "progress", "runfolder", "channel"},
+    {"compress.sparse", "compress.quantize", "compress.lowrank"},
+    {"compress.sketching"},
     {"compress"},
-    {"average", "config", "feedback"},
-    {"data", "escape"},
+    {"average", "testing"},
+    {"owners", "feedback", "escape"},
+    {"choose"},
+    {"config"},
+    {"data", "demo"},
     {"models", "figures"},
-    {"optimizer", "report", "demo"},
+    {"optimizer", "report"},
     {"experiment"},
     {"cli"},
 ]
+
+
+def module_path(module: str) -> str:
+    return module.removeprefix("packsaddle").strip(".").replace(".", "/")
 
 
 def module_name(path: Path) -> str:
@@ -30,7 +38,11 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            inside = {
+                alias.name for alias in node.names if (ROOT / module_path(node.module) / f"{alias.name}.py").exists()
+            }
+            names |= {f"{node.module}.{name}" for name in inside}
+            names |= {node.module} if len(inside) < len(node.names) else set()
     return names
 
 

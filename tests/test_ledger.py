@@ -6,10 +6,10 @@ from packsaddle import Bytes, Ledger
 def test_totals_and_steps() -> None:
     ledger = Ledger()
     for step in range(5):
-        ledger.add(step, "compressed", Bytes(10, 12, 12))
-        ledger.add(step, "dense", Bytes(4, 5, 5))
+        ledger.add(step, "compressed", "all-reduce", Bytes(10, 12, 12))
+        ledger.add(step, "dense", "all-reduce", Bytes(4, 5, 5))
         if step == 3:
-            ledger.add(step, "reset", Bytes(100, 100, 100))
+            ledger.add(step, "reset", "all-reduce", Bytes(100, 100, 100))
     assert ledger.total == Bytes(170, 185, 185)
     assert ledger.by_purpose == {
         "compressed": Bytes(50, 60, 60),
@@ -20,20 +20,21 @@ def test_totals_and_steps() -> None:
         assert ledger.at(step) == {"compressed": Bytes(10, 12, 12), "dense": Bytes(4, 5, 5)}
     assert ledger.at(3)["reset"] == Bytes(100, 100, 100)
     assert ledger.at(7) == {}
+    assert ledger.by_collective == {"all-reduce": ledger.total}
     assert [(s.first, s.last) for s in ledger.spans] == [(0, 2), (3, 3), (4, 4)]
 
 
 def test_equal_steps_take_one_span() -> None:
     ledger = Ledger()
     for step in range(1000):
-        ledger.add(step, "compressed", Bytes(10, 12, 12))
-        ledger.add(step, "compressed", Bytes(1, 1, 1))
+        ledger.add(step, "compressed", "all-reduce", Bytes(10, 12, 12))
+        ledger.add(step, "compressed", "all-reduce", Bytes(1, 1, 1))
     assert [(s.first, s.last) for s in ledger.spans] == [(0, 999)]
     assert ledger.at(500) == {"compressed": Bytes(11, 13, 13)}
 
 
 def test_state_keeps_the_totals() -> None:
     ledger, restored = Ledger(), Ledger()
-    ledger.add(0, "dense", Bytes(1, 2, 3))
+    ledger.add(0, "dense", "all-reduce", Bytes(1, 2, 3))
     restored.load_state_dict(ledger.state_dict())
     assert restored.by_purpose == ledger.by_purpose

@@ -61,7 +61,7 @@ def test_resuming_is_bit_equal(compressor: Any) -> None:
     train(resumed, data, again, 8)
     assert torch.equal(vector(resumed), vector(model))
     assert torch.equal(again.error(), opt.error())
-    assert (again.steps, again.ledger.by_purpose["compressed"]) == (15, opt.ledger.by_purpose["compressed"])
+    assert (again.steps, again.ledger.by_purpose["values"]) == (15, opt.ledger.by_purpose["values"])
     assert again.param_groups[0].keys() == opt.param_groups[0].keys()
 
 
@@ -146,7 +146,7 @@ def test_dense_tensors_bytes_and_mu() -> None:
     opt.step()
     assert (opt.numel, opt.compressed_numel) == (2284, 2000)
     moved = opt.ledger.at(0)
-    assert moved["compressed"].payload == 20 * 4
+    assert moved["values"].payload == 20 * 4
     assert moved["dense"].payload == 284 * 4
     assert moved["dense"].sent == 0  # one worker
     assert opt.mu == pytest.approx((20 + 284) / 2284)

@@ -45,6 +45,8 @@ def run(
     interval: int | None = None,
     radius: float = 1e9,
     compare: Any = "x",
+    exchange: str = "direct",
+    back: Compressor | None = None,
 ) -> dict[str, Any]:
     """Run CompressedSGD in the present group and return its trajectory; x is two parameters, all compressed."""
     rank = resolve(None).rank
@@ -54,7 +56,17 @@ def run(
         return f_i(torch.cat([w.reshape(-1) for w in weights]), rank)
 
     escape = None if interval is None else Escape(interval, radius, objective, compare=compare)
-    opt = CompressedSGD(weights, lr, compressor=compressor, noise=noise, escape=escape, seed=seed, dense_below=0)
+    opt = CompressedSGD(
+        weights,
+        lr,
+        compressor=compressor,
+        noise=noise,
+        escape=escape,
+        seed=seed,
+        dense_below=0,
+        exchange=exchange,
+        back=back,
+    )
     xs, es, ys = [], [], []
     for t in range(steps + 1):
         xs.append(torch.cat([w.detach().reshape(-1) for w in weights]).clone())
@@ -68,6 +80,7 @@ def run(
         "x": torch.stack(xs),
         "e": torch.stack(es),
         "y": torch.stack(ys),
+        "own": torch.cat([s["pending"].reshape(-1) for s in opt.state.values()]),
         "resets": [(r.step, r.committed) for r in opt.resets],
         "bytes": {name: (b.payload, b.sent, b.received) for name, b in opt.ledger.by_purpose.items()},
     }

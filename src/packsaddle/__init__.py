@@ -1,6 +1,18 @@
 """packsaddle: training over slow networks with compressed gradients, without getting stuck at saddle points."""
 
-from packsaddle.compress import Compressor, Identity, Message, RandomK, TopK
+from packsaddle.compress import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    LinearSketch,
+    LowRank,
+    Message,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
 from packsaddle.escape import Escape, Reset
 from packsaddle.ledger import Bytes, Ledger, Span
 from packsaddle.noise import Ramp
@@ -11,17 +23,23 @@ from packsaddle.sketch import NormSketch
 __version__ = "0.1.0"
 
 __all__ = [
+    "QSGD",
+    "AdaptiveTopK",
     "Bytes",
     "CompressedSGD",
     "Compressor",
     "Escape",
     "Identity",
     "Ledger",
+    "LinearSketch",
+    "LowRank",
     "Message",
     "NormSketch",
     "Ramp",
     "RandomK",
     "Reset",
+    "Sign",
+    "SketchTopK",
     "Span",
     "TopK",
     "simulate",

@@ -1,104 +1,210 @@
-"""Averaging compressed vectors over workers, and counting the bytes of every collective.
+"""Averaging compressed vectors over workers: one protocol per class, each an exact mean of what the workers sent."""
 
-Hop factors, W workers, n bytes of message each: a ring all-reduce makes each worker send and receive
-2 (W - 1) / W n, a ring all-gather (W - 1) n; a broadcast is counted as n received by everyone but rank 0,
-which sends n to each.
-"""
-
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from packsaddle.compress import Compressor, Message
-from packsaddle.exchange import Group
-from packsaddle.ledger import Bytes, Ledger
+from packsaddle.channel import Channel, ring_all_gather, ring_all_reduce
+from packsaddle.compress import Compressor, LowRank, Message, SketchTopK
+from packsaddle.compress.lowrank import orthonormal, scaled
+from packsaddle.ledger import Bytes
+from packsaddle.seeds import mix
 
 
-class Channel:
-    """A group's collectives with their bytes entered in a ledger under `step`, which the caller advances."""
+@dataclass(frozen=True)
+class Term:
+    """weight * C(.) on the coordinates [start, stop)."""
 
-    def __init__(self, group: Group, ledger: Ledger) -> None:
-        self.group = group
-        self.ledger = ledger
-        self.step = 0
+    compressor: Compressor
+    message: Message
+    start: int
+    stop: int
+    weight: float = 1.0
 
-    def mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> Tensor:
-        """Average a tensor over workers in place by all-reduce, and return it.
-
-        `purpose` is a name, or how many elements of the tensor serve which purpose.
-        """
-        size = self.group.size
-        self.group.all_reduce(tensor)
-        if size > 1:
-            tensor.div_(size)
-        shares = {purpose: tensor.numel()} if isinstance(purpose, str) else purpose
-        for name, elements in shares.items():
-            payload = elements * tensor.element_size()
-            wire = round(2 * (size - 1) / size * payload)
-            self.ledger.add(self.step, name, Bytes(payload, wire, wire))
-        return tensor
-
-    def gather(self, message: Message, purpose: str) -> list[Message]:
-        """Return every worker's message, by rank; all have payloads of equal shapes and dtypes."""
-        wire = torch.cat([part.view(torch.uint8) for part in message.payload])
-        gathered = self.group.all_gather(wire)
-        forwarded = (self.group.size - 1) * wire.numel()
-        self.ledger.add(self.step, purpose, Bytes(wire.numel(), forwarded, forwarded))
-        return [_unpack(buffer, message) for buffer in gathered]
-
-    def broadcast(self, tensor: Tensor, purpose: str) -> None:
-        """Replace a tensor by rank 0's, in place."""
-        self.group.broadcast(tensor)
-        payload = tensor.numel() * tensor.element_size()
-        root, others = self.group.rank == 0, self.group.size - 1
-        self.ledger.add(
-            self.step,
-            purpose,
-            Bytes(payload if root else 0, payload * others if root else 0, 0 if root else payload),
-        )
-
-
-def _unpack(wire: Tensor, like: Message) -> Message:
-    """Cut a byte buffer, uint8[n], into parts of the sizes and dtypes of another message's payload."""
-    sizes = [part.numel() * part.element_size() for part in like.payload]
-    # Each part is copied, so that it is aligned for its dtype.
-    parts = [b.clone().view(p.dtype) for b, p in zip(torch.split(wire, sizes), like.payload, strict=True)]
-    return Message(tuple(parts), like.support)
+    def add_to(self, out: Tensor, alpha: float) -> None:
+        """Add alpha times this term to out, float[d], in place."""
+        self.compressor.add_decoded(self.message, out[self.start : self.stop], alpha * self.weight)
 
 
 @dataclass(frozen=True)
 class Averaged:
-    """The outcome of one exchange: what this worker sent, and the mean of what all sent."""
+    """The outcome of one exchange; each part is a sum of terms, on the compressed coordinates."""
 
-    own: Message  # C(own vector), which error feedback subtracts
-    messages: tuple[Message, ...]  # mean_i C(v_i) is the sum of these ...
-    weight: float  # ... times this weight
-    dense: Tensor  # [d - compressed_d], the mean of the dense parts
-
-    def subtract_from(self, x: Tensor, compressor: Compressor) -> None:
-        """x <- x - mean_i C(v_i), in place (Algorithm 1, line 11; eta is already in the messages)."""
-        compressed_d = x.numel() - self.dense.numel()
-        for message in self.messages:
-            compressor.add_decoded(message, x[:compressed_d], alpha=-self.weight)
-        x[compressed_d:].sub_(self.dense)
+    own: tuple[Term, ...]  # what this worker sent: its error memory subtracts it
+    mean: tuple[Term, ...]  # what all apply
+    dense: Tensor  # float[d - compressed d], the mean of the dense parts
 
 
-def average(channel: Channel, compressor: Compressor, v: Tensor, compressed_d: int, seed: int, step: int) -> Averaged:
-    """Average C(v_i) over workers, v float[d]; coordinates from `compressed_d` on are averaged as they are.
+class Protocol(ABC):
+    """How workers average C(v_i), v_i float[d], plus a dense part. May keep state, such as a second error memory."""
 
-    A linear compressor takes one all-reduce for both parts. Any other takes an all-gather of the messages,
-    from which every worker forms the same mean of compressions, and an all-reduce of the dense part.
-    """
-    own = compressor.encode(v[:compressed_d], seed=seed, step=step)
-    dense = v[compressed_d:]
-    if compressor.linear:
-        (payload,) = own.payload
-        shares = {"compressed": payload.numel(), "dense": dense.numel()}
+    def __init__(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+
+    @abstractmethod
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        """Exchange v, float[d], and the dense part; collective. v and dense are not changed."""
+
+    @abstractmethod
+    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
+        """Predict the bytes of one worker in one exchange of d compressed and `dense` dense coordinates.
+
+        Exact where messages are of fixed size, else for the expected sizes.
+        """
+
+    def add_residual(self, pending: Tensor) -> Tensor:
+        """Return `pending`, float[d], plus this worker's share of errors that the protocol itself holds back.
+
+        The mean of the results over workers is everything that has not been applied yet.
+        """
+        return pending
+
+    def reset(self) -> None:  # noqa: B027 -- most protocols hold nothing back
+        """Drop what the protocol holds back."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state: tensors and plain types."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Restore `state_dict`."""
+
+    def _terms(self, message: Message, d: int, weight: float = 1.0) -> tuple[Term, ...]:
+        return (Term(self.compressor, message, 0, d, weight),) if d else ()
+
+    def _part_count(self, compressor: Compressor) -> int:
+        return len(compressor.encode(torch.zeros(1), seed=0, step=0).parts)
+
+    def _own_seed(self, channel: Channel, seed: int) -> int:
+        return mix(seed, channel.group.rank + 1) if self.compressor.private else seed
+
+
+class AllReduce(Protocol):
+    """One all-reduce of a linear compressor's message and the dense part together; C of the mean, exactly."""
+
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        own = self.compressor.encode(v, seed=seed, step=step)
+        ((name, payload),) = own.parts.items()
+        shares = {name: payload.numel(), "dense": dense.numel()}
         mean = channel.mean(torch.cat([payload, dense]), shares)
-        reduced = Message((mean[: payload.numel()],), own.support)
-        return Averaged(own, (reduced,), 1.0, mean[payload.numel() :])
-    messages = channel.gather(own, "compressed")
-    mean_dense = channel.mean(dense.clone(), "dense") if len(dense) else dense
-    return Averaged(own, tuple(messages), 1.0 / channel.group.size, mean_dense)
+        reduced = Message({name: mean[: payload.numel()]}, own.context)
+        return Averaged(self._terms(own, len(v)), self._terms(reduced, len(v)), mean[payload.numel() :])
+
+    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
+        message = round(self.compressor.message_bytes(d, itemsize))
+        return ring_all_reduce(message, workers) + ring_all_reduce(dense * itemsize, workers)
+
+
+class AllGather(Protocol):
+    """An all-gather of every worker's message, from which each forms the same mean; and the dense part's all-reduce."""
+
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        mean_dense = mean_of_dense(channel, dense)
+        if not len(v):
+            return Averaged((), (), mean_dense)
+        own_seed = self._own_seed(channel, seed)
+        own = self.compressor.encode(v, seed=own_seed, step=step)
+        gathered = channel.gather(own.parts, fixed_size=self.compressor.fixed_size)
+        messages = [self.compressor.receive(parts, len(v), seed=seed, step=step) for parts in gathered]
+        weight = 1.0 / channel.group.size
+        mean = [t for message in messages for t in self._terms(message, len(v), weight)]
+        return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense)
+
+    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
+        total = ring_all_reduce(dense * itemsize, workers)
+        if not d:
+            return total
+        sizes = 0 if self.compressor.fixed_size else 8 * self._part_count(self.compressor)
+        message = round(self.compressor.message_bytes(d, itemsize))
+        return total + ring_all_gather(sizes, workers) + ring_all_gather(message, workers)
+
+
+class SketchedAllReduce(Protocol):
+    """Ivkin et al. 2019: sketches are all-reduced, then the exact mean at the heavy hitters they show.
+
+    Workers find the same support because an all-reduce leaves them the same bits.
+    """
+
+    compressor: SketchTopK
+
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        d, compressor = len(v), self.compressor
+        if not d:
+            return Averaged((), (), mean_of_dense(channel, dense))
+        hashes = compressor.hashes(d, seed=seed, step=step)
+        tables = channel.mean(torch.stack([h.sketch(v) for h in hashes]), "sketch")
+        support = compressor.heavy_hitters(tables, hashes, d)
+        own = v[support]
+        mean = channel.mean(torch.cat([own, dense]), {"values": len(own), "dense": len(dense)})
+        sent, reduced = (Message({"values": values}, support) for values in (own, mean[: len(own)]))
+        return Averaged(self._terms(sent, d), self._terms(reduced, d), mean[len(own) :])
+
+    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
+        rounds = (self.compressor.rows * self.compressor.width(d), self.compressor.count(d)) if d else ()
+        return sum((ring_all_reduce(n * itemsize, workers) for n in (*rounds, dense)), Bytes())
+
+
+class LowRankAllReduce(Protocol):
+    """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1), the second with the dense part.
+
+    As in their algorithm, every worker's error memory subtracts the mean's approximation. Q starts Gaussian,
+    shared, and is the last step's P^T M after that.
+    """
+
+    compressor: LowRank
+
+    def __init__(self, compressor: LowRank) -> None:
+        super().__init__(compressor)
+        self._qs: list[Tensor] | None = None
+
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        compressor, d = self.compressor, len(v)
+        matrices = compressor.matrices(v)
+        qs = self._qs or compressor.gaussian(v, seed=seed, step=step)
+        products = [m @ q for m, q in zip(matrices, qs, strict=True)]
+        if d:
+            flat = channel.mean(torch.cat([p.reshape(-1) for p in products]), "left")
+            pieces = torch.split(flat, [p.numel() for p in products])
+            products = [piece.view(p.shape) for piece, p in zip(pieces, products, strict=True)]
+        own = compressor.message(matrices, [orthonormal(scaled(p)) for p in products])
+        right = own.parts["right"] if d else dense[:0]
+        mean = channel.mean(torch.cat([right, dense]), {"right": len(right), "dense": len(dense)})
+        message = Message({"left": own.parts["left"], "right": mean[: len(right)]}) if d else own
+        self._qs = self._next_qs(message, qs)
+        terms = self._terms(message, d)
+        return Averaged(terms, terms, mean[len(right) :])
+
+    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
+        left, right = self.compressor.factor_sizes(d)
+        return sum((ring_all_reduce(n * itemsize, workers) for n in (left, right, dense)), Bytes())
+
+    def _next_qs(self, message: Message, qs: list[Tensor]) -> list[Tensor] | None:
+        """Warm start: (P^T M)^T, brought to unit scale; a zero matrix would stay zero, so it starts afresh."""
+        right, following = message.parts["right"], []
+        for q, (n, m) in zip(qs, self.compressor.shapes, strict=False):
+            size = q.numel() or n * m
+            following.append(scaled(right[:size].view(-1, m).T).clone() if q.numel() else q)
+            right = right[size:]
+        # Without `for_tensors` the shapes are unknown here, and Q stays Gaussian.
+        usable = len(following) == len(qs) and all(
+            bool(q.any()) and bool(q.isfinite().all()) for q in following if q.numel()
+        )
+        return following if usable else None
+
+    def reset(self) -> None:
+        self._qs = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"qs": self._qs or []}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._qs = [q.clone() for q in state.get("qs", [])] or None
+
+
+def mean_of_dense(channel: Channel, dense: Tensor) -> Tensor:
+    """All-reduce the dense part, if there is one."""
+    return channel.mean(dense.clone(), "dense") if len(dense) else dense

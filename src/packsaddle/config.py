@@ -1,13 +1,27 @@
 """The configuration of a run: typed, frozen, read from TOML, and saved resolved with every run."""
 
+import math
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from packsaddle.compress import Identity, RandomK, TopK
+from packsaddle.choose import Exchange
+from packsaddle.compress import (
+    QSGD,
+    AdaptiveTopK,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
 from packsaddle.schema import ConfigError, build
+
+AnyCompressor = Identity | RandomK | TopK | AdaptiveTopK | SketchTopK | Sign | QSGD | LinearSketch | LowRank
 
 
 @dataclass(frozen=True)
@@ -45,11 +59,10 @@ class NoiseConfig:
     lower_until: float | None = None  # in epochs; None: the end of the run
 
     def __post_init__(self) -> None:
-        if not self.std >= 0:
-            raise ValueError(f"std must not be negative, got {self.std}")
+        _not_negative(self, "std", "lower_from", "lower_until")
         start, stop = self.lower_from, self.lower_until
-        if stop is not None and (start is None or not 0 <= start <= stop):
-            raise ValueError(f"lower_until needs 0 <= lower_from <= lower_until, got {start} and {stop}")
+        if stop is not None and (start is None or start > stop):
+            raise ValueError(f"lower_until needs a lower_from that is not after it, got {start} and {stop}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,9 @@ class Config:
     lr: float
     epochs: float
     batch_size: int  # examples per worker and step
-    compressor: Identity | RandomK | TopK = field(default_factory=Identity)
+    compressor: AnyCompressor = field(default_factory=Identity)
+    exchange: Exchange = "direct"
+    back: AnyCompressor | None = None  # of the mean on its way back, in the two-way and coordinator exchanges
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     escape: EscapeConfig | None = None
     label: str = ""  # how tables and figures call the run; by default its folder's name
@@ -88,9 +103,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "workers", "log_every", "plateau")
-        for name in ("lr", "weight_decay", "dense_below"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        _not_negative(self, "lr", "weight_decay", "dense_below")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -130,5 +143,12 @@ def _override(data: dict[str, Any], override: str) -> None:
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")

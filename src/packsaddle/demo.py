@@ -1,7 +1,7 @@
 """The demonstration: a deep autoencoder on digits, from a start where plain SGD stalls at a saddle."""
 
 from packsaddle.compress import Identity, RandomK, TopK
-from packsaddle.config import Config, DataConfig, ModelConfig, NoiseConfig
+from packsaddle.config import AnyCompressor, Config, DataConfig, ModelConfig, NoiseConfig
 
 EPOCHS = 60.0
 # The loss of the best constant output: the mean variance of a pixel of the training digits.
@@ -10,7 +10,7 @@ PLATEAU = 0.0735
 
 def configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[str, Config]:
     """Return the four runs by folder name: they differ in compressor and noise alone."""
-    settings: dict[str, tuple[str, Identity | RandomK | TopK, float]] = {
+    settings: dict[str, tuple[str, AnyCompressor, float]] = {
         "dense": ("dense", Identity(), 0.0),
         "dense-noise": ("dense + noise", Identity(), 0.003),
         "randomk-noise": ("RandomK 1% + noise", RandomK(0.01), 0.003),

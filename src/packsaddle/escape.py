@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from packsaddle.average import Channel
+from packsaddle.channel import Channel
 from packsaddle.flat import FlatParameters
 from packsaddle.sketch import NormSketch
 

@@ -1,14 +1,14 @@
 """Groups of workers. This is the only module that imports torch.distributed.
 
-A group has three collectives. `Solo` is the group of one, `TorchGroup` a torch.distributed process group (gloo
-or NCCL); `packsaddle.simulate` adds a group of threads. What to send, and the count of its bytes, is `average`.
+A group has four collectives. `Solo` is the group of one, `TorchGroup` a torch.distributed process group (gloo
+or NCCL); `packsaddle.simulate` adds a group of threads. What to send is `average`'s part, counting bytes `channel`'s.
 """
 
 import multiprocessing
 import os
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -33,6 +33,10 @@ class Group(ABC):
         """Return every worker's tensor, by rank; equal shapes and dtypes everywhere."""
 
     @abstractmethod
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Send outgoing[r], flat, to worker r, and return what each sent here, by rank; sizes[r] elements from r."""
+
+    @abstractmethod
     def broadcast(self, tensor: Tensor) -> None:
         """Replace the tensor by rank 0's, in place."""
 
@@ -48,6 +52,9 @@ class Solo(Group):
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return [outgoing[0]]
 
     def broadcast(self, tensor: Tensor) -> None:
         pass
@@ -68,6 +75,13 @@ class TorchGroup(Group):
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(gathered, tensor, group=self._group)
         return gathered
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        received = outgoing[0].new_empty(sum(sizes))
+        dist.all_to_all_single(
+            received, torch.cat(list(outgoing)), list(sizes), [len(t) for t in outgoing], self._group
+        )
+        return list(torch.split(received, list(sizes)))
 
     def broadcast(self, tensor: Tensor) -> None:
         source = 0 if self._group is None else dist.get_global_rank(self._group, 0)

@@ -60,6 +60,8 @@ class Training:
                 weight_decay=config.weight_decay,
                 seed=config.seed,
                 dense_below=config.dense_below,
+                exchange=config.exchange,
+                back=config.back,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error

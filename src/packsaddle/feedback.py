@@ -5,12 +5,12 @@ same algorithm for every compressor with C(c v) = c C(v). When eta changes, keep
 rescaling of e by eta_old / eta_new that leaves y = x - eta e continuous, and eta = 0 needs no special case.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from packsaddle.compress import Compressor, Message
+from packsaddle.average import Term
 from packsaddle.flat import FlatParameters
 
 
@@ -49,9 +49,10 @@ class ErrorMemory:
                 view.zero_()
         return self.pending
 
-    def absorb(self, compressor: Compressor, own: Message) -> None:
+    def absorb(self, sent: Iterable[Term]) -> None:
         """Subtract what this worker sent, C(.) on the compressed part and everything on the dense one (line 12)."""
-        compressor.add_decoded(own, self.pending[: self._flat.compressed_d], alpha=-1.0)
+        for term in sent:
+            term.add_to(self.pending, -1.0)
         self.pending[self._flat.compressed_d :].zero_()
 
     def reset(self) -> None:

@@ -49,7 +49,8 @@ class FlatParameters:
             else:
                 self.runs.append(Run(owner[i], self.d, stop))
             self.d = stop
-        self.compressed_d = sum(p.numel() for p, is_dense in zip(self.parameters, dense, strict=True) if not is_dense)
+        self.compressed = [i for i in order if not dense[i]]  # parameters, in flat order
+        self.compressed_d = sum(self.parameters[i].numel() for i in self.compressed)
         self._flatten()
 
     def _check(self) -> None:

@@ -1,6 +1,6 @@
 """The ledger: how many bytes this worker put on the wire and took from it, by step and by purpose."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,11 @@ class Ledger:
 
     def __init__(self) -> None:
         self._spans: list[Span] = []
-        self._totals: dict[str, Bytes] = {}
+        self._totals: dict[tuple[str, str], Bytes] = {}  # by purpose and collective
 
-    def add(self, step: int, purpose: str, moved: Bytes) -> None:
-        """Record bytes moved at a step; steps must not decrease."""
-        self._totals[purpose] = self._totals.get(purpose, Bytes()) + moved
+    def add(self, step: int, purpose: str, collective: str, moved: Bytes) -> None:
+        """Record bytes that a collective moved for a purpose at a step; steps must not decrease."""
+        self._totals[purpose, collective] = self._totals.get((purpose, collective), Bytes()) + moved
         current = dict(self.at(step))
         current[purpose] = current.get(purpose, Bytes()) + moved
         self._put(step, current)
@@ -66,19 +66,30 @@ class Ledger:
 
     @property
     def by_purpose(self) -> Mapping[str, Bytes]:
-        """Totals by purpose."""
-        return dict(self._totals)
+        """Totals by purpose: values, indices, scales, padding, dense, reset, ..."""
+        return self._sum(0)
+
+    @property
+    def by_collective(self) -> Mapping[str, Bytes]:
+        """Totals by collective: all-reduce, all-gather, all-to-all, broadcast."""
+        return self._sum(1)
+
+    def _sum(self, position: int) -> Mapping[str, Bytes]:
+        sums: dict[str, Bytes] = {}
+        for key, moved in self._totals.items():
+            sums[key[position]] = sums.get(key[position], Bytes()) + moved
+        return sums
 
     @property
     def total(self) -> Bytes:
         """The total over all steps and purposes."""
         return sum(self._totals.values(), Bytes())
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> list[list[Any]]:
         """Return the totals as plain types; the per-step history is not kept across checkpoints."""
-        return {name: [b.payload, b.sent, b.received] for name, b in self._totals.items()}
+        return [[*key, b.payload, b.sent, b.received] for key, b in self._totals.items()]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
         """Restore totals saved by `state_dict`."""
-        self._totals = {name: Bytes(*counts) for name, counts in state.items()}
+        self._totals = {(purpose, collective): Bytes(*counts) for purpose, collective, *counts in state}
         self._spans = []

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.average import Channel, average
+from packsaddle.average import Averaged
+from packsaddle.channel import Channel
+from packsaddle.choose import choose
 from packsaddle.compress import Compressor, Identity, RandomK
 from packsaddle.escape import Escape, EscapeCheck, Reset
 from packsaddle.exchange import resolve
@@ -33,6 +35,9 @@ class CompressedSGD(Optimizer):
         seed: seed of all shared randomness; the same on every worker.
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent dense;
             0 compresses everything.
+        exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
+            "coordinator", or "auto", by predicted bytes (see `choose`; the reason is in `opt.choice`).
+        back: what compresses the mean on its way back in "two-way" and "coordinator".
         process_group: a torch.distributed process group; None is the default group if there is one, else
             this process alone.
 
@@ -53,6 +58,8 @@ class CompressedSGD(Optimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
         dense_below: int = 1024,
+        exchange: str = "direct",
+        back: Compressor | None = None,
         process_group: Any = None,
     ) -> None:
         if not isinstance(compressor, Compressor):
@@ -73,10 +80,18 @@ class CompressedSGD(Optimizer):
                 f"elements (dense_below=0 compresses everything)",
                 stacklevel=2,
             )
-        self.compressor = compressor
+        self.compressor = compressor.for_tensors([self._flat.parameters[i].shape for i in self._flat.compressed])
         self.seed = seed
         self.ledger = Ledger()
         self.channel = Channel(resolve(process_group), self.ledger)
+        self.choice = choose(
+            self.compressor,
+            exchange,
+            d=self._flat.compressed_d,
+            dense=self._flat.d - self._flat.compressed_d,
+            workers=self.channel.group.size,
+            back=back,
+        )
         self.resets: list[Reset] = []
         self._step = 0
         self._memory = ErrorMemory(self._flat)
@@ -107,21 +122,31 @@ class CompressedSGD(Optimizer):
         self.channel.step = t = self._step
         xi = self._perturbation.draw(self._memory.pending, seed=self.seed, step=t)  # line 9
         corrected = self._memory.correct(self._each("lr"), self._each("weight_decay"), xi)
-        g = average(
-            self.channel, self.compressor, corrected, self._flat.compressed_d, seed=self.seed, step=t
-        )  # line 10
-        g.subtract_from(self._flat.x, self.compressor)  # line 11
-        self._memory.absorb(self.compressor, g.own)  # line 12
+        compressed, dense = corrected[: self._flat.compressed_d], corrected[self._flat.compressed_d :]
+        g = self.choice.protocol.average(self.channel, compressed, dense, seed=self.seed, step=t)  # line 10
+        self._apply(g)  # line 11
+        self._memory.absorb(g.own)  # line 12
         self._step = t + 1
         self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
         return loss
 
+    def _apply(self, g: Averaged) -> None:
+        """x <- x - mean_i g^(i); eta is already in the messages."""
+        for term in g.mean:
+            term.add_to(self._flat.x, -1.0)
+        self._flat.x[self._flat.compressed_d :].sub_(g.dense)
+
+    def _outstanding(self) -> Tensor:
+        """This worker's part of eta e: its own memory, and what the protocol holds back."""
+        return self.choice.protocol.add_residual(self._memory.pending)
+
     def _check_escape(self) -> None:
         if self._escape is None:
             return
-        reset = self._escape.run(self._step, self._memory.pending)
+        reset = self._escape.run(self._step, self._outstanding())
         if reset is not None:
             self._memory.reset()
+            self.choice.protocol.reset()
             self.resets.append(reset)
 
     def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
@@ -177,7 +202,7 @@ class CompressedSGD(Optimizer):
         return self._flat.in_order(self._flat.x - self._mean_pending())
 
     def _mean_pending(self) -> Tensor:
-        return self.channel.mean(self._memory.pending.clone(), "inspection")
+        return self.channel.mean(self._outstanding().clone(), "inspection")
 
     def _flat_state(self) -> dict[str, Tensor]:
         """The flat vectors of a checkpoint: this worker's eta e^(i), and x_t' if there is an escape check."""
@@ -197,6 +222,7 @@ class CompressedSGD(Optimizer):
         for group in state["param_groups"]:
             group["step"], group["seed"] = self._step, self.seed
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
+        state["exchange"] = self.choice.protocol.state_dict()
         state["ledger"] = self.ledger.state_dict()
         return state
 
@@ -224,4 +250,5 @@ class CompressedSGD(Optimizer):
         for group in self.param_groups:
             for name in ("step", "seed", "anchor_step"):
                 group.pop(name, None)
-        self.ledger.load_state_dict(state_dict.get("ledger", {}))
+        self.choice.protocol.load_state_dict(state_dict.get("exchange", {}))
+        self.ledger.load_state_dict(state_dict.get("ledger", []))

@@ -20,7 +20,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     table with a `kind`, the class's name. Raises ConfigError.
     """
     hints = get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    fields = {f.name: f for f in _public_fields(cls)}
     for key in data:
         if key not in fields:
             raise ConfigError(f"unknown key {_join(where, key)}{_nearest(key, list(fields))}")
@@ -35,11 +35,16 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         raise ConfigError(f"{where}: {error}" if where else str(error)) from error
 
 
+def _public_fields(cls: Any) -> list[dataclasses.Field[Any]]:
+    """The fields a configuration may set: not those that code fills in."""
+    return [f for f in dataclasses.fields(cls) if f.init and not f.metadata.get("internal")]
+
+
 def plain(value: Any) -> Any:
     """Return a dataclass as dictionaries and lists that `build` reads back; members of unions keep their `kind`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = get_type_hints(type(value))
-        return {f.name: _plain_field(hints[f.name], getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: _plain_field(hints[f.name], getattr(value, f.name)) for f in _public_fields(type(value))}
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -57,12 +62,14 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    if value is None and type(None) in get_args(hint):
+        return None
     if choices := _choices(hint):
         return _convert_choice(choices, value, where)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):  # X | None
         (inner,) = (a for a in args if a is not type(None))
-        return None if value is None else _convert(inner, value, where)
+        return _convert(inner, value, where)
     if origin is Literal:
         if value not in args:
             raise ConfigError(
@@ -89,7 +96,7 @@ def _convert_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
     if not isinstance(value, Mapping) or "kind" not in value:
         raise ConfigError(f"{where} must be a table with a kind, one of {', '.join(by_name)}; got {value!r}")
     kind = value["kind"]
-    if kind not in by_name:
+    if not isinstance(kind, str) or kind not in by_name:
         raise ConfigError(f"{where}.kind must be one of {', '.join(by_name)}, got {kind!r}{_nearest(kind, by_name)}")
     return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where)
 

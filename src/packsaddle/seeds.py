@@ -24,6 +24,7 @@ class Stream(IntEnum):
     BATCH = 4  # which examples a worker reads
     SHARD = 5  # how the examples are dealt to the workers
     INIT = 6  # the starting point x_0
+    ROUNDING = 7  # stochastic rounding
 
 
 def mix(*words: int) -> int:

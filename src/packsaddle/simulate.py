@@ -7,7 +7,7 @@ scheduling, and a script written for torchrun runs unchanged.
 
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -28,8 +28,8 @@ class _Turns:
         self.size = size
         self._turn = 0
         self._changed = threading.Condition()
-        self._table: list[tuple[str, Tensor] | None] = [None] * size
-        self._result: list[Tensor] = []
+        self._table: list[tuple[str, tuple[Tensor, ...]] | None] = [None] * size
+        self._result: list[tuple[Tensor, ...]] = []
         self._finished = 0
         self.failure: BaseException | None = None
 
@@ -56,26 +56,26 @@ class _Turns:
         self._finished += 1
         self._pass_on(rank)
 
-    def exchange(self, rank: int, kind: str, tensor: Tensor) -> list[Tensor]:
-        """Put a copy on the table and return, once all have, what the collective gives (not to be changed)."""
+    def exchange(self, rank: int, kind: str, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """Put copies on the table and return, once all have, what the collective gives (not to be changed)."""
         if self._finished:
             raise RuntimeError(f"worker {rank} calls {kind}, but {self._finished} workers have finished")
-        self._table[rank] = (kind, tensor.clone())
+        self._table[rank] = (kind, tuple(t.clone() for t in tensors))
         self._pass_on(rank)
         self.wait(rank)
         if rank == 0:  # the first to be woken, after everyone has put something down
-            tensors = self._clear_table()
-            self._result = [_sum(tensors)] if kind == "all_reduce" else tensors
+            entries = self._clear_table()
+            self._result = [(_sum([t for (t,) in entries]),)] if kind == "all_reduce" else entries
         return self._result
 
-    def _clear_table(self) -> list[Tensor]:
+    def _clear_table(self) -> list[tuple[Tensor, ...]]:
         entries = [entry for entry in self._table if entry is not None]
-        calls = [(kind, tuple(t.shape), t.dtype) for kind, t in entries]
+        calls = [(kind, *((tuple(t.shape), t.dtype) for t in ts if kind != "all_to_all")) for kind, ts in entries]
         for rank, call in enumerate(calls):
             if call != calls[0]:
                 raise RuntimeError(f"workers disagree: worker 0 calls {calls[0]}, worker {rank} calls {call}")
         self._table = [None] * self.size
-        return [t for _, t in entries]
+        return [tensors for _, tensors in entries]
 
 
 def _sum(tensors: list[Tensor]) -> Tensor:
@@ -94,13 +94,16 @@ class SimulatedGroup(Group):
         self._turns = turns
 
     def all_reduce(self, tensor: Tensor) -> None:
-        tensor.copy_(self._turns.exchange(self.rank, "all_reduce", tensor)[0])
+        tensor.copy_(self._turns.exchange(self.rank, "all_reduce", tensor)[0][0])
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        return [t.clone() for t in self._turns.exchange(self.rank, "all_gather", tensor)]
+        return [t.clone() for (t,) in self._turns.exchange(self.rank, "all_gather", tensor)]
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return [ts[self.rank].clone() for ts in self._turns.exchange(self.rank, "all_to_all", *outgoing)]
 
     def broadcast(self, tensor: Tensor) -> None:
-        tensor.copy_(self._turns.exchange(self.rank, "broadcast", tensor)[0])
+        tensor.copy_(self._turns.exchange(self.rank, "broadcast", tensor)[0][0])
 
 
 def simulate(worker: Callable[[int], T], workers: int) -> list[T]:

@@ -7,8 +7,9 @@ Theorem 3.2's faster rate applies.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,25 +17,36 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Message:
-    """C(v) as it travels: `payload` crosses the wire, `support` every worker knows without being told."""
+    """C(v) as it travels: `parts` cross the wire; `context` every worker knows without being told."""
 
-    payload: tuple[Tensor, ...]  # flat tensors
-    support: Tensor | None = None  # int64[k], from shared randomness; costs no bytes
+    parts: Mapping[str, Tensor]  # flat tensors by what they are for: "values", "indices", "scales", ...
+    context: Any = None  # from shared randomness, such as RandomK's support; costs no bytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the payload."""
-        return sum(part.numel() * part.element_size() for part in self.payload)
+        """Bytes of all parts."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
 
 
 class Compressor(ABC):
     """A (possibly random) map C of flat vectors, written as `encode` to a message and `add_decoded` from it.
 
-    Subclasses are frozen dataclasses that write `mu`, `encode` and `add_decoded`. A linear one puts a
-    single floating tensor in its payload, linear in v.
+    A subclass is a frozen dataclass that writes `mu`, `encode` and `add_decoded`; `check_compressor` of
+    `packsaddle.testing` tries it. It also overrides
+    - `linear`, to return True, if it is; then `encode` makes one floating part, linear in v, whose length v does
+      not change;
+    - `receive` if its messages have a context;
+    - `private = True` if workers should use different randomness (as unbiased rounding should);
+    - `fixed_size = True` if the size of every part depends on d alone, which saves announcing sizes.
     """
 
-    linear: ClassVar[bool]
+    private: ClassVar[bool] = False
+    fixed_size: ClassVar[bool] = False
+
+    @property
+    def linear(self) -> bool:
+        """Whether C(a + b) = C(a) + C(b) for fixed randomness."""
+        return False
 
     @abstractmethod
     def mu(self, d: int) -> float:
@@ -48,8 +60,29 @@ class Compressor(ABC):
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         """Add alpha * C(v) to out, float[d], in place."""
 
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        """Return the message whose parts another worker sent; `seed` and `step` are those of its `encode`."""
+        return Message(parts)
+
     def validate(self, d: int) -> None:  # noqa: B027 -- optional to override, on purpose
         """Raise ValueError if this compressor cannot act on vectors of d coordinates."""
+
+    def restrict(self, part: int, d: int) -> "Compressor":
+        """Return what this compressor is on `part` coordinates of d, where a protocol compresses chunks."""
+        return self
+
+    def for_tensors(self, shapes: Sequence[torch.Size]) -> "Compressor":
+        """Return this compressor for vectors that are tensors of these shapes, one after the other."""
+        return self
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        """Predict the bytes of the message of a vector of d coordinates of `itemsize` bytes.
+
+        By default a Gaussian vector is compressed and its message weighed.
+        """
+        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
+        v = torch.randn(d, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return self.encode(v, seed=0, step=0).nbytes
 
     def __call__(self, v: Tensor, seed: int = 0, step: int = 0) -> Tensor:
         """Return the dense C(v), float[d], for a flat floating tensor v; raises ValueError on any other input."""

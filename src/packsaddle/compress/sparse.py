@@ -1,13 +1,16 @@
-"""Compressors that send some coordinates exactly and none of the others: Identity, RandomK, TopK."""
+"""Compressors that send some coordinates (nearly) exactly and none of the others."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from packsaddle.compress import wire
 from packsaddle.compress.base import Compressor, Message
+from packsaddle.compress.wire import ValueFormat
 from packsaddle.seeds import Stream, mix, sample_without_replacement
 
 
@@ -15,21 +18,28 @@ from packsaddle.seeds import Stream, mix, sample_without_replacement
 class Identity(Compressor):
     """C(v) = v: no compression, on the same code path as everything else. mu = 1, linear."""
 
-    linear: ClassVar[bool] = True
+    fixed_size: ClassVar[bool] = True
+
+    @property
+    def linear(self) -> bool:
+        return True
 
     def mu(self, d: int) -> float:
         return 1.0
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        return Message((v.clone(),))
+        return Message({"values": v.clone()})
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        out.add_(message.payload[0], alpha=alpha)
+        out.add_(message.parts["values"], alpha=alpha)
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        return d * itemsize
 
 
 @dataclass(frozen=True)
-class _KOfD(Compressor):
-    """What RandomK and TopK share: k coordinates of d, given as a ratio k/d or as k itself."""
+class KOfD(Compressor):
+    """What RandomK, TopK and SketchTopK share: k coordinates of d, given as a ratio k/d or as k itself."""
 
     ratio: float | None = None
     k: int | None = None
@@ -48,6 +58,9 @@ class _KOfD(Compressor):
         if self.k is not None and self.k > d > 0:
             raise ValueError(f"k of {type(self).__name__} must be at most d = {d} (the coordinates), got {self.k}")
 
+    def restrict(self, part: int, d: int) -> "KOfD":
+        return self if self.k is None else replace(self, k=min(part, max(1, round(self.k * part / d))))
+
     def count(self, d: int) -> int:
         """Return the number of coordinates sent of d: k, or ratio * d rounded and at least one."""
         if self.k is not None:
@@ -61,22 +74,35 @@ class _KOfD(Compressor):
 
 
 @dataclass(frozen=True)
-class RandomK(_KOfD):
+class RandomK(KOfD):
     """Keep k random coordinates, the same on every worker. mu = k/d, linear, no index bytes.
 
     Not rescaled by d/k: under error feedback the kept part must be a contraction, not unbiased.
     With `block_size` b > 1 the support is made of runs of b consecutive coordinates (the last one cut so
     that exactly k are kept): every coordinate is still kept with probability k/d, so mu and linearity
     are the same, and memory is moved in runs.
+
+    `values` rounds the values to fewer bits, and then C is not linear: an all-reduce would round the sum again,
+    where no error memory sees it. So rounded messages are gathered, still without index bytes, and each
+    worker's rounding error stays in its own memory.
     """
 
-    linear: ClassVar[bool] = True
+    fixed_size: ClassVar[bool] = True
     block_size: int = 1
+    values: ValueFormat | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.block_size, int) or self.block_size < 1:
             raise ValueError(f"block_size of RandomK must be a positive integer, got {self.block_size!r}")
+        _check_values(self, self.values)
+
+    @property
+    def linear(self) -> bool:
+        return self.values is None
+
+    def mu(self, d: int) -> float:
+        return super().mu(d) * wire.value_retention(self.values)
 
     def support(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the kept coordinates, int64[k], a pure function of (seed, step)."""
@@ -93,28 +119,89 @@ class RandomK(_KOfD):
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         support = self.support(v.numel(), seed=seed, step=step, device=v.device)
-        return Message((v[support],), support)
+        return Message(wire.encode_values(v[support], self.values), support)
+
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        return Message(parts, self.support(d, seed=seed, step=step, device=parts["values"].device))
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        assert message.support is not None
-        out.index_add_(0, message.support, message.payload[0].to(out.dtype), alpha=alpha)
+        out.index_add_(0, message.context, wire.decode_values(message.parts, out.dtype), alpha=alpha)
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        return wire.value_bytes(self.count(d), self.values, itemsize)
+
+
+class _CodedSupport(Compressor):
+    """A support that depends on v: its indices travel, coded in the fewest bytes, with the values."""
+
+    values: ValueFormat | None
+
+    def _message(self, v: Tensor, index: Tensor) -> Message:
+        index = index.sort().values
+        return Message(
+            {"indices": wire.encode_indices(index, v.numel()), **wire.encode_values(v[index], self.values)}, index
+        )
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        index = message.context  # the sender still knows it
+        if index is None:
+            index = wire.decode_indices(message.parts["indices"], message.parts["values"].numel(), out.numel())
+        out.index_add_(0, index, wire.decode_values(message.parts, out.dtype), alpha=alpha)
+
+    def _bytes(self, d: int, k: int, itemsize: int) -> float:
+        return math.ceil(wire.index_bits(d, k) / 8) + wire.value_bytes(k, self.values, itemsize)
 
 
 @dataclass(frozen=True)
-class TopK(_KOfD):
-    """Keep the k coordinates of largest magnitude. mu >= k/d, not linear; values and int32 indices travel."""
+class TopK(_CodedSupport, KOfD):
+    """Keep the k coordinates of largest magnitude. mu >= k/d, not linear; values and coded indices travel.
 
-    linear: ClassVar[bool] = False
+    `values` rounds the values to fewer bits; the rounding error stays in the error memory.
+    """
 
-    def validate(self, d: int) -> None:
-        super().validate(d)
-        if d >= 1 << 31:
-            raise ValueError(f"TopK codes indices as int32, so d must be below 2^31, got {d}")
+    values: ValueFormat | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_values(self, self.values)
+
+    def mu(self, d: int) -> float:
+        return super().mu(d) * wire.value_retention(self.values)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        index = torch.topk(v.abs(), self.count(v.numel()), sorted=False).indices
-        return Message((v[index], index.to(torch.int32)))
+        return self._message(v, torch.topk(v.abs(), self.count(v.numel()), sorted=False).indices)
 
-    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        values, index = message.payload
-        out.index_add_(0, index, values.to(out.dtype), alpha=alpha)
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        return self._bytes(d, self.count(d), itemsize)
+
+
+@dataclass(frozen=True)
+class AdaptiveTopK(_CodedSupport):
+    """Keep the smallest support that holds a share c of ||v||^2: a c-compressor for every v (Assumption D).
+
+    How many coordinates that takes varies from step to step.
+    """
+
+    share: float
+    values: ValueFormat | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share of AdaptiveTopK must be in (0, 1], got {self.share}")
+        _check_values(self, self.values)
+
+    def mu(self, d: int) -> float:
+        return self.share * wire.value_retention(self.values)
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        magnitudes, order = v.abs().sort(descending=True)
+        # In units of the largest magnitude, whose square neither over- nor underflows.
+        energy = (magnitudes.double() / magnitudes[:1].double()).square_().cumsum_(0)
+        k = int((energy < self.share * energy[-1:]).sum()) + 1 if len(v) and magnitudes[0] > 0 else 0
+        return self._message(v, order[:k])
+
+
+def _check_values(compressor: Compressor, how: ValueFormat | None) -> None:
+    if how not in (None, "float32", "bfloat16", "float16", "int8"):
+        formats = "float32, bfloat16, float16 or int8"
+        raise ValueError(f"values of {type(compressor).__name__} must be {formats}, got {how!r}")

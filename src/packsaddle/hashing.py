@@ -1,0 +1,80 @@
+"""A count sketch whose hash has structure, so that sketching and reading back are a few shifted sums.
+
+v is cut into chunks of c coordinates; chunk b is rotated by a random rho_b and multiplied by a random sign sigma_b,
+and the chunks are summed: (S v)_q = sum_b sigma_b v[b, q - rho_b]. The estimate of coordinate (b, p) is
+sigma_b (S v)_{p + rho_b} = v[b, p] + sum_{b' != b} sigma_b sigma_b' v[b', p + rho_b - rho_b'].
+
+*Variance.* The signs of different chunks are independent, so the estimate is unbiased and the cross terms vanish;
+each other chunk adds one coordinate, uniform over that chunk since the rotations are. Hence the variance is
+sum_{b' != b} ||v_b'||^2 / c <= ||v||^2 / c, as for a count sketch with a table of d independent hashes
+(Charikar et al. 2002). Summed over coordinates, E||S^T S v - v||^2 = sum_b ||v_b||^2 (d - n_b) / c for chunks of n_b
+coordinates, at most ((d - n) / c) ||v||^2 with n the smallest chunk. No table: d / c rotations and signs, drawn from
+(seed, step).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packsaddle.seeds import Stream, generator
+
+
+@dataclass(frozen=True)
+class RowHash:
+    """One row of a sketch of c = `columns` counters over d coordinates."""
+
+    columns: int
+    rotations: tuple[int, ...]  # rho_b in [0, c), one per chunk
+    signs: tuple[float, ...]  # sigma_b, 1.0 or -1.0, one per chunk
+
+    @classmethod
+    def draw(cls, d: int, columns: int, *, seed: int, step: int, row: int = 0) -> "RowHash":
+        """Draw the hash of a row, a pure function of (seed, step, row), the same on every device."""
+        chunks = -(-d // columns)
+        rng = generator(seed, step, Stream.SKETCH, worker=row)
+        rotations = torch.randint(columns, (chunks,), generator=rng)
+        signs = torch.randint(2, (chunks,), generator=rng) * 2 - 1
+        return cls(columns, tuple(rotations.tolist()), tuple(signs.to(torch.float64).tolist()))
+
+    def sketch(self, v: Tensor) -> Tensor:
+        """Return S v, float[c], reading v once."""
+        c = self.columns
+        counters = torch.zeros(c, dtype=v.dtype, device=v.device)
+        for chunk, rho, sigma in zip(torch.split(v, c), self.rotations, self.signs, strict=True):
+            n = min(len(chunk), c - rho)  # before the rotation wraps round
+            counters[rho : rho + n].add_(chunk[:n], alpha=sigma)
+            if n < len(chunk):
+                counters[: len(chunk) - n].add_(chunk[n:], alpha=sigma)
+        return counters
+
+    def add_transposed(self, counters: Tensor, out: Tensor, alpha: float = 1.0) -> None:
+        """Add alpha S^T counters to out, float[d], in place: the estimate of every coordinate."""
+        doubled = torch.cat([counters, counters])  # a rotated row is a slice of it
+        for chunk, rho, sigma in zip(torch.split(out, self.columns), self.rotations, self.signs, strict=True):
+            chunk.add_(doubled[rho : rho + len(chunk)], alpha=alpha * sigma)
+
+
+def median_estimates(hashes: list[RowHash], tables: Tensor) -> Tensor:
+    """Return the median over rows of the estimates of every coordinate, float[d]; tables is float[rows, c]."""
+    d_of = [len(h.rotations) for h in hashes]
+    assert len(set(d_of)) == 1
+    c = hashes[0].columns
+    doubled = torch.cat([tables, tables], dim=1)
+    chunks = []
+    for b in range(d_of[0]):
+        rows = [doubled[r, h.rotations[b] : h.rotations[b] + c] * h.signs[b] for r, h in enumerate(hashes)]
+        chunks.append(_median(rows))
+    return torch.cat(chunks)
+
+
+def _median(rows: list[Tensor]) -> Tensor:
+    """The median of an odd number of vectors, elementwise; of an even number, the mean of the middle two."""
+    if len(rows) == 1:
+        return rows[0]
+    if len(rows) == 3:  # a min-max network is several times faster than a sort
+        a, b, c = rows
+        return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+    ordered = torch.stack(rows).sort(dim=0).values
+    n = len(rows)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2
