@@ -85,7 +85,7 @@ def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path:
         assert summaries[name]["workers"] == 2
         assert len(summaries[name]["resets"]) >= 2
         saved = json.loads((folder / "config.json").read_text())
-        assert saved["compressor"] == {"kind": "TopK", "ratio": 0.1, "k": None}
+        assert saved["compressor"] == {"kind": "TopK", "ratio": 0.1, "k": None, "values": None}
         assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
         for part in ("model", "worker-0", "worker-1"):
             torch.load(folder / "checkpoint" / f"{part}.pt", weights_only=True)
@@ -150,9 +150,11 @@ REFUSALS = {
     ("run", "CONFIG", "--workers", "0"): "workers must be positive and finite, got 0",
     ("run", "CONFIG", "--workers", "11", "--set", "data.shard=class"): "worker 10 of 11 gets no examples",
     ("run", "CONFIG", "--out", "EMPTY"): "exists already; choose another with --out",
-    ("demo", "--workers", "0"): "workers must be at least 1, got 0",
+    ("demo", "--workers", "0"): "workers must be positive and finite, got 0",
     ("demo", "--out", "EMPTY"): "exists already; choose another with --out",
     ("report", "EMPTY"): "is not a run folder",
+    ("compressors", "--ratio", "2"): "ratio of RandomK must be in (0, 1], got 2.0",
+    ("compressors", "--d", "0"): "d and workers must be at least 1, got 0 and 4",
     ("report",): "report needs at least one run folder",
 }
 
@@ -199,6 +201,21 @@ def test_demo_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert summaries["dense"]["compression"] == 1.0
     assert summaries["randomk-noise"]["compression"] > 40
     assert summaries["topk-noise"]["compression"] > 25
+
+
+def test_compressors_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The list agrees with the protocols' own arithmetic, for d = 5000 and three workers."""
+    assert in_process(monkeypatch, "compressors", "--d", 5000, "--workers", 3, "--ratio", "0.02", "--json") == 0
+    entries = {e["compressor"]: e for e in map(json.loads, capsys.readouterr().out.splitlines())}
+    dense, random_k = entries["Identity()"], entries["RandomK(ratio=0.02)"]
+    assert dense["sent"] == dense["received"] == round(4 / 3 * 4 * 5000)
+    assert (random_k["mu"], random_k["linear"], random_k["protocol"]) == (0.02, True, "all-reduce")
+    assert random_k["sent"] == round(4 / 3 * 4 * 100)
+    sign = next(e for name, e in entries.items() if name.startswith("Sign"))
+    assert sign["sent"] == 2 * (5000 // 8 + 4)
+    assert sign["kept"] == pytest.approx(2 / 3.14159, abs=0.02)
+    assert in_process(monkeypatch, "compressors", "--d", 5000) == 0
+    assert "QSGD" in capsys.readouterr().out
 
 
 def test_demo_plateau_is_the_best_constant() -> None:

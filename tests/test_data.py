@@ -52,6 +52,12 @@ def test_image_folder(tmp_path: Path) -> None:
     assert images.levels.shape == (4, 3, 4, 5)
     assert images.labels.tolist() == [0, 0, 1, 1]
     assert images.levels[3, :, 0, 0].tolist() == [10, 1, 0]
+    few = [load_images(DataConfig("folder", limit=3), tmp_path, train=True) for _ in range(2)]
+    assert few[0].classes == 2  # of the whole folder, whatever the three are
+    assert torch.equal(few[0].levels, few[1].levels)
+    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "cow")
+    with pytest.raises(ConfigError, match="must have the same classes; only one has cat, cow"):
+        load_images(DataConfig("folder"), tmp_path, train=False)
 
 
 def test_bad_image_folders(tmp_path: Path) -> None:

@@ -107,6 +107,41 @@ def test_nan_rolls_back() -> None:
     assert not opt.resets[0].committed
 
 
+def test_a_nan_in_the_error_is_not_committed() -> None:
+    """RandomK has not sent the NaN yet, so f(x_t) is finite and lower; y_t = x_t - eta e_t is not to be accepted."""
+    x = nn.Parameter(torch.ones(4, 1))
+    compressor = RandomK(k=1)
+    opt = CompressedSGD([x], 0.1, compressor=compressor, dense_below=0, escape=Escape(1, 1e9, lambda: x.sum()))
+    sent = int(compressor.support(4, seed=0, step=0))
+    x.grad = torch.ones(4, 1)
+    x.grad[(sent + 1) % 4] = float("nan")
+    opt.step()
+    assert not opt.resets[0].committed
+    assert opt.resets[0].candidate < opt.resets[0].anchor
+    assert torch.equal(x, torch.ones(4, 1))
+    assert not opt.error().any()
+
+
+@pytest.mark.parametrize("compare", ["x", "y"])
+def test_an_objective_that_raises_leaves_x_where_it_was(compare: str) -> None:
+    calls = []
+
+    def objective() -> float:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return 0.0
+
+    x = nn.Parameter(torch.ones(2))
+    rule = Escape(1, 1e9, objective, compare=compare)  # type: ignore[arg-type]
+    opt = CompressedSGD([x], 0.1, compressor=Identity(), escape=rule)
+    x.grad = torch.ones(2)
+    opt.step()
+    with pytest.raises(MemoryError):
+        opt.step()
+    assert torch.allclose(x, torch.full((2,), 0.8))
+
+
 @pytest.mark.parametrize("compare", ["x", "y"])
 def test_bytes_of_a_check(compare: str) -> None:
     """A commit costs d floats, and so does every comparison at y; a rollback at x only the objectives."""

@@ -8,17 +8,17 @@ import packsaddle
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
     {"flat", "seeds", "ledger", "schema", "exchange", "compress.wire", "compress.base"},
-    {"noise", "simulate", "sketch", "hashing", "progress", "runfolder", "channel"},
+    {"noise", "simulate", "sketch", "hashing", "progress", "runfolder", "channel", "monitor", "state"},
     {"compress.sparse", "compress.quantize", "compress.lowrank"},
     {"compress.sketching"},
     {"compress"},
-    {"average", "testing"},
+    {"average", "testing", "agree"},
     {"owners", "feedback", "escape"},
     {"choose"},
     {"config"},
     {"data", "demo"},
     {"models", "figures"},
-    {"optimizer", "report"},
+    {"optimizer", "report", "catalogue"},
     {"experiment"},
     {"cli"},
 ]

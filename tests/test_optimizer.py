@@ -1,5 +1,6 @@
 """CompressedSGD as a torch optimizer: state, schedulers, groups, closures, dense tensors, refusals."""
 
+import copy
 import io
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from packsaddle import CompressedSGD, Escape, Identity, Ramp, RandomK, TopK
+from packsaddle import CompressedSGD, Escape, Identity, LowRank, Ramp, RandomK, Sign, TopK, simulate
 
 
 def problem(seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
@@ -81,11 +82,20 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
     opt = make(model, data)
     train(model, data, opt, 3)
     error, state = opt.error(), opt.state_dict()
-    with pytest.raises(ValueError, match="seed is 3, but the state was saved under seed 4"):
+    with pytest.raises(ValueError, match="seed is 3 here, but the state was saved with seed 4"):
         opt.load_state_dict(make(problem()[0], data, seed=4).state_dict())
     with pytest.raises(ValueError, match=r'state "anchor" of 0\.weight must have shape \(20, 6\), found nothing'):
         opt.load_state_dict(make(problem()[0], data, escape=None).state_dict())
-    other = CompressedSGD(nn.Linear(20, 6).parameters(), 0.1, compressor=Identity(), seed=3)
+    with pytest.raises(ValueError, match="the state is of 2 parameters, and there are 4"):
+        opt.load_state_dict(
+            CompressedSGD(nn.Linear(20, 6).parameters(), 0.1, compressor=Identity(), seed=3).state_dict()
+        )
+    groups = [{k: v for k, v in g.items() if k != "step"} for g in state["param_groups"]]
+    with pytest.raises(ValueError, match="the state has no step in its parameter groups"):
+        opt.load_state_dict({**state, "param_groups": groups})
+    shapes = list(problem()[0].parameters())
+    shapes[0] = nn.Parameter(torch.zeros(6, 20, dtype=torch.float64))
+    other = CompressedSGD(shapes, 0.1, compressor=Identity(), seed=3)
     with pytest.raises(ValueError, match=r"must have shape \(20, 6\), found shape \(6, 20\)"):
         opt.load_state_dict(other.state_dict())
     assert torch.equal(opt.error(), error)
@@ -253,3 +263,122 @@ def test_refusals() -> None:
 def test_nothing_to_compress_is_said() -> None:
     with pytest.warns(UserWarning, match=r"nothing will be compressed.*dense_below=1024"):
         CompressedSGD([nn.Parameter(torch.ones(3, 3))], 0.1)
+
+
+def test_torch_checkpoint_tools_round_trip() -> None:
+    """torch's distributed checkpoint names parameters instead of numbering them."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, data = problem()
+    opt = make(model, data)
+    train(model, data, opt, 5)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    error, steps = opt.error(), opt.steps
+    train(model, data, opt, 3)
+    set_optimizer_state_dict(model, opt, saved)
+    assert torch.equal(opt.error(), error)
+    assert opt.steps == steps
+
+
+def test_another_workers_state_is_refused() -> None:
+    def worker(rank: int) -> str:
+        model, data = problem()
+        opt = make(model, data)
+        train(model, data, opt, 2)
+        states.append(opt.state_dict())
+        opt.error()  # a collective: both states are there after it
+        if rank == 1:
+            with pytest.raises(ValueError, match="rank is 1 here, but the state was saved with rank 0"):
+                opt.load_state_dict(states[0])
+        return "done"
+
+    states: list[Any] = []
+    assert simulate(worker, 2) == ["done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        ({"seed": 1}, r"worker 0 has seed=0 and worker 1 has seed=1"),
+        ({"compressor": TopK(0.2)}, r"worker 0 has compressor=RandomK\(ratio=0\.2.* and worker 1 has compressor=TopK"),
+        ({"exchange": "two-way"}, "worker 0 has exchange='direct' and worker 1 has exchange='two-way'"),
+    ],
+)
+def test_workers_with_other_arguments_are_told_at_the_start(difference: dict[str, Any], message: str) -> None:
+    def worker(rank: int) -> None:
+        arguments = {"seed": 0, "compressor": RandomK(0.2), **(difference if rank else {})}
+        CompressedSGD([nn.Parameter(torch.ones(40, 40))], 0.1, **arguments)
+
+    with pytest.raises(ValueError, match=message):
+        simulate(worker, 2)
+
+
+def test_a_model_of_another_size_is_told_at_the_start() -> None:
+    with pytest.raises(ValueError, match="worker 0 has numel=1600 and worker 1 has numel=3200"):
+        simulate(lambda rank: CompressedSGD([nn.Parameter(torch.ones(40 * (1 + rank), 40))], 0.1), 2)
+
+
+def test_seed_must_be_an_integer() -> None:
+    import numpy as np
+
+    w = nn.Parameter(torch.ones(40, 40))
+    with pytest.raises(ValueError, match=r"seed must be an integer, got 1\.5"):
+        CompressedSGD([w], 0.1, seed=1.5)  # type: ignore[arg-type]
+    opt = CompressedSGD([w], 0.1, seed=np.int64(5), noise=0.1)
+    opt.step()
+
+
+def test_copying_is_refused() -> None:
+    opt = CompressedSGD([nn.Parameter(torch.ones(40, 40))], 0.1)
+    with pytest.raises(TypeError, match="cannot be copied or pickled; use state_dict"):
+        copy.deepcopy(opt)
+
+
+def test_a_sparse_gradient_leaves_the_memory_alone() -> None:
+    embedding = nn.Embedding(50, 40, sparse=True)
+    opt = CompressedSGD(embedding.named_parameters(), 0.1, noise=1.0)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradient"):
+        opt.step()
+    assert not opt.error().any()
+
+
+def test_sixteen_bit_parameters_lose_nothing() -> None:
+    """1,000 updates of 1e-3 on bfloat16 ones, each below half a unit in the last place, still arrive at 0."""
+    for dense_below in (0, 10**6):
+        p = nn.Parameter(torch.ones(64, 2, dtype=torch.bfloat16))
+        opt = CompressedSGD([p], 1e-3, compressor=Identity(), dense_below=dense_below)
+        for _ in range(1000):
+            p.grad = torch.ones_like(p)
+            opt.step()
+        assert opt.corrected().abs().max() < 1e-4
+        assert p.abs().max() < 0.01
+
+
+def test_monitor_measures_single_steps() -> None:
+    """RandomK of equal magnitudes keeps exactly k/d, TopK of one spike everything, a dense tensor everything."""
+    w, b = nn.Parameter(torch.zeros(20, 10)), nn.Parameter(torch.zeros(7))
+    opt = CompressedSGD([("w", w), ("b", b)], 0.5, compressor=RandomK(0.1), dense_below=8, monitor_every=2)
+    for step in range(2):
+        assert opt.monitor.whole is None
+        w.grad, b.grad = torch.ones_like(w), torch.full_like(b, 2.0)
+        if step:
+            opt._memory.reset()
+        opt.step()
+    assert opt.monitor.by_tensor["w"] == pytest.approx(0.1)
+    assert opt.monitor.by_tensor["b"] == 1.0
+    assert opt.monitor.whole == pytest.approx((20 + 4 * 7) / (200 + 4 * 7))
+    with pytest.raises(ValueError, match="monitor_every must be 0 or more steps, got -1"):
+        CompressedSGD([w], 0.1, dense_below=0, monitor_every=-1)
+
+
+@pytest.mark.parametrize("c", [Sign(per_tensor=True), LowRank()], ids=repr)
+def test_compressors_that_know_tensors(c: Any) -> None:
+    """The optimizer tells them where tensors are: matrices of rank one are kept whole, each tensor has its scale."""
+    ps = [nn.Parameter(torch.zeros(8, 6)), nn.Parameter(torch.zeros(5, 9))]
+    opt = CompressedSGD(ps, 1.0, compressor=c, dense_below=0)
+    for i, p in enumerate(ps):
+        rank_one = torch.linspace(1, 2, len(p))[:, None] * torch.ones(p.shape[1])
+        p.grad = torch.full_like(p, 10.0**i) if isinstance(c, Sign) else rank_one
+    opt.step()
+    assert torch.allclose(opt.error(), torch.zeros(93), atol=1e-5)

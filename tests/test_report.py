@@ -85,7 +85,9 @@ def test_what_is_not_a_run_folder(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"is not a run folder \(it has no config\.json\)"):
             read_runs([path])
     folder = make_run(tmp_path / "a", "a", LINES)
-    (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n{broken")
+    (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n{cut of")  # as a killed run leaves it
+    assert len(read_runs([folder])[0].metrics) == 1
+    (folder / "metrics.jsonl").write_text("{broken\n" + json.dumps(LINES[0]))
     with pytest.raises(ConfigError, match="is damaged"):
         read_runs([folder])
 

@@ -1,5 +1,8 @@
 """The simulation runs workers one at a time, in order, and says what is wrong when they do not match."""
 
+import os
+import signal
+
 import pytest
 import torch
 
@@ -61,6 +64,22 @@ def test_a_failure_ends_all_and_is_raised() -> None:
 
     with pytest.raises(KeyError, match="broken"):
         simulate(worker, 3)
+
+
+def test_an_interruption_ends_the_workers() -> None:
+    """Ctrl-C in the main thread: no worker goes on in the background."""
+    steps: list[int] = []
+
+    def worker(rank: int) -> None:
+        while len(steps) < 10**6:
+            steps.append(rank)
+            if len(steps) == 100:
+                os.kill(os.getpid(), signal.SIGINT)
+            resolve(None).all_reduce(torch.zeros(1))
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(worker, 2)
+    assert 100 <= len(steps) < 10**6
 
 
 def test_mismatched_collectives() -> None:

@@ -52,21 +52,22 @@ class Channel:
             self._count(name, "all-reduce", ring_all_reduce(elements * tensor.element_size(), self.group.size))
         return tensor
 
-    def gather(self, parts: Parts, *, fixed_size: bool) -> list[Parts]:
+    def gather(self, parts: Parts, *, fixed_size: bool, purpose: str | None = None) -> list[Parts]:
         """Return every worker's parts, by rank; names and dtypes are equal everywhere, and sizes if `fixed_size`.
 
-        Otherwise sizes are announced first, and shorter messages are padded to the longest.
+        Otherwise sizes are announced first, and shorter messages are padded to the longest. Bytes are entered
+        under the parts' names, "sizes" and "padding", or all under `purpose`.
         """
         wire = _join(parts)
         sizes = [_sizes(parts)] * self.group.size
         if not fixed_size:
             announced = self.group.all_gather(torch.tensor(sizes[0], device=wire.device))
             sizes = [s.tolist() for s in announced]
-            self._count("sizes", "all-gather", ring_all_gather(8 * len(parts), self.group.size))
+            self._count(purpose or "sizes", "all-gather", ring_all_gather(8 * len(parts), self.group.size))
         padding = max(map(sum, sizes)) - len(wire)
         gathered = self.group.all_gather(torch.nn.functional.pad(wire, (0, padding)))
         for name, size in zip((*parts, "padding"), (*_sizes(parts), padding), strict=True):
-            self._count(name, "all-gather", ring_all_gather(size, self.group.size))
+            self._count(purpose or name, "all-gather", ring_all_gather(size, self.group.size))
         return [_split(w, parts, s) for w, s in zip(gathered, sizes, strict=True)]
 
     def exchange(self, outgoing: Sequence[Parts | None], like: Parts) -> list[Parts]:

@@ -1,12 +1,12 @@
-"""The command line: packsaddle demo | run | report."""
+"""The command line: packsaddle demo | run | report | compressors."""
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.table import Table
 
 from packsaddle.config import load
 from packsaddle.exchange import WorkerFailedError, under_launcher
+from packsaddle.progress import megabytes
 from packsaddle.runfolder import Run, make_new, read_runs
 from packsaddle.schema import ConfigError
 
@@ -32,11 +33,16 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
         seed: Seed of everything random.
     """
     from packsaddle import demo as demonstration
+    from packsaddle.data import require
     from packsaddle.experiment import Job
     from packsaddle.report import write_report
 
-    _at_least_one(workers)
-    configs = demonstration.configs(workers, epochs, seed)
+    for module in ("matplotlib", "jinja2"):  # before the runs, not after
+        require(module, "plot", "the demo's report")
+    try:
+        configs = demonstration.configs(workers, epochs, seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     folder = out or _dated("demo")
     job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
     job.check(workers)
@@ -109,6 +115,43 @@ def report(
     print(f"report: {write_report(found, out or runs[0] / 'report', overwrite=overwrite)}")
 
 
+def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json: bool = False) -> None:
+    """List every compressor: contraction, linear or not, protocol, bytes of a step and time on this machine.
+
+    Args:
+        d: Coordinates of the vector tried.
+        ratio: Share of the coordinates, for those that have one.
+        workers: Workers, for the bytes.
+        json: Print JSON lines instead of a table.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from packsaddle import catalogue
+
+    if d < 1 or workers < 1:
+        raise ConfigError(f"d and workers must be at least 1, got {d} and {workers}")
+    try:
+        listed = catalogue.compressors(ratio)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if json:
+        for compressor in listed:
+            print(dumps(asdict(catalogue.measure(compressor, d, workers))))
+        return
+    table = Table("compressor", "mu", "kept", "linear", "protocol", "sent", "received", "ms")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for e in (catalogue.measure(compressor, d, workers) for compressor in listed):
+        linear = "yes" if e.linear else "no"
+        sent, received = megabytes(e.sent), megabytes(e.received)
+        table.add_row(
+            e.compressor, f"{e.mu:.2g}", f"{e.kept:.1%}", linear, e.protocol, sent, received, f"{e.milliseconds:.1f}"
+        )
+    table.caption = f"d = {d:,}, {workers} workers; mu holds for every vector, kept is measured on a Gaussian one"
+    _print(table)
+
+
 def _print_table(runs: Sequence[Run]) -> None:
     from packsaddle.report import HEADINGS, cells, row
 
@@ -117,6 +160,10 @@ def _print_table(runs: Sequence[Run]) -> None:
         column.justify = "right"
     for found in runs:
         table.add_row(*cells(row(found)))
+    _print(table)
+
+
+def _print(table: Table) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a pipe or a file has no width to fit
@@ -132,15 +179,13 @@ def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _at_least_one(workers: int) -> None:
-    if workers < 1:
-        raise ConfigError(f"workers must be at least 1, got {workers}")
+_COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "run": run, "report": report, "compressors": compressors}
 
 
 def main() -> None:
     """Entry point of the console script: bad input is one line on stderr and exit code 2."""
     try:
-        tyro.extras.subcommand_cli_from_dict({"demo": demo, "run": run, "report": report}, prog="packsaddle")
+        tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog="packsaddle")
     except ConfigError as error:
         if _is_first():
             print(f"packsaddle: error: {error}", file=sys.stderr)

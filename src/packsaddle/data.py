@@ -34,6 +34,7 @@ class Images:
     levels: Tensor  # uint8[n, channels, height, width]
     labels: Tensor  # int64[n]
     full_scale: int
+    classes: int
 
     def __len__(self) -> int:
         return len(self.levels)
@@ -50,7 +51,9 @@ def load_images(config: DataConfig, data_dir: Path | None, *, train: bool, downl
         return images
     if config.limit > len(images):
         raise ConfigError(f"data.limit must be at most {len(images)} (the examples of {config.name})")
-    return Images(images.levels[: config.limit], images.labels[: config.limit], images.full_scale)
+    # At random, since image folders are sorted by class; the same for every seed of a run.
+    chosen = torch.randperm(len(images), generator=generator(0, 0, Stream.SHARD))[: config.limit]
+    return Images(images.levels[chosen], images.labels[chosen], images.full_scale, images.classes)
 
 
 @lru_cache(maxsize=4)  # the workers of a simulation share one copy
@@ -63,15 +66,19 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
         raise ConfigError(f"--data-dir {data_dir} is not a folder")
     vision = require("torchvision", "vision", f"reading {name}")
     if name == "folder":
-        return _folder(vision, data_dir / ("train" if train else "test"))
+        return _folder(vision, data_dir, "train" if train else "test")
     reader = {"mnist": vision.datasets.MNIST, "cifar10": vision.datasets.CIFAR10}[name]
     try:
         dataset = reader(data_dir, train=train, download=download)
-    except RuntimeError:
+    except (RuntimeError, OSError) as error:
+        if download:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{name} could not be downloaded to --data-dir {data_dir}: {reason}") from None
         raise ConfigError(f"{name} is not in --data-dir {data_dir}; --download fetches it there") from None
     if name == "mnist":
-        return Images(dataset.data[:, None], dataset.targets, 255)
-    return Images(torch.as_tensor(dataset.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets), 255)
+        return Images(dataset.data[:, None], dataset.targets, 255, 10)
+    levels = torch.as_tensor(dataset.data).permute(0, 3, 1, 2).contiguous()
+    return Images(levels, torch.tensor(dataset.targets), 255, 10)
 
 
 def _digits(train: bool) -> Images:
@@ -79,16 +86,22 @@ def _digits(train: bool) -> Images:
     digits = require("sklearn.datasets", "digits", "the digits dataset").load_digits()
     levels, labels = torch.as_tensor(digits.images).to(torch.uint8)[:, None], torch.as_tensor(digits.target)
     chosen = (torch.arange(len(labels)) % 6 != 5) == train
-    return Images(levels[chosen], labels[chosen].to(torch.int64), 16)
+    return Images(levels[chosen], labels[chosen].to(torch.int64), 16, 10)
 
 
-def _folder(vision: ModuleType, root: Path) -> Images:
+def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
+    root, classes = data_dir / part, _classes(data_dir / "train")
     if not root.is_dir():
         raise ConfigError(f"an image folder needs train/CLASS/* and test/CLASS/*, but {root} is not a folder")
     try:
         dataset = vision.datasets.ImageFolder(root, transform=vision.transforms.PILToTensor())
     except FileNotFoundError as error:
         raise ConfigError(f"image folder {root}: {str(error).splitlines()[0]}") from None
+    if dataset.classes != classes:
+        difference = ", ".join(sorted(set(dataset.classes) ^ set(classes)))
+        raise ConfigError(
+            f"train and test of image folder {data_dir} must have the same classes; only one has {difference}"
+        )
     images: list[Tensor] = []
     for (path, _), index in zip(dataset.samples, range(len(dataset)), strict=True):
         try:
@@ -100,7 +113,11 @@ def _folder(vision: ModuleType, root: Path) -> Images:
                 f"images must be of one size, but {path} is {list(image.shape)}, not {list(images[0].shape)}"
             )
         images.append(image)
-    return Images(torch.stack(images), torch.tensor(dataset.targets), 255)
+    return Images(torch.stack(images), torch.tensor(dataset.targets), 255, len(classes))
+
+
+def _classes(root: Path) -> list[str]:
+    return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
 
 
 def shard(labels: Tensor, how: str, *, worker: int, workers: int, seed: int) -> Tensor:

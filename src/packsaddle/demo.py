@@ -22,7 +22,7 @@ def configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[str, Co
             model=ModelConfig("autoencoder", (256, 128, 64, 32, 10)),
             lr=1.0,
             epochs=epochs,
-            batch_size=max(1, 32 // workers),
+            batch_size=max(1, 32 // max(1, workers)),
             compressor=compressor,
             noise=NoiseConfig(std, lower_from=0.6 * epochs, lower_until=0.85 * epochs),
             label=label,

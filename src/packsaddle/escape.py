@@ -86,23 +86,32 @@ class EscapeCheck:
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
 
     def _compare(self, pending: Tensor) -> tuple[float, float, bool]:
-        """Line 6: leave x at y_t if the objective improved on x_t', else at x_t'."""
+        """Line 6: leave x at y_t if the objective improved on x_t', else at x_t'. If it raises, x is x_t again."""
         x, here = self._flat.x, self._flat.x.clone()
-        if self._rule.compare == "y":
-            x.copy_(self._commit(here, pending))
-        candidate = self._objective()
-        x.copy_(self.anchor)
-        anchor = self._objective()
-        committed = candidate < anchor
+        try:
+            y = self._corrected(here, pending) if self._rule.compare == "y" else None
+            if y is not None:
+                x.copy_(y)
+            candidate = self._objective()
+            x.copy_(self.anchor)
+            anchor = self._objective()
+        except BaseException:
+            x.copy_(here)
+            raise
+        if not candidate < anchor:
+            return candidate, anchor, False
+        y = self._corrected(here, pending) if y is None else y
+        # A NaN may wait in e_t although f(x_t) is finite: x has not received it yet. All workers see the same y.
+        committed = bool(torch.isfinite(y).all())
         if committed:
-            x.copy_(here if self._rule.compare == "y" else self._commit(here, pending))
+            x.copy_(y)
         return candidate, anchor, committed
 
-    def _commit(self, here: Tensor, pending: Tensor) -> Tensor:
-        """Turn x_t into y_t = x_t - eta e_t in place: a dense all-reduce, since e_t is a mean over workers."""
-        compressed = slice(0, self._flat.compressed_d)
-        here[compressed].sub_(self._channel.mean(pending[compressed].clone(), "reset"))
-        return here
+    def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
+        """Return y_t = x_t - eta e_t: a dense all-reduce, since e_t is a mean over workers."""
+        y, compressed = x.clone(), slice(0, self._flat.compressed_d)
+        y[compressed].sub_(self._channel.mean(pending[compressed].clone(), "reset"))
+        return y
 
     def _objective(self) -> float:
         """f at the parameters' present values: the mean over workers of what they return."""

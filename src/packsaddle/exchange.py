@@ -129,7 +129,8 @@ def process_group() -> Iterator[Group]:
     use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
     if use_nccl:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if use_nccl else "gloo")
+    # Scalars that live on the CPU (metrics, flags) travel by gloo even where vectors go by NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo")
     try:
         yield TorchGroup()
     finally:
@@ -147,6 +148,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     `entry` is called with the launcher's environment set (see `process_group`), and must be importable by
     name. Raises WorkerFailedError if a worker fails.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -167,4 +169,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         return elastic_launch(config, entry)(*args)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise WorkerFailedError(f"worker {rank} failed: {failure.message}") from error
+        message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+        raise WorkerFailedError(f"worker {rank} failed: {message}") from error
+    except SignalException:
+        raise KeyboardInterrupt from None

@@ -14,7 +14,7 @@ import packsaddle
 from packsaddle.config import Config, NoiseConfig
 from packsaddle.data import Batches, Images, load_images, shard
 from packsaddle.escape import Escape
-from packsaddle.exchange import launch, process_group, resolve
+from packsaddle.exchange import Solo, ambient_group, launch, process_group, resolve
 from packsaddle.models import make_task
 from packsaddle.noise import Ramp
 from packsaddle.optimizer import CompressedSGD
@@ -43,9 +43,8 @@ class Training:
         self.batches = Batches(self.shard, config.batch_size, worker=rank, seed=config.seed)
         self.steps_per_epoch = max(1, len(self.images) // (config.batch_size * size))
         self.steps = max(1, round(config.epochs * self.steps_per_epoch))
-        classes = int(self.images.labels.max()) + 1
         start = mix(config.seed, int(Stream.INIT)) >> 33
-        self.task = make_task(config.model, self.images.levels.shape[1:], classes, start).to(self.device)
+        self.task = make_task(config.model, self.images.levels.shape[1:], self.images.classes, start).to(self.device)
         self.optimizer = self._make_optimizer()
 
     def _make_optimizer(self) -> CompressedSGD:
@@ -62,6 +61,7 @@ class Training:
                 dense_below=config.dense_below,
                 exchange=config.exchange,
                 back=config.back,
+                monitor_every=config.log_every,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -69,11 +69,15 @@ class Training:
     def run(self, folder: RunFolder, *, quiet: bool) -> None:
         """Train, recording a line of metrics every `log_every` steps, then evaluate, summarise and checkpoint."""
         sums = torch.zeros(2, dtype=torch.float64)  # of the loss and of the gradient norm since the last line
+        final = torch.zeros(1, dtype=torch.float64)  # mean loss of the last epoch
         lines: list[dict[str, Any]] = []
         begin, since = time.perf_counter(), 0
         with live(self.config.label or folder.path.name, self.steps, quiet=quiet or self.group.rank != 0) as report:
             for step in range(self.steps):
-                sums += self._step(step)
+                measured = self._step(step)
+                sums += measured
+                if step >= self.steps - self.steps_per_epoch:
+                    final += measured[0] / min(self.steps, self.steps_per_epoch)
                 if (step + 1) % self.config.log_every == 0 or step + 1 == self.steps:
                     means = self.optimizer.channel.mean(sums / (step + 1 - since), "metrics")
                     lines.append(self._line(step + 1, means, time.perf_counter() - begin))
@@ -81,7 +85,7 @@ class Training:
                     if self.group.rank == 0:
                         folder.append_metrics(lines[-1])
                     sums, since = torch.zeros_like(sums), step + 1
-        self._finish(folder, lines)
+        self._finish(folder, lines[-1], self.optimizer.channel.mean(final, "metrics").item())
 
     def _step(self, step: int) -> Tensor:
         """One step of the algorithm; returns this worker's loss and gradient norm, float64[2]."""
@@ -103,15 +107,19 @@ class Training:
             **asdict(moved),
             "seconds": seconds,
             "resets": len(self.optimizer.resets),
+            "mu": self.optimizer.monitor.whole,
+            "mu_by_tensor": self.optimizer.monitor.by_tensor,
         }
 
-    def _finish(self, folder: RunFolder, lines: list[dict[str, Any]]) -> None:
-        test = self._test()
+    def _finish(self, folder: RunFolder, last: dict[str, Any], final_loss: float) -> None:
+        """Save the checkpoint before anything that could still fail, then evaluate and summarise."""
         folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.optimizer.state_dict())
+        if self.group.rank == 0:
+            weights = {k: v.clone() for k, v in self.task.network.state_dict().items()}
+            folder.save_tensors("checkpoint/model.pt", weights)
+        test = self._test()
         if self.group.rank != 0:
             return
-        folder.save_tensors("checkpoint/model.pt", {k: v.clone() for k, v in self.task.network.state_dict().items()})
-        last_epoch = [line["loss"] for line in lines if line["step"] > self.steps - self.steps_per_epoch]
         opt, ledger = self.optimizer, self.optimizer.ledger
         dense = self.steps * opt.numel * 4
         training = sum(b.payload for name, b in ledger.by_purpose.items() if name not in ("start", "metrics"))
@@ -121,7 +129,7 @@ class Training:
                 "label": self.config.label or folder.path.name,
                 "workers": self.group.size,
                 "steps": self.steps,
-                "final_loss": sum(last_epoch) / len(last_epoch),
+                "final_loss": final_loss,
                 **test,
                 "parameters": opt.numel,
                 "compressed_parameters": opt.compressed_numel,
@@ -129,7 +137,7 @@ class Training:
                 **asdict(ledger.total),
                 "bytes_by_purpose": {name: asdict(b) for name, b in ledger.by_purpose.items()},
                 "compression": dense / training if training else math.inf,
-                "seconds": lines[-1]["seconds"],
+                "seconds": last["seconds"],
                 "resets": [asdict(r) for r in opt.resets],
             },
         )
@@ -198,18 +206,23 @@ class Job:
                 shard(training.images.labels, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
     def claim(self) -> None:
-        """Make the folders on rank 0; collective, and if they cannot be made every worker raises ConfigError."""
-        group, problem = resolve(None), ""
+        """Check the job and make the folders, on rank 0; collective. If that fails, every worker stops: rank 0
+        with a ConfigError, the others with exit code 2."""
+        group, problem = resolve(None), None
         if group.rank == 0:
             try:
+                with ambient_group(Solo()):  # the check makes optimizers, which are collective
+                    self.check(group.size)
                 for folder in self.folders:
                     make_new(folder)
             except ConfigError as error:
-                problem = str(error)
-        failed = torch.tensor([float(bool(problem))])
+                problem = error
+        failed = torch.tensor([float(problem is not None)])
         group.broadcast(failed)
+        if problem is not None:
+            raise problem
         if failed:
-            raise ConfigError(problem or "worker 0 could not make the output folder")
+            raise SystemExit(2)
 
     def train(self) -> None:
         """Do the runs in the present group (see `exchange.resolve`); collective."""

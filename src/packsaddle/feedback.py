@@ -15,7 +15,7 @@ from packsaddle.flat import FlatParameters
 
 
 class ErrorMemory:
-    """This worker's eta e^(i), float[d], in at least single precision; zero on the dense part."""
+    """This worker's eta e^(i), float[d], in at least single precision; on the dense part only what rounding x lost."""
 
     def __init__(self, flat: FlatParameters) -> None:
         dtype = torch.promote_types(flat.x.dtype, torch.float32)
@@ -30,6 +30,9 @@ class ErrorMemory:
         a gradient counts as one whose gradient is zero; one that was frozen is left where it is.
         """
         flat = self._flat
+        for p, name in zip(flat.parameters, flat.names, strict=True):
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(f"{name} has a sparse gradient, which is not supported")
         for run in flat.runs:
             stretch, lr = slice(run.start, run.stop), lrs[run.group]
             if noise is not None:
@@ -39,9 +42,6 @@ class ErrorMemory:
                 self.pending[stretch].add_(flat.x[stretch], alpha=lr * decays[run.group])
         for members, lr in zip(flat.members, lrs, strict=True):
             grads = {i: g for i in members if (g := flat.parameters[i].grad) is not None}
-            for i, grad in grads.items():
-                if grad.is_sparse:
-                    raise RuntimeError(f"{flat.names[i]} has a sparse gradient, which is not supported")
             if grads:
                 torch._foreach_add_([self._views[i] for i in grads], list(grads.values()), alpha=lr)
         for p, view in zip(flat.parameters, self._views, strict=True):
@@ -49,11 +49,16 @@ class ErrorMemory:
                 view.zero_()
         return self.pending
 
-    def absorb(self, sent: Iterable[Term]) -> None:
-        """Subtract what this worker sent, C(.) on the compressed part and everything on the dense one (line 12)."""
+    def absorb(self, sent: Iterable[Term], lost: Tensor | None = None) -> None:
+        """Subtract what this worker sent, C(.) on the compressed part and everything on the dense one (line 12).
+
+        `lost`, float[d], is what x's own precision could not take; it is to be sent again.
+        """
         for term in sent:
             term.add_to(self.pending, -1.0)
         self.pending[self._flat.compressed_d :].zero_()
+        if lost is not None:
+            self.pending.add_(lost)
 
     def reset(self) -> None:
         """Set the error to zero (line 7)."""

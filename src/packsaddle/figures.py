@@ -31,16 +31,16 @@ def draw(runs: Sequence[Run]) -> Any:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    drawn = [run for run in runs if run.metrics]
+    wire = all(run.metrics[-1]["sent"] for run in drawn)  # with one worker nothing is sent
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(10.5, 7), layout="constrained")
         axes = figure.subplots(2, 2, sharex="col", sharey="row")
         for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
-            _draw_run(axes, run, colour)
+            _draw_run(axes, run, colour, "sent" if wire else "payload")
         for level in {run.config.get("plateau") for run in runs} - {None}:
             for axis in axes[0]:
                 axis.axhline(level, color="grey", linewidth=1, linestyle=":")
-        drawn = [run for run in runs if run.metrics]
-        wire = all(run.metrics[-1]["sent"] for run in drawn)
         axes[0][0].set_ylabel("training loss")
         axes[1][0].set_ylabel("stochastic gradient norm")
         axes[1][0].set_xlabel("epochs")
@@ -53,8 +53,7 @@ def draw(runs: Sequence[Run]) -> Any:
         return figure
 
 
-def _draw_run(axes: Any, run: Run, colour: str) -> None:
-    bytes_of = "sent" if run.metrics and run.metrics[-1]["sent"] else "payload"
+def _draw_run(axes: Any, run: Run, colour: str, bytes_of: str) -> None:
     epochs = [line["epoch"] for line in run.metrics]
     megabytes = [line[bytes_of] / 1e6 for line in run.metrics]
     for row, quantity in zip(axes, ("loss", "grad_norm"), strict=True):

@@ -1,6 +1,7 @@
 """CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD", the one place where its stages meet."""
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from packsaddle.agree import check_agreement
 from packsaddle.average import Averaged
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
@@ -18,7 +20,9 @@ from packsaddle.exchange import resolve
 from packsaddle.feedback import ErrorMemory
 from packsaddle.flat import FlatParameters
 from packsaddle.ledger import Ledger
+from packsaddle.monitor import ContractionMonitor
 from packsaddle.noise import Perturbation
+from packsaddle.state import check_fits, fill
 
 
 class CompressedSGD(Optimizer):
@@ -38,6 +42,7 @@ class CompressedSGD(Optimizer):
         exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
             "coordinator", or "auto", by predicted bytes (see `choose`; the reason is in `opt.choice`).
         back: what compresses the mean on its way back in "two-way" and "coordinator".
+        monitor_every: measure the contraction every so many steps (see `opt.monitor`); 0 never does.
         process_group: a torch.distributed process group; None is the default group if there is one, else
             this process alone.
 
@@ -60,12 +65,14 @@ class CompressedSGD(Optimizer):
         dense_below: int = 1024,
         exchange: str = "direct",
         back: Compressor | None = None,
+        monitor_every: int = 0,
         process_group: Any = None,
     ) -> None:
         if not isinstance(compressor, Compressor):
             raise ValueError(f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {compressor!r}")
         if dense_below < 0:
             raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
+        self.seed = _seed(seed)
         self._perturbation = Perturbation(noise)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -81,7 +88,6 @@ class CompressedSGD(Optimizer):
                 stacklevel=2,
             )
         self.compressor = compressor.for_tensors([self._flat.parameters[i].shape for i in self._flat.compressed])
-        self.seed = seed
         self.ledger = Ledger()
         self.channel = Channel(resolve(process_group), self.ledger)
         self.choice = choose(
@@ -95,9 +101,12 @@ class CompressedSGD(Optimizer):
         self.resets: list[Reset] = []
         self._step = 0
         self._memory = ErrorMemory(self._flat)
+        self.monitor = ContractionMonitor(self._flat, monitor_every)
+        arguments = {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back}
+        check_agreement(self.channel, {**arguments, "numel": self.numel, "compressed_numel": self.compressed_numel})
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
-        self._escape = EscapeCheck(escape, self._flat, self.channel, seed) if escape else None
+        self._escape = EscapeCheck(escape, self._flat, self.channel, self.seed) if escape else None
         self._publish_state()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -122,19 +131,31 @@ class CompressedSGD(Optimizer):
         self.channel.step = t = self._step
         xi = self._perturbation.draw(self._memory.pending, seed=self.seed, step=t)  # line 9
         corrected = self._memory.correct(self._each("lr"), self._each("weight_decay"), xi)
-        compressed, dense = corrected[: self._flat.compressed_d], corrected[self._flat.compressed_d :]
-        g = self.choice.protocol.average(self.channel, compressed, dense, seed=self.seed, step=t)  # line 10
-        self._apply(g)  # line 11
-        self._memory.absorb(g.own)  # line 12
+        with self.monitor.watching(t, corrected):
+            g = self._average(corrected)  # line 10
+            lost = self._apply(g)  # line 11
+            self._memory.absorb(g.own, lost)  # line 12
         self._step = t + 1
         self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
         return loss
 
-    def _apply(self, g: Averaged) -> None:
-        """x <- x - mean_i g^(i); eta is already in the messages."""
+    def _average(self, corrected: Tensor) -> Averaged:
+        """Exchange the corrected vector, float[d]: C(.) of its compressed part, and its dense part."""
+        compressed, dense = corrected[: self._flat.compressed_d], corrected[self._flat.compressed_d :]
+        return self.choice.protocol.average(self.channel, compressed, dense, seed=self.seed, step=self._step)
+
+    def _apply(self, g: Averaged) -> Tensor | None:
+        """x <- x - mean_i g^(i); eta is already in the messages.
+
+        16-bit parameters round the result; what that loses, the same on every worker, is returned, float[d], to
+        be kept in the error memory, so that y does not lose it.
+        """
+        x, compressed_d = self._flat.x, self._flat.compressed_d
+        exact = x if x.dtype == self._memory.pending.dtype else x.to(self._memory.pending.dtype)
         for term in g.mean:
-            term.add_to(self._flat.x, -1.0)
-        self._flat.x[self._flat.compressed_d :].sub_(g.dense)
+            term.add_to(exact[:compressed_d], -1.0)
+        exact[compressed_d:].sub_(g.dense)
+        return None if exact is x else x.copy_(exact) - exact
 
     def _outstanding(self) -> Tensor:
         """This worker's part of eta e: its own memory, and what the protocol holds back."""
@@ -216,11 +237,12 @@ class CompressedSGD(Optimizer):
                 self.state[p][name] = view
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state: per parameter "pending" (eta e^(i)) and "anchor" (x_t'); t, t' and the
-        seed in each group; the ledger's totals. Tensors and plain types only. Each worker has its own."""
+        """Return this worker's state: per parameter "pending" (eta e^(i)) and "anchor" (x_t'); t, t', seed, rank and
+        number of workers in each group; what the exchange holds back; the ledger's totals. Tensors and plain types
+        only. Each worker has its own."""
         state = super().state_dict()
         for group in state["param_groups"]:
-            group["step"], group["seed"] = self._step, self.seed
+            group.update(self._identity(), step=self._step)
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
         state["exchange"] = self.choice.protocol.state_dict()
         state["ledger"] = self.ledger.state_dict()
@@ -229,26 +251,33 @@ class CompressedSGD(Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
-        saved, groups = state_dict["state"], state_dict["param_groups"]
-        if any(group.get("seed") != self.seed for group in groups):
-            raise ValueError(f"seed is {self.seed}, but the state was saved under seed {groups[0].get('seed')}")
-        for name in self._flat_state():
-            for i, (p, label) in enumerate(zip(self._flat.parameters, self._flat.names, strict=True)):
-                found = saved.get(i, {}).get(name)
-                if found is None or found.shape != p.shape:
-                    what = "nothing" if found is None else f"shape {tuple(found.shape)}"
-                    raise ValueError(f'state "{name}" of {label} must have shape {tuple(p.shape)}, found {what}')
+        check_fits(state_dict, self._flat, self._flat_state(), self._identity())
+        first = state_dict["param_groups"][0]
+        step, anchor_step = first["step"], first["anchor_step"]
         # torch would cast state to the parameters' dtype, so only the groups go through it.
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        for name, flat in self._flat_state().items():
-            for i, view in enumerate(self._flat.views(flat)):
-                view.copy_(saved[i][name])
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        fill(state_dict, self._flat, self._flat_state())
         self._publish_state()
-        self._step = groups[0]["step"]
+        self._step = step
         if self._escape:
-            self._escape.anchor_step = groups[0]["anchor_step"]
+            self._escape.anchor_step = anchor_step
         for group in self.param_groups:
-            for name in ("step", "seed", "anchor_step"):
+            for name in ("step", "anchor_step", *self._identity()):
                 group.pop(name, None)
         self.choice.protocol.load_state_dict(state_dict.get("exchange", {}))
         self.ledger.load_state_dict(state_dict.get("ledger", []))
+
+    def _identity(self) -> dict[str, int]:
+        """What must be the same where a state is loaded as where it was saved: an error memory is one worker's."""
+        return {"seed": self.seed, "rank": self.channel.group.rank, "workers": self.channel.group.size}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copying and pickling: parameters, flat vector and group belong together. Use `state_dict`."""
+        raise TypeError("CompressedSGD cannot be copied or pickled; use state_dict() and load_state_dict()")
+
+
+def _seed(seed: int) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise ValueError(f"seed must be an integer, got {seed!r}") from None

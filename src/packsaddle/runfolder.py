@@ -106,6 +106,15 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
+def _parse_lines(lines: list[str]) -> list[dict[str, Any]]:
+    """Parse JSON lines; the last one may be cut off, if the run was killed while writing it."""
+    try:
+        last = [json.loads(line) for line in lines[-1:]]
+    except ValueError:
+        last = []
+    return [json.loads(line) for line in lines[:-1]] + last
+
+
 def _read_run(path: Path) -> Run:
     try:
         lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
@@ -114,7 +123,7 @@ def _read_run(path: Path) -> Run:
             path,
             json.loads((path / "config.json").read_text()),
             json.loads((path / "environment.json").read_text()),
-            [json.loads(line) for line in lines],
+            _parse_lines(lines),
             json.loads(summary.read_text()) if summary.exists() else None,
         )
     except (OSError, ValueError) as error:

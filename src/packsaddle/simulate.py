@@ -132,8 +132,14 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
     threads = [threading.Thread(target=c.run, args=(body, rank), daemon=True) for rank, c in enumerate(contexts)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as interruption:  # Ctrl-C: no worker may go on in the background
+        turns.fail(interruption)
+        for thread in threads:
+            thread.join()
+        raise
     if turns.failure is not None:
         raise turns.failure
     return results

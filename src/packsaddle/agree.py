@@ -1,0 +1,22 @@
+"""Workers must have been given the same arguments: said at the start, not found out by drifting apart."""
+
+from collections.abc import Mapping
+
+import torch
+
+from packsaddle.channel import Channel
+
+
+def check_agreement(channel: Channel, arguments: Mapping[str, object]) -> None:
+    """Raise ValueError on every worker, naming the first argument that differs and the workers; collective."""
+    if channel.group.size == 1:
+        return
+    text = "\n".join(f"{name}={value!r}" for name, value in arguments.items())
+    parts = {"text": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+    gathered = channel.gather(parts, fixed_size=False, purpose="start")
+    texts = [bytes(p["text"].tolist()).decode().split("\n") for p in gathered]
+    for lines in zip(*texts, strict=False):
+        for worker, line in enumerate(lines):
+            if line != lines[0]:
+                ours, theirs = f"worker 0 has {lines[0]}", f"worker {worker} has {line}"
+                raise ValueError(f"workers must be given the same arguments, but {ours} and {theirs}")
