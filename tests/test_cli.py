@@ -83,6 +83,7 @@ def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path:
         assert summaries[name]["bytes_by_purpose"] == summaries["serial"]["bytes_by_purpose"]
         assert summaries[name]["test_loss"] == pytest.approx(summaries["serial"]["test_loss"], rel=1e-4)
         assert summaries[name]["workers"] == 2
+        assert (summaries[name]["exchange"], summaries[name]["exchange_reason"]) == ("all-gather", "asked for")
         assert len(summaries[name]["resets"]) >= 2
         saved = json.loads((folder / "config.json").read_text())
         assert saved["compressor"] == {"kind": "TopK", "ratio": 0.1, "k": None, "values": None}

@@ -7,10 +7,24 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
-    {"flat", "seeds", "ledger", "schema", "exchange", "compress.wire", "compress.base"},
-    {"noise", "simulate", "sketch", "hashing", "progress", "runfolder", "channel", "monitor", "state"},
+    {"flat", "seeds", "ledger", "schema", "exchange", "compress.wire", "compress.base", "problems.base"},
+    {
+        "noise",
+        "simulate",
+        "sketch",
+        "hashing",
+        "progress",
+        "runfolder",
+        "channel",
+        "monitor",
+        "state",
+        "problems.separable",
+        "problems.matrices",
+        "problems.others",
+        "problems.oracle",
+    },
     {"compress.sparse", "compress.quantize", "compress.lowrank"},
-    {"compress.sketching"},
+    {"compress.sketching", "problems"},
     {"compress"},
     {"average", "testing", "agree"},
     {"owners", "feedback", "escape"},

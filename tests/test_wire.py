@@ -18,6 +18,15 @@ def test_numbers_round_trip(width: int, n: int, seed: int) -> None:
     assert torch.equal(wire.unpack(packed, width, n), numbers)
 
 
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 8, 11, 13])
+def test_long_vectors_go_through_in_slabs(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = torch.randint(2**width, (1003,), generator=torch.Generator().manual_seed(0))
+    whole = wire.pack(numbers, width)
+    monkeypatch.setattr(wire, "_SLAB", 64)
+    assert torch.equal(wire.pack(numbers, width), whole)
+    assert torch.equal(wire.unpack(whole, width, 1003), numbers)
+
+
 def test_bits_are_laid_out_most_significant_first() -> None:
     bits = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1, 1], dtype=torch.bool)
     assert wire.pack_bits(bits).tolist() == [0b10000011, 0b10000000]

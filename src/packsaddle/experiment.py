@@ -134,6 +134,8 @@ class Training:
                 "parameters": opt.numel,
                 "compressed_parameters": opt.compressed_numel,
                 "mu": opt.mu,
+                "exchange": opt.choice.name,
+                "exchange_reason": opt.choice.reason,
                 **asdict(ledger.total),
                 "bytes_by_purpose": {name: asdict(b) for name, b in ledger.by_purpose.items()},
                 "compression": dense / training if training else math.inf,

@@ -15,27 +15,38 @@ ValueFormat = Literal["float32", "bfloat16", "float16", "int8"]
 VALUE_BLOCK = 256  # rounded values share a scale in blocks of this many
 
 _BITMAP, _FIXED, _RICE = 0, 1, 2
+_SLAB = 1 << 18  # numbers taken to bits at a time, a multiple of 8, so that scratch memory does not grow with n
 
 
 def pack(numbers: Tensor, width: int) -> Tensor:
     """Pack int64[n] numbers below 2^width into uint8[ceil(n width / 8)], most significant bit first."""
     if width == 0:
         return torch.empty(0, dtype=torch.uint8, device=numbers.device)
-    if width == 8:
-        return numbers.to(torch.uint8)
+    if 8 % width == 0:  # whole numbers in a byte: no need to take them to bits
+        per_byte = 8 // width
+        padded = torch.nn.functional.pad(numbers.to(torch.uint8), (0, -len(numbers) % per_byte)).view(-1, per_byte)
+        packed = torch.zeros(len(padded), dtype=torch.uint8, device=numbers.device)
+        for column in padded.unbind(1):
+            packed = (packed << width if width < 8 else packed) | column
+        return packed
     shifts = torch.arange(width - 1, -1, -1, device=numbers.device)
-    return pack_bits(((numbers[:, None] >> shifts) & 1).to(torch.bool).flatten())
+    slabs = [pack_bits(((slab[:, None] >> shifts) & 1).flatten()) for slab in torch.split(numbers, _SLAB)]
+    return torch.cat(slabs)
 
 
 def unpack(packed: Tensor, width: int, n: int) -> Tensor:
     """Return the int64[n] numbers that `pack` packed."""
     if width == 0:
         return torch.zeros(n, dtype=torch.int64, device=packed.device)
-    if width == 8:
-        return packed[:n].to(torch.int64)
+    if 8 % width == 0:
+        shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=packed.device)
+        return ((packed[:, None] >> shifts) & ((1 << width) - 1)).view(-1)[:n].to(torch.int64)
     shifts = torch.arange(width - 1, -1, -1, device=packed.device)
-    bits = unpack_bits(packed, n * width).view(n, width)
-    return (bits.to(torch.int64) << shifts).sum(1)
+    slabs = []
+    for i, slab in enumerate(torch.split(packed, _SLAB * width // 8)):
+        count = min(_SLAB, n - i * _SLAB)
+        slabs.append((unpack_bits(slab, count * width).view(count, width).to(torch.int64) << shifts).sum(1))
+    return torch.cat(slabs) if slabs else torch.zeros(0, dtype=torch.int64, device=packed.device)
 
 
 def pack_bits(bits: Tensor) -> Tensor:
