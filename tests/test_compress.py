@@ -232,6 +232,25 @@ def test_sketch_is_the_matrix_it_says() -> None:
         assert torch.allclose(median_estimates(hashes, tables)[:d], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("d", "c"), [(23, 7), (500, 3), (64, 64), (10, 30)])
+def test_many_small_chunks_are_the_same_sketch(d: int, c: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way for many chunks, in blocks, against the way for few."""
+    from packsaddle import hashing
+
+    v = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hashes = [hashing.RowHash.draw(d, c, seed=4, step=5, row=r) for r in range(3)]
+    tables = torch.stack([h.sketch(v) for h in hashes])
+    back, medians = torch.ones(d, dtype=torch.float64), hashing.median_estimates(hashes, tables)
+    hashes[0].add_transposed(tables[0], back, 0.5)
+    monkeypatch.setattr(hashing, "_MANY", 0)
+    monkeypatch.setattr(hashing, "_BLOCK", 30)
+    other = torch.ones(d, dtype=torch.float64)
+    hashes[0].add_transposed(tables[0], other, 0.5)
+    assert torch.allclose(torch.stack([h.sketch(v) for h in hashes]), tables, rtol=1e-12)
+    assert torch.equal(other, back)
+    assert torch.equal(hashing.median_estimates(hashes, tables)[:d], medians[:d])
+
+
 def test_planted_heavy_hitters_are_recovered() -> None:
     """k spikes over noise of which the estimate of variance ||v||^2 / c makes 6 standard deviations: all found.
 
@@ -251,6 +270,19 @@ def test_planted_heavy_hitters_are_recovered() -> None:
         support = SketchTopK(k=k, rows=7, columns=c).encode(v, seed=seed, step=0).context
         found += set(support.tolist()) == set(heavy.tolist())
     assert found == 200
+
+
+@pytest.mark.parametrize("d", [40, 64])
+def test_a_lone_spike_is_sent_wherever_it_is(d: int) -> None:
+    """The worst case for a small sketch: every coordinate that shares its counters ties with it. At least k/d."""
+    for columns in (None, 1):
+        c = SketchTopK(k=1, rows=1 if columns else 3, columns=columns)
+        for position in (0, d // 3, d - 1):
+            v = torch.zeros(d)
+            v[position] = 1.0
+            seeds = 12 * d
+            hits = sum(int(c(v, seed=s).any()) for s in range(seeds))
+            assert hits >= 12 - 3.5 * 12**0.5 if columns else hits >= 12
 
 
 def test_low_rank_matches_singular_values() -> None:

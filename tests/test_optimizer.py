@@ -2,13 +2,30 @@
 
 import copy
 import io
+import itertools
+import math
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from packsaddle import CompressedSGD, Escape, Identity, LowRank, Ramp, RandomK, Sign, TopK, simulate
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    CompressedSGD,
+    Compressor,
+    Escape,
+    Identity,
+    LinearSketch,
+    LowRank,
+    Ramp,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+    simulate,
+)
 
 
 def problem(seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
@@ -204,6 +221,25 @@ def test_frozen_later_stays_where_it_is() -> None:
     assert not torch.equal(a, torch.ones(5, 1))
 
 
+@pytest.mark.parametrize("exchange", ["direct", "two-way"])
+@pytest.mark.parametrize("c", [Sign(), LinearSketch(0.5), QSGD(), LowRank(), TopK(k=1), SketchTopK(k=2)], ids=repr)
+def test_no_compressor_moves_what_is_frozen(c: Compressor, exchange: str) -> None:
+    """Sign makes something of zeros, sketches leak between coordinates, an owner may hold an error back."""
+    if exchange == "two-way" and isinstance(c, LowRank | SketchTopK):
+        exchange = "direct"
+    a, b = nn.Parameter(torch.ones(5, 4)), nn.Parameter(torch.ones(5, 4))
+    opt = CompressedSGD([a, b], 0.1, compressor=c, noise=0.5, dense_below=0, exchange=exchange)
+    for step in range(12):
+        a.grad = torch.ones_like(a)
+        b.grad = torch.ones_like(b) if step < 3 else None
+        if step == 3:
+            b.requires_grad_(False)
+            frozen = b.clone()
+        opt.step()
+    assert torch.equal(b, frozen)
+    assert not torch.equal(a, torch.ones(5, 4))
+
+
 def test_gradient_accumulation_is_the_sum() -> None:
     results = []
     for passes in (1, 2):
@@ -280,6 +316,41 @@ def test_torch_checkpoint_tools_round_trip() -> None:
     assert opt.steps == steps
 
 
+def test_an_owners_error_is_part_of_the_state() -> None:
+    """What two-way holds back at the owner survives torch's checkpoint tools, and no other exchange takes it."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, data = problem()
+    two_way = {"compressor": TopK(0.3), "exchange": "two-way", "back": TopK(0.1), "escape": None}
+    opt = make(model, data, **two_way)
+    train(model, data, opt, 5)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    y = opt.corrected()
+    assert not torch.allclose(opt.error(), torch.cat([s["pending"].reshape(-1) for s in opt.state.values()]) / 0.1)
+    weights = copy.deepcopy(model.state_dict())
+    train(model, data, opt, 3)
+    model.load_state_dict(weights)
+    set_optimizer_state_dict(model, opt, saved)
+    assert torch.equal(opt.corrected(), y)
+    for other in ("direct", "coordinator"):
+        changed = {**two_way, "exchange": other, "back": None if other == "direct" else TopK(0.1)}
+        another = make(problem()[0], data, **changed)
+        with pytest.raises(ValueError, match=r"owners is .* here, but the state was saved with owners two-way"):
+            another.load_state_dict(opt.state_dict())
+
+
+def test_a_warm_start_that_does_not_fit_is_left_out() -> None:
+    states = []
+    for matrix_rank in (1, 2):
+        model, data = problem()
+        opt = make(model, data, compressor=LowRank(matrix_rank), escape=None)
+        for state in states:
+            opt.load_state_dict(state)
+        train(model, data, opt, 2)
+        states.append(opt.state_dict())
+    assert len(states[1]["exchange"]["qs"][0]) == 6
+
+
 def test_another_workers_state_is_refused() -> None:
     def worker(rank: int) -> str:
         model, data = problem()
@@ -301,16 +372,29 @@ def test_another_workers_state_is_refused() -> None:
     [
         ({"seed": 1}, r"worker 0 has seed=0 and worker 1 has seed=1"),
         ({"compressor": TopK(0.2)}, r"worker 0 has compressor=RandomK\(ratio=0\.2.* and worker 1 has compressor=TopK"),
+        ({"noise": 0.5}, r"worker 0 has noise=0\.0 and worker 1 has noise=0\.5"),
+        ({"lr": 0.5}, r"worker 0 has lr=\[0\.1\] and worker 1 has lr=\[0\.5\]"),
+        ({"escape": Escape(5, 1.0, float)}, r"worker 0 has escape=None and worker 1 has escape=Escape\(interval=5"),
         ({"exchange": "two-way"}, "worker 0 has exchange='direct' and worker 1 has exchange='two-way'"),
     ],
 )
 def test_workers_with_other_arguments_are_told_at_the_start(difference: dict[str, Any], message: str) -> None:
     def worker(rank: int) -> None:
-        arguments = {"seed": 0, "compressor": RandomK(0.2), **(difference if rank else {})}
-        CompressedSGD([nn.Parameter(torch.ones(40, 40))], 0.1, **arguments)
+        arguments = {"lr": 0.1, "seed": 0, "compressor": RandomK(0.2), **(difference if rank else {})}
+        CompressedSGD([nn.Parameter(torch.ones(40, 40))], **arguments)
 
     with pytest.raises(ValueError, match=message):
         simulate(worker, 2)
+
+
+def test_equal_functions_are_equal_arguments() -> None:
+    """Each worker has its own objective and schedule objects, which lie at other addresses."""
+
+    def worker(rank: int) -> int:
+        w = nn.Parameter(torch.ones(40, 40))
+        return CompressedSGD([w], 0.1, noise=lambda step: 0.1, escape=Escape(5, 1.0, lambda: float(w.sum()))).numel
+
+    assert simulate(worker, 2) == [1600, 1600]
 
 
 def test_a_model_of_another_size_is_told_at_the_start() -> None:
@@ -353,6 +437,45 @@ def test_sixteen_bit_parameters_lose_nothing() -> None:
             opt.step()
         assert opt.corrected().abs().max() < 1e-4
         assert p.abs().max() < 0.01
+
+
+@pytest.mark.parametrize("dense_below", [0, 10**6])
+def test_a_commit_keeps_what_sixteen_bits_cannot_hold(dense_below: int) -> None:
+    """Steps of 0.05 on a bfloat16 100, whose neighbour is 99.5, with a commit every fourth step: 95 after 100."""
+    p = nn.Parameter(torch.full((64, 2), 100.0, dtype=torch.bfloat16))
+    calls = itertools.count()  # f(x_t), asked for first, is always below f(x_t')
+    opt = CompressedSGD(
+        [p], 0.05, compressor=Identity(), dense_below=dense_below, escape=Escape(3, 1e9, lambda: next(calls))
+    )
+    for _ in range(100):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert [r.committed for r in opt.resets] == [True] * 25
+    assert torch.allclose(opt.corrected(), torch.full((128,), 95.0), atol=1e-3)
+
+
+def test_a_nan_is_seen() -> None:
+    """One NaN gradient reaches x with every compressor, and the monitor does not call it perfect."""
+    for c in (
+        AdaptiveTopK(0.5),
+        TopK(k=2),
+        RandomK(0.5),
+        Sign(),
+        QSGD(),
+        SketchTopK(k=2),
+        LinearSketch(0.5),
+        LowRank(),
+    ):
+        p = nn.Parameter(torch.zeros(10, 6))
+        opt = CompressedSGD([p], 0.1, compressor=c, dense_below=0, monitor_every=1)
+        for step in range(12):
+            p.grad = torch.ones_like(p)
+            if step == 0:
+                p.grad[3, 2] = float("nan")
+            opt.step()
+        assert p.isnan().any(), c
+        assert opt.monitor.whole is not None
+        assert math.isnan(opt.monitor.whole), c
 
 
 def test_monitor_measures_single_steps() -> None:

@@ -1,6 +1,7 @@
 """Every compressor through every protocol, for 1 to 8 workers: means, conservation at both ends, bytes, choice."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ from packsaddle import (
     Ledger,
     LinearSketch,
     LowRank,
+    Message,
     RandomK,
     Sign,
     SketchTopK,
@@ -30,6 +32,7 @@ from packsaddle.exchange import resolve
 from packsaddle.ledger import Bytes
 from packsaddle.noise import Perturbation
 from packsaddle.seeds import mix
+from packsaddle.testing import check_compressor
 
 # Compressor, exchange, compressor of the way back.
 CASES: list[tuple[Compressor, str, Compressor | None]] = [
@@ -117,7 +120,7 @@ def exchange_once(
             "own": decode(averaged.own, d),
             "mean": decode(averaged.mean, d),
             "dense": averaged.dense,
-            "residual": made.add_residual(torch.zeros(d)),
+            "residual": made.add_residual(torch.zeros(d), workers),
             "bytes": channel.ledger.total,
             "predicted": made.wire(d, dense, rank, workers, 4),
             "protocol": made,
@@ -220,18 +223,89 @@ def test_two_way_by_hand() -> None:
 
 
 def test_low_rank_by_hand() -> None:
-    """PowerSGD: P = orth(mean M Q), then mean M^T P; the second step starts from the first's Q."""
+    """PowerSGD: P = orth(mean M Q), then mean M^T P; the second step starts from the first's, and some Gaussian."""
     workers, shape = 3, (12, 9)
     c = LowRank(2).for_tensors([torch.Size(shape)])
     ms = [v.view(shape) for v in vectors(108, workers)]
     mean = sum(ms) / workers
     q = c.gaussian(vectors(108, 1)[0], seed=7, step=0)[0]
-    for _ in range(2):
+    for step in range(2):
+        if step:
+            q = q / q.abs().max() + 0.1 * c.gaussian(vectors(108, 1)[0], seed=7, step=step)[0]
         p = torch.linalg.qr(mean @ q).Q
         q = mean.T @ p
-    for r in exchange_once(c, "direct", None, 108, 0, workers, steps=2):
+    for m, r in zip(ms, exchange_once(c, "direct", None, 108, 0, workers, steps=2), strict=True):
         assert torch.allclose(r["mean"].view(shape), p @ q.T, atol=1e-4)
-        assert torch.equal(r["own"], r["mean"])
+        assert torch.allclose(r["own"].view(shape), p @ p.T @ m, atol=1e-4)
+
+
+def test_low_rank_finds_a_direction_that_comes_late() -> None:
+    """A warm start alone would keep e_1 for ever, and the error along e_2 would grow with the steps."""
+    protocol = choose(LowRank().for_tensors([torch.Size((8, 8))]), "direct", d=64, dense=0, workers=1).protocol
+    channel, error = Channel(resolve(None), Ledger()), torch.zeros(8, 8)
+    for step in range(300):
+        gradient = torch.diag(torch.tensor([1.0, float(step > 0)] + [0.0] * 6))
+        v = (error + gradient).flatten()
+        error = (v - decode(protocol.average(channel, v, v[:0], seed=0, step=step).own, 64)).view(8, 8)
+        assert float(error.abs().max()) < 60
+
+
+@dataclass(frozen=True)
+class PrivateRandomK(Compressor):
+    """A user's compressor: every worker draws its own coordinates, and receivers draw them again."""
+
+    private = True
+    fixed_size = True
+
+    def mu(self, d: int) -> float:
+        return RandomK(0.3).mu(d)
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        return RandomK(0.3).encode(v, seed=seed, step=step)
+
+    def receive(self, parts: Any, d: int, *, seed: int, step: int) -> Message:
+        return RandomK(0.3).receive(parts, d, seed=seed, step=step)
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        RandomK(0.3).add_decoded(message, out, alpha)
+
+
+@pytest.mark.parametrize("exchange", ["direct", "two-way", "coordinator"])
+def test_private_randomness_reaches_the_receiver(exchange: str) -> None:
+    check_compressor(PrivateRandomK())
+    results = exchange_once(PrivateRandomK(), exchange, Identity() if exchange != "direct" else None, 100, 0, 3)
+    sent = sum(r["own"] for r in results) / 3
+    assert torch.allclose(results[0]["mean"], sent, atol=1e-6)
+    assert not torch.equal(results[0]["own"] != 0, results[1]["own"] != 0)
+
+
+def test_columns_and_scales_go_with_the_chunk() -> None:
+    """Two-way splits columns= among chunks; the coordinator's one chunk is the whole vector, tensors and all."""
+    whole = choose(LinearSketch(columns=100), "direct", d=1600, dense=0, workers=8).protocol.wire(1600, 0, 0, 8, 4)
+    split = choose(LinearSketch(columns=100), "two-way", d=1600, dense=0, workers=8).protocol.wire(1600, 0, 0, 8, 4)
+    assert whole.payload == 400
+    assert 400 <= split.payload - 7 * 8 - 8 <= 2 * 430
+    v = torch.cat([torch.ones(10), torch.full((30,), 100.0)])
+    sign = Sign(per_tensor=True).for_tensors([torch.Size((10,)), torch.Size((30,))])
+    protocol = choose(sign, "coordinator", d=40, dense=0, workers=1).protocol
+    averaged = protocol.average(Channel(resolve(None), Ledger()), v, v[:0], seed=0, step=0)
+    assert torch.allclose(decode(averaged.mean, 40), v)
+
+
+def test_mu_counts_both_ways() -> None:
+    """Equal magnitudes, TopK with a ratio that rounds in each chunk: the stated share is the measured one."""
+    c = TopK(0.0118)
+    for back, expected in ((Identity(), 8 / 1000), (TopK(0.5), 8 / 1000 * 0.496)):
+        protocol = choose(c, "two-way", d=1000, dense=0, workers=8, back=back).protocol
+        assert protocol.mu(1000, 8) == pytest.approx(expected, rel=0.02)
+    with pytest.raises(ValueError, match=r"k of TopK must be at most d = 10"):
+        choose(TopK(0.5), "two-way", d=10, dense=0, workers=2, back=TopK(k=11))
+
+
+def test_a_column_of_one_row_travels() -> None:
+    channel = Channel(resolve(None), Ledger())
+    part = torch.arange(6.0).view(1, 6)[:, 2]
+    assert channel.gather({"values": part}, fixed_size=True)[0]["values"].tolist() == [2.0]
 
 
 def test_coordinator_bytes_are_rank_0s() -> None:
@@ -289,7 +363,9 @@ def test_state_of_protocols() -> None:
                 return protocol.average(channel, vectors(30, 2)[rank], torch.zeros(0), seed=1, step=step)
 
             run(first, 0)
-            second.load_state_dict(first.state_dict())
+            second.load_state_dict(first.state_dict(), torch.device("cpu"))
+            for name, held in first.vectors(torch.zeros(30)).items():
+                second.vectors(torch.zeros(30))[name].copy_(held)
             return decode(run(first, 1).mean, 30), decode(run(second, 1).mean, 30)
 
         for a, b in simulate(worker, 2):

@@ -13,7 +13,7 @@ from packsaddle.report import plateau
 from packsaddle.runfolder import Run, read_runs
 
 EPOCHS = (5, 10)
-MEGABYTES = (10, 40, 100)
+MEGABYTES = (10, 25, 100)
 
 
 def value_at(run: Run, quantity: str, x: float) -> float | None:

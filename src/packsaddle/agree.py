@@ -1,5 +1,6 @@
 """Workers must have been given the same arguments: said at the start, not found out by drifting apart."""
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -7,12 +8,13 @@ import torch
 from packsaddle.channel import Channel
 
 
-def check_agreement(channel: Channel, arguments: Mapping[str, object]) -> None:
+def check_agreement(channel: Channel, arguments: Mapping[str, object], device: torch.device) -> None:
     """Raise ValueError on every worker, naming the first argument that differs and the workers; collective."""
     if channel.group.size == 1:
         return
     text = "\n".join(f"{name}={value!r}" for name, value in arguments.items())
-    parts = {"text": torch.tensor(list(text.encode()), dtype=torch.uint8)}
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # where an object lies is each process's own matter
+    parts = {"text": torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)}
     gathered = channel.gather(parts, fixed_size=False, purpose="start")
     texts = [bytes(p["text"].tolist()).decode().split("\n") for p in gathered]
     for lines in zip(*texts, strict=False):

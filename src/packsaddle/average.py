@@ -56,31 +56,42 @@ class Protocol(ABC):
         Exact where messages are of fixed size, else for the expected sizes.
         """
 
-    def add_residual(self, pending: Tensor) -> Tensor:
-        """Return `pending`, float[d], plus this worker's share of errors that the protocol itself holds back.
+    def vectors(self, like: Tensor) -> dict[str, Tensor]:
+        """Return what the protocol holds back as named vectors like `like`, float[>= d]: made once, checkpointed."""
+        return {}
+
+    def add_residual(self, pending: Tensor, workers: int) -> Tensor:
+        """Return `pending`, float[>= d], plus this worker's share of errors that the protocol itself holds back.
 
         The mean of the results over workers is everything that has not been applied yet.
         """
         return pending
 
+    def mu(self, d: int, workers: int) -> float:
+        """Return the share of its energy that a vector of d coordinates of equal magnitude keeps in one exchange."""
+        return self.compressor.mu(d) if d else 1.0
+
+    def validate(self, d: int, workers: int) -> None:
+        """Raise ValueError if the compressor cannot act on d coordinates, or on a chunk of them."""
+        if d:
+            self.compressor.validate(d)
+
     def reset(self) -> None:  # noqa: B027 -- most protocols hold nothing back
         """Drop what the protocol holds back."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state: tensors and plain types."""
+        """Return what else helps to go on as before, tensors and plain types; losing it loses no update."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Restore `state_dict`."""
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027
+        """Restore `state_dict`; what does not fit is left out."""
 
     def _terms(self, message: Message, d: int, weight: float = 1.0) -> tuple[Term, ...]:
         return (Term(self.compressor, message, 0, d, weight),) if d else ()
 
-    def _part_count(self, compressor: Compressor) -> int:
-        return len(compressor.encode(torch.zeros(1), seed=0, step=0).parts)
-
-    def _own_seed(self, channel: Channel, seed: int) -> int:
-        return mix(seed, channel.group.rank + 1) if self.compressor.private else seed
+    def _seed_of(self, worker: int, seed: int) -> int:
+        """The seed of a worker's own encoding: its own if the compressor's randomness is private."""
+        return mix(seed, worker + 1) if self.compressor.private else seed
 
 
 class AllReduce(Protocol):
@@ -106,10 +117,12 @@ class AllGather(Protocol):
         mean_dense = mean_of_dense(channel, dense)
         if not len(v):
             return Averaged((), (), mean_dense)
-        own_seed = self._own_seed(channel, seed)
-        own = self.compressor.encode(v, seed=own_seed, step=step)
+        own = self.compressor.encode(v, seed=self._seed_of(channel.group.rank, seed), step=step)
         gathered = channel.gather(own.parts, fixed_size=self.compressor.fixed_size)
-        messages = [self.compressor.receive(parts, len(v), seed=seed, step=step) for parts in gathered]
+        messages = [
+            self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
+            for worker, parts in enumerate(gathered)
+        ]
         weight = 1.0 / channel.group.size
         mean = [t for message in messages for t in self._terms(message, len(v), weight)]
         return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense)
@@ -118,7 +131,7 @@ class AllGather(Protocol):
         total = ring_all_reduce(dense * itemsize, workers)
         if not d:
             return total
-        sizes = 0 if self.compressor.fixed_size else 8 * self._part_count(self.compressor)
+        sizes = 0 if self.compressor.fixed_size else 8 * part_count(self.compressor, d)
         message = round(self.compressor.message_bytes(d, itemsize))
         return total + ring_all_gather(sizes, workers) + ring_all_gather(message, workers)
 
@@ -137,7 +150,7 @@ class SketchedAllReduce(Protocol):
             return Averaged((), (), mean_of_dense(channel, dense))
         hashes = compressor.hashes(d, seed=seed, step=step)
         tables = channel.mean(torch.stack([h.sketch(v) for h in hashes]), "sketch")
-        support = compressor.heavy_hitters(tables, hashes, d)
+        support = compressor.heavy_hitters(tables, hashes, d, seed=seed, step=step)
         own = v[support]
         mean = channel.mean(torch.cat([own, dense]), {"values": len(own), "dense": len(dense)})
         sent, reduced = (Message({"values": values}, support) for values in (own, mean[: len(own)]))
@@ -151,8 +164,10 @@ class SketchedAllReduce(Protocol):
 class LowRankAllReduce(Protocol):
     """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1), the second with the dense part.
 
-    As in their algorithm, every worker's error memory subtracts the mean's approximation. Q starts Gaussian,
-    shared, and is the last step's P^T M after that.
+    Each worker's error memory subtracts the projection P P^T M_i of its own matrix, whose mean is what all apply;
+    theirs subtracts the mean from every M_i, which leaves differences between workers to grow without bound. Q is
+    the last step's P^T M (a warm start) plus a tenth of a fresh Gaussian, shared, so that a direction that Q has
+    lost can come back.
     """
 
     compressor: LowRank
@@ -164,7 +179,9 @@ class LowRankAllReduce(Protocol):
     def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         compressor, d = self.compressor, len(v)
         matrices = compressor.matrices(v)
-        qs = self._qs or compressor.gaussian(v, seed=seed, step=step)
+        fresh = compressor.gaussian(v, seed=seed, step=step)
+        warm = self._qs if self._qs and [q.shape for q in self._qs] == [f.shape for f in fresh] else None
+        qs = [q + 0.1 * f for q, f in zip(warm, fresh, strict=True)] if warm else fresh
         products = [m @ q for m, q in zip(matrices, qs, strict=True)]
         if d:
             flat = channel.mean(torch.cat([p.reshape(-1) for p in products]), "left")
@@ -175,8 +192,7 @@ class LowRankAllReduce(Protocol):
         mean = channel.mean(torch.cat([right, dense]), {"right": len(right), "dense": len(dense)})
         message = Message({"left": own.parts["left"], "right": mean[: len(right)]}) if d else own
         self._qs = self._next_qs(message, qs)
-        terms = self._terms(message, d)
-        return Averaged(terms, terms, mean[len(right) :])
+        return Averaged(self._terms(own, d), self._terms(message, d), mean[len(right) :])
 
     def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
         left, right = self.compressor.factor_sizes(d)
@@ -201,8 +217,13 @@ class LowRankAllReduce(Protocol):
     def state_dict(self) -> dict[str, Any]:
         return {"qs": self._qs or []}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._qs = [q.clone() for q in state.get("qs", [])] or None
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._qs = [q.to(device, copy=True) for q in state.get("qs", [])] or None
+
+
+def part_count(compressor: Compressor, d: int) -> int:
+    """How many parts the messages of a compressor have."""
+    return len(compressor.encode(torch.zeros(d), seed=0, step=0).parts)
 
 
 def mean_of_dense(channel: Channel, dense: Tensor) -> Tensor:

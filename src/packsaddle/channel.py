@@ -120,7 +120,12 @@ def _sizes(parts: Parts) -> list[int]:
 
 def _join(parts: Parts) -> Tensor:
     """Lay parts out as one byte buffer, uint8[n]."""
-    return torch.cat([part.contiguous().view(torch.uint8) for part in parts.values()])
+    return torch.cat([_packed(part).view(torch.uint8) for part in parts.values()])
+
+
+def _packed(part: Tensor) -> Tensor:
+    """Return a flat tensor with stride 1 (one element of a column counts as contiguous, and has another)."""
+    return part if part.stride() == (1,) else part.new_empty(part.numel()).copy_(part)
 
 
 def _split(wire: Tensor, like: Parts, sizes: Sequence[int]) -> Parts:

@@ -34,8 +34,16 @@ def choose(
     "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (or brings its
     own two rounds: SketchTopK, LowRank), else an all-gather. "auto" takes the protocol whose busiest worker
     sends the fewest predicted bytes; "two-way" and "coordinator" may compress the mean again, with `back`.
-    Raises ValueError if the exchange is unknown or impossible for the compressor.
+    Raises ValueError if the exchange is unknown or impossible for the compressor, or a compressor for d.
     """
+    choice = _choose(compressor, exchange, d, dense, workers, itemsize, back)
+    choice.protocol.validate(d, workers)
+    return choice
+
+
+def _choose(
+    compressor: Compressor, exchange: str, d: int, dense: int, workers: int, itemsize: int, back: Compressor | None
+) -> Choice:
     if exchange not in get_args(Exchange):
         raise ValueError(f"exchange must be one of {', '.join(get_args(Exchange))}, got {exchange!r}")
     if back is not None and exchange not in ("two-way", "coordinator"):

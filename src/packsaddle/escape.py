@@ -28,7 +28,7 @@ class Escape:
 
     interval: int
     radius: float
-    objective: Callable[[], float | Tensor]
+    objective: Callable[[], float | Tensor] = field(repr=False)
     compare: Literal["x", "y"] = "x"
     every: int = 1
     sketch: NormSketch = field(default_factory=NormSketch)
@@ -65,16 +65,21 @@ class EscapeCheck:
         self.anchor_step = 0  # t'
         self._rule, self._flat, self._channel, self._seed = rule, flat, channel, seed
 
-    def run(self, step: int, pending: Tensor) -> Reset | None:
-        """Do lines 5-7 for iteration t = `step`. If it fires, x is replaced and `pending` must be set to zero."""
+    def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
+        """Do lines 5-7 for iteration t = `step`.
+
+        If it fires, x is replaced, and `pending` must be set to zero, or to the second result, float[d]: what 16-bit
+        parameters could not take of y.
+        """
         distance = self._distance(pending) if step % self._rule.every == 0 else None
         late = step - self.anchor_step > self._rule.interval
         if not late and (distance is None or distance <= self._rule.radius):
-            return None
-        candidate, anchor, committed = self._compare(pending)
+            return None, None
+        candidate, anchor, y = self._compare(pending)
         self.anchor.copy_(self._flat.x)
         self.anchor_step = step
-        return Reset(step, "interval" if late else "radius", distance, candidate, anchor, committed)
+        lost = None if y is None or y.dtype == self._flat.x.dtype else self._flat.x - y
+        return Reset(step, "interval" if late else "radius", distance, candidate, anchor, y is not None), lost
 
     def _distance(self, pending: Tensor) -> float:
         """||x_t' - (x_t - eta e_t)||: exact for one worker, else from the mean of the workers' sketches."""
@@ -85,8 +90,11 @@ class EscapeCheck:
         sketch = self._rule.sketch.encode(moved, seed=self._seed, step=self.anchor_step)
         return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
 
-    def _compare(self, pending: Tensor) -> tuple[float, float, bool]:
-        """Line 6: leave x at y_t if the objective improved on x_t', else at x_t'. If it raises, x is x_t again."""
+    def _compare(self, pending: Tensor) -> tuple[float, float, Tensor | None]:
+        """Line 6: leave x at y_t if the objective improved on x_t', else at x_t'. If it raises, x is x_t again.
+
+        Returns the two objectives, and y_t, float[d], if it was accepted.
+        """
         x, here = self._flat.x, self._flat.x.clone()
         try:
             y = self._corrected(here, pending) if self._rule.compare == "y" else None
@@ -99,19 +107,19 @@ class EscapeCheck:
             x.copy_(here)
             raise
         if not candidate < anchor:
-            return candidate, anchor, False
+            return candidate, anchor, None
         y = self._corrected(here, pending) if y is None else y
         # A NaN may wait in e_t although f(x_t) is finite: x has not received it yet. All workers see the same y.
-        committed = bool(torch.isfinite(y).all())
-        if committed:
-            x.copy_(y)
-        return candidate, anchor, committed
+        if not torch.isfinite(y).all():
+            return candidate, anchor, None
+        x.copy_(y)
+        return candidate, anchor, y
 
     def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
-        """Return y_t = x_t - eta e_t: a dense all-reduce, since e_t is a mean over workers."""
-        y, compressed = x.clone(), slice(0, self._flat.compressed_d)
-        y[compressed].sub_(self._channel.mean(pending[compressed].clone(), "reset"))
-        return y
+        """Return y_t = x_t - eta e_t, float[d]: a dense all-reduce, since e_t is a mean over workers."""
+        y, compressed_d = x.to(pending.dtype, copy=True), self._flat.compressed_d
+        y[:compressed_d].sub_(self._channel.mean(pending[:compressed_d].clone(), "reset"))
+        return y.sub_(torch.nn.functional.pad(pending[compressed_d:], (compressed_d, 0)))
 
     def _objective(self) -> float:
         """f at the parameters' present values: the mean over workers of what they return."""

@@ -44,9 +44,7 @@ class ErrorMemory:
             grads = {i: g for i in members if (g := flat.parameters[i].grad) is not None}
             if grads:
                 torch._foreach_add_([self._views[i] for i in grads], list(grads.values()), alpha=lr)
-        for p, view in zip(flat.parameters, self._views, strict=True):
-            if not p.requires_grad:
-                view.zero_()
+        self._forget_frozen()
         return self.pending
 
     def absorb(self, sent: Iterable[Term], lost: Tensor | None = None) -> None:
@@ -59,7 +57,15 @@ class ErrorMemory:
         self.pending[self._flat.compressed_d :].zero_()
         if lost is not None:
             self.pending.add_(lost)
+        self._forget_frozen()
 
-    def reset(self) -> None:
-        """Set the error to zero (line 7)."""
+    def reset(self, lost: Tensor | None = None) -> None:
+        """Set the error to zero (line 7), or to what x's own precision could not take."""
         self.pending.zero_()
+        if lost is not None:
+            self.pending.add_(lost)
+
+    def _forget_frozen(self) -> None:
+        """Frozen parameters have no error: they take neither noise nor what a compressor makes of zeros."""
+        for view in self._flat.frozen(self.pending):
+            view.zero_()

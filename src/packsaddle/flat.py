@@ -87,6 +87,12 @@ class FlatParameters:
         """Return a flat vector rearranged in the user's order, as torch's parameters_to_vector has it."""
         return torch.cat([view.reshape(-1) for view in self.views(flat)])
 
+    def frozen(self, flat: Tensor) -> list[Tensor]:
+        """Return the views of the parameters that have been frozen since construction."""
+        if all(p.requires_grad for p in self.parameters):
+            return []
+        return [view for p, view in zip(self.parameters, self.views(flat), strict=True) if not p.requires_grad]
+
     def check_attached(self) -> None:
         """Raise RuntimeError if a parameter no longer lives in x (moved or replaced after construction)."""
         base, size = self.x.data_ptr(), self.x.element_size()

@@ -12,12 +12,16 @@ coordinates, at most ((d - n) / c) ||v||^2 with n the smallest chunk. No table: 
 (seed, step).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from packsaddle.seeds import Stream, generator
+
+_MANY = 256  # chunks above which index arithmetic on blocks is faster than a few slices a chunk
+_BLOCK = 1 << 18  # coordinates of a block
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,12 @@ class RowHash:
     def sketch(self, v: Tensor) -> Tensor:
         """Return S v, float[c], reading v once."""
         c = self.columns
+        if len(self.rotations) > _MANY:
+            counters = torch.zeros(c, dtype=v.dtype, device=v.device)
+            for chunk, rows, signs in self._blocks(v):
+                source = (torch.arange(c, device=v.device) - rows[:, None]).remainder_(c)
+                counters += (chunk * signs[:, None]).gather(1, source).sum(0)
+            return counters
         counters = torch.zeros(c, dtype=v.dtype, device=v.device)
         for chunk, rho, sigma in zip(torch.split(v, c), self.rotations, self.signs, strict=True):
             n = min(len(chunk), c - rho)  # before the rotation wraps round
@@ -50,22 +60,50 @@ class RowHash:
 
     def add_transposed(self, counters: Tensor, out: Tensor, alpha: float = 1.0) -> None:
         """Add alpha S^T counters to out, float[d], in place: the estimate of every coordinate."""
+        if len(self.rotations) > _MANY:
+            flat = torch.cat([counters[place] * signs[:, None] for place, signs in self._places(out)]).view(-1)
+            out.add_(flat[: len(out)], alpha=alpha)
+            return
         doubled = torch.cat([counters, counters])  # a rotated row is a slice of it
         for chunk, rho, sigma in zip(torch.split(out, self.columns), self.rotations, self.signs, strict=True):
             chunk.add_(doubled[rho : rho + len(chunk)], alpha=alpha * sigma)
 
+    def _blocks(self, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield chunks of v as matrices of c columns (the last padded), with their rotations and signs."""
+        c = self.columns
+        rotations = torch.tensor(self.rotations, device=v.device)
+        signs = torch.tensor(self.signs, dtype=v.dtype, device=v.device)
+        rows = max(1, _BLOCK // c)
+        for i, block in enumerate(torch.split(v, rows * c)):
+            chunk = torch.nn.functional.pad(block, (0, -len(block) % c)).view(-1, c)
+            place = slice(i * rows, i * rows + len(chunk))
+            yield chunk, rotations[place], signs[place]
+
+    def _places(self, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, block by block, the counter of every coordinate, int64[rows, c], and the chunks' signs."""
+        positions = torch.arange(self.columns, device=out.device)
+        for _, rows, signs in self._blocks(out):
+            yield (positions + rows[:, None]).remainder_(self.columns), signs
+
 
 def median_estimates(hashes: list[RowHash], tables: Tensor) -> Tensor:
     """Return the median over rows of the estimates of every coordinate, float[d]; tables is float[rows, c]."""
-    d_of = [len(h.rotations) for h in hashes]
-    assert len(set(d_of)) == 1
+    chunks = len(hashes[0].rotations)
     c = hashes[0].columns
+    if chunks > _MANY:
+        return _median([_estimates(h, table, chunks * c) for h, table in zip(hashes, tables, strict=True)])
     doubled = torch.cat([tables, tables], dim=1)
-    chunks = []
-    for b in range(d_of[0]):
+    medians = []
+    for b in range(chunks):
         rows = [doubled[r, h.rotations[b] : h.rotations[b] + c] * h.signs[b] for r, h in enumerate(hashes)]
-        chunks.append(_median(rows))
-    return torch.cat(chunks)
+        medians.append(_median(rows))
+    return torch.cat(medians)
+
+
+def _estimates(row: RowHash, table: Tensor, d: int) -> Tensor:
+    out = torch.zeros(d, dtype=table.dtype, device=table.device)
+    row.add_transposed(table, out)
+    return out
 
 
 def _median(rows: list[Tensor]) -> Tensor:

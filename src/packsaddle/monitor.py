@@ -43,4 +43,4 @@ class ContractionMonitor:
 
 
 def _contraction(before: float, after: float) -> float:
-    return 1.0 - after / before if before > 0 else 1.0
+    return 1.0 - after / before if before != 0 else 1.0  # a NaN stays one

@@ -1,7 +1,6 @@
 """CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD", the one place where its stages meet."""
 
 import math
-import operator
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, overload
@@ -22,6 +21,7 @@ from packsaddle.flat import FlatParameters
 from packsaddle.ledger import Ledger
 from packsaddle.monitor import ContractionMonitor
 from packsaddle.noise import Perturbation
+from packsaddle.seeds import as_seed
 from packsaddle.state import check_fits, fill
 
 
@@ -72,7 +72,7 @@ class CompressedSGD(Optimizer):
             raise ValueError(f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {compressor!r}")
         if dense_below < 0:
             raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
-        self.seed = _seed(seed)
+        self.seed = as_seed(seed)
         self._perturbation = Perturbation(noise)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -80,30 +80,33 @@ class CompressedSGD(Optimizer):
                 if not (math.isfinite(group[name]) and group[name] >= 0):
                     raise ValueError(f"{name} must be finite and not negative, got {group[name]}")
         self._flat = FlatParameters(self.param_groups, dense_below)
-        compressor.validate(self._flat.compressed_d)
         if self._flat.compressed_d == 0 and not isinstance(compressor, Identity):
             warnings.warn(
                 f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} "
                 f"elements (dense_below=0 compresses everything)",
                 stacklevel=2,
             )
-        self.compressor = compressor.for_tensors([self._flat.parameters[i].shape for i in self._flat.compressed])
+        shapes = [self._flat.parameters[i].shape for i in self._flat.compressed]
+        self.compressor = compressor.for_tensors(shapes)
         self.ledger = Ledger()
         self.channel = Channel(resolve(process_group), self.ledger)
+        self._memory = ErrorMemory(self._flat)
         self.choice = choose(
             self.compressor,
             exchange,
             d=self._flat.compressed_d,
             dense=self._flat.d - self._flat.compressed_d,
             workers=self.channel.group.size,
-            back=back,
+            itemsize=self._memory.pending.element_size(),
+            back=None if back is None else back.for_tensors(shapes),
         )
         self.resets: list[Reset] = []
         self._step = 0
-        self._memory = ErrorMemory(self._flat)
         self.monitor = ContractionMonitor(self._flat, monitor_every)
-        arguments = {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back}
-        check_agreement(self.channel, {**arguments, "numel": self.numel, "compressed_numel": self.compressed_numel})
+        sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
+        rates = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
+        same = {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back, "noise": noise}
+        check_agreement(self.channel, {**same, **rates, **sizes, "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
         self._escape = EscapeCheck(escape, self._flat, self.channel, self.seed) if escape else None
@@ -151,22 +154,26 @@ class CompressedSGD(Optimizer):
         be kept in the error memory, so that y does not lose it.
         """
         x, compressed_d = self._flat.x, self._flat.compressed_d
+        frozen = [(view, view.clone()) for view in self._flat.frozen(x)]
         exact = x if x.dtype == self._memory.pending.dtype else x.to(self._memory.pending.dtype)
         for term in g.mean:
             term.add_to(exact[:compressed_d], -1.0)
         exact[compressed_d:].sub_(g.dense)
-        return None if exact is x else x.copy_(exact) - exact
+        lost = None if exact is x else x.copy_(exact) - exact
+        for view, before in frozen:
+            view.copy_(before)
+        return lost
 
     def _outstanding(self) -> Tensor:
         """This worker's part of eta e: its own memory, and what the protocol holds back."""
-        return self.choice.protocol.add_residual(self._memory.pending)
+        return self.choice.protocol.add_residual(self._memory.pending, self.channel.group.size)
 
     def _check_escape(self) -> None:
         if self._escape is None:
             return
-        reset = self._escape.run(self._step, self._outstanding())
+        reset, lost = self._escape.run(self._step, self._outstanding())
         if reset is not None:
-            self._memory.reset()
+            self._memory.reset(lost)
             self.choice.protocol.reset()
             self.resets.append(reset)
 
@@ -192,7 +199,8 @@ class CompressedSGD(Optimizer):
         what holds for every v (all of v's energy may lie there).
         """
         d, compressed = self._flat.d, self._flat.compressed_d
-        return (self.compressor.mu(compressed) * compressed + (d - compressed)) / d if d else 1.0
+        kept = self.choice.protocol.mu(compressed, self.channel.group.size) * compressed
+        return (kept + (d - compressed)) / d if d else 1.0
 
     @property
     def compressed_numel(self) -> int:
@@ -228,7 +236,7 @@ class CompressedSGD(Optimizer):
     def _flat_state(self) -> dict[str, Tensor]:
         """The flat vectors of a checkpoint: this worker's eta e^(i), and x_t' if there is an escape check."""
         anchor = {"anchor": self._escape.anchor} if self._escape else {}
-        return {"pending": self._memory.pending, **anchor}
+        return {"pending": self._memory.pending, **anchor, **self.choice.protocol.vectors(self._memory.pending)}
 
     def _publish_state(self) -> None:
         """Show the flat vectors as per-parameter state, so that torch's checkpoint tools find them."""
@@ -264,20 +272,20 @@ class CompressedSGD(Optimizer):
         for group in self.param_groups:
             for name in ("step", "anchor_step", *self._identity()):
                 group.pop(name, None)
-        self.choice.protocol.load_state_dict(state_dict.get("exchange", {}))
+        self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
         self.ledger.load_state_dict(state_dict.get("ledger", []))
 
-    def _identity(self) -> dict[str, int]:
-        """What must be the same where a state is loaded as where it was saved: an error memory is one worker's."""
-        return {"seed": self.seed, "rank": self.channel.group.rank, "workers": self.channel.group.size}
+    def _identity(self) -> dict[str, int | str]:
+        """What must be the same where a state is loaded as where it was saved: an error memory is one worker's, and
+        an owner's error belongs to its chunk (the other exchanges hold nothing back)."""
+        owners = self.choice.name if "residual" in self._flat_state() else "none"
+        return {
+            "seed": self.seed,
+            "rank": self.channel.group.rank,
+            "workers": self.channel.group.size,
+            "owners": owners,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse copying and pickling: parameters, flat vector and group belong together. Use `state_dict`."""
         raise TypeError("CompressedSGD cannot be copied or pickled; use state_dict() and load_state_dict()")
-
-
-def _seed(seed: int) -> int:
-    try:
-        return operator.index(seed)
-    except TypeError:
-        raise ValueError(f"seed must be an integer, got {seed!r}") from None

@@ -4,6 +4,7 @@ A *shared* stream is identical on every worker (Algorithm 1's xi_t and the compr
 a *private* one also depends on the worker (its batches). Global random state is never read or written.
 """
 
+import operator
 from enum import IntEnum
 
 import torch
@@ -36,6 +37,14 @@ def mix(*words: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
         state ^= state >> 31
     return state
+
+
+def as_seed(seed: int) -> int:
+    """Return a seed as a plain integer (from numpy's, say). Raises ValueError for anything that is not one."""
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise ValueError(f"seed must be an integer, got {seed!r}") from None
 
 
 def generator(

@@ -14,7 +14,10 @@ def parameter_ids(state_dict: Mapping[str, Any]) -> list[Any]:
 
 
 def check_fits(
-    state_dict: Mapping[str, Any], flat: FlatParameters, vectors: Mapping[str, Tensor], identity: Mapping[str, int]
+    state_dict: Mapping[str, Any],
+    flat: FlatParameters,
+    vectors: Mapping[str, Tensor],
+    identity: Mapping[str, int | str],
 ) -> None:
     """Raise ValueError unless a state dict fits these parameters, flat vectors and values that every group repeats."""
     for group in state_dict["param_groups"]:

@@ -88,8 +88,13 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     """What another worker decodes from the parts' bytes is what the sender subtracts; alpha scales it; sizes hold."""
     d = len(v)
-    message = compressor.encode(v, seed=8, step=9)
-    wire = {name: part.contiguous().view(torch.uint8).clone().view(part.dtype) for name, part in message.parts.items()}
+    scratch = v.clone()
+    message = compressor.encode(scratch, seed=8, step=9)
+    scratch.fill_(7.0)  # the error memory changes v afterwards: a message must not be a view of it
+    wire = {
+        name: part.clone().contiguous().view(torch.uint8).clone().view(part.dtype)
+        for name, part in message.parts.items()
+    }
     received = compressor.receive(wire, d, seed=8, step=9)
     own, other = torch.ones_like(v), torch.ones_like(v)
     compressor.add_decoded(message, own, alpha=-2.0)
@@ -131,6 +136,10 @@ def check_empty(compressor: Compressor) -> None:
     out = torch.zeros(0)
     compressor.add_decoded(message, out)
     assert len(out) == 0, f"{compressor!r}: changes an empty vector"
+
+
+def _through_bytes(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format).view(torch.uint8).clone().view(part.dtype)
 
 
 def _energy(v: Tensor) -> float:

@@ -31,10 +31,10 @@ class LowRank(Compressor):
             raise ValueError(f"matrix_rank of LowRank must be a positive integer, got {self.matrix_rank!r}")
 
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "LowRank":
-        return replace(self, shapes=tuple((s[0], s.numel() // s[0]) if len(s) > 1 else (s.numel(), 1) for s in shapes))
+        return replace(self, shapes=tuple((s[0], math.prod(s[1:])) if len(s) > 1 else (s.numel(), 1) for s in shapes))
 
     def restrict(self, part: int, d: int) -> "LowRank":
-        return replace(self, shapes=())
+        return self if part == d else replace(self, shapes=())
 
     def matrices(self, v: Tensor) -> list[Tensor]:
         """Return v's tensors as matrices, views where v allows it."""

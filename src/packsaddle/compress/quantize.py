@@ -32,7 +32,8 @@ class Sign(Compressor):
         return replace(self, sizes=tuple(s.numel() for s in shapes)) if self.per_tensor else self
 
     def restrict(self, part: int, d: int) -> "Sign":
-        return replace(self, sizes=())  # a chunk of the whole vector cuts tensors apart: one scale for it
+        # A chunk cuts tensors apart: one scale for it.
+        return self if part == d else replace(self, sizes=())
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         # In double precision, where sums of 1e30s do not overflow.

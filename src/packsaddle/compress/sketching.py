@@ -1,7 +1,7 @@
 """Compressors from linear sketches: SketchTopK, which finds TopK's support of a mean, and LinearSketch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from packsaddle.compress.base import Compressor, Message
 from packsaddle.compress.sparse import KOfD
 from packsaddle.hashing import RowHash, median_estimates
-from packsaddle.seeds import Stream, generator
+from packsaddle.seeds import Stream, generator, mix
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class SketchTopK(KOfD):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} of SketchTopK must be a positive integer, got {value!r}")
 
+    def restrict(self, part: int, d: int) -> "SketchTopK":
+        columns = None if self.columns is None else max(1, round(self.columns * part / d))
+        k = None if self.k is None else min(part, max(1, round(self.k * part / d)))
+        return replace(self, columns=columns, k=k)
+
     def width(self, d: int) -> int:
         """Return the number of columns for d coordinates; more than d would serve nothing."""
         return max(1, min(d, self.columns or 4 * self.count(d)))
@@ -44,13 +49,13 @@ class SketchTopK(KOfD):
         """Return the rows' hashes."""
         return [RowHash.draw(d, self.width(d), seed=seed, step=step, row=r) for r in range(self.rows)]
 
-    def heavy_hitters(self, tables: Tensor, hashes: list[RowHash], d: int) -> Tensor:
+    def heavy_hitters(self, tables: Tensor, hashes: list[RowHash], d: int, *, seed: int, step: int) -> Tensor:
         """Return the k coordinates of largest estimated magnitude, increasing int64[k]; tables float[rows, columns].
 
         Coordinates that share a counter with a much larger one tie with it in that row, so ties must not be
         broken by position: the estimates are rotated by a random amount first.
         """
-        shift = hashes[0].rotations[0] * (d // hashes[0].columns + 1) % d
+        shift = mix(seed, step, int(Stream.SKETCH)) % d
         estimates = median_estimates(hashes, tables)[:d].abs().roll(shift)
         found = torch.topk(estimates, self.count(d), sorted=False).indices
         return (found - shift).remainder_(d).sort().values
@@ -61,14 +66,15 @@ class SketchTopK(KOfD):
             return Message({"sketch": v, "values": v}, torch.empty(0, dtype=torch.int64, device=v.device))
         hashes = self.hashes(d, seed=seed, step=step)
         tables = torch.stack([h.sketch(v) for h in hashes])
-        support = self.heavy_hitters(tables, hashes, d)
+        support = self.heavy_hitters(tables, hashes, d, seed=seed, step=step)
         return Message({"sketch": tables.view(-1), "values": v[support]}, support)
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         if not d:
             return Message(parts, torch.empty(0, dtype=torch.int64, device=parts["values"].device))
         hashes = self.hashes(d, seed=seed, step=step)
-        return Message(parts, self.heavy_hitters(parts["sketch"].view(self.rows, -1), hashes, d))
+        tables = parts["sketch"].view(self.rows, -1)
+        return Message(parts, self.heavy_hitters(tables, hashes, d, seed=seed, step=step))
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         out.index_add_(0, message.context, message.parts["values"].to(out.dtype), alpha=alpha)
@@ -102,6 +108,9 @@ class LinearSketch(Compressor):
             raise ValueError(f"columns of LinearSketch must be a positive integer, got {self.columns!r}")
         if self.kind not in ("count", "gaussian"):
             raise ValueError(f'kind of LinearSketch must be "count" or "gaussian", got {self.kind!r}')
+
+    def restrict(self, part: int, d: int) -> "LinearSketch":
+        return self if self.columns is None else replace(self, columns=max(1, round(self.columns * part / d)))
 
     def width(self, d: int) -> int:
         """Return c for d coordinates."""

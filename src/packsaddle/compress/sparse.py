@@ -197,7 +197,7 @@ class AdaptiveTopK(_CodedSupport):
         magnitudes, order = v.abs().sort(descending=True)
         # In units of the largest magnitude, whose square neither over- nor underflows.
         energy = (magnitudes.double() / magnitudes[:1].double()).square_().cumsum_(0)
-        k = int((energy < self.share * energy[-1:]).sum()) + 1 if len(v) and magnitudes[0] > 0 else 0
+        k = int((energy < self.share * energy[-1:]).sum()) + 1 if len(v) and magnitudes[0] != 0 else 0
         return self._message(v, order[:k])
 
 
