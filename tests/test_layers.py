@@ -7,7 +7,7 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
-    {"flat", "seeds", "ledger", "schema", "exchange", "compress.wire", "compress.base", "problems.base"},
+    {"lanczos", "flat", "seeds", "ledger", "schema", "exchange", "compress.wire", "compress.base", "problems.base"},
     {
         "noise",
         "simulate",
