@@ -36,8 +36,10 @@ def draw(runs: Sequence[Run]) -> Any:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(10.5, 7), layout="constrained")
         axes = figure.subplots(2, 2, sharex="col", sharey="row")
-        for run, colour in zip(runs, _COLOURS * len(runs), strict=False):
-            _draw_run(axes, run, colour, "sent" if wire else "payload")
+        for i, run in enumerate(runs):
+            # Beyond eight runs colours come again, in another line style.
+            line = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": ("-", "--", ":")[i // len(_COLOURS) % 3]}
+            _draw_run(axes, run, line, "sent" if wire else "payload")
         for level in {run.config.get("plateau") for run in runs} - {None}:
             for axis in axes[0]:
                 axis.axhline(level, color="grey", linewidth=1, linestyle=":")
@@ -53,13 +55,13 @@ def draw(runs: Sequence[Run]) -> Any:
         return figure
 
 
-def _draw_run(axes: Any, run: Run, colour: str, bytes_of: str) -> None:
+def _draw_run(axes: Any, run: Run, line_style: dict[str, str], bytes_of: str) -> None:
     epochs = [line["epoch"] for line in run.metrics]
     megabytes = [line[bytes_of] / 1e6 for line in run.metrics]
     for row, quantity in zip(axes, ("loss", "grad_norm"), strict=True):
         values = [line[quantity] for line in run.metrics]
         for axis, x in zip(row, (epochs, megabytes), strict=True):
-            axis.plot(x, values, color=colour, label=run.label)
+            axis.plot(x, values, label=run.label, **line_style)
 
 
 def save(figure: Any, folder: Path) -> None:
