@@ -14,8 +14,9 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
 def test_python_blocks_run(page: Path) -> None:
+    names: dict[str, object] = {}  # a page's blocks continue each other
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(block, page.name, "exec"), {})
+        exec(compile(block, page.name, "exec"), names)
 
 
 def test_the_documented_configuration_has_every_key() -> None:

@@ -1,5 +1,6 @@
 """packsaddle: training over slow networks with compressed gradients, without getting stuck at saddle points."""
 
+from packsaddle.certify import Certificate, Verdict, certify
 from packsaddle.compress import (
     QSGD,
     AdaptiveTopK,
@@ -26,6 +27,7 @@ __all__ = [
     "QSGD",
     "AdaptiveTopK",
     "Bytes",
+    "Certificate",
     "CompressedSGD",
     "Compressor",
     "Escape",
@@ -42,5 +44,7 @@ __all__ = [
     "SketchTopK",
     "Span",
     "TopK",
+    "Verdict",
+    "certify",
     "simulate",
 ]

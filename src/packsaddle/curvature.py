@@ -1,0 +1,131 @@
+"""Losses, gradients and Hessian-vector products of a network over all batches of all workers.
+
+The loss is the mean over examples: f = sum_b n_b loss_b / N over every batch b of every worker. Each product takes two
+backward passes a batch on this worker and one all-reduce of d numbers, since the Hessian of a mean is the mean of
+Hessians; the network is used as it is, not through DistributedDataParallel, whose hooks do not see second derivatives.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.channel import Channel
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+class Curvature:
+    """Derivatives of the mean loss at a network's present parameters, in a flat vector of its trainable ones.
+
+    `loss_fn(model, batch)` returns the mean loss of a batch; `batches` is this worker's batches, an iterable that can
+    be read again. Construction is collective and reads the batches twice; it raises ValueError if the two readings
+    disagree (data augmentation, shuffling, dropout), or if there is nothing to read or to train.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Channel) -> None:
+        self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("model has no trainable parameters")
+        self.d = sum(p.numel() for p in self.parameters)
+        self.device = self.parameters[0].device
+        first, second = self._totals(), self._totals()
+        if first[1] == 0:
+            raise ValueError("batches is empty, or cannot be read twice; pass a list or a DataLoader")
+        if first != second:
+            raise ValueError(
+                "loss_fn gave two values for the same parameters and batches: switch off shuffling, augmentation "
+                "and anything else that is random (dropout and batch normalisation are put in eval mode here)"
+            )
+        total = torch.tensor(first, dtype=torch.float64, device=self.device)
+        total = self._channel.mean(total, "certificate") * self._channel.group.size
+        self.examples = int(total[1])
+        self.loss = float(total[0]) / self.examples
+
+    def _totals(self) -> tuple[float, int]:
+        """This worker's sum of losses over examples, and its number of examples."""
+        total, examples = 0.0, 0
+        with torch.no_grad(), evaluating(self._model):
+            for batch in self._batches:
+                n = batch_size(batch)
+                total += float(self._loss_fn(self._model, batch).double()) * n
+                examples += n
+        return total, examples
+
+    def gradient(self) -> Tensor:
+        """Return grad f, float64[d]; collective."""
+        return self._mean(lambda loss: torch.autograd.grad(loss, self.parameters, allow_unused=True))
+
+    def hessian_vector(self, v: Tensor) -> Tensor:
+        """Return H v, float64[d], for v float64[d], by double backward; collective."""
+        pieces = torch.split(v, [p.numel() for p in self.parameters])
+        vs = [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+        def product(loss: Tensor) -> tuple[Tensor | None, ...]:
+            grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+            pairs = [(g, u) for g, u in zip(grads, vs, strict=True) if g is not None and g.requires_grad]
+            if not pairs:
+                return tuple(None for _ in self.parameters)
+            inputs, outputs = [g for g, _ in pairs], [u for _, u in pairs]
+            return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, allow_unused=True)
+
+        return self._mean(product)
+
+    def _mean(self, derivative: Callable[[Tensor], tuple[Tensor | None, ...]]) -> Tensor:
+        """Sum a derivative of every batch's total loss, and average over all examples of all workers."""
+        total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
+        with torch.enable_grad(), evaluating(self._model):
+            for batch in self._batches:
+                parts = derivative(self._loss_fn(self._model, batch))
+                flat = [
+                    torch.zeros_like(p).reshape(-1) if g is None else g.detach().reshape(-1)
+                    for g, p in zip(parts, self.parameters, strict=True)
+                ]
+                total.add_(torch.cat(flat), alpha=batch_size(batch))
+        return self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
+
+    @contextmanager
+    def moved(self, direction: Tensor, distance: float) -> Iterator[None]:
+        """Within, the parameters are x + distance * direction, direction float64[d]; afterwards x, to the bit."""
+        before = [p.detach().clone() for p in self.parameters]
+        pieces = torch.split(direction, [p.numel() for p in self.parameters])
+        try:
+            with torch.no_grad():
+                for p, piece in zip(self.parameters, pieces, strict=True):
+                    p.add_((piece * distance).view(p.shape).to(p.dtype))
+            yield
+        finally:
+            with torch.no_grad():
+                for p, old in zip(self.parameters, before, strict=True):
+                    p.copy_(old)
+
+    def loss_at(self, direction: Tensor, distance: float) -> float:
+        """Return f(x + distance * direction); collective."""
+        with self.moved(direction, distance):
+            total = torch.tensor([self._totals()[0]], dtype=torch.float64, device=self.device)
+        return float(self._channel.mean(total, "certificate")) * self._channel.group.size / self.examples
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, every module is in evaluation mode; afterwards each is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of examples of a batch: the first dimension of its first tensor. Raises ValueError."""
+    if isinstance(batch, Tensor) and batch.ndim:
+        return len(batch)
+    parts = list(batch.values()) if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else []
+    if not parts:
+        raise ValueError(f"a batch must be a tensor, or a list, tuple or dict that starts with one, got {type(batch)}")
+    return batch_size(parts[0])

@@ -1,0 +1,228 @@
+"""Certificates against dense Hessians, on problems with known saddles, over processes, and on a real plateau."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from packsaddle import CompressedSGD, Identity, Verdict, certify, simulate
+from packsaddle.channel import Channel
+from packsaddle.curvature import Curvature, batch_size
+from packsaddle.exchange import resolve
+from packsaddle.ledger import Ledger
+from packsaddle.problems import CurvedValley, DoubleWells, MonkeySaddle, OrthogonalTensor, Problem, QuadraticQuartic
+
+EXACT, MEASURED = ("verdict", "examples", "hvps"), ("grad_norm", "lambda_min_upper", "loss")
+
+
+class Point(nn.Module):
+    """A problem's variable as a model."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = nn.Parameter(x.clone())
+
+
+def certify_point(problem: Problem, x: Tensor, **changes: Any) -> Any:
+    arguments = {"epsilon": 1e-2, "hessian_lipschitz": 1.0, "generator": torch.Generator().manual_seed(3), **changes}
+    return certify(Point(x), lambda m, batch: problem(m.x), [torch.zeros(1)], **arguments)
+
+
+@pytest.mark.parametrize(
+    "problem", [DoubleWells(5), OrthogonalTensor(5), QuadraticQuartic(4), CurvedValley()], ids=repr
+)
+def test_known_saddles_and_minima(problem: Problem) -> None:
+    for point in problem.critical_points():
+        certificate = certify_point(problem, point.x)
+        saddle = point.lambda_min < -math.sqrt(1e-2)
+        assert certificate.verdict == (Verdict.SADDLE if saddle else Verdict.SECOND_ORDER_STATIONARY)
+        assert certificate.lambda_min_lower <= point.lambda_min + 1e-12
+        assert certificate.lambda_min_upper >= point.lambda_min - 1e-12
+        if saddle:
+            v = certificate.escape_direction
+            assert float(v.norm()) == pytest.approx(1.0)
+            assert float(problem(point.x + 0.05 * v)) < float(problem(point.x))
+            assert float(problem(point.x - 0.05 * v)) < float(problem(point.x))
+
+
+def test_the_monkey_saddle_is_second_order_stationary() -> None:
+    """No minimum, but gradient and Hessian vanish: by Definition 2.4 it passes, and the certificate must say so."""
+    certificate = certify_point(MonkeySaddle(), torch.zeros(2, dtype=torch.float64))
+    assert certificate.verdict == "second-order stationary"
+    assert certificate.smallest_epsilon < 1e-9
+
+
+def test_a_verdict_is_never_stronger_than_its_evidence() -> None:
+    problem, n = DoubleWells(200), 200
+    minimum = torch.ones(n, dtype=torch.float64)
+    spread = minimum + 0.002 * torch.linspace(-1, 1, n, dtype=torch.float64)  # 200 different curvatures near 2
+    settings = {"epsilon": 0.1, "hessian_lipschitz": 0.1}
+    assert certify_point(problem, spread, max_hvps=2, **settings).verdict == Verdict.UNDECIDED
+    assert certify_point(problem, spread, **settings).verdict == Verdict.SECOND_ORDER_STATIONARY
+    assert certify_point(problem, 0.9 * minimum, **settings).verdict == Verdict.GRADIENT_TOO_LARGE
+    one_flat = minimum.clone()
+    one_flat[7] = 0.0
+    assert certify_point(problem, one_flat, max_hvps=1, **settings).verdict == Verdict.UNDECIDED
+    assert certify_point(problem, one_flat, **settings).verdict == Verdict.SADDLE
+
+
+def test_rho_is_measured_along_v() -> None:
+    """At 0 of the quadratic-quartic the third derivative vanishes; at x_1 = 0.3 the Hessian changes by 6 x_1 = 1.8."""
+    at = torch.tensor([0.3, 0.0, 0.0], dtype=torch.float64)
+    certificate = certify_point(QuadraticQuartic(3), at, hessian_lipschitz=None, epsilon=0.5)
+    assert certificate.hessian_lipschitz == pytest.approx(1.8, rel=1e-6)
+    assert certificate.hessian_lipschitz_estimated
+    assert certificate.threshold == pytest.approx(-math.sqrt(1.8 * 0.5))
+    assert "estimated along v" in str(certificate)
+
+
+def network(seed: int = 0) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A network with dropout and batch normalisation, a frozen layer, and batches of unequal sizes."""
+    rng = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 5), nn.Linear(5, 2)
+    )
+    model.double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.5, generator=rng)
+    model[4].bias.requires_grad_(False)
+    data = torch.randn(30, 4, generator=rng, dtype=torch.float64)
+    target = torch.randn(30, 2, generator=rng, dtype=torch.float64)
+    return model, [(data[a:b], target[a:b]) for a, b in ((0, 7), (7, 19), (19, 30))]
+
+
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+def dense_hessian(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The Hessian of the mean loss of all examples in one batch, by autograd's own routine."""
+    model.eval()
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    shapes = [dict(model.named_parameters())[n].shape for n in names]
+    whole = tuple(torch.cat(part) for part in zip(*batches, strict=True))
+
+    def f(x: Tensor) -> Tensor:
+        values = [piece.view(s) for piece, s in zip(torch.split(x, [s.numel() for s in shapes]), shapes, strict=True)]
+        output = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (whole[0],))
+        return nn.functional.mse_loss(output, whole[1])
+
+    x = torch.cat([dict(model.named_parameters())[n].detach().reshape(-1) for n in names])
+    return torch.autograd.functional.hessian(f, x)
+
+
+def test_products_are_the_dense_hessian() -> None:
+    """Unequal batches are weighted by their examples; frozen parameters are left out; modes are restored."""
+    model, batches = network()
+    curvature = Curvature(model.train(), loss_fn, batches, Channel(resolve(None), Ledger()))
+    assert model.training
+    assert all(m.training for m in model.modules())
+    h = torch.stack([curvature.hessian_vector(e) for e in torch.eye(curvature.d, dtype=torch.float64)])
+    assert torch.allclose(h, dense_hessian(model, batches), atol=1e-12)
+    certificate = certify(model, loss_fn, batches, epsilon=1e3, hessian_lipschitz=1e-9, max_hvps=1000)
+    exact = float(torch.linalg.eigvalsh(h)[0])
+    assert certificate.lambda_min_lower <= exact <= certificate.lambda_min_upper + 1e-12
+    before = [p.clone() for p in model.parameters()]
+    curvature.loss_at(certificate.escape_direction, 0.3)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def certify_share() -> dict[str, Any]:
+    """Certify the network on this worker's share of the batches."""
+    group = resolve(None)
+    model, batches = network()
+    certificate = certify(
+        model,
+        loss_fn,
+        batches[group.rank :: group.size],
+        epsilon=1e3,
+        hessian_lipschitz=1e-6,
+        generator=torch.Generator().manual_seed(5),
+    )
+    return {name: getattr(certificate, name) for name in (*EXACT, *MEASURED)}
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_certify_the_union(gloo: Callable[..., list[Any]], workers: int) -> None:
+    alone = certify_share()
+    for many in (*gloo(certify_share, workers), *simulate(lambda rank: certify_share(), workers)):
+        assert [many[name] for name in EXACT] == [alone[name] for name in EXACT]
+        for name in MEASURED:
+            assert many[name] == pytest.approx(alone[name], rel=1e-9)
+
+
+def test_a_fresh_start_is_shared_by_all_workers() -> None:
+    def worker(rank: int) -> list[float]:
+        model, batches = network()
+        made = [certify(model, loss_fn, batches, epsilon=1e-9, hessian_lipschitz=1.0, max_hvps=3) for _ in range(2)]
+        return [c.lambda_min_upper for c in made]
+
+    first, second = simulate(worker, 2)
+    assert first == second
+    assert first[0] != first[1]  # and fresh for every certificate
+
+
+def test_a_real_plateau_is_a_saddle() -> None:
+    """The demo's autoencoder with tanh (ReLU has no second derivative at its kinks, which finite steps do see): plain
+    SGD, then full-batch steps, stalls where the Hessian has a negative eigenvalue along which the loss bends down.
+    """
+    from packsaddle.config import DataConfig
+    from packsaddle.data import Batches, load_images
+    from packsaddle.demo import PLATEAU
+
+    images = load_images(DataConfig("digits"), None, train=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        widths = (64, 256, 128, 64, 32, 10, 32, 64, 128, 256, 64)
+        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
+    model = nn.Sequential(nn.Flatten(), *layers[:-1], nn.Sigmoid())
+    whole = images.pixels(torch.arange(len(images)))
+    opt = CompressedSGD(model.parameters(), 1.0, compressor=Identity())
+    batches = Batches(torch.arange(len(images)), 32, worker=0, seed=0)
+
+    def loss_of(m: nn.Module, pixels: Tensor) -> Tensor:
+        return nn.functional.mse_loss(m(pixels), pixels.flatten(1))
+
+    for step in range(500):
+        opt.zero_grad()
+        loss_of(model, whole if step >= 400 else whole[batches[step]]).backward()
+        opt.step()
+    model.double()
+    everything = [whole.double()]
+    settings = {"epsilon": 1e-3, "hessian_lipschitz": 1e-3, "generator": torch.Generator().manual_seed(1)}
+    certificate = certify(model, loss_of, everything, **settings)
+    assert certificate.loss == pytest.approx(PLATEAU, rel=0.02)
+    assert certificate.verdict == Verdict.SADDLE, str(certificate)
+    curvature = Curvature(model, loss_of, everything, Channel(resolve(None), Ledger()))
+    s, bend = 0.02, certificate.lambda_min_upper
+    sides = [curvature.loss_at(certificate.escape_direction, step) for step in (-s, s)]
+    assert min(sides) < certificate.loss
+    assert sum(sides) / 2 - certificate.loss == pytest.approx(bend * s**2 / 2, rel=0.05)
+
+
+def test_what_is_not_a_function_is_refused() -> None:
+    model, batches = network()
+    with pytest.raises(ValueError, match="loss_fn gave two values for the same parameters and batches"):
+        certify(model, lambda m, b: loss_fn(m, (b[0] + torch.rand(1), b[1])), batches, epsilon=1.0)
+    with pytest.raises(ValueError, match="batches is empty, or cannot be read twice"):
+        certify(model, loss_fn, [], epsilon=1.0)
+    with pytest.raises(ValueError, match=r"loss_fn gave two values|cannot be read twice"):
+        certify(model, loss_fn, iter(batches), epsilon=1.0)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        certify(nn.Tanh(), loss_fn, batches, epsilon=1.0)
+    for name, value in (("epsilon", 0.0), ("hessian_lipschitz", -1.0), ("failure_probability", 1.0), ("max_hvps", 0)):
+        with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
+            certify(model, loss_fn, batches, **{"epsilon": 1.0, name: value})
+
+
+def test_batch_sizes() -> None:
+    assert (
+        batch_size(torch.zeros(3, 2)) == batch_size([torch.zeros(3), 1]) == batch_size({"x": (torch.zeros(3, 1),)}) == 3
+    )
+    with pytest.raises(ValueError, match="a batch must be a tensor, or a list, tuple or dict"):
+        batch_size("text")
