@@ -81,10 +81,10 @@ class Training:
                 if (step + 1) % self.config.log_every == 0 or step + 1 == self.steps:
                     means = self.optimizer.channel.mean(sums / (step + 1 - since), "metrics")
                     lines.append(self._line(step + 1, means, time.perf_counter() - begin))
-                    report(step + 1, _describe(lines[-1], self.group.size))
                     if self.group.rank == 0:
                         folder.append_metrics(lines[-1])
                     sums, since = torch.zeros_like(sums), step + 1
+                report(step + 1, _describe(lines[-1], self.group.size) if lines else "starting")
         self._finish(folder, lines[-1], self.optimizer.channel.mean(final, "metrics").item())
 
     def _step(self, step: int) -> Tensor:
