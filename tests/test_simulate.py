@@ -77,8 +77,13 @@ def test_an_interruption_ends_the_workers() -> None:
                 os.kill(os.getpid(), signal.SIGINT)
             resolve(None).all_reduce(torch.zeros(1))
 
-    with pytest.raises(KeyboardInterrupt):
-        simulate(worker, 2)
+    # A shell that runs tests in the background has SIGINT ignored, and Python then leaves it so.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            simulate(worker, 2)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert 100 <= len(steps) < 10**6
 
 

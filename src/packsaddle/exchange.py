@@ -133,6 +133,7 @@ def process_group() -> Iterator[Group]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo")
     try:
         yield TorchGroup()
+        dist.barrier()  # a worker that leaves early takes its connections away from the others
     finally:
         # Without this, interpreters that exit while gloo threads live abort now and then.
         dist.destroy_process_group()
