@@ -195,6 +195,12 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    if under_launcher():
+        # The work is done and on disk. Interpreters that take themselves apart beside gloo's threads abort now and
+        # then, which the launcher would report as a failed run.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
