@@ -70,8 +70,8 @@ class Training:
         """Train, recording a line of metrics every `log_every` steps, then evaluate, summarise and checkpoint."""
         sums = torch.zeros(2, dtype=torch.float64)  # of the loss and of the gradient norm since the last line
         final = torch.zeros(1, dtype=torch.float64)  # mean loss of the last epoch
-        lines: list[dict[str, Any]] = []
-        begin, since = time.perf_counter(), 0
+        line: dict[str, Any] = {}  # the last one written; the last step always writes one
+        begin, since, text = time.perf_counter(), 0, "starting"
         with live(self.config.label or folder.path.name, self.steps, quiet=quiet or self.group.rank != 0) as report:
             for step in range(self.steps):
                 measured = self._step(step)
@@ -80,12 +80,12 @@ class Training:
                     final += measured[0] / min(self.steps, self.steps_per_epoch)
                 if (step + 1) % self.config.log_every == 0 or step + 1 == self.steps:
                     means = self.optimizer.channel.mean(sums / (step + 1 - since), "metrics")
-                    lines.append(self._line(step + 1, means, time.perf_counter() - begin))
+                    line = self._line(step + 1, means, time.perf_counter() - begin)
                     if self.group.rank == 0:
-                        folder.append_metrics(lines[-1])
-                    sums, since = torch.zeros_like(sums), step + 1
-                report(step + 1, _describe(lines[-1], self.group.size) if lines else "starting")
-        self._finish(folder, lines[-1], self.optimizer.channel.mean(final, "metrics").item())
+                        folder.append_metrics(line)
+                    sums, since, text = torch.zeros_like(sums), step + 1, _describe(line, self.group.size)
+                report(step + 1, text)
+        self._finish(folder, line, self.optimizer.channel.mean(final, "metrics").item())
 
     def _step(self, step: int) -> Tensor:
         """One step of the algorithm; returns this worker's loss and gradient norm, float64[2]."""

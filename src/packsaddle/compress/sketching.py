@@ -38,8 +38,7 @@ class SketchTopK(KOfD):
 
     def restrict(self, part: int, d: int) -> "SketchTopK":
         columns = None if self.columns is None else max(1, round(self.columns * part / d))
-        k = None if self.k is None else min(part, max(1, round(self.k * part / d)))
-        return replace(self, columns=columns, k=k)
+        return replace(self, columns=columns, k=super().restrict(part, d).k)
 
     def width(self, d: int) -> int:
         """Return the number of columns for d coordinates; more than d would serve nothing."""
