@@ -34,6 +34,9 @@ LAYERS = [
     {"models", "figures"},
     {"optimizer", "report", "catalogue"},
     {"experiment"},
+    {"commands.console"},
+    {"commands.training", "commands.reading"},
+    {"commands"},
     {"cli"},
 ]
 

@@ -1,0 +1,1 @@
+"""The commands of packsaddle, one function each; its arguments are the command's, its docstring the help."""

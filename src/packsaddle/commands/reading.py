@@ -1,0 +1,68 @@
+"""packsaddle report | compressors."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.table import Table
+
+from packsaddle.commands.console import print_runs, print_table
+from packsaddle.progress import megabytes
+from packsaddle.runfolder import read_runs
+from packsaddle.schema import ConfigError
+
+
+def report(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None, overwrite: bool = False
+) -> None:
+    """Compare runs: a table, a figure and one self-contained HTML page.
+
+    Args:
+        runs: Run folders, or folders of run folders.
+        out: A new folder for the report; by default `report` in the first folder given.
+        overwrite: Allow the report's folder to exist.
+    """
+    from packsaddle.report import write_report
+
+    if not runs:
+        raise ConfigError("report needs at least one run folder")
+    found = read_runs(runs)
+    print_runs(found)
+    print(f"report: {write_report(found, out or runs[0] / 'report', overwrite=overwrite)}")
+
+
+def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json: bool = False) -> None:
+    """List every compressor: contraction, linear or not, protocol, bytes of a step and time on this machine.
+
+    Args:
+        d: Coordinates of the vector tried.
+        ratio: Share of the coordinates, for those that have one.
+        workers: Workers, for the bytes.
+        json: Print JSON lines instead of a table.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from packsaddle import catalogue
+
+    if d < 1 or workers < 1:
+        raise ConfigError(f"d and workers must be at least 1, got {d} and {workers}")
+    try:
+        listed = catalogue.compressors(ratio)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if json:
+        for compressor in listed:
+            print(dumps(asdict(catalogue.measure(compressor, d, workers))))
+        return
+    table = Table("compressor", "mu", "kept", "linear", "protocol", "sent", "received", "ms")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for e in (catalogue.measure(compressor, d, workers) for compressor in listed):
+        linear = "yes" if e.linear else "no"
+        sent, received = megabytes(e.sent), megabytes(e.received)
+        table.add_row(
+            e.compressor, f"{e.mu:.2g}", f"{e.kept:.1%}", linear, e.protocol, sent, received, f"{e.milliseconds:.1f}"
+        )
+    table.caption = f"d = {d:,}, {workers} workers; mu holds for every vector, kept is measured on a Gaussian one"
+    print_table(table)

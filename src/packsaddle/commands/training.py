@@ -1,0 +1,91 @@
+"""packsaddle demo | run."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from packsaddle.commands.console import dated, is_first, print_runs
+from packsaddle.config import load
+from packsaddle.exchange import under_launcher
+from packsaddle.runfolder import make_new, read_runs
+from packsaddle.schema import ConfigError
+
+
+def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
+    """Show compressed, perturbed SGD leaving a saddle that plain SGD sits on.
+
+    Trains a deep autoencoder on scikit-learn's digits four times (dense; dense, RandomK 1% and TopK 1% with noise),
+    prints a table and writes a figure and an HTML page.
+
+    Args:
+        out: A new folder for the runs and the report; by default one under runs/ named by the time.
+        workers: Worker processes.
+        serial: Simulate the workers in this process instead.
+        epochs: Passes over the digits.
+        seed: Seed of everything random.
+    """
+    from packsaddle import demo as demonstration
+    from packsaddle.data import require
+    from packsaddle.experiment import Job
+    from packsaddle.report import write_report
+
+    for module in ("matplotlib", "jinja2"):  # before the runs, not after
+        require(module, "plot", "the demo's report")
+    try:
+        configs = demonstration.configs(workers, epochs, seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    folder = out or dated("demo")
+    job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
+    job.check(workers)
+    make_new(folder)
+    job.run(workers, serial=serial)
+    runs = [run for name in configs for run in read_runs([folder / name])]
+    print_runs(runs)
+    print(f"report: {write_report(runs, folder / 'report')}")
+
+
+def run(
+    config: Annotated[Path, tyro.conf.Positional],
+    set: tuple[str, ...] = (),
+    workers: int | None = None,
+    serial: bool = False,
+    data_dir: Path | None = None,
+    download: bool = False,
+    out: Path | None = None,
+) -> None:
+    """Train as a TOML file says, with one process or several.
+
+    Under torchrun the world it made is used; otherwise this command starts its own workers.
+
+    Args:
+        config: The TOML file.
+        set: Overrides, key=value by dotted key, as in: --set lr=0.05 compressor.ratio=0.001
+        workers: Worker processes; overrides the file.
+        serial: Simulate the workers in this process instead of starting processes.
+        data_dir: Folder of the dataset (not needed for digits).
+        download: Fetch the dataset into --data-dir if it is not there.
+        out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
+    """
+    from packsaddle.experiment import Job, train_in_process_group
+
+    overrides = [*set, f"workers={workers}"] if workers is not None else set
+    loaded = load(config, overrides)
+    if under_launcher():
+        if out is None:  # a name made from the time could differ between workers
+            raise ConfigError("--out is needed under torchrun")
+        loaded = replace(loaded, workers=int(os.environ["WORLD_SIZE"]))
+    folder = out or dated(config.stem)
+    job = Job((loaded,), (folder,), data_dir, download)
+    if under_launcher():
+        train_in_process_group(job, claim=True)
+    else:
+        job.check(loaded.workers)
+        make_new(folder)
+        job.run(loaded.workers, serial=serial)
+    if is_first():
+        print_runs(read_runs([folder]))
+        print(f"run folder: {folder}")
