@@ -7,7 +7,18 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
-    {"lanczos", "flat", "seeds", "ledger", "schema", "exchange", "compress.wire", "compress.base", "problems.base"},
+    {
+        "lanczos",
+        "certificate",
+        "flat",
+        "seeds",
+        "ledger",
+        "schema",
+        "exchange",
+        "compress.wire",
+        "compress.base",
+        "problems.base",
+    },
     {
         "noise",
         "simulate",

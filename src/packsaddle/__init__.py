@@ -1,6 +1,7 @@
 """packsaddle: training over slow networks with compressed gradients, without getting stuck at saddle points."""
 
-from packsaddle.certify import Certificate, Verdict, certify
+from packsaddle.certificate import Certificate, Verdict
+from packsaddle.certify import certify
 from packsaddle.compress import (
     QSGD,
     AdaptiveTopK,

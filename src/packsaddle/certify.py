@@ -8,66 +8,19 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from packsaddle.certificate import Certificate, Verdict, judge
 from packsaddle.channel import Channel
 from packsaddle.curvature import Curvature, LossFn
 from packsaddle.exchange import resolve
-from packsaddle.lanczos import Ritz, lanczos
+from packsaddle.lanczos import Lanczos, Ritz
 from packsaddle.ledger import Ledger
 
-
-class Verdict(StrEnum):
-    """What a certificate says."""
-
-    SECOND_ORDER_STATIONARY = "second-order stationary"
-    SADDLE = "saddle"
-    GRADIENT_TOO_LARGE = "gradient too large"
-    UNDECIDED = "undecided"
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """The evidence at one point; the Hessian is that of the mean loss over `examples` examples, in eval mode."""
-
-    verdict: Verdict
-    epsilon: float
-    loss: float
-    grad_norm: float
-    lambda_min_upper: float  # lambda_min is at most this: a Ritz value
-    lambda_min_lower: float  # and at least this, but for the failure probability; -inf: nothing known
-    residual: float  # ||H v - lambda v|| for the escape direction v
-    failure_probability: float
-    threshold: float  # -sqrt(rho epsilon)
-    hessian_lipschitz: float  # rho
-    hessian_lipschitz_estimated: bool  # rho was measured along v, not given: an estimate from below
-    escape_direction: Tensor  # unit v, float64[d], of curvature lambda_min_upper
-    examples: int
-    precision: str  # of the products; recurrences are in double precision
-    hvps: int
-    bytes_sent: int  # by this worker
-    seconds: float
-
-    @property
-    def smallest_epsilon(self) -> float:
-        """The smallest epsilon for which this point would be certified with this rho (inf if nothing bounds it)."""
-        return max(self.grad_norm, max(0.0, -self.lambda_min_lower) ** 2 / self.hessian_lipschitz)
-
-    def __str__(self) -> str:
-        rho = "estimated along v" if self.hessian_lipschitz_estimated else "given"
-        return (
-            f"{self.verdict}\n"
-            f"  gradient norm {self.grad_norm:.3e}, epsilon {self.epsilon:.3e}\n"
-            f"  lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with probability "
-            f"{1 - self.failure_probability:g}, residual {self.residual:.1e}\n"
-            f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({rho})\n"
-            f"  Hessian of the mean loss {self.loss:.5f} over {self.examples:,} examples, products in "
-            f"{self.precision}; {self.hvps} products, {self.seconds:.1f} s"
-        )
+_DOUBLINGS = 10
 
 
 def certify(
@@ -79,6 +32,8 @@ def certify(
     hessian_lipschitz: float | None = None,
     failure_probability: float = 1e-3,
     max_hvps: int = 200,
+    sample_of: int | None = None,
+    memory_limit: int = 4 * 2**30,
     generator: torch.Generator | None = None,
     process_group: Any = None,
 ) -> Certificate:
@@ -89,9 +44,13 @@ def certify(
         loss_fn: loss_fn(model, batch) is the batch's mean loss, twice differentiable.
         batches: batches that can be read again and are the same every time.
         epsilon: the gradient's threshold; the curvature's is -sqrt(rho epsilon).
-        hessian_lipschitz: rho; None measures ||H(x + h v) v - H(x) v|| / h along the escape direction v.
+        hessian_lipschitz: rho; None measures ||H(x + h v) v - H(x - h v) v|| / (2 h) along the escape direction v.
         failure_probability: of the lower bound, over the random start.
-        max_hvps: Hessian-vector products at most, those for rho not counted. Each costs one vector of d doubles.
+        max_hvps: Hessian-vector products at most for the bounds; a verdict needs a few more (see `Certificate.hvps`).
+        sample_of: how many examples the batches of all workers were drawn from, if they are a sample; the gradient
+            norm then comes with its standard error, from how batches differ.
+        memory_limit: bytes of Lanczos vectors kept, of 8 d bytes each. Beyond, vectors are not kept, so that the
+            bounds need a few more products, and the escape direction a second pass over those left out.
         generator: of the start, the same on every worker and fresh for every certificate; None draws a seed from
             the operating system on rank 0.
 
@@ -99,51 +58,111 @@ def certify(
     function of the parameters.
     """
     begin = time.perf_counter()
-    _check(epsilon, hessian_lipschitz, failure_probability, max_hvps)
+    _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, sample_of, memory_limit)
     channel = Channel(resolve(process_group), Ledger())
     curvature = Curvature(model, loss_fn, batches, channel)
-    grad_norm = float(curvature.gradient().norm())
-    rho, ritz, lower = hessian_lipschitz, None, -math.inf
-    for ritz in lanczos(
-        curvature.hessian_vector, curvature.d, generator or _fresh_generator(channel, curvature.device)
-    ):
-        lower = max(lower, ritz.lower_bound(failure_probability))
-        last = ritz.exhausted or ritz.steps >= max_hvps
-        if rho is None and (last or grad_norm > epsilon or _settling(ritz)):
-            rho = _measure_rho(curvature, ritz.vector())
-        if last or (rho is not None and _verdict(grad_norm, epsilon, rho, ritz, lower) is not Verdict.UNDECIDED):
-            break
-    assert ritz is not None
-    assert rho is not None
+    gradient, error = curvature.gradient()
+    search = _Search(
+        curvature,
+        Lanczos(
+            curvature.hessian_vector,
+            curvature.d,
+            generator or _fresh_generator(channel, curvature.device),
+            max_vectors=max(2, memory_limit // (8 * curvature.d)),
+        ),
+        float(gradient.norm()),
+        epsilon,
+        failure_probability,
+        hessian_lipschitz,
+    )
+    search.run(max_hvps)
+    distance, lowest = search.descend(gradient) if search.verdict is Verdict.SADDLE else (None, None)
+    ritz, rho = search.ritz, search.rho
     return Certificate(
-        verdict=_verdict(grad_norm, epsilon, rho, ritz, lower),
+        verdict=search.verdict,
         epsilon=epsilon,
         loss=curvature.loss,
-        grad_norm=grad_norm,
-        lambda_min_upper=ritz.theta_min,
-        lambda_min_lower=lower,
-        residual=ritz.residual,
+        grad_norm=search.grad_norm,
+        grad_norm_error=None if sample_of is None else _finite_population(error, curvature.examples, sample_of),
+        lambda_min_upper=search.upper,
+        lambda_min_lower=search.lower,
+        residual=search.residual,
         failure_probability=failure_probability,
         threshold=-math.sqrt(rho * epsilon),
         hessian_lipschitz=rho,
         hessian_lipschitz_estimated=hessian_lipschitz is None,
-        escape_direction=ritz.vector(),
+        escape_direction=search.v,
+        escape_distance=distance,
+        escape_loss=lowest,
+        ritz_values=ritz.thetas,
+        ritz_shares=ritz.shares,
         examples=curvature.examples,
+        sample_of=sample_of,
         precision=str(curvature.parameters[0].dtype).removeprefix("torch."),
-        hvps=ritz.steps + (2 if hessian_lipschitz is None else 0),
+        hvps=curvature.products,
         bytes_sent=channel.ledger.total.sent,
         seconds=time.perf_counter() - begin,
     )
 
 
-def _verdict(grad_norm: float, epsilon: float, rho: float, ritz: Ritz, lower: float) -> Verdict:
-    """A Ritz value below the threshold is proof of a saddle, whatever its residual: it is a Rayleigh quotient."""
-    threshold = -math.sqrt(rho * epsilon)
-    if not grad_norm <= epsilon:
-        return Verdict.GRADIENT_TOO_LARGE
-    if ritz.theta_min < threshold:
-        return Verdict.SADDLE
-    return Verdict.SECOND_ORDER_STATIONARY if lower >= threshold else Verdict.UNDECIDED
+@dataclass
+class _Search:
+    """The steps of the Lanczos process until the verdict is settled, and what is known by then."""
+
+    curvature: Curvature
+    lanczos: Lanczos
+    grad_norm: float
+    epsilon: float
+    failure_probability: float
+    given_rho: float | None
+
+    def run(self, max_hvps: int) -> None:
+        """Do steps until the verdict is settled, `max_hvps` are done, or there are no more."""
+        measured, self.lower, settled = self.given_rho, -math.inf, False
+        for k in range(1, max_hvps + 1):
+            self.ritz = self.lanczos.step()
+            self.lower = max(self.lower, self.ritz.lower_bound(self.failure_probability))
+            last = k == max_hvps or self.lanczos.exhausted
+            if measured is None and (last or self.grad_norm > self.epsilon or _settling(self.ritz)):
+                measured = _measure_rho(self.curvature, self.lanczos.ritz_vector())
+            if measured is not None:
+                settled = self._verdict(measured, self.ritz.theta_min) is not Verdict.UNDECIDED
+            if last or settled:
+                break
+        assert measured is not None
+        self.rho = measured
+        self._measure_direction()
+
+    def _measure_direction(self) -> None:
+        """v, its Rayleigh quotient and its residual: known from the recurrence if the basis is orthonormal, else
+        measured, and then the verdict is what the measurement says."""
+        self.v, self.upper, self.residual = self.lanczos.ritz_vector(), self.ritz.theta_min, self.ritz.residual
+        if not self.ritz.orthogonal:
+            product = self.curvature.hessian_vector(self.v)
+            self.upper = float(self.v @ product)
+            self.residual = float(product.sub_(self.v, alpha=self.upper).norm())
+        self.verdict = self._verdict(self.rho, self.upper)
+
+    def descend(self, gradient: Tensor) -> tuple[float, float]:
+        """Return (s, f(x + s v)) with the lowest loss found, doubling steps both ways while it falls.
+
+        With rho true, the loss falls by at least 2 |lambda|^3 / (3 rho^2) at one of s = +-2 |lambda| / rho.
+        """
+        first = abs(self.upper) / (8 * self.rho)
+        downhill = -1.0 if float(gradient @ self.v) > 0 else 1.0
+        best = (downhill * first, math.inf)
+        for sign in (downhill, -downhill):
+            last = math.inf
+            for doubling in range(_DOUBLINGS):
+                s = sign * first * 2**doubling
+                value = self.curvature.loss_at(self.v, s)
+                if not value < last:
+                    break
+                last, best = value, min(best, (s, value), key=lambda pair: pair[1])
+        return best
+
+    def _verdict(self, rho: float, upper: float) -> Verdict:
+        return judge(self.grad_norm, self.epsilon, -math.sqrt(rho * self.epsilon), upper, self.lower)
 
 
 def _settling(ritz: Ritz) -> bool:
@@ -161,6 +180,11 @@ def _measure_rho(curvature: Curvature, v: Tensor) -> float:
     return max(float((ahead - behind).norm()) / (2 * h), torch.finfo(torch.float64).tiny)
 
 
+def _finite_population(error: float, examples: int, population: int) -> float:
+    """The standard error of a mean of examples drawn without replacement."""
+    return error * math.sqrt(max(0.0, 1 - examples / population))
+
+
 def _fresh_generator(channel: Channel, device: torch.device) -> torch.Generator:
     """A generator seeded by the operating system on rank 0, the same on every worker."""
     seed = torch.tensor([torch.Generator().seed() & (2**31 - 1)], dtype=torch.int64, device=device)
@@ -168,7 +192,14 @@ def _fresh_generator(channel: Channel, device: torch.device) -> torch.Generator:
     return torch.Generator(device).manual_seed(int(seed))
 
 
-def _check(epsilon: float, rho: float | None, failure_probability: float, max_hvps: int) -> None:
+def _check(
+    epsilon: float,
+    rho: float | None,
+    failure_probability: float,
+    max_hvps: int,
+    sample_of: int | None,
+    memory_limit: int,
+) -> None:
     if not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
     if rho is not None and not 0 < rho < math.inf:
@@ -177,3 +208,7 @@ def _check(epsilon: float, rho: float | None, failure_probability: float, max_hv
         raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}")
     if max_hvps < 1:
         raise ValueError(f"max_hvps must be at least 1, got {max_hvps}")
+    if sample_of is not None and sample_of < 1:
+        raise ValueError(f"sample_of must be at least 1 example, got {sample_of}")
+    if memory_limit < 0:
+        raise ValueError(f"memory_limit must not be negative, got {memory_limit} bytes")

@@ -5,6 +5,7 @@ backward passes a batch on this worker and one all-reduce of d numbers, since th
 Hessians; the network is used as it is, not through DistributedDataParallel, whose hooks do not see second derivatives.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,8 @@ class Curvature:
 
     `loss_fn(model, batch)` returns the mean loss of a batch; `batches` is this worker's batches, an iterable that can
     be read again. Construction is collective and reads the batches twice; it raises ValueError if the two readings
-    disagree (data augmentation, shuffling, dropout), or if there is nothing to read or to train.
+    disagree on any worker (data augmentation, shuffling, an iterator that is used up), or if there is nothing to
+    read or to train. A worker may have no batches if another has some.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Channel) -> None:
@@ -32,18 +34,20 @@ class Curvature:
             raise ValueError("model has no trainable parameters")
         self.d = sum(p.numel() for p in self.parameters)
         self.device = self.parameters[0].device
+        self.products = 0  # Hessian-vector products so far
         first, second = self._totals(), self._totals()
-        if first[1] == 0:
-            raise ValueError("batches is empty, or cannot be read twice; pass a list or a DataLoader")
-        if first != second:
+        total = torch.tensor([*first, float(first != second)], dtype=torch.float64, device=self.device)
+        loss, examples, differ = self._channel.mean(total, "certificate").mul_(channel.group.size).tolist()
+        if differ:  # on any worker, so that all of them stop
             raise ValueError(
-                "loss_fn gave two values for the same parameters and batches: switch off shuffling, augmentation "
-                "and anything else that is random (dropout and batch normalisation are put in eval mode here)"
+                "loss_fn gave two values for the same parameters and batches: pass a list or a DataLoader, which can "
+                "be read twice, and switch off shuffling, augmentation and anything else that is random (dropout and "
+                "batch normalisation are put in eval mode here)"
             )
-        total = torch.tensor(first, dtype=torch.float64, device=self.device)
-        total = self._channel.mean(total, "certificate") * self._channel.group.size
-        self.examples = int(total[1])
-        self.loss = float(total[0]) / self.examples
+        if not examples:
+            raise ValueError("batches is empty on every worker")
+        self.examples = int(examples)
+        self.loss = loss / examples
 
     def _totals(self) -> tuple[float, int]:
         """This worker's sum of losses over examples, and its number of examples."""
@@ -55,16 +59,34 @@ class Curvature:
                 examples += n
         return total, examples
 
-    def gradient(self) -> Tensor:
-        """Return grad f, float64[d]; collective."""
-        return self._mean(lambda loss: torch.autograd.grad(loss, self.parameters, allow_unused=True))
+    def gradient(self) -> tuple[Tensor, float]:
+        """Return grad f, float64[d], and its standard error if the examples are a sample; collective.
+
+        With gradients g_b of batches of n_b examples, B in all, an example's variance is estimated without bias by
+        sum_b n_b ||g_b - grad f||^2 / (B - 1), and the mean's is that over N; inf with a single batch.
+        """
+        spread = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum_b n_b ||g_b||^2 and B
+
+        def derivative(loss: Tensor, n: int) -> tuple[Tensor | None, ...]:
+            grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            spread[0] += n * sum(g.double().square().sum() for g in grads if g is not None)
+            spread[1] += 1
+            return grads
+
+        mean = self._mean(derivative)
+        squares, batches = self._channel.mean(spread, "certificate").mul_(self._channel.group.size).tolist()
+        if batches == 1:
+            return mean, math.inf
+        within = max(0.0, squares - self.examples * float(mean.square().sum())) / (batches - 1)
+        return mean, math.sqrt(within / self.examples)
 
     def hessian_vector(self, v: Tensor) -> Tensor:
         """Return H v, float64[d], for v float64[d], by double backward; collective."""
+        self.products += 1
         pieces = torch.split(v, [p.numel() for p in self.parameters])
         vs = [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)]
 
-        def product(loss: Tensor) -> tuple[Tensor | None, ...]:
+        def product(loss: Tensor, _: int) -> tuple[Tensor | None, ...]:
             grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
             pairs = [(g, u) for g, u in zip(grads, vs, strict=True) if g is not None and g.requires_grad]
             if not pairs:
@@ -74,17 +96,18 @@ class Curvature:
 
         return self._mean(product)
 
-    def _mean(self, derivative: Callable[[Tensor], tuple[Tensor | None, ...]]) -> Tensor:
+    def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor | None, ...]]) -> Tensor:
         """Sum a derivative of every batch's total loss, and average over all examples of all workers."""
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         with torch.enable_grad(), evaluating(self._model):
             for batch in self._batches:
-                parts = derivative(self._loss_fn(self._model, batch))
+                n = batch_size(batch)
+                parts = derivative(self._loss_fn(self._model, batch), n)
                 flat = [
                     torch.zeros_like(p).reshape(-1) if g is None else g.detach().reshape(-1)
                     for g, p in zip(parts, self.parameters, strict=True)
                 ]
-                total.add_(torch.cat(flat), alpha=batch_size(batch))
+                total.add_(torch.cat(flat), alpha=n)
         return self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
 
     @contextmanager

@@ -1,23 +1,33 @@
 """Extreme eigenvalues of a symmetric matrix known by its products: bounds on both sides, with a failure probability.
 
-A Ritz value bounds lambda_min from above, always. From below nothing does for a fixed start; for a uniformly random
-start Kuczynski and Wozniakowski (1992, Theorem 3) bound the error after k steps on a positive semidefinite A:
-P(lambda_max - theta > s lambda_max) <= 1.648 sqrt(n) exp(-sqrt(s) (2 k - 1)). Krylov spaces do not change under shifts,
-so it holds for A - lambda_min I and lambda_max I - A together, each with half the probability; with
-g = lambda_max - lambda_min <= (theta_max - theta_min) / (1 - 2 s) this gives
+A Ritz value bounds lambda_min from above, always. From below nothing does for a fixed start. For a start b that is
+uniform on the sphere, write p_j for the Lanczos polynomials, q_j = p_j(A) b. If v is a unit eigenvector of lambda_min,
+<q_j, v> = p_j(lambda_min) <b, v>, and the q_j are orthonormal, so by Bessel's inequality
 
-    lambda_min >= theta_min - s (theta_max - theta_min) / (1 - 2 s)      if s < 1 / 2.
+    <b, v>^2 sum_{j <= k} p_j(lambda_min)^2 <= 1,
 
-Whoever stops when the bound suffices has looked at every step, so step k is given the share delta / (k (k + 1)) of the
-failure probability; these sum to delta.
+while <b, v>^2 has a Beta(1/2, (n - 1)/2) law: it is below its delta-quantile w with probability delta. Below the
+smallest Ritz value the sum grows as lambda falls, so with probability 1 - delta
+
+    lambda_min >= the lambda at which sum_{j <= k} p_j(lambda)^2 = 1 / w.
+
+(van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, use the last polynomial alone; the
+sum is never worse. Kuczynski and Wozniakowski's bound of 1992 supposes the worst of all spectra instead of the one that
+was met, and is weaker.) The event is the same for every k, so whoever stops when the bound suffices pays nothing.
+
+Without stored vectors orthogonality is lost to rounding, but each q_j still has norm 1, so p_j(lambda_min)^2 <= 1 / w
+for each j alone: beyond the memory limit the largest term takes the place of the sum.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from scipy.special import betaincinv
 from torch import Tensor
+
+_BISECTIONS = 60
 
 
 @dataclass(frozen=True)
@@ -25,66 +35,164 @@ class Ritz:
     """What k steps know of a symmetric n x n matrix A."""
 
     n: int
-    steps: int  # k, products with A so far
-    theta_min: float  # lambda_min <= theta_min
-    theta_max: float  # lambda_max >= theta_max
+    alphas: tuple[float, ...]  # k, the tridiagonal's diagonal
+    betas: tuple[float, ...]  # k, beside it; the last one is the norm of what the k-th step left over
+    thetas: tuple[float, ...]  # k Ritz values in rising order
+    shares: tuple[float, ...]  # k, how much of ||b||^2 = 1 lies along each Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min
-    exhausted: bool  # the Krylov space is invariant: theta_min and theta_max are eigenvalues, to rounding
-    basis: tuple[Tensor, ...]  # k orthonormal vectors, float64[n]
-    weights: Tensor  # float64[k], v in that basis
+    exhausted: bool  # the Krylov space is invariant: Ritz values are eigenvalues, to rounding
+    orthogonal: bool  # every vector was kept and used to reorthogonalise
 
-    def vector(self) -> Tensor:
-        """Return the unit Ritz vector v of theta_min, float64[n]."""
-        v = torch.zeros_like(self.basis[0])
-        for weight, q in zip(self.weights.tolist(), self.basis, strict=True):
-            v.add_(q, alpha=weight)
-        unit: Tensor = v / v.norm()
-        return unit
+    @property
+    def steps(self) -> int:
+        """k, products with A so far."""
+        return len(self.alphas)
+
+    @property
+    def theta_min(self) -> float:
+        """lambda_min is at most this (with `orthogonal`; otherwise ask for the Ritz vector's own quotient)."""
+        return self.thetas[0]
+
+    @property
+    def theta_max(self) -> float:
+        """lambda_max is at least this."""
+        return self.thetas[-1]
 
     def lower_bound(self, failure_probability: float) -> float:
-        """Return a lower bound on lambda_min that holds at every step at once but with this probability; -inf if
-        k steps say nothing yet. Raises ValueError unless the probability is in (0, 1)."""
+        """Return a lower bound on lambda_min that holds, for all k at once, but with this probability over the start.
+
+        Raises ValueError unless the probability is in (0, 1).
+        """
         if not 0 < failure_probability < 1:
             raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}")
-        spread = self.theta_max - self.theta_min
-        if self.exhausted:
-            return self.theta_min - _rounding(self.n) * max(abs(self.theta_min), abs(self.theta_max))
-        share = failure_probability / (self.steps * (self.steps + 1))
-        s = (math.log(1.648 * math.sqrt(self.n) * 2 / share) / (2 * self.steps - 1)) ** 2
-        return self.theta_min - s * spread / (1 - 2 * s) if s < 0.5 else -math.inf
+        scale = max(abs(self.theta_min), abs(self.theta_max), self.betas[-1])
+        if scale == 0.0 or self.n == 1:
+            return self.theta_min
+        limit = -math.log(float(betaincinv(0.5, (self.n - 1) / 2, failure_probability)))
+        low, high = math.log(scale) - 45.0, math.log(scale) + limit  # of log(theta_min - lambda)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            if self._log_growth(self.theta_min - math.exp(middle), scale) < limit:
+                low = middle
+            else:
+                high = middle
+        return self.theta_min - math.exp(high)
+
+    def _log_growth(self, below: float, scale: float) -> float:
+        """log of sum_j p_j(lambda)^2, or of its largest term, at a lambda below theta_min.
+
+        -p_{j+1} / p_j = d_j / beta_{j+1} with the pivots d_j of the tridiagonal minus lambda, all positive there. What
+        rounding could have left stands in for betas smaller than it.
+        """
+        floor = _rounding(self.n) * scale
+        pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # log p_j^2, and of the sum
+        for alpha, beta in zip(self.alphas, self.betas, strict=True):
+            pivot = alpha - below - (before * before / pivot if before else 0.0)
+            pivot = max(pivot, math.ulp(scale))
+            before = beta
+            term += 2 * math.log(pivot / max(beta, floor))
+            high, low = max(total, term), min(total, term)
+            total = high + math.log1p(math.exp(low - high)) if self.orthogonal else high
+        return total
 
 
-def lanczos(matvec: Callable[[Tensor], Tensor], n: int, generator: torch.Generator) -> Iterator[Ritz]:
-    """Yield what is known after 1, 2, ... products, until the Krylov space is exhausted.
+class Lanczos:
+    """The Lanczos process on a symmetric A, one product a `step`.
 
-    `matvec` maps float64[n] to A v, float64[n], for a symmetric A. The start is uniform on the sphere, from
-    `generator`, which must be fresh for every certificate (and the same on every worker). Recurrences are in double
-    precision with full reorthogonalisation, twice, since the bound supposes exact arithmetic.
+    `matvec` maps float64[n] to A v, float64[n]. The start is uniform on the sphere, from `generator`, which must be
+    fresh for every certificate (and the same on every worker). Recurrences are in double precision; the first
+    `max_vectors` vectors (None: all) are kept, and while they all are, each new one is orthogonalised against them
+    twice. Beyond, three vectors are in memory and the rest is found again when a Ritz vector is asked for.
     """
-    q = torch.randn(n, generator=generator, dtype=torch.float64, device=generator.device)
-    basis = [q / q.norm()]
-    alphas: list[float] = []
-    betas: list[float] = []
-    while True:
-        w = matvec(basis[-1])
-        alphas.append(float(w @ basis[-1]))
-        for _ in range(2):
-            for p in basis:
-                w = w - (w @ p) * p
+
+    def __init__(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        n: int,
+        generator: torch.Generator,
+        *,
+        max_vectors: int | None = None,
+    ) -> None:
+        if max_vectors is not None and max_vectors < 2:
+            raise ValueError(f"max_vectors must be at least 2, got {max_vectors}")
+        self._matvec, self._n, self._limit = matvec, n, max_vectors or n
+        self.products = 0  # all of them, also those for Ritz vectors
+        q = torch.randn(n, generator=generator, dtype=torch.float64, device=generator.device)
+        self._basis = [q / q.norm()]
+        self._pair = (torch.zeros(0), self._basis[0])  # the last two vectors
+        self._alphas: list[float] = []
+        self._betas: list[float] = []
+        self._weights = torch.ones(1, dtype=torch.float64)  # the Ritz vector of theta_min in the basis
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether no further step is possible."""
+        return bool(self._betas) and self._betas[-1] == 0.0
+
+    def step(self) -> Ritz:
+        """Do one product and return what is known now. Raises RuntimeError after `exhausted`."""
+        if self.exhausted:
+            raise RuntimeError("the Krylov space is exhausted; there is no further step")
+        before, q = self._pair
+        w = self._product(q)
+        alpha = float(w @ q)
+        self._recur(w, alpha, q, before)
+        orthogonal = len(self._alphas) < self._limit
+        if orthogonal:
+            for _ in range(2):
+                for p in self._basis:
+                    w.sub_(p, alpha=float(w @ p))
+        self._alphas.append(alpha)
         beta = float(w.norm())
-        tridiagonal = torch.diag(torch.tensor(alphas, dtype=torch.float64))
-        if betas:
-            off = torch.diag(torch.tensor(betas, dtype=torch.float64), 1)
-            tridiagonal = tridiagonal + off + off.T
-        thetas, vectors = torch.linalg.eigh(tridiagonal)
+        thetas, vectors = torch.linalg.eigh(self._tridiagonal())
+        self._weights = vectors[:, 0]
         scale = max(abs(float(thetas[0])), abs(float(thetas[-1])), beta)
-        exhausted = len(basis) == n or beta <= _rounding(n) * scale
-        residual = beta * abs(float(vectors[-1, 0]))
-        yield Ritz(n, len(basis), float(thetas[0]), float(thetas[-1]), residual, exhausted, tuple(basis), vectors[:, 0])
-        if exhausted:
-            return
-        betas.append(beta)
-        basis.append(w / beta)
+        exhausted = len(self._alphas) == self._n or beta <= _rounding(self._n) * scale
+        self._betas.append(0.0 if exhausted else beta)
+        if not exhausted:
+            self._pair = (q, w.div_(beta))
+            if len(self._basis) < self._limit:
+                self._basis.append(self._pair[1])
+        return Ritz(
+            self._n,
+            tuple(self._alphas),
+            tuple(self._betas),
+            tuple(thetas.tolist()),
+            tuple(vectors[0].square().tolist()),
+            beta * abs(float(vectors[-1, 0])),
+            exhausted,
+            orthogonal,
+        )
+
+    def ritz_vector(self) -> Tensor:
+        """Return the unit Ritz vector v of theta_min, float64[n]; vectors not kept cost one product each."""
+        v = torch.zeros_like(self._basis[0])
+        weights = self._weights.tolist()
+        for weight, q in zip(weights, self._basis, strict=False):
+            v.add_(q, alpha=weight)
+        if len(weights) > len(self._basis):
+            before, q = self._basis[-2:]
+            for j in range(len(self._basis) - 1, len(weights) - 1):
+                w = self._product(q)
+                self._recur(w, self._alphas[j], q, before, j)
+                before, q = q, w.div_(self._betas[j])
+                v.add_(q, alpha=weights[j + 1])
+        return v.div_(v.norm())
+
+    def _product(self, q: Tensor) -> Tensor:
+        self.products += 1
+        return self._matvec(q).clone()
+
+    def _recur(self, w: Tensor, alpha: float, q: Tensor, before: Tensor, j: int | None = None) -> None:
+        """A q_j - alpha_j q_j - beta_j q_{j-1}, in place of A q_j."""
+        j = len(self._alphas) if j is None else j
+        w.sub_(q, alpha=alpha)
+        if j:
+            w.sub_(before, alpha=self._betas[j - 1])
+
+    def _tridiagonal(self) -> Tensor:
+        off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)
+        return torch.diag(torch.tensor(self._alphas, dtype=torch.float64)) + (off + off.T if self._betas else 0.0)
 
 
 def _rounding(n: int) -> float:

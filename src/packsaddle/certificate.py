@@ -1,0 +1,98 @@
+"""What a certificate holds and says; `certify` makes them."""
+
+import math
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor
+
+
+class Verdict(StrEnum):
+    """What a certificate says."""
+
+    SECOND_ORDER_STATIONARY = "second-order stationary"
+    SADDLE = "saddle"
+    GRADIENT_TOO_LARGE = "gradient too large"
+    UNDECIDED = "undecided"
+
+
+def judge(grad_norm: float, epsilon: float, threshold: float, upper: float, lower: float) -> Verdict:
+    """Compare the evidence with Definition 2.4; `upper` and `lower` bound lambda_min.
+
+    A Rayleigh quotient below the threshold is proof of a saddle, whatever its residual.
+    """
+    if not grad_norm <= epsilon:
+        return Verdict.GRADIENT_TOO_LARGE
+    if upper < threshold:
+        return Verdict.SADDLE
+    return Verdict.SECOND_ORDER_STATIONARY if lower >= threshold else Verdict.UNDECIDED
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The evidence at one point; the Hessian is that of the mean loss over `examples` examples, in eval mode."""
+
+    verdict: Verdict
+    epsilon: float
+    loss: float
+    grad_norm: float
+    grad_norm_error: float | None  # standard error of the gradient, if the examples are a sample of more
+    lambda_min_upper: float  # lambda_min is at most this: the Rayleigh quotient of the escape direction
+    lambda_min_lower: float  # and at least this, but for the failure probability
+    residual: float  # ||H v - lambda v|| for the escape direction v
+    failure_probability: float
+    threshold: float  # -sqrt(rho epsilon)
+    hessian_lipschitz: float  # rho
+    hessian_lipschitz_estimated: bool  # rho was measured along v, not given: an estimate from below
+    escape_direction: Tensor  # unit v, float64[d]
+    escape_distance: float | None  # of a saddle: s for which f(x + s v) is the lowest that was found
+    escape_loss: float | None  # f(x + s v)
+    ritz_values: tuple[float, ...]  # in rising order
+    ritz_shares: tuple[float, ...]  # of the random start along each Ritz vector: a spectral density
+    examples: int
+    sample_of: int | None  # how many examples these were drawn from; None: they are all there are
+    precision: str  # of the products; recurrences are in double precision
+    hvps: int
+    bytes_sent: int  # by this worker
+    seconds: float
+
+    @property
+    def smallest_epsilon(self) -> float:
+        """The smallest epsilon for which this point would be certified with this rho."""
+        return max(self.grad_norm, max(0.0, -self.lambda_min_lower) ** 2 / self.hessian_lipschitz)
+
+    @property
+    def whose(self) -> str:
+        """Whose Hessian it is."""
+        named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
+        return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the escape direction as plain types, for JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "escape_direction"}
+        return {**values, "verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon}
+
+    def __str__(self) -> str:
+        rho = "estimated along v, from below" if self.hessian_lipschitz_estimated else "given"
+        error = "" if self.grad_norm_error is None else f" (standard error {self.grad_norm_error:.1e})"
+        lines = [
+            f"{self.verdict}",
+            f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}",
+            f"  lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with probability "
+            f"{1 - self.failure_probability:g}, residual {self.residual:.1e}",
+            f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({rho})",
+            f"  loss {self.loss:.6f}; the Hessian is that of {self.whose}",
+            f"  {self.hvps} products in {self.precision}, {self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
+        ]
+        if self.escape_distance is not None and self.escape_loss is not None:
+            fall = self.loss - self.escape_loss
+            found = f"falls by {fall:.3e}" if fall > 0 else "does not fall (kinks, or epsilon near the curvature)"
+            lines.insert(4, f"  a step of {self.escape_distance:g} along v: the loss {found}")
+        elif self.verdict is Verdict.UNDECIDED:
+            lines.insert(4, f"  more products may settle it: {self._missing()}")
+        return "\n".join(lines)
+
+    def _missing(self) -> str:
+        gap = self.lambda_min_upper - self.lambda_min_lower
+        return f"the bounds are {gap:.1e} apart" if math.isfinite(gap) else "there is no lower bound yet"
