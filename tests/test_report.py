@@ -36,7 +36,7 @@ def make_run(folder: Path, label: str, lines: list[dict[str, Any]], *, done: boo
     run.write_json("config.json", {"label": label, "plateau": 0.1})
     run.write_json("environment.json", {"torch": "2"})
     for entry in lines:
-        run.append_metrics(entry)
+        run.append("metrics.jsonl", entry)
     if done:
         run.write_json("summary.json", {"final_loss": lines[-1]["loss"], "test_loss": 0.06, "compression": 40.0})
     return folder

@@ -46,6 +46,7 @@ class Certificate:
     hessian_lipschitz: float  # rho
     hessian_lipschitz_estimated: bool  # rho was measured along v, not given: an estimate from below
     escape_direction: Tensor  # unit v, float64[d]
+    slope: float  # <grad f, v>
     escape_distance: float | None  # of a saddle: s for which f(x + s v) is the lowest that was found
     escape_loss: float | None  # f(x + s v)
     ritz_values: tuple[float, ...]  # in rising order
@@ -69,9 +70,10 @@ class Certificate:
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the escape direction as plain types, for JSON."""
+        """Return everything but the escape direction as plain types, for JSON, which has no infinity: None."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "escape_direction"}
-        return {**values, "verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon}
+        values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "whose": self.whose}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
     def __str__(self) -> str:
         rho = "estimated along v, from below" if self.hessian_lipschitz_estimated else "given"

@@ -92,6 +92,7 @@ def certify(
         hessian_lipschitz=rho,
         hessian_lipschitz_estimated=hessian_lipschitz is None,
         escape_direction=search.v,
+        slope=float(gradient @ search.v),
         escape_distance=distance,
         escape_loss=lowest,
         ritz_values=ritz.thetas,

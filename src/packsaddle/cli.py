@@ -1,4 +1,4 @@
-"""The command line: packsaddle demo | run | report | compressors."""
+"""The command line: packsaddle demo | run | certify | report | compressors."""
 
 import os
 import sys
@@ -7,13 +7,20 @@ from typing import Any
 
 import tyro
 
+from packsaddle.commands.certifying import certify
 from packsaddle.commands.console import is_first
 from packsaddle.commands.reading import compressors, report
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import WorkerFailedError, under_launcher
 from packsaddle.schema import ConfigError
 
-_COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "run": run, "report": report, "compressors": compressors}
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "run": run,
+    "certify": certify,
+    "report": report,
+    "compressors": compressors,
+}
 
 
 def main() -> None:

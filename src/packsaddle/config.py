@@ -80,6 +80,25 @@ class EscapeConfig:
 
 
 @dataclass(frozen=True)
+class CertifyConfig:
+    """Certificates along the run (see `packsaddle.certify`), and iterates kept to be certified afterwards."""
+
+    epsilon: float
+    hessian_lipschitz: float | None = None  # rho; None: measured along the escape direction
+    every: float | None = None  # epochs between certificates; None: none along the run
+    iterates: int = 0  # m, drawn uniformly from x_0 ... x_T; kept in the run folder
+    examples: int = 1024  # of each worker
+    max_hvps: int = 100
+    failure_probability: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _positive(self, "epsilon", "hessian_lipschitz", "every", "examples", "max_hvps", "failure_probability")
+        _not_negative(self, "iterates")
+        if self.failure_probability >= 1:
+            raise ValueError(f"failure_probability must be below 1, got {self.failure_probability}")
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -93,6 +112,7 @@ class Config:
     back: AnyCompressor | None = None  # of the mean on its way back, in the two-way and coordinator exchanges
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     escape: EscapeConfig | None = None
+    certify: CertifyConfig | None = None
     label: str = ""  # how tables and figures call the run; by default its folder's name
     weight_decay: float = 0.0
     dense_below: int = 1024

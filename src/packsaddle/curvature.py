@@ -18,13 +18,17 @@ from packsaddle.channel import Channel
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
+class NotFiniteError(ValueError):
+    """The loss is infinite or not a number."""
+
+
 class Curvature:
     """Derivatives of the mean loss at a network's present parameters, in a flat vector of its trainable ones.
 
     `loss_fn(model, batch)` returns the mean loss of a batch; `batches` is this worker's batches, an iterable that can
     be read again. Construction is collective and reads the batches twice; it raises ValueError if the two readings
     disagree on any worker (data augmentation, shuffling, an iterator that is used up), or if there is nothing to
-    read or to train. A worker may have no batches if another has some.
+    read or to train; NotFiniteError if the loss is not finite. A worker may have no batches if another has some.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Channel) -> None:
@@ -36,7 +40,7 @@ class Curvature:
         self.device = self.parameters[0].device
         self.products = 0  # Hessian-vector products so far
         first, second = self._totals(), self._totals()
-        total = torch.tensor([*first, float(first != second)], dtype=torch.float64, device=self.device)
+        total = torch.tensor([*first, float(repr(first) != repr(second))], dtype=torch.float64, device=self.device)
         loss, examples, differ = self._channel.mean(total, "certificate").mul_(channel.group.size).tolist()
         if differ:  # on any worker, so that all of them stop
             raise ValueError(
@@ -44,6 +48,8 @@ class Curvature:
                 "be read twice, and switch off shuffling, augmentation and anything else that is random (dropout and "
                 "batch normalisation are put in eval mode here)"
             )
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"the loss is {loss} at the present parameters; there is nothing to certify")
         if not examples:
             raise ValueError("batches is empty on every worker")
         self.examples = int(examples)

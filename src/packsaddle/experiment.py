@@ -15,6 +15,7 @@ from packsaddle.config import Config, NoiseConfig
 from packsaddle.data import Batches, Images, load_images, shard
 from packsaddle.escape import Escape
 from packsaddle.exchange import Solo, ambient_group, launch, process_group, resolve
+from packsaddle.inspection import Inspector
 from packsaddle.models import make_task
 from packsaddle.noise import Ramp
 from packsaddle.optimizer import CompressedSGD
@@ -46,6 +47,7 @@ class Training:
         start = mix(config.seed, int(Stream.INIT)) >> 33
         self.task = make_task(config.model, self.images.levels.shape[1:], self.images.classes, start).to(self.device)
         self.optimizer = self._make_optimizer()
+        self.inspector = Inspector(config, self.task, self.images, self.shard, self.steps, self.steps_per_epoch)
 
     def _make_optimizer(self) -> CompressedSGD:
         config = self.config
@@ -74,17 +76,19 @@ class Training:
         begin, since, text = time.perf_counter(), 0, "starting"
         with live(self.config.label or folder.path.name, self.steps, quiet=quiet or self.group.rank != 0) as report:
             for step in range(self.steps):
+                self.inspector.look(step, folder)
                 measured = self._step(step)
                 sums += measured
                 if step >= self.steps - self.steps_per_epoch:
                     final += measured[0] / min(self.steps, self.steps_per_epoch)
                 if (step + 1) % self.config.log_every == 0 or step + 1 == self.steps:
                     means = self.optimizer.channel.mean(sums / (step + 1 - since), "metrics")
-                    line = self._line(step + 1, means, time.perf_counter() - begin)
+                    line = self._line(step + 1, means, time.perf_counter() - begin - self.inspector.seconds)
                     if self.group.rank == 0:
-                        folder.append_metrics(line)
+                        folder.append("metrics.jsonl", line)
                     sums, since, text = torch.zeros_like(sums), step + 1, _describe(line, self.group.size)
                 report(step + 1, text)
+            self.inspector.look(self.steps, folder)
         self._finish(folder, line, self.optimizer.channel.mean(final, "metrics").item())
 
     def _step(self, step: int) -> Tensor:

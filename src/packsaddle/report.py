@@ -81,6 +81,22 @@ def cells(r: Row) -> list[str]:
 HEADINGS = ("run", "final loss", "test loss", "epochs on plateau", "MB per worker", "compression", "seconds")
 
 
+CERTIFICATE_HEADINGS = ("run", "epoch", "verdict", "loss", "gradient norm", "smallest eigenvalue in", "threshold")
+
+
+def certificate_cells(c: dict[str, Any]) -> list[str]:
+    """Format a certificate of a run for people."""
+    bounds = "-" if c.get("lambda_min_lower") is None else f"[{c['lambda_min_lower']:.2e}, {c['lambda_min_upper']:.2e}]"
+    return [
+        f"{c['epoch']:.1f}",
+        c["verdict"],
+        _number(c["loss"], ".4f"),
+        _number(c.get("grad_norm"), ".2e"),
+        bounds,
+        _number(c.get("threshold"), ".2e"),
+    ]
+
+
 def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) -> Path:
     """Write index.html, figure.png, figure.svg and table.csv into a new folder and return the page's path.
 
@@ -107,6 +123,8 @@ def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) 
         configs=[json.dumps(run.config, indent=2) for run in runs],
         environments=[json.dumps(run.environment, indent=2) for run in runs],
         tolerance=PLATEAU_TOLERANCE,
+        certificate_headings=CERTIFICATE_HEADINGS,
+        certificates=[(run.label, certificate_cells(c)) for run in runs for c in run.certificates],
     )
     (folder / "index.html").write_text(page)
     return folder / "index.html"

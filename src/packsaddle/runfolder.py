@@ -1,6 +1,7 @@
-"""A run's folder: config.json, environment.json, metrics.jsonl, summary.json and checkpoint/.
+"""A run's folder: config.json, environment.json, metrics.jsonl, summary.json and checkpoint/; where certificates were
+asked for, certificates.jsonl and iterates/.
 
-A folder is made once and never overwritten. Every file but metrics.jsonl, which grows line by line, is written
+A folder is made once and never overwritten. Every file but the .jsonl, which grow line by line, is written
 aside and renamed, so that a reader or a crash never finds half of one. summary.json appears when the run is done.
 """
 
@@ -32,9 +33,9 @@ class RunFolder:
         """Write a JSON file atomically."""
         self._replace(name, lambda file: file.write(json.dumps(content, indent=2, allow_nan=True).encode() + b"\n"))
 
-    def append_metrics(self, line: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Add one line to a .jsonl file."""
+        with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
     def save_tensors(self, name: str, content: Mapping[str, Any]) -> None:
@@ -85,6 +86,7 @@ class Run:
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     summary: dict[str, Any] | None  # None: the run has not finished
+    certificates: list[dict[str, Any]]  # along the run, as `Certificate.to_dict` gives them, with step and epoch
 
     @property
     def label(self) -> str:
@@ -106,8 +108,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def _parse_lines(lines: list[str]) -> list[dict[str, Any]]:
-    """Parse JSON lines; the last one may be cut off, if the run was killed while writing it."""
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read JSON lines, if the file is there; the last one may be cut off, if the run was killed while writing it."""
+    lines = path.read_text().splitlines() if path.exists() else []
     try:
         last = [json.loads(line) for line in lines[-1:]]
     except ValueError:
@@ -117,14 +120,14 @@ def _parse_lines(lines: list[str]) -> list[dict[str, Any]]:
 
 def _read_run(path: Path) -> Run:
     try:
-        lines = (path / "metrics.jsonl").read_text().splitlines() if (path / "metrics.jsonl").exists() else []
         summary = path / "summary.json"
         return Run(
             path,
             json.loads((path / "config.json").read_text()),
             json.loads((path / "environment.json").read_text()),
-            _parse_lines(lines),
+            _read_lines(path / "metrics.jsonl"),
             json.loads(summary.read_text()) if summary.exists() else None,
+            _read_lines(path / "certificates.jsonl"),
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"run folder {path} is damaged: {error}") from None

@@ -26,6 +26,8 @@ class Stream(IntEnum):
     SHARD = 5  # how the examples are dealt to the workers
     INIT = 6  # the starting point x_0
     ROUNDING = 7  # stochastic rounding
+    CERTIFY = 8  # the start of a certificate, and the examples it looks at
+    ITERATES = 9  # which iterates of a run are certified
 
 
 def mix(*words: int) -> int:

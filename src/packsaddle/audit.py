@@ -1,0 +1,153 @@
+"""Certificates of what a run left in its folder: its last point, or any weights saved from it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from packsaddle.certificate import Certificate
+from packsaddle.certify import certify
+from packsaddle.channel import Channel
+from packsaddle.config import Config
+from packsaddle.curvature import Curvature
+from packsaddle.data import Images, load_images
+from packsaddle.exchange import launch, process_group, resolve
+from packsaddle.inspection import Examples, task_loss
+from packsaddle.ledger import Ledger
+from packsaddle.models import Task, make_task
+from packsaddle.schema import ConfigError, build
+from packsaddle.seeds import Stream, generator
+
+_POINTS = 20  # of the profile, to each side
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The loss along the escape direction: f(x + s v)."""
+
+    distances: tuple[float, ...]  # s
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found at one point."""
+
+    file: Path
+    certificate: Certificate
+    profile: Profile | None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Certificates of weights of one run, each on the same examples."""
+
+    run: Path
+    files: tuple[Path, ...]  # weights, as `Training` saves them
+    epsilon: float
+    hessian_lipschitz: float | None = None
+    failure_probability: float = 1e-3
+    max_hvps: int = 200
+    examples: int | None = None  # a random sample of so many in all; None: all training examples
+    batch_size: int = 500
+    double: bool = False  # products in float64
+    distance: float | None = None  # of the profile to each side; None: as far as the certificate suggests
+    data_dir: Path | None = None
+    seed: int = 0  # of the sample and of the start
+
+    def load(self) -> tuple[Config, Images, list[dict[str, Tensor]]]:
+        """Read everything, raising ConfigError for what is missing or does not fit."""
+        config = read_config(self.run)
+        images = load_images(config.data, self.data_dir, train=True)
+        if self.examples is not None and not 1 <= self.examples <= len(images):
+            raise ConfigError(f"examples must be from 1 to {len(images)}, the training examples, got {self.examples}")
+        task = self._task(config, images)
+        weights = []
+        for file in self.files:
+            weights.append(_read_weights(file))
+            try:
+                task.network.load_state_dict(weights[-1])
+            except (RuntimeError, TypeError, AttributeError) as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise ConfigError(f"{file} does not hold the weights of this run's network: {reason}") from None
+        return config, images, weights
+
+    def execute(self, workers: int) -> list[Finding]:
+        """Certify in this process, or with `workers` new ones."""
+        return self.certify() if workers == 1 else launch(certify_in_process_group, (self,), workers)
+
+    def certify(self) -> list[Finding]:
+        """Certify every file in the present group; collective."""
+        config, images, weights = self.load()
+        task = self._task(config, images)
+        examples = self._examples(images, next(task.parameters()).device)
+        findings = []
+        for file, tensors in zip(self.files, weights, strict=True):
+            task.network.load_state_dict(tensors)
+            task.to(examples.dtype)
+            certificate = self._certify(task, examples, len(images))
+            findings.append(Finding(file, certificate, self._profile(task, examples, certificate)))
+        return findings
+
+    def _task(self, config: Config, images: Images) -> Task:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        return make_task(config.model, images.levels.shape[1:], images.classes, 0).to(device)
+
+    def _examples(self, images: Images, device: torch.device) -> Examples:
+        """This worker's part of the sample."""
+        group, n = resolve(None), len(images)
+        order = torch.randperm(n, generator=generator(self.seed, 0, Stream.CERTIFY))
+        dtype = torch.float64 if self.double else torch.float32
+        mine = order[: self.examples][group.rank :: group.size]
+        return Examples(images, mine, device, dtype, self.batch_size)
+
+    def _certify(self, task: Task, examples: Examples, population: int) -> Certificate:
+        sampled = self.examples is not None and self.examples < population
+        return certify(
+            task,
+            task_loss,
+            examples,
+            epsilon=self.epsilon,
+            hessian_lipschitz=self.hessian_lipschitz,
+            failure_probability=self.failure_probability,
+            max_hvps=self.max_hvps,
+            sample_of=population if sampled else None,
+            generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
+        )
+
+    def _profile(self, task: Task, examples: Examples, certificate: Certificate) -> Profile:
+        """The loss along v on a grid, to twice where it was found lowest, or 2 |lambda| / rho, or 1 by default."""
+        reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
+        curvature = Curvature(task, task_loss, examples, Channel(resolve(None), Ledger()))
+        distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
+        losses = [curvature.loss_at(certificate.escape_direction, s) for s in distances]
+        return Profile(tuple(distances), tuple(losses))
+
+
+def certify_in_process_group(audit: Audit) -> list[Finding]:
+    """`Audit.certify` in a process that a launcher started."""
+    with process_group():
+        return audit.certify()
+
+
+def read_config(run: Path) -> Config:
+    """Return the configuration that a run folder keeps. Raises ConfigError."""
+    try:
+        return build(Config, json.loads((run / "config.json").read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{run} is not a run folder (it has no config.json)") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run folder {run} is damaged: config.json: {error}") from None
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"checkpoint {file} does not exist") from None
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"checkpoint {file} cannot be read: {reason}") from None
+    return weights

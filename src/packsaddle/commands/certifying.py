@@ -1,0 +1,186 @@
+"""packsaddle certify."""
+
+from dataclasses import asdict
+from json import dumps
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from packsaddle.commands.console import is_first
+from packsaddle.exchange import under_launcher
+from packsaddle.runfolder import RunFolder, make_new
+from packsaddle.schema import ConfigError
+
+
+def certify(
+    run: Annotated[Path, tyro.conf.Positional],
+    checkpoint: str | None = None,
+    iterates: bool = False,
+    epsilon: float | None = None,
+    hessian_lipschitz: float | None = None,
+    failure_probability: float = 1e-3,
+    max_hvps: int = 200,
+    examples: int | None = None,
+    batch_size: int = 500,
+    double: bool = False,
+    distance: float | None = None,
+    data_dir: Path | None = None,
+    workers: int = 1,
+    seed: int = 0,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Certify that a run's last point is a saddle, or second-order stationary, or say that it is undecided.
+
+    Prints the certificate; writes it, the escape direction and a picture of the loss along it into a new folder.
+    Under torchrun the world it made is used.
+
+    Args:
+        run: The run folder.
+        checkpoint: Weights to certify instead of the last: a file, or its name inside the run folder.
+        iterates: Certify the iterates that the run drew (certify.iterates in its configuration), and the share.
+        epsilon: The gradient's threshold; the curvature's is -sqrt(rho epsilon). By default the run's certify.epsilon.
+        hessian_lipschitz: rho. By default the run's certify.hessian_lipschitz, else measured along the direction
+            found; it decides what counts as a saddle, so state it when you compare points.
+        failure_probability: Of the lower bound on the smallest eigenvalue.
+        max_hvps: Hessian-vector products at most.
+        examples: A random sample of so many training examples instead of all.
+        batch_size: Examples read at once.
+        double: Compute the products in float64.
+        distance: How far to each side the picture follows the escape direction.
+        data_dir: Folder of the dataset (not needed for digits).
+        workers: Worker processes.
+        seed: Of the sample and of the random start.
+        out: A new folder for the results; by default certificate/ in the run folder, or certificate-2/ and so on.
+        json: Print one JSON document instead.
+    """
+    from packsaddle.audit import Audit, certify_in_process_group, read_config
+    from packsaddle.data import require
+
+    config = read_config(run)
+    stated = config.certify
+    if epsilon is None:
+        if stated is None:
+            raise ConfigError("--epsilon is needed: the run's configuration has no [certify] epsilon")
+        epsilon = stated.epsilon
+    if hessian_lipschitz is None and stated is not None:
+        hessian_lipschitz = stated.hessian_lipschitz
+    _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, batch_size, workers, distance)
+    require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
+    audit = Audit(
+        run,
+        _files(run, checkpoint, iterates),
+        epsilon,
+        hessian_lipschitz,
+        failure_probability,
+        max_hvps,
+        examples,
+        batch_size,
+        double,
+        distance,
+        data_dir,
+        seed,
+    )
+    if under_launcher():
+        findings = certify_in_process_group(audit)
+    else:
+        audit.load()  # bad input is told before any worker starts
+        findings = audit.execute(workers)
+    if is_first():
+        drawn = _drawn(run) if iterates else []
+        _tell(findings, drawn, _write(findings, drawn, out or _numbered(run / "certificate")), as_json=json)
+
+
+def _files(run: Path, checkpoint: str | None, iterates: bool) -> tuple[Path, ...]:
+    if iterates:
+        if checkpoint is not None:
+            raise ConfigError("--checkpoint and --iterates exclude each other")
+        files = tuple(sorted((run / "iterates").glob("step-*.pt")))
+        if not files:
+            raise ConfigError(f"{run} keeps no iterates; a run with certify.iterates = m draws m of them")
+        return files
+    if checkpoint is None:
+        return (run / "checkpoint" / "model.pt",)
+    inside = run / checkpoint
+    return (inside if inside.is_file() else Path(checkpoint),)
+
+
+def _drawn(run: Path) -> list[str]:
+    """The names of the iterates that the run drew, as often as they were drawn. Raises ConfigError if some are not
+    there, as in a run that was cut off: those that are would be a biased sample."""
+    from packsaddle.audit import read_config
+    from packsaddle.inspection import drawn_names
+    from packsaddle.runfolder import read_runs
+
+    (found,) = read_runs([run])
+    if found.summary is None:
+        raise ConfigError(f"{run} has not finished, so the iterates it has kept are not a fair sample")
+    return drawn_names(read_config(run), found.summary["steps"])
+
+
+def _write(findings: list[Any], drawn: list[str], folder: Path) -> Path:
+    from packsaddle import figures
+
+    make_new(folder)
+    writer = RunFolder(folder)
+    writer.write_json("certificates.json", _document(findings, drawn))
+    for finding in findings:
+        name = "certificate" if len(findings) == 1 else finding.file.stem
+        writer.save_tensors(f"{name}.direction.pt", {"escape_direction": finding.certificate.escape_direction})
+        figures.save(figures.draw_certificate(finding.certificate.to_dict(), asdict(finding.profile)), folder, name)
+    return folder
+
+
+def _tell(findings: list[Any], drawn: list[str], folder: Path, *, as_json: bool) -> None:
+    if as_json:
+        print(dumps({**_document(findings, drawn), "folder": str(folder)}, indent=2, allow_nan=False))
+        return
+    for finding in findings:
+        print(f"{finding.file}: {finding.certificate}")
+    if drawn:
+        print(_share(findings, drawn))
+    print(f"certificate: {folder}")
+
+
+def _document(findings: list[Any], drawn: list[str]) -> dict[str, Any]:
+    points = [{"file": str(f.file), **f.certificate.to_dict(), "profile": asdict(f.profile)} for f in findings]
+    if not drawn:
+        return {"points": points}
+    share = _share(findings, drawn)
+    return {"points": points, "share": {**asdict(share), "at_least": share.at_least(), "all_fail": share.all_fail}}
+
+
+def _share(findings: list[Any], drawn: list[str]) -> Any:
+    from packsaddle.iterates import Share
+
+    verdicts = {f"iterates/{f.file.name}": f.certificate.verdict for f in findings}
+    return Share.of([verdicts[name] for name in drawn])
+
+
+def _numbered(folder: Path) -> Path:
+    """The folder, or the first of its numbered siblings that does not exist."""
+    number, chosen = 1, folder
+    while chosen.exists():
+        number += 1
+        chosen = folder.with_name(f"{folder.name}-{number}")
+    return chosen
+
+
+def _check(
+    epsilon: float,
+    rho: float | None,
+    probability: float,
+    max_hvps: int,
+    batch_size: int,
+    workers: int,
+    distance: float | None,
+) -> None:
+    for name, value in (("epsilon", epsilon), ("hessian-lipschitz", rho), ("distance", distance)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name} must be positive and finite, got {value}")
+    if not 0 < probability < 1:
+        raise ConfigError(f"--failure-probability must be in (0, 1), got {probability}")
+    for option, count in (("max-hvps", max_hvps), ("batch-size", batch_size), ("workers", workers)):
+        if count < 1:
+            raise ConfigError(f"--{option} must be at least 1, got {count}")

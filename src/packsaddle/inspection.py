@@ -1,0 +1,103 @@
+"""Certificates of training runs: along the run, and of what it left in its folder."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.certificate import Verdict
+from packsaddle.certify import certify
+from packsaddle.config import CertifyConfig, Config
+from packsaddle.curvature import NotFiniteError
+from packsaddle.data import Images
+from packsaddle.exchange import resolve
+from packsaddle.iterates import draw_iterates
+from packsaddle.models import Task
+from packsaddle.runfolder import RunFolder
+from packsaddle.seeds import Stream, generator
+
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Chosen images as batches that can be read again, on a device and in a precision."""
+
+    images: Images
+    index: Tensor  # int64
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    batch_size: int = _BATCH
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in torch.split(self.index, self.batch_size):
+            if len(part):
+                yield self.images.pixels(part).to(self.device, self.dtype), self.images.labels[part].to(self.device)
+
+
+def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """The mean loss of a batch, for `certify`."""
+    loss: Tensor = task(*batch)
+    return loss
+
+
+class Inspector:
+    """One worker's part in the certificates of a run in progress; every method is collective."""
+
+    def __init__(self, config: Config, task: Task, images: Images, shard: Tensor, steps: int, per_epoch: int) -> None:
+        self._rule: CertifyConfig | None = config.certify
+        self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
+        self._device = next(task.parameters()).device
+        self.seconds = 0.0  # spent here
+        if self._rule is None:
+            return
+        self._examples = Examples(images, shard[: self._rule.examples], self._device)
+        self._population = len(images)
+        self._every = None if self._rule.every is None else max(1, round(self._rule.every * per_epoch))
+        self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
+
+    def look(self, step: int, folder: RunFolder) -> None:
+        """Keep x_t if it was drawn, and certify it if it is due; t = `step`, before its gradient."""
+        if self._rule is None:
+            return
+        begin = time.perf_counter()
+        if step in self._iterates and resolve(None).rank == 0:
+            folder.save_tensors(iterate_name(step), self._task.network.state_dict())
+        if self._every is not None and step and (step % self._every == 0 or step == self._steps):
+            line = {"step": step, "epoch": step / self._per_epoch, **self._certify(self._rule, step)}
+            if resolve(None).rank == 0:
+                folder.append("certificates.jsonl", line)
+        self.seconds += time.perf_counter() - begin
+
+    def _certify(self, rule: CertifyConfig, step: int) -> dict[str, Any]:
+        taken = torch.tensor([float(len(self._examples.index))], dtype=torch.float64)
+        resolve(None).all_reduce(taken)
+        try:
+            certificate = certify(
+                self._task,
+                task_loss,
+                self._examples,
+                epsilon=rule.epsilon,
+                hessian_lipschitz=rule.hessian_lipschitz,
+                failure_probability=rule.failure_probability,
+                max_hvps=rule.max_hvps,
+                sample_of=self._population if int(taken) < self._population else None,
+                generator=generator(self._seed, step, Stream.CERTIFY, device=self._device),
+            )
+        except NotFiniteError:  # a run that diverged goes on to its end and tells
+            return {"verdict": str(Verdict.GRADIENT_TOO_LARGE), "loss": None}
+        return certificate.to_dict()
+
+
+def iterate_name(step: int) -> str:
+    """Where a run keeps the drawn iterate x_t."""
+    return f"iterates/step-{step:08d}.pt"
+
+
+def drawn_names(config: Config, steps: int) -> list[str]:
+    """The files of the iterates that a run of T = `steps` draws, as often as they are drawn."""
+    m = 0 if config.certify is None else config.certify.iterates
+    return [iterate_name(step) for step in draw_iterates(m, steps, config.seed)]

@@ -1,0 +1,207 @@
+"""Certificates of runs: along the way, of what they left, of iterates drawn from them, and the command."""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from packsaddle import Verdict, certify, cli
+from packsaddle.audit import Audit
+from packsaddle.config import DataConfig
+from packsaddle.data import load_images
+from packsaddle.iterates import Share, draw_iterates
+from packsaddle.models import make_task
+from packsaddle.report import write_report
+from packsaddle.runfolder import read_runs
+
+CONFIG = """
+lr = 0.5
+epochs = 2
+batch_size = 20
+log_every = 8
+[data]
+name = "digits"
+limit = 320
+[model]
+name = "autoencoder"
+widths = [16]
+[certify]
+every = 1
+iterates = 6
+epsilon = 0.5
+hessian_lipschitz = 0.1
+examples = 100
+max_hvps = 60
+"""
+STEPS = 16  # of two workers: 320 / 40 an epoch
+
+
+def command(*arguments: Any) -> int:
+    """Run the command line here and return its exit code."""
+    before, sys.argv = sys.argv, ["packsaddle", *map(str, arguments)]
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two simulated workers, certified along the way."""
+    folder = tmp_path_factory.mktemp("certified")
+    (folder / "c.toml").write_text(CONFIG)
+    assert command("run", folder / "c.toml", "--workers", 2, "--serial", "--out", folder / "run") == 0
+    return folder / "run"
+
+
+def test_certificates_along_the_way_are_those_of_the_weights_then(run: Path) -> None:
+    """The line of epoch 2 against `certify` on the saved weights and the union of the workers' examples."""
+    lines = [json.loads(line) for line in (run / "certificates.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["epoch"]) for line in lines] == [(8, 1.0), (16, 2.0)]
+    assert [line["examples"] for line in lines] == [200, 200]
+    assert [line["sample_of"] for line in lines] == [320, 320]
+    images = load_images(DataConfig("digits", limit=320), None, train=True)
+    config = read_runs([run])[0].config
+    task = make_task(Audit(run, (), 1.0).load()[0].model, images.levels.shape[1:], images.classes, 0)
+    task.network.load_state_dict(torch.load(run / "checkpoint" / "model.pt", weights_only=True))
+    from packsaddle.data import shard
+
+    index = torch.cat([shard(images.labels, "iid", worker=i, workers=2, seed=config["seed"])[:100] for i in (0, 1)])
+    batch = (images.pixels(index), images.labels[index])
+    again = certify(task, lambda m, b: m(*b), [batch], epsilon=0.5, hessian_lipschitz=0.1)
+    assert lines[1]["loss"] == pytest.approx(again.loss, rel=1e-5)
+    assert lines[1]["grad_norm"] == pytest.approx(again.grad_norm, rel=1e-4)
+    assert lines[1]["verdict"] == str(again.verdict)
+
+
+def test_training_does_not_depend_on_being_certified(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(CONFIG.partition("[certify]")[0])
+    assert command("run", tmp_path / "c.toml", "--workers", 2, "--serial", "--out", tmp_path / "run") == 0
+    plain, certified = (read_runs([folder])[0].metrics for folder in (tmp_path / "run", run))
+    for a, b in zip(plain, certified, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_drawn_iterates_are_kept(run: Path) -> None:
+    drawn = draw_iterates(6, STEPS, 0)
+    assert sorted({f"step-{step:08d}.pt" for step in drawn}) == sorted(p.name for p in (run / "iterates").iterdir())
+    every = [step for seed in range(4000) for step in draw_iterates(2, 4, seed)]
+    counts = [every.count(step) for step in range(5)]
+    assert all(abs(count - 1600) < 5 * math.sqrt(8000 * 0.2 * 0.8) for count in counts), counts
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int) -> None:
+    out = tmp_path / f"certificate-{workers}"
+    common = ("certify", run, "--epsilon", 0.5, "--hessian-lipschitz", 0.1, "--double", "--workers", workers)
+    assert command(*common, "--out", out, "--json") == 0
+    document = json.loads(capfd.readouterr().out)
+    (point,) = document["points"]
+    assert point["examples"] == 320
+    assert point["sample_of"] is None
+    assert point["precision"] == "float64"
+    direction = torch.load(out / "certificate.direction.pt", weights_only=True)["escape_direction"]
+    assert len(direction) == 64 * 16 + 16 + 16 * 64 + 64
+    assert float(direction.norm()) == pytest.approx(1.0)
+    middle = len(point["profile"]["distances"]) // 2
+    assert point["profile"]["distances"][middle] == 0.0
+    assert point["profile"]["losses"][middle] == pytest.approx(point["loss"], rel=1e-12)
+    assert (out / "certificate.png").stat().st_size > 10_000
+    assert json.loads((out / "certificates.json").read_text())["points"] == document["points"]
+    expected = Audit(run, (run / "checkpoint" / "model.pt",), 0.5, 0.1, double=True).certify()[0].certificate
+    assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
+    assert point["lambda_min_upper"] == pytest.approx(expected.lambda_min_upper, rel=1e-6)
+    assert point["hvps"] == expected.hvps
+
+
+def test_command_on_drawn_iterates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The configuration's epsilon and rho by default; every draw counts, equal ones as often as they were drawn."""
+    assert command("certify", run, "--iterates", "--examples", 100) == 0
+    out = capsys.readouterr().out
+    assert "of 6 iterates drawn uniformly are certified second-order stationary" in out
+    assert "all 6 draws fail with probability at most 0.016" in out
+    assert (run / "certificate" / "certificates.json").exists()
+    assert command("certify", run, "--checkpoint", f"iterates/step-{draw_iterates(6, STEPS, 0)[0]:08d}.pt") == 0
+    assert f"certificate: {run / 'certificate-2'}" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_share() -> None:
+    """Against scipy's exact binomial test."""
+    good, bad, open_ = Verdict.SECOND_ORDER_STATIONARY, Verdict.SADDLE, Verdict.UNDECIDED
+    share = Share.of([good] * 7 + [bad] * 2 + [open_])
+    assert (share.drawn, share.stationary, share.refuted) == (10, 7, 2)
+    assert share.all_fail == 2**-10
+    assert share.surprise == pytest.approx(binomtest(8, 10, 0.5, alternative="less").pvalue)
+    exact = binomtest(7, 10, 0.5, alternative="greater").proportion_ci(0.95).low
+    assert share.at_least() == pytest.approx(exact)
+    none = Share.of([bad] * 10)
+    assert (none.at_least(), none.surprise) == (0.0, pytest.approx(2**-10))
+
+
+def test_the_report_shows_certificates(run: Path, tmp_path: Path) -> None:
+    page = write_report(read_runs([run]), tmp_path / "report").read_text()
+    assert "Certificates along the way" in page
+    assert (
+        page.count("<td>second-order stationary</td>")
+        + page.count("<td>undecided</td>")
+        + page.count("<td>saddle</td>")
+        + page.count("<td>gradient too large</td>")
+        == 2
+    )
+    assert "smallest eigenvalue of the Hessian" in page
+
+
+def test_a_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(CONFIG)
+    diverge = ("--set", "lr=1e5", "noise.std=1e38", "certify.iterates=0")
+    assert command("run", tmp_path / "c.toml", *diverge, "--out", tmp_path / "run") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "certificates.jsonl").read_text().splitlines()]
+    assert lines[-1]["verdict"] == "gradient too large"
+    write_report(read_runs([tmp_path / "run"]), tmp_path / "report")
+    assert command("certify", tmp_path / "run") == 2
+    assert "there is nothing to certify" in capsys.readouterr().err
+
+
+REFUSALS: list[tuple[Sequence[str], str]] = [
+    (("NOTHING",), "is not a run folder (it has no config.json)"),
+    (("RUN", "--epsilon", "0"), "--epsilon must be positive and finite, got 0.0"),
+    (("RUN", "--hessian-lipschitz", "-1"), "--hessian-lipschitz must be positive and finite, got -1.0"),
+    (("RUN", "--failure-probability", "1"), "--failure-probability must be in (0, 1), got 1.0"),
+    (("RUN", "--max-hvps", "0"), "--max-hvps must be at least 1, got 0"),
+    (("RUN", "--examples", "321"), "examples must be from 1 to 320, the training examples, got 321"),
+    (("RUN", "--checkpoint", "none.pt"), "checkpoint none.pt does not exist"),
+    (("RUN", "--checkpoint", "config.json"), "cannot be read"),
+    (("RUN", "--checkpoint", "checkpoint/worker-0.pt"), "does not hold the weights of this run's network"),
+    (("RUN", "--checkpoint", "x", "--iterates"), "--checkpoint and --iterates exclude each other"),
+    (("RUN", "--out", "RUN"), "exists already; choose another with --out"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS, ids=lambda a: " ".join(a) if isinstance(a, tuple) else "")
+def test_bad_input_is_one_line_and_code_2(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
+) -> None:
+    names = {"RUN": run, "NOTHING": tmp_path}
+    assert command("certify", *(names.get(a, a) for a in arguments)) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("packsaddle: error: ")
+    assert error.count("\n") == 1
+
+
+def test_epsilon_is_asked_for_where_nothing_states_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.toml").write_text(CONFIG.partition("[certify]")[0].replace("epochs = 2", "epochs = 0.1"))
+    assert command("run", tmp_path / "c.toml", "--out", tmp_path / "run") == 0
+    assert command("certify", tmp_path / "run") == 2
+    assert "--epsilon is needed: the run's configuration has no [certify] epsilon" in capsys.readouterr().err
+    assert command("certify", tmp_path / "run", "--epsilon", 1, "--iterates") == 2
+    assert "keeps no iterates" in capsys.readouterr().err
