@@ -11,7 +11,7 @@ from packsaddle.certificate import Certificate
 from packsaddle.certify import certify
 from packsaddle.channel import Channel
 from packsaddle.config import Config
-from packsaddle.curvature import Curvature
+from packsaddle.curvature import Curvature, NotFiniteError
 from packsaddle.data import Images, load_images
 from packsaddle.exchange import launch, process_group, resolve
 from packsaddle.inspection import Examples, task_loss
@@ -87,7 +87,10 @@ class Audit:
         for file, tensors in zip(self.files, weights, strict=True):
             task.network.load_state_dict(tensors)
             task.to(examples.dtype)
-            certificate = self._certify(task, examples, len(images))
+            try:
+                certificate = self._certify(task, examples, len(images))
+            except NotFiniteError as error:
+                raise ConfigError(f"{file}: {error}") from None
             findings.append(Finding(file, certificate, self._profile(task, examples, certificate)))
         return findings
 
