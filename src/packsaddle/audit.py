@@ -81,18 +81,28 @@ class Audit:
     def certify(self) -> list[Finding]:
         """Certify every file in the present group; collective."""
         config, images, weights = self.load()
-        task = self._task(config, images)
-        examples = self._examples(images, next(task.parameters()).device)
+        task, examples = self._prepare(config, images)
         findings = []
         for file, tensors in zip(self.files, weights, strict=True):
             task.network.load_state_dict(tensors)
-            task.to(examples.dtype)
             try:
                 certificate = self._certify(task, examples, len(images))
             except NotFiniteError as error:
                 raise ConfigError(f"{file}: {error}") from None
             findings.append(Finding(file, certificate, self._profile(task, examples, certificate)))
         return findings
+
+    def prepare(self) -> tuple[Task, Examples]:
+        """Return the network with the first file's weights, and this worker's examples."""
+        config, images, weights = self.load()
+        task, examples = self._prepare(config, images)
+        task.network.load_state_dict(weights[0])
+        return task, examples
+
+    def _prepare(self, config: Config, images: Images) -> tuple[Task, Examples]:
+        task = self._task(config, images)
+        examples = self._examples(images, next(task.parameters()).device)
+        return task.to(examples.dtype), examples
 
     def _task(self, config: Config, images: Images) -> Task:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
