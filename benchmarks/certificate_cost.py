@@ -2,8 +2,9 @@
 
     python benchmarks/certificate_cost.py RUN_DIR --data-dir DIR [--examples N] [--repeats R]
 
-One run, one thread, the same examples and weights for all. Each peer is asked for the relative residual ||H v - lambda v||
-/ |lambda| that packsaddle had when its verdict was settled; that none of them bounds lambda_min from below is let pass.
+One run, one thread, the same examples and weights for all. Each peer is asked for the relative residual
+||H v - lambda v|| / |lambda| that packsaddle had when its verdict was settled; that none of them bounds lambda_min from
+below is let pass.
 hessian-eigenthings must be told its number of steps in advance: it is given the fewest that suffice (found beforehand,
 not counted), and, as somebody who does not know them would, a count doubled from its default of 2 until it converges.
 """
@@ -71,15 +72,8 @@ def eigenthings(task: Any, batches: list[Any], seed: int, tol: float, steps: int
     """lambda, relative residual, products."""
     from hessian_eigenthings import HessianOperator, lanczos
 
-    result = lanczos(
-        HessianOperator(task, batches, task_loss),
-        k=1,
-        which="SA",
-        max_iter=steps,
-        tol=tol,
-        seed=seed,
-        reorthogonalize=True,
-    )
+    operator = HessianOperator(task, batches, task_loss)
+    result = lanczos(operator, k=1, which="SA", max_iter=steps, tol=tol, seed=seed, reorthogonalize=True)
     value = float(result.eigenvalues[0])
     return value, float(result.residuals[0]) / abs(value), int(result.iterations)
 
@@ -114,9 +108,8 @@ def main() -> None:
     parser.add_argument("--rho", type=float, nargs="+", default=[1e-3, 1e-1], help="one verdict for each")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    audit = Audit(
-        args.run, (args.run / "checkpoint" / "model.pt",), 1.0, examples=args.examples, data_dir=args.data_dir
-    )
+    weights = args.run / "checkpoint" / "model.pt"
+    audit = Audit(args.run, (weights,), 1.0, examples=args.examples, data_dir=args.data_dir)
     task, examples = audit.prepare()
     batches = list(examples)
     for rho in args.rho:
@@ -131,9 +124,7 @@ def main() -> None:
             peers: dict[str, Callable[[], Measured]] = {
                 "scipy eigsh": lambda s=seed, t=tol: scipy_eigsh(task, batches, s, t),
                 "curvlinops + eigsh": lambda s=seed, t=tol: curvlinops(task, batches, s, t),
-                "hessian-eigenthings, steps known": lambda s=seed, t=tol, n=best: eigenthings(task, batches, s, t, n)[
-                    ::2
-                ],
+                "hessian-eigenthings, known": lambda s=seed, t=tol, n=best: eigenthings(task, batches, s, t, n)[::2],
                 "hessian-eigenthings, doubling": lambda s=seed, t=tol: eigenthings_doubling(task, batches, s, t),
             }
             for name, work in peers.items():
@@ -144,15 +135,14 @@ def main() -> None:
 
 def report(rows: dict[str, list[tuple[float, int, float]]]) -> None:
     first = next(iter(rows.values()))
-    print(
-        f"{'':42} {'lambda_min':>11} {'products':>9} {'seconds':>8} {'spread':>13} {'x products':>10} {'x seconds':>9}"
-    )
+    columns = ("lambda_min", "products", "seconds", "spread", "x products", "x seconds")
+    print(f"{'':36}" + "".join(f"{column:>14}" for column in columns))
     for name, runs in rows.items():
         products, seconds = median(r[1] for r in runs), median(r[2] for r in runs)
         ratio = products / median(r[1] for r in first), seconds / median(r[2] for r in first)
         spread = f"{min(r[2] for r in runs):.1f} to {max(r[2] for r in runs):.1f}"
         value = median(r[0] for r in runs)
-        print(f"{name:42} {value:11.2e} {products:9.0f} {seconds:8.1f} {spread:>13} {ratio[0]:10.1f} {ratio[1]:9.1f}")
+        print(f"{name:36}{value:14.2e}{products:14.0f}{seconds:14.1f}{spread:>14}{ratio[0]:14.1f}{ratio[1]:14.1f}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def _draw_bounds(row: Any, run: Run, colour: str, bytes_of: str) -> None:
     steps = sorted(moved)
     megabytes = [moved[max((s for s in steps if s <= c["step"]), default=steps[0])] for c in known]
     for axis, xs in zip(row, ([c["epoch"] for c in known], megabytes), strict=True):
-        axis.vlines(xs, [c["lambda_min_lower"] for c in known], [c["lambda_min_upper"] for c in known], colors=colour)
+        for x, c in zip(xs, known, strict=True):
+            if c["verdict"] != "gradient too large":  # curvature was not looked into then
+                axis.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], colors=colour)
         axis.plot(xs, [c["threshold"] for c in known], color=colour, linewidth=1, linestyle=":")
         for verdict, marker in _MARKERS.items():
             points = [(x, c["lambda_min_upper"]) for x, c in zip(xs, known, strict=True) if c["verdict"] == verdict]
