@@ -1,4 +1,4 @@
-"""The command line: packsaddle demo | run | report | compressors."""
+"""The command line: packsaddle demo | run | report | compressors | plan."""
 
 import os
 import sys
@@ -8,12 +8,19 @@ from typing import Any
 import tyro
 
 from packsaddle.commands.console import is_first
+from packsaddle.commands.planning import plan
 from packsaddle.commands.reading import compressors, report
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import WorkerFailedError, under_launcher
 from packsaddle.schema import ConfigError
 
-_COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "run": run, "report": report, "compressors": compressors}
+_COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "run": run,
+    "report": report,
+    "compressors": compressors,
+    "plan": plan,
+}
 
 
 def main() -> None:
