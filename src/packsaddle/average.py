@@ -222,8 +222,9 @@ class LowRankAllReduce(Protocol):
 
 
 def part_count(compressor: Compressor, d: int) -> int:
-    """How many parts the messages of a compressor have."""
-    return len(compressor.encode(torch.zeros(d), seed=0, step=0).parts)
+    """How many parts the messages of a compressor have; a part of a huge vector tells, without its memory."""
+    part = min(d, 1 << 20)
+    return len(compressor.restrict(part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 
 
 def mean_of_dense(channel: Channel, dense: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def compressors(ratio: float) -> list[Compressor]:
     ]
 
 
-def _name(compressor: Compressor) -> str:
+def describe(compressor: Compressor) -> str:
     """The compressor with those of its fields that are not at their defaults."""
     assert is_dataclass(compressor)
     changed = [f for f in fields(compressor) if getattr(compressor, f.name) != f.default]
@@ -76,7 +76,7 @@ def measure(compressor: Compressor, d: int, workers: int) -> Entry:
     choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
     wire = choice.protocol.wire(d, 0, min(1, workers - 1), workers, 4)
     return Entry(
-        compressor=_name(compressor),
+        compressor=describe(compressor),
         mu=compressor.mu(d),
         kept=1 - float((v - decoded).square().sum() / v.square().sum()),
         linear=compressor.linear,

@@ -1,4 +1,4 @@
-"""The command line: packsaddle demo | run | certify | report | compressors."""
+"""The command line: packsaddle demo | run | certify | report | compressors | plan."""
 
 import os
 import sys
@@ -9,6 +9,7 @@ import tyro
 
 from packsaddle.commands.certifying import certify
 from packsaddle.commands.console import is_first
+from packsaddle.commands.planning import plan
 from packsaddle.commands.reading import compressors, report
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import WorkerFailedError, under_launcher
@@ -20,6 +21,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "certify": certify,
     "report": report,
     "compressors": compressors,
+    "plan": plan,
 }
 
 

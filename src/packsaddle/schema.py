@@ -23,7 +23,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     fields = {f.name: f for f in _public_fields(cls)}
     for key in data:
         if key not in fields:
-            raise ConfigError(f"unknown key {_join(where, key)}{_nearest(key, list(fields))}")
+            raise ConfigError(f"unknown key {_join(where, key)}{nearest(key, list(fields))}")
     values = {key: _convert(hints[key], value, _join(where, key)) for key, value in data.items()}
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
@@ -73,7 +73,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value not in args:
             raise ConfigError(
-                f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}{_nearest(value, args)}"
+                f"{where} must be one of {', '.join(map(repr, args))}, got {value!r}{nearest(value, args)}"
             )
         return value
     if origin is tuple:
@@ -97,11 +97,12 @@ def _convert_choice(choices: tuple[Any, ...], value: Any, where: str) -> Any:
         raise ConfigError(f"{where} must be a table with a kind, one of {', '.join(by_name)}; got {value!r}")
     kind = value["kind"]
     if not isinstance(kind, str) or kind not in by_name:
-        raise ConfigError(f"{where}.kind must be one of {', '.join(by_name)}, got {kind!r}{_nearest(kind, by_name)}")
+        raise ConfigError(f"{where}.kind must be one of {', '.join(by_name)}, got {kind!r}{nearest(kind, by_name)}")
     return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where)
 
 
-def _nearest(word: Any, candidates: Any) -> str:
+def nearest(word: Any, candidates: Any) -> str:
+    """Return a hint at the candidate most like a word, empty if none is."""
     match = difflib.get_close_matches(str(word), [str(c) for c in candidates], n=1)
     return f" (did you mean {match[0]}?)" if match else ""
 

@@ -1,0 +1,210 @@
+"""packsaddle plan."""
+
+import json as json_format
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+from rich.table import Table
+
+from packsaddle.commands.console import print_table
+from packsaddle.compress import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
+from packsaddle.plan import FAMILIES, Plan, balanced_k, best_plan
+from packsaddle.plan import plan as plan_with
+from packsaddle.progress import megabytes
+from packsaddle.schema import ConfigError, nearest
+from packsaddle.table1 import TABLE_1, Order, check_range
+from packsaddle.theory import PRACTICAL, Assumptions, Constants, first_order_plan
+
+_WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
+    "randomk": RandomK,
+    "topk": TopK,
+    "sketchtopk": SketchTopK,
+    "linearsketch": LinearSketch,
+    "adaptivetopk": AdaptiveTopK,
+}
+_FIXED: Mapping[str, Compressor] = {"identity": Identity(), "sign": Sign(), "qsgd": QSGD(), "lowrank": LowRank()}
+_BEST = {name.lower(): family for name, family in FAMILIES.items()}
+_SECONDS_PER_YEAR = 365.25 * 24 * 3600
+
+
+def plan(
+    d: int,
+    epsilon: float,
+    smoothness: float = 1.0,
+    hessian_lipschitz: float = 1.0,
+    sigma: float = 1.0,
+    f_max: float = 1.0,
+    lipschitz_gradient: float | None = None,
+    compressor: str = "best",
+    ratio: float | None = None,
+    mode: Literal["practical", "theory"] = "practical",
+    workers: int = 4,
+    table: bool = False,
+    json: bool = False,
+) -> None:
+    """Plan a run for an epsilon-second-order stationary point: step size, steps, noise, escape check, bytes.
+
+    Args:
+        d: Coordinates.
+        epsilon: Target: gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon).
+        smoothness: L, the Lipschitz constant of the gradient.
+        hessian_lipschitz: rho, the Lipschitz constant of the Hessian.
+        sigma: Standard deviation of the stochastic gradient, as a norm.
+        f_max: How far f can fall.
+        lipschitz_gradient: The Lipschitz constant of every stochastic gradient (Assumption C), if there is one.
+        compressor: "best" (RandomK, TopK, SketchTopK and LinearSketch, each at its best k), or one of these,
+            AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case.
+        ratio: Share of the coordinates, for one compressor by name; without it the best.
+        mode: "practical" drops the logarithm iota of the proofs, "theory" keeps it.
+        workers: Workers, for the bytes.
+        table: Print Table 1 of the paper for this d and epsilon instead.
+        json: Print one JSON document.
+    """
+    try:
+        if table:
+            _table_1(d, epsilon, json)
+            return
+        a = Assumptions(d, epsilon, smoothness, hessian_lipschitz, sigma, f_max, lipschitz_gradient)
+        constants = Constants.theory(a) if mode == "theory" else PRACTICAL
+        plans = [plan_with(a, Identity(), constants=constants, workers=workers)]
+        plans += _asked_for(a, constants, workers, compressor.lower(), ratio)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if json:
+        shown = [{**p.plain(), "balanced_k": _balanced_k(p)} for p in plans]
+        print(_dump({"assumptions": asdict(a), "constants": asdict(constants), "workers": workers, "plans": shown}))
+    else:
+        _show(plans)
+
+
+def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:
+    """The plans beside the uncompressed one."""
+    names = ["best", *_WITH_RATIO, *_FIXED]
+    if name not in names:
+        raise ConfigError(f"compressor must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
+    if ratio is not None and name not in _WITH_RATIO:
+        raise ConfigError(f"ratio is for one of {', '.join(_WITH_RATIO)}, got compressor {name!r}")
+    if ratio is not None:
+        return [plan_with(a, _WITH_RATIO[name](ratio), constants=constants, workers=workers)]
+    if name in _BEST or name == "best":
+        families = _BEST.values() if name == "best" else [_BEST[name]]
+        return [best_plan(a, family, constants=constants, workers=workers) for family in families]
+    if name == "identity":
+        return []
+    if name not in _FIXED:
+        raise ConfigError(f"compressor {name!r} needs --ratio")
+    return [plan_with(a, _FIXED[name], constants=constants, workers=workers)]
+
+
+def _balanced_k(p: Plan) -> int | None:
+    """Corollary 3.3's k for the plan's kind of compressor."""
+    family = FAMILIES.get(type(p.compressor).__name__)
+    return balanced_k(p.assumptions, family, constants=p.constants) if family else None
+
+
+def _show(plans: list[Plan]) -> None:
+    first, a = plans[0], plans[0].assumptions
+    table = Table("~ order of magnitude", *(type(p.compressor).__name__ + "*" * _outside(p) for p in plans))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for label, cell in _ROWS.items():
+        table.add_row(label, *map(cell, plans))
+    print_table(table)
+    setting = "Assumption C holds" if a.lipschitz_gradient is not None else "Assumption C is not assumed (alpha = d)"
+    print(f"d = {a.d:,}, epsilon = {a.epsilon:g}, {setting}, {first.workers} workers.")
+    print(
+        f"~ noise r = {first.noise:.3g} per coordinate, of norm r sqrt(d) = {first.noise_norm:.3g}: it must be about "
+        f"sigma = {a.sigma:g} or more, and {'is' if first.noise_suffices else 'IS NOT'}."
+    )
+    print(f"~ escape radius R = {first.radius:.3g}; an escape lowers f by F = {first.decrease:.3g}.")
+    if any(map(_outside, plans)):
+        print("* The mean of the workers' compressed messages is outside the proofs; they compress the mean.")
+    print(_how_far_to_trust(plans))
+
+
+def _outside(p: Plan) -> bool:
+    return not p.proved_for_workers
+
+
+def _first_order(p: Plan) -> tuple[float, int]:
+    found = first_order_plan(p.assumptions, p.mu)
+    return found.eta, found.steps
+
+
+_ROWS: Mapping[str, Callable[[Plan], str]] = {
+    "theorem": lambda p: p.theorem,
+    "k": lambda p: "" if p.k is None else f"{p.k:,}",
+    "k of Corollary 3.3": lambda p: "" if _balanced_k(p) is None else f"{_balanced_k(p):,}",
+    "mu": lambda p: f"{p.mu:.3g}",
+    "~ step size eta": lambda p: f"{p.eta:.2e}",
+    "bound by": lambda p: p.bound_by,
+    "~ steps T": lambda p: f"{p.steps:.2e}",
+    "~ interval I": lambda p: f"{p.interval:.2e}",
+    "sent per step": lambda p: megabytes(p.sent),
+    "~ sent in all": lambda p: f"{p.total / 1e6:.2e} MB",
+    "~ uncompressed / this": lambda p: f"{p.improvement:,.3g}",
+    "first-order alone: eta": lambda p: f"{_first_order(p)[0]:.2e}",
+    "first-order alone: steps": lambda p: f"{_first_order(p)[1]:.2e}",
+}
+
+
+def _how_far_to_trust(plans: list[Plan]) -> str:
+    c = plans[0].constants
+    lines = [
+        "~ Order of magnitude: the theorems hide constants, and here stand Jin et al.'s (2021) for uncompressed SGD,",
+        f"  with iota = {c.iota:.3g} for their logarithm.",
+    ]
+    if c.mode == "theory":
+        years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
+        verdict = "Nobody can take so many steps: at" if years > 1 else "At"
+        lines += [
+            f"  {verdict} a million steps a second, the fewest here take {years:.1e} years.",
+            "  The proofs' constants are far from tight; --mode practical sets iota to 1.",
+        ]
+    else:
+        lines.append("  No guarantee goes with it: take it as a start for tuning.")
+    lines += [
+        "  Exact: mu (SketchTopK's is stated as k/d), k, and bytes per step (but for coded indices).",
+        "  Proved: first-order alone, under Assumptions A and B, without noise and resets.",
+    ]
+    return "\n".join(lines)
+
+
+def _table_1(d: int, epsilon: float, json: bool) -> None:
+    check_range(d, epsilon)
+    if json:
+        print(_dump({"d": d, "epsilon": epsilon, "table": [row.plain(d, epsilon) for row in TABLE_1]}))
+        return
+    table = Table("gradient", "compressor", "mu", "iterations", "communication", "improvement", "printed")
+    for row in TABLE_1:
+        cells = [_formula(order, d, epsilon) for order in (row.iterations, row.communication, row.improvement)]
+        mu = "c > 0" if row.mu is None else _formula(row.mu, d, epsilon)
+        printed = "-" if row.printed is None else "the same" if row.follows else _formula(row.printed, d, epsilon)
+        setting = "Lipschitz" if row.lipschitz else "not Lipschitz"
+        mark = "" if row.possible(d, epsilon) else " !"
+        table.add_row(setting, row.compressor + mark, mu, *cells, printed, end_section=row.compressor == "constant")
+    table.caption = f"d = {d:,}, eps = {epsilon:g}; orders of magnitude with every constant 1; communication in numbers"
+    print_table(table)
+    print("improvement is what the communication column gives (row one's divided by this one's); printed, the paper's.")
+    if any(not row.possible(d, epsilon) for row in TABLE_1):
+        print("! mu is not in [1/d, 1] for this d and eps, so there is no such compressor.")
+
+
+def _formula(order: Order, d: int, epsilon: float) -> str:
+    return f"{order}\n= {order(d, epsilon):.2e}"
+
+
+def _dump(document: dict[str, Any]) -> str:
+    return json_format.dumps(document, indent=2)
