@@ -21,6 +21,7 @@ from packsaddle.problems import (
     OrthogonalTensor,
     PhaseRetrieval,
     Problem,
+    Quadratic,
     QuadraticQuartic,
     RankOnePCA,
 )
@@ -28,6 +29,7 @@ from packsaddle.problems import (
 PROBLEMS: list[Problem] = [
     Cosine(4),
     DoubleWells(4),
+    Quadratic((-0.5, 2.0, 0.0), slopes=(1.0, -3.0, 0.0)),
     QuadraticQuartic(4),
     QuadraticQuartic(1),
     RankOnePCA((3.0, 2.0, 0.5)),

@@ -4,7 +4,7 @@ from packsaddle.problems.base import CriticalPoint, Problem
 from packsaddle.problems.matrices import DeepLinear, MatrixFactorisation, MatrixSensing, RankOnePCA
 from packsaddle.problems.oracle import Oracle
 from packsaddle.problems.others import CurvedValley, MonkeySaddle, OrthogonalTensor, PhaseRetrieval
-from packsaddle.problems.separable import Cosine, DoubleWells, Octopus, QuadraticQuartic
+from packsaddle.problems.separable import Cosine, DoubleWells, Octopus, Quadratic, QuadraticQuartic
 
 __all__ = [
     "Cosine",
@@ -20,6 +20,7 @@ __all__ = [
     "OrthogonalTensor",
     "PhaseRetrieval",
     "Problem",
+    "Quadratic",
     "QuadraticQuartic",
     "RankOnePCA",
 ]

@@ -1,4 +1,4 @@
-"""Objectives that treat coordinates (nearly) one by one: cosines, double wells, the octopus."""
+"""Objectives that treat coordinates (nearly) one by one: quadratics, cosines, double wells, the octopus."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,49 @@ import torch
 from torch import Tensor
 
 from packsaddle.problems.base import CriticalPoint, Problem
+
+
+@dataclass(frozen=True)
+class Quadratic(Problem):
+    """f = sum_i (curvatures_i x_i^2 / 2 + slopes_i x_i), where linear recursions are exact: rho = 0.
+
+    With curvatures of both signs its critical point is a saddle; with none at all the gradient is constant.
+    Unbounded below unless all curvatures are positive. `slopes` are zeros by default. Raises ValueError if their
+    numbers differ.
+    """
+
+    curvatures: tuple[float, ...]
+    slopes: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.slopes and len(self.slopes) != len(self.curvatures):
+            raise ValueError(f"Quadratic needs a slope per curvature, got {len(self.slopes)} for {self.d}")
+
+    @property
+    def d(self) -> int:  # type: ignore[override]
+        return len(self.curvatures)
+
+    def _coefficients(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        slopes = self.slopes or (0.0,) * self.d
+        return torch.tensor(self.curvatures, dtype=like.dtype), torch.tensor(slopes, dtype=like.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        a, b = self._coefficients(x)
+        return (a * x**2 / 2 + b * x).sum()
+
+    def gradient(self, x: Tensor) -> Tensor:
+        a, b = self._coefficients(x)
+        return a * x + b
+
+    def critical_points(self) -> list[CriticalPoint]:
+        a, b = self._coefficients(torch.empty(0, dtype=torch.float64))
+        if bool(((a == 0) & (b != 0)).any()):
+            return []  # it slopes for ever
+        x = torch.where(a == 0, 0.0, -b / a)
+        return [CriticalPoint(x, min(self.curvatures), sum(value < 0 for value in self.curvatures))]
+
+    def constants(self, ball: float) -> tuple[float, float]:
+        return max(map(abs, self.curvatures)), 0.0
 
 
 @dataclass(frozen=True)
