@@ -23,6 +23,7 @@ from packsaddle.theory import (
     first_order_plan,
     interval_and_steps,
     noise_norm,
+    radius,
     step_sizes,
 )
 
@@ -121,7 +122,7 @@ def plan(
         bound_by=bound_by,
         steps=steps,
         interval=interval,
-        radius=c.radius_factor * c.iota**-c.radius_power * math.sqrt(a.epsilon / a.hessian_lipschitz),
+        radius=radius(a, c),
         noise=noise_norm(a, c) / math.sqrt(d),
         decrease=decrease(a, c),
         sent=sent,

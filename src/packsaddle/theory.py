@@ -1,14 +1,16 @@
 """What the theorems say, with numbers: assumptions, what O-tilde hides, step sizes, steps, first-order plans.
 
-Theorems 3.1 and 3.2 hide constants and logarithms in O-tilde. In their place stands here what Jin et al. (JACM 2021,
-Eq. (8)) have for uncompressed SGD; see `Constants`. So step sizes, steps, interval, radius, noise and decrease are
-*orders of magnitude*: they say how a run scales, not how long it takes. `first_order_plan` alone is proved with its
-constants.
+Theorems 3.1 and 3.2 hide constants and logarithms in O-tilde. In their place `Constants.theory` has what Jin et al.
+(JACM 2021, Eq. (8)) prove for uncompressed SGD, and `Constants.practical` what can be derived for one saddle at a time.
+So step sizes, steps, interval, radius, noise and decrease are *orders of magnitude*: they say how a run scales.
+`first_order_plan` alone is proved with its constants.
 """
 
 import math
 from dataclasses import dataclass, fields
 from typing import Literal
+
+from packsaddle.linearised import predicted_escape_time
 
 Mode = Literal["practical", "theory"]
 _RANGE = (1e-20, 1e20)  # of every constant of a problem: keeps their products, to the powers needed, within doubles
@@ -60,25 +62,29 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Constants:
-    """What O-tilde hides, as Jin et al. (2021), (8), have it: powers of iota, a logarithm, and two factors.
+    """What O-tilde hides: powers of iota, a logarithm, and factors.
 
-    All are of the proof of uncompressed SGD; that Algorithm 1 shares them up to logarithms is an assumption, and the
-    two factors of 1 on the compression's terms of eta are a guess. `practical` is iota = 1: no proof, no failure
-    probability, and a start for tuning.
+    The defaults are Jin et al.'s (2021), (8), of the proof of uncompressed SGD; that Algorithm 1 shares them up to
+    logarithms is an assumption, and the factors of 1 on the compression's terms of eta are a guess. `practical` has no
+    proof and no failure probability, but it can be run.
     """
 
-    mode: Mode = "practical"
-    iota: float = 1.0
+    mode: Mode
+    iota: float
     failure_probability: float | None = None  # delta, that iota is for
     eta_power: float = 9.0  # eta carries iota^-9
-    noise_power: float = 1.0  # the noise's norm is iota^1 epsilon sqrt(N)
-    interval_power: float = 1.0  # I = iota^1 / (eta sqrt(rho epsilon))
-    radius_power: float = 2.0  # R = 2 iota^-2 sqrt(epsilon / rho)
-    radius_factor: float = 2.0
-    decrease_power: float = 5.0  # F = iota^-5 sqrt(epsilon^3 / rho)
-    steps_factor: float = 100.0  # T = 100 f_max max(I / F, 1 / (eta epsilon^2))
+    gradient_noise_factor: float = 1.0  # of eta's first term
     first_order_factor: float = 1.0  # of eta's second term
     second_order_factor: float = 1.0  # of eta's third term
+    noise_power: float = 1.0  # the noise's norm is iota^1 epsilon sqrt(N)
+    interval_power: float = 1.0  # I = iota^1 / (eta sqrt(rho epsilon)), unless `patience` is given
+    patience: float | None = None  # I = patience * the median escape time predicted for curvature -sqrt(rho eps)
+    radius_power: float = 2.0  # R = 2 iota^-2 sqrt(epsilon / rho)
+    radius_factor: float = 2.0
+    decrease_power: float = 5.0  # F = 1 iota^-5 sqrt(epsilon^3 / rho)
+    decrease_factor: float = 1.0
+    escape_factor: float = 100.0  # T = f_max max(100 I / F, 100 / (eta epsilon^2))
+    descent_factor: float = 100.0
 
     def __post_init__(self) -> None:
         for f in fields(self)[1:]:
@@ -103,22 +109,44 @@ class Constants:
             logarithm = max(1.0, math.log(unitless))
         return cls("theory", log_factor * logarithm, failure_probability)
 
+    @classmethod
+    def practical(cls) -> "Constants":
+        """Return iota = 1 and factors for which half of the iterates are epsilon-SOSPs if each saddle is as predicted.
 
-PRACTICAL = Constants()
+        At most a quarter of the gradients are too large: the first two terms of eta are below `first_order_plan`'s for
+        epsilon / 2 (chi^2 <= 2 epsilon^2 N, so 1 / (64 N) <= epsilon^2 / (32 chi^2)), with which
+        T = 32 f_max / (eta epsilon^2) is proved to do. At most a quarter of the iterates are near saddles: leaving one
+        takes I steps, twice the median time that `linearised.predicted_escape_time` gives, and lowers f by F, which is
+        2/3 sqrt(epsilon^3 / rho) at least at distance R where the Hessian is rho-Lipschitz; so T = 4 f_max I / F. The
+        factor 1 of eta's third term remains a guess.
+        """
+        return cls(
+            "practical",
+            1.0,
+            gradient_noise_factor=1 / 64,
+            first_order_factor=1 / (8 * math.sqrt(2)),
+            patience=2.0,
+            decrease_factor=2 / 3,
+            escape_factor=4.0,
+            descent_factor=32.0,
+        )
+
+
+PRACTICAL = Constants.practical()
 
 
 def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict[str, float]:
     """Return the three terms of eta in Theorems 3.1 and 3.2, units restored; the step size is the least.
 
-    iota^-9 times 1 / (L N), mu epsilon / (L chi sqrt(1 - mu)) and mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), with
-    D = 1 for a linear compressor and d otherwise, and chi^2 = sigma^2 + ||xi||^2.
+    iota^-9 times 1 / (L N), mu epsilon / (L chi sqrt(1 - mu)) and mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), each with
+    its factor, with D = 1 for a linear compressor and d otherwise, and chi^2 = sigma^2 + ||xi||^2.
     """
     chi = math.hypot(a.sigma, noise_norm(a, c))
     lost = 1 - mu
     first = mu * a.epsilon / (a.smoothness * chi * math.sqrt(lost)) if lost else math.inf
     second = mu**2 * a.curvature / (lost * a.smoothness**2 * (1 if linear else a.d)) if lost else math.inf
     terms = {
-        "gradient noise": 1 / (a.smoothness * a.noise_ratio),
+        "gradient noise": c.gradient_noise_factor / (a.smoothness * a.noise_ratio),
         "first-order": c.first_order_factor * first,
         "second-order": c.second_order_factor * second,
     }
@@ -132,14 +160,24 @@ def noise_norm(a: Assumptions, c: Constants) -> float:
 
 def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, int]:
     """Return I and T for a step size."""
-    interval = math.ceil(c.iota**c.interval_power / (eta * a.curvature))
-    longest = max(interval / decrease(a, c), 1 / (eta * a.epsilon**2))
-    return interval, math.ceil(c.steps_factor * a.f_max * longest)
+    if c.patience is None:
+        interval = math.ceil(c.iota**c.interval_power / (eta * a.curvature))
+    else:
+        noise = noise_norm(a, c) / math.sqrt(a.d)
+        predicted = predicted_escape_time(eta, a.curvature, noise, radius(a, c))
+        interval = math.ceil(c.patience * max(predicted, 1 / (eta * a.curvature)))  # noise beyond R predicts nothing
+    longest = max(c.escape_factor * interval / decrease(a, c), c.descent_factor / (eta * a.epsilon**2))
+    return interval, math.ceil(a.f_max * longest)
+
+
+def radius(a: Assumptions, c: Constants) -> float:
+    """Return R."""
+    return float(c.radius_factor * c.iota**-c.radius_power) * math.sqrt(a.epsilon / a.hessian_lipschitz)
 
 
 def decrease(a: Assumptions, c: Constants) -> float:
     """Return F, by which f falls at least in an escape."""
-    return float(c.iota**-c.decrease_power) * math.sqrt(a.epsilon**3 / a.hessian_lipschitz)
+    return float(c.decrease_factor * c.iota**-c.decrease_power) * math.sqrt(a.epsilon**3 / a.hessian_lipschitz)
 
 
 def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants = PRACTICAL) -> float:

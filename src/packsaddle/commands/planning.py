@@ -67,7 +67,7 @@ def plan(
         compressor: "best" (RandomK, TopK, SketchTopK and LinearSketch, each at its best k), or one of these,
             AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case.
         ratio: Share of the coordinates, for one compressor by name; without it the best.
-        mode: "practical" drops the logarithm iota of the proofs, "theory" keeps it.
+        mode: "theory" has the constants and logarithms of a proof, "practical" some that can be run.
         workers: Workers, for the bytes.
         table: Print Table 1 of the paper for this d and epsilon instead.
         json: Print one JSON document.
@@ -162,19 +162,20 @@ _ROWS: Mapping[str, Callable[[Plan], str]] = {
 
 def _how_far_to_trust(plans: list[Plan]) -> str:
     c = plans[0].constants
-    lines = [
-        "~ Order of magnitude: the theorems hide constants, and here stand Jin et al.'s (2021) for uncompressed SGD,",
-        f"  with iota = {c.iota:.3g} for their logarithm.",
-    ]
+    lines = ["~ Order of magnitude: the theorems hide their constants."]
     if c.mode == "theory":
         years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
         verdict = "Nobody can take so many steps: at" if years > 1 else "At"
         lines += [
+            f"  Here stand Jin et al.'s (2021) for uncompressed SGD, with iota = {c.iota:.3g} for their logarithm.",
             f"  {verdict} a million steps a second, the fewest here take {years:.1e} years.",
-            "  The proofs' constants are far from tight; --mode practical sets iota to 1.",
+            "  The proofs' constants are far from tight; --mode practical has some that can be run.",
         ]
     else:
-        lines.append("  No guarantee goes with it: take it as a start for tuning.")
+        lines += [
+            "  Here stand the proved first-order bounds, and saddles of curvature -sqrt(rho epsilon) left one after",
+            "  another in twice the predicted median time. No guarantee goes with it: take it as a start for tuning.",
+        ]
     lines += [
         "  Exact: mu (SketchTopK's is stated as k/d), k, and bytes per step (but for coded indices).",
         "  Proved: first-order alone, under Assumptions A and B, without noise and resets.",

@@ -6,10 +6,10 @@ unless said otherwise: one segment of Algorithm 1, which is what the lemmas spea
 
 from packsaddle.diagnostics.coupling import Coupling, couple, negative_curvature, reflect
 from packsaddle.diagnostics.escapes import EscapeTimes, escape_times, octopus_escapes
-from packsaddle.diagnostics.linearised import coupling_std, growth_rate, predicted_escape_time
 from packsaddle.diagnostics.localise import Localisation, improve_or_localise
 from packsaddle.diagnostics.memory import ErrorGrowth, accumulate, error_growth, random_k_limit, residual_gap
 from packsaddle.diagnostics.trajectory import Method, Trajectory, follow
+from packsaddle.linearised import coupling_std, growth_rate, predicted_escape_time
 
 __all__ = [
     "Coupling",

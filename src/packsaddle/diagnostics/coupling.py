@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packsaddle.diagnostics.linearised import coupling_std
 from packsaddle.diagnostics.memory import accumulate
 from packsaddle.diagnostics.trajectory import Method, Trajectory, follow
+from packsaddle.linearised import coupling_std
 from packsaddle.noise import Perturbation
 from packsaddle.problems import Oracle, Problem
 
