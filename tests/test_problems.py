@@ -28,6 +28,7 @@ from packsaddle.problems import (
 
 PROBLEMS: list[Problem] = [
     Cosine(4),
+    Cosine(4, width=0.3),
     DoubleWells(4),
     Quadratic((-0.5, 2.0, 0.0), slopes=(1.0, -3.0, 0.0)),
     QuadraticQuartic(4),

@@ -54,22 +54,44 @@ class Quadratic(Problem):
 
 @dataclass(frozen=True)
 class Cosine(Problem):
-    """f = sum_i (1 - cos x_i): Assumption A globally, with L = rho = 1 and f_max = 2 d. Critical: pi Z^d."""
+    """f = w^3 (1 - cos(x_1 / w)) + sum_{i > 1} (1 - cos x_i), w = `width` in (0, 1]: Assumption A globally.
+
+    L = rho = 1 and f_max = 2 w^3 + 2 (d - 1). Critical: w pi Z times pi Z^(d - 1). The saddle at w pi e_1 has curvature
+    -w, so it can be as weak as the theorems allow, and f falls by 2 w^3 from there. Raises ValueError for other w.
+    """
 
     d: int
+    width: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.width <= 1:
+            raise ValueError(f"width of Cosine must be in (0, 1], got {self.width}")
+
+    def _widths(self, x: Tensor) -> Tensor:
+        widths = torch.ones_like(x)
+        widths[0] = self.width
+        return widths
 
     def __call__(self, x: Tensor) -> Tensor:
-        return (1 - x.cos()).sum()
+        w = self._widths(x)
+        return (w**3 * (1 - (x / w).cos())).sum()
 
     def gradient(self, x: Tensor) -> Tensor:
-        return x.sin()
+        w = self._widths(x)
+        return w**2 * (x / w).sin()
+
+    def lambda_min(self, x: Tensor) -> float:
+        """Return the smallest eigenvalue of the Hessian, which is diagonal, at x, float[d]."""
+        w = self._widths(x)
+        return float((w * (x / w).cos()).min())
 
     def critical_points(self) -> list[CriticalPoint]:
         points = []
         for index in range(self.d + 1):
             x = torch.zeros(self.d, dtype=torch.float64)
             x[:index] = math.pi
-            points.append(CriticalPoint(x, -1.0 if index else 1.0, index))
+            x[0] *= self.width
+            points.append(CriticalPoint(x, self.width if index == 0 else -self.width if index == 1 else -1.0, index))
         return points
 
     def constants(self, ball: float) -> tuple[float, float]:
