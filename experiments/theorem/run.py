@@ -66,8 +66,8 @@ def jobs() -> Iterator[Job]:
                     yield Job("half", "cosine", 0.4, d, name, seed, factor, lipschitz=False)
         for name in COMPRESSORS:
             yield Job("share", "cosine", 0.4, 16, name, seed)
-        yield Job("share", "cosine", 0.4, 16, "Identity", seed, constants="iota = 1")
-        yield Job("share", "cosine", 0.2, 16, "Identity", seed, constants="iota = 1")
+        for epsilon in (0.4, 0.2, 0.1, 0.05):
+            yield Job("share", "cosine", epsilon, 16, "Identity", seed, constants="iota = 1")
         for name in ("Identity", "RandomK"):
             yield Job("share", "cosine", 0.2, 16, name, seed)
             yield Job("share", "phase retrieval", 0.4, 6, name, seed)
