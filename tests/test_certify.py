@@ -154,6 +154,24 @@ def test_products_are_the_dense_hessian() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_agreement_with_an_independent_library() -> None:
+    """hessian-eigenthings' Lanczos on its own products: the same lambda_min within the two residuals."""
+    from hessian_eigenthings import HessianOperator, lanczos
+
+    model, batches = network()
+    equal = [(x[:7], y[:7]) for x, y in batches]  # it averages over batches, whatever their sizes
+    model.eval()
+    theirs = lanczos(HessianOperator(model, equal, loss_fn), k=1, which="SA", max_iter=40, tol=1e-8, seed=1)
+    value, residual = float(theirs.eigenvalues[0]), float(theirs.residuals[0])
+    # A threshold just above it, so that the verdict is settled only when the bounds have closed in on it.
+    near = (value + 0.01) ** 2 / 1e3
+    ours = certify(model, loss_fn, equal, epsilon=1e3, hessian_lipschitz=near)
+    assert ours.verdict == Verdict.SADDLE
+    assert ours.lambda_min_upper == pytest.approx(value, abs=ours.residual + residual + 1e-9)
+    assert ours.lambda_min_lower <= value <= ours.lambda_min_upper + 1e-9
+    assert ours.residual < 0.5
+
+
 def certify_share() -> dict[str, Any]:
     """Certify the network on this worker's share of the batches."""
     group = resolve(None)
@@ -291,6 +309,25 @@ def test_a_certificate_in_little_memory() -> None:
     assert lean.lambda_min_upper == pytest.approx(whole.lambda_min_upper, abs=1e-9)
     assert lean.residual == pytest.approx(whole.residual, abs=1e-6)
     assert lean.hvps > whole.hvps
+
+
+def test_rounding_is_not_taken_for_curvature() -> None:
+    """A linear model with fewer examples than coordinates: lambda_min = 0, and in single precision Ritz values are
+    negative by rounding. A threshold below what rounding can tell is not undercut by it."""
+    rng = torch.Generator().manual_seed(0)
+    model = nn.Linear(200, 50, bias=False)
+    with torch.no_grad():
+        model.weight.normal_(generator=rng)
+    x = torch.randn(40, 200, generator=rng)
+    batch = (x, model(x).detach())  # a minimum
+    signs = set()
+    for seed in range(20):
+        settings = {"epsilon": 1.0, "hessian_lipschitz": 1e-24, "max_hvps": 60}
+        start = torch.Generator().manual_seed(seed)
+        certificate = certify(model, loss_fn, [batch], **settings, generator=start)
+        assert certificate.verdict in (Verdict.UNDECIDED, Verdict.SECOND_ORDER_STATIONARY), str(certificate)
+        signs.add(certificate.ritz_values[0] < certificate.threshold)
+    assert signs == {True}  # the rounding was there
 
 
 def test_a_certificate_becomes_json() -> None:

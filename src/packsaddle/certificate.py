@@ -38,8 +38,8 @@ class Certificate:
     loss: float
     grad_norm: float
     grad_norm_error: float | None  # standard error of the gradient, if the examples are a sample of more
-    lambda_min_upper: float  # lambda_min is at most this: the Rayleigh quotient of the escape direction
-    lambda_min_lower: float  # and at least this, but for the failure probability
+    lambda_min_upper: float  # lambda_min is at most this: the escape direction's Rayleigh quotient, and rounding
+    lambda_min_lower: float  # and at least this, less rounding, but for the failure probability
     residual: float  # ||H v - lambda v|| for the escape direction v
     failure_probability: float
     threshold: float  # -sqrt(rho epsilon)

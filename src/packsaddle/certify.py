@@ -21,6 +21,7 @@ from packsaddle.lanczos import Lanczos, Ritz
 from packsaddle.ledger import Ledger
 
 _DOUBLINGS = 10
+_ROUNDING = 16  # of a product, in units of the last place of ||H||: roughly what sums over batches and layers lose
 
 
 def certify(
@@ -122,12 +123,14 @@ class _Search:
         measured, self.lower, settled = self.given_rho, -math.inf, False
         for k in range(1, max_hvps + 1):
             self.ritz = self.lanczos.step()
-            self.lower = max(self.lower, self.ritz.lower_bound(self.failure_probability))
+            self.rounding = _ROUNDING * self._eps() * max(map(abs, (self.ritz.theta_min, self.ritz.theta_max)))
+            self.lower = max(self.lower, self.ritz.lower_bound(self.failure_probability) - self.rounding)
             last = k == max_hvps or self.lanczos.exhausted
             if measured is None and (last or self.grad_norm > self.epsilon or _settling(self.ritz)):
                 measured = _measure_rho(self.curvature, self.lanczos.ritz_vector())
             if measured is not None:
-                settled = self._verdict(measured, self.ritz.theta_min) is not Verdict.UNDECIDED
+                upper = self.ritz.theta_min + self.rounding
+                settled = self._verdict(measured, upper) is not Verdict.UNDECIDED
             if last or settled:
                 break
         assert measured is not None
@@ -137,11 +140,12 @@ class _Search:
     def _measure_direction(self) -> None:
         """v, its Rayleigh quotient and its residual: known from the recurrence if the basis is orthonormal, else
         measured, and then the verdict is what the measurement says."""
-        self.v, self.upper, self.residual = self.lanczos.ritz_vector(), self.ritz.theta_min, self.ritz.residual
+        self.v, quotient, self.residual = self.lanczos.ritz_vector(), self.ritz.theta_min, self.ritz.residual
         if not self.ritz.orthogonal:
             product = self.curvature.hessian_vector(self.v)
-            self.upper = float(self.v @ product)
-            self.residual = float(product.sub_(self.v, alpha=self.upper).norm())
+            quotient = float(self.v @ product)
+            self.residual = float(product.sub_(self.v, alpha=quotient).norm())
+        self.upper = quotient + self.rounding
         self.verdict = self._verdict(self.rho, self.upper)
 
     def descend(self, gradient: Tensor) -> tuple[float, float]:
@@ -161,6 +165,9 @@ class _Search:
                     break
                 last, best = value, min(best, (s, value), key=lambda pair: pair[1])
         return best
+
+    def _eps(self) -> float:
+        return float(torch.finfo(self.curvature.parameters[0].dtype).eps)
 
     def _verdict(self, rho: float, upper: float) -> Verdict:
         return judge(self.grad_norm, self.epsilon, -math.sqrt(rho * self.epsilon), upper, self.lower)
