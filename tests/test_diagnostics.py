@@ -80,6 +80,10 @@ def test_the_second_run_is_algorithm_1_with_mirrored_noise() -> None:
     assert torch.equal(second.x[0], coupling.first.x[0])
     assert torch.allclose(second.y, second.x - ETA * second.e, atol=1e-14)
     assert torch.equal(coupling.f_mirrored, second.objective())
+    for name in ("x", "y", "e"):
+        for t in range(51):
+            gap = (getattr(coupling.first, name)[t] - getattr(second, name)[t]).norm()
+            assert float(getattr(coupling, f"{name}_gap")[t]) == pytest.approx(float(gap), abs=1e-15)
 
 
 def test_mirrored_noise_has_the_same_law() -> None:
@@ -132,6 +136,8 @@ def test_linear_error_gaps_scale_with_the_perturbation(compressor: Compressor) -
     """Twice the perturbation, twice e - e', at every step; and its mean square keeps to Lemma B.17's bound."""
     method, e1 = Method(0.02, compressor, 0.01), torch.eye(16)[0]
     once, half = (couple(Oracle(ONES), method, zeros(16), steps=60, direction=e1, scale=s) for s in (1, 0.5))
+    assert torch.allclose(once.predicted_std, 2 * half.predicted_std)
+    assert torch.allclose(once.noise_gap, 2 * half.noise_gap)
     moved = half.e_gap > 1e-6  # 0 when coordinate 1 has just been sent
     assert int(moved.sum()) > 20
     # Errors of size 10 in double precision, differences of size 0.01.

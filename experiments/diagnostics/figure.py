@@ -100,7 +100,7 @@ def escapes(axis: Any, folder: Path) -> None:
     axis.plot([], [], color="#CC79A7", linewidth=2, label=r"predicted median with $\mu$")
     axis.set_xticks(range(len(tables)), [name.replace(", ", "\n") for name in tables])
     axis.set(ylabel="escape time / predicted for Identity", ylim=(0.8, 2.1))
-    axis.set_title("Escape times:\ncompression costs little as $\\eta \\to 0$")
+    axis.set_title("Escape times:\ncompression costs less as $\\eta \\to 0$")
 
 
 def octopus(axis: Any, folder: Path) -> None:
