@@ -16,6 +16,7 @@ from packsaddle.curvature import Curvature, batch_size
 from packsaddle.exchange import resolve
 from packsaddle.ledger import Ledger
 from packsaddle.problems import (
+    Cosine,
     CurvedValley,
     DoubleWells,
     MonkeySaddle,
@@ -62,6 +63,7 @@ def test_known_saddles_and_minima(problem: Problem) -> None:
             v = certificate.escape_direction
             assert certificate.escape_loss < certificate.loss == pytest.approx(float(problem(point.x)))
             assert certificate.escape_loss == float(problem(point.x + certificate.escape_distance * v))
+            assert certificate.escape_bend > 0
             assert float(v.norm()) == pytest.approx(1.0)
             assert float(problem(point.x + 0.05 * v)) < float(problem(point.x))
             assert float(problem(point.x - 0.05 * v)) < float(problem(point.x))
@@ -90,6 +92,30 @@ def test_a_verdict_is_never_stronger_than_its_evidence() -> None:
     one_flat[7] = 0.0
     assert certify_point(problem, one_flat, max_hvps=1, **settings).verdict == Verdict.UNDECIDED
     assert certify_point(problem, one_flat, **settings).verdict == Verdict.SADDLE
+
+
+def test_a_kink_is_told_from_a_saddle() -> None:
+    """f = |x_1| - x_1^2 / 2 near 0: the Hessian says saddle, finite steps say otherwise, up to |x_1| = 2."""
+
+    def kinked(x: Tensor) -> Tensor:
+        return x[0].abs() - x[0] ** 2 / 2 + x[1:].square().sum() / 2
+
+    at = torch.tensor([1e-9, 0.0, 0.0], dtype=torch.float64)
+    certificate = certify_point(kinked, at, epsilon=2.0, hessian_lipschitz=0.1)
+    assert certificate.verdict == Verdict.SADDLE
+    assert certificate.escape_bend < 0
+    assert "kinks: finite steps see no saddle" in str(certificate)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.05, -0.2])
+def test_the_fall_is_what_the_lipschitz_constant_guarantees(slope: float) -> None:
+    """|lambda|^3 / (3 rho^2) at least, with |lambda| = rho = 1 and any slope added."""
+    problem = Cosine(3)
+    at = problem.critical_points()[1].x
+    certificate = certify_point(lambda x: problem(x) + slope * x[0], at, epsilon=0.5, hessian_lipschitz=1.0)
+    assert certificate.verdict == Verdict.SADDLE
+    assert certificate.escape_bend >= 1 / 3
+    assert certificate.slope * certificate.escape_distance <= 0
 
 
 def test_rho_is_measured_along_v() -> None:

@@ -49,6 +49,7 @@ class Certificate:
     slope: float  # <grad f, v>
     escape_distance: float | None  # of a saddle: s for which f(x + s v) is the lowest that was found
     escape_loss: float | None  # f(x + s v)
+    escape_bend: float | None  # the most that [f(x + s v) + f(x - s v)] / 2 was found below f(x)
     ritz_values: tuple[float, ...]  # in rising order
     ritz_shares: tuple[float, ...]  # of the random start along each Ritz vector: a spectral density
     examples: int
@@ -87,10 +88,11 @@ class Certificate:
             f"  loss {self.loss:.6f}; the Hessian is that of {self.whose}",
             f"  {self.hvps} products in {self.precision}, {self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
         ]
-        if self.escape_distance is not None and self.escape_loss is not None:
+        if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
-            found = f"falls by {fall:.3e}" if fall > 0 else "does not fall (kinks, or epsilon near the curvature)"
-            lines.insert(4, f"  a step of {self.escape_distance:g} along v: the loss {found}")
+            found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
+            bend = "" if self.escape_bend > 0 else "; the mean of both sides rises (kinks: finite steps see no saddle)"
+            lines.insert(4, f"  a step of {self.escape_distance:.3g} along v: the loss {found}{bend}")
         elif self.verdict is Verdict.UNDECIDED:
             lines.insert(4, f"  more products may settle it: {self._missing()}")
         return "\n".join(lines)

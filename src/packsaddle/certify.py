@@ -77,7 +77,7 @@ def certify(
         hessian_lipschitz,
     )
     search.run(max_hvps)
-    distance, lowest = search.descend(gradient) if search.verdict is Verdict.SADDLE else (None, None)
+    distance, lowest, bend = search.walk() if search.verdict is Verdict.SADDLE else (None, None, None)
     ritz, rho = search.ritz, search.rho
     return Certificate(
         verdict=search.verdict,
@@ -96,6 +96,7 @@ def certify(
         slope=float(gradient @ search.v),
         escape_distance=distance,
         escape_loss=lowest,
+        escape_bend=bend,
         ritz_values=ritz.thetas,
         ritz_shares=ritz.shares,
         examples=curvature.examples,
@@ -148,23 +149,24 @@ class _Search:
         self.upper = quotient + self.rounding
         self.verdict = self._verdict(self.rho, self.upper)
 
-    def descend(self, gradient: Tensor) -> tuple[float, float]:
-        """Return (s, f(x + s v)) with the lowest loss found, doubling steps both ways while it falls.
+    def walk(self) -> tuple[float, float, float]:
+        """Follow v both ways with doubling steps while the loss falls on either side.
 
-        With rho true, the loss falls by at least 2 |lambda|^3 / (3 rho^2) at one of s = +-2 |lambda| / rho.
+        Returns s and f(x + s v) with the lowest loss found, and the most that the mean of both sides fell, which a
+        slope cannot do: with rho true, |lambda|^3 / (3 rho^2) at least, at any s from |lambda| / rho to twice that.
         """
-        first = abs(self.upper) / (8 * self.rho)
-        downhill = -1.0 if float(gradient @ self.v) > 0 else 1.0
-        best = (downhill * first, math.inf)
-        for sign in (downhill, -downhill):
-            last = math.inf
-            for doubling in range(_DOUBLINGS):
-                s = sign * first * 2**doubling
-                value = self.curvature.loss_at(self.v, s)
-                if not value < last:
-                    break
-                last, best = value, min(best, (s, value), key=lambda pair: pair[1])
-        return best
+        reach = max(1.0, math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.curvature.parameters)))
+        s = min(max(abs(self.upper) / (8 * self.rho), 1e-3 * reach), 1e-1 * reach)
+        here = self.curvature.loss
+        best, bend, last = (s, math.inf), -math.inf, (here, here)
+        for _ in range(_DOUBLINGS):
+            ahead, behind = (self.curvature.loss_at(self.v, sign * s) for sign in (1, -1))
+            best = min(best, (s, ahead), (-s, behind), key=lambda pair: pair[1])
+            bend = max(bend, here - (ahead + behind) / 2)
+            if not (ahead < last[0] or behind < last[1]):
+                break
+            last, s = (ahead, behind), 2 * s
+        return *best, bend
 
     def _eps(self) -> float:
         return float(torch.finfo(self.curvature.parameters[0].dtype).eps)
