@@ -85,11 +85,13 @@ def _draw_bounds(row: Any, run: Run, colour: str, bytes_of: str) -> None:
     megabytes = [moved[max((s for s in steps if s <= c["step"]), default=steps[0])] for c in known]
     for axis, xs in zip(row, ([c["epoch"] for c in known], megabytes), strict=True):
         for x, c in zip(xs, known, strict=True):
-            if c["verdict"] != "gradient too large":  # curvature was not looked into then
+            if c["verdict"] != "gradient too large":
                 axis.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], colors=colour)
         axis.plot(xs, [c["threshold"] for c in known], color=colour, linewidth=1, linestyle=":")
         for verdict, marker in _MARKERS.items():
-            points = [(x, c["lambda_min_upper"]) for x, c in zip(xs, known, strict=True) if c["verdict"] == verdict]
+            # Curvature was not looked into where the gradient was too large: such marks lie on the threshold.
+            height = "threshold" if verdict == "gradient too large" else "lambda_min_upper"
+            points = [(x, c[height]) for x, c in zip(xs, known, strict=True) if c["verdict"] == verdict]
             if points:
                 axis.plot(*zip(*points, strict=True), marker, color=colour, markersize=7, label=verdict)
     if known:
