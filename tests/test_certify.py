@@ -286,6 +286,7 @@ def test_what_is_not_a_function_is_refused() -> None:
         ("hessian_lipschitz", -1.0),
         ("failure_probability", 1.0),
         ("max_hvps", 0),
+        ("tolerance", 0.0),
         ("sample_of", 0),
         ("memory_limit", -1),
     ):
@@ -354,6 +355,19 @@ def test_rounding_is_not_taken_for_curvature() -> None:
         assert certificate.verdict in (Verdict.UNDECIDED, Verdict.SECOND_ORDER_STATIONARY), str(certificate)
         signs.add(certificate.ritz_values[0] < certificate.threshold)
     assert signs == {True}  # the rounding was there
+
+
+def test_a_better_direction_for_more_products() -> None:
+    problem = RankOnePCA(tuple(torch.linspace(1.0, 0.1, 60).tolist()))
+    saddle = problem.critical_points()[20].x
+    arguments = {"epsilon": 0.1, "hessian_lipschitz": 0.1}
+    quick, careful = (certify_point(problem, saddle, **arguments, tolerance=t) for t in (math.inf, 1e-3))
+    assert quick.verdict == careful.verdict == Verdict.SADDLE
+    assert careful.residual <= 1e-3 * abs(careful.lambda_min_upper) < quick.residual
+    assert careful.hvps > quick.hvps
+    assert careful.lambda_min_upper == pytest.approx(problem.critical_points()[20].lambda_min, abs=1e-3)
+    limited = certify_point(problem, saddle, **arguments, tolerance=1e-12, max_hvps=quick.hvps + 1)
+    assert (limited.verdict, limited.hvps) == (Verdict.SADDLE, quick.hvps + 1)
 
 
 def test_a_certificate_becomes_json() -> None:

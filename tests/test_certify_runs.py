@@ -176,6 +176,7 @@ REFUSALS: list[tuple[Sequence[str], str]] = [
     (("RUN", "--epsilon", "0"), "--epsilon must be positive and finite, got 0.0"),
     (("RUN", "--hessian-lipschitz", "-1"), "--hessian-lipschitz must be positive and finite, got -1.0"),
     (("RUN", "--failure-probability", "1"), "--failure-probability must be in (0, 1), got 1.0"),
+    (("RUN", "--tolerance", "0"), "--tolerance must be positive and finite, got 0.0"),
     (("RUN", "--max-hvps", "0"), "--max-hvps must be at least 1, got 0"),
     (("RUN", "--examples", "321"), "examples must be from 1 to 320, the training examples, got 321"),
     (("RUN", "--checkpoint", "none.pt"), "checkpoint none.pt does not exist"),

@@ -1,6 +1,7 @@
 """Certificates of what a run left in its folder: its last point, or any weights saved from it."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,7 @@ class Audit:
     hessian_lipschitz: float | None = None
     failure_probability: float = 1e-3
     max_hvps: int = 200
+    tolerance: float = math.inf
     examples: int | None = None  # a random sample of so many in all; None: all training examples
     batch_size: int = 500
     double: bool = False  # products in float64
@@ -126,6 +128,7 @@ class Audit:
             hessian_lipschitz=self.hessian_lipschitz,
             failure_probability=self.failure_probability,
             max_hvps=self.max_hvps,
+            tolerance=self.tolerance,
             sample_of=population if sampled else None,
             generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
         )

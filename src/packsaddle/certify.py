@@ -33,6 +33,7 @@ def certify(
     hessian_lipschitz: float | None = None,
     failure_probability: float = 1e-3,
     max_hvps: int = 200,
+    tolerance: float = math.inf,
     sample_of: int | None = None,
     memory_limit: int = 4 * 2**30,
     generator: torch.Generator | None = None,
@@ -48,6 +49,8 @@ def certify(
         hessian_lipschitz: rho; None measures ||H(x + h v) v - H(x - h v) v|| / (2 h) along the escape direction v.
         failure_probability: of the lower bound, over the random start.
         max_hvps: Hessian-vector products at most for the bounds; a verdict needs a few more (see `Certificate.hvps`).
+        tolerance: go on after a saddle is found until ||H v - lambda v|| <= tolerance |lambda|, or `max_hvps` are done,
+            for a better escape direction; by default the search stops with the verdict.
         sample_of: how many examples the batches of all workers were drawn from, if they are a sample; the gradient
             norm then comes with its standard error, from how batches differ.
         memory_limit: bytes of Lanczos vectors kept, of 8 d bytes each. Beyond, vectors are not kept, so that the
@@ -59,7 +62,7 @@ def certify(
     function of the parameters.
     """
     begin = time.perf_counter()
-    _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, sample_of, memory_limit)
+    _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, tolerance, sample_of, memory_limit)
     channel = Channel(resolve(process_group), Ledger())
     curvature = Curvature(model, loss_fn, batches, channel)
     gradient, error = curvature.gradient()
@@ -76,7 +79,7 @@ def certify(
         failure_probability,
         hessian_lipschitz,
     )
-    search.run(max_hvps)
+    search.run(max_hvps, tolerance)
     distance, lowest, bend = search.walk() if search.verdict is Verdict.SADDLE else (None, None, None)
     ritz, rho = search.ritz, search.rho
     return Certificate(
@@ -119,8 +122,8 @@ class _Search:
     failure_probability: float
     given_rho: float | None
 
-    def run(self, max_hvps: int) -> None:
-        """Do steps until the verdict is settled, `max_hvps` are done, or there are no more."""
+    def run(self, max_hvps: int, tolerance: float) -> None:
+        """Do steps until the verdict is settled and v good enough, `max_hvps` are done, or there are no more."""
         measured, self.lower, settled = self.given_rho, -math.inf, False
         for k in range(1, max_hvps + 1):
             self.ritz = self.lanczos.step()
@@ -131,7 +134,9 @@ class _Search:
                 measured = _measure_rho(self.curvature, self.lanczos.ritz_vector())
             if measured is not None:
                 upper = self.ritz.theta_min + self.rounding
-                settled = self._verdict(measured, upper) is not Verdict.UNDECIDED
+                verdict = self._verdict(measured, upper)
+                wanting = verdict is Verdict.SADDLE and self.ritz.residual > tolerance * abs(self.ritz.theta_min)
+                settled = verdict is not Verdict.UNDECIDED and not wanting
             if last or settled:
                 break
         assert measured is not None
@@ -156,7 +161,7 @@ class _Search:
         slope cannot do: with rho true, |lambda|^3 / (3 rho^2) at least, at any s from |lambda| / rho to twice that.
         """
         reach = max(1.0, math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.curvature.parameters)))
-        s = min(max(abs(self.upper) / (8 * self.rho), 1e-3 * reach), 1e-1 * reach)
+        s = min(max(abs(self.upper) / (2 * self.rho), 1e-3 * reach), 1e-1 * reach)
         here = self.curvature.loss
         best, bend, last = (s, math.inf), -math.inf, (here, here)
         for _ in range(_DOUBLINGS):
@@ -207,6 +212,7 @@ def _check(
     rho: float | None,
     failure_probability: float,
     max_hvps: int,
+    tolerance: float,
     sample_of: int | None,
     memory_limit: int,
 ) -> None:
@@ -218,6 +224,8 @@ def _check(
         raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}")
     if max_hvps < 1:
         raise ValueError(f"max_hvps must be at least 1, got {max_hvps}")
+    if not tolerance > 0:
+        raise ValueError(f"tolerance must be positive, got {tolerance}")
     if sample_of is not None and sample_of < 1:
         raise ValueError(f"sample_of must be at least 1 example, got {sample_of}")
     if memory_limit < 0:

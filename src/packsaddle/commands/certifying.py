@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from json import dumps
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,7 @@ def certify(
     hessian_lipschitz: float | None = None,
     failure_probability: float = 1e-3,
     max_hvps: int = 200,
+    tolerance: float | None = None,
     examples: int | None = None,
     batch_size: int = 500,
     double: bool = False,
@@ -45,6 +47,8 @@ def certify(
             found; it decides what counts as a saddle, so state it when you compare points.
         failure_probability: Of the lower bound on the smallest eigenvalue.
         max_hvps: Hessian-vector products at most.
+        tolerance: Go on after a saddle is found until the residual of its direction is so much of its curvature, for a
+            better direction; by default the search stops with the verdict.
         examples: A random sample of so many training examples instead of all.
         batch_size: Examples read at once.
         double: Compute the products in float64.
@@ -66,7 +70,7 @@ def certify(
         epsilon = stated.epsilon
     if hessian_lipschitz is None and stated is not None:
         hessian_lipschitz = stated.hessian_lipschitz
-    _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, batch_size, workers, distance)
+    _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, batch_size, workers, distance, tolerance)
     require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
     audit = Audit(
         run,
@@ -75,6 +79,7 @@ def certify(
         hessian_lipschitz,
         failure_probability,
         max_hvps,
+        inf if tolerance is None else tolerance,
         examples,
         batch_size,
         double,
@@ -175,9 +180,11 @@ def _check(
     batch_size: int,
     workers: int,
     distance: float | None,
+    tolerance: float | None,
 ) -> None:
-    for name, value in (("epsilon", epsilon), ("hessian-lipschitz", rho), ("distance", distance)):
-        if value is not None and not 0 < value < float("inf"):
+    positive = {"epsilon": epsilon, "hessian-lipschitz": rho, "distance": distance, "tolerance": tolerance}
+    for name, value in positive.items():
+        if value is not None and not 0 < value < inf:
             raise ConfigError(f"--{name} must be positive and finite, got {value}")
     if not 0 < probability < 1:
         raise ConfigError(f"--failure-probability must be in (0, 1), got {probability}")
