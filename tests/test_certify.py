@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from packsaddle import CompressedSGD, Identity, Verdict, certify, simulate
 from packsaddle.channel import Channel
-from packsaddle.curvature import Curvature, batch_size
+from packsaddle.curvature import Curvature, NotFiniteError, batch_size
 from packsaddle.exchange import resolve
 from packsaddle.ledger import Ledger
 from packsaddle.problems import (
     Cosine,
     CurvedValley,
     DoubleWells,
+    MatrixFactorisation,
     MonkeySaddle,
     OrthogonalTensor,
     Problem,
@@ -104,7 +105,7 @@ def test_a_kink_is_told_from_a_saddle() -> None:
     certificate = certify_point(kinked, at, epsilon=2.0, hessian_lipschitz=0.1)
     assert certificate.verdict == Verdict.SADDLE
     assert certificate.escape_bend < 0
-    assert "kinks: finite steps see no saddle" in str(certificate)
+    assert "kinks? finite steps see no saddle" in str(certificate)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.05, -0.2])
@@ -116,6 +117,63 @@ def test_the_fall_is_what_the_lipschitz_constant_guarantees(slope: float) -> Non
     assert certificate.verdict == Verdict.SADDLE
     assert certificate.escape_bend >= 1 / 3
     assert certificate.slope * certificate.escape_distance <= 0
+
+
+def test_large_weights_do_not_hide_a_small_saddle() -> None:
+    """f = -0.01 x_1^2 / 2 + |x_1|^3 / 6 beside a weight of 1000 that does nothing: rho = 1, so steps must be small."""
+
+    def small(x: Tensor) -> Tensor:
+        return -0.01 * x[0] ** 2 / 2 + x[0].abs() ** 3 / 6 + 0 * x[1]
+
+    at = torch.tensor([0.0, 1000.0], dtype=torch.float64)
+    certificate = certify_point(small, at, epsilon=5e-5, hessian_lipschitz=1.0)
+    assert certificate.verdict == Verdict.SADDLE
+    assert certificate.escape_bend >= 0.01**3 / 3
+
+
+def test_rho_is_that_of_the_final_direction() -> None:
+    """Measured again where the verdict is settled: at least the change of the Hessian along the v that is returned."""
+    problem = MatrixFactorisation((1.0, 0.6, 0.3, 0.1), 2)
+    at = 0.3 * torch.randn(problem.d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for epsilon in (5.0, 1.0):
+        certificate = certify_point(problem, at, epsilon=epsilon, hessian_lipschitz=None)
+        curvature = Curvature(Point(at), lambda m, b: problem(m.x), [torch.zeros(1)], Channel(resolve(None), Ledger()))
+        v, h = certificate.escape_direction, 1e-2
+        with curvature.moved(v, h):
+            ahead = curvature.hessian_vector(v)
+        with curvature.moved(v, -h):
+            behind = curvature.hessian_vector(v)
+        assert certificate.hessian_lipschitz >= float((ahead - behind).norm()) / (2 * h) * (1 - 1e-9)
+
+
+def test_derivatives_that_are_not_finite_are_told() -> None:
+    for function in (lambda x: x.norm(), lambda x: x.abs().sqrt().sum() + 1):
+        with pytest.raises(NotFiniteError, match="a derivative of the loss is not finite"):
+            certify_point(function, torch.zeros(3, dtype=torch.float64))
+
+
+def test_workers_must_agree_on_the_model() -> None:
+    """Other parameters are refused; statistics of batch normalisation and starts are rank 0's meanwhile."""
+
+    def worker(rank: int, spoil: bool) -> Any:
+        model, batches = network()
+        if rank:
+            model[1].running_mean.add_(1.0)
+            if spoil:
+                with torch.no_grad():
+                    model[0].weight.add_(1e-3)
+        share, start = batches[rank::2], torch.Generator().manual_seed(rank)
+        certificate = certify(model, loss_fn, share, epsilon=1e3, hessian_lipschitz=1e-6, generator=start)
+        return certificate.loss, certificate.lambda_min_upper, float(model[1].running_mean.sum())
+
+    alone, batches = network()
+    whole = certify(alone, loss_fn, batches, epsilon=1e3, hessian_lipschitz=1e-6)
+    first, second = simulate(lambda rank: worker(rank, False), 2)
+    assert first[:2] == second[:2]
+    assert first[0] == pytest.approx(whole.loss, rel=1e-12)
+    assert (first[2], second[2]) == (0.0, 6.0)
+    with pytest.raises(ValueError, match="model has other parameters on some workers than on rank 0"):
+        simulate(lambda rank: worker(rank, True), 2)
 
 
 def test_rho_is_measured_along_v() -> None:
@@ -324,6 +382,8 @@ def test_a_samples_gradient_norm_has_its_error() -> None:
     assert "(standard error" in str(certificate)
     alone = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=10.0, max_hvps=1)
     assert alone.grad_norm_error is None
+    with pytest.raises(ValueError, match="sample_of must be at least the 512 examples given, got 511"):
+        certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=10.0, sample_of=511)
 
 
 def test_a_certificate_in_little_memory() -> None:

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from scipy.stats import binomtest
 
 from packsaddle import Verdict, certify, cli
 from packsaddle.audit import Audit
-from packsaddle.config import DataConfig
+from packsaddle.config import CertifyConfig, DataConfig
 from packsaddle.data import load_images
+from packsaddle.inspection import Inspector
 from packsaddle.iterates import Share, draw_iterates
 from packsaddle.models import make_task
 from packsaddle.report import write_report
@@ -36,7 +39,7 @@ every = 1
 iterates = 6
 epsilon = 0.5
 hessian_lipschitz = 0.1
-examples = 100
+examples = 1000
 max_hvps = 60
 """
 STEPS = 16  # of two workers: 320 / 40 an epoch
@@ -67,16 +70,12 @@ def test_certificates_along_the_way_are_those_of_the_weights_then(run: Path) -> 
     """The line of epoch 2 against `certify` on the saved weights and the union of the workers' examples."""
     lines = [json.loads(line) for line in (run / "certificates.jsonl").read_text().splitlines()]
     assert [(line["step"], line["epoch"]) for line in lines] == [(8, 1.0), (16, 2.0)]
-    assert [line["examples"] for line in lines] == [200, 200]
-    assert [line["sample_of"] for line in lines] == [320, 320]
+    assert [line["examples"] for line in lines] == [320, 320]
+    assert [line["sample_of"] for line in lines] == [None, None]
     images = load_images(DataConfig("digits", limit=320), None, train=True)
-    config = read_runs([run])[0].config
     task = make_task(Audit(run, (), 1.0).load()[0].model, images.levels.shape[1:], images.classes, 0)
     task.network.load_state_dict(torch.load(run / "checkpoint" / "model.pt", weights_only=True))
-    from packsaddle.data import shard
-
-    index = torch.cat([shard(images.labels, "iid", worker=i, workers=2, seed=config["seed"])[:100] for i in (0, 1)])
-    batch = (images.pixels(index), images.labels[index])
+    batch = (images.pixels(torch.arange(320)), images.labels)
     again = certify(task, lambda m, b: m(*b), [batch], epsilon=0.5, hessian_lipschitz=0.1)
     assert lines[1]["loss"] == pytest.approx(again.loss, rel=1e-5)
     assert lines[1]["grad_norm"] == pytest.approx(again.grad_norm, rel=1e-4)
@@ -134,6 +133,37 @@ def test_command_on_drawn_iterates(run: Path, capsys: pytest.CaptureFixture[str]
     assert f"certificate: {run / 'certificate-2'}" in capsys.readouterr().out.replace("\n", "")
 
 
+def test_iterates_of_a_run_that_lacks_some(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Told before any work, and nothing is left behind."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    name = f"step-{draw_iterates(6, STEPS, 0)[2]:08d}.pt"
+    (copy / "iterates" / name).unlink()
+    assert command("certify", copy, "--iterates", "--out", tmp_path / "new") == 2
+    assert f"drew iterates/{name}, but has lost it" in capsys.readouterr().err
+    (copy / "summary.json").unlink()
+    assert command("certify", copy, "--iterates", "--out", tmp_path / "new") == 2
+    assert "has not finished, so the iterates it has kept are not a fair sample" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_samples_along_a_run_are_at_random(run: Path) -> None:
+    """Of a shard that is sorted by class, every class is looked at."""
+    config = replace(Audit(run, (), 1.0).load()[0], certify=CertifyConfig(epsilon=1.0, examples=40))
+    images = load_images(DataConfig("digits"), None, train=True)
+    task = make_task(config.model, images.levels.shape[1:], images.classes, 0)
+    inspector = Inspector(config, task, images, images.labels.argsort(), 10, 10)
+    assert set(images.labels[inspector.examples.index].tolist()) == set(range(10))
+
+
+def test_losses_that_overflow_along_the_direction(run: Path, tmp_path: Path) -> None:
+    assert command("certify", run, "--distance", "1e45", "--out", tmp_path / "far") == 0
+    text = (tmp_path / "far" / "certificates.json").read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    assert None in json.loads(text)["points"][0]["profile"]["losses"]
+
+
 def test_share() -> None:
     """Against scipy's exact binomial test."""
     good, bad, open_ = Verdict.SECOND_ORDER_STATIONARY, Verdict.SADDLE, Verdict.UNDECIDED
@@ -158,6 +188,11 @@ def test_the_report_shows_certificates(run: Path, tmp_path: Path) -> None:
         == 2
     )
     assert "smallest eigenvalue of the Hessian" in page
+    killed = tmp_path / "killed"
+    shutil.copytree(run, killed)
+    for name in ("summary.json", "metrics.jsonl"):
+        (killed / name).unlink()
+    write_report(read_runs([run, killed]), tmp_path / "both")
 
 
 def test_a_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +210,7 @@ REFUSALS: list[tuple[Sequence[str], str]] = [
     (("NOTHING",), "is not a run folder (it has no config.json)"),
     (("RUN", "--epsilon", "0"), "--epsilon must be positive and finite, got 0.0"),
     (("RUN", "--hessian-lipschitz", "-1"), "--hessian-lipschitz must be positive and finite, got -1.0"),
-    (("RUN", "--failure-probability", "1"), "--failure-probability must be in (0, 1), got 1.0"),
+    (("RUN", "--failure-probability", "1"), "--failure-probability must be in [1e-100, 1), got 1.0"),
     (("RUN", "--tolerance", "0"), "--tolerance must be positive and finite, got 0.0"),
     (("RUN", "--max-hvps", "0"), "--max-hvps must be at least 1, got 0"),
     (("RUN", "--examples", "321"), "examples must be from 1 to 320, the training examples, got 321"),

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
+from scipy.special import betaincinv
 from torch import Tensor
 
-from packsaddle.lanczos import Lanczos, Ritz
+from packsaddle.lanczos import Lanczos, Ritz, random_start
 
 
 def spectrum(name: str, n: int) -> Tensor:
@@ -50,10 +51,14 @@ def network_spectrum() -> Tensor:
 KINDS = ["chebyshev", "outlier", "clustered", "repeated", "zero", "nearly zero", "positive", "1e8", "1e-8"]
 
 
+def start(n: int, seed: int) -> Tensor:
+    return random_start(n, torch.Generator().manual_seed(seed))
+
+
 def steps(eigenvalues: Tensor, seed: int, **options: Any) -> Iterator[Ritz]:
     """Every step on a diagonal matrix, which is as good as any: the start's law does not change under rotations."""
     n = len(eigenvalues)
-    lanczos = Lanczos(lambda v: eigenvalues * v, n, torch.Generator().manual_seed(seed), **options)
+    lanczos = Lanczos(lambda v: eigenvalues * v, start(n, seed), **options)
     while not lanczos.exhausted:
         yield lanczos.step()
 
@@ -103,6 +108,45 @@ def test_the_failure_probability_is_used_up_where_spectra_are_hard() -> None:
     assert 0.02 * 200 < failures <= 200 * delta + 4 * math.sqrt(200 * delta * (1 - delta))
 
 
+@pytest.mark.parametrize("share", [1.01, 1.5, 5.0, 40.0])
+@pytest.mark.parametrize("precision", ["double", "single"])
+@pytest.mark.parametrize("kind", ["outlier", "low rank"])
+def test_no_start_with_enough_of_the_eigenvector_breaks_the_bound(kind: str, precision: str, share: float) -> None:
+    """Sharper than counting failures: given <b, v>^2 = `share` * w, above the quantile w, none is allowed; not even
+    when single-precision products of a nearly low-rank matrix go on after its Krylov space has ended."""
+    n, delta = 300, 1e-5
+    rotation = torch.linalg.qr(torch.randn(n, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    if kind == "low rank":
+        matrix = rotation @ torch.diag(torch.tensor([-1e-4, 1.0, 0.3, 0.0], dtype=torch.float64)) @ rotation.T
+        v, smallest = rotation[:, 0], -1e-4
+    else:
+        matrix, v, smallest = torch.diag(spectrum("outlier", n)), torch.eye(n, dtype=torch.float64)[-1], -1.04
+    dtype = torch.float64 if precision == "double" else torch.float32
+    rounded = matrix.to(dtype)
+    along = math.sqrt(share * float(betaincinv(0.5, (n - 1) / 2, delta)))
+    for seed in range(25):
+        across = start(n, seed)
+        across -= (across @ v) * v
+        b = along * v + math.sqrt(1 - along**2) * across / across.norm()
+        lanczos = Lanczos(lambda u: (rounded @ u.to(dtype)).double(), b, precision=torch.finfo(dtype).eps)
+        for _ in range(20):
+            ritz = lanczos.step()
+            assert ritz.lower_bound(delta) <= smallest + 1e-12, (seed, ritz.steps)
+            if lanczos.exhausted:
+                break
+
+
+def test_the_products_error_is_measured() -> None:
+    """Products with far less precision than is claimed for them: what is not symmetric about them shows."""
+    eigenvalues = spectrum("positive", 200)
+    coarse = Lanczos(lambda v: (eigenvalues * v).bfloat16().double(), start(200, 0))
+    exact = Lanczos(lambda v: eigenvalues * v, start(200, 0))
+    for _ in range(10):
+        rough, fine = coarse.step(), exact.step()
+    assert fine.rounding < 1e-13
+    assert rough.rounding > 1e-5
+
+
 def kuczynski_wozniakowski(ritz: Ritz, delta: float) -> float:
     """The lower bound of 1992 for a fixed number of steps, for both ends of the spectrum: the twin to be beaten."""
     s = (math.log(1.648 * math.sqrt(ritz.n) * 2 / delta) / (2 * ritz.steps - 1)) ** 2
@@ -124,7 +168,7 @@ def test_exhausted_means_exact(kind: str) -> None:
     eigenvalues = spectrum(kind, n)
     rotation = torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
     matrix = rotation @ torch.diag(eigenvalues) @ rotation.T
-    lanczos = Lanczos(lambda v: matrix @ v, n, torch.Generator().manual_seed(1))
+    lanczos = Lanczos(lambda v: matrix @ v, start(n, 1))
     while not lanczos.exhausted:
         last = lanczos.step()
     scale = float(eigenvalues.abs().max())
@@ -150,7 +194,7 @@ def test_residual_and_agreement_with_scipy() -> None:
         (400, 400), matvec=lambda v: (matrix @ torch.as_tensor(v).reshape(-1)).numpy(), dtype=float
     )
     arpack = float(eigsh(operator, k=1, which="SA", tol=1e-8, return_eigenvectors=False)[0])
-    lanczos = Lanczos(lambda v: matrix @ v, 400, torch.Generator().manual_seed(3))
+    lanczos = Lanczos(lambda v: matrix @ v, start(400, 3))
     ritz = lanczos.step()
     while ritz.residual >= 1e-6:
         v = lanczos.ritz_vector()
@@ -165,10 +209,7 @@ def test_residual_and_agreement_with_scipy() -> None:
 def test_vectors_that_were_not_kept_are_found_again() -> None:
     """Three vectors in memory give the Ritz vector that all of them give, for one more product each."""
     eigenvalues = spectrum("outlier", 1000)
-    full, short = (
-        Lanczos(lambda v: eigenvalues * v, 1000, torch.Generator().manual_seed(4), max_vectors=limit)
-        for limit in (None, 5)
-    )
+    full, short = (Lanczos(lambda v: eigenvalues * v, start(1000, 4), max_vectors=limit) for limit in (None, 5))
     for _ in range(40):
         whole, lean = full.step(), short.step()
     assert whole.orthogonal
@@ -183,7 +224,8 @@ def test_vectors_that_were_not_kept_are_found_again() -> None:
 def test_bad_arguments_are_named() -> None:
     ritz = next(steps(spectrum("chebyshev", 1000), 0))
     assert -1e6 < ritz.lower_bound(1e-3) < -1
-    with pytest.raises(ValueError, match=r"failure_probability must be in \(0, 1\), got 0"):
-        ritz.lower_bound(0)
+    for wrong in (0.0, 1e-200, 1.0):
+        with pytest.raises(ValueError, match=rf"failure_probability must be in \[1e-100, 1\), got {wrong}"):
+            ritz.lower_bound(wrong)
     with pytest.raises(ValueError, match="max_vectors must be at least 2, got 1"):
         next(steps(spectrum("chebyshev", 10), 0, max_vectors=1))

@@ -29,7 +29,7 @@ class Profile:
     """The loss along the escape direction: f(x + s v)."""
 
     distances: tuple[float, ...]  # s
-    losses: tuple[float, ...]
+    losses: tuple[float | None, ...]  # None: not finite
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Finding:
 
     file: Path
     certificate: Certificate
-    profile: Profile | None
+    profile: Profile
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,12 @@ class Audit:
         )
 
     def _profile(self, task: Task, examples: Examples, certificate: Certificate) -> Profile:
-        """The loss along v on a grid, to twice where it was found lowest, or 2 |lambda| / rho, or 1 by default."""
+        """The loss along v on a grid, to twice where a saddle's was found lowest, or to 1."""
         reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
         curvature = Curvature(task, task_loss, examples, Channel(resolve(None), Ledger()))
         distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
         losses = [curvature.loss_at(certificate.escape_direction, s) for s in distances]
-        return Profile(tuple(distances), tuple(losses))
+        return Profile(tuple(distances), tuple(f if math.isfinite(f) else None for f in losses))
 
 
 def certify_in_process_group(audit: Audit) -> list[Finding]:

@@ -62,7 +62,8 @@ class Certificate:
     @property
     def smallest_epsilon(self) -> float:
         """The smallest epsilon for which this point would be certified with this rho."""
-        return max(self.grad_norm, max(0.0, -self.lambda_min_lower) ** 2 / self.hessian_lipschitz)
+        below = max(0.0, -self.lambda_min_lower)
+        return max(self.grad_norm, below * below / self.hessian_lipschitz)
 
     @property
     def whose(self) -> str:
@@ -91,7 +92,7 @@ class Certificate:
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
-            bend = "" if self.escape_bend > 0 else "; the mean of both sides rises (kinks: finite steps see no saddle)"
+            bend = "" if self.escape_bend > 0 else "; their mean does not fall (kinks? finite steps see no saddle)"
             lines.insert(4, f"  a step of {self.escape_distance:.3g} along v: the loss {found}{bend}")
         elif self.verdict is Verdict.UNDECIDED:
             lines.insert(4, f"  more products may settle it: {self._missing()}")

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from packsaddle.certificate import Certificate, Verdict, judge
 from packsaddle.channel import Channel
-from packsaddle.curvature import Curvature, LossFn
+from packsaddle.curvature import Curvature, LossFn, rank_0_buffers
 from packsaddle.exchange import resolve
-from packsaddle.lanczos import Lanczos, Ritz
+from packsaddle.lanczos import Lanczos, Ritz, check_probability, random_start
 from packsaddle.ledger import Ledger
 
-_DOUBLINGS = 10
-_ROUNDING = 16  # of a product, in units of the last place of ||H||: roughly what sums over batches and layers lose
+_DOUBLINGS = 12
 
 
 def certify(
@@ -55,8 +54,8 @@ def certify(
             norm then comes with its standard error, from how batches differ.
         memory_limit: bytes of Lanczos vectors kept, of 8 d bytes each. Beyond, vectors are not kept, so that the
             bounds need a few more products, and the escape direction a second pass over those left out.
-        generator: of the start, the same on every worker and fresh for every certificate; None draws a seed from
-            the operating system on rank 0.
+        generator: of the start, which is rank 0's; fresh for every certificate. None takes a seed from the operating
+            system.
 
     Stops as soon as the verdict is settled. Raises ValueError for bad arguments and for losses that are not a
     function of the parameters.
@@ -64,23 +63,26 @@ def certify(
     begin = time.perf_counter()
     _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, tolerance, sample_of, memory_limit)
     channel = Channel(resolve(process_group), Ledger())
-    curvature = Curvature(model, loss_fn, batches, channel)
-    gradient, error = curvature.gradient()
-    search = _Search(
-        curvature,
-        Lanczos(
-            curvature.hessian_vector,
-            curvature.d,
-            generator or _fresh_generator(channel, curvature.device),
-            max_vectors=max(2, memory_limit // (8 * curvature.d)),
-        ),
-        float(gradient.norm()),
-        epsilon,
-        failure_probability,
-        hessian_lipschitz,
-    )
-    search.run(max_hvps, tolerance)
-    distance, lowest, bend = search.walk() if search.verdict is Verdict.SADDLE else (None, None, None)
+    with rank_0_buffers(model, channel):
+        curvature = Curvature(model, loss_fn, batches, channel)
+        if sample_of is not None and sample_of < curvature.examples:
+            raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
+        gradient, error = curvature.gradient()
+        search = _Search(
+            curvature,
+            Lanczos(
+                curvature.hessian_vector,
+                _start(curvature, channel, generator),
+                max_vectors=max(2, memory_limit // (8 * curvature.d)),
+                precision=torch.finfo(curvature.parameters[0].dtype).eps,
+            ),
+            float(gradient.norm()),
+            epsilon,
+            failure_probability,
+            hessian_lipschitz,
+        )
+        search.run(max_hvps, tolerance)
+        distance, lowest, bend = search.walk() if search.verdict is Verdict.SADDLE else (None, None, None)
     ritz, rho = search.ritz, search.rho
     return Certificate(
         verdict=search.verdict,
@@ -95,7 +97,7 @@ def certify(
         threshold=-math.sqrt(rho * epsilon),
         hessian_lipschitz=rho,
         hessian_lipschitz_estimated=hessian_lipschitz is None,
-        escape_direction=search.v,
+        escape_direction=search.v.cpu(),
         slope=float(gradient @ search.v),
         escape_distance=distance,
         escape_loss=lowest,
@@ -124,24 +126,29 @@ class _Search:
 
     def run(self, max_hvps: int, tolerance: float) -> None:
         """Do steps until the verdict is settled and v good enough, `max_hvps` are done, or there are no more."""
-        measured, self.lower, settled = self.given_rho, -math.inf, False
+        measured_at, self.rho, self.lower = 0, self.given_rho or 0.0, -math.inf
         for k in range(1, max_hvps + 1):
             self.ritz = self.lanczos.step()
-            self.rounding = _ROUNDING * self._eps() * max(map(abs, (self.ritz.theta_min, self.ritz.theta_max)))
-            self.lower = max(self.lower, self.ritz.lower_bound(self.failure_probability) - self.rounding)
+            self.lower = max(self.lower, self.ritz.lower_bound(self.failure_probability))
             last = k == max_hvps or self.lanczos.exhausted
-            if measured is None and (last or self.grad_norm > self.epsilon or _settling(self.ritz)):
-                measured = _measure_rho(self.curvature, self.lanczos.ritz_vector())
-            if measured is not None:
-                upper = self.ritz.theta_min + self.rounding
-                verdict = self._verdict(measured, upper)
-                wanting = verdict is Verdict.SADDLE and self.ritz.residual > tolerance * abs(self.ritz.theta_min)
-                settled = verdict is not Verdict.UNDECIDED and not wanting
-            if last or settled:
+            if self.given_rho is None and not measured_at:
+                if not (last or self.grad_norm > self.epsilon or _settling(self.ritz)):
+                    continue
+                self.rho, measured_at = _measure_rho(self.curvature, self.lanczos.ritz_vector()), k
+            if not (last or self._settled(tolerance)):
+                continue
+            if self.given_rho is None and measured_at < k:  # rho is that of the final v at least
+                self.rho = max(self.rho, _measure_rho(self.curvature, self.lanczos.ritz_vector()))
+                measured_at = k
+            if last or self._settled(tolerance):
                 break
-        assert measured is not None
-        self.rho = measured
         self._measure_direction()
+
+    def _settled(self, tolerance: float) -> bool:
+        verdict = self._verdict(self.ritz.theta_min + self.ritz.rounding)
+        if verdict is Verdict.SADDLE and self.ritz.residual > tolerance * abs(self.ritz.theta_min):
+            return False
+        return verdict is not Verdict.UNDECIDED
 
     def _measure_direction(self) -> None:
         """v, its Rayleigh quotient and its residual: known from the recurrence if the basis is orthonormal, else
@@ -151,33 +158,31 @@ class _Search:
             product = self.curvature.hessian_vector(self.v)
             quotient = float(self.v @ product)
             self.residual = float(product.sub_(self.v, alpha=quotient).norm())
-        self.upper = quotient + self.rounding
-        self.verdict = self._verdict(self.rho, self.upper)
+        self.upper = quotient + self.ritz.rounding
+        self.verdict = self._verdict(self.upper)
 
     def walk(self) -> tuple[float, float, float]:
-        """Follow v both ways with doubling steps while the loss falls on either side.
+        """Follow v both ways in doubling steps, to ||x|| / 1000 at least, while the loss falls on either side.
 
         Returns s and f(x + s v) with the lowest loss found, and the most that the mean of both sides fell, which a
         slope cannot do: with rho true, |lambda|^3 / (3 rho^2) at least, at any s from |lambda| / rho to twice that.
         """
         reach = max(1.0, math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.curvature.parameters)))
-        s = min(max(abs(self.upper) / (2 * self.rho), 1e-3 * reach), 1e-1 * reach)
+        s = min(abs(self.upper) / (2 * self.rho), 1e-1 * reach)
         here = self.curvature.loss
         best, bend, last = (s, math.inf), -math.inf, (here, here)
         for _ in range(_DOUBLINGS):
             ahead, behind = (self.curvature.loss_at(self.v, sign * s) for sign in (1, -1))
             best = min(best, (s, ahead), (-s, behind), key=lambda pair: pair[1])
             bend = max(bend, here - (ahead + behind) / 2)
-            if not (ahead < last[0] or behind < last[1]):
+            # Shorter steps may rise by rounding alone.
+            if s >= 1e-3 * reach and not (ahead < last[0] or behind < last[1]):
                 break
             last, s = (ahead, behind), 2 * s
         return *best, bend
 
-    def _eps(self) -> float:
-        return float(torch.finfo(self.curvature.parameters[0].dtype).eps)
-
-    def _verdict(self, rho: float, upper: float) -> Verdict:
-        return judge(self.grad_norm, self.epsilon, -math.sqrt(rho * self.epsilon), upper, self.lower)
+    def _verdict(self, upper: float) -> Verdict:
+        return judge(self.grad_norm, self.epsilon, -math.sqrt(self.rho * self.epsilon), upper, self.lower)
 
 
 def _settling(ritz: Ritz) -> bool:
@@ -200,11 +205,14 @@ def _finite_population(error: float, examples: int, population: int) -> float:
     return error * math.sqrt(max(0.0, 1 - examples / population))
 
 
-def _fresh_generator(channel: Channel, device: torch.device) -> torch.Generator:
-    """A generator seeded by the operating system on rank 0, the same on every worker."""
-    seed = torch.tensor([torch.Generator().seed() & (2**31 - 1)], dtype=torch.int64, device=device)
-    channel.broadcast(seed, "certificate")
-    return torch.Generator(device).manual_seed(int(seed))
+def _start(curvature: Curvature, channel: Channel, generator: torch.Generator | None) -> Tensor:
+    """Rank 0's random start, float64[d], on every worker; its generator's, or seeded by the operating system."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    start = random_start(curvature.d, generator).to(curvature.device)
+    channel.broadcast(start, "certificate")
+    return start
 
 
 def _check(
@@ -220,8 +228,7 @@ def _check(
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
     if rho is not None and not 0 < rho < math.inf:
         raise ValueError(f"hessian_lipschitz must be positive and finite, got {rho}")
-    if not 0 < failure_probability < 1:
-        raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}")
+    check_probability(failure_probability)
     if max_hvps < 1:
         raise ValueError(f"max_hvps must be at least 1, got {max_hvps}")
     if not tolerance > 0:

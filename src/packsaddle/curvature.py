@@ -19,7 +19,7 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class NotFiniteError(ValueError):
-    """The loss is infinite or not a number."""
+    """The loss or a derivative of it is infinite or not a number."""
 
 
 class Curvature:
@@ -40,8 +40,11 @@ class Curvature:
         self.device = self.parameters[0].device
         self.products = 0  # Hessian-vector products so far
         first, second = self._totals(), self._totals()
-        total = torch.tensor([*first, float(repr(first) != repr(second))], dtype=torch.float64, device=self.device)
-        loss, examples, differ = self._channel.mean(total, "certificate").mul_(channel.group.size).tolist()
+        problems = [float(repr(first) != repr(second)), float(self._differs_from_rank_0())]
+        total = torch.tensor([*first, *problems], dtype=torch.float64, device=self.device)
+        loss, examples, differ, apart = self._channel.mean(total, "certificate").mul_(channel.group.size).tolist()
+        if apart:
+            raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
         if differ:  # on any worker, so that all of them stop
             raise ValueError(
                 "loss_fn gave two values for the same parameters and batches: pass a list or a DataLoader, which can "
@@ -54,6 +57,15 @@ class Curvature:
             raise ValueError("batches is empty on every worker")
         self.examples = int(examples)
         self.loss = loss / examples
+
+    def _differs_from_rank_0(self) -> bool:
+        """Whether this worker's parameters are others than rank 0's, by two sums."""
+        with torch.no_grad():
+            flat = [p.double().reshape(-1) for p in self.parameters]
+            sums = torch.stack([sum(p.sum() for p in flat), sum(p.square().sum() for p in flat)])  # type: ignore[list-item]
+        theirs = sums.clone()
+        self._channel.broadcast(theirs, "certificate")
+        return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())
 
     def _totals(self) -> tuple[float, int]:
         """This worker's sum of losses over examples, and its number of examples."""
@@ -114,7 +126,10 @@ class Curvature:
                     for g, p in zip(parts, self.parameters, strict=True)
                 ]
                 total.add_(torch.cat(flat), alpha=n)
-        return self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
+        mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
+        if not torch.isfinite(mean).all():  # on all workers
+            raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
+        return mean
 
     @contextmanager
     def moved(self, direction: Tensor, distance: float) -> Iterator[None]:
@@ -124,7 +139,7 @@ class Curvature:
         try:
             with torch.no_grad():
                 for p, piece in zip(self.parameters, pieces, strict=True):
-                    p.add_((piece * distance).view(p.shape).to(p.dtype))
+                    p.add_((piece * distance).view(p.shape).to(p.device, p.dtype))
             yield
         finally:
             with torch.no_grad():
@@ -136,6 +151,20 @@ class Curvature:
         with self.moved(direction, distance):
             total = torch.tensor([self._totals()[0]], dtype=torch.float64, device=self.device)
         return float(self._channel.mean(total, "certificate")) * self._channel.group.size / self.examples
+
+
+@contextmanager
+def rank_0_buffers(model: nn.Module, channel: Channel) -> Iterator[None]:
+    """Within, every worker has rank 0's buffers (statistics of batch normalisation); afterwards its own; collective."""
+    buffers = [b for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
+    before = [b.clone() for b in buffers]
+    for b in buffers:
+        channel.broadcast(b.data, "certificate")
+    try:
+        yield
+    finally:
+        for b, old in zip(buffers, before, strict=True):
+            b.data.copy_(old)
 
 
 @contextmanager

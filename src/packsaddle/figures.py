@@ -79,10 +79,9 @@ _MARKERS = {"saddle": "v", "second-order stationary": "o", "gradient too large":
 
 def _draw_bounds(row: Any, run: Run, colour: str, bytes_of: str) -> None:
     """A bar from the lower to the upper bound for every certificate, its verdict, and the threshold."""
-    known = [c for c in run.certificates if c.get("lambda_min_lower") is not None]
+    known = [c for c in run.certificates if c.get("lambda_min_lower") is not None] if run.metrics else []
     moved = {line["step"]: line[bytes_of] / 1e6 for line in run.metrics}
-    steps = sorted(moved)
-    megabytes = [moved[max((s for s in steps if s <= c["step"]), default=steps[0])] for c in known]
+    megabytes = [moved[max((s for s in moved if s <= c["step"]), default=min(moved))] for c in known]
     for axis, xs in zip(row, ([c["epoch"] for c in known], megabytes), strict=True):
         for x, c in zip(xs, known, strict=True):
             if c["verdict"] != "gradient too large":
@@ -123,11 +122,13 @@ def draw_certificate(certificate: dict[str, Any], profile: dict[str, Any]) -> An
 
 def _draw_profile(axis: Any, certificate: dict[str, Any], profile: dict[str, Any]) -> None:
     s, losses = profile["distances"], profile["losses"]
+    finite = [loss for loss in losses if loss is not None]
     slope, bend = certificate["slope"], certificate["lambda_min_upper"]
     model = [certificate["loss"] + slope * x + bend * x**2 / 2 for x in s]
-    axis.plot(s, losses, color=_COLOURS[1], label="measured")
+    measured = [float("nan") if loss is None else loss for loss in losses]
+    axis.plot(s, measured, color=_COLOURS[1], label="measured")
     axis.plot(s, model, color="grey", linestyle="--", linewidth=1.2, label="gradient and curvature at x")
-    low, high = min(losses), max(losses)
+    low, high = min(finite), max(finite)
     room = 0.25 * (high - low) or abs(high) or 1.0
     axis.set_ylim(low - room, high + room)  # the model may leave the picture
     axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")

@@ -52,9 +52,14 @@ class Inspector:
         self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
         self._device = next(task.parameters()).device
         self.seconds = 0.0  # spent here
+        self.examples = Examples(images, shard, self._device)
         if self._rule is None:
             return
-        self._examples = Examples(images, shard[: self._rule.examples], self._device)
+        # At random, since a shard may be sorted by class.
+        order = torch.randperm(
+            len(shard), generator=generator(self._seed, 0, Stream.CERTIFY, worker=resolve(None).rank)
+        )
+        self.examples = Examples(images, shard[order[: self._rule.examples]], self._device)
         self._population = len(images)
         self._every = None if self._rule.every is None else max(1, round(self._rule.every * per_epoch))
         self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
@@ -73,13 +78,13 @@ class Inspector:
         self.seconds += time.perf_counter() - begin
 
     def _certify(self, rule: CertifyConfig, step: int) -> dict[str, Any]:
-        taken = torch.tensor([float(len(self._examples.index))], dtype=torch.float64)
+        taken = torch.tensor([float(len(self.examples.index))], dtype=torch.float64)
         resolve(None).all_reduce(taken)
         try:
             certificate = certify(
                 self._task,
                 task_loss,
-                self._examples,
+                self.examples,
                 epsilon=rule.epsilon,
                 hessian_lipschitz=rule.hessian_lipschitz,
                 failure_probability=rule.failure_probability,

@@ -15,6 +15,10 @@ smallest Ritz value the sum grows as lambda falls, so with probability 1 - delta
 sum is never worse. Kuczynski and Wozniakowski's bound of 1992 supposes the worst of all spectra instead of the one that
 was met, and is weaker.) The event is the same for every k, so whoever stops when the bound suffices pays nothing.
 
+Products that round, as in single precision, leave noise where the process would end. Once a beta is no more than that,
+the next vector is noise too, so betas are taken as no smaller than `Ritz.rounding`. This is measured beside supposed:
+A q_k has no part along q_0 ... q_{k-2}, and beta_k along q_{k-1}; what is found there instead is the products' error.
+
 Without stored vectors orthogonality is lost to rounding, but each q_j still has norm 1, so p_j(lambda_min)^2 <= 1 / w
 for each j alone: beyond the memory limit the largest term takes the place of the sum.
 """
@@ -28,6 +32,8 @@ from scipy.special import betaincinv
 from torch import Tensor
 
 _BISECTIONS = 60
+_ROUNDING = 16  # of a product, in units of the last place of ||A||: roughly what long sums lose
+_LEAST_PROBABILITY = 1e-100  # the quantile underflows some way below
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Ritz:
     thetas: tuple[float, ...]  # k Ritz values in rising order
     shares: tuple[float, ...]  # k, how much of ||b||^2 = 1 lies along each Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min
+    rounding: float  # what products are wrong by along one direction, about
     exhausted: bool  # the Krylov space is invariant: Ritz values are eigenvalues, to rounding
     orthogonal: bool  # every vector was kept and used to reorthogonalise
 
@@ -61,13 +68,12 @@ class Ritz:
     def lower_bound(self, failure_probability: float) -> float:
         """Return a lower bound on lambda_min that holds, for all k at once, but with this probability over the start.
 
-        Raises ValueError unless the probability is in (0, 1).
+        Less `rounding`. Raises ValueError unless the probability is in [1e-100, 1).
         """
-        if not 0 < failure_probability < 1:
-            raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}")
+        check_probability(failure_probability)
         scale = max(abs(self.theta_min), abs(self.theta_max), self.betas[-1])
         if scale == 0.0 or self.n == 1:
-            return self.theta_min
+            return self.theta_min - self.rounding
         limit = -math.log(float(betaincinv(0.5, (self.n - 1) / 2, failure_probability)))
         low, high = math.log(scale) - 45.0, math.log(scale) + limit  # of log(theta_min - lambda)
         for _ in range(_BISECTIONS):
@@ -76,15 +82,14 @@ class Ritz:
                 low = middle
             else:
                 high = middle
-        return self.theta_min - math.exp(high)
+        return self.theta_min - math.exp(high) - self.rounding
 
     def _log_growth(self, below: float, scale: float) -> float:
         """log of sum_j p_j(lambda)^2, or of its largest term, at a lambda below theta_min.
 
-        -p_{j+1} / p_j = d_j / beta_{j+1} with the pivots d_j of the tridiagonal minus lambda, all positive there. What
-        rounding could have left stands in for betas smaller than it.
+        -p_{j+1} / p_j = d_j / beta_{j+1} with the pivots d_j of the tridiagonal minus lambda, all positive there.
         """
-        floor = _rounding(self.n) * scale
+        floor = max(self.rounding, _rounding(self.n) * scale)
         pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # log p_j^2, and of the sum
         for alpha, beta in zip(self.alphas, self.betas, strict=True):
             pivot = alpha - below - (before * before / pivot if before else 0.0)
@@ -99,26 +104,27 @@ class Ritz:
 class Lanczos:
     """The Lanczos process on a symmetric A, one product a `step`.
 
-    `matvec` maps float64[n] to A v, float64[n]. The start is uniform on the sphere, from `generator`, which must be
-    fresh for every certificate (and the same on every worker). Recurrences are in double precision; the first
-    `max_vectors` vectors (None: all) are kept, and while they all are, each new one is orthogonalised against them
-    twice. Beyond, three vectors are in memory and the rest is found again when a Ritz vector is asked for.
+    `matvec` maps float64[n] to A v, float64[n]; `start`, float64[n], is Gaussian, fresh for every certificate (and the
+    same on every worker); `precision` is the unit roundoff of the products. Recurrences are in double precision; the
+    first `max_vectors` vectors (None: all) are kept, and while they all are, each new one is orthogonalised against
+    them twice. Beyond, three vectors are in memory and the rest is found again when a Ritz vector is asked for.
     """
 
     def __init__(
         self,
         matvec: Callable[[Tensor], Tensor],
-        n: int,
-        generator: torch.Generator,
+        start: Tensor,
         *,
         max_vectors: int | None = None,
+        precision: float = torch.finfo(torch.float64).eps,
     ) -> None:
         if max_vectors is not None and max_vectors < 2:
             raise ValueError(f"max_vectors must be at least 2, got {max_vectors}")
-        self._matvec, self._n, self._limit = matvec, n, max_vectors or n
+        n = len(start)
+        self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
+        self._error = 0.0  # the largest found of what should have been nothing
         self.products = 0  # all of them, also those for Ritz vectors
-        q = torch.randn(n, generator=generator, dtype=torch.float64, device=generator.device)
-        self._basis = [q / q.norm()]
+        self._basis = [start / start.norm()]
         self._pair = (torch.zeros(0), self._basis[0])  # the last two vectors
         self._alphas: list[float] = []
         self._betas: list[float] = []
@@ -139,9 +145,12 @@ class Lanczos:
         self._recur(w, alpha, q, before)
         orthogonal = len(self._alphas) < self._limit
         if orthogonal:
-            for _ in range(2):
+            for sweep in range(2):
                 for p in self._basis:
-                    w.sub_(p, alpha=float(w @ p))
+                    found = float(w @ p)
+                    w.sub_(p, alpha=found)
+                    if sweep == 0 and p is not q:  # along q it is alpha's own rounding
+                        self._error = max(self._error, abs(found))
         self._alphas.append(alpha)
         beta = float(w.norm())
         thetas, vectors = torch.linalg.eigh(self._tridiagonal())
@@ -160,6 +169,7 @@ class Lanczos:
             tuple(thetas.tolist()),
             tuple(vectors[0].square().tolist()),
             beta * abs(float(vectors[-1, 0])),
+            max(_ROUNDING * self._precision * scale, 2 * self._error),
             exhausted,
             orthogonal,
         )
@@ -193,6 +203,18 @@ class Lanczos:
     def _tridiagonal(self) -> Tensor:
         off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)
         return torch.diag(torch.tensor(self._alphas, dtype=torch.float64)) + (off + off.T if self._betas else 0.0)
+
+
+def check_probability(failure_probability: float) -> None:
+    """Raise ValueError unless a failure probability can be worked with."""
+    if not _LEAST_PROBABILITY <= failure_probability < 1:
+        raise ValueError(f"failure_probability must be in [{_LEAST_PROBABILITY:g}, 1), got {failure_probability}")
+
+
+def random_start(n: int, generator: torch.Generator) -> Tensor:
+    """Return a Gaussian vector, float64[n], on the generator's device."""
+    start: Tensor = torch.randn(n, generator=generator, dtype=torch.float64, device=generator.device)
+    return start
 
 
 def _rounding(n: int) -> float:

@@ -54,7 +54,7 @@ def certify(
         double: Compute the products in float64.
         distance: How far to each side the picture follows the escape direction.
         data_dir: Folder of the dataset (not needed for digits).
-        workers: Worker processes.
+        workers: Worker processes; under torchrun, its own.
         seed: Of the sample and of the random start.
         out: A new folder for the results; by default certificate/ in the run folder, or certificate-2/ and so on.
         json: Print one JSON document instead.
@@ -72,9 +72,13 @@ def certify(
         hessian_lipschitz = stated.hessian_lipschitz
     _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, batch_size, workers, distance, tolerance)
     require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
+    drawn = _drawn(run) if iterates else []
+    folder = out or _numbered(run / "certificate")
+    if folder.exists():
+        raise ConfigError(f"output folder {folder} exists already; choose another with --out")
     audit = Audit(
         run,
-        _files(run, checkpoint, iterates),
+        _files(run, checkpoint, drawn),
         epsilon,
         hessian_lipschitz,
         failure_probability,
@@ -93,18 +97,14 @@ def certify(
         audit.load()  # bad input is told before any worker starts
         findings = audit.execute(workers)
     if is_first():
-        drawn = _drawn(run) if iterates else []
-        _tell(findings, drawn, _write(findings, drawn, out or _numbered(run / "certificate")), as_json=json)
+        _tell(findings, drawn, _write(findings, drawn, folder), as_json=json)
 
 
-def _files(run: Path, checkpoint: str | None, iterates: bool) -> tuple[Path, ...]:
-    if iterates:
+def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, ...]:
+    if drawn:
         if checkpoint is not None:
             raise ConfigError("--checkpoint and --iterates exclude each other")
-        files = tuple(sorted((run / "iterates").glob("step-*.pt")))
-        if not files:
-            raise ConfigError(f"{run} keeps no iterates; a run with certify.iterates = m draws m of them")
-        return files
+        return tuple(run / name for name in dict.fromkeys(drawn))  # each once
     if checkpoint is None:
         return (run / "checkpoint" / "model.pt",)
     inside = run / checkpoint
@@ -121,7 +121,13 @@ def _drawn(run: Path) -> list[str]:
     (found,) = read_runs([run])
     if found.summary is None:
         raise ConfigError(f"{run} has not finished, so the iterates it has kept are not a fair sample")
-    return drawn_names(read_config(run), found.summary["steps"])
+    names = drawn_names(read_config(run), found.summary["steps"])
+    if not names:
+        raise ConfigError(f"{run} keeps no iterates; a run with certify.iterates = m draws m of them")
+    for name in names:
+        if not (run / name).is_file():
+            raise ConfigError(f"{run} drew {name}, but has lost it; without it the others are not a fair sample")
+    return names
 
 
 def _write(findings: list[Any], drawn: list[str], folder: Path) -> Path:
@@ -153,7 +159,8 @@ def _document(findings: list[Any], drawn: list[str]) -> dict[str, Any]:
     if not drawn:
         return {"points": points}
     share = _share(findings, drawn)
-    return {"points": points, "share": {**asdict(share), "at_least": share.at_least(), "all_fail": share.all_fail}}
+    derived = {"at_least": share.at_least(), "all_fail": share.all_fail, "surprise": share.surprise}
+    return {"points": points, "share": {**asdict(share), **derived}}
 
 
 def _share(findings: list[Any], drawn: list[str]) -> Any:
@@ -186,8 +193,8 @@ def _check(
     for name, value in positive.items():
         if value is not None and not 0 < value < inf:
             raise ConfigError(f"--{name} must be positive and finite, got {value}")
-    if not 0 < probability < 1:
-        raise ConfigError(f"--failure-probability must be in (0, 1), got {probability}")
+    if not 1e-100 <= probability < 1:
+        raise ConfigError(f"--failure-probability must be in [1e-100, 1), got {probability}")
     for option, count in (("max-hvps", max_hvps), ("batch-size", batch_size), ("workers", workers)):
         if count < 1:
             raise ConfigError(f"--{option} must be at least 1, got {count}")
