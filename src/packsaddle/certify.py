@@ -20,7 +20,7 @@ from packsaddle.exchange import resolve
 from packsaddle.lanczos import Lanczos, Ritz, check_probability, random_start
 from packsaddle.ledger import Ledger
 
-_DOUBLINGS = 12
+_LONGEST_WALK = 12
 
 
 def certify(
@@ -162,23 +162,24 @@ class _Search:
         self.verdict = self._verdict(self.upper)
 
     def walk(self) -> tuple[float, float, float]:
-        """Follow v both ways in doubling steps, to ||x|| / 1000 at least, while the loss falls on either side.
+        """Follow v both ways, from ||x|| / 1000 or less, each step four times the last, while the loss falls on a side.
 
         Returns s and f(x + s v) with the lowest loss found, and the most that the mean of both sides fell, which a
-        slope cannot do: with rho true, |lambda|^3 / (3 rho^2) at least, at any s from |lambda| / rho to twice that.
+        slope cannot do: with rho true, |lambda|^3 / (10 rho^2) at least, at any s from |lambda| / (2 rho) to four times
+        that.
         """
         reach = max(1.0, math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.curvature.parameters)))
-        s = min(abs(self.upper) / (2 * self.rho), 1e-1 * reach)
+        s = min(abs(self.upper) / (2 * self.rho), 1e-3 * reach)
         here = self.curvature.loss
         best, bend, last = (s, math.inf), -math.inf, (here, here)
-        for _ in range(_DOUBLINGS):
+        for _ in range(_LONGEST_WALK):
             ahead, behind = (self.curvature.loss_at(self.v, sign * s) for sign in (1, -1))
             best = min(best, (s, ahead), (-s, behind), key=lambda pair: pair[1])
             bend = max(bend, here - (ahead + behind) / 2)
             # Shorter steps may rise by rounding alone.
-            if s >= 1e-3 * reach and not (ahead < last[0] or behind < last[1]):
+            if s >= 1e-2 * reach and not (ahead < last[0] or behind < last[1]):
                 break
-            last, s = (ahead, behind), 2 * s
+            last, s = (ahead, behind), 4 * s
         return *best, bend
 
     def _verdict(self, upper: float) -> Verdict:
