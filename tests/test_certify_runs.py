@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -120,6 +122,35 @@ def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.Capt
     assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
     assert point["lambda_min_upper"] == pytest.approx(expected.lambda_min_upper, rel=1e-6)
     assert point["hvps"] == expected.hvps
+
+
+def test_command_under_torchrun(run: Path, tmp_path: Path) -> None:
+    """Two workers of a launcher give what one process gives; only the first speaks and writes."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "packsaddle.cli",
+    ]
+    arguments = ["certify", run, "--double", "--json", "--out", tmp_path / "certificate"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launcher, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    (point,) = json.loads(done.stdout)["points"]
+    expected = (
+        Audit(run, (run / "checkpoint" / "model.pt",), 0.5, 0.1, max_hvps=60, double=True).certify()[0].certificate
+    )
+    assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
+    assert (point["verdict"], point["hvps"]) == (str(expected.verdict), expected.hvps)
+    assert point["bytes_sent"] > 0
+    assert sorted(p.name for p in (tmp_path / "certificate").iterdir()) == sorted(
+        ["certificate.direction.pt", "certificate.png", "certificate.svg", "certificates.json"]
+    )
 
 
 def test_command_on_drawn_iterates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

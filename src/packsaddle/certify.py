@@ -7,7 +7,7 @@ negative curvature is claimed with a failure probability (see `lanczos`); and ot
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ def certify(
 
 @dataclass
 class _Search:
-    """The steps of the Lanczos process until the verdict is settled, and what is known by then."""
+    """The steps of the Lanczos process until the verdict is settled; after `run`, what is known by then."""
 
     curvature: Curvature
     lanczos: Lanczos
@@ -123,10 +123,17 @@ class _Search:
     epsilon: float
     failure_probability: float
     given_rho: float | None
+    rho: float = 0.0
+    lower: float = -math.inf
+    ritz: Ritz = field(init=False)
+    v: Tensor = field(init=False)
+    upper: float = field(init=False)
+    residual: float = field(init=False)
+    verdict: Verdict = field(init=False)
 
     def run(self, max_hvps: int, tolerance: float) -> None:
         """Do steps until the verdict is settled and v good enough, `max_hvps` are done, or there are no more."""
-        measured_at, self.rho, self.lower = 0, self.given_rho or 0.0, -math.inf
+        measured_at, self.rho = 0, self.given_rho or 0.0
         for k in range(1, max_hvps + 1):
             self.ritz = self.lanczos.step()
             self.lower = max(self.lower, self.ritz.lower_bound(self.failure_probability))

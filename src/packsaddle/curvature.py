@@ -60,9 +60,10 @@ class Curvature:
 
     def _differs_from_rank_0(self) -> bool:
         """Whether this worker's parameters are others than rank 0's, by two sums."""
-        with torch.no_grad():
-            flat = [p.double().reshape(-1) for p in self.parameters]
-            sums = torch.stack([sum(p.sum() for p in flat), sum(p.square().sum() for p in flat)])  # type: ignore[list-item]
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for p in self.parameters:
+            values = p.detach().double()
+            sums += torch.stack([values.sum(), values.square().sum()])
         theirs = sums.clone()
         self._channel.broadcast(theirs, "certificate")
         return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())

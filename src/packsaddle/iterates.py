@@ -47,7 +47,8 @@ class Share:
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))
 
     def at_least(self, confidence: float = 0.95) -> float:
-        """A lower confidence bound on the share (Clopper and Pearson's, one-sided)."""
+        """A lower confidence bound on the share (Clopper and Pearson's, one-sided), certificates taken for true: each
+        may be wrong with its own failure probability."""
         if self.stationary == 0:
             return 0.0
         return float(betaincinv(self.stationary, self.drawn - self.stationary + 1, 1 - confidence))

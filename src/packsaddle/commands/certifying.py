@@ -20,8 +20,8 @@ def certify(
     iterates: bool = False,
     epsilon: float | None = None,
     hessian_lipschitz: float | None = None,
-    failure_probability: float = 1e-3,
-    max_hvps: int = 200,
+    failure_probability: float | None = None,
+    max_hvps: int | None = None,
     tolerance: float | None = None,
     examples: int | None = None,
     batch_size: int = 500,
@@ -45,8 +45,8 @@ def certify(
         epsilon: The gradient's threshold; the curvature's is -sqrt(rho epsilon). By default the run's certify.epsilon.
         hessian_lipschitz: rho. By default the run's certify.hessian_lipschitz, else measured along the direction
             found; it decides what counts as a saddle, so state it when you compare points.
-        failure_probability: Of the lower bound on the smallest eigenvalue.
-        max_hvps: Hessian-vector products at most.
+        failure_probability: Of the lower bound on the smallest eigenvalue. By default the run's, else 0.001.
+        max_hvps: Hessian-vector products at most. By default the run's, else 200.
         tolerance: Go on after a saddle is found until the residual of its direction is so much of its curvature, for a
             better direction; by default the search stops with the verdict.
         examples: A random sample of so many training examples instead of all.
@@ -70,6 +70,10 @@ def certify(
         epsilon = stated.epsilon
     if hessian_lipschitz is None and stated is not None:
         hessian_lipschitz = stated.hessian_lipschitz
+    if failure_probability is None:
+        failure_probability = 1e-3 if stated is None else stated.failure_probability
+    if max_hvps is None:
+        max_hvps = 200 if stated is None else stated.max_hvps
     _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, batch_size, workers, distance, tolerance)
     require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
     drawn = _drawn(run) if iterates else []
