@@ -86,7 +86,8 @@ CERTIFICATE_HEADINGS = ("run", "epoch", "verdict", "loss", "gradient norm", "sma
 
 def certificate_cells(c: dict[str, Any]) -> list[str]:
     """Format a certificate of a run for people."""
-    bounds = "-" if c.get("lambda_min_lower") is None else f"[{c['lambda_min_lower']:.2e}, {c['lambda_min_upper']:.2e}]"
+    looked = c.get("lambda_min_lower") is not None and c["verdict"] != "gradient too large"
+    bounds = f"[{c['lambda_min_lower']:.2e}, {c['lambda_min_upper']:.2e}]" if looked else "-"
     return [
         f"{c['epoch']:.1f}",
         c["verdict"],
