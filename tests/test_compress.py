@@ -24,6 +24,7 @@ from packsaddle import (
     SketchTopK,
     TopK,
 )
+from packsaddle.compress.sparse import largest
 from packsaddle.testing import check_compressor, nasty_vectors
 
 COMPRESSORS: list[Compressor] = [
@@ -139,6 +140,34 @@ def test_topk_against_sorting(v: Tensor) -> None:
     assert len(support) == TopK(0.3).count(len(v))
     magnitudes = sorted(v.abs().tolist(), reverse=True)
     assert sorted(v[support].abs().tolist(), reverse=True) == magnitudes[: len(support)]
+
+
+N = 1 << 18
+MISLEADING = torch.zeros(N)  # all that is large lies between the sampled coordinates
+MISLEADING[1::4] = torch.arange(N // 4) + 1.0
+LONG = {
+    "gaussian": torch.randn(N + 13, generator=torch.Generator().manual_seed(0)),
+    "ties": torch.ones(N),
+    "few values": torch.arange(N) % 3.0,
+    "zeros": torch.zeros(N),
+    "misleading": MISLEADING,
+    "misleading the other way": torch.where(torch.arange(N) % 4 == 0, 5.0 + torch.arange(N) / N, torch.arange(N) / N),
+    "rising": torch.arange(float(N)),
+    "infinite": torch.where(torch.arange(N) % 1000 == 7, math.inf, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("k", [1, 10, 2_621, N // 5, N])
+def test_the_largest_of_many_against_torch(name: str, k: int) -> None:
+    """Exactly as large as torch.topk's, whatever the sample says; and NaN counts as largest, as there."""
+    m = LONG[name].abs()
+    index = largest(m, k)
+    assert len(set(index.tolist())) == k
+    assert torch.equal(m[index].sort().values, torch.topk(m, k).values.sort().values)
+    spoiled = m.clone()
+    spoiled[5] = math.nan
+    assert 5 in largest(spoiled, k).tolist()
 
 
 @by_vector

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compress.base import Compressor, Message
-from packsaddle.compress.sparse import KOfD
+from packsaddle.compress.sparse import KOfD, largest
 from packsaddle.hashing import RowHash, median_estimates
 from packsaddle.seeds import Stream, generator, mix
 
@@ -56,7 +56,7 @@ class SketchTopK(KOfD):
         """
         shift = mix(seed, step, int(Stream.SKETCH)) % d
         estimates = median_estimates(hashes, tables)[:d].abs().roll(shift)
-        found = torch.topk(estimates, self.count(d), sorted=False).indices
+        found = largest(estimates, self.count(d))
         return (found - shift).remainder_(d).sort().values
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
