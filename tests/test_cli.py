@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from packsaddle import cli
+from commandline import command
 
 CONFIG = """
 lr = 0.5
@@ -49,16 +48,6 @@ def packsaddle(*arguments: Any, module: tuple[str, ...] = ("packsaddle.cli",)) -
     )
 
 
-def in_process(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
-    """Run the command line here and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["packsaddle", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -95,26 +84,21 @@ def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path:
     assert not torch.equal(errors[0], errors[1])
 
 
-def test_one_worker_and_report(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, extra in (("a", ()), ("b", ("escape.interval=1000", "noise.lower_from=0.5", "plateau=0.1"))):
-        assert (
-            in_process(monkeypatch, "run", config, "--out", tmp_path / "runs" / name, "--set", f"label={name}", *extra)
-            == 0
-        )
+        assert command("run", config, "--out", tmp_path / "runs" / name, "--set", f"label={name}", *extra) == 0
     assert losses(tmp_path / "runs" / "a")[-1] < losses(tmp_path / "runs" / "a")[0]
     capsys.readouterr()
-    assert in_process(monkeypatch, "report", tmp_path / "runs") == 0
+    assert command("report", tmp_path / "runs") == 0
     page = tmp_path / "runs" / "report" / "index.html"
     assert f"report: {page}" in capsys.readouterr().out.replace("\n", "")
     assert page.exists()
-    assert in_process(monkeypatch, "report", tmp_path / "runs") == 2
+    assert command("report", tmp_path / "runs") == 2
     assert "report exists already" in capsys.readouterr().err
-    assert in_process(monkeypatch, "report", tmp_path / "runs", "--overwrite") == 0
+    assert command("report", tmp_path / "runs", "--overwrite") == 0
 
 
-def test_classifier_on_an_image_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_classifier_on_an_image_folder(tmp_path: Path) -> None:
     """One class per worker, batch normalisation, test accuracy: the shape of the paper's Figure 1 in miniature."""
     from PIL import Image
 
@@ -132,7 +116,7 @@ def test_classifier_on_an_image_folder(tmp_path: Path, monkeypatch: pytest.Monke
         '[compressor]\nkind="RandomK"\nratio=0.1\n'
     )
     arguments = ("run", path, "--serial", "--workers", 2, "--data-dir", tmp_path / "images", "--out", tmp_path / "run")
-    assert in_process(monkeypatch, *arguments) == 0
+    assert command(*arguments) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert 0 <= summary["test_accuracy"] <= 1
     assert summary["compression"] > 5
@@ -173,7 +157,7 @@ def test_bad_input_is_one_line_and_code_2(
     empty.mkdir()
     monkeypatch.chdir(tmp_path)
     names = {"CONFIG": config, "EMPTY": empty}
-    assert in_process(monkeypatch, *(names.get(a, a) for a in arguments)) == 2
+    assert command(*(names.get(a, a) for a in arguments)) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.startswith("packsaddle: error: ")
@@ -190,9 +174,9 @@ def test_a_refusal_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> 
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_demo_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's whole path in a second or two; its four runs at full length are `make demo`."""
-    assert in_process(monkeypatch, "demo", "--serial", "--epochs", "0.5", "--out", tmp_path / "demo") == 0
+    assert command("demo", "--serial", "--epochs", "0.5", "--out", tmp_path / "demo") == 0
     out = capsys.readouterr().out
     for label in ("dense", "dense + noise", "RandomK 1% + noise", "TopK 1% + noise"):
         assert label in out
@@ -204,9 +188,9 @@ def test_demo_in_miniature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert summaries["topk-noise"]["compression"] > 25
 
 
-def test_compressors_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compressors_command(capsys: pytest.CaptureFixture[str]) -> None:
     """The list agrees with the protocols' own arithmetic, for d = 5000 and three workers."""
-    assert in_process(monkeypatch, "compressors", "--d", 5000, "--workers", 3, "--ratio", "0.02", "--json") == 0
+    assert command("compressors", "--d", 5000, "--workers", 3, "--ratio", "0.02", "--json") == 0
     entries = {e["compressor"]: e for e in map(json.loads, capsys.readouterr().out.splitlines())}
     dense, random_k = entries["Identity()"], entries["RandomK(ratio=0.02)"]
     assert dense["sent"] == dense["received"] == round(4 / 3 * 4 * 5000)
@@ -215,7 +199,7 @@ def test_compressors_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     sign = next(e for name, e in entries.items() if name.startswith("Sign"))
     assert sign["sent"] == 2 * (5000 // 8 + 4)
     assert sign["kept"] == pytest.approx(2 / 3.14159, abs=0.02)
-    assert in_process(monkeypatch, "compressors", "--d", 5000) == 0
+    assert command("compressors", "--d", 5000) == 0
     assert "QSGD" in capsys.readouterr().out
 
 

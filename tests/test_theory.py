@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from algorithm1 import algorithm1
+from commandline import command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packsaddle import QSGD, CompressedSGD, Identity, LinearSketch, RandomK, Sign, SketchTopK, TopK, cli, simulate
+from packsaddle import QSGD, CompressedSGD, Identity, LinearSketch, RandomK, Sign, SketchTopK, TopK, simulate
 from packsaddle.linearised import predicted_escape_time
 from packsaddle.plan import FAMILIES, balanced_k, best_plan, plan
 from packsaddle.problems import Cosine, Oracle
@@ -327,34 +327,24 @@ def test_impossible_plans_are_named() -> None:
         Constants.theory(a, failure_probability=1.0)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
-    """Run `packsaddle plan` here and return its exit code."""
-    monkeypatch.setattr(sys, "argv", ["packsaddle", "plan", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def test_plan_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--d", 1_000_000, "--epsilon", 0.1) == 0
+def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("plan", "--d", 1_000_000, "--epsilon", 0.1) == 0
     out = capsys.readouterr().out
     for text in ("RandomK", "TopK*", "LinearSketch", "22", "gradient noise", "outside the proofs"):
         assert text in out
     assert "sigma = 1 or more, and is." in out
     assert "No guarantee goes with it" in out
     assert "Nobody" not in out
-    assert run(monkeypatch, "--d", 1_000_000, "--epsilon", 0.1, "--mode", "theory") == 0
+    assert command("plan", "--d", 1_000_000, "--epsilon", 0.1, "--mode", "theory") == 0
     assert "Nobody can take so many steps" in capsys.readouterr().out
     for name in ("identity", "sign", "qsgd", "lowrank", "RandomK"):
-        assert run(monkeypatch, "--d", 500, "--epsilon", 0.5, "--compressor", name) == 0
+        assert command("plan", "--d", 500, "--epsilon", 0.5, "--compressor", name) == 0
         assert name.lower() in capsys.readouterr().out.lower()
 
 
-def test_json_is_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--d", 5000, "--epsilon", 0.2, "--lipschitz-gradient", 2, "--sigma", 0.5, "--workers", 3)
-    assert run(monkeypatch, *asked, "--compressor", "topk", "--ratio", 0.02, "--json") == 0
+    assert command("plan", *asked, "--compressor", "topk", "--ratio", 0.02, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     a = Assumptions(**document["assumptions"])
     assert a == Assumptions(5000, 0.2, sigma=0.5, lipschitz_gradient=2.0)
@@ -370,15 +360,15 @@ def test_json_is_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     assert top["first_order"]["steps"] == first_order_plan(a, 0.02).steps
 
 
-def test_table_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--d", 10_000, "--epsilon", 1e-4, "--table") == 0
+def test_table_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("plan", "--d", 10_000, "--epsilon", 1e-4, "--table") == 0
     out = capsys.readouterr().out
     assert out.count("the same") == 5
     assert out.count(" ! ") == 1  # non-Lipschitz RandomK: k = sqrt(d) eps^(3/4) = 0.1
     assert "no such compressor" in out
-    assert run(monkeypatch, "--d", 1_000_000, "--epsilon", 0.1, "--table") == 0
+    assert command("plan", "--d", 1_000_000, "--epsilon", 0.1, "--table") == 0
     assert capsys.readouterr().out.count(" ! ") == 1  # Lipschitz SketchTopK: mu = sqrt(d) eps^(3/4) = 178
-    assert run(monkeypatch, "--d", 10_000, "--epsilon", 1e-4, "--table", "--json") == 0
+    assert command("plan", "--d", 10_000, "--epsilon", 1e-4, "--table", "--json") == 0
     rows = json.loads(capsys.readouterr().out)["table"]
     assert len(rows) == 8
     assert rows[2]["communication"] == pytest.approx(1e4 * 1e13)
@@ -411,9 +401,9 @@ REFUSALS = {
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSALS.items(), ids=map(" ".join, REFUSALS))
 def test_bad_input_is_one_line_and_code_2(
-    arguments: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, *arguments) == 2
+    assert command("plan", *arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.startswith("packsaddle: error: ")
