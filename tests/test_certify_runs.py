@@ -9,14 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from commandline import command
 from scipy.stats import binomtest
 
-from packsaddle import Verdict, certify, cli
-from packsaddle.audit import Audit
+from packsaddle import Verdict, certify
+from packsaddle.audit import Audit, read_config
 from packsaddle.config import CertifyConfig, DataConfig
 from packsaddle.data import load_images
 from packsaddle.inspection import Inspector
@@ -47,18 +47,6 @@ max_hvps = 60
 STEPS = 16  # of two workers: 320 / 40 an epoch
 
 
-def command(*arguments: Any) -> int:
-    """Run the command line here and return its exit code."""
-    before, sys.argv = sys.argv, ["packsaddle", *map(str, arguments)]
-    try:
-        cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
-    return 0
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two simulated workers, certified along the way."""
@@ -75,7 +63,7 @@ def test_certificates_along_the_way_are_those_of_the_weights_then(run: Path) -> 
     assert [line["examples"] for line in lines] == [320, 320]
     assert [line["sample_of"] for line in lines] == [None, None]
     images = load_images(DataConfig("digits", limit=320), None, train=True)
-    task = make_task(Audit(run, (), 1.0).load()[0].model, images.levels.shape[1:], images.classes, 0)
+    task = make_task(read_config(run).model, images.levels.shape[1:], images.classes, 0)
     task.network.load_state_dict(torch.load(run / "checkpoint" / "model.pt", weights_only=True))
     batch = (images.pixels(torch.arange(320)), images.labels)
     again = certify(task, lambda m, b: m(*b), [batch], epsilon=0.5, hessian_lipschitz=0.1)
@@ -180,7 +168,7 @@ def test_iterates_of_a_run_that_lacks_some(run: Path, tmp_path: Path, capsys: py
 
 def test_samples_along_a_run_are_at_random(run: Path) -> None:
     """Of a shard that is sorted by class, every class is looked at."""
-    config = replace(Audit(run, (), 1.0).load()[0], certify=CertifyConfig(epsilon=1.0, examples=40))
+    config = replace(read_config(run), certify=CertifyConfig(epsilon=1.0, examples=40))
     images = load_images(DataConfig("digits"), None, train=True)
     task = make_task(config.model, images.levels.shape[1:], images.classes, 0)
     inspector = Inspector(config, task, images, images.labels.argsort(), 10, 10)

@@ -14,7 +14,7 @@ from packsaddle.channel import Channel
 from packsaddle.config import Config
 from packsaddle.curvature import Curvature, NotFiniteError
 from packsaddle.data import Images, load_images
-from packsaddle.exchange import launch, process_group, resolve
+from packsaddle.exchange import launch, local_device, process_group, resolve
 from packsaddle.inspection import Examples, task_loss
 from packsaddle.ledger import Ledger
 from packsaddle.models import Task, make_task
@@ -59,13 +59,14 @@ class Audit:
     data_dir: Path | None = None
     seed: int = 0  # of the sample and of the start
 
-    def load(self) -> tuple[Config, Images, list[dict[str, Tensor]]]:
-        """Read everything, raising ConfigError for what is missing or does not fit."""
+    def load(self) -> tuple[Task, Images, list[dict[str, Tensor]]]:
+        """Return the run's network, its training images and every file's weights, raising ConfigError for what is
+        missing or does not fit."""
         config = read_config(self.run)
         images = load_images(config.data, self.data_dir, train=True)
         if self.examples is not None and not 1 <= self.examples <= len(images):
             raise ConfigError(f"examples must be from 1 to {len(images)}, the training examples, got {self.examples}")
-        task = self._task(config, images)
+        task = make_task(config.model, images.levels.shape[1:], images.classes, 0)
         weights = []
         for file in self.files:
             weights.append(_read_weights(file))
@@ -74,16 +75,21 @@ class Audit:
             except (RuntimeError, TypeError, AttributeError) as error:
                 reason = str(error).splitlines()[-1].strip()
                 raise ConfigError(f"{file} does not hold the weights of this run's network: {reason}") from None
-        return config, images, weights
+        return task, images, weights
 
     def execute(self, workers: int) -> list[Finding]:
         """Certify in this process, or with `workers` new ones."""
-        return self.certify() if workers == 1 else launch(certify_in_process_group, (self,), workers)
+        if workers == 1:
+            return self.certify()
+        self.load()  # bad input is told before any worker starts
+        findings: list[Finding] = launch(certify_in_process_group, (self,), workers)
+        return findings
 
     def certify(self) -> list[Finding]:
         """Certify every file in the present group; collective."""
-        config, images, weights = self.load()
-        task, examples = self._prepare(config, images)
+        task, images, weights = self.load()
+        examples = self._examples(images)
+        task.to(examples.device, examples.dtype)
         findings = []
         for file, tensors in zip(self.files, weights, strict=True):
             task.network.load_state_dict(tensors)
@@ -95,31 +101,20 @@ class Audit:
         return findings
 
     def prepare(self) -> tuple[Task, Examples]:
-        """Return the network with the first file's weights, and this worker's examples."""
-        config, images, weights = self.load()
-        task, examples = self._prepare(config, images)
-        task.network.load_state_dict(weights[0])
-        return task, examples
+        """Return the network with the last file's weights, and this worker's examples."""
+        task, images, _ = self.load()
+        examples = self._examples(images)
+        return task.to(examples.device, examples.dtype), examples
 
-    def _prepare(self, config: Config, images: Images) -> tuple[Task, Examples]:
-        task = self._task(config, images)
-        examples = self._examples(images, next(task.parameters()).device)
-        return task.to(examples.dtype), examples
-
-    def _task(self, config: Config, images: Images) -> Task:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        return make_task(config.model, images.levels.shape[1:], images.classes, 0).to(device)
-
-    def _examples(self, images: Images, device: torch.device) -> Examples:
+    def _examples(self, images: Images) -> Examples:
         """This worker's part of the sample."""
         group, n = resolve(None), len(images)
         order = torch.randperm(n, generator=generator(self.seed, 0, Stream.CERTIFY))
         dtype = torch.float64 if self.double else torch.float32
         mine = order[: self.examples][group.rank :: group.size]
-        return Examples(images, mine, device, dtype, self.batch_size)
+        return Examples(images, mine, local_device(), dtype, self.batch_size)
 
     def _certify(self, task: Task, examples: Examples, population: int) -> Certificate:
-        sampled = self.examples is not None and self.examples < population
         return certify(
             task,
             task_loss,
@@ -129,7 +124,7 @@ class Audit:
             failure_probability=self.failure_probability,
             max_hvps=self.max_hvps,
             tolerance=self.tolerance,
-            sample_of=population if sampled else None,
+            sample_of=population,
             generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
         )
 

@@ -95,9 +95,6 @@ class Certificate:
             bend = "" if self.escape_bend > 0 else "; their mean does not fall (kinks? finite steps see no saddle)"
             lines.insert(4, f"  a step of {self.escape_distance:.3g} along v: the loss {found}{bend}")
         elif self.verdict is Verdict.UNDECIDED:
-            lines.insert(4, f"  more products may settle it: {self._missing()}")
+            gap = self.lambda_min_upper - self.lambda_min_lower
+            lines.insert(4, f"  more products may settle it: the bounds are {gap:.1e} apart")
         return "\n".join(lines)
-
-    def _missing(self) -> str:
-        gap = self.lambda_min_upper - self.lambda_min_lower
-        return f"the bounds are {gap:.1e} apart" if math.isfinite(gap) else "there is no lower bound yet"

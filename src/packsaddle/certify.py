@@ -50,7 +50,7 @@ def certify(
         max_hvps: Hessian-vector products at most for the bounds; a verdict needs a few more (see `Certificate.hvps`).
         tolerance: go on after a saddle is found until ||H v - lambda v|| <= tolerance |lambda|, or `max_hvps` are done,
             for a better escape direction; by default the search stops with the verdict.
-        sample_of: how many examples the batches of all workers were drawn from, if they are a sample; the gradient
+        sample_of: how many examples the batches of all workers were drawn from; if those are more, the gradient
             norm then comes with its standard error, from how batches differ.
         memory_limit: bytes of Lanczos vectors kept, of 8 d bytes each. Beyond, vectors are not kept, so that the
             bounds need a few more products, and the escape direction a second pass over those left out.
@@ -67,6 +67,8 @@ def certify(
         curvature = Curvature(model, loss_fn, batches, channel)
         if sample_of is not None and sample_of < curvature.examples:
             raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
+        if sample_of == curvature.examples:
+            sample_of = None
         gradient, error = curvature.gradient()
         search = _Search(
             curvature,

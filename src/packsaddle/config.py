@@ -19,6 +19,7 @@ from packsaddle.compress import (
     SketchTopK,
     TopK,
 )
+from packsaddle.lanczos import check_probability
 from packsaddle.schema import ConfigError, build
 
 AnyCompressor = Identity | RandomK | TopK | AdaptiveTopK | SketchTopK | Sign | QSGD | LinearSketch | LowRank
@@ -92,10 +93,9 @@ class CertifyConfig:
     failure_probability: float = 1e-3
 
     def __post_init__(self) -> None:
-        _positive(self, "epsilon", "hessian_lipschitz", "every", "examples", "max_hvps", "failure_probability")
+        _positive(self, "epsilon", "hessian_lipschitz", "every", "examples", "max_hvps")
         _not_negative(self, "iterates")
-        if self.failure_probability >= 1:
-            raise ValueError(f"failure_probability must be below 1, got {self.failure_probability}")
+        check_probability(self.failure_probability)
 
 
 @dataclass(frozen=True)

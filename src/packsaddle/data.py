@@ -43,6 +43,10 @@ class Images:
         """Return the chosen images, float32[b, channels, height, width] in [0, 1]."""
         return self.levels[index].to(torch.float32).div_(self.full_scale)
 
+    def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Return the chosen images' pixels and labels on a device."""
+        return self.pixels(index).to(device, dtype), self.labels[index].to(device)
+
 
 def load_images(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Images:
     """Load the training or test part of a dataset. Raises ConfigError that names what is missing."""

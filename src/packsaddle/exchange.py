@@ -139,6 +139,11 @@ def process_group() -> Iterator[Group]:
         dist.destroy_process_group()
 
 
+def local_device() -> torch.device:
+    """Return this worker's GPU (see `process_group`), or the CPU if there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 class WorkerFailedError(RuntimeError):
     """A launched worker process raised; the message is its first error."""
 

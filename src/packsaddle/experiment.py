@@ -12,9 +12,9 @@ from torch import Tensor
 
 import packsaddle
 from packsaddle.config import Config, NoiseConfig
-from packsaddle.data import Batches, Images, load_images, shard
+from packsaddle.data import Batches, load_images, shard
 from packsaddle.escape import Escape
-from packsaddle.exchange import Solo, ambient_group, launch, process_group, resolve
+from packsaddle.exchange import Solo, ambient_group, launch, local_device, process_group, resolve
 from packsaddle.inspection import Inspector
 from packsaddle.models import make_task
 from packsaddle.noise import Ramp
@@ -34,9 +34,7 @@ class Training:
     def __init__(self, config: Config, data_dir: Path | None, download: bool) -> None:
         self.config = config
         self.group = resolve(None)
-        self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        )
+        self.device = local_device()
         self.images = load_images(config.data, data_dir, train=True, download=download)
         self.test_images = load_images(config.data, data_dir, train=False, download=download)
         rank, size = self.group.rank, self.group.size
@@ -94,7 +92,7 @@ class Training:
     def _step(self, step: int) -> Tensor:
         """One step of the algorithm; returns this worker's loss and gradient norm, float64[2]."""
         self.optimizer.zero_grad()
-        loss = self.task(*self._read(self.images, self.batches[step]))
+        loss = self.task(*self.images.batch(self.batches[step], self.device))
         loss.backward()
         gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -155,7 +153,7 @@ class Training:
         self.task.eval()
         mine = torch.arange(len(self.test_images))[self.group.rank :: self.group.size]
         for index in torch.split(mine, _EVAL_BATCH):
-            batch = self._read(self.test_images, index)
+            batch = self.test_images.batch(index, self.device)
             correct = float(self.task.correct(*batch)) if self.task.classifies else 0.0
             totals += torch.tensor([float(self.task(*batch)) * len(index), correct, len(index)], dtype=torch.float64)
         self.task.train()
@@ -170,14 +168,11 @@ class Training:
 
         def objective() -> Tensor:
             self.task.eval()
-            losses = [self.task(*self._read(self.images, i)) * len(i) for i in torch.split(sample, _EVAL_BATCH)]
+            losses = [self.task(*self.images.batch(i, self.device)) * len(i) for i in torch.split(sample, _EVAL_BATCH)]
             self.task.train()
             return torch.stack(losses).sum() / len(sample)
 
         return Escape(rule.interval, rule.radius, objective, compare=rule.compare, every=rule.every)
-
-    def _read(self, images: Images, index: Tensor) -> tuple[Tensor, Tensor]:
-        return images.pixels(index).to(self.device), images.labels[index].to(self.device)
 
 
 def _noise(config: NoiseConfig, steps_per_epoch: int, steps: int) -> float | Ramp:

@@ -139,15 +139,14 @@ def _draw_profile(axis: Any, certificate: dict[str, Any], profile: dict[str, Any
 
 def _draw_spectrum(axis: Any, certificate: dict[str, Any]) -> None:
     """Ritz values with the start's share along each, a spectral density: shares add up to 1."""
-    values, shares = certificate["ritz_values"], certificate["ritz_shares"]
-    axis.vlines(values, 1e-9, [max(share, 1e-9) for share in shares], color=_COLOURS[1], linewidth=1.8)
-    axis.plot(values, [max(share, 1e-9) for share in shares], "o", color=_COLOURS[1], markersize=4, label="Ritz values")
-    low, high = certificate["lambda_min_lower"], certificate["lambda_min_upper"]
-    if low is not None:
-        axis.axvspan(low, high, color=_COLOURS[5], alpha=0.35, linewidth=0, label="smallest eigenvalue lies here")
+    values, shares = certificate["ritz_values"], [max(share, 1e-9) for share in certificate["ritz_shares"]]
+    axis.vlines(values, 1e-9, shares, color=_COLOURS[1], linewidth=1.8)
+    axis.plot(values, shares, "o", color=_COLOURS[1], markersize=4, label="Ritz values")
+    bounds = certificate["lambda_min_lower"], certificate["lambda_min_upper"]
+    axis.axvspan(*bounds, color=_COLOURS[5], alpha=0.35, linewidth=0, label="smallest eigenvalue lies here")
     axis.axvline(certificate["threshold"], color=_COLOURS[2], linestyle="--", label="threshold of a saddle")
     axis.set_yscale("log")
-    axis.set_ylim(bottom=min([*shares, 0.1]) / 3 or 1e-9)
+    axis.set_ylim(bottom=min(*shares, 0.1) / 3)
     widest = max(values[-1] - values[0], abs(certificate["threshold"]))
     if widest > 20 * abs(values[0]):  # the interesting end would be a point
         axis.set_xscale("symlog", linthresh=max(abs(values[0]), abs(certificate["threshold"])))

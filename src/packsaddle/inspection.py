@@ -35,7 +35,7 @@ class Examples:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for part in torch.split(self.index, self.batch_size):
             if len(part):
-                yield self.images.pixels(part).to(self.device, self.dtype), self.images.labels[part].to(self.device)
+                yield self.images.batch(part, self.device, self.dtype)
 
 
 def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -78,8 +78,6 @@ class Inspector:
         self.seconds += time.perf_counter() - begin
 
     def _certify(self, rule: CertifyConfig, step: int) -> dict[str, Any]:
-        taken = torch.tensor([float(len(self.examples.index))], dtype=torch.float64)
-        resolve(None).all_reduce(taken)
         try:
             certificate = certify(
                 self._task,
@@ -89,7 +87,7 @@ class Inspector:
                 hessian_lipschitz=rule.hessian_lipschitz,
                 failure_probability=rule.failure_probability,
                 max_hvps=rule.max_hvps,
-                sample_of=self._population if int(taken) < self._population else None,
+                sample_of=self._population,
                 generator=generator(self._seed, step, Stream.CERTIFY, device=self._device),
             )
         except NotFiniteError:  # a run that diverged goes on to its end and tells

@@ -142,7 +142,7 @@ class Lanczos:
         before, q = self._pair
         w = self._product(q)
         alpha = float(w @ q)
-        self._recur(w, alpha, q, before)
+        w = self._recur(w, alpha, q, before)
         orthogonal = len(self._alphas) < self._limit
         if orthogonal:
             for sweep in range(2):
@@ -183,22 +183,20 @@ class Lanczos:
         if len(weights) > len(self._basis):
             before, q = self._basis[-2:]
             for j in range(len(self._basis) - 1, len(weights) - 1):
-                w = self._product(q)
-                self._recur(w, self._alphas[j], q, before, j)
+                w = self._recur(self._product(q), self._alphas[j], q, before, j)
                 before, q = q, w.div_(self._betas[j])
                 v.add_(q, alpha=weights[j + 1])
         return v.div_(v.norm())
 
     def _product(self, q: Tensor) -> Tensor:
         self.products += 1
-        return self._matvec(q).clone()
+        return self._matvec(q)
 
-    def _recur(self, w: Tensor, alpha: float, q: Tensor, before: Tensor, j: int | None = None) -> None:
-        """A q_j - alpha_j q_j - beta_j q_{j-1}, in place of A q_j."""
+    def _recur(self, product: Tensor, alpha: float, q: Tensor, before: Tensor, j: int | None = None) -> Tensor:
+        """A q_j - alpha_j q_j - beta_j q_{j-1}; A q_j, which may be the caller's, stays as it is."""
         j = len(self._alphas) if j is None else j
-        w.sub_(q, alpha=alpha)
-        if j:
-            w.sub_(before, alpha=self._betas[j - 1])
+        w = product.sub(q, alpha=alpha)
+        return w.sub_(before, alpha=self._betas[j - 1]) if j else w
 
     def _tridiagonal(self) -> Tensor:
         off = torch.diag(torch.tensor(self._betas, dtype=torch.float64), 1)

@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import tyro
 
 from packsaddle.commands.console import is_first
+from packsaddle.config import Config
 from packsaddle.exchange import under_launcher
-from packsaddle.runfolder import RunFolder, make_new
+from packsaddle.lanczos import check_probability
+from packsaddle.runfolder import RunFolder, make_new, read_runs
 from packsaddle.schema import ConfigError
 
 
@@ -76,7 +78,7 @@ def certify(
         max_hvps = 200 if stated is None else stated.max_hvps
     _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, batch_size, workers, distance, tolerance)
     require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
-    drawn = _drawn(run) if iterates else []
+    drawn = _drawn(run, config) if iterates else []
     folder = out or _numbered(run / "certificate")
     if folder.exists():
         raise ConfigError(f"output folder {folder} exists already; choose another with --out")
@@ -95,13 +97,19 @@ def certify(
         data_dir,
         seed,
     )
-    if under_launcher():
-        findings = certify_in_process_group(audit)
-    else:
-        audit.load()  # bad input is told before any worker starts
-        findings = audit.execute(workers)
+    findings = certify_in_process_group(audit) if under_launcher() else audit.execute(workers)
     if is_first():
-        _tell(findings, drawn, _write(findings, drawn, folder), as_json=json)
+        share = _share(findings, drawn) if drawn else None
+        document = _document(findings, share)
+        _write(findings, document, folder)
+        if json:
+            print(dumps({**document, "folder": str(folder)}, indent=2, allow_nan=False))
+            return
+        for finding in findings:
+            print(f"{finding.file}: {finding.certificate}")
+        if share:
+            print(share)
+        print(f"certificate: {folder}")
 
 
 def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, ...]:
@@ -115,17 +123,15 @@ def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, .
     return (inside if inside.is_file() else Path(checkpoint),)
 
 
-def _drawn(run: Path) -> list[str]:
+def _drawn(run: Path, config: Config) -> list[str]:
     """The names of the iterates that the run drew, as often as they were drawn. Raises ConfigError if some are not
     there, as in a run that was cut off: those that are would be a biased sample."""
-    from packsaddle.audit import read_config
     from packsaddle.inspection import drawn_names
-    from packsaddle.runfolder import read_runs
 
     (found,) = read_runs([run])
     if found.summary is None:
         raise ConfigError(f"{run} has not finished, so the iterates it has kept are not a fair sample")
-    names = drawn_names(read_config(run), found.summary["steps"])
+    names = drawn_names(config, found.summary["steps"])
     if not names:
         raise ConfigError(f"{run} keeps no iterates; a run with certify.iterates = m draws m of them")
     for name in names:
@@ -134,35 +140,22 @@ def _drawn(run: Path) -> list[str]:
     return names
 
 
-def _write(findings: list[Any], drawn: list[str], folder: Path) -> Path:
+def _write(findings: list[Any], document: dict[str, Any], folder: Path) -> None:
     from packsaddle import figures
 
     make_new(folder)
     writer = RunFolder(folder)
-    writer.write_json("certificates.json", _document(findings, drawn))
-    for finding in findings:
+    writer.write_json("certificates.json", document)
+    for finding, point in zip(findings, document["points"], strict=True):
         name = "certificate" if len(findings) == 1 else finding.file.stem
         writer.save_tensors(f"{name}.direction.pt", {"escape_direction": finding.certificate.escape_direction})
-        figures.save(figures.draw_certificate(finding.certificate.to_dict(), asdict(finding.profile)), folder, name)
-    return folder
+        figures.save(figures.draw_certificate(point, point["profile"]), folder, name)
 
 
-def _tell(findings: list[Any], drawn: list[str], folder: Path, *, as_json: bool) -> None:
-    if as_json:
-        print(dumps({**_document(findings, drawn), "folder": str(folder)}, indent=2, allow_nan=False))
-        return
-    for finding in findings:
-        print(f"{finding.file}: {finding.certificate}")
-    if drawn:
-        print(_share(findings, drawn))
-    print(f"certificate: {folder}")
-
-
-def _document(findings: list[Any], drawn: list[str]) -> dict[str, Any]:
+def _document(findings: list[Any], share: Any) -> dict[str, Any]:
     points = [{"file": str(f.file), **f.certificate.to_dict(), "profile": asdict(f.profile)} for f in findings]
-    if not drawn:
+    if share is None:
         return {"points": points}
-    share = _share(findings, drawn)
     derived = {"at_least": share.at_least(), "all_fail": share.all_fail, "surprise": share.surprise}
     return {"points": points, "share": {**asdict(share), **derived}}
 
@@ -197,8 +190,10 @@ def _check(
     for name, value in positive.items():
         if value is not None and not 0 < value < inf:
             raise ConfigError(f"--{name} must be positive and finite, got {value}")
-    if not 1e-100 <= probability < 1:
-        raise ConfigError(f"--failure-probability must be in [1e-100, 1), got {probability}")
+    try:
+        check_probability(probability)
+    except ValueError as error:
+        raise ConfigError(f"--{error}".replace("_", "-")) from None
     for option, count in (("max-hvps", max_hvps), ("batch-size", batch_size), ("workers", workers)):
         if count < 1:
             raise ConfigError(f"--{option} must be at least 1, got {count}")
