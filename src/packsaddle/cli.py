@@ -1,4 +1,4 @@
-"""The command line: packsaddle demo | run | certify | report | compressors | plan."""
+"""The command line: packsaddle demo | run | certify | report | compressors | plan | bench."""
 
 import os
 import sys
@@ -7,6 +7,7 @@ from typing import Any
 
 import tyro
 
+from packsaddle.commands.benching import bench
 from packsaddle.commands.certifying import certify
 from packsaddle.commands.console import is_first
 from packsaddle.commands.planning import plan
@@ -22,6 +23,7 @@ _COMMANDS: dict[str, Callable[..., Any]] = {
     "report": report,
     "compressors": compressors,
     "plan": plan,
+    "bench": bench,
 }
 
 

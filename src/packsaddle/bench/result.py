@@ -1,0 +1,47 @@
+"""What a benchmark found: a question, the setting, and rows of named figures, printed as a table or as JSON."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Result:
+    """One table. Cells are strings, integers, floats (shown with three digits) or None (shown empty)."""
+
+    question: str
+    setting: Mapping[str, Any]  # sizes, rates, seeds, and what `machine` says
+    rows: Sequence[Mapping[str, Any]]  # all with the same keys, the columns, with units in their names
+    notes: Sequence[str] = ()  # what must be known to read the table: floors, what a peer cannot do here
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain types."""
+        return asdict(self)
+
+
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The hardware and versions that a figure depends on."""
+    where: dict[str, Any] = {"cpu": _cpu_model(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if torch.device(device).type == "cuda":
+        where["gpu"] = torch.cuda.get_device_name(device)
+    return where
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} logical cores" if names else platform.machine()
+
+
+def shown(cell: Any) -> str:
+    """A cell of a printed table."""
+    if cell is None:
+        return ""
+    return f"{cell:.3g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
