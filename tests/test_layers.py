@@ -7,6 +7,8 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
+    {"kernels.cpu"},
+    {"kernels"},
     {
         "lanczos",
         "certificate",
