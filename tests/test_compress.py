@@ -335,11 +335,31 @@ def test_predicted_message_bytes(compressor: Compressor) -> None:
 
 
 @given(st.integers(1, 400), st.floats(0.001, 1.0), st.integers(1, 50), st.integers(0, 2**63 - 1), st.integers(0, 10**9))
-def test_randomk_support_has_k_distinct_coordinates(d: int, ratio: float, block: int, seed: int, step: int) -> None:
-    c = RandomK(ratio, block_size=block)
+def test_randomk_support_is_k_distinct_coordinates_in_whole_cells(
+    d: int, ratio: float, block: int, seed: int, step: int
+) -> None:
+    c, k = RandomK(ratio, block_size=block), max(1, round(ratio * d))
+    b = min(block, k)
     support = c.support(d, seed=seed, step=step).tolist()
-    assert len(set(support)) == len(support) == c.count(d) == max(1, round(ratio * d))
+    assert len(set(support)) == len(support)
     assert all(0 <= i < d for i in support)
+    cells = {i // b for i in support}
+    assert sorted(support) == [i for i in range(d) if i // b in cells]
+    if block == 1:
+        assert len(support) == k
+    values = c.message_bytes(d) / 4
+    assert len(cells) * b == values
+    assert k <= values < k * (1 + b / d) + b
+
+
+def test_randomk_default_block_size_keeps_at_least_1024_cells() -> None:
+    for k in (1, 1000, 2047, 2048, 5000, 65_535, 65_536, 1_000_000, 10_000_000):
+        c = RandomK(k=k)
+        b, (n, m) = c.block(20_000_000), c.grid(20_000_000)
+        assert n * b >= 20_000_000
+        assert b in (1, 2, 4, 8, 16, 32, 64)
+        assert b == 1 or m >= 1024
+        assert b == 64 or k < 2048 * b
 
 
 @pytest.mark.parametrize(
@@ -352,8 +372,9 @@ def test_randomk_marginals_are_uniform(d: int, k: int, block: int) -> None:
     for seed in range(seeds):
         counts[c.support(d, seed=seed, step=5)] += 1
     bins = counts.reshape(-1, max(1, d // 50)).sum(1) if d >= 100 else counts
-    # Within one draw inclusion is negatively correlated (k of d) or comes in runs of `block`.
-    inflation = block * (1 - k / d)
+    n, m = c.grid(d)
+    # Within one draw inclusion is negatively correlated (m of n) or comes in runs of `block`.
+    inflation = block * (1 - m / n)
     assert chisquare((bins / inflation).numpy()).pvalue > 1e-4
 
 
@@ -378,7 +399,7 @@ def test_randomk_differs_between_steps_and_seeds() -> None:
     assert len(supports) == 16
 
 
-@pytest.mark.parametrize("c", [RandomK(0.25), TopK(0.25), RandomK(k=10, block_size=3)], ids=repr)
+@pytest.mark.parametrize("c", [RandomK(0.25), TopK(0.25), RandomK(k=10, block_size=5)], ids=repr)
 def test_mu_is_k_over_d(c: Compressor) -> None:
     assert c.mu(40) == 0.25
     assert c.mu(1) == 1.0

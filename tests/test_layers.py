@@ -7,6 +7,8 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
+    {"kernels.parts"},
+    {"kernels.cells", "kernels.random", "kernels.sampling", "kernels.selection", "kernels.quantization"},
     {"kernels.cpu"},
     {"kernels"},
     {
@@ -21,8 +23,10 @@ LAYERS = [
         "bench.result",
         "compress.wire",
         "compress.base",
+        "compress.cells",
         "problems.base",
     },
+    {"counter"},
     {
         "noise",
         "simulate",
@@ -43,7 +47,8 @@ LAYERS = [
     {"compress.sketching", "problems", "theory"},
     {"compress"},
     {"average", "testing", "agree"},
-    {"owners", "feedback", "escape", "curvature"},
+    {"feedback"},
+    {"owners", "gradmemory", "perturb", "escape", "curvature"},
     {"choose", "certify", "iterates"},
     {"config"},
     {"data", "demo"},

@@ -47,6 +47,8 @@ def run(
     compare: Any = "x",
     exchange: str = "direct",
     back: Compressor | None = None,
+    memory: Any = "buffer",
+    lazy_noise: bool | None = False,
 ) -> dict[str, Any]:
     """Run CompressedSGD in the present group and return its trajectory; x is two parameters, all compressed."""
     rank = resolve(None).rank
@@ -66,6 +68,8 @@ def run(
         dense_below=0,
         exchange=exchange,
         back=back,
+        memory=memory,
+        lazy_noise=lazy_noise,
     )
     xs, es, ys = [], [], []
     for t in range(steps + 1):
@@ -73,7 +77,8 @@ def run(
         es.append(opt.error())
         ys.append(opt.corrected())
         if t < steps:
-            opt.zero_grad()
+            if memory == "buffer":
+                opt.zero_grad()
             objective().backward()
             opt.step()
     return {

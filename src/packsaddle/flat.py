@@ -87,9 +87,14 @@ class FlatParameters:
         """Return a flat vector rearranged in the user's order, as torch's parameters_to_vector has it."""
         return torch.cat([view.reshape(-1) for view in self.views(flat)])
 
+    @property
+    def has_frozen(self) -> bool:
+        """Whether a parameter has been frozen since construction."""
+        return not all(p.requires_grad for p in self.parameters)
+
     def frozen(self, flat: Tensor) -> list[Tensor]:
         """Return the views of the parameters that have been frozen since construction."""
-        if all(p.requires_grad for p in self.parameters):
+        if not self.has_frozen:
             return []
         return [view for p, view in zip(self.parameters, self.views(flat), strict=True) if not p.requires_grad]
 

@@ -4,13 +4,16 @@ r is the standard deviation of each coordinate (as in the paper's Figure 2), so 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from packsaddle.seeds import Stream, generator
+from packsaddle.compress.cells import Cells
+from packsaddle.counter import Keys, add_gaussians, gaussians, keys
+from packsaddle.seeds import Stream
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,18 @@ class Ramp:
         return self.std + (self.final - self.std) * (step - self.start) / (self.stop - self.start)
 
 
+@dataclass(frozen=True)
+class Noise:
+    """xi_t, float[d], the same on every worker; a stretch of it can be added to a vector without making the rest."""
+
+    std: float
+    key: Keys
+
+    def add_to(self, out: Tensor, alpha: float = 1.0, start: int = 0) -> None:
+        """Add alpha times the coordinates `start`, start + 1, ... of xi_t to out, float[n], in place."""
+        add_gaussians(out, alpha * self.std, self.key, start)
+
+
 class Perturbation:
     """Shared Gaussian noise: xi_t is the same on every worker, a pure function of (seed, t).
 
@@ -58,10 +73,77 @@ class Perturbation:
             raise ValueError(f"noise must be finite and not negative, got {r} at step {step}")
         return r
 
-    def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor | None:
-        """Return xi_t shaped as `like`, float[d], or None when r is 0. Workers must use one type of device."""
+    def at(self, *, seed: int, step: int) -> Noise | None:
+        """Return xi_t, or None when r is 0."""
         r = self.std(step)
-        if r == 0:
+        return Noise(r, keys(seed, step, Stream.NOISE)) if r else None
+
+    def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor | None:
+        """Return xi_t as a vector like `like`, float[d], or None when r is 0."""
+        noise = self.at(seed=seed, step=step)
+        if noise is None:
             return None
-        rng = generator(seed, step, Stream.NOISE, device=like.device)
-        return torch.empty_like(like).normal_(0.0, r, generator=rng)
+        xi = torch.zeros_like(like)
+        noise.add_to(xi)
+        return xi
+
+
+class OutstandingNoise:
+    """The noise that has not reached x yet, known by its variance alone: one number for each cell of a grid.
+
+    Where all workers keep the same cells of their vectors, the noise in the error memories is the same on all of them,
+    and all that x sees of it is what a kept cell has gathered since it was kept last, sum_s eta_s xi_s over those
+    steps s: Gaussian with variance sum_s (eta_s r_s)^2, independent of all that x has seen before. So it is drawn when
+    the cell is kept, a Gaussian for each coordinate sent instead of each coordinate there is, and x has the law that
+    Algorithm 1 gives it.
+    """
+
+    def __init__(self, cells: int, size: int, device: torch.device) -> None:
+        self._size = size
+        self._total = 0.0  # the variance that a coordinate would have if it had never been kept
+        self._cleared = 0.0  # the total when nothing was outstanding last
+        self._kept = torch.zeros(cells, dtype=torch.float64, device=device)  # what the total was when a cell was kept
+
+    def grow(self, std: float) -> None:
+        """Add independent noise of this standard deviation to every coordinate."""
+        self._total += std * std
+
+    def take(self, cells: Cells, like: Tensor, *, seed: int, step: int) -> Tensor:
+        """Draw the noise at these cells, float[m b] of the dtype of `like`, which leaves none outstanding there."""
+        noise = self._draw(self._total - self._kept[cells.index], like, seed, step)
+        self._kept[cells.index] = self._total
+        return noise
+
+    def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
+        """Draw the noise at every coordinate, float[d] as `like`, and leave it outstanding."""
+        return self._draw(self._total - self._kept, like, seed, step)[: len(like)]
+
+    def _draw(self, variance: Tensor, like: Tensor, seed: int, step: int) -> Tensor:
+        noise = gaussians(len(variance) * self._size, keys(seed, step, Stream.OUTSTANDING), like)
+        std = variance.clamp_min_(0).sqrt_().to(like.dtype)
+        return noise.view(-1, self._size).mul_(std[:, None]).view(-1)
+
+    @property
+    def anything(self) -> bool:
+        """Whether noise was added since all was cleared."""
+        return self._total != self._cleared
+
+    def clear(self) -> None:
+        """Leave none outstanding."""
+        self._kept.fill_(self._total)
+        self._cleared = self._total
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, tensors and plain types."""
+        return {"total": self._total, "cleared": self._cleared, "kept": self._kept}
+
+    def check_fits(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if a state is of another grid; one without noise fits every grid."""
+        if state and state["kept"].shape != self._kept.shape:
+            found, here = len(state["kept"]), len(self._kept)
+            raise ValueError(f"the state has outstanding noise in {found} cells, and the compressor here has {here}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`; nothing is outstanding after an empty one."""
+        self._total, self._cleared = state.get("total", 0.0), state.get("cleared", 0.0)
+        self._kept.copy_(state["kept"]) if state else self._kept.zero_()

@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from dataclasses import replace
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,11 +17,12 @@ from packsaddle.choose import choose
 from packsaddle.compress import Compressor, Identity, RandomK
 from packsaddle.escape import Escape, EscapeCheck, Reset
 from packsaddle.exchange import resolve
-from packsaddle.feedback import ErrorMemory
 from packsaddle.flat import FlatParameters
+from packsaddle.gradmemory import GradientMemory, make_memory
+from packsaddle.kernels import compiled
 from packsaddle.ledger import Ledger
 from packsaddle.monitor import ContractionMonitor
-from packsaddle.noise import Perturbation
+from packsaddle.perturb import Perturber
 from packsaddle.seeds import as_seed
 from packsaddle.state import check_fits, fill
 
@@ -43,6 +45,10 @@ class CompressedSGD(Optimizer):
             "coordinator", or "auto", by predicted bytes (see `choose`; the reason is in `opt.choice`).
         back: what compresses the mean on its way back in "two-way" and "coordinator".
         monitor_every: measure the contraction every so many steps (see `opt.monitor`); 0 never does.
+        memory: "buffer" keeps the error in a vector of its own; "gradient" keeps it in the parameters' gradients,
+            which then must not be cleared, clipped or scaled between steps (see `GradientMemory`).
+        lazy_noise: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x (see
+            `packsaddle.noise.OutstandingNoise`); for RandomK by all-reduce. None does so there unless there is an escape check.
         process_group: a torch.distributed process group; None is the default group if there is one, else
             this process alone.
 
@@ -66,6 +72,8 @@ class CompressedSGD(Optimizer):
         exchange: str = "direct",
         back: Compressor | None = None,
         monitor_every: int = 0,
+        memory: Literal["buffer", "gradient"] = "buffer",
+        lazy_noise: bool | None = None,
         process_group: Any = None,
     ) -> None:
         if not isinstance(compressor, Compressor):
@@ -73,7 +81,6 @@ class CompressedSGD(Optimizer):
         if dense_below < 0:
             raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
         self.seed = as_seed(seed)
-        self._perturbation = Perturbation(noise)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
             for name in ("lr", "weight_decay"):
@@ -90,22 +97,33 @@ class CompressedSGD(Optimizer):
         self.compressor = compressor.for_tensors(shapes)
         self.ledger = Ledger()
         self.channel = Channel(resolve(process_group), self.ledger)
-        self._memory = ErrorMemory(self._flat)
+        self._memory = make_memory(memory, self._flat, lambda: self._each("lr"), exchange)
+        self._step_supports_amp_scaling = isinstance(self._memory, GradientMemory)  # so that `step` can refuse it
         self.choice = choose(
             self.compressor,
             exchange,
             d=self._flat.compressed_d,
             dense=self._flat.d - self._flat.compressed_d,
             workers=self.channel.group.size,
-            itemsize=self._memory.pending.element_size(),
+            itemsize=self._memory.vector.element_size(),
             back=None if back is None else back.for_tensors(shapes),
         )
         self.resets: list[Reset] = []
         self._step = 0
         self.monitor = ContractionMonitor(self._flat, monitor_every)
+        self.scalars = torch.zeros(0)
+        self._noise = Perturber(
+            noise,
+            lazy_noise,
+            seed=self.seed,
+            flat=self._flat,
+            protocol=self.choice.protocol,
+            escape=escape is not None,
+        )
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
         rates = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
         same = {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back, "noise": noise}
+        same |= {"memory": memory, "lazy_noise": lazy_noise, "kernels": "numba" if compiled() else "torch"}
         check_agreement(self.channel, {**same, **rates, **sizes, "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
@@ -119,54 +137,71 @@ class CompressedSGD(Optimizer):
         super().add_param_group(param_group)
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, scalars: Tensor | None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], *, scalars: Tensor | None = None) -> float: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None, *, scalars: Tensor | None = None) -> float | None:
         """Do one iteration of Algorithm 1; collective. Returns the closure's value, if one is given.
 
-        Gradients are read and left as they are; call `zero_grad` as with any optimizer.
+        Gradients are read and left as they are; call `zero_grad` as with any optimizer (but see `memory`). `scalars`,
+        float[n], a loss, say, are averaged over workers in the same collective, as part of what goes dense, and are
+        then in `opt.scalars`.
         """
         loss = self._evaluate(closure)
         self._flat.check_attached()
+        if getattr(self, "found_inf", None) is not None:  # set by a GradScaler
+            raise RuntimeError('memory="gradient" goes with no GradScaler, which would scale the error memory too')
+        self._memory.check()
         self.channel.step = t = self._step
-        xi = self._perturbation.draw(self._memory.pending, seed=self.seed, step=t)  # line 9
-        corrected = self._memory.correct(self._each("lr"), self._each("weight_decay"), xi)
+        lrs = self._each("lr")
+        xi, noisy_from = self._noise.draw(self._memory, lrs, t)  # line 9
+        corrected = self._memory.correct(lrs, self._each("weight_decay"), xi, noisy_from)
         with self.monitor.watching(t, corrected):
-            g = self._average(corrected)  # line 10
+            g = self._average(corrected, scalars)  # line 10
             lost = self._apply(g)  # line 11
             self._memory.absorb(g.own, lost)  # line 12
         self._step = t + 1
         self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
         return loss
 
-    def _average(self, corrected: Tensor) -> Averaged:
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, as with any optimizer. Raises RuntimeError with memory="gradient"."""
+        if isinstance(self._memory, GradientMemory):
+            raise RuntimeError('with memory="gradient" zero_grad() would throw away the error memory; leave it out')
+        super().zero_grad(set_to_none)
+
+    def _average(self, corrected: Tensor, scalars: Tensor | None) -> Averaged:
         """Exchange the corrected vector, float[d]: C(.) of its compressed part, and its dense part."""
         compressed, dense = corrected[: self._flat.compressed_d], corrected[self._flat.compressed_d :]
-        return self.choice.protocol.average(self.channel, compressed, dense, seed=self.seed, step=self._step)
+        sent = dense if scalars is None else torch.cat([dense, scalars.detach().to(dense)])
+        g = self.choice.protocol.average(self.channel, compressed, sent, seed=self.seed, step=self._step)
+        self.scalars = g.dense[len(dense) :].clone()
+        return replace(g, dense=g.dense[: len(dense)])
 
     def _apply(self, g: Averaged) -> Tensor | None:
-        """x <- x - mean_i g^(i); eta is already in the messages.
+        """x <- x - mean_i g^(i); eta is in the messages or the memory's unit.
 
         16-bit parameters round the result; what that loses, the same on every worker, is returned, float[d], to
         be kept in the error memory, so that y does not lose it.
         """
-        x, compressed_d = self._flat.x, self._flat.compressed_d
+        x, compressed_d, unit = self._flat.x, self._flat.compressed_d, self._memory.unit
         frozen = [(view, view.clone()) for view in self._flat.frozen(x)]
-        exact = x if x.dtype == self._memory.pending.dtype else x.to(self._memory.pending.dtype)
+        exact = x if x.dtype == self._memory.vector.dtype else x.to(self._memory.vector.dtype)
         for term in g.mean:
-            term.add_to(exact[:compressed_d], -1.0)
-        exact[compressed_d:].sub_(g.dense)
+            term.add_to(exact[:compressed_d], -unit)
+        exact[compressed_d:].sub_(g.dense, alpha=unit)
+        self._noise.apply(g, exact, self._step)
         lost = None if exact is x else x.copy_(exact) - exact
         for view, before in frozen:
             view.copy_(before)
         return lost
 
     def _outstanding(self) -> Tensor:
-        """This worker's part of eta e: its own memory, and what the protocol holds back."""
-        return self.choice.protocol.add_residual(self._memory.pending, self.channel.group.size)
+        """This worker's part of eta e: its own memory, what the protocol holds back, and outstanding noise."""
+        pending = self.choice.protocol.add_residual(self._memory.pending(), self.channel.group.size)
+        return self._noise.add_outstanding(pending, self._step)
 
     def _check_escape(self) -> None:
         if self._escape is None:
@@ -175,6 +210,7 @@ class CompressedSGD(Optimizer):
         if reset is not None:
             self._memory.reset(lost)
             self.choice.protocol.reset()
+            self._noise.clear()
             self.resets.append(reset)
 
     def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
@@ -234,9 +270,10 @@ class CompressedSGD(Optimizer):
         return self.channel.mean(self._outstanding().clone(), "inspection")
 
     def _flat_state(self) -> dict[str, Tensor]:
-        """The flat vectors of a checkpoint: this worker's eta e^(i), and x_t' if there is an escape check."""
+        """The flat vectors of a checkpoint: this worker's memory, and x_t' if there is an escape check."""
         anchor = {"anchor": self._escape.anchor} if self._escape else {}
-        return {"pending": self._memory.pending, **anchor, **self.choice.protocol.vectors(self._memory.pending)}
+        vector = self._memory.vector
+        return {"pending": vector, **anchor, **self.choice.protocol.vectors(vector)}
 
     def _publish_state(self) -> None:
         """Show the flat vectors as per-parameter state, so that torch's checkpoint tools find them."""
@@ -245,14 +282,15 @@ class CompressedSGD(Optimizer):
                 self.state[p][name] = view
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state: per parameter "pending" (eta e^(i)) and "anchor" (x_t'); t, t', seed, rank and
-        number of workers in each group; what the exchange holds back; the ledger's totals. Tensors and plain types
-        only. Each worker has its own."""
+        """Return this worker's state: per parameter "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor"
+        (x_t'); t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding noise;
+        the ledger's totals. Tensors and plain types only. Each worker has its own."""
         state = super().state_dict()
         for group in state["param_groups"]:
-            group.update(self._identity(), step=self._step)
+            group.update(self._identity(), step=self._step, unit=self._memory.unit)
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
         state["exchange"] = self.choice.protocol.state_dict()
+        state["noise"] = self._noise.state_dict()
         state["ledger"] = self.ledger.state_dict()
         return state
 
@@ -260,19 +298,22 @@ class CompressedSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
         check_fits(state_dict, self._flat, self._flat_state(), self._identity())
+        self._noise.check_fits(state_dict.get("noise", {}))
         first = state_dict["param_groups"][0]
-        step, anchor_step = first["step"], first["anchor_step"]
+        step, anchor_step, unit = first["step"], first["anchor_step"], first.get("unit", 1.0)
         # torch would cast state to the parameters' dtype, so only the groups go through it.
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         fill(state_dict, self._flat, self._flat_state())
+        self._memory.settle(unit)
         self._publish_state()
         self._step = step
         if self._escape:
             self._escape.anchor_step = anchor_step
         for group in self.param_groups:
-            for name in ("step", "anchor_step", *self._identity()):
+            for name in ("step", "anchor_step", "unit", *self._identity()):
                 group.pop(name, None)
         self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
+        self._noise.load_state_dict(state_dict.get("noise", {}))
         self.ledger.load_state_dict(state_dict.get("ledger", []))
 
     def _identity(self) -> dict[str, int | str]:
@@ -284,6 +325,7 @@ class CompressedSGD(Optimizer):
             "rank": self.channel.group.rank,
             "workers": self.channel.group.size,
             "owners": owners,
+            "memory": "gradient" if isinstance(self._memory, GradientMemory) else "buffer",
         }
 
     def __getstate__(self) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from packsaddle.kernels import compiled
+
 _MASK64 = (1 << 64) - 1
 _FEISTEL_ROUNDS = 6
 # Below this a Feistel network has too few bits to mix well, and drawing the whole permutation is cheap.
@@ -19,7 +21,7 @@ _SMALL_DOMAIN = 4096
 class Stream(IntEnum):
     """What the random numbers are for; two streams of one (seed, step) are independent."""
 
-    SUPPORT = 1  # the coordinates that RandomK keeps
+    SUPPORT = 1  # the cells of coordinates that RandomK keeps
     NOISE = 2  # the perturbation xi_t
     SKETCH = 3  # hashes and signs of the norm sketch
     BATCH = 4  # which examples a worker reads
@@ -28,6 +30,7 @@ class Stream(IntEnum):
     ROUNDING = 7  # stochastic rounding
     CERTIFY = 8  # the start of a certificate, and the examples it looks at
     ITERATES = 9  # which iterates of a run are certified
+    OUTSTANDING = 10  # noise drawn when it reaches x
 
 
 def mix(*words: int) -> int:
@@ -75,6 +78,9 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
         return torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k].to(device)
     keys = [mix(seed, step, int(Stream.SUPPORT), r) for r in range(_FEISTEL_ROUNDS + 1)]
     bits = (n - 1).bit_length()
+    if torch.device(device).type == "cpu" and (kernels := compiled()):
+        permuted: Tensor = kernels.feistel_sample(n, k, bits, keys)
+        return permuted.add_(keys[-1] % n).remainder_(n)
     index = _feistel(torch.arange(k, device=device), bits, keys)
     outside = (index >= n).nonzero().squeeze(1)
     while len(outside):

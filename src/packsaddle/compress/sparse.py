@@ -10,9 +10,12 @@ from torch import Tensor
 
 from packsaddle.compress import wire
 from packsaddle.compress.base import Compressor, Message
+from packsaddle.compress.cells import Cells
 from packsaddle.compress.wire import ValueFormat
-from packsaddle.seeds import Stream, mix, sample_without_replacement
+from packsaddle.seeds import sample_without_replacement
 
+_MOST_TOGETHER = 64  # coordinates of a cell: 256 bytes, from where longer runs are hardly moved faster
+_CELLS_KEPT = 1024  # fewer would make the energy that one step keeps vary much
 _WORTH_SAMPLING = 1 << 18  # elements from which `largest` samples
 _SAMPLE = 1 << 16
 
@@ -81,9 +84,12 @@ class RandomK(KOfD):
     """Keep k random coordinates, the same on every worker. mu = k/d, linear, no index bytes.
 
     Not rescaled by d/k: under error feedback the kept part must be a contraction, not unbiased.
-    With `block_size` b > 1 the support is made of runs of b consecutive coordinates (the last one cut so
-    that exactly k are kept): every coordinate is still kept with probability k/d, so mu and linearity
-    are the same, and memory is moved in runs.
+
+    The vector is cut in cells of `block_size` b consecutive coordinates, of which the share k/d is kept (rounded
+    up), each with the same probability; so each coordinate is kept with at least probability k/d, and memory is
+    moved in runs.
+    The message has b values for each cell (for b = 1 exactly k, else fewer than k (1 + b/d) + b). By default b is
+    the largest power of two, at most 64, that leaves 1,024 cells or more to keep.
 
     `values` rounds the values to fewer bits, and then C is not linear: an all-reduce would round the sum again,
     where no error memory sees it. So rounded messages are gathered, still without index bytes, and each
@@ -91,47 +97,56 @@ class RandomK(KOfD):
     """
 
     fixed_size: ClassVar[bool] = True
-    block_size: int = 1
+    block_size: int | None = None
     values: ValueFormat | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ValueError(f"block_size of RandomK must be a positive integer, got {self.block_size!r}")
+        if self.block_size is not None and (not isinstance(self.block_size, int) or self.block_size < 1):
+            raise ValueError(f"block_size of RandomK must be a positive integer or None, got {self.block_size!r}")
         _check_values(self, self.values)
 
     @property
     def linear(self) -> bool:
         return self.values is None
 
+    def block(self, d: int) -> int:
+        """Return b, the coordinates of a cell, for vectors of d."""
+        k = self.count(d)
+        b = min(_MOST_TOGETHER, 1 << max(0, (k // _CELLS_KEPT).bit_length() - 1))
+        return min(max(k, 1), self.block_size or b)
+
+    def grid(self, d: int) -> tuple[int, int]:
+        """Return how many cells a vector of d coordinates has, and how many of them are kept."""
+        n = -(-d // self.block(d))
+        return n, -(-self.count(d) * n // d) if d else 0
+
     def mu(self, d: int) -> float:
-        return super().mu(d) * wire.value_retention(self.values)
+        """Return the share of the cells that is kept, at least k/d; times what rounding leaves."""
+        n, m = self.grid(d)
+        return (m / n if d else 1.0) * wire.value_retention(self.values)
+
+    def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
+        """Return the kept cells, a pure function of (seed, step)."""
+        n, m = self.grid(d)
+        return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))
 
     def support(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
-        """Return the kept coordinates, int64[k], a pure function of (seed, step)."""
-        k = self.count(d)
-        b = min(self.block_size, max(k, 1))
-        if b == 1 or k == d:
-            return sample_without_replacement(d, k, seed=seed, step=step, device=device)
-        starts = sample_without_replacement(d // b, min(math.ceil(k / b), d // b), seed=seed, step=step, device=device)
-        runs = (starts[:, None] * b + torch.arange(b, device=device)).flatten()[:k]
-        if len(runs) < k:  # k reaches into the remainder that no full block covers
-            runs = torch.cat([runs, torch.arange(d // b * b, d, device=device)[: k - len(runs)]])
-        # A fixed pattern on a ring, rotated uniformly, covers each coordinate with probability exactly k/d.
-        return runs.add_(mix(seed, step, int(Stream.SUPPORT), b) % d).remainder_(d)
+        """Return the kept coordinates, int64[...], a pure function of (seed, step)."""
+        return self.cells(d, seed=seed, step=step, device=device).coordinates(d)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        support = self.support(v.numel(), seed=seed, step=step, device=v.device)
-        return Message(wire.encode_values(v[support], self.values), support)
+        cells = self.cells(v.numel(), seed=seed, step=step, device=v.device)
+        return Message(wire.encode_values(cells.gather(v), self.values), cells)
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        return Message(parts, self.support(d, seed=seed, step=step, device=parts["values"].device))
+        return Message(parts, self.cells(d, seed=seed, step=step, device=parts["values"].device))
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        out.index_add_(0, message.context, wire.decode_values(message.parts, out.dtype), alpha=alpha)
+        message.context.add_to(out, wire.decode_values(message.parts, out.dtype), alpha)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        return wire.value_bytes(self.count(d), self.values, itemsize)
+        return wire.value_bytes(self.grid(d)[1] * self.block(d), self.values, itemsize)
 
 
 class _CodedSupport(Compressor):

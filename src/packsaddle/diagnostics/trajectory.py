@@ -71,6 +71,7 @@ class Run:
             escape=escape,
             seed=seed,
             dense_below=0,
+            lazy_noise=False,  # e_t and y_t are looked at as they are
         )
         self._rank, workers = self.optimizer.channel.group.rank, self.optimizer.channel.group.size
         if workers != oracle.workers:

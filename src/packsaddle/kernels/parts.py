@@ -1,0 +1,43 @@
+"""What compiled loops share: how they are compiled, and how a vector is cut in parts for threads."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray
+MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}  # all bits but the sign
+BLOCK = 64  # elements that are looked at together
+_WORTH_THREADS = 1 << 18  # elements of a part that are worth a thread
+_INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
+
+compiled_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
+compiled_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # sums in any order
+T = TypeVar("T")
+
+
+def in_parts(n: int, multiple: int, work: Callable[[int, int], T]) -> list[T]:
+    """Call work(start, stop) on parts of [0, n), begun at multiples of `multiple`, one for each of torch's threads.
+
+    So the two never ask for more cores than torch was given.
+    """
+    parts = max(1, min(torch.get_num_threads(), n // _WORTH_THREADS))
+    if parts == 1:
+        return [work(0, n)]
+    edges = [min(n, i * n // parts // multiple * multiple) for i in range(parts)] + [n]
+    return list(_pool(parts).map(work, edges[:-1], edges[1:]))
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="packsaddle")
+
+
+def as_integers(v: Tensor) -> Array:
+    """The bits of floating v as signed integers: without the sign they are in the order of the magnitudes."""
+    return v.detach().view(_INTEGER[v.dtype]).numpy()

@@ -1,0 +1,89 @@
+"""How the noise xi_t gets to x: through the error memory, or, where that has the same law, only when x receives it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.average import AllReduce, Averaged, Protocol
+from packsaddle.compress import RandomK
+from packsaddle.feedback import ErrorMemory
+from packsaddle.flat import FlatParameters
+from packsaddle.noise import Noise, OutstandingNoise, Perturbation
+
+
+class Perturber:
+    """Line 9 of Algorithm 1 for an optimizer, and the noise it leaves outstanding if `lazy`.
+
+    Raises ValueError if `lazy` and the protocol is not RandomK by all-reduce: only there do all workers keep the same
+    coordinates of a vector that is never looked at otherwise, so that k Gaussians a step do for d.
+    """
+
+    def __init__(
+        self,
+        noise: float | Callable[[int], float],
+        lazy: bool | None,
+        *,
+        seed: int,
+        flat: FlatParameters,
+        protocol: Protocol,
+        escape: bool,
+    ) -> None:
+        self._perturbation = Perturbation(noise)
+        self._seed, self._flat, self._d = seed, flat, flat.compressed_d
+        self._outstanding: OutstandingNoise | None = None
+        compressor = protocol.compressor
+        if not (isinstance(protocol, AllReduce) and isinstance(compressor, RandomK)):
+            if lazy:
+                raise ValueError(f"lazy_noise needs RandomK by all-reduce, got {compressor!r} by {type(protocol)}")
+        elif noise != 0 and self._d and (not escape if lazy is None else lazy):
+            self._outstanding = OutstandingNoise(compressor.grid(self._d)[0], compressor.block(self._d), flat.x.device)
+
+    def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[Noise | None, int]:
+        """Return xi_t (None: zero), and how many coordinates at the start leave theirs outstanding."""
+        xi = self._perturbation.at(seed=self._seed, step=step)
+        if self._outstanding is None:
+            return xi, 0
+        if len(set(lrs)) == 1 and not self._flat.has_frozen:
+            self._outstanding.grow(lrs[0] * xi.std if xi else 0.0)
+            return xi, self._d
+        # Cells do not end where parameters do, so what is outstanding goes the usual way.
+        if self._outstanding.anything:
+            memory.add(self._outstanding.draw(memory.vector[: self._d], seed=self._seed, step=step))
+            self._outstanding.clear()
+        return xi, 0
+
+    def apply(self, g: Averaged, x: Tensor, step: int) -> None:
+        """Subtract from x, float[>= compressed d], the outstanding noise of the cells that were exchanged."""
+        if self._outstanding is not None and self._outstanding.anything:
+            cells = g.mean[0].message.context
+            cells.add_to(x[: self._d], self._outstanding.take(cells, x, seed=self._seed, step=step), -1.0)
+
+    def add_outstanding(self, pending: Tensor, step: int) -> Tensor:
+        """Return eta e, float[d], with outstanding noise: drawn anew for each t, so looking does not change the run."""
+        if self._outstanding is None or not self._outstanding.anything:
+            return pending
+        noise = self._outstanding.draw(pending[: self._d], seed=self._seed, step=step)
+        return torch.cat([pending[: self._d] + noise, pending[self._d :]])
+
+    def clear(self) -> None:
+        """Leave no noise outstanding."""
+        if self._outstanding is not None:
+            self._outstanding.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the outstanding noise, tensors and plain types."""
+        return {} if self._outstanding is None else self._outstanding.state_dict()
+
+    def check_fits(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError if a state does not fit."""
+        if self._outstanding is not None:
+            self._outstanding.check_fits(state)
+        elif state:
+            raise ValueError("the state has outstanding noise, but lazy_noise is off here")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        if self._outstanding is not None:
+            self._outstanding.load_state_dict(state)
