@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from packsaddle.compress.sparse import largest
+from packsaddle.compress.selection import largest
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -32,14 +32,15 @@ def main() -> None:
     parser.add_argument("--d", type=int, default=25_000_000)
     d = parser.parse_args().d
     torch.set_num_threads(1)
-    m = torch.randn(d, generator=torch.Generator().manual_seed(0)).abs()
+    v = torch.randn(d, generator=torch.Generator().manual_seed(0))
+    m = v.abs()
     target = torch.empty_like(m)
     floor = milliseconds(lambda: target.copy_(m)) / 2
     print(f"d = {d:,}; floor {floor:.1f} ms")
     print(f"{'k / d':>8}{'largest':>10}{'torch.topk':>12}{'partition':>11}{'x topk':>8}{'x floor':>9}")
     for ratio in (0.001, 0.01, 0.1):
         k = round(ratio * d)
-        ours = milliseconds(lambda k=k: largest(m, k))
+        ours = milliseconds(lambda k=k: largest(v, k))
         topk = milliseconds(lambda k=k: torch.topk(m, k, sorted=False))
         partition = milliseconds(lambda k=k: np.argpartition(m.numpy(), d - k))
         print(f"{ratio:8.1%}{ours:10.0f}{topk:12.0f}{partition:11.0f}{topk / ours:8.1f}{ours / floor:9.1f}")

@@ -242,7 +242,7 @@ def test_sketch_estimates_have_the_stated_variance() -> None:
 
 def test_sketch_is_the_matrix_it_says() -> None:
     """S from sketches of unit vectors has one +-1 a column, and `add_transposed` is its transpose."""
-    from packsaddle.hashing import RowHash, median_estimates
+    from packsaddle.hashing import RowHash, estimates_at, median_estimates
 
     d, c = 23, 7
     row = RowHash.draw(d, c, seed=1, step=2)
@@ -258,7 +258,10 @@ def test_sketch_is_the_matrix_it_says() -> None:
         for h, t, out in zip(hashes, tables, each, strict=True):
             h.add_transposed(t, out)
         expected = torch.stack(each).quantile(0.5, dim=0)
-        assert torch.allclose(median_estimates(hashes, tables)[:d], expected, atol=1e-6)
+        medians = torch.cat(list(median_estimates(hashes, tables, d)))
+        assert torch.allclose(medians, expected, atol=1e-6)
+        some = torch.arange(0, d, 3)
+        assert torch.equal(estimates_at(hashes, tables, some), medians[some])
 
 
 @pytest.mark.parametrize(("d", "c"), [(23, 7), (500, 3), (64, 64), (10, 30)])
@@ -269,7 +272,7 @@ def test_many_small_chunks_are_the_same_sketch(d: int, c: int, monkeypatch: pyte
     v = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     hashes = [hashing.RowHash.draw(d, c, seed=4, step=5, row=r) for r in range(3)]
     tables = torch.stack([h.sketch(v) for h in hashes])
-    back, medians = torch.ones(d, dtype=torch.float64), hashing.median_estimates(hashes, tables)
+    back, medians = torch.ones(d, dtype=torch.float64), list(hashing.median_estimates(hashes, tables, d))
     hashes[0].add_transposed(tables[0], back, 0.5)
     monkeypatch.setattr(hashing, "_MANY", 0)
     monkeypatch.setattr(hashing, "_BLOCK", 30)
@@ -277,7 +280,7 @@ def test_many_small_chunks_are_the_same_sketch(d: int, c: int, monkeypatch: pyte
     hashes[0].add_transposed(tables[0], other, 0.5)
     assert torch.allclose(torch.stack([h.sketch(v) for h in hashes]), tables, rtol=1e-12)
     assert torch.equal(other, back)
-    assert torch.equal(hashing.median_estimates(hashes, tables)[:d], medians[:d])
+    assert torch.equal(torch.cat(list(hashing.median_estimates(hashes, tables, d))), torch.cat(medians))
 
 
 def test_planted_heavy_hitters_are_recovered() -> None:

@@ -8,7 +8,8 @@ import packsaddle
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
     {"kernels.parts"},
-    {"kernels.cells", "kernels.random", "kernels.sampling", "kernels.selection", "kernels.quantization"},
+    {"kernels.cells", "kernels.random", "kernels.sampling", "kernels.selection"},
+    {"kernels.quantization"},
     {"kernels.cpu"},
     {"kernels"},
     {
@@ -24,6 +25,7 @@ LAYERS = [
         "compress.wire",
         "compress.base",
         "compress.cells",
+        "compress.selection",
         "problems.base",
     },
     {"counter"},

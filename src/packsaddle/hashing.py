@@ -21,7 +21,7 @@ from torch import Tensor
 from packsaddle.seeds import Stream, generator
 
 _MANY = 256  # chunks above which index arithmetic on blocks is faster than a few slices a chunk
-_BLOCK = 1 << 18  # coordinates of a block
+_BLOCK = 1 << 16  # coordinates of a block, whose scratch memory stays in a near cache
 
 
 @dataclass(frozen=True)
@@ -86,24 +86,39 @@ class RowHash:
             yield (positions + rows[:, None]).remainder_(self.columns), signs
 
 
-def median_estimates(hashes: list[RowHash], tables: Tensor) -> Tensor:
-    """Return the median over rows of the estimates of every coordinate, float[d]; tables is float[rows, c]."""
-    chunks = len(hashes[0].rotations)
-    c = hashes[0].columns
+def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[Tensor]:
+    """Yield the median over rows of the estimate of every coordinate, float[d] in blocks; tables is float[rows, c]."""
+    chunks, c = len(hashes[0].rotations), hashes[0].columns
     if chunks > _MANY:
-        return _median([_estimates(h, table, chunks * c) for h, table in zip(hashes, tables, strict=True)])
-    doubled = torch.cat([tables, tables], dim=1)
-    medians = []
+        group = max(1, _BLOCK // c)
+        rotations = torch.tensor([h.rotations for h in hashes], device=tables.device)
+        signs = torch.tensor([h.signs for h in hashes], dtype=tables.dtype, device=tables.device)
+        positions = torch.arange(c, device=tables.device)
+        for b in range(0, chunks, group):
+            places = (positions + rotations[:, b : b + group, None]).remainder_(c).flatten(1)
+            estimates = tables.gather(1, places).view(len(hashes), -1, c) * signs[:, b : b + group, None]
+            yield _median(list(estimates.flatten(1)))[: d - b * c]
+        return
+    doubled = torch.cat([tables, tables], dim=1)  # a rotated row is a slice of it
     for b in range(chunks):
-        rows = [doubled[r, h.rotations[b] : h.rotations[b] + c] * h.signs[b] for r, h in enumerate(hashes)]
-        medians.append(_median(rows))
-    return torch.cat(medians)
+        for start in range(0, min(c, d - b * c), _BLOCK):
+            stop = min(start + _BLOCK, c, d - b * c)
+            rows = []
+            for row, table in zip(hashes, doubled, strict=True):
+                piece = table[row.rotations[b] + start : row.rotations[b] + stop]
+                rows.append(piece if row.signs[b] > 0 else -piece)
+            yield _median(rows)
 
 
-def _estimates(row: RowHash, table: Tensor, d: int) -> Tensor:
-    out = torch.zeros(d, dtype=table.dtype, device=table.device)
-    row.add_transposed(table, out)
-    return out
+def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor:
+    """Return the medians of `median_estimates` at some coordinates, float[n] for int64[n]."""
+    chunk, place = index // hashes[0].columns, index % hashes[0].columns
+    rows = []
+    for row, table in zip(hashes, tables, strict=True):
+        rotations = torch.tensor(row.rotations, device=index.device)[chunk]
+        signs = torch.tensor(row.signs, dtype=table.dtype, device=index.device)[chunk]
+        rows.append(table[(place + rotations).remainder_(row.columns)] * signs)
+    return _median(rows)
 
 
 def _median(rows: list[Tensor]) -> Tensor:

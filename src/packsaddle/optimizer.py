@@ -48,7 +48,8 @@ class CompressedSGD(Optimizer):
         memory: "buffer" keeps the error in a vector of its own; "gradient" keeps it in the parameters' gradients,
             which then must not be cleared, clipped or scaled between steps (see `GradientMemory`).
         lazy_noise: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x (see
-            `packsaddle.noise.OutstandingNoise`); for RandomK by all-reduce. None does so there unless there is an escape check.
+            `packsaddle.noise.OutstandingNoise`); for RandomK by all-reduce. None: there, unless there is an escape
+            check.
         process_group: a torch.distributed process group; None is the default group if there is one, else
             this process alone.
 

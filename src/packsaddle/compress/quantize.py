@@ -10,7 +10,11 @@ from torch import Tensor
 
 from packsaddle.compress import wire
 from packsaddle.compress.base import Compressor, Message
-from packsaddle.seeds import Stream, generator
+from packsaddle.counter import Keys, keys, words
+from packsaddle.kernels import compiled
+from packsaddle.seeds import Stream
+
+_SLAB = 1 << 18  # coordinates at a time, so that scratch memory does not grow with d
 
 
 @dataclass(frozen=True)
@@ -36,24 +40,42 @@ class Sign(Compressor):
         return self if part == d else replace(self, sizes=())
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        # In double precision, where sums of 1e30s do not overflow.
-        scales = [
-            t.abs().mean(dtype=torch.float64) if len(t) else v.new_zeros((), dtype=torch.float64)
-            for t in torch.split(v, self._sizes(len(v)))
-        ]
-        return Message({"signs": wire.pack_bits(v >= 0), "scales": torch.stack(scales).to(v.dtype)})
+        scales = torch.stack([_mean_magnitude(t) for t in torch.split(v, self._sizes(len(v)))])
+        kernels = compiled(v)
+        signs = kernels.pack_signs(v) if kernels else wire.pack_bits(v >= 0)
+        return Message({"signs": signs, "scales": scales.to(v.dtype)})
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        signs, sizes = wire.unpack_bits(message.parts["signs"], len(out)), self._sizes(len(out))
-        tensors = zip(message.parts["scales"], torch.split(out, sizes), torch.split(signs, sizes), strict=True)
-        for scale, tensor, positive in tensors:
-            tensor.add_(torch.where(positive, scale, -scale).to(out.dtype), alpha=alpha)
+        signs, scales, first = message.parts["signs"], message.parts["scales"].to(out.dtype), 0
+        for scale, tensor in zip(scales, torch.split(out, self._sizes(len(out))), strict=True):
+            _add_signs(signs, first, alpha * scale, tensor)
+            first += len(tensor)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         return math.ceil(d / 8) + itemsize * len(self._sizes(d))
 
     def _sizes(self, d: int) -> list[int]:
         return list(self.sizes) if sum(self.sizes) == d and self.sizes else [d]
+
+
+def _mean_magnitude(v: Tensor) -> Tensor:
+    """Return ||v||_1 / d in double precision, where sums of 1e30s do not overflow; 0 for no coordinates."""
+    if not len(v):
+        return v.new_zeros((), dtype=torch.float64)
+    if kernels := compiled(v):
+        return torch.tensor(kernels.sum_of_magnitudes(v) / len(v), dtype=torch.float64)
+    return v.abs().mean(dtype=torch.float64)
+
+
+def _add_signs(signs: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
+    """Add +scale or -scale to each of out, float[n], as the bits from number `first` on say."""
+    if kernels := compiled(out):
+        kernels.add_signs(signs, first, float(scale), out)
+        return
+    for slab in torch.split(out, _SLAB):
+        bits = wire.unpack_bits(signs[first // 8 :], first % 8 + len(slab))[first % 8 :]
+        slab.add_(torch.where(bits, scale, -scale))
+        first += len(slab)
 
 
 @dataclass(frozen=True)
@@ -89,26 +111,49 @@ class QSGD(Compressor):
         return 1 / (1 + self.omega(d))
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        d, b = len(v), max(1, min(len(v), self.bucket))
+        key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
         # bfloat16 has too few bits to round without bias.
         precise = v.to(torch.promote_types(v.dtype, torch.float32))
-        buckets = torch.nn.functional.pad(precise, (0, -d % b)).view(-1, b)
+        if len(v) and self.bits <= 8 and (kernels := compiled(precise)):
+            packed, norms = kernels.pack_levels(precise, self.levels, self.bits, b, key)
+            return Message({"levels": packed, "scales": norms})
+        size = max(1, _SLAB // b) * b
+        slabs = [self._codes(slab.view(-1, b), i * size, key) for i, slab in enumerate(_split(precise, size, b))]
+        codes = torch.cat([c.view(-1) for c, _ in slabs])[: len(v)]
+        return Message({"levels": wire.pack(codes, self.bits), "scales": torch.cat([n for _, n in slabs])})
+
+    def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
+        """Return the codes, int64[n, b], and norms, float[n], of buckets whose first coordinate is number `first`."""
         largest = buckets.abs().amax(1, keepdim=True)
         # In units of the largest magnitude neither 1e30 overflows nor a denormal loses its bits.
         unit = torch.where(largest > 0, buckets / largest, buckets)
-        norms = unit.norm(dim=1, keepdim=True)
-        rng = generator(seed, step, Stream.ROUNDING, device=v.device)
-        chance = torch.rand(buckets.shape, generator=rng, device=v.device, dtype=buckets.dtype)
+        norms = unit.double().square().sum(1, keepdim=True).sqrt().to(unit.dtype)
+        counters = torch.arange(first, first + buckets.numel(), device=buckets.device).to(torch.int32)
+        chance = ((words(counters, key) >> 8) & 0xFFFFFF).to(unit.dtype).mul_(2.0**-24).view(unit.shape)
         level = (unit.abs() / norms.clamp_min(1) * self.levels).add_(chance).floor_().clamp_(max=self.levels)
-        codes = torch.where(buckets < 0, -level, level).nan_to_num_(0.0).add_(self.levels).view(-1)[:d]
-        return Message({"levels": wire.pack(codes.to(torch.int64), self.bits), "scales": (norms * largest).view(-1)})
+        codes = torch.where(buckets < 0, -level, level).nan_to_num_(0.0).add_(self.levels)
+        return codes.to(torch.int64), (norms * largest).squeeze(1)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        d, b = len(out), max(1, min(len(out), self.bucket))
-        codes = wire.unpack(message.parts["levels"], self.bits, d) - self.levels
-        norms = message.parts["scales"].to(out.dtype).repeat_interleave(b)[:d]
-        out.add_(codes.to(out.dtype) * norms, alpha=alpha / (self.levels * (1 + self.omega(d))))
+        packed, norms, b = message.parts["levels"], message.parts["scales"], self._width(len(out))
+        scale = alpha / (self.levels * (1 + self.omega(len(out))))
+        if self.bits <= 8 and (kernels := compiled(out, norms)):
+            kernels.add_levels(packed, self.levels, self.bits, b, norms, out, scale)
+            return
+        codes = wire.unpack(packed, self.bits, len(out)) - self.levels
+        out.add_(codes.to(out.dtype) * norms.to(out.dtype).repeat_interleave(b)[: len(out)], alpha=scale)
+
+    def _width(self, d: int) -> int:
+        """Coordinates of a bucket."""
+        return max(1, min(d, self.bucket))
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        b = max(1, min(d, self.bucket))
+        b = self._width(d)
         return math.ceil(d * self.bits / 8) + itemsize * math.ceil(d / b)
+
+
+def _split(v: Tensor, size: int, bucket: int) -> list[Tensor]:
+    """Split v, float[d], into pieces of `size`, the last one filled with zeros to whole buckets."""
+    pieces = list(torch.split(v, size))
+    pieces[-1] = torch.nn.functional.pad(pieces[-1], (0, -len(pieces[-1]) % bucket))
+    return pieces

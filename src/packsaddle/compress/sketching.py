@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from packsaddle.compress.base import Compressor, Message
-from packsaddle.compress.sparse import KOfD, largest
-from packsaddle.hashing import RowHash, median_estimates
+from packsaddle.compress.selection import largest_of_blocks
+from packsaddle.compress.sparse import KOfD
+from packsaddle.hashing import RowHash, estimates_at, median_estimates
 from packsaddle.seeds import Stream, generator, mix
 
 
@@ -52,12 +53,15 @@ class SketchTopK(KOfD):
         """Return the k coordinates of largest estimated magnitude, increasing int64[k]; tables float[rows, columns].
 
         Coordinates that share a counter with a much larger one tie with it in that row, so ties must not be
-        broken by position: the estimates are rotated by a random amount first.
+        broken by position, but from a random place on.
         """
-        shift = mix(seed, step, int(Stream.SKETCH)) % d
-        estimates = median_estimates(hashes, tables)[:d].abs().roll(shift)
-        found = largest(estimates, self.count(d))
-        return (found - shift).remainder_(d).sort().values
+        return largest_of_blocks(
+            lambda: median_estimates(hashes, tables, d),
+            lambda index: estimates_at(hashes, tables, index),
+            d,
+            self.count(d),
+            first=mix(seed, step, int(Stream.SKETCH)) % d,
+        )
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         d = len(v)

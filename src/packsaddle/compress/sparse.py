@@ -11,13 +11,12 @@ from torch import Tensor
 from packsaddle.compress import wire
 from packsaddle.compress.base import Compressor, Message
 from packsaddle.compress.cells import Cells
+from packsaddle.compress.selection import holding, largest
 from packsaddle.compress.wire import ValueFormat
 from packsaddle.seeds import sample_without_replacement
 
 _MOST_TOGETHER = 64  # coordinates of a cell: 256 bytes, from where longer runs are hardly moved faster
 _CELLS_KEPT = 1024  # fewer would make the energy that one step keeps vary much
-_WORTH_SAMPLING = 1 << 18  # elements from which `largest` samples
-_SAMPLE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class _CodedSupport(Compressor):
     values: ValueFormat | None
 
     def _message(self, v: Tensor, index: Tensor) -> Message:
-        index = index.sort().values
+        """`index` increases."""
         return Message(
             {"indices": wire.encode_indices(index, v.numel()), **wire.encode_values(v[index], self.values)}, index
         )
@@ -168,24 +167,6 @@ class _CodedSupport(Compressor):
 
     def _bytes(self, d: int, k: int, itemsize: int) -> float:
         return math.ceil(wire.index_bits(d, k) / 8) + wire.value_bytes(k, self.values, itemsize)
-
-
-def largest(magnitudes: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest, int64[k] in no order: torch.topk's answer, ties aside, several times sooner.
-
-    A strided sample gives a threshold that a few more than k are expected to reach, and only these are ranked. Where
-    fewer do, because the sample misleads, all are.
-    """
-    n = magnitudes.numel()
-    if n >= _WORTH_SAMPLING and 0 < k < n // 4:
-        sample = magnitudes[:: n // _SAMPLE]
-        expected = len(sample) * k / n
-        margin = 4 * math.sqrt(expected) + 8  # four standard deviations, and something where so few are expected
-        threshold = torch.topk(sample, min(len(sample), math.ceil(expected + margin))).values[-1]
-        reached = (magnitudes < threshold).logical_not_().nonzero().squeeze(1)  # NaN reaches any, as in torch.topk
-        if len(reached) >= k:
-            return reached[torch.topk(magnitudes[reached], k, sorted=False).indices]
-    return torch.topk(magnitudes, k, sorted=False).indices
 
 
 @dataclass(frozen=True)
@@ -205,7 +186,7 @@ class TopK(_CodedSupport, KOfD):
         return super().mu(d) * wire.value_retention(self.values)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        return self._message(v, largest(v.abs(), self.count(v.numel())))
+        return self._message(v, largest(v, self.count(v.numel())))
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         return self._bytes(d, self.count(d), itemsize)
@@ -230,11 +211,7 @@ class AdaptiveTopK(_CodedSupport):
         return self.share * wire.value_retention(self.values)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        magnitudes, order = v.abs().sort(descending=True)
-        # In units of the largest magnitude, whose square neither over- nor underflows.
-        energy = (magnitudes.double() / magnitudes[:1].double()).square_().cumsum_(0)
-        k = int((energy < self.share * energy[-1:]).sum()) + 1 if len(v) and magnitudes[0] != 0 else 0
-        return self._message(v, order[:k])
+        return self._message(v, holding(v, self.share))
 
 
 def _check_values(compressor: Compressor, how: ValueFormat | None) -> None:

@@ -8,13 +8,17 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from packsaddle.kernels import compiled
 
 ValueFormat = Literal["float32", "bfloat16", "float16", "int8"]
 VALUE_BLOCK = 256  # rounded values share a scale in blocks of this many
 
 _BITMAP, _FIXED, _RICE = 0, 1, 2
+_COMPILED_WIDTH = 56  # bits, the most that compiled loops take
 _SLAB = 1 << 18  # numbers taken to bits at a time, a multiple of 8, so that scratch memory does not grow with n
 
 
@@ -29,6 +33,9 @@ def pack(numbers: Tensor, width: int) -> Tensor:
         for column in padded.unbind(1):
             packed = (packed << width if width < 8 else packed) | column
         return packed
+    if width <= _COMPILED_WIDTH and numbers.device.type == "cpu" and (kernels := compiled()):
+        coded: Tensor = kernels.pack_numbers(numbers, width)
+        return coded
     shifts = torch.arange(width - 1, -1, -1, device=numbers.device)
     slabs = [pack_bits(((slab[:, None] >> shifts) & 1).flatten()) for slab in torch.split(numbers, _SLAB)]
     return torch.cat(slabs)
@@ -41,6 +48,9 @@ def unpack(packed: Tensor, width: int, n: int) -> Tensor:
     if 8 % width == 0:
         shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=packed.device)
         return ((packed[:, None] >> shifts) & ((1 << width) - 1)).view(-1)[:n].to(torch.int64)
+    if width <= _COMPILED_WIDTH and packed.device.type == "cpu" and (kernels := compiled()):
+        numbers: Tensor = kernels.unpack_numbers(packed, width, n)
+        return numbers
     shifts = torch.arange(width - 1, -1, -1, device=packed.device)
     slabs = []
     for i, slab in enumerate(torch.split(packed, _SLAB * width // 8)):
@@ -51,6 +61,8 @@ def unpack(packed: Tensor, width: int, n: int) -> Tensor:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """Pack bool[n] into uint8[ceil(n / 8)], most significant bit first, zeros at the end."""
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.packbits(bits.numpy()))
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
     packed = torch.zeros(len(padded), dtype=torch.uint8, device=bits.device)
     for column in padded.unbind(1):  # eight passes over bytes, no wider intermediate
@@ -60,6 +72,8 @@ def pack_bits(bits: Tensor) -> Tensor:
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
     """Return the bool[n] that `pack_bits` packed."""
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=n)).view(torch.bool)
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     return ((packed[:, None] >> shifts) & 1).view(-1)[:n].to(torch.bool)
 

@@ -12,10 +12,9 @@ from packsaddle.kernels.quantization import (
 )
 from packsaddle.kernels.random import add_gaussians
 from packsaddle.kernels.sampling import feistel_sample
-from packsaddle.kernels.selection import HISTOGRAM_BITS, energy_histogram, reaching
+from packsaddle.kernels.selection import energy_histogram, reaching
 
 __all__ = [
-    "HISTOGRAM_BITS",
     "add_cells",
     "add_gaussians",
     "add_levels",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.kernels.parts import MAGNITUDE, Array, as_integers, compiled_loop, compiled_sum, in_parts
+from packsaddle.kernels.random import word
 
 
 def pack_signs(v: Tensor) -> Tensor:
@@ -66,18 +67,19 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
             out[i] += scale if (packed[(first + i) >> 3] >> (7 - ((first + i) & 7))) & 1 else -scale
 
 
-def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, key: int) -> tuple[Tensor, Tensor]:
+def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
     """Return QSGD's codes, uint8[ceil(d bits / 8)], and each bucket's norm; bits at most 8. See `compress.quantize`."""
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype)
     a, b, o, s = v.numpy(), as_integers(v), out.numpy(), norms.numpy()
     mask = b.dtype.type(MAGNITUDE[v.dtype])
+    first, second = np.uint32(keys[0]), np.uint32(keys[1])
 
     def part(start: int, stop: int) -> None:
         places, buckets = slice(start * bits // 8, -(-stop * bits // 8)), slice(start // bucket, -(-stop // bucket))
         _pack_levels(
-            a[start:stop], b[start:stop], mask, levels, bits, bucket, np.uint32(key), start, o[places], s[buckets]
+            a[start:stop], b[start:stop], mask, levels, bits, bucket, first, second, start, o[places], s[buckets]
         )
 
     in_parts(d, 8 * bucket, part)
@@ -92,7 +94,8 @@ def _pack_levels(
     levels: int,
     bits: int,
     bucket: int,
-    key: np.uint32,
+    first: Any,
+    second: Any,
     offset: int,
     out: Array,
     norms: Array,
@@ -105,7 +108,7 @@ def _pack_levels(
             x, c = held[start : start + bucket], codes[start : start + bucket]
             x_bits, place = bits_of_v[group + start : group + start + len(x)], offset + group + start
             norms[(group + start) // bucket] = _levels_of(
-                x, x_bits, mask, unit[: len(x)], v.dtype.type(levels), key, place, c
+                x, x_bits, mask, unit[: len(x)], v.dtype.type(levels), first, second, np.uint32(place), c
             )
         codes[len(held) :] = 0
         _pack_codes(codes[: -(-len(held) // 8) * 8], bits, out[group * bits // 8 :])
@@ -113,7 +116,7 @@ def _pack_levels(
 
 @compiled_loop
 def _levels_of(
-    x: Array, bits: Array, mask: int, unit: Array, top: float, key: np.uint32, offset: int, codes: Array
+    x: Array, bits: Array, mask: int, unit: Array, top: float, first: Any, second: Any, place: Any, codes: Array
 ) -> Any:
     zero, one = x.dtype.type(0), x.dtype.type(1)
     most = bits.dtype.type(0)
@@ -130,7 +133,8 @@ def _levels_of(
     norm = x.dtype.type(np.sqrt(_sum_of_squares(unit)))
     divisor = max(norm, one)
     for i in range(len(x)):
-        chance = x.dtype.type(np.int32(_hash(np.uint32(offset + i), key) >> np.uint32(8))) * x.dtype.type(2.0**-24)
+        random = word(np.uint32(place + np.uint32(i)), first, second) >> np.uint32(8)
+        chance = x.dtype.type(np.int32(random)) * x.dtype.type(2.0**-24)
         level = min(top, np.floor(unit[i] / divisor * top + chance))
         codes[i] = np.uint8(np.int32((-level if x[i] < zero else level) + top))
     return norm * largest
@@ -152,17 +156,6 @@ def _pack_codes(codes: Array, bits: int, out: Array) -> None:
             word |= np.uint64(codes[8 * k + j]) << np.uint64(bits * (7 - j))
         for j in range(min(bits, len(out) - k * bits)):
             out[k * bits + j] = np.uint8((word >> np.uint64(8 * (bits - 1 - j))) & np.uint64(255))
-
-
-@compiled_loop
-def _hash(x: np.uint32, key: np.uint32) -> np.uint32:
-    # Products and sums of 32 bits are taken modulo 2^32 one by one; numba would widen them.
-    h = np.uint32(np.uint32(x * np.uint32(0x9E3779B1)) + key)
-    h = np.uint32(h ^ np.uint32(h >> np.uint32(16)))
-    h = np.uint32(h * np.uint32(0x7FEB352D))
-    h = np.uint32(h ^ np.uint32(h >> np.uint32(15)))
-    h = np.uint32(h * np.uint32(0x846CA68B))
-    return np.uint32(h ^ np.uint32(h >> np.uint32(16)))
 
 
 def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:

@@ -8,13 +8,11 @@ from torch import Tensor
 
 from packsaddle.kernels.parts import BLOCK, MAGNITUDE, Array, as_integers, compiled_loop, in_parts
 
-HISTOGRAM_BITS = 12  # of a magnitude, from the top: its exponent and the first bits of its mantissa
 
-
-def reaching(v: Tensor, threshold: Tensor, expected: int) -> Tensor:
-    """Return the increasing indices, about `expected`, of the magnitudes that reach a threshold; NaN does."""
+def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
+    """Return the increasing indices, about `expected`, of the magnitudes that, as integers, reach a threshold."""
     bits, mask = as_integers(v), MAGNITUDE[v.dtype]
-    limit = bits.dtype.type(int(as_integers(threshold.view(1))[0]) & mask)
+    limit = bits.dtype.type(threshold)
 
     def part(start: int, stop: int) -> Tensor:
         room = min(2 * (expected * (stop - start) // max(1, len(v))) + 16 * BLOCK, stop - start + BLOCK)
@@ -56,15 +54,15 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
     return m
 
 
-def energy_histogram(v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return how many magnitudes, and how much of ||scale v||^2, lie in each bin; int64 and float64."""
+def energy_histogram(v: Tensor, top: float, first_bits: int) -> tuple[Tensor, Tensor]:
+    """Return how many magnitudes, and how much of ||v / top||^2, have each first bits; int64 and float64."""
     bits, mask = as_integers(v), MAGNITUDE[v.dtype]
-    shift = 8 * v.element_size() - 1 - HISTOGRAM_BITS
+    shift = 8 * v.element_size() - 1 - first_bits
 
     def part(start: int, stop: int) -> tuple[Array, Array]:
         # Four tables, so that runs of one bin do not wait for each other's sum.
-        counts, energy = np.zeros((4, 1 << HISTOGRAM_BITS), np.int64), np.zeros((4, 1 << HISTOGRAM_BITS))
-        _histogram(v.numpy()[start:stop], bits[start:stop], bits.dtype.type(mask), shift, scale, counts, energy)
+        counts, energy = np.zeros((4, 1 << first_bits), np.int64), np.zeros((4, 1 << first_bits))
+        _histogram(v.numpy()[start:stop], bits[start:stop], bits.dtype.type(mask), shift, top, counts, energy)
         return counts.sum(0), energy.sum(0)
 
     parts = in_parts(len(v), BLOCK, part)
@@ -72,15 +70,15 @@ def energy_histogram(v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 @compiled_loop
-def _histogram(v: Array, bits: Array, mask: int, shift: int, scale: float, counts: Array, energy: Array) -> None:
+def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts: Array, energy: Array) -> None:
     for i in range(0, len(v) // 4 * 4, 4):
         for j in range(4):
             b = (bits[i + j] & mask) >> shift
-            x = np.float64(v[i + j]) * scale
+            x = np.float64(v[i + j]) / top
             counts[j, b] += 1
             energy[j, b] += x * x
     for i in range(len(v) // 4 * 4, len(v)):
         b = (bits[i] & mask) >> shift
-        x = np.float64(v[i]) * scale
+        x = np.float64(v[i]) / top
         counts[0, b] += 1
         energy[0, b] += x * x
