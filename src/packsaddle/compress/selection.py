@@ -120,10 +120,10 @@ def holding(v: Tensor, share: float) -> Tensor:
     taken. Where v is not finite, its largest magnitude is all there is.
     """
     top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
-    if top == 0:
-        return torch.empty(0, dtype=torch.int64, device=v.device)
     if not math.isfinite(top):
         return largest(v, 1)
+    if top == 0 or share == 1:
+        return v.nonzero().squeeze(1)
     shift = _bits(v) - HISTOGRAM_BITS
     counts, energy = _histogram(v, top, shift)
     needed = share * float(energy.sum())
@@ -141,7 +141,7 @@ def holding(v: Tensor, share: float) -> Tensor:
         threshold += last << shift
         inside = inside[(bins == last).nonzero().squeeze(1)]
     one = float(v[inside[0]].double() / top) ** 2  # all inside are now of one magnitude
-    taken = min(len(inside), max(1, math.ceil(needed / one)))
+    taken = min(len(inside), max(1, math.ceil(needed / one))) if one else 1
     kept = (magnitudes >= threshold).nonzero().squeeze(1)
     return reached[_without_last_equal(kept, magnitudes[kept] == threshold, len(inside) - taken)]
 
