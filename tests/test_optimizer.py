@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -505,3 +506,44 @@ def test_compressors_that_know_tensors(c: Any) -> None:
         p.grad = torch.full_like(p, 10.0**i) if isinstance(c, Sign) else rank_one
     opt.step()
     assert torch.allclose(opt.error(), torch.zeros(93), atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["buffer", "gradient"])
+def test_a_step_of_randomk_makes_no_vector_of_the_models_size(memory: Any) -> None:
+    """After the first step nothing is allocated that grows with d, with noise too."""
+    w = nn.Parameter(torch.zeros(1000, 1000))
+    opt = CompressedSGD([w], 0.1, compressor=RandomK(0.01), noise=0.1, memory=memory)
+    if memory == "buffer":
+        w.grad = torch.ones_like(w)
+    opt.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        opt.step()
+    sizes = [event.self_cpu_memory_usage for event in profile.events() or ()]
+    assert 0 < max(sizes) < 4 * w.numel() / 5  # the largest is the message's, 1% of the vector, or of counters
+
+
+def test_scalars_travel_with_the_step() -> None:
+    """Their mean over workers, in one collective with the rest; the step is the same without them."""
+
+    def work(scalars: bool, rank: int) -> tuple[torch.Tensor, torch.Tensor, set[str], int]:
+        model, data = problem()
+        opt = make(model, data, escape=None)
+        calls: list[int] = []
+        reduce = opt.channel.group.all_reduce
+        opt.channel.group.all_reduce = lambda tensor: (calls.append(1), reduce(tensor))  # type: ignore
+        for _ in range(3):
+            opt.zero_grad()
+            loss = (model(data) - data).square().mean()
+            loss.backward()
+            opt.step(scalars=torch.stack([loss.detach(), torch.tensor(float(rank))]) if scalars else None)
+        return vector(model), opt.scalars, set(opt.ledger.by_purpose), len(calls)
+
+    (x, means, purposes, calls), (without, nothing, same, _) = (
+        simulate(partial(work, scalars), 2)[0] for scalars in (True, False)
+    )
+    assert torch.equal(x, without)
+    assert calls == 3
+    assert means[1] == 0.5
+    assert 0 < means[0] < 2
+    assert len(nothing) == 0
+    assert purposes == same

@@ -95,13 +95,25 @@ class Protocol(ABC):
 
 
 class AllReduce(Protocol):
-    """One all-reduce of a linear compressor's message and the dense part together; C of the mean, exactly."""
+    """One all-reduce of a linear compressor's message and the dense part together; C of the mean, exactly.
+
+    They travel in a buffer that is kept: the outcome holds until the next exchange.
+    """
+
+    def __init__(self, compressor: Compressor) -> None:
+        super().__init__(compressor)
+        self._buffer = torch.zeros(0)
 
     def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         own = self.compressor.encode(v, seed=seed, step=step)
         ((name, payload),) = own.parts.items()
         shares = {name: payload.numel(), "dense": dense.numel()}
-        mean = channel.mean(torch.cat([payload, dense]), shares)
+        if len(self._buffer) != len(payload) + len(dense) or (self._buffer.dtype, self._buffer.device) != (
+            payload.dtype,
+            payload.device,
+        ):
+            self._buffer = payload.new_empty(len(payload) + len(dense))
+        mean = channel.mean(torch.cat([payload, dense], out=self._buffer), shares)
         reduced = Message({name: mean[: payload.numel()]}, own.context)
         return Averaged(self._terms(own, len(v)), self._terms(reduced, len(v)), mean[payload.numel() :])
 
