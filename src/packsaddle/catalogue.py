@@ -43,7 +43,7 @@ def compressors(ratio: float) -> list[Compressor]:
     return [
         Identity(),
         RandomK(ratio),
-        RandomK(ratio, block_size=64),
+        RandomK(ratio, block_size=1),
         RandomK(ratio, values="bfloat16"),
         TopK(ratio),
         TopK(ratio, values="int8"),

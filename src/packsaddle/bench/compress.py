@@ -1,13 +1,16 @@
 """What do packing and unpacking cost, beside copying the vector once?"""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
 from packsaddle.bench.result import Result, machine
 from packsaddle.bench.timing import copy_bandwidth, side_by_side
 from packsaddle.catalogue import compressors, describe
-from packsaddle.compress import Compressor
+from packsaddle.compress import Compressor, RandomK, SketchTopK
+from packsaddle.compress.selection import largest
 
 
 def run(d: int, ratio: float, repeats: int) -> list[Result]:
@@ -31,7 +34,46 @@ def run(d: int, ratio: float, repeats: int) -> list[Result]:
         milliseconds = {"pack ms": 1000 * pack, "unpack ms": 1000 * unpack}
         rows.append({"compressor": name, **milliseconds, "/ copy": (pack + unpack) / copy})
     setting = {"d": d, "copy GB/s": bandwidth / 1e9, "copy ms": 1000 * copy, **machine()}
-    return [Result("What do packing and unpacking cost, beside copying the vector once?", setting, rows)]
+    return [
+        Result("What do packing and unpacking cost, beside copying the vector once?", setting, rows),
+        Result("What do their parts cost, beside how it is usually done?", setting, _parts(v, repeats)),
+    ]
+
+
+def _parts(v: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
+    """Time what drawing and choosing coordinates takes, and torch's way of it."""
+    d, rng = len(v), torch.Generator().manual_seed(0)
+    few, many, hashes = max(1, d // 1000), max(1, d // 100), SketchTopK(0.01, rows=5).hashes(d, seed=0, step=0)
+    target = torch.empty_like(v)
+    kept = {f"RandomK(k={many})": RandomK(k=many), f"RandomK(k={many}, block_size=1)": RandomK(k=many, block_size=1)}
+    works: dict[str, tuple[str, Callable[[], object], str, Callable[[], object]]] = {}
+    for name, compressor in kept.items():
+        works[name] = (
+            f"draw the cells of {name}",
+            partial(compressor.cells, d, seed=0, step=0),
+            f"torch.randperm(d)[:{many}]",
+            lambda: torch.randperm(d, generator=rng)[:many],
+        )
+    works["largest"] = (
+        f"the {few:,} largest magnitudes",
+        lambda: largest(v, few),
+        "torch.topk(v.abs())",
+        lambda: torch.topk(v.abs(), few),
+    )
+    works["sketch"] = (
+        "sketch 5 rows of SketchTopK(0.01)",
+        lambda: [row.sketch(v) for row in hashes],
+        "copy the vector",
+        lambda: target.copy_(v),
+    )
+    timed = {f"{name} {i}": work[1 + 2 * i] for name, work in works.items() for i in (0, 1)}
+    times = side_by_side(timed, repeats=repeats)  # type: ignore[arg-type]
+    rows = []
+    for name, (part, _, usual, _) in works.items():
+        ours, theirs = times[f"{name} 0"].median, times[f"{name} 1"].median
+        row = {"part": part, "ms": 1000 * ours, "usually": usual, "usual ms": 1000 * theirs, "ratio": ours / theirs}
+        rows.append(row)
+    return rows
 
 
 def _packer(compressor: Compressor, v: torch.Tensor) -> Callable[[], object]:

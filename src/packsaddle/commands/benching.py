@@ -18,13 +18,15 @@ class Step:
 
     d: int = 25_000_000
     """Coordinates."""
+    layers: int = 1
+    """Parameters that the coordinates are spread over."""
     repeats: int = 7
     """Timed rounds."""
 
     def run(self) -> list[Result]:
         from packsaddle.bench import step
 
-        return step.run(self.d, self.repeats)
+        return step.run(self.d, self.repeats, self.layers)
 
 
 @dataclass(frozen=True)
