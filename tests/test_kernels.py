@@ -17,7 +17,7 @@ from packsaddle import QSGD, AdaptiveTopK, Compressor, RandomK, Sign, SketchTopK
 from packsaddle.compress import wire
 from packsaddle.compress.cells import Cells
 from packsaddle.compress.selection import as_integers, holding, largest, largest_of_blocks
-from packsaddle.kernels import SlowKernelsWarning, compiled, torch_only
+from packsaddle.kernels import SlowKernelsWarning, compiler, kernel, torch_only
 from packsaddle.seeds import sample_without_replacement
 from packsaddle.testing import nasty_vectors
 
@@ -224,11 +224,14 @@ def test_numbers_of_any_width(width: int, n: int, seed: int) -> None:
 
 def test_strided_and_half_vectors_take_the_plain_way() -> None:
     v = torch.randn(100)
-    assert compiled(v) is not None
-    assert compiled(v[::2]) is None
-    assert compiled(v.to(torch.bfloat16)) is None
+    assert kernel("gather_cells", v) is not None
+    assert kernel("gather_cells", v[::2]) is None
+    assert kernel("gather_cells", v.to(torch.bfloat16)) is None
+    assert kernel("gather_cells", v, torch.randn(3, device="meta")) is None
+    assert (compiler("cpu"), compiler("meta")) == ("numba", "torch")
     with torch_only():
-        assert compiled(v) is None
+        assert kernel("gather_cells", v) is None
+        assert compiler("cpu") == "torch"
 
 
 def test_without_numba_it_is_said_once_and_works() -> None:

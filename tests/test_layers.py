@@ -8,7 +8,7 @@ import packsaddle
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
     {"kernels.parts"},
-    {"kernels.cells", "kernels.random", "kernels.sampling", "kernels.selection"},
+    {"kernels.cuda", "kernels.cells", "kernels.random", "kernels.sampling", "kernels.selection"},
     {"kernels.quantization"},
     {"kernels.cpu"},
     {"kernels"},

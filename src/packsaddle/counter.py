@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from packsaddle.kernels import compiled
+from packsaddle.kernels import kernel
 from packsaddle.seeds import Stream, mix
 
 _PAIRS = 1024  # the normal numbers 2048 c + i and 2048 c + 1024 + i, i < 1024, come from counter 1024 c + i
@@ -58,8 +58,8 @@ def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
 
     The same on every device, up to the last digits of a logarithm and a sine.
     """
-    if kernels := compiled(out):
-        kernels.add_gaussians(out, scale, key, start)
+    if loop := kernel("add_gaussians", out):
+        loop(out, scale, key, start)
         return
     for slab in torch.split(out, _SLAB):
         first = start // (2 * _PAIRS)

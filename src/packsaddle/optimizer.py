@@ -19,7 +19,7 @@ from packsaddle.escape import Escape, EscapeCheck, Reset
 from packsaddle.exchange import resolve
 from packsaddle.flat import FlatParameters
 from packsaddle.gradmemory import GradientMemory, make_memory
-from packsaddle.kernels import compiled
+from packsaddle.kernels import compiler
 from packsaddle.ledger import Ledger
 from packsaddle.monitor import ContractionMonitor
 from packsaddle.perturb import Perturber
@@ -124,7 +124,7 @@ class CompressedSGD(Optimizer):
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
         rates = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
         same = {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back, "noise": noise}
-        same |= {"memory": memory, "lazy_noise": lazy_noise, "kernels": "numba" if compiled() else "torch"}
+        same |= {"memory": memory, "lazy_noise": lazy_noise, "kernels": compiler(self._flat.x.device)}
         check_agreement(self.channel, {**same, **rates, **sizes, "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")

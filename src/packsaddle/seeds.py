@@ -10,7 +10,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from packsaddle.kernels import compiled
+from packsaddle.kernels import kernel
 
 _MASK64 = (1 << 64) - 1
 _FEISTEL_ROUNDS = 6
@@ -75,12 +75,12 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
         return torch.arange(n, device=device)
     if n <= _SMALL_DOMAIN:
         # Drawn on the CPU on purpose: CPU and CUDA generators give different numbers.
-        return torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k].to(device)
+        return _moved(torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k], device)
     keys = [mix(seed, step, int(Stream.SUPPORT), r) for r in range(_FEISTEL_ROUNDS + 1)]
     bits = (n - 1).bit_length()
-    if torch.device(device).type == "cpu" and (kernels := compiled()):
-        permuted: Tensor = kernels.feistel_sample(n, k, bits, keys)
-        return permuted.add_(keys[-1] % n).remainder_(n)
+    if loop := kernel("feistel_sample"):
+        permuted: Tensor = loop(n, k, bits, keys).add_(keys[-1] % n).remainder_(n)
+        return _moved(permuted, device)  # walking cycles on a device would wait for it
     index = _feistel(torch.arange(k, device=device), bits, keys)
     outside = (index >= n).nonzero().squeeze(1)
     while len(outside):
@@ -88,6 +88,12 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
         index[outside] = walked
         outside = outside[walked >= n]
     return index.add_(keys[-1] % n).remainder_(n)
+
+
+def _moved(index: Tensor, device: torch.device | str) -> Tensor:
+    """Move integers from the CPU to a device, from pinned memory, so that nothing waits for it."""
+    on_cpu = torch.device(device).type == "cpu"
+    return index if on_cpu else index.pin_memory().to(device, non_blocking=True)
 
 
 def _feistel(x: Tensor, bits: int, keys: list[int]) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packsaddle.kernels import compiled
+from packsaddle.kernels import kernel
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Cells:
         """Return v, float[d], at the cells."""
         if self.size == 1:
             return v[self.index]
-        if kernels := compiled(v):
-            values: Tensor = kernels.gather_cells(v, self.index, self.size)
+        if loop := kernel("gather_cells", v):
+            values: Tensor = loop(v, self.index, self.size)
             return values
         whole, rest = self._split(v)
         values = whole.index_select(0, self.index.clamp_max(len(whole) - 1))
@@ -50,8 +50,8 @@ class Cells:
         if self.size == 1:
             out.index_add_(0, self.index, values, alpha=alpha)
             return
-        if kernels := compiled(out, values):
-            kernels.add_cells(out, self.index, self.size, values, alpha)
+        if loop := kernel("add_cells", out, values):
+            loop(out, self.index, self.size, values, alpha)
             return
         whole, rest = self._split(out)
         rows = values.view(-1, self.size)

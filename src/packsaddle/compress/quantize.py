@@ -11,7 +11,7 @@ from torch import Tensor
 from packsaddle.compress import wire
 from packsaddle.compress.base import Compressor, Message
 from packsaddle.counter import Keys, keys, words
-from packsaddle.kernels import compiled
+from packsaddle.kernels import kernel
 from packsaddle.seeds import Stream
 
 _SLAB = 1 << 18  # coordinates at a time, so that scratch memory does not grow with d
@@ -41,8 +41,8 @@ class Sign(Compressor):
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         scales = torch.stack([_mean_magnitude(t) for t in torch.split(v, self._sizes(len(v)))])
-        kernels = compiled(v)
-        signs = kernels.pack_signs(v) if kernels else wire.pack_bits(v >= 0)
+        loop = kernel("pack_signs", v)
+        signs = loop(v) if loop else wire.pack_bits(v >= 0)
         return Message({"signs": signs, "scales": scales.to(v.dtype)})
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
@@ -62,15 +62,15 @@ def _mean_magnitude(v: Tensor) -> Tensor:
     """Return ||v||_1 / d in double precision, where sums of 1e30s do not overflow; 0 for no coordinates."""
     if not len(v):
         return v.new_zeros((), dtype=torch.float64)
-    if kernels := compiled(v):
-        return torch.tensor(kernels.sum_of_magnitudes(v) / len(v), dtype=torch.float64)
+    if loop := kernel("sum_of_magnitudes", v):
+        return torch.tensor(loop(v) / len(v), dtype=torch.float64)
     return v.abs().mean(dtype=torch.float64)
 
 
 def _add_signs(signs: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
     """Add +scale or -scale to each of out, float[n], as the bits from number `first` on say."""
-    if kernels := compiled(out):
-        kernels.add_signs(signs, first, float(scale), out)
+    if loop := kernel("add_signs", out):
+        loop(signs, first, scale, out)
         return
     for slab in torch.split(out, _SLAB):
         bits = wire.unpack_bits(signs[first // 8 :], first % 8 + len(slab))[first % 8 :]
@@ -114,8 +114,8 @@ class QSGD(Compressor):
         key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
         # bfloat16 has too few bits to round without bias.
         precise = v.to(torch.promote_types(v.dtype, torch.float32))
-        if len(v) and self.bits <= 8 and (kernels := compiled(precise)):
-            packed, norms = kernels.pack_levels(precise, self.levels, self.bits, b, key)
+        if len(v) and self.bits <= 8 and (loop := kernel("pack_levels", precise)):
+            packed, norms = loop(precise, self.levels, self.bits, b, key)
             return Message({"levels": packed, "scales": norms})
         size = max(1, _SLAB // b) * b
         slabs = [self._codes(slab.view(-1, b), i * size, key) for i, slab in enumerate(_split(precise, size, b))]
@@ -137,8 +137,8 @@ class QSGD(Compressor):
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         packed, norms, b = message.parts["levels"], message.parts["scales"], self._width(len(out))
         scale = alpha / (self.levels * (1 + self.omega(len(out))))
-        if self.bits <= 8 and (kernels := compiled(out, norms)):
-            kernels.add_levels(packed, self.levels, self.bits, b, norms, out, scale)
+        if self.bits <= 8 and (loop := kernel("add_levels", out, norms)):
+            loop(packed, self.levels, self.bits, b, norms, out, scale)
             return
         codes = wire.unpack(packed, self.bits, len(out)) - self.levels
         out.add_(codes.to(out.dtype) * norms.to(out.dtype).repeat_interleave(b)[: len(out)], alpha=scale)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.kernels import compiled
+from packsaddle.kernels import kernel
 
 _WORTH_SAMPLING = 1 << 18  # elements from which `largest` samples
 _SAMPLE = 1 << 16
@@ -106,8 +106,8 @@ def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
     """Return the indices, increasing int64, whose magnitude as an integer is at least `threshold`."""
-    if kernels := compiled(v):
-        reached: Tensor = kernels.reaching(v, threshold, expected)
+    if loop := kernel("reaching", v):
+        reached: Tensor = loop(v, threshold, expected)
         return reached
     return (as_integers(v) >= threshold).nonzero().squeeze(1)
 
@@ -160,8 +160,8 @@ def _bits(v: Tensor) -> int:
 
 def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
     """Return how many magnitudes, and how much of ||v / top||^2, lie in each bin, int64 and float64."""
-    if kernels := compiled(v):
-        counts, energy = kernels.energy_histogram(v, top, HISTOGRAM_BITS)
+    if loop := kernel("energy_histogram", v):
+        counts, energy = loop(v, top, HISTOGRAM_BITS)
         return counts, energy
     counts = torch.zeros(1 << HISTOGRAM_BITS, dtype=torch.int64, device=v.device)
     energy = torch.zeros(1 << HISTOGRAM_BITS, dtype=torch.float64, device=v.device)

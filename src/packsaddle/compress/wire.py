@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.kernels import compiled
+from packsaddle.kernels import kernel
 
 ValueFormat = Literal["float32", "bfloat16", "float16", "int8"]
 VALUE_BLOCK = 256  # rounded values share a scale in blocks of this many
@@ -33,8 +33,8 @@ def pack(numbers: Tensor, width: int) -> Tensor:
         for column in padded.unbind(1):
             packed = (packed << width if width < 8 else packed) | column
         return packed
-    if width <= _COMPILED_WIDTH and numbers.device.type == "cpu" and (kernels := compiled()):
-        coded: Tensor = kernels.pack_numbers(numbers, width)
+    if width <= _COMPILED_WIDTH and (loop := kernel("pack_numbers", device=numbers.device)):
+        coded: Tensor = loop(numbers, width)
         return coded
     shifts = torch.arange(width - 1, -1, -1, device=numbers.device)
     slabs = [pack_bits(((slab[:, None] >> shifts) & 1).flatten()) for slab in torch.split(numbers, _SLAB)]
@@ -48,8 +48,8 @@ def unpack(packed: Tensor, width: int, n: int) -> Tensor:
     if 8 % width == 0:
         shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=packed.device)
         return ((packed[:, None] >> shifts) & ((1 << width) - 1)).view(-1)[:n].to(torch.int64)
-    if width <= _COMPILED_WIDTH and packed.device.type == "cpu" and (kernels := compiled()):
-        numbers: Tensor = kernels.unpack_numbers(packed, width, n)
+    if width <= _COMPILED_WIDTH and (loop := kernel("unpack_numbers", device=packed.device)):
+        numbers: Tensor = loop(packed, width, n)
         return numbers
     shifts = torch.arange(width - 1, -1, -1, device=packed.device)
     slabs = []

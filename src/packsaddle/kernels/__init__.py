@@ -1,55 +1,75 @@
 """Which implementation of the inner loops is used: compiled ones where they can be, torch's otherwise.
 
-On the CPU numba (the extra `packsaddle[fast]`) compiles `kernels.cpu`. Whoever calls one has the same thing in torch
-beside it, with the same results, and takes that where `compiled` returns None: also if `PACKSADDLE_KERNELS=torch`.
+On the CPU numba (the extra `packsaddle[fast]`) compiles `kernels.cpu`; on CUDA Triton, which comes with torch there,
+compiles `kernels.cuda`. Whoever calls one has the same thing in torch beside it, with the same results, and takes that
+where `kernel` returns None: also if `PACKSADDLE_KERNELS=torch`.
 """
 
+import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _LARGE = 1 << 20  # coordinates from which it matters
 _DTYPES = (torch.float32, torch.float64)
+_COMPILERS = {"cpu": ("numba", "packsaddle.kernels.cpu"), "cuda": ("triton", "packsaddle.kernels.cuda")}
 _torch_only: ContextVar[bool] = ContextVar("packsaddle_torch_only", default=False)
 
 
 class SlowKernelsWarning(UserWarning):
-    """Large vectors are compressed by torch alone because numba is not installed."""
+    """Large vectors are compressed by torch alone because numba is not installed, or cannot work here."""
 
 
-def compiled(*vectors: Tensor) -> ModuleType | None:
-    """Return `kernels.cpu` if it can take these vectors: on the CPU, of stride 1, in single or double precision."""
-    if _torch_only.get() or any(
-        v.device.type != "cpu" or v.dtype not in _DTYPES or v.stride() != (1,) for v in vectors
-    ):
+def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> Callable[..., Any] | None:
+    """Return the compiled loop of this name for these vectors (for none: on `device`), or None if there is none.
+
+    Vectors must lie on one device, be of stride 1, and in single or double precision.
+    """
+    if _torch_only.get() or any(v.dtype not in _DTYPES or v.stride() != (1,) for v in vectors):
         return None
-    module = _module()
-    if module is None and vectors and max(v.numel() for v in vectors) >= _LARGE:
+    where = vectors[0].device.type if vectors else torch.device(device).type
+    if any(v.device.type != where for v in vectors):
+        return None
+    module = _module(where)
+    if module is None and where == "cpu" and vectors and max(v.numel() for v in vectors) >= _LARGE:
         _announce()
-    return module
+    found: Callable[..., Any] | None = getattr(module, name, None)
+    return found
+
+
+def compiler(device: torch.device | str) -> str:
+    """Return what compiles loops for a device: "numba", "triton", or "torch" where nothing does."""
+    where = torch.device(device).type
+    return _COMPILERS[where][0] if not _torch_only.get() and _module(where) else "torch"
 
 
 @cache
-def _module() -> ModuleType | None:
-    if os.environ.get("PACKSADDLE_KERNELS") == "torch" or importlib.util.find_spec("numba") is None:
+def _module(where: str) -> ModuleType | None:
+    if os.environ.get("PACKSADDLE_KERNELS") == "torch" or where not in _COMPILERS:
         return None
-    from packsaddle.kernels import cpu  # not at the top: numba takes a second to import
-
-    return cpu
+    needed, module = _COMPILERS[where]
+    if importlib.util.find_spec(needed) is None:
+        return None
+    try:
+        return importlib.import_module(module)  # not at the top: numba takes a second to import
+    except (ImportError, RuntimeError) as error:  # numba raises the latter where it may write no cache anywhere
+        warnings.warn(f"{needed} cannot be used: {error}", SlowKernelsWarning, stacklevel=3)
+        return None
 
 
 @cache
 def _announce() -> None:
     """Say once that there is a faster way, unless the slow one was asked for."""
-    if os.environ.get("PACKSADDLE_KERNELS") != "torch":
+    if os.environ.get("PACKSADDLE_KERNELS") != "torch" and importlib.util.find_spec("numba") is None:
         warnings.warn(
             "numba is not installed, so large vectors are compressed by torch alone, some of them several times "
             "slower; pip install 'packsaddle[fast]', or set PACKSADDLE_KERNELS=torch to be content with it",

@@ -1,6 +1,7 @@
 """What compiled loops share: how they are compiled, and how a vector is cut in parts for threads."""
 
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -36,6 +37,9 @@ def in_parts(n: int, multiple: int, work: Callable[[int, int], T]) -> list[T]:
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="packsaddle")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
 def as_integers(v: Tensor) -> Array:

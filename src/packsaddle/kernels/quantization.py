@@ -47,10 +47,10 @@ def _sum_of_magnitudes(v: Array) -> float:
     return s
 
 
-def add_signs(packed: Tensor, first: int, scale: float, out: Tensor) -> None:
-    """Add +scale or -scale to each of out, float[n], as the bits from number `first` on say."""
+def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
+    """Add +scale or -scale, float[], to each of out, float[n], as the bits from number `first` on say."""
     p, o = packed.numpy(), out.numpy()
-    s = o.dtype.type(scale)
+    s = o.dtype.type(float(scale))
     in_parts(len(out), 8, lambda start, stop: _add_signs(p, first + start, s, o[start:stop]))
 
 
