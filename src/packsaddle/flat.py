@@ -4,7 +4,7 @@ The parameters are made views of x, so that an update of k coordinates costs O(k
 error memory is one tensor, however many layers the network has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,19 @@ class FlatParameters:
     def in_order(self, flat: Tensor) -> Tensor:
         """Return a flat vector rearranged in the user's order, as torch's parameters_to_vector has it."""
         return torch.cat([view.reshape(-1) for view in self.views(flat)])
+
+    def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
+        """Let work(x) change x in place, in at least single precision; frozen parameters stay where they are.
+
+        Returns what rounding to x's own precision lost, float[d], or None if that is at least single.
+        """
+        frozen = [(view, view.clone()) for view in self.frozen(self.x)]
+        exact = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
+        work(exact)
+        lost = None if exact is self.x else self.x.copy_(exact) - exact
+        for view, before in frozen:
+            view.copy_(before)
+        return lost
 
     @property
     def has_frozen(self) -> bool:

@@ -184,20 +184,18 @@ class CompressedSGD(Optimizer):
     def _apply(self, g: Averaged) -> Tensor | None:
         """x <- x - mean_i g^(i); eta is in the messages or the memory's unit.
 
-        16-bit parameters round the result; what that loses, the same on every worker, is returned, float[d], to
-        be kept in the error memory, so that y does not lose it.
+        What 16-bit parameters lose by rounding, the same on every worker, is returned, float[d], to be kept in the
+        error memory, so that y does not lose it.
         """
-        x, compressed_d, unit = self._flat.x, self._flat.compressed_d, self._memory.unit
-        frozen = [(view, view.clone()) for view in self._flat.frozen(x)]
-        exact = x if x.dtype == self._memory.vector.dtype else x.to(self._memory.vector.dtype)
-        for term in g.mean:
-            term.add_to(exact[:compressed_d], -unit)
-        exact[compressed_d:].sub_(g.dense, alpha=unit)
-        self._noise.apply(g, exact, self._step)
-        lost = None if exact is x else x.copy_(exact) - exact
-        for view, before in frozen:
-            view.copy_(before)
-        return lost
+        compressed_d, unit = self._flat.compressed_d, self._memory.unit
+
+        def subtract(x: Tensor) -> None:
+            for term in g.mean:
+                term.add_to(x[:compressed_d], -unit)
+            x[compressed_d:].sub_(g.dense, alpha=unit)
+            self._noise.apply(g, x, self._step)
+
+        return self._flat.change(subtract)
 
     def _outstanding(self) -> Tensor:
         """This worker's part of eta e: its own memory, what the protocol holds back, and outstanding noise."""
