@@ -39,7 +39,7 @@ LAYERS = [
         "problems.others",
         "problems.oracle",
     },
-    {"compress.sparse", "compress.quantize", "compress.lowrank", "linearised"},
+    {"compress.sparse", "compress.quantize", "compress.lowrank", "linearised", "collectives"},
     {"compress.sketching", "problems", "theory"},
     {"compress"},
     {"average", "testing", "agree"},
