@@ -1,0 +1,52 @@
+"""Hosts on one machine: network namespaces on a switch, every cable of a given rate in both directions. Needs root."""
+
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+INTERFACE = "veth0"
+
+
+@dataclass(frozen=True)
+class Host:
+    name: str  # of its namespace
+    address: str
+
+    def start(self, command: Sequence[str], environment: dict[str, str]) -> "subprocess.Popen[str]":
+        variables = {**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE, **environment}
+        return subprocess.Popen(["ip", "netns", "exec", self.name, *command], env=variables, text=True)
+
+
+@contextmanager
+def hosts(count: int, bits: float) -> Iterator[list[Host]]:
+    """Join `count` hosts, 10.98.0.1 and on, by cables of `bits` a second; all is taken down in the end.
+
+    The bucket of each token bucket filter holds half a millisecond (and a frame): what it holds passes at once, and
+    a usual 64 kB would be whole messages.
+    """
+    prefix = f"scale{os.getpid()}"
+    switch, names = f"{prefix}-switch", [f"{prefix}-{i}" for i in range(count)]
+    shape = ["tbf", "rate", f"{bits:.0f}bit", "burst", str(max(3200, round(bits / 8 / 2000))), "latency", "50ms"]
+    try:
+        for name in (switch, *names):
+            run("ip", "netns", "add", name)
+        run("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
+        run("ip", "-n", switch, "link", "set", "bridge", "up")
+        for i, name in enumerate(names):
+            run("ip", "-n", switch, "link", "add", f"port{i}", "type", "veth", "peer", INTERFACE, "netns", name)
+            run("ip", "-n", switch, "link", "set", f"port{i}", "master", "bridge", "up")
+            run("ip", "-n", name, "addr", "add", f"10.98.0.{i + 1}/24", "dev", INTERFACE)
+            run("ip", "-n", name, "link", "set", INTERFACE, "up")
+            run("ip", "-n", name, "link", "set", "lo", "up")
+            for namespace, end in ((name, INTERFACE), (switch, f"port{i}")):
+                run("tc", "-n", namespace, "qdisc", "add", "dev", end, "root", *shape)
+        yield [Host(name, f"10.98.0.{i + 1}") for i, name in enumerate(names)]
+    finally:
+        for name in (switch, *names):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)

@@ -1,0 +1,180 @@
+"""Predicted and measured times of one exchange, for every protocol between 2, 3 and 4 hosts on slow networks.
+
+    python experiments/scale/validate.py OUT.csv [--workers 2 3 4] [--mbit 10 100 1000] [--d 1000000] [--repeats 5]
+
+Needs root, for network namespaces.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from hosts import hosts
+from torch import Tensor
+
+from packsaddle import QSGD, Compressor, Identity, Ledger, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle.channel import Channel
+from packsaddle.choose import choose
+from packsaddle.exchange import Group, process_group
+from packsaddle.linkprobe import probe
+from packsaddle.pace import Pace, measure
+from packsaddle.steptime import Fleet, Link, compressed
+
+CASES: dict[str, tuple[Compressor, str]] = {
+    "dense all-reduce": (Identity(), "direct"),
+    "RandomK 10% all-reduce": (RandomK(0.1), "direct"),
+    "TopK 10% all-gather": (TopK(0.1), "direct"),
+    "TopK 10% two-way": (TopK(0.1), "two-way"),
+    "TopK 10% coordinator": (TopK(0.1), "coordinator"),
+    "SketchTopK 2%": (SketchTopK(0.02), "direct"),
+    "LowRank 32": (LowRank(32), "direct"),
+    "Sign all-gather": (Sign(), "direct"),
+    "Sign two-way": (Sign(), "two-way"),
+    "QSGD all-gather": (QSGD(), "direct"),
+    "QSGD two-way": (QSGD(), "two-way"),
+}
+
+
+class Timed(Group):
+    """A group that adds up the seconds of its collectives."""
+
+    def __init__(self, group: Group) -> None:
+        self.rank, self.size, self._group, self.seconds = group.rank, group.size, group, 0.0
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self._clock(self._group.all_reduce, tensor)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        return self._clock(self._group.all_gather, tensor)
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return self._clock(self._group.all_to_all, outgoing, sizes)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        self._clock(self._group.broadcast, tensor)
+
+    def _clock(self, collective: Any, *args: Any) -> Any:
+        begin = time.perf_counter()
+        result = collective(*args)
+        self.seconds += time.perf_counter() - begin
+        return result
+
+
+def worker(folder: Path, d: int, repeats: int, bits: float) -> None:
+    """One host's part: time every case, and on rank 0 predict it."""
+    torch.set_num_threads(1)
+    with process_group() as plain:
+        group = Timed(plain)
+        measured = probe(group)
+        link = Link.nominal(bits, measured.latency)
+        v = torch.randn(d, generator=torch.Generator().manual_seed(group.rank))
+        found = {}
+        for name, (compressor, exchange) in CASES.items():
+            protocol = choose(compressor, exchange, d=d, dense=0, workers=group.size).protocol
+            group.all_reduce(torch.zeros(1))
+            paces: dict[Compressor, Pace] = {
+                work.compressor: measure(work.compressor, work.coordinates, repeats=3)
+                for work in protocol.work(d, group.size)
+            }  # by all workers at once, as they share the machine's cores
+            step = compressed(
+                protocol, d, 0, group.size, lambda work, paces=paces: paces[work.compressor].seconds(work)
+            )
+            predicted = step.time(link, Fleet(group.size, 0.0))
+            taken = [once(group, protocol, v, attempt) for attempt in range(repeats + 1)][1:]
+            found[name] = {
+                "taken": taken,
+                "predicted": [predicted.compression, predicted.latency, predicted.bandwidth],
+            }
+        result = {"latency": measured.latency, "rate": measured.rate, "cases": found}
+        (folder / f"{group.rank}.json").write_text(json.dumps(result))
+
+
+def once(group: Timed, protocol: Any, v: Tensor, attempt: int) -> tuple[float, float]:
+    """Seconds of one exchange and its application, and of these in collectives."""
+    group.all_reduce(torch.zeros(1))
+    group.seconds, begin = 0.0, time.perf_counter()
+    averaged = protocol.average(Channel(group, Ledger()), v, v[:0], seed=0, step=attempt)
+    out, memory = torch.zeros_like(v), torch.zeros_like(v)
+    for term in averaged.mean:
+        term.add_to(out, -0.1)
+    for term in averaged.own:
+        term.add_to(memory, -1.0)
+    return time.perf_counter() - begin, group.seconds
+
+
+def validate(workers: int, mbit: float, d: int, repeats: int) -> list[dict[str, Any]]:
+    """Let the hosts measure; a row per case. An exchange ends when its last worker does."""
+    with hosts(workers, mbit * 1e6) as world, tempfile.TemporaryDirectory() as folder:
+        arguments = [__file__, "--worker", folder, "--mbit", str(mbit), "--d", str(d), "--repeats", str(repeats)]
+        processes = []
+        for rank, host in enumerate(world):
+            where = [f"--nnodes={workers}", f"--node-rank={rank}", "--nproc-per-node=1"]
+            meet = [f"--master-addr={world[0].address}", "--master-port=29533"]
+            command = [sys.executable, "-m", "torch.distributed.run", *where, *meet, *arguments]
+            processes.append(host.start(command, {"OMP_NUM_THREADS": "1"}))
+        try:
+            codes = [process.wait(timeout=1200) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        if any(codes):
+            raise subprocess.SubprocessError(f"exit codes {codes}")
+        results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
+    return [_row(name, results, workers, mbit, d) for name in CASES]
+
+
+def _row(name: str, results: list[dict[str, Any]], workers: int, mbit: float, d: int) -> dict[str, Any]:
+    per_worker = [result["cases"][name] for result in results]
+    totals = [
+        max(attempt[0] for attempt in attempts) for attempts in zip(*(c["taken"] for c in per_worker), strict=True)
+    ]
+    exchange = median(min(a[1] for a in attempts) for attempts in zip(*(c["taken"] for c in per_worker), strict=True))
+    # The slowest worker codes for the longest; an exchange is at its shortest for the worker that came to it last.
+    compression, latency, bandwidth = (max(c["predicted"][i] for c in per_worker) for i in range(3))
+    predicted, measured = compression + latency + bandwidth, median(totals)
+    return {
+        "protocol": name, "workers": workers, "Mbit/s": f"{mbit:g}", "d": d,
+        "latency us": f"{1e6 * results[0]['latency']:.0f}", "probed Mbit/s": f"{results[0]['rate'] * 8e-6:.1f}",
+        "measured ms": f"{1e3 * measured:.2f}", "low": f"{1e3 * min(totals):.2f}", "high": f"{1e3 * max(totals):.2f}",
+        "predicted ms": f"{1e3 * predicted:.2f}", "error": f"{predicted / measured - 1:+.3f}",
+        "measured exchange ms": f"{1e3 * exchange:.2f}", "predicted exchange ms": f"{1e3 * (latency + bandwidth):.2f}",
+        "predicted compression ms": f"{1e3 * compression:.2f}",
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?")
+    parser.add_argument("--workers", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--mbit", type=float, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--d", type=int, default=1_000_000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.worker:
+        worker(asked.worker, asked.d, asked.repeats, asked.mbit[0] * 1e6)
+        sys.stdout.flush()
+        os._exit(0)  # beside gloo's threads an interpreter that takes itself apart aborts now and then
+    rows = []
+    for workers in asked.workers:
+        for mbit in asked.mbit:
+            rows += validate(workers, mbit, asked.d, asked.repeats)
+            with asked.out.open("w") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+            print(f"{workers} workers, {mbit:g} Mbit/s: {asked.out}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
