@@ -118,10 +118,14 @@ def validate(workers: int, mbit: float, d: int, repeats: int) -> list[dict[str, 
         arguments = [__file__, "--worker", folder, "--mbit", str(mbit), "--d", str(d), "--repeats", str(repeats)]
         processes = []
         for rank, host in enumerate(world):
-            where = [f"--nnodes={workers}", f"--node-rank={rank}", "--nproc-per-node=1"]
-            meet = [f"--master-addr={world[0].address}", "--master-port=29533"]
-            command = [sys.executable, "-m", "torch.distributed.run", *where, *meet, *arguments]
-            processes.append(host.start(command, {"OMP_NUM_THREADS": "1"}))
+            world_of = {"RANK": rank, "WORLD_SIZE": workers, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+            meet = {
+                "MASTER_ADDR": world[0].address,
+                "MASTER_PORT": 29533,
+                "OMP_NUM_THREADS": 1,
+            }  # as torchrun sets them
+            environment = {name: str(value) for name, value in {**world_of, **meet}.items()}
+            processes.append(host.start([sys.executable, *arguments], environment))
         try:
             codes = [process.wait(timeout=1200) for process in processes]
         finally:

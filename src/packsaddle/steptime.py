@@ -54,7 +54,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Fleet:
-    """W workers that compute for `compute` seconds in the mean, independently, with standard deviation spread x compute.
+    """W workers that compute independently, for `compute` seconds in the mean with standard deviation spread x compute.
 
     Raises ValueError for anything that cannot be.
     """
@@ -142,7 +142,7 @@ class Compressed(Step):
 
 @dataclass(frozen=True)
 class Dense(Step):
-    """DistributedDataParallel: `nbytes` bytes of gradients all-reduced in buckets, beside the backward pass or after."""
+    """DistributedDataParallel: `nbytes` bytes all-reduced in buckets, beside the backward pass or after it."""
 
     nbytes: int
     overlap: bool = True
