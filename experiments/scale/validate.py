@@ -27,7 +27,7 @@ from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.exchange import Group, process_group
 from packsaddle.linkprobe import probe
-from packsaddle.pace import Pace, measure
+from packsaddle.pace import measure
 from packsaddle.steptime import Fleet, Link, compressed
 
 CASES: dict[str, tuple[Compressor, str]] = {
@@ -79,22 +79,21 @@ def worker(folder: Path, d: int, repeats: int, bits: float) -> None:
         link = Link.nominal(bits, measured.latency)
         v = torch.randn(d, generator=torch.Generator().manual_seed(group.rank))
         found = {}
-        for name, (compressor, exchange) in CASES.items():
-            protocol = choose(compressor, exchange, d=d, dense=0, workers=group.size).protocol
-            group.all_reduce(torch.zeros(1))
-            paces: dict[Compressor, Pace] = {
-                work.compressor: measure(work.compressor, work.coordinates, repeats=3)
-                for work in protocol.work(d, group.size)
-            }  # by all workers at once, as they share the machine's cores
-            step = compressed(
-                protocol, d, 0, group.size, lambda work, paces=paces: paces[work.compressor].seconds(work)
-            )
-            predicted = step.time(link, Fleet(group.size, 0.0))
-            taken = [once(group, protocol, v, attempt) for attempt in range(repeats + 1)][1:]
-            found[name] = {
-                "taken": taken,
-                "predicted": [predicted.compression, predicted.latency, predicted.bandwidth],
-            }
+        for name, (compressor, how) in CASES.items():
+            protocol = choose(compressor, how, d=d, dense=0, workers=group.size).protocol
+            taken, coding = [], []
+            for attempt in range(repeats + 1):
+                taken.append(once(group, protocol, v, attempt))
+                # Just after, and by all workers at once: they share the machine's cores with each other and with others.
+                group.all_reduce(torch.zeros(1))
+                paces = {
+                    w.compressor: measure(w.compressor, w.coordinates, repeats=1) for w in protocol.work(d, group.size)
+                }
+                coding.append(sum(paces[w.compressor].seconds(w) for w in protocol.work(d, group.size)))
+            step = compressed(protocol, d, 0, group.size, lambda work: 0.0)
+            exchange = step.time(link, Fleet(group.size, 0.0))
+            predicted = [median(coding[1:]), exchange.latency, exchange.bandwidth]
+            found[name] = {"taken": taken[1:], "predicted": predicted}
         result = {"latency": measured.latency, "rate": measured.rate, "cases": found}
         (folder / f"{group.rank}.json").write_text(json.dumps(result))
 

@@ -1,6 +1,7 @@
 """The collectives of an exchange before they happen: the bytes each worker moves, and what the last of them waits for.
 
-Costs are those of gloo's algorithms, which are NCCL's too but for the broadcast (NCCL's is a pipelined ring).
+Costs are those of gloo's algorithms, as measured (experiments/scale). NCCL's rings are the same; its all-to-all and its
+all-gather of two workers use a link both ways at once, and its broadcast is a pipelined ring.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ class Cost:
 
     hops: int = 0  # messages that wait for one another
     fan: int = 0  # messages of one worker beside those: they leave, or arrive, together with another
-    bytes: float = 0.0  # through the busiest link, in its busier direction
+    bytes: float = 0.0  # one after another through the busiest link
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.hops + other.hops, self.fan + other.fan, self.bytes + other.bytes)
@@ -59,8 +60,12 @@ class RingAllGather(Collective):
         return ring_all_gather(self.payload, workers)
 
     def cost(self, workers: int) -> Cost:
+        """Two workers have one connection, and gloo says "ready to receive" on it after its own first half.
+
+        So whoever comes later sends that half before the other can start: one and a half messages one after another.
+        """
         hops = workers - 1 if self.payload else 0
-        return Cost(hops, 0, hops * self.payload)
+        return Cost(hops, 0, hops * self.payload * (1.5 if workers == 2 else 1))
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,18 @@ class AllToAll(Collective):
         return Bytes(total if self.to_self else total - own, total - own, (workers - 1) * own)
 
     def cost(self, workers: int) -> Cost:
+        """All messages are posted at once, but a link is not always busy both ways.
+
+        A pair of workers has one connection, and gloo says "ready to receive" on it after its own message. So with two,
+        whoever comes later sends all before the other starts. With more, others fill some of the time: 3 and 4 were
+        measured half-way between both ways at once and one after the other.
+        """
         if workers == 1 or not any(self.sizes):
             return Cost()
-        out, into = sum(self.sizes) - min(self.sizes), (workers - 1) * max(self.sizes)
-        return Cost(1, workers - 2, max(out, into))  # all messages are posted at once
+        total, widest, narrowest = sum(self.sizes), max(self.sizes), min(self.sizes)
+        one_way = max(total - narrowest, (workers - 1) * widest)
+        both_ways = total + (workers - 2) * widest  # sent and received by the owner of the widest
+        return Cost(1, workers - 2, both_ways if workers == 2 else (one_way + both_ways) / 2)
 
 
 @dataclass(frozen=True)
