@@ -84,7 +84,7 @@ def worker(folder: Path, d: int, repeats: int, bits: float) -> None:
             taken, coding = [], []
             for attempt in range(repeats + 1):
                 taken.append(once(group, protocol, v, attempt))
-                # Just after, and by all workers at once: they share the machine's cores with each other and with others.
+                # Just after, and by all workers at once: they share the cores with each other and with others.
                 group.all_reduce(torch.zeros(1))
                 paces = {
                     w.compressor: measure(w.compressor, w.coordinates, repeats=1) for w in protocol.work(d, group.size)

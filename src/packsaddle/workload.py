@@ -1,0 +1,73 @@
+"""A model as a link sees it: which coordinates are compressed, how many go dense, and how long a step computes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from packsaddle.bench.timing import side_by_side
+from packsaddle.flat import FlatParameters
+from packsaddle.models import mnist_autoencoder, resnet
+from packsaddle.schema import ConfigError, nearest
+
+_DENSE_BELOW = 1024  # elements, as in CompressedSGD
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one step exchanges."""
+
+    name: str
+    shapes: tuple[torch.Size, ...]  # of the compressed tensors, one after the other
+    dense: int  # coordinates that are sent as they are
+
+    @property
+    def d(self) -> int:
+        """Compressed coordinates."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    @classmethod
+    def of_size(cls, d: int) -> "Workload":
+        """Return a workload of d compressed coordinates of no particular shape. Raises ConfigError for d < 1."""
+        if d < 1:
+            raise ConfigError(f"d must be at least 1, got {d}")
+        return cls(f"d = {d:,}", (torch.Size((d,)),), 0)
+
+    @classmethod
+    def of_model(cls, name: str) -> "Workload":
+        """Return what CompressedSGD makes of a model, see `MODELS`. Raises ConfigError."""
+        parameters = list(_build(name).parameters())
+        flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)
+        return cls(name, tuple(parameters[i].shape for i in flat.compressed), flat.d - flat.compressed_d)
+
+
+# Each with the shape of an example; the ResNets are those for small images, as packsaddle trains them.
+MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mnist-autoencoder": (mnist_autoencoder, (1, 28, 28)),
+    "resnet18": (partial(resnet, 18, 10), (3, 32, 32)),
+    "resnet34": (partial(resnet, 34, 10), (3, 32, 32)),
+    "resnet50": (partial(resnet, 50, 10), (3, 32, 32)),
+}
+
+
+def _build(name: str) -> nn.Module:
+    if name not in MODELS:
+        raise ConfigError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS)}")
+    with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
+        return MODELS[name][0]()
+
+
+def compute_seconds(name: str, batch: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> float:
+    """Return the median seconds of a model's forward and backward pass on `batch` examples. Raises ConfigError."""
+    if batch < 1:
+        raise ConfigError(f"batch must be at least 1, got {batch}")
+    model = _build(name).to(device)
+    examples = torch.rand(batch, *MODELS[name][1], generator=torch.Generator().manual_seed(0)).to(device)
+
+    def work() -> None:
+        model.zero_grad()
+        torch.autograd.backward(model(examples).square().mean())
+
+    return side_by_side({name: work}, repeats=repeats)[name].median
