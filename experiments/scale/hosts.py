@@ -23,12 +23,12 @@ class Host:
 def hosts(count: int, bits: float) -> Iterator[list[Host]]:
     """Join `count` hosts, 10.98.0.1 and on, by cables of `bits` a second; all is taken down in the end.
 
-    The bucket of each token bucket filter holds two milliseconds (and two frames). What it holds passes at once, and
+    The bucket of each token bucket filter holds two milliseconds (and five frames). What it holds passes at once, and
     the usual 64 kB would be whole messages of a slow link; a smaller one runs over while the kernel looks away.
     """
     prefix = f"scale{os.getpid()}"
     switch, names = f"{prefix}-switch", [f"{prefix}-{i}" for i in range(count)]
-    shape = ["tbf", "rate", f"{bits:.0f}bit", "burst", str(max(3200, round(bits / 8 / 500))), "latency", "50ms"]
+    shape = ["tbf", "rate", f"{bits:.0f}bit", "burst", str(max(8000, round(bits / 8 / 500))), "latency", "50ms"]
     try:
         for name in (switch, *names):
             run("ip", "netns", "add", name)

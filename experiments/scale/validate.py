@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,12 +23,14 @@ from hosts import hosts
 from torch import Tensor
 
 from packsaddle import QSGD, Compressor, Identity, Ledger, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle.average import Protocol
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
+from packsaddle.collectives import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
 from packsaddle.exchange import Group, process_group
 from packsaddle.linkprobe import probe
 from packsaddle.pace import measure
-from packsaddle.steptime import Fleet, Link, compressed
+from packsaddle.steptime import Link, compressed
 
 CASES: dict[str, tuple[Compressor, str]] = {
     "dense all-reduce": (Identity(), "direct"),
@@ -42,6 +44,22 @@ CASES: dict[str, tuple[Compressor, str]] = {
     "Sign two-way": (Sign(), "two-way"),
     "QSGD all-gather": (QSGD(), "direct"),
     "QSGD two-way": (QSGD(), "two-way"),
+}
+
+
+# Collectives by themselves, of d bytes, and their part of the model: no coding is in them.
+COLLECTIVES: dict[str, tuple[Callable[[Group, Tensor], object], Callable[[int, int], Collective]]] = {
+    "(all-reduce)": (lambda g, t: g.all_reduce(t.view(torch.float32)), lambda d, w: RingAllReduce((d,))),
+    "(all-gather)": (lambda g, t: g.all_gather(t), lambda d, w: RingAllGather(d)),
+    "(all-to-all)": (
+        lambda g, t: g.all_to_all([t[: len(t) // g.size]] * g.size, [len(t) // g.size] * g.size),
+        lambda d, w: AllToAll([d // w] * w),
+    ),
+    "(gather)": (
+        lambda g, t: g.all_to_all([t, *[t[:0]] * (g.size - 1)], [len(t) if g.rank == 0 else 0] * g.size),
+        lambda d, w: AllToAll([d] + [0] * (w - 1)),
+    ),
+    "(broadcast)": (lambda g, t: g.broadcast(t), lambda d, w: Broadcast(d)),
 }
 
 
@@ -79,36 +97,46 @@ def worker(folder: Path, d: int, repeats: int, bits: float) -> None:
         link = Link.nominal(bits, measured.latency)
         v = torch.randn(d, generator=torch.Generator().manual_seed(group.rank))
         found = {}
+        for name, (collective, model) in COLLECTIVES.items():
+            message = torch.zeros(d, dtype=torch.uint8)
+            taken = [once(group, lambda _, c=collective, m=message: c(group, m), a) for a in range(repeats + 1)]
+            found[name] = {"taken": taken[1:], "predicted": [0.0, *link.parts(model(d, group.size).cost(group.size))]}
         for name, (compressor, how) in CASES.items():
             protocol = choose(compressor, how, d=d, dense=0, workers=group.size).protocol
             taken, coding = [], []
             for attempt in range(repeats + 1):
-                taken.append(once(group, protocol, v, attempt))
-                # Just after, and by all workers at once: they share the cores with each other and with others.
+                taken.append(once(group, lambda step, p=protocol: average(group, p, v, step), attempt))
                 group.all_reduce(torch.zeros(1))
-                paces = {
-                    w.compressor: measure(w.compressor, w.coordinates, repeats=1) for w in protocol.work(d, group.size)
-                }
-                coding.append(sum(paces[w.compressor].seconds(w) for w in protocol.work(d, group.size)))
+                coding.append(code(protocol, d, group.size))
             step = compressed(protocol, d, 0, group.size, lambda work: 0.0)
-            exchange = step.time(link, Fleet(group.size, 0.0))
-            predicted = [median(coding[1:]), exchange.latency, exchange.bandwidth]
-            found[name] = {"taken": taken[1:], "predicted": predicted}
+            found[name] = {"taken": taken[1:], "predicted": [median(coding[1:]), *link.parts(step.cost)]}
         result = {"latency": measured.latency, "rate": measured.rate, "cases": found}
         (folder / f"{group.rank}.json").write_text(json.dumps(result))
 
 
-def once(group: Timed, protocol: Any, v: Tensor, attempt: int) -> tuple[float, float]:
-    """Seconds of one exchange and its application, and of these in collectives."""
+def once(group: Timed, work: Callable[[int], object], attempt: int) -> tuple[float, float]:
+    """Seconds of a piece of work that all begin together, and of these in collectives."""
     group.all_reduce(torch.zeros(1))
     group.seconds, begin = 0.0, time.perf_counter()
-    averaged = protocol.average(Channel(group, Ledger()), v, v[:0], seed=0, step=attempt)
+    work(attempt)
+    return time.perf_counter() - begin, group.seconds
+
+
+def average(group: Group, protocol: Protocol, v: Tensor, step: int) -> None:
+    """Exchange v and apply what comes back, as an optimizer's step does."""
+    averaged = protocol.average(Channel(group, Ledger()), v, v[:0], seed=0, step=step)
     out, memory = torch.zeros_like(v), torch.zeros_like(v)
     for term in averaged.mean:
         term.add_to(out, -0.1)
     for term in averaged.own:
         term.add_to(memory, -1.0)
-    return time.perf_counter() - begin, group.seconds
+
+
+def code(protocol: Protocol, d: int, workers: int) -> float:
+    """Seconds of the coding that the model counts, by all workers at once: they share this machine's cores."""
+    pieces = protocol.work(d, workers)
+    paces = {work.compressor: measure(work.compressor, work.coordinates, repeats=1) for work in pieces}
+    return sum(paces[work.compressor].seconds(work) for work in pieces)
 
 
 def validate(workers: int, mbit: float, d: int, repeats: int) -> list[dict[str, Any]]:
@@ -133,7 +161,7 @@ def validate(workers: int, mbit: float, d: int, repeats: int) -> list[dict[str, 
         if any(codes):
             raise subprocess.SubprocessError(f"exit codes {codes}")
         results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
-    return [_row(name, results, workers, mbit, d) for name in CASES]
+    return [_row(name, results, workers, mbit, d) for name in (*COLLECTIVES, *CASES)]
 
 
 def _row(name: str, results: list[dict[str, Any]], workers: int, mbit: float, d: int) -> dict[str, Any]:
@@ -142,7 +170,8 @@ def _row(name: str, results: list[dict[str, Any]], workers: int, mbit: float, d:
         max(attempt[0] for attempt in attempts) for attempts in zip(*(c["taken"] for c in per_worker), strict=True)
     ]
     exchange = median(min(a[1] for a in attempts) for attempts in zip(*(c["taken"] for c in per_worker), strict=True))
-    # The slowest worker codes for the longest; an exchange is at its shortest for the worker that came to it last.
+    # The slowest worker codes for the longest, and in collectives is least who came to them last (but for the root
+    # of a broadcast, which leaves early).
     compression, latency, bandwidth = (max(c["predicted"][i] for c in per_worker) for i in range(3))
     predicted, measured = compression + latency + bandwidth, median(totals)
     return {

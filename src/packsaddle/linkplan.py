@@ -77,9 +77,9 @@ def forecast(
     nbytes = 4 * (workload.d + workload.dense)
     dense = Dense(nbytes, overlap)
     sent = round(2 * (fleet.workers - 1) / fleet.workers * nbytes)
-    found = [Forecast(DENSE, "all-reduce (DDP)", sent, dense.time(link, fleet), None)]
+    found = [Forecast(DENSE, "all-reduce", sent, dense.time(link, fleet), None)]
     for compressor in compressors:
-        bound = compressor.for_tensors(workload.shapes)
+        bound = workload.bind(compressor)
         seconds = pace(bound, workload.d).seconds
         steps: list[tuple[Choice, Step]] = [
             (choice, compressed(choice.protocol, workload.d, workload.dense, fleet.workers, seconds))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from packsaddle.bench.timing import side_by_side
+from packsaddle.compress import Compressor
 from packsaddle.flat import FlatParameters
 from packsaddle.models import mnist_autoencoder, resnet
 from packsaddle.schema import ConfigError, nearest
@@ -20,27 +21,28 @@ class Workload:
     """What one step exchanges."""
 
     name: str
-    shapes: tuple[torch.Size, ...]  # of the compressed tensors, one after the other
+    d: int  # compressed coordinates
     dense: int  # coordinates that are sent as they are
+    shapes: tuple[torch.Size, ...] = ()  # of the compressed tensors, one after the other, if they are known
 
-    @property
-    def d(self) -> int:
-        """Compressed coordinates."""
-        return sum(shape.numel() for shape in self.shapes)
+    def bind(self, compressor: Compressor) -> Compressor:
+        """Return a compressor for these tensors."""
+        return compressor.for_tensors(self.shapes) if self.shapes else compressor
 
     @classmethod
     def of_size(cls, d: int) -> "Workload":
         """Return a workload of d compressed coordinates of no particular shape. Raises ConfigError for d < 1."""
         if d < 1:
             raise ConfigError(f"d must be at least 1, got {d}")
-        return cls(f"d = {d:,}", (torch.Size((d,)),), 0)
+        return cls(f"d = {d:,}", d, 0)
 
     @classmethod
     def of_model(cls, name: str) -> "Workload":
         """Return what CompressedSGD makes of a model, see `MODELS`. Raises ConfigError."""
         parameters = list(_build(name).parameters())
         flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)
-        return cls(name, tuple(parameters[i].shape for i in flat.compressed), flat.d - flat.compressed_d)
+        shapes = tuple(parameters[i].shape for i in flat.compressed)
+        return cls(name, flat.compressed_d, flat.d - flat.compressed_d, shapes)
 
 
 # Each with the shape of an example; the ResNets are those for small images, as packsaddle trains them.

@@ -19,14 +19,12 @@ from packsaddle.linkprobe import probe, probe_locally
 from packsaddle.pace import measure
 from packsaddle.progress import megabytes
 from packsaddle.schema import ConfigError
-from packsaddle.steptime import Fleet, Link
+from packsaddle.steptime import FRAMING, Fleet, Link
 from packsaddle.workload import Workload, compute_seconds
 
 _LATENCY = 1e-4  # seconds, gloo's over a local network
-_NOTE = (
-    "Per step only: compressors need different numbers of steps, and how many is no matter of the link; "
-    "docs/plans.md says where to look."
-)
+_ERROR = 0.1  # of the model, on quiet machines (experiments/scale)
+_NOTE = "This is the time of a step. How many steps a compressor needs is another matter: see docs/plans.md and try it."
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ def plan_link(
         unmeasured = Fleet(workers, options.compute or 0.0, options.spread or 0.0)  # refused now, not after measuring
         with process_group() if under_launcher() else nullcontext() as group:
             device = torch.device("cpu") if group is None else local_device()
-            link, source = (given, f"{rate.show(bits)} as given") if bits else _measured(group, workers, device)
+            link, source = (given, "as given") if bits else _measured(group, workers, device)
             fleet = unmeasured
             if options.compute is None:
                 fleet = replace(fleet, compute=compute_seconds(workload.name, options.batch or 32, device=device))
@@ -112,25 +110,22 @@ def _print_json(verdict: Verdict, workload: Workload, link: Link, source: str, f
 
 
 def _print_tables(verdict: Verdict, workload: Workload, link: Link, source: str, fleet: Fleet) -> None:
-    table = Table("compressor", "exchange", "sent", "step ms", "compute", "waiting", "coding", "latency", "bandwidth")
-    table.add_column("pays below")
+    table = Table("compressor", "exchange", "sent", "step ms", "coding", "exchange", "pays below")
+    table.columns[0].no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for f in verdict.forecasts:
-        t = f.time
-        parts = (t.total, t.compute, t.waiting, t.compression, t.latency, t.bandwidth)
-        cells = [f"{1e3 * part:,.4g}" for part in parts]
-        name = "none: dense" if f.is_dense else f.compressor
-        table.add_row(name, f.exchange, megabytes(f.sent), *cells, _pays_below(f, verdict), style=_style(f))
+        cells = [f"{1e3 * part:,.4g}" for part in (f.time.total, f.time.compression, f.time.exchange)]
+        name, style = ("none: dense (DDP)", "bold") if f.is_dense else (f.compressor, None)
+        table.add_row(name, f.exchange, megabytes(f.sent), *cells, _pays_below(f, verdict), style=style)
     print_table(table)
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
-    print(f"Link: {_bits(link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message; {source}.")
+    waiting = f" and {1e3 * fleet.waiting:,.4g} ms of waiting for the slowest worker" if fleet.waiting else ""
+    print(f"In every step: {1e3 * fleet.compute:,.4g} ms of computing{waiting}. Dense sends beside the backward pass.")
+    payload = f"{rate.show(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
+    print(f"Link: {_line(link.rate)}, {source}: {payload}.")
     print(_sentence(verdict, link))
     print(_NOTE)
-
-
-def _style(f: Forecast) -> str | None:
-    return "bold" if f.is_dense else None
 
 
 def _pays_below(f: Forecast, verdict: Verdict) -> str:
@@ -138,19 +133,21 @@ def _pays_below(f: Forecast, verdict: Verdict) -> str:
         return ""
     if f.break_even is None:
         return "any link" if f.time.total < verdict.dense.time.total else "no link"
-    return _bits(f.break_even)
+    return _line(f.break_even)
 
 
 def _sentence(verdict: Verdict, link: Link) -> str:
-    best, dense = verdict.best, verdict.dense
-    at = verdict.break_even
-    if verdict.compress:
-        gain = dense.time.total / best.time.total
-        until = f" Compression pays below {_bits(at)}." if at is not None and at > link.rate else ""
-        return f"Best: {best.compressor} by {best.exchange}, {gain:.2f} times as many steps a second as dense.{until}"
-    where = f"compression pays below {_bits(at)} of payload." if at is not None else "no link makes compression pay."
-    return f"Do not compress: dense has the shortest step. At this latency {where}"
+    best, dense, equal = verdict.best.time.total, verdict.dense.time.total, verdict.break_even
+    if not verdict.compress:
+        where = "On no link does compression pay." if equal is None else f"Compression pays below {_line(equal)}."
+        return f"DO NOT COMPRESS: no step is shorter than the dense one. {where}"
+    how = f"{verdict.best.compressor} by {verdict.best.exchange}"
+    gain = f"a step of {1e3 * best:,.4g} ms instead of {1e3 * dense:,.4g}, {dense / best:.3g} times as fast"
+    doubt = "; that is within the error of this model, so HARDLY WORTH IT" if dense / best < 1 + _ERROR else ""
+    until = f" Compression pays below {_line(equal)}." if equal is not None and equal > link.rate else ""
+    return f"Best: {how}: {gain}{doubt}.{until}"
 
 
-def _bits(payload: float) -> str:
-    return rate.show(8 * payload)
+def _line(payload: float) -> str:
+    """A payload rate as the nominal rate of the line that carries it."""
+    return rate.show(8 * payload / FRAMING)
