@@ -23,6 +23,7 @@ from packsaddle.steptime import FRAMING, Fleet, Link
 from packsaddle.workload import Workload, compute_seconds
 
 _LATENCY = 1e-4  # seconds, gloo's over a local network
+_BATCH = 32
 _ERROR = 0.1  # of the model, on quiet machines (experiments/scale)
 _NOTE = "This is the time of a step. How many steps a compressor needs is another matter: see docs/plans.md and try it."
 
@@ -65,7 +66,8 @@ def plan_link(
             link, source = (given, "as given") if bits else _measured(group, workers, device)
             fleet = unmeasured
             if options.compute is None:
-                fleet = replace(fleet, compute=compute_seconds(workload.name, options.batch or 32, device=device))
+                batch = _BATCH if options.batch is None else options.batch
+                fleet = replace(fleet, compute=compute_seconds(workload.name, batch, device=device))
             pace = partial(measure, repeats=3, device=device)
             verdict = forecast(workload, link, fleet, candidates, pace)
     except ValueError as error:
