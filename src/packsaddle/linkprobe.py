@@ -9,7 +9,7 @@ import torch
 from packsaddle.exchange import Group, launch, local_device, process_group
 from packsaddle.steptime import Link
 
-_SMALL = 50  # all-reduces of one element
+_SMALL = 20  # all-reduces of one element
 _ENOUGH = 0.5  # seconds: an all-reduce that takes so long tells the rate
 _MOST = 1 << 26  # bytes
 _LARGE = 5  # all-reduces of the largest message
@@ -30,7 +30,8 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
     large = _seconds(group, nbytes // 4, _LARGE, device)
     if large <= small:
         raise RuntimeError(f"no rate can be read: {nbytes} bytes took no longer than 4 ({large:.2g} s)")
-    return Link(small / hops, hops / group.size * nbytes / (large - small))
+    per_byte = (large - small) / (hops / group.size * (nbytes - 4))
+    return Link(max(0.0, small / hops - 4 / group.size * per_byte), 1 / per_byte)
 
 
 def _seconds(group: Group, elements: int, repeats: int, device: torch.device | str) -> float:

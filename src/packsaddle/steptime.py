@@ -9,11 +9,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, get_args
 
 from scipy.integrate import quad
-from scipy.special import digamma
-from scipy.stats import norm
+from scipy.special import digamma, log_ndtr, ndtri
 
 from packsaddle.average import Protocol, Work
 from packsaddle.collectives import Cost, RingAllReduce
@@ -81,6 +81,7 @@ class Fleet:
         return self.compute * (expected_maximum(self.workers, self.spread, self.tail) - 1)
 
 
+@cache
 def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> float:
     """Return the expected maximum of W independent times of mean 1 and standard deviation `spread`.
 
@@ -94,10 +95,10 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
     sigma = math.sqrt(math.log1p(spread**2))
 
     def integrand(z: float) -> float:
-        density = math.log(workers) + norm.logpdf(z) + (workers - 1) * norm.logcdf(z)
-        return math.exp(sigma * z - sigma**2 / 2 + density)
+        log_density = math.log(workers / math.sqrt(2 * math.pi)) - z**2 / 2 + (workers - 1) * log_ndtr(z)
+        return math.exp(sigma * z - sigma**2 / 2 + log_density)
 
-    centre = float(norm.isf(1 / workers))  # about where the slowest is
+    centre = float(ndtri(1 - 1 / workers))  # about where the slowest is
     return float(quad(integrand, centre - 8, centre + 10 + sigma, limit=200)[0])
 
 
