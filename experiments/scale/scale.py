@@ -33,12 +33,12 @@ CONTENDERS: dict[str, tuple[Compressor, str, str, str]] = {
     "Sign all-gather": (Sign(), "direct", "#E69F00", "--"),
     "QSGD all-gather": (QSGD(), "direct", "#8C8C00", "--"),
 }
-# Name, rate, latency, and how many times faster than one thread of this machine a worker codes. The datacentre's workers
-# are GPUs: their memory is about a hundred times as fast as what one thread reads, and that is assumed, not measured.
+# Name, rate, latency, and how many times faster than one thread of this machine a worker codes. A datacentre's workers
+# are GPUs, whose memory is about a hundred times as fast as what one thread reads: that is assumed, not measured.
 LINKS = {
     "100 Mbit/s": (1e8, 1e-3, 1.0),
     "1 Gbit/s": (1e9, 2e-4, 1.0),
-    "100 Gbit/s, coding 100 times as fast": (1e11, 2e-5, 100.0),
+    "100 Gbit/s, coding 100 x as fast": (1e11, 2e-5, 100.0),
 }
 WORKERS = [2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 10_000]
 SIZES = [10**i for i in range(6, 12)]
@@ -57,20 +57,24 @@ def paces(path: Path) -> dict[str, Pace]:
     return {name: Pace(**{kind: Line(**line) for kind, line in lines.items()}) for name, lines in stored.items()}
 
 
-def step(name: str, d: int, workers: int, pace: dict[str, Pace], speed: float) -> Step:
-    """Return a contender's step; LowRank sees matrices of 4096 x 4096, as many as there are."""
+def steps(name: str, d: int, workers: int, pace: dict[str, Pace], speed: float) -> list[Step]:
+    """Return a contender's step; dense has two: buckets beside the backward pass, or one all-reduce after it.
+
+    LowRank sees matrices of 4096 x 4096, as many as there are.
+    """
     compressor, exchange, *_ = CONTENDERS[name]
     if exchange == "dense":
-        return Dense(4 * d)
-    whole = d // 4096**2
-    if isinstance(compressor, LowRank) and whole:
-        compressor = compressor.for_tensors([torch.Size((4096, 4096))] * whole + [torch.Size((d % 4096**2, 1))])
+        return [Dense(4 * d), Dense(4 * d, overlap=False, bucket=4 * d)]
+    if isinstance(compressor, LowRank):
+        rows, rest = divmod(d, 4096)
+        shapes = [(4096, 4096)] * (rows // 4096) + [(rows % 4096, 4096), (rest, 1)]
+        compressor = compressor.for_tensors([torch.Size(shape) for shape in shapes if min(shape)])
     protocol = choose(compressor, exchange, d=d, dense=0, workers=workers).protocol
 
     def seconds(work: Any) -> float:
         return pace["Identity" if isinstance(work.compressor, Identity) else name].seconds(work) / speed
 
-    return compressed(protocol, d, 0, workers, seconds)
+    return [compressed(protocol, d, 0, workers, seconds)]
 
 
 def table(pace: dict[str, Pace]) -> list[dict[str, Any]]:
@@ -81,7 +85,9 @@ def table(pace: dict[str, Pace]) -> list[dict[str, Any]]:
         link = Link.nominal(bits, latency)
         for axis, d, workers in points:
             for name in CONTENDERS:
-                time = step(name, d, workers, pace, speed).time(link, Fleet(workers, COMPUTE, SPREAD))
+                fleet = Fleet(workers, COMPUTE, SPREAD)
+                times = [step.time(link, fleet) for step in steps(name, d, workers, pace, speed)]
+                time = min(times, key=lambda t: t.total)
                 parts = {part: f"{seconds:.6g}" for part, seconds in asdict(time).items()}
                 setting = {"axis": axis, "link": link_name, "contender": name, "d": d, "workers": workers}
                 rows.append({**setting, **parts, "seconds": f"{time.total:.6g}"})
@@ -89,12 +95,12 @@ def table(pace: dict[str, Pace]) -> list[dict[str, Any]]:
 
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25, "font.size": 10}
-TICKS = [0.5, 1, 2, 5, 10, 60, 600, 3600, 86400, 864000]
-TICK_LABELS = ["0.5 s", "1 s", "2 s", "5 s", "10 s", "1 min", "10 min", "1 h", "1 day", "10 days"]
+TICKS = [1, 2, 5, 10, 60, 600, 3600, 86400, 864000]
+TICK_LABELS = ["1 s", "2 s", "5 s", "10 s", "1 min", "10 min", "1 h", "1 day", "10 days"]
 
 
 def draw(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
-    """One panel per link; curves are labelled where they end, in the last panel's order of each panel."""
+    """One panel per link; curves are labelled where they end."""
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -110,25 +116,31 @@ def draw(rows: list[dict[str, Any]], axis: str, path: Path) -> None:
                 x, y = [row[axis] for row in curve], [float(row["seconds"]) for row in curve]
                 panel.plot(x, y, color=colour, linestyle=dashes, linewidth=1.8)
                 ends[name] = (y[-1], colour)
-            panel.set(xscale="log", yscale="log", title=link, ylim=(0.9, 2e6 if axis == "d" else 2e5))
-            panel.set_xlabel(f"workers (d = {D:.0e})" if axis == "workers" else f"coordinates d ({W} workers)")
+            panel.set(xscale="log", yscale="log", title=link)
+            panel.set_yticks(TICKS, TICK_LABELS)
+            panel.minorticks_off()
+            panel.set_ylim(0.7, 2e6 if axis == "d" else 2e5)
+            panel.set_xlabel("workers (d = $10^8$)" if axis == "workers" else f"coordinates d ({W} workers)")
             panel.set_xlim(x[0], x[-1])
             label(panel, ends)
         panels[0].set_ylabel("time of one step")
-        panels[0].set_yticks(TICKS, TICK_LABELS)
-        panels[0].minorticks_off()
         figure.savefig(path, dpi=130)
 
 
 def label(panel: Any, ends: dict[str, tuple[float, str]]) -> None:
-    """Write each curve's name to the right of its end, moved up where it would cover the one below."""
+    """Write each curve's name to the right of its end; names too close push each other apart."""
     low, high = panel.get_ylim()
-    decade = 0.05 * (math.log10(high / low))
-    height = -9.0
-    for name, (y, colour) in sorted(ends.items(), key=lambda end: end[1][0]):
-        height = max(math.log10(y), height + decade)
-        at = (1.02, (height - math.log10(low)) / math.log10(high / low))
-        panel.annotate(name, at, xycoords="axes fraction", color=colour, va="center", fontsize=9, annotation_clip=False)
+    names = sorted(ends, key=lambda name: ends[name][0])
+    heights = [math.log(ends[name][0] / low) / math.log(high / low) for name in names]
+    for _ in range(500):
+        for i in range(1, len(heights)):
+            overlap = 0.045 - (heights[i] - heights[i - 1])
+            if overlap > 0:
+                heights[i - 1] = max(0.0, heights[i - 1] - overlap / 2)
+                heights[i] += overlap / 2
+    for name, height in zip(names, heights, strict=True):
+        at = (1.02, height)
+        panel.annotate(name, at, xycoords="axes fraction", color=ends[name][1], va="center", fontsize=9)
 
 
 def stragglers() -> list[dict[str, Any]]:
