@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -63,36 +63,10 @@ COLLECTIVES: dict[str, tuple[Callable[[Group, Tensor], object], Callable[[int, i
 }
 
 
-class Timed(Group):
-    """A group that adds up the seconds of its collectives."""
-
-    def __init__(self, group: Group) -> None:
-        self.rank, self.size, self._group, self.seconds = group.rank, group.size, group, 0.0
-
-    def all_reduce(self, tensor: Tensor) -> None:
-        self._clock(self._group.all_reduce, tensor)
-
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        return self._clock(self._group.all_gather, tensor)
-
-    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        return self._clock(self._group.all_to_all, outgoing, sizes)
-
-    def broadcast(self, tensor: Tensor) -> None:
-        self._clock(self._group.broadcast, tensor)
-
-    def _clock(self, collective: Any, *args: Any) -> Any:
-        begin = time.perf_counter()
-        result = collective(*args)
-        self.seconds += time.perf_counter() - begin
-        return result
-
-
 def worker(folder: Path, d: int, repeats: int, bits: float) -> None:
     """One host's part: time every case, and on rank 0 predict it."""
     torch.set_num_threads(1)
-    with process_group() as plain:
-        group = Timed(plain)
+    with process_group() as group:
         measured = probe(group)
         link = Link.nominal(bits, measured.latency)
         v = torch.randn(d, generator=torch.Generator().manual_seed(group.rank))
@@ -114,12 +88,12 @@ def worker(folder: Path, d: int, repeats: int, bits: float) -> None:
         (folder / f"{group.rank}.json").write_text(json.dumps(result))
 
 
-def once(group: Timed, work: Callable[[int], object], attempt: int) -> tuple[float, float]:
-    """Seconds of a piece of work that all begin together, and of these in collectives."""
+def once(group: Group, work: Callable[[int], object], attempt: int) -> float:
+    """Seconds of a piece of work that all begin together."""
     group.all_reduce(torch.zeros(1))
-    group.seconds, begin = 0.0, time.perf_counter()
+    begin = time.perf_counter()
     work(attempt)
-    return time.perf_counter() - begin, group.seconds
+    return time.perf_counter() - begin
 
 
 def average(group: Group, protocol: Protocol, v: Tensor, step: int) -> None:
@@ -166,12 +140,8 @@ def validate(workers: int, mbit: float, d: int, repeats: int) -> list[dict[str, 
 
 def _row(name: str, results: list[dict[str, Any]], workers: int, mbit: float, d: int) -> dict[str, Any]:
     per_worker = [result["cases"][name] for result in results]
-    totals = [
-        max(attempt[0] for attempt in attempts) for attempts in zip(*(c["taken"] for c in per_worker), strict=True)
-    ]
-    exchange = median(min(a[1] for a in attempts) for attempts in zip(*(c["taken"] for c in per_worker), strict=True))
-    # The slowest worker codes for the longest, and in collectives is least who came to them last (but for the root
-    # of a broadcast, which leaves early).
+    totals = [max(attempt) for attempt in zip(*(case["taken"] for case in per_worker), strict=True)]
+    # The slowest worker codes for the longest.
     compression, latency, bandwidth = (max(c["predicted"][i] for c in per_worker) for i in range(3))
     predicted, measured = compression + latency + bandwidth, median(totals)
     return {
@@ -179,8 +149,7 @@ def _row(name: str, results: list[dict[str, Any]], workers: int, mbit: float, d:
         "latency us": f"{1e6 * results[0]['latency']:.0f}", "probed Mbit/s": f"{results[0]['rate'] * 8e-6:.1f}",
         "measured ms": f"{1e3 * measured:.2f}", "low": f"{1e3 * min(totals):.2f}", "high": f"{1e3 * max(totals):.2f}",
         "predicted ms": f"{1e3 * predicted:.2f}", "error": f"{predicted / measured - 1:+.3f}",
-        "measured exchange ms": f"{1e3 * exchange:.2f}", "predicted exchange ms": f"{1e3 * (latency + bandwidth):.2f}",
-        "predicted compression ms": f"{1e3 * compression:.2f}",
+        "predicted exchange ms": f"{1e3 * (latency + bandwidth):.2f}", "predicted compression ms": f"{1e3 * compression:.2f}",
     }  # fmt: skip
 
 
