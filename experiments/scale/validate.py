@@ -149,7 +149,8 @@ def _row(name: str, results: list[dict[str, Any]], workers: int, mbit: float, d:
         "latency us": f"{1e6 * results[0]['latency']:.0f}", "probed Mbit/s": f"{results[0]['rate'] * 8e-6:.1f}",
         "measured ms": f"{1e3 * measured:.2f}", "low": f"{1e3 * min(totals):.2f}", "high": f"{1e3 * max(totals):.2f}",
         "predicted ms": f"{1e3 * predicted:.2f}", "error": f"{predicted / measured - 1:+.3f}",
-        "predicted exchange ms": f"{1e3 * (latency + bandwidth):.2f}", "predicted compression ms": f"{1e3 * compression:.2f}",
+        "predicted exchange ms": f"{1e3 * (latency + bandwidth):.2f}",
+        "predicted compression ms": f"{1e3 * compression:.2f}",
     }  # fmt: skip
 
 
