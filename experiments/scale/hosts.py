@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +15,23 @@ class Host:
     name: str  # of its namespace
     address: str
 
-    def start(self, command: Sequence[str], environment: dict[str, str]) -> "subprocess.Popen[str]":
-        variables = {**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE, **environment}
-        return subprocess.Popen(["ip", "netns", "exec", self.name, *command], env=variables, text=True)
+
+def everywhere(world: Sequence[Host], arguments: Sequence[str], timeout: float = 1200.0) -> None:
+    """Run a Python script on every host, in the environment that torchrun would set, and wait for all of them."""
+    processes = []
+    for rank, host in enumerate(world):
+        place = {"RANK": rank, "WORLD_SIZE": len(world), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "OMP_NUM_THREADS": 1}
+        meet = {"MASTER_ADDR": world[0].address, "MASTER_PORT": 29533, "GLOO_SOCKET_IFNAME": INTERFACE}
+        environment = {**os.environ, **{name: str(value) for name, value in {**place, **meet}.items()}}
+        command = ["ip", "netns", "exec", host.name, sys.executable, *arguments]
+        processes.append(subprocess.Popen(command, env=environment))
+    try:
+        codes = [process.wait(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    if any(codes):
+        raise subprocess.SubprocessError(f"exit codes {codes}")
 
 
 @contextmanager

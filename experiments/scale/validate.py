@@ -9,7 +9,6 @@ import argparse
 import csv
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from hosts import hosts
+from hosts import everywhere, hosts
 from torch import Tensor
 
 from packsaddle import QSGD, Compressor, Identity, Ledger, LowRank, RandomK, Sign, SketchTopK, TopK
@@ -117,23 +116,7 @@ def validate(workers: int, mbit: float, d: int, repeats: int) -> list[dict[str, 
     """Let the hosts measure; a row per case. An exchange ends when its last worker does."""
     with hosts(workers, mbit * 1e6) as world, tempfile.TemporaryDirectory() as folder:
         arguments = [__file__, "--worker", folder, "--mbit", str(mbit), "--d", str(d), "--repeats", str(repeats)]
-        processes = []
-        for rank, host in enumerate(world):
-            world_of = {"RANK": rank, "WORLD_SIZE": workers, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
-            meet = {
-                "MASTER_ADDR": world[0].address,
-                "MASTER_PORT": 29533,
-                "OMP_NUM_THREADS": 1,
-            }  # as torchrun sets them
-            environment = {name: str(value) for name, value in {**world_of, **meet}.items()}
-            processes.append(host.start([sys.executable, *arguments], environment))
-        try:
-            codes = [process.wait(timeout=1200) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        if any(codes):
-            raise subprocess.SubprocessError(f"exit codes {codes}")
+        everywhere(world, arguments)
         results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
     return [_row(name, results, workers, mbit, d) for name in (*COLLECTIVES, *CASES)]
 
