@@ -15,7 +15,7 @@ from packsaddle.exchange import Solo
 from packsaddle.linkplan import forecast
 from packsaddle.pace import Line, Pace
 from packsaddle.steptime import Fleet, Link
-from packsaddle.workload import Workload
+from packsaddle.workload import Workload, update_seconds
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,8 @@ def test_compress_on_a_slow_link_only() -> None:
     assert slow_link.best.compressor == "RandomK(ratio=0.01)"
     assert not fast_link.compress
     assert fast_link.best is fast_link.dense
+    later = forecast(workload, Link(0.0, 1e8), fleet, [RandomK(0.01)], slow, update=0.005)
+    assert later.best.time.compression == pytest.approx(0.008)
     assert verdict(1).best.time.total == pytest.approx(0.1 + 0.003 + 0.06)
     assert verdict(1).dense.time.total == pytest.approx(6.1)
 
@@ -121,6 +123,11 @@ def test_a_model_has_its_shapes() -> None:
     assert isinstance(bound, LowRank)
     assert set(bound.shapes) >= {(32, 144), (64, 1568)}
     assert Workload.of_size(10_000).bind(LowRank()).message_bytes(10_000) == 4 * 200
+
+
+def test_what_an_update_takes() -> None:
+    """With noise d Gaussians are drawn in every step, which no plain update hides."""
+    assert update_seconds(200_000, noise=True, repeats=3) > 0
 
 
 def test_resnet_of_the_optimizer() -> None:
@@ -183,6 +190,7 @@ REFUSALS = {
     (): "plan needs --d and --epsilon; or --link RATE, for the time of a step",
     ("--d", "5"): "plan needs --epsilon; or --link RATE, for the time of a step",
     ("--d", "5", "--epsilon", "0.1", "--model", "resnet18"): "--model is for the time of a step: it needs --link",
+    ("--d", "5", "--epsilon", "0.1", "--noise"): "--noise is for the time of a step: it needs --link",
     ("--d", "5", "--epsilon", "0.1", "--spread", "1"): "--spread is for the time of a step: it needs --link",
     (*LINK, "--d", "5", "--epsilon", "0.1"): "--epsilon is for a plan by the theorems",
     (*LINK, "--d", "5", "--compute", "1", "--table"): "--table is for a plan by the theorems",

@@ -27,7 +27,7 @@ from packsaddle.linkplan import Verdict, forecast
 from packsaddle.linkprobe import probe
 from packsaddle.pace import measure
 from packsaddle.steptime import Fleet, Link
-from packsaddle.workload import MODELS, Workload, compute_seconds
+from packsaddle.workload import MODELS, Workload, compute_seconds, update_seconds
 
 COMPRESSORS: list[Compressor] = [RandomK(0.01), TopK(0.01), SketchTopK(0.001), Sign()]
 # Model, workers, Mbit/s, batch.
@@ -36,7 +36,6 @@ SETTINGS = [
     ("mnist-autoencoder", 4, 10, 32),
     ("resnet18", 2, 100, 2),
     ("resnet18", 2, 1000, 8),
-    ("resnet18", 3, 1000, 2),
 ]
 
 
@@ -67,7 +66,8 @@ def predict(group: Group, link: Link, name: str, batch: int) -> Verdict:
     group.all_reduce(torch.zeros(1))
     fleet = Fleet(group.size, compute_seconds(name, batch))
     group.all_reduce(torch.zeros(1))
-    return forecast(Workload.of_model(name), link, fleet, COMPRESSORS, measure)
+    workload = Workload.of_model(name)
+    return forecast(workload, link, fleet, COMPRESSORS, measure, update=update_seconds(workload.d))
 
 
 def found(forecast: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Which compressor makes the shortest step on a link, and whether any beats sending everything."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from packsaddle.catalogue import describe
@@ -65,11 +65,13 @@ def forecast(
     compressors: Sequence[Compressor],
     pace: Callable[[Compressor, int], Pace],
     *,
+    update: float = 0.0,
     overlap: bool = True,
 ) -> Verdict:
     """Predict every compressor's step in single precision, each by its fastest exchange, and DDP's.
 
-    `pace(compressor, d)` says how fast one codes. Raises ValueError for fewer than two workers or an impossible
+    `pace(compressor, d)` says how fast one codes, `update` what CompressedSGD takes besides (`workload.update_seconds`);
+    both are counted as compression. Raises ValueError for fewer than two workers or an impossible
     compressor.
     """
     if fleet.workers < 2:
@@ -81,10 +83,10 @@ def forecast(
     for compressor in compressors:
         bound = workload.bind(compressor)
         seconds = pace(bound, workload.d).seconds
-        steps: list[tuple[Choice, Step]] = [
-            (choice, compressed(choice.protocol, workload.d, workload.dense, fleet.workers, seconds))
-            for choice in _choices(bound, workload, fleet.workers)
-        ]
+        steps: list[tuple[Choice, Step]] = []
+        for choice in _choices(bound, workload, fleet.workers):
+            coded = compressed(choice.protocol, workload.d, workload.dense, fleet.workers, seconds)
+            steps.append((choice, replace(coded, compression=coded.compression + update)))
         choice, step = min(steps, key=lambda s: s[1].time(link, fleet).total)
         ranks = {0, fleet.workers - 1}  # chunks, and so bytes, differ by a coordinate at most
         wires = [choice.protocol.wire(workload.d, workload.dense, rank, fleet.workers, 4).sent for rank in ranks]

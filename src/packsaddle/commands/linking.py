@@ -20,7 +20,7 @@ from packsaddle.pace import measure
 from packsaddle.progress import megabytes
 from packsaddle.schema import ConfigError
 from packsaddle.steptime import FRAMING, Fleet, Link
-from packsaddle.workload import Workload, compute_seconds
+from packsaddle.workload import Workload, compute_seconds, update_seconds
 
 _LATENCY = 1e-4  # seconds, gloo's over a local network
 _BATCH = 32
@@ -38,6 +38,7 @@ class LinkOptions:
     compute: float | None  # seconds
     batch: int | None
     spread: float | None
+    noise: bool | None
 
     def workload(self) -> Workload:
         if (self.d is None) == (self.model is None):
@@ -69,12 +70,13 @@ def plan_link(
                 batch = _BATCH if options.batch is None else options.batch
                 fleet = replace(fleet, compute=compute_seconds(workload.name, batch, device=device))
             pace = partial(measure, repeats=3, device=device)
-            verdict = forecast(workload, link, fleet, candidates, pace)
+            update = update_seconds(workload.d, noise=bool(options.noise), device=device)
+            verdict = forecast(workload, link, fleet, candidates, pace, update=update)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if is_first():
         show = _print_json if json else _print_tables
-        show(verdict, workload, link, source, fleet)
+        show(verdict, workload, link, source, fleet, update)
 
 
 def _workers(asked: int | None) -> int:
@@ -96,13 +98,14 @@ def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[
     return probe_locally(workers), "measured on this machine's loopback, so NO network is in it"
 
 
-def _print_json(verdict: Verdict, workload: Workload, link: Link, source: str, fleet: Fleet) -> None:
+def _print_json(verdict: Verdict, workload: Workload, link: Link, source: str, fleet: Fleet, update: float) -> None:
     document = {
         "model": workload.name,
         "compressed": workload.d,
         "dense": workload.dense,
         "link": {**asdict(link), "nominal_bits": link.bits, "source": source},
         "fleet": asdict(fleet),
+        "update": update,
         "compress": verdict.compress,
         "best": verdict.best.compressor,
         "break_even": verdict.break_even,
@@ -111,7 +114,7 @@ def _print_json(verdict: Verdict, workload: Workload, link: Link, source: str, f
     print(dumps(document, indent=2))
 
 
-def _print_tables(verdict: Verdict, workload: Workload, link: Link, source: str, fleet: Fleet) -> None:
+def _print_tables(verdict: Verdict, workload: Workload, link: Link, source: str, fleet: Fleet, update: float) -> None:
     table = Table("compressor", "exchange", "sent", "step ms", "coding", "exchange", "pays below")
     table.columns[0].no_wrap = True
     for column in table.columns[2:]:
@@ -124,6 +127,9 @@ def _print_tables(verdict: Verdict, workload: Workload, link: Link, source: str,
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
     waiting = f" and {1e3 * fleet.waiting:,.4g} ms of waiting for the slowest worker" if fleet.waiting else ""
     print(f"In every step: {1e3 * fleet.compute:,.4g} ms of computing{waiting}. Dense sends beside the backward pass.")
+    print(
+        f"Coding includes {1e3 * update:,.3g} ms of error memory (and noise, if asked for) beyond plain SGD's update."
+    )
     payload = f"{rate.show(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
     print(f"Link: {_line(link.rate)}, {source}: {payload}.")
     print(_sentence(verdict, link))

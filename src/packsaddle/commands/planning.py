@@ -60,6 +60,7 @@ def plan(
     compute: float | None = None,
     batch: int | None = None,
     spread: float | None = None,
+    noise: bool = False,
     json: bool = False,
 ) -> None:
     """Plan a run: parameters for an epsilon-second-order stationary point, or (--link) the time of a step.
@@ -88,9 +89,10 @@ def plan(
         compute: Seconds of a step's forward and backward pass; without it the model's are measured here.
         batch: Examples per worker and step, to measure that, 32 by default.
         spread: Standard deviation of the workers' compute times, as a share of them; 0 by default.
+        noise: Count the drawing of the artificial noise in a step's time.
         json: Print one JSON document.
     """
-    options = LinkOptions(d, model, latency, compute, batch, spread)
+    options = LinkOptions(d, model, latency, compute, batch, spread, noise or None)
     if link is not None:
         given = {"epsilon": epsilon, "lipschitz_gradient": lipschitz_gradient, "table": table or None}
         _refuse(given, "is for a plan by the theorems, not for the time of a step: leave out --link, or it")
