@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from packsaddle import LowRank, RandomK, TopK, linkprobe, rate
+from packsaddle import LowRank, RandomK, TopK, linkprobe, rate, workload
+from packsaddle.bench.timing import Timing
 from packsaddle.exchange import Solo
 from packsaddle.linkplan import forecast
 from packsaddle.pace import Line, Pace
 from packsaddle.steptime import Fleet, Link
-from packsaddle.workload import Workload, update_seconds
+from packsaddle.workload import Workload
 
 
 @pytest.mark.parametrize(
@@ -86,10 +87,10 @@ def slow(compressor: Any, d: int) -> Pace:
 
 def test_compress_on_a_slow_link_only() -> None:
     """1e6 coordinates, 4 workers: dense exchanges in 6 MB / rate, RandomK 1% in 60 kB / rate, and it codes for 3 ms."""
-    workload, fleet = Workload.of_size(1_000_000), Fleet(4, 0.1)
+    size, fleet = Workload.of_size(1_000_000), Fleet(4, 0.1)
 
     def verdict(mbytes: float) -> Any:
-        return forecast(workload, Link(0.0, mbytes * 1e6), fleet, [RandomK(0.01)], slow, overlap=False)
+        return forecast(size, Link(0.0, mbytes * 1e6), fleet, [RandomK(0.01)], slow, overlap=False)
 
     crossing = 0.99 * 6e6 / 3e-3  # bytes a second
     assert verdict(100).break_even == pytest.approx(crossing)
@@ -98,19 +99,19 @@ def test_compress_on_a_slow_link_only() -> None:
     assert slow_link.best.compressor == "RandomK(ratio=0.01)"
     assert not fast_link.compress
     assert fast_link.best is fast_link.dense
-    later = forecast(workload, Link(0.0, 1e8), fleet, [RandomK(0.01)], slow, update=0.005)
+    later = forecast(size, Link(0.0, 1e8), fleet, [RandomK(0.01)], slow, update=0.005)
     assert later.best.time.compression == pytest.approx(0.008)
     assert verdict(1).best.time.total == pytest.approx(0.1 + 0.003 + 0.06)
     assert verdict(1).dense.time.total == pytest.approx(6.1)
 
 
 def test_the_exchange_is_the_fastest_one() -> None:
-    workload = Workload.of_size(1_000_000)
+    size = Workload.of_size(1_000_000)
     for workers, latency, expected in ((32, 0.0, "two-way"), (3, 1.0, "all-gather")):
-        found = forecast(workload, Link(latency, 1e6), Fleet(workers, 0.1), [TopK(0.01)], slow)
+        found = forecast(size, Link(latency, 1e6), Fleet(workers, 0.1), [TopK(0.01)], slow)
         assert next(f.exchange for f in found.forecasts if not f.is_dense) == expected
     with pytest.raises(ValueError, match="workers must be at least 2"):
-        forecast(workload, Link(0.0, 1e6), Fleet(1, 0.1), [TopK(0.01)], slow)
+        forecast(size, Link(0.0, 1e6), Fleet(1, 0.1), [TopK(0.01)], slow)
 
 
 def test_a_model_has_its_shapes() -> None:
@@ -125,9 +126,18 @@ def test_a_model_has_its_shapes() -> None:
     assert Workload.of_size(10_000).bind(LowRank()).message_bytes(10_000) == 4 * 200
 
 
-def test_what_an_update_takes() -> None:
-    """With noise d Gaussians are drawn in every step, which no plain update hides."""
-    assert update_seconds(200_000, noise=True, repeats=3) > 0
+def test_an_update_is_what_it_takes_beyond_plain_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a part of a long vector, in proportion; and the steps that are timed do step."""
+
+    def timed(works: Any, *, repeats: int) -> dict[str, Timing]:
+        for work in works.values():
+            work()
+        return {"compressed": Timing.of([3.0]), "plain": Timing.of([1.0])}
+
+    monkeypatch.setattr(workload, "side_by_side", timed)
+    monkeypatch.setattr(workload, "_LONG", 2000)
+    assert workload.update_seconds(1000, noise=True) == 2.0
+    assert workload.update_seconds(5000) == 5.0
 
 
 def test_resnet_of_the_optimizer() -> None:

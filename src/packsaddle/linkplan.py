@@ -70,9 +70,9 @@ def forecast(
 ) -> Verdict:
     """Predict every compressor's step in single precision, each by its fastest exchange, and DDP's.
 
-    `pace(compressor, d)` says how fast one codes, `update` what CompressedSGD takes besides (`workload.update_seconds`);
-    both are counted as compression. Raises ValueError for fewer than two workers or an impossible
-    compressor.
+    `pace(compressor, d)` says how fast one codes, `update` what CompressedSGD takes besides, in seconds (see
+    `workload.update_seconds`); both are counted as compression. Raises ValueError for fewer than two workers or an
+    impossible compressor.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
