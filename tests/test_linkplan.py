@@ -200,7 +200,7 @@ def test_plan_link_auto(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plan_link_auto_under_torchrun() -> None:
     """The link between torchrun's workers, said by the first of them only."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "packsaddle.cli")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "packsaddle.cli", "--")
     asked = ("plan", "--link", "auto", "--d", "5000", "--compute", "0.01", "--compressor", "randomk", "--json")
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
