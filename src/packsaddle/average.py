@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from packsaddle.channel import Channel, ring_all_gather, ring_all_reduce
+from packsaddle.channel import Channel
+from packsaddle.collectives import Collective, RingAllGather, RingAllReduce
 from packsaddle.compress import Compressor, LowRank, Message, SketchTopK
 from packsaddle.compress.lowrank import orthonormal, scaled
 from packsaddle.ledger import Bytes
@@ -39,6 +41,17 @@ class Averaged:
     dense: Tensor  # float[d - compressed d], the mean of the dense parts
 
 
+@dataclass(frozen=True)
+class Work:
+    """How often a worker does what with messages of `coordinates` coordinates, in one step."""
+
+    compressor: Compressor
+    coordinates: int
+    encode: int = 0
+    decode: int = 0  # from what another worker sent, added to a vector
+    add: int = 0  # of a message whose context is known, to a vector or to the error memory
+
+
 class Protocol(ABC):
     """How workers average C(v_i), v_i float[d], plus a dense part. May keep state, such as a second error memory."""
 
@@ -50,11 +63,19 @@ class Protocol(ABC):
         """Exchange v, float[d], and the dense part; collective. v and dense are not changed."""
 
     @abstractmethod
-    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
-        """Predict the bytes of one worker in one exchange of d compressed and `dense` dense coordinates.
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        """Return the collectives of one exchange of d compressed and `dense` dense coordinates, in order.
 
         Exact where messages are of fixed size, else for the expected sizes.
         """
+
+    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
+        """Predict the bytes of one worker in one exchange, from its `collectives`."""
+        return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
+
+    def work(self, d: int, workers: int) -> list[Work]:
+        """Return what the busiest worker codes in one exchange and in applying it."""
+        return [Work(self.compressor, d, encode=1, add=2)]
 
     def vectors(self, like: Tensor) -> dict[str, Tensor]:
         """Return what the protocol holds back as named vectors like `like`, float[>= d]: made once, checkpointed."""
@@ -117,9 +138,8 @@ class AllReduce(Protocol):
         reduced = Message({name: mean[: payload.numel()]}, own.context)
         return Averaged(self._terms(own, len(v)), self._terms(reduced, len(v)), mean[payload.numel() :])
 
-    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
-        message = round(self.compressor.message_bytes(d, itemsize))
-        return ring_all_reduce(message, workers) + ring_all_reduce(dense * itemsize, workers)
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        return [RingAllReduce((message_bytes(self.compressor, d, itemsize), dense * itemsize))]
 
 
 class AllGather(Protocol):
@@ -139,13 +159,13 @@ class AllGather(Protocol):
         mean = [t for message in messages for t in self._terms(message, len(v), weight)]
         return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense)
 
-    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
-        total = ring_all_reduce(dense * itemsize, workers)
-        if not d:
-            return total
-        sizes = 0 if self.compressor.fixed_size else 8 * part_count(self.compressor, d)
-        message = round(self.compressor.message_bytes(d, itemsize))
-        return total + ring_all_gather(sizes, workers) + ring_all_gather(message, workers)
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        sizes = 0 if self.compressor.fixed_size or not d else 8 * part_count(self.compressor, d)
+        message = message_bytes(self.compressor, d, itemsize) if d else 0
+        return [RingAllReduce((dense * itemsize,)), RingAllGather(sizes), RingAllGather(message)]
+
+    def work(self, d: int, workers: int) -> list[Work]:
+        return [Work(self.compressor, d, encode=1, decode=workers, add=1)]
 
 
 class SketchedAllReduce(Protocol):
@@ -168,9 +188,9 @@ class SketchedAllReduce(Protocol):
         sent, reduced = (Message({"values": values}, support) for values in (own, mean[: len(own)]))
         return Averaged(self._terms(sent, d), self._terms(reduced, d), mean[len(own) :])
 
-    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
-        rounds = (self.compressor.rows * self.compressor.width(d), self.compressor.count(d)) if d else ()
-        return sum((ring_all_reduce(n * itemsize, workers) for n in (*rounds, dense)), Bytes())
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        counters, k = (self.compressor.rows * self.compressor.width(d), self.compressor.count(d)) if d else (0, 0)
+        return [RingAllReduce((counters * itemsize,)), RingAllReduce((k * itemsize, dense * itemsize))]
 
 
 class LowRankAllReduce(Protocol):
@@ -206,9 +226,9 @@ class LowRankAllReduce(Protocol):
         self._qs = self._next_qs(message, qs)
         return Averaged(self._terms(own, d), self._terms(message, d), mean[len(right) :])
 
-    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         left, right = self.compressor.factor_sizes(d)
-        return sum((ring_all_reduce(n * itemsize, workers) for n in (left, right, dense)), Bytes())
+        return [RingAllReduce((left * itemsize,)), RingAllReduce((right * itemsize, dense * itemsize))]
 
     def _next_qs(self, message: Message, qs: list[Tensor]) -> list[Tensor] | None:
         """Warm start: (P^T M)^T, brought to unit scale; a zero matrix would stay zero, so it starts afresh."""
@@ -233,10 +253,22 @@ class LowRankAllReduce(Protocol):
         self._qs = [q.to(device, copy=True) for q in state.get("qs", [])] or None
 
 
+_PART = 1 << 20  # coordinates that are compressed to learn about the messages of a huge vector, without its memory
+
+
+@cache
 def part_count(compressor: Compressor, d: int) -> int:
-    """How many parts the messages of a compressor have; a part of a huge vector tells, without its memory."""
-    part = min(d, 1 << 20)
+    """How many parts the messages of a compressor have."""
+    part = min(d, _PART)
     return len(compressor.restrict(part, d).encode(torch.zeros(part), seed=0, step=0).parts)
+
+
+@cache
+def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
+    """Predict the bytes of a message; where only compressing a vector can tell, a part of a huge one does."""
+    has_formula = type(compressor).message_bytes is not Compressor.message_bytes
+    part = d if has_formula else min(d, _PART)
+    return round(compressor.restrict(part, d).message_bytes(part, itemsize) * (d / part if d else 1))
 
 
 def mean_of_dense(channel: Channel, dense: Tensor) -> Tensor:

@@ -5,16 +5,15 @@ compressed again on the way back, with an error memory at the owner.
 """
 
 from abc import abstractmethod
-from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from packsaddle.average import Averaged, Protocol, Term, mean_of_dense, part_count
-from packsaddle.channel import Channel, Parts, ring_all_gather, ring_all_reduce, star_broadcast
+from packsaddle.average import Averaged, Protocol, Term, Work, mean_of_dense, message_bytes, part_count
+from packsaddle.channel import Channel, Parts
+from packsaddle.collectives import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
 from packsaddle.compress import Compressor, Identity, Message
-from packsaddle.ledger import Bytes
 from packsaddle.seeds import mix
 
 Chunk = tuple[int, int]
@@ -121,31 +120,39 @@ class Owners(Protocol):
                 compressor.validate(d)
                 compressor.restrict(n, d).validate(n)
 
-    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
-        total = ring_all_reduce(dense * itemsize, workers)
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        first: list[Collective] = [RingAllReduce((dense * itemsize,))]
         if not d:
-            return total
+            return first
         sizes = [b - a for a, b in pairwise(self.bounds(d, workers))]
-        up = [self._message_bytes(self.compressor, n, d, itemsize) for n in sizes]
-        others = sum(up) - up[rank]
-        total += Bytes(sum(up), others, (workers - 1) * up[rank])
-        headers = 8 * part_count(self.compressor.restrict(max(sizes), d), max(sizes)) * (workers - 1)
-        total += Bytes(headers, headers, headers)
-        down = [self._message_bytes(self.back, n, d, itemsize) for n in sizes]
-        header = 8 * part_count(self.back.restrict(max(sizes), d), max(sizes))
-        return total + self._wire_back(down, header, rank, workers)
+        up, down = ([_chunk_bytes(c, n, d, itemsize) for n in sizes] for c in (self.compressor, self.back))
+        header, back_header = (
+            8 * part_count(c.restrict(max(sizes), d), max(sizes)) for c in (self.compressor, self.back)
+        )
+        announced = AllToAll([header] * workers, to_self=False)
+        return [*first, announced, AllToAll(up), *self._sent_back(down, back_header)]
 
     @abstractmethod
-    def _wire_back(self, down: list[int], header: int, rank: int, workers: int) -> Bytes:
-        """Predict the bytes of sending replies of these sizes back."""
+    def _sent_back(self, down: list[int], header: int) -> list[Collective]:
+        """Return the collectives that send replies of these sizes back."""
+
+    def work(self, d: int, workers: int) -> list[Work]:
+        """An owner's: it decodes every worker's message of its chunk, and like all others every reply."""
+        sizes = self._sizes(d, workers)
+        if not d:
+            return []
+        n, owners = max(sizes), len(sizes)
+        return [
+            Work(self.compressor.restrict(n, d), n, encode=owners, decode=workers, add=owners),
+            Work(self.back.restrict(n, d), n, encode=1, decode=owners, add=1),
+        ]
 
     def _sizes(self, d: int, workers: int) -> list[int]:
         return [b - a for a, b in pairwise(self.bounds(d, workers)) if a < b]
 
-    @staticmethod
-    @cache  # a prediction may have to compress a vector, and chunks have two sizes at most
-    def _message_bytes(compressor: Compressor, n: int, d: int, itemsize: int) -> int:
-        return round(compressor.restrict(n, d).message_bytes(n, itemsize)) if n else 0
+
+def _chunk_bytes(compressor: Compressor, n: int, d: int, itemsize: int) -> int:
+    return message_bytes(compressor.restrict(n, d), n, itemsize) if n else 0
 
 
 class TwoWay(Owners):
@@ -160,8 +167,8 @@ class TwoWay(Owners):
     def _send_back(self, channel: Channel, parts: Parts, like: Parts) -> list[Parts]:
         return channel.gather(parts, fixed_size=False)  # chunks may differ by one coordinate
 
-    def _wire_back(self, down: list[int], header: int, rank: int, workers: int) -> Bytes:
-        return ring_all_gather(header, workers) + ring_all_gather(max(down), workers)  # shorter replies are padded
+    def _sent_back(self, down: list[int], header: int) -> list[Collective]:
+        return [RingAllGather(header), RingAllGather(max(down))]  # shorter replies are padded
 
 
 class Coordinator(Owners):
@@ -178,5 +185,5 @@ class Coordinator(Owners):
         nothing = {name: part[:0] for name, part in like.items()}
         return [channel.broadcast_parts(parts if first else None, like)] + [nothing] * (channel.group.size - 1)
 
-    def _wire_back(self, down: list[int], header: int, rank: int, workers: int) -> Bytes:
-        return star_broadcast(header, rank, workers) + star_broadcast(down[0], rank, workers)
+    def _sent_back(self, down: list[int], header: int) -> list[Collective]:
+        return [Broadcast(header), Broadcast(down[0])]

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from rich.table import Table
 
+from packsaddle.catalogue import compressors
 from packsaddle.commands.console import print_table
+from packsaddle.commands.linking import LinkOptions, plan_link
 from packsaddle.compress import (
     QSGD,
     AdaptiveTopK,
@@ -40,8 +42,8 @@ _SECONDS_PER_YEAR = 365.25 * 24 * 3600
 
 
 def plan(
-    d: int,
-    epsilon: float,
+    d: int | None = None,
+    epsilon: float | None = None,
     smoothness: float = 1.0,
     hessian_lipschitz: float = 1.0,
     sigma: float = 1.0,
@@ -50,11 +52,21 @@ def plan(
     compressor: str = "best",
     ratio: float | None = None,
     mode: Literal["practical", "theory"] = "practical",
-    workers: int = 4,
+    workers: int | None = None,
     table: bool = False,
+    link: str | None = None,
+    model: str | None = None,
+    latency: float | None = None,
+    compute: float | None = None,
+    batch: int | None = None,
+    spread: float | None = None,
+    noise: bool = False,
     json: bool = False,
 ) -> None:
-    """Plan a run for an epsilon-second-order stationary point: step size, steps, noise, escape check, bytes.
+    """Plan a run: parameters for an epsilon-second-order stationary point, or (--link) the time of a step.
+
+    With --epsilon: step size, steps, noise, escape check and bytes by the theorems. With --link: which compressor
+    makes the shortest step on that link, or that none beats dense training.
 
     Args:
         d: Coordinates.
@@ -66,12 +78,32 @@ def plan(
         lipschitz_gradient: The Lipschitz constant of every stochastic gradient (Assumption C), if there is one.
         compressor: "best" (RandomK, TopK, SketchTopK and LinearSketch, each at its best k), or one of these,
             AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case.
-        ratio: Share of the coordinates, for one compressor by name; without it the best.
+        ratio: Share of the coordinates, for one compressor by name; without it the best (with --link, 0.01).
         mode: "theory" has the constants and logarithms of a proof, "practical" some that can be run.
-        workers: Workers, for the bytes.
+        workers: Workers, 4 by default; under torchrun its own.
         table: Print Table 1 of the paper for this d and epsilon instead.
+        link: Rate of each worker's link, as in 100mbit, 1gbit or 12.5MB/s; or "auto" to measure it: between torchrun's
+            workers, else between processes on this machine.
+        model: What is trained, instead of --d: mnist-autoencoder, resnet18, resnet34 or resnet50 (for 32 x 32 images).
+        latency: Seconds that a small message takes on a link of a given rate, 1e-4 by default.
+        compute: Seconds of a step's forward and backward pass; without it the model's are measured here.
+        batch: Examples per worker and step, to measure that, 32 by default.
+        spread: Standard deviation of the workers' compute times, as a share of them; 0 by default.
+        noise: Count the drawing of the artificial noise in a step's time.
         json: Print one JSON document.
     """
+    options = LinkOptions(d, model, latency, compute, batch, spread, noise or None)
+    if link is not None:
+        given = {"epsilon": epsilon, "lipschitz_gradient": lipschitz_gradient, "table": table or None}
+        _refuse(given, "is for a plan by the theorems, not for the time of a step: leave out --link, or it")
+        plan_link(link, options, _candidates(compressor.lower(), ratio), workers, json)
+        return
+    given = {n: value for n, value in asdict(options).items() if n != "d"}
+    _refuse(given, "is for the time of a step: it needs --link")
+    if d is None or epsilon is None:
+        missing = " and ".join(f"--{n}" for n, value in (("d", d), ("epsilon", epsilon)) if value is None)
+        raise ConfigError(f"plan needs {missing}; or --link RATE, for the time of a step")
+    workers = 4 if workers is None else workers
     try:
         if table:
             _table_1(d, epsilon, json)
@@ -91,9 +123,7 @@ def plan(
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:
     """The plans beside the uncompressed one."""
-    names = ["best", *_WITH_RATIO, *_FIXED]
-    if name not in names:
-        raise ConfigError(f"compressor must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
+    _check_name(name)
     if ratio is not None and name not in _WITH_RATIO:
         raise ConfigError(f"ratio is for one of {', '.join(_WITH_RATIO)}, got compressor {name!r}")
     if ratio is not None:
@@ -106,6 +136,32 @@ def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ra
     if name not in _FIXED:
         raise ConfigError(f"compressor {name!r} needs --ratio")
     return [plan_with(a, _FIXED[name], constants=constants, workers=workers)]
+
+
+def _check_name(name: str) -> None:
+    names = ["best", *_WITH_RATIO, *_FIXED]
+    if name not in names:
+        raise ConfigError(f"compressor must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
+
+
+def _refuse(given: Mapping[str, Any], why: str) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} {why}")
+
+
+def _candidates(name: str, ratio: float | None) -> list[Compressor]:
+    """The compressors to compare on a link: all ("best"), or one; identity is what dense training sends anyway."""
+    _check_name(name)
+    if ratio is not None and name in _FIXED:
+        raise ConfigError(f"ratio is for one of best, {', '.join(_WITH_RATIO)}, got compressor {name!r}")
+    ratio = 0.01 if ratio is None else ratio
+    try:
+        if name == "best":
+            return [c for c in compressors(ratio) if not isinstance(c, Identity)]
+        return [_WITH_RATIO[name](ratio)] if name in _WITH_RATIO else [_FIXED[name]]
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _balanced_k(p: Plan) -> int | None:
