@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import count as counting
 from pathlib import Path
@@ -165,17 +165,18 @@ class _TermRaises:
         sys.exit(128 + number)
 
 
-def _wait(processes: "Sequence[subprocess.Popen[bytes]]", now: Callable[[], float] = time.monotonic) -> list[int]:
+def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> list[int]:
     """Wait for all to end, or, once one has failed, for a while; return the numbers of the failed, first ones first."""
     failed: list[int] = []
     deadline = float("inf")
-    while (running := [p for p in processes if p.poll() is None]) and now() < deadline:
+    while True:
+        codes = [p.poll() for p in processes]
+        failed += [i for i, code in enumerate(codes) if code and i not in failed]
+        if None not in codes or time.monotonic() > deadline:
+            return failed
+        if failed:
+            deadline = min(deadline, time.monotonic() + _GRACE)
         time.sleep(_POLL)
-        failed += [i for i, p in enumerate(processes) if p.poll() and i not in failed]
-        if failed and deadline == float("inf"):
-            deadline = now() + _GRACE
-        del running
-    return failed + [i for i, p in enumerate(processes) if p.poll() and i not in failed]
 
 
 def _reason(stderr: Path) -> str:
