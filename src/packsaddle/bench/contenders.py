@@ -2,7 +2,7 @@
 
 import ast
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import packsaddle.compress as compress
 from packsaddle.compress import Compressor
@@ -20,6 +20,17 @@ PEERS = {
     "powersgd-N": "torch's powerSGD_hook of matrix rank N, from the third step on",
     "local-sgd-N": "torch's PostLocalSGDOptimizer, parameters averaged every N steps",
 }
+FIELD = (
+    "RandomK(0.01)",
+    "TopK(0.01)",
+    "ddp-fp16",
+    "ddp-bf16",
+    "ddp-uint8",
+    "own-uint8",
+    "powersgd-1",
+    "powersgd-4",
+    "local-sgd-4",
+)
 _OPTION = re.compile(r"\s+(lr|noise)=(\S+)$")
 _NUMBERED = re.compile(r"^(powersgd|local-sgd)-(\d+)$")
 
@@ -83,7 +94,7 @@ def _positive(number: str, text: str) -> float:
 def _compressor(text: str) -> Compressor:
     """Read a compressor's constructor call, such as TopK(0.01, values="int8")."""
     classes = {name: getattr(compress, name) for name in compress.__all__}
-    known = {n: c for n, c in classes.items() if isinstance(c, type) and issubclass(c, Compressor) and fields(c)}
+    known = {n: c for n, c in classes.items() if issubclass(c, Compressor) and c is not Compressor}
     try:
         call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
         assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)

@@ -130,9 +130,7 @@ class Hosts:
         burst = max(64 * 1024, round(self.rate_mbit * 1e6 / 8 * 0.002))
         return ["rate", f"{round(self.rate_mbit * 1000)}kbit", "burst", f"{burst}b", "latency", "50ms"]
 
-    def _start(
-        self, host: int, command: Sequence[str], folder: Path, env: dict[str, str]
-    ) -> "subprocess.Popen[bytes]":
+    def _start(self, host: int, command: Sequence[str], folder: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
         inside = ["ip", "netns", "exec", f"{self.name}-{host}", *command]
         with (folder / f"{host}.out").open("wb") as out, (folder / f"{host}.err").open("wb") as err:
             return subprocess.Popen(inside, stdout=out, stderr=err, env=env, start_new_session=True)

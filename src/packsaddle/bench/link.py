@@ -28,8 +28,8 @@ def run(race: Race, hosts: int, rate_mbit: float) -> list[Result]:
         question = "What does a training step cost over this link, and what do its bytes allow?"
         rows = step_rows(outcome.laps, rate_mbit * 1e6 / 8)
         floor = (
-            "floor: computing alone, then the fuller direction's ledger bytes at the link's rate; allowed: dense DDP's "
-            "floor over the contender's; what overlaps exchange and backward can be below its floor"
+            "bytes: by the ledger (peers: by arithmetic), in the fuller direction; counted: sent, by the interface, with "
+            "headers; floor: computing alone, then bytes at the link's rate; allowed: dense DDP's floor over this one"
         )
         return [Result(question, setting, rows, [floor, *legend(race), *outcome.notes])]
     setting |= {"target loss": race.target_loss, "max s": race.max_seconds}

@@ -41,10 +41,10 @@ class Outcome:
 
 
 def step_rows(laps: Sequence[Lap], rate: float | None) -> list[dict[str, Any]]:
-    """Rows of step times: against dense DDP and, if the link's rate in bytes a second is known, against the floor.
+    """Rows of step times: beside dense DDP and, if the link's rate in bytes a second is known, beside the floor.
 
-    The floor is the time to compute a step alone plus the bytes of the fuller direction at that rate. What the bytes
-    allow is the floor of dense DDP over a contender's own.
+    "bytes" are the ledger's, in the fuller direction; the floor is the time to compute a step alone plus these bytes
+    at that rate; "allowed" is dense DDP's floor over the contender's; "counted" is what the interface sent.
     """
     times = {lap.contender: Timing.of(list(lap.seconds)) for lap in laps}
     compute = times[ALONE].median
@@ -52,20 +52,22 @@ def step_rows(laps: Sequence[Lap], rate: float | None) -> list[dict[str, Any]]:
     rows = []
     for lap in laps:
         t = times[lap.contender]
-        row = {
+        row: dict[str, Any] = {
             "contender": lap.contender,
             "ms": 1000 * t.median,
             "low": 1000 * t.low,
             "high": 1000 * t.high,
             "compute ms": 1000 * compute,
-            "ledger bytes": round(lap.sent),
-            "dense / it": times[DENSE].median / t.median,
         }
         if rate:
-            row["allowed"] = floors[DENSE] / floors[lap.contender]
             row["floor ms"] = 1000 * floors[lap.contender]
             row["/ floor"] = t.median / floors[lap.contender]
-            row["interface bytes"] = None if lap.interface_sent is None else round(lap.interface_sent)
+        row["dense / it"] = times[DENSE].median / t.median
+        if rate:
+            row["allowed"] = floors[DENSE] / floors[lap.contender]
+        row["bytes"] = round(max(lap.sent, lap.received))
+        if rate:
+            row["counted"] = None if lap.interface_sent is None else round(lap.interface_sent)
         rows.append(row)
     return rows
 

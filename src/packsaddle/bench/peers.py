@@ -3,6 +3,7 @@
 The peers are torch.distributed's, so this module imports it, as otherwise only `packsaddle.exchange` does.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,16 +54,16 @@ class Racer:
 def enter(contender: Contender, task: Task) -> Racer:
     """Make a contender ready to train `task`; collective. Raises CannotRunError if torch says it cannot."""
     if contender.compressor is not None:
-        ours = CompressedSGD(
-            task.parameters(), contender.lr, compressor=contender.compressor, noise=contender.noise
-        )
+        ours = CompressedSGD(task.parameters(), contender.lr, compressor=contender.compressor, noise=contender.noise)
         start = ours.ledger.total  # the parameters of rank 0
         return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start))
     sgd = torch.optim.SGD(task.parameters(), contender.lr)
     if contender.peer == ALONE:
         return Racer(task, task, sgd, lambda _: Bytes())
-    # Batch statistics stay each worker's own, as in packsaddle: DDP would send them in every forward pass.
-    model = DistributedDataParallel(task, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch has two arguments for this one
+        # Batch statistics stay each worker's own, as in packsaddle: DDP would send them in every forward pass.
+        model = DistributedDataParallel(task, broadcast_buffers=False)
     try:
         return _MAKERS[contender.peer](contender, task, model, sgd)
     except TypeError as error:

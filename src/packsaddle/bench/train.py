@@ -6,18 +6,6 @@ from packsaddle.bench.race import Race, in_process_group
 from packsaddle.bench.result import Result, machine
 from packsaddle.exchange import launch
 
-FIELD = (
-    "RandomK(0.01)",
-    "TopK(0.01)",
-    "ddp-fp16",
-    "ddp-bf16",
-    "ddp-uint8",
-    "own-uint8",
-    "powersgd-1",
-    "powersgd-4",
-    "local-sgd-4",
-)
-
 
 def run(race: Race, workers: int) -> list[Result]:
     """Race contenders on `workers` local processes, without a slow link. Raises ValueError, WorkerFailedError."""
