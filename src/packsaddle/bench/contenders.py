@@ -57,23 +57,24 @@ def parse(text: str, lr: float) -> Contender:
 
     `lr` is the step size of contenders that name none.
     """
-    name, options = text.strip(), {"lr": lr, "noise": 0.0}
+    name, noise = text.strip(), 0.0
     while match := _OPTION.search(name):
-        name, options[match[1]] = name[: match.start()], _positive(match[2], text)
+        name, value = name[: match.start()], _positive(match[2], text)
+        lr, noise = (value, noise) if match[1] == "lr" else (lr, value)
     if name[:1].isupper():
-        return Contender(text, **options, compressor=_compressor(name))
-    if options["noise"]:
+        return Contender(text, lr, noise, compressor=_compressor(name))
+    if noise:
         raise ValueError(f"contender {text!r}: noise is for packsaddle's compressors, torch's peers have none")
     if match := _NUMBERED.match(name):
         if int(match[2]) < 1:
             raise ValueError(f"contender {text!r}: N must be at least 1, got {match[2]}")
-        return Contender(text, **options, peer=f"{match[1]}-N", number=int(match[2]))
+        return Contender(text, lr, peer=f"{match[1]}-N", number=int(match[2]))
     if name not in PEERS or name.endswith("-N"):
         raise ValueError(
             f"contender must be a compressor such as RandomK(0.01), or one of {', '.join(PEERS)}, got {text!r}"
             f"{nearest(name, PEERS)}"
         )
-    return Contender(text, **options, peer=name)
+    return Contender(text, lr, peer=name)
 
 
 def parse_all(texts: tuple[str, ...], lr: float) -> list[Contender]:
@@ -97,7 +98,8 @@ def _compressor(text: str) -> Compressor:
     known = {n: c for n, c in classes.items() if issubclass(c, Compressor) and c is not Compressor}
     try:
         call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
-        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        assert isinstance(call, ast.Call)
+        assert isinstance(call.func, ast.Name)
         arguments = [ast.literal_eval(a) for a in call.args]
         named = {k.arg or "": ast.literal_eval(k.value) for k in call.keywords}
         name = call.func.id

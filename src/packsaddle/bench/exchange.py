@@ -56,8 +56,9 @@ def run(d: int, workers: int, ratio: float, repeats: int) -> list[Result]:
     ]
     setting = {"d": d, "workers": workers, "loopback GB/s": rate / 1e9, **machine()}
     notes = [
-        f"floor: bytes at the rate of a plain all-reduce of {_LARGE:,} float32 on these processes; bytes: by the ledger, "
-        "in the fuller direction; a compressor's time includes encoding, and applying the mean to a vector"
+        f"floor: bytes at the rate of a plain all-reduce of {_LARGE:,} float32 on these processes",
+        "bytes: by the ledger, in the fuller direction",
+        "a compressor's time includes encoding, and applying the mean to a vector",
     ]
     return [Result("What does one exchange cost, beside a dense all-reduce and its own bytes?", setting, rows, notes)]
 

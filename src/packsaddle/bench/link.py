@@ -27,11 +27,11 @@ def run(race: Race, hosts: int, rate_mbit: float) -> list[Result]:
     if race.target_loss is None:
         question = "What does a training step cost over this link, and what do its bytes allow?"
         rows = step_rows(outcome.laps, rate_mbit * 1e6 / 8)
-        floor = (
-            "bytes: by the ledger (peers: by arithmetic), in the fuller direction; counted: sent, by the interface, with "
-            "headers; floor: computing alone, then bytes at the link's rate; allowed: dense DDP's floor over this one"
-        )
-        return [Result(question, setting, rows, [floor, *legend(race), *outcome.notes])]
+        columns = [
+            "bytes: by the ledger (peers: by arithmetic), in the fuller direction; counted: sent, by the interface",
+            "floor: computing alone, then the bytes at the link's rate; allowed: dense DDP's floor over this one",
+        ]
+        return [Result(question, setting, rows, [*columns, *legend(race), *outcome.notes])]
     setting |= {"target loss": race.target_loss, "max s": race.max_seconds}
     rule = (
         "the loss: of the mean over workers, on 512 fixed training images, every 25 steps, the last three averaged; "

@@ -108,7 +108,7 @@ def _bf16(contender: Contender, task: Task, model: DistributedDataParallel, sgd:
 
 
 def _powersgd(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
-    state = PowerSGDState(None, contender.number, start_powerSGD_iter=_POWERSGD_FROM)  # type: ignore[no-untyped-call]
+    state = PowerSGDState(None, contender.number, start_powerSGD_iter=_POWERSGD_FROM)
     model.register_comm_hook(state, powerSGD_hook)
     dense = _size(task)
 
@@ -122,8 +122,8 @@ def _powersgd(contender: Contender, task: Task, model: DistributedDataParallel, 
 def _local(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
     state = PostLocalSGDState(None, None, 0, post_local_gradient_allreduce=False)  # type: ignore[no-untyped-call]
     model.register_comm_hook(state, post_localSGD_hook)
-    averager = PeriodicModelAverager(contender.number, warmup_steps=0)  # type: ignore[no-untyped-call]
-    optimizer = PostLocalSGDOptimizer(sgd, averager)  # type: ignore[no-untyped-call]
+    averager = PeriodicModelAverager(contender.number, warmup_steps=0)
+    optimizer = PostLocalSGDOptimizer(sgd, averager)
     once = _reduced(task, 4)
     # It averages at the first of every N steps.
     return Racer(task, model, optimizer, lambda steps: once(-(-steps // contender.number)))
@@ -144,10 +144,10 @@ def _quantised(task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD)
     return Racer(task, model, sgd, lambda steps: ring_all_gather(d * steps, workers))
 
 
-def uint8_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def uint8_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """What torch's quantization_pertensor_hook means to do, working on gloo: each bucket as uint8 levels between its
     smallest and largest value, all-gathered; the mean of all workers' is what they apply. No error feedback."""
-    v = bucket.buffer()
+    v: Tensor = bucket.buffer()
     low = v.min()
     width = ((v.max() - low) / 255).clamp_min(torch.finfo(v.dtype).tiny)
     levels = ((v - low) / width).round_().to(torch.uint8)
@@ -163,7 +163,8 @@ def uint8_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[T
             v.add_(message[8:].to(v.dtype).mul_(width).add_(low), alpha=1 / len(gathered))
         return v
 
-    return work.get_future().then(mean)
+    future: torch.futures.Future[Tensor] = work.get_future().then(mean)
+    return future
 
 
 _MAKERS: dict[str, Callable[[Contender, Task, DistributedDataParallel, torch.optim.SGD], Racer]] = {

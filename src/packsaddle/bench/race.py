@@ -1,4 +1,4 @@
-"""A race of contenders in the same worker processes: blocks of steps taken in turn, or one after the other to a target."""
+"""A race of contenders in the same worker processes: blocks of steps in turn, or one after the other to a target."""
 
 import time
 from collections import deque
@@ -102,7 +102,8 @@ def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[in
     seconds = time.perf_counter() - begin
     now, counted_now = racer.moved(racer.steps), _interface(race.interface)
     slowest = max(float(s) for s in group.all_gather(torch.tensor([seconds], dtype=torch.float64)))
-    over = [(b - a) / steps for a, b in zip(counted, counted_now, strict=True)] or [None, None]
+    nothing: list[float | None] = [None, None]
+    over = [(b - a) / steps for a, b in zip(counted, counted_now, strict=True)] or nothing
     sent, received = (now.sent - moved.sent) / steps, (now.received - moved.received) / steps
     return Lap(contender.text, (slowest / steps,), sent, received, *over)
 
