@@ -24,7 +24,7 @@ from typing import Self
 _serial = counting()
 _POLL = 0.1
 _GRACE = 10.0  # seconds in which the other hosts may end by themselves, and say why, after one has failed
-_EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit)\b.*)")
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|what\(\)):?\s.*)")
 
 
 class HostFailedError(RuntimeError):
@@ -178,8 +178,8 @@ def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> list[int]:
 
 
 def _reason(stderr: Path) -> str:
-    """The last exception that a command printed, other than its launcher's own, else its last line."""
-    lines = [line.strip() for line in stderr.read_text(errors="replace").splitlines() if line.strip()]
+    """The last exception that a command printed, other than its launcher's own, else its last line of words."""
+    lines = [line.strip() for line in stderr.read_text(errors="replace").splitlines() if re.search(r"\w", line)]
     found = [match[1] for line in lines if (match := _EXCEPTION.match(line)) and "ChildFailedError" not in line]
     return found[-1] if found else lines[-1] if lines else "it printed no error"
 

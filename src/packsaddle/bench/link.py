@@ -21,6 +21,7 @@ def run(race: Race, hosts: int, rate_mbit: float) -> list[Result]:
         raise ValueError(f"hosts must be 2 to 16, got {hosts}")
     if reason := available():
         raise ValueError(f"bench link {reason}")
+    race.workload.images()  # what cannot be read is said here, not by a worker
     with Hosts(hosts, rate_mbit) as network:
         outcome = hold(race, network)
     setting = {"hosts": hosts, "rate Mbit/s": rate_mbit, **described(race), **machine()}

@@ -27,6 +27,10 @@ from packsaddle.optimizer import CompressedSGD
 
 # DDP makes its buckets anew after the first step, so torch's hook lets no error feedback begin before the third.
 _POWERSGD_FROM = 2
+# These hooks start their second collective when their first is done. With several buckets gloo's workers may come to
+# do so in different orders, and abort; one bucket for all gradients avoids it.
+_CHAINED = ("powersgd-N", "ddp-uint8")
+_ONE_BUCKET = 1e6  # MiB
 
 
 class CannotRunError(RuntimeError):
@@ -63,7 +67,8 @@ def enter(contender: Contender, task: Task) -> Racer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer torch has two arguments for this one
         # Batch statistics stay each worker's own, as in packsaddle: DDP would send them in every forward pass.
-        model = DistributedDataParallel(task, broadcast_buffers=False)
+        bucket = _ONE_BUCKET if contender.peer in _CHAINED else None
+        model = DistributedDataParallel(task, broadcast_buffers=False, bucket_cap_mb=bucket)
     try:
         return _MAKERS[contender.peer](contender, task, model, sgd)
     except TypeError as error:

@@ -11,6 +11,7 @@ def run(race: Race, workers: int) -> list[Result]:
     """Race contenders on `workers` local processes, without a slow link. Raises ValueError, WorkerFailedError."""
     if not 1 <= workers <= 64:
         raise ValueError(f"workers must be 1 to 64, got {workers}")
+    race.workload.images()  # what cannot be read is said here, not by a worker
     outcome = launch(in_process_group, (race,), workers)
     question = "Forward, backward, exchange, update: what does a training step cost without a slow link?"
     setting = {"workers": workers, **described(race), **machine()}
