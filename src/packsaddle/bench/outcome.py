@@ -43,8 +43,8 @@ class Outcome:
 def step_rows(laps: Sequence[Lap], rate: float | None) -> list[dict[str, Any]]:
     """Rows of step times: beside dense DDP and, if the link's rate in bytes a second is known, beside the floor.
 
-    "bytes" are the ledger's, in the fuller direction; the floor is the time to compute a step alone plus these bytes
-    at that rate; "allowed" is dense DDP's floor over the contender's; "counted" is what the interface sent.
+    "kB" are the ledger's 1,000 bytes, in the fuller direction; the floor is the time to compute a step alone plus these
+    bytes at that rate; "allowed" is dense DDP's floor over the contender's; "counted" is what the interface sent.
     """
     times = {lap.contender: Timing.of(list(lap.seconds)) for lap in laps}
     compute = times[ALONE].median
@@ -57,7 +57,6 @@ def step_rows(laps: Sequence[Lap], rate: float | None) -> list[dict[str, Any]]:
             "ms": 1000 * t.median,
             "low": 1000 * t.low,
             "high": 1000 * t.high,
-            "compute ms": 1000 * compute,
         }
         if rate:
             row["floor ms"] = 1000 * floors[lap.contender]
@@ -65,9 +64,9 @@ def step_rows(laps: Sequence[Lap], rate: float | None) -> list[dict[str, Any]]:
         row["dense / it"] = times[DENSE].median / t.median
         if rate:
             row["allowed"] = floors[DENSE] / floors[lap.contender]
-        row["bytes"] = round(max(lap.sent, lap.received))
+        row["kB"] = max(lap.sent, lap.received) / 1000
         if rate:
-            row["counted"] = None if lap.interface_sent is None else round(lap.interface_sent)
+            row["counted kB"] = None if lap.interface_sent is None else lap.interface_sent / 1000
         rows.append(row)
     return rows
 

@@ -3,6 +3,7 @@
 The peers are torch.distributed's, so this module imports it, as otherwise only `packsaddle.exchange` does.
 """
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def enter(contender: Contender, task: Task) -> Racer:
     try:
         return _MAKERS[contender.peer](contender, task, model, sgd)
     except TypeError as error:
-        raise CannotRunError(str(error).splitlines()[0]) from None
+        raise CannotRunError(_first_line(error)) from None
 
 
 def probe(racer: Racer, contender: Contender, batch: Batch) -> None:
@@ -82,7 +83,12 @@ def probe(racer: Racer, contender: Contender, batch: Batch) -> None:
     except (IndexError, RuntimeError, ValueError) as error:
         if contender.peer != "ddp-uint8":  # it fails after a collective that every worker has completed
             raise
-        raise CannotRunError(str(error).splitlines()[0]) from None
+        raise CannotRunError(_first_line(error)) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What torch says, without its wrapping of errors in callbacks."""
+    return re.sub(r"^(Got the following error when running the callback: (\w+: )?)+", "", str(error)).splitlines()[0]
 
 
 def _size(task: Task) -> int:

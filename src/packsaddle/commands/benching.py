@@ -144,6 +144,7 @@ _Question = (
 )
 
 
+@tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # so that --json may stand anywhere
 def bench(question: Annotated[_Question, tyro.conf.arg(name="")], json: bool = False) -> None:
     """Measure, side by side in one run: packsaddle, its peers, and the floor below which nobody can go.
 
