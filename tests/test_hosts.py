@@ -98,9 +98,13 @@ def test_a_failing_worker_under_torchrun_says_why(tmp_path: Path) -> None:
 
 @real
 def test_nothing_is_left_after_an_exception() -> None:
-    with pytest.raises(ZeroDivisionError), Hosts(2, 100.0) as hosts:
-        assert f"{hosts.name}-0" in namespaces()
+    def fail(name: str) -> None:
+        assert f"{name}-0" in namespaces()
         raise ZeroDivisionError
+
+    hosts = Hosts(2, 100.0)
+    with pytest.raises(ZeroDivisionError), hosts:
+        fail(hosts.name)
     assert hosts.name not in namespaces()
 
 

@@ -1,5 +1,5 @@
-"""Data flows one way: a module imports lower layers only; torch.distributed is known to exchange, and to the benchmarks'
-peers, which are its own."""
+"""Data flows one way: a module imports lower layers only, and exchange alone knows torch.distributed (with the
+benchmarks' peers, which are torch.distributed's own)."""
 
 import ast
 from pathlib import Path

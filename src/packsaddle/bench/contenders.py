@@ -17,7 +17,7 @@ PEERS = {
     "ddp-bf16": "torch's bf16_compress_hook",
     "ddp-uint8": "torch's quantization_pertensor_hook",
     "own-uint8": "a uint8 per-bucket quantising hook of this benchmark's own, for torch's does not run on gloo",
-    "powersgd-N": "torch's powerSGD_hook of matrix rank N, from the third step on, in one bucket (gloo mixes up several)",
+    "powersgd-N": "torch's powerSGD_hook of rank N, from the third step on; in one bucket, for gloo mixes up several",
     "local-sgd-N": "torch's PostLocalSGDOptimizer, parameters averaged every N steps",
 }
 FIELD = (

@@ -29,8 +29,8 @@ def run(race: Race, hosts: int, rate_mbit: float) -> list[Result]:
         question = "What does a training step cost over this link, and what do its bytes allow?"
         rows = step_rows(outcome.laps, rate_mbit * 1e6 / 8)
         columns = [
-            "kB: per step, by the ledger (peers: by arithmetic), in the fuller direction; counted: sent, by the interface",
-            "floor: a step of alone, then the bytes at the link's rate; allowed: dense DDP's floor over the contender's",
+            "kB: per step, by the ledger (peers: by arithmetic), of the fuller direction; counted: by the interface",
+            "floor: a step of alone, then the bytes at the link's rate; allowed: the floor of ddp over the contender's",
         ]
         return [Result(question, setting, rows, [*columns, *legend(race), *outcome.notes])]
     setting |= {"target loss": race.target_loss, "max s": race.max_seconds}
