@@ -14,12 +14,11 @@ from torch.nn.utils import parameters_to_vector
 from packsaddle.bench import hosts as network
 from packsaddle.bench import race as racing
 from packsaddle.bench.contenders import parse, parse_all
-from packsaddle.bench.link import hold
 from packsaddle.bench.outcome import Lap, Outcome, step_rows
 from packsaddle.bench.peers import enter, uint8_hook
 from packsaddle.bench.race import Race
 from packsaddle.bench.workload import Workload
-from packsaddle.compress import RandomK, TopK
+from packsaddle.compress import Sign, TopK
 from packsaddle.exchange import resolve
 
 PEERS = ("ddp", "ddp-fp16", "own-uint8", "powersgd-1", "powersgd-4", "local-sgd-4")
@@ -105,8 +104,9 @@ def test_contenders_train_and_their_workers_agree(gloo: Callable[..., list[Any]]
         assert last < first, name
         assert torch.equal(x, other[name][2]), name
     assert not torch.equal(one["alone"][2], other["alone"][2])  # nothing was exchanged
-    # Dense DDP's path, but for the rounding of gradients: float16 keeps 11 bits, uint8 a 255th of a bucket's range.
-    for name, tolerance in (("ddp-fp16", 1e-3), ("own-uint8", 5e-2)):
+    # Dense DDP's path, but for the rounding of gradients: float16 keeps 11 bits; uint8's levels are a 255th of the range
+    # of a bucket, in which gradients spread by a fiftieth or so.
+    for name, tolerance in (("ddp-fp16", 1e-3), ("own-uint8", 0.15)):
         start = parameters_to_vector(WORKLOAD.task().parameters()).detach()
         path = (one["ddp"][2] - start).norm()
         assert (one[name][2] - one["ddp"][2]).norm() < tolerance * path, name
@@ -146,53 +146,50 @@ def write_mnist(folder: Path, n: int) -> None:
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, n) + labels)
 
 
-def race_to(folder: Path, target: float) -> Outcome:
+def race_to(folder: Path, target: float, seconds: float) -> Outcome:
     workload = Workload("mnist-autoencoder", 4, str(folder))
-    return racing.run(Race(workload, ("RandomK(0.5)",), target_loss=target, max_seconds=0.5))
+    return racing.run(Race(workload, ("RandomK(0.5)",), target_loss=target, max_seconds=seconds))
 
 
 def test_a_race_to_a_loss(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
     write_mnist(tmp_path, 40)
-    for target, reached in ((0.25, True), (1e-9, False)):
-        one, other = gloo(race_to, 2, tmp_path, target)
+    for target, seconds, reached in ((0.25, 100.0, True), (1e-9, 0.01, False)):
+        one, other = gloo(race_to, 2, tmp_path, target, seconds)
         assert [f.contender for f in one.finishes] == ["ddp", "RandomK(0.5)"]
         for mine, theirs in zip(one.finishes, other.finishes, strict=True):
             assert mine.reached is theirs.reached is reached
             assert (mine.steps, mine.loss) == (theirs.steps, theirs.loss)
             assert (mine.loss <= target) is reached
-            assert mine.steps >= 75  # three evaluations at least
-            assert reached or mine.seconds >= 0.5
+            assert mine.steps >= (75 if reached else 25)  # three evaluations of which the mean counts, or one
+            assert reached or mine.seconds >= seconds
 
 
 @real
-def test_the_interface_counts_what_the_ledger_says() -> None:
+def test_link(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("ddp-fp16", "own-uint8", "powersgd-4", "local-sgd-2", "RandomK(0.01)", "TopK(0.01)", "Sign")
-    with network.Hosts(2, 1000.0) as hosts:
-        outcome = hold(Race(WORKLOAD, names, rounds=2, block=2), hosts)
-    assert [lap.contender for lap in outcome.laps] == ["alone", "ddp", *names]
-    for lap in outcome.laps:
-        assert lap.interface_sent is not None
-        # Above: headers and acknowledgements of a segment's bytes, and of each collective's few messages.
-        assert lap.sent <= lap.interface_sent <= 1.1 * lap.sent + 8_000, lap
-
-
-@real
-def test_link(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    common = ("--batch", 2, "--contenders", "RandomK(0.01)", "--rounds", 1, "--block", 1)
-    (table,) = tables(capsys, "link", "--rate", 200, *common)
+    arguments = ("--rate", 500, "--batch", 2, "--rounds", 2, "--block", 2, "--contenders", *names)
+    (table,) = tables(capsys, "link", *arguments)
     rows = {row["contender"]: row for row in table["rows"]}
-    assert list(rows) == ["alone", "ddp", "RandomK(0.01)"]
+    assert list(rows) == ["alone", "ddp", *names]
     for row in rows.values():
         check_times(row)
-        assert row["floor ms"] == pytest.approx(rows["alone"]["ms"] + row["kB"] * 8 / 200)
+        assert row["floor ms"] == pytest.approx(rows["alone"]["ms"] + row["kB"] * 8 / 500)
         assert row["/ floor"] * row["floor ms"] == pytest.approx(row["ms"])
         assert row["allowed"] * row["floor ms"] == pytest.approx(rows["ddp"]["floor ms"])
-    assert rows["ddp"]["counted kB"] > rows["ddp"]["kB"] == 4e-3 * table["setting"]["d"]
+        assert row["dense / it"] * row["ms"] == pytest.approx(rows["ddp"]["ms"])
+        # The ledger is right. Above it: headers, acknowledgements, and what goes with each of a step's few messages.
+        assert row["kB"] <= row["counted kB"] <= 1.1 * row["kB"] + 8, row
+    assert rows["ddp"]["kB"] == pytest.approx(4e-3 * table["setting"]["d"])
+
+
+@real
+def test_link_to_a_loss(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_mnist(tmp_path, 40)
-    aim = ("--data-dir", tmp_path, "--target-loss", 0.25, "--max-seconds", 30)
-    (table,) = tables(capsys, "link", "--rate", 1000, *common, *aim)
+    aim = ("--data-dir", tmp_path, "--target-loss", 0.25, "--max-seconds", 100)
+    (table,) = tables(capsys, "link", "--rate", 1000, "--batch", 2, "--contenders", "RandomK(0.01)", *aim)
     assert [row["contender"] for row in table["rows"]] == ["ddp", "RandomK(0.01)"]
     assert all(0 < row["s to target"] == row["s trained"] for row in table["rows"])
+    assert all(row["loss at the end"] <= 0.25 for row in table["rows"])
 
 
 def test_rows_add_up() -> None:
@@ -213,7 +210,7 @@ def test_rows_add_up() -> None:
 def test_contenders_are_read() -> None:
     contender = parse('TopK(0.01, values="int8") noise=0.01 lr=0.3', 0.1)
     assert (contender.compressor, contender.noise, contender.lr) == (TopK(0.01, values="int8"), 0.01, 0.3)
-    assert parse("RandomK", 0.1).compressor == RandomK()
+    assert parse("Sign", 0.1).compressor == Sign()
     assert (parse("local-sgd-8 lr=0.2", 0.1).period, parse("powersgd-8", 0.1).period) == (8, 1)
     assert [c.text for c in parse_all(("ddp", "powersgd-1"), 0.1)] == ["alone", "ddp", "powersgd-1"]
 

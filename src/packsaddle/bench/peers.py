@@ -16,7 +16,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostL
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.quantization_hooks import quantization_pertensor_hook
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from packsaddle.bench.contenders import ALONE, DENSE, Contender
@@ -131,6 +130,9 @@ def _powersgd(contender: Contender, task: Task, model: DistributedDataParallel, 
 
 
 def _local(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of its own torch.jit.script on import
+        from torch.distributed.optim import PostLocalSGDOptimizer
     state = PostLocalSGDState(None, None, 0, post_local_gradient_allreduce=False)  # type: ignore[no-untyped-call]
     model.register_comm_hook(state, post_localSGD_hook)
     averager = PeriodicModelAverager(contender.number, warmup_steps=0)

@@ -100,8 +100,9 @@ def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[in
     for batch in read:
         racer.step(batch)
     seconds = time.perf_counter() - begin
-    now, counted_now = racer.moved(racer.steps), _interface(race.interface)
     slowest = max(float(s) for s in group.all_gather(torch.tensor([seconds], dtype=torch.float64)))
+    # Only now has everything left this host: a collective returns when its own part has arrived.
+    now, counted_now = racer.moved(racer.steps), _interface(race.interface)
     nothing: list[float | None] = [None, None]
     over = [(b - a) / steps for a, b in zip(counted, counted_now, strict=True)] or nothing
     sent, received = (now.sent - moved.sent) / steps, (now.received - moved.received) / steps
