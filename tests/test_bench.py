@@ -104,8 +104,8 @@ def test_contenders_train_and_their_workers_agree(gloo: Callable[..., list[Any]]
         assert last < first, name
         assert torch.equal(x, other[name][2]), name
     assert not torch.equal(one["alone"][2], other["alone"][2])  # nothing was exchanged
-    # Dense DDP's path, but for the rounding of gradients: float16 keeps 11 bits; uint8's levels are a 255th of the range
-    # of a bucket, in which gradients spread by a fiftieth or so.
+    # Dense DDP's path, but for the rounding of gradients: float16 keeps 11 bits; uint8's levels are a 255th of a
+    # bucket's range, in which gradients spread by a fiftieth or so.
     for name, tolerance in (("ddp-fp16", 1e-3), ("own-uint8", 0.15)):
         start = parameters_to_vector(WORKLOAD.task().parameters()).detach()
         path = (one["ddp"][2] - start).norm()

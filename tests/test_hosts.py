@@ -76,6 +76,8 @@ def test_a_failing_command_says_why_and_ends_the_others() -> None:
         bad = [sys.executable, "-c", "raise ValueError('no such gradient')"]
         with pytest.raises(HostFailedError, match=r"^host 1 failed: ValueError: no such gradient$"):
             hosts.run([["sleep", "1000"], bad])
+        with pytest.raises(ValueError, match="commands must be one for each of 2 hosts, got 1"):
+            hosts.run([["true"]])
         assert hosts.run([["echo", "still here"]] * 2) == ["still here\n"] * 2
         assert subprocess.run(["ip", "netns", "pids", f"{hosts.name}-0"], capture_output=True).stdout == b""
     assert hosts.name not in namespaces()

@@ -86,8 +86,11 @@ class Hosts:
     def run(self, commands: Sequence[Sequence[str]], *, env: dict[str, str] | None = None) -> list[str]:
         """Run one command on each host at the same time, commands[i] on host i, and return what each printed.
 
-        `env` is added to the environment. If one fails, the others are ended. Raises HostFailedError then.
+        `env` is added to the environment. If one fails, the others are ended, and HostFailedError is raised; ValueError
+        if there is not one command for each host.
         """
+        if len(commands) != self.count:
+            raise ValueError(f"commands must be one for each of {self.count} hosts, got {len(commands)}")
         with ExitStack() as cleanup:
             folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="packsaddle-hosts-")))
             processes = []

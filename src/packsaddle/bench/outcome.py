@@ -28,7 +28,7 @@ class Finish:
     reached: bool
     seconds: float  # of training, evaluation excluded
     steps: int
-    loss: float  # the smoothed loss at the end
+    loss: float | None  # the smoothed loss at the end; None: it diverged
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A race of contenders in the same worker processes: blocks of steps in turn, or one after the other to a target."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -155,16 +156,17 @@ def _train(
     recent: deque[float] = deque(maxlen=_SMOOTHED)
     seconds = 0.0
     while True:
+        read = [batches(racer.steps + i) for i in range(_EVERY)]
         begin = time.perf_counter()
-        for _ in range(_EVERY):
-            racer.step(batches(racer.steps))
+        for batch in read:
+            racer.step(batch)
         seconds += time.perf_counter() - begin
         seen = group.all_gather(torch.tensor([_evaluate(racer.task, fixed), seconds], dtype=torch.float64))
         recent.append(sum(float(s[0]) for s in seen) / len(seen))
         loss, clock = sum(recent) / len(recent), float(seen[0][1])
         reached = len(recent) == _SMOOTHED and loss <= race.target_loss
-        if reached or clock >= race.max_seconds or not loss < float("inf"):
-            return Finish(contender.text, reached, clock, racer.steps, min(loss, 1e9))
+        if reached or clock >= race.max_seconds or not math.isfinite(loss):
+            return Finish(contender.text, reached, clock, racer.steps, loss if math.isfinite(loss) else None)
 
 
 @torch.no_grad()
