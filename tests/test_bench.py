@@ -97,7 +97,7 @@ def train(contenders: tuple[str, ...]) -> dict[str, Any]:
 
 def test_contenders_train_and_their_workers_agree(gloo: Callable[..., list[Any]]) -> None:
     ours = ("RandomK(0.1)", "TopK(0.1)")
-    one, other = gloo(train, 2, (*PEERS, *ours))
+    one, other = gloo(train, 2, ("alone", *PEERS, *ours))
     d = one["ddp"][2].numel()
     for name in (*PEERS, *ours):
         first, last, x, _ = one[name]
@@ -148,7 +148,7 @@ def write_mnist(folder: Path, n: int) -> None:
 
 def race_to(folder: Path, target: float, seconds: float) -> Outcome:
     workload = Workload("mnist-autoencoder", 4, str(folder))
-    return racing.run(Race(workload, ("RandomK(0.5)",), target_loss=target, max_seconds=seconds))
+    return racing.run(Race(workload, ("ddp", "RandomK(0.5)"), target_loss=target, max_seconds=seconds))
 
 
 def test_a_race_to_a_loss(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_link(capsys: pytest.CaptureFixture[str]) -> None:
 def test_link_to_a_loss(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_mnist(tmp_path, 40)
     aim = ("--data-dir", tmp_path, "--target-loss", 0.25, "--max-seconds", 100)
-    (table,) = tables(capsys, "link", "--rate", 1000, "--batch", 2, "--contenders", "RandomK(0.01)", *aim)
+    (table,) = tables(capsys, "link", "--rate", 1000, "--batch", 2, "--contenders", "ddp", "RandomK(0.01)", *aim)
     assert [row["contender"] for row in table["rows"]] == ["ddp", "RandomK(0.01)"]
     assert all(0 < row["s to target"] == row["s trained"] for row in table["rows"])
     assert all(row["loss at the end"] <= 0.25 for row in table["rows"])
@@ -212,12 +212,13 @@ def test_contenders_are_read() -> None:
     assert (contender.compressor, contender.noise, contender.lr) == (TopK(0.01, values="int8"), 0.01, 0.3)
     assert parse("Sign", 0.1).compressor == Sign()
     assert (parse("local-sgd-8 lr=0.2", 0.1).period, parse("powersgd-8", 0.1).period) == (8, 1)
-    assert [c.text for c in parse_all(("ddp", "powersgd-1"), 0.1)] == ["alone", "ddp", "powersgd-1"]
+    assert [c.text for c in parse_all(("ddp", "powersgd-1", "ddp"), 0.1)] == ["ddp", "powersgd-1"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("link", "--data-dir", "/", "--target-loss", 0.05, "--contenders"), "contenders must be at least one"),
         (("train", "--contenders", "dpp"), "contender must be a compressor such as RandomK(0.01), or one of"),
         (("train", "--contenders", "TopJ(0.01)"), "no compressor TopJ (did you mean TopK?)"),
         (("train", "--contenders", "TopK(2)"), "contender 'TopK(2)': "),

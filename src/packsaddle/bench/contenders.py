@@ -21,6 +21,7 @@ PEERS = {
     "local-sgd-N": "torch's PostLocalSGDOptimizer, parameters averaged every N steps",
 }
 FIELD = (
+    DENSE,
     "RandomK(0.01)",
     "TopK(0.01)",
     "ddp-fp16",
@@ -78,8 +79,8 @@ def parse(text: str, lr: float) -> Contender:
 
 
 def parse_all(texts: tuple[str, ...], lr: float) -> list[Contender]:
-    """Read contenders, each once, ALONE and DENSE always among them. Raises ValueError."""
-    return [parse(text, lr) for text in dict.fromkeys((ALONE, DENSE, *texts))]
+    """Read contenders, each once. Raises ValueError."""
+    return [parse(text, lr) for text in dict.fromkeys(texts)]
 
 
 def _positive(number: str, text: str) -> float:

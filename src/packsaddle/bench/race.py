@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from packsaddle.bench.contenders import ALONE, Contender, parse_all
+from packsaddle.bench.contenders import ALONE, DENSE, Contender, parse_all
 from packsaddle.bench.outcome import Finish, Lap, Outcome
 from packsaddle.bench.peers import CannotRunError, Racer, enter, probe
 from packsaddle.bench.workload import Batch, Workload
@@ -44,7 +44,13 @@ class Race:
                 raise ValueError(f"{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
         if self.target_loss is not None and self.workload.data_dir is None:
             raise ValueError("target-loss needs data-dir: synthetic images say nothing about a time to a loss")
-        parse_all(self.contenders, self.lr)
+        if not self.field():
+            raise ValueError("contenders must be at least one")
+
+    def field(self) -> list[Contender]:
+        """Return who takes part: step times are always measured beside ALONE and DENSE."""
+        baselines = (ALONE, DENSE) if self.target_loss is None else ()
+        return parse_all((*baselines, *self.contenders), self.lr)
 
 
 def in_process_group(race: Race) -> Outcome:
@@ -59,7 +65,7 @@ def run(race: Race) -> Outcome:
     group = resolve(None)
     images = race.workload.images()
     batches = race.workload.batches(images, group.rank, group.size)
-    contenders = parse_all(race.contenders, race.lr)
+    contenders = race.field()
     if race.target_loss is None:
         return _step_times(race, contenders, batches, group)
     return _times_to_target(race, contenders, batches, images, group)
@@ -134,8 +140,6 @@ def _times_to_target(
     fixed = images.batch(spaced, torch.device("cpu"))
     finishes, notes = [], []
     for contender in contenders:
-        if contender.peer == ALONE:
-            continue
         try:
             racer = enter(contender, race.workload.task())
             probe(racer, contender, batches(0))

@@ -1,6 +1,6 @@
 """What does a whole training step cost on this machine's own worker processes, beside every way that torch has?"""
 
-from packsaddle.bench.contenders import PEERS, parse_all
+from packsaddle.bench.contenders import PEERS
 from packsaddle.bench.outcome import step_rows
 from packsaddle.bench.race import Race, in_process_group
 from packsaddle.bench.result import Result, machine
@@ -35,6 +35,6 @@ def described(race: Race) -> dict[str, object]:
 
 def legend(race: Race) -> list[str]:
     """Say who the contenders are."""
-    peers = dict.fromkeys(c.peer for c in parse_all(race.contenders, race.lr) if c.peer)
+    peers = dict.fromkeys(c.peer for c in race.field() if c.peer)
     named = [f"{peer}: {PEERS[peer]}" for peer in peers]
     return [*named, "DDP overlaps its exchange with backward, and sends no batch statistics, as packsaddle does not"]

@@ -77,7 +77,7 @@ class _Training:
     batch: int | None = None
     """Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18."""
     contenders: tuple[str, ...] = FIELD
-    """Who takes part, beside plain DDP: compressors such as 'TopK(0.01)', and peers (ddp-fp16, ddp-bf16, ddp-uint8,
+    """Who takes part: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ddp-bf16, ddp-uint8,
     own-uint8, powersgd-N, local-sgd-N); each may say its own noise and step size: 'RandomK(0.01) noise=0.01 lr=0.2'."""
     lr: float = 0.1
     """Step size of those that say none."""
