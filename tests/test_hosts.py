@@ -71,7 +71,8 @@ def test_hosts_have_a_link_to_each_other_and_to_nobody_else() -> None:
 
 
 @real
-def test_a_failing_command_says_why_and_ends_the_others() -> None:
+def test_a_failing_command_says_why_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packsaddle.bench.hosts._GRACE", 0.3)
     with Hosts(2, 100.0) as hosts:
         bad = [sys.executable, "-c", "raise ValueError('no such gradient')"]
         with pytest.raises(HostFailedError, match=r"^host 1 failed: ValueError: no such gradient$"):

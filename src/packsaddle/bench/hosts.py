@@ -129,8 +129,9 @@ class Hosts:
             _call("tc", "-n", namespace, "qdisc", "add", "dev", link, "root", "tbf", *self._bucket())
 
     def _bucket(self) -> list[str]:
-        # tbf's timer needs a bucket of a few milliseconds' bytes to keep up with a fast rate.
-        burst = max(64 * 1024, round(self.rate_mbit * 1e6 / 8 * 0.002))
+        # Two milliseconds' bytes: what tbf's timer needs to keep up, and little enough that short messages pay for
+        # themselves (a bucket fills up while workers compute, and what is in it passes at once).
+        burst = max(4096, round(self.rate_mbit * 1e6 / 8 * 0.002))
         return ["rate", f"{round(self.rate_mbit * 1000)}kbit", "burst", f"{burst}b", "latency", "50ms"]
 
     def _start(self, host: int, command: Sequence[str], folder: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
