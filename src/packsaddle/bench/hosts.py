@@ -1,0 +1,214 @@
+"""Hosts with a slow network between them, on one machine: network namespaces behind links of a chosen rate.
+
+Every host is a network namespace; its `eth0` is one end of a veth pair whose other end is a port of a bridge, which
+lives in a namespace of its own, so that the machine's network sees none of it. A token bucket (tbf) at both ends
+of each pair holds either direction to the rate. Delays cannot be added this way, only bytes a second.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import count as counting
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+_serial = counting()
+_POLL = 0.1
+_GRACE = 10.0  # seconds in which the other hosts may end by themselves, and say why, after one has failed
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]:\s*)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit|what\(\)):?\s.*)")
+
+
+class HostFailedError(RuntimeError):
+    """A command on a host failed; the message names the host and has the last error that it printed."""
+
+
+def available() -> str | None:
+    """Return None if this process can make hosts, else what is missing, in one line."""
+    if not sys.platform.startswith("linux"):
+        return f"needs Linux's network namespaces, and this is {sys.platform}"
+    if missing := [tool for tool in ("ip", "tc") if shutil.which(tool) is None]:
+        return f"needs {' and '.join(missing)} (iproute2)"
+    if os.geteuid() != 0:
+        return f"needs root, to make network namespaces; this is user {os.geteuid()}"
+    try:
+        with Hosts(1, 1000.0):
+            return None
+    except (OSError, RuntimeError) as error:
+        return f"cannot make network namespaces: {error}"
+
+
+class Hosts:
+    """`count` hosts, each linked to the others at `rate_mbit` Mbit/s in either direction, while the context lasts.
+
+    Leaving it, also by an exception, Ctrl-C or a TERM signal, ends what runs on the hosts and removes them. Raises
+    ValueError for bad arguments, and RuntimeError where `available` would have said why.
+    """
+
+    interface = "eth0"
+
+    def __init__(self, count: int, rate_mbit: float) -> None:
+        if not 1 <= count <= 64:
+            raise ValueError(f"hosts must be 1 to 64, got {count}")
+        if not 0.1 <= rate_mbit <= 100_000:
+            raise ValueError(f"rate must be 0.1 to 100,000 Mbit/s, got {rate_mbit}")
+        self.count = count
+        self.rate_mbit = rate_mbit
+        self.name = f"packsaddle-{os.getpid()}-{next(_serial)}"
+        self._made = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as made:
+            made.enter_context(_TermRaises())
+            bridge = self._namespace(made, "bridge")
+            _ip("-n", bridge, "link", "add", "bridge", "type", "bridge")
+            _ip("-n", bridge, "link", "set", "bridge", "up")
+            for host in range(self.count):
+                self._connect(self._namespace(made, str(host)), bridge, host)
+            self._made = made.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._made.close()
+
+    def address(self, host: int) -> str:
+        """The IP address of a host, seen from the hosts."""
+        return f"10.0.0.{host + 1}"
+
+    def run(self, commands: Sequence[Sequence[str]], *, env: dict[str, str] | None = None) -> list[str]:
+        """Run one command on each host at the same time, commands[i] on host i, and return what each printed.
+
+        `env` is added to the environment. If one fails, the others are ended, and HostFailedError is raised; ValueError
+        if there is not one command for each host.
+        """
+        if len(commands) != self.count:
+            raise ValueError(f"commands must be one for each of {self.count} hosts, got {len(commands)}")
+        with ExitStack() as cleanup:
+            folder = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="packsaddle-hosts-")))
+            processes = []
+            for host, command in enumerate(commands):
+                process = self._start(host, command, folder, {**os.environ, **(env or {})})
+                cleanup.callback(self._end, host, process)
+                processes.append(process)
+            if failed := _wait(processes):
+                reasons = (f"host {host} failed: {_reason(folder / f'{host}.err')}" for host in failed)
+                raise HostFailedError("; ".join(reasons))
+            return [(folder / f"{host}.out").read_text() for host in range(len(commands))]
+
+    def torchrun(self, arguments: Sequence[str]) -> list[str]:
+        """Run torchrun with one process on each host, all in one gloo world: `arguments` are a script or "-m module",
+        and its own. Returns what each printed; raises HostFailedError."""
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(self.count), "--nproc-per-node", "1"]
+        meeting = ["--master-addr", self.address(0), "--master-port", "29500"]
+        commands = [[*launcher, *meeting, "--node-rank", str(host), *arguments] for host in range(self.count)]
+        return self.run(commands, env={"GLOO_SOCKET_IFNAME": self.interface})
+
+    def _namespace(self, made: ExitStack, suffix: str) -> str:
+        name = f"{self.name}-{suffix}"
+        made.callback(_remove, name)  # first, so that an interrupt in between leaves nothing
+        _ip("netns", "add", name)
+        return name
+
+    def _connect(self, host: str, bridge: str, number: int) -> None:
+        port = f"port{number}"
+        peer = ["type", "veth", "peer", "name", port, "netns", bridge]
+        _ip("link", "add", self.interface, "netns", host, *peer)
+        _ip("-n", bridge, "link", "set", port, "master", "bridge", "up")
+        _ip("-n", host, "addr", "add", f"{self.address(number)}/24", "dev", self.interface)
+        for link in ("lo", self.interface):
+            _ip("-n", host, "link", "set", link, "up")
+        for namespace, link in ((host, self.interface), (bridge, port)):
+            _call("tc", "-n", namespace, "qdisc", "add", "dev", link, "root", "tbf", *self._bucket())
+
+    def _bucket(self) -> list[str]:
+        # Two milliseconds' bytes: what tbf's timer needs to keep up, and little enough that short messages pay for
+        # themselves (a bucket fills up while workers compute, and what is in it passes at once).
+        burst = max(4096, round(self.rate_mbit * 1e6 / 8 * 0.002))
+        # Where the queue is shorter than what TCP hands over in one piece, dense exchanges lose packets and time.
+        queue = burst + max(256 * 1024, round(self.rate_mbit * 1e6 / 8 * 0.05))
+        return ["rate", f"{round(self.rate_mbit * 1000)}kbit", "burst", f"{burst}b", "limit", f"{queue}b"]
+
+    def _start(self, host: int, command: Sequence[str], folder: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
+        inside = ["ip", "netns", "exec", f"{self.name}-{host}", *command]
+        with (folder / f"{host}.out").open("wb") as out, (folder / f"{host}.err").open("wb") as err:
+            return subprocess.Popen(inside, stdout=out, stderr=err, env=env, start_new_session=True)
+
+    def _end(self, host: int, process: "subprocess.Popen[bytes]") -> None:
+        """End what still runs on a host: the command politely, then whatever else is in its namespace."""
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        _kill_inside(f"{self.name}-{host}")
+        process.wait()
+
+
+class _TermRaises:
+    """While it lasts, a TERM signal raises SystemExit, so that contexts are left in order, as by Ctrl-C."""
+
+    def __enter__(self) -> None:
+        self._main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+        if self._main:
+            self._before = signal.signal(signal.SIGTERM, self._leave)
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+
+def _wait(processes: "Sequence[subprocess.Popen[bytes]]") -> list[int]:
+    """Wait for all to end, or, once one has failed, for a while; return the numbers of the failed, first ones first."""
+    failed: list[int] = []
+    deadline = float("inf")
+    while True:
+        codes = [p.poll() for p in processes]
+        failed += [i for i, code in enumerate(codes) if code and i not in failed]
+        if None not in codes or time.monotonic() > deadline:
+            return failed
+        if failed:
+            deadline = min(deadline, time.monotonic() + _GRACE)
+        time.sleep(_POLL)
+
+
+def _reason(stderr: Path) -> str:
+    """The last exception that a command printed, other than its launcher's own, else its last line of words."""
+    lines = [line.strip() for line in stderr.read_text(errors="replace").splitlines() if re.search(r"\w", line)]
+    found = [match[1] for line in lines if (match := _EXCEPTION.match(line)) and "ChildFailedError" not in line]
+    return found[-1] if found else lines[-1] if lines else "it printed no error"
+
+
+def _remove(namespace: str) -> None:
+    _kill_inside(namespace)
+    subprocess.run(["ip", "netns", "del", namespace], capture_output=True, check=False)
+
+
+def _kill_inside(namespace: str) -> None:
+    found = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False)
+    for pid in found.stdout.split():
+        try:
+            os.kill(int(pid), signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _ip(*arguments: str) -> None:
+    _call("ip", *arguments)
+
+
+def _call(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
