@@ -44,4 +44,6 @@ def shown(cell: Any) -> str:
     """A cell of a printed table."""
     if cell is None:
         return ""
-    return f"{cell:.3g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else str(cell)
+    if isinstance(cell, float) and abs(cell) < 1000:
+        return f"{cell:.3g}"
+    return f"{cell:,.0f}" if isinstance(cell, int | float) else str(cell)

@@ -35,6 +35,7 @@ def side_by_side(
     taken: dict[str, list[float]] = {name: [] for name in works}
     for attempt in range(warm_up + repeats):
         for name, work in works.items():
+            prepare()
             seconds = clocked(work)
             if attempt >= warm_up:
                 taken[name].append(seconds)

@@ -2,14 +2,19 @@
 
 import json as json_format
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.table import Table
 
+from packsaddle.bench.contenders import FIELD
 from packsaddle.bench.result import Result, shown
 from packsaddle.commands.console import print_table
 from packsaddle.schema import ConfigError
+
+if TYPE_CHECKING:
+    from packsaddle.bench.race import Race
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,102 @@ class Compress:
         return compress.run(self.d, self.ratio, self.repeats)
 
 
-_Question = Annotated[Step, tyro.conf.subcommand("step")] | Annotated[Compress, tyro.conf.subcommand("compress")]
+@dataclass(frozen=True)
+class Exchange:
+    """What does one exchange cost, beside a dense all-reduce, and beside its bytes at the rate of this machine?"""
+
+    d: int = 10_000_000
+    """Coordinates."""
+    workers: int = 2
+    """Worker processes on this machine."""
+    ratio: float = 0.01
+    """k/d of the compressors that have one."""
+    repeats: int = 5
+    """Timed rounds."""
+
+    def run(self) -> list[Result]:
+        from packsaddle.bench import exchange
+
+        return exchange.run(self.d, self.workers, self.ratio, self.repeats)
 
 
+@dataclass(frozen=True)
+class _Training:
+    """What the benchmarks of whole training steps share."""
+
+    model: Literal["mnist-autoencoder", "resnet18"] = "mnist-autoencoder"
+    """The network."""
+    batch: int | None = None
+    """Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18."""
+    contenders: tuple[str, ...] = FIELD
+    """Who takes part: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ddp-bf16, ddp-uint8,
+    own-uint8, powersgd-N, local-sgd-N); each may say its own noise and step size: 'RandomK(0.01) noise=0.01 lr=0.2'."""
+    lr: float = 0.1
+    """Step size of those that say none."""
+    data_dir: Path | None = None
+    """Folder of MNIST, or of CIFAR-10 or an image folder of 32 x 32; without it the images are synthetic."""
+    rounds: int = 5
+    """How many times each contender has its turn."""
+    block: int = 4
+    """Consecutive steps in one turn."""
+    seed: int = 0
+    """Seed of the network and of the batches."""
+
+    def race(self, **more: Any) -> "Race":
+        from packsaddle.bench.race import Race
+        from packsaddle.bench.workload import Workload
+
+        batch = {"mnist-autoencoder": 64, "resnet18": 8}[self.model] if self.batch is None else self.batch
+        workload = Workload(self.model, batch, None if self.data_dir is None else str(self.data_dir), self.seed)
+        return Race(workload, self.contenders, self.lr, self.rounds, self.block, **more)
+
+
+@dataclass(frozen=True)
+class Train(_Training):
+    """What does a whole training step cost on local processes, beside every way to exchange that torch has?"""
+
+    workers: int = 2
+    """Worker processes on this machine."""
+
+    def run(self) -> list[Result]:
+        from packsaddle.bench import train
+
+        return train.run(self.race(), self.workers)
+
+
+@dataclass(frozen=True)
+class Link(_Training):
+    """What does training cost over a real slow link, and what do its bytes allow? (Needs root and iproute2.)
+
+    Hosts are network namespaces on this machine, whose links are held to a rate.
+    """
+
+    hosts: int = 2
+    """How many; each runs one worker under torchrun."""
+    rate: float = 100.0
+    """Mbit/s of every host's link, in either direction."""
+    target_loss: float | None = None
+    """Train each contender until the training loss is down to this, instead of timing steps (needs --data-dir)."""
+    max_seconds: float = 300.0
+    """When to give up on a contender that does not reach the target."""
+
+    def run(self) -> list[Result]:
+        from packsaddle.bench import link
+
+        race = self.race(target_loss=self.target_loss, max_seconds=self.max_seconds)
+        return link.run(race, self.hosts, self.rate)
+
+
+_Question = (
+    Annotated[Step, tyro.conf.subcommand("step")]
+    | Annotated[Compress, tyro.conf.subcommand("compress")]
+    | Annotated[Exchange, tyro.conf.subcommand("exchange")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Link, tyro.conf.subcommand("link")]
+)
+
+
+@tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # so that --json may stand anywhere
 def bench(question: Annotated[_Question, tyro.conf.arg(name="")], json: bool = False) -> None:
     """Measure, side by side in one run: packsaddle, its peers, and the floor below which nobody can go.
 
@@ -69,6 +167,7 @@ def show(result: Result) -> None:
     """Print one table with its setting and notes."""
     columns = list(result.rows[0])
     table = Table(*columns, title=result.question, title_justify="left")
+    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for row in result.rows:

@@ -1,0 +1,116 @@
+"""Who takes part in a race: packsaddle's compressors and torch's own ways to exchange gradients, by name."""
+
+import ast
+import re
+from dataclasses import dataclass
+
+import packsaddle.compress as compress
+from packsaddle.compress import Compressor
+from packsaddle.schema import nearest
+
+ALONE = "alone"  # SGD on every worker without any exchange: what computing costs
+DENSE = "ddp"
+PEERS = {
+    ALONE: "SGD without any exchange",
+    DENSE: "DistributedDataParallel",
+    "ddp-fp16": "torch's fp16_compress_hook",
+    "ddp-bf16": "torch's bf16_compress_hook",
+    "ddp-uint8": "torch's quantization_pertensor_hook",
+    "own-uint8": "a uint8 per-bucket quantising hook of this benchmark's own, for torch's does not run on gloo",
+    "powersgd-N": "torch's powerSGD_hook of rank N, from the third step on; in one bucket, for gloo mixes up several",
+    "local-sgd-N": "torch's PostLocalSGDOptimizer, parameters averaged every N steps",
+}
+FIELD = (
+    DENSE,
+    "RandomK(0.01)",
+    "TopK(0.01)",
+    "ddp-fp16",
+    "ddp-bf16",
+    "ddp-uint8",
+    "own-uint8",
+    "powersgd-1",
+    "powersgd-4",
+    "local-sgd-4",
+)
+_OPTION = re.compile(r"\s+(lr|noise)=(\S+)$")
+_NUMBERED = re.compile(r"^(powersgd|local-sgd)-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to train. Exactly one of `peer` and `compressor` is set."""
+
+    text: str  # as the user wrote it
+    lr: float
+    noise: float = 0.0  # packsaddle's only
+    peer: str = ""  # a name of PEERS, its N as `number`
+    number: int = 1
+    compressor: Compressor | None = None
+
+    @property
+    def period(self) -> int:
+        """After how many steps its exchanges repeat."""
+        return self.number if self.peer == "local-sgd-N" else 1
+
+
+def parse(text: str, lr: float) -> Contender:
+    """Read "ddp", "powersgd-4 lr=0.3", "RandomK(0.01) noise=0.01" and the like; raises ValueError.
+
+    `lr` is the step size of contenders that name none.
+    """
+    name, noise = text.strip(), 0.0
+    while match := _OPTION.search(name):
+        name, value = name[: match.start()], _positive(match[2], text)
+        lr, noise = (value, noise) if match[1] == "lr" else (lr, value)
+    if name[:1].isupper():
+        return Contender(text, lr, noise, compressor=_compressor(name))
+    if noise:
+        raise ValueError(f"contender {text!r}: noise is for packsaddle's compressors, torch's peers have none")
+    if match := _NUMBERED.match(name):
+        if int(match[2]) < 1:
+            raise ValueError(f"contender {text!r}: N must be at least 1, got {match[2]}")
+        return Contender(text, lr, peer=f"{match[1]}-N", number=int(match[2]))
+    if name not in PEERS or name.endswith("-N"):
+        raise ValueError(
+            f"contender must be a compressor such as RandomK(0.01), or one of {', '.join(PEERS)}, got {text!r}"
+            f"{nearest(name, PEERS)}"
+        )
+    return Contender(text, lr, peer=name)
+
+
+def parse_all(texts: tuple[str, ...], lr: float) -> list[Contender]:
+    """Read contenders, each once. Raises ValueError."""
+    return [parse(text, lr) for text in dict.fromkeys(texts)]
+
+
+def _positive(number: str, text: str) -> float:
+    try:
+        value = float(number)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"contender {text!r}: lr and noise must be positive numbers, got {number!r}")
+    return value
+
+
+def _compressor(text: str) -> Compressor:
+    """Read a compressor's constructor call, such as TopK(0.01, values="int8")."""
+    classes = {name: getattr(compress, name) for name in compress.__all__}
+    known = {n: c for n, c in classes.items() if issubclass(c, Compressor) and c is not Compressor}
+    try:
+        call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert isinstance(call.func, ast.Name)
+        arguments = [ast.literal_eval(a) for a in call.args]
+        named = {k.arg or "": ast.literal_eval(k.value) for k in call.keywords}
+        name = call.func.id
+    except (SyntaxError, AssertionError, ValueError):
+        raise ValueError(f"contender {text!r} must look like RandomK(0.01)") from None
+    if name not in known:
+        raise ValueError(f"contender {text!r}: no compressor {name}{nearest(name, known)}")
+    try:
+        made = known[name](*arguments, **named)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"contender {text!r}: {error}") from None
+    assert isinstance(made, Compressor)
+    return made
