@@ -132,7 +132,9 @@ class Hosts:
         # Two milliseconds' bytes: what tbf's timer needs to keep up, and little enough that short messages pay for
         # themselves (a bucket fills up while workers compute, and what is in it passes at once).
         burst = max(4096, round(self.rate_mbit * 1e6 / 8 * 0.002))
-        return ["rate", f"{round(self.rate_mbit * 1000)}kbit", "burst", f"{burst}b", "latency", "50ms"]
+        # Where the queue is shorter than what TCP hands over in one piece, dense exchanges lose packets and time.
+        queue = burst + max(256 * 1024, round(self.rate_mbit * 1e6 / 8 * 0.05))
+        return ["rate", f"{round(self.rate_mbit * 1000)}kbit", "burst", f"{burst}b", "limit", f"{queue}b"]
 
     def _start(self, host: int, command: Sequence[str], folder: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
         inside = ["ip", "netns", "exec", f"{self.name}-{host}", *command]
