@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from packsaddle.kernels.parts import Array, compiled_loop
+from packsaddle.kernels.parts import Array, compiled_loop, scalar
 
 
 def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
@@ -27,7 +27,7 @@ def _gather_cells(v: Array, cells: Array, b: int, out: Array) -> None:
 
 def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
     """Add alpha times values, float[m b], to out, float[d], at the cells."""
-    scale = out.numpy().dtype.type(alpha)
+    scale = scalar(alpha, out.numpy())
     _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
 
 

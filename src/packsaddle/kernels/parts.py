@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
@@ -40,6 +40,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def scalar(value: float, like: Array) -> Any:
+    """Return a number in the precision of an array; infinite where it is too large for that, as in torch."""
+    with np.errstate(over="ignore"):
+        return like.dtype.type(value)
 
 
 def as_integers(v: Tensor) -> Array:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.kernels.parts import MAGNITUDE, Array, as_integers, compiled_loop, compiled_sum, in_parts
+from packsaddle.kernels.parts import MAGNITUDE, Array, as_integers, compiled_loop, compiled_sum, in_parts, scalar
 from packsaddle.kernels.random import word
 
 
@@ -50,7 +50,7 @@ def _sum_of_magnitudes(v: Array) -> float:
 def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
     """Add +scale or -scale, float[], to each of out, float[n], as the bits from number `first` on say."""
     p, o = packed.numpy(), out.numpy()
-    s = o.dtype.type(float(scale))
+    s = scalar(float(scale), o)
     in_parts(len(out), 8, lambda start, stop: _add_signs(p, first + start, s, o[start:stop]))
 
 
@@ -161,7 +161,7 @@ def _pack_codes(codes: Array, bits: int, out: Array) -> None:
 def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
     """Add alpha (code - levels) norm to out, float[d], for the codes and norms of `pack_levels`."""
     p, s, o = packed.numpy(), norms.numpy(), out.numpy()
-    scale = o.dtype.type(alpha)
+    scale = scalar(alpha, o)
 
     def part(start: int, stop: int) -> None:
         _add_levels(p[start * bits // 8 :], levels, bits, bucket, s[start // bucket :], o[start:stop], scale)

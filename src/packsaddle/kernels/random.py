@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from packsaddle.kernels.parts import Array, compiled_loop, in_parts
+from packsaddle.kernels.parts import Array, compiled_loop, in_parts, scalar
 
 PAIRS = 1024  # made at once, whose scratch memory stays in the nearest cache
 
@@ -29,7 +29,7 @@ def mixed(h: Any) -> Any:
 def add_gaussians(out: Tensor, scale: float, keys: tuple[int, int, int], start: int) -> None:
     """Add scale times numbers `start`, start + 1, ... of the sequence of `counter.gaussians` to out, float[n]."""
     o, (first, second, third) = out.numpy(), (np.uint32(key) for key in keys)
-    factor = o.dtype.type(scale)
+    factor = scalar(scale, o)
     in_parts(len(out), 2 * PAIRS, lambda a, b: _add_gaussians(o[a:b], factor, first, second, third, start + a))
 
 
