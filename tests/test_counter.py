@@ -2,17 +2,25 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest, norm
 
-from packsaddle.counter import Keys, add_gaussians, gaussians, keys, words
+from packsaddle.counter import Keys, add_cell_gaussians, add_gaussians, keys, words
 from packsaddle.kernels import compiler, torch_only
 from packsaddle.seeds import Stream
 
 LIKE = torch.zeros(1, dtype=torch.float64)
+
+
+def gaussians(n: int, key: Keys, like: torch.Tensor) -> torch.Tensor:
+    """The first n numbers of a key."""
+    out = torch.zeros(n, dtype=like.dtype)
+    add_gaussians(out, 1.0, key)
+    return out
 
 
 def naive_word(counter: int, key: Keys) -> int:
@@ -73,6 +81,21 @@ def test_any_stretch_is_the_same_numbers(dtype: torch.dtype) -> None:
         part = torch.zeros(n, dtype=dtype)
         add_gaussians(part, 1.0, key, start)
         assert torch.equal(part, whole[start : start + n])
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 2048, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cells_are_stretches_of_the_same_numbers(size: int, dtype: torch.dtype) -> None:
+    key, cells = keys(2, 3, Stream.OUTSTANDING), 7000 // size + 1
+    scales = torch.linspace(-1, 2, cells, dtype=dtype)
+    expected = 0.5 + gaussians(cells * size, key, scales) * scales.repeat_interleave(size)
+    for torch_alone in (False, True):
+        out = torch.full((cells * size,), 0.5, dtype=dtype)
+        with torch_only() if torch_alone else nullcontext():
+            add_cell_gaussians(out, scales, key)
+        assert torch.allclose(out, expected, rtol=1e-5, atol=1e-5)
+    nothing = torch.zeros(0, dtype=dtype)
+    add_cell_gaussians(nothing, nothing, key)
 
 
 def test_threads_change_nothing() -> None:

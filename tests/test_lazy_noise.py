@@ -56,11 +56,11 @@ def test_the_same_draws_give_the_same_run(noise: Any, block: int, monkeypatch: p
     drawn: dict[int, Tensor] = {}
     take = OutstandingNoise.take
 
-    def recorded(self: OutstandingNoise, cells: Cells, like: Tensor, *, seed: int, step: int) -> Tensor:
-        values = take(self, cells, like, seed=seed, step=step)
-        drawn[step] = torch.zeros(61, dtype=like.dtype)
-        cells.add_to(drawn[step], values, 1 / 0.1)
-        return values
+    def recorded(self: OutstandingNoise, cells: Cells, out: Tensor, alpha: float, *, seed: int, step: int) -> None:
+        before = out.clone()
+        take(self, cells, out, alpha, seed=seed, step=step)
+        drawn[step] = torch.zeros(61, dtype=out.dtype)
+        cells.add_to(drawn[step], out - before, 1 / 0.1)
 
     class Injected(Noise):
         def add_to(self, out: Tensor, alpha: float = 1.0, start: int = 0) -> None:
@@ -77,16 +77,21 @@ def test_the_same_draws_give_the_same_run(noise: Any, block: int, monkeypatch: p
 
 
 def test_variances_grow_until_a_cell_is_kept() -> None:
-    outstanding, like = OutstandingNoise(10_000, 2, torch.device("cpu")), torch.zeros(1, dtype=torch.float64)
-    every = Cells(torch.arange(10_000), 2)
+    outstanding, every = OutstandingNoise(10_000, 2, torch.device("cpu")), Cells(torch.arange(10_000), 2)
+
+    def take(cells: Cells, step: int) -> Tensor:
+        out = torch.zeros(cells.numel, dtype=torch.float64)
+        outstanding.take(cells, out, seed=0, step=step)
+        return out
+
     for std in (0.3, 0.4):
         outstanding.grow(std)
-    outstanding.take(Cells(torch.arange(5000), 2), like, seed=0, step=0)
+    take(Cells(torch.arange(5000), 2), 0)
     outstanding.grow(1.2)
-    noise = outstanding.take(every, like, seed=0, step=1)
+    noise = take(every, 1)
     assert kstest(noise[:10_000].numpy() / 1.2, "norm").pvalue > 1e-3
     assert kstest(noise[10_000:].numpy() / 1.3, "norm").pvalue > 1e-3
-    assert not outstanding.take(every, like, seed=0, step=2).any()
+    assert not take(every, 2).any()
 
 
 def small(memory: str = "buffer", **changes: Any) -> tuple[nn.Module, Tensor, CompressedSGD]:

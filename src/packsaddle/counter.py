@@ -69,11 +69,15 @@ def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
         start += len(slab)
 
 
-def gaussians(n: int, key: Keys, like: Tensor) -> Tensor:
-    """Return n standard normal numbers, float[n], of the dtype and on the device of `like`."""
-    out = torch.zeros(n, dtype=like.dtype, device=like.device)
-    add_gaussians(out, 1.0, key)
-    return out
+def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
+    """Add standard normal numbers of a key to out, float[m b], those of cell i times scales[i], float[m], in place."""
+    b = len(out) // max(1, len(scales))
+    if (loop := kernel("add_cell_gaussians", out, scales)) and 2 * _PAIRS % max(1, b) == 0:
+        loop(out, scales, key)
+        return
+    numbers = torch.zeros_like(out)
+    add_gaussians(numbers, 1.0, key)
+    out.view(-1, b).add_(numbers.view(-1, b).mul_(scales[:, None]))
 
 
 def _gaussians(first: int, last: int, key: Keys, device: torch.device) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compress.cells import Cells
-from packsaddle.counter import Keys, add_gaussians, gaussians, keys
+from packsaddle.counter import Keys, add_cell_gaussians, add_gaussians, keys
 from packsaddle.seeds import Stream
 
 
@@ -108,20 +108,20 @@ class OutstandingNoise:
         """Add independent noise of this standard deviation to every coordinate."""
         self._total += std * std
 
-    def take(self, cells: Cells, like: Tensor, *, seed: int, step: int) -> Tensor:
-        """Draw the noise at these cells, float[m b] of the dtype of `like`, which leaves none outstanding there."""
-        noise = self._draw(self._total - self._kept[cells.index], like, seed, step)
+    def take(self, cells: Cells, out: Tensor, alpha: float = 1.0, *, seed: int, step: int) -> None:
+        """Draw the noise at these cells and add alpha times it to out, float[m b]; none is outstanding there then."""
+        self._add(self._total - self._kept[cells.index], out, alpha, seed, step)
         self._kept[cells.index] = self._total
-        return noise
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
         """Draw the noise at every coordinate, float[d] as `like`, and leave it outstanding."""
-        return self._draw(self._total - self._kept, like, seed, step)[: len(like)]
+        noise = like.new_zeros(len(self._kept) * self._size)
+        self._add(self._total - self._kept, noise, 1.0, seed, step)
+        return noise[: len(like)]
 
-    def _draw(self, variance: Tensor, like: Tensor, seed: int, step: int) -> Tensor:
-        noise = gaussians(len(variance) * self._size, keys(seed, step, Stream.OUTSTANDING), like)
-        std = variance.clamp_min_(0).sqrt_().to(like.dtype)
-        return noise.view(-1, self._size).mul_(std[:, None]).view(-1)
+    def _add(self, variance: Tensor, out: Tensor, alpha: float, seed: int, step: int) -> None:
+        std = variance.clamp_min_(0).sqrt_().mul_(alpha).to(out.dtype)
+        add_cell_gaussians(out, std, keys(seed, step, Stream.OUTSTANDING))
 
     @property
     def anything(self) -> bool:

@@ -193,8 +193,8 @@ class CompressedSGD(Optimizer):
             for term in g.mean:
                 term.add_to(x[:compressed_d], -unit)
             x[compressed_d:].sub_(g.dense, alpha=unit)
-            self._noise.apply(g, x, self._step)
 
+        self._noise.join(g, unit, self._step)
         return self._flat.change(subtract)
 
     def _outstanding(self) -> Tensor:

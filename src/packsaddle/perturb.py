@@ -54,11 +54,12 @@ class Perturber:
             self._outstanding.clear()
         return xi, 0
 
-    def apply(self, g: Averaged, x: Tensor, step: int) -> None:
-        """Subtract from x, float[>= compressed d], the outstanding noise of the cells that were exchanged."""
+    def join(self, g: Averaged, unit: float, step: int) -> None:
+        """Add the outstanding noise of the cells that were exchanged to what all apply, in units of `unit`."""
         if self._outstanding is not None and self._outstanding.anything:
-            cells = g.mean[0].message.context
-            cells.add_to(x[: self._d], self._outstanding.take(cells, x, seed=self._seed, step=step), -1.0)
+            message = g.mean[0].message
+            values = message.parts["values"]
+            self._outstanding.take(message.context, values, 1 / unit, seed=self._seed, step=step)
 
     def add_outstanding(self, pending: Tensor, step: int) -> Tensor:
         """Return eta e, float[d], with outstanding noise: drawn anew for each t, so looking does not change the run."""

@@ -15,7 +15,7 @@ from packsaddle.compress.selection import holding, largest
 from packsaddle.compress.wire import ValueFormat
 from packsaddle.seeds import sample_without_replacement
 
-_MOST_TOGETHER = 64  # coordinates of a cell: 256 bytes, from where longer runs are hardly moved faster
+_MOST_TOGETHER = 128  # coordinates of a cell: 512 bytes, from where longer runs are hardly moved faster
 _CELLS_KEPT = 1024  # fewer would make the energy that one step keeps vary much
 
 
@@ -88,7 +88,7 @@ class RandomK(KOfD):
     up), each with the same probability; so each coordinate is kept with at least probability k/d, and memory is
     moved in runs.
     The message has b values for each cell (for b = 1 exactly k, else fewer than k (1 + b/d) + b). By default b is
-    the largest power of two, at most 64, that leaves 1,024 cells or more to keep.
+    the largest power of two, at most 128, that leaves 1,024 cells or more to keep.
 
     `values` rounds the values to fewer bits, and then C is not linear: an all-reduce would round the sum again,
     where no error memory sees it. So rounded messages are gathered, still without index bytes, and each

@@ -10,11 +10,12 @@ from packsaddle.kernels.quantization import (
     sum_of_magnitudes,
     unpack_numbers,
 )
-from packsaddle.kernels.random import add_gaussians
+from packsaddle.kernels.random import add_cell_gaussians, add_gaussians
 from packsaddle.kernels.sampling import feistel_sample
 from packsaddle.kernels.selection import energy_histogram, reaching
 
 __all__ = [
+    "add_cell_gaussians",
     "add_cells",
     "add_gaussians",
     "add_levels",

@@ -35,22 +35,48 @@ def add_gaussians(out: Tensor, scale: float, keys: tuple[int, int, int], start: 
 
 @compiled_loop
 def _add_gaussians(out: Array, scale: Any, first: Any, second: Any, third: Any, start: int) -> None:
-    # Loops read from some arrays and write to others: vector code is made of them only where these do not overlap.
-    uniform, angles = np.empty(PAIRS, np.float32), np.empty(PAIRS, np.uint32)
-    mantissas, radii = np.empty(PAIRS, np.int32), np.empty(PAIRS, np.float32)
-    numbers = np.empty(2 * PAIRS, np.float32)
+    scratch = np.empty(6 * PAIRS, np.float32)
     done = 0
     while done < len(out):
         chunk, skipped = (start + done) // (2 * PAIRS), (start + done) % (2 * PAIRS)
-        _hash(np.uint32(chunk * PAIRS), first, second, third, uniform, angles)
-        _split(uniform.view(np.int32), mantissas, radii)
-        _radii(mantissas.view(np.float32), radii)
-        _multiply_directions(angles, radii, numbers[:PAIRS], numbers[PAIRS:])
+        numbers = _chunk(np.uint32(chunk * PAIRS), first, second, third, scratch)
         target = out[done : done + 2 * PAIRS - skipped]
         source = numbers[skipped : skipped + len(target)]
         for i in range(len(target)):
             target[i] += scale * source[i]
         done += len(target)
+
+
+def add_cell_gaussians(out: Tensor, scales: Tensor, keys: tuple[int, int, int]) -> None:
+    """Add scales[i] times the numbers i b, ..., i b + b - 1 to those of out, float[m b], b a divisor of 2048."""
+    o, s, (first, second, third) = out.numpy(), scales.numpy(), (np.uint32(key) for key in keys)
+    b = len(out) // max(1, len(scales))
+    _add_cell_gaussians(o, s, b, first, second, third)
+
+
+@compiled_loop
+def _add_cell_gaussians(out: Array, scales: Array, b: int, first: Any, second: Any, third: Any) -> None:
+    scratch = np.empty(6 * PAIRS, np.float32)
+    for start in range(0, len(out), 2 * PAIRS):
+        numbers = _chunk(np.uint32(start // 2), first, second, third, scratch)
+        for cell in range(start, min(len(out), start + 2 * PAIRS), b):
+            target, source, scale = out[cell : cell + b], numbers[cell - start : cell - start + b], scales[cell // b]
+            for i in range(len(target)):
+                target[i] += scale * source[i]
+
+
+@compiled_loop
+def _chunk(counter: Any, first: Any, second: Any, third: Any, scratch: Array) -> Array:
+    """Return the 2 PAIRS numbers of counters counter, counter + 1, ..., in scratch memory of three times as many."""
+    # Loops read from some arrays and write to others: vector code is made of them only where these do not overlap.
+    uniform, angles = scratch[:PAIRS], scratch[PAIRS : 2 * PAIRS].view(np.uint32)
+    mantissas, radii = scratch[2 * PAIRS : 3 * PAIRS], scratch[3 * PAIRS : 4 * PAIRS]
+    numbers = scratch[4 * PAIRS :]
+    _hash(counter, first, second, third, uniform, angles)
+    _split(uniform.view(np.int32), mantissas.view(np.int32), radii)
+    _radii(mantissas, radii)
+    _multiply_directions(angles, radii, numbers[:PAIRS], numbers[PAIRS:])
+    return numbers
 
 
 @compiled_loop
