@@ -17,9 +17,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from hosts import everywhere, hosts
 
 from packsaddle import CompressedSGD, Compressor, RandomK, Sign, SketchTopK, TopK
+from packsaddle.bench.hosts import Hosts
 from packsaddle.bench.timing import clocked
 from packsaddle.catalogue import describe
 from packsaddle.exchange import Group, process_group
@@ -132,9 +132,9 @@ def main() -> None:
     rows = []
     for setting in SETTINGS:
         name, workers, mbit, batch = setting
-        with hosts(workers, mbit * 1e6) as world, tempfile.TemporaryDirectory() as folder:
+        with Hosts(workers, mbit) as network, tempfile.TemporaryDirectory() as folder:
             given = ["--worker", name, str(mbit), str(batch), "--repeats", str(asked.repeats)]
-            everywhere(world, [__file__, folder, *given])
+            network.torchrun([__file__, folder, *given])
             results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
         rows += [row(setting, label, results) for label in results[0]]
         with asked.out.open("w", newline="") as file:

@@ -18,11 +18,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from hosts import everywhere, hosts
 from torch import Tensor
 
 from packsaddle import QSGD, Compressor, Identity, Ledger, LowRank, RandomK, Sign, SketchTopK, TopK
 from packsaddle.average import Protocol
+from packsaddle.bench.hosts import Hosts
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.collectives import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
@@ -114,9 +114,9 @@ def code(protocol: Protocol, d: int, workers: int) -> float:
 
 def validate(workers: int, mbit: float, d: int, repeats: int) -> list[dict[str, Any]]:
     """Let the hosts measure; a row per case. An exchange ends when its last worker does."""
-    with hosts(workers, mbit * 1e6) as world, tempfile.TemporaryDirectory() as folder:
+    with Hosts(workers, mbit) as network, tempfile.TemporaryDirectory() as folder:
         arguments = [__file__, "--worker", folder, "--mbit", str(mbit), "--d", str(d), "--repeats", str(repeats)]
-        everywhere(world, arguments)
+        network.torchrun(arguments)
         results = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
     return [_row(name, results, workers, mbit, d) for name in (*COLLECTIVES, *CASES)]
 
