@@ -224,3 +224,22 @@ def test_a_reset_drops_what_is_outstanding() -> None:
     assert not opt.resets[0].committed
     assert not opt.error().any()
     assert not w.any()
+
+
+def test_noise_that_was_committed_is_independent_of_what_follows() -> None:
+    """The noise of y at a commit, and that of the next step, which begins with the same t."""
+    w = nn.Parameter(torch.zeros(D, 1, dtype=torch.float64))
+    losses = iter([0.0, 1.0])  # better than at x_0, so the check commits
+    rule = Escape(3, 1e9, lambda: next(losses))
+    opt = CompressedSGD([w], 0.1, compressor=RandomK(0.5), noise=0.3, dense_below=0, escape=rule, lazy_noise=True)
+    while not opt.resets:
+        w.grad = torch.zeros_like(w)
+        before = w.detach().clone()
+        opt.step()
+    committed, y = (w.detach() - before).flatten(), w.detach().clone()
+    kept = RandomK(0.5).support(D, seed=0, step=opt.steps)  # in the order in which noise is drawn for them
+    opt.step()
+    moved = (w.detach() - y).flatten()[kept]
+    assert bool(moved.all())
+    for other in (committed[kept], committed[: len(kept)]):
+        assert abs(float(torch.corrcoef(torch.stack([other, moved]))[0, 1])) < 5 / (D / 2) ** 0.5

@@ -110,18 +110,18 @@ class OutstandingNoise:
 
     def take(self, cells: Cells, out: Tensor, alpha: float = 1.0, *, seed: int, step: int) -> None:
         """Draw the noise at these cells and add alpha times it to out, float[m b]; none is outstanding there then."""
-        self._add(self._total - self._kept[cells.index], out, alpha, seed, step)
+        self._add(self._total - self._kept[cells.index], out, alpha, keys(seed, step, Stream.OUTSTANDING))
         self._kept[cells.index] = self._total
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
         """Draw the noise at every coordinate, float[d] as `like`, and leave it outstanding."""
         noise = like.new_zeros(len(self._kept) * self._size)
-        self._add(self._total - self._kept, noise, 1.0, seed, step)
+        # Not the numbers that `take` draws at this step: what it takes may follow what was committed of these.
+        self._add(self._total - self._kept, noise, 1.0, keys(seed, step, Stream.SETTLED))
         return noise[: len(like)]
 
-    def _add(self, variance: Tensor, out: Tensor, alpha: float, seed: int, step: int) -> None:
-        std = variance.clamp_min_(0).sqrt_().mul_(alpha).to(out.dtype)
-        add_cell_gaussians(out, std, keys(seed, step, Stream.OUTSTANDING))
+    def _add(self, variance: Tensor, out: Tensor, alpha: float, key: Keys) -> None:
+        add_cell_gaussians(out, variance.clamp_min_(0).sqrt_().mul_(alpha).to(out.dtype), key)
 
     @property
     def anything(self) -> bool:

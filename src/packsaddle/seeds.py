@@ -31,6 +31,7 @@ class Stream(IntEnum):
     CERTIFY = 8  # the start of a certificate, and the examples it looks at
     ITERATES = 9  # which iterates of a run are certified
     OUTSTANDING = 10  # noise drawn when it reaches x
+    SETTLED = 11  # all of that noise, where e or y is wanted
 
 
 def mix(*words: int) -> int:
