@@ -234,6 +234,12 @@ def test_strided_and_half_vectors_take_the_plain_way() -> None:
         assert compiler("cpu") == "torch"
 
 
+def test_vectors_that_require_a_gradient_are_compressed_too() -> None:
+    v = torch.randn(5000)
+    for compressor in (RandomK(0.5), TopK(0.1), Sign(), QSGD()):
+        assert torch.equal(compressor(v.clone().requires_grad_(True)), compressor(v))
+
+
 def test_without_numba_it_is_said_once_and_works() -> None:
     """In a process of its own, where importing numba fails."""
     code = """

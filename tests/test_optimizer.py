@@ -536,7 +536,10 @@ def test_scalars_travel_with_the_step() -> None:
             loss = (model(data) - data).square().mean()
             loss.backward()
             opt.step(scalars=torch.stack([loss.detach(), torch.tensor(float(rank))]) if scalars else None)
-        return vector(model), opt.scalars, set(opt.ledger.by_purpose), len(calls)
+        found = vector(model), opt.scalars, set(opt.ledger.by_purpose), len(calls)
+        opt.step(scalars=loss)
+        assert opt.scalars.shape == (1,)  # a number is as good as a vector
+        return found
 
     (x, means, purposes, calls), (without, nothing, same, _) = (
         simulate(partial(work, scalars), 2)[0] for scalars in (True, False)
@@ -547,3 +550,10 @@ def test_scalars_travel_with_the_step() -> None:
     assert 0 < means[0] < 2
     assert len(nothing) == 0
     assert purposes == same
+
+
+@pytest.mark.parametrize("compressor", [RandomK(k=3), LinearSketch(columns=3), TopK(0.1)], ids=repr)
+@pytest.mark.filterwarnings("ignore:nothing will be compressed")
+def test_an_exchange_is_chosen_where_nothing_is_compressed(compressor: Compressor) -> None:
+    opt = CompressedSGD([nn.Parameter(torch.zeros(5))], 0.1, compressor=compressor, exchange="auto")
+    assert opt.choice.reason

@@ -266,6 +266,8 @@ def part_count(compressor: Compressor, d: int) -> int:
 @cache
 def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
     """Predict the bytes of a message; where only compressing a vector can tell, a part of a huge one does."""
+    if not d:
+        return 0
     has_formula = type(compressor).message_bytes is not Compressor.message_bytes
     part = d if has_formula else min(d, _PART)
     return round(compressor.restrict(part, d).message_bytes(part, itemsize) * (d / part if d else 1))

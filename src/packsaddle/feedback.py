@@ -95,8 +95,8 @@ class ErrorMemory:
             self.vector.add_(lost)
         self.settle()
 
-    def settle(self, unit: float = 0.0) -> None:
-        """Take the vector as it now is for the state between two steps, in a new unit if one is given."""
+    def settle(self, unit: float | None = None) -> None:
+        """Take the vector as it now is for the state between two steps, in another unit if one is given."""
 
     def _forget_frozen(self) -> None:
         """Frozen parameters have no error: they take neither noise nor what a compressor makes of zeros."""

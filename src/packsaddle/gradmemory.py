@@ -6,6 +6,7 @@ does where a gradient is present. So the vector holds e, and e + grad F_i after 
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -20,7 +21,8 @@ class GradientMemory(ErrorMemory):
     """This worker's e^(i), float[d], as the parameters' gradients.
 
     Whatever changes gradients between the backward pass and the step would change the memory with them, and raises
-    RuntimeError at the next step: clearing, replacing, clipping, unscaling. `rates` returns the learning rates by
+    RuntimeError at the next step: clearing, replacing, clipping, unscaling (but what is done to `p.grad.data`, or in
+    numpy, leaves no trace). `rates` returns the learning rates by
     parameter group, which must be equal; what was gathered under one rate is applied with it: when it changes, the
     vector is rescaled before the next gradient comes, so that y stays. Raises ValueError if rates differ or are 0,
     and for 16-bit parameters, whose gradients are too coarse to keep an error in.
@@ -48,14 +50,15 @@ class GradientMemory(ErrorMemory):
     def correct(
         self, lrs: Sequence[float], decays: Sequence[float], noise: Noise | None, noisy_from: int = 0
     ) -> Tensor:
+        self._rate()
         self._follow_rate()
         self._add_noise_and_decay([1.0] * len(lrs), decays, noise, noisy_from)
         self._forget_frozen()
         return self.vector
 
-    def settle(self, unit: float = 0.0) -> None:
+    def settle(self, unit: float | None = None) -> None:
         super().settle(unit)
-        if unit:
+        if unit is not None:
             self._unit = unit
         self._attach()
 
@@ -69,19 +72,23 @@ class GradientMemory(ErrorMemory):
         """Be called before and after a parameter's gradient is added to."""
         memory, handles = weakref.ref(self), []
 
-        def before(_: Tensor) -> None:
-            if it := memory():
+        def watched(p: Tensor, view: Tensor) -> "GradientMemory | None":
+            """The memory, unless it is gone, or another optimizer has taken the parameter over."""
+            return memory() if p.grad is not None and p.grad.data_ptr() == view.data_ptr() else None
+
+        def before(p: Tensor, view: Tensor, _: Tensor) -> None:
+            if it := watched(p, view):
                 it._follow_rate()
 
-        def after(p: Tensor) -> None:
-            if it := memory():
+        def after(view: Tensor, p: Tensor) -> None:
+            if it := watched(p, view):
                 it._version += 1
 
-        for p in self._flat.parameters:
+        for p, view in zip(self._flat.parameters, self._views, strict=True):
             trained = p.requires_grad
             p.requires_grad_(True)  # hooks can only be set then, and it may be unfrozen later
-            handles.append(p.register_hook(before))  # type: ignore[no-untyped-call]
-            handles.append(p.register_post_accumulate_grad_hook(after))  # type: ignore[no-untyped-call]
+            handles.append(p.register_hook(partial(before, p, view)))  # type: ignore[no-untyped-call]
+            handles.append(p.register_post_accumulate_grad_hook(partial(after, view)))  # type: ignore[no-untyped-call]
             p.requires_grad_(trained)
         weakref.finalize(self, lambda: [handle.remove() for handle in handles])
 
@@ -92,8 +99,9 @@ class GradientMemory(ErrorMemory):
         return first
 
     def _follow_rate(self) -> None:
-        lr = self._rate()
-        if lr != self._unit:
+        """Bring the vector to units of the present rate. One that cannot be is left for `step` to refuse."""
+        lr, *others = self._rates()
+        if lr != self._unit and lr and all(lr == other for other in others):
             self.vector.mul_(self._unit / lr)
             self._version += 1
             self._unit = lr

@@ -12,6 +12,8 @@ from packsaddle.flat import FlatParameters
 class ContractionMonitor:
     """Measures mu_t = 1 - ||v - C(v)||^2 / ||v||^2 of this worker's v = eta (e + grad F_i + xi) every `every` steps.
 
+    Noise that is drawn only where it reaches x (see `noise.OutstandingNoise`) is not in v.
+
     Two norms of a vector at each measured step, and nothing at the others; 0 switches it off.
     """
 

@@ -15,6 +15,8 @@ from packsaddle.compress.cells import Cells
 from packsaddle.counter import Keys, add_cell_gaussians, add_gaussians, keys
 from packsaddle.seeds import Stream
 
+_NEGLIGIBLE = 1e-9  # of a sum in double precision
+
 
 @dataclass(frozen=True)
 class Ramp:
@@ -101,12 +103,16 @@ class OutstandingNoise:
     def __init__(self, cells: int, size: int, device: torch.device) -> None:
         self._size = size
         self._total = 0.0  # the variance that a coordinate would have if it had never been kept
-        self._cleared = 0.0  # the total when nothing was outstanding last
         self._kept = torch.zeros(cells, dtype=torch.float64, device=device)  # what the total was when a cell was kept
 
     def grow(self, std: float) -> None:
         """Add independent noise of this standard deviation to every coordinate."""
-        self._total += std * std
+        variance = std * std
+        if 0 < variance < _NEGLIGIBLE * self._total:  # what all cells have received already would swallow it
+            least = float(self._kept.min())
+            self._kept -= least
+            self._total -= least
+        self._total += variance
 
     def take(self, cells: Cells, out: Tensor, alpha: float = 1.0, *, seed: int, step: int) -> None:
         """Draw the noise at these cells and add alpha times it to out, float[m b]; none is outstanding there then."""
@@ -126,24 +132,25 @@ class OutstandingNoise:
     @property
     def anything(self) -> bool:
         """Whether noise was added since all was cleared."""
-        return self._total != self._cleared
+        return self._total != 0
 
     def clear(self) -> None:
         """Leave none outstanding."""
-        self._kept.fill_(self._total)
-        self._cleared = self._total
+        self._total = 0.0
+        self._kept.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, tensors and plain types."""
-        return {"total": self._total, "cleared": self._cleared, "kept": self._kept}
+        return {"total": self._total, "kept": self._kept, "size": self._size}
 
-    def check_fits(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if a state is of another grid; one without noise fits every grid."""
-        if state and state["kept"].shape != self._kept.shape:
-            found, here = len(state["kept"]), len(self._kept)
-            raise ValueError(f"the state has outstanding noise in {found} cells, and the compressor here has {here}")
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "OutstandingNoise":
+        """Return what `state_dict` described."""
+        made = cls(len(state["kept"]), state["size"], device)
+        made._total = state["total"]
+        made._kept.copy_(state["kept"])
+        return made
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`; nothing is outstanding after an empty one."""
-        self._total, self._cleared = state.get("total", 0.0), state.get("cleared", 0.0)
-        self._kept.copy_(state["kept"]) if state else self._kept.zero_()
+    def is_on_grid_of(self, other: "OutstandingNoise") -> bool:
+        """Whether both have the same cells."""
+        return (len(self._kept), self._size) == (len(other._kept), other._size)

@@ -151,6 +151,7 @@ class CompressedSGD(Optimizer):
         then in `opt.scalars`.
         """
         loss = self._evaluate(closure)
+        scalars = torch.zeros(0) if scalars is None else scalars.detach().reshape(-1)
         self._flat.check_attached()
         if getattr(self, "found_inf", None) is not None:  # set by a GradScaler
             raise RuntimeError('memory="gradient" goes with no GradScaler, which would scale the error memory too')
@@ -173,13 +174,29 @@ class CompressedSGD(Optimizer):
             raise RuntimeError('with memory="gradient" zero_grad() would throw away the error memory; leave it out')
         super().zero_grad(set_to_none)
 
-    def _average(self, corrected: Tensor, scalars: Tensor | None) -> Averaged:
+    def _average(self, corrected: Tensor, scalars: Tensor) -> Averaged:
         """Exchange the corrected vector, float[d]: C(.) of its compressed part, and its dense part."""
         compressed, dense = corrected[: self._flat.compressed_d], corrected[self._flat.compressed_d :]
-        sent = dense if scalars is None else torch.cat([dense, scalars.detach().to(dense)])
+        rates = self._rates_of_x().to(dense)
+        sent = torch.cat([dense, scalars.to(dense), rates]) if len(scalars) or len(rates) else dense
         g = self.choice.protocol.average(self.channel, compressed, sent, seed=self.seed, step=self._step)
-        self.scalars = g.dense[len(dense) :].clone()
-        return replace(g, dense=g.dense[: len(dense)])
+        mean, self.scalars, mean_rates = torch.split(g.dense, [len(dense), len(scalars), len(rates)])
+        self.scalars = self.scalars.clone()
+        if rates.device.type == "cpu" and not torch.allclose(mean_rates, rates, rtol=1e-5, atol=0):
+            raise RuntimeError(
+                f"workers must have one lr and one noise at every step, but what they make of x's change is "
+                f"{rates.tolist()} here (unit of the memory, std of the noise) and {mean_rates.tolist()} in the mean"
+            )
+        return replace(g, dense=mean)
+
+    def _rates_of_x(self) -> Tensor:
+        """What each worker multiplies x's change by itself, so that it must be equal everywhere: float[2], or nothing.
+
+        Compared in the collective there is; on a GPU it is not read, which would wait for it.
+        """
+        if self.channel.group.size == 1 or not (self._noise.lazy or isinstance(self._memory, GradientMemory)):
+            return torch.zeros(0)
+        return torch.tensor([self._memory.unit, self._noise.grown])
 
     def _apply(self, g: Averaged) -> Tensor | None:
         """x <- x - mean_i g^(i); eta is in the messages or the memory's unit.
@@ -297,9 +314,8 @@ class CompressedSGD(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
         check_fits(state_dict, self._flat, self._flat_state(), self._identity())
-        self._noise.check_fits(state_dict.get("noise", {}))
         first = state_dict["param_groups"][0]
-        step, anchor_step, unit = first["step"], first["anchor_step"], first.get("unit", 1.0)
+        step, anchor_step, unit = first["step"], first["anchor_step"], first["unit"]
         # torch would cast state to the parameters' dtype, so only the groups go through it.
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         fill(state_dict, self._flat, self._flat_state())
@@ -312,7 +328,7 @@ class CompressedSGD(Optimizer):
             for name in ("step", "anchor_step", "unit", *self._identity()):
                 group.pop(name, None)
         self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
-        self._noise.load_state_dict(state_dict.get("noise", {}))
+        self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
         self.ledger.load_state_dict(state_dict.get("ledger", []))
 
     def _identity(self) -> dict[str, int | str]:

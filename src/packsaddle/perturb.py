@@ -33,6 +33,7 @@ class Perturber:
         self._perturbation = Perturbation(noise)
         self._seed, self._flat, self._d = seed, flat, flat.compressed_d
         self._outstanding: OutstandingNoise | None = None
+        self.grown = 0.0  # the standard deviation, in units of x, of the noise that the last step left outstanding
         compressor = protocol.compressor
         if not (isinstance(protocol, AllReduce) and isinstance(compressor, RandomK)):
             if lazy:
@@ -40,19 +41,30 @@ class Perturber:
         elif noise != 0 and self._d and (not escape if lazy is None else lazy):
             self._outstanding = OutstandingNoise(compressor.grid(self._d)[0], compressor.block(self._d), flat.x.device)
 
+    @property
+    def lazy(self) -> bool:
+        """Whether noise may be left outstanding."""
+        return self._outstanding is not None
+
     def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[Noise | None, int]:
         """Return xi_t (None: zero), and how many coordinates at the start leave theirs outstanding."""
         xi = self._perturbation.at(seed=self._seed, step=step)
+        self.grown = 0.0
         if self._outstanding is None:
             return xi, 0
         if len(set(lrs)) == 1 and not self._flat.has_frozen:
-            self._outstanding.grow(lrs[0] * xi.std if xi else 0.0)
+            self.grown = lrs[0] * xi.std if xi else 0.0
+            self._outstanding.grow(self.grown)
             return xi, self._d
         # Cells do not end where parameters do, so what is outstanding goes the usual way.
-        if self._outstanding.anything:
-            memory.add(self._outstanding.draw(memory.vector[: self._d], seed=self._seed, step=step))
-            self._outstanding.clear()
+        self._settle(self._outstanding, memory, step)
         return xi, 0
+
+    def _settle(self, outstanding: OutstandingNoise, memory: ErrorMemory, step: int) -> None:
+        """Draw all that is outstanding into the error memory, where eager noise would be."""
+        if outstanding.anything:
+            memory.add(outstanding.draw(memory.vector[: self._d], seed=self._seed, step=step))
+            outstanding.clear()
 
     def join(self, g: Averaged, unit: float, step: int) -> None:
         """Add the outstanding noise of the cells that were exchanged to what all apply, in units of `unit`."""
@@ -77,14 +89,13 @@ class Perturber:
         """Return the outstanding noise, tensors and plain types."""
         return {} if self._outstanding is None else self._outstanding.state_dict()
 
-    def check_fits(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError if a state does not fit."""
-        if self._outstanding is not None:
-            self._outstanding.check_fits(state)
-        elif state:
-            raise ValueError("the state has outstanding noise, but lazy_noise is off here")
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
-        if self._outstanding is not None:
-            self._outstanding.load_state_dict(state)
+    def load_state_dict(self, state: Mapping[str, Any], memory: ErrorMemory, step: int) -> None:
+        """Restore `state_dict`; where it is of other cells, or noise is eager here, settle it in the error memory."""
+        self.clear()
+        if not state:
+            return
+        saved = OutstandingNoise.from_state(state, self._flat.x.device)
+        if self._outstanding is not None and saved.is_on_grid_of(self._outstanding):
+            self._outstanding = saved
+        else:
+            self._settle(saved, memory, step)

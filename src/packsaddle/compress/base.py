@@ -85,10 +85,14 @@ class Compressor(ABC):
         return self.encode(v, seed=0, step=0).nbytes
 
     def __call__(self, v: Tensor, seed: int = 0, step: int = 0) -> Tensor:
-        """Return the dense C(v), float[d], for a flat floating tensor v; raises ValueError on any other input."""
+        """Return the dense C(v), float[d], for a flat floating tensor v; raises ValueError on any other input.
+
+        It is not differentiable: a gradient that v requires does not pass through it.
+        """
         if v.ndim != 1 or not v.is_floating_point():
             raise ValueError(f"v must be a flat floating-point tensor, got shape {tuple(v.shape)} of {v.dtype}")
         self.validate(v.numel())
+        v = v.detach()
         out = torch.zeros_like(v)
         self.add_decoded(self.encode(v, seed=seed, step=step), out)
         return out

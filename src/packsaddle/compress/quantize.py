@@ -117,10 +117,14 @@ class QSGD(Compressor):
         if len(v) and self.bits <= 8 and (loop := kernel("pack_levels", precise)):
             packed, norms = loop(precise, self.levels, self.bits, b, key)
             return Message({"levels": packed, "scales": norms})
-        size = max(1, _SLAB // b) * b
-        slabs = [self._codes(slab.view(-1, b), i * size, key) for i, slab in enumerate(_split(precise, size, b))]
-        codes = torch.cat([c.view(-1) for c, _ in slabs])[: len(v)]
-        return Message({"levels": wire.pack(codes, self.bits), "scales": torch.cat([n for _, n in slabs])})
+        packed, norms = [], []
+        size = 8 * b * max(1, _SLAB // (8 * b))  # which ends at a byte
+        for start, slab in zip(range(0, max(1, len(v)), size), torch.split(precise, size), strict=True):
+            buckets = torch.nn.functional.pad(slab, (0, -len(slab) % b)).view(-1, b)
+            codes, scales = self._codes(buckets, start, key)
+            packed.append(wire.pack(codes.view(-1)[: len(slab)], self.bits))
+            norms.append(scales)
+        return Message({"levels": torch.cat(packed), "scales": torch.cat(norms)})
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
         """Return the codes, int64[n, b], and norms, float[n], of buckets whose first coordinate is number `first`."""
@@ -140,8 +144,11 @@ class QSGD(Compressor):
         if self.bits <= 8 and (loop := kernel("add_levels", out, norms)):
             loop(packed, self.levels, self.bits, b, norms, out, scale)
             return
-        codes = wire.unpack(packed, self.bits, len(out)) - self.levels
-        out.add_(codes.to(out.dtype) * norms.to(out.dtype).repeat_interleave(b)[: len(out)], alpha=scale)
+        size = 8 * b * max(1, _SLAB // (8 * b))
+        pieces = torch.split(packed, size * self.bits // 8), torch.split(norms, size // b)
+        for slab, codes, scales in zip(torch.split(out, size), *pieces, strict=True):
+            levels = (wire.unpack(codes, self.bits, len(slab)) - self.levels).to(out.dtype)
+            slab.add_(levels * scales.to(out.dtype).repeat_interleave(b)[: len(slab)], alpha=scale)
 
     def _width(self, d: int) -> int:
         """Coordinates of a bucket."""
@@ -150,10 +157,3 @@ class QSGD(Compressor):
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         b = self._width(d)
         return math.ceil(d * self.bits / 8) + itemsize * math.ceil(d / b)
-
-
-def _split(v: Tensor, size: int, bucket: int) -> list[Tensor]:
-    """Split v, float[d], into pieces of `size`, the last one filled with zeros to whole buckets."""
-    pieces = list(torch.split(v, size))
-    pieces[-1] = torch.nn.functional.pad(pieces[-1], (0, -len(pieces[-1]) % bucket))
-    return pieces

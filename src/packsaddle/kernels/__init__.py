@@ -32,9 +32,9 @@ class SlowKernelsWarning(UserWarning):
 def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> Callable[..., Any] | None:
     """Return the compiled loop of this name for these vectors (for none: on `device`), or None if there is none.
 
-    Vectors must lie on one device, be of stride 1, and in single or double precision.
+    Vectors must lie on one device, be of stride 1, in single or double precision, and not require a gradient.
     """
-    if _torch_only.get() or any(v.dtype not in _DTYPES or v.stride() != (1,) for v in vectors):
+    if _torch_only.get() or any(not _takes(v) for v in vectors):
         return None
     where = vectors[0].device.type if vectors else torch.device(device).type
     if any(v.device.type != where for v in vectors):
@@ -50,6 +50,10 @@ def compiler(device: torch.device | str) -> str:
     """Return what compiles loops for a device: "numba", "triton", or "torch" where nothing does."""
     where = torch.device(device).type
     return _COMPILERS[where][0] if not _torch_only.get() and _module(where) else "torch"
+
+
+def _takes(v: Tensor) -> bool:
+    return v.dtype in _DTYPES and v.stride() == (1,) and not v.requires_grad
 
 
 @cache

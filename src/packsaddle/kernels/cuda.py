@@ -65,7 +65,7 @@ def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
 
 @triton.jit
 def _gather(v, cells, out, b, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    o = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     place = tl.load(cells + o // b, mask=o < n, other=0) * b + o % b
     tl.store(out + o, tl.load(v + place, mask=(o < n) & (place < d), other=0.0), mask=o < n)
 
@@ -79,7 +79,7 @@ def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) 
 
 @triton.jit
 def _add_to_cells(out, cells, values, alpha, b, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    o = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    o = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     place = tl.load(cells + o // b, mask=o < n, other=0) * b + o % b
     inside = (o < n) & (place < d)
     old = tl.load(out + place, mask=inside, other=0.0)
@@ -95,7 +95,7 @@ def pack_signs(v: Tensor) -> Tensor:
 
 @triton.jit
 def _pack_signs(v, out, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    byte, bit = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.arange(0, 8)
+    byte, bit = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE), tl.arange(0, 8)
     place = byte[:, None] * 8 + bit[None, :]
     positive = (tl.load(v + place, mask=place < d, other=-1.0) >= 0).to(tl.int32)
     tl.store(out + byte, tl.sum(positive << (7 - bit)[None, :], axis=1).to(tl.uint8), mask=byte < n)
@@ -108,7 +108,7 @@ def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
 
 @triton.jit
 def _add_signs(packed, first, scale, out, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     place, value = first + i, tl.load(scale)
     byte = tl.load(packed + (place >> 3), mask=i < n, other=0).to(tl.int32)
     _add(out, i, tl.where((byte >> (7 - (place & 7))) & 1 == 1, value, -value), n)
@@ -146,7 +146,7 @@ def _codes(v, codes, norms, d, levels, bucket, k1, k2, SIZE: tl.constexpr):  # t
 
 @triton.jit
 def _pack_codes(codes, out, groups, n, BITS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
-    group, j = tl.program_id(0) * SIZE + tl.arange(0, SIZE), tl.arange(0, 8)
+    group, j = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE), tl.arange(0, 8)
     loaded = tl.load(codes + group[:, None] * 8 + j[None, :], mask=(group < groups)[:, None], other=0).to(tl.int64)
     word = tl.sum(loaded << (BITS * (7 - j))[None, :].to(tl.int64), axis=1)
     for byte in tl.static_range(BITS):

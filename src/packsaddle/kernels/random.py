@@ -12,7 +12,10 @@ PAIRS = 1024  # made at once, whose scratch memory stays in the nearest cache
 
 @compiled_loop
 def word(counter: Any, first: Any, second: Any) -> Any:
-    """Return 32 random bits for a uint32 counter and uint32 keys."""
+    """Return 32 random bits for a uint32 counter and uint32 keys.
+
+    Other modules compile it into their loops, and numba's cache on disk does not notice: delete it after a change.
+    """
     return mixed(np.uint32(mixed(np.uint32(np.uint32(counter * np.uint32(0x9E3779B1)) + first)) + second))
 
 
