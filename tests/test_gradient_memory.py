@@ -9,6 +9,7 @@ import pytest
 import torch
 import toys
 from torch import Tensor, nn
+from toys import network, vector
 
 from packsaddle import (
     QSGD,
@@ -40,12 +41,7 @@ COMPRESSORS = [
 
 
 def small(memory: Any = "gradient", lr: float = 0.1, **changes: Any) -> tuple[nn.Module, Tensor, CompressedSGD]:
-    rng = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 6)).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.3, generator=rng)
-    data = torch.randn(16, 6, generator=rng, dtype=torch.float64)
+    model, data = network()
     arguments = {"compressor": RandomK(0.1), "dense_below": 100, "seed": 3, "memory": memory, **changes}
     return model, data, CompressedSGD(model.named_parameters(), lr, **arguments)
 
@@ -61,10 +57,6 @@ def train(model: nn.Module, data: Tensor, opt: CompressedSGD, steps: int, each: 
         backward(model, data)
         opt.step()
         each(step)
-
-
-def vector(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 @pytest.mark.parametrize("lazy", [None, False])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import ks_2samp, kstest
 from torch import Tensor, nn
+from toys import network, vector
 
 from packsaddle import QSGD, CompressedSGD, Escape, Identity, Ramp, RandomK, TopK, simulate
 from packsaddle.compress.cells import Cells
@@ -95,12 +96,7 @@ def test_variances_grow_until_a_cell_is_kept() -> None:
 
 
 def small(**changes: Any) -> tuple[nn.Module, Tensor, CompressedSGD]:
-    rng = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 6)).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.3, generator=rng)
-    data = torch.randn(16, 6, generator=rng, dtype=torch.float64)
+    model, data = network()
     arguments = {"compressor": RandomK(0.1), "noise": 0.1, "dense_below": 100, "seed": 3, **changes}
     return model, data, CompressedSGD(model.parameters(), 0.1, **arguments)
 
@@ -110,10 +106,6 @@ def train(model: nn.Module, data: Tensor, opt: CompressedSGD, steps: int) -> Non
         opt.zero_grad()
         (model(data) - data).square().mean().backward()
         opt.step()
-
-
-def vector(model: nn.Module) -> Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
 
 
 def outstanding(opt: CompressedSGD) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from toys import network, vector
 
 from packsaddle import (
     QSGD,
@@ -27,16 +28,6 @@ from packsaddle import (
     TopK,
     simulate,
 )
-
-
-def problem(seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
-    """A small network in double precision and a fixed batch."""
-    rng = torch.Generator().manual_seed(seed)
-    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 6)).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.normal_(0, 0.3, generator=rng)
-    return model, torch.randn(16, 6, generator=rng, dtype=torch.float64)
 
 
 def train(model: nn.Module, data: torch.Tensor, opt: CompressedSGD, steps: int, scheduler: Any = None) -> None:
@@ -59,13 +50,9 @@ def make(model: nn.Module, data: torch.Tensor, **changes: Any) -> CompressedSGD:
     return CompressedSGD(model.named_parameters(), 0.1, **{**arguments, **changes})
 
 
-def vector(model: nn.Module) -> torch.Tensor:
-    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
-
-
 @pytest.mark.parametrize("compressor", [RandomK(0.1), TopK(0.1), Identity()], ids=repr)
 def test_resuming_is_bit_equal(compressor: Any) -> None:
-    model, data = problem()
+    model, data = network()
     opt = make(model, data, compressor=compressor)
     train(model, data, opt, 7)
     buffer = io.BytesIO()
@@ -73,7 +60,7 @@ def test_resuming_is_bit_equal(compressor: Any) -> None:
     train(model, data, opt, 8)
 
     saved = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    resumed, _ = problem(seed=1)
+    resumed, _ = network(seed=1)
     resumed.load_state_dict(saved["model"])
     again = make(resumed, data, compressor=compressor)
     again.load_state_dict(saved["optimizer"])
@@ -96,14 +83,14 @@ def test_state_keeps_its_precision() -> None:
 
 
 def test_state_that_does_not_fit_changes_nothing() -> None:
-    model, data = problem()
+    model, data = network()
     opt = make(model, data)
     train(model, data, opt, 3)
     error, state = opt.error(), opt.state_dict()
     with pytest.raises(ValueError, match="seed is 3 here, but the state was saved with seed 4"):
-        opt.load_state_dict(make(problem()[0], data, seed=4).state_dict())
+        opt.load_state_dict(make(network()[0], data, seed=4).state_dict())
     with pytest.raises(ValueError, match=r'state "anchor" of 0\.weight must have shape \(20, 6\), found nothing'):
-        opt.load_state_dict(make(problem()[0], data, escape=None).state_dict())
+        opt.load_state_dict(make(network()[0], data, escape=None).state_dict())
     with pytest.raises(ValueError, match="the state is of 2 parameters, and there are 4"):
         opt.load_state_dict(
             CompressedSGD(nn.Linear(20, 6).parameters(), 0.1, compressor=Identity(), seed=3).state_dict()
@@ -111,7 +98,7 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
     groups = [{k: v for k, v in g.items() if k != "step"} for g in state["param_groups"]]
     with pytest.raises(ValueError, match="the state has no step in its parameter groups"):
         opt.load_state_dict({**state, "param_groups": groups})
-    shapes = list(problem()[0].parameters())
+    shapes = list(network()[0].parameters())
     shapes[0] = nn.Parameter(torch.zeros(6, 20, dtype=torch.float64))
     other = CompressedSGD(shapes, 0.1, compressor=Identity(), seed=3)
     with pytest.raises(ValueError, match=r"must have shape \(20, 6\), found shape \(6, 20\)"):
@@ -121,7 +108,7 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
 
 
 def test_changing_the_learning_rate_keeps_y_and_rescales_e() -> None:
-    model, data = problem()
+    model, data = network()
     opt = make(model, data, escape=None)
     train(model, data, opt, 5)
     y, e = opt.corrected(), opt.error()
@@ -136,7 +123,7 @@ def test_changing_the_learning_rate_keeps_y_and_rescales_e() -> None:
 
 def test_scheduler() -> None:
     """With a scheduler, y still moves by exactly -eta_t (grad + xi_t): here no noise, so y_T is a plain sum."""
-    model, data = problem()
+    model, data = network()
     opt = make(model, data, escape=None, noise=0.0)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
     expected = vector(model)
@@ -244,7 +231,7 @@ def test_no_compressor_moves_what_is_frozen(c: Compressor, exchange: str) -> Non
 def test_gradient_accumulation_is_the_sum() -> None:
     results = []
     for passes in (1, 2):
-        model, data = problem()
+        model, data = network()
         opt = make(model, data, escape=None)
         for part in data.chunk(passes):
             (model(part) - part).square().sum().backward()
@@ -254,7 +241,7 @@ def test_gradient_accumulation_is_the_sum() -> None:
 
 
 def test_gradients_are_left_alone() -> None:
-    model, data = problem()
+    model, data = network()
     opt = make(model, data)
     (model(data) - data).square().mean().backward()
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -263,7 +250,7 @@ def test_gradients_are_left_alone() -> None:
 
 
 def test_global_random_state_is_untouched() -> None:
-    model, data = problem()
+    model, data = network()
     state = torch.random.get_rng_state()
     train(model, data, make(model, data), 6)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -306,7 +293,7 @@ def test_torch_checkpoint_tools_round_trip() -> None:
     """torch's distributed checkpoint names parameters instead of numbering them."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    model, data = problem()
+    model, data = network()
     opt = make(model, data)
     train(model, data, opt, 5)
     saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
@@ -321,7 +308,7 @@ def test_an_owners_error_is_part_of_the_state() -> None:
     """What two-way holds back at the owner survives torch's checkpoint tools, and no other exchange takes it."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-    model, data = problem()
+    model, data = network()
     two_way = {"compressor": TopK(0.3), "exchange": "two-way", "back": TopK(0.1), "escape": None}
     opt = make(model, data, **two_way)
     train(model, data, opt, 5)
@@ -335,7 +322,7 @@ def test_an_owners_error_is_part_of_the_state() -> None:
     assert torch.equal(opt.corrected(), y)
     for other in ("direct", "coordinator"):
         changed = {**two_way, "exchange": other, "back": None if other == "direct" else TopK(0.1)}
-        another = make(problem()[0], data, **changed)
+        another = make(network()[0], data, **changed)
         with pytest.raises(ValueError, match=r"owners is .* here, but the state was saved with owners two-way"):
             another.load_state_dict(opt.state_dict())
 
@@ -343,7 +330,7 @@ def test_an_owners_error_is_part_of_the_state() -> None:
 def test_a_warm_start_that_does_not_fit_is_left_out() -> None:
     states = []
     for matrix_rank in (1, 2):
-        model, data = problem()
+        model, data = network()
         opt = make(model, data, compressor=LowRank(matrix_rank), escape=None)
         for state in states:
             opt.load_state_dict(state)
@@ -354,7 +341,7 @@ def test_a_warm_start_that_does_not_fit_is_left_out() -> None:
 
 def test_another_workers_state_is_refused() -> None:
     def worker(rank: int) -> str:
-        model, data = problem()
+        model, data = network()
         opt = make(model, data)
         train(model, data, opt, 2)
         states.append(opt.state_dict())
@@ -526,7 +513,7 @@ def test_scalars_travel_with_the_step() -> None:
     """Their mean over workers, in one collective with the rest; the step is the same without them."""
 
     def work(scalars: bool, rank: int) -> tuple[torch.Tensor, torch.Tensor, set[str], int]:
-        model, data = problem()
+        model, data = network()
         opt = make(model, data, escape=None)
         calls: list[int] = []
         reduce = opt.channel.group.all_reduce

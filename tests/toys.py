@@ -89,3 +89,18 @@ def run(
         "resets": [(r.step, r.committed) for r in opt.resets],
         "bytes": {name: (b.payload, b.sent, b.received) for name, b in opt.ledger.by_purpose.items()},
     }
+
+
+def network(seed: int = 0) -> tuple[nn.Module, Tensor]:
+    """A small network in double precision and a fixed batch."""
+    rng = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 20), nn.Tanh(), nn.Linear(20, 6)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3, generator=rng)
+    return model, torch.randn(16, 6, generator=rng, dtype=torch.float64)
+
+
+def vector(model: nn.Module) -> Tensor:
+    """A copy of its parameters, float[d]."""
+    return nn.utils.parameters_to_vector(model.parameters()).detach().clone()
