@@ -11,14 +11,14 @@ from packsaddle.report import plateau
 from packsaddle.runfolder import Run, read_runs
 
 HERE = Path(__file__).parent
-SIZES = {"1": "1", "default": "2 (the default here)", "64": "64"}
+SIZES = {"1": "1", "default": "2 (the default here)", "64": "64", "128": "128"}
 
 
 def main() -> None:
     runs: dict[str, list[Run]] = {size: [] for size in SIZES}
     for run in read_runs(sorted(p for p in Path(sys.argv[1]).iterdir() if p.is_dir())):
         size = run.config["compressor"]["block_size"]
-        runs[{None: "default", 1: "1", 64: "64"}[size]].append(run)
+        runs["default" if size is None else str(size)].append(run)
     with (HERE / "table.csv").open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["block_size", "seed", "final_loss", "test_loss", "epochs_on_plateau", "payload"])
@@ -29,7 +29,7 @@ def main() -> None:
                 losses = [summary["final_loss"], summary["test_loss"]]
                 table.writerow([size, run.config["seed"], *losses, left, summary["payload"]])
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (size, name), colour in zip(SIZES.items(), ("#000000", "#0072b2", "#d55e00"), strict=True):
+    for (size, name), colour in zip(SIZES.items(), ("#000000", "#0072b2", "#d55e00", "#009e73"), strict=True):
         epochs = [line["epoch"] for line in runs[size][0].metrics]
         losses = list(zip(*([line["loss"] for line in run.metrics] for run in runs[size]), strict=True))
         axes.plot(epochs, [mean(values) for values in losses], color=colour, label=f"cells of {name}")

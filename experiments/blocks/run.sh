@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Fifteen runs, 100 seconds each on one core: bash experiments/blocks/run.sh DATA_DIR OUT
+# Twenty runs, a minute or two each on one core: bash experiments/blocks/run.sh DATA_DIR OUT
 set -euo pipefail
 here=$(dirname "$0")
 for seed in 0 1 2 3 4; do
-    for size in 1 default 64; do
+    for size in 1 default 64 128; do
         set -- "$1" "$2" seed="$seed" label="$size"
         [ "$size" = default ] || set -- "$@" compressor.block_size="$size"
         packsaddle run "$here/config.toml" --data-dir "$1" --out "$2/$size-$seed" --set "${@:3}"
