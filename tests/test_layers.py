@@ -58,6 +58,7 @@ LAYERS = [
     {"config"},
     {"data", "demo"},
     {"models", "figures", "linkprobe"},
+    {"checkpointed"},
     {"optimizer", "report", "catalogue", "inspection", "bench.contenders", "bench.workload"},
     {"bench.step", "bench.compress", "bench.exchange", "bench.peers", "bench.outcome", "workload"},
     {"bench.race"},

@@ -1,0 +1,93 @@
+"""The state of a `CompressedSGD`: what a checkpoint holds, and how a run goes on from it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.channel import Channel
+from packsaddle.choose import Choice
+from packsaddle.escape import EscapeCheck
+from packsaddle.feedback import ErrorMemory
+from packsaddle.flat import FlatParameters
+from packsaddle.gradmemory import GradientMemory
+from packsaddle.ledger import Ledger
+from packsaddle.perturb import Perturber
+from packsaddle.state import check_fits, fill
+
+
+class Checkpointed(Optimizer):
+    """An optimizer of these parts, which its constructor makes; each part knows its own state."""
+
+    seed: int
+    choice: Choice
+    channel: Channel
+    ledger: Ledger
+    _flat: FlatParameters
+    _memory: ErrorMemory
+    _noise: Perturber
+    _escape: EscapeCheck | None
+    _step: int
+
+    def _flat_state(self) -> dict[str, Tensor]:
+        """The flat vectors of a checkpoint: this worker's memory, and x_t' if there is an escape check."""
+        anchor = {"anchor": self._escape.anchor} if self._escape else {}
+        vector = self._memory.vector
+        return {"pending": vector, **anchor, **self.choice.protocol.vectors(vector)}
+
+    def _publish_state(self) -> None:
+        """Show the flat vectors as per-parameter state, so that torch's checkpoint tools find them."""
+        for name, flat in self._flat_state().items():
+            for p, view in zip(self._flat.parameters, self._flat.views(flat), strict=True):
+                self.state[p][name] = view
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state: per parameter "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor"
+        (x_t'); t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding noise;
+        the ledger's totals. Tensors and plain types only. Each worker has its own."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.update(self._identity(), step=self._step, unit=self._memory.unit)
+            group["anchor_step"] = self._escape.anchor_step if self._escape else 0
+        state["exchange"] = self.choice.protocol.state_dict()
+        state["noise"] = self._noise.state_dict()
+        state["ledger"] = self.ledger.state_dict()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        check_fits(state_dict, self._flat, self._flat_state(), self._identity())
+        first = state_dict["param_groups"][0]
+        step, anchor_step, unit = first["step"], first["anchor_step"], first["unit"]
+        # torch would cast state to the parameters' dtype, so only the groups go through it.
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        fill(state_dict, self._flat, self._flat_state())
+        self._memory.settle(unit)
+        self._publish_state()
+        self._step = step
+        if self._escape:
+            self._escape.anchor_step = anchor_step
+        for group in self.param_groups:
+            for name in ("step", "anchor_step", "unit", *self._identity()):
+                group.pop(name, None)
+        self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
+        self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
+        self.ledger.load_state_dict(state_dict.get("ledger", []))
+
+    def _identity(self) -> dict[str, int | str]:
+        """What must be the same where a state is loaded as where it was saved: an error memory is one worker's, and
+        an owner's error belongs to its chunk (the other exchanges hold nothing back)."""
+        owners = self.choice.name if "residual" in self._flat_state() else "none"
+        return {
+            "seed": self.seed,
+            "rank": self.channel.group.rank,
+            "workers": self.channel.group.size,
+            "owners": owners,
+            "memory": "gradient" if isinstance(self._memory, GradientMemory) else "buffer",
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copying and pickling: parameters, flat vector and group belong together. Use `state_dict`."""
+        raise TypeError("CompressedSGD cannot be copied or pickled; use state_dict() and load_state_dict()")
