@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commandline import command
+from commandline import command, refused
 from scipy.stats import binomtest
 
 from packsaddle import Verdict, certify
@@ -246,11 +246,7 @@ def test_bad_input_is_one_line_and_code_2(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str
 ) -> None:
     names = {"RUN": run, "NOTHING": tmp_path}
-    assert command("certify", *(names.get(a, a) for a in arguments)) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.startswith("packsaddle: error: ")
-    assert error.count("\n") == 1
+    refused(capsys, message, "certify", *(names.get(a, a) for a in arguments))
 
 
 def test_epsilon_is_asked_for_where_nothing_states_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

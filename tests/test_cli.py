@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from commandline import command
+from commandline import command, refused
 
 CONFIG = """
 lr = 0.5
@@ -157,11 +157,7 @@ def test_bad_input_is_one_line_and_code_2(
     empty.mkdir()
     monkeypatch.chdir(tmp_path)
     names = {"CONFIG": config, "EMPTY": empty}
-    assert command(*(names.get(a, a) for a in arguments)) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.err.startswith("packsaddle: error: ")
-    assert captured.err.count("\n") == 1
+    refused(capsys, message, *(names.get(a, a) for a in arguments))
     assert not list(empty.iterdir())
     assert not (tmp_path / "runs").exists()
 

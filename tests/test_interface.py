@@ -1,14 +1,12 @@
-"""The ledger against the kernel: bytes counted and bytes that crossed a veth pair between two network namespaces."""
+"""The ledger against the kernel: bytes counted and bytes that crossed the interfaces of two hosts."""
 
 import json
-import os
-import shutil
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from packsaddle.bench.hosts import Hosts, available
 
 WORKER = """
 import json, sys, torch, torch.distributed as dist
@@ -54,57 +52,19 @@ dist.destroy_process_group()
 """
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
-@pytest.fixture
-def namespaces() -> Iterator[list[str]]:
-    """Two namespaces joined by a veth pair, 10.97.0.1 and 10.97.0.2."""
-    if shutil.which("ip") is None or os.geteuid() != 0:
-        pytest.skip("needs root and iproute2 to make network namespaces")
-    names = [f"packsaddle-{os.getpid()}-{i}" for i in (0, 1)]
-    ends = [f"ps{os.getpid() % 100000}{i}" for i in (0, 1)]
-    try:
-        try:
-            for name in names:
-                ip("netns", "add", name)
-            ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
-        for i, (name, end) in enumerate(zip(names, ends, strict=True)):
-            ip("link", "set", end, "netns", name)
-            ip("-n", name, "link", "set", end, "name", "veth")
-            ip("-n", name, "addr", "add", f"10.97.0.{i + 1}/24", "dev", "veth")
-            ip("-n", name, "link", "set", "veth", "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def test_counted_bytes_are_what_the_interface_saw(namespaces: list[str], tmp_path: Path) -> None:
+@pytest.mark.skipif(available() is not None, reason=f"two hosts: {available()}")
+def test_counted_bytes_are_what_the_interface_saw(tmp_path: Path) -> None:
     """Within 5% for every protocol at 10 MB or so: TCP/IP headers, acknowledgements and barriers are the rest.
 
     The least of three attempts, each way.
     """
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    processes = [
-        subprocess.Popen(
-            ["ip", "netns", "exec", name, sys.executable, str(script), str(rank), "veth", "10.97.0.1"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "GLOO_SOCKET_IFNAME": "veth", "OMP_NUM_THREADS": "1"},
-        )
-        for rank, name in enumerate(namespaces)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    with Hosts(2, rate_mbit=10_000) as network:
+        commands = [
+            [sys.executable, str(script), str(rank), network.interface, network.address(0)] for rank in range(2)
+        ]
+        outputs = network.run(commands, env={"GLOO_SOCKET_IFNAME": network.interface, "OMP_NUM_THREADS": "1"})
     for rank, output in enumerate(outputs):
         for name, result in json.loads(output).items():
             for way, counted, seen in zip(("sent", "received"), result["counted"], result["interface"], strict=True):

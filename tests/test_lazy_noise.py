@@ -81,7 +81,7 @@ def test_variances_grow_until_a_cell_is_kept() -> None:
     outstanding, every = OutstandingNoise(10_000, 2, torch.device("cpu")), Cells(torch.arange(10_000), 2)
 
     def take(cells: Cells, step: int) -> Tensor:
-        out = torch.zeros(cells.numel, dtype=torch.float64)
+        out = torch.zeros(len(cells.index) * 2, dtype=torch.float64)
         outstanding.take(cells, out, seed=0, step=step)
         return out
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from algorithm1 import algorithm1
-from commandline import command
+from commandline import command, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -403,9 +403,4 @@ REFUSALS = {
 def test_bad_input_is_one_line_and_code_2(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command("plan", *arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err
-    assert captured.err.startswith("packsaddle: error: ")
-    assert captured.err.count("\n") == 1
-    assert not captured.out
+    assert not refused(capsys, message, "plan", *arguments)

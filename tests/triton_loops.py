@@ -37,7 +37,7 @@ def check_cells() -> None:
         index = torch.cat([torch.tensor([n - 1]), torch.randperm(n - 1, generator=RNG)[: n // 3]]).to(DEVICE)
         v, cells = vector(d), Cells(index, size)
         assert torch.equal(cuda.gather_cells(v, index, size), cells.gather(v))
-        values, ours = vector(cells.numel), v.clone()
+        values, ours = vector(len(index) * size), v.clone()
         cuda.add_cells(ours, index, size, values, -1.0)
         cells.add_to(v, values, -1.0)
         assert torch.equal(ours, v)

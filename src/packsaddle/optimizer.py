@@ -150,7 +150,7 @@ class CompressedSGD(Checkpointed):
         then in `opt.scalars`.
         """
         loss = self._evaluate(closure)
-        scalars = torch.zeros(0) if scalars is None else scalars.detach().reshape(-1)
+        scalars = None if scalars is None else scalars.detach().reshape(-1)
         self._flat.check_attached()
         if getattr(self, "found_inf", None) is not None:  # set by a GradScaler
             raise RuntimeError('memory="gradient" goes with no GradScaler, which would scale the error memory too')
@@ -173,29 +173,31 @@ class CompressedSGD(Checkpointed):
             raise RuntimeError('with memory="gradient" zero_grad() would throw away the error memory; leave it out')
         super().zero_grad(set_to_none)
 
-    def _average(self, corrected: Tensor, scalars: Tensor) -> Averaged:
+    def _average(self, corrected: Tensor, scalars: Tensor | None) -> Averaged:
         """Exchange the corrected vector, float[d]: C(.) of its compressed part, and its dense part."""
         compressed, dense = corrected[: self._flat.compressed_d], corrected[self._flat.compressed_d :]
-        rates = self._rates_of_x().to(dense)
-        sent = torch.cat([dense, scalars.to(dense), rates]) if len(scalars) or len(rates) else dense
+        scalars = dense[:0] if scalars is None else scalars.to(dense)
+        rates = self._rates_of_x(dense)
+        sent = torch.cat([dense, scalars, rates]) if len(scalars) or len(rates) else dense
         g = self.choice.protocol.average(self.channel, compressed, sent, seed=self.seed, step=self._step)
-        mean, self.scalars, mean_rates = torch.split(g.dense, [len(dense), len(scalars), len(rates)])
-        self.scalars = self.scalars.clone()
-        if rates.device.type == "cpu" and not torch.allclose(mean_rates, rates, rtol=1e-5, atol=0):
+        mean, mean_scalars, mean_rates = torch.split(g.dense, [len(dense), len(scalars), len(rates)])
+        self.scalars = mean_scalars.clone()
+        if len(rates) and not torch.allclose(mean_rates, rates, rtol=1e-5, atol=0):
             raise RuntimeError(
                 f"workers must have one lr and one noise at every step, but what they make of x's change is "
                 f"{rates.tolist()} here (unit of the memory, std of the noise) and {mean_rates.tolist()} in the mean"
             )
         return replace(g, dense=mean)
 
-    def _rates_of_x(self) -> Tensor:
+    def _rates_of_x(self, like: Tensor) -> Tensor:
         """What each worker multiplies x's change by itself, so that it must be equal everywhere: float[2], or nothing.
 
-        Compared in the collective there is; on a GPU it is not read, which would wait for it.
+        Compared in the collective there is; on a GPU not at all, since a step would have to wait to read it.
         """
-        if self.channel.group.size == 1 or not (self._noise.lazy or isinstance(self._memory, GradientMemory)):
-            return torch.zeros(0)
-        return torch.tensor([self._memory.unit, self._noise.grown])
+        alone = self.channel.group.size == 1 or not (self._noise.lazy or isinstance(self._memory, GradientMemory))
+        if alone or like.device.type != "cpu":
+            return like[:0]
+        return like.new_tensor([self._memory.unit, self._noise.grown])
 
     def _apply(self, g: Averaged) -> Tensor | None:
         """x <- x - mean_i g^(i); eta is in the messages or the memory's unit.

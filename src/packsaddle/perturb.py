@@ -37,7 +37,9 @@ class Perturber:
         compressor = protocol.compressor
         if not (isinstance(protocol, AllReduce) and isinstance(compressor, RandomK)):
             if lazy:
-                raise ValueError(f"lazy_noise needs RandomK by all-reduce, got {compressor!r} by {type(protocol)}")
+                raise ValueError(
+                    f"lazy_noise needs RandomK by all-reduce, got {compressor!r} by {type(protocol).__name__}"
+                )
         elif noise != 0 and self._d and (not escape if lazy is None else lazy):
             self._outstanding = OutstandingNoise(compressor.grid(self._d)[0], compressor.block(self._d), flat.x.device)
 

@@ -66,12 +66,14 @@ def _parts(v: torch.Tensor, repeats: int) -> list[dict[str, Any]]:
         "copy the vector",
         lambda: target.copy_(v),
     )
-    timed = {f"{name} {i}": work[1 + 2 * i] for name, work in works.items() for i in (0, 1)}
-    times = side_by_side(timed, repeats=repeats)  # type: ignore[arg-type]
+    timed: dict[str, Callable[[], object]] = {}
+    for name, (_, ours, _, usual) in works.items():
+        timed |= {f"{name} ours": ours, f"{name} usual": usual}
+    times = side_by_side(timed, repeats=repeats)
     rows = []
-    for name, (part, _, usual, _) in works.items():
-        ours, theirs = times[f"{name} 0"].median, times[f"{name} 1"].median
-        row = {"part": part, "ms": 1000 * ours, "usually": usual, "usual ms": 1000 * theirs, "ratio": ours / theirs}
+    for name, (part, _, how, _) in works.items():
+        mine, theirs = times[f"{name} ours"].median, times[f"{name} usual"].median
+        row = {"part": part, "ms": 1000 * mine, "usually": how, "usual ms": 1000 * theirs, "ratio": mine / theirs}
         rows.append(row)
     return rows
 

@@ -18,11 +18,6 @@ class Cells:
     index: Tensor
     size: int
 
-    @property
-    def numel(self) -> int:
-        """Values at these cells, m size."""
-        return len(self.index) * self.size
-
     def coordinates(self, d: int) -> Tensor:
         """Return the coordinates of these cells that are below d, int64[at most m size]."""
         if self.size == 1:

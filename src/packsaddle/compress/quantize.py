@@ -118,7 +118,7 @@ class QSGD(Compressor):
             packed, norms = loop(precise, self.levels, self.bits, b, key)
             return Message({"levels": packed, "scales": norms})
         packed, norms = [], []
-        size = 8 * b * max(1, _SLAB // (8 * b))  # which ends at a byte
+        size = _slab(b)
         for start, slab in zip(range(0, max(1, len(v)), size), torch.split(precise, size), strict=True):
             buckets = torch.nn.functional.pad(slab, (0, -len(slab) % b)).view(-1, b)
             codes, scales = self._codes(buckets, start, key)
@@ -144,7 +144,7 @@ class QSGD(Compressor):
         if self.bits <= 8 and (loop := kernel("add_levels", out, norms)):
             loop(packed, self.levels, self.bits, b, norms, out, scale)
             return
-        size = 8 * b * max(1, _SLAB // (8 * b))
+        size = _slab(b)
         pieces = torch.split(packed, size * self.bits // 8), torch.split(norms, size // b)
         for slab, codes, scales in zip(torch.split(out, size), *pieces, strict=True):
             levels = (wire.unpack(codes, self.bits, len(slab)) - self.levels).to(out.dtype)
@@ -157,3 +157,8 @@ class QSGD(Compressor):
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         b = self._width(d)
         return math.ceil(d * self.bits / 8) + itemsize * math.ceil(d / b)
+
+
+def _slab(bucket: int) -> int:
+    """Coordinates at a time: whole buckets, whose codes end at a byte."""
+    return 8 * bucket * max(1, _SLAB // (8 * bucket))

@@ -73,14 +73,11 @@ def largest_of_blocks(
 
 
 def _top(magnitudes: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest integers, increasing int64[k]; of equal ones the first."""
-    if k == 0 or k == len(magnitudes):
-        return torch.arange(k, device=magnitudes.device)
-    if magnitudes.device.type == "cpu":
-        n = len(magnitudes)
-        least = int(np.partition(magnitudes.numpy(), n - k)[n - k])
-    else:
-        least = int(torch.topk(magnitudes, k, sorted=False).values.min())
+    """Return the indices of the k largest integers, on the CPU, increasing int64[k]; of equal ones the first."""
+    n = len(magnitudes)
+    if k in (0, n):
+        return torch.arange(k)
+    least = int(np.partition(magnitudes.numpy(), n - k)[n - k])
     kept = (magnitudes >= least).nonzero().squeeze(1)
     return _without_last_equal(kept, magnitudes[kept] == least, len(kept) - k)
 

@@ -48,6 +48,6 @@ def scalar(value: float, like: Array) -> Any:
         return like.dtype.type(value)
 
 
-def as_integers(v: Tensor) -> Array:
+def bits_of(v: Tensor) -> Array:
     """The bits of floating v as signed integers: without the sign they are in the order of the magnitudes."""
     return v.detach().view(_INTEGER[v.dtype]).numpy()

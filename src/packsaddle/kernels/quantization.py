@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.kernels.parts import MAGNITUDE, Array, as_integers, compiled_loop, compiled_sum, in_parts, scalar
+from packsaddle.kernels.parts import MAGNITUDE, Array, bits_of, compiled_loop, compiled_sum, in_parts, scalar
 from packsaddle.kernels.random import word
 
 
@@ -72,7 +72,7 @@ def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int,
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype)
-    a, b, o, s = v.numpy(), as_integers(v), out.numpy(), norms.numpy()
+    a, b, o, s = v.numpy(), bits_of(v), out.numpy(), norms.numpy()
     mask = b.dtype.type(MAGNITUDE[v.dtype])
     first, second = np.uint32(keys[0]), np.uint32(keys[1])
 

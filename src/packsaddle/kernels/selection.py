@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.kernels.parts import BLOCK, MAGNITUDE, Array, as_integers, compiled_loop, in_parts
+from packsaddle.kernels.parts import BLOCK, MAGNITUDE, Array, bits_of, compiled_loop, in_parts
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
     """Return the increasing indices, about `expected`, of the magnitudes that, as integers, reach a threshold."""
-    bits, mask = as_integers(v), MAGNITUDE[v.dtype]
+    bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     limit = bits.dtype.type(threshold)
 
     def part(start: int, stop: int) -> Tensor:
@@ -56,7 +56,7 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
 
 def energy_histogram(v: Tensor, top: float, first_bits: int) -> tuple[Tensor, Tensor]:
     """Return how many magnitudes, and how much of ||v / top||^2, have each first bits; int64 and float64."""
-    bits, mask = as_integers(v), MAGNITUDE[v.dtype]
+    bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     shift = 8 * v.element_size() - 1 - first_bits
 
     def part(start: int, stop: int) -> tuple[Array, Array]:
