@@ -57,7 +57,7 @@ LAYERS = [
     {"choose", "certify", "iterates", "steptime", "pace"},
     {"config"},
     {"data", "demo"},
-    {"models", "figures", "linkprobe"},
+    {"models", "figures", "linkprobe", "aggregate"},
     {"checkpointed"},
     {"optimizer", "report", "catalogue", "inspection", "bench.contenders", "bench.workload"},
     {"bench.step", "bench.compress", "bench.exchange", "bench.peers", "bench.outcome", "workload"},
