@@ -43,12 +43,25 @@ class ModelConfig:
 
     name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34"]
     widths: tuple[int, ...] = ()  # autoencoder: the encoder's layers after the input; the decoder mirrors them
+    output: Literal["sigmoid", "linear"] = "sigmoid"  # what follows an autoencoder's last layer
+    width: int = 64  # resnet: channels of the first stage
+    stem: Literal["small", "imagenet"] = "small"  # resnet: 3 x 3 convolution, or 7 x 7 with stride 2 and max pooling
+    norm: Literal["worker", "all", "group"] = "worker"  # resnet: batch norm by worker or over all, or group norm
 
     def __post_init__(self) -> None:
+        if self.width < 4:
+            raise ValueError(f"width must be at least 4, got {self.width}")
+        self._refuse("of a resnet", "resnet" in self.name, width=64, stem="small", norm="worker")
+        self._refuse("of an autoencoder", "autoencoder" in self.name, output="sigmoid")
         if (self.name == "autoencoder") != bool(self.widths):
             raise ValueError(f"widths are for the autoencoder, and it needs them, got {list(self.widths)}")
         if any(w < 1 for w in self.widths):
             raise ValueError(f"widths must be at least 1, got {list(self.widths)}")
+
+    def _refuse(self, whose: str, applies: bool, **defaults: object) -> None:
+        for name, default in defaults.items():
+            if not applies and getattr(self, name) != default:
+                raise ValueError(f"{name} is an option {whose}, and {self.name} has none")
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,26 @@
 """packsaddle reproduce."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from packsaddle.commands.console import dated, print_runs
+from packsaddle.commands.console import dated, print_settings
 from packsaddle.runfolder import read_runs
+
+if TYPE_CHECKING:
+    from packsaddle.reproduce.study import Data
+
+
+def data_of(what: str, data_dir: Path | None) -> "Data":
+    """Figure 1's images: CIFAR-10 as torchvision keeps it, or the image folder that --data-dir is."""
+    if not what.startswith("fig1"):
+        return "mnist"
+    return "folder" if data_dir is not None and (data_dir / "train").is_dir() else "cifar10"
 
 
 def reproduce(
-    what: Annotated[Literal["fig2"], tyro.conf.Positional],
+    what: Annotated[Literal["fig1", "fig1-norms", "fig2"], tyro.conf.Positional],
     scale: Literal["paper", "cpu", "smoke"] = "cpu",
     data_dir: Path | None = None,
     download: bool = False,
@@ -37,12 +47,26 @@ def reproduce(
         only: Settings to run, by their folders' names; by default all.
         set: Overrides of every configuration, key=value by dotted key.
     """
-    from packsaddle.reproduce import figure2
+    from packsaddle.aggregate import settings
+    from packsaddle.curves import read_curves
+    from packsaddle.reproduce import REPRODUCTIONS
+    from packsaddle.reproduce.results import save_figure, summarise, write_results
     from packsaddle.reproduce.runner import Means, run_study
     from packsaddle.reproduce.study import StudyFolder
 
-    study = figure2.study(scale).changed(set, seeds, only)
+    study = REPRODUCTIONS[what].study(scale, data_of(what, data_dir)).changed(set, seeds, only)
     folder = StudyFolder(out or dated(what))
     folder.open(study, resume=resume)
     run_study(study, folder, Means(data_dir, download, jobs, processes))
-    print_runs(read_runs([folder.run(sub_run) for sub_run in study.sub_runs()]))
+    found = settings(read_runs([folder.run(sub_run) for sub_run in study.sub_runs()]))
+    summary = summarise(study, found)
+    write_results(summary, found, folder.path)
+    print_settings(summary)
+    made = REPRODUCTIONS[what]
+    if only:  # neither the paper's figure nor a comparison without all settings
+        return
+    for line in made.findings(summary) if made.findings else []:
+        print(line)
+    if made.draw:
+        save_figure(made.draw(read_curves(folder.path / "curves.csv")), folder.path)
+        print(f"figure: {folder.path / 'figure.png'}")

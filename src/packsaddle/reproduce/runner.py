@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from packsaddle.experiment import How, Job
+from packsaddle.experiment import How, Job, can_be_fused
 from packsaddle.progress import StudyProgress
 from packsaddle.reproduce.study import Study, StudyFolder, SubRun
 from packsaddle.runfolder import make_new
@@ -87,7 +87,7 @@ def _do(sub_run: SubRun, path: Path, means: Means) -> None:
     """One run, from its start; what a run that was cut off left in its folder is given up."""
     shutil.rmtree(path, ignore_errors=True)
     make_new(path)
-    how: How = "processes" if means.processes else "serial"
+    how: How = "processes" if means.processes else "fused" if can_be_fused(sub_run.config) else "serial"
     Job((sub_run.config,), (path,), means.data_dir, means.download, quiet=True).run(sub_run.config.workers, how)
 
 
