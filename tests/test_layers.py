@@ -67,7 +67,7 @@ LAYERS = [
     {"bench.link"},
     {"bench"},
     {"experiment", "audit", "plan", "linkplan", "diagnostics.trajectory"},
-    {"reproduce.study", "reproduce.drawing"},
+    {"reproduce.study", "reproduce.drawing", "reproduce.pool"},
     {"reproduce.runner", "reproduce.results"},
     {"reproduce.figure1", "reproduce.figure2"},
     {"reproduce"},

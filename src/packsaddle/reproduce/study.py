@@ -26,6 +26,9 @@ class SubRun:
         """Its folder inside the study's `runs`."""
         return f"{self.setting}/seed-{self.config.seed}"
 
+    def __str__(self) -> str:
+        return f"run {self.name}"
+
 
 @dataclass(frozen=True)
 class Study:
