@@ -74,6 +74,10 @@ LAYERS = [
     {"diagnostics.memory", "diagnostics.localise", "diagnostics.escapes"},
     {"diagnostics.coupling"},
     {"diagnostics"},
+    {"reproduce.theorem"},
+    {"reproduce.exponents"},
+    {"reproduce.scaling"},
+    {"reproduce.tabulated"},
     {"commands.console"},
     {"commands.linking"},
     {

@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from rich.table import Table
 
-from packsaddle.commands.console import dated, print_settings
+from packsaddle.commands.console import dated, print_settings, print_table
 from packsaddle.runfolder import read_runs
+from packsaddle.schema import ConfigError
 
 if TYPE_CHECKING:
-    from packsaddle.reproduce.study import Data
+    from packsaddle.reproduce.study import Data, Scale
 
 
 def data_of(what: str, data_dir: Path | None) -> "Data":
@@ -20,7 +22,7 @@ def data_of(what: str, data_dir: Path | None) -> "Data":
 
 
 def reproduce(
-    what: Annotated[Literal["fig1", "fig1-norms", "fig2"], tyro.conf.Positional],
+    what: Annotated[Literal["fig1", "fig1-norms", "fig2", "table1"], tyro.conf.Positional],
     scale: Literal["paper", "cpu", "smoke"] = "cpu",
     data_dir: Path | None = None,
     download: bool = False,
@@ -47,6 +49,13 @@ def reproduce(
         only: Settings to run, by their folders' names; by default all.
         set: Overrides of every configuration, key=value by dotted key.
     """
+    if what == "table1":
+        given: dict[str, object] = {"data_dir": data_dir, "download": download, "processes": processes}
+        given |= {"seeds": seeds, "only": only, "set": set}
+        for name in (name for name, value in given.items() if value):
+            raise ConfigError(f"--{name.replace('_', '-')} does not apply to table1")
+        _table1(scale, out or dated(what), resume, jobs)
+        return
     from packsaddle.aggregate import settings
     from packsaddle.curves import read_curves
     from packsaddle.reproduce import REPRODUCTIONS
@@ -70,3 +79,25 @@ def reproduce(
     if made.draw:
         save_figure(made.draw(read_curves(folder.path / "curves.csv")), folder.path)
         print(f"figure: {folder.path / 'figure.png'}")
+
+
+def _table1(scale: "Scale", folder: Path, resume: bool, jobs: int | None) -> None:
+    import packsaddle
+    from packsaddle.reproduce.tabulated import tabulate
+
+    rows = tabulate(scale, folder, packsaddle.__version__, resume=resume, jobs=jobs)
+    names = ("limit", "planned", "measured", "best", "planned_bytes", "best_bytes")
+    headings = ("limit of T", "planned T", "measured", "measured, best eta", "bytes", "bytes, best eta")
+    table = Table("compressor", "gradient", "exponent of", *headings)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in rows:
+        gradient = "Lipschitz" if row["lipschitz"] else "not Lipschitz"
+        table.add_row(row["compressor"], gradient, row["against"], *(f"{row[name]:.2f}" for name in names))
+    table.caption = (
+        "slopes in log-log on known saddles; planned is the slope of the planned T over the same epsilon or d"
+    )
+    print_table(table)
+    print(
+        f"Table 1 with numbers: {folder / 'table1.json'} (and packsaddle plan --table); figure: {folder / 'figure.png'}"
+    )
