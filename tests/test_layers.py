@@ -57,8 +57,11 @@ LAYERS = [
     {"choose", "certify", "iterates", "steptime", "pace"},
     {"config"},
     {"data", "demo", "norms"},
-    {"models", "figures", "linkprobe", "aggregate"},
-    {"curves"},
+    {"models", "linkprobe", "aggregate"},
+    {"curves", "tables"},
+    {"marks"},
+    {"figures"},
+    {"page"},
     {"checkpointed"},
     {"optimizer", "report", "catalogue", "inspection", "bench.contenders", "bench.workload"},
     {"bench.step", "bench.compress", "bench.exchange", "bench.peers", "bench.outcome", "workload"},
@@ -137,5 +140,5 @@ def test_only_exchange_and_the_peers_import_torch_distributed() -> None:
 
 
 def test_reports_know_no_algorithm() -> None:
-    for name in ("report", "figures"):
+    for name in ("report", "page", "tables", "marks", "figures"):
         assert {t for t in MODULES[name] if t in {"torch", "packsaddle.optimizer", "packsaddle.compress"}} == set()
