@@ -41,6 +41,7 @@ class Training:
         self.config = config
         self.group = resolve(None)
         self.device = local_device()
+        self.dtype = torch.float64 if config.precision == "float64" else torch.float32
         self.images = load_images(config.data, data_dir, train=True, download=download)
         self.test_images = load_images(config.data, data_dir, train=False, download=download)
         rank, size = self.group.rank, self.group.size
@@ -57,7 +58,7 @@ class Training:
         self.steps = max(1, round(config.epochs * self.steps_per_epoch))
         start = mix(config.seed, int(Stream.INIT)) >> 33
         shape, parts = self.images.levels.shape[1:], len(self.members)
-        task = make_task(config.model, shape, self.images.classes, start, parts).to(self.device)
+        task = make_task(config.model, shape, self.images.classes, start, parts).to(self.device, self.dtype)
         # Convolutions on a CPU are a quarter faster with channels last.
         self.task: Task = task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = self._make_optimizer()
@@ -114,9 +115,8 @@ class Training:
     def _step(self, step: int) -> Tensor:
         """One step of the algorithm; returns this worker's loss and gradient norm, float64[2]."""
         self.optimizer.zero_grad()
-        index = torch.cat([batches[step] for batches in self.batches])
-        loss = self.task(*self.images.batch(index, self.device))
-        loss.backward()
+        loss = self._loss(torch.cat([batches[step] for batches in self.batches]))
+        torch.autograd.backward(loss)
         gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step()
@@ -128,6 +128,15 @@ class Training:
             return False
         every = self.config.test_every * self.steps_per_epoch
         return steps // every > since // every
+
+    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images.batch(index, self.device, self.dtype)
+
+    def _loss(self, index: Tensor) -> Tensor:
+        """The mean loss of the chosen examples."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            loss: Tensor = self.task(*self._batch(index))
+        return loss
 
     def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
         purposes = self.optimizer.ledger.by_purpose  # the start is sent once, however long the run
@@ -186,7 +195,7 @@ class Training:
         self.task.eval()
         mine = torch.cat([torch.arange(len(self.test_images))[w :: self.group.size] for w in self.members])
         for index in torch.split(mine, _EVAL_BATCH):
-            batch = self.test_images.batch(index, self.device)
+            batch = self.test_images.batch(index, self.device, self.dtype)
             correct = float(self.task.correct(*batch)) if self.task.classifies else 0.0
             totals += torch.tensor([float(self.task(*batch)) * len(index), correct, len(index)], dtype=torch.float64)
         self.task.train()
@@ -201,7 +210,7 @@ class Training:
 
         def objective() -> Tensor:
             self.task.eval()
-            losses = [self.task(*self.images.batch(i, self.device)) * len(i) for i in torch.split(sample, _EVAL_BATCH)]
+            losses = [self._loss(i) * len(i) for i in torch.split(sample, _EVAL_BATCH)]
             self.task.train()
             return torch.stack(losses).sum() / len(sample)
 
@@ -242,8 +251,10 @@ class Job:
     download: bool = False
     quiet: bool = False
 
-    def check(self, workers: int) -> None:
+    def check(self, workers: int, how: How = "processes") -> None:
         """Raise ConfigError for whatever would stop a worker at its start; in one process, before any is launched."""
+        if how == "fused":
+            self._check_fusable()
         for config in self.configs:
             training = Training(config, self.data_dir, self.download)
             for worker in range(workers):

@@ -60,13 +60,16 @@ def reproduce(
     from packsaddle.curves import read_curves
     from packsaddle.reproduce import REPRODUCTIONS
     from packsaddle.reproduce.results import save_figure, summarise, write_results
-    from packsaddle.reproduce.runner import Means, run_study
+    from packsaddle.reproduce.runner import Means, check_study, run_study
     from packsaddle.reproduce.study import StudyFolder
 
     study = REPRODUCTIONS[what].study(scale, data_of(what, data_dir)).changed(set, seeds, only)
     folder = StudyFolder(out or dated(what))
-    folder.open(study, resume=resume)
-    run_study(study, folder, Means(data_dir, download, jobs, processes))
+    means = Means(data_dir, download, jobs, processes)
+    folder.check(study, resume=resume)
+    check_study(folder.missing(study.sub_runs()), means)
+    folder.make(study)
+    run_study(study, folder, means)
     found = settings(read_runs([folder.run(sub_run) for sub_run in study.sub_runs()]))
     summary = summarise(study, found)
     write_results(summary, found, folder.path)
