@@ -126,3 +126,24 @@ def test_anything_builds_or_is_a_config_error(data: dict[str, Any]) -> None:
         message = ""
         assert plain(leaf) | data == plain(leaf) or any(v != v for v in leaf.d)
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        Identity(),
+        RandomK(0.1, block_size=2),
+        TopK(k=3),
+        AdaptiveTopK(0.5),
+        SketchTopK(0.1),
+        LinearSketch(0.1, sketch="gaussian"),
+        Sign(),
+        QSGD(),
+        LowRank(2),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_every_compressor_reads_back(tmp_path: Path, compressor: Any) -> None:
+    """Also from JSON, as a run folder keeps it."""
+    config = replace(load(write(tmp_path)), compressor=compressor)
+    assert build(Config, json.loads(json.dumps(plain(config)))) == config

@@ -70,6 +70,7 @@ LAYERS = [
     {"reproduce.study", "reproduce.drawing", "reproduce.pool"},
     {"reproduce.runner", "reproduce.results"},
     {"reproduce.figure1", "reproduce.figure2"},
+    {"reproduce.beyond"},
     {"reproduce"},
     {"diagnostics.memory", "diagnostics.localise", "diagnostics.escapes"},
     {"diagnostics.coupling"},

@@ -73,11 +73,10 @@ def ae_config(**changes: Any) -> Config:
 
 
 def resnet_config() -> Config:
-    """Figure 1's smoke setting, with fewer images and workers, in a precision in which rounding does not grow to be seen."""
+    """Figure 1's smoke setting, with fewer images and workers; rounding to float32 would grow until it is seen."""
     config = figure1.study("smoke", "folder").settings["randomk-1"]
-    return replace(
-        config, data=replace(config.data, limit=160), precision="float64", workers=2, epochs=0.6, test_every=0.3
-    )
+    few = replace(config.data, limit=160)
+    return replace(config, data=few, precision="float64", workers=2, epochs=0.6, test_every=0.3)
 
 
 def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

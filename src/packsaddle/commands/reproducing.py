@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from packsaddle.reproduce.study import Data, Scale
 
 
+Figure1 = Literal["fig1", "fig1-norms", "fig1-compressors"]
+Figure2 = Literal["fig2", "fig2-open", "fig2-compressors", "fig2-k", "fig2-escape"]
+What = Literal[Figure1, Figure2, "table1"]
+
+
 def data_of(what: str, data_dir: Path | None) -> "Data":
     """Figure 1's images: CIFAR-10 as torchvision keeps it, or the image folder that --data-dir is."""
     if not what.startswith("fig1"):
@@ -22,7 +27,7 @@ def data_of(what: str, data_dir: Path | None) -> "Data":
 
 
 def reproduce(
-    what: Annotated[Literal["fig1", "fig1-norms", "fig2", "table1"], tyro.conf.Positional],
+    what: Annotated[What, tyro.conf.Positional],
     scale: Literal["paper", "cpu", "smoke"] = "cpu",
     data_dir: Path | None = None,
     download: bool = False,
@@ -37,7 +42,9 @@ def reproduce(
     """Make the paper's figures and table from real data.
 
     Args:
-        what: What to reproduce.
+        what: The paper's fig1, fig2 or table1, or a study beside them: fig1-norms (what batch normalisation means when
+            a worker sees one class), fig1-compressors and fig2-compressors (the others), fig2-open (what the paper
+            leaves open), fig2-k (loss at equal bytes), fig2-escape (the escape check on and off).
         scale: paper: the paper's setting; cpu: the largest that two cores do in about 90 minutes; smoke: a minute.
         data_dir: Folder of the dataset.
         download: Fetch the dataset into --data-dir if it is not there.
@@ -77,10 +84,11 @@ def reproduce(
     made = REPRODUCTIONS[what]
     if only:  # neither the paper's figure nor a comparison without all settings
         return
-    for line in made.findings(summary) if made.findings else []:
+    curves = read_curves(folder.path / "curves.csv")
+    for line in made.findings(summary, curves) if made.findings else []:
         print(line)
     if made.draw:
-        save_figure(made.draw(read_curves(folder.path / "curves.csv")), folder.path)
+        save_figure(made.draw(curves), folder.path)
         print(f"figure: {folder.path / 'figure.png'}")
 
 
