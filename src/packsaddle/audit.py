@@ -13,7 +13,8 @@ from packsaddle.certify import certify
 from packsaddle.channel import Channel
 from packsaddle.config import Config
 from packsaddle.curvature import Curvature, NotFiniteError
-from packsaddle.data import Images, load_images
+from packsaddle.data import load_data
+from packsaddle.dataset import Dataset
 from packsaddle.exchange import launch, local_device, process_group, resolve
 from packsaddle.inspection import Examples, task_loss
 from packsaddle.ledger import Ledger
@@ -59,14 +60,14 @@ class Audit:
     data_dir: Path | None = None
     seed: int = 0  # of the sample and of the start
 
-    def load(self) -> tuple[Task, Images, list[dict[str, Tensor]]]:
-        """Return the run's network, its training images and every file's weights, raising ConfigError for what is
+    def load(self) -> tuple[Task, Dataset, list[dict[str, Tensor]]]:
+        """Return the run's network, its training examples and every file's weights, raising ConfigError for what is
         missing or does not fit."""
         config = read_config(self.run)
-        images = load_images(config.data, self.data_dir, train=True)
+        images = load_data(config.data, self.data_dir, train=True)
         if self.examples is not None and not 1 <= self.examples <= len(images):
             raise ConfigError(f"examples must be from 1 to {len(images)}, the training examples, got {self.examples}")
-        task = make_task(config.model, images.levels.shape[1:], images.classes, 0)
+        task = make_task(config.model, images.shape, images.classes, 0)
         weights = []
         for file in self.files:
             weights.append(_read_weights(file))
@@ -106,7 +107,7 @@ class Audit:
         examples = self._examples(images)
         return task.to(examples.device, examples.dtype), examples
 
-    def _examples(self, images: Images) -> Examples:
+    def _examples(self, images: Dataset) -> Examples:
         """This worker's part of the sample."""
         group, n = resolve(None), len(images)
         order = torch.randperm(n, generator=generator(self.seed, 0, Stream.CERTIFY))

@@ -29,26 +29,34 @@ AnyCompressor = Identity | RandomK | TopK | AdaptiveTopK | SketchTopK | Sign | Q
 class DataConfig:
     """Which examples, and how they are dealt to the workers."""
 
-    name: Literal["digits", "mnist", "cifar10", "folder"]  # folder: train/CLASS/* and test/CLASS/* images
-    shard: Literal["iid", "class"] = "iid"  # class: worker i gets the classes c with c mod W = i
-    limit: int | None = None  # use the first so many training examples only
+    name: Literal["digits", "mnist", "cifar10", "folder", "text"]  # folder: train/CLASS/* and test/CLASS/* images
+    # class: worker i gets the classes c with c mod W = i; of text, the i-th of W stretches
+    shard: Literal["iid", "class"] = "iid"
+    limit: int | None = None  # use so many training examples only
+    context: int = 64  # of text: characters of a window, which is an example
 
     def __post_init__(self) -> None:
-        _positive(self, "limit")
+        _positive(self, "limit", "context")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Which network."""
 
-    name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34"]
+    name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34", "char-transformer"]
     widths: tuple[int, ...] = ()  # autoencoder: the encoder's layers after the input; the decoder mirrors them
+    width: int = 64  # char-transformer: numbers per character between the layers
+    depth: int = 2  # char-transformer: blocks
+    heads: int = 2  # char-transformer: attention heads of width / heads numbers
 
     def __post_init__(self) -> None:
         if (self.name == "autoencoder") != bool(self.widths):
             raise ValueError(f"widths are for the autoencoder, and it needs them, got {list(self.widths)}")
         if any(w < 1 for w in self.widths):
             raise ValueError(f"widths must be at least 1, got {list(self.widths)}")
+        _positive(self, "width", "depth", "heads")
+        if self.name == "char-transformer" and self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import packsaddle
 from packsaddle.config import Config, NoiseConfig
-from packsaddle.data import Batches, load_images, shard
+from packsaddle.data import Batches, load_data, shard
 from packsaddle.escape import Escape
 from packsaddle.exchange import Solo, ambient_group, launch, local_device, process_group, resolve
 from packsaddle.inspection import Inspector
@@ -35,15 +35,15 @@ class Training:
         self.config = config
         self.group = resolve(None)
         self.device = local_device()
-        self.images = load_images(config.data, data_dir, train=True, download=download)
-        self.test_images = load_images(config.data, data_dir, train=False, download=download)
+        self.images = load_data(config.data, data_dir, train=True, download=download)
+        self.test_images = load_data(config.data, data_dir, train=False, download=download)
         rank, size = self.group.rank, self.group.size
-        self.shard = shard(self.images.labels, config.data.shard, worker=rank, workers=size, seed=config.seed)
+        self.shard = shard(self.images, config.data.shard, worker=rank, workers=size, seed=config.seed)
         self.batches = Batches(self.shard, config.batch_size, worker=rank, seed=config.seed)
         self.steps_per_epoch = max(1, len(self.images) // (config.batch_size * size))
         self.steps = max(1, round(config.epochs * self.steps_per_epoch))
         start = mix(config.seed, int(Stream.INIT)) >> 33
-        self.task = make_task(config.model, self.images.levels.shape[1:], self.images.classes, start).to(self.device)
+        self.task = make_task(config.model, self.images.shape, self.images.classes, start).to(self.device)
         self.optimizer = self._make_optimizer()
         self.inspector = Inspector(config, self.task, self.images, self.shard, self.steps, self.steps_per_epoch)
 
@@ -204,7 +204,7 @@ class Job:
         for config in self.configs:
             training = Training(config, self.data_dir, self.download)
             for worker in range(workers):
-                shard(training.images.labels, config.data.shard, worker=worker, workers=workers, seed=config.seed)
+                shard(training.images, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
     def claim(self) -> None:
         """Check the job and make the folders, on rank 0; collective. If that fails, every worker stops: rank 0

@@ -12,7 +12,7 @@ from packsaddle.certificate import Verdict
 from packsaddle.certify import certify
 from packsaddle.config import CertifyConfig, Config
 from packsaddle.curvature import NotFiniteError
-from packsaddle.data import Images
+from packsaddle.dataset import Dataset
 from packsaddle.exchange import resolve
 from packsaddle.iterates import draw_iterates
 from packsaddle.models import Task
@@ -24,9 +24,9 @@ _BATCH = 500
 
 @dataclass(frozen=True)
 class Examples:
-    """Chosen images as batches that can be read again, on a device and in a precision."""
+    """Chosen examples as batches that can be read again, on a device and in a precision."""
 
-    images: Images
+    images: Dataset
     index: Tensor  # int64
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -47,7 +47,7 @@ def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 class Inspector:
     """One worker's part in the certificates of a run in progress; every method is collective."""
 
-    def __init__(self, config: Config, task: Task, images: Images, shard: Tensor, steps: int, per_epoch: int) -> None:
+    def __init__(self, config: Config, task: Task, images: Dataset, shard: Tensor, steps: int, per_epoch: int) -> None:
         self._rule: CertifyConfig | None = config.certify
         self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
         self._device = next(task.parameters()).device
