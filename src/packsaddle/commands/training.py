@@ -66,7 +66,7 @@ def run(
         set: Overrides, key=value by dotted key, as in: --set lr=0.05 compressor.ratio=0.001
         workers: Worker processes; overrides the file.
         serial: Simulate the workers in this process instead of starting processes.
-        data_dir: Folder of the dataset (not needed for digits).
+        data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
         download: Fetch the dataset into --data-dir if it is not there.
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
     """
