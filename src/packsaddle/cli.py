@@ -1,4 +1,4 @@
-"""The command line: packsaddle demo | run | certify | report | compressors | plan | bench."""
+"""The command line: packsaddle demo | run | reproduce | certify | report | compressors | plan | bench."""
 
 import os
 import sys
@@ -12,6 +12,7 @@ from packsaddle.commands.certifying import certify
 from packsaddle.commands.console import is_first
 from packsaddle.commands.planning import plan
 from packsaddle.commands.reading import compressors, report
+from packsaddle.commands.reproducing import reproduce
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import WorkerFailedError, under_launcher
 from packsaddle.schema import ConfigError
@@ -19,6 +20,7 @@ from packsaddle.schema import ConfigError
 _COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "run": run,
+    "reproduce": reproduce,
     "certify": certify,
     "report": report,
     "compressors": compressors,

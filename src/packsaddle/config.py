@@ -95,14 +95,18 @@ class CertifyConfig:
     epsilon: float
     hessian_lipschitz: float | None = None  # rho; None: measured along the escape direction
     every: float | None = None  # epochs between certificates; None: none along the run
+    at: tuple[float, ...] = ()  # epochs of further certificates
+    last_epsilon: float | None = None  # of the last point, where the gradients may be larger; None: epsilon
     iterates: int = 0  # m, drawn uniformly from x_0 ... x_T; kept in the run folder
     examples: int = 1024  # of each worker
     max_hvps: int = 100
     failure_probability: float = 1e-3
 
     def __post_init__(self) -> None:
-        _positive(self, "epsilon", "hessian_lipschitz", "every", "examples", "max_hvps")
+        _positive(self, "epsilon", "last_epsilon", "hessian_lipschitz", "every", "examples", "max_hvps")
         _not_negative(self, "iterates")
+        if any(not 0 < epoch < math.inf for epoch in self.at):
+            raise ValueError(f"at must be epochs after the start, got {list(self.at)}")
         check_probability(self.failure_probability)
 
 
@@ -127,10 +131,11 @@ class Config:
     seed: int = 0
     workers: int = 1
     log_every: int = 100  # steps that one line of metrics averages
+    test_every: float | None = None  # epochs between tests along the run; None: at its end alone
     plateau: float | None = None  # the loss of the plateau whose length is to be measured
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size", "workers", "log_every", "plateau")
+        _positive(self, "epochs", "batch_size", "workers", "log_every", "test_every", "plateau")
         _not_negative(self, "lr", "weight_decay", "dense_below")
 
 
@@ -144,18 +149,19 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
-    for override in overrides:
-        _override(data, override)
+    for text in overrides:
+        override(data, text)
     try:
         return build(Config, data)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-def _override(data: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(data: dict[str, Any], assignment: str) -> None:
+    """Apply one `key=value` by dotted key to a configuration as nested dictionaries, in place. Raises ConfigError."""
+    key, equals, text = assignment.partition("=")
     if not equals or not key:
-        raise ConfigError(f"--set takes key=value, got {override!r}")
+        raise ConfigError(f"--set takes key=value, got {assignment!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -164,7 +170,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     for part in path:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {override}: {part} is not a table")
+            raise ConfigError(f"--set {assignment}: {part} is not a table")
     data[last] = value
 
 

@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from packsaddle.data import Batches, load_data, shard
 from packsaddle.escape import Escape
 from packsaddle.exchange import Solo, ambient_group, launch, local_device, process_group, resolve
 from packsaddle.inspection import Inspector
-from packsaddle.models import make_task
+from packsaddle.models import Task, make_task
 from packsaddle.noise import Ramp
 from packsaddle.optimizer import CompressedSGD
 from packsaddle.progress import live, megabytes
@@ -26,6 +26,7 @@ from packsaddle.seeds import Stream, mix
 from packsaddle.simulate import simulate
 
 _EVAL_BATCH = 512
+How = Literal["processes", "serial"]  # how W workers are had: as processes, or one after the other in this one
 
 
 class Training:
@@ -43,7 +44,9 @@ class Training:
         self.steps_per_epoch = max(1, len(self.images) // (config.batch_size * size))
         self.steps = max(1, round(config.epochs * self.steps_per_epoch))
         start = mix(config.seed, int(Stream.INIT)) >> 33
-        self.task = make_task(config.model, self.images.shape, self.images.classes, start).to(self.device)
+        task = make_task(config.model, self.images.shape, self.images.classes, start).to(self.device)
+        # Convolutions on a CPU are a quarter faster with channels last.
+        self.task: Task = task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = self._make_optimizer()
         self.inspector = Inspector(config, self.task, self.images, self.shard, self.steps, self.steps_per_epoch)
 
@@ -72,6 +75,7 @@ class Training:
         final = torch.zeros(1, dtype=torch.float64)  # mean loss of the last epoch
         line: dict[str, Any] = {}  # the last one written; the last step always writes one
         begin, since, text = time.perf_counter(), 0, "starting"
+        tested = 0.0  # seconds spent on tests along the run
         with live(self.config.label or folder.path.name, self.steps, quiet=quiet or self.group.rank != 0) as report:
             for step in range(self.steps):
                 self.inspector.look(step, folder)
@@ -81,7 +85,11 @@ class Training:
                     final += measured[0] / min(self.steps, self.steps_per_epoch)
                 if (step + 1) % self.config.log_every == 0 or step + 1 == self.steps:
                     means = self.optimizer.channel.mean(sums / (step + 1 - since), "metrics")
-                    line = self._line(step + 1, means, time.perf_counter() - begin - self.inspector.seconds)
+                    line = self._line(step + 1, means, time.perf_counter() - begin - self.inspector.seconds - tested)
+                    if self._test_due(step + 1, since):
+                        before = time.perf_counter()
+                        line |= self._test()
+                        tested += time.perf_counter() - before
                     if self.group.rank == 0:
                         folder.append("metrics.jsonl", line)
                     sums, since, text = torch.zeros_like(sums), step + 1, _describe(line, self.group.size)
@@ -98,6 +106,13 @@ class Training:
         norm = torch.nn.utils.get_total_norm(gradients)
         self.optimizer.step()
         return torch.stack([loss.detach(), norm]).to("cpu", torch.float64)
+
+    def _test_due(self, steps: int, since: int) -> bool:
+        """Whether a test fell due since the last line of metrics."""
+        if self.config.test_every is None:
+            return False
+        every = self.config.test_every * self.steps_per_epoch
+        return steps // every > since // every
 
     def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
         moved = self.optimizer.ledger.total
@@ -235,11 +250,11 @@ class Job:
                 folder.write_json("environment.json", environment(packsaddle.__version__, training.group.size, device))
             training.run(folder, quiet=self.quiet)
 
-    def run(self, workers: int, *, serial: bool) -> None:
-        """Do the runs with `workers` workers: a simulation in this process if `serial`, else as many processes."""
+    def run(self, workers: int, how: How) -> None:
+        """Do the runs with `workers` workers, in as many processes or simulated in this one."""
         if workers == 1:
             self.train()
-        elif serial:
+        elif how == "serial":
             simulate(lambda rank: self.train(), workers)
         else:
             launch(train_in_process_group, (self,), workers)

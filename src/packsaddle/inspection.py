@@ -61,7 +61,7 @@ class Inspector:
         )
         self.examples = Examples(images, shard[order[: self._rule.examples]], self._device)
         self._population = len(images)
-        self._every = None if self._rule.every is None else max(1, round(self._rule.every * per_epoch))
+        self._due = certified_steps(self._rule, steps, per_epoch)
         self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
 
     def look(self, step: int, folder: RunFolder) -> None:
@@ -71,7 +71,7 @@ class Inspector:
         begin = time.perf_counter()
         if step in self._iterates and resolve(None).rank == 0:
             folder.save_tensors(iterate_name(step), self._task.network.state_dict())
-        if self._every is not None and step and (step % self._every == 0 or step == self._steps):
+        if step in self._due:
             line = {"step": step, "epoch": step / self._per_epoch, **self._certify(self._rule, step)}
             if resolve(None).rank == 0:
                 folder.append("certificates.jsonl", line)
@@ -83,7 +83,7 @@ class Inspector:
                 self._task,
                 task_loss,
                 self.examples,
-                epsilon=rule.epsilon,
+                epsilon=rule.last_epsilon if rule.last_epsilon and step == self._steps else rule.epsilon,
                 hessian_lipschitz=rule.hessian_lipschitz,
                 failure_probability=rule.failure_probability,
                 max_hvps=rule.max_hvps,
@@ -93,6 +93,15 @@ class Inspector:
         except NotFiniteError:  # a run that diverged goes on to its end and tells
             return {"verdict": str(Verdict.GRADIENT_TOO_LARGE), "loss": None}
         return certificate.to_dict()
+
+
+def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]:
+    """The steps of a run's certificates: every so many epochs, at chosen epochs within the run, and then at its end."""
+    due = {round(epoch * per_epoch) for epoch in rule.at}
+    if rule.every is not None:
+        stride = max(1, round(rule.every * per_epoch))
+        due |= set(range(stride, steps, stride))
+    return {min(max(1, step), steps) for step in due} | ({steps} if due or rule.every is not None else set())
 
 
 def iterate_name(step: int) -> str:

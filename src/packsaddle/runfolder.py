@@ -8,9 +8,12 @@ aside and renamed, so that a reader or a crash never finds half of one. summary.
 import json
 import os
 import platform
+import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,10 +66,30 @@ def make_new(path: Path) -> None:
         raise ConfigError(f"output folder {path} cannot be made: {error.strerror}") from None
 
 
+@cache
+def commit() -> str | None:
+    """The commit of the code that runs, with "+" if files differ from it; None outside a checkout of packsaddle."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            answer = subprocess.run(["git", "-C", here.parent, *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return answer.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", ".")
+    return None if head is None else head + ("+" if changes else "")
+
+
 def environment(version: str, workers: int, device: str) -> dict[str, Any]:
     """Describe what a run ran on."""
     return {
         "packsaddle": version,
+        "commit": commit(),
+        "command": shlex.join(["packsaddle", *sys.argv[1:]]),
         "torch": torch.__version__,
         "python": sys.version.split()[0],
         "platform": platform.platform(),

@@ -42,7 +42,7 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
     job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
     job.check(workers)
     make_new(folder)
-    job.run(workers, serial=serial)
+    job.run(workers, "serial" if serial else "processes")
     runs = [run for name in configs for run in read_runs([folder / name])]
     print_runs(runs)
     print(f"report: {write_report(runs, folder / 'report')}")
@@ -85,7 +85,7 @@ def run(
     else:
         job.check(loaded.workers)
         make_new(folder)
-        job.run(loaded.workers, serial=serial)
+        job.run(loaded.workers, "serial" if serial else "processes")
     if is_first():
         print_runs(read_runs([folder]))
         print(f"run folder: {folder}")

@@ -1,0 +1,1 @@
+"""What a study's runs show, as plain numbers."""
