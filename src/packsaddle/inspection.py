@@ -26,7 +26,7 @@ _BATCH = 500
 class Examples:
     """Chosen examples as batches that can be read again, on a device and in a precision."""
 
-    images: Dataset
+    data: Dataset
     index: Tensor  # int64
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -35,7 +35,7 @@ class Examples:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for part in torch.split(self.index, self.batch_size):
             if len(part):
-                yield self.images.batch(part, self.device, self.dtype)
+                yield self.data.batch(part, self.device, self.dtype)
 
 
 def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -47,20 +47,20 @@ def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 class Inspector:
     """One worker's part in the certificates of a run in progress; every method is collective."""
 
-    def __init__(self, config: Config, task: Task, images: Dataset, shard: Tensor, steps: int, per_epoch: int) -> None:
+    def __init__(self, config: Config, task: Task, data: Dataset, shard: Tensor, steps: int, per_epoch: int) -> None:
         self._rule: CertifyConfig | None = config.certify
         self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
         self._device = next(task.parameters()).device
         self.seconds = 0.0  # spent here
-        self.examples = Examples(images, shard, self._device)
+        self.examples = Examples(data, shard, self._device)
         if self._rule is None:
             return
         # At random, since a shard may be sorted by class.
         order = torch.randperm(
             len(shard), generator=generator(self._seed, 0, Stream.CERTIFY, worker=resolve(None).rank)
         )
-        self.examples = Examples(images, shard[order[: self._rule.examples]], self._device)
-        self._population = len(images)
+        self.examples = Examples(data, shard[order[: self._rule.examples]], self._device)
+        self._population = len(data)
         self._due = certified_steps(self._rule, steps, per_epoch)
         self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
 
