@@ -197,11 +197,16 @@ REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
     "context": (("--set", "data.context=0"), "context must be positive and finite, got 0"),
     "heads": (("--set", "model.heads=3"), "width must be a multiple of heads, got 16 and 3"),
     "depth": (("--set", "model.depth=0"), "depth must be positive and finite, got 0"),
+    "context of images": (("--set", "data.name=digits"), "context is an option of text, and digits has none"),
+    "depth of images": (
+        ("--set", "model.name=resnet18", "model.depth=3", "model.width=64"),
+        "depth is an option of the char-transformer, and resnet18 has none",
+    ),
     "images": (
-        ("--set", "data.name=digits"),
+        ("--set", "data.name=digits", "data.context=64"),
         "model char-transformer needs data.name = 'text', got examples of shape [1, 8, 8]",
     ),
-    "image model": (("--set", "model.name=resnet18"), "model resnet18 needs images, got examples of shape [16]"),
+    "image model": (("--set", "model={name='resnet18'}"), "model resnet18 needs images, got examples of shape [16]"),
     "workers": (("--set", "data.limit=1"), "gets no examples with data.shard = 'class'; use fewer workers"),
 }
 

@@ -11,22 +11,27 @@ import torch
 from torch import Tensor
 
 import packsaddle
+from packsaddle.choose import choose
+from packsaddle.collectives import RingAllReduce
 from packsaddle.config import Config, NoiseConfig
 from packsaddle.data import Batches, load_data, shard
 from packsaddle.escape import Escape
 from packsaddle.exchange import Solo, ambient_group, launch, local_device, process_group, resolve
 from packsaddle.inspection import Inspector
+from packsaddle.ledger import Bytes
 from packsaddle.models import Task, make_task
 from packsaddle.noise import Ramp
+from packsaddle.norms import average_buffers, connect
 from packsaddle.optimizer import CompressedSGD
 from packsaddle.progress import live, megabytes
 from packsaddle.runfolder import RunFolder, environment, make_new
 from packsaddle.schema import ConfigError, plain
 from packsaddle.seeds import Stream, mix
-from packsaddle.simulate import simulate
+from packsaddle.simulate import FusedGroup, simulate
 
 _EVAL_BATCH = 512
-How = Literal["processes", "serial"]  # how W workers are had: as processes, or one after the other in this one
+# How W workers are had: as processes, one after the other in this process, or as one that holds their mean.
+How = Literal["processes", "serial", "fused"]
 
 
 class Training:
@@ -39,16 +44,25 @@ class Training:
         self.images = load_data(config.data, data_dir, train=True, download=download)
         self.test_images = load_data(config.data, data_dir, train=False, download=download)
         rank, size = self.group.rank, self.group.size
-        self.shard = shard(self.images, config.data.shard, worker=rank, workers=size, seed=config.seed)
-        self.batches = Batches(self.shard, config.batch_size, worker=rank, seed=config.seed)
+        # The workers this process stands for: all of them in a fused simulation, else one.
+        self.members = range(size) if isinstance(self.group, FusedGroup) else range(rank, rank + 1)
+        self.shards = [
+            shard(self.images, config.data.shard, worker=w, workers=size, seed=config.seed) for w in self.members
+        ]
+        self.batches = [
+            Batches(mine, config.batch_size, worker=w, seed=config.seed)
+            for w, mine in zip(self.members, self.shards, strict=True)
+        ]
         self.steps_per_epoch = max(1, len(self.images) // (config.batch_size * size))
         self.steps = max(1, round(config.epochs * self.steps_per_epoch))
         start = mix(config.seed, int(Stream.INIT)) >> 33
-        task = make_task(config.model, self.images.shape, self.images.classes, start).to(self.device)
+        shape, parts = self.images.shape, len(self.members)
+        task = make_task(config.model, shape, self.images.classes, start, parts).to(self.device)
         # Convolutions on a CPU are a quarter faster with channels last.
         self.task: Task = task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = self._make_optimizer()
-        self.inspector = Inspector(config, self.task, self.images, self.shard, self.steps, self.steps_per_epoch)
+        connect(self.task, self.optimizer.channel)
+        self.inspector = Inspector(config, self.task, self.images, self.shards, self.steps, self.steps_per_epoch)
 
     def _make_optimizer(self) -> CompressedSGD:
         config = self.config
@@ -100,7 +114,8 @@ class Training:
     def _step(self, step: int) -> Tensor:
         """One step of the algorithm; returns this worker's loss and gradient norm, float64[2]."""
         self.optimizer.zero_grad()
-        loss = self.task(*self.images.batch(self.batches[step], self.device))
+        index = torch.cat([batches[step] for batches in self.batches])
+        loss = self.task(*self.images.batch(index, self.device))
         loss.backward()
         gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -115,7 +130,8 @@ class Training:
         return steps // every > since // every
 
     def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
-        moved = self.optimizer.ledger.total
+        purposes = self.optimizer.ledger.by_purpose  # the start is sent once, however long the run
+        moved = sum((b for name, b in purposes.items() if name != "start"), Bytes())
         return {
             "step": steps,
             "epoch": steps / self.steps_per_epoch,
@@ -130,6 +146,7 @@ class Training:
 
     def _finish(self, folder: RunFolder, last: dict[str, Any], final_loss: float) -> None:
         """Save the checkpoint before anything that could still fail, then evaluate and summarise."""
+        average_buffers(self.task, self.optimizer.channel)
         folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.optimizer.state_dict())
         if self.group.rank == 0:
             weights = {k: v.clone() for k, v in self.task.network.state_dict().items()}
@@ -164,9 +181,10 @@ class Training:
     @torch.no_grad()
     def _test(self) -> dict[str, float]:
         """Mean test loss, and accuracy of a classifier; each worker takes its share of the test images."""
+        average_buffers(self.task, self.optimizer.channel)
         totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
         self.task.eval()
-        mine = torch.arange(len(self.test_images))[self.group.rank :: self.group.size]
+        mine = torch.cat([torch.arange(len(self.test_images))[w :: self.group.size] for w in self.members])
         for index in torch.split(mine, _EVAL_BATCH):
             batch = self.test_images.batch(index, self.device)
             correct = float(self.task.correct(*batch)) if self.task.classifies else 0.0
@@ -179,7 +197,7 @@ class Training:
         rule = self.config.escape
         if rule is None:
             return None
-        sample = self.shard[: rule.examples]
+        sample = torch.cat([mine[: rule.examples] for mine in self.shards])
 
         def objective() -> Tensor:
             self.task.eval()
@@ -202,6 +220,16 @@ def _noise(config: NoiseConfig, steps_per_epoch: int, steps: int) -> float | Ram
 def _describe(line: dict[str, Any], workers: int) -> str:
     moved = line["sent"] if workers > 1 else line["payload"]
     return f"loss {line['loss']:.4f}  gradient {line['grad_norm']:.1e}  {megabytes(moved)}"
+
+
+def can_be_fused(config: Config) -> bool:
+    """Whether everything that a run's workers exchange is means (see `FusedGroup`)."""
+    try:
+        choice = choose(config.compressor, config.exchange, d=1 << 20, dense=1, workers=max(2, config.workers))
+    except ValueError:  # also for a compressor that does not know its tensors yet
+        return False
+    wires = choice.protocol.collectives(1 << 20, 1, max(2, config.workers), 4)
+    return all(isinstance(wire, RingAllReduce) for wire in wires)
 
 
 @dataclass(frozen=True)
@@ -251,13 +279,25 @@ class Job:
             training.run(folder, quiet=self.quiet)
 
     def run(self, workers: int, how: How) -> None:
-        """Do the runs with `workers` workers, in as many processes or simulated in this one."""
+        """Do the runs with `workers` workers. Raises ConfigError if they cannot be fused and are to be."""
         if workers == 1:
             self.train()
         elif how == "serial":
             simulate(lambda rank: self.train(), workers)
+        elif how == "fused":
+            self._check_fusable()
+            with ambient_group(FusedGroup(workers)):
+                self.train()
         else:
             launch(train_in_process_group, (self,), workers)
+
+    def _check_fusable(self) -> None:
+        for config in self.configs:
+            if not can_be_fused(config):
+                raise ConfigError(
+                    f"a fused simulation needs workers that exchange means alone, but "
+                    f"{type(config.compressor).__name__} by exchange {config.exchange!r} sends more; use --serial"
+                )
 
 
 def train_in_process_group(job: Job, claim: bool = False) -> None:

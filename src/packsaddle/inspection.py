@@ -1,7 +1,7 @@
 """Certificates of training runs: along the run, and of what it left in its folder."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ from packsaddle.certify import certify
 from packsaddle.config import CertifyConfig, Config
 from packsaddle.curvature import NotFiniteError
 from packsaddle.dataset import Dataset
-from packsaddle.exchange import resolve
+from packsaddle.exchange import Solo, resolve
 from packsaddle.iterates import draw_iterates
 from packsaddle.models import Task
 from packsaddle.runfolder import RunFolder
 from packsaddle.seeds import Stream, generator
+from packsaddle.simulate import FusedGroup
 
 _BATCH = 500
 
@@ -47,22 +48,29 @@ def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
 class Inspector:
     """One worker's part in the certificates of a run in progress; every method is collective."""
 
-    def __init__(self, config: Config, task: Task, data: Dataset, shard: Tensor, steps: int, per_epoch: int) -> None:
+    def __init__(
+        self, config: Config, task: Task, data: Dataset, shards: Sequence[Tensor], steps: int, per_epoch: int
+    ) -> None:
+        """`shards` has the shard of each worker that this process stands for (see `FusedGroup`)."""
         self._rule: CertifyConfig | None = config.certify
         self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
         self._device = next(task.parameters()).device
         self.seconds = 0.0  # spent here
-        self.examples = Examples(data, shard, self._device)
+        self.examples = Examples(data, torch.cat(list(shards)), self._device)
         if self._rule is None:
             return
         # At random, since a shard may be sorted by class.
-        order = torch.randperm(
-            len(shard), generator=generator(self._seed, 0, Stream.CERTIFY, worker=resolve(None).rank)
-        )
-        self.examples = Examples(data, shard[order[: self._rule.examples]], self._device)
+        chosen = [
+            mine[self._order(len(mine), worker)[: self._rule.examples]]
+            for worker, mine in enumerate(shards, start=resolve(None).rank)
+        ]
+        self.examples = Examples(data, torch.cat(chosen), self._device)
         self._population = len(data)
         self._due = certified_steps(self._rule, steps, per_epoch)
         self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
+
+    def _order(self, n: int, worker: int) -> Tensor:
+        return torch.randperm(n, generator=generator(self._seed, 0, Stream.CERTIFY, worker=worker))
 
     def look(self, step: int, folder: RunFolder) -> None:
         """Keep x_t if it was drawn, and certify it if it is due; t = `step`, before its gradient."""
@@ -89,6 +97,7 @@ class Inspector:
                 max_hvps=rule.max_hvps,
                 sample_of=self._population,
                 generator=generator(self._seed, step, Stream.CERTIFY, device=self._device),
+                process_group=Solo() if isinstance(resolve(None), FusedGroup) else None,
             )
         except NotFiniteError:  # a run that diverged goes on to its end and tells
             return {"verdict": str(Verdict.GRADIENT_TOO_LARGE), "loss": None}

@@ -1,24 +1,26 @@
 """The networks of the paper's experiments, and small relatives of them."""
 
 import itertools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from packsaddle.config import ModelConfig
 from packsaddle.data import require
+from packsaddle.norms import Norm, make_norm
 from packsaddle.schema import ConfigError
 from packsaddle.transformer import CharTransformer
 
 
-def mnist_autoencoder() -> nn.Module:
+def mnist_autoencoder(output: str = "sigmoid") -> nn.Module:
     """The paper's deep MNIST autoencoder (its footnote 7), 210,369 parameters; [b, 1, 28, 28] to the same.
 
     Encoder: convolutions (16, kernel 3, stride 2, padding 1), (32, 3, 2, 1), (64, 7, 1, 0) with ReLU. "The
     decoder is symmetrical": transposed convolutions in reverse. Open in the paper: nothing follows the code
-    layer, and the output passes a sigmoid (without it there is no plateau at loss 0.095).
+    layer, and the output passes a sigmoid (see experiments/figure2 for what happens without it).
     """
-    return nn.Sequential(
+    layers = [
         nn.Conv2d(1, 16, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Conv2d(16, 32, 3, stride=2, padding=1),
@@ -29,34 +31,71 @@ def mnist_autoencoder() -> nn.Module:
         nn.ConvTranspose2d(32, 16, 3, stride=2, padding=1, output_padding=1),
         nn.ReLU(),
         nn.ConvTranspose2d(16, 1, 3, stride=2, padding=1, output_padding=1),
-        nn.Sigmoid(),
-    )
+    ]
+    return nn.Sequential(*layers, *_last(output))
 
 
-def autoencoder(shape: torch.Size, widths: tuple[int, ...]) -> nn.Module:
-    """A fully connected autoencoder with ReLU, mirrored, sigmoid at the end; [b, *shape] to the same."""
+def _last(output: str) -> list[nn.Module]:
+    return [nn.Sigmoid()] if output == "sigmoid" else []
+
+
+def autoencoder(shape: torch.Size, widths: tuple[int, ...], output: str = "sigmoid") -> nn.Module:
+    """A fully connected autoencoder with ReLU, mirrored; [b, *shape] to the same."""
     sizes = [shape.numel(), *widths]
     sizes += sizes[-2::-1]
     layers: list[nn.Module] = [nn.Flatten()]
     for width_in, width_out in itertools.pairwise(sizes):
         layers += [nn.Linear(width_in, width_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1], nn.Sigmoid(), nn.Unflatten(1, shape))
+    return nn.Sequential(*layers[:-1], *_last(output), nn.Unflatten(1, shape))
 
 
-def resnet(depth: int, classes: int) -> nn.Module:
-    """torchvision's ResNet with the stem for small images: a 3 x 3 convolution, no max pooling."""
+def resnet(
+    depth: int, classes: int, *, width: int = 64, stem: str = "small", norm: Norm = "worker", parts: int = 1
+) -> nn.Module:
+    """torchvision's ResNet of `width` channels in its first stage, with its own stem ("imagenet") or the one for small
+    images (a 3 x 3 convolution, no max pooling), and a normalisation (see `packsaddle.norms`, also for `parts`)."""
     vision = require("torchvision", "vision", f"ResNet-{depth}")
-    network: nn.Module = getattr(vision.models, f"resnet{depth}")(num_classes=classes)
-    network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-    network.maxpool = nn.Identity()
+
+    def scaled(channels: int) -> int:
+        return channels * width // 64
+
+    def norm_layer(channels: int) -> nn.Module:
+        return make_norm(scaled(channels), norm, parts)
+
+    network: nn.Module = getattr(vision.models, f"resnet{depth}")(num_classes=classes, norm_layer=norm_layer)
+    if width != 64:
+        _narrow(network, scaled)
+    if stem == "small":
+        network.conv1 = _convolution(3, width, 3, 1, 1)
+        network.maxpool = nn.Identity()
     return network
+
+
+def _narrow(module: nn.Module, scaled: Callable[[int], int]) -> None:
+    """Replace every convolution and the last layer of a ResNet by one with as many times the channels."""
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Conv2d):
+            inside = child.in_channels if child.in_channels == 3 else scaled(child.in_channels)
+            size, stride, padding = child.kernel_size[0], child.stride[0], int(child.padding[0])
+            setattr(module, name, _convolution(inside, scaled(child.out_channels), size, stride, padding))
+        elif isinstance(child, nn.Linear):
+            setattr(module, name, nn.Linear(scaled(child.in_features), child.out_features))
+        else:
+            _narrow(child, scaled)
+
+
+def _convolution(inside: int, outside: int, size: int, stride: int, padding: int) -> nn.Conv2d:
+    """A convolution without bias, initialised as torchvision's ResNets are."""
+    convolution = nn.Conv2d(inside, outside, size, stride, padding, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return convolution
 
 
 class Task(nn.Module):
     """A network with its loss: mean squared reconstruction error, or cross entropy, on normalised images or per
     character of text."""
 
-    def __init__(self, config: ModelConfig, shape: torch.Size, classes: int) -> None:
+    def __init__(self, config: ModelConfig, shape: torch.Size, classes: int, parts: int = 1) -> None:
         super().__init__()
         self.reads_text = config.name == "char-transformer"
         self.classifies = self.reads_text or config.name.startswith("resnet")
@@ -70,13 +109,15 @@ class Task(nn.Module):
         elif config.name == "mnist-autoencoder":
             if tuple(shape) != (1, 28, 28):
                 raise ConfigError(f"model mnist-autoencoder needs 1 x 28 x 28 images, got {list(shape)}")
-            self.network = mnist_autoencoder()
+            self.network = mnist_autoencoder(config.output)
         elif config.name == "autoencoder":
-            self.network = autoencoder(shape, config.widths)
+            self.network = autoencoder(shape, config.widths, config.output)
         else:
             if shape[0] != 3:
                 raise ConfigError(f"model {config.name} needs images of 3 channels, got {list(shape)}")
-            self.network = resnet(int(config.name.removeprefix("resnet")), classes)
+            depth = int(config.name.removeprefix("resnet"))
+            options = {"width": config.width, "stem": config.stem, "norm": config.norm}
+            self.network = resnet(depth, classes, **options, parts=parts)  # type: ignore[arg-type]
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean loss of a batch: pixels float[b, c, h, w] in [0, 1] and labels int64[b], or windows of text
@@ -100,9 +141,12 @@ def normalise(pixels: Tensor) -> Tensor:
     return (pixels - 0.5) * 4.0
 
 
-def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int) -> Task:
-    """Build a task from its own random start, a function of the seed; the global random state is restored."""
+def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, parts: int = 1) -> Task:
+    """Build a task from its own random start, a function of the seed; the global random state is restored.
+
+    `parts`: how many workers' batches its batch holds, one after the other (see `packsaddle.norms`).
+    """
     # torch's layers initialise themselves from the global generator and offer no other way.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Task(config, shape, classes)
+        return Task(config, shape, classes, parts)

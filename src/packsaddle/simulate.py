@@ -106,6 +106,32 @@ class SimulatedGroup(Group):
         tensor.copy_(self._turns.exchange(self.rank, "broadcast", tensor)[0][0])
 
 
+class FusedGroup(Group):
+    """One process that stands for W workers at once: what it holds is the mean of what they would hold.
+
+    That is enough where all that workers exchange is means of what is linear in their gradients: RandomK, Identity and
+    whatever else travels by all-reduce. Their batches go through the network as one, and there is one error memory,
+    the mean. Results are those of W workers but for rounding, and so are the bytes counted.
+    """
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        tensor.mul_(self.size)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor] * self.size  # arguments, say, in which workers agree
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        raise RuntimeError("a fused simulation has no all-to-all: its workers differ in nothing")
+
+    def broadcast(self, tensor: Tensor) -> None:
+        pass
+
+
 def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
     """Run worker(rank) for each rank of a simulated world, one at a time, and return the results by rank.
 

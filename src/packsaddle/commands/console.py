@@ -1,9 +1,10 @@
 """What the commands share: tables, names of new folders, and who speaks to the user."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +21,34 @@ def print_runs(runs: Sequence[Run]) -> None:
     for found in runs:
         table.add_row(*cells(row(found)))
     print_table(table)
+
+
+def print_settings(summary: Mapping[str, Any]) -> None:
+    """A study's settings (see `reproduce.results`), means over seeds with 95% intervals."""
+    quantities = {
+        "final_loss": ("final loss", ".4f"),
+        "test_accuracy": ("test accuracy", ".3f"),
+        "plateau_epochs": ("epochs on plateau", ".1f"),
+        "megabytes": ("MB", ",.1f"),
+        "compression": ("compression", ",.1f"),
+        "seconds": ("seconds", ",.0f"),
+    }
+    shown = {key: h for key, h in quantities.items() if any(entry[key] for entry in summary["settings"])}
+    table = Table("setting", "seeds", *(heading for heading, _ in shown.values()))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for entry in summary["settings"]:
+        values = [_with_spread(entry[key], spec) for key, (_, spec) in shown.items()]
+        table.add_row(entry["setting"], str(len(entry["seeds"])), *values)
+    table.caption = "mean over seeds ± half of its 95% confidence interval"
+    print_table(table)
+
+
+def _with_spread(found: Mapping[str, Any] | None, spec: str) -> str:
+    if found is None:
+        return "-"
+    spread = None if found["high"] is None else found["high"] - found["mean"]
+    return format(found["mean"], spec) + (f" ± {spread:{spec}}" if spread else "")
 
 
 def print_table(table: Table) -> None:

@@ -1,16 +1,28 @@
 """packsaddle reproduce."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from rich.table import Table
 
-from packsaddle.commands.console import dated, print_runs
+from packsaddle.commands.console import dated, print_settings, print_table
 from packsaddle.runfolder import read_runs
+from packsaddle.schema import ConfigError
+
+if TYPE_CHECKING:
+    from packsaddle.reproduce.study import Data, Scale
+
+
+def data_of(what: str, data_dir: Path | None) -> "Data":
+    """Figure 1's images: CIFAR-10 as torchvision keeps it, or the image folder that --data-dir is."""
+    if not what.startswith("fig1"):
+        return "mnist"
+    return "folder" if data_dir is not None and (data_dir / "train").is_dir() else "cifar10"
 
 
 def reproduce(
-    what: Annotated[Literal["fig2"], tyro.conf.Positional],
+    what: Annotated[Literal["fig1", "fig1-norms", "fig2", "table1"], tyro.conf.Positional],
     scale: Literal["paper", "cpu", "smoke"] = "cpu",
     data_dir: Path | None = None,
     download: bool = False,
@@ -37,12 +49,55 @@ def reproduce(
         only: Settings to run, by their folders' names; by default all.
         set: Overrides of every configuration, key=value by dotted key.
     """
-    from packsaddle.reproduce import figure2
+    if what == "table1":
+        given: dict[str, object] = {"data_dir": data_dir, "download": download, "processes": processes}
+        given |= {"seeds": seeds, "only": only, "set": set}
+        for name in (name for name, value in given.items() if value):
+            raise ConfigError(f"--{name.replace('_', '-')} does not apply to table1")
+        _table1(scale, out or dated(what), resume, jobs)
+        return
+    from packsaddle.aggregate import settings
+    from packsaddle.curves import read_curves
+    from packsaddle.reproduce import REPRODUCTIONS
+    from packsaddle.reproduce.results import save_figure, summarise, write_results
     from packsaddle.reproduce.runner import Means, run_study
     from packsaddle.reproduce.study import StudyFolder
 
-    study = figure2.study(scale).changed(set, seeds, only)
+    study = REPRODUCTIONS[what].study(scale, data_of(what, data_dir)).changed(set, seeds, only)
     folder = StudyFolder(out or dated(what))
     folder.open(study, resume=resume)
     run_study(study, folder, Means(data_dir, download, jobs, processes))
-    print_runs(read_runs([folder.run(sub_run) for sub_run in study.sub_runs()]))
+    found = settings(read_runs([folder.run(sub_run) for sub_run in study.sub_runs()]))
+    summary = summarise(study, found)
+    write_results(summary, found, folder.path)
+    print_settings(summary)
+    made = REPRODUCTIONS[what]
+    if only:  # neither the paper's figure nor a comparison without all settings
+        return
+    for line in made.findings(summary) if made.findings else []:
+        print(line)
+    if made.draw:
+        save_figure(made.draw(read_curves(folder.path / "curves.csv")), folder.path)
+        print(f"figure: {folder.path / 'figure.png'}")
+
+
+def _table1(scale: "Scale", folder: Path, resume: bool, jobs: int | None) -> None:
+    import packsaddle
+    from packsaddle.reproduce.tabulated import tabulate
+
+    rows = tabulate(scale, folder, packsaddle.__version__, resume=resume, jobs=jobs)
+    names = ("limit", "planned", "measured", "best", "planned_bytes", "best_bytes")
+    headings = ("limit of T", "planned T", "measured", "measured, best eta", "bytes", "bytes, best eta")
+    table = Table("compressor", "gradient", "exponent of", *headings)
+    for column in table.columns[3:]:
+        column.justify = "right"
+    for row in rows:
+        gradient = "Lipschitz" if row["lipschitz"] else "not Lipschitz"
+        table.add_row(row["compressor"], gradient, row["against"], *(f"{row[name]:.2f}" for name in names))
+    table.caption = (
+        "slopes in log-log on known saddles; planned is the slope of the planned T over the same epsilon or d"
+    )
+    print_table(table)
+    print(
+        f"Table 1 with numbers: {folder / 'table1.json'} (and packsaddle plan --table); figure: {folder / 'figure.png'}"
+    )

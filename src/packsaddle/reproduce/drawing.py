@@ -5,7 +5,7 @@ from typing import Any
 
 from packsaddle.curves import Curve
 from packsaddle.data import require
-from packsaddle.figures import _STYLE
+from packsaddle.figures import _COLOURS, _STYLE
 
 # The paper's colours: red without noise, green with it; dashes tell them apart without colours.
 NOISE_LINES = ({"color": "#C0392B", "linestyle": "--"}, {"color": "#1E8449", "linestyle": "-"})
@@ -23,6 +23,28 @@ def line(axes: Any, curve: Curve, axis: str, quantity: str, label: str, style: d
     x, mean, low, high = curve.along(axis, quantity)
     axes.plot(x, mean, label=label, **style)
     axes.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def grid(curves: Sequence[Curve]) -> Any:
+    """Figure 1: loss and test accuracy, against epochs and against megabytes, a colour per curve."""
+    require("matplotlib", "plot", "drawing figures")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        axes = figure.subplots(2, 2, sharex="col", sharey="row")
+        for curve, colour in zip(curves, _COLOURS, strict=False):
+            for row, quantity in zip(axes, ("loss", "test_accuracy"), strict=True):
+                for column, axis in zip(row, ("epoch", "megabytes"), strict=True):
+                    line(column, curve, axis, quantity, curve.setting, {"color": colour})
+        for row, quantity in zip(axes, ("loss", "test_accuracy"), strict=True):
+            row[0].set_ylabel(LABELS[quantity])
+        for column, axis in zip(axes[1], ("epoch", "megabytes"), strict=True):
+            column.set_xlabel(LABELS[axis])
+        axes[0][1].set_xscale("log")
+        axes[0][0].legend()
+        return figure
 
 
 def panels(columns: Sequence[tuple[str, Sequence[tuple[Curve, str]]]], plateau: float) -> Any:

@@ -1,13 +1,15 @@
 """The paper's Figure 2: a saddle in training the MNIST autoencoder, and noise that shortens the stay at it."""
 
 from collections.abc import Mapping, Sequence
+from operator import sub, truediv
 from typing import Any
 
 from packsaddle.compress import Identity, RandomK, TopK
 from packsaddle.config import AnyCompressor, CertifyConfig, Config, DataConfig, ModelConfig, NoiseConfig
 from packsaddle.curves import Curve
 from packsaddle.reproduce import drawing
-from packsaddle.reproduce.study import Scale, Study
+from packsaddle.reproduce.results import by_setting, interval, paired
+from packsaddle.reproduce.study import Data, Scale, Study
 from packsaddle.schema import ConfigError
 
 # The loss of the best constant grey: the variance of all pixels of MNIST.
@@ -21,7 +23,7 @@ COMPRESSORS: dict[str, tuple[str, AnyCompressor]] = {
 NOISES = {"": ("no noise", 0.0), "-noise": (f"noise {SIGMA:g}", SIGMA)}
 
 
-def study(scale: Scale) -> Study:
+def study(scale: Scale, data: Data) -> Study:
     """Three compressors, each with and without noise; `cpu` is the paper's setting whole, like `paper`."""
     epochs, seeds, limit = (20.0, 10, None) if scale != "smoke" else (2.0, 2, 6400)
     settings = {
@@ -53,7 +55,36 @@ def config(
     )
 
 
-def draw(curves: Sequence[Curve], summary: Mapping[str, Any]) -> Any:
+def findings(summary: Mapping[str, Any]) -> list[str]:
+    """How much noise shortens the plateau, paired by seed, and where compressed runs end beside uncompressed ones.
+
+    A run still on the plateau at its end counts with the epochs it had, so that differences are at least those given.
+    """
+    entries = by_setting(summary)
+    lines = []
+    for label, _ in COMPRESSORS.values():
+        without, with_noise = (entries[f"{label}, {noise}"] for noise, _ in NOISES.values())
+        shorter = paired(without, with_noise, "plateau_epochs", sub)
+        still = f"; {without['still_on_plateau']} of {len(without['seeds'])} without it are still there at the end"
+        lines.append(
+            f"{label}: noise shortens the plateau by {interval(shorter, '.2f')} epochs, from "
+            f"{without['plateau_epochs']['mean']:.2f} to {with_noise['plateau_epochs']['mean']:.2f}"
+            + still
+            * bool(without["still_on_plateau"])
+        )
+    dense = entries["uncompressed, noise 0.01"]
+    for label in ("TopK 0.1%", "RandomK 0.1%"):
+        one = entries[f"{label}, noise 0.01"]
+        ratio = paired(one, dense, "final_loss", truediv)
+        share = one["megabytes"]["mean"] / dense["megabytes"]["mean"]
+        lines.append(
+            f"{label} with noise ends at {interval(ratio, '.2f')} times the loss of uncompressed SGD with noise "
+            f"({one['final_loss']['mean']:.4f} and {dense['final_loss']['mean']:.4f}), with {share:.2%} of its bytes"
+        )
+    return lines
+
+
+def draw(curves: Sequence[Curve]) -> Any:
     """Return the paper's figure, loss above gradient norm, a column per compressor, and a column against megabytes.
 
     `curves` has the study's six settings. Raises ConfigError if one is missing.

@@ -11,6 +11,7 @@ from packsaddle.runfolder import RunFolder, commit, make_new
 from packsaddle.schema import ConfigError, build, plain
 
 Scale = Literal["paper", "cpu", "smoke"]
+Data = Literal["mnist", "cifar10", "folder"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class SubRun:
     def name(self) -> str:
         """Its folder inside the study's `runs`."""
         return f"{self.setting}/seed-{self.config.seed}"
+
+    def __str__(self) -> str:
+        return f"run {self.name}"
 
 
 @dataclass(frozen=True)

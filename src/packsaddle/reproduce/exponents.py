@@ -1,34 +1,17 @@
-"""Tables and figure of the runs of run.py.
+"""Tables of what `theorem` measured: shares of stationary iterates, steps, and their exponents."""
 
-python experiments/theorem/table.py DIR
-
-reads DIR/runs.jsonl and writes shares.csv, steps.csv, exponents.csv and figure.png beside it.
-"""
-
-import csv
-import json
 import math
-import sys
 from collections import defaultdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 
-mpl.use("Agg")
-from matplotlib.figure import Figure
+from packsaddle.plan import plan
+from packsaddle.reproduce.theorem import COMPRESSORS, SIGMA, WIDTH
+from packsaddle.theory import Assumptions
 
 Run = dict[str, Any]
-COLOURS = {
-    "Identity": "#000000",
-    "RandomK": "#0072B2",
-    "TopK": "#D55E00",
-    "SketchTopK": "#009E73",
-    "AdaptiveTopK": "#CC79A7",
-}
-WIDTH = 1.25  # of the cosine's saddle, in units of sqrt(epsilon)
 
 
 def shares(runs: list[Run]) -> list[Run]:
@@ -93,9 +76,9 @@ def steps(runs: list[Run]) -> list[Run]:
 
 
 def exponents(rows: list[Run]) -> list[Run]:
-    """Slopes in log-log of steps and bytes, against epsilon and against d, by least squares."""
+    """Slopes in log-log of steps and bytes, against epsilon and against d; `limit` is what T's tends to."""
     out = []
-    for compressor in COLOURS:
+    for compressor in COMPRESSORS:
         for lipschitz in (True, False):
             mine = [row for row in rows if row["compressor"] == compressor and row["lipschitz"] == lipschitz]
             for variable in ("epsilon", "d"):
@@ -107,76 +90,35 @@ def exponents(rows: list[Run]) -> list[Run]:
                     }
                     out.append(
                         {"compressor": compressor, "lipschitz": lipschitz, "against": variable}
+                        | {"limit": limit(compressor, lipschitz, variable)}
                         | {name: round(slope, 2) for name, slope in fits.items()}
                     )
     return out
 
 
+def limit(compressor: str, lipschitz: bool, variable: str) -> float:
+    """The exponent of the planned T where epsilon is small, or d large, at the mu that was measured."""
+
+    def steps_at(epsilon: float, d: int) -> float:
+        known = Assumptions(d, epsilon, sigma=SIGMA, lipschitz_gradient=1.0 if lipschitz else None)
+        return plan(known, COMPRESSORS[compressor]).steps
+
+    if variable == "epsilon":
+        ends = [(math.log(e), math.log(steps_at(e, 16))) for e in (1e-9, 1e-8)]
+    else:
+        ends = [(math.log(d), math.log(steps_at(0.2, d))) for d in (10**10, 10**9)]
+    (x, y), (u, v) = ends
+    return round((v - y) / (u - x), 2)
+
+
 def sweep(rows: list[Run], variable: str) -> list[Run]:
     """The rows in which only this variable changes."""
     other = "d" if variable == "epsilon" else "epsilon"
-    counts = defaultdict(list)
+    counts: dict[Any, list[Run]] = defaultdict(list)
     for row in rows:
         counts[row[other]].append(row)
-    return sorted(max(counts.values(), key=len, default=[]), key=lambda row: row[variable])
+    return sorted(max(counts.values(), key=lambda found: len(found), default=[]), key=lambda row: row[variable])
 
 
 def fit(rows: list[Run], variable: str, quantity: str) -> float:
     return float(np.polyfit(np.log([r[variable] for r in rows]), np.log([r[quantity] for r in rows]), 1)[0])
-
-
-def draw(rows: list[Run], path: Path) -> None:
-    """Steps against epsilon and d, and bytes against epsilon."""
-    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}):
-        figure = Figure(figsize=(12.5, 4.6), layout="constrained")
-        axes = figure.subplots(1, 3)
-        lipschitz = [row for row in rows if row["lipschitz"]]
-        panels = (
-            (axes[0], "epsilon", ("planned", "measured", "best"), "steps per unit of f"),
-            (axes[1], "d", ("planned", "measured", "best"), "steps per unit of f"),
-            (axes[2], "epsilon", ("planned_bytes", "best_bytes"), "bytes sent per worker and unit of f"),
-        )
-        styles = {"planned": ":", "measured": "--", "best": "-", "planned_bytes": "--", "best_bytes": "-"}
-        for axis, variable, quantities, label in panels:
-            for name, colour in COLOURS.items():
-                points = sweep([row for row in lipschitz if row["compressor"] == name], variable)
-                for quantity in quantities:
-                    xs, ys = [p[variable] for p in points], [p[quantity] for p in points]
-                    axis.plot(xs, ys, styles[quantity], color=colour, marker="o", markersize=3.5)
-            axis.set_xscale("log")
-            axis.set_yscale("log")
-            ticks = sorted({row[variable] for row in lipschitz})
-            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            axis.minorticks_off()
-            axis.set_xlabel({"epsilon": "epsilon (d = 16)", "d": "d (epsilon = 0.2)"}[variable])
-            axis.set_ylabel(label)
-        handles = [mpl.lines.Line2D([], [], color=colour, label=name) for name, colour in COLOURS.items()]
-        handles += [
-            mpl.lines.Line2D([], [], color="grey", linestyle=":", label="planned T"),
-            mpl.lines.Line2D([], [], color="grey", linestyle="--", label="measured, planned step size"),
-            mpl.lines.Line2D([], [], color="grey", linestyle="-", label="measured, best step size"),
-        ]
-        figure.legend(handles=handles, loc="outside upper center", ncols=8, frameon=False, fontsize=9)
-        figure.savefig(path, dpi=140)
-
-
-def write(rows: list[Run], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
-    rows = steps(runs)
-    for name, table in (("shares", shares(runs)), ("steps", rows), ("exponents", exponents(rows))):
-        if table:
-            write(table, folder / f"{name}.csv")
-            print((folder / f"{name}.csv").read_text())
-    draw(rows, folder / "figure.png")
-
-
-if __name__ == "__main__":
-    main()
