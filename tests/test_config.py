@@ -1,7 +1,7 @@
 """Configurations: TOML in, every mistake named in one line, and the saved form reads back."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packsaddle import Identity, RandomK, TopK
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
 from packsaddle.config import Config, EscapeConfig, load
 from packsaddle.schema import ConfigError, build, plain
 
@@ -59,7 +69,7 @@ MISTAKES = {
     "lr=nan": "lr must be finite and not negative, got nan",
     "epochs=0": "epochs must be positive and finite, got 0.0",
     "workers=0": "workers must be positive and finite, got 0",
-    "data.name=digit": "'digits', 'mnist', 'cifar10', 'folder', got 'digit' (did you mean digits?)",
+    "data.name=digit": "'digits', 'mnist', 'cifar10', 'folder', 'text', got 'digit' (did you mean digits?)",
     "data.limit=0": "data: limit must be positive and finite, got 0",
     "data=3": "data must be a table, got 3",
     "compressor.ratio=0.1": "compressor must be a table with a kind, one of Identity, RandomK, TopK,",

@@ -68,7 +68,7 @@ def run(
         workers: Worker processes; overrides the file.
         serial: Simulate the workers in this process, one after the other, instead of starting processes.
         fused: Simulate them as one that holds their mean: faster, for compressors that travel by all-reduce.
-        data_dir: Folder of the dataset (not needed for digits).
+        data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
         download: Fetch the dataset into --data-dir if it is not there.
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
     """
