@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 Figure1 = Literal["fig1", "fig1-norms", "fig1-compressors"]
 Figure2 = Literal["fig2", "fig2-open", "fig2-compressors", "fig2-k", "fig2-escape"]
-What = Literal[Figure1, Figure2, "table1"]
+What = Literal[Figure1, Figure2, "text", "table1"]
 
 
 def data_of(what: str, data_dir: Path | None) -> "Data":
-    """Figure 1's images: CIFAR-10 as torchvision keeps it, or the image folder that --data-dir is."""
+    """The study's data; Figure 1's are CIFAR-10 as torchvision keeps it, or the image folder that --data-dir is."""
     if not what.startswith("fig1"):
-        return "mnist"
+        return "text" if what == "text" else "mnist"
     return "folder" if data_dir is not None and (data_dir / "train").is_dir() else "cifar10"
 
 
@@ -42,9 +42,7 @@ def reproduce(
     """Make the paper's figures and table from real data.
 
     Args:
-        what: The paper's fig1, fig2 or table1, or a study beside them: fig1-norms (what batch normalisation means when
-            a worker sees one class), fig1-compressors and fig2-compressors (the others), fig2-open (what the paper
-            leaves open), fig2-k (loss at equal bytes), fig2-escape (the escape check on and off).
+        what: The paper's fig1, fig2 or table1, or a study beside them (docs/reproducing.md says of what).
         scale: paper: the paper's setting; cpu: the largest that two cores do in about 90 minutes; smoke: a minute.
         data_dir: Folder of the dataset.
         download: Fetch the dataset into --data-dir if it is not there.

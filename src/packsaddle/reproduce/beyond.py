@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from packsaddle.compress import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
-from packsaddle.config import AnyCompressor, Config, EscapeConfig
+from packsaddle.config import AnyCompressor, Config, DataConfig, EscapeConfig, ModelConfig, NoiseConfig
 from packsaddle.curves import Curve
 from packsaddle.reproduce import figure1, figure2
 from packsaddle.reproduce.study import Data, Scale, Study
@@ -58,6 +58,30 @@ _OTHERS: dict[str, tuple[str, AnyCompressor]] = {
     "qsgd": ("QSGD", QSGD()),
     "lowrank": ("LowRank 1", LowRank()),
 }
+
+
+def language(scale: Scale, data: Data) -> Study:
+    """A small language model (experiments/char-transformer), two workers, with and without noise."""
+    epochs, limit = (30.0, None) if scale != "smoke" else (1.0, 640)
+    settings: dict[str, Config] = {}
+    for name, (label, compressor) in {"dense": ("uncompressed", Identity()), **_OTHERS}.items():
+        for suffix, (noise, std) in {"": ("no noise", 0.0), "-noise": ("noise 0.001", 0.001)}.items():
+            if std and name not in ("dense", "randomk", "topk"):
+                continue
+            settings[name + suffix] = Config(
+                data=DataConfig("text", limit=limit),
+                model=ModelConfig("char-transformer"),
+                lr=0.3,
+                epochs=epochs,
+                batch_size=16,
+                workers=2,
+                compressor=compressor,
+                noise=NoiseConfig(std, lower_from=0.6 * epochs, lower_until=0.85 * epochs),
+                label=f"{label}, {noise}",
+                log_every=50 if limit is None else 5,
+                test_every=1.0,
+            )
+    return Study("text", scale, settings, _SEEDS)
 
 
 def ratios(scale: Scale, data: Data) -> Study:

@@ -11,7 +11,7 @@ from packsaddle.runfolder import RunFolder, commit, make_new
 from packsaddle.schema import ConfigError, build, plain
 
 Scale = Literal["paper", "cpu", "smoke"]
-Data = Literal["mnist", "cifar10", "folder"]
+Data = Literal["mnist", "cifar10", "folder", "text"]
 
 
 @dataclass(frozen=True)
