@@ -39,6 +39,8 @@ COMPRESSORS: list[Compressor] = [
     TopK(0.01),
     TopK(0.3),
     TopK(1.0),
+    TopK(0.3, per_tensor=True).for_tensors([torch.Size((3,)), torch.Size((2, 5))]),
+    RandomK(0.3, per_tensor=True).for_tensors([torch.Size((3,)), torch.Size((2, 5))]),
     TopK(0.3, values="float16"),
     TopK(0.3, values="int8"),
     TopK(0.3, values="float32"),
@@ -189,6 +191,27 @@ def test_sign_by_tensor() -> None:
     by_tensor = Sign(per_tensor=True).for_tensors([torch.Size((2, 1)), torch.Size((3,))])
     assert by_tensor(v).tolist() == [2.0, -2.0, 10.0, 10.0, -10.0]
     assert Sign().for_tensors([torch.Size((2,)), torch.Size((3,))])(v)[0] == pytest.approx(34 / 5)
+
+
+@pytest.mark.parametrize("kind", [RandomK, TopK])
+def test_k_of_each_tensor(kind: type[RandomK | TopK]) -> None:
+    """Of tensors of 3, 40 and 200 coordinates 10% each, and at least one; the contraction is the least of theirs."""
+    sizes = (3, 40, 200)
+    c = kind(0.1, per_tensor=True).for_tensors([torch.Size((n,)) for n in sizes])
+    v = torch.randn(243, generator=torch.Generator().manual_seed(0)) + torch.cat(
+        [torch.full((n,), 10.0**i) for i, n in enumerate(sizes)]
+    )
+    kept = c(v, seed=1, step=2).split(sizes)
+    assert [int(part.count_nonzero()) for part in kept] == [1, 4, 20]
+    assert (c.count(243), kind(0.1).count(243)) == (25, 24)
+    assert c.mu(243) == 0.1
+    assert c.count(100) == 10  # of other vectors, as of one tensor
+    if isinstance(c, TopK):
+        alone = TopK(0.1)
+        assert all(torch.equal(part, alone(whole)) for part, whole in zip(kept, v.split(sizes), strict=True))
+    else:
+        both = [c(v, seed=1, step=step).split(sizes)[1].nonzero().flatten().tolist() for step in range(30)]
+        assert len({i for index in both for i in index}) > 30  # of 40: drawn anew each step
 
 
 def test_bytes_of_quantisers() -> None:
@@ -443,6 +466,8 @@ def test_bad_arguments_are_named(kind: type[RandomK | TopK | SketchTopK]) -> Non
 
 
 REFUSALS: dict[str, Callable[[], Compressor]] = {
+    "per_tensor of TopK needs a ratio, got k=3": lambda: TopK(k=3, per_tensor=True),
+    "block_size of RandomK must be 1 with per_tensor, got 4": lambda: RandomK(0.1, block_size=4, per_tensor=True),
     "block_size of RandomK": lambda: RandomK(0.1, block_size=0),
     "values of TopK must be float32, bfloat16": lambda: TopK(0.1, values="int4"),  # type: ignore[arg-type]
     r"share of AdaptiveTopK must be in \(0, 1\], got 0": lambda: AdaptiveTopK(0),

@@ -19,7 +19,7 @@ def _autoencoder(scale: Scale, compressor: AnyCompressor, label: str, std: float
 
 
 def open_points(scale: Scale, data: Data) -> Study:
-    """The autoencoder's last activation, and whether k is of all coordinates or vectors go dense."""
+    """The autoencoder's last activation; and k of all coordinates, of each tensor, or with vectors sent dense."""
 
     def without_sigmoid(config: Config) -> Config:
         return replace(config, model=replace(config.model, output="linear"))
@@ -28,11 +28,16 @@ def open_points(scale: Scale, data: Data) -> Study:
         "linear": without_sigmoid(_autoencoder(scale, Identity(), "uncompressed, linear output, no noise", 0.0)),
         "linear-noise": without_sigmoid(_autoencoder(scale, Identity(), "uncompressed, linear output, noise 0.01")),
     }
-    for name in ("topk", "randomk"):
+    each: dict[str, AnyCompressor] = {
+        "topk": TopK(0.001, per_tensor=True),
+        "randomk": RandomK(0.001, per_tensor=True),
+    }
+    for name, by_tensor in each.items():
         label, compressor = figure2.COMPRESSORS[name]
         dense = _autoencoder(scale, compressor, f"{label}, vectors dense, noise 0.01")
         everything = replace(dense, dense_below=0, label=f"{label} of all coordinates, noise 0.01")
-        settings |= {name: dense, f"{name}-global": everything}
+        of_each = replace(everything, compressor=by_tensor, label=f"{label} of each tensor, noise 0.01")
+        settings |= {name: dense, f"{name}-global": everything, f"{name}-each": of_each}
     return Study("fig2-open", scale, settings, _SEEDS)
 
 
