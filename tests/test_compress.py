@@ -57,7 +57,7 @@ COMPRESSORS: list[Compressor] = [
     QSGD(levels=2, bucket=7),
     LinearSketch(0.2),
     LinearSketch(columns=7),
-    LinearSketch(0.3, kind="gaussian"),
+    LinearSketch(0.3, sketch="gaussian"),
     LowRank(),
     LowRank(2),
 ]
@@ -215,7 +215,7 @@ def test_qsgd_is_unbiased_before_scaling_with_its_variance() -> None:
 @pytest.mark.parametrize("columns", [8, 20, 33])
 def test_linear_sketch_is_unbiased_with_its_variance(kind: str, columns: int) -> None:
     """S^T S v, before scaling: mean v, and E||S^T S v - v||^2 close to, and not above, omega ||v||^2."""
-    c = LinearSketch(columns=columns, kind=kind)  # type: ignore[arg-type]
+    c = LinearSketch(columns=columns, sketch=kind)  # type: ignore[arg-type]
     v = torch.randn(80, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     draws = torch.stack([c(v, seed=s) for s in range(3000)]) * (1 + c.omega(80))
     assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 3000**0.5).all())
@@ -417,7 +417,7 @@ def test_mu_of_the_others() -> None:
     assert QSGD(levels=4, bucket=16).mu(100) == 1 / (1 + min(16 / 16, 4 / 4))
     assert LinearSketch(columns=10).mu(40) == 10 / 40
     assert LinearSketch(columns=10).mu(43) == 10 / (10 + 40)
-    assert LinearSketch(columns=10, kind="gaussian").mu(40) == pytest.approx(10 / (10 + 41))
+    assert LinearSketch(columns=10, sketch="gaussian").mu(40) == pytest.approx(10 / (10 + 41))
 
 
 @pytest.mark.parametrize("kind", [RandomK, TopK, SketchTopK])
@@ -451,7 +451,7 @@ REFUSALS: dict[str, Callable[[], Compressor]] = {
     "LinearSketch takes exactly one of ratio and columns": lambda: LinearSketch(),
     r"ratio of LinearSketch must be in \(0, 1\], got 2": lambda: LinearSketch(2),
     "columns of LinearSketch must be a positive integer": lambda: LinearSketch(columns=0),
-    'kind of LinearSketch must be "count" or "gaussian"': lambda: LinearSketch(0.1, kind="sparse"),  # type: ignore[arg-type]
+    'sketch of LinearSketch must be "count" or "gaussian"': lambda: LinearSketch(0.1, sketch="sparse"),  # type: ignore[arg-type]
     "matrix_rank of LowRank must be a positive integer": lambda: LowRank(0),
 }
 

@@ -145,6 +145,7 @@ class Config:
     label: str = ""  # how tables and figures call the run; by default its folder's name
     weight_decay: float = 0.0
     dense_below: int = 1024
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
     seed: int = 0
     workers: int = 1
     log_every: int = 100  # steps that one line of metrics averages
