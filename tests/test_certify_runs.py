@@ -171,7 +171,7 @@ def test_samples_along_a_run_are_at_random(run: Path) -> None:
     config = replace(read_config(run), certify=CertifyConfig(epsilon=1.0, examples=40))
     images = load_images(DataConfig("digits"), None, train=True)
     task = make_task(config.model, images.levels.shape[1:], images.classes, 0)
-    inspector = Inspector(config, task, images, images.labels.argsort(), 10, 10)
+    inspector = Inspector(config, task, images, [images.labels.argsort()], 10, 10)
     assert set(images.labels[inspector.examples.index].tolist()) == set(range(10))
 
 

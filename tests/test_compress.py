@@ -39,6 +39,8 @@ COMPRESSORS: list[Compressor] = [
     TopK(0.01),
     TopK(0.3),
     TopK(1.0),
+    TopK(0.3, per_tensor=True).for_tensors([torch.Size((3,)), torch.Size((2, 5))]),
+    RandomK(0.3, per_tensor=True).for_tensors([torch.Size((3,)), torch.Size((2, 5))]),
     TopK(0.3, values="float16"),
     TopK(0.3, values="int8"),
     TopK(0.3, values="float32"),
@@ -57,7 +59,7 @@ COMPRESSORS: list[Compressor] = [
     QSGD(levels=2, bucket=7),
     LinearSketch(0.2),
     LinearSketch(columns=7),
-    LinearSketch(0.3, kind="gaussian"),
+    LinearSketch(0.3, sketch="gaussian"),
     LowRank(),
     LowRank(2),
 ]
@@ -191,6 +193,27 @@ def test_sign_by_tensor() -> None:
     assert Sign().for_tensors([torch.Size((2,)), torch.Size((3,))])(v)[0] == pytest.approx(34 / 5)
 
 
+@pytest.mark.parametrize("kind", [RandomK, TopK])
+def test_k_of_each_tensor(kind: type[RandomK | TopK]) -> None:
+    """Of tensors of 3, 40 and 200 coordinates 10% each, and at least one; the contraction is the least of theirs."""
+    sizes = (3, 40, 200)
+    c = kind(0.1, per_tensor=True).for_tensors([torch.Size((n,)) for n in sizes])
+    v = torch.randn(243, generator=torch.Generator().manual_seed(0)) + torch.cat(
+        [torch.full((n,), 10.0**i) for i, n in enumerate(sizes)]
+    )
+    kept = c(v, seed=1, step=2).split(sizes)
+    assert [int(part.count_nonzero()) for part in kept] == [1, 4, 20]
+    assert (c.count(243), kind(0.1).count(243)) == (25, 24)
+    assert c.mu(243) == 0.1
+    assert c.count(100) == 10  # of other vectors, as of one tensor
+    if isinstance(c, TopK):
+        alone = TopK(0.1)
+        assert all(torch.equal(part, alone(whole)) for part, whole in zip(kept, v.split(sizes), strict=True))
+    else:
+        both = [c(v, seed=1, step=step).split(sizes)[1].nonzero().flatten().tolist() for step in range(30)]
+        assert len({i for index in both for i in index}) > 30  # of 40: drawn anew each step
+
+
 def test_bytes_of_quantisers() -> None:
     for d in (1, 8, 1000, 100_003):
         v = torch.randn(d, generator=torch.Generator().manual_seed(d))
@@ -215,7 +238,7 @@ def test_qsgd_is_unbiased_before_scaling_with_its_variance() -> None:
 @pytest.mark.parametrize("columns", [8, 20, 33])
 def test_linear_sketch_is_unbiased_with_its_variance(kind: str, columns: int) -> None:
     """S^T S v, before scaling: mean v, and E||S^T S v - v||^2 close to, and not above, omega ||v||^2."""
-    c = LinearSketch(columns=columns, kind=kind)  # type: ignore[arg-type]
+    c = LinearSketch(columns=columns, sketch=kind)  # type: ignore[arg-type]
     v = torch.randn(80, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     draws = torch.stack([c(v, seed=s) for s in range(3000)]) * (1 + c.omega(80))
     assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 3000**0.5).all())
@@ -417,7 +440,7 @@ def test_mu_of_the_others() -> None:
     assert QSGD(levels=4, bucket=16).mu(100) == 1 / (1 + min(16 / 16, 4 / 4))
     assert LinearSketch(columns=10).mu(40) == 10 / 40
     assert LinearSketch(columns=10).mu(43) == 10 / (10 + 40)
-    assert LinearSketch(columns=10, kind="gaussian").mu(40) == pytest.approx(10 / (10 + 41))
+    assert LinearSketch(columns=10, sketch="gaussian").mu(40) == pytest.approx(10 / (10 + 41))
 
 
 @pytest.mark.parametrize("kind", [RandomK, TopK, SketchTopK])
@@ -443,6 +466,8 @@ def test_bad_arguments_are_named(kind: type[RandomK | TopK | SketchTopK]) -> Non
 
 
 REFUSALS: dict[str, Callable[[], Compressor]] = {
+    "per_tensor of TopK needs a ratio, got k=3": lambda: TopK(k=3, per_tensor=True),
+    "block_size of RandomK must be 1 with per_tensor, got 4": lambda: RandomK(0.1, block_size=4, per_tensor=True),
     "block_size of RandomK": lambda: RandomK(0.1, block_size=0),
     "values of TopK must be float32, bfloat16": lambda: TopK(0.1, values="int4"),  # type: ignore[arg-type]
     r"share of AdaptiveTopK must be in \(0, 1\], got 0": lambda: AdaptiveTopK(0),
@@ -451,7 +476,7 @@ REFUSALS: dict[str, Callable[[], Compressor]] = {
     "LinearSketch takes exactly one of ratio and columns": lambda: LinearSketch(),
     r"ratio of LinearSketch must be in \(0, 1\], got 2": lambda: LinearSketch(2),
     "columns of LinearSketch must be a positive integer": lambda: LinearSketch(columns=0),
-    'kind of LinearSketch must be "count" or "gaussian"': lambda: LinearSketch(0.1, kind="sparse"),  # type: ignore[arg-type]
+    'sketch of LinearSketch must be "count" or "gaussian"': lambda: LinearSketch(0.1, sketch="sparse"),  # type: ignore[arg-type]
     "matrix_rank of LowRank must be a positive integer": lambda: LowRank(0),
 }
 

@@ -1,7 +1,7 @@
 """Configurations: TOML in, every mistake named in one line, and the saved form reads back."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packsaddle import Identity, RandomK, TopK
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
 from packsaddle.config import Config, EscapeConfig, load
 from packsaddle.schema import ConfigError, build, plain
 
@@ -59,7 +69,7 @@ MISTAKES = {
     "lr=nan": "lr must be finite and not negative, got nan",
     "epochs=0": "epochs must be positive and finite, got 0.0",
     "workers=0": "workers must be positive and finite, got 0",
-    "data.name=digit": "'digits', 'mnist', 'cifar10', 'folder', got 'digit' (did you mean digits?)",
+    "data.name=digit": "'digits', 'mnist', 'cifar10', 'folder', 'text', got 'digit' (did you mean digits?)",
     "data.limit=0": "data: limit must be positive and finite, got 0",
     "data=3": "data must be a table, got 3",
     "compressor.ratio=0.1": "compressor must be a table with a kind, one of Identity, RandomK, TopK,",
@@ -126,3 +136,24 @@ def test_anything_builds_or_is_a_config_error(data: dict[str, Any]) -> None:
         message = ""
         assert plain(leaf) | data == plain(leaf) or any(v != v for v in leaf.d)
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        Identity(),
+        RandomK(0.1, block_size=2),
+        TopK(k=3),
+        AdaptiveTopK(0.5),
+        SketchTopK(0.1),
+        LinearSketch(0.1, sketch="gaussian"),
+        Sign(),
+        QSGD(),
+        LowRank(2),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_every_compressor_reads_back(tmp_path: Path, compressor: Any) -> None:
+    """Also from JSON, as a run folder keeps it."""
+    config = replace(load(write(tmp_path)), compressor=compressor)
+    assert build(Config, json.loads(json.dumps(plain(config)))) == config

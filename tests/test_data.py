@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from packsaddle.config import DataConfig, ModelConfig
-from packsaddle.data import Batches, MissingExtraError, load_images, require, shard
+from packsaddle.data import Batches, Images, MissingExtraError, load_images, require, shard
 from packsaddle.models import make_task, mnist_autoencoder
 from packsaddle.schema import ConfigError
 
@@ -90,21 +90,26 @@ def test_missing_extra() -> None:
         require("nonesuch.sub", "plot", "flying")
 
 
+def labelled(labels: torch.Tensor) -> Images:
+    return Images(torch.zeros(len(labels), 1, 1, 1, dtype=torch.uint8), labels, 255, 10)
+
+
 def test_iid_shards_partition_the_data() -> None:
-    labels = torch.arange(103) % 10
-    shards = [shard(labels, "iid", worker=w, workers=4, seed=1) for w in range(4)]
+    images = labelled(torch.arange(103) % 10)
+    shards = [shard(images, "iid", worker=w, workers=4, seed=1) for w in range(4)]
     assert sorted(torch.cat(shards).tolist()) == list(range(103))
     assert {len(s) for s in shards} == {25, 26}
-    assert not torch.equal(shards[0], shard(labels, "iid", worker=0, workers=4, seed=2))
+    assert not torch.equal(shards[0], shard(images, "iid", worker=0, workers=4, seed=2))
 
 
 def test_class_shards() -> None:
     labels = torch.arange(50) % 10
+    images = labelled(labels)
     for w in range(10):
-        assert set(labels[shard(labels, "class", worker=w, workers=10, seed=0)].tolist()) == {w}
-    assert set(labels[shard(labels, "class", worker=1, workers=4, seed=0)].tolist()) == {1, 5, 9}
+        assert set(labels[shard(images, "class", worker=w, workers=10, seed=0)].tolist()) == {w}
+    assert set(labels[shard(images, "class", worker=1, workers=4, seed=0)].tolist()) == {1, 5, 9}
     with pytest.raises(ConfigError, match=r"worker 10 of 11 gets no examples with data\.shard = 'class'"):
-        shard(labels, "class", worker=10, workers=11, seed=0)
+        shard(images, "class", worker=10, workers=11, seed=0)
 
 
 def test_batches_visit_everything_once_a_pass_and_depend_on_the_step_alone() -> None:

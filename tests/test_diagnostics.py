@@ -130,7 +130,7 @@ def test_random_k_grows_at_its_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    "compressor", [RandomK(k=4), LinearSketch(columns=4), LinearSketch(columns=4, kind="gaussian")]
+    "compressor", [RandomK(k=4), LinearSketch(columns=4), LinearSketch(columns=4, sketch="gaussian")]
 )
 def test_linear_error_gaps_scale_with_the_perturbation(compressor: Compressor) -> None:
     """Twice the perturbation, twice e - e', at every step; and its mean square keeps to Lemma B.17's bound."""

@@ -57,7 +57,7 @@ CASES: list[tuple[Compressor, str, Compressor | None]] = [
     (QSGD(levels=3), "two-way", None),
     (QSGD(levels=3), "coordinator", None),
     (LinearSketch(0.3), "direct", None),
-    (LinearSketch(0.3, kind="gaussian"), "direct", None),
+    (LinearSketch(0.3, sketch="gaussian"), "direct", None),
     (LinearSketch(columns=1), "two-way", None),
     (LowRank(), "direct", None),
 ]

@@ -13,7 +13,8 @@ from packsaddle.certify import certify
 from packsaddle.channel import Channel
 from packsaddle.config import Config
 from packsaddle.curvature import Curvature, NotFiniteError
-from packsaddle.data import Images, load_images
+from packsaddle.data import load_data
+from packsaddle.dataset import Dataset
 from packsaddle.exchange import launch, local_device, process_group, resolve
 from packsaddle.inspection import Examples, task_loss
 from packsaddle.ledger import Ledger
@@ -59,14 +60,14 @@ class Audit:
     data_dir: Path | None = None
     seed: int = 0  # of the sample and of the start
 
-    def load(self) -> tuple[Task, Images, list[dict[str, Tensor]]]:
-        """Return the run's network, its training images and every file's weights, raising ConfigError for what is
+    def load(self) -> tuple[Task, Dataset, list[dict[str, Tensor]]]:
+        """Return the run's network, its training examples and every file's weights, raising ConfigError for what is
         missing or does not fit."""
         config = read_config(self.run)
-        images = load_images(config.data, self.data_dir, train=True)
-        if self.examples is not None and not 1 <= self.examples <= len(images):
-            raise ConfigError(f"examples must be from 1 to {len(images)}, the training examples, got {self.examples}")
-        task = make_task(config.model, images.levels.shape[1:], images.classes, 0)
+        data = load_data(config.data, self.data_dir, train=True)
+        if self.examples is not None and not 1 <= self.examples <= len(data):
+            raise ConfigError(f"examples must be from 1 to {len(data)}, the training examples, got {self.examples}")
+        task = make_task(config.model, data.shape, data.classes, 0)
         weights = []
         for file in self.files:
             weights.append(_read_weights(file))
@@ -75,7 +76,7 @@ class Audit:
             except (RuntimeError, TypeError, AttributeError) as error:
                 reason = str(error).splitlines()[-1].strip()
                 raise ConfigError(f"{file} does not hold the weights of this run's network: {reason}") from None
-        return task, images, weights
+        return task, data, weights
 
     def execute(self, workers: int) -> list[Finding]:
         """Certify in this process, or with `workers` new ones."""
@@ -87,14 +88,14 @@ class Audit:
 
     def certify(self) -> list[Finding]:
         """Certify every file in the present group; collective."""
-        task, images, weights = self.load()
-        examples = self._examples(images)
+        task, data, weights = self.load()
+        examples = self._examples(data)
         task.to(examples.device, examples.dtype)
         findings = []
         for file, tensors in zip(self.files, weights, strict=True):
             task.network.load_state_dict(tensors)
             try:
-                certificate = self._certify(task, examples, len(images))
+                certificate = self._certify(task, examples, len(data))
             except NotFiniteError as error:
                 raise ConfigError(f"{file}: {error}") from None
             findings.append(Finding(file, certificate, self._profile(task, examples, certificate)))
@@ -102,17 +103,17 @@ class Audit:
 
     def prepare(self) -> tuple[Task, Examples]:
         """Return the network with the last file's weights, and this worker's examples."""
-        task, images, _ = self.load()
-        examples = self._examples(images)
+        task, data, _ = self.load()
+        examples = self._examples(data)
         return task.to(examples.device, examples.dtype), examples
 
-    def _examples(self, images: Images) -> Examples:
+    def _examples(self, data: Dataset) -> Examples:
         """This worker's part of the sample."""
-        group, n = resolve(None), len(images)
+        group, n = resolve(None), len(data)
         order = torch.randperm(n, generator=generator(self.seed, 0, Stream.CERTIFY))
         dtype = torch.float64 if self.double else torch.float32
         mine = order[: self.examples][group.rank :: group.size]
-        return Examples(images, mine, local_device(), dtype, self.batch_size)
+        return Examples(data, mine, local_device(), dtype, self.batch_size)
 
     def _certify(self, task: Task, examples: Examples, population: int) -> Certificate:
         return certify(

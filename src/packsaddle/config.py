@@ -29,34 +29,46 @@ AnyCompressor = Identity | RandomK | TopK | AdaptiveTopK | SketchTopK | Sign | Q
 class DataConfig:
     """Which examples, and how they are dealt to the workers."""
 
-    name: Literal["digits", "mnist", "cifar10", "folder"]  # folder: train/CLASS/* and test/CLASS/* images
-    shard: Literal["iid", "class"] = "iid"  # class: worker i gets the classes c with c mod W = i
-    limit: int | None = None  # use the first so many training examples only
+    name: Literal["digits", "mnist", "cifar10", "folder", "text"]  # folder: train/CLASS/* and test/CLASS/* images
+    # class: worker i gets the classes c with c mod W = i; of text, the i-th of W stretches
+    shard: Literal["iid", "class"] = "iid"
+    limit: int | None = None  # use so many training examples only
+    context: int = 64  # of text: characters of a window, which is an example
 
     def __post_init__(self) -> None:
-        _positive(self, "limit")
+        _positive(self, "limit", "context")
+        if self.name != "text" and self.context != 64:
+            raise ValueError(f"context is an option of text, and {self.name} has none")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Which network."""
 
-    name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34"]
+    name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34", "char-transformer"]
     widths: tuple[int, ...] = ()  # autoencoder: the encoder's layers after the input; the decoder mirrors them
     output: Literal["sigmoid", "linear"] = "sigmoid"  # what follows an autoencoder's last layer
-    width: int = 64  # resnet: channels of the first stage
+    width: int = 64  # resnet: channels of the first stage; char-transformer: numbers per character between the layers
     stem: Literal["small", "imagenet"] = "small"  # resnet: 3 x 3 convolution, or 7 x 7 with stride 2 and max pooling
     norm: Literal["worker", "all", "group"] = "worker"  # resnet: batch norm by worker or over all, or group norm
+    depth: int = 2  # char-transformer: blocks
+    heads: int = 2  # char-transformer: attention heads, of width / heads numbers each
 
     def __post_init__(self) -> None:
         if self.width < 4:
             raise ValueError(f"width must be at least 4, got {self.width}")
-        self._refuse("of a resnet", "resnet" in self.name, width=64, stem="small", norm="worker")
+        resnet, text = "resnet" in self.name, self.name == "char-transformer"
+        self._refuse("of a resnet", resnet, stem="small", norm="worker")
+        self._refuse("of a resnet or the char-transformer", resnet or text, width=64)
+        self._refuse("of the char-transformer", text, depth=2, heads=2)
         self._refuse("of an autoencoder", "autoencoder" in self.name, output="sigmoid")
         if (self.name == "autoencoder") != bool(self.widths):
             raise ValueError(f"widths are for the autoencoder, and it needs them, got {list(self.widths)}")
         if any(w < 1 for w in self.widths):
             raise ValueError(f"widths must be at least 1, got {list(self.widths)}")
+        _positive(self, "depth", "heads")
+        if text and self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
 
     def _refuse(self, whose: str, applies: bool, **defaults: object) -> None:
         for name, default in defaults.items():
@@ -133,6 +145,7 @@ class Config:
     label: str = ""  # how tables and figures call the run; by default its folder's name
     weight_decay: float = 0.0
     dense_below: int = 1024
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
     seed: int = 0
     workers: int = 1
     log_every: int = 100  # steps that one line of metrics averages

@@ -1,4 +1,4 @@
-"""Images in memory, dealt to workers, and read in batches that are pure functions of (seed, worker, step)."""
+"""Examples in memory, dealt to workers, and read in batches that are pure functions of (seed, worker, step)."""
 
 import importlib
 from dataclasses import dataclass
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from packsaddle.config import DataConfig
+from packsaddle.dataset import Dataset
 from packsaddle.schema import ConfigError
 from packsaddle.seeds import Stream, generator
+from packsaddle.text import load_text
 
 
 class MissingExtraError(ConfigError):
@@ -39,6 +41,15 @@ class Images:
     def __len__(self) -> int:
         return len(self.levels)
 
+    @property
+    def shape(self) -> torch.Size:
+        """An image's shape, [channels, height, width]."""
+        return self.levels.shape[1:]
+
+    def owners(self, workers: int) -> Tensor:
+        """Worker c mod W gets class c: int64[n]."""
+        return self.labels % workers
+
     def pixels(self, index: Tensor) -> Tensor:
         """Return the chosen images, float32[b, channels, height, width] in [0, 1]."""
         return self.levels[index].to(torch.float32).div_(self.full_scale)
@@ -46,6 +57,13 @@ class Images:
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Return the chosen images' pixels and labels on a device."""
         return self.pixels(index).to(device, dtype), self.labels[index].to(device)
+
+
+def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Dataset:
+    """Load the training or test part of images or of a text. Raises ConfigError that names what is missing."""
+    if config.name == "text":
+        return load_text(config, data_dir, train=train)
+    return load_images(config, data_dir, train=train, download=download)
 
 
 def load_images(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Images:
@@ -124,15 +142,16 @@ def _classes(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
 
 
-def shard(labels: Tensor, how: str, *, worker: int, workers: int, seed: int) -> Tensor:
-    """Return the indices, int64, that this worker owns: an equal random share (iid), or whole classes (class).
+def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> Tensor:
+    """Return the indices, int64, that this worker owns: an equal random share (iid), or its kind of examples (class:
+    whole classes of images, a stretch of a text).
 
     Raises ConfigError if a worker would get nothing.
     """
     if how == "class":
-        mine = (labels % workers == worker).nonzero().squeeze(1)
+        mine = (data.owners(workers) == worker).nonzero().squeeze(1)
     else:
-        mine = torch.randperm(len(labels), generator=generator(seed, 0, Stream.SHARD))[worker::workers]
+        mine = torch.randperm(len(data), generator=generator(seed, 0, Stream.SHARD))[worker::workers]
     if len(mine) == 0:
         raise ConfigError(f"worker {worker} of {workers} gets no examples with data.shard = {how!r}; use fewer workers")
     return mine

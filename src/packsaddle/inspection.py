@@ -12,7 +12,7 @@ from packsaddle.certificate import Verdict
 from packsaddle.certify import certify
 from packsaddle.config import CertifyConfig, Config
 from packsaddle.curvature import NotFiniteError
-from packsaddle.data import Images
+from packsaddle.dataset import Dataset
 from packsaddle.exchange import Solo, resolve
 from packsaddle.iterates import draw_iterates
 from packsaddle.models import Task
@@ -25,9 +25,9 @@ _BATCH = 500
 
 @dataclass(frozen=True)
 class Examples:
-    """Chosen images as batches that can be read again, on a device and in a precision."""
+    """Chosen examples as batches that can be read again, on a device and in a precision."""
 
-    images: Images
+    data: Dataset
     index: Tensor  # int64
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -36,7 +36,7 @@ class Examples:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for part in torch.split(self.index, self.batch_size):
             if len(part):
-                yield self.images.batch(part, self.device, self.dtype)
+                yield self.data.batch(part, self.device, self.dtype)
 
 
 def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -49,14 +49,14 @@ class Inspector:
     """One worker's part in the certificates of a run in progress; every method is collective."""
 
     def __init__(
-        self, config: Config, task: Task, images: Images, shards: Sequence[Tensor], steps: int, per_epoch: int
+        self, config: Config, task: Task, data: Dataset, shards: Sequence[Tensor], steps: int, per_epoch: int
     ) -> None:
         """`shards` has the shard of each worker that this process stands for (see `FusedGroup`)."""
         self._rule: CertifyConfig | None = config.certify
         self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
         self._device = next(task.parameters()).device
         self.seconds = 0.0  # spent here
-        self.examples = Examples(images, torch.cat(list(shards)), self._device)
+        self.examples = Examples(data, torch.cat(list(shards)), self._device)
         if self._rule is None:
             return
         # At random, since a shard may be sorted by class.
@@ -64,8 +64,8 @@ class Inspector:
             mine[self._order(len(mine), worker)[: self._rule.examples]]
             for worker, mine in enumerate(shards, start=resolve(None).rank)
         ]
-        self.examples = Examples(images, torch.cat(chosen), self._device)
-        self._population = len(images)
+        self.examples = Examples(data, torch.cat(chosen), self._device)
+        self._population = len(data)
         self._due = certified_steps(self._rule, steps, per_epoch)
         self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
 

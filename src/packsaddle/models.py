@@ -10,6 +10,7 @@ from packsaddle.config import ModelConfig
 from packsaddle.data import require
 from packsaddle.norms import Norm, make_norm
 from packsaddle.schema import ConfigError
+from packsaddle.transformer import CharTransformer
 
 
 def mnist_autoencoder(output: str = "sigmoid") -> nn.Module:
@@ -91,12 +92,21 @@ def _convolution(inside: int, outside: int, size: int, stride: int, padding: int
 
 
 class Task(nn.Module):
-    """A network with its loss: mean squared reconstruction error, or cross entropy on normalised images."""
+    """A network with its loss: mean squared reconstruction error, or cross entropy, on normalised images or per
+    character of text."""
 
     def __init__(self, config: ModelConfig, shape: torch.Size, classes: int, parts: int = 1) -> None:
         super().__init__()
-        self.classifies = config.name.startswith("resnet")
-        if config.name == "mnist-autoencoder":
+        self.reads_text = config.name == "char-transformer"
+        self.classifies = self.reads_text or config.name.startswith("resnet")
+        if self.reads_text != (len(shape) == 1):
+            examples = "data.name = 'text'" if self.reads_text else "images"
+            raise ConfigError(f"model {config.name} needs {examples}, got examples of shape {list(shape)}")
+        if self.reads_text:
+            self.network: nn.Module = CharTransformer(
+                classes, shape[0], width=config.width, depth=config.depth, heads=config.heads
+            )
+        elif config.name == "mnist-autoencoder":
             if tuple(shape) != (1, 28, 28):
                 raise ConfigError(f"model mnist-autoencoder needs 1 x 28 x 28 images, got {list(shape)}")
             self.network = mnist_autoencoder(config.output)
@@ -109,16 +119,21 @@ class Task(nn.Module):
             options = {"width": config.width, "stem": config.stem, "norm": config.norm}
             self.network = resnet(depth, classes, **options, parts=parts)  # type: ignore[arg-type]
 
-    def forward(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Return the mean loss of a batch: pixels float[b, c, h, w] in [0, 1], labels int64[b]."""
+    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of a batch: pixels float[b, c, h, w] in [0, 1] and labels int64[b], or windows of text
+        and the characters that follow, int64[b, context] both."""
         if not self.classifies:
-            return nn.functional.mse_loss(self.network(pixels), pixels)
-        return nn.functional.cross_entropy(self.network(normalise(pixels)), labels)
+            return nn.functional.mse_loss(self.network(inputs), inputs)
+        return nn.functional.cross_entropy(self._logits(inputs).flatten(0, -2), targets.flatten())
 
-    def correct(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Return how many of a batch are classified right."""
-        logits: Tensor = self.network(normalise(pixels))
-        return (logits.argmax(1) == labels).sum()
+    def correct(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Return how many of a batch are predicted right; a window counts as the share of its characters that are."""
+        hits = (self._logits(inputs).argmax(-1) == targets).sum()
+        return hits * len(targets) / targets.numel()
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.network(inputs if self.reads_text else normalise(inputs))
+        return logits  # float[b, classes], or float[b, context, classes]
 
 
 def normalise(pixels: Tensor) -> Tensor:

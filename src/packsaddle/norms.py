@@ -45,7 +45,7 @@ class WorkerBatchNorm2d(nn.Module):
             return self._exchanged(x, channel)
         if channel is not None and self.parts > 1:  # all are here: what they would have exchanged is counted
             for _ in ("forward", "backward"):
-                channel.mean(torch.zeros(2 * len(self.weight), device=x.device), "batch norm")
+                channel.mean(x.new_zeros(2 * len(self.weight)), "batch norm")
         return self._local(x, self.weight, self.bias)
 
     def _apart(self, x: Tensor) -> Tensor:

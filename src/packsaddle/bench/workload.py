@@ -59,7 +59,7 @@ class Workload:
 
     def batches(self, images: Images, worker: int, workers: int) -> Callable[[int], Batch]:
         """Return this worker's batch as a function of the step."""
-        mine = shard(images.labels, "iid", worker=worker, workers=workers, seed=self.seed)
+        mine = shard(images, "iid", worker=worker, workers=workers, seed=self.seed)
         order = Batches(mine, self.batch, worker=worker, seed=self.seed)
         return lambda step: images.batch(order[step], torch.device("cpu"))
 

@@ -55,7 +55,7 @@ def certify(
         batch_size: Examples read at once.
         double: Compute the products in float64.
         distance: How far to each side the picture follows the escape direction.
-        data_dir: Folder of the dataset (not needed for digits).
+        data_dir: Folder of the dataset, as the run had it (not needed for digits, nor for Python's own text).
         workers: Worker processes; under torchrun, its own.
         seed: Of the sample and of the random start.
         out: A new folder for the results; by default certificate/ in the run folder, or certificate-2/ and so on.

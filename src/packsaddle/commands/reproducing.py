@@ -14,15 +14,20 @@ if TYPE_CHECKING:
     from packsaddle.reproduce.study import Data, Scale
 
 
+Figure1 = Literal["fig1", "fig1-norms", "fig1-compressors"]
+Figure2 = Literal["fig2", "fig2-open", "fig2-compressors", "fig2-k", "fig2-escape"]
+What = Literal[Figure1, Figure2, "text", "table1"]
+
+
 def data_of(what: str, data_dir: Path | None) -> "Data":
-    """Figure 1's images: CIFAR-10 as torchvision keeps it, or the image folder that --data-dir is."""
+    """The study's data; Figure 1's are CIFAR-10 as torchvision keeps it, or the image folder that --data-dir is."""
     if not what.startswith("fig1"):
-        return "mnist"
+        return "text" if what == "text" else "mnist"
     return "folder" if data_dir is not None and (data_dir / "train").is_dir() else "cifar10"
 
 
 def reproduce(
-    what: Annotated[Literal["fig1", "fig1-norms", "fig2", "table1"], tyro.conf.Positional],
+    what: Annotated[What, tyro.conf.Positional],
     scale: Literal["paper", "cpu", "smoke"] = "cpu",
     data_dir: Path | None = None,
     download: bool = False,
@@ -37,7 +42,7 @@ def reproduce(
     """Make the paper's figures and table from real data.
 
     Args:
-        what: What to reproduce.
+        what: The paper's fig1, fig2 or table1, or a study beside them (docs/reproducing.md says of what).
         scale: paper: the paper's setting; cpu: the largest that two cores do in about 90 minutes; smoke: a minute.
         data_dir: Folder of the dataset.
         download: Fetch the dataset into --data-dir if it is not there.
@@ -60,13 +65,16 @@ def reproduce(
     from packsaddle.curves import read_curves
     from packsaddle.reproduce import REPRODUCTIONS
     from packsaddle.reproduce.results import save_figure, summarise, write_results
-    from packsaddle.reproduce.runner import Means, run_study
+    from packsaddle.reproduce.runner import Means, check_study, run_study
     from packsaddle.reproduce.study import StudyFolder
 
     study = REPRODUCTIONS[what].study(scale, data_of(what, data_dir)).changed(set, seeds, only)
     folder = StudyFolder(out or dated(what))
-    folder.open(study, resume=resume)
-    run_study(study, folder, Means(data_dir, download, jobs, processes))
+    means = Means(data_dir, download, jobs, processes)
+    folder.check(study, resume=resume)
+    check_study(folder.missing(study.sub_runs()), means)
+    folder.make(study)
+    run_study(study, folder, means)
     found = settings(read_runs([folder.run(sub_run) for sub_run in study.sub_runs()]))
     summary = summarise(study, found)
     write_results(summary, found, folder.path)
@@ -74,10 +82,11 @@ def reproduce(
     made = REPRODUCTIONS[what]
     if only:  # neither the paper's figure nor a comparison without all settings
         return
-    for line in made.findings(summary) if made.findings else []:
+    curves = read_curves(folder.path / "curves.csv")
+    for line in made.findings(summary, curves) if made.findings else []:
         print(line)
     if made.draw:
-        save_figure(made.draw(read_curves(folder.path / "curves.csv")), folder.path)
+        save_figure(made.draw(curves), folder.path)
         print(f"figure: {folder.path / 'figure.png'}")
 
 

@@ -68,11 +68,11 @@ def run(
         workers: Worker processes; overrides the file.
         serial: Simulate the workers in this process, one after the other, instead of starting processes.
         fused: Simulate them as one that holds their mean: faster, for compressors that travel by all-reduce.
-        data_dir: Folder of the dataset (not needed for digits).
+        data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
         download: Fetch the dataset into --data-dir if it is not there.
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
     """
-    from packsaddle.experiment import Job, train_in_process_group
+    from packsaddle.experiment import How, Job, train_in_process_group
 
     if serial and fused:
         raise ConfigError("--serial and --fused are two ways to simulate workers; choose one")
@@ -87,9 +87,10 @@ def run(
     if under_launcher():
         train_in_process_group(job, claim=True)
     else:
-        job.check(loaded.workers)
+        how: How = "fused" if fused else "serial" if serial else "processes"
+        job.check(loaded.workers, how)
         make_new(folder)
-        job.run(loaded.workers, "fused" if fused else "serial" if serial else "processes")
+        job.run(loaded.workers, how)
     if is_first():
         print_runs(read_runs([folder]))
         print(f"run folder: {folder}")

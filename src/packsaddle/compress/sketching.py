@@ -90,9 +90,9 @@ class SketchTopK(KOfD):
 class LinearSketch(Compressor):
     """C(v) = S^T S v / (1 + omega) for a random sketch S of c rows: linear, all-reduced, no support to choose.
 
-    kind "count": one row of a count sketch, omega = (d - n) / c with n the size of the last chunk of c
+    sketch "count": one row of a count sketch, omega = (d - n) / c with n the size of the last chunk of c
     (see `hashing`), so mu = 1 / (1 + omega) is c / d if c divides d, and never below the c / (c + d - 1) of a
-    sketch with independent hashes. kind "gaussian": independent N(0, 1/c) entries, omega = (d + 1) / c,
+    sketch with independent hashes. sketch "gaussian": independent N(0, 1/c) entries, omega = (d + 1) / c,
     at the cost of c d Gaussians a step, so for small problems. S^T S v is unbiased with variance
     omega ||v||^2, and scaling by 1 / (1 + omega) makes it contract.
     """
@@ -100,7 +100,7 @@ class LinearSketch(Compressor):
     fixed_size: ClassVar[bool] = True
     ratio: float | None = None
     columns: int | None = None
-    kind: Literal["count", "gaussian"] = "count"
+    sketch: Literal["count", "gaussian"] = "count"
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.columns is None):
@@ -109,8 +109,8 @@ class LinearSketch(Compressor):
             raise ValueError(f"ratio of LinearSketch must be in (0, 1], got {self.ratio}")
         if self.columns is not None and (not isinstance(self.columns, int) or self.columns < 1):
             raise ValueError(f"columns of LinearSketch must be a positive integer, got {self.columns!r}")
-        if self.kind not in ("count", "gaussian"):
-            raise ValueError(f'kind of LinearSketch must be "count" or "gaussian", got {self.kind!r}')
+        if self.sketch not in ("count", "gaussian"):
+            raise ValueError(f'sketch of LinearSketch must be "count" or "gaussian", got {self.sketch!r}')
 
     def restrict(self, part: int, d: int) -> "LinearSketch":
         return self if self.columns is None else replace(self, columns=max(1, round(self.columns * part / d)))
@@ -124,7 +124,7 @@ class LinearSketch(Compressor):
         if not d:
             return 0.0
         c = self.width(d)
-        return (d + 1) / c if self.kind == "gaussian" else (d - (d % c or c)) / c
+        return (d + 1) / c if self.sketch == "gaussian" else (d - (d % c or c)) / c
 
     @property
     def linear(self) -> bool:
@@ -137,7 +137,7 @@ class LinearSketch(Compressor):
         d = len(v)
         if not d:
             return Message({"sketch": v}, (seed, step))
-        if self.kind == "count":
+        if self.sketch == "count":
             return Message({"sketch": RowHash.draw(d, self.width(d), seed=seed, step=step).sketch(v)}, (seed, step))
         counters = [rows @ v for rows in self._gaussian_rows(d, v, seed, step)]
         return Message({"sketch": torch.cat(counters)}, (seed, step))
@@ -150,7 +150,7 @@ class LinearSketch(Compressor):
         if not d:
             return
         counters = message.parts["sketch"].to(out.dtype)
-        if self.kind == "count":
+        if self.sketch == "count":
             RowHash.draw(d, self.width(d), seed=seed, step=step).add_transposed(counters, out, scale)
             return
         for rows, part in zip(

@@ -1,9 +1,10 @@
 """Compressors that send some coordinates (nearly) exactly and none of the others."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from packsaddle.compress.base import Compressor, Message
 from packsaddle.compress.cells import Cells
 from packsaddle.compress.selection import holding, largest
 from packsaddle.compress.wire import ValueFormat
-from packsaddle.seeds import sample_without_replacement
+from packsaddle.seeds import mix, sample_without_replacement
 
 _MOST_TOGETHER = 128  # coordinates of a cell: 512 bytes, from where longer runs are hardly moved faster
 _CELLS_KEPT = 1024  # fewer would make the energy that one step keeps vary much
@@ -79,7 +80,39 @@ class KOfD(Compressor):
 
 
 @dataclass(frozen=True)
-class RandomK(KOfD):
+class _OfEachTensor(KOfD):
+    """k of all coordinates together, or with `per_tensor` the ratio of each tensor's, rounded and at least one."""
+
+    per_tensor: bool = False
+    sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # of the tensors, from `for_tensors`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_tensor and self.ratio is None:
+            raise ValueError(f"per_tensor of {type(self).__name__} needs a ratio, got k={self.k}")
+
+    def for_tensors(self, shapes: Sequence[torch.Size]) -> Self:
+        return replace(self, sizes=tuple(shape.numel() for shape in shapes)) if self.per_tensor else self
+
+    def restrict(self, part: int, d: int) -> KOfD:
+        """Chunks are not tensors: each is one vector."""
+        return super().restrict(part, d) if part == d else replace(self, sizes=()).restrict(part, part)
+
+    def tensors(self, d: int) -> list[tuple[int, int]]:
+        """Return start and size of each part of a vector of d coordinates that has its own k; one part is all of it."""
+        sizes = self.sizes if sum(self.sizes) == d else (d,)
+        return [(start, n) for start, n in zip(accumulate((0, *sizes)), sizes, strict=False) if n]
+
+    def count(self, d: int) -> int:
+        return sum(super(_OfEachTensor, self).count(n) for _, n in self.tensors(d))
+
+    def mu(self, d: int) -> float:
+        """Return the least k/d over tensors: a vector may lie in one of them."""
+        return min((super(_OfEachTensor, self).count(n) / n for _, n in self.tensors(d)), default=1.0)
+
+
+@dataclass(frozen=True)
+class RandomK(_OfEachTensor):
     """Keep k random coordinates, the same on every worker. mu = k/d, linear, no index bytes.
 
     Not rescaled by d/k: under error feedback the kept part must be a contraction, not unbiased.
@@ -88,7 +121,7 @@ class RandomK(KOfD):
     up), each with the same probability; so each coordinate is kept with at least probability k/d, and memory is
     moved in runs.
     The message has b values for each cell (for b = 1 exactly k, else fewer than k (1 + b/d) + b). By default b is
-    the largest power of two, at most 128, that leaves 1,024 cells or more to keep.
+    the largest power of two, at most 128, that leaves 1,024 cells or more to keep; with `per_tensor` it is 1.
 
     `values` rounds the values to fewer bits, and then C is not linear: an all-reduce would round the sum again,
     where no error memory sees it. So rounded messages are gathered, still without index bytes, and each
@@ -103,6 +136,8 @@ class RandomK(KOfD):
         super().__post_init__()
         if self.block_size is not None and (not isinstance(self.block_size, int) or self.block_size < 1):
             raise ValueError(f"block_size of RandomK must be a positive integer or None, got {self.block_size!r}")
+        if self.per_tensor and self.block_size not in (None, 1):
+            raise ValueError(f"block_size of RandomK must be 1 with per_tensor, got {self.block_size}")
         _check_values(self, self.values)
 
     @property
@@ -111,6 +146,8 @@ class RandomK(KOfD):
 
     def block(self, d: int) -> int:
         """Return b, the coordinates of a cell, for vectors of d."""
+        if self.per_tensor:
+            return 1
         k = self.count(d)
         b = min(_MOST_TOGETHER, 1 << max(0, (k // _CELLS_KEPT).bit_length() - 1))
         return min(max(k, 1), self.block_size or b)
@@ -123,12 +160,19 @@ class RandomK(KOfD):
     def mu(self, d: int) -> float:
         """Return the share of the cells that is kept, at least k/d; times what rounding leaves."""
         n, m = self.grid(d)
-        return (m / n if d else 1.0) * wire.value_retention(self.values)
+        share = super().mu(d) if self.per_tensor or not d else m / n
+        return share * wire.value_retention(self.values)
 
     def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
         """Return the kept cells, a pure function of (seed, step)."""
-        n, m = self.grid(d)
-        return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))
+        if not self.per_tensor:
+            n, m = self.grid(d)
+            return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))
+        drawn = [
+            sample_without_replacement(n, KOfD.count(self, n), seed=mix(seed, at), step=step, device=device) + at
+            for at, n in self.tensors(d)
+        ]
+        return Cells(torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=device), 1)
 
     def support(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
         """Return the kept coordinates, int64[...], a pure function of (seed, step)."""
@@ -170,7 +214,7 @@ class _CodedSupport(Compressor):
 
 
 @dataclass(frozen=True)
-class TopK(_CodedSupport, KOfD):
+class TopK(_CodedSupport, _OfEachTensor):
     """Keep the k coordinates of largest magnitude. mu >= k/d, not linear; values and coded indices travel.
 
     `values` rounds the values to fewer bits; the rounding error stays in the error memory.
@@ -186,7 +230,8 @@ class TopK(_CodedSupport, KOfD):
         return super().mu(d) * wire.value_retention(self.values)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        return self._message(v, largest(v, self.count(v.numel())))
+        parts = [largest(v[at : at + n], KOfD.count(self, n)) + at for at, n in self.tensors(v.numel())]
+        return self._message(v, torch.cat(parts) if len(parts) > 1 else largest(v, self.count(v.numel())))
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         return self._bytes(d, self.count(d), itemsize)

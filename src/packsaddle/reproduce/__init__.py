@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from packsaddle.curves import Curve
-from packsaddle.reproduce import figure1, figure2
+from packsaddle.reproduce import beyond, figure1, figure2
 from packsaddle.reproduce.study import Data, Scale, Study
 
 
@@ -15,11 +15,17 @@ class Reproduction:
 
     study: Callable[[Scale, Data], Study]
     draw: Callable[[Sequence[Curve]], Any] | None = None  # None: the chart that any runs get
-    findings: Callable[[Mapping[str, Any]], list[str]] | None = None
+    findings: Callable[[Mapping[str, Any], Sequence[Curve]], list[str]] | None = None
 
 
 REPRODUCTIONS: dict[str, Reproduction] = {
     "fig1": Reproduction(figure1.study, figure1.draw, figure1.findings),
     "fig1-norms": Reproduction(figure1.norms),
+    "fig1-compressors": Reproduction(beyond.resnet_compressors, findings=beyond.equal_bytes),
     "fig2": Reproduction(figure2.study, figure2.draw, figure2.findings),
+    "fig2-open": Reproduction(beyond.open_points),
+    "fig2-compressors": Reproduction(beyond.compressors, findings=beyond.equal_bytes),
+    "fig2-k": Reproduction(beyond.ratios, findings=beyond.equal_bytes),
+    "fig2-escape": Reproduction(beyond.escape_check),
+    "text": Reproduction(beyond.language, findings=beyond.equal_bytes),
 }

@@ -117,7 +117,8 @@ def sweep(rows: list[Run], variable: str) -> list[Run]:
     counts: dict[Any, list[Run]] = defaultdict(list)
     for row in rows:
         counts[row[other]].append(row)
-    return sorted(max(counts.values(), key=lambda found: len(found), default=[]), key=lambda row: row[variable])
+    most: list[Run] = max(counts.values(), key=len) if counts else []
+    return sorted(most, key=lambda row: row[variable])
 
 
 def fit(rows: list[Run], variable: str, quantity: str) -> float:

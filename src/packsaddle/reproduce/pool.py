@@ -31,7 +31,7 @@ def in_parallel(
     `work` must be importable by name. Raises ConfigError or RuntimeError, naming the item, when the first one fails;
     what is under way then, or when the caller stops, is ended.
     """
-    with _pool(min(jobs, len(items))) as pool:
+    with _pool(jobs) as pool:
         futures = {pool.submit(work, item): item for item in items}
         todo = set(futures)
         while todo:
@@ -44,6 +44,7 @@ def in_parallel(
 @contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
+    # Not by how much there is to do: sums over threads differ in rounding, and a run must be the same every time.
     threads = max(1, (os.cpu_count() or 1) // jobs)
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(os.getpid(), threads))
     try:

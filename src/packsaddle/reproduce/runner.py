@@ -24,12 +24,11 @@ class Means:
 
 
 def run_study(study: Study, folder: StudyFolder, means: Means) -> None:
-    """Do the runs that are missing. Raises ConfigError for what would stop one of them before any is started."""
+    """Do the runs that are missing."""
     runs = study.sub_runs()
     missing = folder.missing(runs)
     if not missing:
         return
-    check_study(missing, means)
     with StudyProgress(study.name, len(runs)) as progress:
 
         def look(active: Collection[SubRun]) -> None:
@@ -42,7 +41,7 @@ def run_study(study: Study, folder: StudyFolder, means: Means) -> None:
 
 
 def check_study(sub_runs: Sequence[SubRun], means: Means) -> None:
-    """One construction per setting, in this process, so that mistakes are found before hours are spent."""
+    """Raise ConfigError for what would stop a run: one is constructed per setting, before hours are spent."""
     first = {sub_run.setting: sub_run.config for sub_run in reversed(sub_runs)}
     for config in first.values():
         Job((config,), (), means.data_dir, means.download).check(config.workers)

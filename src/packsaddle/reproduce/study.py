@@ -11,7 +11,7 @@ from packsaddle.runfolder import RunFolder, commit, make_new
 from packsaddle.schema import ConfigError, build, plain
 
 Scale = Literal["paper", "cpu", "smoke"]
-Data = Literal["mnist", "cifar10", "folder"]
+Data = Literal["mnist", "cifar10", "folder", "text"]
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,18 @@ class StudyFolder:
         """A run's folder."""
         return self.runs / sub_run.name
 
-    def open(self, study: Study, *, resume: bool) -> None:
-        """Make the folder, or check that it is this study's. Raises ConfigError, and touches nothing then."""
+    def check(self, study: Study, *, resume: bool) -> None:
+        """Raise ConfigError if the folder is there, unless it is this study's and is to be gone on with."""
         if self.path.exists() and resume:
             self._check(study)
-            return
-        if self.path.exists():
+        elif self.path.exists():
             raise ConfigError(f"output folder {self.path} exists already; go on with --resume or choose another --out")
-        make_new(self.path)
-        RunFolder(self.path).write_json("study.json", {**_identity(study), "commit": commit()})
+
+    def make(self, study: Study) -> None:
+        """Make the folder if it is not there. Raises ConfigError if it cannot be made."""
+        if not self.path.exists():
+            make_new(self.path)
+            RunFolder(self.path).write_json("study.json", {**_identity(study), "commit": commit()})
 
     def _check(self, study: Study) -> None:
         try:
@@ -106,13 +109,13 @@ class StudyFolder:
             wanted = f"{study.name} at scale {study.scale}"
             raise ConfigError(f"--resume: {self.path} holds {found['study']} at scale {found['scale']}, not {wanted}")
         for sub_run in study.sub_runs():
-            written = self._config_of(sub_run)
-            if self.is_done(sub_run) and written != json.loads(json.dumps(plain(sub_run.config))):
+            if self.is_done(sub_run) and self._config_of(sub_run) != sub_run.config:
                 raise ConfigError(f"--resume: {self.run(sub_run)} was made with another configuration")
 
-    def _config_of(self, sub_run: SubRun) -> Any:
+    def _config_of(self, sub_run: SubRun) -> Config | None:
+        """The configuration in a run's folder, keys that are newer than it at their defaults."""
         try:
-            return json.loads((self.run(sub_run) / "config.json").read_text())
+            return build(Config, json.loads((self.run(sub_run) / "config.json").read_text()))
         except (OSError, ValueError):
             return None
 
