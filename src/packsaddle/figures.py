@@ -124,9 +124,7 @@ def _draw_bounds(row: Any, settings: Sequence[Setting]) -> None:
     handles, labels = row[0].get_legend_handles_labels()
     by_verdict = dict(zip(labels, handles, strict=True))
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}  # above the axes
-    row[0].legend(
-        by_verdict.values(), by_verdict.keys(), ncols=4, fontsize=8, columnspacing=1, handletextpad=0, **place
-    )
+    row[0].legend(by_verdict.values(), by_verdict.keys(), ncols=4, fontsize=8, columnspacing=1, **place)
 
 
 def _draw_certified(axes: Any, point: Point, x: float, colour: str) -> None:
