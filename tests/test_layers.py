@@ -60,8 +60,11 @@ LAYERS = [
     {"config"},
     {"text"},
     {"data", "demo", "norms"},
-    {"models", "figures", "linkprobe", "aggregate"},
-    {"curves"},
+    {"models", "linkprobe", "aggregate"},
+    {"curves", "tables"},
+    {"marks"},
+    {"figures"},
+    {"page"},
     {"checkpointed"},
     {"optimizer", "report", "catalogue", "inspection", "bench.contenders", "bench.workload"},
     {"bench.step", "bench.compress", "bench.exchange", "bench.peers", "bench.outcome", "workload"},
@@ -142,5 +145,5 @@ def test_only_exchange_and_the_peers_import_torch_distributed() -> None:
 
 
 def test_reports_know_no_algorithm() -> None:
-    for name in ("report", "figures"):
+    for name in ("report", "page", "tables", "marks", "figures"):
         assert {t for t in MODULES[name] if t in {"torch", "packsaddle.optimizer", "packsaddle.compress"}} == set()

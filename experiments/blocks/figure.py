@@ -7,8 +7,8 @@ from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 
-from packsaddle.report import plateau
 from packsaddle.runfolder import Run, read_runs
+from packsaddle.tables import plateau
 
 HERE = Path(__file__).parent
 SIZES = {"1": "1", "default": "2 (the default here)", "64": "64", "128": "128"}

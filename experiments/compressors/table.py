@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from packsaddle.report import plateau
 from packsaddle.runfolder import Run, read_runs
+from packsaddle.tables import plateau
 
 EPOCHS = (5, 10)
 MEGABYTES = (10, 25, 100)

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 from scipy import stats
 
 from packsaddle.runfolder import Run
@@ -86,10 +85,10 @@ def band(setting: Setting, quantity: str, axis: Axis) -> Band | None:
     if not by_step:
         return None
     steps = sorted(by_step)
-    xs = [float(np.mean([position(line, axis) for line in by_step[step]])) for step in steps]
+    xs = [_mean([position(line, axis) for line in by_step[step]]) for step in steps]
     values = [[float(line[quantity]) for line in by_step[step]] for step in steps]
     low, high = ([_quantile(v, q) for v in values] for q in QUANTILES)
-    return Band(xs, [float(np.mean(v)) for v in values], low, high, [len(v) for v in values])
+    return Band(xs, [_mean(v) for v in values], low, high, [len(v) for v in values])
 
 
 def position(line: dict[str, Any], axis: Axis) -> float:
@@ -99,19 +98,25 @@ def position(line: dict[str, Any], axis: Axis) -> float:
     return float(line[axis])
 
 
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _quantile(values: Sequence[float], q: float) -> float:
-    """A quantile, infinite or undefined where the values say so."""
+    """numpy.quantile's answer, undefined where a value is; much sooner for a few values."""
     if any(not math.isfinite(v) for v in values):
         return float("nan")
-    return float(np.quantile(values, q))
+    ordered, place = sorted(values), q * (len(values) - 1)
+    below = int(place)
+    return ordered[below] + (place - below) * (ordered[min(below + 1, len(ordered) - 1)] - ordered[below])
 
 
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Return the mean and its confidence interval. Raises ValueError without values."""
+    """Return the mean and its confidence interval (none if a value diverged). Raises ValueError without values."""
     if not values:
         raise ValueError("values must hold at least one number")
-    mean = float(np.mean(values))
-    if len(values) == 1:
+    mean = _mean(values)
+    if len(values) == 1 or not math.isfinite(mean):
         return Estimate(mean, None, None, tuple(values))
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
     return Estimate(mean, mean - half, mean + half, tuple(values))

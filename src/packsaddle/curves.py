@@ -32,19 +32,17 @@ class Curve:
 
 
 def curve(setting: Setting) -> Curve:
-    """Average a setting's metrics over its seeds, line by line."""
-    by_step: dict[float, dict[str, float]] = {}
+    """Average a setting's metrics over its seeds, line by line; axes and `seeds` are of all that wrote the line."""
+    lines = {axis: band(setting, "step", axis) for axis in AXES}
+    if (first := lines["step"]) is None:
+        return Curve(setting.label, {name: [] for name in _names()})
+    columns = {axis: b.x for axis, b in lines.items() if b is not None} | {"seeds": [float(n) for n in first.seeds]}
     for quantity in QUANTITIES:
-        bands = {axis: band(setting, quantity, axis) for axis in AXES}
-        if (first := bands["step"]) is None:
-            continue
-        for i, step in enumerate(first.x):
-            row = by_step.setdefault(step, {})
-            row |= {axis: b.x[i] for axis, b in bands.items() if b is not None}
-            row |= {"seeds": first.seeds[i]}
-            row |= {f"{quantity}_{part}": getattr(first, part)[i] for part in _PARTS}
-    rows = [by_step[step] for step in sorted(by_step)]
-    return Curve(setting.label, {name: [row.get(name, math.nan) for row in rows] for name in _names()})
+        found = band(setting, quantity, "step")
+        for part in _PARTS:
+            by_step = {} if found is None else dict(zip(found.x, getattr(found, part), strict=True))
+            columns[f"{quantity}_{part}"] = [by_step.get(step, math.nan) for step in first.x]
+    return Curve(setting.label, columns)
 
 
 def _names() -> list[str]:
@@ -62,7 +60,7 @@ def write_curves(curves: Sequence[Curve], path: Path) -> None:
 
 
 def _text(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.6g}" if value != round(value) else f"{value:.0f}"
+    return "" if math.isnan(value) else f"{value:.0f}" if float(value).is_integer() else f"{value:.6g}"
 
 
 def read_curves(path: Path) -> list[Curve]:

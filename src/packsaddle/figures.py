@@ -1,14 +1,15 @@
-"""Charts of runs: loss and gradient norm against epochs and against bytes sent."""
+"""Pictures on paper: settings over seeds, against epochs and against bytes sent, and what a certificate saw."""
 
 from collections.abc import Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from packsaddle.aggregate import Setting
+from packsaddle.curves import Curve
 from packsaddle.data import require
-from packsaddle.runfolder import Run
+from packsaddle.marks import Point, plateaus, points, smallest_threshold
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -22,86 +23,105 @@ _STYLE: dict[Any, Any] = {
 }
 _NO_METADATA = {"Date": None, "Creator": None}
 # Okabe and Ito's palette, distinguishable by colour-blind readers; black first, for the baseline.
-_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
 
 
-def draw(runs: Sequence[Run]) -> Any:
-    """Return a figure with columns epochs and megabytes per worker, and rows loss, gradient norm and, if runs were
-    certified on the way, the bounds on the Hessian's smallest eigenvalue."""
+_QUANTITIES = {
+    "loss": "training loss",
+    "grad_norm": "stochastic gradient norm",
+    "test_loss": "test loss",
+    "test_accuracy": "test accuracy",
+}
+
+
+def line_style(i: int) -> dict[str, str]:
+    """The i-th setting's colour and dashes: beyond eight settings colours come again, in another line style."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
+
+
+def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
+    """Return a figure of settings and their curves: means over seeds, and bands between their 10% and 90% quantiles.
+
+    Columns: epochs and megabytes per worker. Rows: loss, gradient norm and, where measured, test loss, test accuracy
+    and the bounds on the Hessian's smallest eigenvalue.
+    """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    drawn = [run for run in runs if run.metrics]
-    certified = any(run.certificates for run in drawn)
-    rows = 3 if certified else 2
-    wire = all(run.metrics[-1]["sent"] for run in drawn)  # with one worker nothing is sent
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10.5, 3.5 * rows), layout="constrained")
+    tested = [q for q in ("test_loss", "test_accuracy") if any(c.along("epoch", q)[0] for c in curves)]
+    quantities = ["loss", "grad_norm", *tested]
+    certified = any(points(setting) for setting in settings)
+    rows = len(quantities) + certified
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 3.2 * rows + 0.5), layout="constrained")
         axes = figure.subplots(rows, 2, sharex="col", sharey="row")
-        for i, run in enumerate(runs):
-            # Beyond eight runs colours come again, in another line style.
-            line = {"color": _COLOURS[i % len(_COLOURS)], "linestyle": ("-", "--", ":")[i // len(_COLOURS) % 3]}
-            _draw_run(axes[:2], run, line, "sent" if wire else "payload")
-            if certified:
-                _draw_bounds(axes[2], run, line["color"], "sent" if wire else "payload")
-        for level in {run.config.get("plateau") for run in runs} - {None}:
+        for row, quantity in zip(axes, quantities, strict=False):  # the certificates' row is left
+            _draw_quantity(row, curves, quantity)
+        for level in plateaus(settings):
             for axis in axes[0]:
                 axis.axhline(level, color="grey", linewidth=1, linestyle=":")
-        axes[0][0].set_ylabel("training loss")
-        axes[1][0].set_ylabel("stochastic gradient norm")
         if certified:
-            axes[2][0].set_ylabel("smallest eigenvalue of the Hessian")
-            axes[2][0].set_yscale("symlog", linthresh=_smallest_threshold(drawn))
+            _draw_bounds(axes[-1], settings)
         axes[-1][0].set_xlabel("epochs")
-        if drawn:  # a logarithmic axis needs data
-            axes[1][1].set_xscale("log")
-        if any(line["grad_norm"] > 0 for run in drawn for line in run.metrics):  # not so if all diverged
-            axes[1][0].set_yscale("log")
-        axes[-1][1].set_xlabel("megabytes sent per worker" if wire else "megabytes of messages per worker")
-        handles, labels = axes[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(4, len(runs)))
+        axes[-1][1].set_xlabel("megabytes per worker")
+        if any(x > 0 for c in curves for x in c.columns["megabytes"]):  # a logarithmic axis needs data
+            axes[-1][1].set_xscale("log")
+        _add_legend(figure, *axes[0][0].get_legend_handles_labels())
         return figure
 
 
-def _draw_run(axes: Any, run: Run, line_style: dict[str, str], bytes_of: str) -> None:
-    epochs = [line["epoch"] for line in run.metrics]
-    megabytes = [line[bytes_of] / 1e6 for line in run.metrics]
-    for row, quantity in zip(axes, ("loss", "grad_norm"), strict=True):
-        values = [line[quantity] for line in run.metrics]
-        for axis, x in zip(row, (epochs, megabytes), strict=True):
-            axis.plot(x, values, label=run.label, **line_style)
+def _draw_quantity(row: Any, curves: Sequence[Curve], quantity: str) -> None:
+    row[0].set_ylabel(_QUANTITIES[quantity])
+    for axes, along in zip(row, ("epoch", "megabytes"), strict=True):
+        for i, c in enumerate(curves):
+            x, mean, low, high = c.along(along, quantity)
+            axes.plot(x, mean, label=_plain(c.setting), **line_style(i))
+            axes.fill_between(x, low, high, color=line_style(i)["color"], alpha=0.2, linewidth=0)
+    if quantity == "grad_norm" and any(g > 0 for c in curves for g in c.columns["grad_norm_mean"]):
+        row[0].set_yscale("log")  # it needs data: there is none if all diverged
+
+
+def _plain(label: str) -> str:
+    """A label that matplotlib shows as it is: neither as a formula nor, for its first "_", not at all."""
+    return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
+
+
+def _add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    widest = max(map(len, labels), default=1)
+    columns = max(1, min(4, len(labels), 120 // (widest + 6)))  # some 120 letters fit beside each other
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
 # What a certificate said, as a marker.
 _MARKERS = {"saddle": "v", "second-order stationary": "o", "gradient too large": "x", "undecided": "."}
 
 
-def _draw_bounds(row: Any, run: Run, colour: str, bytes_of: str) -> None:
+def _draw_bounds(row: Any, settings: Sequence[Setting]) -> None:
     """A bar from the lower to the upper bound for every certificate, its verdict, and the threshold."""
-    known = [c for c in run.certificates if c.get("lambda_min_lower") is not None] if run.metrics else []
-    moved = {line["step"]: line[bytes_of] / 1e6 for line in run.metrics}
-    megabytes = [moved[max((s for s in moved if s <= c["step"]), default=min(moved))] for c in known]
-    for axis, xs in zip(row, ([c["epoch"] for c in known], megabytes), strict=True):
-        for x, c in zip(xs, known, strict=True):
-            if c["verdict"] != "gradient too large":
-                axis.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], colors=colour)
-        axis.plot(xs, [c["threshold"] for c in known], color=colour, linewidth=1, linestyle=":")
-        for verdict, marker in _MARKERS.items():
-            # Curvature was not looked into where the gradient was too large: such marks lie on the threshold.
-            height = "threshold" if verdict == "gradient too large" else "lambda_min_upper"
-            points = [(x, c[height]) for x, c in zip(xs, known, strict=True) if c["verdict"] == verdict]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker, color=colour, markersize=7, label=verdict)
-    if known:
-        handles, labels = row[0].get_legend_handles_labels()
-        by_verdict = dict(zip(labels, handles, strict=True))
-        row[0].legend(by_verdict.values(), by_verdict.keys())
+    for axes, along in zip(row, ("epoch", "megabytes"), strict=True):
+        for i, setting in enumerate(settings):
+            colour = COLOURS[i % len(COLOURS)]
+            for run in setting.runs:
+                known = [p for p in points(setting) if p.run is run]
+                thresholds = [p.certificate["threshold"] for p in known]
+                axes.plot([p.x[along] for p in known], thresholds, color=colour, linewidth=1, linestyle=":")
+            for p in points(setting):
+                _draw_certified(axes, p, p.x[along], colour)
+    row[0].set_ylabel("smallest eigenvalue of the Hessian")
+    row[0].set_yscale("symlog", linthresh=smallest_threshold(settings))
+    handles, labels = row[0].get_legend_handles_labels()
+    by_verdict = dict(zip(labels, handles, strict=True))
+    row[0].legend(by_verdict.values(), by_verdict.keys())
 
 
-def _smallest_threshold(runs: Sequence[Run]) -> float:
-    """Where the logarithmic part of the curvature's axis begins: at a tenth of the smallest threshold."""
-    return min((-c["threshold"] for run in runs for c in run.certificates if c.get("threshold")), default=1.0) / 10
+def _draw_certified(axes: Any, point: Point, x: float, colour: str) -> None:
+    c = point.certificate
+    if point.looked:
+        axes.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], colors=colour)
+    # Where curvature was not looked into, the mark lies on the threshold.
+    height = c["lambda_min_upper"] if point.looked else c["threshold"]
+    axes.plot(x, height, _MARKERS[c["verdict"]], color=colour, markersize=7, label=c["verdict"])
 
 
 def draw_certificate(certificate: dict[str, Any], profile: dict[str, Any]) -> Any:
@@ -111,7 +131,7 @@ def draw_certificate(certificate: dict[str, Any], profile: dict[str, Any]) -> An
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 4.2), layout="constrained")
         along, spectrum = figure.subplots(1, 2)
         _draw_profile(along, certificate, profile)
@@ -126,7 +146,7 @@ def _draw_profile(axis: Any, certificate: dict[str, Any], profile: dict[str, Any
     slope, bend = certificate["slope"], certificate["lambda_min_upper"]
     model = [certificate["loss"] + slope * x + bend * x**2 / 2 for x in s]
     measured = [float("nan") if loss is None else loss for loss in losses]
-    axis.plot(s, measured, color=_COLOURS[1], label="measured")
+    axis.plot(s, measured, color=COLOURS[1], label="measured")
     axis.plot(s, model, color="grey", linestyle="--", linewidth=1.2, label="gradient and curvature at x")
     low, high = min(finite), max(finite)
     room = 0.25 * (high - low) or abs(high) or 1.0
@@ -140,11 +160,11 @@ def _draw_profile(axis: Any, certificate: dict[str, Any], profile: dict[str, Any
 def _draw_spectrum(axis: Any, certificate: dict[str, Any]) -> None:
     """Ritz values with the start's share along each, a spectral density: shares add up to 1."""
     values, shares = certificate["ritz_values"], [max(share, 1e-9) for share in certificate["ritz_shares"]]
-    axis.vlines(values, 1e-9, shares, color=_COLOURS[1], linewidth=1.8)
-    axis.plot(values, shares, "o", color=_COLOURS[1], markersize=4, label="Ritz values")
+    axis.vlines(values, 1e-9, shares, color=COLOURS[1], linewidth=1.8)
+    axis.plot(values, shares, "o", color=COLOURS[1], markersize=4, label="Ritz values")
     bounds = certificate["lambda_min_lower"], certificate["lambda_min_upper"]
-    axis.axvspan(*bounds, color=_COLOURS[5], alpha=0.35, linewidth=0, label="smallest eigenvalue lies here")
-    axis.axvline(certificate["threshold"], color=_COLOURS[2], linestyle="--", label="threshold of a saddle")
+    axis.axvspan(*bounds, color=COLOURS[5], alpha=0.35, linewidth=0, label="smallest eigenvalue lies here")
+    axis.axvline(certificate["threshold"], color=COLOURS[2], linestyle="--", label="threshold of a saddle")
     axis.set_yscale("log")
     axis.set_ylim(bottom=min(*shares, 0.1) / 3)
     widest = max(values[-1] - values[0], abs(certificate["threshold"]))
@@ -159,11 +179,3 @@ def save(figure: Any, folder: Path, name: str = "figure") -> None:
     """Write NAME.png and NAME.svg into a folder."""
     figure.savefig(folder / f"{name}.png", dpi=150)
     figure.savefig(folder / f"{name}.svg", metadata=_NO_METADATA)
-
-
-def to_svg(figure: Any) -> str:
-    """Return a figure as an <svg> element to be put into a page."""
-    buffer = StringIO()
-    figure.savefig(buffer, format="svg", metadata=_NO_METADATA)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -8,6 +8,7 @@ aside and renamed, so that a reader or a crash never finds half of one. summary.
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -113,22 +114,38 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The run's name in tables and figures."""
-        return str(self.config.get("label") or self.path.name)
+        """The run's name in tables and figures: as configured, or its folder's (of SETTING/seed-N: SETTING)."""
+        folder = self.path.absolute()
+        inner = folder.parent.name if re.fullmatch(r"seed-\d+", folder.name) else folder.name
+        return str(self.config.get("label") or inner)
+
+
+_DEPTHS = ("*", "*/*", "*/*/*")  # of runs in a folder: beside each other, by setting and seed, in a study's runs/
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read run folders, or folders of run folders. Raises ConfigError that names what is not one."""
+    """Read run folders, or folders that hold run folders, up to a study's runs/SETTING/seed-N.
+
+    Runs beside each other in a folder come in order of time, those further down by path, seed 2 before seed 10.
+    Raises ConfigError that names what is not a run folder and holds none.
+    """
     runs = []
     for path in paths:
         if (path / "config.json").is_file():
             runs.append(_read_run(path))
             continue
-        inside = [p.parent for p in path.glob("*/config.json")] if path.is_dir() else []
+        inside = [p.parent for depth in _DEPTHS for p in path.glob(f"{depth}/config.json")] if path.is_dir() else []
         if not inside:
             raise ConfigError(f"{path} is not a run folder (it has no config.json) and holds none")
-        runs += sorted(map(_read_run, inside), key=lambda run: run.path.stat().st_mtime_ns)
+        flat = all(run.parent == path for run in inside)
+        order: Callable[[Path], Any] = (lambda run: run.stat().st_mtime_ns) if flat else _natural
+        runs += map(_read_run, sorted(inside, key=order))
     return runs
+
+
+def _natural(path: Path) -> list[list[str | int]]:
+    """A key that sorts numbers within names by value."""
+    return [[int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", part)] for part in path.parts]
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

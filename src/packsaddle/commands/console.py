@@ -13,13 +13,14 @@ from packsaddle.runfolder import Run
 
 
 def print_runs(runs: Sequence[Run]) -> None:
-    from packsaddle.report import HEADINGS, cells, row
+    from packsaddle.tables import run_table
 
-    table = Table(*HEADINGS, caption="+ still on the plateau at the end of the run")
+    found = run_table(runs)
+    table = Table(*found.headings, caption="+ still on the plateau at the end of the run")
     for column in table.columns[1:]:
         column.justify = "right"
-    for found in runs:
-        table.add_row(*cells(row(found)))
+    for cells in found.rows:
+        table.add_row(*cells)
     print_table(table)
 
 

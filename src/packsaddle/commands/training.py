@@ -32,7 +32,7 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
     from packsaddle.experiment import Job
     from packsaddle.report import write_report
 
-    for module in ("matplotlib", "jinja2"):  # before the runs, not after
+    for module in ("matplotlib", "jinja2", "plotly"):  # before the runs, not after
         require(module, "plot", "the demo's report")
     try:
         configs = demonstration.configs(workers, epochs, seed)

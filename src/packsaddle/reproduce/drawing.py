@@ -5,7 +5,7 @@ from typing import Any
 
 from packsaddle.curves import Curve
 from packsaddle.data import require
-from packsaddle.figures import _COLOURS, _STYLE
+from packsaddle.figures import COLOURS, STYLE
 
 # The paper's colours: red without noise, green with it; dashes tell them apart without colours.
 NOISE_LINES = ({"color": "#C0392B", "linestyle": "--"}, {"color": "#1E8449", "linestyle": "-"})
@@ -31,10 +31,10 @@ def grid(curves: Sequence[Curve]) -> Any:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 7), layout="constrained")
         axes = figure.subplots(2, 2, sharex="col", sharey="row")
-        for curve, colour in zip(curves, _COLOURS, strict=False):
+        for curve, colour in zip(curves, COLOURS, strict=False):
             for row, quantity in zip(axes, ("loss", "test_accuracy"), strict=True):
                 for column, axis in zip(row, ("epoch", "megabytes"), strict=True):
                     line(column, curve, axis, quantity, curve.setting, {"color": colour})
@@ -53,7 +53,7 @@ def panels(columns: Sequence[tuple[str, Sequence[tuple[Curve, str]]]], plateau: 
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(14, 6.4), layout="constrained")
         axes = figure.subplots(2, len(columns) + 1, sharey="row")
         for i, (title, pairs) in enumerate(columns):

@@ -9,9 +9,9 @@ from typing import Any
 
 from packsaddle.aggregate import Estimate, Setting, estimate
 from packsaddle.curves import curve, write_curves
-from packsaddle.report import plateau
 from packsaddle.reproduce.study import Study
 from packsaddle.runfolder import RunFolder
+from packsaddle.tables import plateau
 
 Json = Mapping[str, Any]
 _CERTIFIED = ("epoch", "verdict", "epsilon", "loss", "grad_norm", "lambda_min_lower", "lambda_min_upper", "threshold")

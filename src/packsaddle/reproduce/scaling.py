@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from packsaddle.data import require
-from packsaddle.figures import _COLOURS
+from packsaddle.figures import COLOURS
 from packsaddle.reproduce.exponents import sweep
 
-_STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
 
 
 def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
@@ -16,8 +16,8 @@ def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    colours = dict(zip(compressors, _COLOURS, strict=False))
-    with mpl.rc_context(_STYLE):
+    colours = dict(zip(compressors, COLOURS, strict=False))
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.5, 4.6), layout="constrained")
         axes = figure.subplots(1, 3)
         lipschitz = [row for row in rows if row["lipschitz"]]
