@@ -1,5 +1,6 @@
 """Pictures on paper: settings over seeds, against epochs and against bytes sent, and what a certificate saw."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
             _draw_bounds(axes[-1], settings)
         axes[-1][0].set_xlabel("epochs")
         axes[-1][1].set_xlabel("megabytes per worker")
-        if any(x > 0 for c in curves for x in c.columns["megabytes"]):  # a logarithmic axis needs data
+        if any(_positive(c.columns["megabytes"], c.columns["loss_mean"]) for c in curves):
             axes[-1][1].set_xscale("log")
         _add_legend(figure, *axes[0][0].get_legend_handles_labels())
         return figure
@@ -78,8 +79,13 @@ def _draw_quantity(row: Any, curves: Sequence[Curve], quantity: str) -> None:
             x, mean, low, high = c.along(along, quantity)
             axes.plot(x, mean, label=_plain(c.setting), **line_style(i))
             axes.fill_between(x, low, high, color=line_style(i)["color"], alpha=0.2, linewidth=0)
-    if quantity == "grad_norm" and any(g > 0 for c in curves for g in c.columns["grad_norm_mean"]):
-        row[0].set_yscale("log")  # it needs data: there is none if all diverged
+    if quantity == "grad_norm" and any(_positive(c.columns["grad_norm_mean"]) for c in curves):
+        row[0].set_yscale("log")
+
+
+def _positive(*columns: Sequence[float]) -> bool:
+    """Whether a logarithmic axis has data: a line on which all is positive and finite. It has none if all diverged."""
+    return any(all(0 < v < math.inf for v in line) for line in zip(*columns, strict=True))
 
 
 def _plain(label: str) -> str:
@@ -88,8 +94,13 @@ def _plain(label: str) -> str:
 
 
 def _add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    widest = max(map(len, labels), default=1)
-    columns = max(1, min(4, len(labels), 120 // (widest + 6)))  # some 120 letters fit beside each other
+    """As many columns as fit: some 130 letters beside each other. matplotlib fills column by column."""
+
+    def letters(columns: int) -> int:
+        height = -(-len(labels) // columns)
+        return sum(max(map(len, labels[i : i + height])) + 8 for i in range(0, len(labels), height))
+
+    columns = next((n for n in (4, 3, 2) if n <= len(labels) and letters(n) <= 130), 1)
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
@@ -112,7 +123,10 @@ def _draw_bounds(row: Any, settings: Sequence[Setting]) -> None:
     row[0].set_yscale("symlog", linthresh=smallest_threshold(settings))
     handles, labels = row[0].get_legend_handles_labels()
     by_verdict = dict(zip(labels, handles, strict=True))
-    row[0].legend(by_verdict.values(), by_verdict.keys())
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}  # above the axes
+    row[0].legend(
+        by_verdict.values(), by_verdict.keys(), ncols=4, fontsize=8, columnspacing=1, handletextpad=0, **place
+    )
 
 
 def _draw_certified(axes: Any, point: Point, x: float, colour: str) -> None:

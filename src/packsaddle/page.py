@@ -108,8 +108,8 @@ def _short(value: float | None) -> float | None:
 
 
 def for_plotly(text: str) -> str:
-    """Escape a text for plotly, which reads a subset of HTML, links included, in labels."""
-    return html.escape(text)
+    """Escape a text for plotly, which reads a subset of HTML, links included, and formulas in labels."""
+    return html.escape(text).replace("$", "&#36;")
 
 
 def for_script(data: Any) -> str:

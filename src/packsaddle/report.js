@@ -124,10 +124,14 @@ function savePicture(chart, format) {
   const now = plotOf(chart).layout;
   const page = layout(chart);
   for (const axis of ["xaxis", "yaxis"]) page[axis].range = now[axis].autorange ? undefined : now[axis].range;
-  const own = { title: { text: chart.title }, showlegend: true, margin: { t: 50 }, legend: { orientation: "h", y: -0.2 } };
+  const own = { title: { text: chart.title }, showlegend: true, margin: { t: 50 }, legend: { orientation: "h", y: -0.18 } };
+  const drawn = [...new Set(shown(chart.lines ?? chart.points).map((item) => item.setting))];
+  const widest = Math.max(1, ...drawn.map((i) => settings[i].label.length));
+  const columns = Math.max(1, Math.floor(820 / (60 + 7 * widest))); // of the legend, as plotly will lay it out
+  const height = 520 + 20 * Math.ceil(drawn.length / columns);
   Plotly.downloadImage(
     { data: traces(chart), layout: { ...page, ...own } },
-    { format, width: 900, height: 560, scale: format === "png" ? 2 : 1, filename: fileName(chart) },
+    { format, width: 900, height, scale: format === "png" ? 2 : 1, filename: fileName(chart) },
   );
 }
 

@@ -15,10 +15,10 @@ from packsaddle.schema import ConfigError
 def report(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None, overwrite: bool = False
 ) -> None:
-    """Compare runs: a table, a figure and one self-contained HTML page.
+    """Compare runs, over seeds: tables, a figure and one self-contained, interactive HTML page.
 
     Args:
-        runs: Run folders, or folders of run folders.
+        runs: Run folders, folders of run folders, or studies.
         out: A new folder for the report; by default `report` in the first folder given.
         overwrite: Allow the report's folder to exist.
     """
