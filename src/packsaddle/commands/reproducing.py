@@ -61,8 +61,10 @@ def reproduce(
             raise ConfigError(f"--{name.replace('_', '-')} does not apply to table1")
         _table1(scale, out or dated(what), resume, jobs)
         return
+    from packsaddle import figures
     from packsaddle.aggregate import settings
     from packsaddle.curves import read_curves
+    from packsaddle.report import write_report
     from packsaddle.reproduce import REPRODUCTIONS
     from packsaddle.reproduce.results import save_figure, summarise, write_results
     from packsaddle.reproduce.runner import Means, check_study, run_study
@@ -75,19 +77,19 @@ def reproduce(
     check_study(folder.missing(study.sub_runs()), means)
     folder.make(study)
     run_study(study, folder, means)
-    found = settings(read_runs([folder.run(sub_run) for sub_run in study.sub_runs()]))
+    runs = read_runs([folder.run(sub_run) for sub_run in study.sub_runs()])
+    found = settings(runs)
     summary = summarise(study, found)
     write_results(summary, found, folder.path)
     print_settings(summary)
     made = REPRODUCTIONS[what]
-    if only:  # neither the paper's figure nor a comparison without all settings
-        return
     curves = read_curves(folder.path / "curves.csv")
-    for line in made.findings(summary, curves) if made.findings else []:
+    whole = not only  # without all settings there is neither the paper's figure nor a comparison
+    for line in made.findings(summary, curves) if made.findings and whole else []:
         print(line)
-    if made.draw:
-        save_figure(made.draw(curves), folder.path)
-        print(f"figure: {folder.path / 'figure.png'}")
+    save_figure(made.draw(curves) if made.draw and whole else figures.draw(found, curves), folder.path)
+    print(f"figure: {folder.path / 'figure.png'}")
+    print(f"report: {write_report(runs, folder.path / 'report', overwrite=(folder.path / 'report').exists())}")
 
 
 def _table1(scale: "Scale", folder: Path, resume: bool, jobs: int | None) -> None:
