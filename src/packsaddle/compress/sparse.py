@@ -96,7 +96,7 @@ class _OfEachTensor(KOfD):
 
     def restrict(self, part: int, d: int) -> KOfD:
         """Chunks are not tensors: each is one vector."""
-        return super().restrict(part, d) if part == d else replace(self, sizes=()).restrict(part, part)
+        return KOfD.restrict(replace(self, sizes=self.sizes if part == d else ()), part, d)
 
     def tensors(self, d: int) -> list[tuple[int, int]]:
         """Return start and size of each part of a vector of d coordinates that has its own k; one part is all of it."""
