@@ -322,3 +322,10 @@ def test_a_study_s_folder_is_never_taken_from_the_user(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not the folder of a study"):
         StudyFolder(tmp_path).check(study, resume=True)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_figure_without_all_its_curves_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs a curve of every setting, but 'uncompressed, no noise' has none"):
+        figure2.draw([])
+    with pytest.raises(ConfigError, match="needs a curve of every setting, but '100%' has none"):
+        figure1.draw([])

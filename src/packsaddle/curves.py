@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,3 +76,12 @@ def read_curves(path: Path) -> list[Curve]:
         ]
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(f"{path} does not hold curves: {error}") from None
+
+
+def pick(curves: Sequence[Curve], settings: Iterable[str]) -> list[Curve]:
+    """Return the curves of these settings, in this order. Raises ConfigError that names one that is missing."""
+    by_setting = {c.setting: c for c in curves}
+    try:
+        return [by_setting[setting] for setting in settings]
+    except KeyError as missing:
+        raise ConfigError(f"the figure needs a curve of every setting, but {missing} has none") from None

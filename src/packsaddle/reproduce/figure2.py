@@ -6,11 +6,10 @@ from typing import Any
 
 from packsaddle.compress import Identity, RandomK, TopK
 from packsaddle.config import AnyCompressor, CertifyConfig, Config, DataConfig, ModelConfig, NoiseConfig
-from packsaddle.curves import Curve
+from packsaddle.curves import Curve, pick
 from packsaddle.reproduce import drawing
 from packsaddle.reproduce.results import by_setting, interval, paired
 from packsaddle.reproduce.study import Data, Scale, Study
-from packsaddle.schema import ConfigError
 
 # The loss of the best constant grey: the variance of all pixels of MNIST.
 PLATEAU = 0.095
@@ -69,8 +68,7 @@ def findings(summary: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
         lines.append(
             f"{label}: noise shortens the plateau by {interval(shorter, '.2f')} epochs, from "
             f"{without['plateau_epochs']['mean']:.2f} to {with_noise['plateau_epochs']['mean']:.2f}"
-            + still
-            * bool(without["still_on_plateau"])
+            + (still if without["still_on_plateau"] else "")
         )
     dense = entries["uncompressed, noise 0.01"]
     for label in ("TopK 0.1%", "RandomK 0.1%"):
@@ -89,12 +87,9 @@ def draw(curves: Sequence[Curve]) -> Any:
 
     `curves` has the study's six settings. Raises ConfigError if one is missing.
     """
-    by_label = {curve.setting: curve for curve in curves}
-    try:
-        columns = [
-            (label, [(by_label[f"{label}, {noise}"], noise) for noise, _ in NOISES.values()])
-            for label, _ in COMPRESSORS.values()
-        ]
-    except KeyError as missing:
-        raise ConfigError(f"the figure needs a curve of every setting, but {missing} has none") from None
+    noises = [noise for noise, _ in NOISES.values()]
+    columns = [
+        (label, list(zip(pick(curves, (f"{label}, {noise}" for noise in noises)), noises, strict=True)))
+        for label, _ in COMPRESSORS.values()
+    ]
     return drawing.panels(columns, PLATEAU)
