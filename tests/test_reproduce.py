@@ -2,7 +2,12 @@
 
 import csv
 import json
+import os
+import signal
 import struct
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -329,3 +334,39 @@ def test_a_figure_without_all_its_curves_is_refused() -> None:
         figure2.draw([])
     with pytest.raises(ConfigError, match="needs a curve of every setting, but '100%' has none"):
         figure1.draw([])
+
+
+def gone(group: int) -> bool:
+    """Whether a process group comes to its end within a quarter of a minute."""
+    for _ in range(150):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_an_interrupted_study_ends_quietly_and_goes_on(mnist: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole process group: exit code 130, no traceback, no process left; --resume goes on."""
+    arguments = [str(a) for a in resumed(mnist, tmp_path / "study")[:-1]]
+    long = [a.replace("epochs=1", "epochs=3000") for a in arguments]
+    program = [sys.executable, "-m", "packsaddle.cli"]
+    process = subprocess.Popen(
+        [*program, *long],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*/*/metrics.jsonl")):
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    assert gone(process.pid)
+    assert command(*arguments, "--resume") == 0
+    assert len(list((tmp_path / "study").glob("runs/*/*/summary.json"))) == 4

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -32,13 +33,27 @@ def in_parallel(
     what is under way then, or when the caller stops, is ended.
     """
     with _pool(jobs) as pool:
-        futures = {pool.submit(work, item): item for item in items}
+        with _deaf_to_interrupts():  # processes are started at the first submission
+            futures = {pool.submit(work, item): item for item in items}
         todo = set(futures)
         while todo:
             done, todo = wait(todo, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
             look([futures[future] for future in todo if future.running()])
             for future in done:
                 yield futures[future], _result(future, futures[future])
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Processes started within do not hear Ctrl-C: the parent does, and ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
