@@ -15,12 +15,14 @@ from packsaddle.compress import (
     SketchTopK,
     TopK,
 )
+from packsaddle.ddp import attach, register_ddp_hook
 from packsaddle.escape import Escape, Reset
 from packsaddle.ledger import Bytes, Ledger, Span
 from packsaddle.noise import Ramp
 from packsaddle.optimizer import CompressedSGD
 from packsaddle.simulate import simulate
 from packsaddle.sketch import NormSketch
+from packsaddle.warmup import RatioRamp
 
 __version__ = "0.1.0"
 
@@ -40,12 +42,15 @@ __all__ = [
     "NormSketch",
     "Ramp",
     "RandomK",
+    "RatioRamp",
     "Reset",
     "Sign",
     "SketchTopK",
     "Span",
     "TopK",
     "Verdict",
+    "attach",
     "certify",
+    "register_ddp_hook",
     "simulate",
 ]

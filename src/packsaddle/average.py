@@ -100,6 +100,13 @@ class Protocol(ABC):
     def reset(self) -> None:  # noqa: B027 -- most protocols hold nothing back
         """Drop what the protocol holds back."""
 
+    def snapshot(self) -> Any:
+        """Return all that the protocol holds, for `restore`."""
+        return None
+
+    def restore(self, snapshot: Any) -> None:  # noqa: B027
+        """Be as when `snapshot` was made, as if no exchange had happened since."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what else helps to go on as before, tensors and plain types; losing it loses no update."""
         return {}
@@ -245,6 +252,12 @@ class LowRankAllReduce(Protocol):
 
     def reset(self) -> None:
         self._qs = None
+
+    def snapshot(self) -> Any:
+        return self._qs  # replaced at every step, never changed
+
+    def restore(self, snapshot: Any) -> None:
+        self._qs = snapshot
 
     def state_dict(self) -> dict[str, Any]:
         return {"qs": self._qs or []}

@@ -6,16 +6,20 @@ or NCCL); `packsaddle.simulate` adds a group of threads. What to send is `averag
 
 import multiprocessing
 import os
+import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Group(ABC):
@@ -115,6 +119,46 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
     if isinstance(process_group, dist.ProcessGroup):
         return TorchGroup(process_group)
     raise TypeError(f"process_group must be a torch ProcessGroup, a packsaddle Group or None, got {process_group!r}")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Gradients that DistributedDataParallel hands over together; to be replaced by their means, in place."""
+
+    index: int  # 0 is the first of a backward pass
+    is_last: bool
+    buffer: Tensor  # float[n], all of them
+    gradients: list[Tensor]  # views of the buffer, shaped as their parameters
+    parameters: list[Tensor]
+
+
+def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[Tensor]"]) -> None:
+    """Let `take` exchange a model's buckets. Raises RuntimeError if the model has a communication hook already."""
+
+    def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
+
+    model.register_comm_hook(take, hook)
+
+
+def group_beside(model: DistributedDataParallel) -> Group:
+    """Return a new group of the workers of a model's group, so that other collectives can go on at once; collective.
+
+    It has the timeout of the model's own group.
+    """
+    device = next(model.parameters()).device
+    timeout = model.process_group._get_backend(device).options._timeout
+    ranks = dist.get_process_group_ranks(model.process_group)
+    group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)  # this worker is one of them
+    return TorchGroup(group)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, is sharded by FSDP."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if it is in use
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    return any(isinstance(m, kinds) for m in model.modules())
 
 
 def under_launcher() -> bool:

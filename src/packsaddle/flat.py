@@ -36,7 +36,7 @@ class FlatParameters:
         self._check()
         owner = [i for i, g in enumerate(groups) for _ in g["params"]]
         self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
-        dense = [dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below) for p in self.parameters]
+        dense = [goes_dense(p, dense_below) for p in self.parameters]
         order = sorted(range(len(self.parameters)), key=lambda i: dense[i])  # stable: compressed, then dense
         self._offsets = [0] * len(self.parameters)
         self.runs: list[Run] = []  # contiguous, in flat order
@@ -70,7 +70,7 @@ class FlatParameters:
     def _flatten(self) -> None:
         """Move every parameter into one new tensor, keeping its memory format (channels_last, say)."""
         first = self.parameters[0]
-        self._strides = [_dense_strides(p) for p in self.parameters]
+        self._strides = [dense_strides(p) for p in self.parameters]
         self.x = torch.empty(self.d, dtype=first.dtype, device=first.device)
         for p, view in zip(self.parameters, self.views(self.x), strict=True):
             view.copy_(p.data)
@@ -122,7 +122,12 @@ class FlatParameters:
                 )
 
 
-def _dense_strides(p: Tensor) -> tuple[int, ...]:
+def goes_dense(p: Tensor, dense_below: int) -> bool:
+    """Whether a tensor is a vector or small, and so not compressed; never if `dense_below` is 0."""
+    return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
+
+
+def dense_strides(p: Tensor) -> tuple[int, ...]:
     """Return p's own strides if they fill its numel without gaps, else those of a contiguous tensor."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
     if p.numel() and extent == p.numel():

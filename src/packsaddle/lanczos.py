@@ -28,7 +28,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from scipy.special import betaincinv
 from torch import Tensor
 
 _BISECTIONS = 60
@@ -74,6 +73,8 @@ class Ritz:
         scale = max(abs(self.theta_min), abs(self.theta_max), self.betas[-1])
         if scale == 0.0 or self.n == 1:
             return self.theta_min - self.rounding
+        from scipy.special import betaincinv  # slow to import, and only certificates need it
+
         limit = -math.log(float(betaincinv(0.5, (self.n - 1) / 2, failure_probability)))
         low, high = math.log(scale) - 45.0, math.log(scale) + limit  # of log(theta_min - lambda)
         for _ in range(_BISECTIONS):

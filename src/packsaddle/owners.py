@@ -105,6 +105,13 @@ class Owners(Protocol):
         if self._residual is not None:
             self._residual.zero_()
 
+    def snapshot(self) -> Tensor | None:
+        return None if self._residual is None else self._residual.clone()
+
+    def restore(self, snapshot: Tensor | None) -> None:
+        if self._residual is not None:
+            self._residual.copy_(torch.zeros_like(self._residual) if snapshot is None else snapshot)
+
     def mu(self, d: int, workers: int) -> float:
         """Both compressions keep their share, chunk by chunk; the second one's error is kept at the owner."""
         sizes = self._sizes(d, workers)

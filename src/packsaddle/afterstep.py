@@ -1,0 +1,81 @@
+"""The escape check of Algorithm 1, lines 4-8, after every step of an optimizer behind DistributedDataParallel."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import SGD, Optimizer
+
+from packsaddle.ddphook import DDPHook
+from packsaddle.escape import Escape, EscapeCheck
+from packsaddle.flat import FlatParameters
+from packsaddle.rates import Rates
+from packsaddle.sections import Place
+
+
+class EscapeAfterStep:
+    """Runs the check with y = x - eta e, which is the paper's y for plain SGD alone.
+
+    The parameters are moved into one flat tensor. Raises ValueError for any other optimizer.
+    """
+
+    def __init__(
+        self,
+        rule: Escape,
+        hook: DDPHook,
+        optimizer: Optimizer | None,
+        places: Sequence[Place],
+        rates: Rates,
+        *,
+        dense_below: int,
+        seed: int,
+    ) -> None:
+        if (
+            optimizer is None
+            or type(optimizer) is not SGD
+            or any(group["momentum"] for group in optimizer.param_groups)
+        ):
+            raise ValueError(
+                "escape needs optimizer=, a torch.optim.SGD without momentum: lines 4-8 compare y = x - eta e, "
+                f"and what an error e will do to x is known for no other; got {type(optimizer).__name__}"
+            )
+        names, parameters = [p.name for p in places], [p.parameter for p in places]
+        self._flat = FlatParameters([{"params": parameters, "param_names": names}], dense_below)
+        self._check = EscapeCheck(rule, self._flat, hook.channel, seed)
+        self._hook, self._places, self._rates = hook, places, rates
+        self._checked = hook.steps
+        optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        steps = self._hook.steps
+        if steps == self._checked:  # the exchange was not taken
+            return
+        self._checked = steps
+        self._flat.check_attached()
+        memory = self._hook.memory()
+        pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
+        for place, view in zip(self._places, self._flat.views(pending), strict=True):
+            view.copy_(memory[place.name]).mul_(self._rates.of(place))
+        reset, lost = self._check.run(steps, pending)
+        if reset is None:
+            return
+        left = {}
+        if lost is not None:
+            for place, view in zip(self._places, self._flat.views(lost), strict=True):
+                left[place.name] = view / (self._rates.of(place) or 1.0)
+        self._hook.forget(left)
+        self._hook.resets.append(reset)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return x_t' by parameter, and t'."""
+        views = self._flat.views(self._check.anchor)
+        anchor = {place.name: view.clone() for place, view in zip(self._places, views, strict=True)}
+        return {"anchor": anchor, "anchor_step": self._check.anchor_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        for place, view in zip(self._places, self._flat.views(self._check.anchor), strict=True):
+            view.copy_(state["anchor"][place.name])
+        self._check.anchor_step = state["anchor_step"]
+        self._checked = self._hook.steps

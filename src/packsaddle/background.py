@@ -1,0 +1,47 @@
+"""Work that goes on beside the backward pass, in the order in which it was submitted."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+from torch.futures import Future
+
+
+class Background:
+    """Runs functions one after the other: on a CPU in a thread of its own, on a GPU in a stream of its own.
+
+    One after the other, since workers must start their collectives in one order. On a GPU the host does not wait for
+    collectives, so a stream is enough to let them overlap with what computes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, "packsaddle") if device.type == "cpu" else None
+        self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def future(self) -> Future[Tensor]:
+        """Return a future that may be waited for in any stream."""
+        return Future(devices=None if self._stream is None else [self._device])
+
+    def submit(self, work: Callable[[], None], results: Sequence[tuple[Future[Tensor], Tensor]]) -> None:
+        """Run `work`, after which the futures have their results; an error in it becomes theirs."""
+        if self._thread is not None:
+            self._thread.submit(_run, work, results)
+            return
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            _run(work, results)
+
+
+@torch.no_grad()
+def _run(work: Callable[[], None], results: Sequence[tuple[Future[Tensor], Tensor]]) -> None:
+    try:
+        work()
+    except Exception as error:
+        for future, _ in results:
+            future.set_exception(error)  # type: ignore[arg-type]
+    else:
+        for future, result in results:
+            future.set_result(result)
