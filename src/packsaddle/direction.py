@@ -5,6 +5,7 @@ Each direction is u^(i), float[d]; what is sent of it, and what becomes of the r
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from packsaddle.flat import FlatParameters
 from packsaddle.noise import Noise
 
-Closure = Callable[[], float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Gradient:
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
 
-    def evaluate(self, closure: Closure | None, decays: Sequence[float]) -> float | None:
+    def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         """Compute gradients by the closure, if there is one, and return its value."""
         if closure is None:
             return None
@@ -137,7 +138,7 @@ class Storm(_Gathered):
         self._keep = 1 - a
         self._previous = flat.x.clone()
 
-    def evaluate(self, closure: Closure | None, decays: Sequence[float]) -> float | None:
+    def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         if closure is None:
             raise ValueError("storm takes the gradient at two points, so step needs a closure: opt.step(closure)")
         loss = super().evaluate(closure, decays)

@@ -23,7 +23,9 @@ How = Literal["processes", "serial", "fused"]
 
 
 def can_be_fused(config: Config) -> bool:
-    """Whether everything that a run's workers exchange is means (see `FusedGroup`)."""
+    """Whether all that a run's workers exchange is means, at points that are the same (see `FusedGroup`)."""
+    if config.local_steps > 1:
+        return False
     try:
         choice = choose(config.compressor, config.exchange, d=1 << 20, dense=1, workers=max(2, config.workers))
     except ValueError:  # also for a compressor that does not know its tensors yet
@@ -96,6 +98,8 @@ class Job:
     def _check_fusable(self) -> None:
         for config in self.configs:
             if not can_be_fused(config):
+                if config.local_steps > 1:
+                    raise ConfigError("a fused simulation has one x, so it has no local_steps; use --serial")
                 raise ConfigError(
                     f"a fused simulation needs workers that exchange means alone, but "
                     f"{type(config.compressor).__name__} by exchange {config.exchange!r} sends more; use --serial"

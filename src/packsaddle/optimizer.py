@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from packsaddle.memories import Memory, make_memory
 from packsaddle.monitor import ContractionMonitor
 from packsaddle.perturb import Perturber
 from packsaddle.seeds import as_seed
+
+T = TypeVar("T")  # a loss, as the user's closure returns it
 
 
 class CompressedSGD(Checkpointed):
@@ -155,10 +157,10 @@ class CompressedSGD(Checkpointed):
     @overload
     def step(self, closure: None = None, *, scalars: Tensor | None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float], *, scalars: Tensor | None = None) -> float: ...
+    def step(self, closure: Callable[[], T], *, scalars: Tensor | None = None) -> T: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, *, scalars: Tensor | None = None) -> float | None:
+    def step(self, closure: Callable[[], T] | None = None, *, scalars: Tensor | None = None) -> T | None:
         """Do one iteration of Algorithm 1; collective. Returns the closure's value, if one is given.
 
         Gradients are read and left as they are; call `zero_grad` as with any optimizer (but see `memory`). `scalars`,

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from packsaddle.bench.contenders import ALONE, DENSE, Contender
 from packsaddle.bench.workload import Batch
 from packsaddle.channel import ring_all_gather, ring_all_reduce
+from packsaddle.ddp import register_ddp_hook
 from packsaddle.ledger import Bytes
 from packsaddle.models import Task
 from packsaddle.optimizer import CompressedSGD
@@ -57,8 +59,18 @@ class Racer:
 
 def enter(contender: Contender, task: Task) -> Racer:
     """Make a contender ready to train `task`; collective. Raises CannotRunError if torch says it cannot."""
+    if contender.hook:
+        return _hooked(contender, task)
     if contender.compressor is not None:
-        ours = CompressedSGD(task.parameters(), contender.lr, compressor=contender.compressor, noise=contender.noise)
+        ours = CompressedSGD(
+            task.parameters(),
+            contender.lr,
+            compressor=contender.compressor,
+            noise=contender.noise,
+            momentum=contender.momentum,
+            memory=contender.memory,
+            local_steps=contender.local_steps,
+        )
         start = ours.ledger.total  # the parameters of rank 0
         return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start))
     sgd = torch.optim.SGD(task.parameters(), contender.lr)
@@ -73,6 +85,17 @@ def enter(contender: Contender, task: Task) -> Racer:
         return _MAKERS[contender.peer](contender, task, model, sgd)
     except TypeError as error:
         raise CannotRunError(_first_line(error)) from None
+
+
+def _hooked(contender: Contender, task: Task) -> Racer:
+    """packsaddle's hook behind DistributedDataParallel, with torch's SGD."""
+    assert contender.compressor is not None
+    sgd = torch.optim.SGD(task.parameters(), contender.lr)
+    model = DistributedDataParallel(task, broadcast_buffers=False)
+    scope: Any = contender.hook
+    hook = register_ddp_hook(model, contender.compressor, noise=contender.noise, scope=scope)
+    start = hook.ledger.total
+    return Racer(task, model, sgd, lambda _: _since(hook.ledger.total, start))
 
 
 def probe(racer: Racer, contender: Contender, batch: Batch) -> None:

@@ -80,7 +80,8 @@ class _Training:
     """Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18."""
     contenders: tuple[str, ...] = FIELD
     """Who takes part: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ddp-bf16, ddp-uint8,
-    own-uint8, powersgd-N, local-sgd-N); each may say its own noise and step size: 'RandomK(0.01) noise=0.01 lr=0.2'."""
+    own-uint8, powersgd-N, local-sgd-N); each may say its own step size, as in 'ddp lr=0.2', a compressor also noise,
+    momentum, memory and local_steps, as in 'TopK(0.01) noise=0.01', or hook=bucket (or model) to go behind DDP."""
     lr: float = 0.1
     """Step size of those that say none."""
     data_dir: Path | None = None
