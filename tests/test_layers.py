@@ -61,7 +61,7 @@ LAYERS = [
     {"memories"},
     {"choose", "certify", "iterates", "steptime", "pace"},
     {"exchanger", "warmup"},
-    {"ddphook"},
+    {"ddphook", "fsdp"},
     {"afterstep"},
     {"ddp"},
     {"config"},
