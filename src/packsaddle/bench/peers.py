@@ -76,22 +76,24 @@ def enter(contender: Contender, task: Task) -> Racer:
     sgd = torch.optim.SGD(task.parameters(), contender.lr)
     if contender.peer == ALONE:
         return Racer(task, task, sgd, lambda _: Bytes())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer torch has two arguments for this one
-        # Batch statistics stay each worker's own, as in packsaddle: DDP would send them in every forward pass.
-        bucket = _ONE_BUCKET if contender.peer in _CHAINED else None
-        model = DistributedDataParallel(task, broadcast_buffers=False, bucket_cap_mb=bucket)
+    model = _wrapped(task, _ONE_BUCKET if contender.peer in _CHAINED else None)
     try:
         return _MAKERS[contender.peer](contender, task, model, sgd)
     except TypeError as error:
         raise CannotRunError(_first_line(error)) from None
 
 
+def _wrapped(task: Task, bucket: float | None) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch has two arguments for this one
+        # Batch statistics stay each worker's own, as in packsaddle: DDP would send them in every forward pass.
+        return DistributedDataParallel(task, broadcast_buffers=False, bucket_cap_mb=bucket)
+
+
 def _hooked(contender: Contender, task: Task) -> Racer:
     """packsaddle's hook behind DistributedDataParallel, with torch's SGD."""
     assert contender.compressor is not None
-    sgd = torch.optim.SGD(task.parameters(), contender.lr)
-    model = DistributedDataParallel(task, broadcast_buffers=False)
+    sgd, model = torch.optim.SGD(task.parameters(), contender.lr), _wrapped(task, None)
     scope: Any = contender.hook
     hook = register_ddp_hook(model, contender.compressor, noise=contender.noise, scope=scope)
     start = hook.ledger.total
