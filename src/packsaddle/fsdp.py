@@ -5,6 +5,7 @@ averages it over the workers that have the same shard on other machines.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -64,7 +65,7 @@ class FSDPHook:
         if name not in self._exchangers:
             place = Place(name, torch.empty_like(gradient), dense=False, start=0)
             self._seeds[name] = seed = mix(self._rules.seed, index, self._shard)  # replicas of a shard have the same
-            rules = Rules(**{**vars(self._rules), "seed": seed})
+            rules = replace(self._rules, seed=seed)
             self._exchangers[name] = Exchanger(Section([place], self._loose), rules, len(gradient))
         return self._exchangers[name]
 
