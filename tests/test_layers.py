@@ -20,6 +20,7 @@ LAYERS = [
         "seeds",
         "ledger",
         "schema",
+        "tomllines",
         "dataset",
         "transformer",
         "exchange",

@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from packsaddle.compress import (
 )
 from packsaddle.lanczos import check_probability
 from packsaddle.schema import ConfigError, build
+from packsaddle.tomllines import line_of, syntax_error
 
 AnyCompressor = Identity | RandomK | TopK | AdaptiveTopK | SketchTopK | Sign | QSGD | LinearSketch | LowRank
 
@@ -160,36 +161,56 @@ class Config:
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
     try:
-        data = tomllib.loads(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
-    for text in overrides:
-        override(data, text)
+        raise ConfigError(syntax_error(path, error)) from None
+    return configure(data, overrides, lambda key: line_of(key, path, text))
+
+
+def configure(
+    data: dict[str, Any], overrides: Sequence[str], origin: Callable[[tuple[str, ...]], str] = lambda key: ""
+) -> Config:
+    """Return the configuration of nested dictionaries, changed in place by `key=value` overrides by dotted key.
+
+    Raises ConfigError, which says which override is to blame, or else `origin` of the key.
+    """
+    given = {override(data, text): f"--set {text}" for text in overrides}
     try:
         return build(Config, data)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        where = _origin(error.key, given) or origin(error.key)
+        beside = [text for k, text in given.items() if k[:1] == error.key[:1] and text != where]
+        also = f" (with {beside[-1]})" if beside else ""  # a value in the file may be wrong because of an override
+        raise ConfigError(f"{where}{also}: {error}" if where else str(error), error.key) from None
 
 
-def override(data: dict[str, Any], assignment: str) -> None:
-    """Apply one `key=value` by dotted key to a configuration as nested dictionaries, in place. Raises ConfigError."""
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
+def _origin(key: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
+    """The last override that set a key or a table around it, else one that set something in it; else ""."""
+    found = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
+    return given[found[-1]] if found else ""
+
+
+def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
+    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key. Raises ConfigError."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name:
         raise ConfigError(f"--set takes key=value, got {assignment!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
-    *path, last = key.strip().split(".")
+    *path, last = key = tuple(name.strip().split("."))
     for part in path:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {assignment}: {part} is not a table")
     data[last] = value
+    return key
 
 
 def _positive(config: Any, *names: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from packsaddle.commands.console import dated, is_first, print_runs
-from packsaddle.config import load
+from packsaddle.config import Config, load
 from packsaddle.exchange import under_launcher
 from packsaddle.runfolder import make_new, read_runs
 from packsaddle.schema import ConfigError
@@ -76,8 +76,9 @@ def run(
 
     if serial and fused:
         raise ConfigError("--serial and --fused are two ways to simulate workers; choose one")
-    overrides = [*set, f"workers={workers}"] if workers is not None else set
-    loaded = load(config, overrides)
+    loaded = load(config, set)
+    if workers is not None:
+        loaded = _with_workers(loaded, workers)
     if under_launcher():
         if out is None:  # a name made from the time could differ between workers
             raise ConfigError("--out is needed under torchrun")
@@ -94,3 +95,10 @@ def run(
     if is_first():
         print_runs(read_runs([folder]))
         print(f"run folder: {folder}")
+
+
+def _with_workers(config: Config, workers: int) -> Config:
+    try:
+        return replace(config, workers=workers)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
