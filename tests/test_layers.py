@@ -92,7 +92,7 @@ LAYERS = [
     {"reproduce.exponents"},
     {"reproduce.scaling"},
     {"reproduce.tabulated"},
-    {"commands.console"},
+    {"commands.console", "commands.parsing"},
     {"commands.linking"},
     {
         "commands.training",
@@ -101,6 +101,7 @@ LAYERS = [
         "commands.planning",
         "commands.benching",
         "commands.reproducing",
+        "commands.completing",
     },
     {"commands"},
     {"cli"},
