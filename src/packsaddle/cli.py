@@ -15,6 +15,7 @@ from packsaddle.commands.parsing import Group, parse
 from packsaddle.commands.planning import plan
 from packsaddle.commands.reading import compressors, report
 from packsaddle.commands.reproducing import reproduce
+from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import WorkerFailedError, under_launcher
 from packsaddle.schema import ConfigError
@@ -39,6 +40,7 @@ COMMANDS = Group(
     "at saddle points",
     {
         "demo": demo,
+        "init": init,
         "run": run,
         "reproduce": reproduce,
         "certify": certify,

@@ -1,4 +1,7 @@
-"""The configuration of a run: typed, frozen, read from TOML, and saved resolved with every run."""
+"""The configuration of a run: typed, frozen, read from TOML, and saved resolved with every run.
+
+The comment beside a field is what `packsaddle init` says of its key (see `template`).
+"""
 
 import math
 import tomllib
@@ -33,7 +36,7 @@ class DataConfig:
     name: Literal["digits", "mnist", "cifar10", "folder", "text"]  # folder: train/CLASS/* and test/CLASS/* images
     # class: worker i gets the classes c with c mod W = i; of text, the i-th of W stretches
     shard: Literal["iid", "class"] = "iid"
-    limit: int | None = None  # use so many training examples only
+    limit: int | None = None  # use so many training examples only; by default all
     context: int = 64  # of text: characters of a window, which is an example
 
     def __post_init__(self) -> None:
@@ -46,6 +49,7 @@ class DataConfig:
 class ModelConfig:
     """Which network."""
 
+    # mnist-autoencoder: the paper's; autoencoder: of the widths below
     name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34", "char-transformer"]
     widths: tuple[int, ...] = ()  # autoencoder: the encoder's layers after the input; the decoder mirrors them
     output: Literal["sigmoid", "linear"] = "sigmoid"  # what follows an autoencoder's last layer
@@ -81,9 +85,9 @@ class ModelConfig:
 class NoiseConfig:
     """r, the standard deviation of each coordinate of xi_t, and when it is lowered to zero."""
 
-    std: float = 0.0
-    lower_from: float | None = None  # in epochs; None: never
-    lower_until: float | None = None  # in epochs; None: the end of the run
+    std: float = 0.0  # r; 0: no noise
+    lower_from: float | None = None  # in epochs: from here r falls linearly ...; by default never
+    lower_until: float | None = None  # ... to zero here, in epochs; by default at the end of the run
 
     def __post_init__(self) -> None:
         _not_negative(self, "std", "lower_from", "lower_until")
@@ -94,13 +98,13 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class EscapeConfig:
-    """The escape check: I in steps, R in the norm of x, and on how many examples of each worker f is taken."""
+    """The escape check of Algorithm 1."""
 
-    interval: int
-    radius: float
-    compare: Literal["x", "y"] = "x"
-    every: int = 1
-    examples: int = 1024
+    interval: int  # I, in steps
+    radius: float  # R, in the norm of x
+    compare: Literal["x", "y"] = "x"  # x: f(x_t) < f(x_t') as in the paper's line 6; y: f(y_t) < f(x_t')
+    every: int = 1  # steps between tests of the norm
+    examples: int = 1024  # of each worker, on which f is evaluated
 
     def __post_init__(self) -> None:
         _positive(self, "interval", "radius", "every", "examples")
@@ -110,15 +114,15 @@ class EscapeConfig:
 class CertifyConfig:
     """Certificates along the run (see `packsaddle.certify`), and iterates kept to be certified afterwards."""
 
-    epsilon: float
-    hessian_lipschitz: float | None = None  # rho; None: measured along the escape direction
-    every: float | None = None  # epochs between certificates; None: none along the run
+    epsilon: float  # gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon)
+    hessian_lipschitz: float | None = None  # rho; by default measured along the escape direction
+    every: float | None = None  # epochs between certificates; by default none along the run
     at: tuple[float, ...] = ()  # epochs of further certificates
-    last_epsilon: float | None = None  # of the last point, where the gradients may be larger; None: epsilon
-    iterates: int = 0  # m, drawn uniformly from x_0 ... x_T; kept in the run folder
-    examples: int = 1024  # of each worker
-    max_hvps: int = 100
-    failure_probability: float = 1e-3
+    last_epsilon: float | None = None  # of the last point, where gradients may be larger; by default epsilon
+    iterates: int = 0  # m, drawn uniformly from x_0 ... x_T and kept, for packsaddle certify --iterates
+    examples: int = 1024  # of each worker, along the run
+    max_hvps: int = 100  # Hessian-vector products of a certificate at most
+    failure_probability: float = 1e-3  # of a lower bound on the smallest eigenvalue
 
     def __post_init__(self) -> None:
         _positive(self, "epsilon", "last_epsilon", "hessian_lipschitz", "every", "examples", "max_hvps")
@@ -134,24 +138,25 @@ class Config:
 
     data: DataConfig
     model: ModelConfig
-    lr: float
-    epochs: float
+    lr: float  # eta, the step size
+    epochs: float  # passes of all workers together over the data
     batch_size: int  # examples per worker and step
+    # what each worker sends of its vector in a step; `packsaddle compressors` compares the kinds
     compressor: AnyCompressor = field(default_factory=Identity)
-    exchange: Exchange = "direct"
+    exchange: Exchange = "direct"  # direct: all-reduce if the compressor is linear, else all-gather
     back: AnyCompressor | None = None  # of the mean on its way back, in the two-way and coordinator exchanges
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     escape: EscapeConfig | None = None
     certify: CertifyConfig | None = None
     label: str = ""  # how tables and figures call the run; by default its folder's name
-    weight_decay: float = 0.0
-    dense_below: int = 1024
+    weight_decay: float = 0.0  # times x is added to the gradient, before compression
+    dense_below: int = 1024  # tensors with fewer elements, and vectors, go dense; 0 compresses everything
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
-    seed: int = 0
-    workers: int = 1
+    seed: int = 0  # of everything random
+    workers: int = 1  # W; --workers overrides
     log_every: int = 100  # steps that one line of metrics averages
-    test_every: float | None = None  # epochs between tests along the run; None: at its end alone
-    plateau: float | None = None  # the loss of the plateau whose length is to be measured
+    test_every: float | None = None  # epochs between tests along the run; by default at its end alone
+    plateau: float | None = None  # the loss of a plateau whose length is to be measured
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "workers", "log_every", "test_every", "plateau")

@@ -31,7 +31,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     table with a `kind`, the class's name. Raises ConfigError.
     """
     hints = get_type_hints(cls)
-    fields = {f.name: f for f in _public_fields(cls)}
+    fields = {f.name: f for f in settable(cls)}
     for key in data:
         if key not in fields:
             hint = nearest(key, fields) or f" ({_takes(cls, list(fields))})"
@@ -59,8 +59,8 @@ def _takes(cls: type[Any], names: list[str]) -> str:
     return f"{cls.__name__.removesuffix('Config') or 'a configuration'} takes {', '.join(names) or 'none'}"
 
 
-def _public_fields(cls: Any) -> list[dataclasses.Field[Any]]:
-    """The fields a configuration may set: not those that code fills in."""
+def settable(cls: Any) -> list[dataclasses.Field[Any]]:
+    """Return the fields a configuration may set: not those that code fills in."""
     return [f for f in dataclasses.fields(cls) if f.init and not f.metadata.get("internal")]
 
 
@@ -68,28 +68,28 @@ def plain(value: Any) -> Any:
     """Return a dataclass as dictionaries and lists that `build` reads back; members of unions keep their `kind`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = get_type_hints(type(value))
-        return {f.name: _plain_field(hints[f.name], getattr(value, f.name)) for f in _public_fields(type(value))}
+        return {f.name: _plain_field(hints[f.name], getattr(value, f.name)) for f in settable(type(value))}
     return list(value) if isinstance(value, tuple) else value
 
 
 def _plain_field(hint: Any, value: Any) -> Any:
-    tag = {"kind": type(value).__name__} if type(value) in _choices(hint) else {}
+    tag = {"kind": type(value).__name__} if type(value) in choices(hint) else {}
     converted = plain(value)
     return {**tag, **converted} if tag else converted
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
-    """The dataclasses among the members of a union of several (none if there is at most one)."""
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
-    classes = tuple(m for m in members if dataclasses.is_dataclass(m))
+def choices(hint: Any) -> tuple[Any, ...]:
+    """Return the dataclasses among the members of a union of several (none if there is at most one)."""
+    alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    classes = tuple(m for m in alternatives if dataclasses.is_dataclass(m))
     return classes if len(classes) > 1 else ()
 
 
 def _convert(hint: Any, value: Any, where: Place) -> Any:
     if value is None and type(None) in get_args(hint):
         return None
-    if choices := _choices(hint):
-        return _convert_choice(choices, value, where)
+    if kinds := choices(hint):
+        return _convert_choice(kinds, value, where)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):  # X | None
         (inner,) = (a for a in args if a is not type(None))
@@ -114,8 +114,8 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
     return value
 
 
-def _convert_choice(choices: tuple[Any, ...], value: Any, where: Place) -> Any:
-    by_name = {c.__name__: c for c in choices}
+def _convert_choice(kinds: tuple[Any, ...], value: Any, where: Place) -> Any:
+    by_name = {c.__name__: c for c in kinds}
     names = ", ".join(by_name)
     if not isinstance(value, Mapping) or "kind" not in value:
         raise _about(where, f"{_dotted(where)} must be a table with a kind, one of {names}; got {value!r}")
