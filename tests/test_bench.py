@@ -28,7 +28,7 @@ real = pytest.mark.skipif(network.available() is not None, reason=f"bench link {
 
 def tables(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:
     """Run a benchmark and return its JSON."""
-    assert command("bench", "--json", *arguments) == 0
+    assert command("bench", *arguments, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     for table in found:
         assert table["question"].endswith("?")

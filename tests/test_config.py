@@ -101,14 +101,57 @@ def test_mistakes(tmp_path: Path, override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+# What is added to BASE, of 9 lines; overrides; and what the error says after the file's folder.
+ORIGINS: list[tuple[str, list[str], str]] = [
+    ("[noise]\nstdd = 1\n", [], "config.toml, line 11: unknown key noise.stdd (did you mean std?)"),
+    (
+        "[compressor]\nkind='Sign'\nratio=1\n",
+        [],
+        "line 12: unknown key compressor.ratio (Sign takes per_tensor)",
+    ),
+    ("[compressor]\n\nkind = 'Topk'\n", [], "line 12: compressor.kind must be one of Identity, "),
+    ("[noise]\n# std = 1\nstd = '1'", [], "line 12: noise.std must be of type float, got '1'"),
+    ("noise = {std = -1}\n", [], "line 10: unknown key model.noise ("),
+    ("[noise]\n\nstd = -1", [], "line 12: noise: std must be finite and not negative, got -1.0"),
+    ("[certify]\nepsilon = 1\nat = [\n1,\n'2',\n]", [], "line 12: certify.at[1] must be of type float, got '2'"),
+    ("[escape]\ninterval = 3\n", [], "line 10: missing key escape.radius"),
+    ("[escape]\ninterval = 3\n", ["escape.radius=-1"], "--set escape.radius=-1: escape: radius must be positive"),
+    ("", ["escape.interval=3"], "--set escape.interval=3: missing key escape.radius"),
+    ("", ["lrr=1"], "--set lrr=1: unknown key lrr (did you mean lr?)"),
+    ("", ["lr=1", "lr=-1"], "--set lr=-1: lr must be finite and not negative, got -1.0"),
+    ("", ["model.name=resnet18"], "line 9 (with --set model.name=resnet18): model: widths are for the autoencoder"),
+    ('"a\\nb" = 1', [], 'line 10: unknown key model."a\\nb" (Model takes name, widths, '),
+]
+
+
+@pytest.mark.parametrize(("extra", "overrides", "message"), ORIGINS, ids=[message for _, _, message in ORIGINS])
+def test_errors_say_where_the_key_is(tmp_path: Path, extra: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, extra), overrides)
+    said = str(caught.value)
+    assert message in said
+    assert "\n" not in said
+    assert said.startswith("--set" if message.startswith("--set") else f"{tmp_path / 'config.toml'}, line ")
+
+
+def test_the_file_alone_is_named_where_no_line_is_to_blame(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("epochs = 1\n[data]\nname = 'digits'\n")
+    with pytest.raises(ConfigError, match=r"config.toml: missing key model$"):
+        load(path)
+
+
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path)
     (tmp_path / "bad.toml").write_text("lr = = 1")
-    with pytest.raises(ConfigError, match=r"not valid TOML: .*line 1"):
+    with pytest.raises(ConfigError, match=r"bad.toml, line 1, column 6: not valid TOML: Invalid value$"):
         load(tmp_path / "bad.toml")
+    (tmp_path / "open.toml").write_text('lr = """\n')
+    with pytest.raises(ConfigError, match=r"open.toml, at its end: not valid TOML: Unterminated string$"):
+        load(tmp_path / "open.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path / "bytes.toml")

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from scipy import stats
-
 from packsaddle.runfolder import Run
 
 Axis = Literal["step", "epoch", "megabytes", "seconds"]
@@ -118,5 +116,7 @@ def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     mean = _mean(values)
     if len(values) == 1 or not math.isfinite(mean):
         return Estimate(mean, None, None, tuple(values))
+    from scipy import stats  # slow to import, and only intervals need it
+
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
     return Estimate(mean, mean - half, mean + half, tuple(values))

@@ -1,41 +1,68 @@
-"""The command line: packsaddle demo | run | reproduce | certify | report | compressors | plan | bench."""
+"""The command line: `packsaddle` by itself lists the commands."""
 
 import os
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated
 
 import tyro
 
+import packsaddle
 from packsaddle.commands.benching import bench
 from packsaddle.commands.certifying import certify
+from packsaddle.commands.completing import Shell, script
 from packsaddle.commands.console import is_first
+from packsaddle.commands.parsing import Group, parse
 from packsaddle.commands.planning import plan
 from packsaddle.commands.reading import compressors, report
 from packsaddle.commands.reproducing import reproduce
+from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import WorkerFailedError, under_launcher
 from packsaddle.schema import ConfigError
 
-_COMMANDS: dict[str, Callable[..., Any]] = {
-    "demo": demo,
-    "run": run,
-    "reproduce": reproduce,
-    "certify": certify,
-    "report": report,
-    "compressors": compressors,
-    "plan": plan,
-    "bench": bench,
-}
+
+def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
+    """Print a script that lets a shell complete commands, flags and names of files.
+
+    Examples:
+        packsaddle completion bash > ~/.local/share/bash-completion/completions/packsaddle
+        packsaddle completion zsh > ~/.zfunc/_packsaddle       (with fpath+=~/.zfunc before compinit)
+        packsaddle completion fish > ~/.config/fish/completions/packsaddle.fish
+
+    Args:
+        shell: For which shell.
+    """
+    print(script(COMMANDS, "packsaddle", shell))
+
+
+COMMANDS = Group(
+    f"packsaddle {packsaddle.__version__}: train over slow networks with compressed gradients, without getting stuck "
+    "at saddle points",
+    {
+        "demo": demo,
+        "init": init,
+        "run": run,
+        "reproduce": reproduce,
+        "certify": certify,
+        "report": report,
+        "compressors": compressors,
+        "plan": plan,
+        "bench": bench,
+        "completion": completion,
+    },
+)
 
 
 def main() -> None:
     """Entry point of the console script: bad input is one line on stderr and exit code 2."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"packsaddle {packsaddle.__version__}")
+        return
     try:
-        tyro.extras.subcommand_cli_from_dict(_COMMANDS, prog="packsaddle")
+        parse(COMMANDS, sys.argv[1:], "packsaddle")()
     except ConfigError as error:
         if is_first():
-            print(f"packsaddle: error: {error}", file=sys.stderr)
+            print(f"packsaddle: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except WorkerFailedError as error:
         print(f"packsaddle: {error}", file=sys.stderr)

@@ -1,8 +1,11 @@
-"""The configuration of a run: typed, frozen, read from TOML, and saved resolved with every run."""
+"""The configuration of a run: typed, frozen, read from TOML, and saved resolved with every run.
+
+The comment beside a field is what `packsaddle init` says of its key (see `template`).
+"""
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +24,7 @@ from packsaddle.compress import (
 )
 from packsaddle.lanczos import check_probability
 from packsaddle.schema import ConfigError, build
+from packsaddle.tomllines import line_of, syntax_error
 
 AnyCompressor = Identity | RandomK | TopK | AdaptiveTopK | SketchTopK | Sign | QSGD | LinearSketch | LowRank
 
@@ -32,7 +36,7 @@ class DataConfig:
     name: Literal["digits", "mnist", "cifar10", "folder", "text"]  # folder: train/CLASS/* and test/CLASS/* images
     # class: worker i gets the classes c with c mod W = i; of text, the i-th of W stretches
     shard: Literal["iid", "class"] = "iid"
-    limit: int | None = None  # use so many training examples only
+    limit: int | None = None  # use so many training examples only; by default all
     context: int = 64  # of text: characters of a window, which is an example
 
     def __post_init__(self) -> None:
@@ -45,6 +49,7 @@ class DataConfig:
 class ModelConfig:
     """Which network."""
 
+    # mnist-autoencoder: the paper's; autoencoder: of the widths below
     name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34", "char-transformer"]
     widths: tuple[int, ...] = ()  # autoencoder: the encoder's layers after the input; the decoder mirrors them
     output: Literal["sigmoid", "linear"] = "sigmoid"  # what follows an autoencoder's last layer
@@ -80,9 +85,9 @@ class ModelConfig:
 class NoiseConfig:
     """r, the standard deviation of each coordinate of xi_t, and when it is lowered to zero."""
 
-    std: float = 0.0
-    lower_from: float | None = None  # in epochs; None: never
-    lower_until: float | None = None  # in epochs; None: the end of the run
+    std: float = 0.0  # r; 0: no noise
+    lower_from: float | None = None  # in epochs: from here r falls linearly ...; by default never
+    lower_until: float | None = None  # ... to zero here, in epochs; by default at the end of the run
 
     def __post_init__(self) -> None:
         _not_negative(self, "std", "lower_from", "lower_until")
@@ -93,13 +98,13 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class EscapeConfig:
-    """The escape check: I in steps, R in the norm of x, and on how many examples of each worker f is taken."""
+    """The escape check of Algorithm 1."""
 
-    interval: int
-    radius: float
-    compare: Literal["x", "y"] = "x"
-    every: int = 1
-    examples: int = 1024
+    interval: int  # I, in steps
+    radius: float  # R, in the norm of x
+    compare: Literal["x", "y"] = "x"  # x: f(x_t) < f(x_t') as in the paper's line 6; y: f(y_t) < f(x_t')
+    every: int = 1  # steps between tests of the norm
+    examples: int = 1024  # of each worker, on which f is evaluated
 
     def __post_init__(self) -> None:
         _positive(self, "interval", "radius", "every", "examples")
@@ -109,15 +114,15 @@ class EscapeConfig:
 class CertifyConfig:
     """Certificates along the run (see `packsaddle.certify`), and iterates kept to be certified afterwards."""
 
-    epsilon: float
-    hessian_lipschitz: float | None = None  # rho; None: measured along the escape direction
-    every: float | None = None  # epochs between certificates; None: none along the run
+    epsilon: float  # gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon)
+    hessian_lipschitz: float | None = None  # rho; by default measured along the escape direction
+    every: float | None = None  # epochs between certificates; by default none along the run
     at: tuple[float, ...] = ()  # epochs of further certificates
-    last_epsilon: float | None = None  # of the last point, where the gradients may be larger; None: epsilon
-    iterates: int = 0  # m, drawn uniformly from x_0 ... x_T; kept in the run folder
-    examples: int = 1024  # of each worker
-    max_hvps: int = 100
-    failure_probability: float = 1e-3
+    last_epsilon: float | None = None  # of the last point, where gradients may be larger; by default epsilon
+    iterates: int = 0  # m, drawn uniformly from x_0 ... x_T and kept, for packsaddle certify --iterates
+    examples: int = 1024  # of each worker, along the run
+    max_hvps: int = 100  # Hessian-vector products of a certificate at most
+    failure_probability: float = 1e-3  # of a lower bound on the smallest eigenvalue
 
     def __post_init__(self) -> None:
         _positive(self, "epsilon", "last_epsilon", "hessian_lipschitz", "every", "examples", "max_hvps")
@@ -133,29 +138,30 @@ class Config:
 
     data: DataConfig
     model: ModelConfig
-    lr: float
-    epochs: float
+    lr: float  # eta, the step size
+    epochs: float  # passes of all workers together over the data
     batch_size: int  # examples per worker and step
+    # what each worker sends of its vector in a step; `packsaddle compressors` compares the kinds
     compressor: AnyCompressor = field(default_factory=Identity)
-    exchange: Exchange = "direct"
+    exchange: Exchange = "direct"  # direct: all-reduce if the compressor is linear, else all-gather
     back: AnyCompressor | None = None  # of the mean on its way back, in the two-way and coordinator exchanges
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     escape: EscapeConfig | None = None
     certify: CertifyConfig | None = None
     label: str = ""  # how tables and figures call the run; by default its folder's name
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # times x is added to the gradient, before compression
     momentum: float = 0.0  # of each worker's gradients, before compression
-    nesterov: bool = False
-    memory: Literal["buffer", "ef21"] = "buffer"  # error feedback, or EF21's estimate of the gradient
-    storm: float | None = None  # the weight of a new gradient in STORM's variance reduction
+    nesterov: bool = False  # Nesterov's momentum
+    memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
+    storm: float | None = None  # the weight of a new gradient in STORM's variance reduction; by default none
     local_steps: int = 1  # steps between two exchanges
-    dense_below: int = 1024
+    dense_below: int = 1024  # tensors with fewer elements, and vectors, go dense; 0 compresses everything
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
-    seed: int = 0
-    workers: int = 1
+    seed: int = 0  # of everything random
+    workers: int = 1  # W; --workers overrides
     log_every: int = 100  # steps that one line of metrics averages
-    test_every: float | None = None  # epochs between tests along the run; None: at its end alone
-    plateau: float | None = None  # the loss of the plateau whose length is to be measured
+    test_every: float | None = None  # epochs between tests along the run; by default at its end alone
+    plateau: float | None = None  # the loss of a plateau whose length is to be measured
 
     def __post_init__(self) -> None:
         _positive(self, "epochs", "batch_size", "workers", "log_every", "test_every", "plateau", "local_steps")
@@ -167,36 +173,56 @@ class Config:
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
     try:
-        data = tomllib.loads(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}") from None
-    for text in overrides:
-        override(data, text)
+        raise ConfigError(syntax_error(path, error)) from None
+    return configure(data, overrides, lambda key: line_of(key, path, text))
+
+
+def configure(
+    data: dict[str, Any], overrides: Sequence[str], origin: Callable[[tuple[str, ...]], str] = lambda key: ""
+) -> Config:
+    """Return the configuration of nested dictionaries, changed in place by `key=value` overrides by dotted key.
+
+    Raises ConfigError, which says which override is to blame, or else `origin` of the key.
+    """
+    given = {override(data, text): f"--set {text}" for text in overrides}
     try:
         return build(Config, data)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        where = _origin(error.key, given) or origin(error.key)
+        beside = [text for k, text in given.items() if k[:1] == error.key[:1] and text != where]
+        also = f" (with {beside[-1]})" if beside else ""  # a value in the file may be wrong because of an override
+        raise ConfigError(f"{where}{also}: {error}" if where else str(error), error.key) from None
 
 
-def override(data: dict[str, Any], assignment: str) -> None:
-    """Apply one `key=value` by dotted key to a configuration as nested dictionaries, in place. Raises ConfigError."""
-    key, equals, text = assignment.partition("=")
-    if not equals or not key:
+def _origin(key: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
+    """The last override that set a key or a table around it, else one that set something in it; else ""."""
+    found = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
+    return given[found[-1]] if found else ""
+
+
+def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
+    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key. Raises ConfigError."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name:
         raise ConfigError(f"--set takes key=value, got {assignment!r}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
-    *path, last = key.strip().split(".")
+    *path, last = key = tuple(name.strip().split("."))
     for part in path:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {assignment}: {part} is not a table")
     data[last] = value
+    return key
 
 
 def _positive(config: Any, *names: str) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from scipy.special import bdtr, betaincinv
 
 from packsaddle.certificate import Verdict
 from packsaddle.seeds import Stream, generator
@@ -44,6 +43,8 @@ class Share:
     def surprise(self) -> float:
         """If at least half of the iterates are second-order stationary, so few draws are (undecided ones taken for
         stationary) with at most this probability: small values speak against the theorem's promise."""
+        from scipy.special import bdtr  # slow to import, and only this needs it
+
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))
 
     def at_least(self, confidence: float = 0.95) -> float:
@@ -51,6 +52,8 @@ class Share:
         may be wrong with its own failure probability."""
         if self.stationary == 0:
             return 0.0
+        from scipy.special import betaincinv  # slow to import, and only this needs it
+
         return float(betaincinv(self.stationary, self.drawn - self.stationary + 1, 1 - confidence))
 
     def __str__(self) -> str:

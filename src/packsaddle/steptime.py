@@ -12,9 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
 
-from scipy.integrate import quad
-from scipy.special import digamma, log_ndtr, ndtri
-
 from packsaddle.average import Protocol, Work
 from packsaddle.collectives import Cost, RingAllReduce
 
@@ -90,6 +87,9 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
     """
     if workers == 1 or spread == 0:
         return 1.0
+    from scipy.integrate import quad  # slow to import, and only uneven workers need it
+    from scipy.special import digamma, log_ndtr, ndtri
+
     if tail == "exponential":
         return 1 - spread + spread * float(digamma(workers + 1) - digamma(1))
     sigma = math.sqrt(math.log1p(spread**2))

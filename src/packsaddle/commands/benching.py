@@ -1,16 +1,17 @@
 """packsaddle bench step | compress | exchange | train | link."""
 
 import json as json_format
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import tyro
 from rich.table import Table
 
 from packsaddle.bench.contenders import FIELD
 from packsaddle.bench.result import Result, shown
 from packsaddle.commands.console import print_table
+from packsaddle.commands.parsing import UNSAID, Group
 from packsaddle.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -18,8 +19,36 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What does an optimizer step cost, beside torch.optim.SGD's, and beside the memory it must move?"""
+class Question(ABC):
+    """A question that calling it answers, in tables."""
+
+    json: Annotated[bool, UNSAID] = False
+    """Print one JSON document."""
+
+    @abstractmethod
+    def run(self) -> list[Result]:
+        """Measure. Raises ValueError for a setting that cannot be measured."""
+
+    def __call__(self) -> None:
+        try:
+            results = self.run()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if self.json:
+            print(json_format.dumps([result.plain() for result in results], indent=2))
+        else:
+            for result in results:
+                show(result)
+
+
+@dataclass(frozen=True)
+class Step(Question):
+    """What does an optimizer step cost, beside torch.optim.SGD's, and beside the memory it must move?
+
+    Examples:
+        packsaddle bench step
+        packsaddle bench step --d 1000000 --layers 50
+    """
 
     d: int = 25_000_000
     """Coordinates."""
@@ -35,8 +64,13 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Compress:
-    """What do packing and unpacking cost, beside copying the vector once?"""
+class Compress(Question):
+    """What do packing and unpacking cost, beside copying the vector once?
+
+    Examples:
+        packsaddle bench compress --ratio 0.001
+        packsaddle bench compress --d 1000000 --json
+    """
 
     d: int = 25_000_000
     """Coordinates."""
@@ -52,8 +86,12 @@ class Compress:
 
 
 @dataclass(frozen=True)
-class Exchange:
-    """What does one exchange cost, beside a dense all-reduce, and beside its bytes at the rate of this machine?"""
+class Exchange(Question):
+    """What does one exchange cost, beside a dense all-reduce, and beside its bytes at the rate of this machine?
+
+    Examples:
+        packsaddle bench exchange --workers 4
+    """
 
     d: int = 10_000_000
     """Coordinates."""
@@ -71,20 +109,20 @@ class Exchange:
 
 
 @dataclass(frozen=True)
-class _Training:
+class _Training(Question):
     """What the benchmarks of whole training steps share."""
 
     model: Literal["mnist-autoencoder", "resnet18"] = "mnist-autoencoder"
     """The network."""
-    batch: int | None = None
+    batch: Annotated[int | None, UNSAID] = None
     """Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18."""
     contenders: tuple[str, ...] = FIELD
-    """Who takes part: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ddp-bf16, ddp-uint8,
-    own-uint8, powersgd-N, local-sgd-N); each may say its own step size, as in 'ddp lr=0.2', a compressor also noise,
-    momentum, memory and local_steps, as in 'TopK(0.01) noise=0.01', or hook=bucket (or model) to go behind DDP."""
+    """Who takes part: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ..., powersgd-N, local-sgd-N).
+    Each may say its own step size, as in 'ddp lr=0.2', and a compressor its noise, momentum, memory and local_steps,
+    as in 'TopK(0.01) noise=0.01', or hook=bucket (hook=model) to go behind DDP."""
     lr: float = 0.1
     """Step size of those that say none."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, UNSAID] = None
     """Folder of MNIST, or of CIFAR-10 or an image folder of 32 x 32; without it the images are synthetic."""
     rounds: int = 5
     """How many times each contender has its turn."""
@@ -104,7 +142,12 @@ class _Training:
 
 @dataclass(frozen=True)
 class Train(_Training):
-    """What does a whole training step cost on local processes, beside every way to exchange that torch has?"""
+    """What does a whole training step cost on local processes, beside every way to exchange that torch has?
+
+    Examples:
+        packsaddle bench train --model resnet18
+        packsaddle bench train --contenders ddp 'RandomK(0.01) noise=0.01' --rounds 3
+    """
 
     workers: int = 2
     """Worker processes on this machine."""
@@ -120,13 +163,17 @@ class Link(_Training):
     """What does training cost over a real slow link, and what do its bytes allow? (Needs root and iproute2.)
 
     Hosts are network namespaces on this machine, whose links are held to a rate.
+
+    Examples:
+        packsaddle bench link --rate 100 --model resnet18
+        packsaddle bench link --rate 10 --data-dir MNIST --target-loss 0.05
     """
 
     hosts: int = 2
     """How many; each runs one worker under torchrun."""
     rate: float = 100.0
     """Mbit/s of every host's link, in either direction."""
-    target_loss: float | None = None
+    target_loss: Annotated[float | None, UNSAID] = None
     """Train each contender until the training loss is down to this, instead of timing steps (needs --data-dir)."""
     max_seconds: float = 300.0
     """When to give up on a contender that does not reach the target."""
@@ -138,32 +185,10 @@ class Link(_Training):
         return link.run(race, self.hosts, self.rate)
 
 
-_Question = (
-    Annotated[Step, tyro.conf.subcommand("step")]
-    | Annotated[Compress, tyro.conf.subcommand("compress")]
-    | Annotated[Exchange, tyro.conf.subcommand("exchange")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Link, tyro.conf.subcommand("link")]
+bench = Group(
+    "Measure, side by side in one run: packsaddle, its peers, and the floor below which nobody can go.",
+    {"step": Step, "compress": Compress, "exchange": Exchange, "train": Train, "link": Link},
 )
-
-
-@tyro.conf.configure(tyro.conf.CascadeSubcommandArgs)  # so that --json may stand anywhere
-def bench(question: Annotated[_Question, tyro.conf.arg(name="")], json: bool = False) -> None:
-    """Measure, side by side in one run: packsaddle, its peers, and the floor below which nobody can go.
-
-    Args:
-        question: What to measure.
-        json: Print one JSON document.
-    """
-    try:
-        results = question.run()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    if json:
-        print(json_format.dumps([result.plain() for result in results], indent=2))
-    else:
-        for result in results:
-            show(result)
 
 
 def show(result: Result) -> None:

@@ -40,6 +40,11 @@ def certify(
     Prints the certificate; writes it, the escape direction and a picture of the loss along it into a new folder.
     Under torchrun the world it made is used.
 
+    Examples:
+        packsaddle certify runs/a --epsilon 0.01
+        packsaddle certify runs/a --iterates --workers 2 --data-dir MNIST
+        packsaddle certify runs/a --checkpoint other.pt --epsilon 0.01 --hessian-lipschitz 0.001 --json
+
     Args:
         run: The run folder.
         checkpoint: Weights to certify instead of the last: a file, or its name inside the run folder.

@@ -68,8 +68,14 @@ def plan(
     With --epsilon: step size, steps, noise, escape check and bytes by the theorems. With --link: which compressor
     makes the shortest step on that link, or that none beats dense training.
 
+    Examples:
+        packsaddle plan --d 1000000 --epsilon 0.1
+        packsaddle plan --d 1000000 --epsilon 0.1 --table
+        packsaddle plan --link 100mbit --model resnet18 --workers 2
+        torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan --link auto --model resnet18
+
     Args:
-        d: Coordinates.
+        d: Coordinates of the parameter vector.
         epsilon: Target: gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon).
         smoothness: L, the Lipschitz constant of the gradient.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian.
@@ -78,7 +84,8 @@ def plan(
         lipschitz_gradient: The Lipschitz constant of every stochastic gradient (Assumption C), if there is one.
         compressor: "best" (RandomK, TopK, SketchTopK and LinearSketch, each at its best k), or one of these,
             AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case.
-        ratio: Share of the coordinates, for one compressor by name; without it the best (with --link, 0.01).
+        ratio: Share of the coordinates that are sent, in (0, 1], for one compressor by name; without it the best
+            (with --link, 0.01).
         mode: "theory" has the constants and logarithms of a proof, "practical" some that can be run.
         workers: Workers, 4 by default; under torchrun its own.
         table: Print Table 1 of the paper for this d and epsilon instead.

@@ -7,15 +7,20 @@ import tyro
 from rich.table import Table
 
 from packsaddle.commands.console import print_runs, print_table
+from packsaddle.commands.parsing import UNSAID
 from packsaddle.progress import megabytes
 from packsaddle.runfolder import read_runs
 from packsaddle.schema import ConfigError
 
 
 def report(
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional], out: Path | None = None, overwrite: bool = False
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, UNSAID], out: Path | None = None, overwrite: bool = False
 ) -> None:
     """Compare runs, over seeds: tables, a figure and one self-contained, interactive HTML page.
+
+    Examples:
+        packsaddle report runs/a runs/b
+        packsaddle report runs --out comparison --overwrite
 
     Args:
         runs: Run folders, folders of run folders, or studies.
@@ -34,9 +39,12 @@ def report(
 def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json: bool = False) -> None:
     """List every compressor: contraction, linear or not, protocol, bytes of a step and time on this machine.
 
+    Examples:
+        packsaddle compressors --d 1000000 --ratio 0.01 --workers 8
+
     Args:
-        d: Coordinates of the vector tried.
-        ratio: Share of the coordinates, for those that have one.
+        d: Coordinates of the vector tried, a Gaussian one of float32.
+        ratio: Share of the coordinates that are sent, in (0, 1], for those that have one.
         workers: Workers, for the bytes.
         json: Print JSON lines instead of a table.
     """

@@ -42,16 +42,21 @@ def reproduce(
 ) -> None:
     """Make the paper's figures and table from real data.
 
+    Examples:
+        packsaddle reproduce fig2 --data-dir MNIST --download
+        packsaddle reproduce fig1 --scale smoke --data-dir CIFAR10 --seeds 1 --out runs/fig1
+        packsaddle reproduce table1 --scale smoke
+
     Args:
         what: The paper's fig1, fig2 or table1, or a study beside them (docs/reproducing.md says of what).
         scale: paper: the paper's setting; cpu: the largest that two cores do in about 90 minutes; smoke: a minute.
-        data_dir: Folder of the dataset.
+        data_dir: Folder of the dataset: MNIST or CIFAR-10 as torchvision keeps them, or an image folder.
         download: Fetch the dataset into --data-dir if it is not there.
         out: A new folder for the runs and what is made of them; by default one under runs/ named by the time.
         resume: Go on in a folder that was begun: finished runs are kept, the others are done from their start.
         jobs: Runs at once; by default one per core, on a GPU one.
         processes: Real worker processes instead of simulated workers.
-        seeds: Seeds per setting instead of the scale's.
+        seeds: How many seeds per setting, instead of the scale's.
         only: Settings to run, by their folders' names; by default all.
         set: Overrides of every configuration, key=value by dotted key.
     """

@@ -22,7 +22,7 @@ class LowRank(Compressor):
     sqrt(1 - matrix_rank / min(n, m)) of it.
     """
 
-    matrix_rank: int = 1
+    matrix_rank: int = 1  # of the factors of each tensor
     # Of the tensors in v, as matrices, from `for_tensors`.
     shapes: tuple[tuple[int, int], ...] = field(default=(), metadata={"internal": True})
 

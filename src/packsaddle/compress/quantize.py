@@ -26,7 +26,7 @@ class Sign(Compressor):
     """
 
     fixed_size: ClassVar[bool] = True
-    per_tensor: bool = False
+    per_tensor: bool = False  # a scale for each tensor
     sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # of the tensors in v, from `for_tensors`
 
     def mu(self, d: int) -> float:
@@ -89,8 +89,8 @@ class QSGD(Compressor):
 
     private: ClassVar[bool] = True
     fixed_size: ClassVar[bool] = True
-    levels: int = 7
-    bucket: int = 512
+    levels: int = 7  # s, of a magnitude; a coordinate takes ceil(log2(2 s + 1)) bits
+    bucket: int = 512  # b, coordinates that share a norm
 
     def __post_init__(self) -> None:
         for name in ("levels", "bucket"):

@@ -27,8 +27,8 @@ class SketchTopK(KOfD):
     stated as k/d.
     """
 
-    rows: int = 3
-    columns: int | None = None
+    rows: int = 3  # of counters, over which the median is taken
+    columns: int | None = None  # counters of a row; by default 4 k
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,9 +98,9 @@ class LinearSketch(Compressor):
     """
 
     fixed_size: ClassVar[bool] = True
-    ratio: float | None = None
-    columns: int | None = None
-    sketch: Literal["count", "gaussian"] = "count"
+    ratio: float | None = None  # c/d, the counters' share of the coordinates, in (0, 1]
+    columns: int | None = None  # c, instead of the ratio
+    sketch: Literal["count", "gaussian"] = "count"  # gaussian: c d random numbers a step, so for small problems
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.columns is None):

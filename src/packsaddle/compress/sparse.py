@@ -47,8 +47,8 @@ class Identity(Compressor):
 class KOfD(Compressor):
     """What RandomK, TopK and SketchTopK share: k coordinates of d, given as a ratio k/d or as k itself."""
 
-    ratio: float | None = None
-    k: int | None = None
+    ratio: float | None = None  # k/d, the share of the coordinates that is sent, in (0, 1]
+    k: int | None = None  # instead of the ratio: how many
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -83,7 +83,7 @@ class KOfD(Compressor):
 class _OfEachTensor(KOfD):
     """k of all coordinates together, or with `per_tensor` the ratio of each tensor's, rounded and at least one."""
 
-    per_tensor: bool = False
+    per_tensor: bool = False  # the ratio of each tensor, instead of all together
     sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # of the tensors, from `for_tensors`
 
     def __post_init__(self) -> None:
@@ -129,8 +129,8 @@ class RandomK(_OfEachTensor):
     """
 
     fixed_size: ClassVar[bool] = True
-    block_size: int | None = None
-    values: ValueFormat | None = None
+    block_size: int | None = None  # b, consecutive coordinates kept together; by default 1 to 128, by k
+    values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,7 +220,7 @@ class TopK(_CodedSupport, _OfEachTensor):
     `values` rounds the values to fewer bits; the rounding error stays in the error memory.
     """
 
-    values: ValueFormat | None = None
+    values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -244,8 +244,8 @@ class AdaptiveTopK(_CodedSupport):
     How many coordinates that takes varies from step to step.
     """
 
-    share: float
-    values: ValueFormat | None = None
+    share: float  # c, of ||v||^2 that is sent, in (0, 1]
+    values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
 
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from packsaddle.config import Config, override
+from packsaddle.config import Config, configure
 from packsaddle.runfolder import RunFolder, commit, make_new
 from packsaddle.schema import ConfigError, build, plain
 
@@ -63,12 +63,7 @@ class Study:
 
 
 def _overridden(config: Config, overrides: Sequence[str]) -> Config:
-    if not overrides:
-        return config
-    data = plain(config)
-    for text in overrides:
-        override(data, text)
-    return build(Config, data)
+    return configure(plain(config), overrides) if overrides else config
 
 
 @dataclass(frozen=True)
