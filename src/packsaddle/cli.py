@@ -11,6 +11,7 @@ from packsaddle.commands.benching import bench
 from packsaddle.commands.certifying import certify
 from packsaddle.commands.completing import Shell, script
 from packsaddle.commands.console import is_first
+from packsaddle.commands.examining import doctor
 from packsaddle.commands.parsing import Group, parse
 from packsaddle.commands.planning import plan
 from packsaddle.commands.reading import compressors, report
@@ -48,6 +49,7 @@ COMMANDS = Group(
         "compressors": compressors,
         "plan": plan,
         "bench": bench,
+        "doctor": doctor,
         "completion": completion,
     },
 )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -185,15 +186,23 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def backends() -> dict[str, bool]:
+    """Return which of the backends that are used this torch has been built with."""
+    return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+
+
 @contextmanager
-def process_group() -> Iterator[Group]:
-    """Join the world that the launcher set up (NCCL where every worker has a GPU, else gloo), and leave it."""
+def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
+    """Join the world that the launcher set up (NCCL where every worker has a GPU, else gloo), and leave it.
+
+    Collectives that take longer than `timeout`, by default torch's, raise RuntimeError.
+    """
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
     if use_nccl:
         torch.cuda.set_device(local_rank)
     # Scalars that live on the CPU (metrics, flags) travel by gloo even where vectors go by NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout)
     try:
         yield TorchGroup()
         dist.barrier()  # a worker that leaves early takes its connections away from the others

@@ -52,22 +52,34 @@ def compiler(device: torch.device | str) -> str:
     return _COMPILERS[where][0] if not _torch_only.get() and _module(where) else "torch"
 
 
+def obstacle(device: torch.device | str) -> str:
+    """Return why nothing compiles loops for a device; "" if something does."""
+    return _load(torch.device(device).type)[1]
+
+
 def _takes(v: Tensor) -> bool:
     return v.dtype in _DTYPES and v.stride() == (1,) and not v.requires_grad
 
 
-@cache
 def _module(where: str) -> ModuleType | None:
-    if os.environ.get("PACKSADDLE_KERNELS") == "torch" or where not in _COMPILERS:
-        return None
+    return _load(where)[0]
+
+
+@cache
+def _load(where: str) -> tuple[ModuleType | None, str]:
+    """The module of compiled loops, or why there is none."""
+    if os.environ.get("PACKSADDLE_KERNELS") == "torch":
+        return None, "PACKSADDLE_KERNELS=torch asks for torch alone"
+    if where not in _COMPILERS:
+        return None, f"there are no compiled loops for {where}"
     needed, module = _COMPILERS[where]
     if importlib.util.find_spec(needed) is None:
-        return None
+        return None, f"{needed} is not installed"
     try:
-        return importlib.import_module(module)  # not at the top: numba takes a second to import
+        return importlib.import_module(module), ""  # not at the top: numba takes a second to import
     except (ImportError, RuntimeError) as error:  # numba raises the latter where it may write no cache anywhere
-        warnings.warn(f"{needed} cannot be used: {error}", SlowKernelsWarning, stacklevel=3)
-        return None
+        warnings.warn(f"{needed} cannot be used: {error}", SlowKernelsWarning, stacklevel=4)
+        return None, f"{needed} cannot be used: {error}"
 
 
 @cache
