@@ -28,7 +28,7 @@ def report(
     rank: int, model: nn.Module, hook: packsaddle.ddphook.DDPHook | None, steps: int, losses: list[float]
 ) -> None:
     """Print a worker's line: its loss, its bytes beside DistributedDataParallel's, and a digest of its weights."""
-    weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach().cpu()
+    weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach().float().cpu()
     digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:12]
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth

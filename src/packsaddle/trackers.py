@@ -170,7 +170,7 @@ def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mappin
     with ExitStack() as stack:
         trackers = []
         for name in dict.fromkeys(names):
-            trackers.append(_open(name, path / name, label, config))
+            trackers.append(_open(name, path, label, config))
             stack.callback(trackers[-1].finish)
         yield TrackedFolder(path, trackers)
 
@@ -178,11 +178,11 @@ def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mappin
 def _open(name: TrackerName, folder: Path, label: str, config: Mapping[str, Any]) -> Tracker:
     match name:
         case "tensorboard":
-            return TensorBoard(folder)
+            return TensorBoard(folder / "tensorboard")
         case "wandb":
-            return WandB(folder, name=label, config=config)
+            return WandB(folder, name=label, config=config)  # makes a folder wandb
         case "mlflow":
-            return MLflow(folder, name=label, config=config)
+            return MLflow(folder / "mlflow", name=label, config=config)
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

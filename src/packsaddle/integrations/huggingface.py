@@ -25,7 +25,7 @@ class PacksaddleCallback(TrainerCallback):
 
     Every worker keeps its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A run that goes on
     (`train(resume_from_checkpoint=...)`) takes it from the folder of its step in `output_dir`, or from `resume_from`.
-    With one worker a warning is all that happens. `hook` is the DDPHook while there is one.
+    With one worker a warning is all that happens. `hook` is the DDPHook, which another call of `train` goes on with.
     """
 
     def __init__(
@@ -40,15 +40,18 @@ class PacksaddleCallback(TrainerCallback):
         self.hook: DDPHook | None = None
         self._trainer, self._compressor, self._follow_rates, self._options = trainer, compressor, follow_rates, options
         self._resume_from = resume_from
+        self._attached: Any = None  # to this model
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Attach the hook, and restore it in a run that goes on; raises what `register_ddp_hook` raises."""
         trainer = self._trainer  # callbacks are shown the model that is inside DistributedDataParallel alone
-        options = {"scaler": trainer.accelerator.scaler, "monitor_every": int(state.logging_steps), **self._options}
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in Accelerate's
-        self.hook = attach_among_workers(
-            trainer.model_wrapped, self._compressor, [optimizer], follow_rates=self._follow_rates, **options
-        )
+        if trainer.model_wrapped is not self._attached:  # it is the same at another call of train()
+            self._attached = trainer.model_wrapped
+            options = {"scaler": trainer.accelerator.scaler, "monitor_every": int(state.logging_steps), **self._options}
+            optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in Accelerate's
+            self.hook = attach_among_workers(
+                self._attached, self._compressor, [optimizer], follow_rates=self._follow_rates, **options
+            )
         if self.hook is not None and state.global_step:
             load_state(self.hook, self._resume_from or _checkpoint(args, state))
 
