@@ -37,4 +37,6 @@ def report(
     else:
         ours, alone = hook.ledger.total.sent, hook.uncompressed.sent
         sent = f"{hook.steps} exchanges, sent {ours:,} bytes, DistributedDataParallel alone {alone:,} ({alone / ours:.1f}x)"
-    print(f"worker {rank}: loss {first:.3f} -> {last:.3f}, {steps} steps, {sent}, weights {digest}\n", end="", flush=True)
+    print(
+        f"worker {rank}: loss {first:.3f} -> {last:.3f}, {steps} steps, {sent}, weights {digest}\n", end="", flush=True
+    )
