@@ -24,6 +24,7 @@ from packsaddle.network import Interface, gloo_listens, interfaces
 
 Verdict = Literal["ok", "note", "warning", "problem"]
 
+_DRIVER = Path("/proc/driver/nvidia/version")
 _PATIENCE = timedelta(seconds=60)  # for two processes to find each other, where it takes a second
 _MODULES = {"scikit-learn": "sklearn"}  # whose name differs from their package's
 _PURPOSES = {
@@ -115,9 +116,10 @@ def devices() -> Iterator[Fact]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             of = torch.cuda.get_device_properties(i)
-            yield Fact("devices", f"cuda:{i}", f"{of.name}, {of.total_memory / 2**30:.0f} GiB, {of.major}.{of.minor}")
+            size, capability = f"{of.total_memory / 2**30:.0f} GiB", f"compute capability {of.major}.{of.minor}"
+            yield Fact("devices", f"cuda:{i}", f"{of.name}, {size}, {capability}")
         return
-    driver = Path("/proc/driver/nvidia/version").exists()
+    driver = _DRIVER.exists()
     if torch.version.cuda is None:
         advice = "there is an NVIDIA driver: install torch with CUDA to use the GPU" if driver else ""
         yield Fact("devices", "CUDA", "this torch is built without it", "warning" if driver else "note", advice)
