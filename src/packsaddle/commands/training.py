@@ -70,7 +70,7 @@ def run(
         torchrun --nproc-per-node 4 -m packsaddle.cli run config.toml --out runs/b
 
     Args:
-        config: The TOML file; docs/configuration.md has every key.
+        config: The TOML file; packsaddle init writes one with every key.
         set: Overrides of the file, key=value by dotted key; a value is TOML, or a bare word.
         workers: Worker processes, W; by default the file's.
         serial: Simulate the workers in this process, one after the other, instead of starting processes.
