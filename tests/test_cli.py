@@ -84,6 +84,30 @@ def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path:
     assert not torch.equal(errors[0], errors[1])
 
 
+def test_momentum_ef21_storm_and_local_steps(config: Path, tmp_path: Path) -> None:
+    """Each key changes the run, and local steps leave out exchanges; fused workers give what serial ones do."""
+    linear = ("compressor={kind='RandomK', ratio=0.1}", "precision=float64")
+    variants: dict[str, tuple[str, ...]] = {
+        "plain": (),
+        "momentum": ("momentum=0.5",),
+        "nesterov": ("momentum=0.5", "nesterov=true"),
+        "ef21": ("memory=ef21",),
+        "storm": ("storm=0.5",),
+        "local": ("local_steps=4",),
+    }
+    found = {}
+    for name, keys in variants.items():
+        for how in ("serial", "fused") if name != "local" else ("serial",):
+            out = tmp_path / f"{name}-{how}"
+            assert command("run", config, "--workers", 2, f"--{how}", "--out", out, "--set", *linear, *keys) == 0
+            found[name, how] = json.loads((out / "summary.json").read_text())
+        if name != "local":
+            assert found[name, "fused"]["final_loss"] == pytest.approx(found[name, "serial"]["final_loss"], rel=1e-6)
+    assert len({summary["final_loss"] for (_, how), summary in found.items() if how == "serial"}) == len(variants)
+    sent = {name: found[name, "serial"]["bytes_by_purpose"]["values"]["payload"] for name in variants}
+    assert sent["local"] * 4 == sent["plain"] == sent["momentum"]
+
+
 def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, extra in (("a", ()), ("b", ("escape.interval=1000", "noise.lower_from=0.5", "plateau=0.1"))):
         assert command("run", config, "--out", tmp_path / "runs" / name, "--set", f"label={name}", *extra) == 0

@@ -1,7 +1,14 @@
 """The hook behind DistributedDataParallel, in real gloo processes: beside CompressedSGD, dense averages and itself."""
 
+import io
 import math
+import os
+import re
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -466,16 +473,12 @@ def resumed(way: str, scope: str, stop: int) -> dict[str, Tensor]:
                 model, noise=0.01, start_step=3, scope=scope, optimizer=optimizer, dense_below=100, **WAYS[way]
             )
             if saved is not None:
-                import io
-
                 loaded = torch.load(io.BytesIO(saved), weights_only=True)
                 model.load_state_dict(loaded["model"])
                 optimizer.load_state_dict(loaded["optimizer"])
                 hook.load_state_dict(loaded["hook"])
                 assert hook.steps == stop
             train(model, optimizer, part)
-            import io
-
             file = io.BytesIO()
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "hook": hook.state_dict()}
             torch.save(states, file)
@@ -534,8 +537,6 @@ def test_warm_up_is_dense_then_a_falling_ratio(gloo: Gloo) -> None:
 
 def overlapping() -> bool:
     """The first bucket's exchange waits for the gradient that comes last: a hook that blocks the pass never ends."""
-    import threading
-
     model = wrapped(network(), SEVERAL)
     hook = register_ddp_hook(model, RandomK(0.1), dense_below=100)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -617,8 +618,6 @@ def test_what_is_refused_and_how(gloo: Gloo) -> None:
         "added": "extra was added, replaced or unfrozen after DistributedDataParallel",
         "sparse": "has a sparse gradient, which is not supported",
     }
-    import re
-
     for found in gloo(refusals, 2):
         assert found.keys() == expected.keys()
         for name, pattern in expected.items():
@@ -655,3 +654,38 @@ def test_attach_finds_the_model_and_notices_a_hook_that_is_never_called(gloo: Gl
 
 def test_attach_without_workers_has_nothing_to_do() -> None:
     assert attach(network(), RandomK(0.1)) is None
+
+
+def test_a_worker_that_fails_ends_though_its_exchange_cannot(tmp_path: Path) -> None:
+    """Its process must not wait for a collective that will not come about: a launcher would not see that it failed."""
+    command = [sys.executable, str(Path(__file__).parent / "failing_worker.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        _, error = workers[0].communicate(timeout=120)
+        assert workers[0].returncode != 0
+        assert "ValueError: this batch is bad" in error
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def broken_exchange() -> str:
+    model = wrapped(network())
+    hook = register_ddp_hook(model, RandomK(0.1))
+
+    def all_reduce(tensor: Tensor) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    hook.channel.group.all_reduce = all_reduce  # type: ignore[method-assign]
+    return message_of(lambda: loss(model, batches(1)[0]).backward())
+
+
+def test_an_error_in_the_exchange_is_that_of_the_backward_pass(gloo: Gloo) -> None:
+    assert all("connection closed by peer" in message for message in gloo(broken_exchange, 2))

@@ -34,7 +34,7 @@ MISTAKES = {
     "demo --epochs=many": "demo: --epochs must be a number, got 'many'",
     "plan --mode theorie": "plan: --mode must be one of practical, theory, got 'theorie' (did you mean theory?)",
     "plan --zebra": "plan: unknown flag --zebra (see --help)",
-    "reproduce fig3": "fig2-escape, text, table1, got 'fig3' (did you mean fig2?)",
+    "reproduce fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",
     "certify runs/a --checkpoint": "certify: --checkpoint needs a text after it",
     "bench stp": "bench: unknown command stp (did you mean step?)",
     "bench step --dd 3": "bench step: unknown flag --dd (did you mean --d?)",

@@ -17,6 +17,7 @@ from packsaddle.compress import (
 )
 from packsaddle.ddp import attach, register_ddp_hook
 from packsaddle.escape import Escape, Reset
+from packsaddle.fsdp import register_fsdp_hook
 from packsaddle.ledger import Bytes, Ledger, Span
 from packsaddle.noise import Ramp
 from packsaddle.optimizer import CompressedSGD
@@ -52,5 +53,6 @@ __all__ = [
     "attach",
     "certify",
     "register_ddp_hook",
+    "register_fsdp_hook",
     "simulate",
 ]

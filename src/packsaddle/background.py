@@ -1,11 +1,14 @@
 """Work that goes on beside the backward pass, in the order in which it was submitted."""
 
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 from torch.futures import Future
+
+Results = Sequence[tuple[Future[Tensor], Tensor]]
 
 
 class Background:
@@ -17,26 +20,43 @@ class Background:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._thread = ThreadPoolExecutor(1, "packsaddle") if device.type == "cpu" else None
         self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._waiting: deque[tuple[Callable[[], None], Results]] = deque()
+        self._lock = threading.Lock()
+        self._busy = False
 
     def future(self) -> Future[Tensor]:
         """Return a future that may be waited for in any stream."""
         return Future(devices=None if self._stream is None else [self._device])
 
-    def submit(self, work: Callable[[], None], results: Sequence[tuple[Future[Tensor], Tensor]]) -> None:
+    def submit(self, work: Callable[[], None], results: Results) -> None:
         """Run `work`, after which the futures have their results; an error in it becomes theirs."""
-        if self._thread is not None:
-            self._thread.submit(_run, work, results)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                _run(work, results)
             return
-        assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
+        with self._lock:
+            self._waiting.append((work, results))
+            if self._busy:
+                return
+            self._busy = True
+        # It ends when nothing waits, so none is there when the interpreter ends; and if another worker is gone and a
+        # collective does not return, it does not keep this process, which has an error to report, from ending.
+        threading.Thread(target=self._work, name="packsaddle", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._busy = False
+                    return
+                work, results = self._waiting.popleft()
             _run(work, results)
 
 
 @torch.no_grad()
-def _run(work: Callable[[], None], results: Sequence[tuple[Future[Tensor], Tensor]]) -> None:
+def _run(work: Callable[[], None], results: Results) -> None:
     try:
         work()
     except Exception as error:

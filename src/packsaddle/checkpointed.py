@@ -8,11 +8,13 @@ from torch.optim import Optimizer
 
 from packsaddle.channel import Channel
 from packsaddle.choose import Choice
+from packsaddle.direction import Gradient
 from packsaddle.escape import EscapeCheck
 from packsaddle.feedback import ErrorMemory
 from packsaddle.flat import FlatParameters
-from packsaddle.gradmemory import GradientMemory
 from packsaddle.ledger import Ledger
+from packsaddle.localsteps import LocalSteps
+from packsaddle.memories import kind_of
 from packsaddle.perturb import Perturber
 from packsaddle.state import check_fits, fill
 
@@ -26,6 +28,8 @@ class Checkpointed(Optimizer):
     ledger: Ledger
     _flat: FlatParameters
     _memory: ErrorMemory
+    _direction: Gradient
+    _local: LocalSteps
     _noise: Perturber
     _escape: EscapeCheck | None
     _step: int
@@ -34,7 +38,8 @@ class Checkpointed(Optimizer):
         """The flat vectors of a checkpoint: this worker's memory, and x_t' if there is an escape check."""
         anchor = {"anchor": self._escape.anchor} if self._escape else {}
         vector = self._memory.vector
-        return {"pending": vector, **anchor, **self.choice.protocol.vectors(vector)}
+        kept = self._memory.vectors() | self._direction.vectors() | self._local.vectors()
+        return {"pending": vector, **anchor, **kept, **self.choice.protocol.vectors(vector)}
 
     def _publish_state(self) -> None:
         """Show the flat vectors as per-parameter state, so that torch's checkpoint tools find them."""
@@ -49,6 +54,7 @@ class Checkpointed(Optimizer):
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update(self._identity(), step=self._step, unit=self._memory.unit)
+            group["started"] = self._direction.started
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
         state["exchange"] = self.choice.protocol.state_dict()
         state["noise"] = self._noise.state_dict()
@@ -61,6 +67,7 @@ class Checkpointed(Optimizer):
         check_fits(state_dict, self._flat, self._flat_state(), self._identity())
         first = state_dict["param_groups"][0]
         step, anchor_step, unit = first["step"], first["anchor_step"], first["unit"]
+        self._direction.started = first.get("started", True)
         # torch would cast state to the parameters' dtype, so only the groups go through it.
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         fill(state_dict, self._flat, self._flat_state())
@@ -70,7 +77,7 @@ class Checkpointed(Optimizer):
         if self._escape:
             self._escape.anchor_step = anchor_step
         for group in self.param_groups:
-            for name in ("step", "anchor_step", "unit", *self._identity()):
+            for name in ("step", "anchor_step", "unit", "started", *self._identity()):
                 group.pop(name, None)
         self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
         self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
@@ -85,7 +92,7 @@ class Checkpointed(Optimizer):
             "rank": self.channel.group.rank,
             "workers": self.channel.group.size,
             "owners": owners,
-            "memory": "gradient" if isinstance(self._memory, GradientMemory) else "buffer",
+            "memory": kind_of(self._memory),
         }
 
     def __getstate__(self) -> dict[str, Any]:

@@ -150,6 +150,11 @@ class Config:
     certify: CertifyConfig | None = None
     label: str = ""  # how tables and figures call the run; by default its folder's name
     weight_decay: float = 0.0  # times x is added to the gradient, before compression
+    momentum: float = 0.0  # of each worker's gradients, before compression
+    nesterov: bool = False  # Nesterov's momentum
+    memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
+    storm: float | None = None  # the weight of a new gradient in STORM's variance reduction; by default none
+    local_steps: int = 1  # steps between two exchanges
     dense_below: int = 1024  # tensors with fewer elements, and vectors, go dense; 0 compresses everything
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
     seed: int = 0  # of everything random
@@ -159,8 +164,10 @@ class Config:
     plateau: float | None = None  # the loss of a plateau whose length is to be measured
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size", "workers", "log_every", "test_every", "plateau")
+        _positive(self, "epochs", "batch_size", "workers", "log_every", "test_every", "plateau", "local_steps")
         _not_negative(self, "lr", "weight_decay", "dense_below")
+        if self.local_steps > 1 and self.certify and (self.certify.every is not None or self.certify.at):
+            raise ValueError("certify.every and certify.at need local_steps = 1, as workers are apart in between")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -140,7 +140,7 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     if not found and is_sharded(model):
         raise TypeError(
             "model is sharded by FSDP, whose gradients are already reduced over workers when its hooks see them; "
-            "use DistributedDataParallel"
+            "see packsaddle.register_fsdp_hook"
         )
     if not found and resolve(None).size == 1:
         return None

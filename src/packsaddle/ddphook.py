@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.futures import Future
 
 from packsaddle.background import Background
-from packsaddle.channel import Channel
+from packsaddle.channel import Channel, ring_all_reduce
 from packsaddle.escape import Reset
 from packsaddle.exchange import Bucket
 from packsaddle.exchanger import Exchanger, Rules
-from packsaddle.ledger import Ledger
+from packsaddle.ledger import Bytes, Ledger
 from packsaddle.noise import Noise, Perturbation
 from packsaddle.rates import Rates
 from packsaddle.sections import Place, Section
@@ -55,9 +55,10 @@ class DDPHook:
         self._module, self._rules, self._places, self._rates, self._scale = module, rules, places, rates, scale
         self._named = {id(place.parameter): place for place in places}
         self._compressed_d = sum(place.size for place in places if not place.dense)
+        self.device = places[0].parameter.device
         self._perturbation = Perturbation(noise)
         self._monitor_every = monitor_every
-        self._background = Background(places[0].parameter.device)
+        self._background = Background(self.device)
         self._exchangers: dict[frozenset[str], Exchanger] = {}
         self._loose: dict[str, Tensor] = {}  # error memory that is in no section, by parameter
         self._saved: dict[str, Any] = {}  # what the exchange of the whole model held when it was saved
@@ -187,6 +188,13 @@ class DDPHook:
         self._settle()
         return self._steps
 
+    @property
+    def uncompressed(self) -> Bytes:
+        """What this worker would have moved in as many exchanges without the hook: a ring all-reduce of gradients."""
+        exchanges = self.steps + self.skipped
+        d = sum(place.size * place.parameter.element_size() for place in self._places)
+        return ring_all_reduce(exchanges * d, self.channel.group.size)
+
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's e^(i), in units of a gradient, by parameter, with its share of what the exchange holds.
@@ -261,9 +269,8 @@ class DDPHook:
         if len(pending) > len(self._places):
             raise ValueError(f"the state is of {len(pending)} parameters, and there are {len(self._places)}")
         self._settle()
-        device = self._places[0].parameter.device
         self._exchangers = {}
-        self._loose = {name: error.to(device, copy=True) for name, error in pending.items()}
+        self._loose = {name: error.to(self.device, copy=True) for name, error in pending.items()}
         self._saved = dict(state["held"])
         self._steps, self.skipped, self._rates.units = state["steps"], state["skipped"], list(state["rates"])
         self.ledger.load_state_dict(state["ledger"])

@@ -13,9 +13,10 @@ from packsaddle.collectives import RingAllReduce
 from packsaddle.config import Config
 from packsaddle.data import shard
 from packsaddle.exchange import Solo, ambient_group, launch, process_group, resolve
-from packsaddle.runfolder import RunFolder, environment, make_new
+from packsaddle.runfolder import environment, make_new
 from packsaddle.schema import ConfigError, plain
 from packsaddle.simulate import FusedGroup, simulate
+from packsaddle.trackers import TrackerName, require_tracker, tracked
 from packsaddle.training import Training
 
 # How W workers are had: as processes, one after the other in this process, or as one that holds their mean.
@@ -23,7 +24,9 @@ How = Literal["processes", "serial", "fused"]
 
 
 def can_be_fused(config: Config) -> bool:
-    """Whether everything that a run's workers exchange is means (see `FusedGroup`)."""
+    """Whether all that a run's workers exchange is means, at points that are the same (see `FusedGroup`)."""
+    if config.local_steps > 1:
+        return False
     try:
         choice = choose(config.compressor, config.exchange, d=1 << 20, dense=1, workers=max(2, config.workers))
     except ValueError:  # also for a compressor that does not know its tensors yet
@@ -41,11 +44,14 @@ class Job:
     data_dir: Path | None = None
     download: bool = False
     quiet: bool = False
+    track: tuple[TrackerName, ...] = ()  # rank 0's numbers go there too
 
     def check(self, workers: int, how: How = "processes") -> None:
         """Raise ConfigError for whatever would stop a worker at its start; in one process, before any is launched."""
         if how == "fused":
             self._check_fusable()
+        for name in self.track:
+            require_tracker(name)
         for config in self.configs:
             training = Training(config, self.data_dir, self.download)
             for worker in range(workers):
@@ -73,12 +79,14 @@ class Job:
     def train(self) -> None:
         """Do the runs in the present group (see `exchange.resolve`); collective."""
         for config, path in zip(self.configs, self.folders, strict=True):
-            training, folder = Training(config, self.data_dir, self.download), RunFolder(path)
-            if training.group.rank == 0:
-                folder.write_json("config.json", plain(config))
-                device = str(training.device)
-                folder.write_json("environment.json", environment(packsaddle.__version__, training.group.size, device))
-            training.run(folder, quiet=self.quiet)
+            training = Training(config, self.data_dir, self.download)
+            is_first = training.group.rank == 0
+            with tracked(path, self.track if is_first else (), config.label or path.name, plain(config)) as folder:
+                if is_first:
+                    device, size = str(training.device), training.group.size
+                    folder.write_json("config.json", plain(config))
+                    folder.write_json("environment.json", environment(packsaddle.__version__, size, device))
+                training.run(folder, quiet=self.quiet)
 
     def run(self, workers: int, how: How) -> None:
         """Do the runs with `workers` workers. Raises ConfigError if they cannot be fused and are to be."""
@@ -96,6 +104,8 @@ class Job:
     def _check_fusable(self) -> None:
         for config in self.configs:
             if not can_be_fused(config):
+                if config.local_steps > 1:
+                    raise ConfigError("a fused simulation has one x, so it has no local_steps; use --serial")
                 raise ConfigError(
                     f"a fused simulation needs workers that exchange means alone, but "
                     f"{type(config.compressor).__name__} by exchange {config.exchange!r} sends more; use --serial"

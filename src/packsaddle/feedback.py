@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from packsaddle.average import Term
+from packsaddle.average import Averaged, Term
+from packsaddle.direction import Extras, Gradient
 from packsaddle.flat import FlatParameters
-from packsaddle.noise import Noise
 
 
 class ErrorMemory:
@@ -39,37 +39,21 @@ class ErrorMemory:
             if p.grad is not None and p.grad.is_sparse:
                 raise RuntimeError(f"{name} has a sparse gradient, which is not supported")
 
-    def correct(
-        self, lrs: Sequence[float], decays: Sequence[float], noise: Noise | None, noisy_from: int = 0
-    ) -> Tensor:
-        """Turn eta e into eta (e + grad F_i(x) + weight_decay x + xi), float[d], and return it (line 10).
+    def correct(self, direction: Gradient, lrs: Sequence[float], extras: Extras) -> Tensor:
+        """Turn eta e into eta (e + u), float[d], and return it (line 10); `lrs` are by parameter group.
 
-        `lrs` and `decays` are by parameter group; xi is left out before coordinate `noisy_from`. Gradients are read
-        from the parameters. A parameter without a gradient counts as one whose gradient is zero; one that was frozen
-        is left where it is.
+        A parameter that was frozen is left where it is.
         """
-        flat = self._flat
-        self._add_noise_and_decay(lrs, decays, noise, noisy_from)
-        for members, lr in zip(flat.members, lrs, strict=True):
-            grads = {i: g for i in members if (g := flat.parameters[i].grad) is not None}
-            if grads:
-                torch._foreach_add_([self._views[i] for i in grads], list(grads.values()), alpha=lr)
+        direction.add_to(self.vector, self._views, lrs, extras)
         self._forget_frozen()
         return self.vector
 
-    def _add_noise_and_decay(
-        self, scales: Sequence[float], decays: Sequence[float], noise: Noise | None, noisy_from: int
-    ) -> None:
-        """Add scale (xi + weight_decay x), the scale by parameter group."""
-        flat = self._flat
-        for run in flat.runs:
-            stretch, scale = slice(run.start, run.stop), scales[run.group]
-            if noise is not None and run.stop > noisy_from:
-                start = max(run.start, noisy_from)
-                noise.add_to(self.vector[start : run.stop], scale, start)
-            if decays[run.group]:
-                # The decay is part of the objective, so its gradient is compressed with the rest.
-                self.vector[stretch].add_(flat.x[stretch], alpha=scale * decays[run.group])
+    def apply(self, x: Tensor, g: Averaged) -> None:
+        """Subtract mean_i g^(i) from x, float[d], in at least single precision (line 11)."""
+        compressed_d = self._flat.compressed_d
+        for term in g.mean:
+            term.add_to(x[:compressed_d], -self.unit)
+        x[compressed_d:].sub_(g.dense, alpha=self.unit)
 
     def absorb(self, sent: Iterable[Term], lost: Tensor | None = None) -> None:
         """Subtract what this worker sent, C(.) on the compressed part and everything on the dense one (line 12).
@@ -94,6 +78,10 @@ class ErrorMemory:
         if lost is not None:
             self.vector.add_(lost)
         self.settle()
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Return what is kept from step to step beside the memory itself, float[d] each, by name."""
+        return {}
 
     def settle(self, unit: float | None = None) -> None:
         """Take the vector as it now is for the state between two steps, in another unit if one is given."""

@@ -10,9 +10,9 @@ from functools import partial
 
 from torch import Tensor
 
+from packsaddle.direction import Extras, Gradient
 from packsaddle.feedback import ErrorMemory
 from packsaddle.flat import FlatParameters
-from packsaddle.noise import Noise
 
 _HOLD = 'with memory="gradient" the gradients hold what has not been sent yet'
 
@@ -47,12 +47,10 @@ class GradientMemory(ErrorMemory):
     def pending(self) -> Tensor:
         return self.vector * self._unit
 
-    def correct(
-        self, lrs: Sequence[float], decays: Sequence[float], noise: Noise | None, noisy_from: int = 0
-    ) -> Tensor:
+    def correct(self, direction: Gradient, lrs: Sequence[float], extras: Extras) -> Tensor:
         self._rate()
         self._follow_rate()
-        self._add_noise_and_decay([1.0] * len(lrs), decays, noise, noisy_from)
+        direction.perturb(self.vector, [1.0] * len(lrs), extras)
         self._forget_frozen()
         return self.vector
 
@@ -114,14 +112,3 @@ class GradientMemory(ErrorMemory):
                 )
         if self.vector._version != self._version:
             raise RuntimeError(f"{_HOLD}, but they were changed after the backward pass (clipped, or set to zero?)")
-
-
-def make_memory(kind: str, flat: FlatParameters, rates: Callable[[], Sequence[float]], exchange: str) -> ErrorMemory:
-    """Return the error memory of this kind, "buffer" or "gradient". Raises ValueError for any other, and see above."""
-    if kind == "buffer":
-        return ErrorMemory(flat)
-    if kind != "gradient":
-        raise ValueError(f'memory must be "buffer" or "gradient", got {kind!r}')
-    if exchange != "direct":  # others hold errors back, in the units that the messages had
-        raise ValueError(f'memory="gradient" is for exchange "direct", got {exchange!r}')
-    return GradientMemory(flat, rates)

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -15,15 +15,20 @@ from packsaddle.channel import Channel
 from packsaddle.checkpointed import Checkpointed
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, Identity, RandomK
+from packsaddle.direction import Extras, make_direction
 from packsaddle.escape import Escape, EscapeCheck, Reset
 from packsaddle.exchange import resolve
 from packsaddle.flat import FlatParameters
-from packsaddle.gradmemory import GradientMemory, make_memory
+from packsaddle.gradmemory import GradientMemory
 from packsaddle.kernels import compiler
 from packsaddle.ledger import Ledger
+from packsaddle.localsteps import LocalSteps
+from packsaddle.memories import Memory, make_memory
 from packsaddle.monitor import ContractionMonitor
 from packsaddle.perturb import Perturber
 from packsaddle.seeds import as_seed
+
+T = TypeVar("T")  # a loss, as the user's closure returns it
 
 
 class CompressedSGD(Checkpointed):
@@ -45,10 +50,14 @@ class CompressedSGD(Checkpointed):
         back: what compresses the mean on its way back in "two-way" and "coordinator".
         monitor_every: measure the contraction every so many steps (see `opt.monitor`); 0 never does.
         memory: "buffer" keeps the error in a vector of its own; "gradient" keeps it in the parameters' gradients,
-            which then must not be cleared, clipped or scaled between steps (see `GradientMemory`).
+            which then must not be cleared, clipped or scaled between steps (see `GradientMemory`); "ef21" keeps a
+            running estimate of the gradient instead and sends the difference to it (see `EstimateMemory`).
         lazy_noise: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x (see
             `packsaddle.noise.OutstandingNoise`); for RandomK by all-reduce. None: there, unless there is an escape
             check.
+        momentum, nesterov: of each worker's gradients, before compression (see `Momentum`).
+        storm: the weight a of a new gradient in STORM's variance reduction (see `Storm`); `step` then needs a closure.
+        local_steps: exchange at every so many steps only, and move each worker's own x in between (see `LocalSteps`).
         process_group: a torch.distributed process group; None is the default group if there is one, else
             this process alone.
 
@@ -72,8 +81,12 @@ class CompressedSGD(Checkpointed):
         exchange: str = "direct",
         back: Compressor | None = None,
         monitor_every: int = 0,
-        memory: Literal["buffer", "gradient"] = "buffer",
+        memory: Memory = "buffer",
         lazy_noise: bool | None = None,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        storm: float | None = None,
+        local_steps: int = 1,
         process_group: Any = None,
     ) -> None:
         if not isinstance(compressor, Compressor):
@@ -97,7 +110,9 @@ class CompressedSGD(Checkpointed):
         self.compressor = compressor.for_tensors(shapes)
         self.ledger = Ledger()
         self.channel = Channel(resolve(process_group), self.ledger)
-        self._memory = make_memory(memory, self._flat, lambda: self._each("lr"), exchange)
+        self._direction = make_direction(self._flat, momentum, nesterov, storm, memory)
+        rates = lambda: self._each("lr")  # noqa: E731
+        self._memory = make_memory(memory, self._flat, rates, exchange=exchange, local_steps=local_steps)
         self._step_supports_amp_scaling = isinstance(self._memory, GradientMemory)  # so that `step` can refuse it
         self.choice = choose(
             self.compressor,
@@ -112,21 +127,24 @@ class CompressedSGD(Checkpointed):
         self._step = 0
         self.monitor = ContractionMonitor(self._flat, monitor_every)
         self.scalars = torch.zeros(0)
+        plain = memory != "ef21" and not momentum and storm is None and local_steps == 1
         self._noise = Perturber(
             noise,
-            lazy_noise,
+            lazy_noise if plain else _eager(lazy_noise),
             seed=self.seed,
             flat=self._flat,
             protocol=self.choice.protocol,
             escape=escape is not None,
         )
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
-        rates = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
-        same = {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back, "noise": noise}
+        same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
+        same |= {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back, "noise": noise}
         same |= {"memory": memory, "lazy_noise": lazy_noise, "kernels": compiler(self._flat.x.device)}
-        check_agreement(self.channel, {**same, **rates, **sizes, "escape": escape}, self._flat.x.device)
+        same |= {"momentum": momentum, "nesterov": nesterov, "storm": storm, "local_steps": local_steps}
+        check_agreement(self.channel, {**same, **sizes, "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
+        self._local = LocalSteps(self._flat, local_steps)
         self._escape = EscapeCheck(escape, self._flat, self.channel, self.seed) if escape else None
         self._publish_state()
 
@@ -139,31 +157,34 @@ class CompressedSGD(Checkpointed):
     @overload
     def step(self, closure: None = None, *, scalars: Tensor | None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float], *, scalars: Tensor | None = None) -> float: ...
+    def step(self, closure: Callable[[], T], *, scalars: Tensor | None = None) -> T: ...
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None, *, scalars: Tensor | None = None) -> float | None:
+    def step(self, closure: Callable[[], T] | None = None, *, scalars: Tensor | None = None) -> T | None:
         """Do one iteration of Algorithm 1; collective. Returns the closure's value, if one is given.
 
         Gradients are read and left as they are; call `zero_grad` as with any optimizer (but see `memory`). `scalars`,
         float[n], a loss, say, are averaged over workers in the same collective, as part of what goes dense, and are
         then in `opt.scalars`.
         """
-        loss = self._evaluate(closure)
+        lrs, decays = self._each("lr"), self._each("weight_decay")
+        loss = self._direction.evaluate(closure, decays)
         scalars = None if scalars is None else scalars.detach().reshape(-1)
         self._flat.check_attached()
         if getattr(self, "found_inf", None) is not None:  # set by a GradScaler
             raise RuntimeError('memory="gradient" goes with no GradScaler, which would scale the error memory too')
         self._memory.check()
         self.channel.step = t = self._step
-        lrs = self._each("lr")
-        xi, noisy_from = self._noise.draw(self._memory, lrs, t)  # line 9
-        corrected = self._memory.correct(lrs, self._each("weight_decay"), xi, noisy_from)
-        with self.monitor.watching(t, corrected):
-            g = self._average(corrected, scalars)  # line 10
-            lost = self._apply(g)  # line 11
-            self._memory.absorb(g.own, lost)  # line 12
+        extras = Extras(decays, *self._noise.draw(self._memory, lrs, t))  # line 9
+        corrected = self._local.correct(self._memory, self._direction, lrs, extras, t)
         self._step = t + 1
+        if corrected is None:
+            return loss
+        with self.monitor.watching(t, corrected):
+            g = self._average(corrected, scalars, t)  # line 10
+            lost = self._apply(g, t)  # line 11
+            self._memory.absorb(g.own, lost)  # line 12
+        self._local.settle()
         self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
         return loss
 
@@ -173,13 +194,13 @@ class CompressedSGD(Checkpointed):
             raise RuntimeError('with memory="gradient" zero_grad() would throw away the error memory; leave it out')
         super().zero_grad(set_to_none)
 
-    def _average(self, corrected: Tensor, scalars: Tensor | None) -> Averaged:
+    def _average(self, corrected: Tensor, scalars: Tensor | None, t: int) -> Averaged:
         """Exchange the corrected vector, float[d]: C(.) of its compressed part, and its dense part."""
         compressed, dense = corrected[: self._flat.compressed_d], corrected[self._flat.compressed_d :]
         scalars = dense[:0] if scalars is None else scalars.to(dense)
         rates = self._rates_of_x(dense)
         sent = torch.cat([dense, scalars, rates]) if len(scalars) or len(rates) else dense
-        g = self.choice.protocol.average(self.channel, compressed, sent, seed=self.seed, step=self._step)
+        g = self.choice.protocol.average(self.channel, compressed, sent, seed=self.seed, step=t)
         mean, mean_scalars, mean_rates = torch.split(g.dense, [len(dense), len(scalars), len(rates)])
         self.scalars = mean_scalars.clone()
         if len(rates) and not torch.allclose(mean_rates, rates, rtol=1e-5, atol=0):
@@ -199,25 +220,19 @@ class CompressedSGD(Checkpointed):
             return like[:0]
         return like.new_tensor([self._memory.unit, self._noise.grown])
 
-    def _apply(self, g: Averaged) -> Tensor | None:
+    def _apply(self, g: Averaged, t: int) -> Tensor | None:
         """x <- x - mean_i g^(i); eta is in the messages or the memory's unit.
 
         What 16-bit parameters lose by rounding, the same on every worker, is returned, float[d], to be kept in the
         error memory, so that y does not lose it.
         """
-        compressed_d, unit = self._flat.compressed_d, self._memory.unit
-
-        def subtract(x: Tensor) -> None:
-            for term in g.mean:
-                term.add_to(x[:compressed_d], -unit)
-            x[compressed_d:].sub_(g.dense, alpha=unit)
-
-        self._noise.join(g, unit, self._step)
-        return self._flat.change(subtract)
+        self._noise.join(g, self._memory.unit, t)
+        return self._flat.change(lambda x: self._memory.apply(x, g))
 
     def _outstanding(self) -> Tensor:
-        """This worker's part of eta e: its own memory, what the protocol holds back, and outstanding noise."""
+        """This worker's part of eta e: its own memory, local steps, what the protocol holds back, outstanding noise."""
         pending = self.choice.protocol.add_residual(self._memory.pending(), self.channel.group.size)
+        pending = pending + self._local.drift() if self._local.apart else pending
         return self._noise.add_outstanding(pending, self._step)
 
     def _check_escape(self) -> None:
@@ -228,13 +243,10 @@ class CompressedSGD(Checkpointed):
             self._memory.reset(lost)
             self.choice.protocol.reset()
             self._noise.clear()
+            self._local.settle()
+            if not reset.committed:
+                self._direction.reset()
             self.resets.append(reset)
-
-    def _evaluate(self, closure: Callable[[], float] | None) -> float | None:
-        if closure is None:
-            return None
-        with torch.enable_grad():
-            return closure()
 
     def _each(self, name: str) -> list[float]:
         return [float(group[name]) for group in self.param_groups]
@@ -281,7 +293,13 @@ class CompressedSGD(Checkpointed):
     @torch.no_grad()
     def corrected(self) -> Tensor:
         """Return y_t = x_t - eta e_t, float[d], in the order of torch's `parameters_to_vector`; collective."""
-        return self._flat.in_order(self._flat.x - self._mean_pending())
+        return self._flat.in_order(self._local.synced - self._mean_pending())
 
     def _mean_pending(self) -> Tensor:
         return self.channel.mean(self._outstanding().clone(), "inspection")
+
+
+def _eager(lazy: bool | None) -> bool:
+    if lazy:
+        raise ValueError("lazy_noise goes with plain error feedback alone: no ef21, momentum, storm or local_steps")
+    return False

@@ -14,6 +14,7 @@ from packsaddle.schema import choices, settable
 
 # What stands, commented out, where a configuration has nothing.
 _EXAMPLES: dict[str, Any] = {
+    "storm": 0.1,
     "test_every": 1.0,
     "plateau": 0.1,
     "data.limit": 1000,

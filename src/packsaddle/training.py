@@ -50,7 +50,8 @@ class Training:
             for w, mine in zip(self.members, self.shards, strict=True)
         ]
         self.steps_per_epoch = max(1, len(self.data) // (config.batch_size * size))
-        self.steps = max(1, round(config.epochs * self.steps_per_epoch))
+        rounds = round(config.epochs * self.steps_per_epoch / config.local_steps)
+        self.steps = max(1, rounds) * config.local_steps  # a run ends with an exchange
         start = mix(config.seed, int(Stream.INIT)) >> 33
         shape, parts = self.data.shape, len(self.members)
         task = make_task(config.model, shape, self.data.classes, start, parts).to(self.device, self.dtype)
@@ -70,6 +71,11 @@ class Training:
                 noise=_noise(config.noise, self.steps_per_epoch, self.steps),
                 escape=self._escape(),
                 weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                memory=config.memory,
+                storm=config.storm,
+                local_steps=config.local_steps,
                 seed=config.seed,
                 dense_below=config.dense_below,
                 exchange=config.exchange,
@@ -109,13 +115,18 @@ class Training:
 
     def _step(self, step: int) -> Tensor:
         """One step of the algorithm; returns this worker's loss and gradient norm, float64[2]."""
-        self.optimizer.zero_grad()
-        loss = self._loss(torch.cat([batches[step] for batches in self.batches]))
-        torch.autograd.backward(loss)
+        index = torch.cat([batches[step] for batches in self.batches])
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = self._loss(index)
+            torch.autograd.backward(loss)
+            return loss.detach()
+
+        loss = self.optimizer.step(closure)
         gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.optimizer.step()
-        return torch.stack([loss.detach(), norm]).to("cpu", torch.float64)
+        return torch.stack([loss, norm]).to("cpu", torch.float64)
 
     def _test_due(self, steps: int, since: int) -> bool:
         """Whether a test fell due since the last line of metrics."""

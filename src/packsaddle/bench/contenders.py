@@ -3,9 +3,11 @@
 import ast
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import packsaddle.compress as compress
 from packsaddle.compress import Compressor
+from packsaddle.memories import Memory
 from packsaddle.schema import nearest
 
 ALONE = "alone"  # SGD on every worker without any exchange: what computing costs
@@ -32,7 +34,7 @@ FIELD = (
     "powersgd-4",
     "local-sgd-4",
 )
-_OPTION = re.compile(r"\s+(lr|noise)=(\S+)$")
+_OPTION = re.compile(r"\s+(lr|noise|momentum|memory|local_steps|hook)=(\S+)$")
 _NUMBERED = re.compile(r"^(powersgd|local-sgd)-(\d+)$")
 
 
@@ -42,7 +44,11 @@ class Contender:
 
     text: str  # as the user wrote it
     lr: float
-    noise: float = 0.0  # packsaddle's only
+    noise: float = 0.0  # packsaddle's only, as all up to `hook`
+    momentum: float = 0.0
+    memory: Memory = "buffer"
+    local_steps: int = 1
+    hook: str = ""  # the scope of a hook behind DDP, "bucket" or "model"; else CompressedSGD
     peer: str = ""  # a name of PEERS, its N as `number`
     number: int = 1
     compressor: Compressor | None = None
@@ -50,7 +56,7 @@ class Contender:
     @property
     def period(self) -> int:
         """After how many steps its exchanges repeat."""
-        return self.number if self.peer == "local-sgd-N" else 1
+        return self.number if self.peer == "local-sgd-N" else self.local_steps
 
 
 def parse(text: str, lr: float) -> Contender:
@@ -58,14 +64,16 @@ def parse(text: str, lr: float) -> Contender:
 
     `lr` is the step size of contenders that name none.
     """
-    name, noise = text.strip(), 0.0
+    name, options = text.strip(), dict[str, Any]()
     while match := _OPTION.search(name):
-        name, value = name[: match.start()], _positive(match[2], text)
-        lr, noise = (value, noise) if match[1] == "lr" else (lr, value)
+        name, options[match[1]] = name[: match.start()], _value(match[1], match[2], text)
+    lr = options.pop("lr", lr)
     if name[:1].isupper():
-        return Contender(text, lr, noise, compressor=_compressor(name))
-    if noise:
-        raise ValueError(f"contender {text!r}: noise is for packsaddle's compressors, torch's peers have none")
+        if "hook" in options and not options.keys() <= {"hook", "noise"}:
+            raise ValueError(f"contender {text!r}: of momentum, memory and local_steps a hook has none")
+        return Contender(text, lr, compressor=_compressor(name), **options)
+    if options:
+        raise ValueError(f"contender {text!r}: {min(options)} is for packsaddle's compressors, torch's peers have none")
     if match := _NUMBERED.match(name):
         if int(match[2]) < 1:
             raise ValueError(f"contender {text!r}: N must be at least 1, got {match[2]}")
@@ -83,13 +91,20 @@ def parse_all(texts: tuple[str, ...], lr: float) -> list[Contender]:
     return [parse(text, lr) for text in dict.fromkeys(texts)]
 
 
-def _positive(number: str, text: str) -> float:
+def _value(option: str, written: str, text: str) -> float | int | str:
+    """Read the value of an option. Raises ValueError."""
+    words = {"memory": ("buffer", "gradient", "ef21"), "hook": ("bucket", "model")}
+    if option in words:
+        if written not in words[option]:
+            raise ValueError(f"contender {text!r}: {option} must be one of {', '.join(words[option])}, got {written!r}")
+        return written
     try:
-        value = float(number)
+        value = int(written) if option == "local_steps" else float(written)
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        raise ValueError(f"contender {text!r}: lr and noise must be positive numbers, got {number!r}")
+        what = "an integer above 0" if option == "local_steps" else "a positive number"
+        raise ValueError(f"contender {text!r}: {option} must be {what}, got {written!r}")
     return value
 
 

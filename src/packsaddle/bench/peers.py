@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from packsaddle.bench.contenders import ALONE, DENSE, Contender
 from packsaddle.bench.workload import Batch
 from packsaddle.channel import ring_all_gather, ring_all_reduce
+from packsaddle.ddp import register_ddp_hook
 from packsaddle.ledger import Bytes
 from packsaddle.models import Task
 from packsaddle.optimizer import CompressedSGD
@@ -57,22 +59,45 @@ class Racer:
 
 def enter(contender: Contender, task: Task) -> Racer:
     """Make a contender ready to train `task`; collective. Raises CannotRunError if torch says it cannot."""
+    if contender.hook:
+        return _hooked(contender, task)
     if contender.compressor is not None:
-        ours = CompressedSGD(task.parameters(), contender.lr, compressor=contender.compressor, noise=contender.noise)
+        ours = CompressedSGD(
+            task.parameters(),
+            contender.lr,
+            compressor=contender.compressor,
+            noise=contender.noise,
+            momentum=contender.momentum,
+            memory=contender.memory,
+            local_steps=contender.local_steps,
+        )
         start = ours.ledger.total  # the parameters of rank 0
         return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start))
     sgd = torch.optim.SGD(task.parameters(), contender.lr)
     if contender.peer == ALONE:
         return Racer(task, task, sgd, lambda _: Bytes())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer torch has two arguments for this one
-        # Batch statistics stay each worker's own, as in packsaddle: DDP would send them in every forward pass.
-        bucket = _ONE_BUCKET if contender.peer in _CHAINED else None
-        model = DistributedDataParallel(task, broadcast_buffers=False, bucket_cap_mb=bucket)
+    model = _wrapped(task, _ONE_BUCKET if contender.peer in _CHAINED else None)
     try:
         return _MAKERS[contender.peer](contender, task, model, sgd)
     except TypeError as error:
         raise CannotRunError(_first_line(error)) from None
+
+
+def _wrapped(task: Task, bucket: float | None) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch has two arguments for this one
+        # Batch statistics stay each worker's own, as in packsaddle: DDP would send them in every forward pass.
+        return DistributedDataParallel(task, broadcast_buffers=False, bucket_cap_mb=bucket)
+
+
+def _hooked(contender: Contender, task: Task) -> Racer:
+    """packsaddle's hook behind DistributedDataParallel, with torch's SGD."""
+    assert contender.compressor is not None
+    sgd, model = torch.optim.SGD(task.parameters(), contender.lr), _wrapped(task, None)
+    scope: Any = contender.hook
+    hook = register_ddp_hook(model, contender.compressor, noise=contender.noise, scope=scope)
+    start = hook.ledger.total
+    return Racer(task, model, sgd, lambda _: _since(hook.ledger.total, start))
 
 
 def probe(racer: Racer, contender: Contender, batch: Batch) -> None:

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 Figure1 = Literal["fig1", "fig1-norms", "fig1-compressors"]
 Figure2 = Literal["fig2", "fig2-open", "fig2-compressors", "fig2-k", "fig2-escape"]
-What = Literal[Figure1, Figure2, "text", "table1"]
+Text = Literal["text", "text-variants"]
+What = Literal[Figure1, Figure2, Text, "table1"]
 
 
 def data_of(what: str, data_dir: Path | None) -> "Data":
     """The study's data; Figure 1's are CIFAR-10 as torchvision keeps it, or the image folder that --data-dir is."""
     if not what.startswith("fig1"):
-        return "text" if what == "text" else "mnist"
+        return "text" if what.startswith("text") else "mnist"
     return "folder" if data_dir is not None and (data_dir / "train").is_dir() else "cifar10"
 
 

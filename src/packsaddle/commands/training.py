@@ -12,6 +12,7 @@ from packsaddle.config import Config, load
 from packsaddle.exchange import under_launcher
 from packsaddle.runfolder import make_new, read_runs
 from packsaddle.schema import ConfigError
+from packsaddle.trackers import TrackerName
 
 
 def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
@@ -59,6 +60,7 @@ def run(
     data_dir: Path | None = None,
     download: bool = False,
     out: Path | None = None,
+    track: tuple[TrackerName, ...] = (),
 ) -> None:
     """Train as a TOML file says, with one process or several.
 
@@ -78,6 +80,7 @@ def run(
         data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
         download: Fetch the dataset into --data-dir if it is not there.
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
+        track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
     """
     from packsaddle.experiment import How, Job, train_in_process_group
 
@@ -91,7 +94,7 @@ def run(
             raise ConfigError("--out is needed under torchrun")
         loaded = replace(loaded, workers=int(os.environ["WORLD_SIZE"]))
     folder = out or dated(config.stem)
-    job = Job((loaded,), (folder,), data_dir, download)
+    job = Job((loaded,), (folder,), data_dir, download, track=track)
     if under_launcher():
         train_in_process_group(job, claim=True)
     else:

@@ -28,4 +28,5 @@ REPRODUCTIONS: dict[str, Reproduction] = {
     "fig2-k": Reproduction(beyond.ratios, findings=beyond.equal_bytes),
     "fig2-escape": Reproduction(beyond.escape_check),
     "text": Reproduction(beyond.language, findings=beyond.equal_bytes),
+    "text-variants": Reproduction(beyond.variants, findings=beyond.equal_bytes),
 }

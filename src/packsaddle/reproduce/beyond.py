@@ -89,6 +89,35 @@ def language(scale: Scale, data: Data) -> Study:
     return Study("text", scale, settings, _SEEDS)
 
 
+def variants(scale: Scale, data: Data) -> Study:
+    """The small language model with TopK 1%, each of two workers having half of the text: what workers send of what."""
+    epochs, limit = (30.0, None) if scale != "smoke" else (1.0, 640)
+    plain = Config(
+        data=DataConfig("text", shard="class", limit=limit),
+        model=ModelConfig("char-transformer"),
+        lr=0.3,
+        epochs=epochs,
+        batch_size=16,
+        workers=2,
+        compressor=TopK(0.01),
+        log_every=48 if limit is None else 4,
+        test_every=1.0,
+    )
+    dense = replace(plain, compressor=Identity(), label="uncompressed")
+    settings = {
+        "dense": dense,
+        "dense-momentum": replace(dense, lr=0.03, momentum=0.9, label="uncompressed, momentum 0.9"),
+        "plain": replace(plain, label="error feedback"),
+        "momentum": replace(plain, lr=0.03, momentum=0.9, label="error feedback, momentum 0.9"),
+        "ef21": replace(plain, memory="ef21", label="EF21"),
+        "ef21-momentum": replace(plain, memory="ef21", momentum=0.9, label="EF21, momentum 0.9"),
+        "storm": replace(plain, storm=0.3, label="error feedback, STORM 0.3"),
+        "local-4": replace(plain, local_steps=4, label="error feedback, 4 local steps"),
+        "local-16": replace(plain, local_steps=16, label="error feedback, 16 local steps"),
+    }
+    return Study("text-variants", scale, settings, _SEEDS)
+
+
 def ratios(scale: Scale, data: Data) -> Study:
     """TopK and RandomK from 10% to 0.03%, with noise: what a megabyte buys."""
     settings: dict[str, Config] = {}

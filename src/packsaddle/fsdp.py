@@ -1,0 +1,147 @@
+"""Compressed exchange between replicas of a model that FSDP2 shards: dense inside a machine, compressed between them.
+
+`fully_shard` on a mesh of one machine reduces gradients there and then calls a hook with this worker's shard; the hook
+averages it over the workers that have the same shard on other machines.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.agree import check_agreement
+from packsaddle.channel import Channel
+from packsaddle.compress import Compressor, LowRank, RandomK
+from packsaddle.exchange import ProcessGroup, resolve, shard_rank, sharded_modules
+from packsaddle.exchanger import Exchanger, Rules, Schedule
+from packsaddle.ledger import Ledger
+from packsaddle.noise import Perturbation
+from packsaddle.sections import Place, Section
+from packsaddle.seeds import as_seed, mix
+
+
+class FSDPHook:
+    """What `register_fsdp_hook` returns. Every sharded module has a section of its own, with its error memory."""
+
+    def __init__(self, channel: Channel, rules: Rules, noise: float | Callable[[int], float], shard: int) -> None:
+        self.channel = channel
+        self._rules, self._shard = rules, shard
+        self._perturbation = Perturbation(noise)
+        self._exchangers: dict[str, Exchanger] = {}
+        self._seeds: dict[str, int] = {}
+        self._loose: dict[str, Tensor] = {}  # errors that were loaded, until their modules come
+        self._seen: set[str] = set()  # modules that have come in this backward pass
+        self._steps = 0
+
+    @torch.no_grad()
+    def take(self, name: str, index: int, gradient: Tensor) -> None:
+        """Average a module's shard, float[n], over the replicas, in place; called by FSDP in the backward pass."""
+        if name in self._seen:  # that pass is over, and a new one has begun
+            self._steps += 1
+            self._seen = set()
+        self._seen.add(name)
+        self.channel.step = self._steps
+        exchanger, seed = self._exchanger(name, index, gradient), self._seeds[name]
+        exchanger.prepare(self._rules.at(self._steps), self.channel.group.size)
+        section, gradients = exchanger.section, {name: gradient}
+        vector = section.correct(gradients, self._perturbation.at(seed=seed, step=self._steps), 1.0, {})
+        bad = ~torch.isfinite(torch.linalg.vector_norm(vector, float("inf")))
+        vector.masked_fill_(bad, 0.0)
+        g, share = exchanger.average(self.channel, vector, bad, self._steps, {})
+        lost = section.deliver(g, gradients, 1.0)
+        if self._rules.error_feedback:
+            section.absorb(g, lost)
+        else:
+            section.corrected.zero_()
+        finite = not bool(share > 0)
+        exchanger.settle(taken=finite)
+        if not finite:
+            gradient.fill_(float("nan"))
+
+    def _exchanger(self, name: str, index: int, gradient: Tensor) -> Exchanger:
+        if name not in self._exchangers:
+            place = Place(name, torch.empty_like(gradient), dense=False, start=0)
+            self._seeds[name] = seed = mix(self._rules.seed, index, self._shard)  # replicas of a shard have the same
+            rules = replace(self._rules, seed=seed)
+            self._exchangers[name] = Exchanger(Section([place], self._loose), rules, len(gradient))
+        return self._exchangers[name]
+
+    @property
+    def ledger(self) -> Ledger:
+        """The bytes this worker exchanged with its replicas, by step and purpose; FSDP's own are not in it."""
+        return self.channel.ledger
+
+    @property
+    def steps(self) -> int:
+        """How many backward passes have been exchanged."""
+        return self._steps + bool(self._seen)
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return this worker's e^(i) by module, float[n], with its share of what the exchange holds back."""
+        found = dict(self._loose)
+        for name, exchanger in self._exchangers.items():
+            error, protocol = exchanger.section.error.clone(), exchanger.protocol
+            found[name] = error if protocol is None else protocol.add_residual(error, self.channel.group.size)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state, tensors and plain types; each worker has its own."""
+        return {"steps": self.steps, "pending": self.memory(), "ledger": self.ledger.state_dict(), **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`. Raises ValueError, changing nothing, if another worker or seed made it."""
+        for name, expected in self._identity().items():
+            if state.get(name) != expected:
+                raise ValueError(f"{name} is {expected} here, but the state was saved with {name} {state.get(name)}")
+        self._exchangers, self._seeds, self._seen = {}, {}, set()
+        self._loose = {name: error.clone() for name, error in state["pending"].items()}
+        self._steps = state["steps"]
+        self.ledger.load_state_dict(state["ledger"])
+
+    def _identity(self) -> dict[str, int]:
+        group = self.channel.group
+        return {"seed": self._rules.seed, "replica": group.rank, "replicas": group.size, "shard": self._shard}
+
+
+def register_fsdp_hook(
+    model: nn.Module,
+    replicas: ProcessGroup,
+    compressor: Compressor | Schedule = RandomK(0.01),  # noqa: B008 -- immutable
+    *,
+    noise: float | Callable[[int], float] = 0.0,
+    error_feedback: bool = True,
+    start_step: int = 0,
+    seed: int = 0,
+    exchange: str = "direct",
+    back: Compressor | None = None,
+) -> FSDPHook:
+    """Average the gradients of a model that `fully_shard` shards over its replicas, compressed; collective.
+
+    Args:
+        model: sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, that of one machine, say.
+        replicas: the workers with the same shard on other machines: mesh["replicate"].get_group() of a mesh of two.
+        compressor: C for each sharded module's flat shard, all of it; or a function of the step that gives it.
+        noise, error_feedback, start_step, seed, exchange, back: as in `register_ddp_hook`.
+
+    With a GradScaler on top nothing is agreed on between shards: a NaN stays in the module where it came up. Every
+    sharded module must take part in every backward pass that exchanges. Raises ValueError or TypeError for what is bad.
+    """
+    modules = sharded_modules(model)
+    if not modules:
+        raise TypeError(f"model must have been sharded by fully_shard, got {type(model).__name__}")
+    rules = Rules(compressor, exchange, back, "bucket", error_feedback, start_step, as_seed(seed))
+    first = rules.at(start_step)
+    if isinstance(first, LowRank) or getattr(first, "per_tensor", False):
+        raise ValueError(
+            f"compressor must act on flat shards, in which tensors are cut, and {first!r} needs whole ones"
+        )
+    channel = Channel(resolve(replicas), Ledger())
+    hook = FSDPHook(channel, rules, noise, shard_rank(model))
+    same = {"rules": rules, "noise": noise, "modules": [name for name, _ in modules], "shard": shard_rank(model)}
+    check_agreement(channel, same, next(model.parameters()).device)
+    for index, (name, module) in enumerate(modules):
+        module.set_all_reduce_hook(partial(hook.take, name, index))
+    return hook
