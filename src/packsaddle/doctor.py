@@ -26,12 +26,15 @@ Verdict = Literal["ok", "note", "warning", "problem"]
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _PATIENCE = timedelta(seconds=60)  # for two processes to find each other, where it takes a second
-_MODULES = {"scikit-learn": "sklearn"}  # whose name differs from their package's
+_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # whose name differs from their package's
 _PURPOSES = {
     "plot": "figures and pages of demo, report, certify and reproduce",
     "digits": "the digits that demo and data.name = digits train on",
     "vision": "MNIST, CIFAR-10 and image folders",
     "fast": "compiled loops on the CPU",
+    "lightning": "packsaddle.integrations.lightning",
+    "hf": "packsaddle.integrations.huggingface",
+    "track": "run --track",
 }
 _VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
 _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES", "TORCH_DISTRIBUTED_DEBUG"}
