@@ -4,12 +4,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,6 +168,38 @@ def test_loops_say_that_the_compiler_cannot_be_used(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("packsaddle.kernels.importlib.import_module", broken)
     assert found(doctor.loops(), "cpu").value == "torch alone: numba cannot be used: cannot cache function"
+
+
+def test_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with one, and triton, with and without the C compiler that triton needs."""
+    card = SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    monkeypatch.setattr(doctor, "backends", lambda: {"gloo": True, "nccl": True})
+    monkeypatch.setattr(kernels, "obstacle", lambda where: "")
+    assert [fact.value for fact in doctor.devices()] == ["NVIDIA H100, 80 GiB, compute capability 9.0"]
+    assert found(doctor.built_with(), "nccl").value == "available, used where every worker has a GPU"
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/cc" if name == "cc" else None)
+    assert found(doctor.loops(), "cuda").value.startswith("compiled by triton")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    fact = found(doctor.loops(), "cuda")
+    assert (fact.verdict, fact.advice) == ("warning", "install gcc, for triton")
+
+
+@pytest.mark.parametrize("driver", [False, True])
+@pytest.mark.parametrize("built_for", [None, "12.8"])
+def test_a_gpu_that_torch_does_not_see(
+    built_for: str | None, driver: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver without a device that torch can use is worth a warning; a machine without either is not."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(doctor, "_DRIVER", tmp_path if driver else tmp_path / "none")
+    fact = found(doctor.devices(), "CUDA")
+    assert fact.verdict == ("warning" if driver else "note")
+    assert ("this torch is built without it" in fact.value) == (built_for is None)
+    assert ("install torch with CUDA" in fact.advice) == (driver and built_for is None)
 
 
 def sysfs(folder: Path, name: str, **files: str) -> None:

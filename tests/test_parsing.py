@@ -161,4 +161,5 @@ def test_completion_prints_the_script_of_a_shell(shell: str, capsys: pytest.Capt
     assert command("completion", shell) == 0
     written = capsys.readouterr().out
     assert "reproduce" in written
-    assert {"bash": "COMPREPLY", "zsh": "compdef", "fish": "complete --no-files"}[shell] in written
+    assert {"bash": "COMPREPLY", "zsh": "#compdef packsaddle", "fish": "complete --command"}[shell] in written
+    assert {"bash": "-o default", "zsh": "|| _files", "fish": "__fish_complete_path"}[shell] in written

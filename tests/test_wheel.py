@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+NEEDING_PLOT = ("demo", "reproduce text --scale smoke", "reproduce table1 --scale smoke")
 EXTRAS = ("matplotlib", "jinja2", "plotly", "sklearn", "torchvision", "PIL", "numba")
 
 # The README's library example, then the command line; as where no extra is installed.
@@ -27,7 +28,7 @@ print(packsaddle.__file__)
 names = {{}}
 for block in re.findall(r"```python\\n(.*?)```", Path(sys.argv[1]).read_text(), re.DOTALL):
     exec(block, names)
-for arguments in ("--help", "run --help", "doctor --no-try", "compressors --d 1000", "demo", "report RUN"):
+for arguments in ("--help", "run --help", "doctor --no-try", "compressors --d 1000", *{NEEDING_PLOT}):
     sys.argv = ["packsaddle", *arguments.split()]
     try:
         cli.main()
@@ -74,8 +75,9 @@ def test_what_it_holds_works_without_extras(wheel: Path, tmp_path: Path) -> None
     assert "usage: packsaddle COMMAND" in done.stdout
     assert "run --help: code 0" in done.stdout
     assert "torch alone: numba is not installed" in done.stdout
-    for command in ("demo", "report RUN"):
+    for command in NEEDING_PLOT:
         assert f"{command}: code 2" in done.stdout
     errors = [line for line in done.stderr.splitlines() if line.startswith("packsaddle: error: ")]
-    assert len(errors) == 2
-    assert errors[0].endswith("pip install 'packsaddle[plot]'")
+    assert len(errors) == len(NEEDING_PLOT)
+    assert all(error.endswith("needs matplotlib: pip install 'packsaddle[plot]'") for error in errors)
+    assert not (tmp_path / "runs").exists()  # it is said before the work

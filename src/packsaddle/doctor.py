@@ -24,13 +24,17 @@ from packsaddle.network import Interface, gloo_listens, interfaces
 
 Verdict = Literal["ok", "note", "warning", "problem"]
 
+_DRIVER = Path("/proc/driver/nvidia/version")
 _PATIENCE = timedelta(seconds=60)  # for two processes to find each other, where it takes a second
-_MODULES = {"scikit-learn": "sklearn"}  # whose name differs from their package's
+_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # whose name differs from their package's
 _PURPOSES = {
     "plot": "figures and pages of demo, report, certify and reproduce",
     "digits": "the digits that demo and data.name = digits train on",
     "vision": "MNIST, CIFAR-10 and image folders",
     "fast": "compiled loops on the CPU",
+    "lightning": "packsaddle.integrations.lightning",
+    "hf": "packsaddle.integrations.huggingface",
+    "track": "run --track",
 }
 _VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
 _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES", "TORCH_DISTRIBUTED_DEBUG"}
@@ -115,9 +119,10 @@ def devices() -> Iterator[Fact]:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             of = torch.cuda.get_device_properties(i)
-            yield Fact("devices", f"cuda:{i}", f"{of.name}, {of.total_memory / 2**30:.0f} GiB, {of.major}.{of.minor}")
+            size, capability = f"{of.total_memory / 2**30:.0f} GiB", f"compute capability {of.major}.{of.minor}"
+            yield Fact("devices", f"cuda:{i}", f"{of.name}, {size}, {capability}")
         return
-    driver = Path("/proc/driver/nvidia/version").exists()
+    driver = _DRIVER.exists()
     if torch.version.cuda is None:
         advice = "there is an NVIDIA driver: install torch with CUDA to use the GPU" if driver else ""
         yield Fact("devices", "CUDA", "this torch is built without it", "warning" if driver else "note", advice)

@@ -10,13 +10,20 @@ from packsaddle.commands.parsing import MARKERS, Group, deferred
 
 Shell = Literal["bash", "zsh", "fish"]
 
+# tyro completes files where a flag takes one, but not in place of a positional argument; with these, its scripts do.
+_FILES_TOO: dict[Shell, tuple[str, str]] = {
+    "bash": ("complete -F", "complete -o default -F"),
+    "zsh": ("completion_array\n}", "completion_array || _files\n}"),
+    "fish": ("complete --no-files", "complete"),
+}
+
 
 def script(group: Group, name: str, shell: Shell) -> str:
-    """Return the script, as tyro writes it; where it knows nothing, bash completes names of files."""
+    """Return the script, as tyro writes it, but that names of files are completed too."""
     written = io.StringIO()
     with redirect_stdout(written), suppress(SystemExit):
         _app(group).cli(prog=name, args=["--tyro-print-completion", shell], config=MARKERS)
-    return written.getvalue().replace("complete -F", "complete -o default -F")
+    return written.getvalue().replace(*_FILES_TOO[shell])
 
 
 def _app(group: Group) -> SubcommandApp:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from packsaddle.data import require
 from packsaddle.runfolder import Run
 
 
@@ -57,6 +58,12 @@ def print_table(table: Table) -> None:
     if not console.is_terminal:
         console = Console(width=120)  # a pipe or a file has no width to fit
     console.print(table)
+
+
+def require_plots(purpose: str) -> None:
+    """Raise MissingExtraError if what draws figures and pages is not installed: before the work, not after it."""
+    for module in ("matplotlib", "jinja2", "plotly"):
+        require(module, "plot", purpose)
 
 
 def dated(name: str) -> Path:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from rich.table import Table
 
-from packsaddle.commands.console import dated, print_settings, print_table
+from packsaddle.commands.console import dated, print_settings, print_table, require_plots
 from packsaddle.runfolder import read_runs
 from packsaddle.schema import ConfigError
 
@@ -60,6 +60,7 @@ def reproduce(
         only: Settings to run, by their folders' names; by default all.
         set: Overrides of every configuration, key=value by dotted key.
     """
+    require_plots(f"reproduce {what}")
     if what == "table1":
         given: dict[str, object] = {"data_dir": data_dir, "download": download, "processes": processes}
         given |= {"seeds": seeds, "only": only, "set": set}

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from packsaddle.commands.console import dated, is_first, print_runs
+from packsaddle.commands.console import dated, is_first, print_runs, require_plots
 from packsaddle.config import Config, load
 from packsaddle.exchange import under_launcher
 from packsaddle.runfolder import make_new, read_runs
@@ -33,12 +33,10 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
         seed: Seed of everything random.
     """
     from packsaddle import demo as demonstration
-    from packsaddle.data import require
     from packsaddle.experiment import Job
     from packsaddle.report import write_report
 
-    for module in ("matplotlib", "jinja2", "plotly"):  # before the runs, not after
-        require(module, "plot", "the demo's report")
+    require_plots("the demo's report")
     try:
         configs = demonstration.configs(workers, epochs, seed)
     except ValueError as error:
@@ -74,7 +72,7 @@ def run(
         torchrun --nproc-per-node 4 -m packsaddle.cli run config.toml --out runs/b
 
     Args:
-        config: The TOML file; docs/configuration.md has every key.
+        config: The TOML file; packsaddle init writes one with every key.
         set: Overrides of the file, key=value by dotted key; a value is TOML, or a bare word.
         workers: Worker processes, W; by default the file's.
         serial: Simulate the workers in this process, one after the other, instead of starting processes.
