@@ -543,7 +543,7 @@ def resumed(way: str, scope: str, stop: int) -> dict[str, Tensor]:
             model = wrapped(network(), SEVERAL)
             optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
             hook = register_ddp_hook(
-                model, noise=0.01, start_step=3, scope=scope, optimizer=optimizer, dense_below=100, **WAYS[way]
+                model, noise=0.01, start_step=3, scope=scope, optimizer=optimizer, dense_below=100, **RESUMED[way]
             )
             if saved is not None:
                 loaded = torch.load(io.BytesIO(saved), weights_only=True)
@@ -561,7 +561,7 @@ def resumed(way: str, scope: str, stop: int) -> dict[str, Tensor]:
     return found
 
 
-WAYS["ramp, two-way"] = {"compressor": RatioRamp(TopK(0.05), 20), "exchange": "two-way"}
+RESUMED = WAYS | {"ramp, two-way": {"compressor": RatioRamp(TopK(0.05), 20), "exchange": "two-way"}}
 
 
 @pytest.mark.parametrize("way", ["RandomK", "TopK", "LowRank", "two-way", "coordinator", "ramp, two-way"])
