@@ -1,6 +1,5 @@
 """The documentation's command lines: the real parser takes each, and knows every flag that is named in passing."""
 
-import functools
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from packsaddle import cli
+from packsaddle.commands.parsing import parse
 from packsaddle.config import load
 
 ROOT = Path(__file__).parent.parent
@@ -38,50 +38,33 @@ def inline_commands(page: Path) -> Iterator[list[str]]:
         yield re.sub(r"[\[\]]", " ", code).split()
 
 
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Commands that keep their arguments instead of doing anything."""
-    calls: list[dict[str, Any]] = []
-
-    def idle(command: Any) -> Any:
-        @functools.wraps(command)
-        def keep(*args: Any, **arguments: Any) -> None:
-            calls.append(arguments)
-
-        return keep
-
-    monkeypatch.setattr(cli, "_COMMANDS", {name: idle(command) for name, command in cli._COMMANDS.items()})
-    return calls
-
-
-def run(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
-    monkeypatch.setattr("sys.argv", ["packsaddle", *arguments])
+def parsed(arguments: list[str]) -> Any:
+    """The call that the arguments ask for, not made; None where they ask for help, which is printed."""
     try:
-        cli.main()
+        return parse(cli.COMMANDS, arguments, "packsaddle")
     except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+        if end.code:
+            raise
+        return None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_command_lines_parse(page: Path, parsed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_lines_parse(page: Path) -> None:
     for arguments in command_lines(page):
-        assert run(monkeypatch, arguments) == 0, f"packsaddle {shlex.join(arguments)}"
-        if arguments[0] == "run" and (ROOT / arguments[1]).is_file():
-            load(ROOT / arguments[1], parsed[-1]["set"])
+        call = parsed(arguments)  # raises ConfigError for what the parser does not take
+        if arguments[:1] == ["run"] and call is not None and (ROOT / arguments[1]).is_file():
+            load(ROOT / arguments[1], call.keywords["set"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_flags_named_in_passing_exist(
-    page: Path, parsed: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_flags_named_in_passing_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in inline_commands(page):
         for command in words[0].split("|"):
-            assert command in cli._COMMANDS, f"packsaddle {' '.join(words)}"
+            assert command in cli.COMMANDS.commands, f"packsaddle {' '.join(words)}"
         flags = {word for word in words if word.startswith("--")}
         if flags:
             inner = [w for w in words[1:2] if words[0] == "bench" and not w.startswith("-")]
-            assert run(monkeypatch, [words[0], *inner, "--help"]) == 0
+            parsed([words[0], *inner, "--help"])
             known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
             assert flags <= known, f"packsaddle {' '.join(words)}"
 

@@ -32,6 +32,7 @@ _PURPOSES = {
     "digits": "the digits that demo and data.name = digits train on",
     "vision": "MNIST, CIFAR-10 and image folders",
     "fast": "compiled loops on the CPU",
+    "docs": "building the documentation as a site",
     "lightning": "packsaddle.integrations.lightning",
     "hf": "packsaddle.integrations.huggingface",
     "track": "run --track",
