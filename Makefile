@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: .venv/.installed
 	$(BIN)/packsaddle demo
@@ -18,6 +18,10 @@ lint: .venv/.installed
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
+docs: .venv/.installed
+	$(BIN)/python -m sphinx -W -n --keep-going -q -c docs . build/docs
+	@echo "site: build/docs/index.html"
+
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,4 +29,4 @@ lint: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -32,9 +32,10 @@ def report(
     digest = hashlib.sha256(weights.numpy().tobytes()).hexdigest()[:12]
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
-    if hook is None:
-        sent = "one worker, nothing sent"
-    else:
+    sent = "one worker, nothing sent"
+    if hook is not None:
         ours, alone = hook.ledger.total.sent, hook.uncompressed.sent
-        sent = f"{hook.steps} exchanges, sent {ours:,} bytes, DistributedDataParallel alone {alone:,} ({alone / ours:.1f}x)"
-    print(f"worker {rank}: loss {first:.3f} -> {last:.3f}, {steps} steps, {sent}, weights {digest}\n", end="", flush=True)
+        sent = f"{hook.steps} exchanges, sent {ours:,} bytes, DistributedDataParallel alone {alone:,}"
+        sent += f" ({alone / ours:.1f} times as many)"
+    line = f"worker {rank}: loss {first:.3f} -> {last:.3f}, {steps} steps, {sent}, weights {digest}\n"
+    print(line, end="", flush=True)  # in one piece, beside other workers'

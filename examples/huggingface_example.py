@@ -44,7 +44,7 @@ def main() -> None:
         output_dir=str(arguments.out),
         max_steps=arguments.steps,
         per_device_train_batch_size=16,
-        learning_rate=3e-3,
+        learning_rate=5e-3,
         logging_steps=10,
         save_steps=40,
         use_cpu=not torch.cuda.is_available(),

@@ -56,7 +56,7 @@ def main() -> None:
     module = Digits()
     callback = PacksaddleCallback(packsaddle.TopK(0.01), follow_rates=True)
     certificates = CertificateCallback(
-        Digits.loss, list(DataLoader(test, batch_size=90)), epsilon=0.1, max_hvps=20, every_n_epochs=4
+        Digits.loss, list(DataLoader(test, batch_size=90)), epsilon=2.0, max_hvps=20, every_n_epochs=4
     )
     trainer = Trainer(
         strategy="ddp",

@@ -361,6 +361,63 @@ def test_processes_equal_the_simulation(gloo: Gloo) -> None:
             assert same(real[name], serial[name]), name
 
 
+def test_local_steps_take_the_decay_of_x_before_its_noise() -> None:
+    run = Run(compressor=Identity(), local_steps=4, weight_decay=0.5, noise=1.0)
+    x = run.x
+    for t in range(4):
+        x = x - LR * (toys.gradient(0)(x) + 0.5 * x + xi(t, 1.0))
+        run.step(t)
+    assert same(run.x, x)
+
+
+def test_weights_that_are_loaded_later_stay() -> None:
+    run = Run(compressor=TopK(k=1), local_steps=4, lr=0.0)
+    with torch.no_grad():
+        for w in run.weights:
+            w.add_(1.0)
+    for t in range(4):
+        run.step(t)
+    assert same(run.x, toys.start() + 1.0)
+
+
+def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
+    runs = [Run(sampled, compressor=Identity(), storm=0.3, noise=0.0) for _ in range(2)]
+    for t in range(6):
+        runs[0].step(t)
+        runs[1].opt.zero_grad()
+
+        def closure(t: int = t) -> float:
+            g = runs[1].gradient(t)
+            for w, part in zip(runs[1].weights, (g[:8].reshape(2, 4), g[8:]), strict=True):
+                w.grad = part.clone() if w.grad is None else w.grad + part
+            return 0.0
+
+        runs[1].opt.step(closure)
+    assert same(runs[0].x, runs[1].x)
+
+
+def test_a_state_of_another_variant_is_refused() -> None:
+    state = Run(compressor=TopK(k=2), local_steps=4).opt.state_dict()
+    with pytest.raises(ValueError, match="local_steps is 1 here, but the state was saved with local_steps 4"):
+        Run(compressor=TopK(k=2)).opt.load_state_dict(state)
+    state = Run(compressor=TopK(k=2), momentum=0.5).opt.state_dict()
+    with pytest.raises(ValueError, match="direction is Gradient here, but the state was saved with direction Momentum"):
+        Run(compressor=TopK(k=2)).opt.load_state_dict(state)
+
+
+def test_estimates_need_one_rate() -> None:
+    """x moves by each worker's own rate, so a scheduler that looks at a worker's own loss would drive them apart."""
+
+    def worker(rank: int) -> None:
+        Run(compressor=TopK(k=2), memory="ef21", lr=0.1).step(0)
+        run = Run(compressor=TopK(k=2), memory="ef21", lr=0.1)
+        run.opt.param_groups[0]["lr"] = 0.1 * (1 + rank)
+        run.step(0)
+
+    with pytest.raises(RuntimeError, match="workers must have one lr"):
+        simulate(worker, 2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

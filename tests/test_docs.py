@@ -1,8 +1,12 @@
 """The documentation runs: Python blocks of the README, the documented configuration, and the experiments' configs."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -13,10 +17,29 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
-def test_python_blocks_run(page: Path) -> None:
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}  # a page's blocks continue each other
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
-        exec(compile(block, page.name, "exec"), names)
+    with mock.patch.dict(os.environ):
+        for block in blocks(page):
+            exec(compile(block, page.name, "exec"), names)
+
+
+def blocks(page: Path) -> list[str]:
+    found: list[str] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    return found
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_scripts_of_the_first_five_minutes_run_under_torchrun(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(blocks(ROOT / "docs" / "start.md")[number])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses
+    assert max(losses) < 0.02, done.stdout
 
 
 def test_the_documented_configuration_has_every_key() -> None:

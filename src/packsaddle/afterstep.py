@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from packsaddle.ddphook import DDPHook
 from packsaddle.escape import Escape, EscapeCheck
 from packsaddle.flat import FlatParameters
-from packsaddle.rates import Rates
+from packsaddle.rates import Rates, is_plain_sgd
 from packsaddle.sections import Place
 
 
@@ -30,14 +30,10 @@ class EscapeAfterStep:
         dense_below: int,
         seed: int,
     ) -> None:
-        if (
-            optimizer is None
-            or type(optimizer) is not SGD
-            or any(group["momentum"] for group in optimizer.param_groups)
-        ):
+        if optimizer is None or not is_plain_sgd(optimizer):
             raise ValueError(
-                "escape needs optimizer=, a torch.optim.SGD without momentum: lines 4-8 compare y = x - eta e, "
-                f"and what an error e will do to x is known for no other; got {type(optimizer).__name__}"
+                "escape needs optimizer=, a torch.optim.SGD without momentum or maximize: lines 4-8 compare "
+                f"y = x - eta e, and what an error e will do to x is known for no other; got {type(optimizer).__name__}"
             )
         names, parameters = [p.name for p in places], [p.parameter for p in places]
         self._flat = FlatParameters([{"params": parameters, "param_names": names}], dense_below)
@@ -54,16 +50,17 @@ class EscapeAfterStep:
         self._checked = steps
         self._flat.check_attached()
         memory = self._hook.memory()
+        rates = self._rates.now()
         pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
         for place, view in zip(self._places, self._flat.views(pending), strict=True):
-            view.copy_(memory[place.name]).mul_(self._rates.of(place))
+            view.copy_(memory[place.name]).mul_(rates[place.name])
         reset, lost = self._check.run(steps, pending)
         if reset is None:
             return
         left = {}
         if lost is not None:
             for place, view in zip(self._places, self._flat.views(lost), strict=True):
-                left[place.name] = view / (self._rates.of(place) or 1.0)
+                left[place.name] = view / (rates[place.name] or 1.0)
         self._hook.forget(left)
         self._hook.resets.append(reset)
 

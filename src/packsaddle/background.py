@@ -1,14 +1,27 @@
 """Work that goes on beside the backward pass, in the order in which it was submitted."""
 
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.futures import Future
 
-Results = Sequence[tuple[Future[Tensor], Tensor]]
+_PATIENCE = 1.0  # seconds that the interpreter's end waits for a thread that is about to end
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A tensor to come; `future` is for whoever waits for it."""
+
+    source: Future[Tensor]
+    future: Future[Tensor]
+
+
+Results = Sequence[tuple[Promise, Tensor]]
 
 
 class Background:
@@ -23,14 +36,18 @@ class Background:
         self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._waiting: deque[tuple[Callable[[], None], Results]] = deque()
         self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []  # the last one
         self._busy = False
+        weakref.finalize(self, _join, self._threads)  # also at the interpreter's end
 
-    def future(self) -> Future[Tensor]:
-        """Return a future that may be waited for in any stream."""
-        return Future(devices=None if self._stream is None else [self._device])
+    def promise(self) -> Promise:
+        """Return a tensor to come, which may be waited for in any stream."""
+        source: Future[Tensor] = Future(devices=None if self._stream is None else [self._device])
+        # DDP reads a future's value without looking for an error; what `then` returns has it as its own.
+        return Promise(source, source.then(lambda done: done.value()))
 
     def submit(self, work: Callable[[], None], results: Results) -> None:
-        """Run `work`, after which the futures have their results; an error in it becomes theirs."""
+        """Run `work`, after which the promises have their results; an error in it becomes theirs."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(self._stream):
@@ -43,7 +60,8 @@ class Background:
             self._busy = True
         # It ends when nothing waits, so none is there when the interpreter ends; and if another worker is gone and a
         # collective does not return, it does not keep this process, which has an error to report, from ending.
-        threading.Thread(target=self._work, name="packsaddle", daemon=True).start()
+        self._threads[:] = [threading.Thread(target=self._work, name="packsaddle", daemon=True)]
+        self._threads[0].start()
 
     def _work(self) -> None:
         while True:
@@ -55,13 +73,19 @@ class Background:
             _run(work, results)
 
 
+def _join(threads: list[threading.Thread]) -> None:
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(_PATIENCE)
+
+
 @torch.no_grad()
 def _run(work: Callable[[], None], results: Results) -> None:
     try:
         work()
     except Exception as error:
-        for future, _ in results:
-            future.set_exception(error)  # type: ignore[arg-type]
+        for promise, _ in results:
+            promise.source.set_exception(error)  # type: ignore[arg-type]
     else:
-        for future, result in results:
-            future.set_result(result)
+        for promise, result in results:
+            promise.source.set_result(result)

@@ -93,6 +93,8 @@ class Checkpointed(Optimizer):
             "workers": self.channel.group.size,
             "owners": owners,
             "memory": kind_of(self._memory),
+            "direction": type(self._direction).__name__,
+            "local_steps": self._local.every,
         }
 
     def __getstate__(self) -> dict[str, Any]:

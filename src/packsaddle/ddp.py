@@ -57,7 +57,8 @@ def register_ddp_hook(
         seed, dense_below, exchange, back: as in `CompressedSGD`.
         scope: what is compressed as one vector: each of DDP's buckets, while the backward pass goes on, or all of the
             model at its end, as Algorithm 1 has it.
-        optimizer: whose learning rates the error memory follows when they change, so that y = x - eta e does not jump.
+        optimizer: plain SGD, whose learning rates the error memory follows when they change, so that y = x - eta e does
+            not jump; with any other optimizer errors stay as they are.
         scaler: the GradScaler whose scale is in the gradients; the error memory is then kept without it.
         monitor_every: measure `contraction` every so many steps; 0 never does.
 
@@ -143,6 +144,8 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
             "see packsaddle.register_fsdp_hook"
         )
     if not found and resolve(None).size == 1:
+        if options.get("noise") or options.get("escape") is not None:
+            warnings.warn("there is one worker and no exchange, so no noise and no escape check either", stacklevel=2)
         return None
     if len(found) != 1:
         raise TypeError(

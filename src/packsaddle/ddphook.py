@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.futures import Future
 
-from packsaddle.background import Background
+from packsaddle.background import Background, Promise
 from packsaddle.channel import Channel, ring_all_reduce
+from packsaddle.compress import Compressor, Identity
 from packsaddle.escape import Reset
 from packsaddle.exchange import Bucket
 from packsaddle.exchanger import Exchanger, Rules
@@ -48,8 +49,6 @@ class DDPHook:
         monitor_every: int,
     ) -> None:
         self.channel = channel
-        self.skipped = 0  # steps in which a worker's gradient was not finite
-        self.contraction: float | None = None  # mu_t of this worker's compressed vector, when last measured
         self.resets: list[Reset] = []  # firings of the escape check
         self.parts: dict[str, Stateful] = {}  # what else is saved with this
         self._module, self._rules, self._places, self._rates, self._scale = module, rules, places, rates, scale
@@ -61,16 +60,18 @@ class DDPHook:
         self._background = Background(self.device)
         self._exchangers: dict[frozenset[str], Exchanger] = {}
         self._loose: dict[str, Tensor] = {}  # error memory that is in no section, by parameter
-        self._saved: dict[str, Any] = {}  # what the exchange of the whole model held when it was saved
-        self._steps = 0
+        self._steps = self._skipped = self._measured = 0
+        self._contraction: float | None = None
         self.calls = 0  # buckets that DDP has handed over
-        self._waiting: list[tuple[Bucket, Future[Tensor]]] = []
+        self._waiting: list[tuple[Bucket, Promise]] = []
         # Of the backward pass that is under way, or was last:
         self._tried: list[Exchanger] = []
         self._bad: list[Tensor] = []
         self._complete = False
         self._noise: Noise | None = None
         self._factors: Mapping[str, float] = {}
+        self._still: frozenset[str] = frozenset()  # parameters whose rate is 0
+        self._scaled = 1.0  # what the gradients are multiplied by
         self._energies: list[Tensor] = []  # ||v||^2 and ||v - C(v)||^2 of each section
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
@@ -81,13 +82,13 @@ class DDPHook:
             self._waiting = []
         if bucket.buffer.layout is not torch.strided:
             raise RuntimeError(f"{self._names([bucket])[0]} has a sparse gradient, which is not supported")
-        future = self._background.future()
-        self._waiting.append((bucket, future))
+        promise = self._background.promise()
+        self._waiting.append((bucket, promise))
         if bucket.is_last or self._rules.scope == "bucket":
             waiting, self._waiting = self._waiting, []
             work = partial(self._exchange, [b for b, _ in waiting])
-            self._background.submit(work, [(f, b.buffer) for b, f in waiting])
-        return future
+            self._background.submit(work, [(p, b.buffer) for b, p in waiting])
+        return promise.future
 
     def _check_parameters(self) -> None:
         for name, p in self._module.named_parameters():
@@ -98,16 +99,21 @@ class DDPHook:
                 )
 
     def _names(self, buckets: Sequence[Bucket]) -> list[str]:
-        return [self._named[id(p)].name for bucket in buckets for p in bucket.parameters]
+        parameters = [p for bucket in buckets for p in bucket.parameters]
+        if any(id(p) not in self._named for p in parameters):
+            raise RuntimeError(
+                "a parameter was frozen or replaced after DistributedDataParallel was made and before the hook was"
+            )
+        return [self._named[id(p)].name for p in parameters]
 
     def _exchange(self, buckets: Sequence[Bucket]) -> None:
         """Average some buckets as one vector, in place."""
         if buckets[0].index == 0:
             self._begin()
         gradients = dict(zip(self._names(buckets), (g for b in buckets for g in b.gradients), strict=True))
-        exchanger, scale = self._exchanger(frozenset(gradients)), self._scale()
+        exchanger, scale = self._exchanger(frozenset(gradients)), self._scaled
         self._tried.append(exchanger)
-        exchanger.prepare(self._rules.at(self._steps), self.channel.group.size)
+        exchanger.prepare(self._compressor(), self.channel.group.size)
         section = exchanger.section
         vector = section.correct(gradients, self._noise, scale, self._factors)  # line 10
         self._exclude_bad(vector)
@@ -116,21 +122,33 @@ class DDPHook:
         lost = section.deliver(g, gradients, scale)  # line 11
         if lost is not None:
             bad = bad + (~torch.isfinite(lost).all()).to(bad)
-        if self._rules.error_feedback:
-            section.absorb(g, lost)  # line 12
-        else:
-            section.corrected.zero_()
+        section.absorb(g, lost)  # line 12
         self._measure(vector)
+        section.leave(self._still)
+        if not self._rules.error_feedback:
+            section.corrected.zero_()
+            exchanger.release()
         self._bad[-1] = bad
-        if buckets[-1].is_last:
-            self._end(buckets[-1])
+        for (
+            bucket
+        ) in buckets:  # every worker gets a NaN if one of them had any, so that all of their scalers skip the step
+            if bucket.buffer.device.type != "cpu" or bad > 0:
+                bucket.buffer.masked_fill_(bad > 0, float("nan"))
+        self._complete = buckets[-1].is_last
+
+    def _compressor(self) -> Compressor:
+        """The step's compressor. Where a rate is 0 errors must stand still, so the exchange may hold none."""
+        if self._still and self._rules.exchange != "direct":
+            return Identity()
+        return self._rules.at(self._steps)
 
     def _begin(self) -> None:
         """Line 9, once what came of the last step is known."""
-        self._settle()
+        self._settle(broken_off=True)
         self.channel.step = self._steps
         self._noise = self._perturbation.at(seed=self._rules.seed, step=self._steps)
-        self._factors = self._rates.factors()
+        self._factors, self._scaled = self._rates.factors(), self._scale()
+        self._still = frozenset(name for name, factor in self._factors.items() if factor == 0)
         self._energies = []
 
     def _exclude_bad(self, vector: Tensor) -> None:
@@ -139,16 +157,12 @@ class DDPHook:
         if vector.device.type != "cpu" or self._bad[-1]:  # a GPU is not waited for
             vector.masked_fill_(self._bad[-1], 0.0)
 
-    def _end(self, last: Bucket) -> None:
-        """Give every worker a NaN if one of them had any, so that all of their scalers skip the step."""
-        self._complete = True
-        bad = torch.stack(self._bad).sum() > 0
-        if last.buffer.device.type != "cpu" or bad:
-            last.buffer[:1].masked_fill_(bad, float("nan"))
+    def _settle(self, *, broken_off: bool = False) -> None:
+        """Make the last step the state; or forget it, if it was broken off or a worker's gradient was not finite.
 
-    def _settle(self) -> None:
-        """Make the last step the state; or forget it, if it was broken off or a worker's gradient was not finite."""
-        if not self._tried:
+        Nothing while a backward pass is under way.
+        """
+        if not self._tried or not (self._complete or broken_off):
             return
         taken = self._complete and not bool(torch.stack(self._bad).sum() > 0)
         self._rates.settle(taken=taken)
@@ -156,13 +170,15 @@ class DDPHook:
             exchanger.settle(taken=taken)
         if taken and self._energies:
             before, after = torch.stack(self._energies).view(-1, 2).sum(0).tolist()
-            self.contraction = 1 - after / before if before else 1.0
+            self._contraction = 1 - after / before if before else 1.0
+            self._measured = self._steps + 1
         self._steps += taken
-        self.skipped += self._complete and not taken
+        self._skipped += self._complete and not taken
         self._tried, self._bad, self._complete, self._energies = [], [], False, []
 
     def _measure(self, vector: Tensor) -> None:
-        if self._monitor_every and (self._steps + 1) % self._monitor_every == 0:
+        every = self._monitor_every
+        if every and (self._steps + 1) // every > self._measured // every:
             self._energies.append(torch.linalg.vector_norm(vector, dtype=torch.float64).square())
 
     def _exchanger(self, names: frozenset[str]) -> Exchanger:
@@ -174,7 +190,6 @@ class DDPHook:
                 self._loose |= {place.name: view for place, view in exchanger.section.views(exchanger.section.error)}
             section = Section([place for place in self._places if place.name in names], self._loose)
             self._exchangers[names] = Exchanger(section, self._rules, self._compressed_d)
-            self._exchangers[names].saved, self._saved = self._saved, {}
         return self._exchangers[names]
 
     @property
@@ -195,6 +210,18 @@ class DDPHook:
         d = sum(place.size * place.parameter.element_size() for place in self._places)
         return ring_all_reduce(exchanges * d, self.channel.group.size)
 
+    @property
+    def skipped(self) -> int:
+        """How many steps were not taken, since a worker's gradient was not finite."""
+        self._settle()
+        return self._skipped
+
+    @property
+    def contraction(self) -> float | None:
+        """The share of its energy that this worker's vector kept when last measured (see `monitor_every`)."""
+        self._settle()
+        return self._contraction
+
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's e^(i), in units of a gradient, by parameter, with its share of what the exchange holds.
@@ -205,25 +232,20 @@ class DDPHook:
         found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
         found |= {name: view.clone() for name, view in self._loose.items()}
         for exchanger in self._exchangers.values():
-            section, n = exchanger.section, exchanger.section.compressed_n
-            error = section.error.clone()
-            if exchanger.protocol is not None:
-                error[:n] = exchanger.protocol.add_residual(error[:n], self.channel.group.size)
-            found |= {place.name: view for place, view in section.views(error)}
+            error = exchanger.error(self.channel.group.size)
+            found |= {place.name: view for place, view in exchanger.section.views(error)}
         return found
 
     @torch.no_grad()
     def forget(self, lost: Mapping[str, Tensor]) -> None:
         """Set e to zero (line 7), or to what is given by parameter, in units of a gradient."""
         self._settle()
-        self._loose = {}
+        self._loose = {name: error.clone() for name, error in lost.items()}
         for exchanger in self._exchangers.values():
-            if exchanger.protocol is not None:
-                exchanger.protocol.reset()
-            exchanger.section.error.zero_()
+            exchanger.drop()
             for place, view in exchanger.section.views(exchanger.section.error):
-                if place.name in lost:
-                    view.copy_(lost[place.name])
+                if place.name in self._loose:
+                    view.copy_(self._loose.pop(place.name))
 
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state: e^(i) by parameter, the step, what the exchange holds, the ledger's totals.
@@ -232,22 +254,19 @@ class DDPHook:
         in the error memory of its owner, since buckets may differ when it is loaded: nothing is lost, but a run goes on
         bit for bit only with scope="model".
         """
-        pending = self.memory()
-        exchange = {}
+        pending, held = self.memory(), dict[str, Any]()
         if self._rules.scope == "model":
-            exchange = self._saved
             for exchanger in self._exchangers.values():
-                pending |= {
-                    place.name: view.clone() for place, view in exchanger.section.views(exchanger.section.error)
-                }
-                exchange = exchanger.state_dict()
+                section = exchanger.section
+                pending |= {place.name: view.clone() for place, view in section.views(section.error)}
+                held = exchanger.held()
         return {
             "identity": self._identity(),
             "steps": self._steps,
             "skipped": self.skipped,
-            "rates": list(self._rates.units),
+            "rates": dict(self._rates.units),
             "pending": pending,
-            "held": exchange,
+            "held": held,
             "ledger": self.ledger.state_dict(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
@@ -271,8 +290,10 @@ class DDPHook:
         self._settle()
         self._exchangers = {}
         self._loose = {name: error.to(self.device, copy=True) for name, error in pending.items()}
-        self._saved = dict(state["held"])
-        self._steps, self.skipped, self._rates.units = state["steps"], state["skipped"], list(state["rates"])
+        self._steps, self._skipped, self._rates.units = state["steps"], state["skipped"], dict(state["rates"])
+        if self._rules.scope == "model":
+            exchanger = self._exchanger(frozenset(place.name for place in self._places))
+            exchanger.restore(state["held"], self._compressor(), self.channel.group.size)
         self.ledger.load_state_dict(state["ledger"])
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])

@@ -50,8 +50,8 @@ class Gradient:
 
     def perturb(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
         """Add scale (xi + weight_decay x)."""
+        self._add_decay(out, scales, extras.decays)  # first: between exchanges `out` is x itself
         self._add_noise(out, scales, extras)
-        self._add_decay(out, scales, extras.decays)
 
     def _add_gradients(self, views: Sequence[Tensor], scales: Sequence[float]) -> None:
         for members, scale in zip(self._flat.members, scales, strict=True):
@@ -146,6 +146,8 @@ class Storm(_Gathered):
         if self.started:
             gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
             self._flat.x.copy_(self._previous)
+            for p in self._flat.parameters:
+                p.grad = None  # else a closure that does not clear gradients would add to them
             try:
                 super().evaluate(closure, decays)
                 minus = [-1.0] * len(decays)

@@ -55,7 +55,6 @@ class Exchanger:
         self.section, self._rules, self._d = section, rules, d
         self.protocol: Protocol | None = None
         self._compressor: Compressor | None = None
-        self.saved: dict[str, Any] = {}  # what a protocol of the same kind held when it was saved
         self._held: Any = None  # by the protocol, before the step that is being tried
         # The whole vector has the seed as it is, and so the run that CompressedSGD gives.
         self._seed = rules.seed if section.compressed_n == d else mix(rules.seed, section.places[0].start)
@@ -77,26 +76,55 @@ class Exchanger:
             back=back if back is None or not n else back.restrict(n, self._d).for_tensors(shapes),
         ).protocol
         self._compressor = compressor
-        if not is_dense:
-            self._restore()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the protocol holds, tensors and plain types."""
-        if self.protocol is None or isinstance(self._compressor, Identity):
-            return self.saved
-        like = self.section.error[: self.section.compressed_n]
-        return {"vectors": dict(self.protocol.vectors(like)), "state": self.protocol.state_dict()}
+    def error(self, workers: int) -> Tensor:
+        """Return a copy of e^(i), float[n], with this worker's share of what the protocol holds back."""
+        error = self.section.error.clone()
+        if self.protocol is not None:
+            n = self.section.compressed_n
+            error[:n] = self.protocol.add_residual(error[:n], workers)
+        return error
 
-    def _restore(self) -> None:
-        """Give a new protocol what was saved."""
-        if not self.saved:
+    def fold(self, workers: int) -> None:
+        """Move what the protocol holds back into the error memory, so that nothing is lost when it goes."""
+        self.section.error.copy_(self.error(workers))
+        self.protocol = None
+
+    def held(self) -> dict[str, Any]:
+        """Return what the protocol holds and for which compressor, tensors and plain types; {} if there is none."""
+        if self.protocol is None:
+            return {}
+        vectors = self.protocol.vectors(self.section.error[: self.section.compressed_n])
+        copies = {name: vector.clone() for name, vector in vectors.items()}
+        return {"compressor": repr(self._compressor), "vectors": copies, "state": self.protocol.state_dict()}
+
+    def restore(self, held: Mapping[str, Any], compressor: Compressor, workers: int) -> None:
+        """Have the protocol of this compressor hold what was saved; if it was another's, the error memory has it."""
+        if not held:
             return
-        assert self.protocol is not None
         like = self.section.error[: self.section.compressed_n]
-        for name, vector in self.protocol.vectors(like).items():
-            vector.copy_(self.saved["vectors"][name])
-        self.protocol.load_state_dict(self.saved["state"], like.device)
-        self.saved = {}
+        self.prepare(compressor, workers)
+        assert self.protocol is not None
+        mine = self.protocol.vectors(like)
+        if held["compressor"] == repr(compressor) and mine.keys() == held["vectors"].keys():
+            for name, vector in mine.items():
+                vector.copy_(held["vectors"][name])
+            self.protocol.load_state_dict(held["state"], like.device)
+        else:  # what protocols hold in vectors is their owner's error of the mean
+            for vector in held["vectors"].values():
+                like.add_(vector.to(like.device), alpha=workers)
+
+    def drop(self) -> None:
+        """Forget all errors."""
+        self.section.error.zero_()
+        if self.protocol is not None:
+            self.protocol.reset()
+
+    def release(self) -> None:
+        """Have the protocol hold no error, where none is to be fed back."""
+        if self.protocol is not None:
+            for vector in self.protocol.vectors(self.section.error[: self.section.compressed_n]).values():
+                vector.zero_()
 
     def average(
         self, channel: Channel, vector: Tensor, bad: Tensor, step: int, factors: Mapping[str, float]
@@ -111,17 +139,10 @@ class Exchanger:
         if factors:
             for error in self.protocol.vectors(vector[:n]).values():
                 for place, view in self.section.views(error):
-                    view.mul_(factors.get(place.name, 1.0))
+                    view.mul_(factors.get(place.name, 1.0))  # 0 only where `prepare` has left nothing to hold
         dense = torch.cat([vector[n:], bad.reshape(1).to(vector)])
         g = self.protocol.average(channel, vector[:n], dense, seed=self._seed, step=step)
         return replace(g, dense=g.dense[:-1]), g.dense[-1].clone()
-
-    def fold(self, workers: int) -> None:
-        """Move what the protocol holds back into the error memory, so that nothing is lost when it goes."""
-        if self.protocol is not None:
-            head = self.section.error[: self.section.compressed_n]
-            head.copy_(self.protocol.add_residual(head, workers))
-            self.protocol = None
 
     def settle(self, *, taken: bool) -> None:
         """Make the step that was tried the state, or forget it."""

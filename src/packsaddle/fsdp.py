@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from packsaddle.agree import check_agreement
 from packsaddle.channel import Channel
+from packsaddle.choose import choose
 from packsaddle.compress import Compressor, LowRank, RandomK
 from packsaddle.exchange import ProcessGroup, resolve, shard_rank, sharded_modules
 from packsaddle.exchanger import Exchanger, Rules, Schedule
@@ -56,6 +57,9 @@ class FSDPHook:
             section.absorb(g, lost)
         else:
             section.corrected.zero_()
+            exchanger.release()
+        if lost is not None:  # a 16-bit gradient may overflow
+            share = share + (~torch.isfinite(lost).all()).to(share)
         finite = not bool(share > 0)
         exchanger.settle(taken=finite)
         if not finite:
@@ -67,6 +71,11 @@ class FSDPHook:
             self._seeds[name] = seed = mix(self._rules.seed, index, self._shard)  # replicas of a shard have the same
             rules = replace(self._rules, seed=seed)
             self._exchangers[name] = Exchanger(Section([place], self._loose), rules, len(gradient))
+        if self._exchangers[name].section.n != len(gradient):
+            raise RuntimeError(
+                f"{name or 'the model'} came with {len(gradient)} coordinates, and with "
+                f"{self._exchangers[name].section.n} before: parameters were frozen or unfrozen, or had no gradient"
+            )
         return self._exchangers[name]
 
     @property
@@ -81,11 +90,8 @@ class FSDPHook:
 
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's e^(i) by module, float[n], with its share of what the exchange holds back."""
-        found = dict(self._loose)
-        for name, exchanger in self._exchangers.items():
-            error, protocol = exchanger.section.error.clone(), exchanger.protocol
-            found[name] = error if protocol is None else protocol.add_residual(error, self.channel.group.size)
-        return found
+        found, size = dict(self._loose), self.channel.group.size
+        return found | {name: exchanger.error(size) for name, exchanger in self._exchangers.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, tensors and plain types; each worker has its own."""
@@ -142,6 +148,10 @@ def register_fsdp_hook(
     hook = FSDPHook(channel, rules, noise, shard_rank(model))
     same = {"rules": rules, "noise": noise, "modules": [name for name, _ in modules], "shard": shard_rank(model)}
     check_agreement(channel, same, next(model.parameters()).device)
+    sizes = [p.to_local().numel() for p in model.parameters() if hasattr(p, "to_local") and p.requires_grad]
+    choose(first, exchange, d=sum(sizes), dense=1, workers=channel.group.size, back=back)
     for index, (name, module) in enumerate(modules):
+        if hasattr(module, "set_reduce_scatter_unused_params"):  # so that a shard has one layout, whatever took part
+            module.set_reduce_scatter_unused_params(True)
         module.set_all_reduce_hook(partial(hook.take, name, index))
     return hook

@@ -22,18 +22,20 @@ class LocalSteps:
             raise ValueError(f"local_steps must be 1 or more steps, got {every}")
         if every > 1 and flat.x.element_size() < 4:
             raise ValueError(f"local_steps above 1 need parameters of 32 or 64 bits, got {flat.x.dtype}")
-        self._flat, self._every = flat, every
+        self._flat, self.every = flat, every
         self.synced = flat.x.clone() if every > 1 else flat.x  # where all workers last met, float[d]
 
     def correct(
         self, memory: ErrorMemory, direction: Gradient, lrs: Sequence[float], extras: Extras, step: int
     ) -> Tensor | None:
         """Do one step; return what is to be exchanged, float[d] (line 10), or None if it is not time for it."""
-        if self._every == 1:
+        if self.every == 1:
             return memory.correct(direction, lrs, extras)
+        if step % self.every == 0:
+            self.settle()  # all have met; weights may have been loaded since
         views = self._flat.views(self._flat.x)
         self._flat.change(lambda x: direction.add_to(x, views, [-lr for lr in lrs], extras))
-        if (step + 1) % self._every:
+        if (step + 1) % self.every:
             return None
         memory.add(self.drift())
         self._flat.x.copy_(self.synced)

@@ -24,13 +24,15 @@ class ContractionMonitor:
         self.whole: float | None = None  # the last measured mu_t
         self.by_tensor: Mapping[str, float] = {}  # the same for each tensor; a tensor of zeros counts as 1
         self._flat = flat
+        self._measured = 0  # the step count at the last measurement: not every step may exchange
 
     @contextmanager
     def watching(self, step: int, pending: Tensor) -> Iterator[None]:
         """Measure what the exchange inside leaves of `pending`, float[d], if the step is due."""
-        if not self.every or (step + 1) % self.every:
+        if not self.every or (step + 1) // self.every == self._measured // self.every:
             yield
             return
+        self._measured = step + 1
         before = self._energies(pending)
         yield
         after = self._energies(pending)

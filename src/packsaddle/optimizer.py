@@ -16,6 +16,7 @@ from packsaddle.checkpointed import Checkpointed
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, Identity, RandomK
 from packsaddle.direction import Extras, make_direction
+from packsaddle.ef21 import EstimateMemory
 from packsaddle.escape import Escape, EscapeCheck, Reset
 from packsaddle.exchange import resolve
 from packsaddle.flat import FlatParameters
@@ -206,7 +207,7 @@ class CompressedSGD(Checkpointed):
         if len(rates) and not torch.allclose(mean_rates, rates, rtol=1e-5, atol=0):
             raise RuntimeError(
                 f"workers must have one lr and one noise at every step, but what they make of x's change is "
-                f"{rates.tolist()} here (unit of the memory, std of the noise) and {mean_rates.tolist()} in the mean"
+                f"{rates.tolist()} here (lr, std of the noise) and {mean_rates.tolist()} in the mean"
             )
         return replace(g, dense=mean)
 
@@ -215,8 +216,12 @@ class CompressedSGD(Checkpointed):
 
         Compared in the collective there is; on a GPU not at all, since a step would have to wait to read it.
         """
-        alone = self.channel.group.size == 1 or not (self._noise.lazy or isinstance(self._memory, GradientMemory))
-        if alone or like.device.type != "cpu":
+        if self.channel.group.size == 1:
+            return like[:0]
+        if isinstance(self._memory, EstimateMemory):  # every step, on a GPU too: there nothing else holds x together
+            return like.new_tensor(self._each("lr"))
+        watched = self._noise.lazy or isinstance(self._memory, GradientMemory)
+        if not watched or like.device.type != "cpu":
             return like[:0]
         return like.new_tensor([self._memory.unit, self._noise.grown])
 

@@ -4,7 +4,7 @@ DistributedDataParallel hands gradients over in buckets and makes its buckets an
 has not been sent yet belongs to a parameter, never to a bucket.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,6 +136,12 @@ class Section:
         self.corrected[self.compressed_n :].zero_()
         if lost is not None:
             self.corrected.add_(lost)
+
+    def leave(self, names: Collection[str]) -> None:
+        """Leave e as it was on these parameters."""
+        for (place, new), (_, old) in zip(self.views(self.corrected), self.views(self.error), strict=True):
+            if place.name in names:
+                new.copy_(old)
 
     def settle(self, *, taken: bool) -> None:
         """Make the step that was tried the state, or forget it."""

@@ -1,0 +1,44 @@
+"""The site: the repository's root is Sphinx's source folder, so that links between pages work here as on the code host.
+
+make docs, or: sphinx-build -W -n --keep-going -c docs . build/docs
+"""
+
+import sys
+from pathlib import Path
+
+from packsaddle import __version__
+
+sys.path.insert(0, str(Path(__file__).parent))  # where the extension is
+
+project = "packsaddle"
+author = "the packsaddle authors"
+copyright = "the packsaddle authors, Apache 2.0"
+release = version = __version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings"]
+root_doc = "docs/index"
+include_patterns = ["README.md", "CHANGELOG.md", "docs/**.md", "experiments/*/README.md", "benchmarks/*.md"]
+source_suffix = {".md": "markdown"}
+myst_heading_anchors = 3
+suppress_warnings = ["myst.strikethrough"]
+
+smartquotes = False  # symbols stay plain ASCII
+
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_class_signature = "mixed"
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+
+# Types of other packages have their documentation elsewhere, and inventories would need a network.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|collections|typing|nn|Tensor|T)(\..*)?"),
+]
+
+html_theme = "furo"
+html_title = f"packsaddle {release}"
+html_static_path: list[str] = []
+html_extra_path = ["site"]
+html_show_sourcelink = False
+html_copy_source = False

@@ -1,0 +1,111 @@
+"""A Sphinx extension: docstrings as they are written here, plain text with `names`, become reStructuredText."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+import tokenize
+from io import StringIO
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+
+_CODE = re.compile(r"(`[^`\n]+`)")
+_NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?")
+_ARGUMENTS = re.compile(r"    (\w+(?:, \w+)*): (.*)")
+
+
+def to_rst(lines: list[str]) -> list[str]:
+    """Turn `name` into a reference (or code, where it leads nowhere), keep symbols as they are, and set lists apart."""
+    result: list[str] = []
+    for line in _with_fields(lines):
+        if line.lstrip().startswith("- ") and result and result[-1].strip() and not _in_list(result):
+            result.append("")
+        result.append(line if line.startswith(":") else _escaped(line))
+    return result
+
+
+def _with_fields(lines: list[str]) -> list[str]:
+    """Write the section "Args:" as reStructuredText's fields; names that share a line share its text."""
+    result: list[str] = []
+    arguments: list[tuple[list[str], list[str]]] = []
+    inside = False
+    for line in [*lines, ""]:
+        inside = line.strip() == "Args:" or (inside and line.startswith("    "))
+        if not inside:
+            result += [
+                f for names, text in arguments for name in names for f in (f":param {name}: {text[0]}", *text[1:])
+            ]
+            arguments = []
+            result.append(line)
+        elif found := _ARGUMENTS.fullmatch(line):
+            arguments.append((found[1].split(", "), [_escaped(found[2])]))
+        elif arguments:
+            arguments[-1][1].append(line)
+    return result
+
+
+def _in_list(before: list[str]) -> bool:
+    """Whether the paragraph that ends here began as a list item."""
+    for line in reversed(before):
+        if not line.strip():
+            return False
+        if line.lstrip().startswith("- "):
+            return True
+    return False
+
+
+def _escaped(line: str) -> str:
+    return "".join(map(_piece, _CODE.split(line)))
+
+
+def _piece(piece: str) -> str:
+    if _CODE.fullmatch(piece):
+        inside = piece[1:-1]
+        return f":py:obj:`{inside}`" if _NAME.fullmatch(inside) else f"``{inside}``"
+    return re.sub(r"([\\*|]|_(?!\w))", r"\\\1", piece)
+
+
+def field_comments(cls: type) -> dict[str, str]:
+    """Return the comment behind each field of a dataclass: that is where fields are explained here."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    tokens = tokenize.generate_tokens(StringIO(source).readline)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    fields = [f for f in definition.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
+    return {f.target.id: comments[f.lineno] for f in fields if f.lineno in comments}  # type: ignore[union-attr]
+
+
+def _on_docstring(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    lines[:] = to_rst(lines)
+    if what == "class" and dataclasses.is_dataclass(thing):
+        shown = {n: text for n, text in field_comments(thing).items() if not n.startswith("_") and "noqa" not in text}
+        lines += [f":ivar {n}: {_escaped(text)}" for n, text in shown.items()]
+
+
+def _on_signature(
+    app: Sphinx, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Leave out arguments that are not for the user."""
+    if what == "class" and dataclasses.is_dataclass(thing) and signature:
+        for field in dataclasses.fields(thing):
+            if field.metadata.get("internal"):
+                signature = re.sub(rf",? {field.name}: [^=]* = \(\)", "", signature)
+    return signature, returns
+
+
+def _on_missing(app: Sphinx, env: Any, node: Any, content: nodes.Element) -> nodes.Element | None:
+    """Leave a name in backticks that is not documented (an argument, say) as code, and an inner type as text."""
+    inner = node.get("refdomain") == "py" and node.get("reftarget", "").startswith("packsaddle.")
+    return content if node.get("reftype") == "obj" or inner else None
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Connect to Sphinx."""
+    app.connect("autodoc-process-docstring", _on_docstring)
+    app.connect("autodoc-process-signature", _on_signature)
+    app.connect("missing-reference", _on_missing)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
