@@ -152,6 +152,9 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "open.toml").write_text('lr = """\n')
     with pytest.raises(ConfigError, match=r"open.toml, at its end: not valid TOML: Unterminated string$"):
         load(tmp_path / "open.toml")
+    (tmp_path / "deep.toml").write_text("lr = " + "[" * 100_000)
+    with pytest.raises(ConfigError, match=r"deep.toml: not valid TOML: lists or tables are nested too deeply$"):
+        load(tmp_path / "deep.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path / "bytes.toml")

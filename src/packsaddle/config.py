@@ -181,6 +181,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(syntax_error(path, error)) from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: lists or tables are nested too deeply") from None
     return configure(data, overrides, lambda key: line_of(key, path, text))
 
 

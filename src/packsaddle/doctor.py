@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import re
@@ -221,11 +222,14 @@ def variables() -> Iterator[Fact]:
 def all_reduce() -> Fact:
     """Start two processes here that add up two numbers by gloo; under torchrun, let its workers do so."""
     start = time.perf_counter()
+    logging.disable()  # the launcher would log the workers' tracebacks; the fact says what is in them
     try:
         total, workers = sum_over_workers() if under_launcher() else launch(sum_over_workers, (), 2)
     except Exception as error:  # whatever stops it is what was asked for
         reason = " ".join(str(error).split()) or type(error).__name__
         return Fact("exchange", "all-reduce", f"fails: {reason}", "problem", "see the network above")
+    finally:
+        logging.disable(logging.NOTSET)
     seconds = time.perf_counter() - start
     if total != workers * (workers + 1) / 2:
         return Fact("exchange", "all-reduce", f"gives {total} over {workers} processes, which is wrong", "problem")
