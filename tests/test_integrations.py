@@ -123,8 +123,12 @@ def test_a_checkpoint_keeps_every_workers_state(name: str, tmp_path: Path) -> No
     assert found["bytes"][0] == found["bytes"][1]
     assert found["lost"] != found["straight"]
     assert found["warned"] == 1
+    assert found.get("steps of another training", 12) == 12
     kept = sorted(p.parent.name for p in (tmp_path / "straight").rglob("packsaddle-0.pt"))
     assert kept == {"lightning": ["step=12.ckpt.packsaddle"], "accelerate": ["straight"]}.get(name, ["checkpoint-12"])
+    if name == "lightning":
+        with (tmp_path / "straight" / "log" / "metrics.csv").open() as file:
+            assert [row["step"] for row in csv.DictReader(file) if row.get("certificate/loss")] == ["5", "10"]
 
 
 @pytest.mark.parametrize("name", ["lightning", "accelerate", "huggingface"])

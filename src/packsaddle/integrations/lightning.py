@@ -61,7 +61,7 @@ class PacksaddleCallback(Callback):
             trainer.strategy.model, self._compressor, trainer.optimizers, follow_rates=self._follow_rates, **options
         )
         if self.hook is not None and self._saved:
-            load_state(self.hook, beside(trainer.ckpt_path))
+            load_state(self.hook, beside(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
         self._saved = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
