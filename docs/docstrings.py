@@ -94,11 +94,19 @@ def _on_signature(
         for field in dataclasses.fields(thing):
             if field.metadata.get("internal"):
                 signature = re.sub(rf",? {field.name}: [^=]* = \(\)", "", signature)
+        signature = signature.replace("<factory>", "...")  # which Sphinx could not read
     return signature, returns
 
 
 def _on_missing(app: Sphinx, env: Any, node: Any, content: nodes.Element) -> nodes.Element | None:
-    """Leave a name in backticks that is not documented (an argument, say) as code, and an inner type as text."""
+    """Leave a name in backticks that is not documented (an argument, say) as code, and an inner type as text.
+
+    Docstrings of inner modules name what users import from packsaddle itself.
+    """
+    domain, name = env.get_domain("py"), f"packsaddle.{node.get('reftarget')}"
+    if node.get("reftype") == "obj" and name in domain.objects:
+        found: nodes.Element = domain.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, content)
+        return found
     inner = node.get("refdomain") == "py" and node.get("reftarget", "").startswith("packsaddle.")
     return content if node.get("reftype") == "obj" or inner else None
 
