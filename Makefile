@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test test-integrations lint docs clean
 
 demo: .venv/.installed
 	$(BIN)/packsaddle demo
@@ -12,6 +12,11 @@ test: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -q
+
+# With the real Lightning, transformers, accelerate and trackers, which `make test` does without (700 MB, some minutes).
+test-integrations: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,track]'
+	$(BIN)/pytest -q tests/test_integrations.py tests/test_trackers.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check --fix .
