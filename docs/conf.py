@@ -17,7 +17,14 @@ release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "CHANGELOG.md", "docs/**.md", "experiments/*/README.md", "benchmarks/*.md"]
+include_patterns = [
+    "README.md",
+    "CHANGELOG.md",
+    "docs/**.md",
+    "examples/README.md",
+    "experiments/*/README.md",
+    "benchmarks/*.md",
+]
 source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
 suppress_warnings = ["myst.strikethrough"]
