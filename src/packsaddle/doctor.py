@@ -38,6 +38,7 @@ _PURPOSES = {
     "hf": "packsaddle.integrations.huggingface",
     "track": "run --track",
 }
+_OURS = ("dev", "docs")  # extras for working on packsaddle
 _VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
 _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES", "TORCH_DISTRIBUTED_DEBUG"}
 
@@ -171,7 +172,7 @@ def extras() -> Iterator[Fact]:
     """The optional packages, what needs them, and how to get them."""
     needed: dict[str, list[str]] = {}
     for package, _, extra in _requirements():
-        if extra not in (None, "all", "dev"):
+        if extra not in (None, "all", *_OURS):
             needed.setdefault(extra or "", []).append(package)
     for extra, packages in needed.items():
         shown = ", ".join(f"{package} {_version(package) or 'missing'}" for package in packages)
