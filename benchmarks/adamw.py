@@ -28,7 +28,6 @@ OPTIMIZERS = {
     "SGD 0.3": lambda parameters: torch.optim.SGD(parameters, lr=0.3),
     "AdamW 3e-3": lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
     "AdamW 1e-3": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-    "AdamW 3e-4": lambda parameters: torch.optim.AdamW(parameters, lr=3e-4),
 }
 PASSES, BATCH = 5, 32
 

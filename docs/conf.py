@@ -40,7 +40,7 @@ python_maximum_signature_line_length = 88
 
 # Types of other packages have their documentation elsewhere, and inventories would need a network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|typing|nn|Tensor|T)(\..*)?"),
+    ("py:.*", r"(torch|collections|typing|pathlib|nn|Tensor|T)(\..*)?"),
 ]
 
 html_theme = "furo"
