@@ -238,7 +238,7 @@ def test_the_slurm_script_starts_one_run_on_all_nodes(tmp_path: Path) -> None:
     """With scontrol and srun that stand for two nodes on this machine."""
     needs("sklearn")
     programs = {
-        "scontrol": 'echo "$@" >> asked; printf "localhost\nlocalhost\n"',
+        "scontrol": 'echo "$@" >> asked; echo localhost; sleep 0.2; echo localhost',  # in two writes
         "srun": 'shift; for node in 1 2; do "$@" & done; wait -n && wait -n',
         "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
     }
