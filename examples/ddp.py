@@ -41,7 +41,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
     # The line: 1% of the coordinates travel, and what is left behind is added to the next gradient.
-    hook = packsaddle.register_ddp_hook(model, packsaddle.TopK(0.01), optimizer=optimizer)
+    hook = packsaddle.register_ddp_hook(model, packsaddle.TopK(0.01))
 
     start, losses = 0, []
     if arguments.checkpoint and (arguments.checkpoint / "model.pt").exists():

@@ -104,7 +104,7 @@ class Protocol(ABC):
         """Return all that the protocol holds, for `restore`."""
         return None
 
-    def restore(self, snapshot: Any) -> None:  # noqa: B027
+    def restore(self, snapshot: Any) -> None:  # noqa: B027 -- most protocols hold nothing back
         """Be as when `snapshot` was made, as if no exchange had happened since."""
 
     def state_dict(self) -> dict[str, Any]:

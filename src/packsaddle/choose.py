@@ -1,10 +1,11 @@
 """Which protocol averages a compressor's messages: the one asked for, or the one that moves the fewest bytes."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from packsaddle.average import AllGather, AllReduce, LowRankAllReduce, Protocol, SketchedAllReduce
-from packsaddle.compress import Compressor, LowRank, SketchTopK
+from packsaddle.compress import Compressor, Identity, LowRank, SketchTopK
 from packsaddle.owners import Coordinator, TwoWay
 
 Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coordinator"]
@@ -17,6 +18,16 @@ class Choice:
     protocol: Protocol
     name: str
     reason: str
+
+
+def warn_of_nothing(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
+    """Warn, as from `stacklevel` calls above the caller's, if there are no coordinates to compress."""
+    if d == 0 and not isinstance(compressor, Identity):
+        warnings.warn(
+            f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} elements "
+            f"(dense_below=0 compresses everything)",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def choose(

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,14 @@ from torch.optim import Optimizer
 from packsaddle.afterstep import EscapeAfterStep
 from packsaddle.agree import check_agreement
 from packsaddle.channel import Channel
-from packsaddle.choose import choose
-from packsaddle.compress import Compressor, Identity, RandomK
+from packsaddle.choose import choose, warn_of_nothing
+from packsaddle.compress import Compressor, RandomK
 from packsaddle.ddphook import DDPHook
 from packsaddle.escape import Escape
 from packsaddle.exchange import group_beside, is_sharded, on_buckets, resolve
-from packsaddle.exchanger import Rules, Schedule
+from packsaddle.exchanger import Rules, Schedule, Scope
 from packsaddle.ledger import Ledger
+from packsaddle.monitor import Every
 from packsaddle.rates import Rates
 from packsaddle.sections import Place, places
 from packsaddle.seeds import as_seed
@@ -36,7 +37,7 @@ def register_ddp_hook(
     dense_below: int = 1024,
     exchange: str = "direct",
     back: Compressor | None = None,
-    scope: Literal["bucket", "model"] = "bucket",
+    scope: Scope = "bucket",
     optimizer: Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
     monitor_every: int = 0,
@@ -69,13 +70,14 @@ def register_ddp_hook(
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}; see packsaddle.attach")
     rules = Rules(compressor, exchange, back, scope, error_feedback, start_step, as_seed(seed))
-    _check_arguments(dense_below, optimizer, scaler, monitor_every)
+    _check_types(optimizer, scaler)
+    monitor = Every(monitor_every)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, dense_below)
     _check_sizes(found, rules, dense_below, model.process_group.size())
     channel, rates = Channel(group_beside(model), Ledger()), Rates(optimizer, found)
     scale = (lambda: 1.0) if scaler is None else scaler.get_scale
-    hook = DDPHook(model.module, channel, rules, found, noise, rates, scale, monitor_every)
+    hook = DDPHook(model.module, channel, rules, found, noise, rates, scale, monitor)
     if escape is not None:
         checker = EscapeAfterStep(escape, hook, optimizer, found, rates, dense_below=dense_below, seed=rules.seed)
         hook.parts["escape"] = checker
@@ -92,17 +94,11 @@ def register_ddp_hook(
     return hook
 
 
-def _check_arguments(
-    dense_below: int, optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None, monitor_every: int
-) -> None:
-    if dense_below < 0:
-        raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
+def _check_types(optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:
     if optimizer is not None and not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
-    if monitor_every < 0:
-        raise ValueError(f"monitor_every must be 0 or more steps, got {monitor_every}")
 
 
 def _check_sizes(found: list[Place], rules: Rules, dense_below: int, workers: int) -> None:
@@ -111,22 +107,10 @@ def _check_sizes(found: list[Place], rules: Rules, dense_below: int, workers: in
         if not place.parameter.is_floating_point():
             raise ValueError(f"parameters must be floating point, but {place.name} is {place.parameter.dtype}")
     compressed = [place for place in found if not place.dense]
-    compressor = rules.at(rules.start_step)
-    if not compressed and not isinstance(compressor, Identity):
-        warnings.warn(
-            f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} elements "
-            f"(dense_below=0 compresses everything)",
-            stacklevel=3,
-        )
-    d = sum(place.size for place in compressed)
-    choose(
-        compressor.for_tensors([place.parameter.shape for place in compressed]),
-        rules.exchange,
-        d=d,
-        dense=1,
-        workers=workers,
-        back=rules.back,
-    )
+    compressor, d = rules.at(rules.start_step), sum(place.size for place in compressed)
+    warn_of_nothing(compressor, d, dense_below, stacklevel=3)
+    shapes = [place.parameter.shape for place in compressed]
+    choose(compressor.for_tensors(shapes), rules.exchange, d=d, dense=1, workers=workers, back=rules.back)
 
 
 def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:

@@ -11,14 +11,15 @@ from torch.futures import Future
 
 from packsaddle.background import Background, Promise
 from packsaddle.channel import Channel, ring_all_reduce
-from packsaddle.compress import Compressor, Identity
 from packsaddle.escape import Reset
 from packsaddle.exchange import Bucket
-from packsaddle.exchanger import Exchanger, Rules
+from packsaddle.exchanger import Exchanger, Rules, spoil
 from packsaddle.ledger import Bytes, Ledger
+from packsaddle.monitor import Every, contraction
 from packsaddle.noise import Noise, Perturbation
 from packsaddle.rates import Rates
 from packsaddle.sections import Place, Section
+from packsaddle.state import check_identity, check_shape
 
 
 class Stateful(TypingProtocol):
@@ -46,7 +47,7 @@ class DDPHook:
         noise: float | Callable[[int], float],
         rates: Rates,
         scale: Callable[[], float],
-        monitor_every: int,
+        monitor: Every,
     ) -> None:
         self.channel = channel
         self.resets: list[Reset] = []  # firings of the escape check
@@ -56,11 +57,11 @@ class DDPHook:
         self._compressed_d = sum(place.size for place in places if not place.dense)
         self.device = places[0].parameter.device
         self._perturbation = Perturbation(noise)
-        self._monitor_every = monitor_every
+        self._monitor = monitor
         self._background = Background(self.device)
         self._exchangers: dict[frozenset[str], Exchanger] = {}
         self._loose: dict[str, Tensor] = {}  # error memory that is in no section, by parameter
-        self._steps = self._skipped = self._measured = 0
+        self._steps = self._skipped = 0
         self._contraction: float | None = None
         self.calls = 0  # buckets that DDP has handed over
         self._waiting: list[tuple[Bucket, Promise]] = []
@@ -70,7 +71,6 @@ class DDPHook:
         self._complete = False
         self._noise: Noise | None = None
         self._factors: Mapping[str, float] = {}
-        self._still: frozenset[str] = frozenset()  # parameters whose rate is 0
         self._scaled = 1.0  # what the gradients are multiplied by
         self._energies: list[Tensor] = []  # ||v||^2 and ||v - C(v)||^2 of each section
 
@@ -111,36 +111,21 @@ class DDPHook:
         if buckets[0].index == 0:
             self._begin()
         gradients = dict(zip(self._names(buckets), (g for b in buckets for g in b.gradients), strict=True))
-        exchanger, scale = self._exchanger(frozenset(gradients)), self._scaled
+        exchanger = self._exchanger(frozenset(gradients))
         self._tried.append(exchanger)
-        exchanger.prepare(self._compressor(), self.channel.group.size)
-        section = exchanger.section
-        vector = section.correct(gradients, self._noise, scale, self._factors)  # line 10
-        self._exclude_bad(vector)
-        self._measure(vector)
-        g, bad = exchanger.average(self.channel, vector, self._bad[-1], self._steps, self._factors)
-        lost = section.deliver(g, gradients, scale)  # line 11
-        if lost is not None:
-            bad = bad + (~torch.isfinite(lost).all()).to(bad)
-        section.absorb(g, lost)  # line 12
-        self._measure(vector)
-        section.leave(self._still)
-        if not self._rules.error_feedback:
-            section.corrected.zero_()
-            exchanger.release()
-        self._bad[-1] = bad
-        for (
-            bucket
-        ) in buckets:  # every worker gets a NaN if one of them had any, so that all of their scalers skip the step
-            if bucket.buffer.device.type != "cpu" or bad > 0:
-                bucket.buffer.masked_fill_(bad > 0, float("nan"))
+        bad = exchanger.exchange(
+            self.channel,
+            gradients,
+            self._noise,
+            self._steps,
+            scale=self._scaled,
+            factors=self._factors,
+            watch=self._measure,
+        )
+        self._bad.append(bad)
+        for bucket in buckets:  # all workers get NaNs if one had any, so that the scalers of all skip the step
+            spoil(bucket.buffer, bad > 0, float("nan"))
         self._complete = buckets[-1].is_last
-
-    def _compressor(self) -> Compressor:
-        """The step's compressor. Where a rate is 0 errors must stand still, so the exchange may hold none."""
-        if self._still and self._rules.exchange != "direct":
-            return Identity()
-        return self._rules.at(self._steps)
 
     def _begin(self) -> None:
         """Line 9, once what came of the last step is known."""
@@ -148,14 +133,7 @@ class DDPHook:
         self.channel.step = self._steps
         self._noise = self._perturbation.at(seed=self._rules.seed, step=self._steps)
         self._factors, self._scaled = self._rates.factors(), self._scale()
-        self._still = frozenset(name for name, factor in self._factors.items() if factor == 0)
         self._energies = []
-
-    def _exclude_bad(self, vector: Tensor) -> None:
-        """Find whether this worker's vector is finite; if not, it sends zeros and says so."""
-        self._bad.append(~torch.isfinite(torch.linalg.vector_norm(vector, float("inf"))))
-        if vector.device.type != "cpu" or self._bad[-1]:  # a GPU is not waited for
-            vector.masked_fill_(self._bad[-1], 0.0)
 
     def _settle(self, *, broken_off: bool = False) -> None:
         """Make the last step the state; or forget it, if it was broken off or a worker's gradient was not finite.
@@ -169,16 +147,14 @@ class DDPHook:
         for exchanger in self._tried:
             exchanger.settle(taken=taken)
         if taken and self._energies:
-            before, after = torch.stack(self._energies).view(-1, 2).sum(0).tolist()
-            self._contraction = 1 - after / before if before else 1.0
-            self._measured = self._steps + 1
+            self._contraction = contraction(*torch.stack(self._energies).view(-1, 2).sum(0).tolist())
+            self._monitor.done(self._steps)
         self._steps += taken
         self._skipped += self._complete and not taken
         self._tried, self._bad, self._complete, self._energies = [], [], False, []
 
     def _measure(self, vector: Tensor) -> None:
-        every = self._monitor_every
-        if every and (self._steps + 1) // every > self._measured // every:
+        if self._monitor.due(self._steps):
             self._energies.append(torch.linalg.vector_norm(vector, dtype=torch.float64).square())
 
     def _exchanger(self, names: frozenset[str]) -> Exchanger:
@@ -188,7 +164,7 @@ class DDPHook:
                 exchanger = self._exchangers.pop(old)
                 exchanger.fold(self.channel.group.size)
                 self._loose |= {place.name: view for place, view in exchanger.section.views(exchanger.section.error)}
-            section = Section([place for place in self._places if place.name in names], self._loose)
+            section = Section([place for place in self._places if place.name in names], self._loose, self.device)
             self._exchangers[names] = Exchanger(section, self._rules, self._compressed_d)
         return self._exchangers[names]
 
@@ -273,18 +249,10 @@ class DDPHook:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
-        for name, expected in self._identity().items():
-            found = state["identity"].get(name)
-            if found != expected:
-                raise ValueError(f"{name} is {expected} here, but the state was saved with {name} {found}")
+        check_identity(state["identity"], self._identity())
         pending = state["pending"]
         for place in self._places:
-            found = pending.get(place.name)
-            if found is None or found.shape != place.parameter.shape:
-                what = "nothing" if found is None else f"shape {tuple(found.shape)}"
-                raise ValueError(
-                    f"the error of {place.name} must have shape {tuple(place.parameter.shape)}, found {what}"
-                )
+            check_shape(f"the error of {place.name}", pending.get(place.name), place.parameter.shape)
         if len(pending) > len(self._places):
             raise ValueError(f"the state is of {len(pending)} parameters, and there are {len(self._places)}")
         self._settle()
@@ -293,7 +261,7 @@ class DDPHook:
         self._steps, self._skipped, self._rates.units = state["steps"], state["skipped"], dict(state["rates"])
         if self._rules.scope == "model":
             exchanger = self._exchanger(frozenset(place.name for place in self._places))
-            exchanger.restore(state["held"], self._compressor(), self.channel.group.size)
+            exchanger.restore(state["held"], self._steps, self.channel.group.size)
         self.ledger.load_state_dict(state["ledger"])
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])

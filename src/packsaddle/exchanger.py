@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,10 +11,15 @@ from packsaddle.average import Averaged, Protocol
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, Identity
+from packsaddle.noise import Noise
 from packsaddle.sections import Section
 from packsaddle.seeds import mix
 
 Schedule = Callable[[int], Compressor]
+Scope = Literal["bucket", "model"]
+
+
+_NO_FACTORS: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Rules:
     compressor: Compressor | Schedule
     exchange: str
     back: Compressor | None
-    scope: Literal["bucket", "model"]
+    scope: Scope
     error_feedback: bool
     start_step: int
     seed: int
@@ -32,7 +37,7 @@ class Rules:
     def __post_init__(self) -> None:
         if self.start_step < 0:
             raise ValueError(f"start_step must be 0 or more steps, got {self.start_step}")
-        if self.scope not in ("bucket", "model"):
+        if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
         given = self.at(self.start_step) if callable(self.compressor) else self.compressor
         if not isinstance(given, Compressor):
@@ -58,6 +63,44 @@ class Exchanger:
         self._held: Any = None  # by the protocol, before the step that is being tried
         # The whole vector has the seed as it is, and so the run that CompressedSGD gives.
         self._seed = rules.seed if section.compressed_n == d else mix(rules.seed, section.places[0].start)
+
+    def exchange(
+        self,
+        channel: Channel,
+        gradients: Mapping[str, Tensor],
+        noise: Noise | None,
+        step: int,
+        *,
+        scale: float = 1.0,
+        factors: Mapping[str, float] = _NO_FACTORS,
+        watch: Callable[[Tensor], None] = lambda vector: None,
+    ) -> Tensor:
+        """Lines 10-12 of Algorithm 1: replace the gradients by their mean, and try what that leaves of the error.
+
+        A worker whose vector is not finite sends zeros and says so: returns 0 if there is none, else a number above 0.
+        `factors` are what errors are to be multiplied by first, by parameter (see `Rates`); those of 0 stand still.
+        `watch` sees this worker's vector, float[n], before and after.
+        """
+        still = {name for name, factor in factors.items() if factor == 0}
+        # While an error stands still, no exchange may hold a part of it.
+        dense = bool(still) and self._rules.exchange != "direct"
+        self.prepare(Identity() if dense else self._rules.at(step), channel.group.size)
+        section = self.section
+        vector = section.correct(gradients, noise, scale, factors)  # line 10
+        bad = ~torch.isfinite(torch.linalg.vector_norm(vector, float("inf")))
+        spoil(vector, bad, 0.0)
+        watch(vector)
+        g, bad = self._average(channel, vector, bad, step, factors)
+        lost = section.deliver(g, gradients, scale)  # line 11
+        if lost is not None:  # a 16-bit gradient may overflow
+            bad = bad + (~torch.isfinite(lost).all()).to(bad)
+        section.absorb(g, lost)  # line 12
+        watch(vector)
+        section.leave(still)
+        if not self._rules.error_feedback:
+            section.corrected.zero_()
+            self._release()
+        return bad
 
     def prepare(self, compressor: Compressor, workers: int) -> None:
         """Have the protocol of this compressor. What another one holds back goes to the error memory."""
@@ -98,10 +141,11 @@ class Exchanger:
         copies = {name: vector.clone() for name, vector in vectors.items()}
         return {"compressor": repr(self._compressor), "vectors": copies, "state": self.protocol.state_dict()}
 
-    def restore(self, held: Mapping[str, Any], compressor: Compressor, workers: int) -> None:
-        """Have the protocol of this compressor hold what was saved; if it was another's, the error memory has it."""
+    def restore(self, held: Mapping[str, Any], step: int, workers: int) -> None:
+        """Have the step's protocol hold what was saved; if another compressor's did, the error memory has it."""
         if not held:
             return
+        compressor = self._rules.at(step)
         like = self.section.error[: self.section.compressed_n]
         self.prepare(compressor, workers)
         assert self.protocol is not None
@@ -120,19 +164,16 @@ class Exchanger:
         if self.protocol is not None:
             self.protocol.reset()
 
-    def release(self) -> None:
+    def _release(self) -> None:
         """Have the protocol hold no error, where none is to be fed back."""
         if self.protocol is not None:
             for vector in self.protocol.vectors(self.section.error[: self.section.compressed_n]).values():
                 vector.zero_()
 
-    def average(
+    def _average(
         self, channel: Channel, vector: Tensor, bad: Tensor, step: int, factors: Mapping[str, float]
     ) -> tuple[Averaged, Tensor]:
-        """Exchange the corrected vector, float[n]; return the outcome, and what share of the workers is `bad`.
-
-        `factors` are what errors are to be multiplied by first, by parameter (see `Rates`).
-        """
+        """Exchange the corrected vector, float[n]; return the outcome, and what share of the workers is `bad`."""
         assert self.protocol is not None
         self._held = self.protocol.snapshot()
         n = self.section.compressed_n
@@ -150,3 +191,9 @@ class Exchanger:
             self.protocol.restore(self._held)
         self._held = None
         self.section.settle(taken=taken)
+
+
+def spoil(vector: Tensor, bad: Tensor, value: float) -> None:
+    """Fill a vector with a value if `bad`, bool; a GPU is not waited for."""
+    if vector.device.type != "cpu" or bad:
+        vector.masked_fill_(bad, value)

@@ -30,6 +30,7 @@ class FlatParameters:
     """
 
     def __init__(self, groups: Sequence[dict[str, Any]], dense_below: int) -> None:
+        check_dense_below(dense_below)
         self.parameters: list[Tensor] = [p for g in groups for p in g["params"]]
         names = [n for g in groups for n in g.get("param_names", [])]
         self.names = names or [f"parameter {i}" for i in range(len(self.parameters))]
@@ -120,6 +121,12 @@ class FlatParameters:
                     f"{name} was moved or replaced after the optimizer was made (by model.to(), or another "
                     f"CompressedSGD?); make the optimizer last"
                 )
+
+
+def check_dense_below(dense_below: int) -> None:
+    """Raise ValueError unless it is a number of elements."""
+    if dense_below < 0:
+        raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
 
 
 def goes_dense(p: Tensor, dense_below: int) -> bool:

@@ -17,11 +17,12 @@ from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, LowRank, RandomK
 from packsaddle.exchange import ProcessGroup, resolve, shard_rank, sharded_modules
-from packsaddle.exchanger import Exchanger, Rules, Schedule
+from packsaddle.exchanger import Exchanger, Rules, Schedule, spoil
 from packsaddle.ledger import Ledger
 from packsaddle.noise import Perturbation
 from packsaddle.sections import Place, Section
 from packsaddle.seeds import as_seed, mix
+from packsaddle.state import check_identity
 
 
 class FSDPHook:
@@ -45,32 +46,18 @@ class FSDPHook:
             self._seen = set()
         self._seen.add(name)
         self.channel.step = self._steps
-        exchanger, seed = self._exchanger(name, index, gradient), self._seeds[name]
-        exchanger.prepare(self._rules.at(self._steps), self.channel.group.size)
-        section, gradients = exchanger.section, {name: gradient}
-        vector = section.correct(gradients, self._perturbation.at(seed=seed, step=self._steps), 1.0, {})
-        bad = ~torch.isfinite(torch.linalg.vector_norm(vector, float("inf")))
-        vector.masked_fill_(bad, 0.0)
-        g, share = exchanger.average(self.channel, vector, bad, self._steps, {})
-        lost = section.deliver(g, gradients, 1.0)
-        if self._rules.error_feedback:
-            section.absorb(g, lost)
-        else:
-            section.corrected.zero_()
-            exchanger.release()
-        if lost is not None:  # a 16-bit gradient may overflow
-            share = share + (~torch.isfinite(lost).all()).to(share)
-        finite = not bool(share > 0)
-        exchanger.settle(taken=finite)
-        if not finite:
-            gradient.fill_(float("nan"))
+        exchanger = self._exchanger(name, index, gradient)
+        xi = self._perturbation.at(seed=self._seeds[name], step=self._steps)
+        bad = exchanger.exchange(self.channel, {name: gradient}, xi, self._steps) > 0
+        exchanger.settle(taken=not bad)
+        spoil(gradient, bad, float("nan"))
 
     def _exchanger(self, name: str, index: int, gradient: Tensor) -> Exchanger:
         if name not in self._exchangers:
-            place = Place(name, torch.empty_like(gradient), dense=False, start=0)
+            place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # a shape alone
             self._seeds[name] = seed = mix(self._rules.seed, index, self._shard)  # replicas of a shard have the same
             rules = replace(self._rules, seed=seed)
-            self._exchangers[name] = Exchanger(Section([place], self._loose), rules, len(gradient))
+            self._exchangers[name] = Exchanger(Section([place], self._loose, gradient.device), rules, len(gradient))
         if self._exchangers[name].section.n != len(gradient):
             raise RuntimeError(
                 f"{name or 'the model'} came with {len(gradient)} coordinates, and with "
@@ -99,9 +86,7 @@ class FSDPHook:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`. Raises ValueError, changing nothing, if another worker or seed made it."""
-        for name, expected in self._identity().items():
-            if state.get(name) != expected:
-                raise ValueError(f"{name} is {expected} here, but the state was saved with {name} {state.get(name)}")
+        check_identity(state, self._identity())
         self._exchangers, self._seeds, self._seen = {}, {}, set()
         self._loose = {name: error.clone() for name, error in state["pending"].items()}
         self._steps = state["steps"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from packsaddle.direction import Extras, Gradient
@@ -45,10 +44,9 @@ class LocalSteps:
         """Return x_synced - x, float[d]: what this worker has moved by itself."""
         return self.synced - self._flat.x
 
-    @property
-    def apart(self) -> bool:
-        """Whether workers may be at different points, between two exchanges."""
-        return self.synced is not self._flat.x and not torch.equal(self.synced, self._flat.x)
+    def add_drift(self, pending: Tensor) -> Tensor:
+        """Return `pending`, float[d], plus what this worker has moved by itself; not a copy if every step exchanges."""
+        return pending if self.every == 1 else pending + self.drift()
 
     def settle(self) -> None:
         """Take x as it is for where all workers have met."""

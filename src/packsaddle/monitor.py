@@ -9,6 +9,24 @@ from torch import Tensor
 from packsaddle.flat import FlatParameters
 
 
+class Every:
+    """Falls due every so many steps, and stays so until it is done: not every step may exchange. Never, if 0."""
+
+    def __init__(self, steps: int) -> None:
+        if steps < 0:
+            raise ValueError(f"monitor_every must be 0 or more steps, got {steps}")
+        self.steps = steps
+        self._done = 0  # the step count when it was done last
+
+    def due(self, step: int) -> bool:
+        """Whether it is, in this step, from 0."""
+        return self.steps > 0 and (step + 1) // self.steps > self._done // self.steps
+
+    def done(self, step: int) -> None:
+        """Take it for done in this step."""
+        self._done = step + 1
+
+
 class ContractionMonitor:
     """Measures mu_t = 1 - ||v - C(v)||^2 / ||v||^2 of this worker's v = eta (e + grad F_i + xi) every `every` steps.
 
@@ -18,26 +36,23 @@ class ContractionMonitor:
     """
 
     def __init__(self, flat: FlatParameters, every: int) -> None:
-        if every < 0:
-            raise ValueError(f"monitor_every must be 0 or more steps, got {every}")
-        self.every = every
+        self._every = Every(every)
         self.whole: float | None = None  # the last measured mu_t
         self.by_tensor: Mapping[str, float] = {}  # the same for each tensor; a tensor of zeros counts as 1
         self._flat = flat
-        self._measured = 0  # the step count at the last measurement: not every step may exchange
 
     @contextmanager
     def watching(self, step: int, pending: Tensor) -> Iterator[None]:
         """Measure what the exchange inside leaves of `pending`, float[d], if the step is due."""
-        if not self.every or (step + 1) // self.every == self._measured // self.every:
+        if not self._every.due(step):
             yield
             return
-        self._measured = step + 1
+        self._every.done(step)
         before = self._energies(pending)
         yield
         after = self._energies(pending)
-        self.whole = _contraction(sum(before), sum(after))
-        self.by_tensor = {name: _contraction(b, a) for name, b, a in zip(self._flat.names, before, after, strict=True)}
+        self.whole = contraction(sum(before), sum(after))
+        self.by_tensor = {name: contraction(b, a) for name, b, a in zip(self._flat.names, before, after, strict=True)}
 
     def _energies(self, pending: Tensor) -> list[float]:
         views = [view.reshape(-1) for view in self._flat.views(pending)]
@@ -46,5 +61,6 @@ class ContractionMonitor:
         return energies
 
 
-def _contraction(before: float, after: float) -> float:
+def contraction(before: float, after: float) -> float:
+    """Return 1 - ||v - C(v)||^2 / ||v||^2, from the two squares; 1 for v = 0."""
     return 1.0 - after / before if before != 0 else 1.0  # a NaN stays one

@@ -1,9 +1,9 @@
 """CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD", the one place where its stages meet."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar, overload
 
 import torch
@@ -13,8 +13,8 @@ from packsaddle.agree import check_agreement
 from packsaddle.average import Averaged
 from packsaddle.channel import Channel
 from packsaddle.checkpointed import Checkpointed
-from packsaddle.choose import choose
-from packsaddle.compress import Compressor, Identity, RandomK
+from packsaddle.choose import choose, warn_of_nothing
+from packsaddle.compress import Compressor, RandomK
 from packsaddle.direction import Extras, make_direction
 from packsaddle.ef21 import EstimateMemory
 from packsaddle.escape import Escape, EscapeCheck, Reset
@@ -92,8 +92,6 @@ class CompressedSGD(Checkpointed):
     ) -> None:
         if not isinstance(compressor, Compressor):
             raise ValueError(f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {compressor!r}")
-        if dense_below < 0:
-            raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
         self.seed = as_seed(seed)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -101,18 +99,13 @@ class CompressedSGD(Checkpointed):
                 if not (math.isfinite(group[name]) and group[name] >= 0):
                     raise ValueError(f"{name} must be finite and not negative, got {group[name]}")
         self._flat = FlatParameters(self.param_groups, dense_below)
-        if self._flat.compressed_d == 0 and not isinstance(compressor, Identity):
-            warnings.warn(
-                f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} "
-                f"elements (dense_below=0 compresses everything)",
-                stacklevel=2,
-            )
+        warn_of_nothing(compressor, self._flat.compressed_d, dense_below, stacklevel=2)
         shapes = [self._flat.parameters[i].shape for i in self._flat.compressed]
         self.compressor = compressor.for_tensors(shapes)
         self.ledger = Ledger()
         self.channel = Channel(resolve(process_group), self.ledger)
         self._direction = make_direction(self._flat, momentum, nesterov, storm, memory)
-        rates = lambda: self._each("lr")  # noqa: E731
+        rates = partial(self._each, "lr")
         self._memory = make_memory(memory, self._flat, rates, exchange=exchange, local_steps=local_steps)
         self._step_supports_amp_scaling = isinstance(self._memory, GradientMemory)  # so that `step` can refuse it
         self.choice = choose(
@@ -128,14 +121,14 @@ class CompressedSGD(Checkpointed):
         self._step = 0
         self.monitor = ContractionMonitor(self._flat, monitor_every)
         self.scalars = torch.zeros(0)
-        plain = memory != "ef21" and not momentum and storm is None and local_steps == 1
         self._noise = Perturber(
             noise,
-            lazy_noise if plain else _eager(lazy_noise),
+            lazy_noise,
             seed=self.seed,
             flat=self._flat,
             protocol=self.choice.protocol,
             escape=escape is not None,
+            plain=memory != "ef21" and not momentum and storm is None and local_steps == 1,
         )
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
         same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
@@ -237,8 +230,7 @@ class CompressedSGD(Checkpointed):
     def _outstanding(self) -> Tensor:
         """This worker's part of eta e: its own memory, local steps, what the protocol holds back, outstanding noise."""
         pending = self.choice.protocol.add_residual(self._memory.pending(), self.channel.group.size)
-        pending = pending + self._local.drift() if self._local.apart else pending
-        return self._noise.add_outstanding(pending, self._step)
+        return self._noise.add_outstanding(self._local.add_drift(pending), self._step)
 
     def _check_escape(self) -> None:
         if self._escape is None:
@@ -302,9 +294,3 @@ class CompressedSGD(Checkpointed):
 
     def _mean_pending(self) -> Tensor:
         return self.channel.mean(self._outstanding().clone(), "inspection")
-
-
-def _eager(lazy: bool | None) -> bool:
-    if lazy:
-        raise ValueError("lazy_noise goes with plain error feedback alone: no ef21, momentum, storm or local_steps")
-    return False

@@ -16,8 +16,9 @@ from packsaddle.noise import Noise, OutstandingNoise, Perturbation
 class Perturber:
     """Line 9 of Algorithm 1 for an optimizer, and the noise it leaves outstanding if `lazy`.
 
-    Raises ValueError if `lazy` and the protocol is not RandomK by all-reduce: only there do all workers keep the same
-    coordinates of a vector that is never looked at otherwise, so that k Gaussians a step do for d.
+    Raises ValueError if `lazy` and the protocol is not RandomK by all-reduce, or error feedback not `plain`: only there
+    do all workers keep the same coordinates of a vector that is never looked at otherwise, so that k Gaussians a step
+    do for d.
     """
 
     def __init__(
@@ -29,13 +30,19 @@ class Perturber:
         flat: FlatParameters,
         protocol: Protocol,
         escape: bool,
+        plain: bool,
     ) -> None:
         self._perturbation = Perturbation(noise)
         self._seed, self._flat, self._d = seed, flat, flat.compressed_d
         self._outstanding: OutstandingNoise | None = None
         self.grown = 0.0  # the standard deviation, in units of x, of the noise that the last step left outstanding
         compressor = protocol.compressor
-        if not (isinstance(protocol, AllReduce) and isinstance(compressor, RandomK)):
+        if not plain:
+            if lazy:
+                raise ValueError(
+                    "lazy_noise goes with plain error feedback alone: no ef21, momentum, storm or local_steps"
+                )
+        elif not (isinstance(protocol, AllReduce) and isinstance(compressor, RandomK)):
             if lazy:
                 raise ValueError(
                     f"lazy_noise needs RandomK by all-reduce, got {compressor!r} by {type(protocol).__name__}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.average import Averaged
-from packsaddle.flat import dense_strides, goes_dense
+from packsaddle.flat import check_dense_below, dense_strides, goes_dense
 from packsaddle.noise import Noise
 
 
@@ -32,6 +32,7 @@ class Place:
 
 def places(named: Iterable[tuple[str, Tensor]], dense_below: int) -> list[Place]:
     """Return every parameter's place, in the order of the vector, which is that of `CompressedSGD`'s."""
+    check_dense_below(dense_below)
     found, start = [], 0
     for name, p in sorted(named, key=lambda item: goes_dense(item[1], dense_below)):  # stable
         found.append(Place(name, p, goes_dense(p, dense_below), start))
@@ -47,14 +48,14 @@ class Section:
     `pending` has what these parameters have gathered elsewhere, by name; what is taken from it is removed.
     """
 
-    def __init__(self, places: Sequence[Place], pending: dict[str, Tensor]) -> None:
+    def __init__(self, places: Sequence[Place], pending: dict[str, Tensor], device: torch.device) -> None:
         self.places = sorted(places, key=lambda place: place.start)
         self.n = sum(place.size for place in self.places)
         self.compressed_n = sum(place.size for place in self.places if not place.dense)
         dtype = torch.float32
         for place in self.places:
             dtype = torch.promote_types(dtype, place.parameter.dtype)
-        self.error = torch.zeros(self.n, dtype=dtype, device=self.places[0].parameter.device)
+        self.error = torch.zeros(self.n, dtype=dtype, device=device)
         self.corrected = torch.zeros_like(self.error)
         self._tried = False
         for place, view in self.views(self.error):

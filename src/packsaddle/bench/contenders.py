@@ -3,10 +3,11 @@
 import ast
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import packsaddle.compress as compress
 from packsaddle.compress import Compressor
+from packsaddle.exchanger import Scope
 from packsaddle.memories import Memory
 from packsaddle.schema import nearest
 
@@ -48,7 +49,7 @@ class Contender:
     momentum: float = 0.0
     memory: Memory = "buffer"
     local_steps: int = 1
-    hook: str = ""  # the scope of a hook behind DDP, "bucket" or "model"; else CompressedSGD
+    hook: Scope | None = None  # the scope of a hook behind DDP, "bucket" or "model"; else CompressedSGD
     peer: str = ""  # a name of PEERS, its N as `number`
     number: int = 1
     compressor: Compressor | None = None
@@ -93,7 +94,7 @@ def parse_all(texts: tuple[str, ...], lr: float) -> list[Contender]:
 
 def _value(option: str, written: str, text: str) -> float | int | str:
     """Read the value of an option. Raises ValueError."""
-    words = {"memory": ("buffer", "gradient", "ef21"), "hook": ("bucket", "model")}
+    words = {"memory": get_args(Memory), "hook": get_args(Scope)}
     if option in words:
         if written not in words[option]:
             raise ValueError(f"contender {text!r}: {option} must be one of {', '.join(words[option])}, got {written!r}")

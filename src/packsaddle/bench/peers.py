@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,9 +92,9 @@ def _wrapped(task: Task, bucket: float | None) -> DistributedDataParallel:
 def _hooked(contender: Contender, task: Task) -> Racer:
     """packsaddle's hook behind DistributedDataParallel, with torch's SGD."""
     assert contender.compressor is not None
+    assert contender.hook is not None
     sgd, model = torch.optim.SGD(task.parameters(), contender.lr), _wrapped(task, None)
-    scope: Any = contender.hook
-    hook = register_ddp_hook(model, contender.compressor, noise=contender.noise, scope=scope)
+    hook = register_ddp_hook(model, contender.compressor, noise=contender.noise, scope=contender.hook)
     start = hook.ledger.total
     return Racer(task, model, sgd, lambda _: _since(hook.ledger.total, start))
 
