@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from threading import RLock
 from typing import Any
 from typing import Protocol as TypingProtocol
 
@@ -59,6 +60,7 @@ class DDPHook:
         self._perturbation = Perturbation(noise)
         self._monitor = monitor
         self._background = Background(self.device)
+        self._lock = RLock()  # a backward pass may read what the background thread is making
         self._exchangers: dict[frozenset[str], Exchanger] = {}
         self._loose: dict[str, Tensor] = {}  # error memory that is in no section, by parameter
         self._steps = self._skipped = 0
@@ -108,11 +110,12 @@ class DDPHook:
 
     def _exchange(self, buckets: Sequence[Bucket]) -> None:
         """Average some buckets as one vector, in place."""
-        if buckets[0].index == 0:
-            self._begin()
         gradients = dict(zip(self._names(buckets), (g for b in buckets for g in b.gradients), strict=True))
-        exchanger = self._exchanger(frozenset(gradients))
-        self._tried.append(exchanger)
+        with self._lock:
+            if buckets[0].index == 0:
+                self._begin()
+            exchanger = self._exchanger(frozenset(gradients))
+            self._tried.append(exchanger)
         bad = exchanger.exchange(
             self.channel,
             gradients,
@@ -140,18 +143,19 @@ class DDPHook:
 
         Nothing while a backward pass is under way.
         """
-        if not self._tried or not (self._complete or broken_off):
-            return
-        taken = self._complete and not bool(torch.stack(self._bad).sum() > 0)
-        self._rates.settle(taken=taken)
-        for exchanger in self._tried:
-            exchanger.settle(taken=taken)
-        if taken and self._energies:
-            self._contraction = contraction(*torch.stack(self._energies).view(-1, 2).sum(0).tolist())
-            self._monitor.done(self._steps)
-        self._steps += taken
-        self._skipped += self._complete and not taken
-        self._tried, self._bad, self._complete, self._energies = [], [], False, []
+        with self._lock:
+            if not self._tried or not (self._complete or broken_off):
+                return
+            taken = self._complete and not bool(torch.stack(self._bad).sum() > 0)
+            self._rates.settle(taken=taken)
+            for exchanger in self._tried:
+                exchanger.settle(taken=taken)
+            if taken and self._energies:
+                self._contraction = contraction(*torch.stack(self._energies).view(-1, 2).sum(0).tolist())
+                self._monitor.done(self._steps)
+            self._steps += taken
+            self._skipped += self._complete and not taken
+            self._tried, self._bad, self._complete, self._energies = [], [], False, []
 
     def _measure(self, vector: Tensor) -> None:
         if self._monitor.due(self._steps):
@@ -202,14 +206,15 @@ class DDPHook:
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's e^(i), in units of a gradient, by parameter, with its share of what the exchange holds.
 
-        The mean over workers is all that has not been applied yet.
+        The mean over workers is all that has not been applied yet. In a backward pass it is that of the step before.
         """
         self._settle()
         found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
-        found |= {name: view.clone() for name, view in self._loose.items()}
-        for exchanger in self._exchangers.values():
-            error = exchanger.error(self.channel.group.size)
-            found |= {place.name: view for place, view in exchanger.section.views(error)}
+        with self._lock:
+            found |= {name: view.clone() for name, view in self._loose.items()}
+            for exchanger in self._exchangers.values():
+                error = exchanger.error(self.channel.group.size)
+                found |= {place.name: view for place, view in exchanger.section.views(error)}
         return found
 
     @torch.no_grad()
