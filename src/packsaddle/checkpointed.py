@@ -12,6 +12,7 @@ from packsaddle.direction import Gradient
 from packsaddle.escape import EscapeCheck
 from packsaddle.feedback import ErrorMemory
 from packsaddle.flat import FlatParameters
+from packsaddle.guard import Guard
 from packsaddle.ledger import Ledger
 from packsaddle.localsteps import LocalSteps
 from packsaddle.memories import kind_of
@@ -26,6 +27,7 @@ class Checkpointed(Optimizer):
     choice: Choice
     channel: Channel
     ledger: Ledger
+    guard: Guard
     _flat: FlatParameters
     _memory: ErrorMemory
     _direction: Gradient
@@ -47,6 +49,12 @@ class Checkpointed(Optimizer):
             for p, view in zip(self._flat.parameters, self._flat.views(flat), strict=True):
                 self.state[p][name] = view
 
+    def _publish_tried(self) -> None:
+        """Show the vectors that a step has put in the place of others."""
+        for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
+            for p, view in zip(self._flat.parameters, views, strict=True):
+                self.state[p][name] = view
+
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state: per parameter "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor"
         (x_t'); t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding noise;
@@ -58,6 +66,7 @@ class Checkpointed(Optimizer):
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
         state["exchange"] = self.choice.protocol.state_dict()
         state["noise"] = self._noise.state_dict()
+        state["guard"] = self.guard.state_dict()
         state["ledger"] = self.ledger.state_dict()
         return state
 
@@ -81,6 +90,7 @@ class Checkpointed(Optimizer):
                 group.pop(name, None)
         self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
         self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
+        self.guard.load_state_dict(state_dict.get("guard", {}))
         self.ledger.load_state_dict(state_dict.get("ledger", []))
 
     def _identity(self) -> dict[str, int | str]:
