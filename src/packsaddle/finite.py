@@ -1,27 +1,9 @@
 """Whether a gradient can be used at all."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a gradient that is not finite. What was there before the first of them still is."""
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A step that was not taken, since gradients were not finite."""
-
-    step: int  # t, which the next step has again
-    workers: tuple[int, ...]  # those whose gradients were not
-    parameter: str  # the first that was not, on the first of them
-
-    def __str__(self) -> str:
-        names = ", ".join(map(str, self.workers))
-        return f"step {self.step}: {self.parameter} is not finite on worker{'s' * (len(self.workers) > 1)} {names}"
 
 
 def is_finite(vector: Tensor) -> Tensor:

@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 
 from packsaddle.checkpointed import Checkpointed
-from packsaddle.finite import Skip
+from packsaddle.drift import Drift, DriftGuard
 from packsaddle.monitor import ContractionMonitor
+from packsaddle.skips import Skip
 
 
 class Readings(Checkpointed):
     """The counts, sizes and points of an optimizer of these parts."""
 
     monitor: ContractionMonitor
+    _drift: DriftGuard
 
     @property
     def steps(self) -> int:
@@ -21,12 +23,17 @@ class Readings(Checkpointed):
     @property
     def skips(self) -> list[Skip]:
         """The steps that were left out since the optimizer was made or loaded (see `max_skipped`)."""
-        return self.guard.skips
+        return self.guard.skips.list
 
     @property
     def skipped(self) -> int:
         """How many steps were left out, all in all."""
-        return self.guard.skipped
+        return self.guard.skips.count
+
+    @property
+    def drifts(self) -> list[Drift]:
+        """Where workers were found apart (see `compare_every`)."""
+        return self._drift.found
 
     @property
     def mu(self) -> float:
