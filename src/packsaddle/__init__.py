@@ -2,6 +2,8 @@
 
 from packsaddle.certificate import Certificate, Verdict
 from packsaddle.certify import certify
+from packsaddle.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from packsaddle.checkpointfiles import CheckpointError
 from packsaddle.compress import (
     QSGD,
     AdaptiveTopK,
@@ -32,6 +34,8 @@ __all__ = [
     "AdaptiveTopK",
     "Bytes",
     "Certificate",
+    "Checkpoint",
+    "CheckpointError",
     "CompressedSGD",
     "Compressor",
     "Escape",
@@ -52,7 +56,9 @@ __all__ = [
     "Verdict",
     "attach",
     "certify",
+    "load_checkpoint",
     "register_ddp_hook",
     "register_fsdp_hook",
+    "save_checkpoint",
     "simulate",
 ]
