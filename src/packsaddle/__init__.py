@@ -19,6 +19,7 @@ from packsaddle.compress import (
 )
 from packsaddle.ddp import attach, register_ddp_hook
 from packsaddle.escape import Escape, Reset
+from packsaddle.finite import NonFiniteError, Skip
 from packsaddle.fsdp import register_fsdp_hook
 from packsaddle.ledger import Bytes, Ledger, Span
 from packsaddle.noise import Ramp
@@ -44,6 +45,7 @@ __all__ = [
     "LinearSketch",
     "LowRank",
     "Message",
+    "NonFiniteError",
     "NormSketch",
     "Ramp",
     "RandomK",
@@ -51,6 +53,7 @@ __all__ = [
     "Reset",
     "Sign",
     "SketchTopK",
+    "Skip",
     "Span",
     "TopK",
     "Verdict",

@@ -13,6 +13,7 @@ from packsaddle.direction import Gradient
 from packsaddle.escape import EscapeCheck, Reset
 from packsaddle.feedback import ErrorMemory
 from packsaddle.flat import FlatParameters
+from packsaddle.guard import Guard
 from packsaddle.ledger import Ledger
 from packsaddle.localsteps import LocalSteps
 from packsaddle.memories import kind_of
@@ -30,6 +31,7 @@ class Checkpointed(Optimizer):
     ledger: Ledger
     monitor: ContractionMonitor
     resets: list[Reset]
+    guard: Guard
     _flat: FlatParameters
     _memory: ErrorMemory
     _direction: Gradient
@@ -51,6 +53,12 @@ class Checkpointed(Optimizer):
             for p, view in zip(self._flat.parameters, self._flat.views(flat), strict=True):
                 self.state[p][name] = view
 
+    def _publish_tried(self) -> None:
+        """Show the vectors that a step has put in the place of others."""
+        for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
+            for p, view in zip(self._flat.parameters, views, strict=True):
+                self.state[p][name] = view
+
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state: per parameter "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor"
         (x_t'); t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding noise;
@@ -62,6 +70,7 @@ class Checkpointed(Optimizer):
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
         state["exchange"] = self.choice.protocol.state_dict()
         state["noise"] = self._noise.state_dict()
+        state["guard"] = self.guard.state_dict()
         state["ledger"] = self.ledger.state_dict()
         state["monitor"] = self.monitor.state_dict()
         state["resets"] = [asdict(reset) for reset in self.resets]
@@ -93,6 +102,7 @@ class Checkpointed(Optimizer):
                 group.pop(name, None)
         self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
         self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
+        self.guard.load_state_dict(state_dict.get("guard", {}))
         self.ledger.load_state_dict(state_dict.get("ledger", []))
         self.monitor.load_state_dict(state_dict.get("monitor", {}))
         self.resets = [Reset(**reset) for reset in state_dict.get("resets", [])]

@@ -14,7 +14,8 @@ from packsaddle.background import Background, Promise
 from packsaddle.channel import Channel, ring_all_reduce
 from packsaddle.escape import Reset
 from packsaddle.exchange import Bucket
-from packsaddle.exchanger import Exchanger, Rules, spoil
+from packsaddle.exchanger import Exchanger, Rules
+from packsaddle.finite import spoil
 from packsaddle.ledger import Bytes, Ledger
 from packsaddle.monitor import Every, contraction
 from packsaddle.noise import Noise, Perturbation

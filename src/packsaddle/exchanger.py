@@ -11,6 +11,7 @@ from packsaddle.average import Averaged, Protocol
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, Identity
+from packsaddle.finite import is_finite, spoil
 from packsaddle.noise import Noise
 from packsaddle.sections import Section
 from packsaddle.seeds import mix
@@ -87,13 +88,13 @@ class Exchanger:
         self.prepare(Identity() if dense else self._rules.at(step), channel.group.size)
         section = self.section
         vector = section.correct(gradients, noise, scale, factors)  # line 10
-        bad = ~torch.isfinite(torch.linalg.vector_norm(vector, float("inf")))
+        bad = ~is_finite(vector)
         spoil(vector, bad, 0.0)
         watch(vector)
         g, bad = self._average(channel, vector, bad, step, factors)
         lost = section.deliver(g, gradients, scale)  # line 11
         if lost is not None:  # a 16-bit gradient may overflow
-            bad = bad + (~torch.isfinite(lost).all()).to(bad)
+            bad = bad + (~is_finite(lost)).to(bad)
         section.absorb(g, lost)  # line 12
         watch(vector)
         section.leave(still)
@@ -191,9 +192,3 @@ class Exchanger:
             self.protocol.restore(self._held)
         self._held = None
         self.section.settle(taken=taken)
-
-
-def spoil(vector: Tensor, bad: Tensor, value: float) -> None:
-    """Fill a vector with a value if `bad`, bool; a GPU is not waited for."""
-    if vector.device.type != "cpu" or bad:
-        vector.masked_fill_(bad, value)

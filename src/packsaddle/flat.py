@@ -21,6 +21,14 @@ class Run:
     stop: int
 
 
+@dataclass(frozen=True)
+class Shaped:
+    """A flat vector, float[d], and its views shaped as the parameters, in the user's order."""
+
+    flat: Tensor
+    views: list[Tensor]
+
+
 class FlatParameters:
     """The flat vector x and the place of every parameter in it: compressed tensors first, dense ones after.
 
@@ -83,6 +91,15 @@ class FlatParameters:
             flat.as_strided(p.shape, stride, flat.storage_offset() + offset)
             for p, stride, offset in zip(self.parameters, self._strides, self._offsets, strict=True)
         ]
+
+    def shaped(self, flat: Tensor) -> Shaped:
+        """Return a flat vector, float[d], with its views."""
+        return Shaped(flat, self.views(flat))
+
+    def zeros(self) -> Shaped:
+        """Return a vector of zeros, float[d], in at least single precision."""
+        dtype = torch.promote_types(self.x.dtype, torch.float32)
+        return self.shaped(torch.zeros(self.d, dtype=dtype, device=self.x.device))
 
     def in_order(self, flat: Tensor) -> Tensor:
         """Return a flat vector rearranged in the user's order, as torch's parameters_to_vector has it."""

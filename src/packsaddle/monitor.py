@@ -1,7 +1,6 @@
 """How much compression really keeps: the contraction mu of single steps, whole and by tensor."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -50,16 +49,18 @@ class ContractionMonitor:
         self.whole: float | None = None  # the last measured mu_t
         self.by_tensor: Mapping[str, float] = {}  # the same for each tensor; a tensor of zeros counts as 1
         self._flat = flat
+        self._before: list[float] | None = None
 
-    @contextmanager
-    def watching(self, step: int, pending: Tensor) -> Iterator[None]:
-        """Measure what the exchange inside leaves of `pending`, float[d], if the step is due."""
-        if not self._every.due(step):
-            yield
+    def before(self, step: int, pending: Tensor) -> None:
+        """Measure what is to be exchanged, float[d], if the step is due."""
+        self._before = self._energies(pending) if self._every.due(step) else None
+
+    def after(self, step: int, pending: Tensor) -> None:
+        """Measure what the exchange has left of it, if the step is due."""
+        before = self._before
+        if before is None:
             return
         self._every.done(step)
-        before = self._energies(pending)
-        yield
         after = self._energies(pending)
         self.whole = contraction(sum(before), sum(after))
         self.by_tensor = {name: contraction(b, a) for name, b, a in zip(self._flat.names, before, after, strict=True)}

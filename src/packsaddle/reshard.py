@@ -149,7 +149,7 @@ def _split_optimizer(state: Mapping[str, Any], workers: int) -> Split:
                 split.equal["state", key, name] = vector
         if "residual" in vectors:
             split.means[key, "pending"] = vectors["pending"].double() + workers * vectors["residual"].double()
-    rest = {k: v for k, v in state.items() if k not in ("state", "ledger", "monitor")}
+    rest = {k: v for k, v in state.items() if k not in ("state", "ledger", "monitor", "guard")}
     rest["param_groups"] = [{k: v for k, v in g.items() if k != "rank"} for g in state["param_groups"]]
     split.equal |= _leaves(rest)
     return split
