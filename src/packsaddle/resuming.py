@@ -20,7 +20,9 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
     state = state_of(path)
     if state == "new":
         if config is None:
-            raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json); to begin one, say CONFIG too")
+            raise ConfigError(
+                f"--resume: {path} is not a run folder (it has no config.json); to begin one, say CONFIG too"
+            )
         return config, state
     saved = _saved(path)
     if config is not None:
@@ -52,7 +54,9 @@ def _compare(given: Config, saved: Config, path: Path) -> None:
         raise ConfigError(f"--resume: {key} is {ours!r} in CONFIG, but {theirs!r} in {path / 'config.json'}")
 
 
-def _first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = "") -> tuple[str, Any, Any] | None:
+def _first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
+) -> tuple[str, Any, Any] | None:
     for key in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(key), theirs.get(key)
         if a == b or (where + key) == "workers":

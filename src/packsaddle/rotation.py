@@ -45,3 +45,10 @@ def set_aside(folder: Path, step: int) -> None:
             pass
         except OSError as error:
             raise CheckpointError(f"{path} cannot be set aside: {error.strerror}") from None
+
+
+def remove_all(folder: Path) -> None:
+    """Remove the files of all steps, when they are not needed any more."""
+    for path in [*(step_folder(folder, s) for s in steps_in(folder)), *folder.glob("step-*.unusable")]:
+        if path.suffix != ".unusable" or _ASIDE.fullmatch(path.name):
+            remove(path)

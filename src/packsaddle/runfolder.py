@@ -62,6 +62,10 @@ class RunFolder:
                 if text != path.read_bytes():
                     self._replace(name, partial(_write, text))
 
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
     def save_tensors(self, name: str, content: Mapping[str, Any]) -> None:
         """Write tensors and plain types atomically, to be read with torch.load(weights_only=True)."""
         self._replace(name, lambda file: torch.save(content, file))
