@@ -111,7 +111,7 @@ def test_what_was_left_out_is_in_no_mean(tmp_path: Path) -> None:
     assert math.isfinite(summary["final_loss"])
     # A step less of gradient descent on the same data changes the mean by little.
     for mine, other in zip(lines, found["without"][0], strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=0.05)
+        assert mine["loss"] == pytest.approx(other["loss"], rel=0.15)
 
 
 def test_means_are_of_the_steps_that_were_taken() -> None:
