@@ -104,7 +104,7 @@ def run(
         job.run(loaded.workers, how)
     if is_first():
         print_runs(read_runs([folder]))
-        print(f"run folder: {folder}")
+        print(f"run folder: {folder}\na page of it: packsaddle report {folder}")
 
 
 def _with_workers(config: Config, workers: int) -> Config:
