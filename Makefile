@@ -11,7 +11,7 @@ test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --dist loadgroup
 
 # With the real Lightning, transformers, accelerate and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed

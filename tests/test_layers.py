@@ -62,7 +62,7 @@ LAYERS = [
     {"direction", "drift", "guard"},
     {"feedback", "sections"},
     {"owners", "gradmemory", "perturb", "escape", "curvature", "rates", "ef21", "localsteps"},
-    {"memories"},
+    {"memories", "stability"},
     {"choose", "certify", "iterates", "steptime", "pace"},
     {"exchanger", "warmup"},
     {"bucketexchange", "fsdp"},

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.checkpointed import Checkpointed
+from packsaddle.compress import Identity, RandomK
 from packsaddle.drift import Drift, DriftGuard
 from packsaddle.monitor import ContractionMonitor
 from packsaddle.skips import Skip
@@ -55,6 +56,19 @@ class Readings(Checkpointed):
     def numel(self) -> int:
         """d, the number of coordinates."""
         return self._flat.d
+
+    def waits(self) -> list[float] | None:
+        """Return the mean number of steps that a coordinate waits to be sent, by parameter in the user's order.
+
+        None where that depends on the values: only `RandomK` chooses regardless of them.
+        """
+        compressor, d = self.choice.protocol.compressor, self._flat.compressed_d
+        if not isinstance(compressor, RandomK | Identity):
+            return None
+        waits = torch.ones(self._flat.d, dtype=torch.float64)
+        for start, n in compressor.tensors(d) if isinstance(compressor, RandomK) and d else []:
+            waits[start : start + n] = 1 / compressor.restrict(n, d).mu(n)
+        return [float(view.reshape(-1)[0]) if view.numel() else 1.0 for view in self._flat.views(waits)]
 
     @torch.no_grad()
     def error(self) -> Tensor:
