@@ -10,7 +10,7 @@ from typing import Any, get_args
 import pytest
 from commandline import command, refused
 
-from packsaddle.compress import RandomK, TopK
+from packsaddle.compress import TopK
 from packsaddle.config import AnyCompressor, CertifyConfig, Config, DataConfig, EscapeConfig, ModelConfig, NoiseConfig
 from packsaddle.config import load as load_config
 from packsaddle.schema import build, settable
