@@ -2,6 +2,8 @@
 
 from packsaddle.certificate import Certificate, Verdict
 from packsaddle.certify import certify
+from packsaddle.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from packsaddle.checkpointfiles import CheckpointError
 from packsaddle.compress import (
     QSGD,
     AdaptiveTopK,
@@ -34,6 +36,8 @@ __all__ = [
     "AdaptiveTopK",
     "Bytes",
     "Certificate",
+    "Checkpoint",
+    "CheckpointError",
     "CompressedSGD",
     "Compressor",
     "Drift",
@@ -58,7 +62,9 @@ __all__ = [
     "Verdict",
     "attach",
     "certify",
+    "load_checkpoint",
     "register_ddp_hook",
     "register_fsdp_hook",
+    "save_checkpoint",
     "simulate",
 ]

@@ -18,7 +18,7 @@ from packsaddle.commands.reading import compressors, report
 from packsaddle.commands.reproducing import reproduce
 from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
-from packsaddle.exchange import WorkerFailedError, under_launcher
+from packsaddle.exchange import TerminatedError, WorkerFailedError, under_launcher
 from packsaddle.schema import ConfigError
 
 
@@ -69,6 +69,8 @@ def main() -> None:
     except WorkerFailedError as error:
         print(f"packsaddle: {error}", file=sys.stderr)
         sys.exit(1)
+    except TerminatedError:
+        sys.exit(143)
     except KeyboardInterrupt:
         sys.exit(130)
     if under_launcher():

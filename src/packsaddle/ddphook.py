@@ -117,14 +117,21 @@ class DDPHook(BucketExchange):
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
+        if "identity" not in state:
+            raise ValueError("the state has no identity; was it saved by a hook?")
         check_identity(state["identity"], self._identity())
         pending = state["pending"]
         for place in self._places:
             check_shape(f"the error of {place.name}", pending.get(place.name), place.parameter.shape)
         if len(pending) > len(self._places):
             raise ValueError(f"the state is of {len(pending)} parameters, and there are {len(self._places)}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        self.check_state_dict(state)
+        pending = state["pending"]
         self._settle()
         self._exchangers = {}
         self._loose = {name: error.to(self.device, copy=True) for name, error in pending.items()}

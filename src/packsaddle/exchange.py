@@ -6,6 +6,7 @@ or NCCL); `packsaddle.simulate` adds a group of threads. What to send is `averag
 
 import multiprocessing
 import os
+import signal
 import sys
 import uuid
 from abc import ABC, abstractmethod
@@ -228,11 +229,15 @@ class WorkerFailedError(RuntimeError):
     """A launched worker process raised; the message is its first error."""
 
 
+class TerminatedError(RuntimeError):
+    """This process was sent SIGTERM, which was passed on to its workers; they have ended since."""
+
+
 def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:
     """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
 
     `entry` is called with the launcher's environment set (see `process_group`), and must be importable by
-    name. Raises WorkerFailedError if a worker fails.
+    name. Raises WorkerFailedError if a worker fails, TerminatedError on SIGTERM.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -257,5 +262,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         rank, failure = error.get_first_failure()
         message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
         raise WorkerFailedError(f"worker {rank} failed: {message}") from error
-    except SignalException:
+    except SignalException as stop:
+        if stop.sigval == signal.SIGTERM:
+            raise TerminatedError from None
         raise KeyboardInterrupt from None

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+_PART = 1 << 18  # 256 KiB of float32
+
 
 def is_finite(vector: Tensor) -> Tensor:
     """Return whether no coordinate is Inf or NaN, bool[]; a GPU is not waited for.
@@ -16,6 +18,22 @@ def is_finite(vector: Tensor) -> Tensor:
         return vector.sum(dtype=torch.float64).isfinite()
     finite = vector.sum().isfinite()
     return finite if finite else torch.isfinite(vector).all()
+
+
+def add_and_sum(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Tensor:
+    """Set out to base + alpha more, tensors of one shape, base without gaps in memory, and return the sum of it.
+
+    By parts that fit a cache, so that what the sum reads has not left it yet.
+    """
+    n = out.numel()
+    if n <= _PART or not base.stride() == more.stride() == out.stride():
+        return torch.add(base, more, alpha=alpha, out=out).sum()
+    total = out.new_zeros(())
+    lines = [t.as_strided((n,), (1,)) for t in (base, more, out)]
+    for start in range(0, n, _PART):
+        b, m, o = (line[start : start + _PART] for line in lines)
+        total += torch.add(b, m, alpha=alpha, out=o).sum()
+    return total
 
 
 def spoil(vector: Tensor, bad: Tensor, value: float) -> None:

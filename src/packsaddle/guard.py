@@ -41,12 +41,15 @@ class Guard:
         self.skips.enter(Skip(step, (self._channel.group.rank,), name or "what a GradScaler has unscaled"))
         return False
 
-    def inspect(self, vector: Tensor, *, blank: bool) -> None:
-        """Look at what this worker is to send, float[d]; if it is of no use, make it zeros where `blank`."""
+    def inspect(self, vector: Tensor, total: Tensor | None, *, blank: bool) -> None:
+        """Look at what this worker is to send, float[d]; if it is of no use, make it zeros where `blank`.
+
+        `total` is the sum of it, or near it, if that is known: one that is finite says that all of it is.
+        """
         if self.skips.most is None:
             return
         late = self.skips.in_a_row > self.skips.most
-        bad = ~is_finite(vector)
+        bad = torch.tensor(False) if total is not None and total.isfinite() else ~is_finite(vector)
         # Steps without an exchange were left out here alone; now the others can hear of it.
         self._bad = torch.ones_like(bad) if self.overflowed or late else bad
         if blank:

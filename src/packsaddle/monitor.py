@@ -1,6 +1,7 @@
 """How much compression really keeps: the contraction mu of single steps, whole and by tensor."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,16 @@ class Every:
 
     def done(self, step: int) -> None:
         """Take it for done in this step."""
-        self._done = step + 1
+        self.finished(step + 1)
+
+    def finished(self, steps: int) -> None:
+        """Take it for done when there were so many steps."""
+        self._done = steps
+
+    @property
+    def last(self) -> int:
+        """How many steps there were when it was done last."""
+        return self._done
 
 
 class ContractionMonitor:
@@ -54,6 +64,15 @@ class ContractionMonitor:
         after = self._energies(pending)
         self.whole = contraction(sum(before), sum(after))
         self.by_tensor = {name: contraction(b, a) for name, b, a in zip(self._flat.names, before, after, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured last, and when."""
+        return {"whole": self.whole, "by_tensor": dict(self.by_tensor), "steps": self._every.last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`, if it has anything."""
+        self.whole, self.by_tensor = state.get("whole"), dict(state.get("by_tensor", {}))
+        self._every.finished(state.get("steps", 0))
 
     def _energies(self, pending: Tensor) -> list[float]:
         views = [view.reshape(-1) for view in self._flat.views(pending)]

@@ -203,7 +203,7 @@ class CompressedSGD(Readings):
 
     def _exchange(self, corrected: Tensor, scalars: Tensor | None, t: int) -> bool:
         """Do lines 10-12 with the corrected vector, float[d]; return whether all workers could."""
-        self.guard.inspect(corrected, blank=self._memory.can_leave_out)
+        self.guard.inspect(corrected, self._direction.total, blank=self._memory.can_leave_out)
         self.monitor.before(t, corrected)
         held = self.choice.protocol.snapshot()
         g, taken = self._average(corrected, scalars, t)  # line 10
