@@ -94,6 +94,7 @@ LAYERS = [
     {"bench.worker", "bench.train"},
     {"bench.link"},
     {"bench"},
+    {"footing"},
     {"training"},
     {"resuming"},
     {"doctor", "experiment", "audit", "plan", "linkplan", "diagnostics.trajectory"},

@@ -20,6 +20,7 @@ from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import TerminatedError, WorkerFailedError, under_launcher
 from packsaddle.schema import ConfigError
+from packsaddle.skips import GuardError
 
 
 def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
@@ -66,6 +67,10 @@ def main() -> None:
         if is_first():
             print(f"packsaddle: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
+    except GuardError as error:
+        if is_first():
+            print(f"packsaddle: {error}", file=sys.stderr)
+        sys.exit(1)
     except WorkerFailedError as error:
         print(f"packsaddle: {error}", file=sys.stderr)
         sys.exit(1)

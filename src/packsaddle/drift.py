@@ -13,12 +13,13 @@ from torch import Tensor
 
 from packsaddle.channel import Channel
 from packsaddle.monitor import Every
+from packsaddle.skips import GuardError
 
 OnDrift = Literal["stop", "repair"]
 Named = Sequence[tuple[str, Tensor]]
 
 
-class DriftError(RuntimeError):
+class DriftError(GuardError):
     """Workers' parameters are no longer equal."""
 
 

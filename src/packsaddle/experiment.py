@@ -16,12 +16,14 @@ from packsaddle.choose import choose
 from packsaddle.collectives import RingAllReduce
 from packsaddle.config import Config
 from packsaddle.data import shard
+from packsaddle.drift import DriftError
 from packsaddle.exchange import Solo, TerminatedError, ambient_group, launch, process_group, resolve
 from packsaddle.resuming import find
 from packsaddle.runfolder import RunFolder, environment, make_new
 from packsaddle.saving import Saving
 from packsaddle.schema import ConfigError, build, plain
 from packsaddle.simulate import FusedGroup, simulate
+from packsaddle.skips import NonFiniteError
 from packsaddle.stopping import hearing_sigterm
 from packsaddle.together import Together
 from packsaddle.trackers import TrackerName, require_tracker, tracked
@@ -29,6 +31,7 @@ from packsaddle.training import NEVER, STOPPED, LoadingError, Training
 
 # How W workers are had: as processes, one after the other in this process, or as one that holds their mean.
 How = Literal["processes", "serial", "fused"]
+AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
 
 
 def can_be_fused(config: Config) -> bool:
@@ -153,8 +156,9 @@ class Job:
             if (self.folders[-1] / STOPPED).is_file():
                 return False
             raise
-        if isinstance(outcome, str):
-            raise LoadingError(outcome)
+        if isinstance(outcome, tuple):
+            kind, message = outcome
+            raise AGREED[kind](message)
         return bool(outcome)
 
     def _check_fusable(self) -> None:
@@ -168,13 +172,14 @@ class Job:
                 )
 
 
-def train_in_process_group(job: Job) -> bool | str:
-    """`Job.train` in a process that `launch` started; or what all workers found wrong with a checkpoint."""
+def train_in_process_group(job: Job) -> bool | tuple[str, str]:
+    """`Job.train` in a process that `launch` started; or an error that all workers have met together, and have ended
+    with: its kind and message."""
     with _in_process_group(job):
         try:
             return job.train()
-        except LoadingError as error:
-            return str(error)
+        except tuple(AGREED.values()) as error:
+            return type(error).__name__, str(error)
 
 
 def train_under_launcher(job: Job) -> bool | None:

@@ -8,7 +8,11 @@ from typing import Any
 _log = logging.getLogger("packsaddle")
 
 
-class NonFiniteError(RuntimeError):
+class GuardError(RuntimeError):
+    """A run cannot go on as it is, on any of its workers; the message says why."""
+
+
+class NonFiniteError(GuardError):
     """Too many steps in a row had a gradient that is not finite. What was there before the first of them still is."""
 
 
@@ -37,12 +41,14 @@ class Skips:
         self.count = self.in_a_row = 0
 
     def enter(self, skip: Skip) -> None:
-        """Count a step, and log it on the first of the workers that it is due to."""
-        if skip.workers[:1] == (self._rank,) or (not skip.workers and self._rank == 0):
-            _log.warning("%s; the step is left out", skip)
+        """Count a step, and log it on the first of the workers that it is due to; in a row, the 1st, 2nd, 4th, ..."""
         self.list.append(skip)
         self.count += 1
         self.in_a_row += 1
+        is_mine = skip.workers[:1] == (self._rank,) or (not skip.workers and self._rank == 0)
+        if is_mine and self.in_a_row & (self.in_a_row - 1) == 0:
+            row = f" ({self.in_a_row} in a row)" if self.in_a_row > 1 else ""
+            _log.warning("%s; the step is left out%s", skip, row)
 
     def took(self) -> None:
         """Know that a step was taken."""

@@ -54,8 +54,8 @@ class Overshoot:
         return (
             f"past stability: {self.step.name}[{where}] waits 1/mu = {self.step.wait:,.0f} steps to be sent and then "
             f"moves by all their gradients, an effective step eta/mu = {self.step.effective:.3g} at curvature "
-            f"{self.curvature:.3g}; their product is {self.gain:.1f}, and beyond {LIMIT:.1f} it overshoots more each "
-            f"time. Lower lr below {lr:.2g}, send {self.gain / LIMIT:.1f} times as many coordinates, or send vectors "
+            f"{self.curvature:.3g}; their product is {self.gain:.3g}, and beyond {LIMIT:.1f} it overshoots more each "
+            f"time. Lower lr below {lr:.2g}, send {self.gain / LIMIT:.2g} times as many coordinates, or send vectors "
             f"and small tensors dense (dense_below = 1024)"
         )
 
