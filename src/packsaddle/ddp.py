@@ -75,7 +75,10 @@ def register_ddp_hook(
     Raises TypeError or ValueError for bad arguments, also if workers differ in them, RuntimeError for a second hook.
     """
     if not isinstance(model, DistributedDataParallel):
-        raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}; see packsaddle.attach")
+        raise TypeError(
+            f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
+            f"or, where a framework has wrapped it, see packsaddle.attach"
+        )
     rules = Rules(
         compressor,
         exchange,

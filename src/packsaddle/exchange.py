@@ -142,7 +142,15 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
     def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
 
-    model.register_comm_hook(take, hook)
+    try:
+        model.register_comm_hook(take, hook)
+    except RuntimeError as error:
+        if "can only be called once" not in str(error):
+            raise
+        raise RuntimeError(
+            "this DistributedDataParallel has a communication hook already, and takes no second one; "
+            "for another hook wrap model.module anew"
+        ) from error
 
 
 def group_beside(model: DistributedDataParallel) -> Group:

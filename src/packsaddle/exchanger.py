@@ -42,6 +42,9 @@ class Rules:
             raise ValueError(f"start_step must be 0 or more steps, got {self.start_step}")
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
+        if isinstance(self.compressor, type):
+            name = self.compressor.__name__
+            raise ValueError(f"compressor must be a Compressor such as {name}(0.01), got the class {name} itself")
         given = self.at(self.start_step) if callable(self.compressor) else self.compressor
         if not isinstance(given, Compressor):
             raise ValueError(

@@ -33,6 +33,17 @@ class Ledger:
         self._spans: list[Span] = []
         self._totals: dict[tuple[str, str], Bytes] = {}  # by purpose and collective
 
+    def __str__(self) -> str:
+        """Return a table of the totals by purpose, in bytes."""
+        rows = [("bytes", "payload", "sent", "received")]
+        for purpose, moved in [*self.by_purpose.items(), ("total", self.total)]:
+            rows.append((purpose, f"{moved.payload:,}", f"{moved.sent:,}", f"{moved.received:,}"))
+        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return "\n".join(
+            "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
+            for name, *cells in rows
+        )
+
     def add(self, step: int, purpose: str, collective: str, moved: Bytes) -> None:
         """Record bytes that a collective moved for a purpose at a step; steps must not decrease."""
         self._totals[purpose, collective] = self._totals.get((purpose, collective), Bytes()) + moved

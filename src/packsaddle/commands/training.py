@@ -117,7 +117,7 @@ def run(
         if done is None:
             print(f"{folder} is done: nothing to go on with")
         print_runs(read_runs([folder]))
-        print(f"run folder: {folder}")
+        print(f"run folder: {folder}\na page of it: packsaddle report {folder}")
 
 
 def _configured(
