@@ -1,6 +1,7 @@
-"""Half an hour of training between four hosts: is memory flat, are workers equal, is the ledger what the interfaces saw?
+"""Half an hour between four hosts: is memory flat, are workers equal, is the ledger what the interfaces saw?
 
-python benchmarks/soak.py [--minutes 30] [--workers 4] [--rate 1000] [--out soak.json]     (root and iproute2)
+python benchmarks/soak.py [--minutes 30] [--workers 4] [--rate 1000] [--pause 0] [--out soak.json]
+(root and iproute2 needed)
 
 Every host is a network namespace whose link has --rate Mbit/s. Each worker trains a network of half a million
 parameters by CompressedSGD with TopK 10%, momentum and all guards, saves a checkpoint every 200 steps, and meets a
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--rate", type=float, default=1000.0)
+    parser.add_argument("--pause", type=float, default=0.0, help="seconds to rest after a step")
     parser.add_argument("--exchange", default="direct")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--worker", nargs=3, metavar=("RANK", "INTERFACE", "ADDRESS"), help=argparse.SUPPRESS)
@@ -45,6 +47,7 @@ def main() -> None:
         parser.error(problem)
     with Hosts(arguments.workers, arguments.rate) as hosts:
         own = ["--minutes", str(arguments.minutes), "--workers", str(arguments.workers)]
+        own += ["--pause", str(arguments.pause)]
         command = [sys.executable, __file__, *own, "--exchange", arguments.exchange, "--worker"]
         commands = [[*command, str(rank), hosts.interface, hosts.address(0)] for rank in range(arguments.workers)]
         printed = hosts.run(commands, env={"GLOO_SOCKET_IFNAME": hosts.interface, "OMP_NUM_THREADS": "1"})
@@ -52,14 +55,14 @@ def main() -> None:
     for rank, worker in enumerate(found):
         growth, ratio = worker["end_rss"] / worker["early_rss"] - 1, worker["seen_sent"] / worker["counted_sent"]
         print(
-            f"worker {rank}: {worker['steps']:,} steps, {worker['skipped']} left out; memory {worker['early_rss']:.1f} MiB "
-            f"then {worker['end_rss']:.1f} MiB ({100 * growth:+.2f}%); sent {worker['counted_sent']:,} counted, "
+            f"worker {rank}: {worker['steps']:,} steps, {worker['skipped']} left out; "
+            f"memory {worker['early_rss']:.1f} MiB then {worker['end_rss']:.1f} MiB ({100 * growth:+.2f}%); sent {worker['counted_sent']:,} counted, "
             f"{worker['seen_sent']:,} on the interface ({ratio:.3f})"
         )
     print(f"parameters equal: {len({worker['digest'] for worker in found}) == 1}")
     if arguments.out:
         arguments.out.write_text(
-            json.dumps({"settings": own + ["--rate", str(arguments.rate)], "workers": found}, indent=1)
+            json.dumps({"settings": [*own, "--rate", str(arguments.rate)], "workers": found}, indent=1)
         )
 
 
@@ -100,6 +103,7 @@ def soak(rank: int, interface: str, address: str, arguments: argparse.Namespace)
                 early = _resident()
             if float(opt.scalars) > 0:
                 break
+            time.sleep(arguments.pause)
     sent = opt.ledger.total.sent - counted
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     found = {

@@ -710,7 +710,7 @@ def attachments() -> dict[str, Any]:
     train(compiled, torch.optim.SGD(compiled.parameters(), 0.1), batches(3))
     found["steps"] = hook.steps
     past = wrapped(network())
-    attach(past, RandomK(0.1))
+    register_ddp_hook(past, RandomK(0.1))
     loss(past.module, batches(1)[0]).backward()  # a framework that runs the model itself
     found["past"] = message_of(lambda: loss(past.module, batches(1)[0]))
     quiet = wrapped(network())

@@ -53,3 +53,13 @@ def test_state_keeps_the_totals() -> None:
     ledger.add(0, "dense", "all-reduce", Bytes(1, 2, 3))
     restored.load_state_dict(ledger.state_dict())
     assert restored.by_purpose == ledger.by_purpose
+
+
+def test_a_long_run_of_unequal_steps_takes_little_memory_and_loses_no_total() -> None:
+    ledger = Ledger()
+    for step in range(5000):
+        ledger.add(step, "indices", "all-gather", Bytes(step, step, step))
+    assert len(ledger.spans) == 1000
+    assert ledger.at(4999) == {"indices": Bytes(4999, 4999, 4999)}
+    assert ledger.at(3) == {}
+    assert ledger.total.payload == sum(range(5000))

@@ -72,6 +72,9 @@ def register_ddp_hook(
     Where a worker's gradient is not finite the exchange is not taken: error memories, noise and step count stay as they
     were, and every worker finds a NaN in its gradients, so that scalers skip the step on all of them together. It is
     logged by the worker whose it was, with the name of the parameter (on a CPU), and entered in `hook.skips`.
+    If gradients are computed and the hook is never called (the model is run past DistributedDataParallel, as
+    `model.module(x)`), the next forward pass raises RuntimeError.
+
     Raises TypeError or ValueError for bad arguments, also if workers differ in them, RuntimeError for a second hook.
     """
     if not isinstance(model, DistributedDataParallel):
@@ -113,6 +116,7 @@ def register_ddp_hook(
     if optimizer is not None:
         hook.protect(optimizer)
     on_buckets(model, hook)
+    _guard(model, hook)
     return hook
 
 
@@ -138,10 +142,8 @@ def _check_sizes(found: list[Place], rules: Rules, dense_below: int, workers: in
 def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     """`register_ddp_hook` for what a framework made of a model, and a guard against a hook that is never called.
 
-    The one DistributedDataParallel in `model` is found, through torch.compile and other wrappers. If there is none and
-    one worker, there is nothing to exchange, and None is returned. If then gradients are computed and the hook is never
-    called (a framework runs the model past DistributedDataParallel, say), the next forward pass raises RuntimeError.
-    Raises TypeError if there is no DistributedDataParallel, or more than one, among several workers.
+        The one DistributedDataParallel in `model` is found, through torch.compile and other wrappers. If there is none and
+    @@
     """
     found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     if not found and is_sharded(model):
@@ -158,9 +160,7 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
             f"model must have one DistributedDataParallel in it, got {type(model).__name__} with {len(found)}; "
             f"attach after the framework has wrapped the model"
         )
-    hook = register_ddp_hook(found[0], *arguments, **options)
-    _guard(found[0], hook)
-    return hook
+    return register_ddp_hook(found[0], *arguments, **options)
 
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
