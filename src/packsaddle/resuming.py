@@ -21,7 +21,7 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
     if state == "new":
         if config is None:
             raise ConfigError(
-                f"--resume: {path} is not a run folder (it has no config.json); to begin one, say CONFIG too"
+                f"--resume: {path} is not a run folder (it has no config.json); to begin one, give CONFIG"
             )
         return config, state
     saved = _saved(path)
