@@ -56,8 +56,8 @@ def main() -> None:
         growth, ratio = worker["end_rss"] / worker["early_rss"] - 1, worker["seen_sent"] / worker["counted_sent"]
         print(
             f"worker {rank}: {worker['steps']:,} steps, {worker['skipped']} left out; "
-            f"memory {worker['early_rss']:.1f} MiB then {worker['end_rss']:.1f} MiB ({100 * growth:+.2f}%); sent {worker['counted_sent']:,} counted, "
-            f"{worker['seen_sent']:,} on the interface ({ratio:.3f})"
+            f"memory {worker['early_rss']:.1f} MiB then {worker['end_rss']:.1f} MiB ({100 * growth:+.2f}%); "
+            f"sent {worker['counted_sent']:,} counted, {worker['seen_sent']:,} on the interface ({ratio:.3f})"
         )
     print(f"parameters equal: {len({worker['digest'] for worker in found}) == 1}")
     if arguments.out:

@@ -142,8 +142,9 @@ def _check_sizes(found: list[Place], rules: Rules, dense_below: int, workers: in
 def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     """`register_ddp_hook` for what a framework made of a model, and a guard against a hook that is never called.
 
-        The one DistributedDataParallel in `model` is found, through torch.compile and other wrappers. If there is none and
-    @@
+    The one DistributedDataParallel in `model` is found, through torch.compile and other wrappers. If there is none and
+    one worker, there is nothing to exchange, and None is returned.
+    Raises TypeError if there is no DistributedDataParallel, or more than one, among several workers.
     """
     found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     if not found and is_sharded(model):
