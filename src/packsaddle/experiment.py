@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,7 @@ class Job:
     download: bool = False
     quiet: bool = False
     track: tuple[TrackerName, ...] = ()  # rank 0's numbers go there too
+    timeout: timedelta | None = None  # of a collective of worker processes; by default torch's
 
     def check(self, workers: int, how: How = "processes") -> None:
         """Raise ConfigError for whatever would stop a worker at its start; in one process, before any is launched."""
@@ -115,7 +117,7 @@ class Job:
 def train_in_process_group(job: Job, claim: bool = False) -> None:
     """`Job.train`, after `Job.claim` if asked for, in a process that a launcher started."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    with process_group():
+    with process_group(job.timeout):
         if claim:
             job.claim()
         job.train()

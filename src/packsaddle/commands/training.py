@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,8 @@ from packsaddle.exchange import under_launcher
 from packsaddle.runfolder import make_new, read_runs
 from packsaddle.schema import ConfigError
 from packsaddle.trackers import TrackerName
+
+_LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts milliseconds and takes 0 for no wait at all
 
 
 def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
@@ -61,6 +64,7 @@ def run(
     download: bool = False,
     out: Path | None = None,
     track: tuple[TrackerName, ...] = (),
+    timeout: float | None = None,
 ) -> None:
     """Train as a TOML file says, with one process or several.
 
@@ -81,11 +85,15 @@ def run(
         download: Fetch the dataset into --data-dir if it is not there.
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
         track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
+        timeout: Seconds that a worker process waits for the others before it gives up; by default torch's, 1800 with gloo.
     """
     from packsaddle.experiment import How, Job, train_in_process_group
 
     if serial and fused:
         raise ConfigError("--serial and --fused are two ways to simulate workers; choose one")
+    if timeout is not None and (serial or fused):
+        raise ConfigError("--timeout is of worker processes, and --serial and --fused start none")
+    patience = _patience(timeout)
     loaded = load(config, set)
     if workers is not None:
         loaded = _with_workers(loaded, workers)
@@ -94,7 +102,7 @@ def run(
             raise ConfigError("--out is needed under torchrun")
         loaded = replace(loaded, workers=int(os.environ["WORLD_SIZE"]))
     folder = out or dated(config.stem)
-    job = Job((loaded,), (folder,), data_dir, download, track=track)
+    job = Job((loaded,), (folder,), data_dir, download, track=track, timeout=patience)
     if under_launcher():
         train_in_process_group(job, claim=True)
     else:
@@ -105,6 +113,12 @@ def run(
     if is_first():
         print_runs(read_runs([folder]))
         print(f"run folder: {folder}")
+
+
+def _patience(seconds: float | None) -> timedelta | None:
+    if seconds is not None and not _LEAST_TIMEOUT <= seconds <= _MOST_TIMEOUT:
+        raise ConfigError(f"--timeout must be from {_LEAST_TIMEOUT:g} to {_MOST_TIMEOUT:g} seconds, got {seconds:g}")
+    return None if seconds is None else timedelta(seconds=seconds)
 
 
 def _with_workers(config: Config, workers: int) -> Config:
