@@ -8,6 +8,8 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
+    {"wording"},
+    {"schema"},
     {"kernels.parts"},
     {"kernels.cuda", "kernels.cells", "kernels.random", "kernels.sampling", "kernels.selection"},
     {"kernels.quantization"},
@@ -19,7 +21,6 @@ LAYERS = [
         "flat",
         "seeds",
         "ledger",
-        "schema",
         "tomllines",
         "dataset",
         "transformer",
@@ -36,7 +37,7 @@ LAYERS = [
         "compress.selection",
         "problems.base",
     },
-    {"counter"},
+    {"counter", "recorded"},
     {
         "noise",
         "simulate",

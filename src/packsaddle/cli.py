@@ -20,6 +20,7 @@ from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import WorkerFailedError, under_launcher
 from packsaddle.schema import ConfigError
+from packsaddle.wording import one_line
 
 
 def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
@@ -64,10 +65,11 @@ def main() -> None:
         parse(COMMANDS, sys.argv[1:], "packsaddle")()
     except ConfigError as error:
         if is_first():
-            print(f"packsaddle: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            print(f"packsaddle: error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except WorkerFailedError as error:
-        print(f"packsaddle: {error}", file=sys.stderr)
+        print(error.trace, end="", file=sys.stderr)
+        print(f"packsaddle: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

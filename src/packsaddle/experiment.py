@@ -14,7 +14,7 @@ from packsaddle.collectives import RingAllReduce
 from packsaddle.config import Config
 from packsaddle.data import shard
 from packsaddle.exchange import Solo, ambient_group, launch, process_group, resolve
-from packsaddle.runfolder import environment, make_new
+from packsaddle.runfolder import environment, make_new, written
 from packsaddle.schema import ConfigError, plain
 from packsaddle.simulate import FusedGroup, simulate
 from packsaddle.trackers import TrackerName, require_tracker, tracked
@@ -83,7 +83,10 @@ class Job:
         for config, path in zip(self.configs, self.folders, strict=True):
             training = Training(config, self.data_dir, self.download)
             is_first = training.group.rank == 0
-            with tracked(path, self.track if is_first else (), config.label or path.name, plain(config)) as folder:
+            with (
+                written(path),
+                tracked(path, self.track if is_first else (), config.label or path.name, plain(config)) as folder,
+            ):
                 if is_first:
                     device, size = str(training.device), training.group.size
                     folder.write_json("config.json", plain(config))

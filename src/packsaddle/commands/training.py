@@ -10,7 +10,7 @@ import tyro
 
 from packsaddle.commands.console import dated, is_first, print_runs, require_plots
 from packsaddle.config import Config, load
-from packsaddle.exchange import under_launcher
+from packsaddle.exchange import check_interface, under_launcher
 from packsaddle.runfolder import make_new, read_runs
 from packsaddle.schema import ConfigError
 from packsaddle.trackers import TrackerName
@@ -85,7 +85,7 @@ def run(
         download: Fetch the dataset into --data-dir if it is not there.
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
         track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
-        timeout: Seconds that a worker process waits for the others before it gives up; by default torch's, 1800 with gloo.
+        timeout: Seconds that a worker process waits for the others before it gives up; by default 1800 with gloo.
     """
     from packsaddle.experiment import How, Job, train_in_process_group
 
@@ -107,6 +107,8 @@ def run(
         train_in_process_group(job, claim=True)
     else:
         how: How = "fused" if fused else "serial" if serial else "processes"
+        if how == "processes" and loaded.workers > 1:
+            check_interface()
         job.check(loaded.workers, how)
         make_new(folder)
         job.run(loaded.workers, how)
