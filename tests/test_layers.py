@@ -8,6 +8,8 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
+    {"wording"},
+    {"schema"},
     {"kernels.parts"},
     {"kernels.cuda", "kernels.cells", "kernels.random", "kernels.sampling", "kernels.selection"},
     {"kernels.quantization"},
@@ -20,7 +22,6 @@ LAYERS = [
         "flat",
         "seeds",
         "ledger",
-        "schema",
         "skips",
         "tomllines",
         "dataset",
@@ -42,7 +43,7 @@ LAYERS = [
         "compress.selection",
         "problems.base",
     },
-    {"counter"},
+    {"counter", "recorded"},
     {
         "noise",
         "simulate",

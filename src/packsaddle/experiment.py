@@ -19,7 +19,7 @@ from packsaddle.data import shard
 from packsaddle.drift import DriftError
 from packsaddle.exchange import Solo, TerminatedError, ambient_group, launch, process_group, resolve
 from packsaddle.resuming import find
-from packsaddle.runfolder import RunFolder, environment, make_new
+from packsaddle.runfolder import RunFolder, environment, make_new, written
 from packsaddle.saving import Saving
 from packsaddle.schema import ConfigError, build, plain
 from packsaddle.simulate import FusedGroup, simulate
@@ -58,7 +58,7 @@ class Job:
     track: tuple[TrackerName, ...] = ()  # rank 0's numbers go there too
     saving: Saving = NEVER
     resume: bool = False  # there is one folder, which may have been begun, and then `configs` may be empty
-    timeout: float | None = None  # seconds that a collective may take; by default torch's
+    timeout: timedelta | None = None  # of a collective of worker processes; by default torch's
 
     def check(self, workers: int, how: How = "processes") -> None:
         """Raise ConfigError for whatever would stop a worker at its start; in one process, before any is launched."""
@@ -118,7 +118,10 @@ class Job:
         for config, path in zip(self.configs, self.folders, strict=True):
             training = Training(config, self.data_dir, self.download)
             is_first = training.group.rank == 0
-            with tracked(path, self.track if is_first else (), config.label or path.name, plain(config)) as folder:
+            with (
+                written(path),
+                tracked(path, self.track if is_first else (), config.label or path.name, plain(config)) as folder,
+            ):
                 if is_first:
                     self._describe(folder, config, str(training.device), training.group.size)
                 if not training.run(folder, quiet=self.quiet, saving=self.saving):
@@ -192,6 +195,5 @@ def train_under_launcher(job: Job) -> bool | None:
 @contextmanager
 def _in_process_group(job: Job) -> Iterator[None]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    timeout = None if job.timeout is None else timedelta(seconds=job.timeout)
-    with process_group(timeout), hearing_sigterm() if job.saving.on else nullcontext():
+    with process_group(job.timeout), hearing_sigterm() if job.saving.on else nullcontext():
         yield

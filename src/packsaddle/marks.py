@@ -1,5 +1,6 @@
 """What charts of settings mark beside their curves: certificates where they lie, and the levels of plateaus."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,4 +50,4 @@ def plateaus(settings: Sequence[Setting]) -> list[float]:
 def smallest_threshold(settings: Sequence[Setting]) -> float:
     """Where the logarithmic part of the curvature's axis begins: at a tenth of the smallest threshold."""
     found = [-p.certificate["threshold"] for s in settings for p in points(s) if p.certificate.get("threshold")]
-    return float(min(found, default=1.0)) / 10
+    return float(min((t for t in found if 0 < t < math.inf), default=1.0)) / 10

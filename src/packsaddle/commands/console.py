@@ -73,4 +73,5 @@ def dated(name: str) -> Path:
 
 def is_first() -> bool:
     """Whether this process speaks to the user: under a launcher, only rank 0 does."""
-    return os.environ.get("RANK", "0") == "0"
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # nonsense is to be told
