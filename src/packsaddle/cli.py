@@ -19,6 +19,7 @@ from packsaddle.commands.reproducing import reproduce
 from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import WorkerFailedError, under_launcher
+from packsaddle.missing import PeerLostError
 from packsaddle.schema import ConfigError
 from packsaddle.wording import one_line
 
@@ -71,6 +72,9 @@ def main() -> None:
         print(error.trace, end="", file=sys.stderr)
         print(f"packsaddle: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
+    except PeerLostError as error:
+        print(f"packsaddle: {one_line(str(error))}", file=sys.stderr, flush=True)
+        os._exit(1)  # what gloo's threads and a store behind a cut network wait for would be waited for here
     except KeyboardInterrupt:
         sys.exit(130)
     if under_launcher():
