@@ -8,7 +8,7 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
-    {"wording"},
+    {"wording", "missing"},
     {"schema"},
     {"kernels.parts"},
     {"kernels.cuda", "kernels.cells", "kernels.random", "kernels.sampling", "kernels.selection"},

@@ -19,6 +19,7 @@ from packsaddle.commands.reproducing import reproduce
 from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import TerminatedError, WorkerFailedError, under_launcher
+from packsaddle.missing import PeerLostError
 from packsaddle.schema import ConfigError
 from packsaddle.skips import GuardError
 from packsaddle.wording import one_line
@@ -78,6 +79,9 @@ def main() -> None:
         sys.exit(1)
     except TerminatedError:
         sys.exit(143)
+    except PeerLostError as error:
+        print(f"packsaddle: {one_line(str(error))}", file=sys.stderr, flush=True)
+        os._exit(1)  # what gloo's threads and a store behind a cut network wait for would be waited for here
     except KeyboardInterrupt:
         sys.exit(130)
     if under_launcher():

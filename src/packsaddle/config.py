@@ -67,7 +67,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.width < 4:
             raise ValueError(f"width must be at least 4, got {self.width}")
-        _at_most(self, width=_WIDEST, depth=10**4)
+        _at_most(self, width=_WIDEST, depth=1000)
         resnet, text = "resnet" in self.name, self.name == "char-transformer"
         self._refuse("of a resnet", resnet, stem="small", norm="worker")
         self._refuse("of a resnet or the char-transformer", resnet or text, width=64)

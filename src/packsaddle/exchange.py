@@ -13,7 +13,7 @@ import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from packsaddle.missing import PeerLostError, explanation, is_network, roll_call
 from packsaddle.schema import ConfigError
 from packsaddle.wording import shown
 
 ProcessGroup = dist.ProcessGroup
+_NO_TAG = 7_654_321  # of messages that nobody sends
 
 
 class Group(ABC):
@@ -82,23 +84,52 @@ class TorchGroup(Group):
         self.size = dist.get_world_size(process_group)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor, group=self._group)
+        with self.told():
+            dist.all_reduce(tensor, group=self._group)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(gathered, tensor, group=self._group)
+        with self.told():
+            dist.all_gather(gathered, tensor, group=self._group)
         return gathered
 
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         received = outgoing[0].new_empty(sum(sizes))
-        dist.all_to_all_single(
-            received, torch.cat(list(outgoing)), list(sizes), [len(t) for t in outgoing], self._group
-        )
+        with self.told():
+            dist.all_to_all_single(
+                received, torch.cat(list(outgoing)), list(sizes), [len(t) for t in outgoing], self._group
+            )
         return list(torch.split(received, list(sizes)))
 
     def broadcast(self, tensor: Tensor) -> None:
         source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
-        dist.broadcast(tensor, src=source, group=self._group)
+        with self.told():
+            dist.broadcast(tensor, src=source, group=self._group)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Raise PeerLostError, which names the workers that are gone, where a collective's network fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_network(error):
+                raise
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> PeerLostError:
+        group = self._group or dist.group.WORLD
+        assert group is not None
+        backend: Any = group._get_backend(torch.device("cpu"))
+        for peer in range(self.size):
+            # A receive that nobody answers: when it times out gloo closes the group's connections, so that workers
+            # which wait for this one fail too, and answer the roll call.
+            with suppress(RuntimeError):
+                if peer != self.rank:
+                    backend.recv([torch.empty(1)], peer, _NO_TAG).wait(timedelta(milliseconds=1))
+        ranks = dist.get_process_group_ranks(group)
+        mine = ranks[self.rank]
+        roll = roll_call(group.get_group_store(), mine, ranks)
+        return PeerLostError(explanation(roll, mine, self.size, error, backend.options._timeout))
 
 
 _ambient: ContextVar[Group | None] = ContextVar("packsaddle_group", default=None)
@@ -240,8 +271,8 @@ def backends() -> dict[str, bool]:
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     """Join the world that the launcher set up (NCCL where every worker has a GPU, else gloo), and leave it.
 
-    Collectives that take longer than `timeout`, by default torch's, raise RuntimeError. Raises ConfigError if the world
-    cannot be joined.
+    Collectives that take longer than `timeout`, by default torch's, raise PeerLostError.
+    Raises ConfigError if the world cannot be joined.
     """
     under_launcher()  # checks the variables
     check_interface()
@@ -255,8 +286,10 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     except (RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
         raise ConfigError(_not_joined(error)) from error
     try:
-        yield TorchGroup()
-        dist.barrier()  # a worker that leaves early takes its connections away from the others
+        group = TorchGroup()
+        yield group
+        with group.told():
+            dist.barrier()  # a worker that leaves early takes its connections away from the others
     finally:
         # Without this, interpreters that exit while gloo threads live abort now and then.
         dist.destroy_process_group()
@@ -349,5 +382,6 @@ def _failure(rank: int, failure: Any) -> Exception:
     kind, _, text = message.partition(": ")
     if kind in ("ConfigError", "MissingExtraError"):
         return ConfigError(text)
-    trace = failure.message.get("extraInfo", {}).get("py_callstack", "")
-    return WorkerFailedError(f"worker {rank} failed: {message}", "" if kind == "PeerLostError" else trace)
+    if kind == "PeerLostError":
+        return WorkerFailedError(text)
+    return WorkerFailedError(f"worker {rank} failed: {message}", failure.message["extraInfo"]["py_callstack"])

@@ -44,7 +44,8 @@ def _place(run: Run, certificate: dict[str, Any]) -> dict[str, float]:
 
 def plateaus(settings: Sequence[Setting]) -> list[float]:
     """Return the levels of the plateaus that configurations name."""
-    return sorted({s.config["plateau"] for s in settings if s.config.get("plateau") is not None})
+    found = {s.config["plateau"] for s in settings if s.config.get("plateau") is not None}
+    return sorted(level for level in found if math.isfinite(level))
 
 
 def smallest_threshold(settings: Sequence[Setting]) -> float:
