@@ -1,6 +1,8 @@
 """Workers whose parameters are no longer equal are found out, named, and stopped or repaired."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ from torch import Tensor, nn
 from packsaddle import CompressedSGD, DriftError, Escape, Identity, RandomK, TopK, register_ddp_hook, simulate
 from packsaddle.drift import fingerprint
 from packsaddle.exchange import resolve
+from packsaddle.experiment import Job
+from packsaddle.schema import ConfigError
+from packsaddle.tasks import TASKS
 
 Gloo = Callable[..., list[Any]]
 
@@ -197,3 +202,18 @@ def of_another_version() -> str:
 def test_another_version_is_refused(gloo: Gloo) -> None:
     for message in gloo(of_another_version, 2):
         assert "packsaddle='0.0.0' and worker 1 has packsaddle='0.1.0'" in message
+
+
+def of_unlike_configurations(out: str) -> str:
+    config = replace(TASKS["digits"].config, lr=0.1 + 0.1 * resolve(None).rank)
+    try:
+        Job((config,), (Path(out),)).claim()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_unlike_configurations_are_refused_before_anything_is_made(gloo: Gloo, tmp_path: Path) -> None:
+    expected = "workers must be given one configuration, but lr is 0.1 for worker 0 and 0.2 for worker 1"
+    assert gloo(of_unlike_configurations, 2, str(tmp_path / "run")) == [expected] * 2
+    assert not (tmp_path / "run").exists()

@@ -18,7 +18,7 @@ from packsaddle.config import Config
 from packsaddle.data import shard
 from packsaddle.drift import DriftError
 from packsaddle.exchange import Solo, TerminatedError, ambient_group, launch, process_group, resolve
-from packsaddle.resuming import find
+from packsaddle.resuming import find, first_difference
 from packsaddle.runfolder import RunFolder, environment, make_new, written
 from packsaddle.saving import Saving
 from packsaddle.schema import ConfigError, build, plain
@@ -92,6 +92,7 @@ class Job:
         """`located`, checked and with its folders made, on rank 0; collective. If that fails, every worker stops: rank
         0 with a ConfigError, the others with exit code 2."""
         together, problem = Together(resolve(None), torch.device("cpu")), None
+        self._check_given(together)
         said: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
         if together.group.rank == 0:
             try:
@@ -112,6 +113,18 @@ class Job:
             return None
         configs = tuple(replace(build(Config, c), workers=together.group.size) for c in said["configs"])
         return replace(self, configs=configs, saving=replace(self.saving, resume=said["resume"]))
+
+    def _check_given(self, together: Together) -> None:
+        """Raise ConfigError, on every worker, if workers were given unlike configurations."""
+        given = together.gather([plain(config) for config in self.configs])
+        for worker, configs in enumerate(given):
+            for ours, theirs in zip(given[0], configs, strict=False):
+                if (different := first_difference(theirs, ours)) is not None:
+                    key, his, first = different
+                    raise ConfigError(
+                        f"workers must be given one configuration, but {key} is {first!r} for worker 0 and {his!r} for "
+                        f"worker {worker}"
+                    )
 
     def train(self) -> bool:
         """Do the runs in the present group (see `exchange.resolve`); collective. False if told to stop."""
