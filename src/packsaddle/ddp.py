@@ -13,7 +13,7 @@ from packsaddle.afterstep import EscapeAfterStep
 from packsaddle.agree import check_agreement
 from packsaddle.channel import Channel
 from packsaddle.choose import choose, warn_of_nothing
-from packsaddle.compress import Compressor, RandomK
+from packsaddle.compress import Compressor, TopK
 from packsaddle.ddphook import DDPHook
 from packsaddle.escape import Escape
 from packsaddle.exchange import group_beside, is_sharded, on_buckets, resolve
@@ -27,7 +27,7 @@ from packsaddle.seeds import as_seed
 
 def register_ddp_hook(
     model: DistributedDataParallel,
-    compressor: Compressor | Schedule = RandomK(0.01),  # noqa: B008 -- immutable
+    compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] = 0.0,
     escape: Escape | None = None,

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from packsaddle.compress import Compressor, RandomK
+from packsaddle.compress import Compressor, TopK
 from packsaddle.ddphook import DDPHook
 from packsaddle.exchanger import Schedule
 from packsaddle.integrations.hooks import attach_among_workers, load_state, measures, save_state
@@ -19,7 +19,7 @@ from packsaddle.integrations.hooks import attach_among_workers, load_state, meas
 class PacksaddleCallback(TrainerCallback):
     """Exchanges gradients compressed from the start of training, and logs `measures` as packsaddle/sent and so on.
 
-    To be added to the trainer it is given: `trainer.add_callback(PacksaddleCallback(trainer, RandomK(0.01)))`.
+    To be added to the trainer it is given: `trainer.add_callback(PacksaddleCallback(trainer, TopK(0.1)))`.
     Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. `monitor_every` is
     its `logging_steps` if not given.
 
@@ -31,7 +31,7 @@ class PacksaddleCallback(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        compressor: Compressor | Schedule = RandomK(0.01),  # noqa: B008 -- immutable
+        compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
         *,
         resume_from: str | Path | None = None,
         **options: Any,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from packsaddle.certificate import Certificate, Verdict
 from packsaddle.certify import certify
-from packsaddle.compress import Compressor, RandomK
+from packsaddle.compress import Compressor, TopK
 from packsaddle.curvature import LossFn
 from packsaddle.ddphook import DDPHook
 from packsaddle.exchanger import Schedule
@@ -38,7 +38,7 @@ class PacksaddleCallback(Callback):
 
     def __init__(
         self,
-        compressor: Compressor | Schedule = RandomK(0.01),  # noqa: B008 -- immutable
+        compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
         self.hook: DDPHook | None = None
