@@ -12,7 +12,7 @@ test: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pip check
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --dist loadgroup
 
 # With the real Lightning, transformers, accelerate and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from packsaddle.calendar import Calendar
 from packsaddle.config import DataConfig, ModelConfig
-from packsaddle.data import Batches, Images, MissingExtraError, load_images, require, shard
+from packsaddle.data import Batches, Images, MissingExtraError, deal, load_images, require, shard
 from packsaddle.models import make_task, mnist_autoencoder
 from packsaddle.schema import ConfigError
 
@@ -160,3 +161,66 @@ def test_models_refuse_images_of_the_wrong_shape() -> None:
         make_task(ModelConfig("mnist-autoencoder"), torch.Size((1, 8, 8)), 10, 0)
     with pytest.raises(ConfigError, match=r"resnet18 needs images of 3 channels, got \[1, 8, 8\]"):
         make_task(ModelConfig("resnet18"), torch.Size((1, 8, 8)), 10, 0)
+
+
+def drawn(batches: Batches, first: int, last: int) -> list[int]:
+    return torch.cat([batches[step] for step in range(first, last)]).tolist()
+
+
+@pytest.mark.parametrize("how", ["iid", "class"])
+@pytest.mark.parametrize(("old", "new"), [(4, 3), (2, 5), (3, 1)])
+def test_the_rest_of_a_pass_is_dealt_anew(how: str, old: int, new: int) -> None:
+    """A pass that `old` workers begin and `new` end has every example once; then all have passes of their own."""
+    images = labelled(torch.arange(403) % 10)
+    size, seed, stop, n = 4, 7, 9, len(images)
+    history, longer = [(0, old)], [(0, old), (stop, new)]
+    before = deal(images, how, size, seed=seed, history=history, workers=range(old))
+    after = deal(images, how, size, seed=seed, history=longer, workers=range(new))
+    passes = [len(shard(images, how, worker=w, workers=old, seed=seed)) for w in range(old)]
+    assert all(stop * size < length for length in passes)  # all are in their first pass
+    seen = [example for batches in before for example in drawn(batches, 0, stop)]
+    rest = []
+    for worker, batches in enumerate(after):
+        owned = shard(images, how, worker=worker, workers=new, seed=seed).tolist()
+        left = len(set(owned) - set(seen))
+        following = drawn(batches, stop, stop + 1 + (left + len(owned)) // size)
+        rest += following[:left]
+        assert sorted(following[left : left + len(owned)]) == sorted(owned)
+    assert sorted(seen + rest) == list(range(n))
+    again = deal(images, how, size, seed=seed, history=longer, workers=[new - 1])[0]
+    assert torch.equal(again[stop + 5], after[-1][stop + 5])
+
+
+def test_dealing_anew_twice_and_between_passes() -> None:
+    """What two numbers of workers leave of a pass, a third ends; where all passes have ended there is nothing left."""
+    images = labelled(torch.arange(403) % 10)
+    n, size = len(images), 4
+    stops = [0, 5, 11]
+    history = [(0, 4), (5, 2), (11, 3)]
+    seen: list[int] = []
+    for i, (start, workers) in enumerate(history[:-1]):
+        for batches in deal(images, "iid", size, seed=0, history=history[: i + 1], workers=range(workers)):
+            seen += drawn(batches, start, stops[i + 1])
+    for worker, batches in enumerate(deal(images, "iid", size, seed=0, history=history, workers=range(3))):
+        owned = set(shard(images, "iid", worker=worker, workers=3, seed=0).tolist())
+        left = len(owned - set(seen))
+        seen += drawn(batches, 11, 12 + left // size)[:left]
+    assert sorted(seen) == list(range(n))
+    half = len(shard(images, "iid", worker=0, workers=2, seed=0))
+    whole = deal(images, "iid", half, seed=0, history=[(0, 2)], workers=[0])[0]
+    assert len(whole.left(1)[0]) == 0
+    assert whole.left(1)[1] == 1
+
+
+def test_calendar() -> None:
+    """Epochs of one number of workers are steps by a constant; a change keeps what was done."""
+    always = Calendar.of([(0, 2)], 640, 16, 3.0, 1)
+    assert (always.per_epoch, always.steps) == (20, 60)
+    assert [always.epoch(step) for step in (0, 7, 60)] == [0.0, 7 / 20, 3.0]
+    assert [always.step_at(epoch) for epoch in (0.0, 0.5, 3.0)] == [0, 10, 60]
+    changed = Calendar.of([(0, 2), (30, 4)], 640, 16, 3.0, 4)
+    assert (changed.per_epoch, changed.steps) == (10, 30 + 16)
+    assert changed.epoch(30) == 1.5
+    assert changed.epoch(45) == 3.0
+    assert [changed.step_at(epoch) for epoch in (1.0, 2.0)] == [30, 35]
+    assert Calendar.of([(0, 2), (59, 1)], 640, 16, 3.0, 1).steps == 61

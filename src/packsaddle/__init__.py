@@ -2,6 +2,8 @@
 
 from packsaddle.certificate import Certificate, Verdict
 from packsaddle.certify import certify
+from packsaddle.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from packsaddle.checkpointfiles import CheckpointError
 from packsaddle.compress import (
     QSGD,
     AdaptiveTopK,
@@ -16,6 +18,7 @@ from packsaddle.compress import (
     TopK,
 )
 from packsaddle.ddp import attach, register_ddp_hook
+from packsaddle.drift import Drift, DriftError
 from packsaddle.escape import Escape, Reset
 from packsaddle.fsdp import register_fsdp_hook
 from packsaddle.ledger import Bytes, Ledger, Span
@@ -23,6 +26,7 @@ from packsaddle.noise import Ramp
 from packsaddle.optimizer import CompressedSGD
 from packsaddle.simulate import simulate
 from packsaddle.sketch import NormSketch
+from packsaddle.skips import NonFiniteError, Skip
 from packsaddle.warmup import RatioRamp
 
 __version__ = "0.1.0"
@@ -32,14 +36,19 @@ __all__ = [
     "AdaptiveTopK",
     "Bytes",
     "Certificate",
+    "Checkpoint",
+    "CheckpointError",
     "CompressedSGD",
     "Compressor",
+    "Drift",
+    "DriftError",
     "Escape",
     "Identity",
     "Ledger",
     "LinearSketch",
     "LowRank",
     "Message",
+    "NonFiniteError",
     "NormSketch",
     "Ramp",
     "RandomK",
@@ -47,12 +56,15 @@ __all__ = [
     "Reset",
     "Sign",
     "SketchTopK",
+    "Skip",
     "Span",
     "TopK",
     "Verdict",
     "attach",
     "certify",
+    "load_checkpoint",
     "register_ddp_hook",
     "register_fsdp_hook",
+    "save_checkpoint",
     "simulate",
 ]

@@ -1,5 +1,6 @@
 """The state of a `CompressedSGD`: what a checkpoint holds, and how a run goes on from it."""
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,12 +10,14 @@ from torch.optim import Optimizer
 from packsaddle.channel import Channel
 from packsaddle.choose import Choice
 from packsaddle.direction import Gradient
-from packsaddle.escape import EscapeCheck
+from packsaddle.escape import EscapeCheck, Reset
 from packsaddle.feedback import ErrorMemory
 from packsaddle.flat import FlatParameters
+from packsaddle.guard import Guard
 from packsaddle.ledger import Ledger
 from packsaddle.localsteps import LocalSteps
 from packsaddle.memories import kind_of
+from packsaddle.monitor import ContractionMonitor
 from packsaddle.perturb import Perturber
 from packsaddle.state import check_fits, fill
 
@@ -26,6 +29,9 @@ class Checkpointed(Optimizer):
     choice: Choice
     channel: Channel
     ledger: Ledger
+    monitor: ContractionMonitor
+    resets: list[Reset]
+    guard: Guard
     _flat: FlatParameters
     _memory: ErrorMemory
     _direction: Gradient
@@ -41,16 +47,26 @@ class Checkpointed(Optimizer):
         kept = self._memory.vectors() | self._direction.vectors() | self._local.vectors()
         return {"pending": vector, **anchor, **kept, **self.choice.protocol.vectors(vector)}
 
+    def _shared(self) -> dict[str, Tensor]:
+        """Those of them that are the same on every worker."""
+        return {name: v for name, v in self._flat_state().items() if name in ("anchor", "mean_estimate")}
+
     def _publish_state(self) -> None:
         """Show the flat vectors as per-parameter state, so that torch's checkpoint tools find them."""
         for name, flat in self._flat_state().items():
             for p, view in zip(self._flat.parameters, self._flat.views(flat), strict=True):
                 self.state[p][name] = view
 
+    def _publish_tried(self) -> None:
+        """Show the vectors that a step has put in the place of others."""
+        for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
+            for p, view in zip(self._flat.parameters, views, strict=True):
+                self.state[p][name] = view
+
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state: per parameter "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor"
         (x_t'); t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding noise;
-        the ledger's totals. Tensors and plain types only. Each worker has its own."""
+        the ledger's totals; resets. Tensors and plain types only. Each worker has its own."""
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update(self._identity(), step=self._step, unit=self._memory.unit)
@@ -58,13 +74,22 @@ class Checkpointed(Optimizer):
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
         state["exchange"] = self.choice.protocol.state_dict()
         state["noise"] = self._noise.state_dict()
+        state["guard"] = self.guard.skips.state_dict()
         state["ledger"] = self.ledger.state_dict()
+        state["monitor"] = self.monitor.state_dict()
+        state["resets"] = [asdict(reset) for reset in self.resets]
         return state
+
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
+        if not isinstance(state_dict.get("param_groups"), list):
+            raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
+        check_fits(state_dict, self._flat, self._flat_state(), self._identity())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
-        check_fits(state_dict, self._flat, self._flat_state(), self._identity())
+        self.check_state_dict(state_dict)
         first = state_dict["param_groups"][0]
         step, anchor_step, unit = first["step"], first["anchor_step"], first["unit"]
         self._direction.started = first.get("started", True)
@@ -81,7 +106,10 @@ class Checkpointed(Optimizer):
                 group.pop(name, None)
         self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
         self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
+        self.guard.skips.load_state_dict(state_dict.get("guard", {}))
         self.ledger.load_state_dict(state_dict.get("ledger", []))
+        self.monitor.load_state_dict(state_dict.get("monitor", {}))
+        self.resets = [Reset(**reset) for reset in state_dict.get("resets", [])]
 
     def _identity(self) -> dict[str, int | str]:
         """What must be the same where a state is loaded as where it was saved: an error memory is one worker's, and

@@ -18,9 +18,10 @@ from packsaddle.commands.reading import compressors, report
 from packsaddle.commands.reproducing import reproduce
 from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
-from packsaddle.exchange import WorkerFailedError, under_launcher
+from packsaddle.exchange import TerminatedError, WorkerFailedError, under_launcher
 from packsaddle.missing import PeerLostError
 from packsaddle.schema import ConfigError
+from packsaddle.skips import GuardError
 from packsaddle.wording import one_line
 
 
@@ -68,10 +69,16 @@ def main() -> None:
         if is_first():
             print(f"packsaddle: error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except GuardError as error:
+        if is_first():
+            print(f"packsaddle: {error}", file=sys.stderr)
+        sys.exit(1)
     except WorkerFailedError as error:
         print(error.trace, end="", file=sys.stderr)
         print(f"packsaddle: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
+    except TerminatedError:
+        sys.exit(143)
     except PeerLostError as error:
         print(f"packsaddle: {one_line(str(error))}", file=sys.stderr, flush=True)
         os._exit(1)  # what gloo's threads and a store behind a cut network wait for would be waited for here

@@ -22,6 +22,7 @@ from packsaddle.compress import (
     SketchTopK,
     TopK,
 )
+from packsaddle.drift import OnDrift
 from packsaddle.lanczos import check_probability
 from packsaddle.schema import ConfigError, build
 from packsaddle.tomllines import line_of, syntax_error
@@ -166,6 +167,9 @@ class Config:
     local_steps: int = 1  # steps between two exchanges
     dense_below: int = 1024  # tensors with fewer elements, and vectors, go dense; 0 compresses everything
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
+    max_skipped: int = 20  # steps in a row that may be left out, since a worker's gradient was not finite
+    compare_every: int = 100  # steps between comparisons of x over workers; 0: never
+    on_drift: OnDrift = "stop"  # stop: with an error, where x is not equal; repair: go on from worker 0's
     seed: int = 0  # of everything random
     workers: int = 1  # W; --workers overrides
     log_every: int = 100  # steps that one line of metrics averages
@@ -176,7 +180,7 @@ class Config:
         _epochs(self, "epochs", "test_every")
         _positive(self, "batch_size", "workers", "log_every", "plateau", "local_steps")
         _at_most(self, batch_size=2**24, workers=2**20, local_steps=10**6)
-        _not_negative(self, "lr", "weight_decay", "dense_below")
+        _not_negative(self, "lr", "weight_decay", "dense_below", "max_skipped", "compare_every")
         if self.local_steps > 1 and self.certify and (self.certify.every is not None or self.certify.at):
             raise ValueError("certify.every and certify.at need local_steps = 1, as workers are apart in between")
 

@@ -1,8 +1,10 @@
 """Examples in memory, dealt to workers, and read in batches that are pure functions of (seed, worker, step)."""
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packsaddle.calendar import History
 from packsaddle.config import DataConfig
 from packsaddle.dataset import Dataset
 from packsaddle.schema import ConfigError
@@ -184,25 +187,81 @@ def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> T
 
 
 class Batches:
-    """This worker's batches, without replacement within a pass over its shard; batch t depends only on t."""
+    """This worker's batches, without replacement within a pass over its shard; batch t depends only on t.
 
-    def __init__(self, indices: Tensor, batch_size: int, *, worker: int, seed: int) -> None:
+    They begin at step `start` with what `rest` has, int64[m], if a pass that other workers began is to be ended, and
+    then go on with this worker's own passes, from number `first`.
+    """
+
+    def __init__(
+        self,
+        indices: Tensor,
+        batch_size: int,
+        *,
+        worker: int,
+        seed: int,
+        start: int = 0,
+        rest: Tensor | None = None,
+        first: int = 0,
+    ) -> None:
         self._indices, self._batch_size, self._worker, self._seed = indices, batch_size, worker, seed
+        self._start, self._first = start, first
+        self._rest = indices[:0] if rest is None else rest
         self._epoch, self._order = -1, indices
 
     def __getitem__(self, step: int) -> Tensor:
         """Return the indices of the batch of a step, int64[batch_size]; a batch may straddle two passes."""
-        n, picked = len(self._indices), []
-        position, missing = step * self._batch_size, self._batch_size
+        picked = []
+        position, missing = (step - self._start) * self._batch_size, self._batch_size
         while missing:
-            epoch, offset = divmod(position, n)
-            part = self._pass(epoch)[offset : offset + missing]
+            part = self._from(position)[0][:missing]
             picked.append(part)
             position, missing = position + len(part), missing - len(part)
         return torch.cat(picked)
+
+    def left(self, step: int) -> tuple[Tensor, int]:
+        """Return what is left of the pass that is under way at a step, int64[m], and the number of the next one."""
+        left, number = self._from((step - self._start) * self._batch_size)
+        if number >= self._first and len(left) == len(self._indices):
+            return left[:0], number
+        return left, number + 1
+
+    def _from(self, position: int) -> tuple[Tensor, int]:
+        """What follows in a pass after so many examples, and the pass's number."""
+        if position < len(self._rest):
+            return self._rest[position:], self._first - 1
+        number, offset = divmod(position - len(self._rest), len(self._indices))
+        return self._pass(self._first + number)[offset:], self._first + number
 
     def _pass(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
             rng = generator(self._seed, epoch, Stream.BATCH, worker=self._worker)
             self._epoch, self._order = epoch, self._indices[torch.randperm(len(self._indices), generator=rng)]
         return self._order
+
+
+def deal(
+    data: Dataset, how: str, batch_size: int, *, seed: int, history: History, workers: Iterable[int]
+) -> list[Batches]:
+    """Return the batches of some of the present workers, in a run whose number of workers changed as `history` says.
+
+    What is left of passes that are under way then is dealt to the new workers by who owns which example, so that none
+    is repeated and none dropped. Raises ConfigError if a worker would get nothing.
+    """
+    rest, first = torch.empty(0, dtype=torch.int64), 0
+    for (start, size), (stop, _) in pairwise(history):
+        every = [_begin(data, how, batch_size, w, size, seed, start, rest, first) for w in range(size)]
+        left = [batches.left(stop) for batches in every]
+        rest, first = torch.cat([part for part, _ in left]), max(number for _, number in left)
+    start, size = history[-1]
+    return [_begin(data, how, batch_size, w, size, seed, start, rest, first) for w in workers]
+
+
+def _begin(
+    data: Dataset, how: str, batch_size: int, worker: int, workers: int, seed: int, start: int, rest: Tensor, first: int
+) -> Batches:
+    mine = shard(data, how, worker=worker, workers=workers, seed=seed)
+    own = mine[torch.isin(mine, rest)]
+    rng = generator(seed, start, Stream.SHARD, worker=worker)
+    own = own[torch.randperm(len(own), generator=rng)]
+    return Batches(mine, batch_size, worker=worker, seed=seed, start=start, rest=own, first=first)

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from packsaddle.flat import FlatParameters
+from packsaddle.finite import add_and_sum, first_bad
+from packsaddle.flat import FlatParameters, Shaped
 from packsaddle.noise import Noise
 
 T = TypeVar("T")
@@ -18,23 +19,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Extras:
-    """What is added to gradients: weight decay by parameter group, and xi, left out before coordinate `noisy_from`."""
+    """What is added to gradients: weight decay by parameter group, and xi, left out before coordinate `noisy_from`.
+
+    `scale` is what gradients were multiplied by, and nothing else.
+    """
 
     decays: Sequence[float]
     noise: Noise | None = None
     noisy_from: int = 0
+    scale: float = 1.0
 
 
 class Gradient:
     """u = grad F_i(x) + weight_decay x + xi.
 
-    A parameter without a gradient counts as one whose gradient is zero.
+    A parameter without a gradient counts as one whose gradient is zero. Whatever a direction keeps is as it was until
+    `settle` says that the step was taken.
     """
 
     started = True
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
+        self.total: Tensor | None = None  # the sum of what was added last, where it cost no pass to know
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         """Compute gradients by the closure, if there is one, and return its value."""
@@ -43,21 +50,45 @@ class Gradient:
         with torch.enable_grad():
             return closure()
 
-    def add_to(self, out: Tensor, views: Sequence[Tensor], scales: Sequence[float], extras: Extras) -> None:
-        """Add scale u to out, float[d], whose `views` are shaped as the parameters; scales by parameter group."""
-        self.perturb(out, scales, extras)
-        self._add_gradients(views, scales)
+    def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
+        """Set out to base + scale u, both float[d], and out may be base; scales by parameter group."""
+        if out is base:  # x itself, between exchanges: its decay is taken before it moves
+            self.perturb(out.flat, scales, extras)
+            self._add_gradients(base, out, scales, extras)
+        else:
+            self._add_gradients(base, out, scales, extras)
+            self.perturb(out.flat, scales, extras)
 
     def perturb(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
-        """Add scale (xi + weight_decay x)."""
-        self._add_decay(out, scales, extras.decays)  # first: between exchanges `out` is x itself
+        """Add scale (xi + weight_decay x) to out, float[d]."""
+        self._add_decay(out, scales, extras.decays)
         self._add_noise(out, scales, extras)
 
-    def _add_gradients(self, views: Sequence[Tensor], scales: Sequence[float]) -> None:
+    def first_bad(self) -> str | None:
+        """Return the name of the first parameter whose gradient has an Inf or NaN in it."""
+        return first_bad(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
+
+    def settle(self, *, taken: bool) -> None:
+        """Make what the step that was tried would keep the state, or forget it."""
+
+    def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
+        in_one_pass = out is not base and out.flat.device.type == "cpu"  # elsewhere a pass is cheaper than many calls
+        if out is not base and not in_one_pass:
+            out.flat.copy_(base.flat)
+        total = out.flat.new_zeros(())
+        self.total = total if in_one_pass else None
         for members, scale in zip(self._flat.members, scales, strict=True):
             grads = {i: g for i in members if (g := self._flat.parameters[i].grad) is not None}
-            if grads:
-                torch._foreach_add_([views[i] for i in grads], list(grads.values()), alpha=scale)
+            alpha = scale / extras.scale
+            if not in_one_pass:
+                if grads:
+                    torch._foreach_add_([out.views[i] for i in grads], list(grads.values()), alpha=alpha)
+                continue
+            for i in members:
+                if i in grads:
+                    total += add_and_sum(base.views[i], grads[i], alpha, out.views[i])
+                else:
+                    out.views[i].copy_(base.views[i])
 
     def _add_noise(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
         for run in self._flat.runs:
@@ -76,29 +107,42 @@ class Gradient:
         """Return what is kept from step to step, float[d] each, by name."""
         return {}
 
+    def views(self) -> dict[str, list[Tensor]]:
+        """Return those of the vectors that change places, shaped as the parameters."""
+        return {}
+
     def reset(self) -> None:
         """Forget what was gathered along a segment that was rolled back."""
 
 
 class _Gathered(Gradient):
-    """A direction with a vector of its own, float[d], in at least single precision."""
+    """A direction with a vector of its own, float[d], in at least single precision.
 
-    def __init__(self, flat: FlatParameters) -> None:
+    The step that is tried makes another, `_next`; in the same memory if no step is to be left out (not `spare`).
+    """
+
+    def __init__(self, flat: FlatParameters, *, spare: bool) -> None:
         super().__init__(flat)
-        self.vector = torch.zeros(flat.d, dtype=torch.promote_types(flat.x.dtype, torch.float32), device=flat.x.device)
-        self._views = flat.views(self.vector)
+        self._now = flat.zeros()
+        self._next = flat.zeros() if spare else self._now
         self.started = False
 
     def reset(self) -> None:
-        self.vector.zero_()
+        self._now.flat.zero_()
         self.started = False
 
-    def _add_vector(self, out: Tensor, scales: Sequence[float], factor: float = 1.0) -> None:
-        for view in self._flat.frozen(self.vector):
+    def settle(self, *, taken: bool) -> None:
+        if taken:
+            self._now, self._next = self._next, self._now
+            self.started = True
+
+    def _add_next(self, base: Shaped, out: Shaped, scales: Sequence[float], factor: float = 1.0) -> None:
+        """Set out to base + factor scale times the vector that was made of this step."""
+        for view in self._flat.frozen(self._next.flat):
             view.zero_()
         for run in self._flat.runs:
-            stretch = slice(run.start, run.stop)
-            out[stretch].add_(self.vector[stretch], alpha=factor * scales[run.group])
+            part, alpha = slice(run.start, run.stop), factor * scales[run.group]
+            torch.add(base.flat[part], self._next.flat[part], alpha=alpha, out=out.flat[part])
 
 
 class Momentum(_Gathered):
@@ -109,21 +153,24 @@ class Momentum(_Gathered):
     with the first u: with memory="ef21" that is EF21-SGDM of Fatkhullin, Tyurin and Richtarik 2023.
     """
 
-    def __init__(self, flat: FlatParameters, beta: float, *, nesterov: bool, averaging: bool) -> None:
-        super().__init__(flat)
+    def __init__(self, flat: FlatParameters, beta: float, *, nesterov: bool, averaging: bool, spare: bool) -> None:
+        super().__init__(flat, spare=spare)
         self._beta, self._nesterov, self._averaging = beta, nesterov, averaging
 
-    def add_to(self, out: Tensor, views: Sequence[Tensor], scales: Sequence[float], extras: Extras) -> None:
+    def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
         share = 1 - self._beta if self._averaging and self.started else 1.0
-        self.started = True
-        self.vector.mul_(self._beta)
-        super().add_to(self.vector, self._views, [share] * len(scales), extras)
+        torch.mul(self._now.flat, self._beta, out=self._next.flat)
+        super().add(self._next, self._next, [share] * len(scales), extras)
         if self._nesterov:
-            super().add_to(out, views, [share * scale for scale in scales], extras)
-        self._add_vector(out, scales, self._beta if self._nesterov else 1.0)
+            super().add(base, out, [share * scale for scale in scales], extras)
+            base = out
+        self._add_next(base, out, scales, self._beta if self._nesterov else 1.0)
 
     def vectors(self) -> dict[str, Tensor]:
-        return {"momentum": self.vector}
+        return {"momentum": self._now.flat}
+
+    def views(self) -> dict[str, list[Tensor]]:
+        return {"momentum": self._now.views}
 
 
 class Storm(_Gathered):
@@ -133,16 +180,19 @@ class Storm(_Gathered):
     decay in it; xi is added to d, not gathered. With memory="ef21" it is EF21-STORM of Fatkhullin et al. 2023.
     """
 
-    def __init__(self, flat: FlatParameters, a: float) -> None:
-        super().__init__(flat)
+    def __init__(self, flat: FlatParameters, a: float, *, spare: bool) -> None:
+        super().__init__(flat, spare=spare)
         self._keep = 1 - a
         self._previous = flat.x.clone()
+        self._here = flat.x
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         if closure is None:
             raise ValueError("storm takes the gradient at two points, so step needs a closure: opt.step(closure)")
         loss = super().evaluate(closure, decays)
-        here = self._flat.x.clone()
+        self._here = here = self._flat.x.clone()
+        if self._next is not self._now:
+            self._next.flat.copy_(self._now.flat)
         if self.started:
             gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
             self._flat.x.copy_(self._previous)
@@ -151,30 +201,44 @@ class Storm(_Gathered):
             try:
                 super().evaluate(closure, decays)
                 minus = [-1.0] * len(decays)
-                self._add_gradients(self._views, minus)
-                self._add_decay(self.vector, minus, decays)
+                self._add_gradients(self._next, self._next, minus, Extras(decays))
+                self._add_decay(self._next.flat, minus, decays)
             finally:
                 self._flat.x.copy_(here)
                 for p, gradient in zip(self._flat.parameters, gradients, strict=True):
                     p.grad = gradient
-            self.vector.mul_(self._keep)
-        self._previous.copy_(here)
-        self.started = True
+            self._next.flat.mul_(self._keep)
         return loss
 
-    def add_to(self, out: Tensor, views: Sequence[Tensor], scales: Sequence[float], extras: Extras) -> None:
+    def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
         ones = [1.0] * len(scales)
-        self._add_gradients(self._views, ones)
-        self._add_decay(self.vector, ones, extras.decays)
-        self._add_vector(out, scales)
-        self._add_noise(out, scales, extras)
+        self._add_gradients(self._next, self._next, ones, extras)
+        self._add_decay(self._next.flat, ones, extras.decays)
+        self._add_next(base, out, scales)
+        self._add_noise(out.flat, scales, extras)
+
+    def first_bad(self) -> str | None:  # of both gradients
+        return super().first_bad() or first_bad(zip(self._flat.names, self._next.views, strict=True))
+
+    def settle(self, *, taken: bool) -> None:
+        super().settle(taken=taken)
+        if taken:
+            self._previous.copy_(self._here)
 
     def vectors(self) -> dict[str, Tensor]:
-        return {"storm": self.vector, "storm_previous": self._previous}
+        return {"storm": self._now.flat, "storm_previous": self._previous}
+
+    def views(self) -> dict[str, list[Tensor]]:
+        return {"storm": self._now.views}
 
 
-def make_direction(flat: FlatParameters, momentum: float, nesterov: bool, storm: float | None, memory: str) -> Gradient:
-    """Return the direction asked for. Raises ValueError for values out of range and for what does not go together."""
+def make_direction(
+    flat: FlatParameters, momentum: float, nesterov: bool, storm: float | None, memory: str, *, spare: bool
+) -> Gradient:
+    """Return the direction asked for, with `spare` memory if it is to leave steps out.
+
+    Raises ValueError for values out of range and for what does not go together.
+    """
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     if nesterov and not momentum:
@@ -186,7 +250,7 @@ def make_direction(flat: FlatParameters, momentum: float, nesterov: bool, storm:
     if memory == "gradient" and (momentum or storm is not None):
         raise ValueError('memory="gradient" leaves no gradient to make a momentum or storm of; use memory="buffer"')
     if storm is not None:
-        return Storm(flat, storm)
+        return Storm(flat, storm, spare=spare)
     if momentum:
-        return Momentum(flat, momentum, nesterov=nesterov, averaging=memory == "ef21")
+        return Momentum(flat, momentum, nesterov=nesterov, averaging=memory == "ef21", spare=spare)
     return Gradient(flat)

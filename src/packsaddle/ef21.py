@@ -24,19 +24,17 @@ class EstimateMemory(ErrorMemory):
             raise ValueError(f'memory="ef21" needs parameters of 32 or 64 bits, got {flat.x.dtype}')
         super().__init__(flat)
         self.mean = torch.zeros_like(self.vector)
-        self._difference = torch.zeros_like(self.vector)
-        self._difference_views = flat.views(self._difference)
+        self._lacking = flat.zeros()  # u less the estimate
         self._rates = rates
 
     def pending(self) -> Tensor:
         return torch.zeros_like(self.vector)
 
     def correct(self, direction: Gradient, lrs: Sequence[float], extras: Extras) -> Tensor:
-        torch.neg(self.vector, out=self._difference)
-        direction.add_to(self._difference, self._difference_views, [1.0] * len(lrs), extras)
-        for view in self._flat.frozen(self._difference):
-            view.zero_()
-        return self._difference
+        torch.neg(self.vector, out=self._lacking.flat)
+        direction.add(self._lacking, self._lacking, [1.0] * len(lrs), extras)
+        self._forget_frozen(self._lacking.flat)
+        return self._lacking.flat
 
     def apply(self, x: Tensor, g: Averaged) -> None:
         compressed_d = self._flat.compressed_d
@@ -52,15 +50,11 @@ class EstimateMemory(ErrorMemory):
         compressed_d = self._flat.compressed_d
         for term in sent:
             term.add_to(self.vector[:compressed_d], 1.0)
-            term.add_to(self._difference[:compressed_d], -1.0)  # what is left of it, for `monitor`
-        self.vector[compressed_d:].add_(self._difference[compressed_d:])
-        self._difference[compressed_d:].zero_()
-        self._forget_frozen()
-
-    def _forget_frozen(self) -> None:
-        for vector in (self.vector, self.mean):
-            for view in self._flat.frozen(vector):
-                view.zero_()
+            term.add_to(self._lacking.flat[:compressed_d], -1.0)  # what is left of it, for `monitor`
+        self.vector[compressed_d:].add_(self._lacking.flat[compressed_d:])
+        self._lacking.flat[compressed_d:].zero_()
+        self._forget_frozen(self.vector)
+        self._forget_frozen(self.mean)
 
     def add(self, update: Tensor) -> None:
         raise NotImplementedError("an estimate takes no update: nothing is ever pending")

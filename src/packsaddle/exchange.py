@@ -7,6 +7,7 @@ or NCCL); `packsaddle.simulate` adds a group of threads. What to send is `averag
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import uuid
@@ -177,7 +178,15 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
     def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
 
-    model.register_comm_hook(take, hook)
+    try:
+        model.register_comm_hook(take, hook)
+    except RuntimeError as error:
+        if "can only be called once" not in str(error):
+            raise
+        raise RuntimeError(
+            "this DistributedDataParallel has a communication hook already, and takes no second one; "
+            "for another hook wrap model.module anew"
+        ) from error
 
 
 def group_beside(model: DistributedDataParallel) -> Group:
@@ -314,11 +323,15 @@ class WorkerFailedError(RuntimeError):
         self.trace = trace
 
 
+class TerminatedError(RuntimeError):
+    """This process was sent SIGTERM, which was passed on to its workers; they have ended since."""
+
+
 def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:
     """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
 
     `entry` is called with the launcher's environment set (see `process_group`), and must be importable by
-    name. Raises WorkerFailedError if a worker fails, ConfigError if that is what it raised.
+    name. Raises WorkerFailedError if a worker fails, ConfigError if that is what it raised, TerminatedError on SIGTERM.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -343,7 +356,9 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
             return elastic_launch(config, entry)(*args)[0]
     except ChildFailedError as error:
         raise _failure(*error.get_first_failure()) from error
-    except SignalException:
+    except SignalException as stop:
+        if stop.sigval == signal.SIGTERM:
+            raise TerminatedError from None
         raise KeyboardInterrupt from None
 
 

@@ -11,6 +11,7 @@ from packsaddle.average import Averaged, Protocol
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, Identity
+from packsaddle.finite import first_bad, is_finite, spoil
 from packsaddle.noise import Noise
 from packsaddle.sections import Section
 from packsaddle.seeds import mix
@@ -33,12 +34,17 @@ class Rules:
     error_feedback: bool
     start_step: int
     seed: int
+    max_skipped: int | None = 20
+    compare_every: int = 100
 
     def __post_init__(self) -> None:
         if self.start_step < 0:
             raise ValueError(f"start_step must be 0 or more steps, got {self.start_step}")
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
+        if isinstance(self.compressor, type):
+            name = self.compressor.__name__
+            raise ValueError(f"compressor must be a Compressor such as {name}(0.01), got the class {name} itself")
         given = self.at(self.start_step) if callable(self.compressor) else self.compressor
         if not isinstance(given, Compressor):
             raise ValueError(
@@ -74,12 +80,14 @@ class Exchanger:
         scale: float = 1.0,
         factors: Mapping[str, float] = _NO_FACTORS,
         watch: Callable[[Tensor], None] = lambda vector: None,
+        report: Callable[[str], None] = lambda name: None,
     ) -> Tensor:
         """Lines 10-12 of Algorithm 1: replace the gradients by their mean, and try what that leaves of the error.
 
         A worker whose vector is not finite sends zeros and says so: returns 0 if there is none, else a number above 0.
         `factors` are what errors are to be multiplied by first, by parameter (see `Rates`); those of 0 stand still.
-        `watch` sees this worker's vector, float[n], before and after.
+        `watch` sees this worker's vector, float[n], before and after; `report` the name of the first parameter of which
+        it is not finite, on a CPU, since on a GPU to look would be to wait.
         """
         still = {name for name, factor in factors.items() if factor == 0}
         # While an error stands still, no exchange may hold a part of it.
@@ -87,13 +95,15 @@ class Exchanger:
         self.prepare(Identity() if dense else self._rules.at(step), channel.group.size)
         section = self.section
         vector = section.correct(gradients, noise, scale, factors)  # line 10
-        bad = ~torch.isfinite(torch.linalg.vector_norm(vector, float("inf")))
+        bad = ~is_finite(vector)
+        if vector.device.type == "cpu" and bad:
+            report(first_bad((place.name, view) for place, view in section.views(vector)) or "")
         spoil(vector, bad, 0.0)
         watch(vector)
         g, bad = self._average(channel, vector, bad, step, factors)
         lost = section.deliver(g, gradients, scale)  # line 11
         if lost is not None:  # a 16-bit gradient may overflow
-            bad = bad + (~torch.isfinite(lost).all()).to(bad)
+            bad = bad + (~is_finite(lost)).to(bad)
         section.absorb(g, lost)  # line 12
         watch(vector)
         section.leave(still)
@@ -191,9 +201,3 @@ class Exchanger:
             self.protocol.restore(self._held)
         self._held = None
         self.section.settle(taken=taken)
-
-
-def spoil(vector: Tensor, bad: Tensor, value: float) -> None:
-    """Fill a vector with a value if `bad`, bool; a GPU is not waited for."""
-    if vector.device.type != "cpu" or bad:
-        vector.masked_fill_(bad, value)

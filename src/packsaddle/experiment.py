@@ -1,10 +1,13 @@
 """Jobs: configured runs, and the workers that do them, as processes or simulated."""
 
+import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -13,15 +16,22 @@ from packsaddle.choose import choose
 from packsaddle.collectives import RingAllReduce
 from packsaddle.config import Config
 from packsaddle.data import shard
-from packsaddle.exchange import Solo, ambient_group, launch, process_group, resolve
-from packsaddle.runfolder import environment, make_new, written
-from packsaddle.schema import ConfigError, plain
+from packsaddle.drift import DriftError
+from packsaddle.exchange import Solo, TerminatedError, ambient_group, launch, process_group, resolve
+from packsaddle.resuming import find, first_difference
+from packsaddle.runfolder import RunFolder, environment, make_new, written
+from packsaddle.saving import Saving
+from packsaddle.schema import ConfigError, build, plain
 from packsaddle.simulate import FusedGroup, simulate
+from packsaddle.skips import NonFiniteError
+from packsaddle.stopping import hearing_sigterm
+from packsaddle.together import Together
 from packsaddle.trackers import TrackerName, require_tracker, tracked
-from packsaddle.training import Training
+from packsaddle.training import NEVER, STOPPED, LoadingError, Training
 
 # How W workers are had: as processes, one after the other in this process, or as one that holds their mean.
 How = Literal["processes", "serial", "fused"]
+AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
 
 
 def can_be_fused(config: Config) -> bool:
@@ -46,6 +56,8 @@ class Job:
     download: bool = False
     quiet: bool = False
     track: tuple[TrackerName, ...] = ()  # rank 0's numbers go there too
+    saving: Saving = NEVER
+    resume: bool = False  # there is one folder, which may have been begun, and then `configs` may be empty
     timeout: timedelta | None = None  # of a collective of worker processes; by default torch's
 
     def check(self, workers: int, how: How = "processes") -> None:
@@ -59,27 +71,63 @@ class Job:
             for worker in range(workers):
                 shard(training.data, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
-    def claim(self) -> None:
-        """Check the job and make the folders, on rank 0; collective. If that fails, every worker stops: rank 0
-        with a ConfigError, the others with exit code 2."""
-        group, problem = resolve(None), None
-        if group.rank == 0:
+    def located(self) -> "Job | None":
+        """The job as its folder has it, if it is to be gone on with (`resume`); None if it is done. ConfigError."""
+        if not self.resume:
+            return self
+        config = self.configs[0] if self.configs else None
+        found, state = find(self.folders[0], config)
+        if state == "done":
+            return None
+        config = replace(found, workers=(config or found).workers)
+        return replace(self, configs=(config,), saving=replace(self.saving, resume=state == "begun"))
+
+    def make_folders(self) -> None:
+        """Make the folders; those to be gone on with may be there. Raises ConfigError."""
+        for folder in self.folders:
+            if not (self.resume and folder.is_dir()):
+                make_new(folder)
+
+    def claim(self) -> "Job | None":
+        """`located`, checked and with its folders made, on rank 0; collective. If that fails, every worker stops: rank
+        0 with a ConfigError, the others with exit code 2."""
+        together, problem = Together(resolve(None), torch.device("cpu")), None
+        self._check_given(together)
+        said: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
+        if together.group.rank == 0:
             try:
                 with ambient_group(Solo()):  # the check makes optimizers, which are collective
-                    self.check(group.size)
-                for folder in self.folders:
-                    make_new(folder)
+                    job = self.located()
+                    if job is not None:
+                        job.check(together.group.size)
+                        job.make_folders()
+                        said |= {"configs": [plain(c) for c in job.configs], "resume": job.saving.resume}
             except ConfigError as error:
-                problem = error
-        failed = torch.tensor([float(problem is not None)])
-        group.broadcast(failed)
+                problem, said["failed"] = error, True
+        said = together.gather(said)[0]
         if problem is not None:
             raise problem
-        if failed:
+        if said["failed"]:
             raise SystemExit(2)
+        if said["configs"] is None:
+            return None
+        configs = tuple(replace(build(Config, c), workers=together.group.size) for c in said["configs"])
+        return replace(self, configs=configs, saving=replace(self.saving, resume=said["resume"]))
 
-    def train(self) -> None:
-        """Do the runs in the present group (see `exchange.resolve`); collective."""
+    def _check_given(self, together: Together) -> None:
+        """Raise ConfigError, on every worker, if workers were given unlike configurations."""
+        given = together.gather([plain(config) for config in self.configs])
+        for worker, configs in enumerate(given):
+            for ours, theirs in zip(given[0], configs, strict=False):
+                if (different := first_difference(theirs, ours)) is not None:
+                    key, his, first = different
+                    raise ConfigError(
+                        f"workers must be given one configuration, but {key} is {first!r} for worker 0 and {his!r} for "
+                        f"worker {worker}"
+                    )
+
+    def train(self) -> bool:
+        """Do the runs in the present group (see `exchange.resolve`); collective. False if told to stop."""
         for config, path in zip(self.configs, self.folders, strict=True):
             training = Training(config, self.data_dir, self.download)
             is_first = training.group.rank == 0
@@ -88,23 +136,46 @@ class Job:
                 tracked(path, self.track if is_first else (), config.label or path.name, plain(config)) as folder,
             ):
                 if is_first:
-                    device, size = str(training.device), training.group.size
-                    folder.write_json("config.json", plain(config))
-                    folder.write_json("environment.json", environment(packsaddle.__version__, size, device))
-                training.run(folder, quiet=self.quiet)
+                    self._describe(folder, config, str(training.device), training.group.size)
+                if not training.run(folder, quiet=self.quiet, saving=self.saving):
+                    return False
+        return True
 
-    def run(self, workers: int, how: How) -> None:
-        """Do the runs with `workers` workers. Raises ConfigError if they cannot be fused and are to be."""
-        if workers == 1:
-            self.train()
-        elif how == "serial":
-            simulate(lambda rank: self.train(), workers)
-        elif how == "fused":
+    def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:
+        """Write what is run and on what; of a run that goes on, add the latter."""
+        here = environment(packsaddle.__version__, workers, device)
+        if self.saving.resume:
+            began = json.loads((folder.path / "environment.json").read_text())
+            folder.write_json("environment.json", {**began, "resumed": [*began.get("resumed", []), here]})
+        else:
+            folder.write_json("environment.json", here)
+            folder.write_json("config.json", plain(config))  # last: the run has begun
+
+    def run(self, workers: int, how: How) -> bool:
+        """Do the runs with `workers` workers; False if told to stop. Raises ConfigError if they cannot be fused and are
+        to be, TerminatedError if the launcher was told to and the workers could not."""
+        if how == "processes" and workers > 1:
+            return self._launch(workers)
+        with hearing_sigterm() if self.saving.on else nullcontext():
+            if workers == 1:
+                return self.train()
+            if how == "serial":
+                return all(simulate(lambda rank: self.train(), workers))
             self._check_fusable()
             with ambient_group(FusedGroup(workers)):
-                self.train()
-        else:
-            launch(train_in_process_group, (self,), workers)
+                return self.train()
+
+    def _launch(self, workers: int) -> bool:
+        try:
+            outcome = launch(train_in_process_group, (self,), workers)
+        except TerminatedError:
+            if (self.folders[-1] / STOPPED).is_file():
+                return False
+            raise
+        if isinstance(outcome, tuple):
+            kind, message = outcome
+            raise AGREED[kind](message)
+        return bool(outcome)
 
     def _check_fusable(self) -> None:
         for config in self.configs:
@@ -117,10 +188,25 @@ class Job:
                 )
 
 
-def train_in_process_group(job: Job, claim: bool = False) -> None:
-    """`Job.train`, after `Job.claim` if asked for, in a process that a launcher started."""
+def train_in_process_group(job: Job) -> bool | tuple[str, str]:
+    """`Job.train` in a process that `launch` started; or an error that all workers have met together, and have ended
+    with: its kind and message."""
+    with _in_process_group(job):
+        try:
+            return job.train()
+        except tuple(AGREED.values()) as error:
+            return type(error).__name__, str(error)
+
+
+def train_under_launcher(job: Job) -> bool | None:
+    """`Job.claim` and `Job.train` in a process that torchrun started; None if the job was done before."""
+    with _in_process_group(job):
+        claimed = job.claim()
+        return None if claimed is None else claimed.train()
+
+
+@contextmanager
+def _in_process_group(job: Job) -> Iterator[None]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    with process_group(job.timeout):
-        if claim:
-            job.claim()
-        job.train()
+    with process_group(job.timeout), hearing_sigterm() if job.saving.on else nullcontext():
+        yield

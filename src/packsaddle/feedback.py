@@ -16,13 +16,28 @@ from packsaddle.flat import FlatParameters
 
 
 class ErrorMemory:
-    """This worker's eta e^(i), float[d], in at least single precision; on the dense part only what rounding x lost."""
+    """This worker's eta e^(i), float[d], in at least single precision; on the dense part only what rounding x lost.
 
-    def __init__(self, flat: FlatParameters) -> None:
-        dtype = torch.promote_types(flat.x.dtype, torch.float32)
-        self.vector = torch.zeros(flat.d, dtype=dtype, device=flat.x.device)
+    A step is tried in a `spare` vector, which then takes the memory's place, so that a step can be left out; without
+    one in the memory itself.
+    """
+
+    can_leave_out = True  # a gradient that is not finite
+
+    def __init__(self, flat: FlatParameters, *, spare: bool = False) -> None:
         self._flat = flat
-        self._views = flat.views(self.vector)
+        self._now = flat.zeros()
+        self._next = flat.zeros() if spare else self._now
+
+    @property
+    def vector(self) -> Tensor:
+        """The memory, float[d]."""
+        return self._now.flat
+
+    @property
+    def views(self) -> list[Tensor]:
+        """The memory, shaped as the parameters."""
+        return self._now.views
 
     @property
     def unit(self) -> float:
@@ -40,13 +55,17 @@ class ErrorMemory:
                 raise RuntimeError(f"{name} has a sparse gradient, which is not supported")
 
     def correct(self, direction: Gradient, lrs: Sequence[float], extras: Extras) -> Tensor:
-        """Turn eta e into eta (e + u), float[d], and return it (line 10); `lrs` are by parameter group.
+        """Return eta (e + u), float[d] (line 10), of which `absorb` will make the memory; `lrs` are by parameter group.
 
         A parameter that was frozen is left where it is.
         """
-        direction.add_to(self.vector, self._views, lrs, extras)
-        self._forget_frozen()
-        return self.vector
+        direction.add(self._now, self._next, lrs, extras)
+        self._forget_frozen(self._next.flat)
+        return self._next.flat
+
+    def correct_by(self, update: Tensor) -> Tensor:
+        """Return eta e + update, float[d], of which `absorb` will make the memory."""
+        return torch.add(self.vector, update, out=self._next.flat)
 
     def apply(self, x: Tensor, g: Averaged) -> None:
         """Subtract mean_i g^(i) from x, float[d], in at least single precision (line 11)."""
@@ -56,16 +75,18 @@ class ErrorMemory:
         x[compressed_d:].sub_(g.dense, alpha=self.unit)
 
     def absorb(self, sent: Iterable[Term], lost: Tensor | None = None) -> None:
-        """Subtract what this worker sent, C(.) on the compressed part and everything on the dense one (line 12).
+        """Remember what was to be sent less what was, C(.) of the compressed part and all of the dense one (line 12).
 
         `lost`, float[d], is what x's own precision could not take; it is to be sent again.
         """
+        rest = self._next.flat
         for term in sent:
-            term.add_to(self.vector, -1.0)
-        self.vector[self._flat.compressed_d :].zero_()
+            term.add_to(rest, -1.0)
+        rest[self._flat.compressed_d :].zero_()
         if lost is not None:
-            self.vector.add_(lost)
-        self._forget_frozen()
+            rest.add_(lost)
+        self._forget_frozen(rest)
+        self._now, self._next = self._next, self._now
         self.settle()
 
     def add(self, update: Tensor) -> None:
@@ -86,7 +107,7 @@ class ErrorMemory:
     def settle(self, unit: float | None = None) -> None:
         """Take the vector as it now is for the state between two steps, in another unit if one is given."""
 
-    def _forget_frozen(self) -> None:
+    def _forget_frozen(self, vector: Tensor) -> None:
         """Frozen parameters have no error: they take neither noise nor what a compressor makes of zeros."""
-        for view in self._flat.frozen(self.vector):
+        for view in self._flat.frozen(vector):
             view.zero_()

@@ -4,7 +4,7 @@ The parameters are made views of x, so that an update of k coordinates costs O(k
 error memory is one tensor, however many layers the network has.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,14 @@ class Run:
     group: int
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A flat vector, float[d], and its views shaped as the parameters, in the user's order."""
+
+    flat: Tensor
+    views: list[Tensor]
 
 
 class FlatParameters:
@@ -82,6 +90,28 @@ class FlatParameters:
         return [
             flat.as_strided(p.shape, stride, flat.storage_offset() + offset)
             for p, stride, offset in zip(self.parameters, self._strides, self._offsets, strict=True)
+        ]
+
+    def shaped(self, flat: Tensor) -> Shaped:
+        """Return a flat vector, float[d], with its views."""
+        return Shaped(flat, self.views(flat))
+
+    def zeros(self) -> Shaped:
+        """Return a vector of zeros, float[d], in at least single precision."""
+        dtype = torch.promote_types(self.x.dtype, torch.float32)
+        return self.shaped(torch.zeros(self.d, dtype=dtype, device=self.x.device))
+
+    def kinds(self) -> dict[str, str]:
+        """Describe the parameters, in the user's order."""
+        each = zip(self.names, self.parameters, strict=True)
+        return {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(each)}
+
+    def named(self, vectors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """Return the parts of some flat vectors, float[d], as "VECTOR of PARAMETER", or the parameter's name alone."""
+        return [
+            (f"{kind} of {name}" if kind else name, view)
+            for kind, vector in vectors.items()
+            for name, view in zip(self.names, self.views(vector), strict=True)
         ]
 
     def in_order(self, flat: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, LowRank, RandomK
 from packsaddle.exchange import ProcessGroup, resolve, shard_rank, sharded_modules
-from packsaddle.exchanger import Exchanger, Rules, Schedule, spoil
+from packsaddle.exchanger import Exchanger, Rules, Schedule
+from packsaddle.finite import spoil
 from packsaddle.ledger import Ledger
 from packsaddle.noise import Perturbation
 from packsaddle.sections import Place, Section

@@ -28,13 +28,15 @@ class GradientMemory(ErrorMemory):
     and for 16-bit parameters, whose gradients are too coarse to keep an error in.
     """
 
+    can_leave_out = False  # the backward pass has added it
+
     def __init__(self, flat: FlatParameters, rates: Callable[[], Sequence[float]]) -> None:
         if flat.x.element_size() < 4:
             raise ValueError(f'memory="gradient" needs parameters of 32 or 64 bits, got {flat.x.dtype}')
         super().__init__(flat)
         self._rates = rates
         self._unit = self._rate()
-        for p, view in zip(flat.parameters, self._views, strict=True):
+        for p, view in zip(flat.parameters, self.views, strict=True):
             if p.grad is not None:
                 view.copy_(p.grad)
         self._attach()
@@ -51,7 +53,7 @@ class GradientMemory(ErrorMemory):
         self._rate()
         self._follow_rate()
         direction.perturb(self.vector, [1.0] * len(lrs), extras)
-        self._forget_frozen()
+        self._forget_frozen(self.vector)
         return self.vector
 
     def settle(self, unit: float | None = None) -> None:
@@ -62,7 +64,7 @@ class GradientMemory(ErrorMemory):
 
     def _attach(self) -> None:
         """Make the views the gradients, and the vector's present state one that only backward passes may change."""
-        for p, view in zip(self._flat.parameters, self._views, strict=True):
+        for p, view in zip(self._flat.parameters, self.views, strict=True):
             p.grad = view
         self._version = self.vector._version  # views share it, and every change in place raises it
 
@@ -82,7 +84,7 @@ class GradientMemory(ErrorMemory):
             if it := watched(p, view):
                 it._version += 1
 
-        for p, view in zip(self._flat.parameters, self._views, strict=True):
+        for p, view in zip(self._flat.parameters, self.views, strict=True):
             trained = p.requires_grad
             p.requires_grad_(True)  # hooks can only be set then, and it may be unfrozen later
             handles.append(p.register_hook(partial(before, p, view)))  # type: ignore[no-untyped-call]
@@ -105,7 +107,7 @@ class GradientMemory(ErrorMemory):
             self._unit = lr
 
     def check(self) -> None:
-        for name, p, view in zip(self._flat.names, self._flat.parameters, self._views, strict=True):
+        for name, p, view in zip(self._flat.names, self._flat.parameters, self.views, strict=True):
             if p.grad is None or p.grad.data_ptr() != view.data_ptr():
                 raise RuntimeError(
                     f"{_HOLD}, but that of {name} was cleared or replaced (zero_grad, backward(create_graph=True)?)"

@@ -7,6 +7,7 @@ from torch import Tensor
 from packsaddle.direction import Extras, Gradient
 from packsaddle.feedback import ErrorMemory
 from packsaddle.flat import FlatParameters
+from packsaddle.guard import Guard
 
 
 class LocalSteps:
@@ -23,22 +24,35 @@ class LocalSteps:
             raise ValueError(f"local_steps above 1 need parameters of 32 or 64 bits, got {flat.x.dtype}")
         self._flat, self.every = flat, every
         self.synced = flat.x.clone() if every > 1 else flat.x  # where all workers last met, float[d]
+        self._x = flat.shaped(flat.x)
 
     def correct(
-        self, memory: ErrorMemory, direction: Gradient, lrs: Sequence[float], extras: Extras, step: int
+        self, memory: ErrorMemory, direction: Gradient, lrs: Sequence[float], extras: Extras, step: int, guard: Guard
     ) -> Tensor | None:
-        """Do one step; return what is to be exchanged, float[d] (line 10), or None if it is not time for it."""
+        """Try one step; return what is to be exchanged, float[d] (line 10), or None if it is not time for it.
+
+        Between exchanges x only moves against a gradient that `guard` finds to be finite, this worker's own matter.
+        """
         if self.every == 1:
             return memory.correct(direction, lrs, extras)
         if step % self.every == 0:
-            self.settle()  # all have met; weights may have been loaded since
-        views = self._flat.views(self._flat.x)
-        self._flat.change(lambda x: direction.add_to(x, views, [-lr for lr in lrs], extras))
+            self.meet()  # weights may have been loaded since
+        usable = guard.passes(direction, step)
+        if usable:
+            self._flat.change(lambda x: direction.add(self._x, self._x, [-lr for lr in lrs], extras))
+        direction.settle(taken=usable)
         if (step + 1) % self.every:
             return None
-        memory.add(self.drift())
+        v = memory.correct_by(self.drift())
         self._flat.x.copy_(self.synced)
-        return memory.vector
+        return v
+
+    def settle(self, direction: Gradient, *, taken: bool) -> None:
+        """End a step with an exchange, which was taken or not."""
+        if self.every == 1:
+            direction.settle(taken=taken)
+        else:
+            self.meet()
 
     def drift(self) -> Tensor:
         """Return x_synced - x, float[d]: what this worker has moved by itself."""
@@ -48,7 +62,7 @@ class LocalSteps:
         """Return `pending`, float[d], plus what this worker has moved by itself; not a copy if every step exchanges."""
         return pending if self.every == 1 else pending + self.drift()
 
-    def settle(self) -> None:
+    def meet(self) -> None:
         """Take x as it is for where all workers have met."""
         if self.synced is not self._flat.x:
             self.synced.copy_(self._flat.x)

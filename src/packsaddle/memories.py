@@ -12,13 +12,22 @@ Memory = Literal["buffer", "gradient", "ef21"]
 
 
 def make_memory(
-    kind: str, flat: FlatParameters, rates: Callable[[], Sequence[float]], *, exchange: str, local_steps: int
+    kind: str,
+    flat: FlatParameters,
+    rates: Callable[[], Sequence[float]],
+    *,
+    exchange: str,
+    local_steps: int,
+    spare: bool,
 ) -> ErrorMemory:
-    """Return the memory of this kind. Raises ValueError for any other, and for what it does not go with."""
+    """Return the memory of this kind, with a `spare` vector if it is to leave steps out and needs one.
+
+    Raises ValueError for any other kind, and for what it does not go with.
+    """
     if kind not in get_args(Memory):
         raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {kind!r}")
     if kind == "buffer":
-        return ErrorMemory(flat)
+        return ErrorMemory(flat, spare=spare)
     if exchange != "direct":  # others hold errors back, in the units that the messages had
         raise ValueError(f'memory="{kind}" is for exchange "direct", got {exchange!r}')
     if local_steps > 1:

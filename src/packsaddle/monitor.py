@@ -1,7 +1,7 @@
 """How much compression really keeps: the contraction mu of single steps, whole and by tensor."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from packsaddle.flat import FlatParameters
 class Every:
     """Falls due every so many steps, and stays so until it is done: not every step may exchange. Never, if 0."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, name: str = "monitor_every") -> None:
         if steps < 0:
-            raise ValueError(f"monitor_every must be 0 or more steps, got {steps}")
+            raise ValueError(f"{name} must be 0 or more steps, got {steps}")
         self.steps = steps
         self._done = 0  # the step count when it was done last
 
@@ -24,7 +24,16 @@ class Every:
 
     def done(self, step: int) -> None:
         """Take it for done in this step."""
-        self._done = step + 1
+        self.finished(step + 1)
+
+    def finished(self, steps: int) -> None:
+        """Take it for done when there were so many steps."""
+        self._done = steps
+
+    @property
+    def last(self) -> int:
+        """How many steps there were when it was done last."""
+        return self._done
 
 
 class ContractionMonitor:
@@ -40,19 +49,30 @@ class ContractionMonitor:
         self.whole: float | None = None  # the last measured mu_t
         self.by_tensor: Mapping[str, float] = {}  # the same for each tensor; a tensor of zeros counts as 1
         self._flat = flat
+        self._before: list[float] | None = None
 
-    @contextmanager
-    def watching(self, step: int, pending: Tensor) -> Iterator[None]:
-        """Measure what the exchange inside leaves of `pending`, float[d], if the step is due."""
-        if not self._every.due(step):
-            yield
+    def before(self, step: int, pending: Tensor) -> None:
+        """Measure what is to be exchanged, float[d], if the step is due."""
+        self._before = self._energies(pending) if self._every.due(step) else None
+
+    def after(self, step: int, pending: Tensor) -> None:
+        """Measure what the exchange has left of it, if the step is due."""
+        before = self._before
+        if before is None:
             return
         self._every.done(step)
-        before = self._energies(pending)
-        yield
         after = self._energies(pending)
         self.whole = contraction(sum(before), sum(after))
         self.by_tensor = {name: contraction(b, a) for name, b, a in zip(self._flat.names, before, after, strict=True)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured last, and when."""
+        return {"whole": self.whole, "by_tensor": dict(self.by_tensor), "steps": self._every.last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`, if it has anything."""
+        self.whole, self.by_tensor = state.get("whole"), dict(state.get("by_tensor", {}))
+        self._every.finished(state.get("steps", 0))
 
     def _energies(self, pending: Tensor) -> list[float]:
         views = [view.reshape(-1) for view in self._flat.views(pending)]

@@ -46,6 +46,19 @@ class Ramp:
         return self.std + (self.final - self.std) * (step - self.start) / (self.stop - self.start)
 
 
+class Rescheduled:
+    """A schedule that may be replaced by another on the way: where the steps of an epoch change, say."""
+
+    def __init__(self, ramp: Ramp) -> None:
+        self.ramp = ramp
+
+    def __call__(self, step: int) -> float:
+        return self.ramp(step)
+
+    def __repr__(self) -> str:
+        return repr(self.ramp)
+
+
 @dataclass(frozen=True)
 class Noise:
     """xi_t, float[d], the same on every worker; a stretch of it can be added to a vector without making the rest."""

@@ -12,27 +12,30 @@ from torch import Tensor
 from packsaddle.agree import check_agreement
 from packsaddle.average import Averaged
 from packsaddle.channel import Channel
-from packsaddle.checkpointed import Checkpointed
 from packsaddle.choose import choose, warn_of_nothing
 from packsaddle.compress import Compressor, RandomK
 from packsaddle.direction import Extras, make_direction
+from packsaddle.drift import DriftGuard, OnDrift
 from packsaddle.ef21 import EstimateMemory
 from packsaddle.escape import Escape, EscapeCheck, Reset
 from packsaddle.exchange import resolve
 from packsaddle.flat import FlatParameters
 from packsaddle.gradmemory import GradientMemory
+from packsaddle.guard import Guard
 from packsaddle.kernels import compiler
 from packsaddle.ledger import Ledger
 from packsaddle.localsteps import LocalSteps
 from packsaddle.memories import Memory, make_memory
 from packsaddle.monitor import ContractionMonitor
 from packsaddle.perturb import Perturber
+from packsaddle.readings import Readings
 from packsaddle.seeds import as_seed
+from packsaddle.skips import NonFiniteError
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
 
 
-class CompressedSGD(Checkpointed):
+class CompressedSGD(Readings):
     """Compressed, perturbed SGD with error feedback, on one process or on many with the same code.
 
     Args:
@@ -59,6 +62,12 @@ class CompressedSGD(Checkpointed):
         momentum, nesterov: of each worker's gradients, before compression (see `Momentum`).
         storm: the weight a of a new gradient in STORM's variance reduction (see `Storm`); `step` then needs a closure.
         local_steps: exchange at every so many steps only, and move each worker's own x in between (see `LocalSteps`).
+        max_skipped: a step in which a worker's gradient is not finite is left out on all of them, with x, memories and
+            t as they were, and entered in `opt.skips`; after more than so many in a row NonFiniteError is raised. None
+            takes gradients as they come, and saves a vector of memory.
+        compare_every, on_drift: every so many steps workers compare fingerprints of x, 8 bytes; where one differs,
+            DriftError names the first tensor and the workers, or with "repair" all go on from worker 0's, entered in
+            `opt.drifts`. 0 never does.
         process_group: a torch.distributed process group; None is the default group if there is one, else
             this process alone.
 
@@ -88,6 +97,9 @@ class CompressedSGD(Checkpointed):
         nesterov: bool = False,
         storm: float | None = None,
         local_steps: int = 1,
+        max_skipped: int | None = 20,
+        compare_every: int = 100,
+        on_drift: OnDrift = "stop",
         process_group: Any = None,
     ) -> None:
         if not isinstance(compressor, Compressor):
@@ -104,10 +116,13 @@ class CompressedSGD(Checkpointed):
         self.compressor = compressor.for_tensors(shapes)
         self.ledger = Ledger()
         self.channel = Channel(resolve(process_group), self.ledger)
-        self._direction = make_direction(self._flat, momentum, nesterov, storm, memory)
+        self.guard = Guard(max_skipped, self.channel)
+        self._drift = DriftGuard(compare_every, on_drift, self.channel)
+        spare = max_skipped is not None
+        self._direction = make_direction(self._flat, momentum, nesterov, storm, memory, spare=spare)
         rates = partial(self._each, "lr")
-        self._memory = make_memory(memory, self._flat, rates, exchange=exchange, local_steps=local_steps)
-        self._step_supports_amp_scaling = isinstance(self._memory, GradientMemory)  # so that `step` can refuse it
+        self._memory = make_memory(memory, self._flat, rates, exchange=exchange, local_steps=local_steps, spare=spare)
+        self._step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to leave a step out
         self.choice = choose(
             self.compressor,
             exchange,
@@ -135,7 +150,8 @@ class CompressedSGD(Checkpointed):
         same |= {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back, "noise": noise}
         same |= {"memory": memory, "lazy_noise": lazy_noise, "kernels": compiler(self._flat.x.device)}
         same |= {"momentum": momentum, "nesterov": nesterov, "storm": storm, "local_steps": local_steps}
-        check_agreement(self.channel, {**same, **sizes, "escape": escape}, self._flat.x.device)
+        same |= {"max_skipped": max_skipped, "compare_every": compare_every, "on_drift": on_drift}
+        check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
         self._local = LocalSteps(self._flat, local_steps)
@@ -165,22 +181,49 @@ class CompressedSGD(Checkpointed):
         loss = self._direction.evaluate(closure, decays)
         scalars = None if scalars is None else scalars.detach().reshape(-1)
         self._flat.check_attached()
-        if getattr(self, "found_inf", None) is not None:  # set by a GradScaler
-            raise RuntimeError('memory="gradient" goes with no GradScaler, which would scale the error memory too')
         self._memory.check()
         self.channel.step = t = self._step
-        extras = Extras(decays, *self._noise.draw(self._memory, lrs, t))  # line 9
-        corrected = self._local.correct(self._memory, self._direction, lrs, extras, t)
-        self._step = t + 1
-        if corrected is None:
-            return loss
-        with self.monitor.watching(t, corrected):
-            g = self._average(corrected, scalars, t)  # line 10
+        extras = Extras(decays, *self._noise.draw(self._memory, lrs, t), scale=self._scale())  # line 9
+        corrected = self._local.correct(self._memory, self._direction, lrs, extras, t, self.guard)
+        if corrected is None or self._exchange(corrected, scalars, t):
+            self._step = t + 1
+        self._publish_tried()
+        if corrected is not None and self._step > t:
+            self._compare(t)
+            self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
+        return loss
+
+    def _scale(self) -> float:
+        """What a GradScaler has multiplied the gradients by; note whether it found an Inf in them."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found is not None and isinstance(self._memory, GradientMemory):
+            raise RuntimeError('memory="gradient" goes with no GradScaler, which would scale the error memory too')
+        self.guard.overflowed = found is not None and bool(found)
+        return 1.0 if scale is None else float(scale)
+
+    def _exchange(self, corrected: Tensor, scalars: Tensor | None, t: int) -> bool:
+        """Do lines 10-12 with the corrected vector, float[d]; return whether all workers could."""
+        self.guard.inspect(corrected, self._direction.total, blank=self._memory.can_leave_out)
+        self.monitor.before(t, corrected)
+        held = self.choice.protocol.snapshot()
+        g, taken = self._average(corrected, scalars, t)  # line 10
+        if taken:
             lost = self._apply(g, t)  # line 11
             self._memory.absorb(g.own, lost)  # line 12
-        self._local.settle()
-        self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
-        return loss
+            self.monitor.after(t, corrected)
+        else:
+            self.choice.protocol.restore(held)
+        self._local.settle(self._direction, taken=taken)
+        if not taken:
+            self._leave_out(t)
+        elif self._local.every == 1:
+            self.guard.skips.took()
+        return taken
+
+    def _leave_out(self, t: int) -> None:
+        self.guard.leave_out(self._direction, t)
+        if not self._memory.can_leave_out:
+            raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, as with any optimizer. Raises RuntimeError with memory="gradient"."""
@@ -188,21 +231,25 @@ class CompressedSGD(Checkpointed):
             raise RuntimeError('with memory="gradient" zero_grad() would throw away the error memory; leave it out')
         super().zero_grad(set_to_none)
 
-    def _average(self, corrected: Tensor, scalars: Tensor | None, t: int) -> Averaged:
-        """Exchange the corrected vector, float[d]: C(.) of its compressed part, and its dense part."""
+    def _average(self, corrected: Tensor, scalars: Tensor | None, t: int) -> tuple[Averaged, bool]:
+        """Exchange the corrected vector, float[d]: C(.) of its compressed part, and its dense part.
+
+        Returns the outcome, and whether all workers' vectors were finite.
+        """
         compressed, dense = corrected[: self._flat.compressed_d], corrected[self._flat.compressed_d :]
         scalars = dense[:0] if scalars is None else scalars.to(dense)
         rates = self._rates_of_x(dense)
-        sent = torch.cat([dense, scalars, rates]) if len(scalars) or len(rates) else dense
+        marked = self.guard.mark(dense)
+        sent = torch.cat([marked, scalars, rates]) if len(scalars) or len(rates) else marked
         g = self.choice.protocol.average(self.channel, compressed, sent, seed=self.seed, step=t)
-        mean, mean_scalars, mean_rates = torch.split(g.dense, [len(dense), len(scalars), len(rates)])
+        mean, mean_scalars, mean_rates = torch.split(g.dense, [len(marked), len(scalars), len(rates)])
         self.scalars = mean_scalars.clone()
         if len(rates) and not torch.allclose(mean_rates, rates, rtol=1e-5, atol=0):
             raise RuntimeError(
                 f"workers must have one lr and one noise at every step, but what they make of x's change is "
                 f"{rates.tolist()} here (lr, std of the noise) and {mean_rates.tolist()} in the mean"
             )
-        return replace(g, dense=mean)
+        return replace(g, dense=mean[: len(dense)]), self.guard.agrees(mean)
 
     def _rates_of_x(self, like: Tensor) -> Tensor:
         """What each worker multiplies x's change by itself, so that it must be equal everywhere: float[2], or nothing.
@@ -227,10 +274,13 @@ class CompressedSGD(Checkpointed):
         self._noise.join(g, self._memory.unit, t)
         return self._flat.change(lambda x: self._memory.apply(x, g))
 
-    def _outstanding(self) -> Tensor:
-        """This worker's part of eta e: its own memory, local steps, what the protocol holds back, outstanding noise."""
-        pending = self.choice.protocol.add_residual(self._memory.pending(), self.channel.group.size)
-        return self._noise.add_outstanding(self._local.add_drift(pending), self._step)
+    def _compare(self, t: int) -> None:
+        """See that x, and what else all workers should have alike, is equal; after an exchange."""
+        if not self._drift.due(t):
+            return
+        shared = {"": self._flat.x, **self._shared()}
+        self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared))
+        self._local.meet()
 
     def _check_escape(self) -> None:
         if self._escape is None:
@@ -240,57 +290,7 @@ class CompressedSGD(Checkpointed):
             self._memory.reset(lost)
             self.choice.protocol.reset()
             self._noise.clear()
-            self._local.settle()
+            self._local.meet()
             if not reset.committed:
                 self._direction.reset()
             self.resets.append(reset)
-
-    def _each(self, name: str) -> list[float]:
-        return [float(group[name]) for group in self.param_groups]
-
-    @property
-    def steps(self) -> int:
-        """t, the number of steps taken."""
-        return self._step
-
-    @property
-    def mu(self) -> float:
-        """The effective contraction of the whole vector: 1 - E||v - C(v)||^2 / ||v||^2 for v of even energy.
-
-        Dense coordinates are sent exactly, so this exceeds `compressor.mu` of the compressed part, which is
-        what holds for every v (all of v's energy may lie there).
-        """
-        d, compressed = self._flat.d, self._flat.compressed_d
-        kept = self.choice.protocol.mu(compressed, self.channel.group.size) * compressed
-        return (kept + (d - compressed)) / d if d else 1.0
-
-    @property
-    def compressed_numel(self) -> int:
-        """How many coordinates are compressed; the other `numel - compressed_numel` go dense."""
-        return self._flat.compressed_d
-
-    @property
-    def numel(self) -> int:
-        """d, the number of coordinates."""
-        return self._flat.d
-
-    @torch.no_grad()
-    def error(self) -> Tensor:
-        """Return e_t = mean_i e^(i), float[d], in the order of torch's `parameters_to_vector`; collective.
-
-        Raises RuntimeError where a learning rate is 0 (then e_t is undefined; `corrected` is not).
-        """
-        if 0.0 in self._each("lr"):
-            raise RuntimeError("error() divides by the learning rate, which is 0; use corrected()")
-        e = self._mean_pending()
-        for run in self._flat.runs:
-            e[run.start : run.stop].div_(self._each("lr")[run.group])
-        return self._flat.in_order(e)
-
-    @torch.no_grad()
-    def corrected(self) -> Tensor:
-        """Return y_t = x_t - eta e_t, float[d], in the order of torch's `parameters_to_vector`; collective."""
-        return self._flat.in_order(self._local.synced - self._mean_pending())
-
-    def _mean_pending(self) -> Tensor:
-        return self.channel.mean(self._outstanding().clone(), "inspection")

@@ -30,6 +30,7 @@ class Owners(Protocol):
         super().__init__(compressor)
         self.back = back
         self._residual: Tensor | None = None  # float[>= d], this owner's error on its own chunk, zero elsewhere
+        self._own: Chunk | None = None  # known from the first exchange
 
     @abstractmethod
     def bounds(self, d: int, workers: int) -> list[int]:
@@ -41,6 +42,7 @@ class Owners(Protocol):
             return Averaged((), (), mean_dense)
         rank, size = channel.group.rank, channel.group.size
         chunks = list(pairwise(self.bounds(len(v), size)))
+        self._own = chunks[rank]
         own = {
             owner: self._compress(v, chunk, mix(self._seed_of(rank, seed), owner), step)
             for owner, chunk in enumerate(chunks)
@@ -106,11 +108,17 @@ class Owners(Protocol):
             self._residual.zero_()
 
     def snapshot(self) -> Tensor | None:
-        return None if self._residual is None else self._residual.clone()
+        return None if self._residual is None else self._residual[slice(*(self._own or (None,)))].clone()
 
     def restore(self, snapshot: Tensor | None) -> None:
-        if self._residual is not None:
-            self._residual.copy_(torch.zeros_like(self._residual) if snapshot is None else snapshot)
+        if self._residual is None:
+            return
+        if snapshot is None:
+            self._residual.zero_()
+        elif len(snapshot) == len(self._residual):  # taken before the chunk was known
+            self._residual.copy_(snapshot)
+        elif self._own:
+            self._residual[slice(*self._own)].copy_(snapshot)
 
     def mu(self, d: int, workers: int) -> float:
         """Both compressions keep their share, chunk by chunk; the second one's error is kept at the owner."""

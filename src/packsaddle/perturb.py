@@ -63,7 +63,6 @@ class Perturber:
             return xi, 0
         if len(set(lrs)) == 1 and not self._flat.has_frozen:
             self.grown = lrs[0] * xi.std if xi else 0.0
-            self._outstanding.grow(self.grown)
             return xi, self._d
         # Cells do not end where parameters do, so what is outstanding goes the usual way.
         self._settle(self._outstanding, memory, step)
@@ -76,8 +75,12 @@ class Perturber:
             outstanding.clear()
 
     def join(self, g: Averaged, unit: float, step: int) -> None:
-        """Add the outstanding noise of the cells that were exchanged to what all apply, in units of `unit`."""
-        if self._outstanding is not None and self._outstanding.anything:
+        """Leave this step's noise outstanding where it is to be; add that of the cells that were exchanged to what all
+        apply, in units of `unit`."""
+        if self._outstanding is None:
+            return
+        self._outstanding.grow(self.grown)
+        if self._outstanding.anything:
             message = g.mean[0].message
             values = message.parts["values"]
             self._outstanding.take(message.context, values, 1 / unit, seed=self._seed, step=step)

@@ -15,12 +15,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from packsaddle.durable import write_whole
 from packsaddle.recorded import read_lines, read_object
 from packsaddle.schema import ConfigError
 from packsaddle.wording import printable
@@ -45,19 +46,39 @@ class RunFolder:
         with (self.path / name).open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    def settle(self) -> None:
+        """Have the .jsonl files reach the disk, before a checkpoint says that they are there. Raises OSError."""
+        for path in self.path.glob("*.jsonl"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def cut(self, step: int) -> None:
+        """Cut the .jsonl files back to what they were when `step` steps were done. Raises ConfigError if damaged."""
+        for name, last in (("metrics.jsonl", step), ("certificates.jsonl", step - 1)):
+            path = self.path / name
+            if path.exists():
+                try:
+                    lines = [line for line in read_lines(path) if line["step"] <= last]
+                except (ConfigError, KeyError, TypeError) as error:
+                    raise ConfigError(f"{path} is damaged: {error}") from None
+                text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+                if text != path.read_bytes():
+                    self._replace(name, partial(_write, text))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
     def save_tensors(self, name: str, content: Mapping[str, Any]) -> None:
         """Write tensors and plain types atomically, to be read with torch.load(weights_only=True)."""
         self._replace(name, lambda file: torch.save(content, file))
 
     def _replace(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
-        target = self.path / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
+        write_whole(self.path / name, write)
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 def make_new(path: Path) -> None:

@@ -1,32 +1,51 @@
 """The training loop of a configured run: the same for one process, torchrun's workers and a simulation."""
 
 import math
+import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from packsaddle.calendar import Calendar
+from packsaddle.checkpoint import restore, save_checkpoint
+from packsaddle.checkpointfiles import CheckpointError
 from packsaddle.config import Config, NoiseConfig
-from packsaddle.data import Batches, load_data, shard
+from packsaddle.data import deal, load_data, shard
 from packsaddle.escape import Escape
-from packsaddle.exchange import local_device, resolve
+from packsaddle.exchange import Group, Solo, local_device, resolve
+from packsaddle.footing import Footing
 from packsaddle.inspection import Inspector
 from packsaddle.ledger import Bytes
 from packsaddle.models import Task, make_task
-from packsaddle.noise import Ramp
+from packsaddle.noise import Ramp, Rescheduled
 from packsaddle.norms import average_buffers, connect
 from packsaddle.optimizer import CompressedSGD
+from packsaddle.parts import on_all
 from packsaddle.progress import live, megabytes
+from packsaddle.rotation import remove_all
 from packsaddle.runfolder import RunFolder
+from packsaddle.saving import Saving, Wishes
 from packsaddle.schema import ConfigError
 from packsaddle.seeds import Stream, mix
 from packsaddle.simulate import FusedGroup
+from packsaddle.skips import NonFiniteError
+from packsaddle.tally import Tally
+from packsaddle.together import Together
 
+CHECKPOINTS = "checkpoint"  # the folder in a run's folder
+STOPPED = "stopped.json"  # is there while a run is stopped that was told to
+NEVER = Saving(every=0)
 _EVAL_BATCH = 512
-_NOT_TRAINING = ("start", "metrics", "buffers")  # what bytes are for besides gradients
+_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # what bytes are for besides gradients
+
+
+class LoadingError(CheckpointError):
+    """No worker can go on from the checkpoints there are, for a reason that all know."""
 
 
 class Training:
@@ -42,24 +61,30 @@ class Training:
         rank, size = self.group.rank, self.group.size
         # The workers this process stands for: all of them in a fused simulation, else one.
         self.members = range(size) if isinstance(self.group, FusedGroup) else range(rank, rank + 1)
-        self.shards = [
-            shard(self.data, config.data.shard, worker=w, workers=size, seed=config.seed) for w in self.members
-        ]
-        self.batches = [
-            Batches(mine, config.batch_size, worker=w, seed=config.seed)
-            for w, mine in zip(self.members, self.shards, strict=True)
-        ]
-        self.steps_per_epoch = max(1, len(self.data) // (config.batch_size * size))
-        rounds = round(config.epochs * self.steps_per_epoch / config.local_steps)
-        self.steps = max(1, rounds) * config.local_steps  # a run ends with an exchange
+        self.history = [(0, size)]
+        self._plan()
         start = mix(config.seed, int(Stream.INIT)) >> 33
         shape, parts = self.data.shape, len(self.members)
         task = make_task(config.model, shape, self.data.classes, start, parts).to(self.device, self.dtype)
         # Convolutions on a CPU are a quarter faster with channels last.
         self.task: Task = task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._schedule = Rescheduled(self._ramp) if self._ramp else None
         self.optimizer = self._make_optimizer()
         connect(self.task, self.optimizer.channel)
-        self.inspector = Inspector(config, self.task, self.data, self.shards, self.steps, self.steps_per_epoch)
+        calendar = self.calendar
+        self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
+        self.footing = Footing(config, self.task, self.optimizer, self.data, self.shards)
+        self.warnings: list[str] = []
+        self.tally = Tally()
+
+    def _plan(self) -> None:
+        """Deal the data and lay out the run, as the history of the numbers of workers has it."""
+        config, (_, size) = self.config, self.history[-1]
+        how, seed = config.data.shard, config.seed
+        self.shards = [shard(self.data, how, worker=w, workers=size, seed=seed) for w in self.members]
+        self.batches = deal(self.data, how, config.batch_size, seed=seed, history=self.history, workers=self.members)
+        self.calendar = Calendar.of(self.history, len(self.data), config.batch_size, config.epochs, config.local_steps)
+        self._ramp = _ramp(config.noise, self.calendar)
 
     def _make_optimizer(self) -> CompressedSGD:
         config = self.config
@@ -68,7 +93,7 @@ class Training:
                 self.task.named_parameters(),
                 config.lr,
                 compressor=config.compressor,
-                noise=_noise(config.noise, self.steps_per_epoch, self.steps),
+                noise=self._schedule or config.noise.std,
                 escape=self._escape(),
                 weight_decay=config.weight_decay,
                 momentum=config.momentum,
@@ -81,40 +106,158 @@ class Training:
                 exchange=config.exchange,
                 back=config.back,
                 monitor_every=config.log_every,
+                max_skipped=config.max_skipped,
+                compare_every=config.compare_every,
+                on_drift=config.on_drift,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
-    def run(self, folder: RunFolder, *, quiet: bool) -> None:
-        """Train, recording a line of metrics every `log_every` steps, then evaluate, summarise and checkpoint."""
-        sums = torch.zeros(2, dtype=torch.float64)  # of the loss and of the gradient norm since the last line
-        final = torch.zeros(1, dtype=torch.float64)  # mean loss of the last epoch
-        line: dict[str, Any] = {}  # the last one written; the last step always writes one
-        begin, since, text = time.perf_counter(), 0, "starting"
-        tested = 0.0  # seconds spent on tests along the run
-        with live(self.config.label or folder.path.name, self.steps, quiet=quiet or self.group.rank != 0) as report:
-            for step in range(self.steps):
-                self.inspector.look(step, folder)
-                measured = self._step(step)
-                sums += measured
-                if step >= self.steps - self.steps_per_epoch:
-                    final += measured[0] / min(self.steps, self.steps_per_epoch)
-                if (step + 1) % self.config.log_every == 0 or step + 1 == self.steps:
-                    means = self.optimizer.channel.mean(sums / (step + 1 - since), "metrics")
-                    line = self._line(step + 1, means, time.perf_counter() - begin - self.inspector.seconds - tested)
-                    if self._test_due(step + 1, since):
-                        before = time.perf_counter()
-                        line |= self._test()
-                        tested += time.perf_counter() - before
-                    if self.group.rank == 0:
-                        folder.append("metrics.jsonl", line)
-                    sums, since, text = torch.zeros_like(sums), step + 1, _describe(line, self.group.size)
-                report(step + 1, text)
-            self.inspector.look(self.steps, folder)
-        self._finish(folder, line, self.optimizer.channel.mean(final, "metrics").item())
+    def run(self, folder: RunFolder, *, quiet: bool, saving: Saving = NEVER) -> bool:
+        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarise.
 
-    def _step(self, step: int) -> Tensor:
-        """One step of the algorithm; returns this worker's loss and gradient norm, float64[2]."""
+        Returns False if the run was told to stop; it has saved a checkpoint then. Raises CheckpointError if one cannot
+        be written, or gone on from.
+        """
+        quiet = quiet or self.group.rank != 0
+        tally = self.tally
+        if saving.resume:
+            self._resume(folder, quiet=quiet)
+        steps, first = self.calendar.steps, tally.step
+        wishes = Wishes(saving, self.calendar.per_epoch, self.group.rank, first)
+        begin, text = time.perf_counter() - tally.elapsed, "starting"
+        with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
+            for step in range(first, steps):
+                self.inspector.look(step, folder)
+                self._look_ahead(step, quiet=quiet)
+                skipped = self.optimizer.skipped
+                try:
+                    measured = self._step(step, wishes.scalars(step))
+                except NonFiniteError as error:
+                    raise self._given_up(error, folder, saving) from error
+                taken = self.optimizer.skipped == skipped
+                tally.add(measured, taken=taken, last=step >= steps - self.calendar.per_epoch)
+                tally.step = step + 1
+                if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
+                    seconds = time.perf_counter() - begin - self.inspector.seconds - tally.tested - tally.saved
+                    tally.line = line = self._log(folder, seconds)
+                    text = _describe(line, self.group.size)
+                report(step + 1, text)
+                if step + 1 < steps and self.optimizer.steps % self.config.local_steps == 0:
+                    save, stop = wishes.heard(step + 1, self.optimizer.scalars)
+                    if save:
+                        tally.elapsed = time.perf_counter() - begin
+                        wishes.saved(step + 1, self._save(folder))
+                    if stop:
+                        self._say_stopped(folder, saving, quiet=quiet)
+                        return False
+            self.inspector.look(steps, folder)
+        self._finish(folder, tally)
+        return True
+
+    def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
+        """Write a line of metrics and return it."""
+        tally = self.tally
+        means = self.optimizer.channel.mean(tally.means(), "metrics")
+        line = self._line(tally.step, means, seconds)
+        if self._test_due(tally.step, tally.since):
+            before = time.perf_counter()
+            line |= self._test()
+            tally.tested += time.perf_counter() - before
+        if self.group.rank == 0:
+            folder.append("metrics.jsonl", line)
+        tally.begin_line()
+        return line
+
+    def _look_ahead(self, step: int, *, quiet: bool) -> None:
+        """Warn if the steps to come are past stability."""
+        if self.group.rank == 0 and self.footing.due(step, self.calendar):
+            before, warning = time.perf_counter(), self.footing.warning(step)
+            self.inspector.seconds += time.perf_counter() - before
+            if warning and warning not in self.warnings:
+                self.warnings.append(warning)
+                if not quiet:
+                    print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+    def _given_up(self, error: NonFiniteError, folder: RunFolder, saving: Saving) -> NonFiniteError:
+        """Keep what there was before, when a run cannot go on; return what to say."""
+        if not saving.on:
+            return error
+        self.optimizer.guard.skips.took()  # who goes on may have mended it
+        self._save(folder)
+        return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept; to go on: {saving.hint}")
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.task, "optimizer": self.optimizer}
+
+    def _own_group(self) -> Group:
+        """The group of those that have files: a fused simulation is one."""
+        return Solo() if isinstance(self.group, FusedGroup) else self.group
+
+    def _save(self, folder: RunFolder) -> float:
+        """Save a checkpoint; return the seconds it took."""
+        before, tally = time.perf_counter(), self.tally
+        if self.group.rank == 0:
+            folder.settle()
+        extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
+        extra |= {"inspected": self.inspector.seconds, "sums": tally.sums, "final": tally.final}
+        save_checkpoint(
+            folder.path / CHECKPOINTS, self._parts(), step=tally.step, extra=extra, process_group=self._own_group()
+        )
+        seconds = time.perf_counter() - before
+        tally.saved += seconds
+        return seconds
+
+    def _resume(self, folder: RunFolder, *, quiet: bool) -> None:
+        """Go on from the newest checkpoint, if there is one, with what has been recorded since cut off."""
+        try:
+            found = restore(folder.path / CHECKPOINTS, self._parts(), process_group=self._own_group())
+            if found is not None and found.step >= 0:
+                self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
+                self.inspector.seconds = found.extra["inspected"]
+                self._continue([(step, workers) for step, workers in found.extra["history"]], found.step)
+            on_all(Together(self._own_group(), torch.device("cpu")), partial(self._cut, folder))
+        except CheckpointError as error:
+            raise LoadingError(str(error)) from error
+        notes = () if found is None else found.notes
+        if not quiet:
+            where = f"goes on from step {self.tally.step} of {self.calendar.steps}" if self.tally.step else "begins"
+            print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
+
+    def _cut(self, folder: RunFolder) -> None:
+        if self.group.rank == 0:
+            try:
+                folder.cut(self.tally.step)
+                folder.remove(STOPPED)
+            except (ConfigError, OSError) as error:
+                raise CheckpointError(str(error)) from error
+
+    def _continue(self, history: list[tuple[int, int]], step: int) -> None:
+        """Have the past that a checkpoint tells of, and from here on this number of workers."""
+        size = self.group.size
+        self.history = history if history[-1][1] == size else [*history, (step, size)]
+        if len(self.history) == 1:
+            return
+        if self.config.certify is not None:
+            raise CheckpointError(
+                f"a run with [certify] cannot go on with {size} workers, having begun with {history[-1][1]}: the steps "
+                f"that it certifies were counted for those"
+            )
+        self._plan()
+        if self._schedule and self._ramp:
+            self._schedule.ramp = self._ramp
+
+    def _say_stopped(self, folder: RunFolder, saving: Saving, *, quiet: bool) -> None:
+        self._own_group().all_reduce(torch.zeros(1))  # all have saved
+        if self.group.rank == 0:
+            step, hint = self.tally.step, saving.hint
+            folder.write_json(STOPPED, {"step": step, "of": self.calendar.steps, "resume": hint})
+            if not quiet:
+                print(f"stopped at step {step} of {self.calendar.steps}; to go on: {hint}", flush=True)
+
+    def _step(self, step: int, scalars: Tensor | None) -> Tensor:
+        """One step of the algorithm, `scalars` exchanged with it; returns this worker's loss and gradient norm,
+        float64[2]."""
         index = torch.cat([batches[step] for batches in self.batches])
 
         def closure() -> Tensor:
@@ -123,7 +266,7 @@ class Training:
             torch.autograd.backward(loss)
             return loss.detach()
 
-        loss = self.optimizer.step(closure)
+        loss = self.optimizer.step(closure, scalars=scalars)
         gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         return torch.stack([loss, norm]).to("cpu", torch.float64)
@@ -132,8 +275,8 @@ class Training:
         """Whether a test fell due since the last line of metrics."""
         if self.config.test_every is None:
             return False
-        every = self.config.test_every * self.steps_per_epoch
-        return steps // every > since // every
+        every = self.config.test_every * self.calendar.per_epoch
+        return self.calendar.position(steps) // every > self.calendar.position(since) // every
 
     def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return self.data.batch(index, self.device, self.dtype)
@@ -149,37 +292,42 @@ class Training:
         moved = sum((b for name, b in purposes.items() if name != "start"), Bytes())
         return {
             "step": steps,
-            "epoch": steps / self.steps_per_epoch,
+            "epoch": self.calendar.epoch(steps),
             "loss": float(means[0]),
             "grad_norm": float(means[1]),
             **asdict(moved),
             "seconds": seconds,
             "resets": len(self.optimizer.resets),
+            "skipped": self.optimizer.skipped,
             "mu": self.optimizer.monitor.whole,
             "mu_by_tensor": self.optimizer.monitor.by_tensor,
         }
 
-    def _finish(self, folder: RunFolder, last: dict[str, Any], final_loss: float) -> None:
+    def _finish(self, folder: RunFolder, tally: Tally) -> None:
         """Save the checkpoint before anything that could still fail, then evaluate and summarise."""
+        final = tally.final / max(1, min(self.calendar.steps, self.calendar.per_epoch) - tally.left_out_last)
+        final_loss = self.optimizer.channel.mean(final, "metrics").item()
         average_buffers(self.task, self.optimizer.channel)
         folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.optimizer.state_dict())
         if self.group.rank == 0:
             weights = {k: v.clone() for k, v in self.task.network.state_dict().items()}
             folder.save_tensors("checkpoint/model.pt", weights)
         test = self._test()
-        if self.group.rank != 0:
-            return
+        if self.group.rank == 0:
+            self._summarise(folder, test, final_loss)
+        self._own_group().all_reduce(torch.zeros(1))  # the run is done, whoever ends now
+        remove_all(folder.path / CHECKPOINTS)
+
+    def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
         opt, ledger = self.optimizer, self.optimizer.ledger
-        dense = self.steps * opt.numel * 4
-        training = sum(
-            b.payload for name, b in ledger.by_purpose.items() if name not in ("start", "metrics", "buffers")
-        )
+        dense = self.calendar.steps * opt.numel * 4
+        training = sum(b.payload for name, b in ledger.by_purpose.items() if name not in _NOT_TRAINING)
         folder.write_json(
             "summary.json",
             {
                 "label": self.config.label or folder.path.name,
                 "workers": self.group.size,
-                "steps": self.steps,
+                "steps": self.calendar.steps,
                 "final_loss": final_loss,
                 **test,
                 "parameters": opt.numel,
@@ -190,8 +338,11 @@ class Training:
                 **asdict(ledger.total),
                 "bytes_by_purpose": {name: asdict(b) for name, b in ledger.by_purpose.items()},
                 "compression": dense / training if training else math.inf,
-                "seconds": last["seconds"],
+                "seconds": self.tally.line["seconds"],
                 "resets": [asdict(r) for r in opt.resets],
+                "skipped": opt.skipped,
+                "drifts": [asdict(d) for d in opt.drifts],
+                "warnings": self.warnings,
             },
         )
 
@@ -214,9 +365,9 @@ class Training:
         rule = self.config.escape
         if rule is None:
             return None
-        sample = torch.cat([mine[: rule.examples] for mine in self.shards])
 
         def objective() -> Tensor:
+            sample = torch.cat([mine[: rule.examples] for mine in self.shards])
             self.task.eval()
             losses = [self._loss(i) * len(i) for i in torch.split(sample, _EVAL_BATCH)]
             self.task.train()
@@ -225,12 +376,12 @@ class Training:
         return Escape(rule.interval, rule.radius, objective, compare=rule.compare, every=rule.every)
 
 
-def _noise(config: NoiseConfig, steps_per_epoch: int, steps: int) -> float | Ramp:
-    """Translate a noise schedule from epochs to steps."""
+def _ramp(config: NoiseConfig, calendar: Calendar) -> Ramp | None:
+    """Translate a noise schedule from epochs to steps, if there is one."""
     if config.lower_from is None:
-        return config.std
-    stop = steps if config.lower_until is None else round(config.lower_until * steps_per_epoch)
-    start = min(round(config.lower_from * steps_per_epoch), stop)
+        return None
+    stop = calendar.steps if config.lower_until is None else calendar.step_at(config.lower_until)
+    start = min(calendar.step_at(config.lower_from), stop)
     return Ramp(config.std, start, stop)
 
 

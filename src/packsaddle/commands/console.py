@@ -19,7 +19,8 @@ def print_runs(runs: Sequence[Run]) -> None:
     from packsaddle.tables import run_table
 
     found = run_table(runs)
-    table = Table(*found.headings, caption="+ still on the plateau at the end of the run")
+    still = any(cell.endswith("+") for cells in found.rows for cell in cells[1:])
+    table = Table(*found.headings, caption="+ still on the plateau at the end of the run" if still else None)
     for column in table.columns[1:]:
         column.justify = "right"
     for cells in found.rows:

@@ -1,10 +1,12 @@
 """packsaddle demo | run."""
 
 import os
+import shlex
+import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -14,6 +16,10 @@ from packsaddle.exchange import check_interface, under_launcher
 from packsaddle.runfolder import make_new, read_runs
 from packsaddle.schema import ConfigError
 from packsaddle.trackers import TrackerName
+
+if TYPE_CHECKING:
+    from packsaddle.experiment import How, Job
+    from packsaddle.saving import Saving
 
 _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts milliseconds and takes 0 for no wait at all
 
@@ -55,7 +61,7 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
 
 
 def run(
-    config: Annotated[Path, tyro.conf.Positional],
+    config: Annotated[Path | None, tyro.conf.Positional] = None,
     set: tuple[str, ...] = (),
     workers: int | None = None,
     serial: bool = False,
@@ -63,17 +69,21 @@ def run(
     data_dir: Path | None = None,
     download: bool = False,
     out: Path | None = None,
-    track: tuple[TrackerName, ...] = (),
+    resume: Path | None = None,
+    checkpoint_every: int | None = None,
     timeout: float | None = None,
+    track: tuple[TrackerName, ...] = (),
 ) -> None:
     """Train as a TOML file says, with one process or several.
 
-    Under torchrun the world it made is used; otherwise this command starts its own workers.
+    Under torchrun the world it made is used; otherwise this command starts its own workers. A run that was killed, or
+    told to stop by SIGTERM, goes on from its last checkpoint with --resume, bit for bit.
 
     Examples:
         packsaddle run config.toml --workers 2 --set lr=0.05 compressor.ratio=0.001
         packsaddle run config.toml --serial --workers 10 --out runs/a
-        torchrun --nproc-per-node 4 -m packsaddle.cli run config.toml --out runs/b
+        packsaddle run --resume runs/a
+        torchrun --nproc-per-node 4 --max-restarts 3 -m packsaddle.cli run config.toml --resume runs/b
 
     Args:
         config: The TOML file; packsaddle init writes one with every key.
@@ -84,37 +94,88 @@ def run(
         data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
         download: Fetch the dataset into --data-dir if it is not there.
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
-        track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
+        resume: The folder of a run to go on with; with CONFIG it may not have begun yet.
+        checkpoint_every: Steps between checkpoints; by default about an epoch, at least half a minute; 0: none.
         timeout: Seconds that a worker process waits for the others before it gives up; by default 1800 with gloo.
+        track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
     """
-    from packsaddle.experiment import How, Job, train_in_process_group
+    from packsaddle.experiment import How, Job, train_under_launcher
 
     if serial and fused:
         raise ConfigError("--serial and --fused are two ways to simulate workers; choose one")
     if timeout is not None and (serial or fused):
         raise ConfigError("--timeout is of worker processes, and --serial and --fused start none")
     patience = _patience(timeout)
-    loaded = load(config, set)
+    loaded = _configured(config, set, workers, resume, out)
+    folder = resume or out or dated(config.stem if config else "run")
+    how: How = "fused" if fused else "serial" if serial else "processes"
+    saving = _saving(checkpoint_every, _going_on(folder, how, workers, data_dir))
+    job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=patience)
+    job = replace(job, resume=resume is not None)
+    if under_launcher():
+        done = train_under_launcher(job)
+    else:
+        located = job.located()
+        done = None if located is None else _train(located, workers, how)
+    if is_first() and done is not False:
+        if done is None:
+            print(f"{folder} is done: nothing to go on with")
+        print_runs(read_runs([folder]))
+        print(f"run folder: {folder}\na page of it: packsaddle report {folder}")
+
+
+def _configured(
+    config: Path | None, overrides: tuple[str, ...], workers: int | None, resume: Path | None, out: Path | None
+) -> tuple[Config, ...]:
+    """The configuration, if the command has one; else the folder to go on with has it."""
+    if resume is not None and out is not None:
+        raise ConfigError("--resume names the folder; leave --out out")
+    if config is None:
+        if resume is None:
+            raise ConfigError("run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR")
+        if overrides:
+            raise ConfigError("--set goes with CONFIG; a run that goes on has the configuration in its folder")
+        return ()
+    loaded = load(config, overrides)
     if workers is not None:
         loaded = _with_workers(loaded, workers)
     if under_launcher():
-        if out is None:  # a name made from the time could differ between workers
+        if out is None and resume is None:  # a name made from the time could differ between workers
             raise ConfigError("--out is needed under torchrun")
         loaded = replace(loaded, workers=int(os.environ["WORLD_SIZE"]))
-    folder = out or dated(config.stem)
-    job = Job((loaded,), (folder,), data_dir, download, track=track, timeout=patience)
+    return (loaded,)
+
+
+def _saving(every: int | None, hint: str) -> "Saving":
+    from packsaddle.saving import Saving
+
+    try:
+        return Saving(every, hint=hint)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+
+
+def _going_on(folder: Path, how: str, workers: int | None, data_dir: Path | None) -> str:
+    """The command that goes on with a run that is stopped."""
     if under_launcher():
-        train_in_process_group(job, claim=True)
-    else:
-        how: How = "fused" if fused else "serial" if serial else "processes"
-        if how == "processes" and loaded.workers > 1:
-            check_interface()
-        job.check(loaded.workers, how)
-        make_new(folder)
-        job.run(loaded.workers, how)
-    if is_first():
-        print_runs(read_runs([folder]))
-        print(f"run folder: {folder}")
+        return "the same command, with --resume instead of --out" if "--out" in sys.argv else "the same command again"
+    words = ["packsaddle", "run", "--resume", str(folder)]
+    words += [] if workers is None else ["--workers", str(workers)]
+    words += [] if how == "processes" else [f"--{how}"]
+    words += [] if data_dir is None else ["--data-dir", str(data_dir)]
+    return shlex.join(words)
+
+
+def _train(job: "Job", workers: int | None, how: "How") -> bool:
+    (config,) = job.configs
+    if workers is not None:
+        config = _with_workers(config, workers)
+    job = replace(job, configs=(config,))
+    if how == "processes" and config.workers > 1:
+        check_interface()
+    job.check(config.workers, how)
+    job.make_folders()
+    return job.run(config.workers, how)
 
 
 def _patience(seconds: float | None) -> timedelta | None:

@@ -1,0 +1,142 @@
+"""Real processes that are told to stop, or killed: torch's launcher, torchrun, and workers killed at random moments."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commandline import command
+from runs import CONFIG, differences, lines, result
+
+from packsaddle.saving import Saving, Wishes
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 120.0
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG.replace("epochs = 1", "epochs = 15").replace("log_every = 10", "log_every = 5"))
+    return path
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def started(*arguments: Any) -> Iterator["subprocess.Popen[str]"]:
+    words = [sys.executable, "-m", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment(), start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def until(condition: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
+    begin = time.monotonic()
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - begin < PATIENCE
+        time.sleep(0.01)
+
+
+def torchrun(config: Path, folder: Path, *more: Any, restarts: int = 0) -> tuple[Any, ...]:
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}")
+    return (*launcher, "--monitor-interval=0.1", "-m", "packsaddle.cli", "run", config, "--resume", folder, *more)
+
+
+def test_sigterm_stops_a_launched_run_and_torchrun_restarts_a_killed_one(config: Path, tmp_path: Path) -> None:
+    """Both ways of launching, on one run each; and each goes on to the end of a simulation of the same two workers."""
+    straight, launched, restarted = (tmp_path / name for name in ("straight", "launched", "restarted"))
+    serial = ("--workers", 2, "--serial")
+    assert command("run", config, *serial, "--out", straight) == 0
+    arguments = ("packsaddle.cli", "run", config, "--workers", 2, "--out", launched)
+    with started(*arguments) as process:
+        until(lambda: lines(launched), process)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert f"to go on: packsaddle run --resume {launched} --workers 2" in out
+    assert not (launched / "summary.json").exists()
+    assert command("run", "--resume", launched, *serial) == 0
+    assert differences(result(straight), result(launched)) == []
+
+    elastic = torchrun(config, restarted, "--checkpoint-every", 10, restarts=2)
+    with started(*elastic) as process:
+        until(lambda: lines(restarted), process)
+        process.send_signal(signal.SIGTERM)  # torchrun passes it on, and has an exit code of its own
+        out, err = process.communicate(timeout=PATIENCE)
+    assert "stopped at step" in out
+    assert "to go on: the same command again" in out
+    assert not (restarted / "summary.json").exists()
+    with started(*elastic) as process:
+        steps = len(lines(restarted))
+        until(lambda: len(lines(restarted)) > steps + 3, process)
+        os.kill(worker_of(restarted, 1), signal.SIGKILL)
+        out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    assert out.count("goes on from step") == 2
+    assert differences(result(straight), result(restarted)) == []
+
+
+def worker_of(folder: Path, rank: int) -> int:
+    """The process that has this rank in the run of a folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if str(folder).encode() in words and f"RANK={rank}".encode() in (process / "environ").read_bytes().split(
+                b"\0"
+            ):
+                return int(process.name)
+        except OSError:  # it has ended, or is another user's
+            continue
+    raise AssertionError("no such worker")
+
+
+def test_workers_killed_at_random_moments() -> None:
+    words = [sys.executable, ROOT / "benchmarks" / "chaos.py", "--runs", "3", "--workers", "2", "--seed", "3"]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    workers, runs, kills, stops, _, _, equal, _ = done.stdout.splitlines()[-1].split("|")
+    assert (int(workers), int(runs), int(equal)) == (2, 3, 3)
+    assert int(kills) + int(stops) >= 3
+
+
+def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every so many steps; or by worker 0's clock: an epoch, half a minute, and fifty times what saving costs."""
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    by_steps = Wishes(Saving(every=4), 100, 1, 0)
+    due = [by_steps.heard(step, torch.zeros(2))[0] for step in (3, 4, 5)]
+    by_steps.saved(6, 1.0)
+    assert due == [False, True, True]
+    assert [by_steps.heard(step, torch.zeros(2))[0] for step in (7, 8)] == [False, True]
+    clock, other = (Wishes(Saving(), 100, rank, 0) for rank in (0, 1))
+    told = []
+    for now, step in ((31.0, 98), (29.0, 99), (31.0, 99)):  # noqa: B007 -- the clock reads it
+        told.append([wishes.scalars(step).tolist() for wishes in (clock, other)])
+    assert told == [[[0, 0], [0, 0]], [[0, 0], [0, 0]], [[0, 1], [0, 0]]]
+    assert other.heard(100, torch.tensor([0.0, 0.5])) == (True, False)
+    assert other.heard(100, torch.tensor([0.5, 0.0])) == (True, True)
+    clock.saved(100, 2.0)
+    now = 130.0
+    assert clock.scalars(250).tolist() == [0, 0]
+    now = 132.0
+    assert clock.scalars(250).tolist() == [0, 1]
+    never = Wishes(Saving(every=0), 100, 0, 0)
+    assert never.scalars(5) is None
+    assert never.heard(6, torch.zeros(0)) == (False, False)
