@@ -4,6 +4,7 @@ Fields that are not known are let through, so that a folder of another version i
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,13 +12,19 @@ from packsaddle.certificate import Verdict
 from packsaddle.schema import ConfigError
 from packsaddle.wording import shown
 
-Kind = Literal["number", "count", "text", "verdict"]
+Kind = Literal["number", "count", "text", "verdict", "finite number"]
 Fields = tuple[dict[str, Kind], dict[str, Kind]]  # those that must be there, those that may be, or be null
-_TYPES: dict[Kind, Any] = {"number": int | float, "count": int, "text": str, "verdict": str}
+_TYPES: dict[Kind, Any] = {
+    "number": int | float,
+    "count": int,
+    "text": str,
+    "verdict": str,
+    "finite number": int | float,
+}
 
-_CONFIG: Fields = ({}, {"label": "text", "seed": "count", "plateau": "number"})
+_CONFIG: Fields = ({}, {"label": "text", "seed": "count", "plateau": "finite number"})
 _METRICS: Fields = (
-    {"step": "count", "epoch": "number", "loss": "number", "seconds": "number"},
+    {"step": "count", "epoch": "finite number", "loss": "number", "seconds": "finite number"},
     dict.fromkeys(("sent", "received", "payload", "grad_norm", "test_loss", "test_accuracy", "mu"), "number"),
 )
 _SUMMARY: Fields = (
@@ -28,7 +35,7 @@ _SUMMARY: Fields = (
     },
 )
 _CERTIFICATES: Fields = (
-    {"verdict": "verdict", "step": "count", "epoch": "number"},
+    {"verdict": "verdict", "step": "count", "epoch": "finite number"},
     dict.fromkeys(("loss", "grad_norm", "lambda_min_lower", "lambda_min_upper", "threshold"), "number"),
 )
 _FIELDS: dict[str, Fields] = {
@@ -107,4 +114,4 @@ def _is(kind: Kind, value: Any) -> bool:
         return False
     if kind == "verdict":
         return value in list(Verdict)
-    return isinstance(value, _TYPES[kind])
+    return isinstance(value, _TYPES[kind]) and (kind != "finite number" or math.isfinite(value))

@@ -13,6 +13,7 @@ from packsaddle.curves import curve, write_curves
 from packsaddle.page import render
 from packsaddle.runfolder import Run, make_new, written
 from packsaddle.tables import Row, SettingRow, row, setting_row
+from packsaddle.wording import cell
 
 
 def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) -> Path:
@@ -59,4 +60,4 @@ def _write(path: Path, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(headings)
-        writer.writerows(rows)
+        writer.writerows([cell(value) for value in line] for line in rows)

@@ -24,6 +24,7 @@ import torch
 from packsaddle.durable import write_whole
 from packsaddle.recorded import read_lines, read_object
 from packsaddle.schema import ConfigError
+from packsaddle.wording import printable
 
 
 class RunFolder:
@@ -147,10 +148,13 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The run's name in tables and figures: as configured, or its folder's (of SETTING/seed-N: SETTING)."""
+        """The run's name in tables and figures: as configured, or its folder's (of SETTING/seed-N: SETTING).
+
+        Control characters in it are shown as escapes.
+        """
         folder = self.path.absolute()
         inner = folder.parent.name if re.fullmatch(r"seed-\d+", folder.name) else folder.name
-        return str(self.config.get("label") or inner)
+        return printable(str(self.config.get("label") or inner))
 
 
 _DEPTHS = ("*", "*/*", "*/*/*")  # of runs in a folder: beside each other, by setting and seed, in a study's runs/

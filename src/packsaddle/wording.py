@@ -25,6 +25,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def cell(value: Any) -> Any:
+    """Return a value for a CSV file: a text that a spreadsheet would run as a formula has an apostrophe before it.
+
+    So has one that begins with an apostrophe, so that `read_cell` can undo it.
+    """
+    starts = ("'", "=", "+", "-", "@", "\t", "\r", "\n")
+    return f"'{value}" if isinstance(value, str) and value.startswith(starts) else value
+
+
+def read_cell(text: str) -> str:
+    """Return the text that `cell` wrote."""
+    return text.removeprefix("'")
+
+
 def one_line(text: str) -> str:
     """Return a message as one line that a terminal shows and does not obey."""
     return shortened(printable(" ".join(text.split())), _LINE)

@@ -8,9 +8,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from packsaddle.data import require
 from packsaddle.runfolder import Run
+from packsaddle.wording import printable
 
 
 def print_runs(runs: Sequence[Run]) -> None:
@@ -22,7 +24,7 @@ def print_runs(runs: Sequence[Run]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for cells in found.rows:
-        table.add_row(*cells)
+        table.add_row(*map(plain_text, cells))
     print_table(table)
 
 
@@ -42,9 +44,14 @@ def print_settings(summary: Mapping[str, Any]) -> None:
         column.justify = "right"
     for entry in summary["settings"]:
         values = [_with_spread(entry[key], spec) for key, (_, spec) in shown.items()]
-        table.add_row(entry["setting"], str(len(entry["seeds"])), *values)
+        table.add_row(plain_text(entry["setting"]), str(len(entry["seeds"])), *values)
     table.caption = "mean over seeds ± half of its 95% confidence interval"
     print_table(table)
+
+
+def plain_text(text: str) -> Text:
+    """A text for a rich table as it is: brackets mean nothing, and control characters are shown, not obeyed."""
+    return Text(printable(text))
 
 
 def _with_spread(found: Mapping[str, Any] | None, spec: str) -> str:
