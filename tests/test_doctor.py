@@ -20,7 +20,7 @@ from commandline import command
 
 from packsaddle import doctor, kernels, network
 from packsaddle.doctor import Fact
-from packsaddle.exchange import WorkerFailedError
+from packsaddle.failure import WorkerFailedError
 from packsaddle.network import Interface, gloo_listens, interfaces
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]

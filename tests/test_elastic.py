@@ -4,17 +4,22 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import launched
 import pytest
 import torch
 from commandline import command
 from runs import CONFIG, differences, lines, result
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext
 
+from packsaddle import exchange
+from packsaddle.failure import WorkerFailedError
 from packsaddle.saving import Saving, Wishes
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +96,51 @@ def test_sigterm_stops_a_launched_run_and_torchrun_restarts_a_killed_one(config:
     assert process.returncode == 0, err
     assert out.count("goes on from step") == 2
     assert differences(result(straight), result(restarted)) == []
+
+
+def test_a_stopped_worker_is_killed_soon_after_another_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's own wait is 30 s, which no setting of it changes; so the waits are listened to."""
+    waits = listen(monkeypatch)
+    monkeypatch.setattr(exchange, "LAST_SECONDS", 1)
+    with pytest.raises(WorkerFailedError, match="worker 0 failed: ValueError: this batch is bad"):
+        exchange.launch(launched.fail_beside_a_stopped_one, (tmp_path,), 2)
+    assert waits[0] == (signal.SIGTERM, 1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_workers_that_are_told_to_end_have_all_the_time_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM on the command: nothing of torch's wait is cut, though it would be for a failure."""
+    waits = listen(monkeypatch)
+    monkeypatch.setattr(exchange, "LAST_SECONDS", 0)
+
+    def tell() -> None:
+        while len(list(tmp_path.glob("here-*"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    with pytest.raises(exchange.TerminatedError):
+        exchange.launch(launched.save_when_told, (tmp_path,), 2)
+    thread.join()
+    assert waits[0] == (signal.SIGTERM, 30)
+    assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+
+
+def listen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[signal.Signals, float]]:
+    """The signals and seconds that torch's launcher gives its workers to end, as it does so."""
+    waits: list[tuple[signal.Signals, float]] = []
+    close = MultiprocessContext._close
+
+    def heard(self: MultiprocessContext, death_sig: signal.Signals, timeout: int = 30) -> None:
+        waits.append((death_sig, timeout))
+        close(self, death_sig, timeout)
+
+    monkeypatch.setattr(MultiprocessContext, "_close", heard)
+    return waits
 
 
 def worker_of(folder: Path, rank: int) -> int:

@@ -116,11 +116,11 @@ def test_nothing_is_left_when_hosts_cannot_be_completed(monkeypatch: pytest.Monk
     hosts = Hosts(2, 100.0)
     seen = []
 
-    def broken() -> list[str]:
+    def broken(rate: float) -> list[str]:
         seen.append(namespaces())
         return ["rate", "nonsense"]
 
-    monkeypatch.setattr(hosts, "_bucket", broken)
+    monkeypatch.setattr("packsaddle.bench.hosts._bucket", broken)
     with pytest.raises(RuntimeError, match=r"tc .*nonsense"), hosts:
         pass
     assert hosts.name in seen[0]

@@ -58,6 +58,8 @@ def test_words() -> None:
     assert "no answer from ranks 1, 2: died, hangs, or is cut off; the other 2 are there" in said
     assert "with a longer timeout (90 s)" in said
     assert "gloo: Connection closed by peer [1.2.3.4]:5" in said
+    alone = explanation(Roll((0,), (1, 2), True), 0, 3, error, None)
+    assert "no answer from ranks 1, 2: died, hangs, or is cut off (or rank 0 itself is). Look" in alone
     assert "all 2 answer now" in explanation(Roll((0, 1), (), True), 0, 2, error, None)
     assert "network of rank 1 or of rank 0 is cut" in explanation(Roll((1,), (0,), False), 1, 2, error, None)
 

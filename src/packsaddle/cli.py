@@ -18,11 +18,13 @@ from packsaddle.commands.reading import compressors, report
 from packsaddle.commands.reproducing import reproduce
 from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
-from packsaddle.exchange import TerminatedError, WorkerFailedError, under_launcher
+from packsaddle.exchange import TerminatedError
+from packsaddle.failure import WorkerFailedError
 from packsaddle.missing import PeerLostError
 from packsaddle.schema import ConfigError
 from packsaddle.skips import GuardError
 from packsaddle.wording import one_line
+from packsaddle.world import under_launcher
 
 
 def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:

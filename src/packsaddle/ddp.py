@@ -16,13 +16,14 @@ from packsaddle.choose import choose, warn_of_nothing
 from packsaddle.compress import Compressor, TopK
 from packsaddle.ddphook import DDPHook
 from packsaddle.escape import Escape
-from packsaddle.exchange import group_beside, is_sharded, on_buckets, resolve
+from packsaddle.exchange import group_beside, on_buckets, resolve
 from packsaddle.exchanger import Rules, Schedule, Scope
 from packsaddle.ledger import Ledger
 from packsaddle.monitor import Every
 from packsaddle.rates import Rates
 from packsaddle.sections import Place, places
 from packsaddle.seeds import as_seed
+from packsaddle.sharded import is_sharded
 
 
 def register_ddp_hook(

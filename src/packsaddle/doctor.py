@@ -20,8 +20,9 @@ import torch
 
 import packsaddle
 from packsaddle import kernels
-from packsaddle.exchange import backends, launch, process_group, under_launcher
+from packsaddle.exchange import backends, launch, process_group
 from packsaddle.network import Interface, gloo_listens, interfaces
+from packsaddle.world import under_launcher
 
 Verdict = Literal["ok", "note", "warning", "problem"]
 

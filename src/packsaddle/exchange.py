@@ -8,8 +8,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
-import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -21,16 +19,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from packsaddle.failure import failure_of
 from packsaddle.missing import PeerLostError, explanation, is_network, roll_call
 from packsaddle.schema import ConfigError
-from packsaddle.wording import shown
+from packsaddle.world import check_interface, not_joined, under_launcher
 
 ProcessGroup = dist.ProcessGroup
 _NO_TAG = 7_654_321  # of messages that nobody sends
+LAST_SECONDS = 5  # that launched workers have to end after one has failed
 
 
 class Group(ABC):
@@ -194,72 +194,11 @@ def group_beside(model: DistributedDataParallel) -> Group:
 
     It has the timeout of the model's own group.
     """
-    device = next(model.parameters()).device
-    timeout = model.process_group._get_backend(device).options._timeout
+    timeout = model.process_group._get_backend(next(model.parameters()).device).options._timeout
     ranks = dist.get_process_group_ranks(model.process_group)
     group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)  # this worker is one of them
     return TorchGroup(group)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether a model, or a part of it, is sharded by FSDP."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if it is in use
-    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
-    return any(isinstance(m, kinds) for m in model.modules())
-
-
-def sharded_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """Return the modules that FSDP2 (`fully_shard`) shards, by name."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return [(name, m) for name, m in model.named_modules() if fsdp and isinstance(m, fsdp.FSDPModule)]
-
-
-def shard_rank(model: nn.Module) -> int:
-    """Return which shard of a model that FSDP2 shards is this worker's."""
-    mesh: Any = next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"model must be sharded on a mesh of one dimension, got {mesh.ndim}: with two, FSDP has averaged over the "
-            f"replicas before its hook is called"
-        )
-    return int(mesh.get_local_rank())
-
-
-def under_launcher() -> bool:
-    """Whether torchrun (or any launcher that sets RANK and WORLD_SIZE) started this process.
-
-    Raises ConfigError if the launcher's variables do not make sense.
-    """
-    there = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
-    if len(there) == 1:
-        raise ConfigError(
-            f"{there[0]} is set, but of RANK and WORLD_SIZE a launcher sets both, and without one neither"
-        )
-    if not there:
-        return False
-    size = _variable("WORLD_SIZE", 1, 2**31 - 1)
-    _variable("RANK", 0, size - 1)
-    _variable("LOCAL_WORLD_SIZE", 1, size, default=1)
-    _variable("LOCAL_RANK", 0, size - 1, default=0)
-    _variable("MASTER_PORT", 1, 65535, default=1)
-    return True
-
-
-def _variable(name: str, least: int, most: int, default: int | None = None) -> int:
-    text = os.environ.get(name) if default is None else os.environ.get(name, str(default))
-    if text is None or not text.strip().isascii() or not text.strip().isdecimal() or not least <= int(text) <= most:
-        raise ConfigError(f"{name}, which the launcher sets, must be from {least} to {most}, got {shown(text)}")
-    return int(text)
-
-
-def check_interface() -> None:
-    """Raise ConfigError if gloo is told to listen on an interface that this machine does not have."""
-    named = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    there = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
-    missing = [name for name in named.split(",") if name and there and name not in there]
-    if missing:
-        raise ConfigError(f"GLOO_SOCKET_IFNAME names {missing[0]}, and this machine has {', '.join(there)}")
 
 
 def backends() -> dict[str, bool]:
@@ -284,7 +223,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
-        raise ConfigError(_not_joined(error)) from error
+        raise ConfigError(not_joined(error)) from error
     try:
         group = TorchGroup()
         yield group
@@ -295,32 +234,9 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         dist.destroy_process_group()
 
 
-def _not_joined(error: Exception) -> str:
-    """What to say and do when the world could not be joined; torch's own first line, which has no more, at its end."""
-    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    if "EADDRINUSE" in str(error) or "already in use" in str(error):
-        advice = f"{place} is in use; name another port with --master-port (MASTER_PORT)"
-    elif "environment variable" in reason:
-        advice = "start it with torchrun, which sets the variables"
-    elif "joined" in reason or "imed out" in reason:
-        advice = f"not every worker came to {place} in time; look whether all were started, and whether they reach it"
-    else:
-        advice = f"look at MASTER_ADDR and MASTER_PORT ({place}) and GLOO_SOCKET_IFNAME"
-    return f"the workers could not meet: {advice} ({reason})"
-
-
 def local_device() -> torch.device:
     """Return this worker's GPU (see `process_group`), or the CPU if there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-class WorkerFailedError(RuntimeError):
-    """A launched worker process raised; the message is its first error. `trace` is where, "" if that tells nothing."""
-
-    def __init__(self, message: str, trace: str = "") -> None:
-        super().__init__(message)
-        self.trace = trace
 
 
 class TerminatedError(RuntimeError):
@@ -352,36 +268,31 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         monitor_interval=0.1,
     )
     try:
-        with _quiet_launcher():
+        with _tamed_launcher():
             return elastic_launch(config, entry)(*args)[0]
     except ChildFailedError as error:
-        raise _failure(*error.get_first_failure()) from error
+        raise failure_of(*error.get_first_failure()) from error
     except SignalException as stop:
-        if stop.sigval == signal.SIGTERM:
-            raise TerminatedError from None
-        raise KeyboardInterrupt from None
+        raise (TerminatedError if stop.sigval == signal.SIGTERM else KeyboardInterrupt) from None
 
 
 @contextmanager
-def _quiet_launcher() -> Iterator[None]:
-    """Keep torch's launcher from logging the trace of a failed worker, which `launch` raises."""
-    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-    before = logger.level
+def _tamed_launcher() -> Iterator[None]:
+    """Keep torch's launcher from logging a failed worker's trace, which `launch` raises, and from waiting 30 s for
+    others that do not end, as one that is stopped. After a signal, when they save, it waits as ever."""
+    from torch.distributed.elastic.multiprocessing import api
+
+    context: Any = api.PContext
+    logger, close = logging.getLogger(api.__name__), context.close
+    level = logger.level
+
+    def sooner(self: Any, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
+        close(self, death_sig, timeout if death_sig else min(timeout, LAST_SECONDS))  # none where a worker failed
+
     logger.setLevel(logging.CRITICAL)
+    context.close = sooner  # LaunchConfig's shutdown_timeout does not reach this wait
     try:
         yield
     finally:
-        logger.setLevel(before)
-
-
-def _failure(rank: int, failure: Any) -> Exception:
-    """The error to raise for the first worker that failed."""
-    if not isinstance(failure.message, dict):  # killed, or out of memory
-        return WorkerFailedError(f"worker {rank} failed: {failure.message}")
-    message: str = failure.message["message"]
-    kind, _, text = message.partition(": ")
-    if kind in ("ConfigError", "MissingExtraError"):
-        return ConfigError(text)
-    if kind == "PeerLostError":
-        return WorkerFailedError(text)
-    return WorkerFailedError(f"worker {rank} failed: {message}", failure.message["extraInfo"]["py_callstack"])
+        context.close = close
+        logger.setLevel(level)

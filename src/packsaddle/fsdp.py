@@ -16,13 +16,14 @@ from packsaddle.agree import check_agreement
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, LowRank, TopK
-from packsaddle.exchange import ProcessGroup, resolve, shard_rank, sharded_modules
+from packsaddle.exchange import ProcessGroup, resolve
 from packsaddle.exchanger import Exchanger, Rules, Schedule
 from packsaddle.finite import spoil
 from packsaddle.ledger import Ledger
 from packsaddle.noise import Perturbation
 from packsaddle.sections import Place, Section
 from packsaddle.seeds import as_seed, mix
+from packsaddle.sharded import shard_rank, sharded_modules
 from packsaddle.state import check_identity
 
 

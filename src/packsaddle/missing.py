@@ -91,7 +91,9 @@ def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: tim
         )
     elif roll.absent:
         names = f"rank{'s' * (len(roll.absent) > 1)} {', '.join(map(str, roll.absent))}"
-        what = f"no answer from {names}: died, hangs, or is cut off; the other {len(roll.answered)} are there"
+        alone = roll.answered == (rank,)
+        others = f" (or rank {rank} itself is)" if alone else f"; the other {len(roll.answered)} are there"
+        what = f"no answer from {names}: died, hangs, or is cut off{others}"
     else:
         what = f"all {size} answer now, so one was later than the timeout{waited}, or they are not at the same step"
     return (

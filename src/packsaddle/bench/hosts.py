@@ -58,8 +58,7 @@ class Hosts:
     def __init__(self, count: int, rate_mbit: float) -> None:
         if not 1 <= count <= 64:
             raise ValueError(f"hosts must be 1 to 64, got {count}")
-        if not 0.1 <= rate_mbit <= 100_000:
-            raise ValueError(f"rate must be 0.1 to 100,000 Mbit/s, got {rate_mbit}")
+        _check_rate(rate_mbit)
         self.count = count
         self.rate_mbit = rate_mbit
         self.name = f"packsaddle-{os.getpid()}-{next(_serial)}"
@@ -68,7 +67,7 @@ class Hosts:
     def __enter__(self) -> Self:
         with ExitStack() as made:
             made.enter_context(_TermRaises())
-            bridge = self._namespace(made, "bridge")
+            bridge = self._bridge = self._namespace(made, "bridge")
             _ip("-n", bridge, "link", "add", "bridge", "type", "bridge")
             _ip("-n", bridge, "link", "set", "bridge", "up")
             for host in range(self.count):
@@ -103,6 +102,17 @@ class Hosts:
                 raise HostFailedError("; ".join(reasons))
             return [(folder / f"{host}.out").read_text() for host in range(len(commands))]
 
+    def plug(self, host: int, *, connected: bool) -> None:
+        """Pull a host's cable out, at the bridge, or put it back: without it the host has no carrier, and what is sent
+        either way is lost; its addresses stay."""
+        _ip("-n", self._bridge, "link", "set", f"port{host}", "up" if connected else "down")
+
+    def throttle(self, host: int, rate_mbit: float) -> None:
+        """Hold a host's link, both ways, to another rate from now on. Raises ValueError for one out of range."""
+        _check_rate(rate_mbit)
+        for namespace, link in self._ends(host):
+            _call("tc", "-n", namespace, "qdisc", "change", "dev", link, "root", "tbf", *_bucket(rate_mbit))
+
     def torchrun(self, arguments: Sequence[str]) -> list[str]:
         """Run torchrun with one process on each host, all in one gloo world: `arguments` are a script or "-m module",
         and its own. Returns what each printed; raises HostFailedError."""
@@ -125,16 +135,12 @@ class Hosts:
         _ip("-n", host, "addr", "add", f"{self.address(number)}/24", "dev", self.interface)
         for link in ("lo", self.interface):
             _ip("-n", host, "link", "set", link, "up")
-        for namespace, link in ((host, self.interface), (bridge, port)):
-            _call("tc", "-n", namespace, "qdisc", "add", "dev", link, "root", "tbf", *self._bucket())
+        for namespace, link in self._ends(number):
+            _call("tc", "-n", namespace, "qdisc", "add", "dev", link, "root", "tbf", *_bucket(self.rate_mbit))
 
-    def _bucket(self) -> list[str]:
-        # Two milliseconds' bytes: what tbf's timer needs to keep up, and little enough that short messages pay for
-        # themselves (a bucket fills up while workers compute, and what is in it passes at once).
-        burst = max(4096, round(self.rate_mbit * 1e6 / 8 * 0.002))
-        # Where the queue is shorter than what TCP hands over in one piece, dense exchanges lose packets and time.
-        queue = burst + max(256 * 1024, round(self.rate_mbit * 1e6 / 8 * 0.05))
-        return ["rate", f"{round(self.rate_mbit * 1000)}kbit", "burst", f"{burst}b", "limit", f"{queue}b"]
+    def _ends(self, host: int) -> tuple[tuple[str, str], tuple[str, str]]:
+        """The namespace and interface of either end of a host's link."""
+        return (f"{self.name}-{host}", self.interface), (self._bridge, f"port{host}")
 
     def _start(self, host: int, command: Sequence[str], folder: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
         inside = ["ip", "netns", "exec", f"{self.name}-{host}", *command]
@@ -151,6 +157,21 @@ class Hosts:
                 process.kill()
         _kill_inside(f"{self.name}-{host}")
         process.wait()
+
+
+def _check_rate(rate_mbit: float) -> None:
+    if not 0.1 <= rate_mbit <= 100_000:
+        raise ValueError(f"rate must be 0.1 to 100,000 Mbit/s, got {rate_mbit}")
+
+
+def _bucket(rate_mbit: float) -> list[str]:
+    """tbf's arguments for a rate."""
+    # Two milliseconds' bytes: what tbf's timer needs to keep up, and little enough that short messages pay for
+    # themselves (a bucket fills up while workers compute, and what is in it passes at once).
+    burst = max(4096, round(rate_mbit * 1e6 / 8 * 0.002))
+    # Where the queue is shorter than what TCP hands over in one piece, dense exchanges lose packets and time.
+    queue = burst + max(256 * 1024, round(rate_mbit * 1e6 / 8 * 0.05))
+    return ["rate", f"{round(rate_mbit * 1000)}kbit", "burst", f"{burst}b", "limit", f"{queue}b"]
 
 
 class _TermRaises:

@@ -10,7 +10,7 @@ from packsaddle.bench.outcome import Outcome, finish_rows, step_rows
 from packsaddle.bench.race import Race
 from packsaddle.bench.result import Result, machine
 from packsaddle.bench.train import described, legend
-from packsaddle.exchange import WorkerFailedError
+from packsaddle.failure import WorkerFailedError
 from packsaddle.schema import build
 
 

@@ -10,10 +10,10 @@ import tyro
 
 from packsaddle.commands.console import is_first
 from packsaddle.config import Config
-from packsaddle.exchange import under_launcher
 from packsaddle.lanczos import check_probability
 from packsaddle.runfolder import RunFolder, make_new, read_runs
 from packsaddle.schema import ConfigError
+from packsaddle.world import under_launcher
 
 
 def certify(

@@ -13,7 +13,7 @@ from rich.table import Table
 from packsaddle import rate
 from packsaddle.commands.console import is_first, print_table
 from packsaddle.compress import Compressor
-from packsaddle.exchange import Group, local_device, process_group, under_launcher
+from packsaddle.exchange import Group, local_device, process_group
 from packsaddle.linkplan import Forecast, Verdict, forecast
 from packsaddle.linkprobe import probe, probe_locally
 from packsaddle.pace import measure
@@ -21,6 +21,7 @@ from packsaddle.progress import megabytes
 from packsaddle.schema import ConfigError
 from packsaddle.steptime import FRAMING, Fleet, Link
 from packsaddle.workload import Workload, compute_seconds, update_seconds
+from packsaddle.world import under_launcher
 
 _LATENCY = 1e-4  # seconds, gloo's over a local network
 _BATCH = 32

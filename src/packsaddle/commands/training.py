@@ -12,10 +12,10 @@ import tyro
 
 from packsaddle.commands.console import dated, is_first, print_runs, require_plots
 from packsaddle.config import Config, load
-from packsaddle.exchange import check_interface, under_launcher
 from packsaddle.runfolder import make_new, read_runs
 from packsaddle.schema import ConfigError
 from packsaddle.trackers import TrackerName
+from packsaddle.world import check_interface, under_launcher
 
 if TYPE_CHECKING:
     from packsaddle.experiment import How, Job
