@@ -10,7 +10,7 @@ ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
     {"wording", "missing"},
     {"schema"},
-    {"world", "failure", "sharded"},
+    {"world", "failure", "ending", "sharded"},
     {"kernels.parts"},
     {"kernels.cuda", "kernels.cells", "kernels.random", "kernels.sampling", "kernels.selection"},
     {"kernels.quantization"},

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from packsaddle import ending
 from packsaddle.failure import failure_of
 from packsaddle.missing import PeerLostError, explanation, is_network, roll_call
 from packsaddle.schema import ConfigError
@@ -30,7 +31,7 @@ from packsaddle.world import check_interface, not_joined, under_launcher
 
 ProcessGroup = dist.ProcessGroup
 _NO_TAG = 7_654_321  # of messages that nobody sends
-LAST_SECONDS = 5  # that launched workers have to end after one has failed
+_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 
 
 class Group(ABC):
@@ -268,7 +269,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         monitor_interval=0.1,
     )
     try:
-        with _tamed_launcher():
+        with _quiet_launcher(), ending.soon():
             return elastic_launch(config, entry)(*args)[0]
     except ChildFailedError as error:
         raise failure_of(*error.get_first_failure()) from error
@@ -277,22 +278,14 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
 
 
 @contextmanager
-def _tamed_launcher() -> Iterator[None]:
-    """Keep torch's launcher from logging a failed worker's trace, which `launch` raises, and from waiting 30 s for
-    others that do not end, as one that is stopped. After a signal, when they save, it waits as ever."""
-    from torch.distributed.elastic.multiprocessing import api
-
-    context: Any = api.PContext
-    logger, close = logging.getLogger(api.__name__), context.close
-    level = logger.level
-
-    def sooner(self: Any, death_sig: signal.Signals | None = None, timeout: int = 30) -> None:
-        close(self, death_sig, timeout if death_sig else min(timeout, LAST_SECONDS))  # none where a worker failed
-
-    logger.setLevel(logging.CRITICAL)
-    context.close = sooner  # LaunchConfig's shutdown_timeout does not reach this wait
+def _quiet_launcher() -> Iterator[None]:
+    """Keep torch's launcher from logging the trace of a failed worker, which `launch` raises."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        context.close = close
-        logger.setLevel(level)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
