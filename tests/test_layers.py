@@ -8,7 +8,7 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
-    {"wording", "missing"},
+    {"wording", "missing", "stopping"},
     {"schema"},
     {"world", "failure", "ending", "sharded"},
     {"kernels.parts"},
@@ -30,7 +30,6 @@ LAYERS = [
         "exchange",
         "durable",
         "calendar",
-        "stopping",
         "tally",
         "background",
         "network",

@@ -1,12 +1,18 @@
-"""How long launched workers have to end after one of them has failed."""
+"""How launched workers end: those that are left after one has failed, and those that were told to."""
 
-from collections.abc import Iterator
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch.multiprocessing.spawn import ProcessContext
 
+from packsaddle.stopping import asked_to_stop
+
 SECONDS = 3.0  # before SIGTERM, and then before SIGKILL
+_MOMENT = 2.0  # seconds, in which a launcher that still listens has heard a result
 
 
 @contextmanager
@@ -28,3 +34,18 @@ def soon() -> Iterator[None]:
         yield
     finally:
         context.join = join
+
+
+def when_told(entry: Callable[..., Any], *args: Any) -> Any:
+    """Return entry(*args), in a worker; if SIGTERM was what ended it, the process ends a moment later.
+
+    Workers wait to be told that all have returned. A launcher that was sent SIGTERM no longer tells them, and would
+    kill them after 30 s: as long as SLURM and Kubernetes give it itself.
+    """
+    result = entry(*args)
+    if asked_to_stop():
+        sys.stdout.flush()
+        leave = threading.Timer(_MOMENT, os._exit, (0,))
+        leave.daemon = True
+        leave.start()
+    return result

@@ -270,7 +270,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     )
     try:
         with _quiet_launcher(), ending.soon():
-            return elastic_launch(config, entry)(*args)[0]
+            return elastic_launch(config, ending.when_told)(entry, *args)[0]
     except ChildFailedError as error:
         raise failure_of(*error.get_first_failure()) from error
     except SignalException as stop:

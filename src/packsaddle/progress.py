@@ -54,7 +54,7 @@ class StudyProgress:
     then; with the time left at the pace so far."""
 
     def __init__(self, label: str, runs: int) -> None:
-        self._label, self._runs = label, runs
+        self._label, self._runs = printable(label), runs
         self._console = Console()
         columns = (
             TextColumn("{task.description}"),
@@ -70,7 +70,7 @@ class StudyProgress:
 
     def __enter__(self) -> "StudyProgress":
         self._bars.start()
-        self._whole = self._bars.add_task(self._label, total=self._runs, text="starting")
+        self._whole = self._bars.add_task(escape(self._label), total=self._runs, text="starting")
         return self
 
     def __exit__(self, *failure: object) -> None:
@@ -85,13 +85,13 @@ class StudyProgress:
         self._bars.update(self._whole, completed=done, text=text)
         for name in active:
             if name not in self._shown:
-                self._shown[name] = self._bars.add_task(f"  {name}", total=1.0, text="")
+                self._shown[name] = self._bars.add_task(f"  {escape(printable(name))}", total=1.0, text="")
             self._bars.update(self._shown[name], completed=shares[name])
         for name in [name for name in self._shown if name not in active]:
             self._bars.remove_task(self._shown.pop(name))
         if not self._console.is_terminal and finished > self._printed:
             self._printed = finished
-            self._console.print(f"{self._label}: {text}", highlight=False, soft_wrap=True)
+            self._console.print(f"{self._label}: {text}", highlight=False, soft_wrap=True, markup=False)
 
     def _left(self, done: float) -> str:
         since = done - (self._first or 0.0)
