@@ -119,8 +119,15 @@ def test_a_stopped_worker_is_killed_soon_after_another_failed(tmp_path: Path, mo
 
 
 def test_workers_that_are_told_to_end_have_time_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By SIGTERM on the command, though they would have none after a failure."""
+    """By SIGTERM on the command, though they would have none after a failure; and then they end by themselves."""
     monkeypatch.setattr(ending, "SECONDS", 0.0)
+    sent, kill = [], os.kill
+
+    def heard(pid: int, how: signal.Signals) -> None:
+        sent.append(how)
+        kill(pid, how)
+
+    monkeypatch.setattr(os, "kill", heard)
 
     def tell() -> None:
         while len(list(tmp_path.glob("here-*"))) < 2:
@@ -133,6 +140,7 @@ def test_workers_that_are_told_to_end_have_time_to_save(tmp_path: Path, monkeypa
         exchange.launch(launched.save_when_told, (tmp_path,), 2)
     thread.join()
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
+    assert sent == [signal.SIGTERM] * 3  # the launcher, and by it its workers
 
 
 def worker_of(folder: Path, rank: int) -> int:

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from packsaddle import LowRank, RandomK, TopK, linkprobe, rate, workload
 from packsaddle.bench.timing import Timing
+from packsaddle.data import load_data
 from packsaddle.exchange import Solo
 from packsaddle.linkplan import forecast
+from packsaddle.models import make_task
 from packsaddle.pace import Line, Pace
 from packsaddle.steptime import Fleet, Link
+from packsaddle.tasks import TASKS
 from packsaddle.workload import Workload
 
 
@@ -188,6 +191,29 @@ def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) ->
     assert document["fleet"]["compute"] > 0
 
 
+def test_plan_link_for_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """The model that a run of `packsaddle init`'s configuration trains."""
+    asked = (
+        "plan",
+        "--link",
+        "1gbit",
+        "--model",
+        "char-transformer",
+        "--batch",
+        2,
+        "--compressor",
+        "randomk",
+        "--json",
+    )
+    assert command(*asked) == 0
+    document = json.loads(capsys.readouterr().out)
+    config = TASKS["char-transformer"].config
+    text = load_data(config.data, None, train=True)
+    task = make_task(config.model, text.shape, text.classes, 0)
+    assert document["compressed"] + document["dense"] == sum(p.numel() for p in task.parameters())
+    assert document["fleet"]["compute"] > 0
+
+
 def test_plan_link_auto(capsys: pytest.CaptureFixture[str]) -> None:
     """Between two processes of this machine."""
     asked = ("plan", "--link", "auto", "--d", 5000, "--compute", 0.01, "--workers", 2, "--compressor", "randomk")
@@ -237,7 +263,7 @@ REFUSALS = {
     (*LINK, "--d", "5", "--compute", "1", "--compressor", "topq"): "compressor must be one of best, randomk",
     (*LINK, "--d", "5", "--compute", "1", "--compressor", "sign", "--ratio", "1"): "ratio is for one of best, randomk",
     (*LINK, "--d", "5", "--compute", "1", "--ratio", "2"): "ratio of RandomK must be in (0, 1], got 2.0",
-    (*LINK, "--model", "resnet19"): "model must be one of mnist-autoencoder, resnet18",
+    (*LINK, "--model", "resnet19"): "model must be one of mnist-autoencoder, char-transformer, resnet18",
     (*LINK, "--model", "mnist-autoencoder", "--batch", "0"): "batch must be at least 1, got 0",
     ("--link", "fast", "--d", "5", "--compute", "1"): "such as 100mbit, 1gbit or 12.5MB/s, got 'fast'",
     ("--link", "0mbit", "--d", "5", "--compute", "1"): "link must be a positive rate",

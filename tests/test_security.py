@@ -3,6 +3,7 @@
 import ast
 import csv
 import importlib.util
+import io
 import json
 import re
 import tomllib
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import packsaddle
 from packsaddle.commands.console import print_runs
 from packsaddle.curves import read_curves
-from packsaddle.progress import live
+from packsaddle.progress import StudyProgress, live
 from packsaddle.report import write_report
 from packsaddle.runfolder import read_runs
 from packsaddle.wording import cell, read_cell
@@ -111,6 +113,18 @@ def test_terminals_show_and_do_not_obey(tmp_path: Path, capsys: pytest.CaptureFi
         if text.startswith("["):
             assert text in shown.splitlines()[-1]  # brackets are no markup
             assert text in shown.partition("done")[0]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_progress_of_a_study_shows_names_as_they_are(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(force_terminal=terminal, color_system=None, width=200, file=io.StringIO())
+    monkeypatch.setattr("packsaddle.progress.Console", lambda: console)
+    with StudyProgress("[red]study[/]", 2) as progress:
+        progress.show({"[bold]one[/bold]": 0.5, "two[/]": 0.5}, ["[bold]one[/bold]", "two[/]"])
+        progress.show({"[bold]one[/bold]": 1.0, "two[/]": 0.5}, ["two[/]"])
+    shown = console.file.getvalue()
+    assert "[red]study[/]" in shown
+    assert ("two[/]" in shown) == terminal
 
 
 def calls(path: Path) -> list[ast.Call]:

@@ -10,11 +10,14 @@ from torch import nn
 
 from packsaddle.bench.timing import side_by_side
 from packsaddle.compress import Compressor, RandomK
+from packsaddle.config import DataConfig, ModelConfig
 from packsaddle.exchange import Solo
 from packsaddle.flat import FlatParameters
 from packsaddle.models import mnist_autoencoder, resnet
 from packsaddle.optimizer import CompressedSGD
 from packsaddle.schema import ConfigError, nearest
+from packsaddle.text import load_text
+from packsaddle.transformer import CharTransformer
 
 _LONG = 1 << 25  # coordinates; longer vectors take in proportion
 _DENSE_BELOW = 1024  # elements, as in CompressedSGD
@@ -49,9 +52,19 @@ class Workload:
         return cls(name, flat.compressed_d, flat.d - flat.compressed_d, shapes)
 
 
+def _char_transformer() -> CharTransformer:
+    """Return what `packsaddle init` trains, over the characters of Python's own reference."""
+    classes = load_text(DataConfig("text"), None, train=True).classes
+    defaults = ModelConfig("char-transformer")
+    return CharTransformer(
+        classes, DataConfig.context, width=defaults.width, depth=defaults.depth, heads=defaults.heads
+    )
+
+
 # Each with the shape of an example; the ResNets are those for small images, as packsaddle trains them.
 MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mnist-autoencoder": (mnist_autoencoder, (1, 28, 28)),
+    "char-transformer": (_char_transformer, (DataConfig.context,)),
     "resnet18": (partial(resnet, 18, 10), (3, 32, 32)),
     "resnet34": (partial(resnet, 34, 10), (3, 32, 32)),
     "resnet50": (partial(resnet, 50, 10), (3, 32, 32)),
@@ -65,12 +78,20 @@ def _build(name: str) -> nn.Module:
         return MODELS[name][0]()
 
 
+def _examples(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+    """Random codes of characters, int64, or pixels, float."""
+    rng = torch.Generator().manual_seed(0)
+    if isinstance(model, CharTransformer):
+        return torch.randint(model.characters.num_embeddings, shape, generator=rng)
+    return torch.rand(shape, generator=rng)
+
+
 def compute_seconds(name: str, batch: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> float:
     """Return the median seconds of a model's forward and backward pass on `batch` examples. Raises ConfigError."""
     if batch < 1:
         raise ConfigError(f"batch must be at least 1, got {batch}")
     model = _build(name).to(device)
-    examples = torch.rand(batch, *MODELS[name][1], generator=torch.Generator().manual_seed(0)).to(device)
+    examples = _examples(model, (batch, *MODELS[name][1])).to(device)
 
     def work() -> None:
         model.zero_grad()
