@@ -137,7 +137,7 @@ class Job:
         to be, TerminatedError if the launcher was told to and the workers could not."""
         if how == "processes" and workers > 1:
             return self._launch(workers)
-        with hearing_sigterm() if self.saving.on else nullcontext():
+        with hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext():
             if workers == 1:
                 return self.train()
             if how == "serial":
@@ -188,5 +188,5 @@ def train_under_launcher(job: Job) -> bool | None:
 def _in_process_group(job: Job) -> Iterator[None]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     timeout = None if job.timeout is None else timedelta(seconds=job.timeout)
-    with process_group(timeout), hearing_sigterm() if job.saving.on else nullcontext():
+    with process_group(timeout), hearing_sigterm() if job.saving.on and job.saving.stops else nullcontext():
         yield
