@@ -156,7 +156,7 @@ class Job:
         to be, TerminatedError if the launcher was told to and the workers could not."""
         if how == "processes" and workers > 1:
             return self._launch(workers)
-        with hearing_sigterm() if self.saving.on else nullcontext():
+        with hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext():
             if workers == 1:
                 return self.train()
             if how == "serial":
@@ -208,5 +208,5 @@ def train_under_launcher(job: Job) -> bool | None:
 @contextmanager
 def _in_process_group(job: Job) -> Iterator[None]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    with process_group(job.timeout), hearing_sigterm() if job.saving.on else nullcontext():
+    with process_group(job.timeout), hearing_sigterm() if job.saving.on and job.saving.stops else nullcontext():
         yield

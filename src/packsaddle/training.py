@@ -124,7 +124,7 @@ class Training:
         if saving.resume:
             self._resume(folder, quiet=quiet)
         steps, first = self.calendar.steps, tally.step
-        wishes = Wishes(saving, self.calendar.per_epoch, self.group.rank, first)
+        wishes = Wishes(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
         begin, text = time.perf_counter() - tally.elapsed, "starting"
         with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
             for step in range(first, steps):
