@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-integrations lint docs clean
+.PHONY: demo test test-integrations lint docs audit clean
 
 demo: .venv/.installed
 	$(BIN)/packsaddle demo
@@ -11,7 +11,8 @@ test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q
+	$(BIN)/python -m pip check
+	$(BIN)/pytest -q -n auto --dist loadgroup
 
 # With the real Lightning, transformers, accelerate and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed
@@ -27,6 +28,17 @@ docs: .venv/.installed
 	$(BIN)/python -m sphinx -W -n --keep-going -q -c docs . build/docs
 	@echo "site: build/docs/index.html"
 
+# Known vulnerabilities of what is installed, in an environment of its own; asks pypi.org. Offline: pip check alone.
+audit: .venv/.installed
+	$(BIN)/python -m pip check
+	test -x .venv-audit/bin/pip-audit || \
+		($(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit) || \
+		(echo "audit: pip-audit cannot be installed; is the package index reachable?" >&2; exit 1)
+	@.venv-audit/bin/python -c 'import urllib.request as u; u.urlopen("https://pypi.org/pypi/pip/json", timeout=20)' 2>/dev/null || \
+		(echo "audit: the vulnerability service (pypi.org) cannot be reached, so nothing was audited" >&2; exit 1)
+	$(BIN)/python -m pip freeze --exclude-editable > build-audit.txt
+	.venv-audit/bin/pip-audit --requirement build-audit.txt --no-deps --disable-pip
+
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -34,4 +46,4 @@ docs: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	rm -rf .venv .venv-audit build-audit.txt runs .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

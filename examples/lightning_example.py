@@ -54,7 +54,7 @@ def main() -> None:
     seed_everything(0, verbose=False)
     train, test = digits()
     module = Digits()
-    callback = PacksaddleCallback(packsaddle.TopK(0.01), follow_rates=True)
+    callback = PacksaddleCallback(packsaddle.TopK(0.01))
     certificates = CertificateCallback(
         Digits.loss, list(DataLoader(test, batch_size=90)), epsilon=2.0, max_hvps=20, every_n_epochs=4
     )

@@ -16,6 +16,17 @@ settings.load_profile("packsaddle")
 torch.set_num_threads(1)
 
 
+# What makes network namespaces looks at which of them there are.
+HOSTS = ("test_hosts", "test_interface", "test_bench", "test_linkplan", "test_network_faults")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run on several processes, keep those that make hosts on one."""
+    for item in items:
+        if item.path.stem in HOSTS:
+            item.add_marker(pytest.mark.xdist_group("hosts"))
+
+
 @pytest.fixture
 def gloo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """gloo(fn, workers, *args) runs fn(*args) in that many gloo processes and returns the results by rank."""

@@ -37,7 +37,7 @@ def lightning(folder: Path, steps: int, resume: bool) -> Run:
     from packsaddle.integrations.lightning import CertificateCallback, PacksaddleCallback
 
     seed_everything(0, verbose=False)
-    module, callback = Digits(), PacksaddleCallback(packsaddle.TopK(0.01), follow_rates=True, **OPTIONS)
+    module, callback = Digits(), PacksaddleCallback(packsaddle.TopK(0.01), **OPTIONS)
     kept = 1 if steps == END and not resume else -1
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=kept, save_last="link")
     for wrong in ({}, {"every_n_steps": 1, "every_n_epochs": 1}, {"every_n_steps": 0}):

@@ -448,8 +448,10 @@ def test_bad_arguments_are_named(kind: type[RandomK | TopK | SketchTopK]) -> Non
     for ratio in (0.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match=rf"ratio of {kind.__name__} must be in \(0, 1\], got {ratio}"):
             kind(ratio)
-    with pytest.raises(ValueError, match=r"got 50; for a number of coordinates pass k="):
+    with pytest.raises(ValueError, match=r"got 50; for a number of coordinates pass k=, and for 1% 0\.01"):
         kind(50)
+    with pytest.raises(ValueError, match=rf"ratio of {kind.__name__} must be a number in \(0, 1\], got '0.1'"):
+        kind("0.1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="exactly one of ratio and k"):
         kind(0.1, k=3)
     with pytest.raises(ValueError, match="exactly one of ratio and k"):

@@ -650,6 +650,7 @@ def refusals() -> dict[str, str]:
 
     refused("compressor", compressor=0.01)
     refused("schedule", compressor=lambda step: 0.01)
+    refused("class", compressor=TopK)
     refused("k", compressor=TopK(k=10**6))
     refused("noise", noise=-1.0)
     refused("scope", scope="layer")
@@ -689,8 +690,9 @@ def test_what_is_refused_and_how(gloo: Gloo) -> None:
         "scaler": "scaler must be a torch.amp.GradScaler, got float",
         "lacks": "optimizer must have all parameters of the model, and lacks",
         "differs": "workers must be given the same arguments",
-        "second": "can only be called once",
-        "plain": "model must be a DistributedDataParallel, got Sequential",
+        "class": "such as TopK\\(0.01\\), got the class TopK itself",
+        "second": "has a communication hook already, and takes no second one; for another hook wrap model.module anew",
+        "plain": "model must be a DistributedDataParallel, got Sequential: wrap the model first",
         "added": "extra was added, replaced or unfrozen after DistributedDataParallel",
         "sparse": "has a sparse gradient, which is not supported",
     }
@@ -708,7 +710,7 @@ def attachments() -> dict[str, Any]:
     train(compiled, torch.optim.SGD(compiled.parameters(), 0.1), batches(3))
     found["steps"] = hook.steps
     past = wrapped(network())
-    attach(past, RandomK(0.1))
+    register_ddp_hook(past, RandomK(0.1))
     loss(past.module, batches(1)[0]).backward()  # a framework that runs the model itself
     found["past"] = message_of(lambda: loss(past.module, batches(1)[0]))
     quiet = wrapped(network())

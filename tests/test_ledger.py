@@ -24,6 +24,21 @@ def test_totals_and_steps() -> None:
     assert [(s.first, s.last) for s in ledger.spans] == [(0, 2), (3, 3), (4, 4)]
 
 
+def test_it_prints_as_a_table() -> None:
+    ledger = Ledger()
+    ledger.add(0, "dense", "all-reduce", Bytes(4, 5, 5))
+    ledger.add(0, "values", "all-gather", Bytes(1234567, 0, 9))
+    rows = [line.split() for line in str(ledger).splitlines()]
+    assert rows == [
+        ["bytes", "payload", "sent", "received"],
+        ["dense", "4", "5", "5"],
+        ["values", "1,234,567", "0", "9"],
+        ["total", "1,234,571", "5", "14"],
+    ]
+    assert len({len(line) for line in str(ledger).splitlines()}) == 1  # columns end together
+    assert str(Ledger()).splitlines()[1].split() == ["total", "0", "0", "0"]
+
+
 def test_equal_steps_take_one_span() -> None:
     ledger = Ledger()
     for step in range(1000):
@@ -38,3 +53,13 @@ def test_state_keeps_the_totals() -> None:
     ledger.add(0, "dense", "all-reduce", Bytes(1, 2, 3))
     restored.load_state_dict(ledger.state_dict())
     assert restored.by_purpose == ledger.by_purpose
+
+
+def test_a_long_run_of_unequal_steps_takes_little_memory_and_loses_no_total() -> None:
+    ledger = Ledger()
+    for step in range(5000):
+        ledger.add(step, "indices", "all-gather", Bytes(step, step, step))
+    assert len(ledger.spans) == 1000
+    assert ledger.at(4999) == {"indices": Bytes(4999, 4999, 4999)}
+    assert ledger.at(3) == {}
+    assert ledger.total.payload == sum(range(5000))

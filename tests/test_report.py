@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from packsaddle.commands.console import print_runs
 from packsaddle.report import write_report
 from packsaddle.runfolder import RunFolder, read_runs
 from packsaddle.schema import ConfigError
@@ -70,6 +71,14 @@ def test_report(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="report exists already"):
         write_report(runs, tmp_path / "report")
     write_report(runs, tmp_path / "report", overwrite=True)
+
+
+def test_the_plateau_is_explained_where_a_run_is_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left, still = make_run(tmp_path / "a", "a", LINES), make_run(tmp_path / "b", "b", LINES[:4])
+    print_runs(read_runs([left]))
+    assert "still on the plateau" not in capsys.readouterr().out
+    print_runs(read_runs([left, still]))
+    assert "+ still on the plateau at the end of the run" in capsys.readouterr().out
 
 
 def test_row_of_an_empty_run(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from packsaddle.data import MissingExtraError
 from packsaddle.page import for_plotly, for_script
 from packsaddle.report import write_report
 from packsaddle.runfolder import RunFolder, read_runs
+from packsaddle.wording import printable
 
 NASTY = "</script><script>alert(1)</script><a href='https://evil.example/'>x</a>\u2028%{x} $a_b$ \"quoted\""
 STEPS = range(10, 60, 10)
@@ -107,7 +108,7 @@ def test_curves_and_settings_equal_numpy(compared: dict[str, dict[str, list[floa
     found = [float(first[f"final_loss{end}"]) for end in ("", "_low", "_high")]
     assert found == pytest.approx([losses[:, -1].mean() + shift for shift in (0, -half, half)])
     assert (first["seeds"], first["unfinished"], first["compression"]) == ("3", "1", "40.5")
-    assert (lone["seeds"], lone["final_loss_low"], lone["setting"]) == ("1", "", NASTY)
+    assert (lone["seeds"], lone["final_loss_low"], lone["setting"]) == ("1", "", printable(NASTY))
     assert len(rows_of(tmp_path / "report" / "table.csv")) == 4
 
 
@@ -155,8 +156,8 @@ def test_labels_are_harmless(compared: dict[str, dict[str, list[float]]], tmp_pa
     assert "alert(1)</script>" not in text
     page = Page(text)
     assert not any(tag == "a" for tag, _ in page.tags)
-    assert page.data["settings"][1]["label"] == NASTY  # for CSV, as it is
-    assert page.data["settings"][1]["name"] == for_plotly(NASTY)
+    assert page.data["settings"][1]["label"] == printable(NASTY)  # for CSV, as it is
+    assert page.data["settings"][1]["name"] == for_plotly(printable(NASTY))
     assert not set("<>\"'$") & set(for_plotly(NASTY))
     assert not set("<>&\u2028\u2029") & set(for_script({"a": NASTY + "\u2029"}))
     svg = (tmp_path / "report" / "figure.svg").read_text()

@@ -18,14 +18,15 @@ from packsaddle.compress import (
     TopK,
 )
 from packsaddle.ddp import attach, register_ddp_hook
+from packsaddle.drift import Drift, DriftError
 from packsaddle.escape import Escape, Reset
-from packsaddle.finite import NonFiniteError, Skip
 from packsaddle.fsdp import register_fsdp_hook
 from packsaddle.ledger import Bytes, Ledger, Span
 from packsaddle.noise import Ramp
 from packsaddle.optimizer import CompressedSGD
 from packsaddle.simulate import simulate
 from packsaddle.sketch import NormSketch
+from packsaddle.skips import NonFiniteError, Skip
 from packsaddle.warmup import RatioRamp
 
 __version__ = "0.1.0"
@@ -39,6 +40,8 @@ __all__ = [
     "CheckpointError",
     "CompressedSGD",
     "Compressor",
+    "Drift",
+    "DriftError",
     "Escape",
     "Identity",
     "Ledger",

@@ -92,7 +92,7 @@ def band(setting: Setting, quantity: str, axis: Axis) -> Band | None:
 def position(line: dict[str, Any], axis: Axis) -> float:
     """Where a line of metrics lies on an axis; megabytes are those a worker sent (with one: of its messages)."""
     if axis == "megabytes":
-        return float(line.get("sent") or line.get("payload", 0)) / 1e6
+        return float(line.get("sent") or line.get("payload") or 0) / 1e6
     return float(line[axis])
 
 

@@ -1,6 +1,5 @@
 """Certificates of what a run left in its folder: its last point, or any weights saved from it."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ from packsaddle.exchange import launch, local_device, process_group, resolve
 from packsaddle.inspection import Examples, task_loss
 from packsaddle.ledger import Ledger
 from packsaddle.models import Task, make_task
+from packsaddle.recorded import read_object
+from packsaddle.runfolder import damaged
 from packsaddle.schema import ConfigError, build
 from packsaddle.seeds import Stream, generator
 
@@ -146,12 +147,12 @@ def certify_in_process_group(audit: Audit) -> list[Finding]:
 
 def read_config(run: Path) -> Config:
     """Return the configuration that a run folder keeps. Raises ConfigError."""
+    if not (run / "config.json").is_file():
+        raise ConfigError(f"{run} is not a run folder (it has no config.json)")
     try:
-        return build(Config, json.loads((run / "config.json").read_text()))
-    except FileNotFoundError:
-        raise ConfigError(f"{run} is not a run folder (it has no config.json)") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run folder {run} is damaged: config.json: {error}") from None
+        return build(Config, read_object(run / "config.json"))
+    except ConfigError as error:
+        raise damaged(run, ConfigError(f"config.json: {str(error).removeprefix('config.json: ')}")) from None
 
 
 def _read_weights(file: Path) -> dict[str, Tensor]:

@@ -47,6 +47,10 @@ class Checkpointed(Optimizer):
         kept = self._memory.vectors() | self._direction.vectors() | self._local.vectors()
         return {"pending": vector, **anchor, **kept, **self.choice.protocol.vectors(vector)}
 
+    def _shared(self) -> dict[str, Tensor]:
+        """Those of them that are the same on every worker."""
+        return {name: v for name, v in self._flat_state().items() if name in ("anchor", "mean_estimate")}
+
     def _publish_state(self) -> None:
         """Show the flat vectors as per-parameter state, so that torch's checkpoint tools find them."""
         for name, flat in self._flat_state().items():
@@ -70,7 +74,7 @@ class Checkpointed(Optimizer):
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
         state["exchange"] = self.choice.protocol.state_dict()
         state["noise"] = self._noise.state_dict()
-        state["guard"] = self.guard.state_dict()
+        state["guard"] = self.guard.skips.state_dict()
         state["ledger"] = self.ledger.state_dict()
         state["monitor"] = self.monitor.state_dict()
         state["resets"] = [asdict(reset) for reset in self.resets]
@@ -102,7 +106,7 @@ class Checkpointed(Optimizer):
                 group.pop(name, None)
         self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
         self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
-        self.guard.load_state_dict(state_dict.get("guard", {}))
+        self.guard.skips.load_state_dict(state_dict.get("guard", {}))
         self.ledger.load_state_dict(state_dict.get("ledger", []))
         self.monitor.load_state_dict(state_dict.get("monitor", {}))
         self.resets = [Reset(**reset) for reset in state_dict.get("resets", [])]

@@ -19,7 +19,10 @@ from packsaddle.commands.reproducing import reproduce
 from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
 from packsaddle.exchange import TerminatedError, WorkerFailedError, under_launcher
+from packsaddle.missing import PeerLostError
 from packsaddle.schema import ConfigError
+from packsaddle.skips import GuardError
+from packsaddle.wording import one_line
 
 
 def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
@@ -64,13 +67,21 @@ def main() -> None:
         parse(COMMANDS, sys.argv[1:], "packsaddle")()
     except ConfigError as error:
         if is_first():
-            print(f"packsaddle: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+            print(f"packsaddle: error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except GuardError as error:
+        if is_first():
+            print(f"packsaddle: {error}", file=sys.stderr)
+        sys.exit(1)
     except WorkerFailedError as error:
-        print(f"packsaddle: {error}", file=sys.stderr)
+        print(error.trace, end="", file=sys.stderr)
+        print(f"packsaddle: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     except TerminatedError:
         sys.exit(143)
+    except PeerLostError as error:
+        print(f"packsaddle: {one_line(str(error))}", file=sys.stderr, flush=True)
+        os._exit(1)  # what gloo's threads and a store behind a cut network wait for would be waited for here
     except KeyboardInterrupt:
         sys.exit(130)
     if under_launcher():

@@ -22,9 +22,14 @@ from packsaddle.compress import (
     SketchTopK,
     TopK,
 )
+from packsaddle.drift import OnDrift
 from packsaddle.lanczos import check_probability
 from packsaddle.schema import ConfigError, build
 from packsaddle.tomllines import line_of, syntax_error
+from packsaddle.wording import shortened, shown
+
+_EPOCHS = (1e-9, 1e9)  # the least and the most that a number of epochs may be
+_WIDEST = 2**20  # units of a layer
 
 AnyCompressor = Identity | RandomK | TopK | AdaptiveTopK | SketchTopK | Sign | QSGD | LinearSketch | LowRank
 
@@ -62,6 +67,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.width < 4:
             raise ValueError(f"width must be at least 4, got {self.width}")
+        _at_most(self, width=_WIDEST, depth=1000)
         resnet, text = "resnet" in self.name, self.name == "char-transformer"
         self._refuse("of a resnet", resnet, stem="small", norm="worker")
         self._refuse("of a resnet or the char-transformer", resnet or text, width=64)
@@ -69,8 +75,8 @@ class ModelConfig:
         self._refuse("of an autoencoder", "autoencoder" in self.name, output="sigmoid")
         if (self.name == "autoencoder") != bool(self.widths):
             raise ValueError(f"widths are for the autoencoder, and it needs them, got {list(self.widths)}")
-        if any(w < 1 for w in self.widths):
-            raise ValueError(f"widths must be at least 1, got {list(self.widths)}")
+        if any(not 1 <= w <= _WIDEST for w in self.widths):
+            raise ValueError(f"widths must be from 1 to {_WIDEST:,}, got {list(self.widths)}")
         _positive(self, "depth", "heads")
         if text and self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
@@ -92,6 +98,8 @@ class NoiseConfig:
     def __post_init__(self) -> None:
         _not_negative(self, "std", "lower_from", "lower_until")
         start, stop = self.lower_from, self.lower_until
+        if max(start or 0, stop or 0) > _EPOCHS[1]:
+            raise ValueError(f"lower_from and lower_until must be at most {_EPOCHS[1]:g}, got {start} and {stop}")
         if stop is not None and (start is None or start > stop):
             raise ValueError(f"lower_until needs a lower_from that is not after it, got {start} and {stop}")
 
@@ -125,10 +133,12 @@ class CertifyConfig:
     failure_probability: float = 1e-3  # of a lower bound on the smallest eigenvalue
 
     def __post_init__(self) -> None:
-        _positive(self, "epsilon", "last_epsilon", "hessian_lipschitz", "every", "examples", "max_hvps")
+        _positive(self, "epsilon", "last_epsilon", "hessian_lipschitz", "examples", "max_hvps")
+        _epochs(self, "every")
         _not_negative(self, "iterates")
-        if any(not 0 < epoch < math.inf for epoch in self.at):
-            raise ValueError(f"at must be epochs after the start, got {list(self.at)}")
+        _at_most(self, iterates=10**6)
+        if any(not 0 < epoch <= _EPOCHS[1] for epoch in self.at):
+            raise ValueError(f"at must be epochs after the start, at most {_EPOCHS[1]:g}, got {list(self.at)}")
         check_probability(self.failure_probability)
 
 
@@ -157,6 +167,9 @@ class Config:
     local_steps: int = 1  # steps between two exchanges
     dense_below: int = 1024  # tensors with fewer elements, and vectors, go dense; 0 compresses everything
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
+    max_skipped: int = 20  # steps in a row that may be left out, since a worker's gradient was not finite
+    compare_every: int = 100  # steps between comparisons of x over workers; 0: never
+    on_drift: OnDrift = "stop"  # stop: with an error, where x is not equal; repair: go on from worker 0's
     seed: int = 0  # of everything random
     workers: int = 1  # W; --workers overrides
     log_every: int = 100  # steps that one line of metrics averages
@@ -164,8 +177,10 @@ class Config:
     plateau: float | None = None  # the loss of a plateau whose length is to be measured
 
     def __post_init__(self) -> None:
-        _positive(self, "epochs", "batch_size", "workers", "log_every", "test_every", "plateau", "local_steps")
-        _not_negative(self, "lr", "weight_decay", "dense_below")
+        _epochs(self, "epochs", "test_every")
+        _positive(self, "batch_size", "workers", "log_every", "plateau", "local_steps")
+        _at_most(self, batch_size=2**24, workers=2**20, local_steps=10**6)
+        _not_negative(self, "lr", "weight_decay", "dense_below", "max_skipped", "compare_every")
         if self.local_steps > 1 and self.certify and (self.certify.every is not None or self.certify.at):
             raise ValueError("certify.every and certify.at need local_steps = 1, as workers are apart in between")
 
@@ -179,7 +194,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise ConfigError(syntax_error(path, error)) from None
     except RecursionError:
         raise ConfigError(f"{path}: not valid TOML: lists or tables are nested too deeply") from None
@@ -193,7 +208,7 @@ def configure(
 
     Raises ConfigError, which says which override is to blame, or else `origin` of the key.
     """
-    given = {override(data, text): f"--set {text}" for text in overrides}
+    given = {override(data, text): f"--set {shortened(text)}" for text in overrides}
     try:
         return build(Config, data)
     except ConfigError as error:
@@ -213,16 +228,18 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
     """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key. Raises ConfigError."""
     name, equals, text = assignment.partition("=")
     if not equals or not name:
-        raise ConfigError(f"--set takes key=value, got {assignment!r}")
+        raise ConfigError(f"--set takes key=value, got {shown(assignment)}")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
+    except (ValueError, RecursionError):
+        raise ConfigError(f"--set {shortened(assignment)}: too many digits, or brackets in brackets") from None
     *path, last = key = tuple(name.strip().split("."))
     for part in path:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
-            raise ConfigError(f"--set {assignment}: {part} is not a table")
+            raise ConfigError(f"--set {shortened(assignment)}: {shortened(part)} is not a table")
     data[last] = value
     return key
 
@@ -232,6 +249,21 @@ def _positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _epochs(config: Any, *names: str) -> None:
+    """Check numbers of epochs: between those, steps can be counted in 64 bits."""
+    _positive(config, *names)
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not _EPOCHS[0] <= value <= _EPOCHS[1]:
+            raise ValueError(f"{name} must be from {_EPOCHS[0]:g} to {_EPOCHS[1]:g} epochs, got {value}")
+
+
+def _at_most(config: Any, **most: int) -> None:
+    for name, limit in most.items():
+        if getattr(config, name) > limit:
+            raise ValueError(f"{name} must be at most {limit:,}, got {getattr(config, name)}")
 
 
 def _not_negative(config: Any, *names: str) -> None:

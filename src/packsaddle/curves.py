@@ -9,6 +9,7 @@ from typing import Any
 
 from packsaddle.aggregate import Axis, Setting, band
 from packsaddle.schema import ConfigError
+from packsaddle.wording import cell, read_cell
 
 AXES: tuple[Axis, ...] = ("step", "epoch", "megabytes", "seconds")
 QUANTITIES = ("loss", "grad_norm", "test_loss", "test_accuracy")
@@ -56,7 +57,7 @@ def write_curves(curves: Sequence[Curve], path: Path) -> None:
         writer.writerow(["setting", *_names()])
         for c in curves:
             for values in zip(*(c.columns[name] for name in _names()), strict=True):
-                writer.writerow([c.setting, *(_text(v) for v in values)])
+                writer.writerow([cell(c.setting), *(_text(v) for v in values)])
 
 
 def _text(value: float) -> str:
@@ -69,7 +70,7 @@ def read_curves(path: Path) -> list[Curve]:
     try:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
-                found.setdefault(row["setting"], []).append(row)
+                found.setdefault(read_cell(row["setting"]), []).append(row)
         return [
             Curve(setting, {n: [float(r[n]) if r[n] else math.nan for r in rows] for n in _names()})
             for setting, rows in found.items()

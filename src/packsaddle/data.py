@@ -7,6 +7,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,9 +65,12 @@ class Images:
 
 def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Dataset:
     """Load the training or test part of images or of a text. Raises ConfigError that names what is missing."""
-    if config.name == "text":
-        return load_text(config, data_dir, train=train)
-    return load_images(config, data_dir, train=train, download=download)
+    try:
+        if config.name == "text":
+            return load_text(config, data_dir, train=train)
+        return load_images(config, data_dir, train=train, download=download)
+    except OSError as error:
+        raise ConfigError(f"--data-dir {data_dir} cannot be read: {error}") from None
 
 
 def load_images(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Images:
@@ -92,18 +96,26 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
     vision = require("torchvision", "vision", f"reading {name}")
     if name == "folder":
         return _folder(vision, data_dir, "train" if train else "test")
-    reader = {"mnist": vision.datasets.MNIST, "cifar10": vision.datasets.CIFAR10}[name]
+    reader, place = {
+        "mnist": (vision.datasets.MNIST, data_dir / "MNIST"),
+        "cifar10": (vision.datasets.CIFAR10, data_dir / "cifar-10-batches-py"),
+    }[name]
+    there = place.exists()
+    damaged = f"{name} in --data-dir {data_dir} is damaged; remove {place}, and --download fetches it again"
     try:
         dataset = reader(data_dir, train=train, download=download)
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        if there:
+            raise ConfigError(damaged) from None
         if download:
-            reason = str(error).splitlines()[0]
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{name} could not be downloaded to --data-dir {data_dir}: {reason}") from None
         raise ConfigError(f"{name} is not in --data-dir {data_dir}; --download fetches it there") from None
-    if name == "mnist":
-        return Images(dataset.data[:, None], dataset.targets, 255, 10)
-    levels = torch.as_tensor(dataset.data).permute(0, 3, 1, 2).contiguous()
-    return Images(levels, torch.tensor(dataset.targets), 255, 10)
+    levels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+    if len(levels) == 0 or len(levels) != len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < 10:
+        raise ConfigError(damaged)
+    levels = levels[:, None] if name == "mnist" else levels.permute(0, 3, 1, 2).contiguous()
+    return Images(levels, labels, 255, 10)
 
 
 def _digits(train: bool) -> Images:
@@ -119,26 +131,40 @@ def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
     if not root.is_dir():
         raise ConfigError(f"an image folder needs train/CLASS/* and test/CLASS/*, but {root} is not a folder")
     try:
-        dataset = vision.datasets.ImageFolder(root, transform=vision.transforms.PILToTensor())
-    except FileNotFoundError as error:
+        for path in root.iterdir():
+            path.stat()  # torchvision overlooks classes that are dangling links
+        dataset = vision.datasets.ImageFolder(root, transform=vision.transforms.PILToTensor(), loader=_open_image)
+    except OSError as error:  # also torchvision's own, of a class without images
         raise ConfigError(f"image folder {root}: {str(error).splitlines()[0]}") from None
     if dataset.classes != classes:
         difference = ", ".join(sorted(set(dataset.classes) ^ set(classes)))
         raise ConfigError(
             f"train and test of image folder {data_dir} must have the same classes; only one has {difference}"
         )
+    first = None if part == "train" else _load("folder", data_dir, True, False).shape
     images: list[Tensor] = []
     for (path, _), index in zip(dataset.samples, range(len(dataset)), strict=True):
         try:
             image = dataset[index][0]
-        except OSError:
+        except ConfigError:
+            raise
+        except Exception:  # a damaged file raises whatever its bytes lead to
             raise ConfigError(f"{path} cannot be read as an image") from None
-        if images and image.shape != images[0].shape:
-            raise ConfigError(
-                f"images must be of one size, but {path} is {list(image.shape)}, not {list(images[0].shape)}"
-            )
+        first = first or image.shape
+        if image.shape != first:
+            raise ConfigError(f"images must be of one size, but {path} is {list(image.shape)}, not {list(first)}")
         images.append(image)
     return Images(torch.stack(images), torch.tensor(dataset.targets), 255, len(classes))
+
+
+def _open_image(path: str) -> Any:
+    """An image of three channels, as torchvision opens it, but for pixels of more than 8 bits, which it would clip."""
+    from PIL import Image
+
+    with open(path, "rb") as file, Image.open(file) as image:
+        if image.mode[0] in "IF":
+            raise ConfigError(f"{path} has pixels of more than 8 bits ({image.mode}); images must have 8 a channel")
+        return image.convert("RGB")
 
 
 def _classes(root: Path) -> list[str]:

@@ -13,7 +13,7 @@ from packsaddle.afterstep import EscapeAfterStep
 from packsaddle.agree import check_agreement
 from packsaddle.channel import Channel
 from packsaddle.choose import choose, warn_of_nothing
-from packsaddle.compress import Compressor, RandomK
+from packsaddle.compress import Compressor, TopK
 from packsaddle.ddphook import DDPHook
 from packsaddle.escape import Escape
 from packsaddle.exchange import group_beside, is_sharded, on_buckets, resolve
@@ -27,7 +27,7 @@ from packsaddle.seeds import as_seed
 
 def register_ddp_hook(
     model: DistributedDataParallel,
-    compressor: Compressor | Schedule = RandomK(0.01),  # noqa: B008 -- immutable
+    compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] = 0.0,
     escape: Escape | None = None,
@@ -41,6 +41,8 @@ def register_ddp_hook(
     optimizer: Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
     monitor_every: int = 0,
+    max_skipped: int | None = 20,
+    compare_every: int = 100,
 ) -> DDPHook:
     """Let DistributedDataParallel exchange its gradients compressed, perturbed and with error feedback; collective.
 
@@ -58,18 +60,39 @@ def register_ddp_hook(
         seed, dense_below, exchange, back: as in `CompressedSGD`.
         scope: what is compressed as one vector: each of DDP's buckets, while the backward pass goes on, or all of the
             model at its end, as Algorithm 1 has it.
-        optimizer: plain SGD, whose learning rates the error memory follows when they change, so that y = x - eta e does
-            not jump; with any other optimizer errors stay as they are.
+        optimizer: what steps, to be kept from stepping where an exchange was not taken. If it is plain SGD the error
+            memory follows its learning rates, so that y = x - eta e does not jump; with any other it stays as it is.
         scaler: the GradScaler whose scale is in the gradients; the error memory is then kept without it.
         monitor_every: measure `contraction` every so many steps; 0 never does.
+        max_skipped: raise NonFiniteError in the backward pass after more than so many exchanges in a row that were not
+            taken; None never does, and lets `optimizer` have their NaNs.
+        compare_every: every so many steps workers compare fingerprints of the parameters, 8 bytes each; where one
+            differs, the backward pass raises DriftError on all, with the first of them and the workers. 0 never does.
 
     Where a worker's gradient is not finite the exchange is not taken: error memories, noise and step count stay as they
-    were, and every worker finds a NaN in its gradients, so that scalers skip the step on all of them together.
+    were, and every worker finds a NaN in its gradients, so that scalers skip the step on all of them together. It is
+    logged by the worker whose it was, with the name of the parameter (on a CPU), and entered in `hook.skips`.
+    If gradients are computed and the hook is never called (the model is run past DistributedDataParallel, as
+    `model.module(x)`), the next forward pass raises RuntimeError.
+
     Raises TypeError or ValueError for bad arguments, also if workers differ in them, RuntimeError for a second hook.
     """
     if not isinstance(model, DistributedDataParallel):
-        raise TypeError(f"model must be a DistributedDataParallel, got {type(model).__name__}; see packsaddle.attach")
-    rules = Rules(compressor, exchange, back, scope, error_feedback, start_step, as_seed(seed))
+        raise TypeError(
+            f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
+            f"or, where a framework has wrapped it, see packsaddle.attach"
+        )
+    rules = Rules(
+        compressor,
+        exchange,
+        back,
+        scope,
+        error_feedback,
+        start_step,
+        seed=as_seed(seed),
+        max_skipped=max_skipped,
+        compare_every=compare_every,
+    )
     _check_types(optimizer, scaler)
     monitor = Every(monitor_every)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
@@ -90,7 +113,10 @@ def register_ddp_hook(
     }
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
+    if optimizer is not None:
+        hook.protect(optimizer)
     on_buckets(model, hook)
+    _guard(model, hook)
     return hook
 
 
@@ -117,8 +143,7 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     """`register_ddp_hook` for what a framework made of a model, and a guard against a hook that is never called.
 
     The one DistributedDataParallel in `model` is found, through torch.compile and other wrappers. If there is none and
-    one worker, there is nothing to exchange, and None is returned. If then gradients are computed and the hook is never
-    called (a framework runs the model past DistributedDataParallel, say), the next forward pass raises RuntimeError.
+    one worker, there is nothing to exchange, and None is returned.
     Raises TypeError if there is no DistributedDataParallel, or more than one, among several workers.
     """
     found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
@@ -136,9 +161,7 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
             f"model must have one DistributedDataParallel in it, got {type(model).__name__} with {len(found)}; "
             f"attach after the framework has wrapped the model"
         )
-    hook = register_ddp_hook(found[0], *arguments, **options)
-    _guard(found[0], hook)
-    return hook
+    return register_ddp_hook(found[0], *arguments, **options)
 
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:

@@ -4,14 +4,16 @@ A group has four collectives. `Solo` is the group of one, `TorchGroup` a torch.d
 or NCCL); `packsaddle.simulate` adds a group of threads. What to send is `average`'s part, counting bytes `channel`'s.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +25,12 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from packsaddle.missing import PeerLostError, explanation, is_network, roll_call
+from packsaddle.schema import ConfigError
+from packsaddle.wording import shown
+
 ProcessGroup = dist.ProcessGroup
+_NO_TAG = 7_654_321  # of messages that nobody sends
 
 
 class Group(ABC):
@@ -77,23 +84,52 @@ class TorchGroup(Group):
         self.size = dist.get_world_size(process_group)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        dist.all_reduce(tensor, group=self._group)
+        with self.told():
+            dist.all_reduce(tensor, group=self._group)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(gathered, tensor, group=self._group)
+        with self.told():
+            dist.all_gather(gathered, tensor, group=self._group)
         return gathered
 
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         received = outgoing[0].new_empty(sum(sizes))
-        dist.all_to_all_single(
-            received, torch.cat(list(outgoing)), list(sizes), [len(t) for t in outgoing], self._group
-        )
+        with self.told():
+            dist.all_to_all_single(
+                received, torch.cat(list(outgoing)), list(sizes), [len(t) for t in outgoing], self._group
+            )
         return list(torch.split(received, list(sizes)))
 
     def broadcast(self, tensor: Tensor) -> None:
         source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
-        dist.broadcast(tensor, src=source, group=self._group)
+        with self.told():
+            dist.broadcast(tensor, src=source, group=self._group)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Raise PeerLostError, which names the workers that are gone, where a collective's network fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_network(error):
+                raise
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> PeerLostError:
+        group = self._group or dist.group.WORLD
+        assert group is not None
+        backend: Any = group._get_backend(torch.device("cpu"))
+        for peer in range(self.size):
+            # A receive that nobody answers: when it times out gloo closes the group's connections, so that workers
+            # which wait for this one fail too, and answer the roll call.
+            with suppress(RuntimeError):
+                if peer != self.rank:
+                    backend.recv([torch.empty(1)], peer, _NO_TAG).wait(timedelta(milliseconds=1))
+        ranks = dist.get_process_group_ranks(group)
+        mine = ranks[self.rank]
+        roll = roll_call(group.get_group_store(), mine, ranks)
+        return PeerLostError(explanation(roll, mine, self.size, error, backend.options._timeout))
 
 
 _ambient: ContextVar[Group | None] = ContextVar("packsaddle_group", default=None)
@@ -142,7 +178,15 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
     def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
 
-    model.register_comm_hook(take, hook)
+    try:
+        model.register_comm_hook(take, hook)
+    except RuntimeError as error:
+        if "can only be called once" not in str(error):
+            raise
+        raise RuntimeError(
+            "this DistributedDataParallel has a communication hook already, and takes no second one; "
+            "for another hook wrap model.module anew"
+        ) from error
 
 
 def group_beside(model: DistributedDataParallel) -> Group:
@@ -183,8 +227,39 @@ def shard_rank(model: nn.Module) -> int:
 
 
 def under_launcher() -> bool:
-    """Whether torchrun (or any launcher that sets RANK and WORLD_SIZE) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether torchrun (or any launcher that sets RANK and WORLD_SIZE) started this process.
+
+    Raises ConfigError if the launcher's variables do not make sense.
+    """
+    there = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(there) == 1:
+        raise ConfigError(
+            f"{there[0]} is set, but of RANK and WORLD_SIZE a launcher sets both, and without one neither"
+        )
+    if not there:
+        return False
+    size = _variable("WORLD_SIZE", 1, 2**31 - 1)
+    _variable("RANK", 0, size - 1)
+    _variable("LOCAL_WORLD_SIZE", 1, size, default=1)
+    _variable("LOCAL_RANK", 0, size - 1, default=0)
+    _variable("MASTER_PORT", 1, 65535, default=1)
+    return True
+
+
+def _variable(name: str, least: int, most: int, default: int | None = None) -> int:
+    text = os.environ.get(name) if default is None else os.environ.get(name, str(default))
+    if text is None or not text.strip().isascii() or not text.strip().isdecimal() or not least <= int(text) <= most:
+        raise ConfigError(f"{name}, which the launcher sets, must be from {least} to {most}, got {shown(text)}")
+    return int(text)
+
+
+def check_interface() -> None:
+    """Raise ConfigError if gloo is told to listen on an interface that this machine does not have."""
+    named = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    there = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
+    missing = [name for name in named.split(",") if name and there and name not in there]
+    if missing:
+        raise ConfigError(f"GLOO_SOCKET_IFNAME names {missing[0]}, and this machine has {', '.join(there)}")
 
 
 def backends() -> dict[str, bool]:
@@ -196,20 +271,43 @@ def backends() -> dict[str, bool]:
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     """Join the world that the launcher set up (NCCL where every worker has a GPU, else gloo), and leave it.
 
-    Collectives that take longer than `timeout`, by default torch's, raise RuntimeError.
+    Collectives that take longer than `timeout`, by default torch's, raise PeerLostError.
+    Raises ConfigError if the world cannot be joined.
     """
+    under_launcher()  # checks the variables
+    check_interface()
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
     if use_nccl:
         torch.cuda.set_device(local_rank)
     # Scalars that live on the CPU (metrics, flags) travel by gloo even where vectors go by NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout)
     try:
-        yield TorchGroup()
-        dist.barrier()  # a worker that leaves early takes its connections away from the others
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
+        raise ConfigError(_not_joined(error)) from error
+    try:
+        group = TorchGroup()
+        yield group
+        with group.told():
+            dist.barrier()  # a worker that leaves early takes its connections away from the others
     finally:
         # Without this, interpreters that exit while gloo threads live abort now and then.
         dist.destroy_process_group()
+
+
+def _not_joined(error: Exception) -> str:
+    """What to say and do when the world could not be joined; torch's own first line, which has no more, at its end."""
+    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if "EADDRINUSE" in str(error) or "already in use" in str(error):
+        advice = f"{place} is in use; name another port with --master-port (MASTER_PORT)"
+    elif "environment variable" in reason:
+        advice = "start it with torchrun, which sets the variables"
+    elif "joined" in reason or "imed out" in reason:
+        advice = f"not every worker came to {place} in time; look whether all were started, and whether they reach it"
+    else:
+        advice = f"look at MASTER_ADDR and MASTER_PORT ({place}) and GLOO_SOCKET_IFNAME"
+    return f"the workers could not meet: {advice} ({reason})"
 
 
 def local_device() -> torch.device:
@@ -218,7 +316,11 @@ def local_device() -> torch.device:
 
 
 class WorkerFailedError(RuntimeError):
-    """A launched worker process raised; the message is its first error."""
+    """A launched worker process raised; the message is its first error. `trace` is where, "" if that tells nothing."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
 
 
 class TerminatedError(RuntimeError):
@@ -229,12 +331,13 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
 
     `entry` is called with the launcher's environment set (see `process_group`), and must be importable by
-    name. Raises WorkerFailedError if a worker fails, TerminatedError on SIGTERM.
+    name. Raises WorkerFailedError if a worker fails, ConfigError if that is what it raised, TerminatedError on SIGTERM.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    check_interface()
     multiprocessing.set_forkserver_preload(["torch", entry.__module__])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     config = LaunchConfig(
@@ -249,12 +352,36 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         monitor_interval=0.1,
     )
     try:
-        return elastic_launch(config, entry)(*args)[0]
+        with _quiet_launcher():
+            return elastic_launch(config, entry)(*args)[0]
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        message = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-        raise WorkerFailedError(f"worker {rank} failed: {message}") from error
+        raise _failure(*error.get_first_failure()) from error
     except SignalException as stop:
         if stop.sigval == signal.SIGTERM:
             raise TerminatedError from None
         raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _quiet_launcher() -> Iterator[None]:
+    """Keep torch's launcher from logging the trace of a failed worker, which `launch` raises."""
+    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _failure(rank: int, failure: Any) -> Exception:
+    """The error to raise for the first worker that failed."""
+    if not isinstance(failure.message, dict):  # killed, or out of memory
+        return WorkerFailedError(f"worker {rank} failed: {failure.message}")
+    message: str = failure.message["message"]
+    kind, _, text = message.partition(": ")
+    if kind in ("ConfigError", "MissingExtraError"):
+        return ConfigError(text)
+    if kind == "PeerLostError":
+        return WorkerFailedError(text)
+    return WorkerFailedError(f"worker {rank} failed: {message}", failure.message["extraInfo"]["py_callstack"])

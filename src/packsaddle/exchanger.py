@@ -11,7 +11,7 @@ from packsaddle.average import Averaged, Protocol
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, Identity
-from packsaddle.finite import is_finite, spoil
+from packsaddle.finite import first_bad, is_finite, spoil
 from packsaddle.noise import Noise
 from packsaddle.sections import Section
 from packsaddle.seeds import mix
@@ -34,12 +34,17 @@ class Rules:
     error_feedback: bool
     start_step: int
     seed: int
+    max_skipped: int | None = 20
+    compare_every: int = 100
 
     def __post_init__(self) -> None:
         if self.start_step < 0:
             raise ValueError(f"start_step must be 0 or more steps, got {self.start_step}")
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
+        if isinstance(self.compressor, type):
+            name = self.compressor.__name__
+            raise ValueError(f"compressor must be a Compressor such as {name}(0.01), got the class {name} itself")
         given = self.at(self.start_step) if callable(self.compressor) else self.compressor
         if not isinstance(given, Compressor):
             raise ValueError(
@@ -75,12 +80,14 @@ class Exchanger:
         scale: float = 1.0,
         factors: Mapping[str, float] = _NO_FACTORS,
         watch: Callable[[Tensor], None] = lambda vector: None,
+        report: Callable[[str], None] = lambda name: None,
     ) -> Tensor:
         """Lines 10-12 of Algorithm 1: replace the gradients by their mean, and try what that leaves of the error.
 
         A worker whose vector is not finite sends zeros and says so: returns 0 if there is none, else a number above 0.
         `factors` are what errors are to be multiplied by first, by parameter (see `Rates`); those of 0 stand still.
-        `watch` sees this worker's vector, float[n], before and after.
+        `watch` sees this worker's vector, float[n], before and after; `report` the name of the first parameter of which
+        it is not finite, on a CPU, since on a GPU to look would be to wait.
         """
         still = {name for name, factor in factors.items() if factor == 0}
         # While an error stands still, no exchange may hold a part of it.
@@ -89,6 +96,8 @@ class Exchanger:
         section = self.section
         vector = section.correct(gradients, noise, scale, factors)  # line 10
         bad = ~is_finite(vector)
+        if vector.device.type == "cpu" and bad:
+            report(first_bad((place.name, view) for place, view in section.views(vector)) or "")
         spoil(vector, bad, 0.0)
         watch(vector)
         g, bad = self._average(channel, vector, bad, step, factors)

@@ -16,12 +16,14 @@ from packsaddle.choose import choose
 from packsaddle.collectives import RingAllReduce
 from packsaddle.config import Config
 from packsaddle.data import shard
+from packsaddle.drift import DriftError
 from packsaddle.exchange import Solo, TerminatedError, ambient_group, launch, process_group, resolve
-from packsaddle.resuming import find
-from packsaddle.runfolder import RunFolder, environment, make_new
+from packsaddle.resuming import find, first_difference
+from packsaddle.runfolder import RunFolder, environment, make_new, written
 from packsaddle.saving import Saving
 from packsaddle.schema import ConfigError, build, plain
 from packsaddle.simulate import FusedGroup, simulate
+from packsaddle.skips import NonFiniteError
 from packsaddle.stopping import hearing_sigterm
 from packsaddle.together import Together
 from packsaddle.trackers import TrackerName, require_tracker, tracked
@@ -29,6 +31,7 @@ from packsaddle.training import NEVER, STOPPED, LoadingError, Training
 
 # How W workers are had: as processes, one after the other in this process, or as one that holds their mean.
 How = Literal["processes", "serial", "fused"]
+AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
 
 
 def can_be_fused(config: Config) -> bool:
@@ -55,7 +58,7 @@ class Job:
     track: tuple[TrackerName, ...] = ()  # rank 0's numbers go there too
     saving: Saving = NEVER
     resume: bool = False  # there is one folder, which may have been begun, and then `configs` may be empty
-    timeout: float | None = None  # seconds that a collective may take; by default torch's
+    timeout: timedelta | None = None  # of a collective of worker processes; by default torch's
 
     def check(self, workers: int, how: How = "processes") -> None:
         """Raise ConfigError for whatever would stop a worker at its start; in one process, before any is launched."""
@@ -89,6 +92,7 @@ class Job:
         """`located`, checked and with its folders made, on rank 0; collective. If that fails, every worker stops: rank
         0 with a ConfigError, the others with exit code 2."""
         together, problem = Together(resolve(None), torch.device("cpu")), None
+        self._check_given(together)
         said: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
         if together.group.rank == 0:
             try:
@@ -110,16 +114,30 @@ class Job:
         configs = tuple(replace(build(Config, c), workers=together.group.size) for c in said["configs"])
         return replace(self, configs=configs, saving=replace(self.saving, resume=said["resume"]))
 
+    def _check_given(self, together: Together) -> None:
+        """Raise ConfigError, on every worker, if workers were given unlike configurations."""
+        given = together.gather([plain(config) for config in self.configs])
+        for worker, configs in enumerate(given):
+            for ours, theirs in zip(given[0], configs, strict=False):
+                if (different := first_difference(theirs, ours)) is not None:
+                    key, his, first = different
+                    raise ConfigError(
+                        f"workers must be given one configuration, but {key} is {first!r} for worker 0 and {his!r} for "
+                        f"worker {worker}"
+                    )
+
     def train(self) -> bool:
         """Do the runs in the present group (see `exchange.resolve`); collective. False if told to stop."""
         for config, path in zip(self.configs, self.folders, strict=True):
             training = Training(config, self.data_dir, self.download)
             is_first = training.group.rank == 0
-            if is_first:
-                self._describe(RunFolder(path), config, str(training.device), training.group.size)
-            with tracked(path, self.track if is_first else (), config.label or path.name, plain(config)) as folder:
-                if not training.run(folder, quiet=self.quiet, saving=self.saving):
-                    return False
+            with written(path):
+                if is_first:
+                    self._describe(RunFolder(path), config, str(training.device), training.group.size)
+                trackers = self.track if is_first else ()
+                with tracked(path, trackers, config.label or path.name, plain(config)) as folder:
+                    if not training.run(folder, quiet=self.quiet, saving=self.saving):
+                        return False
         return True
 
     def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:
@@ -154,8 +172,9 @@ class Job:
             if (self.folders[-1] / STOPPED).is_file():
                 return False
             raise
-        if isinstance(outcome, str):
-            raise LoadingError(outcome)
+        if isinstance(outcome, tuple):
+            kind, message = outcome
+            raise AGREED[kind](message)
         return bool(outcome)
 
     def _check_fusable(self) -> None:
@@ -169,13 +188,14 @@ class Job:
                 )
 
 
-def train_in_process_group(job: Job) -> bool | str:
-    """`Job.train` in a process that `launch` started; or what all workers found wrong with a checkpoint."""
+def train_in_process_group(job: Job) -> bool | tuple[str, str]:
+    """`Job.train` in a process that `launch` started; or an error that all workers have met together, and have ended
+    with: its kind and message."""
     with _in_process_group(job):
         try:
             return job.train()
-        except LoadingError as error:
-            return str(error)
+        except tuple(AGREED.values()) as error:
+            return type(error).__name__, str(error)
 
 
 def train_under_launcher(job: Job) -> bool | None:
@@ -188,6 +208,5 @@ def train_under_launcher(job: Job) -> bool | None:
 @contextmanager
 def _in_process_group(job: Job) -> Iterator[None]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    timeout = None if job.timeout is None else timedelta(seconds=job.timeout)
-    with process_group(timeout), hearing_sigterm() if job.saving.on and job.saving.stops else nullcontext():
+    with process_group(job.timeout), hearing_sigterm() if job.saving.on and job.saving.stops else nullcontext():
         yield

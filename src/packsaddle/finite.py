@@ -1,27 +1,11 @@
 """Whether a gradient can be used at all."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a gradient that is not finite. What was there before the first of them still is."""
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A step that was not taken, since gradients were not finite."""
-
-    step: int  # t, which the next step has again
-    workers: tuple[int, ...]  # those whose gradients were not
-    parameter: str  # the first that was not, on the first of them
-
-    def __str__(self) -> str:
-        names = ", ".join(map(str, self.workers))
-        return f"step {self.step}: {self.parameter} is not finite on worker{'s' * (len(self.workers) > 1)} {names}"
+_PART = 1 << 18  # 256 KiB of float32
 
 
 def is_finite(vector: Tensor) -> Tensor:
@@ -34,6 +18,22 @@ def is_finite(vector: Tensor) -> Tensor:
         return vector.sum(dtype=torch.float64).isfinite()
     finite = vector.sum().isfinite()
     return finite if finite else torch.isfinite(vector).all()
+
+
+def add_and_sum(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Tensor:
+    """Set out to base + alpha more, tensors of one shape, base without gaps in memory, and return the sum of it.
+
+    By parts that fit a cache, so that what the sum reads has not left it yet.
+    """
+    n = out.numel()
+    if n <= _PART or not base.stride() == more.stride() == out.stride():
+        return torch.add(base, more, alpha=alpha, out=out).sum()
+    total = out.new_zeros(())
+    lines = [t.as_strided((n,), (1,)) for t in (base, more, out)]
+    for start in range(0, n, _PART):
+        b, m, o = (line[start : start + _PART] for line in lines)
+        total += torch.add(b, m, alpha=alpha, out=o).sum()
+    return total
 
 
 def spoil(vector: Tensor, bad: Tensor, value: float) -> None:

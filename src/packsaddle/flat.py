@@ -4,7 +4,7 @@ The parameters are made views of x, so that an update of k coordinates costs O(k
 error memory is one tensor, however many layers the network has.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,6 +100,19 @@ class FlatParameters:
         """Return a vector of zeros, float[d], in at least single precision."""
         dtype = torch.promote_types(self.x.dtype, torch.float32)
         return self.shaped(torch.zeros(self.d, dtype=dtype, device=self.x.device))
+
+    def kinds(self) -> dict[str, str]:
+        """Describe the parameters, in the user's order."""
+        each = zip(self.names, self.parameters, strict=True)
+        return {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(each)}
+
+    def named(self, vectors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """Return the parts of some flat vectors, float[d], as "VECTOR of PARAMETER", or the parameter's name alone."""
+        return [
+            (f"{kind} of {name}" if kind else name, view)
+            for kind, vector in vectors.items()
+            for name, view in zip(self.names, self.views(vector), strict=True)
+        ]
 
     def in_order(self, flat: Tensor) -> Tensor:
         """Return a flat vector rearranged in the user's order, as torch's parameters_to_vector has it."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from packsaddle.agree import check_agreement
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
-from packsaddle.compress import Compressor, LowRank, RandomK
+from packsaddle.compress import Compressor, LowRank, TopK
 from packsaddle.exchange import ProcessGroup, resolve, shard_rank, sharded_modules
 from packsaddle.exchanger import Exchanger, Rules, Schedule
 from packsaddle.finite import spoil
@@ -101,7 +101,7 @@ class FSDPHook:
 def register_fsdp_hook(
     model: nn.Module,
     replicas: ProcessGroup,
-    compressor: Compressor | Schedule = RandomK(0.01),  # noqa: B008 -- immutable
+    compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] = 0.0,
     error_feedback: bool = True,

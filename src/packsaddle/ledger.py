@@ -1,8 +1,11 @@
 """The ledger: how many bytes this worker put on the wire and took from it, by step and by purpose."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+_KEPT = 1000  # spans
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,26 @@ class Span:
 
 
 class Ledger:
-    """Counts every collective. Steps that move equal bytes are kept as one `Span`, so memory stays small."""
+    """Counts every collective.
+
+    Steps that move equal bytes are kept as one `Span`, and of spans the newest 1,000, so that a run of any length needs
+    little memory. Totals are of all steps.
+    """
 
     def __init__(self) -> None:
-        self._spans: list[Span] = []
+        self._spans: deque[Span] = deque(maxlen=_KEPT)
         self._totals: dict[tuple[str, str], Bytes] = {}  # by purpose and collective
+
+    def __str__(self) -> str:
+        """Return a table of the totals by purpose, in bytes."""
+        rows = [("bytes", "payload", "sent", "received")]
+        for purpose, moved in [*self.by_purpose.items(), ("total", self.total)]:
+            rows.append((purpose, f"{moved.payload:,}", f"{moved.sent:,}", f"{moved.received:,}"))
+        first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+        return "\n".join(
+            "  ".join([name.ljust(first), *(cell.rjust(width) for cell, width in zip(cells, others, strict=True))])
+            for name, *cells in rows
+        )
 
     def add(self, step: int, purpose: str, collective: str, moved: Bytes) -> None:
         """Record bytes that a collective moved for a purpose at a step; steps must not decrease."""
@@ -51,7 +69,7 @@ class Ledger:
             self._spans.append(Span(step, step, current))
 
     def at(self, step: int) -> Mapping[str, Bytes]:
-        """Return the bytes of one step by purpose (empty if nothing moved)."""
+        """Return the bytes of one step by purpose (empty if nothing moved, or it is too long ago to be kept)."""
         for span in reversed(self._spans):
             if span.first <= step <= span.last:
                 return span.by_purpose
@@ -61,7 +79,7 @@ class Ledger:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The history, run-length coded, in order of steps."""
+        """The history as far as it is kept, run-length coded, in order of steps."""
         return tuple(self._spans)
 
     @property
@@ -92,4 +110,4 @@ class Ledger:
     def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
         """Restore totals saved by `state_dict`."""
         self._totals = {(purpose, collective): Bytes(*counts) for purpose, collective, *counts in state}
-        self._spans = []
+        self._spans.clear()

@@ -1,5 +1,6 @@
 """What charts of settings mark beside their curves: certificates where they lie, and the levels of plateaus."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,10 +44,11 @@ def _place(run: Run, certificate: dict[str, Any]) -> dict[str, float]:
 
 def plateaus(settings: Sequence[Setting]) -> list[float]:
     """Return the levels of the plateaus that configurations name."""
-    return sorted({s.config["plateau"] for s in settings if s.config.get("plateau") is not None})
+    found = {s.config["plateau"] for s in settings if s.config.get("plateau") is not None}
+    return sorted(level for level in found if math.isfinite(level))
 
 
 def smallest_threshold(settings: Sequence[Setting]) -> float:
     """Where the logarithmic part of the curvature's axis begins: at a tenth of the smallest threshold."""
     found = [-p.certificate["threshold"] for s in settings for p in points(s) if p.certificate.get("threshold")]
-    return float(min(found, default=1.0)) / 10
+    return float(min((t for t in found if 0 < t < math.inf), default=1.0)) / 10

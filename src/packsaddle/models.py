@@ -1,6 +1,8 @@
 """The networks of the paper's experiments, and small relatives of them."""
 
 import itertools
+import math
+import os
 from collections.abc import Callable
 
 import torch
@@ -148,5 +150,18 @@ def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, p
     """
     # torch's layers initialise themselves from the global generator and offer no other way.
     with torch.random.fork_rng(devices=[]):
+        _check_memory(config, shape, classes)
         torch.manual_seed(seed)
         return Task(config, shape, classes, parts)
+
+
+def _check_memory(config: ModelConfig, shape: torch.Size, classes: int) -> None:
+    """Raise ConfigError for a network that this machine's memory cannot hold, before any of it is taken."""
+    try:
+        with torch.device("meta"):  # shapes without memory
+            needed = sum(p.numel() * p.element_size() for p in Task(config, shape, classes).parameters())
+    except (RuntimeError, OverflowError):
+        needed = 2**63  # sizes that overflow
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if needed > there:
+        raise ConfigError(f"model {config.name} takes {needed / 1e9:,.1f} GB, more than the {there / 1e9:,.1f} here")

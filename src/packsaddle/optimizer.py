@@ -15,10 +15,10 @@ from packsaddle.channel import Channel
 from packsaddle.choose import choose, warn_of_nothing
 from packsaddle.compress import Compressor, RandomK
 from packsaddle.direction import Extras, make_direction
+from packsaddle.drift import DriftGuard, OnDrift
 from packsaddle.ef21 import EstimateMemory
 from packsaddle.escape import Escape, EscapeCheck, Reset
 from packsaddle.exchange import resolve
-from packsaddle.finite import NonFiniteError
 from packsaddle.flat import FlatParameters
 from packsaddle.gradmemory import GradientMemory
 from packsaddle.guard import Guard
@@ -30,6 +30,7 @@ from packsaddle.monitor import ContractionMonitor
 from packsaddle.perturb import Perturber
 from packsaddle.readings import Readings
 from packsaddle.seeds import as_seed
+from packsaddle.skips import NonFiniteError
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
 
@@ -64,6 +65,9 @@ class CompressedSGD(Readings):
         max_skipped: a step in which a worker's gradient is not finite is left out on all of them, with x, memories and
             t as they were, and entered in `opt.skips`; after more than so many in a row NonFiniteError is raised. None
             takes gradients as they come, and saves a vector of memory.
+        compare_every, on_drift: every so many steps workers compare fingerprints of x, 8 bytes; where one differs,
+            DriftError names the first tensor and the workers, or with "repair" all go on from worker 0's, entered in
+            `opt.drifts`. 0 never does.
         process_group: a torch.distributed process group; None is the default group if there is one, else
             this process alone.
 
@@ -94,6 +98,8 @@ class CompressedSGD(Readings):
         storm: float | None = None,
         local_steps: int = 1,
         max_skipped: int | None = 20,
+        compare_every: int = 100,
+        on_drift: OnDrift = "stop",
         process_group: Any = None,
     ) -> None:
         if not isinstance(compressor, Compressor):
@@ -111,6 +117,7 @@ class CompressedSGD(Readings):
         self.ledger = Ledger()
         self.channel = Channel(resolve(process_group), self.ledger)
         self.guard = Guard(max_skipped, self.channel)
+        self._drift = DriftGuard(compare_every, on_drift, self.channel)
         spare = max_skipped is not None
         self._direction = make_direction(self._flat, momentum, nesterov, storm, memory, spare=spare)
         rates = partial(self._each, "lr")
@@ -143,8 +150,8 @@ class CompressedSGD(Readings):
         same |= {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back, "noise": noise}
         same |= {"memory": memory, "lazy_noise": lazy_noise, "kernels": compiler(self._flat.x.device)}
         same |= {"momentum": momentum, "nesterov": nesterov, "storm": storm, "local_steps": local_steps}
-        same |= {"max_skipped": max_skipped}
-        check_agreement(self.channel, {**same, **sizes, "escape": escape}, self._flat.x.device)
+        same |= {"max_skipped": max_skipped, "compare_every": compare_every, "on_drift": on_drift}
+        check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
         self._local = LocalSteps(self._flat, local_steps)
@@ -182,6 +189,7 @@ class CompressedSGD(Readings):
             self._step = t + 1
         self._publish_tried()
         if corrected is not None and self._step > t:
+            self._compare(t)
             self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
         return loss
 
@@ -195,7 +203,7 @@ class CompressedSGD(Readings):
 
     def _exchange(self, corrected: Tensor, scalars: Tensor | None, t: int) -> bool:
         """Do lines 10-12 with the corrected vector, float[d]; return whether all workers could."""
-        self.guard.inspect(corrected, blank=self._memory.can_leave_out)
+        self.guard.inspect(corrected, self._direction.total, blank=self._memory.can_leave_out)
         self.monitor.before(t, corrected)
         held = self.choice.protocol.snapshot()
         g, taken = self._average(corrected, scalars, t)  # line 10
@@ -209,13 +217,13 @@ class CompressedSGD(Readings):
         if not taken:
             self._leave_out(t)
         elif self._local.every == 1:
-            self.guard.took()
+            self.guard.skips.took()
         return taken
 
     def _leave_out(self, t: int) -> None:
         self.guard.leave_out(self._direction, t)
         if not self._memory.can_leave_out:
-            raise NonFiniteError(f'{self.guard.skips[-1]}; with memory="gradient" the error memory is lost with it')
+            raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, as with any optimizer. Raises RuntimeError with memory="gradient"."""
@@ -265,6 +273,14 @@ class CompressedSGD(Readings):
         """
         self._noise.join(g, self._memory.unit, t)
         return self._flat.change(lambda x: self._memory.apply(x, g))
+
+    def _compare(self, t: int) -> None:
+        """See that x, and what else all workers should have alike, is equal; after an exchange."""
+        if not self._drift.due(t):
+            return
+        shared = {"": self._flat.x, **self._shared()}
+        self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared))
+        self._local.meet()
 
     def _check_escape(self) -> None:
         if self._escape is None:

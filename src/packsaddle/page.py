@@ -15,6 +15,7 @@ from packsaddle.curves import AXES, QUANTITIES, Curve
 from packsaddle.data import require
 from packsaddle.figures import COLOURS, line_style
 from packsaddle.marks import Point, plateaus, points, smallest_threshold
+from packsaddle.wording import printable
 
 # Axis x of every chart: its name, and whether it is logarithmic, as compressed and dense runs are far apart in bytes.
 _AXES = {
@@ -130,8 +131,8 @@ def _described(i: int, setting: Setting) -> dict[str, Any]:
         "config": json.dumps({k: v for k, v in setting.config.items() if k != "seed"}, indent=2),
         "seeds": setting.seeds,
         "environments": _distinct([json.dumps(e, indent=2) for e in environments]),
-        "commands": _distinct([str(c) for run in setting.runs if (c := run.environment.get("command"))]),
-        "folders": [str(run.path.absolute()) for run in setting.runs],
+        "commands": _distinct([printable(str(c)) for run in setting.runs if (c := run.environment.get("command"))]),
+        "folders": [printable(str(run.path.absolute())) for run in setting.runs],
     }
 
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -15,6 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from packsaddle.wording import printable
 
 
 class Report(Protocol):
@@ -26,13 +29,13 @@ class Report(Protocol):
 @contextmanager
 def live(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
     """Show a bar on a terminal, a line at every tenth of the way elsewhere, and nothing if `quiet`."""
-    console = Console()
+    console, label = Console(), printable(label)
     if quiet:
         yield lambda step, text: None
     elif console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
         with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(label, total=total, text="starting")
+            task = bar.add_task(escape(label), total=total, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
         tenths = 0
@@ -41,7 +44,7 @@ def live(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
             nonlocal tenths
             if step * 10 // total > tenths:
                 tenths = step * 10 // total
-                console.print(f"{label}: {tenths * 10:3d}%  {text}", highlight=False, soft_wrap=True)
+                console.print(f"{label}: {tenths * 10:3d}%  {text}", highlight=False, soft_wrap=True, markup=False)
 
         yield report
 

@@ -4,14 +4,17 @@ import torch
 from torch import Tensor
 
 from packsaddle.checkpointed import Checkpointed
-from packsaddle.finite import Skip
+from packsaddle.compress import Identity, RandomK
+from packsaddle.drift import Drift, DriftGuard
 from packsaddle.monitor import ContractionMonitor
+from packsaddle.skips import Skip
 
 
 class Readings(Checkpointed):
     """The counts, sizes and points of an optimizer of these parts."""
 
     monitor: ContractionMonitor
+    _drift: DriftGuard
 
     @property
     def steps(self) -> int:
@@ -21,12 +24,17 @@ class Readings(Checkpointed):
     @property
     def skips(self) -> list[Skip]:
         """The steps that were left out since the optimizer was made or loaded (see `max_skipped`)."""
-        return self.guard.skips
+        return self.guard.skips.list
 
     @property
     def skipped(self) -> int:
         """How many steps were left out, all in all."""
-        return self.guard.skipped
+        return self.guard.skips.count
+
+    @property
+    def drifts(self) -> list[Drift]:
+        """Where workers were found apart (see `compare_every`)."""
+        return self._drift.found
 
     @property
     def mu(self) -> float:
@@ -48,6 +56,19 @@ class Readings(Checkpointed):
     def numel(self) -> int:
         """d, the number of coordinates."""
         return self._flat.d
+
+    def waits(self) -> list[float] | None:
+        """Return the mean number of steps that a coordinate waits to be sent, by parameter in the user's order.
+
+        None where that depends on the values: only `RandomK` chooses regardless of them.
+        """
+        compressor, d = self.choice.protocol.compressor, self._flat.compressed_d
+        if not isinstance(compressor, RandomK | Identity):
+            return None
+        waits = torch.ones(self._flat.d, dtype=torch.float64)
+        for start, n in compressor.tensors(d) if isinstance(compressor, RandomK) and d else []:
+            waits[start : start + n] = 1 / compressor.restrict(n, d).mu(n)
+        return [float(view.reshape(-1)[0]) if view.numel() else 1.0 for view in self._flat.views(waits)]
 
     @torch.no_grad()
     def error(self) -> Tensor:

@@ -11,26 +11,29 @@ from packsaddle.aggregate import Estimate, Setting
 from packsaddle.aggregate import settings as group
 from packsaddle.curves import curve, write_curves
 from packsaddle.page import render
-from packsaddle.runfolder import Run, make_new
+from packsaddle.runfolder import Run, make_new, written
 from packsaddle.tables import Row, SettingRow, row, setting_row
+from packsaddle.wording import cell
 
 
 def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) -> Path:
     """Write index.html, figure.png, figure.svg, table.csv (of runs), settings.csv and curves.csv into a new folder,
     and return the page's path.
 
-    Raises ConfigError if the folder exists, unless `overwrite`; MissingExtraError without the plot extra.
+    Raises ConfigError if the folder exists, unless `overwrite`; MissingExtraError without the plot extra;
+    ConfigError also where the disk is full.
     """
     found = group(runs)
     curves = [curve(setting) for setting in found]
     page, figure = render(found, curves), figures.draw(found, curves)
     if not (overwrite and folder.is_dir()):
         make_new(folder)
-    figures.save(figure, folder)
-    _write_runs([row(run) for run in runs], folder / "table.csv")
-    _write_settings(found, folder / "settings.csv")
-    write_curves(curves, folder / "curves.csv")
-    (folder / "index.html").write_text(page, encoding="utf-8", newline="")
+    with written(folder):
+        figures.save(figure, folder)
+        _write_runs([row(run) for run in runs], folder / "table.csv")
+        _write_settings(found, folder / "settings.csv")
+        write_curves(curves, folder / "curves.csv")
+        (folder / "index.html").write_text(page, encoding="utf-8", newline="")
     return folder / "index.html"
 
 
@@ -57,4 +60,4 @@ def _write(path: Path, headings: Sequence[str], rows: Sequence[Sequence[Any]]) -
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(headings)
-        writer.writerows(rows)
+        writer.writerows([cell(value) for value in line] for line in rows)

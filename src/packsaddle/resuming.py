@@ -48,20 +48,21 @@ def _saved(path: Path) -> Config:
 
 
 def _compare(given: Config, saved: Config, path: Path) -> None:
-    different = _first_difference(plain(given), plain(saved))
+    different = first_difference(plain(given), plain(saved))
     if different is not None:
         key, ours, theirs = different
         raise ConfigError(f"--resume: {key} is {ours!r} in CONFIG, but {theirs!r} in {path / 'config.json'}")
 
 
-def _first_difference(
+def first_difference(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
 ) -> tuple[str, Any, Any] | None:
+    """Return the first dotted key that differs, but for workers, and its two values."""
     for key in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(key), theirs.get(key)
         if a == b or (where + key) == "workers":
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            return _first_difference(a, b, f"{where}{key}.")
+            return first_difference(a, b, f"{where}{key}.")
         return where + key, a, b
     return None

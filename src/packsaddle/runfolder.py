@@ -12,7 +12,8 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import Any, BinaryIO
 import torch
 
 from packsaddle.durable import write_whole
+from packsaddle.recorded import read_lines, read_object
 from packsaddle.schema import ConfigError
+from packsaddle.wording import printable
 
 
 class RunFolder:
@@ -55,8 +58,8 @@ class RunFolder:
             path = self.path / name
             if path.exists():
                 try:
-                    lines = [line for line in _read_lines(path) if line["step"] <= last]
-                except (ValueError, KeyError, TypeError) as error:
+                    lines = [line for line in read_lines(path) if line["step"] <= last]
+                except (ConfigError, KeyError, TypeError) as error:
                     raise ConfigError(f"{path} is damaged: {error}") from None
                 text = "".join(json.dumps(line) + "\n" for line in lines).encode()
                 if text != path.read_bytes():
@@ -86,6 +89,16 @@ def make_new(path: Path) -> None:
         raise ConfigError(f"output folder {path} exists already; choose another with --out") from None
     except OSError as error:
         raise ConfigError(f"output folder {path} cannot be made: {error.strerror}") from None
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """Raise ConfigError where the system refuses to write into a folder: its disk is full, or read-only."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise ConfigError(f"{folder} cannot be written: {what}; what it holds so far stays readable") from None
 
 
 @cache
@@ -135,10 +148,13 @@ class Run:
 
     @property
     def label(self) -> str:
-        """The run's name in tables and figures: as configured, or its folder's (of SETTING/seed-N: SETTING)."""
+        """The run's name in tables and figures: as configured, or its folder's (of SETTING/seed-N: SETTING).
+
+        Control characters in it are shown as escapes.
+        """
         folder = self.path.absolute()
         inner = folder.parent.name if re.fullmatch(r"seed-\d+", folder.name) else folder.name
-        return str(self.config.get("label") or inner)
+        return printable(str(self.config.get("label") or inner))
 
 
 _DEPTHS = ("*", "*/*", "*/*/*")  # of runs in a folder: beside each other, by setting and seed, in a study's runs/
@@ -169,26 +185,27 @@ def _natural(path: Path) -> list[list[str | int]]:
     return [[int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", part)] for part in path.parts]
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read JSON lines, if the file is there; the last one may be cut off, if the run was killed while writing it."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    try:
-        last = [json.loads(line) for line in lines[-1:]]
-    except ValueError:
-        last = []
-    return [json.loads(line) for line in lines[:-1]] + last
-
-
 def _read_run(path: Path) -> Run:
     try:
-        summary = path / "summary.json"
         return Run(
             path,
-            json.loads((path / "config.json").read_text()),
-            json.loads((path / "environment.json").read_text()),
-            _read_lines(path / "metrics.jsonl"),
-            json.loads(summary.read_text()) if summary.exists() else None,
-            _read_lines(path / "certificates.jsonl"),
+            read_object(path / "config.json"),
+            read_object(path / "environment.json"),
+            read_lines(path / "metrics.jsonl"),
+            read_object(path / "summary.json") if (path / "summary.json").exists() else None,
+            read_lines(path / "certificates.jsonl"),
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"run folder {path} is damaged: {error}") from None
+    except ConfigError as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: ConfigError) -> ConfigError:
+    """Return the error to raise for a run folder that cannot be read, which says so if another version wrote it."""
+    import packsaddle
+
+    try:
+        version = read_object(path / "environment.json").get("packsaddle") or packsaddle.__version__
+    except ConfigError:
+        version = packsaddle.__version__
+    other = f" (packsaddle {version} wrote it, and this is {packsaddle.__version__})"
+    return ConfigError(f"run folder {path} is damaged{other * (version != packsaddle.__version__)}: {error}")

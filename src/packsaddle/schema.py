@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from itertools import takewhile
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from packsaddle.wording import shortened, shown
+
 T = TypeVar("T")
 Place = tuple[str | int, ...]  # keys of tables and indices of lists, from the outermost
 
@@ -24,12 +26,17 @@ class ConfigError(ValueError):
         self.key = key
 
 
+_INT64 = range(-(2**63), 2**63)
+
+
 def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     """Return cls(**data), checking every key and value against the dataclass's annotations.
 
     `where` is the place of `data`, for messages. A field whose type is a union of dataclasses takes a
     table with a `kind`, the class's name. Raises ConfigError.
     """
+    if not isinstance(data, Mapping):
+        raise _about(where, f"{_dotted(where) or 'a configuration'} must be a table, got {shown(data)}")
     hints = get_type_hints(cls)
     fields = {f.name: f for f in settable(cls)}
     for key in data:
@@ -97,20 +104,22 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
     if origin is Literal:
         if value not in args:
             values = ", ".join(map(repr, args))
-            raise _about(where, f"{_dotted(where)} must be one of {values}, got {value!r}{nearest(value, args)}")
+            raise _about(where, f"{_dotted(where)} must be one of {values}, got {shown(value)}{nearest(value, args)}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise _about(where, f"{_dotted(where)} must be a list, got {value!r}")
+            raise _about(where, f"{_dotted(where)} must be a list, got {shown(value)}")
         return tuple(_convert(args[0], item, (*where, i)) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise _about(where, f"{_dotted(where)} must be a table, got {value!r}")
         return build(hint, value, where)  # type: ignore[arg-type]
+    if isinstance(value, int) and value not in _INT64:
+        raise _about(where, f"{_dotted(where)} must fit in 64 bits, got {shown(value)}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise _about(where, f"{_dotted(where)} must be of type {hint.__name__}, got {value!r}")
+        raise _about(where, f"{_dotted(where)} must be of type {hint.__name__}, got {shown(value)}")
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):  # an argument that is not UTF-8
+        raise _about(where, f"{_dotted(where)} must be UTF-8, got {value!a}")
     return value
 
 
@@ -118,25 +127,25 @@ def _convert_choice(kinds: tuple[Any, ...], value: Any, where: Place) -> Any:
     by_name = {c.__name__: c for c in kinds}
     names = ", ".join(by_name)
     if not isinstance(value, Mapping) or "kind" not in value:
-        raise _about(where, f"{_dotted(where)} must be a table with a kind, one of {names}; got {value!r}")
+        raise _about(where, f"{_dotted(where)} must be a table with a kind, one of {names}; got {shown(value)}")
     kind = value["kind"]
     if not isinstance(kind, str) or kind not in by_name:
-        shown = _dotted((*where, "kind"))
-        raise _about((*where, "kind"), f"{shown} must be one of {names}, got {kind!r}{nearest(kind, by_name)}")
+        name = _dotted((*where, "kind"))
+        raise _about((*where, "kind"), f"{name} must be one of {names}, got {shown(kind)}{nearest(kind, by_name)}")
     return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where)
 
 
 def nearest(word: Any, candidates: Any) -> str:
     """Return a hint at the candidate most like a word, empty if none is."""
-    match = difflib.get_close_matches(str(word), [str(c) for c in candidates], n=1)
+    match = difflib.get_close_matches(shortened(str(word)), [str(c) for c in candidates], n=1)
     return f" (did you mean {match[0]}?)" if match else ""
 
 
 def _dotted(where: Place) -> str:
     """A place as TOML writes it; keys that would need quotes there have them, so that it is one line."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{_quoted(part)}" for part in where)
-    return "".join(parts).removeprefix(".")
+    return shortened("".join(parts).removeprefix("."))
 
 
 def _quoted(key: str) -> str:
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key)
+    return shortened(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key))

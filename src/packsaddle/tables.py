@@ -55,7 +55,7 @@ def row(run: Run) -> Row:
         test_accuracy=summary.get("test_accuracy", _latest(run, "test_accuracy")),
         plateau_epochs=spent,
         left_plateau=left,
-        megabytes=(last.get("sent") or last.get("payload", 0)) / 1e6,
+        megabytes=(last.get("sent") or last.get("payload") or 0) / 1e6,
         compression=summary.get("compression"),
         seconds=last.get("seconds", 0.0),
     )

@@ -74,6 +74,8 @@ def load_text(config: DataConfig, data_dir: Path | None, *, train: bool) -> Text
 def _encoded(data_dir: Path | None) -> tuple[Tensor, str]:
     """The whole text's codes, int16[n], in the vocabulary of all but its last tenth."""
     text = _topics() if data_dir is None else _files(data_dir)
+    if not text:
+        raise ConfigError(f"the text in --data-dir {data_dir} is empty")
     # A code point per character; a table of every code point is a thousandth of a dictionary's time.
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     vocabulary = frequent(points[: len(points) - len(points) // 10])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 Key = tuple[str, ...]
+_LONGEST = 300  # lines of a statement; each is read again with every line more
 
 
 def line_of(key: Key, path: Path, text: str) -> str:
@@ -18,8 +19,10 @@ def line_of(key: Key, path: Path, text: str) -> str:
     return f"{path}, line {lines[key]}" if key else str(path)
 
 
-def syntax_error(path: Path, error: tomllib.TOMLDecodeError) -> str:
+def syntax_error(path: Path, error: ValueError) -> str:
     """Return the one line to say of a file that is not TOML, position first."""
+    if not isinstance(error, tomllib.TOMLDecodeError):  # Python's, of integers with thousands of digits
+        return f"{path}: an integer has too many digits; the largest is {2**63 - 1}"
     found = re.fullmatch(r"(.*) \(at (?:(line \d+, column \d+)|end of document)\)", str(error), re.DOTALL)
     reason, position = found.groups() if found else (str(error), None)
     return f"{path}, {position or 'at its end'}: not valid TOML: {' '.join(reason.split())}"
@@ -30,7 +33,7 @@ def key_lines(text: str) -> dict[Key, int]:
 
     Lines are added until tomllib takes them: then they are one statement, since no part of one is valid by itself.
     A table's line is its header's, or where it is first named without one. The tables of an array ([[x]]) share their
-    keys: of more than one, the keys inside are left out.
+    keys: of more than one, the keys inside are left out. So is all from a statement of hundreds of lines on.
     """
     lines: dict[Key, int] = {}
     table: Key = ()
@@ -40,8 +43,10 @@ def key_lines(text: str) -> dict[Key, int]:
         statement += line + "\n"
         try:
             given = list(_keys(tomllib.loads(statement)))
-        except tomllib.TOMLDecodeError:
-            continue
+        except (ValueError, RecursionError):
+            if number - start < _LONGEST:
+                continue
+            break
         brackets = re.match(r"\s*(\[*)", statement)
         depth = len(brackets[1]) if brackets else 0  # 1: the header of a table, 2: of a table of an array
         for key in given:
@@ -56,8 +61,11 @@ def key_lines(text: str) -> dict[Key, int]:
 
 
 def _keys(table: dict[str, Any]) -> Iterator[Key]:
-    """The paths of all keys, outer before inner; none of tables in lists."""
-    for name, value in table.items():
-        yield (name,)
-        if isinstance(value, dict):
-            yield from ((name, *key) for key in _keys(value))
+    """The paths of all keys, outer before inner; none of tables in lists. Without recursion, for any depth."""
+    waiting: list[tuple[Key, dict[str, Any]]] = [((), table)]
+    while waiting:
+        path, table = waiting.pop()
+        for name, value in table.items():
+            yield (*path, name)
+            if isinstance(value, dict):
+                waiting.append(((*path, name), value))

@@ -1,6 +1,7 @@
 """The training loop of a configured run: the same for one process, torchrun's workers and a simulation."""
 
 import math
+import sys
 import time
 from dataclasses import asdict
 from functools import partial
@@ -17,6 +18,7 @@ from packsaddle.config import Config, NoiseConfig
 from packsaddle.data import deal, load_data, shard
 from packsaddle.escape import Escape
 from packsaddle.exchange import Group, Solo, local_device, resolve
+from packsaddle.footing import Footing
 from packsaddle.inspection import Inspector
 from packsaddle.ledger import Bytes
 from packsaddle.models import Task, make_task
@@ -31,6 +33,7 @@ from packsaddle.saving import Saving, Wishes
 from packsaddle.schema import ConfigError
 from packsaddle.seeds import Stream, mix
 from packsaddle.simulate import FusedGroup
+from packsaddle.skips import NonFiniteError
 from packsaddle.tally import Tally
 from packsaddle.together import Together
 
@@ -38,7 +41,7 @@ CHECKPOINTS = "checkpoint"  # the folder in a run's folder
 STOPPED = "stopped.json"  # is there while a run is stopped that was told to
 NEVER = Saving(every=0)
 _EVAL_BATCH = 512
-_NOT_TRAINING = ("start", "metrics", "buffers")  # what bytes are for besides gradients
+_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # what bytes are for besides gradients
 
 
 class LoadingError(CheckpointError):
@@ -70,6 +73,8 @@ class Training:
         connect(self.task, self.optimizer.channel)
         calendar = self.calendar
         self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
+        self.footing = Footing(config, self.task, self.optimizer, self.data, self.shards)
+        self.warnings: list[str] = []
         self.tally = Tally()
 
     def _plan(self) -> None:
@@ -101,6 +106,9 @@ class Training:
                 exchange=config.exchange,
                 back=config.back,
                 monitor_every=config.log_every,
+                max_skipped=config.max_skipped,
+                compare_every=config.compare_every,
+                on_drift=config.on_drift,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -121,8 +129,14 @@ class Training:
         with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
             for step in range(first, steps):
                 self.inspector.look(step, folder)
-                measured = self._step(step, wishes.scalars(step))
-                tally.add(measured, last=step >= steps - self.calendar.per_epoch)
+                self._look_ahead(step, quiet=quiet)
+                skipped = self.optimizer.skipped
+                try:
+                    measured = self._step(step, wishes.scalars(step))
+                except NonFiniteError as error:
+                    raise self._given_up(error, folder, saving) from error
+                taken = self.optimizer.skipped == skipped
+                tally.add(measured, taken=taken, last=step >= steps - self.calendar.per_epoch)
                 tally.step = step + 1
                 if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
                     seconds = time.perf_counter() - begin - self.inspector.seconds - tally.tested - tally.saved
@@ -144,7 +158,7 @@ class Training:
     def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
         """Write a line of metrics and return it."""
         tally = self.tally
-        means = self.optimizer.channel.mean(tally.sums / (tally.step - tally.since), "metrics")
+        means = self.optimizer.channel.mean(tally.means(), "metrics")
         line = self._line(tally.step, means, seconds)
         if self._test_due(tally.step, tally.since):
             before = time.perf_counter()
@@ -152,8 +166,26 @@ class Training:
             tally.tested += time.perf_counter() - before
         if self.group.rank == 0:
             folder.append("metrics.jsonl", line)
-        tally.sums, tally.since = torch.zeros_like(tally.sums), tally.step
+        tally.begin_line()
         return line
+
+    def _look_ahead(self, step: int, *, quiet: bool) -> None:
+        """Warn if the steps to come are past stability."""
+        if self.group.rank == 0 and self.footing.due(step, self.calendar):
+            before, warning = time.perf_counter(), self.footing.warning(step)
+            self.inspector.seconds += time.perf_counter() - before
+            if warning and warning not in self.warnings:
+                self.warnings.append(warning)
+                if not quiet:
+                    print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+    def _given_up(self, error: NonFiniteError, folder: RunFolder, saving: Saving) -> NonFiniteError:
+        """Keep what there was before, when a run cannot go on; return what to say."""
+        if not saving.on:
+            return error
+        self.optimizer.guard.skips.took()  # who goes on may have mended it
+        self._save(folder)
+        return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept; to go on: {saving.hint}")
 
     def _parts(self) -> dict[str, Any]:
         return {"model": self.task, "optimizer": self.optimizer}
@@ -266,13 +298,14 @@ class Training:
             **asdict(moved),
             "seconds": seconds,
             "resets": len(self.optimizer.resets),
+            "skipped": self.optimizer.skipped,
             "mu": self.optimizer.monitor.whole,
             "mu_by_tensor": self.optimizer.monitor.by_tensor,
         }
 
     def _finish(self, folder: RunFolder, tally: Tally) -> None:
         """Save the checkpoint before anything that could still fail, then evaluate and summarise."""
-        final = tally.final / min(self.calendar.steps, self.calendar.per_epoch)
+        final = tally.final / max(1, min(self.calendar.steps, self.calendar.per_epoch) - tally.left_out_last)
         final_loss = self.optimizer.channel.mean(final, "metrics").item()
         average_buffers(self.task, self.optimizer.channel)
         folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.optimizer.state_dict())
@@ -288,9 +321,7 @@ class Training:
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
         opt, ledger = self.optimizer, self.optimizer.ledger
         dense = self.calendar.steps * opt.numel * 4
-        training = sum(
-            b.payload for name, b in ledger.by_purpose.items() if name not in ("start", "metrics", "buffers")
-        )
+        training = sum(b.payload for name, b in ledger.by_purpose.items() if name not in _NOT_TRAINING)
         folder.write_json(
             "summary.json",
             {
@@ -309,6 +340,9 @@ class Training:
                 "compression": dense / training if training else math.inf,
                 "seconds": self.tally.line["seconds"],
                 "resets": [asdict(r) for r in opt.resets],
+                "skipped": opt.skipped,
+                "drifts": [asdict(d) for d in opt.drifts],
+                "warnings": self.warnings,
             },
         )
 

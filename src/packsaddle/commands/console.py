@@ -8,20 +8,23 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from packsaddle.data import require
 from packsaddle.runfolder import Run
+from packsaddle.wording import printable
 
 
 def print_runs(runs: Sequence[Run]) -> None:
     from packsaddle.tables import run_table
 
     found = run_table(runs)
-    table = Table(*found.headings, caption="+ still on the plateau at the end of the run")
+    still = any(cell.endswith("+") for cells in found.rows for cell in cells[1:])
+    table = Table(*found.headings, caption="+ still on the plateau at the end of the run" if still else None)
     for column in table.columns[1:]:
         column.justify = "right"
     for cells in found.rows:
-        table.add_row(*cells)
+        table.add_row(*map(plain_text, cells))
     print_table(table)
 
 
@@ -41,9 +44,14 @@ def print_settings(summary: Mapping[str, Any]) -> None:
         column.justify = "right"
     for entry in summary["settings"]:
         values = [_with_spread(entry[key], spec) for key, (_, spec) in shown.items()]
-        table.add_row(entry["setting"], str(len(entry["seeds"])), *values)
+        table.add_row(plain_text(entry["setting"]), str(len(entry["seeds"])), *values)
     table.caption = "mean over seeds ± half of its 95% confidence interval"
     print_table(table)
+
+
+def plain_text(text: str) -> Text:
+    """A text for a rich table as it is: brackets mean nothing, and control characters are shown, not obeyed."""
+    return Text(printable(text))
 
 
 def _with_spread(found: Mapping[str, Any] | None, spec: str) -> str:
@@ -72,4 +80,5 @@ def dated(name: str) -> Path:
 
 def is_first() -> bool:
     """Whether this process speaks to the user: under a launcher, only rank 0 does."""
-    return os.environ.get("RANK", "0") == "0"
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # nonsense is to be told

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from packsaddle.commands.console import print_runs, print_table
+from packsaddle.commands.console import print_runs, print_table, require_plots
 from packsaddle.commands.parsing import UNSAID
 from packsaddle.progress import megabytes
 from packsaddle.runfolder import read_runs
@@ -31,6 +31,7 @@ def report(
 
     if not runs:
         raise ConfigError("report needs at least one run folder")
+    require_plots("a report")
     found = read_runs(runs)
     print_runs(found)
     print(f"report: {write_report(found, out or runs[0] / 'report', overwrite=overwrite)}")

@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import tyro
 
 from packsaddle.commands.console import dated, is_first, print_runs, require_plots
 from packsaddle.config import Config, load
-from packsaddle.exchange import under_launcher
+from packsaddle.exchange import check_interface, under_launcher
 from packsaddle.runfolder import make_new, read_runs
 from packsaddle.schema import ConfigError
 from packsaddle.trackers import TrackerName
@@ -19,6 +20,8 @@ from packsaddle.trackers import TrackerName
 if TYPE_CHECKING:
     from packsaddle.experiment import How, Job
     from packsaddle.saving import Saving
+
+_LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts milliseconds and takes 0 for no wait at all
 
 
 def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
@@ -93,20 +96,21 @@ def run(
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
         resume: The folder of a run to go on with; with CONFIG it may not have begun yet.
         checkpoint_every: Steps between checkpoints; by default about an epoch, at least half a minute; 0: none.
-        timeout: Seconds after which workers give up waiting for each other; by default torch's (30 minutes for gloo).
+        timeout: Seconds that a worker process waits for the others before it gives up; by default 1800 with gloo.
         track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
     """
     from packsaddle.experiment import How, Job, train_under_launcher
 
     if serial and fused:
         raise ConfigError("--serial and --fused are two ways to simulate workers; choose one")
+    if timeout is not None and (serial or fused):
+        raise ConfigError("--timeout is of worker processes, and --serial and --fused start none")
+    patience = _patience(timeout)
     loaded = _configured(config, set, workers, resume, out)
-    if timeout is not None and not 0 < timeout < 1e6:
-        raise ConfigError(f"--timeout must be a number of seconds above 0, got {timeout}")
     folder = resume or out or dated(config.stem if config else "run")
     how: How = "fused" if fused else "serial" if serial else "processes"
     saving = _saving(checkpoint_every, _going_on(folder, how, workers, data_dir))
-    job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=timeout)
+    job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=patience)
     job = replace(job, resume=resume is not None)
     if under_launcher():
         done = train_under_launcher(job)
@@ -117,7 +121,7 @@ def run(
         if done is None:
             print(f"{folder} is done: nothing to go on with")
         print_runs(read_runs([folder]))
-        print(f"run folder: {folder}")
+        print(f"run folder: {folder}\na page of it: packsaddle report {folder}")
 
 
 def _configured(
@@ -167,9 +171,17 @@ def _train(job: "Job", workers: int | None, how: "How") -> bool:
     if workers is not None:
         config = _with_workers(config, workers)
     job = replace(job, configs=(config,))
+    if how == "processes" and config.workers > 1:
+        check_interface()
     job.check(config.workers, how)
     job.make_folders()
     return job.run(config.workers, how)
+
+
+def _patience(seconds: float | None) -> timedelta | None:
+    if seconds is not None and not _LEAST_TIMEOUT <= seconds <= _MOST_TIMEOUT:
+        raise ConfigError(f"--timeout must be from {_LEAST_TIMEOUT:g} to {_MOST_TIMEOUT:g} seconds, got {seconds:g}")
+    return None if seconds is None else timedelta(seconds=seconds)
 
 
 def _with_workers(config: Config, workers: int) -> Config:

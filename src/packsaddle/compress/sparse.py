@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from numbers import Real
 from typing import ClassVar, Self
 
 import torch
@@ -54,8 +55,10 @@ class KOfD(Compressor):
         name = type(self).__name__
         if (self.ratio is None) == (self.k is None):
             raise ValueError(f"{name} takes exactly one of ratio and k, got ratio={self.ratio}, k={self.k}")
+        if self.ratio is not None and not isinstance(self.ratio, Real):
+            raise ValueError(f"ratio of {name} must be a number in (0, 1], got {self.ratio!r}")
         if self.ratio is not None and not 0 < self.ratio <= 1:
-            hint = "; for a number of coordinates pass k=" if self.ratio > 1 else ""
+            hint = "; for a number of coordinates pass k=, and for 1% 0.01" if self.ratio > 1 else ""
             raise ValueError(f"ratio of {name} must be in (0, 1], got {self.ratio}{hint}")
         if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
             raise ValueError(f"k of {name} must be a positive integer, got {self.k!r}")

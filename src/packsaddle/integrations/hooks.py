@@ -21,23 +21,25 @@ def attach_among_workers(
     model: nn.Module,
     compressor: Compressor | Schedule,
     optimizers: list[Optimizer],
-    *,
-    follow_rates: bool,
     **options: Any,
 ) -> DDPHook | None:
     """`packsaddle.attach`; or a warning and None where there is one worker, in DistributedDataParallel or not.
 
-    The hook is given the optimizer if it is to follow its learning rates, or for an escape check. Raises ValueError if
-    there is not exactly one then, and what `register_ddp_hook` raises.
+    The hook is given the optimizer; where there are several, it only keeps each from stepping with gradients that are
+    not finite. Raises ValueError for an escape check then, and what `register_ddp_hook` raises.
     """
     if resolve(None).size == 1:
         warnings.warn("packsaddle has nothing to do: there is one worker, and so no exchange", stacklevel=3)
         return None
-    if follow_rates or options.get("escape") is not None:
-        if len(optimizers) != 1:
-            raise ValueError(f"follow_rates and escape need one optimizer, and the framework has {len(optimizers)}")
-        options["optimizer"] = optimizers[0]
-    return attach(model, compressor, **options)
+    if len(optimizers) == 1:
+        return attach(model, compressor, optimizer=optimizers[0], **options)
+    if options.get("escape") is not None:
+        raise ValueError(f"escape needs one optimizer, and the framework has {len(optimizers)}")
+    hook = attach(model, compressor, **options)
+    if hook is not None:
+        for optimizer in optimizers:
+            hook.protect(optimizer)
+    return hook
 
 
 def measures(hook: DDPHook) -> dict[str, float]:

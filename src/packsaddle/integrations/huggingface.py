@@ -10,7 +10,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from packsaddle.compress import Compressor, RandomK
+from packsaddle.compress import Compressor, TopK
 from packsaddle.ddphook import DDPHook
 from packsaddle.exchanger import Schedule
 from packsaddle.integrations.hooks import attach_among_workers, load_state, measures, save_state
@@ -19,9 +19,9 @@ from packsaddle.integrations.hooks import attach_among_workers, load_state, meas
 class PacksaddleCallback(TrainerCallback):
     """Exchanges gradients compressed from the start of training, and logs `measures` as packsaddle/sent and so on.
 
-    To be added to the trainer it is given: `trainer.add_callback(PacksaddleCallback(trainer, RandomK(0.01)))`.
-    Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's (with `follow_rates`
-    error memories follow its learning rates). `monitor_every` is the trainer's `logging_steps` if not given.
+    To be added to the trainer it is given: `trainer.add_callback(PacksaddleCallback(trainer, TopK(0.1)))`.
+    Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. `monitor_every` is
+    its `logging_steps` if not given.
 
     Every worker keeps its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A run that goes on
     (`train(resume_from_checkpoint=...)`) takes it from the folder of its step in `output_dir`, or from `resume_from`.
@@ -31,14 +31,13 @@ class PacksaddleCallback(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        compressor: Compressor | Schedule = RandomK(0.01),  # noqa: B008 -- immutable
+        compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
         *,
-        follow_rates: bool = False,
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
         self.hook: DDPHook | None = None
-        self._trainer, self._compressor, self._follow_rates, self._options = trainer, compressor, follow_rates, options
+        self._trainer, self._compressor, self._options = trainer, compressor, options
         self._resume_from = resume_from
         self._attached: Any = None  # to this model
 
@@ -49,9 +48,7 @@ class PacksaddleCallback(TrainerCallback):
             self._attached = trainer.model_wrapped
             options = {"scaler": trainer.accelerator.scaler, "monitor_every": int(state.logging_steps), **self._options}
             optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in Accelerate's
-            self.hook = attach_among_workers(
-                self._attached, self._compressor, [optimizer], follow_rates=self._follow_rates, **options
-            )
+            self.hook = attach_among_workers(self._attached, self._compressor, [optimizer], **options)
         if self.hook is not None and state.global_step:
             load_state(self.hook, self._resume_from or _checkpoint(args, state))
 

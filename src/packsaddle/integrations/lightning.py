@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from packsaddle.certificate import Certificate, Verdict
 from packsaddle.certify import certify
-from packsaddle.compress import Compressor, RandomK
+from packsaddle.compress import Compressor, TopK
 from packsaddle.curvature import LossFn
 from packsaddle.ddphook import DDPHook
 from packsaddle.exchanger import Schedule
@@ -28,8 +28,8 @@ from packsaddle.trackers import scalars
 class PacksaddleCallback(Callback):
     """Exchanges gradients compressed when training starts, and logs `measures` as packsaddle/sent and so on.
 
-    Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's (with `follow_rates`
-    error memories follow its learning rates). `monitor_every` is the trainer's `log_every_n_steps` if not given.
+    Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. `monitor_every` is
+    its `log_every_n_steps` if not given.
 
     Every worker keeps its own state beside the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which goes when
     the checkpoint goes; `Trainer.fit(ckpt_path=...)` restores it. With one worker a warning is all that happens.
@@ -38,13 +38,11 @@ class PacksaddleCallback(Callback):
 
     def __init__(
         self,
-        compressor: Compressor | Schedule = RandomK(0.01),  # noqa: B008 -- immutable
-        *,
-        follow_rates: bool = False,
+        compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
         self.hook: DDPHook | None = None
-        self._compressor, self._follow_rates, self._options = compressor, follow_rates, options
+        self._compressor, self._options = compressor, options
         self._saved = False  # whether the checkpoint that is being loaded has hooks' states beside it
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -57,9 +55,7 @@ class PacksaddleCallback(Callback):
         """Attach the hook, and restore it; raises what `register_ddp_hook` raises."""
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
         options.setdefault("monitor_every", trainer.log_every_n_steps)
-        self.hook = attach_among_workers(
-            trainer.strategy.model, self._compressor, trainer.optimizers, follow_rates=self._follow_rates, **options
-        )
+        self.hook = attach_among_workers(trainer.strategy.model, self._compressor, trainer.optimizers, **options)
         if self.hook is not None and self._saved:
             load_state(self.hook, beside(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
         self._saved = False

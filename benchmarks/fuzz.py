@@ -1,0 +1,63 @@
+"""Can any input make packsaddle raise something other than its one-line error? Inputs tried, by what came out.
+
+python benchmarks/fuzz.py [--examples 10000] [--seed 0] [--only "run folders"]
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, given, seed, settings
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from fuzzing import TARGETS, outcome
+
+
+def main() -> None:
+    """Try the inputs of each kind; a first failure is minimised and printed, and the exit code is 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=10_000, help="in all, shared between the kinds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=TARGETS)
+    given_ = parser.parse_args()
+    chosen = [given_.only] if given_.only else list(TARGETS)
+    warnings.simplefilter("ignore")
+    failed = False
+    print(f"seed {given_.seed}")
+    for name in chosen:
+        begin = time.perf_counter()
+        counts, problem = fuzz(name, -(-given_.examples // len(chosen)), given_.seed)
+        print(f"{name}: {dict(counts)}, {time.perf_counter() - begin:.0f} s", flush=True)
+        if problem is not None:
+            failed = True
+            traceback.print_exception(problem, limit=-3)
+    sys.exit(failed)
+
+
+def fuzz(name: str, examples: int, number: int) -> tuple[Counter[str], Exception | None]:
+    """Return how often each outcome came, and the exception of the smallest input that failed, if any."""
+    inputs, read = TARGETS[name]
+    counts: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+
+        @seed(number)
+        @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(inputs)
+        def one(value: Any) -> None:
+            counts[outcome(read, value, Path(folder))] += 1
+
+        try:
+            one()
+        except Exception as error:  # whatever it is, it is the finding
+            return counts, error
+    return counts, None
+
+
+if __name__ == "__main__":
+    main()
