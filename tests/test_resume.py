@@ -13,6 +13,7 @@ from runs import CONFIG, differences, lines, result
 
 from packsaddle import training
 from packsaddle.durable import write_whole
+from packsaddle.runfolder import RunFolder
 
 
 class Cut(BaseException):
@@ -122,6 +123,20 @@ def test_resuming_before_there_is_a_checkpoint_and_when_all_is_done(
 ) -> None:
     folder = tmp_path / "run"
     again = ("run", config, "--resume", folder)
+
+    def cut(*arguments: Any) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr("packsaddle.experiment.environment", cut)
+        with pytest.raises(Cut):
+            command(*again)
+        patch.setattr("packsaddle.experiment.environment", lambda *arguments: {})
+        real = RunFolder.write_json
+        patch.setattr(RunFolder, "write_json", lambda self, *rest: (real(self, *rest), cut()))
+        with pytest.raises(Cut):  # at the first file of a run
+            command(*again)
+    assert [path.name for path in folder.iterdir()] == ["config.json"]
     cut_off(monkeypatch, 15, *again)
     assert len(lines(folder)) == 1
     assert command(*again) == 0

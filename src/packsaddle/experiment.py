@@ -131,25 +131,25 @@ class Job:
         for config, path in zip(self.configs, self.folders, strict=True):
             training = Training(config, self.data_dir, self.download)
             is_first = training.group.rank == 0
-            with (
-                written(path),
-                tracked(path, self.track if is_first else (), config.label or path.name, plain(config)) as folder,
-            ):
+            with written(path):
                 if is_first:
-                    self._describe(folder, config, str(training.device), training.group.size)
-                if not training.run(folder, quiet=self.quiet, saving=self.saving):
-                    return False
+                    self._describe(RunFolder(path), config, str(training.device), training.group.size)
+                trackers = self.track if is_first else ()
+                with tracked(path, trackers, config.label or path.name, plain(config)) as folder:
+                    if not training.run(folder, quiet=self.quiet, saving=self.saving):
+                        return False
         return True
 
     def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:
         """Write what is run and on what; of a run that goes on, add the latter."""
         here = environment(packsaddle.__version__, workers, device)
-        if self.saving.resume:
-            began = json.loads((folder.path / "environment.json").read_text())
-            folder.write_json("environment.json", {**began, "resumed": [*began.get("resumed", []), here]})
-        else:
-            folder.write_json("environment.json", here)
-            folder.write_json("config.json", plain(config))  # last: the run has begun
+        if not self.saving.resume:
+            folder.write_json("config.json", plain(config))  # first: with it alone a run can be gone on with
+        began = folder.path / "environment.json"
+        if self.saving.resume and began.exists():
+            found = json.loads(began.read_text())
+            here = {**found, "resumed": [*found.get("resumed", []), here]}
+        folder.write_json("environment.json", here)
 
     def run(self, workers: int, how: How) -> bool:
         """Do the runs with `workers` workers; False if told to stop. Raises ConfigError if they cannot be fused and are
