@@ -18,6 +18,7 @@ from packsaddle.config import Config
 from packsaddle.data import shard
 from packsaddle.drift import DriftError
 from packsaddle.exchange import Solo, TerminatedError, ambient_group, launch, process_group, resolve
+from packsaddle.keeping import NEVER, STOPPED, LoadingError
 from packsaddle.resuming import find, first_difference
 from packsaddle.runfolder import RunFolder, environment, make_new, written
 from packsaddle.saving import Saving
@@ -27,7 +28,7 @@ from packsaddle.skips import NonFiniteError
 from packsaddle.stopping import hearing_sigterm
 from packsaddle.together import Together
 from packsaddle.trackers import TrackerName, require_tracker, tracked
-from packsaddle.training import NEVER, STOPPED, LoadingError, Training
+from packsaddle.training import Training
 
 # How W workers are had: as processes, one after the other in this process, or as one that holds their mean.
 How = Literal["processes", "serial", "fused"]

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from packsaddle.experiment import How, Job, can_be_fused
+from packsaddle.keeping import LoadingError
 from packsaddle.progress import StudyProgress
 from packsaddle.reproduce.pool import default_jobs, in_parallel
 from packsaddle.reproduce.study import Study, StudyFolder, SubRun
 from packsaddle.runfolder import make_new
 from packsaddle.saving import Saving
-from packsaddle.training import LoadingError
 
 
 @dataclass(frozen=True)
