@@ -1,5 +1,6 @@
 """Small trainings whose states are saved and loaded, for the tests of checkpoints; run in gloo processes as well."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,29 @@ def straight_and_resumed(folder: str, options: dict[str, Any], stop: int, end: i
         "differ": [k for k in a if not torch.equal(a[k], b[k])],
         "bytes": dict(ledgers[0]) == dict(ledgers[1]),
     }
+
+
+def by_torchs_own_checkpoints(folder: str, options: dict[str, Any], stop: int, end: int) -> list[str]:
+    """torch.distributed.checkpoint, each worker's state under its own key; what differs from a run that went on."""
+    import torch.distributed.checkpoint as dcp
+
+    one, two = Small(**options), Small(**options)
+    one.train(0, stop)
+    two.train(0, 1)
+    key = f"worker-{one.rank}"
+    packed = io.BytesIO()
+    torch.save({name: part.state_dict() for name, part in one.parts.items()}, packed)
+    dcp.save({key: packed}, checkpoint_id=folder)
+    found = {key: io.BytesIO()}
+    dcp.load(found, checkpoint_id=folder)
+    found[key].seek(0)
+    states = torch.load(found[key], weights_only=True)
+    for name, part in two.parts.items():
+        part.load_state_dict(states[name])
+    for small in (one, two):
+        small.train(stop, end)
+    a, b = one.vectors(), two.vectors()
+    return [name for name in a if not torch.equal(a[name], b[name])]
 
 
 def begun(folder: str, options: dict[str, Any], stop: int) -> Tensor:

@@ -216,7 +216,7 @@ def test_the_report_shows_certificates(run: Path, tmp_path: Path) -> None:
 
 def test_a_diverged_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "c.toml").write_text(CONFIG)
-    diverge = ("--set", "lr=1e5", "noise.std=1e38", "certify.iterates=0")
+    diverge = ("--set", "lr=1e30", "model.output=linear", "certify.iterates=0", "max_skipped=99")
     assert command("run", tmp_path / "c.toml", *diverge, "--out", tmp_path / "run") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "certificates.jsonl").read_text().splitlines()]
     assert lines[-1]["verdict"] == "gradient too large"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from states import Small, saved_by, straight_and_resumed
+from states import Small, by_torchs_own_checkpoints, saved_by, straight_and_resumed
 
 import packsaddle
 from packsaddle import CheckpointError, load_checkpoint, save_checkpoint
@@ -45,6 +45,16 @@ def everything(folder: str) -> list[Any]:
 def test_goes_on_bit_for_bit_in_processes(gloo: Gloo, tmp_path: Path) -> None:
     for found in gloo(everything, 2, str(tmp_path)):
         assert found == 3 * [{"differ": [], "bytes": True}]
+
+
+def through_torch(folder: str) -> list[list[str]]:
+    cases: list[dict[str, Any]] = [{"momentum": 0.9}, {"hook": "sgd"}]
+    return [by_torchs_own_checkpoints(f"{folder}/{i}", options, 5, 8) for i, options in enumerate(cases)]
+
+
+def test_torch_distributed_checkpoint(gloo: Gloo, tmp_path: Path) -> None:
+    """The documented recipe: every worker's state under a key of its own."""
+    assert gloo(through_torch, 2, str(tmp_path)) == [[[], []], [[], []]]
 
 
 def test_folder_of_two_steps(tmp_path: Path) -> None:

@@ -170,23 +170,31 @@ def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every so many steps; or by worker 0's clock: an epoch, half a minute, and fifty times what saving costs."""
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    by_steps = Wishes(Saving(every=4), 100, 1, 0)
-    due = [by_steps.heard(step, torch.zeros(2))[0] for step in (3, 4, 5)]
+    nothing, due, one, all_three = (torch.tensor([wish / 3]) for wish in (0.0, 1.0, 1024.0, 3073.0))
+    by_steps = Wishes(Saving(every=4), 100, 1, 3, 0)
+    told = [by_steps.heard(step, nothing)[0] for step in (3, 4, 5)]
     by_steps.saved(6, 1.0)
-    assert due == [False, True, True]
-    assert [by_steps.heard(step, torch.zeros(2))[0] for step in (7, 8)] == [False, True]
-    clock, other = (Wishes(Saving(), 100, rank, 0) for rank in (0, 1))
-    told = []
-    for now, step in ((31.0, 98), (29.0, 99), (31.0, 99)):  # noqa: B007 -- the clock reads it
-        told.append([wishes.scalars(step).tolist() for wishes in (clock, other)])
-    assert told == [[[0, 0], [0, 0]], [[0, 0], [0, 0]], [[0, 1], [0, 0]]]
-    assert other.heard(100, torch.tensor([0.0, 0.5])) == (True, False)
-    assert other.heard(100, torch.tensor([0.5, 0.0])) == (True, True)
+    assert told == [False, True, True]
+    assert [by_steps.heard(step, nothing)[0] for step in (7, 8)] == [False, True]
+    clock, other = (Wishes(Saving(), 100, rank, 3, 0) for rank in (0, 1))
+
+    def said(seconds: float, step: int) -> list[float]:
+        nonlocal now
+        now = seconds
+        return [float(wishes.scalars(step)) for wishes in (clock, other)]
+
+    assert [said(31.0, 98), said(29.0, 99), said(31.0, 99)] == [[0, 0], [0, 0], [1, 0]]
+    assert [other.heard(100, means) for means in (nothing, due, one, all_three)] == [
+        (False, False),
+        (True, False),
+        (True, True),
+        (True, True),
+    ]
     clock.saved(100, 2.0)
-    now = 130.0
-    assert clock.scalars(250).tolist() == [0, 0]
-    now = 132.0
-    assert clock.scalars(250).tolist() == [0, 1]
-    never = Wishes(Saving(every=0), 100, 0, 0)
+    assert [said(130.0, 250), said(132.0, 250)] == [[0, 0], [1, 0]]
+    never = Wishes(Saving(every=0), 100, 0, 3, 0)
     assert never.scalars(5) is None
     assert never.heard(6, torch.zeros(0)) == (False, False)
+    silent = Wishes(Saving(stops=False), 100, 0, 3, 0)
+    assert silent.scalars(99) is None
+    assert [silent.heard(step, torch.zeros(0))[0] for step in (99, 100)] == [False, True]

@@ -96,6 +96,8 @@ LAYERS = [
     {"bench.link"},
     {"bench"},
     {"footing"},
+    {"preparation"},
+    {"keeping"},
     {"training"},
     {"resuming"},
     {"doctor", "experiment", "audit", "plan", "linkplan", "diagnostics.trajectory"},

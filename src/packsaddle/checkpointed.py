@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from packsaddle.channel import Channel
 from packsaddle.choose import Choice
 from packsaddle.direction import Gradient
+from packsaddle.drift import Drift, DriftGuard
 from packsaddle.escape import EscapeCheck, Reset
 from packsaddle.feedback import ErrorMemory
 from packsaddle.flat import FlatParameters
@@ -32,6 +33,7 @@ class Checkpointed(Optimizer):
     monitor: ContractionMonitor
     resets: list[Reset]
     guard: Guard
+    _drift: DriftGuard
     _flat: FlatParameters
     _memory: ErrorMemory
     _direction: Gradient
@@ -78,6 +80,7 @@ class Checkpointed(Optimizer):
         state["ledger"] = self.ledger.state_dict()
         state["monitor"] = self.monitor.state_dict()
         state["resets"] = [asdict(reset) for reset in self.resets]
+        state["drifts"] = [asdict(drift) for drift in self._drift.found]
         return state
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -110,6 +113,7 @@ class Checkpointed(Optimizer):
         self.ledger.load_state_dict(state_dict.get("ledger", []))
         self.monitor.load_state_dict(state_dict.get("monitor", {}))
         self.resets = [Reset(**reset) for reset in state_dict.get("resets", [])]
+        self._drift.found = [Drift(**drift) for drift in state_dict.get("drifts", [])]
 
     def _identity(self) -> dict[str, int | str]:
         """What must be the same where a state is loaded as where it was saved: an error memory is one worker's, and

@@ -1,6 +1,7 @@
 """What `register_ddp_hook` returns: the bytes, the steps, the error memory, and how to save it."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.optim import Optimizer
 
 from packsaddle.bucketexchange import BucketExchange
 from packsaddle.channel import ring_all_reduce
+from packsaddle.escape import Reset
 from packsaddle.ledger import Bytes, Ledger
 from packsaddle.skips import Skip
 from packsaddle.state import check_identity, check_shape
@@ -114,6 +116,7 @@ class DDPHook(BucketExchange):
             "pending": pending,
             "held": held,
             "ledger": self.ledger.state_dict(),
+            "resets": [asdict(reset) for reset in self.resets],
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
 
@@ -141,6 +144,7 @@ class DDPHook(BucketExchange):
             exchanger = self._exchanger(frozenset(place.name for place in self._places))
             exchanger.restore(state["held"], self._steps, self.channel.group.size)
         self.ledger.load_state_dict(state["ledger"])
+        self.resets = [Reset(**reset) for reset in state["resets"]]
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
 

@@ -18,6 +18,7 @@ from packsaddle.config import Config
 from packsaddle.data import shard
 from packsaddle.drift import DriftError
 from packsaddle.exchange import Solo, TerminatedError, ambient_group, launch, process_group, resolve
+from packsaddle.keeping import NEVER, STOPPED, LoadingError
 from packsaddle.resuming import find, first_difference
 from packsaddle.runfolder import RunFolder, environment, make_new, written
 from packsaddle.saving import Saving
@@ -27,7 +28,7 @@ from packsaddle.skips import NonFiniteError
 from packsaddle.stopping import hearing_sigterm
 from packsaddle.together import Together
 from packsaddle.trackers import TrackerName, require_tracker, tracked
-from packsaddle.training import NEVER, STOPPED, LoadingError, Training
+from packsaddle.training import Training
 
 # How W workers are had: as processes, one after the other in this process, or as one that holds their mean.
 How = Literal["processes", "serial", "fused"]
@@ -131,32 +132,32 @@ class Job:
         for config, path in zip(self.configs, self.folders, strict=True):
             training = Training(config, self.data_dir, self.download)
             is_first = training.group.rank == 0
-            with (
-                written(path),
-                tracked(path, self.track if is_first else (), config.label or path.name, plain(config)) as folder,
-            ):
+            with written(path):
                 if is_first:
-                    self._describe(folder, config, str(training.device), training.group.size)
-                if not training.run(folder, quiet=self.quiet, saving=self.saving):
-                    return False
+                    self._describe(RunFolder(path), config, str(training.device), training.group.size)
+                trackers = self.track if is_first else ()
+                with tracked(path, trackers, config.label or path.name, plain(config)) as folder:
+                    if not training.run(folder, quiet=self.quiet, saving=self.saving):
+                        return False
         return True
 
     def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:
         """Write what is run and on what; of a run that goes on, add the latter."""
         here = environment(packsaddle.__version__, workers, device)
-        if self.saving.resume:
-            began = json.loads((folder.path / "environment.json").read_text())
-            folder.write_json("environment.json", {**began, "resumed": [*began.get("resumed", []), here]})
-        else:
-            folder.write_json("environment.json", here)
-            folder.write_json("config.json", plain(config))  # last: the run has begun
+        if not self.saving.resume:
+            folder.write_json("config.json", plain(config))  # first: with it alone a run can be gone on with
+        began = folder.path / "environment.json"
+        if self.saving.resume and began.exists():
+            found = json.loads(began.read_text())
+            here = {**found, "resumed": [*found.get("resumed", []), here]}
+        folder.write_json("environment.json", here)
 
     def run(self, workers: int, how: How) -> bool:
         """Do the runs with `workers` workers; False if told to stop. Raises ConfigError if they cannot be fused and are
         to be, TerminatedError if the launcher was told to and the workers could not."""
         if how == "processes" and workers > 1:
             return self._launch(workers)
-        with hearing_sigterm() if self.saving.on else nullcontext():
+        with hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext():
             if workers == 1:
                 return self.train()
             if how == "serial":
@@ -208,5 +209,5 @@ def train_under_launcher(job: Job) -> bool | None:
 @contextmanager
 def _in_process_group(job: Job) -> Iterator[None]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    with process_group(job.timeout), hearing_sigterm() if job.saving.on else nullcontext():
+    with process_group(job.timeout), hearing_sigterm() if job.saving.on and job.saving.stops else nullcontext():
         yield

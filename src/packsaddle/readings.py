@@ -5,7 +5,7 @@ from torch import Tensor
 
 from packsaddle.checkpointed import Checkpointed
 from packsaddle.compress import Identity, RandomK
-from packsaddle.drift import Drift, DriftGuard
+from packsaddle.drift import Drift
 from packsaddle.monitor import ContractionMonitor
 from packsaddle.skips import Skip
 
@@ -14,7 +14,6 @@ class Readings(Checkpointed):
     """The counts, sizes and points of an optimizer of these parts."""
 
     monitor: ContractionMonitor
-    _drift: DriftGuard
 
     @property
     def steps(self) -> int:

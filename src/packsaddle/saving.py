@@ -9,15 +9,20 @@ from torch import Tensor
 from packsaddle.stopping import asked_to_stop
 
 _SECONDS = 30.0  # between checkpoints at least, where no number of steps is given
+_STOP = 1024.0  # more than all workers' other wishes together, and exact in single precision
 _COSTS = 50  # times as long as saving the last one took, too: so saving takes at most 2% of a run
 
 
 @dataclass(frozen=True)
 class Saving:
-    """How often: every so many steps; None: about once an epoch, but at most every half minute; 0: never."""
+    """How often: every so many steps; None: about once an epoch, but at most every half minute; 0: never.
+
+    Where a run does not `stop` on SIGTERM nothing need be agreed on, and None is every epoch.
+    """
 
     every: int | None = None
     resume: bool = False  # go on from what the folder has
+    stops: bool = True
     hint: str = ""  # the command that goes on with a run that was stopped
 
     def __post_init__(self) -> None:
@@ -37,15 +42,16 @@ class Wishes:
     counts is worker 0's.
     """
 
-    def __init__(self, saving: Saving, per_epoch: int, rank: int, step: int) -> None:
-        self._saving, self._per_epoch, self._rank = saving, per_epoch, rank
+    def __init__(self, saving: Saving, per_epoch: int, rank: int, workers: int, step: int) -> None:
+        self._saving, self._per_epoch, self._rank, self._workers = saving, per_epoch, rank, workers
         self._saved, self._since, self._cost = step, time.monotonic(), 0.0
 
     def scalars(self, step: int) -> Tensor | None:
-        """What this worker has to say in step `step`, float[2], or None if nobody ever has."""
-        if not self._saving.on:
+        """What this worker has to say in step `step`, float[1], or None if nobody ever has."""
+        if not (self._saving.on and self._saving.stops):
             return None
-        return torch.tensor([float(asked_to_stop()), float(self._rank == 0 and self._by_the_clock(step + 1))])
+        due = self._rank == 0 and self._by_the_clock(step + 1)
+        return torch.tensor([_STOP * asked_to_stop() + due])
 
     def _by_the_clock(self, steps: int) -> bool:
         if self._saving.every is not None or steps - self._saved < self._per_epoch:
@@ -56,8 +62,11 @@ class Wishes:
         """Return whether to save and whether to stop when so many steps are done, from the means of the scalars."""
         if not self._saving.on:
             return False, False
-        stop, due = (means > 0).tolist()
+        total = round(float(means[0]) * self._workers) if self._saving.stops else 0
+        stop, due = total >= _STOP, total % _STOP > 0
         every = self._saving.every
+        if every is None and not self._saving.stops:
+            every = self._per_epoch
         if every is not None:
             due = steps // every > self._saved // every
         return due or stop, stop

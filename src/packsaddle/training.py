@@ -4,114 +4,27 @@ import math
 import sys
 import time
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from packsaddle.calendar import Calendar
-from packsaddle.checkpoint import restore, save_checkpoint
-from packsaddle.checkpointfiles import CheckpointError
-from packsaddle.config import Config, NoiseConfig
-from packsaddle.data import deal, load_data, shard
-from packsaddle.escape import Escape
-from packsaddle.exchange import Group, Solo, local_device, resolve
-from packsaddle.footing import Footing
-from packsaddle.inspection import Inspector
+from packsaddle.keeping import CHECKPOINTS, NEVER, Kept
 from packsaddle.ledger import Bytes
-from packsaddle.models import Task, make_task
-from packsaddle.noise import Ramp, Rescheduled
-from packsaddle.norms import average_buffers, connect
-from packsaddle.optimizer import CompressedSGD
-from packsaddle.parts import on_all
+from packsaddle.norms import average_buffers
+from packsaddle.preparation import EVAL_BATCH
 from packsaddle.progress import live, megabytes
 from packsaddle.rotation import remove_all
 from packsaddle.runfolder import RunFolder
 from packsaddle.saving import Saving, Wishes
-from packsaddle.schema import ConfigError
-from packsaddle.seeds import Stream, mix
-from packsaddle.simulate import FusedGroup
 from packsaddle.skips import NonFiniteError
 from packsaddle.tally import Tally
-from packsaddle.together import Together
 
-CHECKPOINTS = "checkpoint"  # the folder in a run's folder
-STOPPED = "stopped.json"  # is there while a run is stopped that was told to
-NEVER = Saving(every=0)
-_EVAL_BATCH = 512
 _NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # what bytes are for besides gradients
 
 
-class LoadingError(CheckpointError):
-    """No worker can go on from the checkpoints there are, for a reason that all know."""
-
-
-class Training:
+class Training(Kept):
     """One worker's side of a run. Construction loads data and model; `run` trains and writes the run folder."""
-
-    def __init__(self, config: Config, data_dir: Path | None, download: bool) -> None:
-        self.config = config
-        self.group = resolve(None)
-        self.device = local_device()
-        self.dtype = torch.float64 if config.precision == "float64" else torch.float32
-        self.data = load_data(config.data, data_dir, train=True, download=download)
-        self.test_data = load_data(config.data, data_dir, train=False, download=download)
-        rank, size = self.group.rank, self.group.size
-        # The workers this process stands for: all of them in a fused simulation, else one.
-        self.members = range(size) if isinstance(self.group, FusedGroup) else range(rank, rank + 1)
-        self.history = [(0, size)]
-        self._plan()
-        start = mix(config.seed, int(Stream.INIT)) >> 33
-        shape, parts = self.data.shape, len(self.members)
-        task = make_task(config.model, shape, self.data.classes, start, parts).to(self.device, self.dtype)
-        # Convolutions on a CPU are a quarter faster with channels last.
-        self.task: Task = task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._schedule = Rescheduled(self._ramp) if self._ramp else None
-        self.optimizer = self._make_optimizer()
-        connect(self.task, self.optimizer.channel)
-        calendar = self.calendar
-        self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
-        self.footing = Footing(config, self.task, self.optimizer, self.data, self.shards)
-        self.warnings: list[str] = []
-        self.tally = Tally()
-
-    def _plan(self) -> None:
-        """Deal the data and lay out the run, as the history of the numbers of workers has it."""
-        config, (_, size) = self.config, self.history[-1]
-        how, seed = config.data.shard, config.seed
-        self.shards = [shard(self.data, how, worker=w, workers=size, seed=seed) for w in self.members]
-        self.batches = deal(self.data, how, config.batch_size, seed=seed, history=self.history, workers=self.members)
-        self.calendar = Calendar.of(self.history, len(self.data), config.batch_size, config.epochs, config.local_steps)
-        self._ramp = _ramp(config.noise, self.calendar)
-
-    def _make_optimizer(self) -> CompressedSGD:
-        config = self.config
-        try:
-            return CompressedSGD(
-                self.task.named_parameters(),
-                config.lr,
-                compressor=config.compressor,
-                noise=self._schedule or config.noise.std,
-                escape=self._escape(),
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                nesterov=config.nesterov,
-                memory=config.memory,
-                storm=config.storm,
-                local_steps=config.local_steps,
-                seed=config.seed,
-                dense_below=config.dense_below,
-                exchange=config.exchange,
-                back=config.back,
-                monitor_every=config.log_every,
-                max_skipped=config.max_skipped,
-                compare_every=config.compare_every,
-                on_drift=config.on_drift,
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
 
     def run(self, folder: RunFolder, *, quiet: bool, saving: Saving = NEVER) -> bool:
         """Train, recording a line of metrics every `log_every` steps, then evaluate and summarise.
@@ -124,7 +37,7 @@ class Training:
         if saving.resume:
             self._resume(folder, quiet=quiet)
         steps, first = self.calendar.steps, tally.step
-        wishes = Wishes(saving, self.calendar.per_epoch, self.group.rank, first)
+        wishes = Wishes(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
         begin, text = time.perf_counter() - tally.elapsed, "starting"
         with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
             for step in range(first, steps):
@@ -179,82 +92,6 @@ class Training:
                 if not quiet:
                     print(f"warning: {warning}", file=sys.stderr, flush=True)
 
-    def _given_up(self, error: NonFiniteError, folder: RunFolder, saving: Saving) -> NonFiniteError:
-        """Keep what there was before, when a run cannot go on; return what to say."""
-        if not saving.on:
-            return error
-        self.optimizer.guard.skips.took()  # who goes on may have mended it
-        self._save(folder)
-        return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept; to go on: {saving.hint}")
-
-    def _parts(self) -> dict[str, Any]:
-        return {"model": self.task, "optimizer": self.optimizer}
-
-    def _own_group(self) -> Group:
-        """The group of those that have files: a fused simulation is one."""
-        return Solo() if isinstance(self.group, FusedGroup) else self.group
-
-    def _save(self, folder: RunFolder) -> float:
-        """Save a checkpoint; return the seconds it took."""
-        before, tally = time.perf_counter(), self.tally
-        if self.group.rank == 0:
-            folder.settle()
-        extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
-        extra |= {"inspected": self.inspector.seconds, "sums": tally.sums, "final": tally.final}
-        save_checkpoint(
-            folder.path / CHECKPOINTS, self._parts(), step=tally.step, extra=extra, process_group=self._own_group()
-        )
-        seconds = time.perf_counter() - before
-        tally.saved += seconds
-        return seconds
-
-    def _resume(self, folder: RunFolder, *, quiet: bool) -> None:
-        """Go on from the newest checkpoint, if there is one, with what has been recorded since cut off."""
-        try:
-            found = restore(folder.path / CHECKPOINTS, self._parts(), process_group=self._own_group())
-            if found is not None and found.step >= 0:
-                self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
-                self.inspector.seconds = found.extra["inspected"]
-                self._continue([(step, workers) for step, workers in found.extra["history"]], found.step)
-            on_all(Together(self._own_group(), torch.device("cpu")), partial(self._cut, folder))
-        except CheckpointError as error:
-            raise LoadingError(str(error)) from error
-        notes = () if found is None else found.notes
-        if not quiet:
-            where = f"goes on from step {self.tally.step} of {self.calendar.steps}" if self.tally.step else "begins"
-            print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
-
-    def _cut(self, folder: RunFolder) -> None:
-        if self.group.rank == 0:
-            try:
-                folder.cut(self.tally.step)
-                folder.remove(STOPPED)
-            except (ConfigError, OSError) as error:
-                raise CheckpointError(str(error)) from error
-
-    def _continue(self, history: list[tuple[int, int]], step: int) -> None:
-        """Have the past that a checkpoint tells of, and from here on this number of workers."""
-        size = self.group.size
-        self.history = history if history[-1][1] == size else [*history, (step, size)]
-        if len(self.history) == 1:
-            return
-        if self.config.certify is not None:
-            raise CheckpointError(
-                f"a run with [certify] cannot go on with {size} workers, having begun with {history[-1][1]}: the steps "
-                f"that it certifies were counted for those"
-            )
-        self._plan()
-        if self._schedule and self._ramp:
-            self._schedule.ramp = self._ramp
-
-    def _say_stopped(self, folder: RunFolder, saving: Saving, *, quiet: bool) -> None:
-        self._own_group().all_reduce(torch.zeros(1))  # all have saved
-        if self.group.rank == 0:
-            step, hint = self.tally.step, saving.hint
-            folder.write_json(STOPPED, {"step": step, "of": self.calendar.steps, "resume": hint})
-            if not quiet:
-                print(f"stopped at step {step} of {self.calendar.steps}; to go on: {hint}", flush=True)
-
     def _step(self, step: int, scalars: Tensor | None) -> Tensor:
         """One step of the algorithm, `scalars` exchanged with it; returns this worker's loss and gradient norm,
         float64[2]."""
@@ -277,15 +114,6 @@ class Training:
             return False
         every = self.config.test_every * self.calendar.per_epoch
         return self.calendar.position(steps) // every > self.calendar.position(since) // every
-
-    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return self.data.batch(index, self.device, self.dtype)
-
-    def _loss(self, index: Tensor) -> Tensor:
-        """The mean loss of the chosen examples."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            loss: Tensor = self.task(*self._batch(index))
-        return loss
 
     def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
         purposes = self.optimizer.ledger.by_purpose  # the start is sent once, however long the run
@@ -353,36 +181,13 @@ class Training:
         totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
         self.task.eval()
         mine = torch.cat([torch.arange(len(self.test_data))[w :: self.group.size] for w in self.members])
-        for index in torch.split(mine, _EVAL_BATCH):
+        for index in torch.split(mine, EVAL_BATCH):
             batch = self.test_data.batch(index, self.device, self.dtype)
             correct = float(self.task.correct(*batch)) if self.task.classifies else 0.0
             totals += torch.tensor([float(self.task(*batch)) * len(index), correct, len(index)], dtype=torch.float64)
         self.task.train()
         loss, correct, examples = self.optimizer.channel.mean(totals, "metrics").tolist()
         return {"test_loss": loss / examples, **({"test_accuracy": correct / examples} if self.task.classifies else {})}
-
-    def _escape(self) -> Escape | None:
-        rule = self.config.escape
-        if rule is None:
-            return None
-
-        def objective() -> Tensor:
-            sample = torch.cat([mine[: rule.examples] for mine in self.shards])
-            self.task.eval()
-            losses = [self._loss(i) * len(i) for i in torch.split(sample, _EVAL_BATCH)]
-            self.task.train()
-            return torch.stack(losses).sum() / len(sample)
-
-        return Escape(rule.interval, rule.radius, objective, compare=rule.compare, every=rule.every)
-
-
-def _ramp(config: NoiseConfig, calendar: Calendar) -> Ramp | None:
-    """Translate a noise schedule from epochs to steps, if there is one."""
-    if config.lower_from is None:
-        return None
-    stop = calendar.steps if config.lower_until is None else calendar.step_at(config.lower_until)
-    start = min(calendar.step_at(config.lower_from), stop)
-    return Ramp(config.std, start, stop)
 
 
 def _describe(line: dict[str, Any], workers: int) -> str:

@@ -53,7 +53,7 @@ def reproduce(
         data_dir: Folder of the dataset: MNIST or CIFAR-10 as torchvision keeps them, or an image folder.
         download: Fetch the dataset into --data-dir if it is not there.
         out: A new folder for the runs and what is made of them; by default one under runs/ named by the time.
-        resume: Go on in a folder that was begun: finished runs are kept, the others are done from their start.
+        resume: Go on in a folder that was begun: finished runs are kept, others go on from their checkpoints.
         jobs: Runs at once; by default one per core, on a GPU one.
         processes: Real worker processes instead of simulated workers.
         seeds: How many seeds per setting, instead of the scale's.

@@ -2,15 +2,17 @@
 
 import shutil
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from packsaddle.experiment import How, Job, can_be_fused
+from packsaddle.keeping import LoadingError
 from packsaddle.progress import StudyProgress
 from packsaddle.reproduce.pool import default_jobs, in_parallel
 from packsaddle.reproduce.study import Study, StudyFolder, SubRun
 from packsaddle.runfolder import make_new
+from packsaddle.saving import Saving
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,17 @@ def check_study(sub_runs: Sequence[SubRun], means: Means) -> None:
 
 
 def _do(sub_run: SubRun, folder: StudyFolder, means: Means) -> None:
-    """One run, from its start; what a run that was cut off left in its folder is given up."""
+    """One run, from its last checkpoint if it was cut off, else from its start."""
     path = folder.run(sub_run)
+    how: How = "processes" if means.processes else "fused" if can_be_fused(sub_run.config) else "serial"
+    saving = Saving(resume=folder.is_begun(sub_run), stops=False)
+    job = Job((sub_run.config,), (path,), means.data_dir, means.download, quiet=True, saving=saving)
+    if saving.resume:
+        try:
+            job.run(sub_run.config.workers, how)
+            return
+        except LoadingError:  # what it has left cannot be used
+            job = replace(job, saving=replace(saving, resume=False))
     shutil.rmtree(path, ignore_errors=True)
     make_new(path)
-    how: How = "processes" if means.processes else "fused" if can_be_fused(sub_run.config) else "serial"
-    Job((sub_run.config,), (path,), means.data_dir, means.download, quiet=True).run(sub_run.config.workers, how)
+    job.run(sub_run.config.workers, how)

@@ -118,6 +118,10 @@ class StudyFolder:
         """Whether a run has been finished (its summary comes last)."""
         return (self.run(sub_run) / "summary.json").is_file()
 
+    def is_begun(self, sub_run: SubRun) -> bool:
+        """Whether there is something of this run to go on with."""
+        return self._config_of(sub_run) == sub_run.config
+
     def missing(self, sub_runs: Iterable[SubRun]) -> list[SubRun]:
         """Those that are still to be done."""
         return [sub_run for sub_run in sub_runs if not self.is_done(sub_run)]
