@@ -8,7 +8,7 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
-    {"wording", "missing", "stopping"},
+    {"wording", "meeting", "missing", "stopping"},
     {"schema"},
     {"world", "failure", "ending", "sharded"},
     {"kernels.parts"},

@@ -20,7 +20,7 @@ MISTAKES = {
     "'two words'": "unknown command 'two words' (there is ",
     "--verison": "unknown flag --verison (did you mean --version?)",
     "--workers 2 run x.toml": "unknown flag --workers (flags come after a command)",
-    "run": "run: missing CONFIG: The TOML file",
+    "run": "run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR",
     "run --wrokers 2": "run: unknown flag --wrokers (did you mean --workers?)",
     "run x.toml --wrokers=2": "run: unknown flag --wrokers (did you mean --workers?)",
     "run x.toml --lr 0.1": "run: unknown flag --lr (keys of the configuration go through --set key=value)",

@@ -169,6 +169,7 @@ def test_a_signal_to_stop(
                 time.sleep(0.01)
         return real(self, now, scalars)
 
+    before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(training.Training, "_step", step)
         capsys.readouterr()
@@ -179,7 +180,7 @@ def test_a_signal_to_stop(
     assert stopped == f"stopped at step {at['step']} of 20; to go on: {hint}"
     assert at["step"] == 12
     assert not (folder / "summary.json").exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == before
     assert command("run", "--resume", folder, "--workers", 2, "--serial") == 0
     assert differences(result(straight), result(folder)) == []
 

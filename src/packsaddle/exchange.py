@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from packsaddle import ending
 from packsaddle.failure import failure_of
+from packsaddle.meeting import agree
 from packsaddle.missing import PeerLostError, explanation, is_network, roll_call
 from packsaddle.schema import ConfigError
 from packsaddle.world import check_interface, not_joined, under_launcher
@@ -222,7 +223,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         torch.cuda.set_device(local_rank)
     # Scalars that live on the CPU (metrics, flags) travel by gloo even where vectors go by NCCL.
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_meeting(timeout))
     except (RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
         raise ConfigError(not_joined(error)) from error
     try:
@@ -233,6 +234,18 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     finally:
         # Without this, interpreters that exit while gloo threads live abort now and then.
         dist.destroy_process_group()
+
+
+def _meeting(timeout: timedelta | None) -> dict[str, Any]:
+    """What `init_process_group` needs where torchrun may have started others before in this meeting place."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+        return {}
+    rank, size, patience = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout or timedelta(minutes=30)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store: Any = dist.TCPStore(address, port, size, False, patience)  # type: ignore[attr-defined]
+    word = agree(store, rank, size, patience.total_seconds())
+    store = dist.PrefixStore(f"packsaddle/{word}", store)  # type: ignore[attr-defined]
+    return {"store": store, "rank": rank, "world_size": size}
 
 
 def local_device() -> torch.device:

@@ -127,7 +127,7 @@ class CompressedSGD(Readings):
             self.compressor,
             exchange,
             d=self._flat.compressed_d,
-            dense=self._flat.d - self._flat.compressed_d,
+            dense=max(self._flat.d - self._flat.compressed_d, int(spare)),
             workers=self.channel.group.size,
             itemsize=self._memory.vector.element_size(),
             back=None if back is None else back.for_tensors(shapes),
