@@ -103,6 +103,11 @@ class Gradient:
                 stretch = slice(run.start, run.stop)
                 out[stretch].add_(self._flat.x[stretch], alpha=scales[run.group] * decays[run.group])
 
+    @property
+    def spare_bytes(self) -> int:
+        """The size of the vector that is only there so that a step may be left out, if there is one."""
+        return 0
+
     def vectors(self) -> dict[str, Tensor]:
         """Return what is kept from step to step, float[d] each, by name."""
         return {}
@@ -130,6 +135,10 @@ class _Gathered(Gradient):
     def reset(self) -> None:
         self._now.flat.zero_()
         self.started = False
+
+    @property
+    def spare_bytes(self) -> int:
+        return 0 if self._next is self._now else self._next.flat.nbytes
 
     def settle(self, *, taken: bool) -> None:
         if taken:

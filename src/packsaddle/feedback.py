@@ -44,6 +44,11 @@ class ErrorMemory:
         """What the vector, and the messages made of it, are to be multiplied by to be updates of x."""
         return 1.0
 
+    @property
+    def spare_bytes(self) -> int:
+        """The size of the spare vector, if there is one."""
+        return 0 if self._next is self._now else self._next.flat.nbytes
+
     def pending(self) -> Tensor:
         """Return eta e, float[d]; not a copy if it need not be one."""
         return self.vector

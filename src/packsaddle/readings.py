@@ -31,6 +31,11 @@ class Readings(Checkpointed):
         return self.guard.skips.count
 
     @property
+    def spare_bytes(self) -> int:
+        """Memory that only a step which is left out needs: what `max_skipped=None` saves."""
+        return self._memory.spare_bytes + self._direction.spare_bytes
+
+    @property
     def drifts(self) -> list[Drift]:
         """Where workers were found apart (see `compare_every`)."""
         return self._drift.found

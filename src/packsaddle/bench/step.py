@@ -34,9 +34,13 @@ def _ours(**settings: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimiz
 _CONTENDERS: Mapping[str, Contender] = {
     "torch.optim.SGD": Contender(partial(torch.optim.SGD, lr=_LR), 12),
     "RandomK 1%": Contender(_ours(compressor=RandomK(0.01)), 12 + 0.01 * 24),
+    "RandomK 1%, max_skipped=None": Contender(_ours(compressor=RandomK(0.01), max_skipped=None), 12 + 0.01 * 24),
     "RandomK 1%, noise": Contender(_ours(compressor=RandomK(0.01), noise=0.01), 12 + 0.01 * 32),
     'RandomK 1%, noise, memory="gradient"': Contender(
         _ours(compressor=RandomK(0.01), noise=0.01, memory="gradient"), 0.01 * 32, own_memory=False
+    ),
+    'RandomK 1%, noise, memory="gradient", max_skipped=None': Contender(
+        _ours(compressor=RandomK(0.01), noise=0.01, memory="gradient", max_skipped=None), 0.01 * 32, own_memory=False
     ),
     "TopK 0.1%": Contender(_ours(compressor=TopK(0.001)), 16 + 0.001 * 24),
     "TopK 0.1%, noise": Contender(_ours(compressor=TopK(0.001), noise=0.01), 24 + 0.001 * 24),
@@ -73,6 +77,7 @@ def run(d: int, repeats: int, layers: int = 1) -> list[Result]:
     setting = {"d": d, "parameters": layers, "copy GB/s": bandwidth / 1e9, **machine()}
     notes = (
         "floor: the bytes that must be moved, at the bandwidth of a copy; memory: held over the model and its gradient",
+        "max_skipped=None: gradients are not looked at, and no step can be left out",
         'with memory="gradient" backward() adds to the gradients where it would have put them, which is its cost',
     )
     return [Result("step() and zero_grad(): what does an optimizer's own work cost?", setting, rows, notes)]
@@ -110,4 +115,6 @@ class Stepper:
                 if storage.data_ptr() not in counted:
                     counted.add(storage.data_ptr())
                     held += storage.nbytes()
+        if isinstance(self._optimizer, CompressedSGD):
+            held += self._optimizer.spare_bytes
         return held
