@@ -80,3 +80,25 @@ def test_too_many_in_a_row_stop_all_workers(gloo: Gloo) -> None:
         assert "3 in a row could not be taken, and max_skipped=2" in message
         assert same
         assert skipped == 3
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another that has called no constructor, as Accelerate's."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+def in_a_wrapper() -> tuple[bool, bool]:
+    model = wrapped(network(torch.float32), SEVERAL)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hook = register_ddp_hook(model, TopK(0.05), optimizer=Wrapper(Wrapper(optimizer)), dense_below=100)
+    before = vector(model)
+    train(model, optimizer, [batches(1, torch.float32)[0] * math.nan])
+    untouched = torch.equal(before, vector(model))
+    train(model, optimizer, batches(1, torch.float32))
+    return untouched, set(hook.state_dict()["rates"].values()) == {0.1}
+
+
+def test_the_optimizer_in_a_frameworks_is_the_one_that_is_kept(gloo: Gloo) -> None:
+    assert gloo(in_a_wrapper, 2) == [(True, True)] * 2

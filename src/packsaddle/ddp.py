@@ -95,6 +95,7 @@ def register_ddp_hook(
         compare_every=compare_every,
     )
     _check_types(optimizer, scaler)
+    optimizer = _innermost(optimizer)
     monitor = Every(monitor_every)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, dense_below)
@@ -119,6 +120,13 @@ def register_ddp_hook(
     on_buckets(model, hook)
     _guard(model, hook)
     return hook
+
+
+def _innermost(optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer that steps, in what a framework has wrapped around it (Accelerate's has no hooks of its own)."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _check_types(optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:
