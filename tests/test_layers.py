@@ -8,7 +8,8 @@ import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
 LAYERS = [
-    {"wording", "meeting", "missing", "stopping"},
+    {"wording", "meeting", "stopping"},
+    {"missing"},
     {"schema"},
     {"world", "failure", "ending", "sharded"},
     {"kernels.parts"},

@@ -18,8 +18,7 @@ from packsaddle.commands.reading import compressors, report
 from packsaddle.commands.reproducing import reproduce
 from packsaddle.commands.starting import init
 from packsaddle.commands.training import demo, run
-from packsaddle.exchange import TerminatedError
-from packsaddle.failure import WorkerFailedError
+from packsaddle.failure import TerminatedError, WorkerFailedError
 from packsaddle.missing import PeerLostError
 from packsaddle.schema import ConfigError
 from packsaddle.skips import GuardError

@@ -14,6 +14,7 @@ from torch import Tensor
 from packsaddle.channel import Channel
 from packsaddle.monitor import Every
 from packsaddle.skips import GuardError
+from packsaddle.wording import numbered
 
 OnDrift = Literal["stop", "repair"]
 Named = Sequence[tuple[str, Tensor]]
@@ -32,11 +33,8 @@ class Drift:
     workers: tuple[int, ...]  # that differ in it from rank 0
 
     def __str__(self) -> str:
-        names = ", ".join(map(str, self.workers))
         verb = "differs" if len(self.workers) == 1 else "differ"
-        return (
-            f"after step {self.step}: worker{'s' * (len(self.workers) > 1)} {names} {verb} from worker 0 in {self.name}"
-        )
+        return f"after step {self.step}: {numbered('worker', self.workers)} {verb} from worker 0 in {self.name}"
 
 
 class DriftGuard:

@@ -24,7 +24,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from packsaddle import ending
-from packsaddle.failure import failure_of
+from packsaddle.failure import TerminatedError, failure_of
 from packsaddle.meeting import agree
 from packsaddle.missing import PeerLostError, explanation, is_network, roll_call
 from packsaddle.schema import ConfigError
@@ -251,10 +251,6 @@ def _meeting(timeout: timedelta | None) -> dict[str, Any]:
 def local_device() -> torch.device:
     """Return this worker's GPU (see `process_group`), or the CPU if there is none."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-class TerminatedError(RuntimeError):
-    """This process was sent SIGTERM, which was passed on to its workers; they have ended since."""
 
 
 def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:

@@ -17,7 +17,8 @@ from packsaddle.collectives import RingAllReduce
 from packsaddle.config import Config
 from packsaddle.data import shard
 from packsaddle.drift import DriftError
-from packsaddle.exchange import Solo, TerminatedError, ambient_group, launch, process_group, resolve
+from packsaddle.exchange import Solo, ambient_group, launch, process_group, resolve
+from packsaddle.failure import TerminatedError
 from packsaddle.keeping import NEVER, STOPPED, LoadingError
 from packsaddle.resuming import find, first_difference
 from packsaddle.runfolder import RunFolder, environment, make_new, written

@@ -5,6 +5,10 @@ from typing import Any
 from packsaddle.schema import ConfigError
 
 
+class TerminatedError(RuntimeError):
+    """This process was sent SIGTERM, which was passed on to its workers; they have ended since."""
+
+
 class WorkerFailedError(RuntimeError):
     """A launched worker process raised; the message is its first error. `trace` is where, "" if that tells nothing."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
+from packsaddle.wording import numbered
+
 GRACE = 5.0  # seconds in which the workers that are left say so
 _PAUSE = 0.1
 _NETWORK = (
@@ -90,7 +92,7 @@ def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: tim
             f"gone, or the network of rank {rank} or of rank 0 is cut"
         )
     elif roll.absent:
-        names = f"rank{'s' * (len(roll.absent) > 1)} {', '.join(map(str, roll.absent))}"
+        names = numbered("rank", roll.absent)
         alone = roll.answered == (rank,)
         others = f" (or rank {rank} itself is)" if alone else f"; the other {len(roll.answered)} are there"
         what = f"no answer from {names}: died, hangs, or is cut off{others}"

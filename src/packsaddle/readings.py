@@ -6,14 +6,11 @@ from torch import Tensor
 from packsaddle.checkpointed import Checkpointed
 from packsaddle.compress import Identity, RandomK
 from packsaddle.drift import Drift
-from packsaddle.monitor import ContractionMonitor
 from packsaddle.skips import Skip
 
 
 class Readings(Checkpointed):
     """The counts, sizes and points of an optimizer of these parts."""
-
-    monitor: ContractionMonitor
 
     @property
     def steps(self) -> int:

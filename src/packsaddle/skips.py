@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from packsaddle.wording import numbered
+
 _log = logging.getLogger("packsaddle")
 
 
@@ -25,8 +27,7 @@ class Skip:
     parameter: str  # the first whose gradient was not, on the first of them
 
     def __str__(self) -> str:
-        names = ", ".join(map(str, self.workers))
-        where = f" on worker{'s' * (len(self.workers) > 1)} {names}" if self.workers else ""
+        where = f" on {numbered('worker', self.workers)}" if self.workers else ""
         return f"step {self.step}: {self.parameter} is not finite{where}"
 
 

@@ -1,5 +1,6 @@
 """Values, labels and errors as text that a person reads: short, and nothing that a terminal would obey."""
 
+from collections.abc import Sequence
 from typing import Any
 
 _SHOWN = 200  # characters of a value, or of a key, in a message
@@ -42,3 +43,8 @@ def read_cell(text: str) -> str:
 def one_line(text: str) -> str:
     """Return a message as one line that a terminal shows and does not obey."""
     return shortened(printable(" ".join(text.split())), _LINE)
+
+
+def numbered(noun: str, numbers: Sequence[int]) -> str:
+    """Return "worker 1", or "workers 1, 3"."""
+    return f"{noun}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
