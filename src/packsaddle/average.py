@@ -58,6 +58,10 @@ class Protocol(ABC):
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
 
+    def adopt(self, compressor: Compressor) -> None:
+        """Go on with another compressor of the same kind, which sends more or less; workers need not have the same."""
+        self.compressor = compressor
+
     @abstractmethod
     def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         """Exchange v, float[d], and the dense part; collective. v and dense are not changed."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.futures import Future
 
+from packsaddle.allocation import Allocation
 from packsaddle.background import Background, Promise
 from packsaddle.channel import Channel
 from packsaddle.drift import DriftGuard
@@ -56,13 +57,13 @@ class BucketExchange:
         self.parts: dict[str, Stateful] = {}  # what else is saved with this
         self._module, self._rules, self._places, self._rates, self._scale = module, rules, places, rates, scale
         self._named = {id(place.parameter): place for place in places}
-        self._compressed_d = sum(place.size for place in places if not place.dense)
         self.device = places[0].parameter.device
         self._perturbation = Perturbation(noise)
         self._monitor = monitor
         self._background = Background(self.device)
         self._lock = RLock()  # a backward pass may read what the background thread is making
         self._exchangers: dict[frozenset[str], Exchanger] = {}
+        self._allocation = Allocation(sum(place.size for place in places if not place.dense))
         self._loose: dict[str, Tensor] = {}  # error memory that is in no section, by parameter
         self._skips = Skips(rules.max_skipped, channel.group.rank)
         self._drift = DriftGuard(rules.compare_every, "stop", channel)
@@ -145,6 +146,7 @@ class BucketExchange:
             self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named)
         self._noise = self._perturbation.at(seed=self._rules.seed, step=self._steps)
         self._factors, self._scaled = self._rates.factors(), self._scale()
+        self._allocation.begin(self._rules.at(self._steps))
         self._energies = []
 
     def _settle(self, *, broken_off: bool = False) -> None:
@@ -157,6 +159,7 @@ class BucketExchange:
                 return
             taken = self._complete and not bool(torch.stack(self._bad).sum() > 0)
             self._rates.settle(taken=taken)
+            self._allocation.settle(taken=taken)
             for exchanger in self._tried:
                 exchanger.settle(taken=taken)
             if taken and self._energies:
@@ -185,5 +188,5 @@ class BucketExchange:
                 exchanger.fold(self.channel.group.size)
                 self._loose |= {place.name: view for place, view in exchanger.section.views(exchanger.section.error)}
             section = Section([place for place in self._places if place.name in names], self._loose, self.device)
-            self._exchangers[names] = Exchanger(section, self._rules, self._compressed_d)
+            self._exchangers[names] = Exchanger(section, self._rules, self._allocation)
         return self._exchangers[names]

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from packsaddle.allocation import Allocation
 from packsaddle.average import Averaged, Protocol
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
@@ -60,15 +61,16 @@ class Rules:
 
 
 class Exchanger:
-    """A section and the protocol that averages it, which follows the compressor. `d` is the model's compressed size."""
+    """A section and the protocol that averages it, which follows the compressor and the allocation of its budget."""
 
-    def __init__(self, section: Section, rules: Rules, d: int) -> None:
-        self.section, self._rules, self._d = section, rules, d
+    def __init__(self, section: Section, rules: Rules, allocation: Allocation) -> None:
+        self.section, self._rules, self._allocation, self._d = section, rules, allocation, allocation.d
         self.protocol: Protocol | None = None
-        self._compressor: Compressor | None = None
+        self._compressor: Compressor | None = None  # the model's
+        self._by_size: Compressor | None = None  # what it is on this section, if only its size counts
         self._held: Any = None  # by the protocol, before the step that is being tried
         # The whole vector has the seed as it is, and so the run that CompressedSGD gives.
-        self._seed = rules.seed if section.compressed_n == d else mix(rules.seed, section.places[0].start)
+        self._seed = rules.seed if section.compressed_n == self._d else mix(rules.seed, section.places[0].start)
 
     def exchange(
         self,
@@ -92,13 +94,15 @@ class Exchanger:
         still = {name for name, factor in factors.items() if factor == 0}
         # While an error stands still, no exchange may hold a part of it.
         dense = bool(still) and self._rules.exchange != "direct"
-        self.prepare(Identity() if dense else self._rules.at(step), channel.group.size)
+        compressor = Identity() if dense else self._rules.at(step)
+        self.prepare(compressor, channel.group.size)
         section = self.section
         vector = section.correct(gradients, noise, scale, factors)  # line 10
         bad = ~is_finite(vector)
         if vector.device.type == "cpu" and bad:
             report(first_bad((place.name, view) for place, view in section.views(vector)) or "")
         spoil(vector, bad, 0.0)
+        self._allocation.observe(self, vector[: section.compressed_n], compressor)
         watch(vector)
         g, bad = self._average(channel, vector, bad, step, factors)
         lost = section.deliver(g, gradients, scale)  # line 11
@@ -114,13 +118,19 @@ class Exchanger:
 
     def prepare(self, compressor: Compressor, workers: int) -> None:
         """Have the protocol of this compressor. What another one holds back goes to the error memory."""
-        if self.protocol is not None and compressor == self._compressor:
-            return
+        if self.protocol is None or compressor != self._compressor:
+            self._choose(compressor, workers)
+        assert self.protocol is not None
+        assert self._by_size is not None
+        self.protocol.adopt(self._allocation.of(self, compressor) or self._by_size)
+
+    def _choose(self, compressor: Compressor, workers: int) -> None:
         self.fold(workers)
         n, shapes, is_dense = self.section.compressed_n, self.section.shapes, isinstance(compressor, Identity)
         back = None if is_dense else self._rules.back
+        self._by_size = compressor.restrict(n, self._d).for_tensors(shapes) if n else compressor
         self.protocol = choose(
-            compressor.restrict(n, self._d).for_tensors(shapes) if n else compressor,
+            self._by_size,
             "direct" if is_dense else self._rules.exchange,
             d=n,
             dense=self.section.n - n + 1,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.agree import check_agreement
+from packsaddle.allocation import Allocation
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, LowRank, TopK
@@ -59,7 +60,9 @@ class FSDPHook:
             place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # a shape alone
             self._seeds[name] = seed = mix(self._rules.seed, index, self._shard)  # replicas of a shard have the same
             rules = replace(self._rules, seed=seed)
-            self._exchangers[name] = Exchanger(Section([place], self._loose, gradient.device), rules, len(gradient))
+            self._exchangers[name] = Exchanger(
+                Section([place], self._loose, gradient.device), rules, Allocation(len(gradient))
+            )
         if self._exchangers[name].section.n != len(gradient):
             raise RuntimeError(
                 f"{name or 'the model'} came with {len(gradient)} coordinates, and with "

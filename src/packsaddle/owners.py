@@ -32,6 +32,11 @@ class Owners(Protocol):
         self._residual: Tensor | None = None  # float[>= d], this owner's error on its own chunk, zero elsewhere
         self._own: Chunk | None = None  # known from the first exchange
 
+    def adopt(self, compressor: Compressor) -> None:
+        if self.back is self.compressor:
+            self.back = compressor
+        super().adopt(compressor)
+
     @abstractmethod
     def bounds(self, d: int, workers: int) -> list[int]:
         """Return where chunks begin and end: worker j owns [bounds[j], bounds[j + 1])."""

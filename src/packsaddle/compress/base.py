@@ -71,6 +71,14 @@ class Compressor(ABC):
         """Return what this compressor is on `part` coordinates of d, where a protocol compresses chunks."""
         return self
 
+    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> "list[Compressor] | None":
+        """Return what this compressor is on each of several sections, if it chooses among the coordinates of them all.
+
+        `samples` are some coordinates of each section, float[1 or more], `sizes` how many coordinates it has. None if
+        what it does on a section does not depend on the other sections' magnitudes.
+        """
+        return None
+
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "Compressor":
         """Return this compressor for vectors that are tensors of these shapes, one after the other."""
         return self

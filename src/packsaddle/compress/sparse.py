@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compress import wire
+from packsaddle.compress.apportion import counts_among_largest, shared_out, shares_of_support
 from packsaddle.compress.base import Compressor, Message
 from packsaddle.compress.cells import Cells
 from packsaddle.compress.selection import holding, largest
@@ -232,6 +233,14 @@ class TopK(_CodedSupport, _OfEachTensor):
     def mu(self, d: int) -> float:
         return super().mu(d) * wire.value_retention(self.values)
 
+    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
+        """Give a section its share of the k largest; with `per_tensor` every tensor keeps its own k."""
+        if self.per_tensor:
+            return None
+        k = self.count(sum(sizes))
+        counts = shared_out(counts_among_largest(samples, sizes, k), sizes, k)
+        return [replace(self, ratio=None, k=count) for count in counts]
+
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         parts = [largest(v[at : at + n], KOfD.count(self, n)) + at for at, n in self.tensors(v.numel())]
         return self._message(v, torch.cat(parts) if len(parts) > 1 else largest(v, self.count(v.numel())))
@@ -257,6 +266,10 @@ class AdaptiveTopK(_CodedSupport):
 
     def mu(self, d: int) -> float:
         return self.share * wire.value_retention(self.values)
+
+    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
+        """Give a section what the smallest support of all sections holds of its energy."""
+        return [replace(self, share=share) for share in shares_of_support(samples, self.share)]
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         return self._message(v, holding(v, self.share))

@@ -1,0 +1,152 @@
+"""Shares of a compressor's budget over sections of a gradient: beside choices made with all coordinates at hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_ddp import Gloo, batches, network, wrapped
+from torch import Tensor
+
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    LowRank,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+    register_ddp_hook,
+)
+from packsaddle.allocation import Allocation
+from packsaddle.compress.apportion import counts_among_largest, shared_out, shares_of_support
+
+SIZES = [3000, 40, 700, 12_000]
+SCALES = [0.1, 20.0, 1.0, 0.01]
+
+
+def sections(seed: int = 0) -> list[Tensor]:
+    """Sections of heavy-tailed coordinates, each of its own size and scale."""
+    rng = torch.Generator().manual_seed(seed)
+    return [s * torch.randn(n, generator=rng).pow(3) for n, s in zip(SIZES, SCALES, strict=True)]
+
+
+def of_each(chosen: Tensor) -> list[Tensor]:
+    """Cut a vector of all sections into theirs."""
+    return list(chosen.split(SIZES))
+
+
+@pytest.mark.parametrize("k", [64, 500, 5000])
+def test_counts_are_those_of_the_largest_of_all(k: int) -> None:
+    v = torch.cat(sections())
+    chosen = torch.zeros(len(v)).index_fill_(0, v.abs().topk(k).indices, 1.0)
+    assert counts_among_largest(sections(), SIZES, k) == [float(part.sum()) for part in of_each(chosen)]
+
+
+@pytest.mark.parametrize("k", [600, 2000])
+def test_counts_from_a_sample_are_near(k: int) -> None:
+    v = sections()
+    samples = [part[3::7] for part in v]
+    exact, found = counts_among_largest(v, SIZES, k), counts_among_largest(samples, SIZES, k)
+    for a, b in zip(exact, found, strict=True):
+        assert abs(a - b) <= 5 * (7 * max(a, 7)) ** 0.5  # five deviations of a count that is sampled one in seven
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99, 1.0])
+def test_shares_are_those_of_the_smallest_support_of_all(share: float) -> None:
+    v = torch.cat(sections()).double()
+    order = v.abs().argsort(descending=True)
+    energy = v[order].square().cumsum(0)
+    last = int((energy < share * energy[-1]).sum())
+    chosen = torch.zeros_like(v).index_fill_(0, order[: last + 1], 1.0)
+    for kept, part, found in zip(of_each(chosen * v), of_each(v), shares_of_support(sections(), share), strict=True):
+        expected = float(kept.square().sum() / part.square().sum())
+        assert found == pytest.approx(max(expected, 1e-6), rel=1e-4, abs=1e-6)
+
+
+def test_zero_sections_share_by_size() -> None:
+    zeros = [torch.zeros(n) for n in SIZES]
+    assert shares_of_support(zeros, 0.3) == [0.3] * 4
+    assert sum(c.count(n) for c, n in zip(TopK(0.1).apportion(zeros, SIZES) or [], SIZES, strict=True)) == 1574
+
+
+@given(
+    parts=st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 10_000)), min_size=1, max_size=6),
+    total=st.integers(1, 40_000),
+)
+def test_what_is_shared_out_adds_up_within_bounds(parts: list[tuple[float, int]], total: int) -> None:
+    weights, sizes = [w for w, _ in parts], [n for _, n in parts]
+    counts = shared_out(weights, sizes, total)
+    assert sum(counts) == min(max(total, len(sizes)), sum(sizes))
+    assert all(1 <= c <= n for c, n in zip(counts, sizes, strict=True))
+    # Between parts that no bound holds, shares are in proportion to weights, but for rounding.
+    free = [(c, w) for c, w, n in zip(counts, weights, sizes, strict=True) if 2 < c < n - 1 and w > 1e-3 * sum(weights)]
+    for c, w in free:
+        assert c * free[0][1] == pytest.approx(free[0][0] * w, abs=1.1 * (w + free[0][1]))
+
+
+@pytest.mark.parametrize("compressor", [TopK(0.02), TopK(k=300), AdaptiveTopK(0.7)])
+def test_a_vector_that_stays_is_chosen_from_as_one(compressor: Compressor) -> None:
+    v, allocation = sections(), Allocation(sum(SIZES))
+    allocation.begin(compressor)
+    for i, part in enumerate(v):
+        assert allocation.of(i, compressor) is None  # nothing is known yet
+        allocation.observe(i, part, compressor)
+    allocation.settle(taken=True)
+    allocation.begin(compressor)
+    one, parts = compressor(torch.cat(v)), [(allocation.of(i, compressor) or Identity())(x) for i, x in enumerate(v)]
+    chosen = torch.cat(parts)
+    # The section of least scale has none of the largest and sends one all the same, in the place of another; an energy
+    # is a share of a sum that rounds otherwise, at most one coordinate of each section.
+    assert int(((one != 0) != (chosen != 0)).sum()) <= (4 if isinstance(compressor, AdaptiveTopK) else 2)
+    if isinstance(compressor, TopK):
+        assert int((chosen != 0).sum()) == int((one != 0).sum())
+
+
+def test_a_step_that_was_not_taken_is_not_gone_by() -> None:
+    allocation, compressor = Allocation(sum(SIZES)), TopK(0.02)
+    for taken, seed in ((True, 1), (False, 2)):
+        allocation.begin(compressor)
+        for i, part in enumerate(sections(seed)):
+            allocation.observe(i, part, compressor)
+        allocation.settle(taken=taken)
+    allocation.begin(compressor)
+    assert [allocation.of(i, compressor) for i in range(4)] == compressor.apportion(sections(1), SIZES)
+
+
+@pytest.mark.parametrize(
+    "compressor", [RandomK(0.1), TopK(0.1, per_tensor=True), SketchTopK(0.01), QSGD(), Sign(), LowRank(1)], ids=repr
+)
+def test_where_magnitudes_elsewhere_do_not_count_nothing_is_allotted(compressor: Compressor) -> None:
+    assert compressor.apportion(sections(), SIZES) is None
+
+
+def lopsided(compressor: Compressor, scope: str, exchange: str) -> dict[str, Any]:
+    """Train where the first layer, which comes with the last bucket, has by far the largest gradients."""
+    model = wrapped(network(), 0.02)
+    hook = register_ddp_hook(model, compressor, scope=scope, exchange=exchange, dense_below=100)
+    optimizer, sent = torch.optim.SGD(model.parameters(), 0.001), []
+    for batch in batches(25):
+        optimizer.zero_grad()
+        (100 * (model(30 * batch) - batch).square().mean()).backward()
+        before = hook.ledger.by_purpose["values"].payload if hook.steps else 0
+        optimizer.step()
+        sent.append((hook.ledger.by_purpose["values"].payload - before) // 8)
+    norms = [float(e.norm()) for e in hook.memory().values() if e.ndim > 1]
+    return {"sent": sent, "error": sum(x * x for x in norms) ** 0.5, "sections": len(hook._exchangers)}
+
+
+@pytest.mark.parametrize("exchange", ["direct", "two-way"])
+def test_buckets_choose_as_the_model_does(gloo: Gloo, exchange: str) -> None:
+    """By size alone the error memory is several times the model scope's."""
+    for bucket, model in zip(
+        gloo(lopsided, 2, TopK(0.05), "bucket", exchange), gloo(lopsided, 2, TopK(0.05), "model", exchange), strict=True
+    ):
+        assert bucket["sections"] > 1
+        assert model["sections"] == 1
+        assert bucket["error"] < 1.3 * model["error"]
+        if exchange == "direct":  # k of the model at every step
+            assert bucket["sent"][3:] == model["sent"][3:]
