@@ -72,7 +72,7 @@ LAYERS = [
     {"feedback", "sections"},
     {"owners", "gradmemory", "allocation", "perturb", "escape", "curvature", "rates", "ef21", "localsteps"},
     {"memories", "stability"},
-    {"choose", "certify", "iterates", "steptime", "pace"},
+    {"choose", "certify", "iterates", "steptime", "stepsneeded", "pace"},
     {"exchanger", "warmup"},
     {"bucketexchange", "fsdp"},
     {"ddphook"},

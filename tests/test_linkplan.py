@@ -13,13 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from packsaddle import LowRank, RandomK, TopK, linkprobe, rate, workload
+from packsaddle import AdaptiveTopK, Identity, LowRank, RandomK, Sign, TopK, linkprobe, rate, workload
 from packsaddle.bench.timing import Timing
 from packsaddle.data import load_data
 from packsaddle.exchange import Solo
 from packsaddle.linkplan import forecast
 from packsaddle.models import make_task
 from packsaddle.pace import Line, Pace
+from packsaddle.stepsneeded import MEASURED, StepsNeeded, steps_needed
 from packsaddle.steptime import Fleet, Link
 from packsaddle.tasks import TASKS
 from packsaddle.workload import Workload
@@ -111,6 +112,36 @@ def test_compress_on_a_slow_link_only() -> None:
     assert verdict(1).dense.time.total == pytest.approx(6.1)
 
 
+def test_steps_that_an_optimizer_needs_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step of RandomK is the shortest, and useless behind AdamW, where it needs more than four times as many."""
+    size, fleet = Workload.of_size(1_000_000), Fleet(4, 0.1)
+    needed = {RandomK(0.1): StepsNeeded(4.0, at_least=True), TopK(0.1): StepsNeeded(1.5)}
+    monkeypatch.setitem(MEASURED, "adamw", needed)  # type: ignore[misc, arg-type]
+    options = {"overlap": False, "optimizer": "adamw"}
+    compressors = [RandomK(0.1), TopK(0.1), TopK(0.2)]
+    found = forecast(size, Link(0.0, 1e6), fleet, compressors, slow, **options)
+    assert [f.compressor.split("(")[0] for f in found.forecasts] == ["TopK", "none", "TopK", "RandomK"]
+    assert min(found.forecasts, key=lambda f: f.time.total).compressor == "RandomK(ratio=0.1)"
+    assert found.best.seconds == pytest.approx(1.5 * found.best.time.total)
+    assert found.forecasts[-2].steps is None
+    assert found.dense.seconds == found.dense.time.total
+    # Where it pays: 1.5 steps of TopK take as long as one dense step, no sooner.
+    at = found.best.break_even
+    assert at is not None
+    assert found.break_even == at
+    there = forecast(size, Link(0.0, at), fleet, compressors, slow, **options)
+    top = next(f for f in there.forecasts if f.compressor == found.best.compressor)
+    assert 1.5 * top.time.total == pytest.approx(there.dense.time.total, rel=1e-6)
+
+
+def test_the_steps_were_measured_for_compressors_that_the_command_knows() -> None:
+    for optimizer, measured in MEASURED.items():
+        assert steps_needed(Identity(), optimizer) == StepsNeeded(1.0)
+        assert steps_needed(AdaptiveTopK(0.123), optimizer) is None
+        assert all(steps_needed(c, optimizer) is found for c, found in measured.items())
+    assert steps_needed(Sign(), None) == StepsNeeded(1.0)
+
+
 def test_the_exchange_is_the_fastest_one() -> None:
     size = Workload.of_size(1_000_000)
     for workers, latency, expected in ((32, 0.0, "two-way"), (3, 1.0, "all-gather")):
@@ -160,7 +191,7 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     assert "This is the time of a step" in out
     assert command(*asked, "--link", "100tbit", "--compressor", "qsgd") == 0
     out = capsys.readouterr().out
-    assert "DO NOT COMPRESS: no step is shorter than the dense one. Compression pays below" in out
+    assert "DO NOT COMPRESS: nothing is known to be quicker than dense training. Compression pays below" in out
     assert command(*asked, "--link", "1mbit", "--compressor", "topk", "--ratio", 0.02, "--spread", 0.5, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["compress"] is True
@@ -170,6 +201,23 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     assert best["seconds"] == pytest.approx(sum(best["time"].values()))
     assert dense["time"]["waiting"] == pytest.approx(0.01 * 0.5 * 0.8, rel=0.2)
     assert dense["time"]["bandwidth"] == pytest.approx(4 / 3 * 200_000 / (1e6 / 8 * 1448 / 1514))
+
+
+def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
+    """RandomK's steps are the shortest; behind AdamW it is not what is recommended."""
+    asked = ("plan", "--d", 5_000_000, "--compute", 0.01, "--workers", 2, "--link", "10mbit")
+    assert command(*asked, "--optimizer", "adamw", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["optimizer"] == "adamw"
+    assert not shown["best"].startswith(("RandomK", "Sign", "QSGD"))
+    assert command(*asked, "--optimizer", "adamw") == 0
+    shown_text = capsys.readouterr().out
+    assert "x steps" in shown_text
+    assert "which do for one dense step" in shown_text
+    assert command(*asked, "--optimizer", "adamw", "--compressor", "topk", "--ratio", 0.0123) == 0
+    assert "not measured" in capsys.readouterr().out
+    message = "--optimizer is for the time of a step: it needs --link"
+    refused(capsys, message, "plan", "--d", 5, "--epsilon", 0.1, "--optimizer", "sgd")
 
 
 def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) -> None:

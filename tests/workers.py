@@ -16,7 +16,9 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["torch", "packsaddle"])
 
 
-def run_in_processes(fn: Callable[..., Any], workers: int, folder: Path, *args: Any) -> list[Any]:
+def run_in_processes(
+    fn: Callable[..., Any], workers: int, folder: Path, *args: Any, timeout: float = _TIMEOUT
+) -> list[Any]:
     """Run fn(*args) in `workers` gloo processes; fn must be importable. Returns the results by rank."""
     queue = _CONTEXT.Queue()
     processes = [
@@ -26,7 +28,7 @@ def run_in_processes(fn: Callable[..., Any], workers: int, folder: Path, *args: 
     for process in processes:
         process.start()
     try:
-        outcomes = [queue.get(timeout=_TIMEOUT) for _ in processes]
+        outcomes = [queue.get(timeout=timeout) for _ in processes]
     finally:
         for process in processes:
             process.join(timeout=10)

@@ -8,6 +8,7 @@ from packsaddle.catalogue import describe
 from packsaddle.choose import Choice, choose
 from packsaddle.compress import Compressor
 from packsaddle.pace import Pace
+from packsaddle.stepsneeded import Optimizer, StepsNeeded, steps_needed
 from packsaddle.steptime import Dense, Fleet, Link, Step, StepTime, break_even, compressed
 from packsaddle.workload import Workload
 
@@ -22,16 +23,27 @@ class Forecast:
     exchange: str
     sent: int
     time: StepTime
-    break_even: float | None  # below it a step is shorter than the dense one; None: on every link, or on none
+    break_even: float | None  # below it this is quicker than dense training; None: on every link, or on none
+    steps: StepsNeeded | None  # for the progress of one dense step; None: not measured
 
     @property
     def is_dense(self) -> bool:
         return self.compressor == DENSE
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the steps it needs have been measured to their end."""
+        return self.steps is not None and not self.steps.at_least
+
+    @property
+    def seconds(self) -> float:
+        """The time for the progress of one dense step; where steps are not known, of one of its own."""
+        return self.time.total * (self.steps.factor if self.steps else 1.0)
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """Every contender, the shortest step first."""
+    """Every contender, the quickest first, those whose steps are not known last."""
 
     forecasts: tuple[Forecast, ...]
 
@@ -51,11 +63,11 @@ class Verdict:
     @property
     def break_even(self) -> float | None:
         """The payload rate below which some compressor beats dense; None if it cannot be, or is on every link."""
-        return max((f.break_even for f in self.forecasts if f.break_even is not None), default=None)
+        return max((f.break_even for f in self.forecasts if f.is_known and f.break_even is not None), default=None)
 
     def plain(self) -> list[dict[str, Any]]:
         """Return the forecasts as plain types, seconds with their total."""
-        return [{**asdict(f), "seconds": f.time.total} for f in self.forecasts]
+        return [{**asdict(f), "seconds": f.time.total, "seconds_for_a_dense_step": f.seconds} for f in self.forecasts]
 
 
 def forecast(
@@ -67,11 +79,13 @@ def forecast(
     *,
     update: float = 0.0,
     overlap: bool = True,
+    optimizer: Optimizer | None = None,
 ) -> Verdict:
     """Predict every compressor's step in single precision, each by its fastest exchange, and DDP's.
 
     `pace(compressor, d)` says how fast one codes, `update` what CompressedSGD takes besides, in seconds (see
-    `workload.update_seconds`); both are counted as compression. Raises ValueError for fewer than two workers or an
+    `workload.update_seconds`); both are counted as compression. With an optimizer, times are multiplied by the steps
+    that compressors were measured to need behind it. Raises ValueError for fewer than two workers or an
     impossible compressor.
     """
     if fleet.workers < 2:
@@ -79,7 +93,7 @@ def forecast(
     nbytes = 4 * (workload.d + workload.dense)
     dense = Dense(nbytes, overlap)
     sent = round(2 * (fleet.workers - 1) / fleet.workers * nbytes)
-    found = [Forecast(DENSE, "all-reduce", sent, dense.time(link, fleet), None)]
+    found = [Forecast(DENSE, "all-reduce", sent, dense.time(link, fleet), None, StepsNeeded(1.0))]
     for compressor in compressors:
         bound = workload.bind(compressor)
         seconds = pace(bound, workload.d).seconds
@@ -90,9 +104,10 @@ def forecast(
         choice, step = min(steps, key=lambda s: s[1].time(link, fleet).total)
         ranks = {0, fleet.workers - 1}  # chunks, and so bytes, differ by a coordinate at most
         wires = [choice.protocol.wire(workload.d, workload.dense, rank, fleet.workers, 4).sent for rank in ranks]
-        equal = break_even(step, dense, link, fleet)
-        found.append(Forecast(describe(compressor), choice.name, max(wires), step.time(link, fleet), equal))
-    return Verdict(tuple(sorted(found, key=lambda f: f.time.total)))
+        needed = steps_needed(compressor, optimizer)
+        equal = break_even(step, dense, link, fleet, needed.factor if needed else 1.0)
+        found.append(Forecast(describe(compressor), choice.name, max(wires), step.time(link, fleet), equal, needed))
+    return Verdict(tuple(sorted(found, key=lambda f: (not f.is_known, f.seconds))))
 
 
 def _choices(compressor: Compressor, workload: Workload, workers: int) -> list[Choice]:

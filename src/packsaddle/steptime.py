@@ -174,15 +174,16 @@ def compressed(protocol: Protocol, d: int, dense: int, workers: int, seconds: Se
     return Compressed(cost, sum(seconds(work) for work in protocol.work(d, workers)))
 
 
-def break_even(step: Step, dense: Step, link: Link, fleet: Fleet) -> float | None:
-    """Return the rate, payload bytes a second, at which both steps take the same time, with the link's latency.
+def break_even(step: Step, dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
+    """Return the rate, payload bytes a second, at which `steps` of one take as long as one of the dense ones.
 
-    `step` takes less on links slower than that. None if it never does, or always: compare them on any link to tell.
+    The latency is the link's. `step` takes less on links slower than that. None if it never does, or always: compare
+    them on any link to tell.
     """
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)
-        return step.time(slower, fleet).total < dense.time(slower, fleet).total
+        return steps * step.time(slower, fleet).total < dense.time(slower, fleet).total
 
     rates = [10.0**exponent for exponent in range(16)]  # a byte a second to a petabyte a second
     if not pays(rates[0]):

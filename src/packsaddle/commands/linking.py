@@ -19,6 +19,7 @@ from packsaddle.linkprobe import probe, probe_locally
 from packsaddle.pace import measure
 from packsaddle.progress import megabytes
 from packsaddle.schema import ConfigError
+from packsaddle.stepsneeded import Optimizer
 from packsaddle.steptime import FRAMING, Fleet, Link
 from packsaddle.workload import Workload, compute_seconds, update_seconds
 from packsaddle.world import under_launcher
@@ -26,7 +27,14 @@ from packsaddle.world import under_launcher
 _LATENCY = 1e-4  # seconds, gloo's over a local network
 _BATCH = 32
 _ERROR = 0.1  # of the model, on quiet machines (experiments/scale)
-_NOTE = "This is the time of a step. How many steps a compressor needs is another matter: see docs/plans.md and try it."
+_NOTE = (
+    "This is the time of a step. How many steps a compressor needs depends on the optimizer: --optimizer sgd or adamw "
+    "counts those that were measured."
+)
+_STEPS_NOTE = (
+    "x steps: for the loss of one dense step with {}, each at its best learning rate, on a small language model "
+    "(docs/choosing.md). Try it on yours."
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,12 @@ class LinkOptions:
 
 
 def plan_link(
-    text: str, options: LinkOptions, candidates: Sequence[Compressor], workers: int | None, json: bool
+    text: str,
+    options: LinkOptions,
+    candidates: Sequence[Compressor],
+    workers: int | None,
+    optimizer: Optimizer | None,
+    json: bool,
 ) -> None:
     """Predict the time of a step for every compressor and say which is shortest. Raises ConfigError."""
     try:
@@ -72,12 +85,12 @@ def plan_link(
                 fleet = replace(fleet, compute=compute_seconds(workload.name, batch, device=device))
             pace = partial(measure, repeats=3, device=device)
             update = update_seconds(workload.d, noise=bool(options.noise), device=device)
-            verdict = forecast(workload, link, fleet, candidates, pace, update=update)
+            verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if is_first():
         show = _print_json if json else _print_tables
-        show(verdict, workload, link, source, fleet, update)
+        show(verdict, workload, link, source, fleet, update, optimizer)
 
 
 def _workers(asked: int | None) -> int:
@@ -99,7 +112,15 @@ def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[
     return probe_locally(workers), "measured on this machine's loopback, so NO network is in it"
 
 
-def _print_json(verdict: Verdict, workload: Workload, link: Link, source: str, fleet: Fleet, update: float) -> None:
+def _print_json(
+    verdict: Verdict,
+    workload: Workload,
+    link: Link,
+    source: str,
+    fleet: Fleet,
+    update: float,
+    optimizer: Optimizer | None,
+) -> None:
     document = {
         "model": workload.name,
         "compressed": workload.d,
@@ -107,6 +128,7 @@ def _print_json(verdict: Verdict, workload: Workload, link: Link, source: str, f
         "link": {**asdict(link), "nominal_bits": link.bits, "source": source},
         "fleet": asdict(fleet),
         "update": update,
+        "optimizer": optimizer,
         "compress": verdict.compress,
         "best": verdict.best.compressor,
         "break_even": verdict.break_even,
@@ -115,13 +137,23 @@ def _print_json(verdict: Verdict, workload: Workload, link: Link, source: str, f
     print(dumps(document, indent=2))
 
 
-def _print_tables(verdict: Verdict, workload: Workload, link: Link, source: str, fleet: Fleet, update: float) -> None:
-    table = Table("compressor", "exchange", "sent", "step ms", "coding", "exchange", "pays below")
+def _print_tables(
+    verdict: Verdict,
+    workload: Workload,
+    link: Link,
+    source: str,
+    fleet: Fleet,
+    update: float,
+    optimizer: Optimizer | None,
+) -> None:
+    steps = ("x steps",) if optimizer else ()
+    table = Table("compressor", "exchange", "sent", "step ms", "coding", "exchange", *steps, "pays below")
     table.columns[0].no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for f in verdict.forecasts:
         cells = [f"{1e3 * part:,.4g}" for part in (f.time.total, f.time.compression, f.time.exchange)]
+        cells += [_steps(f)] * len(steps)
         name, style = ("none: dense (DDP)", "bold") if f.is_dense else (f.compressor, None)
         table.add_row(name, f.exchange, megabytes(f.sent), *cells, _pays_below(f, verdict), style=style)
     print_table(table)
@@ -134,24 +166,34 @@ def _print_tables(verdict: Verdict, workload: Workload, link: Link, source: str,
     payload = f"{rate.show(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
     print(f"Link: {_line(link.rate)}, {source}: {payload}.")
     print(_sentence(verdict, link))
-    print(_NOTE)
+    print(_NOTE if optimizer is None else _STEPS_NOTE.format(optimizer))
+
+
+def _steps(f: Forecast) -> str:
+    if f.steps is None:
+        return "not measured"
+    return f"{'at least ' * f.steps.at_least}{f.steps.factor:.3g}"
 
 
 def _pays_below(f: Forecast, verdict: Verdict) -> str:
     if f.is_dense:
         return ""
+    if not f.is_known:
+        return "unknown"
     if f.break_even is None:
-        return "any link" if f.time.total < verdict.dense.time.total else "no link"
+        return "any link" if f.seconds < verdict.dense.seconds else "no link"
     return _line(f.break_even)
 
 
 def _sentence(verdict: Verdict, link: Link) -> str:
-    best, dense, equal = verdict.best.time.total, verdict.dense.time.total, verdict.break_even
+    best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
     if not verdict.compress:
         where = "On no link does compression pay." if equal is None else f"Compression pays below {_line(equal)}."
-        return f"DO NOT COMPRESS: no step is shorter than the dense one. {where}"
+        return f"DO NOT COMPRESS: nothing is known to be quicker than dense training. {where}"
     how = f"{verdict.best.compressor} by {verdict.best.exchange}"
-    gain = f"a step of {1e3 * best:,.4g} ms instead of {1e3 * dense:,.4g}, {dense / best:.3g} times as fast"
+    factor = verdict.best.steps.factor if verdict.best.steps else 1.0
+    step = "a step" if factor == 1 else f"{factor:.3g} steps, which do for one dense step,"
+    gain = f"{step} of {1e3 * best:,.4g} ms instead of {1e3 * dense:,.4g}, {dense / best:.3g} times as fast"
     doubt = "; that is within the error of this model, so HARDLY WORTH IT" if dense / best < 1 + _ERROR else ""
     until = f" Compression pays below {_line(equal)}." if equal is not None and equal > link.rate else ""
     return f"Best: {how}: {gain}{doubt}.{until}"

@@ -26,6 +26,7 @@ from packsaddle.plan import FAMILIES, Plan, balanced_k, best_plan
 from packsaddle.plan import plan as plan_with
 from packsaddle.progress import megabytes
 from packsaddle.schema import ConfigError, nearest
+from packsaddle.stepsneeded import MEASURED, Optimizer
 from packsaddle.table1 import TABLE_1, Order, check_range
 from packsaddle.theory import PRACTICAL, Assumptions, Constants, first_order_plan
 
@@ -61,6 +62,7 @@ def plan(
     batch: int | None = None,
     spread: float | None = None,
     noise: bool = False,
+    optimizer: Optimizer | None = None,
     json: bool = False,
 ) -> None:
     """Plan a run: parameters for an epsilon-second-order stationary point, or (--link) the time of a step.
@@ -72,6 +74,7 @@ def plan(
         packsaddle plan --d 1000000 --epsilon 0.1
         packsaddle plan --d 1000000 --epsilon 0.1 --table
         packsaddle plan --link 100mbit --model resnet18 --workers 2
+        packsaddle plan --link 100mbit --model char-transformer --optimizer adamw
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan --link auto --model resnet18
 
     Args:
@@ -98,15 +101,17 @@ def plan(
         batch: Examples per worker and step, to measure that, 32 by default.
         spread: Standard deviation of the workers' compute times, as a share of them; 0 by default.
         noise: Count the drawing of the artificial noise in a step's time.
+        optimizer: Behind the DDP hook: multiply times by the steps that each compressor was measured to need with it.
+            Without --ratio, the compressors that were measured are compared.
         json: Print one JSON document.
     """
     options = LinkOptions(d, model, latency, compute, batch, spread, noise or None)
     if link is not None:
         given = {"epsilon": epsilon, "lipschitz_gradient": lipschitz_gradient, "table": table or None}
         _refuse(given, "is for a plan by the theorems, not for the time of a step: leave out --link, or it")
-        plan_link(link, options, _candidates(compressor.lower(), ratio), workers, json)
+        plan_link(link, options, _candidates(compressor.lower(), ratio, optimizer), workers, optimizer, json)
         return
-    given = {n: value for n, value in asdict(options).items() if n != "d"}
+    given = {n: value for n, value in asdict(options).items() if n != "d"} | {"optimizer": optimizer}
     _refuse(given, "is for the time of a step: it needs --link")
     if d is None or epsilon is None:
         missing = " and ".join(f"--{n}" for n, value in (("d", d), ("epsilon", epsilon)) if value is None)
@@ -158,9 +163,11 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {why}")
 
 
-def _candidates(name: str, ratio: float | None) -> list[Compressor]:
+def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
     """The compressors to compare on a link: all ("best"), or one; identity is what dense training sends anyway."""
     _check_name(name)
+    if optimizer is not None and name == "best" and ratio is None:
+        return list(MEASURED[optimizer])
     if ratio is not None and name in _FIXED:
         raise ConfigError(f"ratio is for one of best, {', '.join(_WITH_RATIO)}, got compressor {name!r}")
     ratio = 0.01 if ratio is None else ratio
