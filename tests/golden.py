@@ -111,13 +111,21 @@ def digest(value: Any) -> str:
 
 
 def train(
-    step_of: Callable[[Callable[[], Tensor]], Any], model: nn.Module, rank: int, bad: int, dtype: torch.dtype
+    step_of: Callable[[Callable[[], Tensor]], Any],
+    model: nn.Module,
+    rank: int,
+    bad: int = -1,
+    dtype: torch.dtype = torch.float32,
+    *,
+    clear: bool = True,
 ) -> None:
+    """Take the steps; the gradient of step `bad` is not finite on worker 0."""
     for t in range(STEPS):
         x = batch(t, rank, dtype)
 
         def closure(x: Tensor = x, t: int = t) -> Tensor:
-            model.zero_grad()
+            if clear:
+                model.zero_grad()
             loss = (model(x) - x).square().mean()
             (loss * math.nan if t == bad and rank == 0 else loss).backward()
             return loss
@@ -141,7 +149,7 @@ def optimizer(setting: str) -> dict[str, str]:
             evaluate()
             opt.step()
 
-    train(step, model, opt.channel.group.rank, bad, dtype)
+    train(step, model, opt.channel.group.rank, bad, dtype, clear=options.get("memory") != "gradient")
     return {
         "x": digest(list(model.parameters())),
         "e": digest(opt.error()),
@@ -164,7 +172,7 @@ def hook(setting: str) -> dict[str, str]:
         evaluate()
         inner.step()
 
-    train(step, model, torch.distributed.get_rank(), bad, torch.float32)
+    train(step, model, torch.distributed.get_rank(), bad)
     return {
         "x": digest(list(model.parameters())),
         "e": digest(hook.memory()),
@@ -189,7 +197,7 @@ def sharded(name: str) -> dict[str, str]:
         evaluate()
         inner.step()
 
-    train(step, model, torch.distributed.get_rank(), -1, torch.float32)
+    train(step, model, torch.distributed.get_rank())
     return {
         "x": digest([p.to_local() for p in model.parameters()]),
         "e": digest(hook.memory()),
