@@ -133,13 +133,19 @@ def train(
         step_of(closure)
 
 
+def objective(model: nn.Module) -> Callable[[], Tensor]:
+    """Return what the escape check compares: the loss on one batch."""
+    x = batch(STEPS, 0, torch.float32)
+    return lambda: (model(x) - x).square().mean().detach()
+
+
 def optimizer(setting: str) -> dict[str, str]:
     """Run CompressedSGD in one setting."""
     options = dict(OPTIMIZERS[setting])
     dtype, bad, closure = options.pop("dtype", torch.float32), options.pop("bad", -1), options.pop("closure", False)
     model = network(dtype)
     if "escape" in options:
-        options["escape"] = ps.Escape(**options["escape"])
+        options["escape"] = ps.Escape(**options["escape"], objective=objective(model))
     opt = ps.CompressedSGD(model.parameters(), 0.1, dense_below=100, seed=3, compare_every=5, **options)
 
     def step(evaluate: Callable[[], Tensor]) -> None:
@@ -164,7 +170,7 @@ def hook(setting: str) -> dict[str, str]:
     bad, adamw = options.pop("bad", -1), options.pop("adamw", False)
     model = DistributedDataParallel(network(), bucket_cap_mb=0.02)
     if "escape" in options:
-        options["escape"] = ps.Escape(**options["escape"])
+        options["escape"] = ps.Escape(**options["escape"], objective=objective(model))
     inner = torch.optim.AdamW(model.parameters(), 1e-2) if adamw else torch.optim.SGD(model.parameters(), 0.1)
     hook = ps.register_ddp_hook(model, dense_below=100, seed=3, compare_every=5, optimizer=inner, **options)
 
