@@ -155,7 +155,8 @@ class BucketExchange:
         with self._lock:
             if not self._tried or not (self._complete or broken_off):
                 return
-            taken = self._complete and not bool(torch.stack(self._bad).sum() > 0)
+            told = [bad for bad in torch.stack(self._bad).tolist() if bad != 0] if self._complete else []
+            taken = self._complete and not told
             self._rates.settle(taken=taken)
             for exchanger in self._tried:
                 exchanger.settle(taken=taken)
@@ -166,7 +167,8 @@ class BucketExchange:
                 self._skips.took()
             elif self._complete:
                 workers = (self.channel.group.rank,) if self._bad_name else ()
-                self._skips.enter(Skip(self._steps, workers, self._bad_name or "a gradient of another worker"))
+                others = "a gradient of another worker" if min(told) <= 1 else "a mean of finite gradients"
+                self._skips.enter(Skip(self._steps, workers, self._bad_name or others))
             self._steps += taken
             self._tried, self._bad, self._complete, self._energies, self._bad_name = [], [], False, [], ""
 
