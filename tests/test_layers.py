@@ -73,6 +73,7 @@ LAYERS = [
     {"memories", "stability"},
     {"choose", "certify", "iterates", "steptime", "pace"},
     {"exchanger", "warmup"},
+    {"transaction"},
     {"bucketexchange", "fsdp"},
     {"ddphook"},
     {"afterstep"},
