@@ -14,7 +14,7 @@ from torch import nn
 from packsaddle import CompressedSGD, RandomK, TopK
 from packsaddle.bench.timing import side_by_side
 from packsaddle.drift import fingerprint
-from packsaddle.finite import is_finite
+from packsaddle.finite import is_usable
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     vector, other = torch.randn(arguments.d), torch.zeros(arguments.d)
     parts = {
         "copy": lambda: other.copy_(vector),
-        "is_finite": lambda: is_finite(vector),
+        "is_usable": lambda: is_usable(vector),
         "fingerprint": lambda: fingerprint(vector),
     }
     for name, timing in side_by_side(parts).items():

@@ -1,6 +1,8 @@
 """The hook between replicas of a sharded model, on four gloo processes: two shards, two replicas."""
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,7 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from packsaddle import QSGD, Compressor, Identity, LowRank, RandomK, TopK, attach, register_fsdp_hook
+from packsaddle import (
+    QSGD,
+    Compressor,
+    DriftError,
+    Identity,
+    LowRank,
+    NonFiniteError,
+    RandomK,
+    TopK,
+    attach,
+    register_fsdp_hook,
+)
 
 Gloo = Callable[..., list[Any]]
 
@@ -167,3 +180,347 @@ def test_what_is_refused(gloo: Gloo) -> None:
             strict=True,
         ):
             assert part in message
+
+
+# ---- starting alike
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Shard it as `sharded` does, over all there are but two replicas."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = meshes()["shard"]
+    for layer in (model[0], model[2], model[4]):  # type: ignore[index]
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def fill(model: nn.Module, value: float) -> None:
+    """Set this worker's shards to a value that depends on the parameter as well."""
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.to_local().fill_(value + i)  # type: ignore[operator]
+
+
+def values(model: nn.Module) -> list[float]:
+    return [float(p.to_local().flatten()[0]) - i for i, p in enumerate(model.parameters()) if p.to_local().numel()]  # type: ignore[operator]
+
+
+def different_starts() -> dict[str, list[float]]:
+    mesh, rank, found = meshes(), dist.get_rank(), {}
+    group = mesh["replicate"].get_group()
+    model = sharded(mesh["shard"])
+    fill(model, 0.01 * (1 + rank))
+    register_fsdp_hook(model, group)
+    found["with weights"] = values(model)
+    fill(model, 0.5)  # as loading a checkpoint does
+    loss(model, 0).backward()
+    found["loaded"] = values(model)
+
+    with torch.device("meta"):
+        model = network()
+    plain(model)
+    hook = register_fsdp_hook(model, group)
+    model.to_empty(device="cpu")
+    fill(model, 0.01 * (1 + rank))
+    with torch.no_grad():
+        loss(model, 0)  # an evaluation
+    found["evaluated"] = values(model)
+    loss(model, 0).backward()
+    found["without"] = values(model)
+    fill(model, 0.5)
+    loss(model, 1).backward()
+    found["loaded later"] = values(model)
+    assert hook.steps == 2
+    return found
+
+
+def test_replicas_start_from_rank_0s_parameters_and_loading_is_not_undone(gloo: Gloo) -> None:
+    for rank, found in enumerate(gloo(different_starts, 4)):
+        first = 0.01 * (1 + rank % 2)  # of replica 0, which has this shard
+        for name, value in {
+            "with weights": first,
+            "loaded": 0.5,
+            "evaluated": 0.01 * (1 + rank),
+            "without": first,
+            "loaded later": 0.5,
+        }.items():
+            assert found[name] == pytest.approx([value] * len(found[name]), abs=1e-9), name
+            assert found[name]
+
+
+def on_meta() -> tuple[Tensor, Tensor]:
+    """The same training, of a model that was made on the meta device and of one that was not."""
+    mesh, found = meshes(), []
+    for late in (False, True):
+        if late:
+            with torch.device("meta"):
+                model = network()
+            plain(model)
+        else:
+            model = sharded(mesh["shard"])
+        hook = register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.1), noise=0.01)
+        if late:
+            model.to_empty(device="cpu")
+        fill(model, 0.01)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for t in range(5):
+            optimizer.zero_grad()
+            loss(model, t).backward()
+            optimizer.step()
+        assert hook.steps == 5
+        found.append(local_shards(model))
+    return found[0], found[1]
+
+
+def test_a_model_on_the_meta_device_trains_as_any_other(gloo: Gloo) -> None:
+    for made, late in gloo(on_meta, 4):
+        assert torch.equal(made, late)
+
+
+# ---- gradients that are not finite
+
+
+class Spoilt(torch.autograd.Function):
+    """A tensor whose gradient gets a value in its first row, or in all."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, value: float, rows: int | None) -> Tensor:
+        ctx.how = value, rows
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        value, rows = ctx.how
+        g = g.clone()
+        g[:rows] = value
+        return g, None, None
+
+
+class Layer(nn.Linear):
+    """A layer of whose weight the gradient can be spoilt."""
+
+    value: float | None = None
+    rows: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight if self.value is None else Spoilt.apply(self.weight, self.value, self.rows)
+        return nn.functional.linear(x, w, self.bias)
+
+
+def spoilable(size: int) -> tuple[nn.Sequential, Any]:
+    """A model whose first layer, the last that is reduced, can be spoilt; replicas of `size` shards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // size, size), mesh_dim_names=("replicate", "shard"))
+    torch.manual_seed(0)
+    model = nn.Sequential(Layer(30, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 30)).double()
+    for layer in (model[0], model[2], model[4]):
+        fully_shard(layer, mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
+    return model, mesh["replicate"].get_group()
+
+
+BAD = (2, 3, 6)
+
+
+def with_bad_batches(size: int, value: float, has_them: bool) -> dict[str, Any]:
+    model, group = spoilable(size)
+    hook = register_fsdp_hook(model, group, TopK(0.1), noise=0.01, exchange="two-way", monitor_every=1)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    hook.protect(optimizer)
+    bad = []
+    for t in range(8):
+        if t in BAD and not has_them:
+            continue
+        model[0].value = value if t in BAD and dist.get_rank() < size else None
+        optimizer.zero_grad()
+        loss(model, t).backward()
+        bad.append([bool(g.isnan().all()) for g in _gradients(model)])
+        optimizer.step()
+    return {
+        "x": local_shards(model),
+        "memory": hook.memory(),
+        "steps": hook.steps,
+        "skips": [(s.step, s.workers, s.parameter) for s in hook.skips],
+        "NaN": [(all(found), any(found)) for found in bad],
+        "contraction": hook.contraction,
+        "bytes": (hook.uncompressed.payload, 8 * sum(g.numel() for g in _gradients(model, padded=True))),
+    }
+
+
+def _gradients(model: nn.Module, padded: bool = False) -> list[Tensor]:
+    found = [p.to_local() if padded else p.grad.to_local() for p in model.parameters()]  # type: ignore[operator, union-attr]
+    return [g for g in found if g.numel()]
+
+
+@pytest.mark.parametrize("value", [math.nan, 1.7e308])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_bad_pass_leaves_no_trace(gloo: Gloo, size: int, value: float) -> None:
+    """On the first replica the module that comes last is bad: those reduced before it are not taken either."""
+    mine, twin = (gloo(with_bad_batches, 2 * size, size, value, has_them) for has_them in (True, False))
+    for rank, (run, other) in enumerate(zip(mine, twin, strict=True)):
+        assert torch.equal(run["x"], other["x"])
+        assert run["memory"].keys() == other["memory"].keys()
+        assert all(torch.equal(e, other["memory"][name]) for name, e in run["memory"].items())
+        assert any(bool(e.any()) for e in run["memory"].values())
+        assert run["steps"] == other["steps"] == 5
+        named = ((0,), "0") if rank < size else ((), "a gradient of another worker")
+        assert run["skips"] == [(step, *named) for step in (2, 2, 4)]
+        assert other["skips"] == []
+        assert run["NaN"] == [(t in BAD, t in BAD) for t in range(8)]
+        assert run["contraction"] == other["contraction"]
+        assert 0.1 < run["contraction"] < 1
+        assert run["bytes"][0] == 8 * run["bytes"][1]  # eight exchanges, five of them taken
+
+
+def in_one_shard() -> dict[str, Any]:
+    model, group = spoilable(2)
+    hook = register_fsdp_hook(model, group, TopK(0.1))
+    model[0].rows = 1  # a row of the first shard
+    model[0].value = math.nan if dist.get_rank() == 0 else None
+    loss(model, 0).backward()
+    return {"NaN": [bool(g.isnan().all()) for g in _gradients(model)], "skipped": hook.skipped, "steps": hook.steps}
+
+
+def test_replicas_of_a_shard_agree_and_other_shards_do_not_know(gloo: Gloo) -> None:
+    runs = gloo(in_one_shard, 4)
+    for rank, run in enumerate(runs):
+        is_bad = rank % 2 == 0
+        assert set(run["NaN"]) == {is_bad}
+        assert (run["skipped"], run["steps"]) == (int(is_bad), int(not is_bad))
+
+
+def gives_up() -> tuple[str, int]:
+    model, group = spoilable(1)
+    hook = register_fsdp_hook(model, group, TopK(0.1), max_skipped=2)
+    model[0].value = math.nan if dist.get_rank() == 1 else None
+    try:
+        for t in range(9):
+            loss(model, t).backward()
+    except NonFiniteError as error:
+        return str(error), hook.skipped
+    return "", 0
+
+
+def test_too_many_in_a_row_stop_all_replicas(gloo: Gloo) -> None:
+    for rank, (message, skipped) in enumerate(gloo(gives_up, 2)):
+        assert message.startswith("step 0: 0 is not finite on worker 1: " if rank else "step 0: a gradient of another")
+        assert "3 in a row could not be taken, and max_skipped=2" in message
+        assert skipped == 3
+
+
+def drifting() -> str:
+    model, group = spoilable(2)
+    register_fsdp_hook(model, group, TopK(0.1), compare_every=3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    try:
+        for t in range(9):
+            optimizer.zero_grad()
+            loss(model, t).backward()
+            optimizer.step()
+            if t == 3 and dist.get_rank() >= 2:
+                model[2].weight.to_local().data[0, 0] += 1e-9
+    except DriftError as error:
+        return f"{t}: {error}"
+    return "nothing was raised"
+
+
+def test_replicas_that_drift_apart_are_found(gloo: Gloo) -> None:
+    """Both shards of a replica have changed; compared after steps 2 and 5, at the end of the next pass."""
+    for found in gloo(drifting, 4):
+        assert found.startswith("6: after step 5: worker 1 differs from worker 0 in 2.weight; ")
+
+
+# ---- states
+
+
+def loaded_wrongly() -> list[str]:
+    mesh, found = meshes(), []
+    model = sharded(mesh["shard"])
+    hook = register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.05))
+    loss(model, 0).backward()
+    state = hook.state_dict()
+    identity = state["identity"]
+    wrong: list[dict[str, Any]] = [
+        state | {"identity": identity | {"replicas": 3}},
+        state | {"identity": identity | {"shards": 4}},
+        state | {"identity": identity | {"seed": 8}},
+        {name: value for name, value in state.items() if name != "identity"},
+        state | {"pending": {name: e[1:] for name, e in state["pending"].items()}},
+        state | {"pending": state["pending"] | {"other": torch.zeros(3)}},
+    ]
+    for bad in wrong:
+        try:
+            hook.load_state_dict(bad)
+            found.append("nothing was raised")
+        except ValueError as error:
+            found.append(str(error))
+    hook.load_state_dict(state)
+    assert all(torch.equal(e, state["pending"][name]) for name, e in hook.memory().items())
+    return found
+
+
+def test_states_that_do_not_fit_are_refused(gloo: Gloo) -> None:
+    for messages in gloo(loaded_wrongly, 4):
+        for message, part in zip(
+            messages,
+            (
+                "the state was saved with 3 replicas, and there are 2: an FSDP hook's error memories go back to",
+                "the state was saved with 4 shards, and there are 2",
+                "seed is 0 here, but the state was saved with seed 8",
+                "the state has no identity",
+                "the error of 4 must have shape",
+                "the state has an error of other, which is no sharded module",
+            ),
+            strict=True,
+        ):
+            assert part in message
+
+
+class Uneven(nn.Module):
+    """Three matrices with Gaussian gradients, of which the first's are by far the largest; 61 rows are padded to 62."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(60, 61, bias=False) for _ in range(3))
+
+    def forward(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        parts = [(layer(x) * y).sum() for layer, x, y in zip(self.layers, inputs, outputs, strict=True)]
+        return 30 * parts[0] + parts[1] + parts[2]
+
+
+def uneven() -> tuple[float, float, int, list[int]]:
+    """Return the error's norm beside that of one choice among all coordinates, their number, and what was sent."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh, model, plain = meshes(), Uneven(), Uneven()
+    for layer in (*model.layers, model):
+        fully_shard(layer, mesh=mesh["shard"])
+    hook = register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.05))
+    shard, shards = mesh["shard"].get_local_rank(), mesh["shard"].size()
+    e, sent = torch.zeros(3, 31 * 60), [0]
+    for t in range(40):
+        rng = torch.Generator().manual_seed(100 * t + mesh["replicate"].get_local_rank())
+        inputs, outputs = torch.randn(3, 80, 60, generator=rng), torch.randn(3, 80, 61, generator=rng)
+        for network in (model, plain):
+            network.zero_grad()
+            network(inputs, outputs).backward()
+        sent.append(hook.ledger.by_purpose["values"].payload // 4)
+        gradients = [layer.weight.grad for layer in plain.layers]
+        padded = [torch.cat([g, torch.zeros(1, 60)]) for g in gradients]  # type: ignore[list-item]
+        v = e + torch.stack([p.chunk(shards)[shard].reshape(-1) for p in padded])
+        e = v.clone()
+        e.view(-1)[v.abs().view(-1).topk(round(0.05 * v.numel())).indices] = 0
+    found = torch.cat([x.reshape(-1) for x in hook.memory().values()])
+    return float(found.norm()), float(e.norm()), len(found), [b - a for a, b in pairwise(sent)]
+
+
+def test_modules_choose_as_one(gloo: Gloo) -> None:
+    """TopK's k is of the shards of all modules, as it is of all of DDP's buckets."""
+    for ours, chosen_as_one, d, sent in gloo(uneven, 4):
+        assert d == 3 * 31 * 60
+        assert set(sent) == {279}
+        assert ours < 1.1 * chosen_as_one

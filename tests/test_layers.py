@@ -74,6 +74,7 @@ LAYERS = [
     {"memories", "stability"},
     {"choose", "certify", "iterates", "steptime", "stepsneeded", "pace"},
     {"exchanger", "warmup"},
+    {"transaction"},
     {"bucketexchange", "fsdp"},
     {"ddphook"},
     {"afterstep"},

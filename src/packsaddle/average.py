@@ -13,6 +13,7 @@ from packsaddle.channel import Channel
 from packsaddle.collectives import Collective, RingAllGather, RingAllReduce
 from packsaddle.compress import Compressor, LowRank, Message, SketchTopK
 from packsaddle.compress.lowrank import orthonormal, scaled
+from packsaddle.finite import magnitude
 from packsaddle.ledger import Bytes
 from packsaddle.seeds import mix
 
@@ -31,6 +32,11 @@ class Term:
         """Add alpha times this term to out, float[d], in place."""
         self.compressor.add_decoded(self.message, out[self.start : self.stop], alpha * self.weight)
 
+    def magnitude(self) -> Tensor:
+        """Return about the largest magnitude of this term, float64[], from its message; finite if the message is."""
+        parts = [magnitude(part) for part in self.message.parts.values() if part.is_floating_point()]
+        return torch.stack(parts).sum() * self.weight
+
 
 @dataclass(frozen=True)
 class Averaged:
@@ -39,6 +45,14 @@ class Averaged:
     own: tuple[Term, ...]  # what this worker sent: its error memory subtracts it
     mean: tuple[Term, ...]  # what all apply
     dense: Tensor  # float[d - compressed d], the mean of the dense parts
+
+    def magnitude(self) -> Tensor:
+        """Return about the largest magnitude of the mean, float64[]; the same bits on every worker.
+
+        What is sparse is judged by what was sent of it. A worker sends nothing of which C(.) could overflow (see
+        `finite.is_usable`), so the mean is finite if its messages and its dense part are.
+        """
+        return torch.stack([magnitude(self.dense), *(term.magnitude() for term in self.mean)]).sum()
 
 
 @dataclass(frozen=True)

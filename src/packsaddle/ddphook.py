@@ -6,13 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from packsaddle.bucketexchange import BucketExchange
 from packsaddle.channel import ring_all_reduce
 from packsaddle.escape import Reset
-from packsaddle.ledger import Bytes, Ledger
-from packsaddle.skips import Skip
+from packsaddle.ledger import Bytes
 from packsaddle.state import check_identity, check_shape
 
 
@@ -20,54 +18,11 @@ class DDPHook(BucketExchange):
     """A communication hook that has been registered."""
 
     @property
-    def ledger(self) -> Ledger:
-        """The bytes this worker sent and received, by step and purpose."""
-        return self.channel.ledger
-
-    @property
-    def steps(self) -> int:
-        """How many exchanges have been taken, so without those that were `skipped`."""
-        self._settle()
-        return self._steps
-
-    @property
     def uncompressed(self) -> Bytes:
         """What this worker would have moved in as many exchanges without the hook: a ring all-reduce of gradients."""
         exchanges = self.steps + self.skipped
         d = sum(place.size * place.parameter.element_size() for place in self._places)
         return ring_all_reduce(exchanges * d, self.channel.group.size)
-
-    @property
-    def skipped(self) -> int:
-        """How many steps were not taken, since a worker's gradient was not finite."""
-        self._settle()
-        return self._skips.count
-
-    @property
-    def skips(self) -> list[Skip]:
-        """Those steps, since this was made or loaded; each worker names its own part."""
-        self._settle()
-        return self._skips.list
-
-    def protect(self, optimizer: Optimizer) -> None:
-        """Keep an optimizer from using the gradients of an exchange that was not taken, as scalers do by themselves.
-
-        It finds no gradients then, and so leaves parameters and its own state alone. Not where `step` has a closure.
-        """
-        if self._skips.most is not None:
-            optimizer.register_step_pre_hook(self._withhold)
-
-    def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._settle()
-        if self._skips.in_a_row:
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                p.grad = None
-
-    @property
-    def contraction(self) -> float | None:
-        """The share of its energy that this worker's vector kept when last measured (see `monitor_every`)."""
-        self._settle()
-        return self._contraction
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:

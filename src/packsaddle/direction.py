@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from packsaddle.finite import add_and_sum, first_bad
+from packsaddle.finite import add_and_measure, first_bad
 from packsaddle.flat import FlatParameters, Shaped
 from packsaddle.noise import Noise
 
@@ -41,7 +41,7 @@ class Gradient:
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
-        self.total: Tensor | None = None  # the sum of what was added last, where it cost no pass to know
+        self.norm: Tensor | None = None  # at least the norm of what was added last, where it cost no pass to know
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         """Compute gradients by the closure, if there is one, and return its value."""
@@ -65,7 +65,7 @@ class Gradient:
         self._add_noise(out, scales, extras)
 
     def first_bad(self) -> str | None:
-        """Return the name of the first parameter whose gradient has an Inf or NaN in it."""
+        """Return the name of the first parameter whose gradient cannot be used."""
         return first_bad(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
     def settle(self, *, taken: bool) -> None:
@@ -76,7 +76,7 @@ class Gradient:
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
         total = out.flat.new_zeros(())
-        self.total = total if in_one_pass else None
+        self.norm = total if in_one_pass else None
         for members, scale in zip(self._flat.members, scales, strict=True):
             grads = {i: g for i in members if (g := self._flat.parameters[i].grad) is not None}
             alpha = scale / extras.scale
@@ -86,7 +86,7 @@ class Gradient:
                 continue
             for i in members:
                 if i in grads:
-                    total += add_and_sum(base.views[i], grads[i], alpha, out.views[i])
+                    total += add_and_measure(base.views[i], grads[i], alpha, out.views[i])
                 else:
                     out.views[i].copy_(base.views[i])
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from packsaddle.average import Averaged, Term
 from packsaddle.direction import Extras, Gradient
 from packsaddle.feedback import ErrorMemory
+from packsaddle.finite import magnitude as measured
 from packsaddle.flat import FlatParameters
 
 
@@ -26,6 +27,18 @@ class EstimateMemory(ErrorMemory):
         self.mean = torch.zeros_like(self.vector)
         self._lacking = flat.zeros()  # u less the estimate
         self._rates = rates
+        self._bound: float | None = None  # on the magnitude of `mean`
+
+    def reach(self, magnitude: float) -> float:
+        """The mean estimate moves x, whatever a step brings: it is measured once, and bounded from then on."""
+        if self._bound is None:
+            self._bound = float(measured(self.mean))
+        self._bound += magnitude
+        return self._bound * max(self._rates(), default=0.0)
+
+    def settle(self, unit: float | None = None) -> None:
+        super().settle(unit)
+        self._bound = None
 
     def pending(self) -> Tensor:
         return torch.zeros_like(self.vector)

@@ -12,7 +12,7 @@ from packsaddle.average import Averaged, Protocol
 from packsaddle.channel import Channel
 from packsaddle.choose import choose
 from packsaddle.compress import Compressor, Identity
-from packsaddle.finite import first_bad, is_finite, spoil
+from packsaddle.finite import first_bad, is_finite, is_usable, spoil
 from packsaddle.noise import Noise
 from packsaddle.sections import Section
 from packsaddle.seeds import mix
@@ -86,7 +86,8 @@ class Exchanger:
     ) -> Tensor:
         """Lines 10-12 of Algorithm 1: replace the gradients by their mean, and try what that leaves of the error.
 
-        A worker whose vector is not finite sends zeros and says so: returns 0 if there is none, else a number above 0.
+        A worker whose vector is not finite sends zeros and says so. Returns 0 if all is well, at most 1 if there was
+        such a worker, and more if there was none but the mean is not finite or not for gradients to hold.
         `factors` are what errors are to be multiplied by first, by parameter (see `Rates`); those of 0 stand still.
         `watch` sees this worker's vector, float[n], before and after; `report` the name of the first parameter of which
         it is not finite, on a CPU, since on a GPU to look would be to wait.
@@ -98,16 +99,18 @@ class Exchanger:
         self.prepare(compressor, channel.group.size)
         section = self.section
         vector = section.correct(gradients, noise, scale, factors)  # line 10
-        bad = ~is_finite(vector)
+        bad = ~is_usable(vector)
         if vector.device.type == "cpu" and bad:
-            report(first_bad((place.name, view) for place, view in section.views(vector)) or "")
+            named = [(place.name, view) for place, view in section.views(vector)]
+            report(first_bad(named) or "the sum of what was left and the gradient")
         spoil(vector, bad, 0.0)
         self._allocation.observe(self, vector[: section.compressed_n], compressor)
         watch(vector)
         g, bad = self._average(channel, vector, bad, step, factors)
         lost = section.deliver(g, gradients, scale)  # line 11
+        bad = bad + 2 * (~self._fits(g, gradients, scale)).to(bad)
         if lost is not None:  # a 16-bit gradient may overflow
-            bad = bad + (~is_finite(lost)).to(bad)
+            bad = bad + 2 * (~is_finite(lost)).to(bad)
         section.absorb(g, lost)  # line 12
         watch(vector)
         section.leave(still)
@@ -115,6 +118,12 @@ class Exchanger:
             section.corrected.zero_()
             self._release()
         return bad
+
+    @staticmethod
+    def _fits(g: Averaged, gradients: Mapping[str, Tensor], scale: float) -> Tensor:
+        """Whether gradients can hold the mean times the scale, bool[]; the same on all workers."""
+        dtypes = {torch.promote_types(out.dtype, torch.float32) for out in gradients.values()}  # 16 bits: see `lost`
+        return g.magnitude() * scale <= min((torch.finfo(dtype).max for dtype in dtypes), default=0.0)
 
     def prepare(self, compressor: Compressor, workers: int) -> None:
         """Have the protocol of this compressor. What another one holds back goes to the error memory."""

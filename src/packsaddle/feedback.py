@@ -49,6 +49,10 @@ class ErrorMemory:
         """The size of the spare vector, if there is one."""
         return 0 if self._next is self._now else self._next.flat.nbytes
 
+    def reach(self, magnitude: float) -> float:
+        """Return by how much a mean of this magnitude can move x."""
+        return magnitude * abs(self.unit)
+
     def pending(self) -> Tensor:
         """Return eta e, float[d]; not a copy if it need not be one."""
         return self.vector

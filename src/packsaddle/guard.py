@@ -1,12 +1,13 @@
-"""Steps in which a worker's gradient is not finite are left out, on all workers together."""
+"""Steps that would bring an Inf or NaN into x or an error memory are left out, on all workers together."""
 
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from packsaddle.average import Averaged
 from packsaddle.channel import Channel
-from packsaddle.finite import is_finite, spoil
+from packsaddle.finite import is_usable, spoil
 from packsaddle.skips import Skip, Skips
 
 
@@ -14,20 +15,22 @@ class Source(Protocol):
     """What gradients come from."""
 
     def first_bad(self) -> str | None:
-        """Return the name of the first parameter whose gradient has an Inf or NaN in it."""
+        """Return the name of the first parameter whose gradient cannot be used."""
 
 
 class Guard:
     """Leaves steps out, at most `most` in a row; None leaves none out and looks at nothing.
 
     A worker that cannot use its gradient sends zeros, and NaNs in the dense part, whose mean then tells all of them: no
-    collective, and no byte, that is not there anyway. Only where nothing goes dense is there a number for it.
+    collective, and no byte, that is not there anyway. Only where nothing goes dense is there a number for it. Finite
+    vectors may have a mean that is not, or one that x cannot take: all workers see that alike.
     Raises ValueError if `most` is negative.
     """
 
     def __init__(self, most: int | None, channel: Channel) -> None:
         self.skips, self._channel = Skips(most, channel.group.rank), channel
         self.overflowed = False  # a GradScaler has found an Inf in this worker's gradient
+        self.x_is_large = False  # it has moved by what might have been too much
         self._bad = torch.tensor(False)  # whether this worker could not use its gradient in the step that is tried
 
     def passes(self, source: Source, step: int) -> bool:
@@ -41,15 +44,17 @@ class Guard:
         self.skips.enter(Skip(step, (self._channel.group.rank,), name or "what a GradScaler has unscaled"))
         return False
 
-    def inspect(self, vector: Tensor, total: Tensor | None, *, blank: bool) -> None:
+    def inspect(self, vector: Tensor, norm: Tensor | None, *, blank: bool) -> None:
         """Look at what this worker is to send, float[d]; if it is of no use, make it zeros where `blank`.
 
-        `total` is the sum of it, or near it, if that is known: one that is finite says that all of it is.
+        `norm` is at least the norm of it, but for noise and decay, if that is known: one that is finite says that the
+        vector can be used (its square is finite too), unless x was seen to be so large that its decay might not be.
         """
         if self.skips.most is None:
             return
         late = self.skips.in_a_row > self.skips.most
-        bad = torch.tensor(False) if total is not None and total.isfinite() else ~is_finite(vector)
+        known = norm is not None and not self.x_is_large and bool(norm.isfinite())
+        bad = torch.tensor(False) if known else ~is_usable(vector)
         # Steps without an exchange were left out here alone; now the others can hear of it.
         self._bad = torch.ones_like(bad) if self.overflowed or late else bad
         if blank:
@@ -66,9 +71,12 @@ class Guard:
         spoil(marked, self._bad, float("nan"))
         return marked
 
-    def agrees(self, mean: Tensor) -> bool:
-        """Whether all workers can take the step, from the mean of what `mark` returned, float[n]."""
-        return self.skips.most is None or bool(is_finite(mean))
+    def weigh(self, g: Averaged) -> float:
+        """Return about the largest magnitude of an outcome, whose dense part is the mean of what `mark` returned.
+
+        Not finite if a worker's vector was not, or the mean is not; the same on all workers.
+        """
+        return 0.0 if self.skips.most is None else float(g.magnitude())
 
     def leave_out(self, source: Source, step: int) -> None:
         """Enter a step that all leave out; collective. Raises NonFiniteError if there were too many in a row."""

@@ -143,6 +143,15 @@ class OutstandingNoise:
         add_cell_gaussians(out, variance.clamp_min_(0).sqrt_().mul_(alpha).to(out.dtype), key)
 
     @property
+    def std(self) -> float:
+        """At least the standard deviation that is outstanding at any coordinate."""
+        return math.sqrt(self._total)
+
+    def clone(self) -> "OutstandingNoise":
+        """Return a copy."""
+        return self.from_state(self.state_dict(), self._kept.device)
+
+    @property
     def anything(self) -> bool:
         """Whether noise was added since all was cleared."""
         return self._total != 0

@@ -19,6 +19,7 @@ from packsaddle.drift import DriftGuard, OnDrift
 from packsaddle.ef21 import EstimateMemory
 from packsaddle.escape import Escape, EscapeCheck, Reset
 from packsaddle.exchange import resolve
+from packsaddle.finite import unnoticed
 from packsaddle.flat import FlatParameters
 from packsaddle.gradmemory import GradientMemory
 from packsaddle.guard import Guard
@@ -203,12 +204,12 @@ class CompressedSGD(Readings):
 
     def _exchange(self, corrected: Tensor, scalars: Tensor | None, t: int) -> bool:
         """Do lines 10-12 with the corrected vector, float[d]; return whether all workers could."""
-        self.guard.inspect(corrected, self._direction.total, blank=self._memory.can_leave_out)
+        self.guard.inspect(corrected, self._direction.norm, blank=self._memory.can_leave_out)
         self.monitor.before(t, corrected)
         held = self.choice.protocol.snapshot()
-        g, taken = self._average(corrected, scalars, t)  # line 10
+        g, weight = self._average(corrected, scalars, t)  # line 10
+        taken, lost = self._move(g, weight, t)  # line 11
         if taken:
-            lost = self._apply(g, t)  # line 11
             self._memory.absorb(g.own, lost)  # line 12
             self.monitor.after(t, corrected)
         else:
@@ -231,10 +232,10 @@ class CompressedSGD(Readings):
             raise RuntimeError('with memory="gradient" zero_grad() would throw away the error memory; leave it out')
         super().zero_grad(set_to_none)
 
-    def _average(self, corrected: Tensor, scalars: Tensor | None, t: int) -> tuple[Averaged, bool]:
+    def _average(self, corrected: Tensor, scalars: Tensor | None, t: int) -> tuple[Averaged, float]:
         """Exchange the corrected vector, float[d]: C(.) of its compressed part, and its dense part.
 
-        Returns the outcome, and whether all workers' vectors were finite.
+        Returns the outcome, and about its largest magnitude: not finite if it, or a worker's vector, is not.
         """
         compressed, dense = corrected[: self._flat.compressed_d], corrected[self._flat.compressed_d :]
         scalars = dense[:0] if scalars is None else scalars.to(dense)
@@ -249,7 +250,7 @@ class CompressedSGD(Readings):
                 f"workers must have one lr and one noise at every step, but what they make of x's change is "
                 f"{rates.tolist()} here (lr, std of the noise) and {mean_rates.tolist()} in the mean"
             )
-        return replace(g, dense=mean[: len(dense)]), self.guard.agrees(mean)
+        return replace(g, dense=mean[: len(dense)]), self.guard.weigh(replace(g, dense=mean))
 
     def _rates_of_x(self, like: Tensor) -> Tensor:
         """What each worker multiplies x's change by itself, so that it must be equal everywhere: float[2], or nothing.
@@ -264,6 +265,26 @@ class CompressedSGD(Readings):
         if not watched or like.device.type != "cpu":
             return like[:0]
         return like.new_tensor([self._memory.unit, self._noise.grown])
+
+    def _move(self, g: Averaged, weight: float, t: int) -> tuple[bool, Tensor | None]:
+        """Apply the outcome, unless x cannot take it; return whether it was, and what `_apply` does.
+
+        Where x cannot overflow, whatever it is, there is nothing to be looked at and nothing to be undone.
+        """
+        if not math.isfinite(weight):
+            return False, None
+        if self._memory.reach(weight) + self._noise.reach <= unnoticed(self._flat.x.dtype):
+            return True, self._apply(g, t)
+        self.guard.x_is_large = True
+        moved = {"x": self._flat.x, **self._memory.vectors()}
+        before, noise = {name: vector.clone() for name, vector in moved.items()}, self._noise.snapshot()
+        lost = self._apply(g, t)
+        if all(bool((moved[name].isfinite() | ~old.isfinite()).all()) for name, old in before.items()):
+            return True, lost
+        for name, old in before.items():
+            moved[name].copy_(old)
+        self._noise.restore(noise)
+        return False, None
 
     def _apply(self, g: Averaged, t: int) -> Tensor | None:
         """x <- x - mean_i g^(i); eta is in the messages or the memory's unit.

@@ -14,6 +14,7 @@ from packsaddle.average import Averaged, Protocol, Term, Work, mean_of_dense, me
 from packsaddle.channel import Channel, Parts
 from packsaddle.collectives import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
 from packsaddle.compress import Compressor, Identity, Message
+from packsaddle.finite import is_usable, spoil
 from packsaddle.seeds import mix
 
 Chunk = tuple[int, int]
@@ -64,7 +65,10 @@ class Owners(Protocol):
         return Term(compressor, compressor.encode(v[a:b], seed=seed, step=step), a, b)
 
     def _reply(self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int) -> Message:
-        """Average the messages of this worker's chunk and compress the mean plus the error of earlier replies."""
+        """Average the messages of this worker's chunk and compress the mean plus the error of earlier replies.
+
+        Of a sum that cannot be used the reply is NaN, so that all know, even if it would have left the worst out.
+        """
         a, b = chunk
         up, back = self.compressor.restrict(b - a, len(v)), self.back.restrict(b - a, len(v))
         error = self.vectors(v)["residual"][a:b]
@@ -72,9 +76,14 @@ class Owners(Protocol):
         for worker, parts in enumerate(received):
             message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
             up.add_decoded(message, corrected, 1.0 / len(received))
+        bad = ~is_usable(corrected)
+        spoil(corrected, bad, 1.0)
         reply = back.encode(corrected, seed=mix(seed, rank, 1), step=step)
         error.copy_(corrected)
         back.add_decoded(reply, error, -1.0)
+        for part in reply.parts.values():
+            if part.is_floating_point():
+                spoil(part, bad, float("nan"))
         return reply
 
     def _return(

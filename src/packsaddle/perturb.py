@@ -1,5 +1,6 @@
 """How the noise xi_t gets to x: through the error memory, or, where that has the same law, only when x receives it."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,19 @@ class Perturber:
             message = g.mean[0].message
             values = message.parts["values"]
             self._outstanding.take(message.context, values, 1 / unit, seed=self._seed, step=step)
+
+    @property
+    def reach(self) -> float:
+        """By how much `join` can move x in this step: Gaussians of 32 random bits stay below 7."""
+        return 0.0 if self._outstanding is None else 7 * math.hypot(self.grown, self._outstanding.std)
+
+    def snapshot(self) -> Any:
+        """Return all that is outstanding, for `restore`."""
+        return None if self._outstanding is None else self._outstanding.clone()
+
+    def restore(self, snapshot: Any) -> None:
+        """Have outstanding what was when `snapshot` was made."""
+        self._outstanding = snapshot
 
     def add_outstanding(self, pending: Tensor, step: int) -> Tensor:
         """Return eta e, float[d], with outstanding noise: drawn anew for each t, so looking does not change the run."""
