@@ -102,6 +102,7 @@ LAYERS = [
     {"training"},
     {"resuming"},
     {"doctor", "experiment", "audit", "plan", "linkplan", "diagnostics.trajectory"},
+    {"reach"},
     {"reproduce.study", "reproduce.drawing", "reproduce.pool"},
     {"reproduce.runner", "reproduce.results"},
     {"reproduce.figure1", "reproduce.figure2"},
