@@ -100,6 +100,7 @@ LAYERS = [
     {"preparation"},
     {"keeping"},
     {"training"},
+    {"folderlock"},
     {"resuming"},
     {"doctor", "experiment", "audit", "plan", "linkplan", "diagnostics.trajectory"},
     {"reach"},
