@@ -87,6 +87,7 @@ LAYERS = [
     {"figures"},
     {"page"},
     {"checkpointed"},
+    {"shared"},
     {"reshard", "parts", "rotation"},
     {"checkpoint"},
     {"readings"},
