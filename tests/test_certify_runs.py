@@ -1,5 +1,6 @@
 """Certificates of runs: along the way, of what they left, of iterates drawn from them, and the command."""
 
+import itertools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from scipy.stats import binomtest
 
 from packsaddle import Verdict, certify
 from packsaddle.audit import Audit, read_config
+from packsaddle.certificate import proposed_epsilon
 from packsaddle.config import CertifyConfig, DataConfig
 from packsaddle.data import load_images
 from packsaddle.inspection import Inspector
@@ -24,6 +27,7 @@ from packsaddle.iterates import Share, draw_iterates
 from packsaddle.models import make_task
 from packsaddle.report import write_report
 from packsaddle.runfolder import read_runs
+from packsaddle.seeds import Stream, generator
 
 CONFIG = """
 lr = 0.5
@@ -249,10 +253,86 @@ def test_bad_input_is_one_line_and_code_2(
     refused(capsys, message, "certify", *(names.get(a, a) for a in arguments))
 
 
-def test_epsilon_is_asked_for_where_nothing_states_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "c.toml").write_text(CONFIG.partition("[certify]")[0].replace("epochs = 2", "epochs = 0.1"))
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A short run whose configuration says nothing of certificates."""
+    (tmp_path / "c.toml").write_text(CONFIG.partition("[certify]")[0].replace("epochs = 2", "epochs = 0.5"))
     assert command("run", tmp_path / "c.toml", "--out", tmp_path / "run") == 0
-    assert command("certify", tmp_path / "run") == 2
-    assert "--epsilon is needed: the run's configuration has no [certify] epsilon" in capsys.readouterr().err
-    assert command("certify", tmp_path / "run", "--epsilon", 1, "--iterates") == 2
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_where_nothing_states_epsilon_the_gradient_does(
+    plain: Path, workers: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a sample: the norm and twice the standard error; the same sample and epsilon however many workers."""
+    asked = ("certify", plain, "--examples", 200, "--max-hvps", 40, "--workers", workers)
+    capsys.readouterr()
+    assert command(*asked, "--json", "--out", plain / "c") == 0
+    captured = capsys.readouterr()
+    (point,) = json.loads(captured.out)["points"]
+    assert captured.err == ""
+    assert (point["examples"], point["sample_of"]) == (200, 320)
+    assert point["epsilon_proposed"]
+    least = point["grad_norm"] + 2 * point["grad_norm_error"]
+    assert least <= point["epsilon"] <= 1.1 * least  # one unit of the second digit is a tenth at most
+    assert point["verdict"] != "gradient too large"
+    data = load_images(DataConfig("digits", limit=320), None, train=True)
+    task = make_task(read_config(plain).model, data.levels.shape[1:], data.classes, 0)
+    task.network.load_state_dict(torch.load(plain / "checkpoint" / "model.pt", weights_only=True))
+    index = torch.randperm(320, generator=generator(0, 0, Stream.CERTIFY))[:200]
+    task(data.pixels(index), data.labels[index]).backward()
+    norm = torch.cat([p.grad.reshape(-1) for p in task.network.parameters() if p.grad is not None]).norm()
+    assert point["grad_norm"] == pytest.approx(float(norm), rel=1e-4)  # single precision, summed in another order
+    if workers == 1:
+        assert command(*asked, "--out", plain / "again") == 0
+        said = capsys.readouterr().out
+        assert (
+            "(none was given: the gradient's norm and twice its standard error, so that the curvature decides)" in said
+        )
+        assert command("certify", plain, "--examples", "all", "--epsilon", 1, "--out", plain / "all") == 0
+        assert "(none was given" not in capsys.readouterr().out
+        refused(capsys, "--examples must be a whole number or all, got 'some'", "certify", plain, "--examples", "some")
+
+
+def test_the_command_takes_a_sample_unless_told_otherwise(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("packsaddle.commands.certifying._SAMPLE", 100)
+    found = {}
+    for name, words in {"sample": (), "again": (), "all": ("--examples", "all"), "some": ("--examples", 150)}.items():
+        capsys.readouterr()
+        assert command("certify", plain, *words, "--max-hvps", 3, "--json", "--out", plain / name) == 0
+        (found[name],) = json.loads(capsys.readouterr().out)["points"]
+    assert [found[name]["examples"] for name in found] == [100, 100, 320, 150]
+    assert {**found["sample"], "seconds": 0} == {**found["again"], "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("norm", "error", "epsilon"),
+    [(0.0312, None, 0.032), (0.031, None, 0.031), (0.099, 0.001, 0.11), (5.0, math.inf, 5.0), (0.0, None, 1e-7)],
+)
+def test_a_proposed_epsilon_by_hand(norm: float, error: float | None, epsilon: float) -> None:
+    assert proposed_epsilon(norm, error, 1e-7) == pytest.approx(epsilon, rel=1e-12)
+    assert proposed_epsilon(norm, error, 1e-7) >= norm
+
+
+def test_progress_and_the_time_left_go_to_stderr(
+    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line where ten seconds have gone by; by a clock that goes six seconds with every look at it."""
+    ticks = itertools.count(0, 6)
+    monkeypatch.setattr("packsaddle.progress.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+    asked = ("certify", plain, "--epsilon", 100, "--hessian-lipschitz", 1e-12, "--max-hvps", 4)
+    capsys.readouterr()
+    assert command(*asked, "--out", plain / "loud") == 0
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[0] == "certify: 1 of at most 4 products, about 36 s left"  # 12 s for the first
+    assert "certify:" not in captured.out
+    assert command(*asked, "--json", "--out", plain / "quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_iterates_are_asked_for_where_there_are_none(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("certify", plain, "--epsilon", 1, "--iterates") == 2
     assert "keeps no iterates" in capsys.readouterr().err

@@ -197,6 +197,43 @@ def test_a_refusal_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> 
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+READ_IN_PART: dict[str, tuple[str, ...]] = {
+    "overview": (),
+    "help": ("run", "--help"),
+    "table and lines": ("plan", "--d", "1000000", "--epsilon", "0.5"),
+    "document": ("compressors", "--json"),
+    "refusal": ("plan", "--d", "0", "--epsilon", "0.5"),
+}
+
+
+@pytest.mark.parametrize("name", READ_IN_PART)
+def test_a_reader_that_leaves_is_no_error(name: str) -> None:
+    """As `| head` does: a real pipe whose reading end is closed, before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-W", "error", "-m", "packsaddle.cli", *READ_IN_PART[name]]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180)
+    os.close(write)
+    if name == "refusal":  # nothing was to be printed there
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    else:
+        assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_run_whose_reader_leaves_ends_without_a_trace(config: Path, tmp_path: Path) -> None:
+    """Also where it is a worker process that prints: as far as it came, the folder can be gone on with."""
+    folder = tmp_path / "run"
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "packsaddle.cli", "run", str(config), "--workers", "2", "--out", str(folder)]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180)
+    os.close(write)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert packsaddle("run", "--resume", folder, "--workers", 2).returncode == 0
+    assert len(losses(folder)) == 2
+
+
 def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's whole path in a second or two; its four runs at full length are `make demo`."""
     assert command("demo", "--serial", "--epochs", "0.5", "--out", tmp_path / "demo") == 0

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -448,8 +449,17 @@ def test_bad_arguments_are_named(kind: type[RandomK | TopK | SketchTopK]) -> Non
     for ratio in (0.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match=rf"ratio of {kind.__name__} must be in \(0, 1\], got {ratio}"):
             kind(ratio)
-    with pytest.raises(ValueError, match=r"got 50; for a number of coordinates pass k=, and for 1% 0\.01"):
-        kind(50)
+    for ratio in (1, 50, numpy.int64(1)):
+        with pytest.raises(ValueError, match=rf"not an integer, got {ratio}; for a number of coordinates pass k=, and"):
+            kind(ratio)
+    for flag in (True, False):
+        with pytest.raises(ValueError, match=rf"ratio of {kind.__name__} must be a number in \(0, 1\], got {flag}"):
+            kind(flag)
+        with pytest.raises(ValueError, match=f"k of {kind.__name__} must be a positive integer, got {flag}"):
+            kind(k=flag)
+    with pytest.raises(ValueError, match=r"got 1\.5; for a number of coordinates pass k=, and for 1% 0\.01"):
+        kind(1.5)
+    assert kind(1.0).mu(10) == kind(numpy.float64(1)).mu(10) == 1
     with pytest.raises(ValueError, match=rf"ratio of {kind.__name__} must be a number in \(0, 1\], got '0.1'"):
         kind("0.1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="exactly one of ratio and k"):
@@ -472,11 +482,15 @@ REFUSALS: dict[str, Callable[[], Compressor]] = {
     "block_size of RandomK must be 1 with per_tensor, got 4": lambda: RandomK(0.1, block_size=4, per_tensor=True),
     "block_size of RandomK": lambda: RandomK(0.1, block_size=0),
     "values of TopK must be float32, bfloat16": lambda: TopK(0.1, values="int4"),  # type: ignore[arg-type]
-    r"share of AdaptiveTopK must be in \(0, 1\], got 0": lambda: AdaptiveTopK(0),
+    r"share of AdaptiveTopK must be in \(0, 1\], got 0": lambda: AdaptiveTopK(0.0),
     "rows of SketchTopK must be a positive integer, got 0": lambda: SketchTopK(0.1, rows=0),
     "levels of QSGD must be a positive integer, got 1.5": lambda: QSGD(levels=1.5),  # type: ignore[arg-type]
     "LinearSketch takes exactly one of ratio and columns": lambda: LinearSketch(),
-    r"ratio of LinearSketch must be in \(0, 1\], got 2": lambda: LinearSketch(2),
+    r"ratio of LinearSketch must be in \(0, 1\], got 2": lambda: LinearSketch(2.0),
+    "ratio of LinearSketch .* not an integer, got 1; for a number of counters pass columns=": lambda: LinearSketch(1),
+    "share of AdaptiveTopK .* not an integer, got 1; .*TopK's k=; for all of it pass 1.0": lambda: AdaptiveTopK(1),
+    "matrix_rank of LowRank must be a positive integer, got 0.5": lambda: LowRank(0.5),  # type: ignore[arg-type]
+    "matrix_rank of LowRank must be a positive integer, got True": lambda: LowRank(True),
     "columns of LinearSketch must be a positive integer": lambda: LinearSketch(columns=0),
     'sketch of LinearSketch must be "count" or "gaussian"': lambda: LinearSketch(0.1, sketch="sparse"),  # type: ignore[arg-type]
     "matrix_rank of LowRank must be a positive integer": lambda: LowRank(0),

@@ -80,6 +80,9 @@ MISTAKES = {
     "epochs=inf": "epochs must be positive and finite, got inf",
     "noise.lower_from=-1": "noise: lower_from must be finite and not negative, got -1.0",
     "compressor={kind='TopK', ratio=1.5}": "compressor: ratio of TopK must be in (0, 1], got 1.5; for a number of",
+    "compressor={kind='TopK', ratio=1}": "compressor: ratio of TopK must be in (0, 1] and not an integer, got 1; for a",
+    "compressor={kind='LinearSketch', ratio=1}": "got 1; for a number of counters pass columns=",
+    "compressor={kind='RandomK', ratio=true}": "compressor.ratio must be of type float, got True",
     "compressor={kind='TopK', block_size=2}": "unknown key compressor.block_size",
     "noise.std=-0.1": "noise: std must be finite and not negative, got -0.1",
     "noise.lower_until=3": "noise: lower_until needs a lower_from that is not after it, got None and 3.0",
@@ -120,6 +123,8 @@ ORIGINS: list[tuple[str, list[str], str]] = [
     ("", ["lrr=1"], "--set lrr=1: unknown key lrr (did you mean lr?)"),
     ("", ["lr=1", "lr=-1"], "--set lr=-1: lr must be finite and not negative, got -1.0"),
     ("", ["model.name=resnet18"], "line 9 (with --set model.name=resnet18): model: widths are for the autoencoder"),
+    ("[compressor]\nkind='TopK'\nratio=1\n", [], "line 12: compressor: ratio of TopK must be in (0, 1] and not an"),
+    ("[compressor]\nkind='TopK'\n", ["compressor.ratio=1"], "--set compressor.ratio=1: compressor: ratio of TopK must"),
     ('"a\\nb" = 1', [], 'line 10: unknown key model."a\\nb" (Model takes name, widths, '),
 ]
 

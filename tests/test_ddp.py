@@ -599,6 +599,12 @@ def warmed_up() -> list[int]:
     return [hook.ledger.at(t)["values"].payload // 8 for t in range(13)]
 
 
+def test_a_ramp_begins_with_a_share_and_no_integer() -> None:
+    with pytest.raises(ValueError, match=r"first of RatioRamp must be in .* not an integer, got 1; .* 1% is 0\.01"):
+        RatioRamp(RandomK(0.01), 10, first=1)
+    assert RatioRamp(RandomK(0.01), 10, first=1.0)(0) == RandomK(1.0)
+
+
 def test_warm_up_is_dense_then_a_falling_ratio(gloo: Gloo) -> None:
     d = 30 * 60 + 60 * 60 + 60 * 30
     sent = gloo(warmed_up, 1)[0]

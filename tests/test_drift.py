@@ -1,6 +1,7 @@
 """Workers whose parameters are no longer equal are found out, named, and stopped or repaired."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,7 @@ def test_another_version_is_refused(gloo: Gloo) -> None:
 def of_unlike_configurations(out: str) -> str:
     config = replace(TASKS["digits"].config, lr=0.1 + 0.1 * resolve(None).rank)
     try:
-        Job((config,), (Path(out),)).claim()
+        Job((config,), (Path(out),)).claim(ExitStack())
     except ConfigError as error:
         return str(error)
     return ""

@@ -342,6 +342,37 @@ def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert name.lower() in capsys.readouterr().out.lower()
 
 
+def test_a_plan_that_nobody_can_follow_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Above 1e9 steps of the plan without compression: with the numbers of plans on easier terms, and code 0."""
+    assert command("plan", "--d", 1_000_000, "--epsilon", 0.1) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    fewest = plan(Assumptions(1_000_000, 0.1), Identity()).steps
+    times = fewest / plan(Assumptions(1_000_000, 0.2), Identity()).steps
+    assert f"OUT OF REACH: the fewest steps here are {fewest:.1e}" in said
+    assert "a plan of more than 1e+09 (12 days at 1,000 a second) is none" in said
+    assert f"twice the epsilon takes 1/{times:.3g} of them" in said
+    assert "No epsilon that these L and rho allow brings it within reach" in said  # 8e9 steps at 1, the greatest
+    lipschitz = plan(Assumptions(1_000_000, 0.1, lipschitz_gradient=1.0), Identity()).steps
+    assert f"--lipschitz-gradient, here 1), {lipschitz:.1e} steps" in said
+    assert "The theory is cautious" in said
+    assert command("plan", "--d", 1_000_000, "--epsilon", 0.1, "--lipschitz-gradient", 1) == 0
+    assert "OUT OF REACH" not in capsys.readouterr().out
+
+
+def test_within_reach_from_the_stated_epsilon_on(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--d", 1_000_000, "--lipschitz-gradient", 1)
+    assert command("plan", *asked, "--epsilon", 0.01) == 0
+    (stated,) = re.findall(r"Within reach from about --epsilon ([\d.e-]+) on", capsys.readouterr().out)
+    for epsilon, beyond in ((float(stated), False), (0.95 * float(stated), True)):
+        assert command("plan", *asked, "--epsilon", epsilon, "--json") == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["out_of_reach"] == beyond
+        assert min(p["steps"] for p in document["plans"]) == document["plans"][0]["steps"]
+        assert (document["plans"][0]["steps"] > 1e9) == beyond
+    assert command("plan", *asked, "--epsilon", 0.01, "--mode", "theory") == 0
+    assert "OUT OF REACH" in capsys.readouterr().out
+
+
 def test_json_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("--d", 5000, "--epsilon", 0.2, "--lipschitz-gradient", 2, "--sigma", 0.5, "--workers", 3)
     assert command("plan", *asked, "--compressor", "topk", "--ratio", 0.02, "--json") == 0

@@ -1,7 +1,9 @@
 """Certificates of what a run left in its folder: its last point, or any weights saved from it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +20,13 @@ from packsaddle.exchange import launch, local_device, process_group, resolve
 from packsaddle.inspection import Examples, task_loss
 from packsaddle.ledger import Ledger
 from packsaddle.models import Task, make_task
+from packsaddle.progress import Report, countdown
 from packsaddle.recorded import read_object
 from packsaddle.runfolder import damaged
 from packsaddle.schema import ConfigError, build
 from packsaddle.seeds import Stream, generator
 
+_BATCH, _BATCH_OF_SAMPLE = 500, 64
 _POINTS = 20  # of the profile, to each side
 
 
@@ -49,17 +53,19 @@ class Audit:
 
     run: Path
     files: tuple[Path, ...]  # weights, as `Training` saves them
-    epsilon: float
+    epsilon: float | None = None  # None: the least that each point's gradient passes
     hessian_lipschitz: float | None = None
     failure_probability: float = 1e-3
     max_hvps: int = 200
     tolerance: float = math.inf
-    examples: int | None = None  # a random sample of so many in all; None: all training examples
-    batch_size: int = 500
+    examples: int | None = None  # a random sample of so many in all; None: all training examples, or `at_most` of them
+    at_most: int | None = None
+    batch_size: int | None = None  # None: 500, and of a sample 64, so that a standard error has batches to come from
     double: bool = False  # products in float64
     distance: float | None = None  # of the profile to each side; None: as far as the certificate suggests
     data_dir: Path | None = None
     seed: int = 0  # of the sample and of the start
+    quiet: bool = True  # else rank 0 shows progress on stderr
 
     def load(self) -> tuple[Task, Dataset, list[dict[str, Tensor]]]:
         """Return the run's network, its training examples and every file's weights, raising ConfigError for what is
@@ -93,14 +99,23 @@ class Audit:
         examples = self._examples(data)
         task.to(examples.device, examples.dtype)
         findings = []
-        for file, tensors in zip(self.files, weights, strict=True):
-            task.network.load_state_dict(tensors)
-            try:
-                certificate = self._certify(task, examples, len(data))
-            except NotFiniteError as error:
-                raise ConfigError(f"{file}: {error}") from None
-            findings.append(Finding(file, certificate, self._profile(task, examples, certificate)))
+        quiet = self.quiet or resolve(None).rank != 0
+        with countdown("certify", len(self.files) * self.max_hvps, quiet=quiet) as progress:
+            for i, (file, tensors) in enumerate(zip(self.files, weights, strict=True)):
+                task.network.load_state_dict(tensors)
+                told = partial(self._tell, progress, i)
+                told(0)
+                try:
+                    certificate = self._certify(task, examples, len(data), told)
+                except NotFiniteError as error:
+                    raise ConfigError(f"{file}: {error}") from None
+                findings.append(Finding(file, certificate, self._profile(task, examples, certificate)))
         return findings
+
+    def _tell(self, progress: Report, point: int, products: int) -> None:
+        """Show how far the certificates are; most need fewer products than they may take."""
+        which = f"point {point + 1} of {len(self.files)}, " if len(self.files) > 1 else ""
+        progress(point * self.max_hvps + products, f"{which}{products} of at most {self.max_hvps} products")
 
     def prepare(self) -> tuple[Task, Examples]:
         """Return the network with the last file's weights, and this worker's examples."""
@@ -113,10 +128,12 @@ class Audit:
         group, n = resolve(None), len(data)
         order = torch.randperm(n, generator=generator(self.seed, 0, Stream.CERTIFY))
         dtype = torch.float64 if self.double else torch.float32
-        mine = order[: self.examples][group.rank :: group.size]
-        return Examples(data, mine, local_device(), dtype, self.batch_size)
+        chosen = order[: self.examples or self.at_most]
+        mine = chosen[group.rank :: group.size]
+        batch_size = self.batch_size or (_BATCH if len(chosen) == n else _BATCH_OF_SAMPLE)
+        return Examples(data, mine, local_device(), dtype, batch_size)
 
-    def _certify(self, task: Task, examples: Examples, population: int) -> Certificate:
+    def _certify(self, task: Task, examples: Examples, population: int, progress: Callable[[int], None]) -> Certificate:
         return certify(
             task,
             task_loss,
@@ -128,6 +145,7 @@ class Audit:
             tolerance=self.tolerance,
             sample_of=population,
             generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
+            progress=progress,
         )
 
     def _profile(self, task: Task, examples: Examples, certificate: Certificate) -> Profile:

@@ -29,12 +29,28 @@ def judge(grad_norm: float, epsilon: float, threshold: float, upper: float, lowe
     return Verdict.SECOND_ORDER_STATIONARY if lower >= threshold else Verdict.UNDECIDED
 
 
+def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float:
+    """Return an epsilon where none is given: the least for which the gradient is small enough in spite of its error.
+
+    That is its norm and twice its standard error (if there is one, and it is finite), rounded up to two digits; `eps`
+    for a gradient of 0. At a smaller one the verdict would be about the gradient, and at a larger one a saddle of less
+    curvature would pass.
+    """
+    most = grad_norm + (2 * error if error is not None and math.isfinite(error) else 0.0)
+    if most <= 0:
+        return eps
+    digits = 1 - math.floor(math.log10(most))
+    rounded = float(f"{most:.1e}")
+    return rounded if rounded >= most else float(f"{most + 10.0**-digits:.1e}")
+
+
 @dataclass(frozen=True)
 class Certificate:
     """The evidence at one point; the Hessian is that of the mean loss over `examples` examples, in eval mode."""
 
     verdict: Verdict
     epsilon: float
+    epsilon_proposed: bool  # none was given: the gradient's norm and twice its standard error, to two digits upwards
     loss: float
     grad_norm: float
     grad_norm_error: float | None  # standard error of the gradient, if the examples are a sample of more
@@ -71,6 +87,15 @@ class Certificate:
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
+    @property
+    def _whence(self) -> str:
+        """Which epsilon was taken and why, where none was given."""
+        if not self.epsilon_proposed:
+            return ""
+        error = self.grad_norm_error
+        more = "" if error is None or not 0 < error < math.inf else " and twice its standard error"
+        return f" (none was given: the gradient's norm{more}, so that the curvature decides)"
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the escape direction as plain types, for JSON, which has no infinity: None."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "escape_direction"}
@@ -82,7 +107,7 @@ class Certificate:
         error = "" if self.grad_norm_error is None else f" (standard error {self.grad_norm_error:.1e})"
         lines = [
             f"{self.verdict}",
-            f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}",
+            f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
             f"  lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with probability "
             f"{1 - self.failure_probability:g}, residual {self.residual:.1e}",
             f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({rho})",

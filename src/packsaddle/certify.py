@@ -6,14 +6,14 @@ negative curvature is claimed with a failure probability (see `lanczos`); and ot
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from packsaddle.certificate import Certificate, Verdict, judge
+from packsaddle.certificate import Certificate, Verdict, judge, proposed_epsilon
 from packsaddle.channel import Channel
 from packsaddle.curvature import Curvature, LossFn, rank_0_buffers
 from packsaddle.exchange import resolve
@@ -28,7 +28,7 @@ def certify(
     loss_fn: LossFn,
     batches: Iterable[Any],
     *,
-    epsilon: float,
+    epsilon: float | None = None,
     hessian_lipschitz: float | None = None,
     failure_probability: float = 1e-3,
     max_hvps: int = 200,
@@ -37,6 +37,7 @@ def certify(
     memory_limit: int = 4 * 2**30,
     generator: torch.Generator | None = None,
     process_group: Any = None,
+    progress: Callable[[int], None] = lambda products: None,
 ) -> Certificate:
     """Certify the model's present parameters; collective, with each worker's own batches.
 
@@ -44,7 +45,8 @@ def certify(
         model: a network; put in eval mode meanwhile. Only trainable parameters count.
         loss_fn: loss_fn(model, batch) is the batch's mean loss, twice differentiable.
         batches: batches that can be read again and are the same every time.
-        epsilon: the gradient's threshold; the curvature's is -sqrt(rho epsilon).
+        epsilon: the gradient's threshold; the curvature's is -sqrt(rho epsilon). None takes the least that the gradient
+            passes (`certificate.proposed_epsilon`), for a verdict on the curvature; state one to compare points.
         hessian_lipschitz: rho; None measures ||H(x + h v) v - H(x - h v) v|| / (2 h) along the escape direction v.
         failure_probability: of the lower bound, over the random start.
         max_hvps: Hessian-vector products at most for the bounds; a verdict needs a few more (see `Certificate.hvps`).
@@ -56,6 +58,7 @@ def certify(
             bounds need a few more products, and the escape direction a second pass over those left out.
         generator: of the start, which is rank 0's; fresh for every certificate. None takes a seed from the operating
             system.
+        progress: called with the number of the search's products so far, of `max_hvps` at most.
 
     Stops as soon as the verdict is settled. Raises ValueError for bad arguments and for losses that are not a
     function of the parameters.
@@ -70,28 +73,33 @@ def certify(
         if sample_of == curvature.examples:
             sample_of = None
         gradient, error = curvature.gradient()
+        grad_norm = float(gradient.norm())
+        grad_norm_error = None if sample_of is None else _finite_population(error, curvature.examples, sample_of)
+        precision = torch.finfo(curvature.parameters[0].dtype).eps
+        given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm, grad_norm_error, precision)
         search = _Search(
             curvature,
             Lanczos(
                 curvature.hessian_vector,
                 _start(curvature, channel, generator),
                 max_vectors=max(2, memory_limit // (8 * curvature.d)),
-                precision=torch.finfo(curvature.parameters[0].dtype).eps,
+                precision=precision,
             ),
-            float(gradient.norm()),
+            grad_norm,
             epsilon,
             failure_probability,
             hessian_lipschitz,
         )
-        search.run(max_hvps, tolerance)
+        search.run(max_hvps, tolerance, progress)
         distance, lowest, bend = search.walk() if search.verdict is Verdict.SADDLE else (None, None, None)
     ritz, rho = search.ritz, search.rho
     return Certificate(
         verdict=search.verdict,
         epsilon=epsilon,
+        epsilon_proposed=given is None,
         loss=curvature.loss,
         grad_norm=search.grad_norm,
-        grad_norm_error=None if sample_of is None else _finite_population(error, curvature.examples, sample_of),
+        grad_norm_error=grad_norm_error,
         lambda_min_upper=search.upper,
         lambda_min_lower=search.lower,
         residual=search.residual,
@@ -133,11 +141,12 @@ class _Search:
     residual: float = field(init=False)
     verdict: Verdict = field(init=False)
 
-    def run(self, max_hvps: int, tolerance: float) -> None:
+    def run(self, max_hvps: int, tolerance: float, progress: Callable[[int], None]) -> None:
         """Do steps until the verdict is settled and v good enough, `max_hvps` are done, or there are no more."""
         measured_at, self.rho = 0, self.given_rho or 0.0
         for k in range(1, max_hvps + 1):
             self.ritz = self.lanczos.step()
+            progress(k)
             self.lower = max(self.lower, self.ritz.lower_bound(self.failure_probability))
             last = k == max_hvps or self.lanczos.exhausted
             if self.given_rho is None and not measured_at:
@@ -226,7 +235,7 @@ def _start(curvature: Curvature, channel: Channel, generator: torch.Generator | 
 
 
 def _check(
-    epsilon: float,
+    epsilon: float | None,
     rho: float | None,
     failure_probability: float,
     max_hvps: int,
@@ -234,7 +243,7 @@ def _check(
     sample_of: int | None,
     memory_limit: int,
 ) -> None:
-    if not 0 < epsilon < math.inf:
+    if epsilon is not None and not 0 < epsilon < math.inf:
         raise ValueError(f"epsilon must be positive and finite, got {epsilon}")
     if rho is not None and not 0 < rho < math.inf:
         raise ValueError(f"hessian_lipschitz must be positive and finite, got {rho}")

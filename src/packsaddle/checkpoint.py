@@ -1,7 +1,8 @@
-"""Checkpoints: every worker saves files of its own, and all go on from the newest step that all of them have."""
+"""Checkpoints: every worker saves what is its own, worker 0 also what is equal on all; and all go on from the newest
+step of which every file is whole."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import packsaddle
 from packsaddle.checkpointfiles import (
     CheckpointError,
     DamagedError,
+    Manifest,
     check_plain,
     ranks_in,
     read_content,
@@ -36,6 +38,7 @@ from packsaddle.parts import (
 )
 from packsaddle.reshard import carried
 from packsaddle.rotation import rotate, set_aside
+from packsaddle.shared import filled, paths_in_common, without
 from packsaddle.together import Together
 
 Contents = dict[int, dict[str, Any]]  # what was read, by the worker that had saved it
@@ -62,36 +65,53 @@ def save_checkpoint(
 ) -> Path:
     """Write this worker's files of a step, to FOLDER/step-STEP/, and remove those of all but the `keep` newest steps.
 
-    Every worker calls it between the same two steps. Nothing travels and nobody is waited for. Workers may have one
-    folder or each its own. `parts` maps names to whatever has a state_dict and a load_state_dict; `extra` is what else
-    the run needs: tensors and plain types. Returns the step's folder.
+    Collective: every worker calls it between the same two steps. Tensors that are equal to worker 0's, by their
+    sha256, are written by worker 0 alone; nothing else travels, and nobody waits for another's writing. Workers may
+    have one folder or each its own. `parts` maps names to whatever has a state_dict and a load_state_dict; `extra` is
+    what else the run needs: tensors and plain types. Returns the step's folder.
 
     Raises CheckpointError if the files cannot be written, with those of earlier steps as they were; if a state is not
-    plain; and if the folder has later steps, which this run cannot have loaded.
+    plain; and if the folder has later steps, which this run cannot have loaded. The latter two on every worker.
     """
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
+    together = Together(group, device_of(parts))
+    content: dict[str, Any] = {"parts": {}, "extra": dict(extra or {})}
+    on_all(together, partial(_gather_states, folder, parts, content, step, keep))
+    common, common_sha256 = paths_in_common(content, together)
+    content = {**without(content, common), "common": common}
+    said = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": packsaddle.__version__}
+    module_shapes = {name: shapes(parts[name].state_dict()) for name in modules(parts)}
+    try:
+        write_files(folder, content, **said, common_sha256=common_sha256, shapes=module_shapes)
+        rotate(folder, keep)
+    except OSError as error:
+        raise _unwritable(folder, step, error) from None
+    return step_folder(folder, step)
+
+
+def _gather_states(folder: Path, parts: Parts, content: dict[str, Any], step: int, keep: int) -> None:
+    """Put the parts' states into the content, if they can be saved there. Raises CheckpointError."""
     if keep < 2:  # while the newest is being saved by others, the one before is all there is
         raise CheckpointError(f"keep must be at least 2 checkpoints, got {keep}")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise CheckpointError(f"step must be an integer of 0 or more, got {step!r}")
-    states = {name: part.state_dict() for name, part in parts.items()}
-    content = {"parts": states, "extra": dict(extra or {})}
-    for name, value in {**states, "extra": content["extra"]}.items():
+    content["parts"] = {name: part.state_dict() for name, part in parts.items()}
+    for name, value in {**content["parts"], "extra": content["extra"]}.items():
         check_plain(value, name)
-    said = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": packsaddle.__version__}
     try:
         later = [s for s in steps_in(folder) if s > step]
-        if later:
-            raise CheckpointError(
-                f"{folder} has a checkpoint of step {later[-1]}, after this one of step {step}: load it, or save "
-                f"to another folder"
-            )
-        write_files(folder, content, **said, shapes={name: shapes(states[name]) for name in modules(parts)})
-        rotate(folder, keep)
     except OSError as error:
-        raise CheckpointError(f"checkpoint {step_folder(folder, step)} cannot be written: {error.strerror}") from None
-    return step_folder(folder, step)
+        raise _unwritable(folder, step, error) from None
+    if later:
+        raise CheckpointError(
+            f"{folder} has a checkpoint of step {later[-1]}, after this one of step {step}: load it, or save to "
+            f"another folder"
+        )
+
+
+def _unwritable(folder: Path, step: int, error: OSError) -> CheckpointError:
+    return CheckpointError(f"checkpoint {step_folder(folder, step)} cannot be written: {error.strerror}")
 
 
 def load_checkpoint(
@@ -139,7 +159,7 @@ class _Restoring:
             workers, problem, unfinished = _whole(there)
             if not problem:
                 holders = _holders(workers, there)
-                contents, problem = self._read(step, holders)
+                contents, problem = self._read(step, holders, [survey.get("0") == workers for survey in there])
                 if not problem:
                     return self._load(step, contents, holders, problems)
             problems[step] = problem
@@ -152,15 +172,28 @@ class _Restoring:
         on_all(self._together, lambda: set_aside(self._folder, -1))
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
-    def _read(self, step: int, holders: list[int]) -> tuple[Contents, str]:
-        """Read the files that this worker is to read; or say, on every worker, what is wrong with them."""
+    def _read(self, step: int, holders: list[int], see_first: list[bool]) -> tuple[Contents, str]:
+        """Read the files that this worker is to read, and put in what they have in common with worker 0's, which
+        travels to workers that do not see it; or say, on every worker, what is wrong with them."""
         contents: Contents = {}
         mine = [i for i, holder in enumerate(holders) if holder == self._rank]
-        outcome = attempt(partial(_read_files, self._folder, step, mine, self._parts, contents))
-        kind, problem = first_problem(self._together.gather(outcome))
+        wanted = [*mine, *([0] if see_first[self._rank] and 0 not in mine else [])]
+        found: dict[int, tuple[Manifest, dict[str, Any]]] = {}
+        problem = self._problem(partial(_read_files, self._folder, step, wanted, self._parts, found))
+        if not problem:
+            first = found[0][1] if 0 in found else None
+            if not all(see_first):
+                sent = self._together.send(first, holders[0])
+                first = sent if first is None else first
+            problem = self._problem(partial(_complete, self._folder, {i: found[i] for i in mine}, first, contents))
+        return contents, problem
+
+    def _problem(self, work: Callable[[], None]) -> str:
+        """Do it, and say on every worker what damage was found. Raises CheckpointError for anything else."""
+        kind, problem = first_problem(self._together.gather(attempt(work)))
         if problem and kind != "DamagedError":
             raise CheckpointError(problem)
-        return contents, problem
+        return problem
 
     def _load(self, step: int, contents: Contents, holders: list[int], problems: Mapping[int, str]) -> Checkpoint:
         workers = len(holders)
@@ -241,13 +274,30 @@ def _holders(workers: int, there: list[dict[str, Any]]) -> list[int]:
     return found
 
 
-def _read_files(folder: Path, step: int, ranks: list[int], parts: Parts, out: Contents) -> None:
+def _read_files(
+    folder: Path, step: int, ranks: list[int], parts: Parts, out: dict[int, tuple[Manifest, dict[str, Any]]]
+) -> None:
     for rank in ranks:
         manifest = read_manifest(folder, step, rank)
         for name in modules(parts):
             if name in manifest.shapes:
                 check_shapes(name, manifest.shapes[name], shapes(parts[name].state_dict()))
         content = read_content(folder, manifest)
-        if content.keys() != {"parts", "extra"}:
+        if content.keys() != {"parts", "extra", "common"}:
             raise DamagedError(f"{step_folder(folder, step)}/worker-{rank}.pt was not made by save_checkpoint")
-        out[rank] = content
+        out[rank] = manifest, content
+
+
+def _complete(folder: Path, found: Mapping[int, tuple[Manifest, dict[str, Any]]], first: Any, out: Contents) -> None:
+    """Put worker 0's tensors into the contents where they are to go. Raises DamagedError if they are not the ones."""
+    for rank, (manifest, content) in found.items():
+        common = content.pop("common")
+        try:
+            out[rank], fingerprint = filled(content, common, first)
+        except (LookupError, TypeError):
+            fingerprint = "none"
+        if fingerprint != manifest.common_sha256:
+            raise DamagedError(
+                f"{step_folder(folder, manifest.step)}/worker-{rank}.pt needs tensors of worker 0 that worker-0.pt "
+                f"does not have: the two are not of the same moment"
+            )

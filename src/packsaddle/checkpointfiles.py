@@ -1,6 +1,6 @@
 """One worker's two files of one step: its tensors, and a manifest by which damage is found before anything is read.
 
-    DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save)
+    DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save), but for those that worker-0.pt has
     DIR/step-00001200/worker-3.json    the manifest: size and sha256 of that file, and its own sha256
 
 The manifest is written last, so where it is whole the other is whole too. Nothing in either is ever executed: the
@@ -21,7 +21,7 @@ from torch import Tensor
 from packsaddle.durable import Hashing, sha256_of, write_whole
 from packsaddle.schema import ConfigError
 
-FORMAT = 1
+FORMAT = 2  # 1, of development versions, had all tensors in every worker's file
 _STEP = re.compile(r"step-(\d{8,18})")
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
@@ -46,6 +46,7 @@ class Manifest:
     workers: int
     bytes: int
     sha256: str
+    common_sha256: str  # of the tensors that the file leaves out, since worker 0's has them; "" if it has all
     shapes: Mapping[str, Mapping[str, str]]  # of each part that is a module: dtype and shape of each tensor, by name
     packsaddle: str
     torch: str
@@ -104,7 +105,7 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
     if found.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has format {found.get('format')}, written by packsaddle {found.get('packsaddle')}; "
-            f"this one reads format {FORMAT}"
+            f"this one reads format {FORMAT}: go on with that version, or begin again in another folder"
         )
     if found.keys() != {f.name for f in fields(Manifest)} or not all(type(found[n]) is int for n in _NUMBERS):
         raise DamagedError(f"{path} is damaged: not a manifest")

@@ -1,6 +1,7 @@
 """The command line: `packsaddle` by itself lists the commands."""
 
 import os
+import select
 import sys
 from typing import Annotated
 
@@ -60,7 +61,43 @@ COMMANDS = Group(
 
 
 def main() -> None:
-    """Entry point of the console script: bad input is one line on stderr and exit code 2."""
+    """Entry point of the console script: bad input is one line on stderr and exit code 2.
+
+    Where nobody reads what it prints any more (`| head`), it ends with code 1 and without a word, as Python's
+    documentation of SIGPIPE has it.
+    """
+    try:
+        try:
+            _obey()
+        finally:
+            sys.stdout.flush()  # else the interpreter does, and complains, when nothing can catch it
+    except BrokenPipeError:
+        if not _silence_unread():  # some other pipe
+            raise
+        sys.exit(1)
+
+
+def _silence_unread() -> bool:
+    """Point standard streams whose reader has gone to nowhere, for what their buffers hold; return whether there are
+    any."""
+    unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream.fileno())]
+    for number in unread:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+    return bool(unread)
+
+
+def _is_unread(number: int) -> bool:
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(number, 0)  # an error is reported unasked: of a pipe's writing end, that no reader is left
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _obey() -> None:
+    """Do what the command line says, and end the process where that fails."""
     if sys.argv[1:] == ["--version"]:
         print(f"packsaddle {packsaddle.__version__}")
         return

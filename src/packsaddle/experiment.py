@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -19,8 +19,9 @@ from packsaddle.data import shard
 from packsaddle.drift import DriftError
 from packsaddle.exchange import Solo, ambient_group, launch, process_group, resolve
 from packsaddle.failure import TerminatedError
+from packsaddle.folderlock import FolderLock, check_free, locked
 from packsaddle.keeping import NEVER, STOPPED, LoadingError
-from packsaddle.resuming import find, first_difference
+from packsaddle.resuming import find, first_difference, state_of
 from packsaddle.runfolder import RunFolder, environment, make_new, written
 from packsaddle.saving import Saving
 from packsaddle.schema import ConfigError, build, plain
@@ -74,25 +75,40 @@ class Job:
                 shard(training.data, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
     def located(self) -> "Job | None":
-        """The job as its folder has it, if it is to be gone on with (`resume`); None if it is done. ConfigError."""
+        """The job as its folder has it, if it is to be gone on with (`resume`); None if it is done. Raises ConfigError,
+        also if it is under way."""
         if not self.resume:
             return self
         config = self.configs[0] if self.configs else None
         found, state = find(self.folders[0], config)
         if state == "done":
             return None
+        check_free(self.folders[0])
         config = replace(found, workers=(config or found).workers)
         return replace(self, configs=(config,), saving=replace(self.saving, resume=state == "begun"))
 
     def make_folders(self) -> None:
         """Make the folders; those to be gone on with may be there. Raises ConfigError."""
         for folder in self.folders:
+            check_free(folder)
             if not (self.resume and folder.is_dir()):
                 make_new(folder)
 
-    def claim(self) -> "Job | None":
-        """`located`, checked and with its folders made, on rank 0; collective. If that fails, every worker stops: rank
-        0 with a ConfigError, the others with exit code 2."""
+    @contextmanager
+    def held(self) -> Iterator[tuple[FolderLock | None, ...]]:
+        """Hold the locks of the folders within. Raises ConfigError if another process is training in one."""
+        with ExitStack() as stack:
+            yield tuple(stack.enter_context(locked(folder)) for folder in self.folders)
+
+    def _check_unchanged(self) -> None:
+        """Raise ConfigError if another process has come and gone since the folder was looked at."""
+        expected = "begun" if self.saving.resume else "new"
+        if self.resume and state_of(self.folders[0]) != expected:
+            raise ConfigError(f"{self.folders[0]} has been trained in by another process meanwhile; try again")
+
+    def claim(self, stack: ExitStack) -> "Job | None":
+        """`located`, checked and with its folders made, and held until the stack is closed, on rank 0; collective. If
+        that fails, every worker stops: rank 0 with a ConfigError, the others with exit code 2."""
         together, problem = Together(resolve(None), torch.device("cpu")), None
         self._check_given(together)
         said: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
@@ -103,6 +119,8 @@ class Job:
                     if job is not None:
                         job.check(together.group.size)
                         job.make_folders()
+                        stack.enter_context(job.held())
+                        job._check_unchanged()
                         said |= {"configs": [plain(c) for c in job.configs], "resume": job.saving.resume}
             except ConfigError as error:
                 problem, said["failed"] = error, True
@@ -155,9 +173,12 @@ class Job:
 
     def run(self, workers: int, how: How) -> bool:
         """Do the runs with `workers` workers; False if told to stop. Raises ConfigError if they cannot be fused and are
-        to be, TerminatedError if the launcher was told to and the workers could not."""
-        if how == "processes" and workers > 1:
-            return self._launch(workers)
+        to be, or another process is at them, TerminatedError if the launcher was told to and the workers could not."""
+        with self.held() as locks:
+            self._check_unchanged()
+            return self._launch(workers, locks) if how == "processes" and workers > 1 else self._run_here(workers, how)
+
+    def _run_here(self, workers: int, how: How) -> bool:
         with hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext():
             if workers == 1:
                 return self.train()
@@ -167,9 +188,9 @@ class Job:
             with ambient_group(FusedGroup(workers)):
                 return self.train()
 
-    def _launch(self, workers: int) -> bool:
+    def _launch(self, workers: int, locks: tuple[FolderLock | None, ...]) -> bool:
         try:
-            outcome = launch(train_in_process_group, (self,), workers)
+            outcome = launch(train_in_process_group, (self, locks), workers)
         except TerminatedError:
             if (self.folders[-1] / STOPPED).is_file():
                 return False
@@ -190,10 +211,13 @@ class Job:
                 )
 
 
-def train_in_process_group(job: Job) -> bool | tuple[str, str]:
+def train_in_process_group(job: Job, locks: tuple[FolderLock | None, ...]) -> bool | tuple[str, str]:
     """`Job.train` in a process that `launch` started; or an error that all workers have met together, and have ended
-    with: its kind and message."""
-    with _in_process_group(job):
+    with: its kind and message. The launcher's locks are held here too, as long as there is training, should it be
+    killed."""
+    with _in_process_group(job), ExitStack() as stack:
+        for lock in filter(None, locks):
+            stack.callback(lock.close)
         try:
             return job.train()
         except tuple(AGREED.values()) as error:
@@ -202,8 +226,8 @@ def train_in_process_group(job: Job) -> bool | tuple[str, str]:
 
 def train_under_launcher(job: Job) -> bool | None:
     """`Job.claim` and `Job.train` in a process that torchrun started; None if the job was done before."""
-    with _in_process_group(job):
-        claimed = job.claim()
+    with _in_process_group(job), ExitStack() as stack:
+        claimed = job.claim(stack)
         return None if claimed is None else claimed.train()
 
 

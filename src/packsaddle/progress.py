@@ -19,6 +19,8 @@ from rich.progress import (
 
 from packsaddle.wording import printable
 
+_BETWEEN_LINES = 10.0  # seconds
+
 
 class Report(Protocol):
     """Called with the step reached and what was measured there."""
@@ -47,6 +49,35 @@ def live(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
                 console.print(f"{label}: {tenths * 10:3d}%  {text}", highlight=False, soft_wrap=True, markup=False)
 
         yield report
+
+
+@contextmanager
+def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
+    """Show on stderr how much is left at most: a bar on a terminal, elsewhere a line now and then, or nothing."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda step, text: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}, left at most"))
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task(escape(label), total=total, text="starting")
+            yield lambda step, text: bar.update(task, completed=step, text=text)
+    else:
+        begin = printed = time.monotonic()
+
+        def report(step: int, text: str) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            if now - printed >= _BETWEEN_LINES and step:
+                printed = now
+                left = (now - begin) / step * (total - step)
+                console.print(f"{label}: {text}, {_left(left)}", highlight=False, soft_wrap=True, markup=False)
+
+        yield report
+
+
+def _left(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} min left" if seconds >= 60 else f"about {seconds:.0f} s left"
 
 
 class StudyProgress:
@@ -98,7 +129,7 @@ class StudyProgress:
         if since <= 0:
             return "time left unknown"
         seconds = (time.monotonic() - self._begin) / since * (self._runs - done)
-        return f"about {seconds / 60:.0f} min left" if seconds >= 60 else f"about {seconds:.0f} s left"
+        return _left(seconds)
 
 
 def megabytes(count: float) -> str:

@@ -5,7 +5,6 @@ momenta, which are linear in each worker's gradients. What an owner of a two-way
 the mean: it goes to the memories.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from packsaddle.checkpointed import Checkpointed
 from packsaddle.checkpointfiles import CheckpointError
 from packsaddle.ddphook import DDPHook
 from packsaddle.flat import dense_strides
+from packsaddle.shared import fingerprint
 from packsaddle.together import Together
 
 Path = tuple[Any, ...]  # keys from the outermost
@@ -102,16 +102,9 @@ def _different(template: Split, mine: Sequence[Split], together: Together) -> li
         i
         for i, path in enumerate(paths)
         for one in mine
-        if path not in one.equal or _digest(one.equal[path]) != _digest(template.equal[path])
+        if path not in one.equal or fingerprint(one.equal[path]) != fingerprint(template.equal[path])
     }
     return [paths[i] for i in sorted({i for found in together.gather(sorted(here)) for i in found})]
-
-
-def _digest(value: Any) -> bytes:
-    if isinstance(value, Tensor):
-        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode() + raw).digest()
-    return repr(value).encode()
 
 
 def _split(part: Any, state: Mapping[str, Any], workers: int) -> Split:

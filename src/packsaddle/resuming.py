@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from packsaddle.config import Config
 from packsaddle.durable import PARTIAL
+from packsaddle.folderlock import LOCK
 from packsaddle.schema import ConfigError, build, plain
 
 State = Literal["new", "begun", "done"]
@@ -34,7 +35,9 @@ def state_of(path: Path) -> State:
     """How far the run in a folder is. Raises ConfigError if there is something else in it."""
     if (path / "config.json").is_file():
         return "done" if (path / "summary.json").is_file() else "begun"
-    others = [p.name for p in path.iterdir() if not p.name.endswith(PARTIAL)] if path.is_dir() else []
+    others = (
+        [p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(PARTIAL)] if path.is_dir() else []
+    )
     if others or (path.exists() and not path.is_dir()):
         raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json), and not empty")
     return "new"

@@ -43,7 +43,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
         if key not in fields:
             hint = nearest(key, fields) or f" ({_takes(cls, list(fields))})"
             raise _about((*where, key), f"unknown key {_dotted((*where, key))}{hint}")
-    values = {key: _convert(hints[key], value, (*where, key)) for key, value in data.items()}
+    values = {key: _value(fields[key], hints[key], value, (*where, key)) for key, value in data.items()}
     for name, f in fields.items():
         required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if required and name not in values:
@@ -55,6 +55,13 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
         raise _about(
             (*where, first) if first in data else where, f"{_dotted(where)}: {error}" if where else str(error)
         ) from error
+
+
+def _value(field: dataclasses.Field[Any], hint: Any, value: Any, where: Place) -> Any:
+    """Convert a key's value; an integer for a share stays one, for the class to refuse: `ratio = 1` may mean k = 1."""
+    if field.metadata.get("share") and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return _convert(hint, value, where)
 
 
 def _about(where: Place, message: str) -> ConfigError:

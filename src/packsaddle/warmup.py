@@ -4,6 +4,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 from packsaddle.compress import Compressor
+from packsaddle.compress.base import check_share
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class RatioRamp:
             raise ValueError(
                 f"compressor of RatioRamp must have a ratio, as RandomK(0.01) has, got {self.compressor!r}"
             )
-        if not ratio <= self.first <= 1:
+        check_share("first of RatioRamp", self.first, "it is a share of the coordinates, and 1% is 0.01")
+        if ratio > self.first:
             raise ValueError(f"first of RatioRamp must be between the ratio {ratio:g} and 1, got {self.first}")
         if self.stop < 1:
             raise ValueError(f"stop of RatioRamp must be at least 1 step, got {self.stop}")

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from json import dumps
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,6 +14,8 @@ from packsaddle.lanczos import check_probability
 from packsaddle.runfolder import RunFolder, make_new, read_runs
 from packsaddle.schema import ConfigError
 from packsaddle.world import under_launcher
+
+_SAMPLE = 512  # training examples, where the command does not say: a minute or so of a small network on a processor
 
 
 def certify(
@@ -25,8 +27,8 @@ def certify(
     failure_probability: float | None = None,
     max_hvps: int | None = None,
     tolerance: float | None = None,
-    examples: int | None = None,
-    batch_size: int = 500,
+    examples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
     double: bool = False,
     distance: float | None = None,
     data_dir: Path | None = None,
@@ -37,11 +39,12 @@ def certify(
 ) -> None:
     """Certify that a run's last point is a saddle, or second-order stationary, or say that it is undecided.
 
-    Prints the certificate; writes it, the escape direction and a picture of the loss along it into a new folder.
-    Under torchrun the world it made is used.
+    Prints the certificate, of a random sample of the training examples unless --examples says other; writes it, the
+    escape direction and a picture of the loss along it into a new folder. Under torchrun the world it made is used.
 
     Examples:
-        packsaddle certify runs/a --epsilon 0.01
+        packsaddle certify runs/a
+        packsaddle certify runs/a --epsilon 0.01 --examples all
         packsaddle certify runs/a --iterates --workers 2 --data-dir MNIST
         packsaddle certify runs/a --checkpoint other.pt --epsilon 0.01 --hessian-lipschitz 0.001 --json
 
@@ -49,15 +52,16 @@ def certify(
         run: The run folder.
         checkpoint: Weights to certify instead of the last: a file, or its name inside the run folder.
         iterates: Certify the iterates that the run drew (certify.iterates in its configuration), and the share.
-        epsilon: The gradient's threshold; the curvature's is -sqrt(rho epsilon). By default the run's certify.epsilon.
+        epsilon: The gradient's threshold; the curvature's is -sqrt(rho epsilon). By default the run's certify.epsilon,
+            else the gradient's norm at the point and twice its standard error: then the curvature decides.
         hessian_lipschitz: rho. By default the run's certify.hessian_lipschitz, else measured along the direction
             found; it decides what counts as a saddle, so state it when you compare points.
         failure_probability: Of the lower bound on the smallest eigenvalue. By default the run's, else 0.001.
         max_hvps: Hessian-vector products at most. By default the run's, else 200.
         tolerance: Go on after a saddle is found until the residual of its direction is so much of its curvature, for a
             better direction; by default the search stops with the verdict.
-        examples: A random sample of so many training examples instead of all.
-        batch_size: Examples read at once.
+        examples: A random sample of so many training examples, or "all"; by default 512, or all if there are fewer.
+        batch_size: Examples read at once; by default 64, and 500 if they are all.
         double: Compute the products in float64.
         distance: How far to each side the picture follows the escape direction.
         data_dir: Folder of the dataset, as the run had it (not needed for digits, nor for Python's own text).
@@ -71,9 +75,7 @@ def certify(
 
     config = read_config(run)
     stated = config.certify
-    if epsilon is None:
-        if stated is None:
-            raise ConfigError("--epsilon is needed: the run's configuration has no [certify] epsilon")
+    if epsilon is None and stated is not None:
         epsilon = stated.epsilon
     if hessian_lipschitz is None and stated is not None:
         hessian_lipschitz = stated.hessian_lipschitz
@@ -95,12 +97,14 @@ def certify(
         failure_probability,
         max_hvps,
         inf if tolerance is None else tolerance,
-        examples,
+        None if examples == "all" else examples,
+        _SAMPLE if examples is None else None,
         batch_size,
         double,
         distance,
         data_dir,
         seed,
+        quiet=json,
     )
     findings = certify_in_process_group(audit) if under_launcher() else audit.execute(workers)
     if is_first():
@@ -182,11 +186,11 @@ def _numbered(folder: Path) -> Path:
 
 
 def _check(
-    epsilon: float,
+    epsilon: float | None,
     rho: float | None,
     probability: float,
     max_hvps: int,
-    batch_size: int,
+    batch_size: int | None,
     workers: int,
     distance: float | None,
     tolerance: float | None,
@@ -200,5 +204,5 @@ def _check(
     except ValueError as error:
         raise ConfigError(f"--{error}".replace("_", "-")) from None
     for option, count in (("max-hvps", max_hvps), ("batch-size", batch_size), ("workers", workers)):
-        if count < 1:
+        if count is not None and count < 1:
             raise ConfigError(f"--{option} must be at least 1, got {count}")

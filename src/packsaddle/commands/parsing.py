@@ -27,7 +27,13 @@ MARKERS = (
     tyro.conf.PositionalMetavarFromFieldName,
 )
 UNSAID = tyro.conf.arg(help_behavior_hint="")  # for a default that the help says in words
-_KINDS = {"INT": "a whole number", "FLOAT": "a number", "PATH": "a path", "STR": "a text"}
+_KINDS = {
+    "INT|{all}": "a whole number or all",
+    "INT": "a whole number",
+    "FLOAT": "a number",
+    "PATH": "a path",
+    "STR": "a text",
+}
 
 
 @dataclass(frozen=True)
@@ -170,7 +176,9 @@ def _choice(event: Any, command: Command) -> str:
 def _refused_value(event: Any, command: Command) -> str:
     if event.argument is None:
         return str(event.message)
-    return f"{_name(event.argument)} must be {_kind(event.argument)}, got {event.message.rpartition(': ')[2]}"
+    found = event.message.rpartition(": ")[2]
+    listed = re.fullmatch(r"\[(.*)\] does not match choices .*", found)  # of a number or a word
+    return f"{_name(event.argument)} must be {_kind(event.argument)}, got {listed[1] if listed else found}"
 
 
 def _kind(argument: Any) -> str:

@@ -1,6 +1,7 @@
 """packsaddle plan."""
 
 import json as json_format
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from packsaddle.compress import (
 from packsaddle.plan import FAMILIES, Plan, balanced_k, best_plan
 from packsaddle.plan import plan as plan_with
 from packsaddle.progress import megabytes
+from packsaddle.reach import MOST_STEPS, Reach, reach
 from packsaddle.schema import ConfigError, nearest
 from packsaddle.stepsneeded import MEASURED, Optimizer
 from packsaddle.table1 import TABLE_1, Order, check_range
@@ -39,6 +41,7 @@ _WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
 }
 _FIXED: Mapping[str, Compressor] = {"identity": Identity(), "sign": Sign(), "qsgd": QSGD(), "lowrank": LowRank()}
 _BEST = {name.lower(): family for name, family in FAMILIES.items()}
+_PACE = 1000  # steps a second, of a fast machine and a small network
 _SECONDS_PER_YEAR = 365.25 * 24 * 3600
 
 
@@ -67,12 +70,13 @@ def plan(
 ) -> None:
     """Plan a run: parameters for an epsilon-second-order stationary point, or (--link) the time of a step.
 
-    With --epsilon: step size, steps, noise, escape check and bytes by the theorems. With --link: which compressor
+    With --epsilon: step size, steps, noise, escape check and bytes by the theorems, or that this is OUT OF REACH, with
+    what would have to change. With --link: which compressor
     makes the shortest step on that link, or that none beats dense training.
 
     Examples:
-        packsaddle plan --d 1000000 --epsilon 0.1
-        packsaddle plan --d 1000000 --epsilon 0.1 --table
+        packsaddle plan --d 1000000 --epsilon 0.2 --lipschitz-gradient 1
+        packsaddle plan --d 1000000 --epsilon 0.2 --table
         packsaddle plan --link 100mbit --model resnet18 --workers 2
         packsaddle plan --link 100mbit --model char-transformer --optimizer adamw
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan --link auto --model resnet18
@@ -125,13 +129,17 @@ def plan(
         constants = Constants.theory(a) if mode == "theory" else PRACTICAL
         plans = [plan_with(a, Identity(), constants=constants, workers=workers)]
         plans += _asked_for(a, constants, workers, compressor.lower(), ratio)
+        reached = reach(a, constants)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if json:
         shown = [{**p.plain(), "balanced_k": _balanced_k(p)} for p in plans]
-        print(_dump({"assumptions": asdict(a), "constants": asdict(constants), "workers": workers, "plans": shown}))
+        document = {"assumptions": asdict(a), "constants": asdict(constants), "workers": workers, "plans": shown}
+        print(_dump({**document, "out_of_reach": reached.out_of_reach, "reach": asdict(reached)}))
     else:
         _show(plans)
+        if reached.out_of_reach:
+            print(_out_of_reach(reached, a))
 
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:
@@ -203,6 +211,36 @@ def _show(plans: list[Plan]) -> None:
     if any(map(_outside, plans)):
         print("* The mean of the workers' compressed messages is outside the proofs; they compress the mean.")
     print(_how_far_to_trust(plans))
+
+
+def _out_of_reach(reached: Reach, a: Assumptions) -> str:
+    """The verdict on a plan that nobody can follow, and what would have to change."""
+    days = MOST_STEPS / _PACE / 86400
+    lines = [
+        f"OUT OF REACH: the fewest steps here are {reached.steps:.1e}, and a plan of more than {MOST_STEPS:.0e} "
+        f"({days:.0f} days at {_PACE:,} a second) is none.",
+    ]
+    if reached.at_twice_epsilon is not None:
+        times = reached.steps / reached.at_twice_epsilon
+        power = math.log2(times)
+        lines += [f"  Steps grow as about epsilon^-{power:.1f} here: twice the epsilon takes 1/{times:.3g} of them."]
+    if reached.epsilon is None:
+        lines += ["  No epsilon that these L and rho allow brings it within reach."]
+    else:
+        lines += [f"  Within reach from about --epsilon {_rounded_up(reached.epsilon):g} on."]
+    if reached.with_lipschitz_gradient is not None:
+        lines += [
+            f"  If every stochastic gradient is Lipschitz (Assumption C: --lipschitz-gradient, here {a.smoothness:g}), "
+            f"{reached.with_lipschitz_gradient:.1e} steps.",
+        ]
+    lines += ["  The theory is cautious: on small problems steps 16 to 256 times as long did as well (docs/plans.md)."]
+    return "\n".join(lines)
+
+
+def _rounded_up(value: float) -> float:
+    """To two significant digits."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(value / unit) * unit
 
 
 def _outside(p: Plan) -> bool:

@@ -7,11 +7,12 @@ import tyro
 from rich.table import Table
 
 from packsaddle.commands.console import dated, print_settings, print_table, require_plots
+from packsaddle.folderlock import check_free, locked
 from packsaddle.runfolder import read_runs
 from packsaddle.schema import ConfigError
 
 if TYPE_CHECKING:
-    from packsaddle.reproduce.study import Data, Scale
+    from packsaddle.reproduce.study import Data, Scale, Study, StudyFolder
 
 
 Figure1 = Literal["fig1", "fig1-norms", "fig1-compressors"]
@@ -68,22 +69,31 @@ def reproduce(
             raise ConfigError(f"--{name.replace('_', '-')} does not apply to table1")
         _table1(scale, out or dated(what), resume, jobs)
         return
-    from packsaddle import figures
-    from packsaddle.aggregate import settings
-    from packsaddle.curves import read_curves
-    from packsaddle.report import write_report
     from packsaddle.reproduce import REPRODUCTIONS
-    from packsaddle.reproduce.results import save_figure, summarise, write_results
     from packsaddle.reproduce.runner import Means, check_study, run_study
     from packsaddle.reproduce.study import StudyFolder
 
     study = REPRODUCTIONS[what].study(scale, data_of(what, data_dir)).changed(set, seeds, only)
     folder = StudyFolder(out or dated(what))
     means = Means(data_dir, download, jobs, processes)
+    check_free(folder.path)
     folder.check(study, resume=resume)
     check_study(folder.missing(study.sub_runs()), means)
     folder.make(study)
-    run_study(study, folder, means)
+    with locked(folder.path):
+        run_study(study, folder, means)
+        _write(study, folder, what, whole=not only)  # without all settings: no figure of the paper, no comparison
+
+
+def _write(study: "Study", folder: "StudyFolder", what: str, *, whole: bool) -> None:
+    """Write and print what the study's runs give."""
+    from packsaddle import figures
+    from packsaddle.aggregate import settings
+    from packsaddle.curves import read_curves
+    from packsaddle.report import write_report
+    from packsaddle.reproduce import REPRODUCTIONS
+    from packsaddle.reproduce.results import save_figure, summarise, write_results
+
     runs = read_runs([folder.run(sub_run) for sub_run in study.sub_runs()])
     found = settings(runs)
     summary = summarise(study, found)
@@ -91,7 +101,6 @@ def reproduce(
     print_settings(summary)
     made = REPRODUCTIONS[what]
     curves = read_curves(folder.path / "curves.csv")
-    whole = not only  # without all settings there is neither the paper's figure nor a comparison
     for line in made.findings(summary, curves) if made.findings and whole else []:
         print(line)
     save_figure(made.draw(curves) if made.draw and whole else figures.draw(found, curves), folder.path)

@@ -9,6 +9,7 @@ Theorem 3.2's faster rate applies.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,20 @@ class Message:
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+
+def check_share(name: str, value: Any, hint: str) -> None:
+    """Raise ValueError unless a value is a share in (0, 1], with a hint at what else an integer may have meant.
+
+    An integer 1 would be all of it, where one coordinate (or 1%) was meant at least as often; so 1.0 says all.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+    if isinstance(value, Integral):
+        everything = "; for all of it pass 1.0" if value == 1 else ""
+        raise ValueError(f"{name} must be in (0, 1] and not an integer, got {value}; {hint}{everything}")
+    if not 0 < float(value) <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value}{f'; {hint}' if float(value) > 1 else ''}")
 
 
 class Compressor(ABC):

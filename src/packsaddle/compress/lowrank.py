@@ -27,7 +27,7 @@ class LowRank(Compressor):
     shapes: tuple[tuple[int, int], ...] = field(default=(), metadata={"internal": True})
 
     def __post_init__(self) -> None:
-        if not isinstance(self.matrix_rank, int) or self.matrix_rank < 1:
+        if not isinstance(self.matrix_rank, int) or isinstance(self.matrix_rank, bool) or self.matrix_rank < 1:
             raise ValueError(f"matrix_rank of LowRank must be a positive integer, got {self.matrix_rank!r}")
 
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "LowRank":

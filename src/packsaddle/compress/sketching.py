@@ -1,13 +1,13 @@
 """Compressors from linear sketches: SketchTopK, which finds TopK's support of a mean, and LinearSketch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from packsaddle.compress.base import Compressor, Message
+from packsaddle.compress.base import Compressor, Message, check_share
 from packsaddle.compress.selection import largest_of_blocks
 from packsaddle.compress.sparse import KOfD
 from packsaddle.hashing import RowHash, estimates_at, median_estimates
@@ -99,15 +99,15 @@ class LinearSketch(Compressor):
     """
 
     fixed_size: ClassVar[bool] = True
-    ratio: float | None = None  # c/d, the counters' share of the coordinates, in (0, 1]
+    ratio: float | None = field(default=None, metadata={"share": True})  # c/d, counters by coordinate, in (0, 1]
     columns: int | None = None  # c, instead of the ratio
     sketch: Literal["count", "gaussian"] = "count"  # gaussian: c d random numbers a step, so for small problems
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.columns is None):
             raise ValueError(f"LinearSketch takes exactly one of ratio and columns, got {self.ratio}, {self.columns}")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio of LinearSketch must be in (0, 1], got {self.ratio}")
+        if self.ratio is not None:
+            check_share("ratio of LinearSketch", self.ratio, "for a number of counters pass columns=, and for 1% 0.01")
         if self.columns is not None and (not isinstance(self.columns, int) or self.columns < 1):
             raise ValueError(f"columns of LinearSketch must be a positive integer, got {self.columns!r}")
         if self.sketch not in ("count", "gaussian"):

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from numbers import Real
 from typing import ClassVar, Self
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from packsaddle.compress import wire
 from packsaddle.compress.apportion import counts_among_largest, shared_out, shares_of_support
-from packsaddle.compress.base import Compressor, Message
+from packsaddle.compress.base import Compressor, Message, check_share
 from packsaddle.compress.cells import Cells
 from packsaddle.compress.selection import holding, largest
 from packsaddle.compress.wire import ValueFormat
@@ -49,19 +48,17 @@ class Identity(Compressor):
 class KOfD(Compressor):
     """What RandomK, TopK and SketchTopK share: k coordinates of d, given as a ratio k/d or as k itself."""
 
-    ratio: float | None = None  # k/d, the share of the coordinates that is sent, in (0, 1]
+    # k/d, the share of the coordinates that is sent, in (0, 1]; no integer, which may be meant as k.
+    ratio: float | None = field(default=None, metadata={"share": True})
     k: int | None = None  # instead of the ratio: how many
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         if (self.ratio is None) == (self.k is None):
             raise ValueError(f"{name} takes exactly one of ratio and k, got ratio={self.ratio}, k={self.k}")
-        if self.ratio is not None and not isinstance(self.ratio, Real):
-            raise ValueError(f"ratio of {name} must be a number in (0, 1], got {self.ratio!r}")
-        if self.ratio is not None and not 0 < self.ratio <= 1:
-            hint = "; for a number of coordinates pass k=, and for 1% 0.01" if self.ratio > 1 else ""
-            raise ValueError(f"ratio of {name} must be in (0, 1], got {self.ratio}{hint}")
-        if self.k is not None and (not isinstance(self.k, int) or self.k < 1):
+        if self.ratio is not None:
+            check_share(f"ratio of {name}", self.ratio, "for a number of coordinates pass k=, and for 1% 0.01")
+        if self.k is not None and (not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1):
             raise ValueError(f"k of {name} must be a positive integer, got {self.k!r}")
 
     def validate(self, d: int) -> None:
@@ -256,12 +253,11 @@ class AdaptiveTopK(_CodedSupport):
     How many coordinates that takes varies from step to step.
     """
 
-    share: float  # c, of ||v||^2 that is sent, in (0, 1]
+    share: float = field(metadata={"share": True})  # c, of ||v||^2 that is sent, in (0, 1]
     values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share of AdaptiveTopK must be in (0, 1], got {self.share}")
+        check_share("share of AdaptiveTopK", self.share, "it is of ||v||^2; a number of coordinates is TopK's k=")
         _check_values(self, self.values)
 
     def mu(self, d: int) -> float:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from packsaddle.experiment import How, Job, can_be_fused
+from packsaddle.folderlock import check_free
 from packsaddle.keeping import LoadingError
 from packsaddle.progress import StudyProgress
 from packsaddle.reproduce.pool import default_jobs, in_parallel
@@ -52,6 +53,7 @@ def check_study(sub_runs: Sequence[SubRun], means: Means) -> None:
 def _do(sub_run: SubRun, folder: StudyFolder, means: Means) -> None:
     """One run, from its last checkpoint if it was cut off, else from its start."""
     path = folder.run(sub_run)
+    check_free(path)  # by what a study that was killed has left, for a moment
     how: How = "processes" if means.processes else "fused" if can_be_fused(sub_run.config) else "serial"
     saving = Saving(resume=folder.is_begun(sub_run), stops=False)
     job = Job((sub_run.config,), (path,), means.data_dir, means.download, quiet=True, saving=saving)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from packsaddle.folderlock import locked
 from packsaddle.plan import plan
 from packsaddle.progress import StudyProgress
 from packsaddle.reproduce import scaling
@@ -29,6 +30,13 @@ def tabulate(scale: Scale, folder: Path, version: str, *, resume: bool, jobs: in
         raise ConfigError(f"output folder {folder} exists already; go on with --resume or choose another --out")
     if not folder.exists():
         make_new(folder)
+    with locked(folder):
+        return _tabulated(wanted, folder, version, scale, jobs)
+
+
+def _tabulated(
+    wanted: Sequence[Job], folder: Path, version: str, scale: Scale, jobs: int | None
+) -> list[dict[str, Any]]:
     lines = _measured(folder / "runs.jsonl")
     done = {Job(**{key: line[key] for key in Job.__dataclass_fields__}) for line in lines}
     lines += _measure([job for job in wanted if job not in done], len(wanted), folder, jobs or default_jobs())
