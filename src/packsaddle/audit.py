@@ -117,6 +117,7 @@ class Audit:
         return Examples(data, mine, local_device(), dtype, self.batch_size)
 
     def _certify(self, task: Task, examples: Examples, population: int) -> Certificate:
+        config = read_config(self.run)
         return certify(
             task,
             task_loss,
@@ -127,6 +128,7 @@ class Audit:
             max_hvps=self.max_hvps,
             tolerance=self.tolerance,
             sample_of=population,
+            lr=config.lr / (1 - config.momentum),
             generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
         )
 
