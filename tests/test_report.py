@@ -9,6 +9,7 @@ import pytest
 
 from packsaddle.aggregate import settings
 from packsaddle.commands.console import print_runs
+from packsaddle.commands.training import remarks
 from packsaddle.curves import curve
 from packsaddle.page import charts_of
 from packsaddle.report import write_report
@@ -153,3 +154,27 @@ def test_a_loss_that_stands_still_is_marked(tmp_path: Path, capsys: pytest.Captu
         assert [r["still_since"] for r in csv.DictReader(file)] == ["", "20"]
     with (tmp_path / "report" / "settings.csv").open() as file:
         assert [r["still"] for r in csv.DictReader(file)] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [
+        ({"r": 0.0, "suggested": 0.003, "walk": 0.0, "times": 0.0}, "and noise.std = 0.003 is suggested"),
+        ({"r": 0.01, "suggested": 0.003, "walk": 10.0, "times": 360.0}, "unless it is the noise that keeps it up"),
+        ({"r": 0.003, "suggested": 0.003, "walk": 3.0, "times": 107.0}, "tells which"),
+        (None, "tells which"),
+    ],
+)
+def test_the_end_of_a_run_tells_of_a_loss_that_stands_still(
+    tmp_path: Path, noise: dict[str, float] | None, expected: str
+) -> None:
+    folder = make_run(tmp_path / "a", "a", [line(0.5 * (i + 1), 0.3 if i < 4 else 0.0867) for i in range(20)])
+    (folder / "summary.json").write_text(json.dumps({"final_loss": 0.0867, "noise": noise}))
+    *first, last = remarks(read_runs([folder])[0])
+    assert last.startswith(
+        "the loss has stood still since step 20 (0.0867): a plateau or a minimum; packsaddle certify "
+    )
+    assert last.endswith(expected) or expected in last
+    assert [said.startswith("noise: noise.std = 0.003 would") for said in first] == [True] * (noise is not None)
+    falling = make_run(tmp_path / "b", "b", LINES)
+    assert remarks(read_runs([falling])[0]) == []

@@ -123,12 +123,12 @@ def run(
             print(f"{folder} is done: nothing to go on with")
         (found,) = read_runs([folder])
         print_runs([found])
-        for remark in _remarks(found):
+        for remark in remarks(found):
             print(remark)
         print(f"run folder: {folder}\na page of it: packsaddle report {folder}")
 
 
-def _remarks(run: Run) -> list[str]:
+def remarks(run: Run) -> list[str]:
     """What a run's end leaves to be said: how much noise would suit it, and that its loss has stood still."""
     from packsaddle.standstill import standstill
 
