@@ -444,3 +444,59 @@ def test_batch_sizes() -> None:
     )
     with pytest.raises(ValueError, match="a batch must be a tensor, or a list, tuple or dict"):
         batch_size("text")
+
+
+class Ridge:
+    """f = -c x_0^2 / 2 + (x_1^2 + x_2^2) / 2: curvature -c at 0."""
+
+    def __init__(self, c: float) -> None:
+        self.c = c
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return -self.c * x[0] ** 2 / 2 + x[1:].square().sum() / 2
+
+
+def test_a_plateau_that_passes_is_told_of() -> None:
+    """Curvature -0.01 at epsilon = 1e-2 is a saddle for rho below 0.01, and passes for 1; eta = 0.5 takes 462 steps."""
+    certificate = certify_point(Ridge(0.01), torch.zeros(3).double(), lr=0.5)
+    assert certificate.verdict == Verdict.SECOND_ORDER_STATIONARY
+    assert certificate.saddle_below_rho == pytest.approx(0.01, rel=1e-9)
+    x, steps = 1.0, 0
+    while x < 10:  # SGD along v
+        x, steps = x * (1 + 0.5 * 0.01), steps + 1
+    assert steps - 1 < certificate.escape_steps <= steps
+    text = str(certificate)
+    assert "not a minimum: v has curvature -1.0e-02" in text
+    assert "at lr 0.5 SGD's distance along v grows tenfold in about 462 steps" in text
+    assert "rests on the estimate" not in text  # rho was given
+    saddle = certify_point(Ridge(0.01), torch.zeros(3).double(), hessian_lipschitz=0.99 * certificate.saddle_below_rho)
+    assert saddle.verdict == Verdict.SADDLE
+    assert saddle.escape_steps is None  # no lr
+
+
+def test_an_estimated_rho_is_said_to_be_one() -> None:
+    """x_0^3 has rho = 6, with which curvature -0.01 passes."""
+
+    def cubic(x: Tensor) -> Tensor:
+        return Ridge(0.01)(x) + x[0] ** 3
+
+    certificate = certify_point(cubic, torch.zeros(3).double(), hessian_lipschitz=None, lr=0.5)
+    assert certificate.hessian_lipschitz == pytest.approx(6.0, rel=1e-6)
+    assert certificate.verdict == Verdict.SECOND_ORDER_STATIONARY
+    assert "it rests on the estimate of rho: below rho = 1.0e-02 this is a saddle; a larger one" in str(certificate)
+    kept = certificate.to_dict()
+    assert (kept["saddle_below_rho"], kept["escape_steps"]) == (certificate.saddle_below_rho, certificate.escape_steps)
+
+
+def test_a_minimum_is_not_called_a_plateau() -> None:
+    certificate = certify_point(Bowl(), torch.zeros(5).double(), hessian_lipschitz=None, lr=0.5)
+    assert certificate.verdict == Verdict.SECOND_ORDER_STATIONARY
+    assert (certificate.saddle_below_rho, certificate.escape_steps) == (None, None)
+    assert "not a minimum" not in str(certificate)
+    assert "it rests on the estimate of rho: a smaller one asks for more" in str(certificate)
+
+
+@pytest.mark.parametrize("lr", [-0.1, math.inf, math.nan])
+def test_a_bad_lr_is_named(lr: float) -> None:
+    with pytest.raises(ValueError, match="lr must be finite and not negative"):
+        certify_point(Bowl(), torch.zeros(5).double(), lr=lr)

@@ -7,7 +7,11 @@ from typing import Any
 
 import pytest
 
+from packsaddle.aggregate import settings
 from packsaddle.commands.console import print_runs
+from packsaddle.commands.training import remarks
+from packsaddle.curves import curve
+from packsaddle.page import charts_of
 from packsaddle.report import write_report
 from packsaddle.runfolder import RunFolder, read_runs
 from packsaddle.schema import ConfigError
@@ -126,3 +130,51 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         folder.write_json("a.json", {"x": object()})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_a_loss_that_stands_still_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the terminal, in the tables and on the charts of loss; runs that fall carry no mark."""
+    levels = [0.3, 0.25, 0.2, 0.15, *[0.1] * 16]
+    falling = make_run(tmp_path / "a", "falls", [line(0.5 * (i + 1), 0.3 * 0.9**i) for i in range(20)])
+    still = make_run(tmp_path / "b", "stands", [line(0.5 * (i + 1), loss) for i, loss in enumerate(levels)])
+    runs = read_runs([falling, still])
+    assert [row(run).still_since for run in runs] == [None, 20]  # the fourth line is of steps 16 to 20
+    print_runs(runs[:1])
+    assert "still since step" not in capsys.readouterr().out
+    print_runs(runs)
+    assert "still since step" in capsys.readouterr().out
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "stands (standing still)" in page
+    assert "falls (standing" not in page
+    ((loss, *others),) = [[c["still"] for c in charts_of(settings(runs), [curve(s) for s in settings(runs)])["charts"]]]
+    assert others == [[]]
+    (bar,) = loss
+    assert (bar["setting"], bar["since"], bar["level"], bar["epoch"], bar["step"]) == (1, 20, 0.1, [2.5, 10], [25, 100])
+    with (tmp_path / "report" / "table.csv").open() as file:
+        assert [r["still_since"] for r in csv.DictReader(file)] == ["", "20"]
+    with (tmp_path / "report" / "settings.csv").open() as file:
+        assert [r["still"] for r in csv.DictReader(file)] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [
+        ({"r": 0.0, "suggested": 0.003, "walk": 0.0, "times": 0.0}, "and noise.std = 0.003 is suggested"),
+        ({"r": 0.01, "suggested": 0.003, "walk": 10.0, "times": 360.0}, "unless it is the noise that keeps it up"),
+        ({"r": 0.003, "suggested": 0.003, "walk": 3.0, "times": 107.0}, "tells which"),
+        (None, "tells which"),
+    ],
+)
+def test_the_end_of_a_run_tells_of_a_loss_that_stands_still(
+    tmp_path: Path, noise: dict[str, float] | None, expected: str
+) -> None:
+    folder = make_run(tmp_path / "a", "a", [line(0.5 * (i + 1), 0.3 if i < 4 else 0.0867) for i in range(20)])
+    (folder / "summary.json").write_text(json.dumps({"final_loss": 0.0867, "noise": noise}))
+    *first, last = remarks(read_runs([folder])[0])
+    assert last.startswith(
+        "the loss has stood still since step 20 (0.0867): a plateau or a minimum; packsaddle certify "
+    )
+    assert last.endswith(expected) or expected in last
+    assert [said.startswith("noise: noise.std = 0.003 would") for said in first] == [True] * (noise is not None)
+    falling = make_run(tmp_path / "b", "b", LINES)
+    assert remarks(read_runs([falling])[0]) == []

@@ -21,12 +21,14 @@ from packsaddle.ddp import attach, register_ddp_hook
 from packsaddle.drift import Drift, DriftError
 from packsaddle.escape import Escape, Reset
 from packsaddle.fsdp import register_fsdp_hook
+from packsaddle.gradientnoise import GradientNoise, gradient_noise
 from packsaddle.ledger import Bytes, Ledger, Span
 from packsaddle.noise import Ramp
 from packsaddle.optimizer import CompressedSGD
 from packsaddle.simulate import simulate
 from packsaddle.sketch import NormSketch
 from packsaddle.skips import NonFiniteError, Skip
+from packsaddle.walk import suggest_noise
 from packsaddle.warmup import RatioRamp
 
 __version__ = "0.1.0"
@@ -43,6 +45,7 @@ __all__ = [
     "Drift",
     "DriftError",
     "Escape",
+    "GradientNoise",
     "Identity",
     "Ledger",
     "LinearSketch",
@@ -62,9 +65,11 @@ __all__ = [
     "Verdict",
     "attach",
     "certify",
+    "gradient_noise",
     "load_checkpoint",
     "register_ddp_hook",
     "register_fsdp_hook",
     "save_checkpoint",
     "simulate",
+    "suggest_noise",
 ]

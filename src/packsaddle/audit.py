@@ -134,6 +134,7 @@ class Audit:
         return Examples(data, mine, local_device(), dtype, batch_size)
 
     def _certify(self, task: Task, examples: Examples, population: int, progress: Callable[[int], None]) -> Certificate:
+        config = read_config(self.run)
         return certify(
             task,
             task_loss,
@@ -144,6 +145,7 @@ class Audit:
             max_hvps=self.max_hvps,
             tolerance=self.tolerance,
             sample_of=population,
+            lr=config.lr / (1 - config.momentum),
             generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
             progress=progress,
         )

@@ -74,12 +74,27 @@ class Certificate:
     hvps: int
     bytes_sent: int  # by this worker
     seconds: float
+    lr: float | None = None  # of SGD that may go on from here, for `escape_steps`
 
     @property
     def smallest_epsilon(self) -> float:
         """The smallest epsilon for which this point would be certified with this rho."""
         below = max(0.0, -self.lambda_min_lower)
         return max(self.grad_norm, below * below / self.hessian_lipschitz)
+
+    @property
+    def saddle_below_rho(self) -> float | None:
+        """With a rho below this the point would be a saddle: lambda_min_upper^2 / epsilon; None if no negative
+        curvature was found."""
+        return self.lambda_min_upper**2 / self.epsilon if self.lambda_min_upper < 0 else None
+
+    @property
+    def escape_steps(self) -> float | None:
+        """The steps of size `lr` in which SGD's distance from here along v grows tenfold, ln(10) / ln(1 + lr |lambda|)
+        for lambda = lambda_min_upper; None without `lr`, or if no negative curvature was found."""
+        if self.lr is None or not self.lr > 0 or not self.lambda_min_upper < 0:
+            return None
+        return math.log(10) / math.log1p(-self.lr * self.lambda_min_upper)
 
     @property
     def whose(self) -> str:
@@ -100,6 +115,7 @@ class Certificate:
         """Return everything but the escape direction as plain types, for JSON, which has no infinity: None."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "escape_direction"}
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "whose": self.whose}
+        values |= {"saddle_below_rho": self.saddle_below_rho, "escape_steps": self.escape_steps}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
     def __str__(self) -> str:
@@ -122,4 +138,29 @@ class Certificate:
         elif self.verdict is Verdict.UNDECIDED:
             gap = self.lambda_min_upper - self.lambda_min_lower
             lines.insert(4, f"  more products may settle it: the bounds are {gap:.1e} apart")
+        elif self.verdict is Verdict.SECOND_ORDER_STATIONARY:
+            lines[4:4] = self._caveats()
         return "\n".join(lines)
+
+    def _caveats(self) -> list[str]:
+        """What second-order stationarity leaves open: Definition 2.4 asks for little where rho is large."""
+        lines = []
+        below = self.saddle_below_rho
+        if self.hessian_lipschitz_estimated:
+            other = "a smaller one asks for more" if below is None else f"below rho = {below:.1e} this is a saddle"
+            lines.append(
+                f"  it rests on the estimate of rho: {other}; a larger one lowers the threshold, and allows more "
+                f"negative curvature"
+            )
+        if below is None:
+            return lines
+        pace = (
+            ""
+            if self.escape_steps is None
+            else (f"; at lr {self.lr:.3g} SGD's distance along v grows tenfold in about {self.escape_steps:,.0f} steps")
+        )
+        lines.append(
+            f"  not a minimum: v has curvature {self.lambda_min_upper:.1e}, which the threshold allows, as on a "
+            f"plateau{pace}"
+        )
+        return lines

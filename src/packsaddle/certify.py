@@ -34,6 +34,7 @@ def certify(
     max_hvps: int = 200,
     tolerance: float = math.inf,
     sample_of: int | None = None,
+    lr: float | None = None,
     memory_limit: int = 4 * 2**30,
     generator: torch.Generator | None = None,
     process_group: Any = None,
@@ -54,6 +55,7 @@ def certify(
             for a better escape direction; by default the search stops with the verdict.
         sample_of: how many examples the batches of all workers were drawn from; if those are more, the gradient
             norm then comes with its standard error, from how batches differ.
+        lr: the step size of SGD that may go on from here, for `Certificate.escape_steps`; over 1 - momentum.
         memory_limit: bytes of Lanczos vectors kept, of 8 d bytes each. Beyond, vectors are not kept, so that the
             bounds need a few more products, and the escape direction a second pass over those left out.
         generator: of the start, which is rank 0's; fresh for every certificate. None takes a seed from the operating
@@ -65,6 +67,8 @@ def certify(
     """
     begin = time.perf_counter()
     _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, tolerance, sample_of, memory_limit)
+    if lr is not None and not 0 <= lr < math.inf:
+        raise ValueError(f"lr must be finite and not negative, got {lr}")
     channel = Channel(resolve(process_group), Ledger())
     with rank_0_buffers(model, channel):
         curvature = Curvature(model, loss_fn, batches, channel)
@@ -120,6 +124,7 @@ def certify(
         hvps=curvature.products,
         bytes_sent=channel.ledger.total.sent,
         seconds=time.perf_counter() - begin,
+        lr=lr,
     )
 
 

@@ -91,7 +91,7 @@ class ModelConfig:
 class NoiseConfig:
     """r, the standard deviation of each coordinate of xi_t, and when it is lowered to zero."""
 
-    std: float = 0.0  # r; 0: no noise
+    std: float = 0.0  # r; 0: no noise. packsaddle run says at its end which r would suit, and warns of too much
     lower_from: float | None = None  # in epochs: from here r falls linearly ...; by default never
     lower_until: float | None = None  # ... to zero here, in epochs; by default at the end of the run
 

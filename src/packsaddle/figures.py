@@ -8,7 +8,7 @@ from typing import Any
 from packsaddle.aggregate import Setting
 from packsaddle.curves import Curve
 from packsaddle.data import require
-from packsaddle.marks import Point, plateaus, points, smallest_threshold
+from packsaddle.marks import Point, plateaus, points, smallest_threshold, stills
 
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -62,6 +62,7 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
         for level in plateaus(settings):
             for axis in axes[0]:
                 axis.axhline(level, color="grey", linewidth=1, linestyle=":")
+        _draw_stills(axes[0], settings)
         if certified:
             _draw_bounds(axes[-1], settings)
         axes[-1][0].set_xlabel("epochs")
@@ -81,6 +82,15 @@ def _draw_quantity(row: Any, curves: Sequence[Curve], quantity: str) -> None:
             axes.fill_between(x, low, high, color=line_style(i)["color"], alpha=0.2, linewidth=0)
     if quantity == "grad_norm" and any(_positive(c.columns["grad_norm_mean"]) for c in curves):
         row[0].set_yscale("log")
+
+
+def _draw_stills(row: Any, settings: Sequence[Setting]) -> None:
+    """A broad, pale bar where a run's loss stood still, at its level there."""
+    for axes, along in zip(row, ("epoch", "megabytes"), strict=True):
+        for i, setting in enumerate(settings):
+            for still in stills(setting):
+                style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 7, "alpha": 0.3, "solid_capstyle": "butt"}
+                axes.plot(still.x[along], [still.found.level] * 2, **style)
 
 
 def _positive(*columns: Sequence[float]) -> bool:

@@ -53,6 +53,7 @@ class Inspector:
     ) -> None:
         """`shards` has the shard of each worker that this process stands for (see `FusedGroup`)."""
         self._rule: CertifyConfig | None = config.certify
+        self._lr = config.lr / (1 - config.momentum)
         self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
         self._device = next(task.parameters()).device
         self.seconds = 0.0  # spent here
@@ -96,6 +97,7 @@ class Inspector:
                 failure_probability=rule.failure_probability,
                 max_hvps=rule.max_hvps,
                 sample_of=self._population,
+                lr=self._lr,
                 generator=generator(self._seed, step, Stream.CERTIFY, device=self._device),
                 process_group=Solo() if isinstance(resolve(None), FusedGroup) else None,
             )

@@ -1,4 +1,5 @@
-"""What charts of settings mark beside their curves: certificates where they lie, and the levels of plateaus."""
+"""What charts of settings mark beside their curves: certificates where they lie, the levels of plateaus, and where
+losses stood still."""
 
 import math
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from typing import Any
 from packsaddle.aggregate import Setting, position
 from packsaddle.curves import AXES
 from packsaddle.runfolder import Run
+from packsaddle.standstill import Standstill, standstill
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,25 @@ def _place(run: Run, certificate: dict[str, Any]) -> dict[str, float]:
     line = next((m for m in reversed(run.metrics) if m["step"] <= certificate["step"]), run.metrics[0])
     exact = {axis: float(certificate[axis]) for axis in ("step", "epoch")}
     return {axis: exact[axis] if axis in exact else position(line, axis) for axis in AXES}
+
+
+@dataclass(frozen=True)
+class Still:
+    """The part of a run in which its loss stood still: from its first line to its last along every axis."""
+
+    run: Run
+    x: dict[str, tuple[float, float]]
+    found: Standstill
+
+
+def stills(setting: Setting) -> list[Still]:
+    """Return where the losses of a setting's runs stood still up to their ends."""
+    marked = []
+    for run in setting.runs:
+        if (found := standstill(run.metrics)) is not None:
+            first, last = run.metrics[-found.lines], run.metrics[-1]
+            marked.append(Still(run, {axis: (position(first, axis), position(last, axis)) for axis in AXES}, found))
+    return marked
 
 
 def plateaus(settings: Sequence[Setting]) -> list[float]:

@@ -45,6 +45,14 @@ class Ramp:
             return self.final
         return self.std + (self.final - self.std) * (step - self.start) / (self.stop - self.start)
 
+    def squares(self, steps: int) -> float:
+        """Return the sum of r^2 over steps 0 ... steps - 1."""
+        before, width = min(self.start, steps), self.stop - self.start
+        n = min(self.stop, steps) - before  # steps on which it falls; of k = 0 ... n - 1
+        fall = (self.final - self.std) / max(1, width)
+        falling = n * self.std**2 + self.std * fall * n * (n - 1) + fall**2 * (n - 1) * n * (2 * n - 1) / 6
+        return before * self.std**2 + falling + (steps - before - n) * self.final**2
+
 
 class Rescheduled:
     """A schedule that may be replaced by another on the way: where the steps of an epoch change, say."""

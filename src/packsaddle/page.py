@@ -14,7 +14,7 @@ from packsaddle.aggregate import Setting
 from packsaddle.curves import AXES, QUANTITIES, Curve
 from packsaddle.data import require
 from packsaddle.figures import COLOURS, line_style
-from packsaddle.marks import Point, plateaus, points, smallest_threshold
+from packsaddle.marks import Point, Still, plateaus, points, smallest_threshold, stills
 from packsaddle.wording import printable
 
 # Axis x of every chart: its name, and whether it is logarithmic, as compressed and dense runs are far apart in bytes.
@@ -64,7 +64,8 @@ def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str,
         lines = [line for i, c in enumerate(curves) if (line := _line(i, c, quantity))["step"]]
         if lines:
             levels = plateaus(settings) if quantity == "loss" else []
-            charts.append({"id": quantity, **_CHARTS[quantity], "levels": levels, "lines": lines})
+            still = [_bar(i, s) for i, setting in enumerate(settings) for s in stills(setting) if quantity == "loss"]
+            charts.append({"id": quantity, **_CHARTS[quantity], "levels": levels, "lines": lines, "still": still})
     certified = [_mark(i, point) for i, setting in enumerate(settings) for point in points(setting)]
     if certified:
         title = "Bounds on the smallest eigenvalue of the Hessian"
@@ -101,6 +102,13 @@ def _mark(i: int, point: Point) -> dict[str, Any]:
     }
     identity = {"setting": i, "seed": point.run.config.get("seed", 0), "verdict": c["verdict"]}
     return {**identity, **{name: _short(value) for name, value in numbers.items()}}
+
+
+def _bar(i: int, still: Still) -> dict[str, Any]:
+    """Where a run's loss stood still: both ends along every axis, since which step, and at which level."""
+    ends = {axis: [_short(x) for x in pair] for axis, pair in still.x.items()}
+    identity = {"setting": i, "seed": still.run.config.get("seed", 0), "since": still.found.since}
+    return {**identity, **ends, "level": _short(still.found.level)}
 
 
 def _short(value: float | None) -> float | None:

@@ -18,6 +18,7 @@ from packsaddle.inspection import Inspector
 from packsaddle.ledger import Ledger
 from packsaddle.models import Task, make_task
 from packsaddle.noise import Ramp, Rescheduled
+from packsaddle.noisecheck import NoiseCheck
 from packsaddle.norms import connect
 from packsaddle.optimizer import CompressedSGD
 from packsaddle.schema import ConfigError
@@ -55,6 +56,7 @@ class Prepared:
         calendar = self.calendar
         self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
         self.footing = Footing(config, self.task, self.optimizer, self.data, self.shards)
+        self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
         self.tally = Tally()
 
@@ -101,6 +103,11 @@ class Prepared:
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def _noisy_steps(self) -> float:
+        """The sum of (r_t / r)^2 over the run: its steps, less where r falls."""
+        std = self.config.noise.std
+        return self._ramp.squares(self.calendar.steps) / std**2 if self._ramp and std else float(self.calendar.steps)
 
     def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return self.data.batch(index, self.device, self.dtype)

@@ -36,6 +36,17 @@ function lineTraces(chart, line) {
   return line.low ? [bandTrace(line, colour), mean] : [mean];
 }
 
+// Where the loss of a run stood still up to its end: a broad, pale bar at its level.
+function stillTrace(still) {
+  const { name } = settings[still.setting];
+  const text = `<b>${name}</b>, seed ${still.seed}<br>the loss has stood still since step ${still.since}<br>`
+    + `${number(still.level)}: a plateau or a minimum`;
+  return {
+    x: still[state.x], y: [still.level, still.level], text: [text, text], hovertemplate: "%{text}<extra></extra>",
+    mode: "lines", line: { color: colourOf(still.setting), width: 9 }, opacity: 0.3, showlegend: false,
+  };
+}
+
 function bandTrace(line, colour) {
   const known = line.mean.map((_, k) => k).filter((k) => line.low[k] !== null && line.high[k] !== null);
   const back = [...known].reverse();
@@ -87,7 +98,10 @@ function curvatureAxis(chart) {
 }
 
 function traces(chart) {
-  if (chart.lines) return shown(chart.lines).flatMap((line) => lineTraces(chart, line));
+  if (chart.lines) {
+    const stood = shown(chart.still).map(stillTrace);
+    return [...stood, ...shown(chart.lines).flatMap((line) => lineTraces(chart, line))];
+  }
   const found = new Map();
   for (const p of shown(chart.points)) found.set(p.setting, [...(found.get(p.setting) ?? []), p]);
   return [...found].flatMap(([setting, points]) => pointTraces(chart, setting, points));

@@ -45,7 +45,7 @@ def _write_runs(rows: Sequence[Row], path: Path) -> None:
 def _write_settings(settings: Sequence[Setting], path: Path) -> None:
     """A line per setting; of an estimate its mean and the ends of its interval."""
     rows = [setting_row(setting) for setting in settings]
-    estimated = {f.name for f in fields(SettingRow)} - {"setting", "seeds", "unfinished", "on_plateau"}
+    estimated = {f.name for f in fields(SettingRow)} - {"setting", "seeds", "unfinished", "on_plateau", "still"}
     names = [f.name for f in fields(SettingRow)]
     headings = [h for n in names for h in ((n, f"{n}_low", f"{n}_high") if n in estimated else (n,))]
     cells = [[c for n in names for c in (_ends(getattr(r, n)) if n in estimated else [getattr(r, n)])] for r in rows]

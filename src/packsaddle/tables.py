@@ -7,6 +7,7 @@ from typing import Any
 
 from packsaddle.aggregate import Estimate, Setting, estimate
 from packsaddle.runfolder import Run
+from packsaddle.standstill import standstill
 
 PLATEAU_TOLERANCE = 0.05
 
@@ -21,6 +22,7 @@ class Row:
     test_accuracy: float | None
     plateau_epochs: float | None  # epochs spent on the plateau
     left_plateau: bool | None
+    still_since: int | None  # the step since which the loss has stood still, up to the end (see `standstill`)
     megabytes: float  # sent per worker (with one worker: of its messages)
     compression: float | None  # bytes of uncompressed SGD's gradients over bytes of this run's messages
     seconds: float
@@ -34,6 +36,7 @@ class SettingRow:
     seeds: int
     unfinished: int  # how many of them have not finished
     on_plateau: int  # how many were still on the plateau at the end
+    still: int  # of how many the loss stood still at the end
     final_loss: Estimate | None
     test_loss: Estimate | None
     test_accuracy: Estimate | None
@@ -48,6 +51,7 @@ def row(run: Run) -> Row:
     last = run.metrics[-1] if run.metrics else {}
     summary = run.summary or {}
     spent, left = plateau(run.metrics, run.config.get("plateau"))
+    still = standstill(run.metrics)
     return Row(
         run=run.label + ("" if run.summary else " (unfinished)"),
         final_loss=summary.get("final_loss", last.get("loss")),
@@ -55,6 +59,7 @@ def row(run: Run) -> Row:
         test_accuracy=summary.get("test_accuracy", _latest(run, "test_accuracy")),
         plateau_epochs=spent,
         left_plateau=left,
+        still_since=None if still is None else still.since,
         megabytes=(last.get("sent") or last.get("payload") or 0) / 1e6,
         compression=summary.get("compression"),
         seconds=last.get("seconds", 0.0),
@@ -79,6 +84,7 @@ def setting_row(setting: Setting) -> SettingRow:
         seeds=len(rows),
         unfinished=sum(run.summary is None for run in setting.runs),
         on_plateau=sum(r.left_plateau is False for r in rows),
+        still=sum(r.still_since is not None for r in rows),
         **{quantity: over(quantity) for quantity in ESTIMATED},
     )
 
@@ -105,12 +111,13 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "test_loss": ("test loss", "{:.4f}".format),
     "test_accuracy": ("test accuracy", "{:.2%}".format),
     "plateau_epochs": ("epochs on plateau", "{:.1f}".format),
+    "still_since": ("still since step", "{:,}".format),
     "megabytes": ("MB per worker", "{:,.1f}".format),
     "compression": ("compression", "{:,.1f}x".format),
     "seconds": ("seconds", "{:.1f}".format),
 }
-ESTIMATED = tuple(_COLUMNS)
-_OPTIONAL = {"test_accuracy"}  # not every task has it: a column without a number is left out
+ESTIMATED = tuple(name for name in _COLUMNS if name != "still_since")
+_OPTIONAL = {"test_accuracy", "still_since"}  # not every run has them: a column without a number is left out
 
 
 @dataclass(frozen=True)
@@ -152,13 +159,14 @@ def _seed(run: Run) -> str:
 
 
 def _shown(rows: Sequence[Row | SettingRow]) -> list[str]:
-    return [n for n in _COLUMNS if n not in _OPTIONAL or any(getattr(r, n) is not None for r in rows)]
+    return [n for n in _COLUMNS if n not in _OPTIONAL or any(getattr(r, n, None) is not None for r in rows)]
 
 
 def _progress(r: SettingRow) -> str:
-    if not r.unfinished:
-        return ""
-    return " (unfinished)" if r.unfinished == r.seeds else f" ({r.unfinished} of {r.seeds} unfinished)"
+    """What of a setting's seeds is to be said beside its name."""
+    counts = {"unfinished": r.unfinished, "standing still": r.still}
+    said = [what if n == r.seeds else f"{n} of {r.seeds} {what}" for what, n in counts.items() if n]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _cell(name: str, value: float | None, r: Row) -> str:

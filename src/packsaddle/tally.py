@@ -25,6 +25,7 @@ class Tally:
     left_out_last: int = 0  # of the last epoch
     tested: float = 0.0  # of them spent on tests along the run
     saved: float = 0.0  # and on checkpoints
+    noise: dict[str, Any] | None = None  # the last look at it (see `noisecheck`)
 
     def add(self, measured: Tensor, *, taken: bool, last: bool) -> None:
         """Count a step's loss and gradient norm, float64[2], if it was taken; `last` if it is of the last epoch."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from packsaddle.keeping import CHECKPOINTS, NEVER, Kept
 from packsaddle.ledger import Bytes
+from packsaddle.noisecheck import warning
 from packsaddle.norms import average_buffers
 from packsaddle.preparation import EVAL_BATCH
 from packsaddle.progress import live, megabytes
@@ -43,6 +44,7 @@ class Training(Kept):
             for step in range(first, steps):
                 self.inspector.look(step, folder)
                 self._look_ahead(step, quiet=quiet)
+                self._look_at_noise(step, quiet=quiet)
                 skipped = self.optimizer.skipped
                 try:
                     measured = self._step(step, wishes.scalars(step))
@@ -65,6 +67,7 @@ class Training(Kept):
                         self._say_stopped(folder, saving, quiet=quiet)
                         return False
             self.inspector.look(steps, folder)
+            self._look_at_noise(steps, quiet=quiet)
         self._finish(folder, tally)
         return True
 
@@ -85,12 +88,25 @@ class Training(Kept):
     def _look_ahead(self, step: int, *, quiet: bool) -> None:
         """Warn if the steps to come are past stability."""
         if self.group.rank == 0 and self.footing.due(step, self.calendar):
-            before, warning = time.perf_counter(), self.footing.warning(step)
+            before, said = time.perf_counter(), self.footing.warning(step)
             self.inspector.seconds += time.perf_counter() - before
-            if warning and warning not in self.warnings:
-                self.warnings.append(warning)
-                if not quiet:
-                    print(f"warning: {warning}", file=sys.stderr, flush=True)
+            if said and said not in self.warnings:
+                self._warn(said, quiet=quiet)
+
+    def _look_at_noise(self, step: int, *, quiet: bool) -> None:
+        """Measure the mini-batches' noise; warn at the start if the artificial noise is set to carry x too far."""
+        if self.group.rank == 0 and self.noise_check.due(step, self.calendar.steps, self.calendar.per_epoch):
+            before = time.perf_counter()
+            found = self.noise_check.look(step, self.batches[0], self._noisy_steps())
+            self.tally.noise = found
+            self.inspector.seconds += time.perf_counter() - before
+            if step == 0 and (said := warning(found)):
+                self._warn(said, quiet=quiet)
+
+    def _warn(self, text: str, *, quiet: bool) -> None:
+        self.warnings.append(text)
+        if not quiet:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _step(self, step: int, scalars: Tensor | None) -> Tensor:
         """One step of the algorithm, `scalars` exchanged with it; returns this worker's loss and gradient norm,
@@ -170,6 +186,7 @@ class Training(Kept):
                 "resets": [asdict(r) for r in opt.resets],
                 "skipped": opt.skipped,
                 "drifts": [asdict(d) for d in opt.drifts],
+                "noise": self.tally.noise,
                 "warnings": self.warnings,
             },
         )

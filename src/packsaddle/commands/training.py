@@ -12,9 +12,10 @@ import tyro
 
 from packsaddle.commands.console import dated, is_first, print_runs, require_plots
 from packsaddle.config import Config, load
-from packsaddle.runfolder import make_new, read_runs
+from packsaddle.runfolder import Run, make_new, read_runs
 from packsaddle.schema import ConfigError
 from packsaddle.trackers import TrackerName
+from packsaddle.walk import FAR, GOOD
 from packsaddle.world import check_interface, under_launcher
 
 if TYPE_CHECKING:
@@ -120,8 +121,34 @@ def run(
     if is_first() and done is not False:
         if done is None:
             print(f"{folder} is done: nothing to go on with")
-        print_runs(read_runs([folder]))
+        (found,) = read_runs([folder])
+        print_runs([found])
+        for remark in remarks(found):
+            print(remark)
         print(f"run folder: {folder}\na page of it: packsaddle report {folder}")
+
+
+def remarks(run: Run) -> list[str]:
+    """What a run's end leaves to be said: how much noise would suit it, and that its loss has stood still."""
+    from packsaddle.standstill import standstill
+
+    noise, still, said = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
+    suggested = noise.get("suggested")
+    if suggested is not None:
+        times = noise.get("times")
+        own = f"; it was {noise['r']:g}, {times:,.3g} times the gradient's own noise" if times and noise["r"] else ""
+        said.append(f"noise: noise.std = {suggested:.1g} would carry x {GOOD:g} times ||x_0|| over this run{own}")
+    if still is not None:
+        remedy = ""
+        if suggested is not None and noise["r"] < suggested / 2:
+            remedy = f", and noise.std = {suggested:.1g} is suggested against a plateau"
+        elif noise.get("walk") is not None and noise["walk"] > FAR:
+            remedy = ", unless it is the noise that keeps it up: lower noise.std"
+        said.append(
+            f"the loss has stood still since step {still.since:,} ({still.level:.4f}): a plateau or a minimum; "
+            f"packsaddle certify {run.path} --epsilon E tells which{remedy}"
+        )
+    return said
 
 
 def _configured(
