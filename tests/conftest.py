@@ -30,4 +30,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def gloo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """gloo(fn, workers, *args) runs fn(*args) in that many gloo processes and returns the results by rank."""
-    return lambda fn, workers, *args: run_in_processes(fn, workers, tmp_path_factory.mktemp("gloo"), *args)
+
+    def run(fn: Callable[..., Any], workers: int, *args: Any, fresh: bool = False) -> list[Any]:
+        return run_in_processes(fn, workers, tmp_path_factory.mktemp("gloo"), *args, fresh=fresh)
+
+    return run
