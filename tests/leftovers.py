@@ -75,9 +75,15 @@ class State:
         now, found = _names(), []
         for where, before in self._names.items():
             after = now.get(where, {})
-            changed = {name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)}
-            found += [f"{where}.{name}" for name in changed if not isinstance(after.get(name), ModuleType)]
+            found += [f"{where}.{name}" for name in before.keys() | after.keys() if _changed(before, after, name)]
         return found
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
+    """Tell a patch from a module that was imported, and from torch's timer around an optimizer's step."""
+    was, now = before.get(name), after.get(name)
+    timed = getattr(now, "hooked", False) and getattr(now, "__wrapped__", None) is was
+    return now is not was and not isinstance(now, ModuleType) and not timed
 
 
 def _names() -> dict[str, dict[str, Any]]:

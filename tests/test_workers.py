@@ -126,6 +126,17 @@ def test_a_call_finds_nothing_of_the_one_before(gloo: Gloo) -> None:
     assert pids(gloo, 2) == spoilt
 
 
+def make_optimizer() -> int:
+    """Have torch put its timer around the class's step, as it does for the first of them."""
+    packsaddle.CompressedSGD([torch.zeros(2, requires_grad=True)], 0.1)
+    return os.getpid()
+
+
+def test_an_optimizer_is_nothing_to_end_workers_for(gloo: Gloo) -> None:
+    before = gloo(make_optimizer, 2)
+    assert pids(gloo, 2) == before
+
+
 def stay() -> int:
     threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
     return os.getpid()
