@@ -16,6 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+_settled: list[Any] = []  # caches that the collector does not list any more
+
 
 class State:
     """The global state of a process at one time, to go back to."""
@@ -59,9 +61,8 @@ class State:
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
         if "torch.distributed.tensor" in sys.modules:
-            for cache in (x for x in gc.get_objects() if type(x) is _lru_cache_wrapper):  # isinstance asks proxies
-                if str(getattr(cache, "__module__", "")).startswith("torch.distributed"):
-                    cache.cache_clear()
+            for cache in [*_settled, *_caches()]:
+                cache.cache_clear()
             if hasattr(torch._C, "_clear_DTensor_sharding_propagator_cache"):
                 torch._C._clear_DTensor_sharding_propagator_cache()
 
@@ -98,6 +99,18 @@ def _names() -> dict[str, dict[str, Any]]:
                 plain = {k: v for k, v in vars(value).items() if not k.startswith("__")}
                 found[f"{module_name}.{value.__qualname__}"] = plain
     return found
+
+
+def _caches() -> list[Any]:
+    """torch.distributed's caches of functions, of which some hold meshes."""
+    found = [x for x in gc.get_objects() if type(x) is _lru_cache_wrapper]  # isinstance would ask proxies
+    return [x for x in found if str(getattr(x, "__module__", "")).startswith("torch.distributed")]
+
+
+def settle() -> None:
+    """Keep what there is from the collector, which would go through all of torch's modules after every call."""
+    _settled.extend(_caches())
+    gc.freeze()
 
 
 def forget_tests(kept: set[str]) -> None:

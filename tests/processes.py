@@ -15,22 +15,26 @@ import pytest
 STARTERS = {"subprocess", "Popen", "multiprocessing", "run_in_processes", "launch"}
 # What makes network namespaces, or looks at which of them there are.
 HOSTS = ("test_hosts", "test_interface", "test_bench", "test_linkplan", "test_network_faults")
+WHOLE = ("test_hosts", "test_interface", "test_network_faults")  # all of whose tests start processes, or may
 
-_HERE = str(Path(__file__).parent)
+STARTED = ("python", "torchrun", "packsaddle", "ip", "unshare", "nsenter", "tc")  # git and the like are over at once
+
+_folders = {str(Path(__file__).parent)}  # of tests and of what they import
 _started: list[str] = []
 
 
 def starts_processes(item: pytest.Item) -> bool:
-    """Whether the test is in a module on hosts, has the gloo fixture, or leads to a name of `STARTERS`."""
-    if item.path.stem in HOSTS or "gloo" in getattr(item, "fixturenames", ()):
+    """Tell if the test is in a module that does little else, has the gloo fixture, or leads to a name of `STARTERS`."""
+    if item.path.stem in WHOLE or "gloo" in getattr(item, "fixturenames", ()):
         return True
+    _folders.add(str(item.path.parent))
     fixtures = item._fixtureinfo.name2fixturedefs if isinstance(item, pytest.Function) else {}
     functions = [getattr(item, "function", None), *(f.func for found in fixtures.values() for f in found)]
     return any(_leads_to_a_start(f) for f in functions if _is_of_tests(f))
 
 
 def _is_of_tests(function: Any) -> bool:
-    return isinstance(function, FunctionType) and function.__code__.co_filename.startswith(_HERE)
+    return isinstance(function, FunctionType) and function.__code__.co_filename.startswith(tuple(_folders))
 
 
 @cache
@@ -60,7 +64,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def watch() -> None:
-    """Note each Python process that is started from here on; git and the like are over at once, and not noted."""
+    """Note each process that is started from here on by multiprocessing, or by a name of `STARTED`."""
     start: Callable[..., Any] = multiprocessing.process.BaseProcess.start
 
     def noted(self: Any) -> Any:
@@ -71,7 +75,7 @@ def watch() -> None:
         if event == "subprocess.Popen":
             words = arguments[1]
             first = str(words if isinstance(words, str) else words[0])
-            if first == sys.executable or Path(first).name.startswith(("python", "torchrun", "packsaddle")):
+            if first == sys.executable or Path(first).name.startswith(STARTED):
                 _started.append(str(words))
 
     multiprocessing.process.BaseProcess.start = noted  # type: ignore[method-assign]

@@ -97,6 +97,7 @@ def test_the_same_seed_gives_the_same_numbers_twice(mnist: Path, pictures: Path,
         assert without_time(first["metrics"]) != without_time(other["metrics"])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("compressor", [RandomK(0.01), TopK(0.01)], ids=["RandomK", "TopK"])
 def test_simulated_autoencoders_are_processes(mnist: Path, tmp_path: Path, compressor: Any) -> None:
     config = ae_config(workers=2, compressor=compressor)
@@ -114,6 +115,7 @@ def test_whatever_is_fused_is_the_workers_apart(mnist: Path, tmp_path: Path, com
     check_equal(config, mnist, tmp_path, ("serial", "fused"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("norm", ["all", "worker", "group"])
 def test_simulated_resnets_are_processes(pictures: Path, tmp_path: Path, norm: Any) -> None:
     config = resnet_config()

@@ -142,10 +142,11 @@ def _serve(connection: Connection) -> None:
             result = pickle.dumps(fn(*args))
             dist.barrier()
             del fn, args
+            leftovers.forget_tests(own)
             gc.collect()  # models and hooks go before their process group
             dist.destroy_process_group()
             left = before.restore()
-            leftovers.forget_tests(own)
+            leftovers.settle()
             outcome = result, "", left
         except BaseException:
             connection.send((b"", traceback.format_exc(), []))
