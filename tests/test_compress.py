@@ -69,7 +69,12 @@ by_vector = pytest.mark.parametrize("v", nasty_vectors().values(), ids=nasty_vec
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 def test_conformance(compressor: Compressor) -> None:
-    check_compressor(compressor)
+    """Expectations are means over 200 seeds, or over two where every seed gives the same, which is checked."""
+    same = isinstance(compressor, Identity | TopK | AdaptiveTopK | Sign)
+    check_compressor(compressor, seeds=2 if same else 200)
+    if same:
+        v = torch.randn(50, generator=torch.Generator().manual_seed(0))
+        assert all(torch.equal(compressor(v, seed=s), compressor(v, seed=0)) for s in range(1, 20))
 
 
 @dataclass(frozen=True)
