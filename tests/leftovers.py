@@ -93,7 +93,8 @@ def _names() -> dict[str, dict[str, Any]]:
     for module_name, module in list(sys.modules.items()):
         if module_name.partition(".")[0] != "packsaddle":
             continue
-        found[module_name] = dict(vars(module))
+        # Names that begin with two underscores are the interpreter's, and those that torch.compile adds.
+        found[module_name] = {k: v for k, v in vars(module).items() if not k.startswith("__")}
         for value in vars(module).values():
             if isinstance(value, type) and value.__module__ == module_name:
                 plain = {k: v for k, v in vars(value).items() if not k.startswith("__")}
@@ -113,10 +114,10 @@ def settle() -> None:
     gc.freeze()
 
 
-def forget_tests(kept: set[str]) -> None:
-    """Have test modules imported anew, with whatever they hold, but for those in `kept`."""
+def forget_tests() -> None:
+    """Have test modules imported anew, with whatever they hold, but for this one and those that serve calls."""
     here = Path(__file__).parent
-    for name in [name for name in sys.modules if name not in kept]:
+    for name in sys.modules.keys() - {"__main__", "__mp_main__", "workers", __name__}:
         file = getattr(sys.modules[name], "__file__", None)
         if file and here in Path(file).parents:
             del sys.modules[name]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy
 import pytest
@@ -335,6 +336,7 @@ def test_planted_heavy_hitters_are_recovered() -> None:
     assert found == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [40, 64])
 def test_a_lone_spike_is_sent_wherever_it_is(d: int) -> None:
     """The worst case for a small sketch: every coordinate that shares its counters ties with it. At least k/d."""
@@ -343,9 +345,10 @@ def test_a_lone_spike_is_sent_wherever_it_is(d: int) -> None:
         for position in (0, d // 3, d - 1):
             v = torch.zeros(d)
             v[position] = 1.0
-            seeds = 12 * d
-            hits = sum(int(c(v, seed=s).any()) for s in range(seeds))
-            assert hits >= 12 - 3.5 * 12**0.5 if columns else hits >= 12
+            # At a rate of 1/d, 30 d draws have 30 hits, and 11 are 3.5 deviations below; three rows hit more often.
+            least, draws = (11, 30 * d) if columns else (12, 12 * d)
+            hits = (s for s in range(draws) if c(v, seed=s).any())
+            assert len(list(islice(hits, least))) == least
 
 
 def test_low_rank_matches_singular_values() -> None:

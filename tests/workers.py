@@ -126,7 +126,6 @@ def _kept() -> _Pool:
 def _serve(connection: Connection) -> None:
     """Make the calls that come, until the other side ends or one of them fails."""
     torch.set_num_threads(1)
-    own = set(sys.modules)
     while True:
         try:
             path, folder, store, rank, workers, call = connection.recv()
@@ -142,7 +141,7 @@ def _serve(connection: Connection) -> None:
             result = pickle.dumps(fn(*args))
             dist.barrier()
             del fn, args
-            leftovers.forget_tests(own)
+            leftovers.forget_tests()
             gc.collect()  # models and hooks go before their process group
             dist.destroy_process_group()
             left = before.restore()
