@@ -4,7 +4,7 @@ import inspect
 import multiprocessing.process
 import sys
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import _lru_cache_wrapper, cache
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -51,6 +51,7 @@ def _leads_to_a_start(function: FunctionType) -> bool:
         if names & STARTERS:
             return True
         called = (now.__globals__.get(name) for name in names)
+        called = (getattr(f, "__wrapped__", f) if type(f) is _lru_cache_wrapper else f for f in called)
         todo += [f for f in called if _is_of_tests(f)]
     return False
 

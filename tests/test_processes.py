@@ -7,11 +7,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TESTS = """
+import functools
 import multiprocessing
 import subprocess
 import sys
 import pytest
 
+@functools.cache
 def helper():
     start = [sys.executable, "-c", "pass"]
     return lambda: subprocess.run(start, check=True)

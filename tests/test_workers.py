@@ -90,7 +90,7 @@ def state() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "grad": torch.is_grad_enabled(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "filters": [str(f) for f in warnings.filters],
+        "filters": [str(f) for f in warnings.filters if f[0] == "error"],  # modules add others as they are imported
         "environment": dict(os.environ),
         "folder": os.getcwd(),
         "handler": str(signal.getsignal(signal.SIGTERM)),
