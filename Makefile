@@ -2,17 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-integrations lint docs audit clean
+.PHONY: demo test quick test-integrations lint docs audit clean
 
 demo: .venv/.installed
 	$(BIN)/packsaddle demo
 
+# Lint, types and all tests.
 test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pip check
 	$(BIN)/pytest -q -n auto --dist loadgroup
+
+# Lint, types, and the tests that start no process and take no more than some seconds: to be run while working.
+quick: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q -n auto --dist loadgroup -m "not process and not slow"
 
 # With the real Lightning, transformers, accelerate and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed

@@ -1,8 +1,9 @@
 """Fixtures: real gloo worker processes, and toy runs shared by several test modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import processes
 import pytest
 import torch
 from hypothesis import settings
@@ -16,18 +17,32 @@ settings.load_profile("packsaddle")
 torch.set_num_threads(1)
 
 
-# What makes network namespaces looks at which of them there are.
-HOSTS = ("test_hosts", "test_interface", "test_bench", "test_linkplan", "test_network_faults")
+processes.watch()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run on several processes, keep those that make hosts on one."""
+    """Mark the tests that start processes, and keep those that make hosts on one of several pytest processes."""
     for item in items:
-        if item.path.stem in HOSTS:
+        if processes.starts_processes(item):
+            item.add_marker(pytest.mark.process)
+        if item.path.stem in processes.HOSTS:
             item.add_marker(pytest.mark.xdist_group("hosts"))
+
+
+@pytest.fixture(autouse=True)
+def marked_if_it_starts_processes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that starts a process and is not marked `process`: `make quick` must be able to leave it out."""
+    processes.started()
+    yield
+    if (found := processes.started()) and request.node.get_closest_marker("process") is None:
+        pytest.fail(f"the test starts {found[0]}, and is not marked: add @pytest.mark.process")
 
 
 @pytest.fixture
 def gloo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """gloo(fn, workers, *args) runs fn(*args) in that many gloo processes and returns the results by rank."""
-    return lambda fn, workers, *args: run_in_processes(fn, workers, tmp_path_factory.mktemp("gloo"), *args)
+
+    def run(fn: Callable[..., Any], workers: int, *args: Any, fresh: bool = False) -> list[Any]:
+        return run_in_processes(fn, workers, tmp_path_factory.mktemp("gloo"), *args, fresh=fresh)
+
+    return run

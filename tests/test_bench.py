@@ -40,6 +40,7 @@ def check_times(row: dict[str, Any]) -> None:
     assert 0 < row["low"] <= row["ms"] <= row["high"]
 
 
+@pytest.mark.process
 def test_exchange(capsys: pytest.CaptureFixture[str]) -> None:
     d = 20_000
     (table,) = tables(capsys, "exchange", "--d", d, "--repeats", 2)
@@ -56,6 +57,7 @@ def test_exchange(capsys: pytest.CaptureFixture[str]) -> None:
     assert (rows["Identity()"]["bytes"], rows["RandomK(ratio=0.01)"]["bytes"]) == (4 * d, 4 * d // 100)
 
 
+@pytest.mark.process
 def test_train(capsys: pytest.CaptureFixture[str]) -> None:
     peers = ("ddp-fp16", "ddp-bf16", "ddp-uint8", "local-sgd-2")
     arguments = ("--batch", 2, "--rounds", 2, "--block", 1, "--contenders", *peers, "RandomK(0.01) noise=0.01")
@@ -164,6 +166,7 @@ def test_a_race_to_a_loss(gloo: Callable[..., list[Any]], tmp_path: Path) -> Non
             assert reached or mine.seconds >= seconds
 
 
+@pytest.mark.process
 @real
 def test_link(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("ddp-fp16", "own-uint8", "powersgd-4", "local-sgd-2", "RandomK(0.01)", "TopK(0.01)", "Sign")
@@ -182,6 +185,7 @@ def test_link(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["ddp"]["kB"] == pytest.approx(4e-3 * table["setting"]["d"])
 
 
+@pytest.mark.process
 @real
 def test_link_to_a_loss(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     write_mnist(tmp_path, 40)

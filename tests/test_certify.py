@@ -291,6 +291,7 @@ def test_a_fresh_start_is_shared_by_all_workers() -> None:
     assert first[0] != first[1]  # and fresh for every certificate
 
 
+@pytest.mark.slow
 def test_a_real_plateau_is_a_saddle() -> None:
     """The demo's autoencoder with tanh (ReLU has no second derivative at its kinks, which finite steps do see): plain
     SGD, then full-batch steps, stalls where the Hessian has a negative eigenvalue along which the loss bends down.
@@ -398,6 +399,7 @@ def test_a_certificate_in_little_memory() -> None:
     assert lean.hvps > whole.hvps
 
 
+@pytest.mark.slow
 def test_rounding_is_not_taken_for_curvature() -> None:
     """A linear model with fewer examples than coordinates: lambda_min = 0, and in single precision Ritz values are
     negative by rounding. A threshold below what rounding can tell is not undercut by it."""

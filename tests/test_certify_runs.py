@@ -92,7 +92,7 @@ def test_drawn_iterates_are_kept(run: Path) -> None:
     assert all(abs(count - 1600) < 5 * math.sqrt(8000 * 0.2 * 0.8) for count in counts), counts
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.process)])
 def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int) -> None:
     out = tmp_path / f"certificate-{workers}"
     common = ("certify", run, "--epsilon", 0.5, "--hessian-lipschitz", 0.1, "--double", "--workers", workers)
@@ -261,7 +261,7 @@ def plain(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.process)])
 def test_where_nothing_states_epsilon_the_gradient_does(
     plain: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:

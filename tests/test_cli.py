@@ -136,7 +136,7 @@ def test_classifier_on_an_image_folder(tmp_path: Path) -> None:
                 )
     path = tmp_path / "classes.toml"
     path.write_text(
-        'lr=0.01\nepochs=4\nbatch_size=3\n[data]\nname="folder"\nshard="class"\n[model]\nname="resnet18"\n'
+        'lr=0.01\nepochs=4\nbatch_size=3\n[data]\nname="folder"\nshard="class"\n[model]\nname="resnet18"\nwidth=16\n'
         '[compressor]\nkind="RandomK"\nratio=0.1\n'
     )
     arguments = ("run", path, "--serial", "--workers", 2, "--data-dir", tmp_path / "images", "--out", tmp_path / "run")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy
 import pytest
@@ -69,7 +70,12 @@ by_vector = pytest.mark.parametrize("v", nasty_vectors().values(), ids=nasty_vec
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 def test_conformance(compressor: Compressor) -> None:
-    check_compressor(compressor)
+    """Expectations are means over 200 seeds, or over two where every seed gives the same, which is checked."""
+    same = isinstance(compressor, Identity | TopK | AdaptiveTopK | Sign)
+    check_compressor(compressor, seeds=2 if same else 200)
+    if same:
+        v = torch.randn(50, generator=torch.Generator().manual_seed(0))
+        assert all(torch.equal(compressor(v, seed=s), compressor(v, seed=0)) for s in range(1, 20))
 
 
 @dataclass(frozen=True)
@@ -330,6 +336,7 @@ def test_planted_heavy_hitters_are_recovered() -> None:
     assert found == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("d", [40, 64])
 def test_a_lone_spike_is_sent_wherever_it_is(d: int) -> None:
     """The worst case for a small sketch: every coordinate that shares its counters ties with it. At least k/d."""
@@ -338,9 +345,10 @@ def test_a_lone_spike_is_sent_wherever_it_is(d: int) -> None:
         for position in (0, d // 3, d - 1):
             v = torch.zeros(d)
             v[position] = 1.0
-            seeds = 12 * d
-            hits = sum(int(c(v, seed=s).any()) for s in range(seeds))
-            assert hits >= 12 - 3.5 * 12**0.5 if columns else hits >= 12
+            # At a rate of 1/d, 30 d draws have 30 hits, and 11 are 3.5 deviations below; three rows hit more often.
+            least, draws = (11, 30 * d) if columns else (12, 12 * d)
+            hits = (s for s in range(draws) if c(v, seed=s).any())
+            assert len(list(islice(hits, least))) == least
 
 
 def test_low_rank_matches_singular_values() -> None:

@@ -122,6 +122,7 @@ def test_the_rate_of_random_k_is_that_of_one_coordinate_sent_at_random() -> None
         assert growth_rate(ETA, GAMMA, mu) == pytest.approx(float(logs.mean()) / 2000, rel=5e-3)
 
 
+@pytest.mark.slow
 def test_random_k_grows_at_its_rate() -> None:
     """One run's slope over 3,000 steps varies by about 1% (see experiments/diagnostics)."""
     coupling = couple(Oracle(SADDLE), Method(ETA, RandomK(k=5), R), zeros(20), steps=3200)
@@ -205,6 +206,7 @@ def test_accumulate_is_the_sum_of_lemma_a5() -> None:
     assert float(accumulate(energy, 1.0).max()) == 0
 
 
+@pytest.mark.slow
 def test_constant_gradients_meet_the_exact_error() -> None:
     """RandomK: E||e_t||^2 / ||g||^2 = E min(A, t)^2, A geometric, at every t; the bound tends to twice the limit."""
     mu, steps = 1 / 8, 120
@@ -234,6 +236,7 @@ def test_lemma_a5_holds_at_every_step(compressor: Compressor) -> None:
     assert not bool((too_good.mean - 3 * too_good.standard_error <= too_good.bound).all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compressor", "slack"), [(Identity(), 1.1), (RandomK(k=2), 1.5), (TopK(k=2), 1.5)])
 def test_escapes_take_the_predicted_time(compressor: Compressor, slack: float) -> None:
     measured = escape_times(Oracle(SADDLE), Method(ETA, compressor, R), zeros(20), radius=1.0, limit=2000, seeds=20)

@@ -31,6 +31,7 @@ def found(facts: list[Fact] | Iterator[Fact], name: str) -> Fact:
     return fact
 
 
+@pytest.mark.process
 def test_the_whole_with_two_processes(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("doctor", "--json") == 0
     document = json.loads(capsys.readouterr().out)

@@ -262,6 +262,7 @@ def test_plan_link_for_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["fleet"]["compute"] > 0
 
 
+@pytest.mark.process
 def test_plan_link_auto(capsys: pytest.CaptureFixture[str]) -> None:
     """Between two processes of this machine."""
     asked = ("plan", "--link", "auto", "--d", 5000, "--compute", 0.01, "--workers", 2, "--compressor", "randomk")

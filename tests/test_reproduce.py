@@ -78,16 +78,21 @@ def ae_config(**changes: Any) -> Config:
 
 
 def resnet_config() -> Config:
-    """Figure 1's smoke setting, with fewer images and workers; rounding to float32 would grow until it is seen."""
+    """Figure 1's smoke setting, with fewer images and workers, and half as deep.
+
+    Rounding to float32 would grow until it is seen.
+    """
     config = figure1.study("smoke", "folder").settings["randomk-1"]
     few = replace(config.data, limit=160)
-    return replace(config, data=few, precision="float64", workers=2, epochs=0.6, test_every=0.3)
+    shallow = replace(config.model, name="resnet18")
+    return replace(config, data=few, model=shallow, precision="float64", workers=2, epochs=0.6, test_every=0.3)
 
 
 def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in ("seconds", "mu", "mu_by_tensor")} for line in lines]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_twice(mnist: Path, pictures: Path, tmp_path: Path) -> None:
     for name, config, data in (("ae", ae_config(), mnist), ("resnet", resnet_config(), pictures)):
         first, second = (run(config, "serial", data, tmp_path / f"{name}-{i}") for i in range(2))
@@ -97,6 +102,7 @@ def test_the_same_seed_gives_the_same_numbers_twice(mnist: Path, pictures: Path,
         assert without_time(first["metrics"]) != without_time(other["metrics"])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("compressor", [RandomK(0.01), TopK(0.01)], ids=["RandomK", "TopK"])
 def test_simulated_autoencoders_are_processes(mnist: Path, tmp_path: Path, compressor: Any) -> None:
     config = ae_config(workers=2, compressor=compressor)
@@ -114,6 +120,7 @@ def test_whatever_is_fused_is_the_workers_apart(mnist: Path, tmp_path: Path, com
     check_equal(config, mnist, tmp_path, ("serial", "fused"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("norm", ["all", "worker", "group"])
 def test_simulated_resnets_are_processes(pictures: Path, tmp_path: Path, norm: Any) -> None:
     config = resnet_config()
@@ -197,6 +204,7 @@ def small_study(mnist: Path, folder: Path, *arguments: Any) -> int:
     return command("reproduce", "fig2", "--scale", "smoke", "--data-dir", mnist, "--out", folder, *few, *arguments)
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
     assert small_study(mnist, folder, "--only", "dense", "randomk", "--seeds", "2") == 0
@@ -229,6 +237,7 @@ def resumed(mnist: Path, folder: Path) -> list[Any]:
     return ["reproduce", "fig2", *scale, "--data-dir", mnist, "--out", folder, *few, "--resume"]
 
 
+@pytest.mark.slow
 def test_figure_2_from_the_command_line(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
     assert small_study(mnist, folder, "--seeds", "2") == 0
@@ -257,6 +266,7 @@ def test_figure_2_from_the_command_line(mnist: Path, tmp_path: Path, capsys: pyt
     assert (folder / "figure.svg").exists()
 
 
+@pytest.mark.slow
 def test_figure_1_from_the_command_line(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
     arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, "--set", "data.limit=160", "epochs=1")

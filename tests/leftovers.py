@@ -1,0 +1,123 @@
+"""Traces of a call in the process that made it: global state that is put back, and what cannot be."""
+
+import gc
+import os
+import random
+import signal
+import sys
+import threading
+import warnings
+from functools import _lru_cache_wrapper
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+_settled: list[Any] = []  # caches that the collector does not list any more
+
+
+class State:
+    """The global state of a process at one time, to go back to."""
+
+    def __init__(self) -> None:
+        self._environment, self._folder, self._path = dict(os.environ), Path.cwd(), list(sys.path)
+        self._handlers = {s: signal.getsignal(s) for s in signal.valid_signals()}
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        self._torch = torch.get_rng_state(), torch.get_default_dtype(), torch.get_num_threads()
+        self._device = torch.get_default_device()
+        self._random = random.getstate(), np.random.get_state()
+        self._threads = set(threading.enumerate())
+        self._names = _names()
+
+    def restore(self) -> list[str]:
+        """Put back what can be, and return what else is not as it was."""
+        os.environ.clear()
+        os.environ.update(self._environment)
+        os.chdir(self._folder)
+        sys.path[:] = self._path
+        for number, handler in self._handlers.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+        self._warnings.__exit__()
+        self._restore_torch()
+        random.setstate(self._random[0])
+        np.random.set_state(self._random[1])
+        return [*self._threads_left(), *self._names_changed(), *["a process group"] * dist.is_initialized()]
+
+    def _restore_torch(self) -> None:
+        """Put back torch's state, and empty its caches of what was compiled and of meshes of groups that are gone."""
+        rng, dtype, threads = self._torch
+        torch.set_rng_state(rng)
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+        if torch.get_default_device() != self._device:
+            torch.set_default_device(self._device)
+        torch.set_grad_enabled(True)
+        torch.use_deterministic_algorithms(False)
+        if "torch._dynamo" in sys.modules:
+            torch.compiler.reset()
+        if "torch.distributed.tensor" in sys.modules:
+            for cache in [*_settled, *_caches()]:
+                cache.cache_clear()
+            if hasattr(torch._C, "_clear_DTensor_sharding_propagator_cache"):
+                torch._C._clear_DTensor_sharding_propagator_cache()
+
+    def _threads_left(self) -> list[str]:
+        """Threads that go on, but for those of the kernels' pool and those that are not Python's."""
+        ours = [t for t in threading.enumerate() if t not in self._threads and t.is_alive()]
+        return [t.name for t in ours if not isinstance(t, threading._DummyThread) and t.name[:10] != "packsaddle"]
+
+    def _names_changed(self) -> list[str]:
+        """Names in packsaddle that stand for something else than before; modules imported since do not count."""
+        now, found = _names(), []
+        for where, before in self._names.items():
+            after = now.get(where, {})
+            found += [f"{where}.{name}" for name in before.keys() | after.keys() if _changed(before, after, name)]
+        return found
+
+
+def _changed(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
+    """Tell a patch from a module that was imported, and from torch's timer around an optimizer's step."""
+    was, now = before.get(name), after.get(name)
+    timed = getattr(now, "hooked", False) and getattr(now, "__wrapped__", None) is was
+    return now is not was and not isinstance(now, ModuleType) and not timed
+
+
+def _names() -> dict[str, dict[str, Any]]:
+    """What the names in packsaddle's modules and in their classes stand for."""
+    found = {}
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] != "packsaddle":
+            continue
+        # Names that begin with two underscores are the interpreter's, and those that torch.compile adds.
+        found[module_name] = {k: v for k, v in vars(module).items() if not k.startswith("__")}
+        for value in vars(module).values():
+            if isinstance(value, type) and value.__module__ == module_name:
+                plain = {k: v for k, v in vars(value).items() if not k.startswith("__")}
+                found[f"{module_name}.{value.__qualname__}"] = plain
+    return found
+
+
+def _caches() -> list[Any]:
+    """torch.distributed's caches of functions, of which some hold meshes."""
+    found = [x for x in gc.get_objects() if type(x) is _lru_cache_wrapper]  # isinstance would ask proxies
+    return [x for x in found if str(getattr(x, "__module__", "")).startswith("torch.distributed")]
+
+
+def settle() -> None:
+    """Keep what there is from the collector, which would go through all of torch's modules after every call."""
+    _settled.extend(_caches())
+    gc.freeze()
+
+
+def forget_tests() -> None:
+    """Have test modules imported anew, with whatever they hold, but for this one and those that serve calls."""
+    here = Path(__file__).parent
+    for name in sys.modules.keys() - {"__main__", "__mp_main__", "workers", __name__}:
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and here in Path(file).parents:
+            del sys.modules[name]

@@ -1,0 +1,80 @@
+"""Which tests are taken for ones that start processes, and what becomes of one that is not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TESTS = """
+import functools
+import multiprocessing
+import subprocess
+import sys
+import pytest
+
+@functools.cache
+def helper():
+    start = [sys.executable, "-c", "pass"]
+    return lambda: subprocess.run(start, check=True)
+
+def test_by_a_helper():
+    helper()()
+
+@pytest.fixture
+def made():
+    return multiprocessing.get_start_method()
+
+def test_by_a_fixture(made): ...
+
+def test_of_workers(gloo): ...
+
+def test_alone():
+    assert sys.executable
+
+def hidden():
+    return getattr(sys.modules["sub" + "process"], "run")
+
+def test_that_hides_it():
+    hidden()([sys.executable, "-c", "pass"], check=True)
+
+def test_that_asks_git():
+    hidden()(["git", "--version"], check=True)
+
+@pytest.mark.process
+def test_that_says_it():
+    hidden()([sys.executable, "-c", "pass"], check=True)
+"""
+
+
+def run(folder: Path, *arguments: str) -> list[str]:
+    """Run these tests with the conftest of ours, as if they were among ours; return the names of those that pass."""
+    path = folder / "test_inner.py"
+    path.write_text(TESTS)
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "conftest",
+        "-c",
+        str(HERE.parent / "pyproject.toml"),
+        "-v",
+        *arguments,
+    ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    command = [*words, "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={folder}", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if "::" in line and "[" in line]
+    errors = {line.split("::")[1].split()[0] for line in lines if " ERROR" in line or " FAILED" in line}
+    passed = [line.split("::")[1].split()[0] for line in lines if " PASSED" in line]
+    return [name for name in passed if name not in errors]
+
+
+def test_marks_are_set_where_a_start_can_be_seen_and_missed_where_it_cannot(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    quick = run(tmp_path / "tests", "-m", "not process")
+    assert quick == ["test_alone", "test_that_asks_git"]
+    others = run(tmp_path / "tests", "-m", "process")
+    assert others == ["test_by_a_helper", "test_by_a_fixture", "test_of_workers", "test_that_says_it"]
