@@ -95,11 +95,14 @@ def test_a_vector_that_stays_is_chosen_from_as_one(compressor: Compressor) -> No
     v, allocation = sections(), Allocation(sum(SIZES))
     allocation.begin(compressor)
     for i, part in enumerate(v):
-        assert allocation.of(i, compressor) is None  # nothing is known yet
-        allocation.observe(i, part, compressor)
+        assert allocation.of((str(i),), compressor) is None  # nothing is known yet
+        allocation.observe((str(i),), part, compressor)
     allocation.settle(taken=True)
     allocation.begin(compressor)
-    one, parts = compressor(torch.cat(v)), [(allocation.of(i, compressor) or Identity())(x) for i, x in enumerate(v)]
+    one, parts = (
+        compressor(torch.cat(v)),
+        [(allocation.of((str(i),), compressor) or Identity())(x) for i, x in enumerate(v)],
+    )
     chosen = torch.cat(parts)
     # The section of least scale has none of the largest and sends one all the same, in the place of another; an energy
     # is a share of a sum that rounds otherwise, at most one coordinate of each section.
@@ -113,10 +116,21 @@ def test_a_step_that_was_not_taken_is_not_gone_by() -> None:
     for taken, seed in ((True, 1), (False, 2)):
         allocation.begin(compressor)
         for i, part in enumerate(sections(seed)):
-            allocation.observe(i, part, compressor)
+            allocation.observe((str(i),), part, compressor)
         allocation.settle(taken=taken)
     allocation.begin(compressor)
-    assert [allocation.of(i, compressor) for i in range(4)] == compressor.apportion(sections(1), SIZES)
+    assert [allocation.of((str(i),), compressor) for i in range(4)] == compressor.apportion(sections(1), SIZES)
+
+
+def test_what_a_step_goes_by_is_saved() -> None:
+    compressor, allocation, loaded = TopK(0.02), Allocation(sum(SIZES)), Allocation(sum(SIZES))
+    allocation.begin(compressor)
+    for i, part in enumerate(sections()):
+        allocation.observe((str(i),), part, compressor)
+    allocation.settle(taken=True)
+    loaded.load_state_dict(allocation.state_dict(), torch.device("cpu"))
+    loaded.begin(compressor)
+    assert [loaded.of((str(i),), compressor) for i in range(4)] == compressor.apportion(sections(), SIZES)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,16 @@ model's k largest a step ago: k is met at every step, a bucket leaves as soon as
 too little of at one step is in its error memory, and so in its count, at the next.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from packsaddle.compress import Compressor
 
+Section = tuple[str, ...]
 _SAMPLE = 1 << 17  # coordinates of the model that are looked at; a smaller model's are all
 
 
@@ -29,16 +32,17 @@ class Allocation:
     """What the compressor of a model of d coordinates is on each of its sections, by the vectors of the step before.
 
     Each worker has its own, as each has its own k largest; a section of which nothing is known gets its size's share.
+    Sections go by the names of their parameters.
     """
 
     def __init__(self, d: int) -> None:
         self.d = d
         # Odd, so that it meets all columns of a matrix whose width is a power of two.
         self._stride = max(1, d // _SAMPLE) | 1
-        self._last: Mapping[object, _Sample] = {}  # of the step before, by section
-        self._next: dict[object, _Sample] = {}
+        self._last: Mapping[Section, _Sample] = {}  # of the step before, by section
+        self._next: dict[Section, _Sample] = {}
         self._compressor: Compressor | None = None  # of this step
-        self._allotted: Mapping[object, Compressor] = {}
+        self._allotted: Mapping[Section, Compressor] = {}
 
     def begin(self, compressor: Compressor) -> None:
         """Allot a step's compressor."""
@@ -48,11 +52,11 @@ class Allocation:
             allotted = compressor.apportion([s.values for s in known.values()], [s.size for s in known.values()])
         self._allotted = dict(zip(known, allotted, strict=True)) if allotted else {}
 
-    def of(self, section: object, compressor: Compressor) -> Compressor | None:
+    def of(self, section: Section, compressor: Compressor) -> Compressor | None:
         """Return what this step's compressor is on a section; None where nothing is known of it, or for another one."""
         return self._allotted.get(section) if compressor == self._compressor else None
 
-    def observe(self, section: object, vector: Tensor, compressor: Compressor) -> None:
+    def observe(self, section: Section, vector: Tensor, compressor: Compressor) -> None:
         """Look at a section's corrected vector, float[n], in this step, if compressors of this kind want to know."""
         if 0 < len(vector) < self.d and type(compressor).apportion is not Compressor.apportion:
             first = min(self._stride, len(vector)) // 2
@@ -63,3 +67,12 @@ class Allocation:
         if taken:
             self._last = self._next
         self._next = {}
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return what the next step goes by, tensors and plain types."""
+        return [{"names": list(k), "size": s.size, "values": s.values.clone()} for k, s in self._last.items()]
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]], device: torch.device) -> None:
+        """Restore `state_dict`."""
+        self._last = {tuple(s["names"]): _Sample(s["values"].to(device, copy=True), s["size"]) for s in state}
+        self._next, self._allotted = {}, {}

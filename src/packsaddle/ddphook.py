@@ -70,6 +70,7 @@ class DDPHook(BucketExchange):
             "rates": dict(self._rates.units),
             "pending": pending,
             "held": held,
+            "allocation": self._allocation.state_dict(),
             "ledger": self.ledger.state_dict(),
             "resets": [asdict(reset) for reset in self.resets],
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
@@ -98,6 +99,7 @@ class DDPHook(BucketExchange):
         if self._rules.scope == "model":
             exchanger = self._exchanger(frozenset(place.name for place in self._places))
             exchanger.restore(state["held"], self._steps, self.channel.group.size)
+        self._allocation.load_state_dict(state["allocation"], self.device)
         self.ledger.load_state_dict(state["ledger"])
         self.resets = [Reset(**reset) for reset in state["resets"]]
         for name, part in self.parts.items():

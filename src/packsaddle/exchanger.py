@@ -65,6 +65,7 @@ class Exchanger:
 
     def __init__(self, section: Section, rules: Rules, allocation: Allocation) -> None:
         self.section, self._rules, self._allocation, self._d = section, rules, allocation, allocation.d
+        self._names = tuple(place.name for place in section.places)
         self.protocol: Protocol | None = None
         self._compressor: Compressor | None = None  # the model's
         self._by_size: Compressor | None = None  # what it is on this section, if only its size counts
@@ -104,7 +105,7 @@ class Exchanger:
             named = [(place.name, view) for place, view in section.views(vector)]
             report(first_bad(named) or "the sum of what was left and the gradient")
         spoil(vector, bad, 0.0)
-        self._allocation.observe(self, vector[: section.compressed_n], compressor)
+        self._allocation.observe(self._names, vector[: section.compressed_n], compressor)
         watch(vector)
         g, bad = self._average(channel, vector, bad, step, factors)
         lost = section.deliver(g, gradients, scale)  # line 11
@@ -131,7 +132,7 @@ class Exchanger:
             self._choose(compressor, workers)
         assert self.protocol is not None
         assert self._by_size is not None
-        self.protocol.adopt(self._allocation.of(self, compressor) or self._by_size)
+        self.protocol.adopt(self._allocation.of(self._names, compressor) or self._by_size)
 
     def _choose(self, compressor: Compressor, workers: int) -> None:
         self.fold(workers)

@@ -146,6 +146,7 @@ class FSDPHook(Transaction):
             "steps": self.steps,
             "skips": self._skips.state_dict(),
             "pending": self.memory(),
+            "allocation": self._allocation.state_dict(),
             "ledger": self.ledger.state_dict(),
         }
 
@@ -177,6 +178,7 @@ class FSDPHook(Transaction):
         self._loose = {name: error.to(self.device, copy=True) for name, error in state["pending"].items()}
         self._steps = state["steps"]
         self._skips.load_state_dict(state["skips"])
+        self._allocation.load_state_dict(state["allocation"], self.device)
         self.ledger.load_state_dict(state["ledger"])
 
     def _identity(self) -> dict[str, int]:

@@ -158,7 +158,7 @@ def _split_hook(part: DDPHook, state: Mapping[str, Any], workers: int) -> Split:
                 pending[place.name] = pending[place.name] + workers * vector.as_strided(
                     p.shape, dense_strides(p), vector.storage_offset() + place.start
                 )
-    left_out = ("pending", "ledger", "identity", "held", "monitor")
+    left_out = ("pending", "ledger", "identity", "held", "monitor", "allocation")
     rest = {k: v for k, v in state.items() if k not in left_out}
     rest["identity"] = {k: v for k, v in state["identity"].items() if k != "rank"}
     rest["held"] = {k: v for k, v in state["held"].items() if k != "vectors"}
