@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick test-integrations lint docs audit clean
+.PHONY: demo test quick test-integrations lint docs picture shape audit clean
 
 demo: .venv/.installed
 	$(BIN)/packsaddle demo
@@ -25,7 +25,7 @@ quick: .venv/.installed
 # With the real Lightning, transformers, accelerate and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,track]'
-	$(BIN)/pytest -q tests/test_integrations.py tests/test_trackers.py
+	$(BIN)/pytest -q tests/integrations/test_frameworks.py tests/experiments/test_trackers.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check --fix .
@@ -35,6 +35,14 @@ lint: .venv/.installed
 docs: .venv/.installed
 	$(BIN)/python -m sphinx -W -n --keep-going -q -c docs . build/docs
 	@echo "site: build/docs/index.html"
+
+# The picture of docs/architecture.md, from the imports in the code.
+picture: .venv/.installed
+	$(BIN)/python docs/architecture.py
+
+# Sizes, imports, and how many files one step runs.
+shape: .venv/.installed
+	$(BIN)/python benchmarks/shape.py
 
 # Known vulnerabilities of what is installed, in an environment of its own; asks pypi.org. Offline: pip check alone.
 audit: .venv/.installed

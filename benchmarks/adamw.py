@@ -19,10 +19,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
-from packsaddle.config import DataConfig, ModelConfig
-from packsaddle.data import Batches, load_data, shard
-from packsaddle.exchange import launch, process_group
-from packsaddle.models import make_task
+from packsaddle.comm.launch import launch, process_group
+from packsaddle.experiments.config import DataConfig, ModelConfig
+from packsaddle.experiments.tasks.images import load_data
+from packsaddle.experiments.tasks.models import make_task
+from packsaddle.experiments.tasks.sharding import Batches, shard
 
 METHODS = {
     "dense": None,

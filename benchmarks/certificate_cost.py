@@ -21,12 +21,11 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from packsaddle import Certificate, certify
-from packsaddle.audit import Audit
-from packsaddle.channel import Channel
-from packsaddle.curvature import Curvature
-from packsaddle.exchange import Solo
-from packsaddle.inspection import task_loss
-from packsaddle.ledger import Ledger
+from packsaddle.comm.communicator import Channel
+from packsaddle.comm.group import Solo
+from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature.hessian import Curvature
+from packsaddle.experiments.certification import Audit, task_loss
 
 Measured = tuple[float, int]  # lambda_min, Hessian-vector products
 

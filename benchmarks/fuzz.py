@@ -15,7 +15,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, seed, settings
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 from fuzzing import TARGETS, outcome
 
 

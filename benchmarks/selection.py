@@ -14,7 +14,7 @@ from statistics import median
 import numpy as np
 import torch
 
-from packsaddle.compress.selection import largest
+from packsaddle.compressors.selection import largest
 
 
 def milliseconds(work: Callable[[], object]) -> float:

@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "support")]
-from workers import run_in_processes  # noqa: E402 -- the tests' helper
+sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "support")]
+from gloo import run_in_processes  # noqa: E402 -- the tests' helper
 
 ROOT = Path(packsaddle.__file__).parent
 SHORT = 50  # lines

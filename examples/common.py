@@ -25,7 +25,7 @@ def network() -> nn.Sequential:
 
 
 def report(
-    rank: int, model: nn.Module, hook: packsaddle.ddphook.DDPHook | None, steps: int, losses: list[float]
+    rank: int, model: nn.Module, hook: packsaddle.optim.ddp.DDPHook | None, steps: int, losses: list[float]
 ) -> None:
     """Print a worker's line: its loss, its bytes beside DistributedDataParallel's, and a digest of its weights."""
     weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach().float().cpu()

@@ -6,8 +6,8 @@ from typing import Any
 import processes
 import pytest
 import torch
+from gloo import run_in_processes
 from hypothesis import settings
-from workers import run_in_processes
 
 # The same examples everywhere, and no verdict by the clock.
 settings.register_profile("packsaddle", deadline=None, derandomize=True)

@@ -1,5 +1,4 @@
-"""Data flows one way: a module imports lower layers only, and exchange alone knows torch.distributed (with the
-benchmarks' peers, which are torch.distributed's own)."""
+"""Packages import packages below them only, and torch.distributed is known in few places."""
 
 import ast
 from pathlib import Path
@@ -7,140 +6,24 @@ from pathlib import Path
 import packsaddle
 
 ROOT = Path(packsaddle.__file__).parent
-LAYERS = [
-    {"wording", "meeting", "stopping"},
-    {"missing"},
-    {"schema"},
-    {"world", "failure", "ending", "sharded"},
-    {"kernels.parts"},
-    {"kernels.cuda", "kernels.cells", "kernels.random", "kernels.sampling", "kernels.selection"},
-    {"kernels.quantization"},
-    {"kernels.cpu"},
-    {"kernels"},
-    {
-        "lanczos",
-        "certificate",
-        "finite",
-        "flat",
-        "seeds",
-        "ledger",
-        "skips",
-        "tomllines",
-        "dataset",
-        "transformer",
-        "exchange",
-        "durable",
-        "calendar",
-        "tally",
-        "standstill",
-        "walk",
-        "background",
-        "network",
-        "rate",
-        "bench.timing",
-        "bench.result",
-        "bench.hosts",
-        "compress.wire",
-        "compress.base",
-        "compress.cells",
-        "compress.selection",
-        "problems.base",
-    },
-    {"counter", "recorded"},
-    {
-        "noise",
-        "simulate",
-        "sketch",
-        "hashing",
-        "progress",
-        "runfolder",
-        "saving",
-        "checkpointfiles",
-        "channel",
-        "monitor",
-        "state",
-        "table1",
-        "problems.separable",
-        "problems.matrices",
-        "problems.others",
-        "problems.oracle",
-    },
-    {"compress.apportion"},
-    {"compress.sparse", "compress.quantize", "compress.lowrank", "linearised", "collectives"},
-    {"compress.sketching", "problems", "theory"},
-    {"compress"},
-    {"average", "testing", "agree", "together"},
-    {"direction", "drift", "guard"},
-    {"feedback", "sections"},
-    {"owners", "gradmemory", "allocation", "perturb", "escape", "curvature", "rates", "ef21", "localsteps"},
-    {"memories", "stability", "gradientnoise"},
-    {"choose", "certify", "iterates", "steptime", "stepsneeded", "pace"},
-    {"exchanger", "warmup"},
-    {"transaction"},
-    {"bucketexchange", "fsdp"},
-    {"ddphook"},
-    {"afterstep"},
-    {"ddp"},
-    {"config", "integrations.hooks"},
-    {"text", "integrations"},
-    {"data", "demo", "norms", "template"},
-    {"tasks"},
-    {"models", "linkprobe", "aggregate", "trackers"},
-    {"curves", "tables", "integrations.lightning", "integrations.huggingface"},
-    {"marks"},
-    {"figures"},
-    {"page"},
-    {"checkpointed"},
-    {"shared"},
-    {"reshard", "parts", "rotation"},
-    {"checkpoint"},
-    {"readings"},
-    {"optimizer", "report", "catalogue", "inspection", "bench.contenders", "bench.workload"},
-    {"bench.step", "bench.compress", "bench.exchange", "bench.peers", "bench.outcome", "workload"},
-    {"bench.race"},
-    {"bench.worker", "bench.train"},
-    {"bench.link"},
-    {"bench"},
-    {"footing", "noisecheck"},
-    {"preparation"},
-    {"keeping"},
-    {"training"},
-    {"folderlock"},
-    {"resuming"},
-    {"doctor", "experiment", "audit", "plan", "linkplan", "diagnostics.trajectory"},
-    {"reach"},
-    {"reproduce.study", "reproduce.drawing", "reproduce.pool"},
-    {"reproduce.runner", "reproduce.results"},
-    {"reproduce.figure1", "reproduce.figure2"},
-    {"reproduce.beyond"},
-    {"reproduce"},
-    {"diagnostics.memory", "diagnostics.localise", "diagnostics.escapes"},
-    {"diagnostics.coupling"},
-    {"diagnostics"},
-    {"reproduce.theorem"},
-    {"reproduce.exponents"},
-    {"reproduce.scaling"},
-    {"reproduce.tabulated"},
-    {"commands.console", "commands.parsing"},
-    {"commands.linking"},
-    {
-        "commands.training",
-        "commands.reading",
-        "commands.certifying",
-        "commands.planning",
-        "commands.benching",
-        "commands.reproducing",
-        "commands.completing",
-        "commands.starting",
-        "commands.examining",
-    },
-    {"commands"},
-    {"cli"},
-]
-
-
-def module_path(module: str) -> str:
-    return module.removeprefix("packsaddle").strip(".").replace(".", "/")
+# What each package may import, beside itself and the root modules errors and messages, which import nothing of ours.
+ALLOWED: dict[str, set[str]] = {
+    "numerics": set(),
+    "compressors": {"numerics"},
+    "comm": {"numerics", "compressors"},
+    "checkpoint": {"numerics", "comm"},
+    "curvature": {"numerics", "comm"},
+    "optim": {"numerics", "compressors", "comm"},
+    "theory": {"numerics", "compressors", "comm", "optim"},
+    "integrations": {"numerics", "compressors", "comm", "optim", "checkpoint", "curvature"},
+    "experiments": {"numerics", "compressors", "comm", "optim", "checkpoint", "curvature", "theory", "integrations"},
+    "performance": {"numerics", "compressors", "comm", "optim", "theory", "experiments"},
+    "cli": {"compressors", "comm", "checkpoint", "curvature", "theory", "experiments", "performance", "numerics"},
+}
+ROOT_MODULES = {"errors", "messages"}
+# Modules of packsaddle that a report may import; it never imports torch.
+REPORT = ("errors", "messages", "checkpoint.atomic_files", "experiments.run_folder", "experiments.report")
+DISTRIBUTED = ("comm.", "optim.ddp", "performance.bench.peers")
 
 
 def module_name(path: Path) -> str:
@@ -148,40 +31,83 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path) -> set[str]:
+    """Return the modules that a file imports, also inside functions; packsaddle's without its name."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            inside = {
-                alias.name for alias in node.names if (ROOT / module_path(node.module) / f"{alias.name}.py").exists()
-            }
+            folder = ROOT / node.module.removeprefix("packsaddle").strip(".").replace(".", "/")
+            inside = {a.name for a in node.names if (folder / f"{a.name}.py").exists() or (folder / a.name).is_dir()}
             names |= {f"{node.module}.{name}" for name in inside}
             names |= {node.module} if len(inside) < len(node.names) else set()
-    return names
+    return {name.removeprefix("packsaddle.") for name in names}
 
 
 MODULES = {module_name(p): imports(p) for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"}
-LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 
 
-def test_every_module_has_a_layer() -> None:
-    assert MODULES.keys() == LEVEL.keys()
+def test_the_root_has_packages_and_two_modules() -> None:
+    assert {p.name for p in ROOT.iterdir() if p.is_dir() and p.name != "__pycache__"} == ALLOWED.keys()
+    assert {p.stem for p in ROOT.glob("*.py")} == {"__init__"} | ROOT_MODULES
 
 
-def test_imports_go_down() -> None:
+def test_packages_import_what_they_may() -> None:
     for name, imported in MODULES.items():
+        package = name.partition(".")[0]
+        allowed = ALLOWED.get(package, set()) | {package} | (ROOT_MODULES if package in ALLOWED else set())
         for target in imported:
-            short = target.removeprefix("packsaddle.")
-            if target.startswith("packsaddle.") and short in LEVEL:
-                assert LEVEL[short] < LEVEL[name], f"{name} imports {short}"
+            top = target.partition(".")[0]
+            if top in ALLOWED or top in ROOT_MODULES:
+                assert top in allowed, f"{name} imports {target}"
 
 
-def test_only_exchange_and_the_peers_import_torch_distributed() -> None:
+def test_of_the_root_package_only_the_version_is_read() -> None:
+    for path in ROOT.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        used = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "packsaddle"
+        }
+        taken = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module == "packsaddle"
+            for alias in node.names
+            if not (ROOT / alias.name).is_dir() and alias.name not in ROOT_MODULES
+        }
+        assert used | taken <= {"__version__", "__file__"}, path
+
+
+def test_modules_import_one_another_in_one_direction() -> None:
+    """No cycle among the imports at the top of files."""
+    above = {p: {n for n in ast.parse(p.read_text()).body if isinstance(n, ast.ImportFrom)} for p in ROOT.rglob("*.py")}
+    left = {
+        module_name(path): {
+            full if full in MODULES else node.module.removeprefix("packsaddle.")
+            for node in nodes
+            if node.module and node.module.startswith("packsaddle.")
+            for full in (f"{node.module}.{alias.name}".removeprefix("packsaddle.") for alias in node.names)
+        }
+        for path, nodes in above.items()
+        if path != ROOT / "__init__.py"
+    }
+    while left:
+        free = {name for name, needed in left.items() if not needed & (left.keys() - {name})}
+        assert free, f"a cycle among {sorted(left)}"
+        left = {name: needed for name, needed in left.items() if name not in free}
+
+
+def test_who_imports_torch_distributed() -> None:
     users = {name for name, imported in MODULES.items() if any(t.startswith("torch.distributed") for t in imported)}
-    assert users == {"exchange", "bench.peers"}
+    assert {name for name in users if not f"{name}.".startswith(DISTRIBUTED)} == set()
+    assert "optim.ddp_buckets" not in users
 
 
 def test_reports_know_no_algorithm() -> None:
-    for name in ("report", "page", "tables", "marks", "figures"):
-        assert {t for t in MODULES[name] if t in {"torch", "packsaddle.optimizer", "packsaddle.compress"}} == set()
+    for name, imported in MODULES.items():
+        if name.startswith("experiments.report"):
+            ours = {t for t in imported if t.partition(".")[0] in ALLOWED.keys() | ROOT_MODULES}
+            assert {t for t in ours if not t.startswith(REPORT)} == set(), name
+            assert {t for t in imported if t.partition(".")[0] == "torch"} == set(), name

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from gloo import run_in_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from workers import run_in_processes
 
 import packsaddle
-from packsaddle.compress import TopK
+from packsaddle.compressors import TopK
 
 Gloo = Callable[..., list[Any]]
 seen: list[str] = []
@@ -143,12 +143,12 @@ def stay() -> int:
 
 
 def patch() -> int:
-    packsaddle.exchange.TorchGroup.all_reduce = lambda self, tensor: None  # type: ignore[method-assign]
+    packsaddle.comm.group.TorchGroup.all_reduce = lambda self, tensor: None  # type: ignore[method-assign]
     return os.getpid()
 
 
 def patch_module() -> int:
-    packsaddle.exchange.resolve = None
+    packsaddle.comm.group.resolve = None
     return os.getpid()
 
 

@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from packsaddle.runfolder import Run, read_runs
-from packsaddle.tables import plateau
+from packsaddle.experiments.report.tables import plateau
+from packsaddle.experiments.run_folder import Run, read_runs
 
 EPOCHS = (5, 10)
 MEGABYTES = (10, 25, 100)

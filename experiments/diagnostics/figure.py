@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from packsaddle.data import require
+from packsaddle.errors import require
 
 # Okabe and Ito's palette, distinguishable by colour-blind readers; line styles say it again.
 STYLES: dict[str, dict[str, Any]] = {

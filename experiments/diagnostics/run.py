@@ -13,7 +13,7 @@ import torch
 from figure import draw
 
 from packsaddle import Compressor, Identity, LinearSketch, RandomK, Sign, TopK
-from packsaddle.diagnostics import (
+from packsaddle.theory.diagnostics import (
     Method,
     couple,
     error_growth,
@@ -25,7 +25,7 @@ from packsaddle.diagnostics import (
     predicted_escape_time,
     random_k_limit,
 )
-from packsaddle.problems import Octopus, Oracle, Quadratic, QuadraticQuartic
+from packsaddle.theory.problems import Octopus, Oracle, Quadratic, QuadraticQuartic
 
 Row = dict[str, Any]
 COMPRESSORS: dict[str, Compressor] = {"Identity": Identity(), "RandomK": RandomK(k=2), "TopK": TopK(k=2)}

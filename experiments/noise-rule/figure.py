@@ -9,14 +9,13 @@ import matplotlib.pyplot as plt
 import torch
 
 from packsaddle import gradient_noise
-from packsaddle.audit import read_config
-from packsaddle.data import load_data
-from packsaddle.inspection import task_loss
-from packsaddle.models import Task, make_task
-from packsaddle.runfolder import Run, read_runs
-from packsaddle.seeds import Stream, mix
-from packsaddle.tables import row
-from packsaddle.walk import Walk, rms
+from packsaddle.experiments.certification import read_config, task_loss
+from packsaddle.experiments.report.tables import row
+from packsaddle.experiments.run_folder import Run, read_runs
+from packsaddle.experiments.tasks.images import load_data
+from packsaddle.experiments.tasks.models import Task, make_task
+from packsaddle.numerics.seeds import Stream, mix
+from packsaddle.theory.noise_walk import Walk, rms
 
 HERE = Path(__file__).parent
 COLUMNS = ("eta", "r", "seed", "final_loss", "test_loss", "epochs_on_plateau", "still_since", "walk")

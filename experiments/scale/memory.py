@@ -10,8 +10,8 @@ import sys
 
 import torch
 
-from packsaddle.catalogue import compressors, describe
-from packsaddle.compress import Compressor
+from packsaddle.compressors import Compressor
+from packsaddle.compressors.registry import compressors, describe
 
 D = 1 << 25
 

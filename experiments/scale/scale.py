@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from packsaddle import QSGD, Compressor, Identity, LowRank, RandomK, Sign, SketchTopK, TopK
-from packsaddle.choose import choose
-from packsaddle.data import require
-from packsaddle.pace import Line, Pace, measure
-from packsaddle.steptime import Dense, Fleet, Link, Step, compressed, expected_maximum
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.errors import require
+from packsaddle.performance.coding_speed import Line, Pace, measure
+from packsaddle.performance.step_time import Dense, Fleet, Link, Step, compressed, expected_maximum
 
 # Okabe and Ito's palette, distinguishable by colour-blind readers; line styles tell the families apart.
 CONTENDERS: dict[str, tuple[Compressor, str, str, str]] = {

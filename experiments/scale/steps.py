@@ -19,15 +19,16 @@ from typing import Any
 import torch
 
 from packsaddle import CompressedSGD, Compressor, RandomK, Sign, SketchTopK, TopK
-from packsaddle.bench.hosts import Hosts
-from packsaddle.bench.timing import clocked
-from packsaddle.catalogue import describe
-from packsaddle.exchange import Group, process_group
-from packsaddle.linkplan import Verdict, forecast
-from packsaddle.linkprobe import probe
-from packsaddle.pace import measure
-from packsaddle.steptime import Fleet, Link
-from packsaddle.workload import MODELS, Workload, compute_seconds, update_seconds
+from packsaddle.comm.group import Group
+from packsaddle.comm.launch import process_group
+from packsaddle.compressors.registry import describe
+from packsaddle.performance.bench.hosts import Hosts
+from packsaddle.performance.coding_speed import measure
+from packsaddle.performance.link import probe
+from packsaddle.performance.link_planner import Verdict, forecast
+from packsaddle.performance.step_time import Fleet, Link
+from packsaddle.performance.timing import clocked
+from packsaddle.performance.workload import MODELS, Workload, compute_seconds, update_seconds
 
 COMPRESSORS: list[Compressor] = [RandomK(0.01), TopK(0.01), SketchTopK(0.001), Sign()]
 # Model, workers, Mbit/s, batch.

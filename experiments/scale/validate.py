@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from packsaddle import QSGD, Compressor, Identity, Ledger, LowRank, RandomK, Sign, SketchTopK, TopK
-from packsaddle.average import Protocol
-from packsaddle.bench.hosts import Hosts
-from packsaddle.channel import Channel
-from packsaddle.choose import choose
-from packsaddle.collectives import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
-from packsaddle.exchange import Group, process_group
-from packsaddle.linkprobe import probe
-from packsaddle.pace import measure
-from packsaddle.steptime import Link, compressed
+from packsaddle.comm.aggregators import Protocol
+from packsaddle.comm.communicator import Channel
+from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
+from packsaddle.comm.group import Group
+from packsaddle.comm.launch import process_group
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.performance.bench.hosts import Hosts
+from packsaddle.performance.coding_speed import measure
+from packsaddle.performance.link import probe
+from packsaddle.performance.step_time import Link, compressed
 
 CASES: dict[str, tuple[Compressor, str]] = {
     "dense all-reduce": (Identity(), "direct"),

@@ -1,10 +1,10 @@
 """packsaddle: training over slow networks with compressed gradients, without getting stuck at saddle points."""
 
-from packsaddle.certificate import Certificate, Verdict
-from packsaddle.certify import certify
-from packsaddle.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from packsaddle.checkpointfiles import CheckpointError
-from packsaddle.compress import (
+from packsaddle.checkpoint.files import CheckpointError
+from packsaddle.checkpoint.save_load import Checkpoint, load_checkpoint, save_checkpoint
+from packsaddle.comm.ledger import Bytes, Ledger, Span
+from packsaddle.comm.simulation import simulate
+from packsaddle.compressors import (
     QSGD,
     AdaptiveTopK,
     Compressor,
@@ -17,19 +17,19 @@ from packsaddle.compress import (
     SketchTopK,
     TopK,
 )
-from packsaddle.ddp import attach, register_ddp_hook
-from packsaddle.drift import Drift, DriftError
-from packsaddle.escape import Escape, Reset
-from packsaddle.fsdp import register_fsdp_hook
-from packsaddle.gradientnoise import GradientNoise, gradient_noise
-from packsaddle.ledger import Bytes, Ledger, Span
-from packsaddle.noise import Ramp
-from packsaddle.optimizer import CompressedSGD
-from packsaddle.simulate import simulate
-from packsaddle.sketch import NormSketch
-from packsaddle.skips import NonFiniteError, Skip
-from packsaddle.walk import suggest_noise
-from packsaddle.warmup import RatioRamp
+from packsaddle.compressors.schedules import RatioRamp
+from packsaddle.curvature.certificate import Certificate, Verdict
+from packsaddle.curvature.certify import certify
+from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
+from packsaddle.numerics.norm_sketch import NormSketch
+from packsaddle.optim.ddp import attach, register_ddp_hook
+from packsaddle.optim.fsdp import register_fsdp_hook
+from packsaddle.optim.sgd import CompressedSGD
+from packsaddle.optim.stages.drift import Drift, DriftError
+from packsaddle.optim.stages.escape import Escape, Reset
+from packsaddle.optim.stages.noise import Ramp
+from packsaddle.optim.stages.nonfinite import NonFiniteError, Skip
+from packsaddle.theory.noise_walk import suggest_noise
 
 __version__ = "0.1.0"
 

@@ -4,6 +4,6 @@
 have callbacks that also log and save. Those modules import their framework; this one imports none.
 """
 
-from packsaddle.integrations.hooks import load_state, measures, save_state
+from packsaddle.integrations.callbacks import load_state, measures, save_state
 
 __all__ = ["load_state", "measures", "save_state"]

@@ -10,10 +10,10 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from packsaddle.compress import Compressor, TopK
-from packsaddle.ddphook import DDPHook
-from packsaddle.exchanger import Schedule
-from packsaddle.integrations.hooks import attach_among_workers, load_state, measures, save_state
+from packsaddle.compressors import Compressor, TopK
+from packsaddle.integrations.callbacks import attach_among_workers, load_state, measures, save_state
+from packsaddle.optim.ddp import DDPHook
+from packsaddle.optim.error_feedback import Schedule
 
 
 class PacksaddleCallback(TrainerCallback):

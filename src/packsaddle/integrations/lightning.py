@@ -15,14 +15,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from packsaddle.certificate import Certificate, Verdict
-from packsaddle.certify import certify
-from packsaddle.compress import Compressor, TopK
-from packsaddle.curvature import LossFn
-from packsaddle.ddphook import DDPHook
-from packsaddle.exchanger import Schedule
-from packsaddle.integrations.hooks import attach_among_workers, load_state, measures, save_state
-from packsaddle.trackers import scalars
+from packsaddle.compressors import Compressor, TopK
+from packsaddle.curvature.certificate import Certificate, Verdict
+from packsaddle.curvature.certify import certify
+from packsaddle.curvature.hessian import LossFn
+from packsaddle.integrations.callbacks import attach_among_workers, load_state, measures, save_state, scalars
+from packsaddle.optim.ddp import DDPHook
+from packsaddle.optim.error_feedback import Schedule
 
 
 class PacksaddleCallback(Callback):

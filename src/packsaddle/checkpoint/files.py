@@ -1,0 +1,209 @@
+"""One worker's two files of one step: its tensors, and a manifest by which damage is found before anything is read.
+
+    DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save), but for those that worker-0.pt has
+    DIR/step-00001200/worker-3.json    the manifest: size and sha256 of that file, and its own sha256
+
+The manifest is written last, so where it is whole the other is whole too. Nothing in either is ever executed: the
+manifest is JSON, and the tensors are read with weights_only=True, after their sha256 was found right. Files of older
+steps are removed, and those of steps that are not whole set aside.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from packsaddle.checkpoint.atomic_files import Hashing, sha256_of, write_whole
+from packsaddle.errors import ConfigError
+
+FORMAT = 2  # 1, of development versions, had all tensors in every worker's file
+_STEP = re.compile(r"step-(\d{8,18})")
+_MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
+_NUMBERS = ("step", "rank", "workers", "bytes")
+_LARGEST_MANIFEST = 1 << 26  # bytes; names and shapes of 100,000 parameters take a tenth
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint cannot be written, read, or used here; the message is one line."""
+
+
+class DamagedError(CheckpointError):
+    """A file of a checkpoint is not what was written."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a worker says of its file of a step."""
+
+    step: int
+    rank: int
+    workers: int
+    bytes: int
+    sha256: str
+    common_sha256: str  # of the tensors that the file leaves out, since worker 0's has them; "" if it has all
+    shapes: Mapping[str, Mapping[str, str]]  # of each part that is a module: dtype and shape of each tensor, by name
+    packsaddle: str
+    torch: str
+    format: int = FORMAT
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the files of a step lie."""
+    return folder / f"step-{step:08d}"
+
+
+def steps_in(folder: Path) -> list[int]:
+    """The steps of which a folder has anything, in rising order."""
+    found = [_STEP.fullmatch(p.name) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return sorted(int(m[1]) for m in found if m)
+
+
+def ranks_in(step: Path) -> list[int]:
+    """The workers whose manifests a step's folder has."""
+    found = [_MANIFEST.fullmatch(p.name) for p in step.iterdir()] if step.is_dir() else []
+    return sorted(int(m[1]) for m in found if m)
+
+
+def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
+    """Write a worker's file of a step, then its manifest, of which `said` is the rest. Raises OSError."""
+    base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
+    wrote: Hashing | None = None
+
+    def write(file: BinaryIO) -> None:
+        nonlocal wrote
+        wrote = Hashing(file)
+        torch.save(content, wrote)  # type: ignore[arg-type]
+        wrote.check()
+
+    write_whole(base.with_suffix(".pt"), write)
+    assert wrote is not None
+    manifest = {"format": FORMAT, **said, "bytes": wrote.size, "sha256": wrote.sha256, "torch": torch.__version__}
+    text = json.dumps({**manifest, "manifest": _digest(manifest)}, indent=1).encode() + b"\n"
+    write_whole(base.with_suffix(".json"), lambda file: file.write(text))
+
+
+def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
+    """Read and check a worker's manifest of a step. Raises DamagedError, or CheckpointError for another format."""
+    path = step_folder(folder, step) / f"worker-{rank}.json"
+    try:
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_MANIFEST)
+        found = json.loads(text)
+        digest = found.pop("manifest")
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise DamagedError(f"{path} is damaged: not a manifest") from None
+    if digest != _digest(found):
+        raise DamagedError(f"{path} is damaged: its sha256 is another")
+    if found.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found.get('format')}, written by packsaddle {found.get('packsaddle')}; "
+            f"this one reads format {FORMAT}: go on with that version, or begin again in another folder"
+        )
+    if found.keys() != {f.name for f in fields(Manifest)} or not all(type(found[n]) is int for n in _NUMBERS):
+        raise DamagedError(f"{path} is damaged: not a manifest")
+    manifest = Manifest(**found)
+    if (manifest.step, manifest.rank) != (step, rank):
+        raise DamagedError(f"{path} is of step {manifest.step} and worker {manifest.rank}")
+    return manifest
+
+
+def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
+    """Read a worker's tensors, to the CPU, if they are what its manifest says. Raises DamagedError."""
+    path = step_folder(folder, manifest.step) / f"worker-{manifest.rank}.pt"
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            if size != manifest.bytes:
+                raise DamagedError(f"{path} is damaged: {size} bytes, not {manifest.bytes}")
+            if sha256_of(file) != manifest.sha256:
+                raise DamagedError(f"{path} is damaged: its sha256 is another")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
+    except DamagedError:
+        raise
+    except Exception as error:  # whole, but not made by save_checkpoint
+        raise DamagedError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise DamagedError(f"{path} was not made by save_checkpoint")
+    return content
+
+
+def check_plain(value: Any, where: str) -> None:
+    """Raise CheckpointError, naming the place, for what could not be read without executing something."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if type(key) not in _PLAIN and not isinstance(key, tuple):
+                raise CheckpointError(f"{where} has a key {key!r} of type {type(key).__name__}, which is not plain")
+            check_plain(inner, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple, set):
+        for i, inner in enumerate(value):
+            check_plain(inner, f"{where}[{i}]")
+    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
+        raise CheckpointError(
+            f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings, lists and dictionaries"
+        )
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+_ASIDE = re.compile(r"step-(\d{8,18})\.unusable")
+_OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Remove the files of all but the newest steps.
+
+    The others', too: that this worker saves the newest says that all have saved the one before.
+    """
+    oldest = steps_in(folder)[-keep:][0]
+    aside = [(int(m[1]), p) for p in folder.iterdir() if (m := _ASIDE.fullmatch(p.name))]
+    for step, path in [(s, step_folder(folder, s)) for s in steps_in(folder)] + aside:
+        if step < oldest:
+            remove(path)
+
+
+def remove(step: Path) -> None:
+    """Remove a step's folder, manifests first; other workers may be at it as well."""
+    try:
+        for file in sorted(step.iterdir(), key=lambda p: p.suffix != ".json"):
+            if _OURS.fullmatch(file.name):
+                file.unlink(missing_ok=True)
+        step.rmdir()
+    except OSError:  # another worker was faster, or something else lies in it
+        pass
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Rename what is newer than a step and could not be used, so that it is never taken for this run's."""
+    for later in [s for s in steps_in(folder) if s > step]:
+        path = step_folder(folder, later)
+        aside = path.with_name(path.name + ".unusable")
+        try:
+            if path.exists() and aside.exists():
+                remove(aside)
+            path.rename(aside)
+        except FileNotFoundError:  # another worker was faster
+            pass
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be set aside: {error.strerror}") from None
+
+
+def remove_all(folder: Path) -> None:
+    """Remove the files of all steps, when they are not needed any more."""
+    for path in [*(step_folder(folder, s) for s in steps_in(folder)), *folder.glob("step-*.unusable")]:
+        if path.suffix != ".unusable" or _ASIDE.fullmatch(path.name):
+            remove(path)

@@ -1,0 +1,156 @@
+"""The parts of a checkpoint: what may be one, whether a saved state fits it, and filling all of them or none."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from packsaddle.checkpoint.files import CheckpointError
+from packsaddle.comm.communicator import Together
+
+
+class Part(Protocol):
+    """What a checkpoint saves: a model, an optimizer, a hook, a scheduler, a GradScaler."""
+
+    def state_dict(self) -> Any:
+        """Return it as tensors and plain types."""
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Restore it."""
+
+
+Parts = Mapping[str, Part]
+
+
+def check_parts(parts: Parts) -> None:
+    """Raise CheckpointError for what is no part."""
+    for name, part in parts.items():
+        if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
+            raise CheckpointError(f"part {name!r} must have state_dict and load_state_dict, got {type(part).__name__}")
+
+
+def modules(parts: Parts) -> list[str]:
+    """The names of those that are modules."""
+    return [name for name, part in parts.items() if isinstance(part, nn.Module)]
+
+
+def shapes(state: Mapping[str, Any]) -> dict[str, str]:
+    """dtype and shape of each tensor of a module's state, by name."""
+    return {
+        name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
+        for name, t in state.items()
+        if isinstance(t, Tensor)
+    }
+
+
+def device_of(parts: Parts) -> torch.device:
+    """Where workers exchange: where the first part that has tensors has them."""
+    for part in parts.values():
+        held = [p for g in part.param_groups for p in g["params"]] if isinstance(part, Optimizer) else part.state_dict()
+        for tensor in _tensors(held):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(inner)
+
+
+def check_shapes(part: str, saved: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Raise CheckpointError, naming the first difference, unless a module's tensors are those of a saved one."""
+    for name, shape in here.items():
+        if saved.get(name) != shape:
+            raise CheckpointError(f"{part}: {name} is {shape} here, but {saved.get(name, 'not')} in the checkpoint")
+    for name in saved:
+        if name not in here:
+            raise CheckpointError(f"{part} has no {name} here, but it is in the checkpoint")
+
+
+def check_names(parts: Parts, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the saved parts have these names."""
+    if parts.keys() != state.keys():
+        here, there = ", ".join(sorted(parts)), ", ".join(sorted(state))
+        raise CheckpointError(f"the parts are {here} here, but {there} in the checkpoint")
+
+
+def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless the states fit, as far as can be told without loading."""
+    check_names(parts, state)
+    for name, part in parts.items():
+        try:
+            if hasattr(part, "check_state_dict"):
+                part.check_state_dict(state[name])
+            elif isinstance(part, nn.Module):
+                check_shapes(name, shapes(state[name]), shapes(part.state_dict()))
+            elif isinstance(part, Optimizer):
+                _check_groups(part, state[name])
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}") from None
+
+
+def _check_groups(part: Optimizer, state: Mapping[str, Any]) -> None:
+    here = [len(group["params"]) for group in part.param_groups]
+    there = [len(group["params"]) for group in state["param_groups"]]
+    if here != there:
+        raise ValueError(f"parameter groups have {here} parameters here, but {there} in the checkpoint")
+
+
+def fill_all(parts: Parts, state: Mapping[str, Any], together: Together) -> None:
+    """Load all parts on all workers, or none anywhere; collective. Raises CheckpointError."""
+    before = {name: _copied(part.state_dict()) for name, part in parts.items()}
+
+    def load() -> None:
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(state[name])
+            except Exception as error:  # whatever a part finds wrong, the others are to be restored
+                raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
+
+    try:
+        on_all(together, load)
+    except CheckpointError:
+        for name, part in parts.items():
+            part.load_state_dict(before[name])
+        raise
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = {key: _copied(inner) for key, inner in value.items()}
+        return copied if type(value) is dict else type(value)(copied)
+    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+
+
+def attempt(work: Callable[[], None]) -> tuple[str, str]:
+    """Do it, and return the kind and text of the CheckpointError there was, if there was one."""
+    try:
+        work()
+    except CheckpointError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def first_problem(outcomes: list[Any]) -> tuple[str, str]:
+    """The first problem among the workers' `attempt`s, with the worker; what is no damage goes before."""
+    found = sorted((kind == "DamagedError", rank, kind, text) for rank, (kind, text) in enumerate(outcomes) if text)
+    if not found:
+        return "", ""
+    _, rank, kind, text = found[0]
+    return kind, text if len(outcomes) == 1 else f"worker {rank}: {text}"
+
+
+def on_all(together: Together, work: Callable[[], None]) -> None:
+    """Do it on every worker; if one raises CheckpointError, all do."""
+    _, problem = first_problem(together.gather(attempt(work)))
+    if problem:
+        raise CheckpointError(problem)

@@ -1,0 +1,127 @@
+"""States of W workers carried over to another number of workers: what is equal everywhere, and means of the rest.
+
+The mean of the error memories, which is all that x has not received, stays what it was; so do x, y and means of
+momenta, which are linear in each worker's gradients. What an owner of a two-way exchange holds back is an error of
+the mean: it goes to the memories.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.checkpoint.files import CheckpointError
+from packsaddle.checkpoint.shared_tensors import fingerprint
+from packsaddle.comm.communicator import Together
+
+Path = tuple[Any, ...]  # keys from the outermost
+
+
+@dataclass
+class Split:
+    """One worker's state, in what is averaged, and what must be equal on all."""
+
+    means: dict[Path, Tensor] = field(default_factory=dict)
+    equal: dict[Path, Any] = field(default_factory=dict)
+
+
+def carried(
+    parts: Mapping[str, Any], template: dict[str, Any], held: Sequence[dict[str, Any]], workers: int, together: Together
+) -> dict[str, Any]:
+    """Return what a worker has of a checkpoint that `workers` saved; collective.
+
+    `template` is worker 0's file, here on every worker, and `held` are the files that this worker has read, each of
+    them read by one. Raises CheckpointError, on every worker, for what cannot be carried.
+    """
+    made: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, held, workers, together)}
+    splits = {name: _split_of(name, part, template, workers) for name, part in parts.items()}
+    for name, part in parts.items():
+        state, split = template["parts"][name], splits[name]
+        mine = [_split(part, content["parts"][name], workers) for content in held]
+        different = _different(split, mine, together)
+        buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
+        for path in different:
+            value = split.equal[path]
+            if not (path[0] in buffers and isinstance(value, Tensor) and value.is_floating_point()):
+                where = ".".join(map(str, path))
+                raise CheckpointError(
+                    f"{name}: {where} differs between the {workers} workers that saved it, and what the mean of it "
+                    f"would be is not known, so it cannot be carried to another number of workers"
+                )
+        means = split.means | {path: split.equal[path] for path in different}
+        sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
+        _put(part, state, _mean(means, sums, workers, together))
+        made["parts"][name] = state
+    return made
+
+
+def _split_of(name: str, part: Any, template: dict[str, Any], workers: int) -> "Split":
+    """Of the template, so that what cannot be carried is found on every worker."""
+    try:
+        return _split(part, template["parts"][name], workers)
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {error}") from None
+
+
+def _mean_of_extra(
+    template: dict[str, Any], held: Sequence[dict[str, Any]], workers: int, together: Together
+) -> dict[str, Any]:
+    """Floating-point tensors averaged; the rest is worker 0's."""
+    extra: dict[str, Any] = template["extra"]
+    like = {(k,): t for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    mine = [{path: content["extra"][path[0]] for path in like} for content in held]
+    return extra | {path[0]: t for path, t in _mean(like, mine, workers, together).items()}
+
+
+def _mean(
+    like: Mapping[Path, Tensor], mine: Sequence[Mapping[Path, Tensor | None]], workers: int, together: Together
+) -> dict[Path, Tensor]:
+    """The means over all old workers, summed in double precision."""
+    found = {}
+    for path, tensor in like.items():
+        total = torch.zeros(tensor.shape, dtype=torch.float64, device=together.device)
+        for one in mine:
+            value = one[path]
+            assert value is not None
+            total += value.to(together.device, torch.float64)
+        together.group.all_reduce(total)
+        found[path] = total.div_(workers).to(tensor.dtype).cpu()
+    return found
+
+
+def _different(template: Split, mine: Sequence[Split], together: Together) -> list[Path]:
+    """The places of what should be equal and is not."""
+    paths = list(template.equal)
+    here = {
+        i
+        for i, path in enumerate(paths)
+        for one in mine
+        if path not in one.equal or fingerprint(one.equal[path]) != fingerprint(template.equal[path])
+    }
+    return [paths[i] for i in sorted({i for found in together.gather(sorted(here)) for i in found})]
+
+
+def _split(part: Any, state: Mapping[str, Any], workers: int) -> Split:
+    if hasattr(part, "split_state"):
+        means, equal = part.split_state(state, workers)
+        return Split(means, _leaves(equal))
+    return Split(equal=_leaves(state))
+
+
+def _leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
+    if isinstance(value, Mapping):
+        return {p: leaf for key, inner in value.items() for p, leaf in _leaves(inner, (*path, key)).items()}
+    if isinstance(value, list | tuple):
+        return {p: leaf for i, inner in enumerate(value) for p, leaf in _leaves(inner, (*path, i)).items()}
+    return {path: value}
+
+
+def _put(part: Any, state: dict[str, Any], means: Mapping[Path, Tensor]) -> None:
+    """Put means in a state, in place, and make it this worker's."""
+    if hasattr(part, "put_means"):
+        part.put_means(state, means)
+    else:
+        for (name,), mean in means.items():
+            state[name] = mean

@@ -1,0 +1,304 @@
+"""Checkpoints: every worker saves what is its own, worker 0 also what is equal on all; and all go on from the newest
+step of which every file is whole."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import packsaddle
+from packsaddle.checkpoint.files import (
+    CheckpointError,
+    DamagedError,
+    Manifest,
+    check_plain,
+    ranks_in,
+    read_content,
+    read_manifest,
+    rotate,
+    set_aside,
+    step_folder,
+    steps_in,
+    write_files,
+)
+from packsaddle.checkpoint.parts import (
+    Parts,
+    attempt,
+    check_fit,
+    check_names,
+    check_parts,
+    check_shapes,
+    device_of,
+    fill_all,
+    first_problem,
+    modules,
+    on_all,
+    shapes,
+)
+from packsaddle.checkpoint.reshard import carried
+from packsaddle.checkpoint.shared_tensors import filled, paths_in_common, without
+from packsaddle.comm.communicator import Together
+from packsaddle.comm.group import Group, ProcessGroup, resolve
+
+Contents = dict[int, dict[str, Any]]  # what was read, by the worker that had saved it
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was loaded."""
+
+    step: int
+    extra: dict[str, Any]  # as it was saved
+    workers: int  # how many saved it
+    notes: tuple[str, ...] = field(default=(), repr=False)  # what a user should know, a line each
+
+
+def save_checkpoint(
+    folder: str | Path,
+    parts: Parts,
+    *,
+    step: int,
+    keep: int = 2,
+    extra: Mapping[str, Any] | None = None,
+    process_group: Group | ProcessGroup | None = None,
+) -> Path:
+    """Write this worker's files of a step, to FOLDER/step-STEP/, and remove those of all but the `keep` newest steps.
+
+    Collective: every worker calls it between the same two steps. Tensors that are equal to worker 0's, by their
+    sha256, are written by worker 0 alone; nothing else travels, and nobody waits for another's writing. Workers may
+    have one folder or each its own. `parts` maps names to whatever has a state_dict and a load_state_dict; `extra` is
+    what else the run needs: tensors and plain types. Returns the step's folder.
+
+    Raises CheckpointError if the files cannot be written, with those of earlier steps as they were; if a state is not
+    plain; and if the folder has later steps, which this run cannot have loaded. The latter two on every worker.
+    """
+    folder, group = Path(folder), resolve(process_group)
+    check_parts(parts)
+    together = Together(group, device_of(parts))
+    content: dict[str, Any] = {"parts": {}, "extra": dict(extra or {})}
+    on_all(together, partial(_gather_states, folder, parts, content, step, keep))
+    common, common_sha256 = paths_in_common(content, together)
+    content = {**without(content, common), "common": common}
+    said = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": packsaddle.__version__}
+    module_shapes = {name: shapes(parts[name].state_dict()) for name in modules(parts)}
+    try:
+        write_files(folder, content, **said, common_sha256=common_sha256, shapes=module_shapes)
+        rotate(folder, keep)
+    except OSError as error:
+        raise _unwritable(folder, step, error) from None
+    return step_folder(folder, step)
+
+
+def _gather_states(folder: Path, parts: Parts, content: dict[str, Any], step: int, keep: int) -> None:
+    """Put the parts' states into the content, if they can be saved there. Raises CheckpointError."""
+    if keep < 2:  # while the newest is being saved by others, the one before is all there is
+        raise CheckpointError(f"keep must be at least 2 checkpoints, got {keep}")
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise CheckpointError(f"step must be an integer of 0 or more, got {step!r}")
+    content["parts"] = {name: part.state_dict() for name, part in parts.items()}
+    for name, value in {**content["parts"], "extra": content["extra"]}.items():
+        check_plain(value, name)
+    try:
+        later = [s for s in steps_in(folder) if s > step]
+    except OSError as error:
+        raise _unwritable(folder, step, error) from None
+    if later:
+        raise CheckpointError(
+            f"{folder} has a checkpoint of step {later[-1]}, after this one of step {step}: load it, or save to "
+            f"another folder"
+        )
+
+
+def _unwritable(folder: Path, step: int, error: OSError) -> CheckpointError:
+    return CheckpointError(f"checkpoint {step_folder(folder, step)} cannot be written: {error.strerror}")
+
+
+def load_checkpoint(
+    folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
+) -> Checkpoint | None:
+    """Restore the newest step of which every worker's files are whole; collective. None if there is none yet.
+
+    Steps that are newer and not whole are set aside (as step-STEP.unusable), with a warning. On another number of
+    workers than it was saved by, x is kept, and each gets the mean of the error memories, with a warning. On the same,
+    training goes on bit for bit. Raises CheckpointError, on every worker and with all parts as they were, if nothing
+    is whole, if a part does not fit (another model, another seed, ...), or if it cannot be carried over.
+    """
+    found = restore(folder, parts, process_group=process_group)
+    if found is None:
+        return None
+    if resolve(process_group).rank == 0:
+        for note in found.notes:
+            warnings.warn(note, stacklevel=2)
+    return found if found.step >= 0 else None
+
+
+def restore(
+    folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
+) -> Checkpoint | None:
+    """`load_checkpoint` without its warnings; a step of -1 says that the run begins, and the notes why."""
+    folder, group = Path(folder), resolve(process_group)
+    check_parts(parts)
+    return _Restoring(folder, parts, Together(group, device_of(parts))).run()
+
+
+class _Restoring:
+    """One worker's part in finding the newest whole step and loading it; every method is collective."""
+
+    def __init__(self, folder: Path, parts: Parts, together: Together) -> None:
+        self._folder, self._parts, self._together = folder, parts, together
+        self._rank, self._size = together.group.rank, together.group.size
+
+    def run(self) -> Checkpoint | None:
+        """See `restore`."""
+        seen = [{int(step): v for step, v in survey.items()} for survey in self._together.gather(_survey(self._folder))]
+        problems: dict[int, str] = {}  # by step
+        damaged = False
+        for step in sorted({step for survey in seen for step in survey}, reverse=True):
+            there = [survey.get(step, {}) for survey in seen]
+            workers, problem, unfinished = _whole(there)
+            if not problem:
+                holders = _holders(workers, there)
+                contents, problem = self._read(step, holders, [survey.get("0") == workers for survey in there])
+                if not problem:
+                    return self._load(step, contents, holders, problems)
+            problems[step] = problem
+            damaged = damaged or not unfinished
+        if not problems:
+            return None
+        if damaged or len(problems) > 1:
+            reasons = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
+            raise CheckpointError(f"{self._folder} has no whole checkpoint: {reasons}")
+        on_all(self._together, lambda: set_aside(self._folder, -1))
+        return Checkpoint(-1, {}, self._size, _notes(problems))
+
+    def _read(self, step: int, holders: list[int], see_first: list[bool]) -> tuple[Contents, str]:
+        """Read the files that this worker is to read, and put in what they have in common with worker 0's, which
+        travels to workers that do not see it; or say, on every worker, what is wrong with them."""
+        contents: Contents = {}
+        mine = [i for i, holder in enumerate(holders) if holder == self._rank]
+        wanted = [*mine, *([0] if see_first[self._rank] and 0 not in mine else [])]
+        found: dict[int, tuple[Manifest, dict[str, Any]]] = {}
+        problem = self._problem(partial(_read_files, self._folder, step, wanted, self._parts, found))
+        if not problem:
+            first = found[0][1] if 0 in found else None
+            if not all(see_first):
+                sent = self._together.send(first, holders[0])
+                first = sent if first is None else first
+            problem = self._problem(partial(_complete, self._folder, {i: found[i] for i in mine}, first, contents))
+        return contents, problem
+
+    def _problem(self, work: Callable[[], None]) -> str:
+        """Do it, and say on every worker what damage was found. Raises CheckpointError for anything else."""
+        kind, problem = first_problem(self._together.gather(attempt(work)))
+        if problem and kind != "DamagedError":
+            raise CheckpointError(problem)
+        return problem
+
+    def _load(self, step: int, contents: Contents, holders: list[int], problems: Mapping[int, str]) -> Checkpoint:
+        workers = len(holders)
+        content = self._same(contents, holders) if workers == self._size else self._carried(contents, holders)
+        on_all(self._together, lambda: check_fit(self._parts, content["parts"]))
+        fill_all(self._parts, content["parts"], self._together)
+        on_all(self._together, lambda: set_aside(self._folder, step))
+        notes = _notes(problems)
+        if workers != self._size:
+            notes += (
+                f"the checkpoint of step {step} was saved by {workers} workers and is loaded by {self._size}: x is "
+                f"kept, and each has the mean of the error memories",
+            )
+        return Checkpoint(step, content["extra"], workers, notes)
+
+    def _same(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
+        """This worker's own content; it may come from another worker's disk, if ranks were dealt anew."""
+        for i, holder in enumerate(holders):
+            if holder != i:
+                sent = self._together.send(contents.get(i), holder)
+                if self._rank == i:
+                    contents[i] = sent
+        return contents[self._rank]
+
+    def _carried(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
+        """What this worker gets of what another number of workers saved."""
+        template = self._together.send(contents.get(0), holders[0])
+        on_all(self._together, lambda: check_names(self._parts, template["parts"]))
+        return carried(self._parts, template, list(contents.values()), len(holders), self._together)
+
+
+def _notes(problems: Mapping[int, str]) -> tuple[str, ...]:
+    return tuple(
+        f"the checkpoint of step {step} is not whole, and is set aside: {problem}" for step, problem in problems.items()
+    )
+
+
+def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
+    """What a worker sees: by step and rank how many workers there were, or what is wrong with the manifest."""
+    found: dict[int, dict[int, int | str]] = {}
+    for step in steps_in(folder):
+        found[step] = {}
+        for rank in ranks_in(step_folder(folder, step)):
+            try:
+                found[step][rank] = read_manifest(folder, step, rank).workers
+            except CheckpointError as error:
+                found[step][rank] = str(error)
+    return found
+
+
+def _whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
+    """How many workers saved a step; what is wrong with it, as far as manifests tell ("" if nothing is); and whether
+    that may be because the run ended while it was being saved. `there` is what each worker sees of the step."""
+    ranks: dict[int, set[int]] = {}
+    for survey in there:
+        for rank, found in survey.items():
+            if isinstance(found, int):
+                ranks.setdefault(found, set()).add(int(rank))
+    for workers, present in ranks.items():
+        if present == set(range(workers)):
+            return workers, "", False
+    wrong = [found for survey in there for found in survey.values() if isinstance(found, str)]
+    if wrong:
+        return 0, wrong[0], False
+    if not ranks:
+        return 0, "the files of all workers are missing", True
+    workers = min(ranks)
+    gone = sorted(set(range(workers)) - ranks[workers])
+    return 0, f"the files of worker {gone[0]} of {workers} are missing", True
+
+
+def _holders(workers: int, there: list[dict[str, Any]]) -> list[int]:
+    """Which worker is to read which file: its own where it sees it, else the first that does."""
+    found = []
+    for i in range(workers):
+        able = [r for r, survey in enumerate(there) if survey.get(str(i)) == workers]
+        found.append(next((r for r in able if r % len(there) == i % len(there)), able[0]))
+    return found
+
+
+def _read_files(
+    folder: Path, step: int, ranks: list[int], parts: Parts, out: dict[int, tuple[Manifest, dict[str, Any]]]
+) -> None:
+    for rank in ranks:
+        manifest = read_manifest(folder, step, rank)
+        for name in modules(parts):
+            if name in manifest.shapes:
+                check_shapes(name, manifest.shapes[name], shapes(parts[name].state_dict()))
+        content = read_content(folder, manifest)
+        if content.keys() != {"parts", "extra", "common"}:
+            raise DamagedError(f"{step_folder(folder, step)}/worker-{rank}.pt was not made by save_checkpoint")
+        out[rank] = manifest, content
+
+
+def _complete(folder: Path, found: Mapping[int, tuple[Manifest, dict[str, Any]]], first: Any, out: Contents) -> None:
+    """Put worker 0's tensors into the contents where they are to go. Raises DamagedError if they are not the ones."""
+    for rank, (manifest, content) in found.items():
+        common = content.pop("common")
+        try:
+            out[rank], fingerprint = filled(content, common, first)
+        except (LookupError, TypeError):
+            fingerprint = "none"
+        if fingerprint != manifest.common_sha256:
+            raise DamagedError(
+                f"{step_folder(folder, manifest.step)}/worker-{rank}.pt needs tensors of worker 0 that worker-0.pt "
+                f"does not have: the two are not of the same moment"
+            )

@@ -1,0 +1,120 @@
+"""The command line: `packsaddle` by itself lists the commands."""
+
+import os
+import select
+import sys
+from typing import Annotated
+
+import tyro
+
+import packsaddle
+from packsaddle.cli import bench, certify, doctor, plan, report, reproduce, run
+from packsaddle.cli.console import is_first
+from packsaddle.cli.parsing import Group, Shell, parse, script
+from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
+from packsaddle.comm.launch import under_launcher
+from packsaddle.errors import ConfigError, GuardError
+from packsaddle.messages import one_line
+
+
+def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
+    """Print a script that lets a shell complete commands, flags and names of files.
+
+    Examples:
+        packsaddle completion bash > ~/.local/share/bash-completion/completions/packsaddle
+        packsaddle completion zsh > ~/.zfunc/_packsaddle       (with fpath+=~/.zfunc before compinit)
+        packsaddle completion fish > ~/.config/fish/completions/packsaddle.fish
+
+    Args:
+        shell: For which shell.
+    """
+    print(script(COMMANDS, "packsaddle", shell))
+
+
+COMMANDS = Group(
+    f"packsaddle {packsaddle.__version__}: train over slow networks with compressed gradients, without getting stuck "
+    "at saddle points",
+    {
+        "demo": run.demo,
+        "init": run.init,
+        "run": run.run,
+        "reproduce": reproduce.reproduce,
+        "certify": certify.certify,
+        "report": report.report,
+        "compressors": report.compressors,
+        "plan": plan.plan,
+        "bench": bench.bench,
+        "doctor": doctor.doctor,
+        "completion": completion,
+    },
+)
+
+
+def main() -> None:
+    """Entry point of the console script: bad input is one line on stderr and exit code 2.
+
+    Where nobody reads what it prints any more (`| head`), it ends with code 1 and without a word, as Python's
+    documentation of SIGPIPE has it.
+    """
+    try:
+        try:
+            _obey()
+        finally:
+            sys.stdout.flush()  # else the interpreter does, and complains, when nothing can catch it
+    except BrokenPipeError:
+        if not _silence_unread():  # some other pipe
+            raise
+        sys.exit(1)
+
+
+def _silence_unread() -> bool:
+    """Point standard streams whose reader has gone to nowhere, for what their buffers hold; return whether there are
+    any."""
+    unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream.fileno())]
+    for number in unread:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+    return bool(unread)
+
+
+def _is_unread(number: int) -> bool:
+    if not hasattr(select, "poll"):  # Windows
+        return True
+    poll = select.poll()
+    poll.register(number, 0)  # an error is reported unasked: of a pipe's writing end, that no reader is left
+    return any(events & select.POLLERR for _, events in poll.poll(0))
+
+
+def _obey() -> None:
+    """Do what the command line says, and end the process where that fails."""
+    if sys.argv[1:] == ["--version"]:
+        print(f"packsaddle {packsaddle.__version__}")
+        return
+    try:
+        parse(COMMANDS, sys.argv[1:], "packsaddle")()
+    except ConfigError as error:
+        if is_first():
+            print(f"packsaddle: error: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except GuardError as error:
+        if is_first():
+            print(f"packsaddle: {error}", file=sys.stderr)
+        sys.exit(1)
+    except WorkerFailedError as error:
+        print(error.trace, end="", file=sys.stderr)
+        print(f"packsaddle: {one_line(str(error))}", file=sys.stderr)
+        sys.exit(1)
+    except TerminatedError:
+        sys.exit(143)
+    except PeerLostError as error:
+        print(f"packsaddle: {one_line(str(error))}", file=sys.stderr, flush=True)
+        os._exit(1)  # what gloo's threads and a store behind a cut network wait for would be waited for here
+    except KeyboardInterrupt:
+        sys.exit(130)
+    if under_launcher():
+        # The work is done and on disk. Interpreters that take themselves apart beside gloo's threads abort now and
+        # then, which the launcher would report as a failed run.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)

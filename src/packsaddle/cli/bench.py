@@ -1,0 +1,206 @@
+"""packsaddle bench step | compress | exchange | train | link."""
+
+import json as json_format
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from rich.table import Table
+
+from packsaddle.cli.console import print_table
+from packsaddle.cli.parsing import UNSAID, Group
+from packsaddle.errors import ConfigError
+from packsaddle.performance.bench.contenders import FIELD
+from packsaddle.performance.bench.result import Result, shown
+
+if TYPE_CHECKING:
+    from packsaddle.performance.bench.race import Race
+
+
+@dataclass(frozen=True)
+class Question(ABC):
+    """A question that calling it answers, in tables."""
+
+    json: Annotated[bool, UNSAID] = False
+    """Print one JSON document."""
+
+    @abstractmethod
+    def run(self) -> list[Result]:
+        """Measure. Raises ValueError for a setting that cannot be measured."""
+
+    def __call__(self) -> None:
+        try:
+            results = self.run()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if self.json:
+            print(json_format.dumps([result.plain() for result in results], indent=2))
+        else:
+            for result in results:
+                show(result)
+
+
+@dataclass(frozen=True)
+class Step(Question):
+    """What does an optimizer step cost, beside torch.optim.SGD's, and beside the memory it must move?
+
+    Examples:
+        packsaddle bench step
+        packsaddle bench step --d 1000000 --layers 50
+    """
+
+    d: int = 25_000_000
+    """Coordinates."""
+    layers: int = 1
+    """Parameters that the coordinates are spread over."""
+    repeats: int = 7
+    """Timed rounds."""
+
+    def run(self) -> list[Result]:
+        from packsaddle.performance.bench import step
+
+        return step.run(self.d, self.repeats, self.layers)
+
+
+@dataclass(frozen=True)
+class Compress(Question):
+    """What do packing and unpacking cost, beside copying the vector once?
+
+    Examples:
+        packsaddle bench compress --ratio 0.001
+        packsaddle bench compress --d 1000000 --json
+    """
+
+    d: int = 25_000_000
+    """Coordinates."""
+    ratio: float = 0.01
+    """k/d of the compressors that have one."""
+    repeats: int = 5
+    """Timed rounds."""
+
+    def run(self) -> list[Result]:
+        from packsaddle.performance.bench import compress
+
+        return compress.run(self.d, self.ratio, self.repeats)
+
+
+@dataclass(frozen=True)
+class Exchange(Question):
+    """What does one exchange cost, beside a dense all-reduce, and beside its bytes at the rate of this machine?
+
+    Examples:
+        packsaddle bench exchange --workers 4
+    """
+
+    d: int = 10_000_000
+    """Coordinates."""
+    workers: int = 2
+    """Worker processes on this machine."""
+    ratio: float = 0.01
+    """k/d of the compressors that have one."""
+    repeats: int = 5
+    """Timed rounds."""
+
+    def run(self) -> list[Result]:
+        from packsaddle.performance.bench import exchange
+
+        return exchange.run(self.d, self.workers, self.ratio, self.repeats)
+
+
+@dataclass(frozen=True)
+class _Training(Question):
+    """What the benchmarks of whole training steps share."""
+
+    model: Literal["mnist-autoencoder", "resnet18"] = "mnist-autoencoder"
+    """The network."""
+    batch: Annotated[int | None, UNSAID] = None
+    """Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18."""
+    contenders: tuple[str, ...] = FIELD
+    """Who takes part: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ..., powersgd-N, local-sgd-N).
+    Each may say its own step size, as in 'ddp lr=0.2', and a compressor its noise, momentum, memory and local_steps,
+    as in 'TopK(0.01) noise=0.01', or hook=bucket (hook=model) to go behind DDP."""
+    lr: float = 0.1
+    """Step size of those that say none."""
+    data_dir: Annotated[Path | None, UNSAID] = None
+    """Folder of MNIST, or of CIFAR-10 or an image folder of 32 x 32; without it the images are synthetic."""
+    rounds: int = 5
+    """How many times each contender has its turn."""
+    block: int = 4
+    """Consecutive steps in one turn."""
+    seed: int = 0
+    """Seed of the network and of the batches."""
+
+    def race(self, **more: Any) -> "Race":
+        from packsaddle.performance.bench.race import Race
+        from packsaddle.performance.bench.workload import Workload
+
+        batch = {"mnist-autoencoder": 64, "resnet18": 8}[self.model] if self.batch is None else self.batch
+        workload = Workload(self.model, batch, None if self.data_dir is None else str(self.data_dir), self.seed)
+        return Race(workload, self.contenders, self.lr, self.rounds, self.block, **more)
+
+
+@dataclass(frozen=True)
+class Train(_Training):
+    """What does a whole training step cost on local processes, beside every way to exchange that torch has?
+
+    Examples:
+        packsaddle bench train --model resnet18
+        packsaddle bench train --contenders ddp 'RandomK(0.01) noise=0.01' --rounds 3
+    """
+
+    workers: int = 2
+    """Worker processes on this machine."""
+
+    def run(self) -> list[Result]:
+        from packsaddle.performance.bench import train
+
+        return train.run(self.race(), self.workers)
+
+
+@dataclass(frozen=True)
+class Link(_Training):
+    """What does training cost over a real slow link, and what do its bytes allow? (Needs root and iproute2.)
+
+    Hosts are network namespaces on this machine, whose links are held to a rate.
+
+    Examples:
+        packsaddle bench link --rate 100 --model resnet18
+        packsaddle bench link --rate 10 --data-dir MNIST --target-loss 0.05
+    """
+
+    hosts: int = 2
+    """How many; each runs one worker under torchrun."""
+    rate: float = 100.0
+    """Mbit/s of every host's link, in either direction."""
+    target_loss: Annotated[float | None, UNSAID] = None
+    """Train each contender until the training loss is down to this, instead of timing steps (needs --data-dir)."""
+    max_seconds: float = 300.0
+    """When to give up on a contender that does not reach the target."""
+
+    def run(self) -> list[Result]:
+        from packsaddle.performance.bench import link
+
+        race = self.race(target_loss=self.target_loss, max_seconds=self.max_seconds)
+        return link.run(race, self.hosts, self.rate)
+
+
+bench = Group(
+    "Measure, side by side in one run: packsaddle, its peers, and the floor below which nobody can go.",
+    {"step": Step, "compress": Compress, "exchange": Exchange, "train": Train, "link": Link},
+)
+
+
+def show(result: Result) -> None:
+    """Print one table with its setting and notes."""
+    columns = list(result.rows[0])
+    table = Table(*columns, title=result.question, title_justify="left")
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in result.rows:
+        table.add_row(*(shown(row[name]) for name in columns))
+    print_table(table)
+    print("  ".join(f"{name}: {shown(value)}" for name, value in result.setting.items()))
+    for note in result.notes:
+        print(f"- {note}")

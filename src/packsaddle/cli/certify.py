@@ -1,0 +1,208 @@
+"""packsaddle certify."""
+
+from dataclasses import asdict
+from json import dumps
+from math import inf
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from packsaddle.cli.console import is_first
+from packsaddle.comm.launch import under_launcher
+from packsaddle.curvature.lanczos import check_probability
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.config import Config
+from packsaddle.experiments.run_folder import RunFolder, make_new, read_runs
+
+_SAMPLE = 512  # training examples, where the command does not say: a minute or so of a small network on a processor
+
+
+def certify(
+    run: Annotated[Path, tyro.conf.Positional],
+    checkpoint: str | None = None,
+    iterates: bool = False,
+    epsilon: float | None = None,
+    hessian_lipschitz: float | None = None,
+    failure_probability: float | None = None,
+    max_hvps: int | None = None,
+    tolerance: float | None = None,
+    examples: int | Literal["all"] | None = None,
+    batch_size: int | None = None,
+    double: bool = False,
+    distance: float | None = None,
+    data_dir: Path | None = None,
+    workers: int = 1,
+    seed: int = 0,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Certify that a run's last point is a saddle, or second-order stationary, or say that it is undecided.
+
+    Prints the certificate, of a random sample of the training examples unless --examples says other; writes it, the
+    escape direction and a picture of the loss along it into a new folder. Under torchrun the world it made is used.
+
+    Examples:
+        packsaddle certify runs/a
+        packsaddle certify runs/a --epsilon 0.01 --examples all
+        packsaddle certify runs/a --iterates --workers 2 --data-dir MNIST
+        packsaddle certify runs/a --checkpoint other.pt --epsilon 0.01 --hessian-lipschitz 0.001 --json
+
+    Args:
+        run: The run folder.
+        checkpoint: Weights to certify instead of the last: a file, or its name inside the run folder.
+        iterates: Certify the iterates that the run drew (certify.iterates in its configuration), and the share.
+        epsilon: The gradient's threshold; the curvature's is -sqrt(rho epsilon). By default the run's certify.epsilon,
+            else the gradient's norm at the point and twice its standard error: then the curvature decides.
+        hessian_lipschitz: rho. By default the run's certify.hessian_lipschitz, else measured along the direction
+            found; it decides what counts as a saddle, so state it when you compare points.
+        failure_probability: Of the lower bound on the smallest eigenvalue. By default the run's, else 0.001.
+        max_hvps: Hessian-vector products at most. By default the run's, else 200.
+        tolerance: Go on after a saddle is found until the residual of its direction is so much of its curvature, for a
+            better direction; by default the search stops with the verdict.
+        examples: A random sample of so many training examples, or "all"; by default 512, or all if there are fewer.
+        batch_size: Examples read at once; by default 64, and 500 if they are all.
+        double: Compute the products in float64.
+        distance: How far to each side the picture follows the escape direction.
+        data_dir: Folder of the dataset, as the run had it (not needed for digits, nor for Python's own text).
+        workers: Worker processes; under torchrun, its own.
+        seed: Of the sample and of the random start.
+        out: A new folder for the results; by default certificate/ in the run folder, or certificate-2/ and so on.
+        json: Print one JSON document instead.
+    """
+    from packsaddle.errors import require
+    from packsaddle.experiments.certification import Audit, certify_in_process_group, read_config
+
+    config = read_config(run)
+    stated = config.certify
+    if epsilon is None and stated is not None:
+        epsilon = stated.epsilon
+    if hessian_lipschitz is None and stated is not None:
+        hessian_lipschitz = stated.hessian_lipschitz
+    if failure_probability is None:
+        failure_probability = 1e-3 if stated is None else stated.failure_probability
+    if max_hvps is None:
+        max_hvps = 200 if stated is None else stated.max_hvps
+    _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, batch_size, workers, distance, tolerance)
+    require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
+    drawn = _drawn(run, config) if iterates else []
+    folder = out or _numbered(run / "certificate")
+    if folder.exists():
+        raise ConfigError(f"output folder {folder} exists already; choose another with --out")
+    audit = Audit(
+        run,
+        _files(run, checkpoint, drawn),
+        epsilon,
+        hessian_lipschitz,
+        failure_probability,
+        max_hvps,
+        inf if tolerance is None else tolerance,
+        None if examples == "all" else examples,
+        _SAMPLE if examples is None else None,
+        batch_size,
+        double,
+        distance,
+        data_dir,
+        seed,
+        quiet=json,
+    )
+    findings = certify_in_process_group(audit) if under_launcher() else audit.execute(workers)
+    if is_first():
+        share = _share(findings, drawn) if drawn else None
+        document = _document(findings, share)
+        _write(findings, document, folder)
+        if json:
+            print(dumps({**document, "folder": str(folder)}, indent=2, allow_nan=False))
+            return
+        for finding in findings:
+            print(f"{finding.file}: {finding.certificate}")
+        if share:
+            print(share)
+        print(f"certificate: {folder}")
+
+
+def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, ...]:
+    if drawn:
+        if checkpoint is not None:
+            raise ConfigError("--checkpoint and --iterates exclude each other")
+        return tuple(run / name for name in dict.fromkeys(drawn))  # each once
+    if checkpoint is None:
+        return (run / "checkpoint" / "model.pt",)
+    inside = run / checkpoint
+    return (inside if inside.is_file() else Path(checkpoint),)
+
+
+def _drawn(run: Path, config: Config) -> list[str]:
+    """The names of the iterates that the run drew, as often as they were drawn. Raises ConfigError if some are not
+    there, as in a run that was cut off: those that are would be a biased sample."""
+    from packsaddle.experiments.certification import drawn_names
+
+    (found,) = read_runs([run])
+    if found.summary is None:
+        raise ConfigError(f"{run} has not finished, so the iterates it has kept are not a fair sample")
+    names = drawn_names(config, found.summary["steps"])
+    if not names:
+        raise ConfigError(f"{run} keeps no iterates; a run with certify.iterates = m draws m of them")
+    for name in names:
+        if not (run / name).is_file():
+            raise ConfigError(f"{run} drew {name}, but has lost it; without it the others are not a fair sample")
+    return names
+
+
+def _write(findings: list[Any], document: dict[str, Any], folder: Path) -> None:
+    from packsaddle.experiments.report import figures
+
+    make_new(folder)
+    writer = RunFolder(folder)
+    writer.write_json("certificates.json", document)
+    for finding, point in zip(findings, document["points"], strict=True):
+        name = "certificate" if len(findings) == 1 else finding.file.stem
+        writer.save_tensors(f"{name}.direction.pt", {"escape_direction": finding.certificate.escape_direction})
+        figures.save(figures.draw_certificate(point, point["profile"]), folder, name)
+
+
+def _document(findings: list[Any], share: Any) -> dict[str, Any]:
+    points = [{"file": str(f.file), **f.certificate.to_dict(), "profile": asdict(f.profile)} for f in findings]
+    if share is None:
+        return {"points": points}
+    derived = {"at_least": share.at_least(), "all_fail": share.all_fail, "surprise": share.surprise}
+    return {"points": points, "share": {**asdict(share), **derived}}
+
+
+def _share(findings: list[Any], drawn: list[str]) -> Any:
+    from packsaddle.curvature.iterates import Share
+
+    verdicts = {f"iterates/{f.file.name}": f.certificate.verdict for f in findings}
+    return Share.of([verdicts[name] for name in drawn])
+
+
+def _numbered(folder: Path) -> Path:
+    """The folder, or the first of its numbered siblings that does not exist."""
+    number, chosen = 1, folder
+    while chosen.exists():
+        number += 1
+        chosen = folder.with_name(f"{folder.name}-{number}")
+    return chosen
+
+
+def _check(
+    epsilon: float | None,
+    rho: float | None,
+    probability: float,
+    max_hvps: int,
+    batch_size: int | None,
+    workers: int,
+    distance: float | None,
+    tolerance: float | None,
+) -> None:
+    positive = {"epsilon": epsilon, "hessian-lipschitz": rho, "distance": distance, "tolerance": tolerance}
+    for name, value in positive.items():
+        if value is not None and not 0 < value < inf:
+            raise ConfigError(f"--{name} must be positive and finite, got {value}")
+    try:
+        check_probability(probability)
+    except ValueError as error:
+        raise ConfigError(f"--{error}".replace("_", "-")) from None
+    for option, count in (("max-hvps", max_hvps), ("batch-size", batch_size), ("workers", workers)):
+        if count is not None and count < 1:
+            raise ConfigError(f"--{option} must be at least 1, got {count}")

@@ -1,0 +1,291 @@
+"""packsaddle doctor: what training would use on this machine, what it would not, and why; facts with verdicts."""
+
+import importlib.util
+import json as json_format
+import logging
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+import packsaddle
+from packsaddle.cli.console import is_first, print_table
+from packsaddle.cli.interfaces import Interface, gloo_listens, interfaces
+from packsaddle.comm.group import backends
+from packsaddle.comm.launch import launch, process_group, under_launcher
+from packsaddle.numerics import kernels
+
+Verdict = Literal["ok", "note", "warning", "problem"]
+
+_DRIVER = Path("/proc/driver/nvidia/version")
+_PATIENCE = timedelta(seconds=60)  # for two processes to find each other, where it takes a second
+_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # whose name differs from their package's
+_PURPOSES = {
+    "plot": "figures and pages of demo, report, certify and reproduce",
+    "digits": "the digits that demo and data.name = digits train on",
+    "vision": "MNIST, CIFAR-10 and image folders",
+    "fast": "compiled loops on the CPU",
+    "docs": "building the documentation as a site",
+    "lightning": "packsaddle.integrations.lightning",
+    "hf": "packsaddle.integrations.huggingface",
+    "track": "run --track",
+}
+_OURS = ("dev", "docs")  # extras for working on packsaddle
+_VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
+_VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES", "TORCH_DISTRIBUTED_DEBUG"}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing found. note: nothing is wrong, but something is not there; problem: training fails."""
+
+    topic: str
+    name: str
+    value: str
+    verdict: Verdict = "ok"
+    advice: str = ""
+
+
+def examine(*, try_processes: bool = True) -> list[Fact]:
+    """Return what is found; `try_processes` starts two workers that exchange something (under torchrun, its own do)."""
+    facts = [*versions(), *machine(), *devices(), *loops(), *extras(), *network(), *variables(), *built_with()]
+    return [*facts, all_reduce()] if try_processes else facts
+
+
+def versions() -> Iterator[Fact]:
+    """packsaddle, Python, and what packsaddle cannot do without, beside the oldest versions that it is tested with."""
+    yield Fact("versions", "packsaddle", f"{packsaddle.__version__}, {Path(packsaddle.__file__).parent}")
+    yield Fact("versions", "Python", f"{platform.python_version()}, {sys.executable}, {platform.platform()}")
+    for package, least, extra in _requirements():
+        if extra is None:
+            found = _version(package) or "missing"
+            if found == "missing" or _numbers(found) < _numbers(least):
+                advice = f"pip install --upgrade '{package}>={least}'"
+                yield Fact("versions", package, f"{found}, needs {least} or newer", "problem", advice)
+            else:
+                yield Fact("versions", package, f"{found} ({least} or newer)")
+
+
+def _requirements() -> list[tuple[str, str, str | None]]:
+    """Package, least version and extra (None: always needed) of packsaddle as installed; none if it is not."""
+    try:
+        lines = importlib.metadata.requires("packsaddle") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    pattern = re.compile(r"([\w.-]+)>=([\w.]+)(?:; extra == ['\"](\w+)['\"])?")
+    return [match.groups() for line in lines if (match := pattern.fullmatch(line))]  # type: ignore[misc]
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(_MODULES.get(package, package)) is None:
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version.partition("+")[0])))
+
+
+def machine() -> Iterator[Fact]:
+    """Cores, threads and memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    yield Fact("machine", "cores", f"{cores}, of which torch uses {torch.get_num_threads()} here")
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield Fact("machine", "memory", f"{total:.1f} GiB{_available()}")
+
+
+def _available() -> str:
+    """What Linux says is left, and a container's limit."""
+    said = ""
+    if Path("/proc/meminfo").exists():
+        kilobytes = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        said = f", {int(kilobytes[1]) / 2**20:.1f} GiB available" if kilobytes else ""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and limit.read_text().strip().isdecimal():
+        said += f", limited to {int(limit.read_text()) / 2**30:.1f} GiB"
+    return said
+
+
+def devices() -> Iterator[Fact]:
+    """The GPUs that torch sees, or why it sees none."""
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            of = torch.cuda.get_device_properties(i)
+            size, capability = f"{of.total_memory / 2**30:.0f} GiB", f"compute capability {of.major}.{of.minor}"
+            yield Fact("devices", f"cuda:{i}", f"{of.name}, {size}, {capability}")
+        return
+    driver = _DRIVER.exists()
+    if torch.version.cuda is None:
+        advice = "there is an NVIDIA driver: install torch with CUDA to use the GPU" if driver else ""
+        yield Fact("devices", "CUDA", "this torch is built without it", "warning" if driver else "note", advice)
+    else:
+        why = "though there is an NVIDIA driver" if driver else "and there is no NVIDIA driver"
+        value = f"torch is built for CUDA {torch.version.cuda}, but sees no device, {why}"
+        yield Fact("devices", "CUDA", value, "warning" if driver else "note")
+    yield Fact("devices", "cpu", f"{platform.processor() or platform.machine()}: training runs here")
+
+
+def built_with() -> Iterator[Fact]:
+    """The backends of torch.distributed, without which workers cannot exchange anything."""
+    found = backends()
+    if found["gloo"]:
+        yield Fact("exchange", "gloo", "available")
+    else:
+        yield Fact("exchange", "gloo", "not in this torch", "problem", "install torch from PyPI")
+    if found["nccl"]:
+        used = "used where every worker has a GPU" if torch.cuda.is_available() else "not used: there is no GPU"
+        yield Fact("exchange", "nccl", f"available, {used}")
+    else:
+        yield Fact("exchange", "nccl", "not in this torch: workers on GPUs would exchange by gloo", "note")
+
+
+def loops() -> Iterator[Fact]:
+    """What compiles the inner loops, by device; torch alone does the same, more slowly."""
+    for where, package in (("cpu", "numba"), ("cuda", "triton")):
+        if where == "cuda" and not torch.cuda.is_available():
+            yield Fact("loops", where, "not used: there is no GPU", "note")
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # it is said here
+            obstacle = kernels.obstacle(where)
+        if obstacle:
+            advice = "pip install 'packsaddle[fast]'" if obstacle == "numba is not installed" else ""
+            yield Fact("loops", where, f"torch alone: {obstacle}", "note", advice)
+        elif where == "cuda" and not (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")):
+            yield Fact("loops", where, "triton, which finds no C compiler", "warning", "install gcc, for triton")
+        else:
+            yield Fact("loops", where, f"compiled by {package} {_version(package)}")
+
+
+def extras() -> Iterator[Fact]:
+    """The optional packages, what needs them, and how to get them."""
+    needed: dict[str, list[str]] = {}
+    for package, _, extra in _requirements():
+        if extra not in (None, "all", *_OURS):
+            needed.setdefault(extra or "", []).append(package)
+    for extra, packages in needed.items():
+        shown = ", ".join(f"{package} {_version(package) or 'missing'}" for package in packages)
+        missing = any(_version(package) is None for package in packages)
+        purpose = f", for {_PURPOSES[extra]}" if extra in _PURPOSES else ""
+        advice = f"pip install 'packsaddle[{extra}]'" if missing else ""
+        yield Fact("extras", extra, shown + purpose, "note" if missing else "ok", advice)
+
+
+def network() -> Iterator[Fact]:
+    """The interfaces, and which one gloo would listen on."""
+    found = interfaces()
+    for i in found:
+        yield Fact("network", i.name, _described(i), "note" if i.state == "down" else "ok")
+    gloo = gloo_listens()
+    usable = [i.name for i in found if not i.loopback and i.state != "down" and i.addresses]
+    names = usable[0] if usable else "NAME"
+    if not gloo.possible:
+        advice = f"set GLOO_SOCKET_IFNAME={names}, or unset it"
+        yield Fact("network", "gloo", f"fails: {gloo.why}", "problem", advice)
+    elif gloo.reachable:
+        yield Fact("network", "gloo", f"listens on {gloo.address}: {gloo.why}")
+    else:
+        advice = f"for workers on several hosts set GLOO_SOCKET_IFNAME={names} on each (with its own interface's name)"
+        value = f"listens on {gloo.address}, where no other host can reach it: {gloo.why}"
+        yield Fact("network", "gloo", value, "warning", advice)
+
+
+def _described(i: Interface) -> str:
+    if i.state == "down":
+        return "down"
+    addresses = ", ".join(i.addresses) or "address unknown"
+    if i.loopback:
+        return f"loopback, {addresses}"
+    return f"{i.state or 'state unknown'}, {addresses}, {'rate unknown' if i.mbit is None else f'{i.mbit:,} Mbit/s'}"
+
+
+def variables() -> Iterator[Fact]:
+    """The environment variables that matter here, where they are set."""
+    for name in sorted(os.environ):
+        if name in _VARIABLES or name.startswith("NCCL_"):
+            yield Fact("environment", name, os.environ[name])
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ):
+        value = "one of RANK and WORLD_SIZE is set without the other, so no launcher is assumed"
+        yield Fact("environment", "launcher", value, "warning", "unset it, or start packsaddle under torchrun")
+
+
+def all_reduce() -> Fact:
+    """Start two processes here that add up two numbers by gloo; under torchrun, let its workers do so."""
+    start = time.perf_counter()
+    logging.disable()  # the launcher would log the workers' tracebacks; the fact says what is in them
+    try:
+        total, workers = sum_over_workers() if under_launcher() else launch(sum_over_workers, (), 2)
+    except Exception as error:  # whatever stops it is what was asked for
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return Fact("exchange", "all-reduce", f"fails: {reason}", "problem", "see the network above")
+    finally:
+        logging.disable(logging.NOTSET)
+    seconds = time.perf_counter() - start
+    if total != workers * (workers + 1) / 2:
+        return Fact("exchange", "all-reduce", f"gives {total} over {workers} processes, which is wrong", "problem")
+    return Fact("exchange", "all-reduce", f"{workers} processes started and exchanged by gloo in {seconds:.1f} s")
+
+
+def sum_over_workers() -> tuple[float, int]:
+    """Return 1 + 2 + ... + W, by an all-reduce of W workers on CPUs, and W; in a process that a launcher started."""
+    with process_group(_PATIENCE) as group:
+        mine = torch.tensor([group.rank + 1.0])
+        group.all_reduce(mine)
+        return float(mine), group.size
+
+
+_MARKS = {"ok": "", "note": "-", "warning": "!", "problem": "X"}
+_LEGEND = "- not there, or not used   ! may fail in some uses   X training fails"
+
+
+def doctor(no_try: bool = False, json: bool = False) -> None:
+    """Say what training would use on this machine, what it would not, and why.
+
+    Versions, cores, GPUs, compiled loops, optional packages, network interfaces and which of them gloo listens on,
+    and the variables that matter; then two processes exchange a number. Under torchrun its workers do, on all hosts.
+    The exit code is 1 if something is found that training fails at, else 0.
+
+    Examples:
+        packsaddle doctor
+        packsaddle doctor --json --no-try
+        torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli doctor
+
+    Args:
+        no_try: Start no processes.
+        json: Print one JSON document.
+    """
+    facts = examine(try_processes=not no_try)
+    problems = [fact for fact in facts if fact.verdict == "problem"]
+    if is_first() and json:
+        print(json_format.dumps({"ok": not problems, "facts": [asdict(fact) for fact in facts]}, indent=2))
+    elif is_first():
+        _show(facts)
+        stopped = ", ".join(f"{fact.topic} {fact.name}" for fact in problems)
+        print(f"Training fails: {stopped}." if stopped else "Nothing found that training fails at.")
+    if problems:
+        sys.exit(1)
+
+
+def _show(facts: list[Fact]) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 1), caption=_LEGEND, caption_justify="left")
+    before = ""
+    for fact in facts:
+        found = Text(f"{fact.value}\n> {fact.advice}" if fact.advice else fact.value)  # no markup: [plot] is an extra
+        table.add_row(_MARKS[fact.verdict], "" if fact.topic == before else fact.topic, fact.name, found)
+        before = fact.topic
+    print_table(table)

@@ -1,0 +1,204 @@
+"""packsaddle plan --link."""
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from json import dumps
+
+import torch
+from rich.table import Table
+
+from packsaddle.cli.console import is_first, print_table
+from packsaddle.comm.group import Group
+from packsaddle.comm.launch import local_device, process_group, under_launcher
+from packsaddle.compressors import Compressor
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.progress import megabytes
+from packsaddle.performance import link as rate
+from packsaddle.performance.coding_speed import measure
+from packsaddle.performance.link import probe, probe_locally
+from packsaddle.performance.link_planner import Forecast, Verdict, forecast
+from packsaddle.performance.step_time import FRAMING, Fleet, Link
+from packsaddle.performance.steps_needed import Optimizer
+from packsaddle.performance.workload import Workload, compute_seconds, update_seconds
+
+_LATENCY = 1e-4  # seconds, gloo's over a local network
+_BATCH = 32
+_ERROR = 0.1  # of the model, on quiet machines (experiments/scale)
+_NOTE = (
+    "This is the time of a step. How many steps a compressor needs depends on the optimizer: --optimizer sgd or adamw "
+    "counts those that were measured."
+)
+_STEPS_NOTE = (
+    "x steps: for the loss of one dense step with {}, each at its best learning rate, on a small language model "
+    "(docs/choosing.md). Try it on yours."
+)
+
+
+@dataclass(frozen=True)
+class LinkOptions:
+    """What is known of the model and the workers; None: not given."""
+
+    d: int | None
+    model: str | None
+    latency: float | None  # seconds
+    compute: float | None  # seconds
+    batch: int | None
+    spread: float | None
+    noise: bool | None
+
+    def workload(self) -> Workload:
+        if (self.d is None) == (self.model is None):
+            raise ConfigError(f"--link needs one of --model and --d, got model={self.model} and d={self.d}")
+        if self.compute is None and self.model is None:
+            raise ConfigError("--d needs --compute SECONDS (a --model is measured)")
+        if self.compute is not None and self.batch is not None:
+            raise ConfigError("--batch is for measuring the computing, which --compute gives: leave one out")
+        return Workload.of_model(self.model) if self.model is not None else Workload.of_size(self.d or 0)
+
+
+def plan_link(
+    text: str,
+    options: LinkOptions,
+    candidates: Sequence[Compressor],
+    workers: int | None,
+    optimizer: Optimizer | None,
+    json: bool,
+) -> None:
+    """Predict the time of a step for every compressor and say which is shortest. Raises ConfigError."""
+    try:
+        bits = None if text == "auto" else rate.parse_rate(text)
+        workers = _workers(workers)
+        if bits is None and options.latency is not None:
+            raise ConfigError("--latency is measured by --link auto: leave it out")
+        given = Link.nominal(bits or 1.0, _LATENCY if options.latency is None else options.latency)
+        workload = options.workload()
+        unmeasured = Fleet(workers, options.compute or 0.0, options.spread or 0.0)  # refused now, not after measuring
+        with process_group() if under_launcher() else nullcontext() as group:
+            device = torch.device("cpu") if group is None else local_device()
+            link, source = (given, "as given") if bits else _measured(group, workers, device)
+            fleet = unmeasured
+            if options.compute is None:
+                batch = _BATCH if options.batch is None else options.batch
+                fleet = replace(fleet, compute=compute_seconds(workload.name, batch, device=device))
+            pace = partial(measure, repeats=3, device=device)
+            update = update_seconds(workload.d, noise=bool(options.noise), device=device)
+            verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if is_first():
+        show = _print_json if json else _print_tables
+        show(verdict, workload, link, source, fleet, update, optimizer)
+
+
+def _workers(asked: int | None) -> int:
+    """torchrun's, if it runs; else as many as asked for."""
+    if not under_launcher():
+        workers = 4 if asked is None else asked
+        if workers < 2:
+            raise ConfigError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
+        return workers
+    world = int(os.environ["WORLD_SIZE"])
+    if asked not in (None, world):
+        raise ConfigError(f"workers must be torchrun's {world}, or be left out, got {asked}")
+    return world
+
+
+def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[Link, str]:
+    if group is not None:
+        return probe(group, device), "measured between torchrun's workers"
+    return probe_locally(workers), "measured on this machine's loopback, so NO network is in it"
+
+
+def _print_json(
+    verdict: Verdict,
+    workload: Workload,
+    link: Link,
+    source: str,
+    fleet: Fleet,
+    update: float,
+    optimizer: Optimizer | None,
+) -> None:
+    document = {
+        "model": workload.name,
+        "compressed": workload.d,
+        "dense": workload.dense,
+        "link": {**asdict(link), "nominal_bits": link.bits, "source": source},
+        "fleet": asdict(fleet),
+        "update": update,
+        "optimizer": optimizer,
+        "compress": verdict.compress,
+        "best": verdict.best.compressor,
+        "break_even": verdict.break_even,
+        "forecasts": verdict.plain(),
+    }
+    print(dumps(document, indent=2))
+
+
+def _print_tables(
+    verdict: Verdict,
+    workload: Workload,
+    link: Link,
+    source: str,
+    fleet: Fleet,
+    update: float,
+    optimizer: Optimizer | None,
+) -> None:
+    steps = ("x steps",) if optimizer else ()
+    table = Table("compressor", "exchange", "sent", "step ms", "coding", "exchange", *steps, "pays below")
+    table.columns[0].no_wrap = True
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for f in verdict.forecasts:
+        cells = [f"{1e3 * part:,.4g}" for part in (f.time.total, f.time.compression, f.time.exchange)]
+        cells += [_steps(f)] * len(steps)
+        name, style = ("none: dense (DDP)", "bold") if f.is_dense else (f.compressor, None)
+        table.add_row(name, f.exchange, megabytes(f.sent), *cells, _pays_below(f, verdict), style=style)
+    print_table(table)
+    print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
+    waiting = f" and {1e3 * fleet.waiting:,.4g} ms of waiting for the slowest worker" if fleet.waiting else ""
+    print(f"In every step: {1e3 * fleet.compute:,.4g} ms of computing{waiting}. Dense sends beside the backward pass.")
+    print(
+        f"Coding includes {1e3 * update:,.3g} ms of error memory (and noise, if asked for) beyond plain SGD's update."
+    )
+    payload = f"{rate.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
+    print(f"Link: {_line(link.rate)}, {source}: {payload}.")
+    print(_sentence(verdict, link))
+    print(_NOTE if optimizer is None else _STEPS_NOTE.format(optimizer))
+
+
+def _steps(f: Forecast) -> str:
+    if f.steps is None:
+        return "not measured"
+    return f"{'at least ' * f.steps.at_least}{f.steps.factor:.3g}"
+
+
+def _pays_below(f: Forecast, verdict: Verdict) -> str:
+    if f.is_dense:
+        return ""
+    if not f.is_known:
+        return "unknown"
+    if f.break_even is None:
+        return "any link" if f.seconds < verdict.dense.seconds else "no link"
+    return _line(f.break_even)
+
+
+def _sentence(verdict: Verdict, link: Link) -> str:
+    best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
+    if not verdict.compress:
+        where = "On no link does compression pay." if equal is None else f"Compression pays below {_line(equal)}."
+        return f"DO NOT COMPRESS: nothing is known to be quicker than dense training. {where}"
+    how = f"{verdict.best.compressor} by {verdict.best.exchange}"
+    factor = verdict.best.steps.factor if verdict.best.steps else 1.0
+    step = "a step" if factor == 1 else f"{factor:.3g} steps, which do for one dense step,"
+    gain = f"{step} of {1e3 * best:,.4g} ms instead of {1e3 * dense:,.4g}, {dense / best:.3g} times as fast"
+    doubt = "; that is within the error of this model, so HARDLY WORTH IT" if dense / best < 1 + _ERROR else ""
+    until = f" Compression pays below {_line(equal)}." if equal is not None and equal > link.rate else ""
+    return f"Best: {how}: {gain}{doubt}.{until}"
+
+
+def _line(payload: float) -> str:
+    """A payload rate as the nominal rate of the line that carries it."""
+    return rate.format_rate(8 * payload / FRAMING)

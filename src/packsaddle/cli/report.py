@@ -1,0 +1,78 @@
+"""packsaddle report | compressors."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.table import Table
+
+from packsaddle.cli.console import print_runs, print_table, require_plots
+from packsaddle.cli.parsing import UNSAID
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.progress import megabytes
+from packsaddle.experiments.run_folder import read_runs
+
+
+def report(
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, UNSAID], out: Path | None = None, overwrite: bool = False
+) -> None:
+    """Compare runs, over seeds: tables, a figure and one self-contained, interactive HTML page.
+
+    Examples:
+        packsaddle report runs/a runs/b
+        packsaddle report runs --out comparison --overwrite
+
+    Args:
+        runs: Run folders, folders of run folders, or studies.
+        out: A new folder for the report; by default `report` in the first folder given.
+        overwrite: Allow the report's folder to exist.
+    """
+    from packsaddle.experiments.report import write_report
+
+    if not runs:
+        raise ConfigError("report needs at least one run folder")
+    require_plots("a report")
+    found = read_runs(runs)
+    print_runs(found)
+    print(f"report: {write_report(found, out or runs[0] / 'report', overwrite=overwrite)}")
+
+
+def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json: bool = False) -> None:
+    """List every compressor: contraction, linear or not, protocol, bytes of a step and time on this machine.
+
+    Examples:
+        packsaddle compressors --d 1000000 --ratio 0.01 --workers 8
+
+    Args:
+        d: Coordinates of the vector tried, a Gaussian one of float32.
+        ratio: Share of the coordinates that are sent, in (0, 1], for those that have one.
+        workers: Workers, for the bytes.
+        json: Print JSON lines instead of a table.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from packsaddle.compressors import registry
+    from packsaddle.performance import compressor_table
+
+    if d < 1 or workers < 1:
+        raise ConfigError(f"d and workers must be at least 1, got {d} and {workers}")
+    try:
+        listed = registry.compressors(ratio)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if json:
+        for compressor in listed:
+            print(dumps(asdict(compressor_table.measure(compressor, d, workers))))
+        return
+    table = Table("compressor", "mu", "kept", "linear", "protocol", "sent", "received", "ms")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for e in (compressor_table.measure(compressor, d, workers) for compressor in listed):
+        linear = "yes" if e.linear else "no"
+        sent, received = megabytes(e.sent), megabytes(e.received)
+        table.add_row(
+            e.compressor, f"{e.mu:.2g}", f"{e.kept:.1%}", linear, e.protocol, sent, received, f"{e.milliseconds:.1f}"
+        )
+    table.caption = f"d = {d:,}, {workers} workers; mu holds for every vector, kept is measured on a Gaussian one"
+    print_table(table)

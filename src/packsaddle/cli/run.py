@@ -1,0 +1,253 @@
+"""packsaddle demo | init | run."""
+
+import os
+import shlex
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from packsaddle.cli.console import dated, is_first, print_runs, require_plots
+from packsaddle.comm.launch import check_interface, under_launcher
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.config import Config, load
+from packsaddle.experiments.run_folder import Run, make_new, read_runs
+from packsaddle.experiments.templates import TASKS, TaskName, template
+from packsaddle.experiments.trackers import TrackerName
+from packsaddle.theory.noise_walk import FAR, GOOD
+
+if TYPE_CHECKING:
+    from packsaddle.experiments.job import How, Job
+    from packsaddle.experiments.run_checkpoints import Saving
+
+
+_LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts milliseconds and takes 0 for no wait at all
+
+
+def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
+    """Show compressed, perturbed SGD leaving a saddle that plain SGD sits on.
+
+    Trains a deep autoencoder on scikit-learn's digits four times (dense; dense, RandomK 1% and TopK 1% with noise),
+    prints a table and writes a figure and an HTML page. About two minutes on two cores.
+
+    Examples:
+        packsaddle demo
+        packsaddle demo --serial --epochs 20 --out runs/short
+
+    Args:
+        out: A new folder for the runs and the report; by default one under runs/ named by the time.
+        workers: Worker processes.
+        serial: Simulate the workers in this process instead, one after the other.
+        epochs: Passes of all workers together over the digits.
+        seed: Seed of everything random.
+    """
+    from packsaddle.experiments import templates
+    from packsaddle.experiments.job import Job
+    from packsaddle.experiments.report import write_report
+
+    require_plots("the demo's report")
+    try:
+        configs = templates.demo_configs(workers, epochs, seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    folder = out or dated("demo")
+    job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
+    job.check(workers)
+    make_new(folder)
+    job.run(workers, "serial" if serial else "processes")
+    runs = [run for name in configs for run in read_runs([folder / name])]
+    print_runs(runs)
+    print(f"report: {write_report(runs, folder / 'report')}")
+
+
+def run(
+    config: Annotated[Path | None, tyro.conf.Positional] = None,
+    set: tuple[str, ...] = (),
+    workers: int | None = None,
+    serial: bool = False,
+    fused: bool = False,
+    data_dir: Path | None = None,
+    download: bool = False,
+    out: Path | None = None,
+    resume: Path | None = None,
+    checkpoint_every: int | None = None,
+    timeout: float | None = None,
+    track: tuple[TrackerName, ...] = (),
+) -> None:
+    """Train as a TOML file says, with one process or several.
+
+    Under torchrun the world it made is used; otherwise this command starts its own workers. A run that was killed, or
+    told to stop by SIGTERM, goes on from its last checkpoint with --resume, bit for bit.
+
+    Examples:
+        packsaddle run config.toml --workers 2 --set lr=0.05 compressor.ratio=0.001
+        packsaddle run config.toml --serial --workers 10 --out runs/a
+        packsaddle run --resume runs/a
+        torchrun --nproc-per-node 4 --max-restarts 3 -m packsaddle.cli run config.toml --resume runs/b
+
+    Args:
+        config: The TOML file; packsaddle init writes one with every key.
+        set: Overrides of the file, key=value by dotted key; a value is TOML, or a bare word.
+        workers: Worker processes, W; by default the file's.
+        serial: Simulate the workers in this process, one after the other, instead of starting processes.
+        fused: Simulate them as one that holds their mean: faster, for compressors that travel by all-reduce.
+        data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
+        download: Fetch the dataset into --data-dir if it is not there.
+        out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
+        resume: The folder of a run to go on with; with CONFIG it may not have begun yet.
+        checkpoint_every: Steps between checkpoints; by default about an epoch, at least half a minute; 0: none.
+        timeout: Seconds that a worker process waits for the others before it gives up; by default 1800 with gloo.
+        track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
+    """
+    from packsaddle.experiments.job import How, Job, train_under_launcher
+
+    if serial and fused:
+        raise ConfigError("--serial and --fused are two ways to simulate workers; choose one")
+    if timeout is not None and (serial or fused):
+        raise ConfigError("--timeout is of worker processes, and --serial and --fused start none")
+    patience = _patience(timeout)
+    loaded = _configured(config, set, workers, resume, out)
+    folder = resume or out or dated(config.stem if config else "run")
+    how: How = "fused" if fused else "serial" if serial else "processes"
+    saving = _saving(checkpoint_every, _going_on(folder, how, workers, data_dir))
+    job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=patience)
+    job = replace(job, resume=resume is not None)
+    if under_launcher():
+        done = train_under_launcher(job)
+    else:
+        located = job.located()
+        done = None if located is None else _train(located, workers, how)
+    if is_first() and done is not False:
+        if done is None:
+            print(f"{folder} is done: nothing to go on with")
+        (found,) = read_runs([folder])
+        print_runs([found])
+        for remark in remarks(found):
+            print(remark)
+        print(f"run folder: {folder}\na page of it: packsaddle report {folder}")
+
+
+def remarks(run: Run) -> list[str]:
+    """What a run's end leaves to be said: how much noise would suit it, and that its loss has stood still."""
+    from packsaddle.experiments.report.standstill import standstill
+
+    noise, still, said = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
+    suggested = noise.get("suggested")
+    if suggested is not None:
+        times = noise.get("times")
+        own = f"; it was {noise['r']:g}, {times:,.3g} times the gradient's own noise" if times and noise["r"] else ""
+        said.append(f"noise: noise.std = {suggested:.1g} would carry x {GOOD:g} times ||x_0|| over this run{own}")
+    if still is not None:
+        remedy = ""
+        if suggested is not None and noise["r"] < suggested / 2:
+            remedy = f", and noise.std = {suggested:.1g} is suggested against a plateau"
+        elif noise.get("walk") is not None and noise["walk"] > FAR:
+            remedy = ", unless it is the noise that keeps it up: lower noise.std"
+        said.append(
+            f"the loss has stood still since step {still.since:,} ({still.level:.4f}): a plateau or a minimum; "
+            f"packsaddle certify {run.path} --epsilon E tells which{remedy}"
+        )
+    return said
+
+
+def _configured(
+    config: Path | None, overrides: tuple[str, ...], workers: int | None, resume: Path | None, out: Path | None
+) -> tuple[Config, ...]:
+    """The configuration, if the command has one; else the folder to go on with has it."""
+    if resume is not None and out is not None:
+        raise ConfigError("--resume names the folder; leave --out out")
+    if config is None:
+        if resume is None:
+            raise ConfigError("run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR")
+        if overrides:
+            raise ConfigError("--set goes with CONFIG; a run that goes on has the configuration in its folder")
+        return ()
+    loaded = load(config, overrides)
+    if workers is not None:
+        loaded = _with_workers(loaded, workers)
+    if under_launcher():
+        if out is None and resume is None:  # a name made from the time could differ between workers
+            raise ConfigError("--out is needed under torchrun")
+        loaded = replace(loaded, workers=int(os.environ["WORLD_SIZE"]))
+    return (loaded,)
+
+
+def _saving(every: int | None, hint: str) -> "Saving":
+    from packsaddle.experiments.run_checkpoints import Saving
+
+    try:
+        return Saving(every, hint=hint)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+
+
+def _going_on(folder: Path, how: str, workers: int | None, data_dir: Path | None) -> str:
+    """The command that goes on with a run that is stopped."""
+    if under_launcher():
+        return "the same command, with --resume instead of --out" if "--out" in sys.argv else "the same command again"
+    words = ["packsaddle", "run", "--resume", str(folder)]
+    words += [] if workers is None else ["--workers", str(workers)]
+    words += [] if how == "processes" else [f"--{how}"]
+    words += [] if data_dir is None else ["--data-dir", str(data_dir)]
+    return shlex.join(words)
+
+
+def _train(job: "Job", workers: int | None, how: "How") -> bool:
+    (config,) = job.configs
+    if workers is not None:
+        config = _with_workers(config, workers)
+    job = replace(job, configs=(config,))
+    if how == "processes" and config.workers > 1:
+        check_interface()
+    job.check(config.workers, how)
+    job.make_folders()
+    return job.run(config.workers, how)
+
+
+def _patience(seconds: float | None) -> timedelta | None:
+    if seconds is not None and not _LEAST_TIMEOUT <= seconds <= _MOST_TIMEOUT:
+        raise ConfigError(f"--timeout must be from {_LEAST_TIMEOUT:g} to {_MOST_TIMEOUT:g} seconds, got {seconds:g}")
+    return None if seconds is None else timedelta(seconds=seconds)
+
+
+def _with_workers(config: Config, workers: int) -> Config:
+    try:
+        return replace(config, workers=workers)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
+
+
+_HEADING = """{about}
+
+    packsaddle run {file}{flags}
+
+What is commented out is at its default, or an example of what is off."""
+
+
+def init(
+    file: Annotated[Path, tyro.conf.Positional] = Path("config.toml"), task: TaskName = "char-transformer"
+) -> None:
+    """Write a configuration to start from, with a comment beside every key.
+
+    Examples:
+        packsaddle init
+        packsaddle init digits.toml --task digits
+
+    Args:
+        file: The new TOML file; a file that exists is left as it is, and refused.
+        task: What to train. char-transformer needs nothing; digits needs packsaddle[digits]; mnist-autoencoder (the
+            paper's) and resnet18 (on CIFAR-10) need packsaddle[vision] and a folder of data.
+    """
+    chosen = TASKS[task]
+    text = template(chosen.config, _HEADING.format(about=chosen.about, file=file, flags=chosen.flags))
+    try:
+        with file.open("x", encoding="utf-8") as new:
+            new.write(text)
+    except FileExistsError:
+        raise ConfigError(f"{file} exists already, and is left as it is; choose another name") from None
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be written: {error.strerror}") from None
+    print(f"{chosen.about}\n{file}, every key with a comment. Train with: packsaddle run {file}{chosen.flags}")

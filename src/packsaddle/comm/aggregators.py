@@ -1,0 +1,309 @@
+"""Averaging compressed vectors over workers: one protocol per class, each an exact mean of what the workers sent."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.communicator import Channel
+from packsaddle.comm.cost_model import Collective, RingAllGather, RingAllReduce
+from packsaddle.comm.ledger import Bytes
+from packsaddle.compressors import Compressor, LowRank, Message, SketchTopK
+from packsaddle.compressors.low_rank import orthonormal, scaled
+from packsaddle.numerics.finite import magnitude
+from packsaddle.numerics.seeds import mix
+
+
+@dataclass(frozen=True)
+class Term:
+    """weight * C(.) on the coordinates [start, stop)."""
+
+    compressor: Compressor
+    message: Message
+    start: int
+    stop: int
+    weight: float = 1.0
+
+    def add_to(self, out: Tensor, alpha: float) -> None:
+        """Add alpha times this term to out, float[d], in place."""
+        self.compressor.add_decoded(self.message, out[self.start : self.stop], alpha * self.weight)
+
+    def magnitude(self) -> Tensor:
+        """Return about the largest magnitude of this term, float64[], from its message; finite if the message is."""
+        parts = [magnitude(part) for part in self.message.parts.values() if part.is_floating_point()]
+        return torch.stack(parts).sum() * self.weight
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The outcome of one exchange; each part is a sum of terms, on the compressed coordinates."""
+
+    own: tuple[Term, ...]  # what this worker sent: its error memory subtracts it
+    mean: tuple[Term, ...]  # what all apply
+    dense: Tensor  # float[d - compressed d], the mean of the dense parts
+
+    def magnitude(self) -> Tensor:
+        """Return about the largest magnitude of the mean, float64[]; the same bits on every worker.
+
+        What is sparse is judged by what was sent of it. A worker sends nothing of which C(.) could overflow (see
+        `numerics.finite.is_usable`), so the mean is finite if its messages and its dense part are.
+        """
+        return torch.stack([magnitude(self.dense), *(term.magnitude() for term in self.mean)]).sum()
+
+
+@dataclass(frozen=True)
+class Work:
+    """How often a worker does what with messages of `coordinates` coordinates, in one step."""
+
+    compressor: Compressor
+    coordinates: int
+    encode: int = 0
+    decode: int = 0  # from what another worker sent, added to a vector
+    add: int = 0  # of a message whose context is known, to a vector or to the error memory
+
+
+class Protocol(ABC):
+    """How workers average C(v_i), v_i float[d], plus a dense part. May keep state, such as a second error memory."""
+
+    def __init__(self, compressor: Compressor) -> None:
+        self.compressor = compressor
+
+    def adopt(self, compressor: Compressor) -> None:
+        """Go on with another compressor of the same kind, which sends more or less; workers need not have the same."""
+        self.compressor = compressor
+
+    @abstractmethod
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        """Exchange v, float[d], and the dense part; collective. v and dense are not changed."""
+
+    @abstractmethod
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        """Return the collectives of one exchange of d compressed and `dense` dense coordinates, in order.
+
+        Exact where messages are of fixed size, else for the expected sizes.
+        """
+
+    def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
+        """Predict the bytes of one worker in one exchange, from its `collectives`."""
+        return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
+
+    def work(self, d: int, workers: int) -> list[Work]:
+        """Return what the busiest worker codes in one exchange and in applying it."""
+        return [Work(self.compressor, d, encode=1, add=2)]
+
+    def vectors(self, like: Tensor) -> dict[str, Tensor]:
+        """Return what the protocol holds back as named vectors like `like`, float[>= d]: made once, checkpointed."""
+        return {}
+
+    def add_residual(self, pending: Tensor, workers: int) -> Tensor:
+        """Return `pending`, float[>= d], plus this worker's share of errors that the protocol itself holds back.
+
+        The mean of the results over workers is everything that has not been applied yet.
+        """
+        return pending
+
+    def mu(self, d: int, workers: int) -> float:
+        """Return the share of its energy that a vector of d coordinates of equal magnitude keeps in one exchange."""
+        return self.compressor.mu(d) if d else 1.0
+
+    def validate(self, d: int, workers: int) -> None:
+        """Raise ValueError if the compressor cannot act on d coordinates, or on a chunk of them."""
+        if d:
+            self.compressor.validate(d)
+
+    def reset(self) -> None:  # noqa: B027 -- most protocols hold nothing back
+        """Drop what the protocol holds back."""
+
+    def snapshot(self) -> Any:
+        """Return all that the protocol holds, for `restore`."""
+        return None
+
+    def restore(self, snapshot: Any) -> None:  # noqa: B027 -- most protocols hold nothing back
+        """Be as when `snapshot` was made, as if no exchange had happened since."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what else helps to go on as before, tensors and plain types; losing it loses no update."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027
+        """Restore `state_dict`; what does not fit is left out."""
+
+    def _terms(self, message: Message, d: int, weight: float = 1.0) -> tuple[Term, ...]:
+        return (Term(self.compressor, message, 0, d, weight),) if d else ()
+
+    def _seed_of(self, worker: int, seed: int) -> int:
+        """The seed of a worker's own encoding: its own if the compressor's randomness is private."""
+        return mix(seed, worker + 1) if self.compressor.private else seed
+
+
+class AllReduce(Protocol):
+    """One all-reduce of a linear compressor's message and the dense part together; C of the mean, exactly.
+
+    They travel in a buffer that is kept: the outcome holds until the next exchange.
+    """
+
+    def __init__(self, compressor: Compressor) -> None:
+        super().__init__(compressor)
+        self._buffer = torch.zeros(0)
+
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        own = self.compressor.encode(v, seed=seed, step=step)
+        ((name, payload),) = own.parts.items()
+        shares = {name: payload.numel(), "dense": dense.numel()}
+        if len(self._buffer) != len(payload) + len(dense) or (self._buffer.dtype, self._buffer.device) != (
+            payload.dtype,
+            payload.device,
+        ):
+            self._buffer = payload.new_empty(len(payload) + len(dense))
+        mean = channel.mean(torch.cat([payload, dense], out=self._buffer), shares)
+        reduced = Message({name: mean[: payload.numel()]}, own.context)
+        return Averaged(self._terms(own, len(v)), self._terms(reduced, len(v)), mean[payload.numel() :])
+
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        return [RingAllReduce((message_bytes(self.compressor, d, itemsize), dense * itemsize))]
+
+
+class AllGather(Protocol):
+    """An all-gather of every worker's message, from which each forms the same mean; and the dense part's all-reduce."""
+
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        mean_dense = mean_of_dense(channel, dense)
+        if not len(v):
+            return Averaged((), (), mean_dense)
+        own = self.compressor.encode(v, seed=self._seed_of(channel.group.rank, seed), step=step)
+        gathered = channel.gather(own.parts, fixed_size=self.compressor.fixed_size)
+        messages = [
+            self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
+            for worker, parts in enumerate(gathered)
+        ]
+        weight = 1.0 / channel.group.size
+        mean = [t for message in messages for t in self._terms(message, len(v), weight)]
+        return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense)
+
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        sizes = 0 if self.compressor.fixed_size or not d else 8 * part_count(self.compressor, d)
+        message = message_bytes(self.compressor, d, itemsize) if d else 0
+        return [RingAllReduce((dense * itemsize,)), RingAllGather(sizes), RingAllGather(message)]
+
+    def work(self, d: int, workers: int) -> list[Work]:
+        return [Work(self.compressor, d, encode=1, decode=workers, add=1)]
+
+
+class SketchedAllReduce(Protocol):
+    """Ivkin et al. 2019: sketches are all-reduced, then the exact mean at the heavy hitters they show.
+
+    Workers find the same support because an all-reduce leaves them the same bits.
+    """
+
+    compressor: SketchTopK
+
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        d, compressor = len(v), self.compressor
+        if not d:
+            return Averaged((), (), mean_of_dense(channel, dense))
+        hashes = compressor.hashes(d, seed=seed, step=step)
+        tables = channel.mean(torch.stack([h.sketch(v) for h in hashes]), "sketch")
+        support = compressor.heavy_hitters(tables, hashes, d, seed=seed, step=step)
+        own = v[support]
+        mean = channel.mean(torch.cat([own, dense]), {"values": len(own), "dense": len(dense)})
+        sent, reduced = (Message({"values": values}, support) for values in (own, mean[: len(own)]))
+        return Averaged(self._terms(sent, d), self._terms(reduced, d), mean[len(own) :])
+
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        counters, k = (self.compressor.rows * self.compressor.width(d), self.compressor.count(d)) if d else (0, 0)
+        return [RingAllReduce((counters * itemsize,)), RingAllReduce((k * itemsize, dense * itemsize))]
+
+
+class LowRankAllReduce(Protocol):
+    """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1), the second with the dense part.
+
+    Each worker's error memory subtracts the projection P P^T M_i of its own matrix, whose mean is what all apply;
+    theirs subtracts the mean from every M_i, which leaves differences between workers to grow without bound. Q is
+    the last step's P^T M (a warm start) plus a tenth of a fresh Gaussian, shared, so that a direction that Q has
+    lost can come back.
+    """
+
+    compressor: LowRank
+
+    def __init__(self, compressor: LowRank) -> None:
+        super().__init__(compressor)
+        self._qs: list[Tensor] | None = None
+
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        compressor, d = self.compressor, len(v)
+        matrices = compressor.matrices(v)
+        fresh = compressor.gaussian(v, seed=seed, step=step)
+        warm = self._qs if self._qs and [q.shape for q in self._qs] == [f.shape for f in fresh] else None
+        qs = [q + 0.1 * f for q, f in zip(warm, fresh, strict=True)] if warm else fresh
+        products = [m @ q for m, q in zip(matrices, qs, strict=True)]
+        if d:
+            flat = channel.mean(torch.cat([p.reshape(-1) for p in products]), "left")
+            pieces = torch.split(flat, [p.numel() for p in products])
+            products = [piece.view(p.shape) for piece, p in zip(pieces, products, strict=True)]
+        own = compressor.message(matrices, [orthonormal(scaled(p)) for p in products])
+        right = own.parts["right"] if d else dense[:0]
+        mean = channel.mean(torch.cat([right, dense]), {"right": len(right), "dense": len(dense)})
+        message = Message({"left": own.parts["left"], "right": mean[: len(right)]}) if d else own
+        self._qs = self._next_qs(message, qs)
+        return Averaged(self._terms(own, d), self._terms(message, d), mean[len(right) :])
+
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        left, right = self.compressor.factor_sizes(d)
+        return [RingAllReduce((left * itemsize,)), RingAllReduce((right * itemsize, dense * itemsize))]
+
+    def _next_qs(self, message: Message, qs: list[Tensor]) -> list[Tensor] | None:
+        """Warm start: (P^T M)^T, brought to unit scale; a zero matrix would stay zero, so it starts afresh."""
+        right, following = message.parts["right"], []
+        for q, (n, m) in zip(qs, self.compressor.shapes, strict=False):
+            size = q.numel() or n * m
+            following.append(scaled(right[:size].view(-1, m).T).clone() if q.numel() else q)
+            right = right[size:]
+        # Without `for_tensors` the shapes are unknown here, and Q stays Gaussian.
+        usable = len(following) == len(qs) and all(
+            bool(q.any()) and bool(q.isfinite().all()) for q in following if q.numel()
+        )
+        return following if usable else None
+
+    def reset(self) -> None:
+        self._qs = None
+
+    def snapshot(self) -> Any:
+        return self._qs  # replaced at every step, never changed
+
+    def restore(self, snapshot: Any) -> None:
+        self._qs = snapshot
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"qs": self._qs or []}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._qs = [q.to(device, copy=True) for q in state.get("qs", [])] or None
+
+
+_PART = 1 << 20  # coordinates that are compressed to learn about the messages of a huge vector, without its memory
+
+
+@cache
+def part_count(compressor: Compressor, d: int) -> int:
+    """How many parts the messages of a compressor have."""
+    part = min(d, _PART)
+    return len(compressor.restrict(part, d).encode(torch.zeros(part), seed=0, step=0).parts)
+
+
+@cache
+def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
+    """Predict the bytes of a message; where only compressing a vector can tell, a part of a huge one does."""
+    if not d:
+        return 0
+    has_formula = type(compressor).message_bytes is not Compressor.message_bytes
+    part = d if has_formula else min(d, _PART)
+    return round(compressor.restrict(part, d).message_bytes(part, itemsize) * (d / part if d else 1))
+
+
+def mean_of_dense(channel: Channel, dense: Tensor) -> Tensor:
+    """All-reduce the dense part, if there is one."""
+    return channel.mean(dense.clone(), "dense") if len(dense) else dense

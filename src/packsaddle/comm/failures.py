@@ -1,0 +1,130 @@
+"""Failures of workers: a lost peer, with a roll call that names the workers which do not answer; a failed launch."""
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol
+
+from packsaddle.errors import ConfigError
+from packsaddle.messages import numbered
+
+GRACE = 5.0  # seconds in which the workers that are left say so
+_PAUSE = 0.1
+_NETWORK = (
+    "gloo/transport",
+    "pair closure",
+    "Connection closed",
+    "Connection reset",
+    "Broken pipe",
+)  # in gloo's errors
+
+
+class PeerLostError(RuntimeError):
+    """A collective failed because other workers died, hang, or cannot be reached; the message names them."""
+
+
+class Store(Protocol):
+    """What is used of torch.distributed's stores, where workers meet."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Roll:
+    """The answers to a roll call."""
+
+    answered: tuple[int, ...]  # ranks, this worker's own included
+    absent: tuple[int, ...]  # ranks
+    reached: bool  # False: the store itself did not answer
+
+
+def is_network(error: Exception) -> bool:
+    """Whether a collective's error is about connections or waiting, and not about its arguments."""
+    return any(sign in str(error) for sign in _NETWORK)
+
+
+def roll_call(store: Store, rank: int, ranks: Sequence[int], grace: float = GRACE) -> Roll:
+    """Say in the store that this worker is there, and return which others say so within `grace` seconds.
+
+    Every worker whose collective fails calls it, so that those that do not answer died or hang. The first of `ranks`
+    may hold the store; it stays until the others have read it.
+    """
+    found: list[Roll] = []
+
+    def call() -> None:
+        try:
+            store.set(f"packsaddle/here/{rank}", "1")
+            absent = _wait(store, "here", ranks, grace)
+            answered = tuple(r for r in ranks if r not in absent)
+            store.set(f"packsaddle/heard/{rank}", "1")
+            if rank == ranks[0]:
+                _wait(store, "heard", answered, grace)
+            found.append(Roll(answered, absent, True))
+        except RuntimeError:  # the connection to the store broke
+            pass
+
+    thread = threading.Thread(target=call, daemon=True)  # a store behind a cut network answers nothing, for minutes
+    thread.start()
+    thread.join(2 * grace + 1)
+    return found[0] if found else Roll((rank,), tuple(r for r in ranks if r != rank), False)
+
+
+def _wait(store: Store, word: str, ranks: Sequence[int], seconds: float) -> tuple[int, ...]:
+    """Wait for a word of each of these workers, and return those that have not said it in time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        silent = tuple(r for r in ranks if not store.check([f"packsaddle/{word}/{r}"]))
+        if not silent or time.monotonic() > deadline:
+            return silent
+        time.sleep(_PAUSE)
+
+
+def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: timedelta | None) -> str:
+    """Return what to tell a user of a failed collective."""
+    reason = " ".join(str(error).split("] ", 1)[-1].split())[:120]
+    waited = "" if timeout is None else f" ({timeout.total_seconds():g} s)"
+    if not roll.reached:
+        what = (
+            f"it reaches neither the others nor their meeting place, which rank 0 or its launcher holds: rank 0 is "
+            f"gone, or the network of rank {rank} or of rank 0 is cut"
+        )
+    elif roll.absent:
+        names = numbered("rank", roll.absent)
+        alone = roll.answered == (rank,)
+        others = f" (or rank {rank} itself is)" if alone else f"; the other {len(roll.answered)} are there"
+        what = f"no answer from {names}: died, hangs, or is cut off{others}"
+    else:
+        what = f"all {size} answer now, so one was later than the timeout{waited}, or they are not at the same step"
+    return (
+        f"rank {rank} of {size} lost the others in a collective: {what}. Look at what it printed, and start "
+        f"again from the last checkpoint; if it was only late, with a longer timeout{waited}. gloo: {reason}"
+    )
+
+
+class TerminatedError(RuntimeError):
+    """This process was sent SIGTERM, which was passed on to its workers; they have ended since."""
+
+
+class WorkerFailedError(RuntimeError):
+    """A launched worker process raised; the message is its first error. `trace` is where, "" if that tells nothing."""
+
+    def __init__(self, message: str, trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace
+
+
+def failure_of(rank: int, failure: Any) -> Exception:
+    """The error to raise for the first worker that failed."""
+    if not isinstance(failure.message, dict):  # killed, or out of memory
+        return WorkerFailedError(f"worker {rank} failed: {failure.message}")
+    message: str = failure.message["message"]
+    kind, _, text = message.partition(": ")
+    if kind in ("ConfigError", "MissingExtraError"):
+        return ConfigError(text)
+    if kind == "PeerLostError":
+        return WorkerFailedError(text)
+    return WorkerFailedError(f"worker {rank} failed: {message}", failure.message["extraInfo"]["py_callstack"])

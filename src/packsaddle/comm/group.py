@@ -1,0 +1,168 @@
+"""Groups of workers: four collectives, for one process, for a torch.distributed process group, for threads.
+
+`Solo` is the group of one worker and `TorchGroup` a torch.distributed process group (gloo or NCCL);
+`packsaddle.simulate` adds a group of threads. What is sent is decided in `aggregators`; bytes are counted in
+`communicator`; processes are started in `launch`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
+
+ProcessGroup = dist.ProcessGroup
+_NO_TAG = 7_654_321  # of messages that nobody sends
+
+
+class Group(ABC):
+    """Workers that call the same collectives in the same order. `rank` is this worker, `size` their number W."""
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Replace the tensor by its sum over workers, in place; equal shapes and dtypes everywhere."""
+
+    @abstractmethod
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Return every worker's tensor, by rank; equal shapes and dtypes everywhere."""
+
+    @abstractmethod
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        """Send outgoing[r], flat, to worker r, and return what each sent here, by rank; sizes[r] elements from r."""
+
+    @abstractmethod
+    def broadcast(self, tensor: Tensor) -> None:
+        """Replace the tensor by rank 0's, in place."""
+
+
+class Solo(Group):
+    """One worker, nothing to exchange."""
+
+    rank = 0
+    size = 1
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        pass
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return [outgoing[0]]
+
+    def broadcast(self, tensor: Tensor) -> None:
+        pass
+
+
+class TorchGroup(Group):
+    """A torch.distributed process group (None: the default one)."""
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self._group = process_group
+        self.rank = dist.get_rank(process_group)
+        self.size = dist.get_world_size(process_group)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        with self.told():
+            dist.all_reduce(tensor, group=self._group)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self.told():
+            dist.all_gather(gathered, tensor, group=self._group)
+        return gathered
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        received = outgoing[0].new_empty(sum(sizes))
+        with self.told():
+            dist.all_to_all_single(
+                received, torch.cat(list(outgoing)), list(sizes), [len(t) for t in outgoing], self._group
+            )
+        return list(torch.split(received, list(sizes)))
+
+    def broadcast(self, tensor: Tensor) -> None:
+        source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+        with self.told():
+            dist.broadcast(tensor, src=source, group=self._group)
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Raise PeerLostError, which names the workers that are gone, where a collective's network fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_network(error):
+                raise
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> PeerLostError:
+        group = self._group or dist.group.WORLD
+        assert group is not None
+        backend: Any = group._get_backend(torch.device("cpu"))
+        for peer in range(self.size):
+            # A receive that nobody answers: when it times out gloo closes the group's connections, so that workers
+            # which wait for this one fail too, and answer the roll call.
+            with suppress(RuntimeError):
+                if peer != self.rank:
+                    backend.recv([torch.empty(1)], peer, _NO_TAG).wait(timedelta(milliseconds=1))
+        ranks = dist.get_process_group_ranks(group)
+        mine = ranks[self.rank]
+        roll = roll_call(group.get_group_store(), mine, ranks)
+        return PeerLostError(explanation(roll, mine, self.size, error, backend.options._timeout))
+
+
+_ambient: ContextVar[Group | None] = ContextVar("packsaddle_group", default=None)
+
+
+@contextmanager
+def ambient_group(group: Group) -> Iterator[None]:
+    """Make `group` the one that `resolve(None)` finds in this thread."""
+    token = _ambient.set(group)
+    try:
+        yield
+    finally:
+        _ambient.reset(token)
+
+
+def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
+    """Return the group to use: the given one, else a simulated one, else torch's default group, else Solo.
+
+    Raises TypeError for anything that is not a group.
+    """
+    if isinstance(process_group, Group):
+        return process_group
+    if process_group is None:
+        if (ambient := _ambient.get()) is not None:
+            return ambient
+        return TorchGroup() if dist.is_available() and dist.is_initialized() else Solo()
+    if isinstance(process_group, dist.ProcessGroup):
+        return TorchGroup(process_group)
+    raise TypeError(f"process_group must be a torch ProcessGroup, a packsaddle Group or None, got {process_group!r}")
+
+
+def group_beside(model: DistributedDataParallel) -> Group:
+    """Return a new group of the workers of a model's group, so that other collectives can go on at once; collective.
+
+    It has the timeout of the model's own group.
+    """
+    timeout = model.process_group._get_backend(next(model.parameters()).device).options._timeout
+    ranks = dist.get_process_group_ranks(model.process_group)
+    group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)  # this worker is one of them
+    return TorchGroup(group)
+
+
+def backends() -> dict[str, bool]:
+    """Return which of the backends that are used this torch has been built with."""
+    return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}

@@ -1,0 +1,218 @@
+"""Aggregation through owners: every chunk of the vector has a worker that averages it and sends the mean back.
+
+`TwoWay` gives each worker an equal chunk; `Coordinator` gives all of it to rank 0, the paper's star. The mean may be
+compressed again on the way back, with an error memory at the owner.
+"""
+
+from abc import abstractmethod
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.aggregators import Averaged, Protocol, Term, Work, mean_of_dense, message_bytes, part_count
+from packsaddle.comm.communicator import Channel, Parts
+from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
+from packsaddle.compressors import Compressor, Identity, Message
+from packsaddle.numerics.finite import is_usable, spoil
+from packsaddle.numerics.seeds import mix
+
+Chunk = tuple[int, int]
+
+
+class Owners(Protocol):
+    """Workers send C(chunk) to the chunk's owner; it sends back B(mean + its own error), B the `back` compressor.
+
+    A compressor with k= or columns= keeps its share of them in each chunk. The owner's error is a mean over workers
+    already, so for the mean of all errors it counts W times on its owner alone (`add_residual`).
+    """
+
+    def __init__(self, compressor: Compressor, back: Compressor) -> None:
+        super().__init__(compressor)
+        self.back = back
+        self._residual: Tensor | None = None  # float[>= d], this owner's error on its own chunk, zero elsewhere
+        self._own: Chunk | None = None  # known from the first exchange
+
+    def adopt(self, compressor: Compressor) -> None:
+        if self.back is self.compressor:
+            self.back = compressor
+        super().adopt(compressor)
+
+    @abstractmethod
+    def bounds(self, d: int, workers: int) -> list[int]:
+        """Return where chunks begin and end: worker j owns [bounds[j], bounds[j + 1])."""
+
+    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        mean_dense = mean_of_dense(channel, dense)
+        if not len(v):
+            return Averaged((), (), mean_dense)
+        rank, size = channel.group.rank, channel.group.size
+        chunks = list(pairwise(self.bounds(len(v), size)))
+        self._own = chunks[rank]
+        own = {
+            owner: self._compress(v, chunk, mix(self._seed_of(rank, seed), owner), step)
+            for owner, chunk in enumerate(chunks)
+            if chunk[0] < chunk[1]
+        }
+        outgoing = [own[j].message.parts if j in own else None for j in range(size)]
+        received = channel.exchange(outgoing, own[min(own)].message.parts)
+        reply = self._reply(v, received, chunks[rank], rank, seed, step) if rank in own else None
+        return Averaged(tuple(own.values()), self._return(channel, reply, v, chunks, seed, step), mean_dense)
+
+    def _compress(self, v: Tensor, chunk: Chunk, seed: int, step: int) -> Term:
+        a, b = chunk
+        compressor = self.compressor.restrict(b - a, len(v))
+        return Term(compressor, compressor.encode(v[a:b], seed=seed, step=step), a, b)
+
+    def _reply(self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int) -> Message:
+        """Average the messages of this worker's chunk and compress the mean plus the error of earlier replies.
+
+        Of a sum that cannot be used the reply is NaN, so that all know, even if it would have left the worst out.
+        """
+        a, b = chunk
+        up, back = self.compressor.restrict(b - a, len(v)), self.back.restrict(b - a, len(v))
+        error = self.vectors(v)["residual"][a:b]
+        corrected = error.clone()
+        for worker, parts in enumerate(received):
+            message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
+            up.add_decoded(message, corrected, 1.0 / len(received))
+        bad = ~is_usable(corrected)
+        spoil(corrected, bad, 1.0)
+        reply = back.encode(corrected, seed=mix(seed, rank, 1), step=step)
+        error.copy_(corrected)
+        back.add_decoded(reply, error, -1.0)
+        for part in reply.parts.values():
+            if part.is_floating_point():
+                spoil(part, bad, float("nan"))
+        return reply
+
+    def _return(
+        self, channel: Channel, reply: Message | None, v: Tensor, chunks: list[Chunk], seed: int, step: int
+    ) -> tuple[Term, ...]:
+        """Send every owner's reply to every worker, and return them as terms of the mean."""
+        # Names and dtypes of the parts, from a compression of zeros, for workers that own nothing.
+        owned = next(chunk for chunk in chunks if chunk[0] < chunk[1])
+        n = owned[1] - owned[0]
+        like = (
+            reply.parts if reply else self.back.restrict(n, len(v)).encode(v.new_zeros(n), seed=seed, step=step).parts
+        )
+        empty = {name: part[:0] for name, part in like.items()}
+        gathered = self._send_back(channel, empty if reply is None else reply.parts, like)
+        terms = []
+        for owner, ((a, b), parts) in enumerate(zip(chunks, gathered, strict=True)):
+            if a < b:
+                back = self.back.restrict(b - a, len(v))
+                terms.append(Term(back, back.receive(parts, b - a, seed=mix(seed, owner, 1), step=step), a, b))
+        return tuple(terms)
+
+    @abstractmethod
+    def _send_back(self, channel: Channel, parts: Parts, like: Parts) -> list[Parts]:
+        """Send this worker's reply to all; return every owner's, by rank."""
+
+    def vectors(self, like: Tensor) -> dict[str, Tensor]:
+        if self._residual is None:
+            self._residual = torch.zeros_like(like)
+        return {"residual": self._residual}
+
+    def add_residual(self, pending: Tensor, workers: int) -> Tensor:
+        return pending if self._residual is None else pending.add(self._residual, alpha=workers)
+
+    def reset(self) -> None:
+        if self._residual is not None:
+            self._residual.zero_()
+
+    def snapshot(self) -> Tensor | None:
+        return None if self._residual is None else self._residual[slice(*(self._own or (None,)))].clone()
+
+    def restore(self, snapshot: Tensor | None) -> None:
+        if self._residual is None:
+            return
+        if snapshot is None:
+            self._residual.zero_()
+        elif len(snapshot) == len(self._residual):  # taken before the chunk was known
+            self._residual.copy_(snapshot)
+        elif self._own:
+            self._residual[slice(*self._own)].copy_(snapshot)
+
+    def mu(self, d: int, workers: int) -> float:
+        """Both compressions keep their share, chunk by chunk; the second one's error is kept at the owner."""
+        sizes = self._sizes(d, workers)
+        return (
+            sum(n / d * self.compressor.restrict(n, d).mu(n) * self.back.restrict(n, d).mu(n) for n in sizes)
+            if d
+            else 1.0
+        )
+
+    def validate(self, d: int, workers: int) -> None:
+        for n in set(self._sizes(d, workers)):
+            for compressor in (self.compressor, self.back):
+                compressor.validate(d)
+                compressor.restrict(n, d).validate(n)
+
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        first: list[Collective] = [RingAllReduce((dense * itemsize,))]
+        if not d:
+            return first
+        sizes = [b - a for a, b in pairwise(self.bounds(d, workers))]
+        up, down = ([_chunk_bytes(c, n, d, itemsize) for n in sizes] for c in (self.compressor, self.back))
+        header, back_header = (
+            8 * part_count(c.restrict(max(sizes), d), max(sizes)) for c in (self.compressor, self.back)
+        )
+        announced = AllToAll([header] * workers, to_self=False)
+        return [*first, announced, AllToAll(up), *self._sent_back(down, back_header)]
+
+    @abstractmethod
+    def _sent_back(self, down: list[int], header: int) -> list[Collective]:
+        """Return the collectives that send replies of these sizes back."""
+
+    def work(self, d: int, workers: int) -> list[Work]:
+        """An owner's: it decodes every worker's message of its chunk, and like all others every reply."""
+        sizes = self._sizes(d, workers)
+        if not d:
+            return []
+        n, owners = max(sizes), len(sizes)
+        return [
+            Work(self.compressor.restrict(n, d), n, encode=owners, decode=workers, add=owners),
+            Work(self.back.restrict(n, d), n, encode=1, decode=owners, add=1),
+        ]
+
+    def _sizes(self, d: int, workers: int) -> list[int]:
+        return [b - a for a, b in pairwise(self.bounds(d, workers)) if a < b]
+
+
+def _chunk_bytes(compressor: Compressor, n: int, d: int, itemsize: int) -> int:
+    return message_bytes(compressor.restrict(n, d), n, itemsize) if n else 0
+
+
+class TwoWay(Owners):
+    """Each worker owns an equal chunk: an all-to-all up, an all-gather back. By default B = C."""
+
+    def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
+        super().__init__(compressor, back or compressor)
+
+    def bounds(self, d: int, workers: int) -> list[int]:
+        return [j * d // workers for j in range(workers + 1)]
+
+    def _send_back(self, channel: Channel, parts: Parts, like: Parts) -> list[Parts]:
+        return channel.gather(parts, fixed_size=False)  # chunks may differ by one coordinate
+
+    def _sent_back(self, down: list[int], header: int) -> list[Collective]:
+        return [RingAllGather(header), RingAllGather(max(down))]  # shorter replies are padded
+
+
+class Coordinator(Owners):
+    """Rank 0 owns everything: a gather to it, and a broadcast. By default the mean comes back uncompressed."""
+
+    def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
+        super().__init__(compressor, back or Identity())
+
+    def bounds(self, d: int, workers: int) -> list[int]:
+        return [0] + [d] * workers
+
+    def _send_back(self, channel: Channel, parts: Parts, like: Parts) -> list[Parts]:
+        first = channel.group.rank == 0
+        nothing = {name: part[:0] for name, part in like.items()}
+        return [channel.broadcast_parts(parts if first else None, like)] + [nothing] * (channel.group.size - 1)
+
+    def _sent_back(self, down: list[int], header: int) -> list[Collective]:
+        return [Broadcast(header), Broadcast(down[0])]

@@ -1,0 +1,92 @@
+"""Which protocol averages a compressor's messages: the one asked for, or the one that moves the fewest bytes."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from packsaddle.comm.aggregators import AllGather, AllReduce, LowRankAllReduce, Protocol, SketchedAllReduce
+from packsaddle.comm.owner_aggregators import Coordinator, TwoWay
+from packsaddle.compressors import Compressor, Identity, LowRank, SketchTopK
+
+Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coordinator"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A protocol and why it was chosen."""
+
+    protocol: Protocol
+    name: str
+    reason: str
+
+
+def warn_of_nothing(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
+    """Warn, as from `stacklevel` calls above the caller's, if there are no coordinates to compress."""
+    if d == 0 and not isinstance(compressor, Identity):
+        warnings.warn(
+            f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} elements "
+            f"(dense_below=0 compresses everything)",
+            stacklevel=stacklevel + 1,
+        )
+
+
+def choose(
+    compressor: Compressor,
+    exchange: str,
+    *,
+    d: int,
+    dense: int,
+    workers: int,
+    itemsize: int = 4,
+    back: Compressor | None = None,
+) -> Choice:
+    """Return the protocol for d compressed and `dense` dense coordinates.
+
+    "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (or brings its
+    own two rounds: SketchTopK, LowRank), else an all-gather. "auto" takes the protocol whose busiest worker
+    sends the fewest predicted bytes; "two-way" and "coordinator" may compress the mean again, with `back`.
+    Raises ValueError if the exchange is unknown or impossible for the compressor, or a compressor for d.
+    """
+    choice = _choose(compressor, exchange, d, dense, workers, itemsize, back)
+    choice.protocol.validate(d, workers)
+    return choice
+
+
+def _choose(
+    compressor: Compressor, exchange: str, d: int, dense: int, workers: int, itemsize: int, back: Compressor | None
+) -> Choice:
+    if exchange not in get_args(Exchange):
+        raise ValueError(f"exchange must be one of {', '.join(get_args(Exchange))}, got {exchange!r}")
+    if back is not None and exchange not in ("two-way", "coordinator"):
+        raise ValueError(f'back is for exchange "two-way" or "coordinator", not {exchange!r}')
+    name, direct = _direct(compressor)
+    if exchange in ("direct", name):
+        return Choice(direct, name, "asked for")
+    if name in ("sketched all-reduce", "low-rank all-reduce") and exchange != "auto":
+        raise ValueError(f"exchange of {type(compressor).__name__} is its own {name}, it cannot be {exchange!r}")
+    if exchange == "all-reduce":
+        raise ValueError(f'exchange "all-reduce" needs a linear compressor, and {compressor!r} is not')
+    candidates: dict[str, Protocol] = {name: direct}
+    if exchange in ("two-way", "coordinator", "all-gather"):
+        made = {
+            "all-gather": AllGather(compressor),
+            "two-way": TwoWay(compressor, back),
+            "coordinator": Coordinator(compressor, back),
+        }
+        return Choice(made[exchange], exchange, "asked for")
+    if name == "all-gather" and d >= workers:
+        candidates["two-way"] = TwoWay(compressor)
+    sent = {n: max(p.wire(d, dense, r, workers, itemsize).sent for r in range(workers)) for n, p in candidates.items()}
+    best = min(sent, key=lambda n: sent[n])
+    others = ", ".join(f"{n} {sent[n]:,}" for n in sent if n != best) or "nothing else applies"
+    return Choice(candidates[best], best, f"{sent[best]:,} bytes sent per step by the busiest worker; {others}")
+
+
+def _direct(compressor: Compressor) -> tuple[str, Protocol]:
+    if isinstance(compressor, SketchTopK):
+        return "sketched all-reduce", SketchedAllReduce(compressor)
+    if isinstance(compressor, LowRank):
+        return "low-rank all-reduce", LowRankAllReduce(compressor)
+    if compressor.linear:
+        return "all-reduce", AllReduce(compressor)
+    return "all-gather", AllGather(compressor)

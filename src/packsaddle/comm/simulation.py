@@ -1,0 +1,171 @@
+"""A serial simulation of W workers in one process: many workers on few cores, and the same code above the group.
+
+Each worker is a thread with its own model and optimizer, and only one thread runs at a time: the turn passes
+from rank to rank at every collective. So there is no race and no oversubscription, results do not depend on
+scheduling, and a script written for torchrun runs unchanged.
+"""
+
+import contextvars
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from packsaddle.comm.group import Group, ambient_group
+
+T = TypeVar("T")
+
+
+class _Aborted(BaseException):
+    """Ends a worker's thread because another one failed."""
+
+
+class _Turns:
+    """Whose turn it is, and what each worker has put on the table at the current collective."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._turn = 0
+        self._changed = threading.Condition()
+        self._table: list[tuple[str, tuple[Tensor, ...]] | None] = [None] * size
+        self._result: list[tuple[Tensor, ...]] = []
+        self._finished = 0
+        self.failure: BaseException | None = None
+
+    def wait(self, rank: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._turn == rank or self.failure is not None)
+            if self.failure is not None:
+                raise _Aborted
+
+    def _pass_on(self, rank: int) -> None:
+        with self._changed:
+            self._turn = (rank + 1) % self.size
+            self._changed.notify_all()
+
+    def fail(self, failure: BaseException) -> None:
+        with self._changed:
+            self.failure = self.failure or failure
+            self._changed.notify_all()
+
+    def finish(self, rank: int) -> None:
+        """Let this worker leave. Ranks leave in order of rank, unless some wait in a collective for ever."""
+        if rank != self._finished or any(entry is not None for entry in self._table):
+            raise RuntimeError(f"worker {rank} finished while another waits for it in a collective")
+        self._finished += 1
+        self._pass_on(rank)
+
+    def exchange(self, rank: int, kind: str, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """Put copies on the table and return, once all have, what the collective gives (not to be changed)."""
+        if self._finished:
+            raise RuntimeError(f"worker {rank} calls {kind}, but {self._finished} workers have finished")
+        self._table[rank] = (kind, tuple(t.clone() for t in tensors))
+        self._pass_on(rank)
+        self.wait(rank)
+        if rank == 0:  # the first to be woken, after everyone has put something down
+            entries = self._clear_table()
+            self._result = [(_sum([t for (t,) in entries]),)] if kind == "all_reduce" else entries
+        return self._result
+
+    def _clear_table(self) -> list[tuple[Tensor, ...]]:
+        entries = [entry for entry in self._table if entry is not None]
+        calls = [(kind, *((tuple(t.shape), t.dtype) for t in ts if kind != "all_to_all")) for kind, ts in entries]
+        for rank, call in enumerate(calls):
+            if call != calls[0]:
+                raise RuntimeError(f"workers disagree: worker 0 calls {calls[0]}, worker {rank} calls {call}")
+        self._table = [None] * self.size
+        return [tensors for _, tensors in entries]
+
+
+def _sum(tensors: list[Tensor]) -> Tensor:
+    """Add tensors up in order of rank, into the first."""
+    for other in tensors[1:]:
+        tensors[0].add_(other)
+    return tensors[0]
+
+
+class SimulatedGroup(Group):
+    """One worker's end of a simulation."""
+
+    def __init__(self, rank: int, turns: _Turns) -> None:
+        self.rank = rank
+        self.size = turns.size
+        self._turns = turns
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        tensor.copy_(self._turns.exchange(self.rank, "all_reduce", tensor)[0][0])
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [t.clone() for (t,) in self._turns.exchange(self.rank, "all_gather", tensor)]
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        return [ts[self.rank].clone() for ts in self._turns.exchange(self.rank, "all_to_all", *outgoing)]
+
+    def broadcast(self, tensor: Tensor) -> None:
+        tensor.copy_(self._turns.exchange(self.rank, "broadcast", tensor)[0][0])
+
+
+class FusedGroup(Group):
+    """One process that stands for W workers at once: what it holds is the mean of what they would hold.
+
+    That is enough where all that workers exchange is means of what is linear in their gradients: RandomK, Identity and
+    whatever else travels by all-reduce. Their batches go through the network as one, and there is one error memory,
+    the mean. Results are those of W workers but for rounding, and so are the bytes counted.
+    """
+
+    rank = 0
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        tensor.mul_(self.size)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor] * self.size  # arguments, say, in which workers agree
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        raise RuntimeError("a fused simulation has no all-to-all: its workers differ in nothing")
+
+    def broadcast(self, tensor: Tensor) -> None:
+        pass
+
+
+def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
+    """Run worker(rank) for each rank of a simulated world, one at a time, and return the results by rank.
+
+    Inside, `CompressedSGD(..., process_group=None)` finds the simulated group. Raises ValueError if `workers`
+    is below 1, RuntimeError if the workers' collectives do not match, and whatever a worker raises.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    turns = _Turns(workers)
+    results: list[Any] = [None] * workers
+
+    def body(rank: int) -> None:
+        try:
+            turns.wait(rank)
+            with ambient_group(SimulatedGroup(rank, turns)):
+                results[rank] = worker(rank)
+            turns.finish(rank)
+        except _Aborted:
+            pass
+        except BaseException as failure:
+            turns.fail(failure)
+
+    contexts = [contextvars.copy_context() for _ in range(workers)]
+    threads = [threading.Thread(target=c.run, args=(body, rank), daemon=True) for rank, c in enumerate(contexts)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as interruption:  # Ctrl-C: no worker may go on in the background
+        turns.fail(interruption)
+        for thread in threads:
+            thread.join()
+        raise
+    if turns.failure is not None:
+        raise turns.failure
+    return results

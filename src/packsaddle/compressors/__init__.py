@@ -1,0 +1,21 @@
+"""Gradient compressors."""
+
+from packsaddle.compressors.base import Compressor, Message
+from packsaddle.compressors.low_rank import LowRank
+from packsaddle.compressors.quantized import QSGD, Sign
+from packsaddle.compressors.sketched import LinearSketch, SketchTopK
+from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
+
+__all__ = [
+    "QSGD",
+    "AdaptiveTopK",
+    "Compressor",
+    "Identity",
+    "LinearSketch",
+    "LowRank",
+    "Message",
+    "RandomK",
+    "Sign",
+    "SketchTopK",
+    "TopK",
+]

@@ -1,0 +1,121 @@
+"""The contract of a compressor, and the message it makes.
+
+A mu-compressor satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 for every v (Definition 2.1, read with <=
+because its strict < fails at v = 0). It is *linear* when C(a + b) = C(a) + C(b) for fixed randomness
+(Definition 2.2): then messages of different workers add up, one all-reduce averages them, and
+Theorem 3.2's faster rate applies.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Message:
+    """C(v) as it travels: `parts` cross the wire; `context` every worker knows without being told."""
+
+    parts: Mapping[str, Tensor]  # flat tensors by what they are for: "values", "indices", "scales", ...
+    context: Any = None  # from shared randomness, such as RandomK's support; costs no bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(part.numel() * part.element_size() for part in self.parts.values())
+
+
+def check_share(name: str, value: Any, hint: str) -> None:
+    """Raise ValueError unless a value is a share in (0, 1], with a hint at what else an integer may have meant.
+
+    An integer 1 would be all of it, where one coordinate (or 1%) was meant at least as often; so 1.0 says all.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
+    if isinstance(value, Integral):
+        everything = "; for all of it pass 1.0" if value == 1 else ""
+        raise ValueError(f"{name} must be in (0, 1] and not an integer, got {value}; {hint}{everything}")
+    if not 0 < float(value) <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {value}{f'; {hint}' if float(value) > 1 else ''}")
+
+
+class Compressor(ABC):
+    """A (possibly random) map C of flat vectors, written as `encode` to a message and `add_decoded` from it.
+
+    A subclass is a frozen dataclass that writes `mu`, `encode` and `add_decoded`; `check_compressor` of
+    `packsaddle.compressors.testing` tries it. It also overrides
+    - `linear`, to return True, if it is; then `encode` makes one floating part, linear in v, whose length v does
+      not change;
+    - `receive` if its messages have a context;
+    - `private = True` if workers should use different randomness (as unbiased rounding should);
+    - `fixed_size = True` if the size of every part depends on d alone, which saves announcing sizes.
+    """
+
+    private: ClassVar[bool] = False
+    fixed_size: ClassVar[bool] = False
+
+    @property
+    def linear(self) -> bool:
+        """Whether C(a + b) = C(a) + C(b) for fixed randomness."""
+        return False
+
+    @abstractmethod
+    def mu(self, d: int) -> float:
+        """Return the contraction mu in (0, 1] that holds for every vector of d coordinates."""
+
+    @abstractmethod
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        """Return the message for v, float[d]; v is not changed. The randomness is a function of (seed, step)."""
+
+    @abstractmethod
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        """Add alpha * C(v) to out, float[d], in place."""
+
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        """Return the message whose parts another worker sent; `seed` and `step` are those of its `encode`."""
+        return Message(parts)
+
+    def validate(self, d: int) -> None:  # noqa: B027 -- optional to override, on purpose
+        """Raise ValueError if this compressor cannot act on vectors of d coordinates."""
+
+    def restrict(self, part: int, d: int) -> "Compressor":
+        """Return what this compressor is on `part` coordinates of d, where a protocol compresses chunks."""
+        return self
+
+    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> "list[Compressor] | None":
+        """Return what this compressor is on each of several sections, if it chooses among the coordinates of them all.
+
+        `samples` are some coordinates of each section, float[1 or more], `sizes` how many coordinates it has. None if
+        what it does on a section does not depend on the other sections' magnitudes.
+        """
+        return None
+
+    def for_tensors(self, shapes: Sequence[torch.Size]) -> "Compressor":
+        """Return this compressor for vectors that are tensors of these shapes, one after the other."""
+        return self
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        """Predict the bytes of the message of a vector of d coordinates of `itemsize` bytes.
+
+        By default a Gaussian vector is compressed and its message weighed.
+        """
+        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
+        v = torch.randn(d, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return self.encode(v, seed=0, step=0).nbytes
+
+    def __call__(self, v: Tensor, seed: int = 0, step: int = 0) -> Tensor:
+        """Return the dense C(v), float[d], for a flat floating tensor v; raises ValueError on any other input.
+
+        It is not differentiable: a gradient that v requires does not pass through it.
+        """
+        if v.ndim != 1 or not v.is_floating_point():
+            raise ValueError(f"v must be a flat floating-point tensor, got shape {tuple(v.shape)} of {v.dtype}")
+        self.validate(v.numel())
+        v = v.detach()
+        out = torch.zeros_like(v)
+        self.add_decoded(self.encode(v, seed=seed, step=step), out)
+        return out

@@ -1,0 +1,115 @@
+"""LowRank: PowerSGD's factors (Vogels et al. 2019), as what users will compare with."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from packsaddle.compressors.base import Compressor, Message
+from packsaddle.numerics.seeds import Stream, generator
+
+
+@dataclass(frozen=True)
+class LowRank(Compressor):
+    """Each tensor, seen as a matrix M, becomes P P^T M with P an orthonormal basis of M Q, Q of `matrix_rank` columns.
+
+    Over workers (`comm.aggregators.LowRankAllReduce`) P comes from an all-reduce of M Q and P^T M from a second one,
+    and Q is the last step's P^T M: a step of power iteration each time. Called on one vector, or without the shapes
+    of `for_tensors`, Q is Gaussian and a vector is seen as a nearly square matrix. A tensor whose factors would
+    be no smaller is sent as it is. ||M - P P^T M|| is at most ||M||, and in the mean over random Q at most
+    sqrt(1 - matrix_rank / min(n, m)) of it.
+    """
+
+    matrix_rank: int = 1  # of the factors of each tensor
+    # Of the tensors in v, as matrices, from `for_tensors`.
+    shapes: tuple[tuple[int, int], ...] = field(default=(), metadata={"internal": True})
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.matrix_rank, int) or isinstance(self.matrix_rank, bool) or self.matrix_rank < 1:
+            raise ValueError(f"matrix_rank of LowRank must be a positive integer, got {self.matrix_rank!r}")
+
+    def for_tensors(self, shapes: Sequence[torch.Size]) -> "LowRank":
+        return replace(self, shapes=tuple((s[0], math.prod(s[1:])) if len(s) > 1 else (s.numel(), 1) for s in shapes))
+
+    def restrict(self, part: int, d: int) -> "LowRank":
+        return self if part == d else replace(self, shapes=())
+
+    def matrices(self, v: Tensor) -> list[Tensor]:
+        """Return v's tensors as matrices, views where v allows it."""
+        tensors = torch.split(v, self._sizes(len(v)))
+        return [t.view(shape) for t, shape in zip(tensors, self._shapes(len(v)), strict=True)]
+
+    def rank(self, shape: tuple[int, int]) -> int:
+        """Return the rank used for a matrix: 0 if it is sent as it is."""
+        n, m = shape
+        return self.matrix_rank if self.matrix_rank * (n + m) < n * m else 0
+
+    def mu(self, d: int) -> float:
+        """Return the least share matrix_rank / min(n, m) over tensors (an expectation over random Q)."""
+        shares = [self.rank(s) / min(s) for s in self._shapes(d) if self.rank(s)]
+        return min([1.0, *shares])
+
+    def gaussian(self, v: Tensor, *, seed: int, step: int) -> list[Tensor]:
+        """Return a random Q, float[m, rank], for each matrix."""
+        rng = generator(seed, step, Stream.SKETCH, device=v.device)
+        qs = []
+        for shape in self._shapes(len(v)):
+            q = torch.empty(shape[1], self.rank(shape), dtype=v.dtype, device=v.device)
+            qs.append(q.normal_(generator=rng))
+        return qs
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        matrices, qs = self.matrices(v), self.gaussian(v, seed=seed, step=step)
+        ps = [orthonormal(scaled(m) @ q) for m, q in zip(matrices, qs, strict=True)]
+        return self.message(matrices, ps)
+
+    def message(self, matrices: list[Tensor], ps: list[Tensor]) -> Message:
+        """Return the message of P and P^T M (of M itself where the rank is 0)."""
+        rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
+        return Message({"left": _join(ps), "right": _join(rows)})
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        left, right = message.parts["left"].to(out.dtype), message.parts["right"].to(out.dtype)
+        for matrix, (n, m) in zip(self.matrices(out), self._shapes(len(out)), strict=True):
+            r = self.rank((n, m))
+            p, left = left[: n * r].view(n, r), left[n * r :]
+            size = r * m if r else n * m
+            q, right = right[:size], right[size:]
+            matrix.add_(p @ q.view(r, m) if r else q.view(n, m), alpha=alpha)
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        return itemsize * sum(self.factor_sizes(d))
+
+    def factor_sizes(self, d: int) -> tuple[int, int]:
+        """Return how many numbers the left factors have, and the right ones (with matrices sent as they are)."""
+        shapes = self._shapes(d)
+        left = sum(n * self.rank((n, m)) for n, m in shapes)
+        return left, sum(self.rank((n, m)) * m if self.rank((n, m)) else n * m for n, m in shapes)
+
+    def _shapes(self, d: int) -> list[tuple[int, int]]:
+        if self.shapes and sum(n * m for n, m in self.shapes) == d:
+            return list(self.shapes)
+        n = math.isqrt(d)
+        square = [(n, d // n)] if n else []
+        return square + ([(d - n * (d // n), 1)] if n and d % n else [])  # and what the rectangle leaves over
+
+    def _sizes(self, d: int) -> list[int]:
+        return [n * m for n, m in self._shapes(d)]
+
+
+def _join(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors]) if tensors else torch.zeros(0)
+
+
+def scaled(matrix: Tensor) -> Tensor:
+    """Return a matrix divided by its largest magnitude: the same column space, without over- or underflow."""
+    largest = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
+    return matrix / torch.where(largest > 0, largest, torch.ones_like(largest))
+
+
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Return an orthonormal basis, float[n, r], that spans the columns of float[n, r] (by Householder QR)."""
+    dtype = torch.promote_types(matrix.dtype, torch.float32)  # QR knows no half precision
+    return torch.linalg.qr(matrix.to(dtype)).Q.to(matrix.dtype) if matrix.numel() else matrix

@@ -1,0 +1,164 @@
+"""Compressors that send every coordinate in few bits: Sign and QSGD."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from packsaddle.compressors import wire
+from packsaddle.compressors.base import Compressor, Message
+from packsaddle.numerics.counter_rng import Keys, keys, words
+from packsaddle.numerics.kernels import kernel
+from packsaddle.numerics.seeds import Stream
+
+_SLAB = 1 << 18  # coordinates at a time, so that scratch memory does not grow with d
+
+
+@dataclass(frozen=True)
+class Sign(Compressor):
+    """C(v) = (||v||_1 / d) sign(v), one bit a coordinate and a scale (Karimireddy et al. 2019).
+
+    ||v - C(v)||^2 = ||v||^2 - ||v||_1^2 / d, so mu = ||v||_1^2 / (d ||v||_2^2): 2/pi for a Gaussian v, 1/d at
+    worst. With `per_tensor` each tensor of the model has its own scale. The sign of 0 is taken as +.
+    """
+
+    fixed_size: ClassVar[bool] = True
+    per_tensor: bool = False  # a scale for each tensor
+    sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # of the tensors in v, from `for_tensors`
+
+    def mu(self, d: int) -> float:
+        return 1 / max([1, *self._sizes(d)])
+
+    def for_tensors(self, shapes: Sequence[torch.Size]) -> "Sign":
+        return replace(self, sizes=tuple(s.numel() for s in shapes)) if self.per_tensor else self
+
+    def restrict(self, part: int, d: int) -> "Sign":
+        # A chunk cuts tensors apart: one scale for it.
+        return self if part == d else replace(self, sizes=())
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        scales = torch.stack([_mean_magnitude(t) for t in torch.split(v, self._sizes(len(v)))])
+        loop = kernel("pack_signs", v)
+        signs = loop(v) if loop else wire.pack_bits(v >= 0)
+        return Message({"signs": signs, "scales": scales.to(v.dtype)})
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        signs, scales, first = message.parts["signs"], message.parts["scales"].to(out.dtype), 0
+        for scale, tensor in zip(scales, torch.split(out, self._sizes(len(out))), strict=True):
+            _add_signs(signs, first, alpha * scale, tensor)
+            first += len(tensor)
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        return math.ceil(d / 8) + itemsize * len(self._sizes(d))
+
+    def _sizes(self, d: int) -> list[int]:
+        return list(self.sizes) if sum(self.sizes) == d and self.sizes else [d]
+
+
+def _mean_magnitude(v: Tensor) -> Tensor:
+    """Return ||v||_1 / d in double precision, where sums of 1e30s do not overflow; 0 for no coordinates."""
+    if not len(v):
+        return v.new_zeros((), dtype=torch.float64)
+    if loop := kernel("sum_of_magnitudes", v):
+        return torch.tensor(loop(v) / len(v), dtype=torch.float64)
+    return v.abs().mean(dtype=torch.float64)
+
+
+def _add_signs(signs: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
+    """Add +scale or -scale to each of out, float[n], as the bits from number `first` on say."""
+    if loop := kernel("add_signs", out):
+        loop(signs, first, scale, out)
+        return
+    for slab in torch.split(out, _SLAB):
+        bits = wire.unpack_bits(signs[first // 8 :], first % 8 + len(slab))[first % 8 :]
+        slab.add_(torch.where(bits, scale, -scale))
+        first += len(slab)
+
+
+@dataclass(frozen=True)
+class QSGD(Compressor):
+    """Stochastic rounding of |v| / ||v|| to `levels` levels, with signs and the norm (Alistarh et al. 2017).
+
+    The rounded Q(v) is unbiased with E||Q(v) - v||^2 <= omega ||v||^2, omega = min(b / s^2, sqrt(b) / s) for s
+    levels and buckets of b coordinates that share a norm; so Q(v) / (1 + omega) is a mu-compressor with
+    mu = 1 / (1 + omega), and that is C. A level and its sign take ceil(log2(2 s + 1)) bits.
+    """
+
+    private: ClassVar[bool] = True
+    fixed_size: ClassVar[bool] = True
+    levels: int = 7  # s, of a magnitude; a coordinate takes ceil(log2(2 s + 1)) bits
+    bucket: int = 512  # b, coordinates that share a norm
+
+    def __post_init__(self) -> None:
+        for name in ("levels", "bucket"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} of QSGD must be a positive integer, got {getattr(self, name)!r}")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one coordinate."""
+        return (2 * self.levels).bit_length()
+
+    def omega(self, d: int) -> float:
+        """Return the variance bound of the unscaled Q (Alistarh et al. 2017, Lemma 3.1)."""
+        b = min(d, self.bucket)
+        return min(b / self.levels**2, math.sqrt(b) / self.levels)
+
+    def mu(self, d: int) -> float:
+        return 1 / (1 + self.omega(d))
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
+        # bfloat16 has too few bits to round without bias.
+        precise = v.to(torch.promote_types(v.dtype, torch.float32))
+        if len(v) and self.bits <= 8 and (loop := kernel("pack_levels", precise)):
+            packed, norms = loop(precise, self.levels, self.bits, b, key)
+            return Message({"levels": packed, "scales": norms})
+        packed, norms = [], []
+        size = _slab(b)
+        for start, slab in zip(range(0, max(1, len(v)), size), torch.split(precise, size), strict=True):
+            buckets = torch.nn.functional.pad(slab, (0, -len(slab) % b)).view(-1, b)
+            codes, scales = self._codes(buckets, start, key)
+            packed.append(wire.pack(codes.view(-1)[: len(slab)], self.bits))
+            norms.append(scales)
+        return Message({"levels": torch.cat(packed), "scales": torch.cat(norms)})
+
+    def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
+        """Return the codes, int64[n, b], and norms, float[n], of buckets whose first coordinate is number `first`."""
+        largest = buckets.abs().amax(1, keepdim=True)
+        # In units of the largest magnitude neither 1e30 overflows nor a denormal loses its bits.
+        unit = torch.where(largest > 0, buckets / largest, buckets)
+        norms = unit.double().square().sum(1, keepdim=True).sqrt().to(unit.dtype)
+        counters = torch.arange(first, first + buckets.numel(), device=buckets.device).to(torch.int32)
+        chance = ((words(counters, key) >> 8) & 0xFFFFFF).to(unit.dtype).mul_(2.0**-24).view(unit.shape)
+        level = (unit.abs() / norms.clamp_min(1) * self.levels).add_(chance).floor_().clamp_(max=self.levels)
+        codes = torch.where(buckets < 0, -level, level).nan_to_num_(0.0).add_(self.levels)
+        return codes.to(torch.int64), (norms * largest).squeeze(1)
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        packed, norms, b = message.parts["levels"], message.parts["scales"], self._width(len(out))
+        scale = alpha / (self.levels * (1 + self.omega(len(out))))
+        if self.bits <= 8 and (loop := kernel("add_levels", out, norms)):
+            loop(packed, self.levels, self.bits, b, norms, out, scale)
+            return
+        size = _slab(b)
+        pieces = torch.split(packed, size * self.bits // 8), torch.split(norms, size // b)
+        for slab, codes, scales in zip(torch.split(out, size), *pieces, strict=True):
+            levels = (wire.unpack(codes, self.bits, len(slab)) - self.levels).to(out.dtype)
+            slab.add_(levels * scales.to(out.dtype).repeat_interleave(b)[: len(slab)], alpha=scale)
+
+    def _width(self, d: int) -> int:
+        """Coordinates of a bucket."""
+        return max(1, min(d, self.bucket))
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        b = self._width(d)
+        return math.ceil(d * self.bits / 8) + itemsize * math.ceil(d / b)
+
+
+def _slab(bucket: int) -> int:
+    """Coordinates at a time: whole buckets, whose codes end at a byte."""
+    return 8 * bucket * max(1, _SLAB // (8 * bucket))

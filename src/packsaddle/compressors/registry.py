@@ -1,0 +1,43 @@
+"""The list of all compressors, and a compressor's short description."""
+
+from dataclasses import fields, is_dataclass
+
+from packsaddle.compressors import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
+
+_SHARE = 0.5
+
+
+def compressors(ratio: float) -> list[Compressor]:
+    """Return every compressor, those that have a ratio at this one. Raises ValueError for a ratio outside (0, 1]."""
+    return [
+        Identity(),
+        RandomK(ratio),
+        RandomK(ratio, block_size=1),
+        RandomK(ratio, values="bfloat16"),
+        TopK(ratio),
+        TopK(ratio, values="int8"),
+        AdaptiveTopK(_SHARE),
+        SketchTopK(ratio),
+        LinearSketch(ratio),
+        Sign(),
+        QSGD(),
+        LowRank(),
+    ]
+
+
+def describe(compressor: Compressor) -> str:
+    """The compressor with those of its fields that are not at their defaults."""
+    assert is_dataclass(compressor)
+    changed = [f for f in fields(compressor) if getattr(compressor, f.name) != f.default]
+    return f"{type(compressor).__name__}({', '.join(f'{f.name}={getattr(compressor, f.name)!r}' for f in changed)})"

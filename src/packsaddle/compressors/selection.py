@@ -1,0 +1,169 @@
+"""Choosing coordinates by magnitude: the k largest, and the fewest that hold a share of the energy.
+
+Magnitudes are compared as the integers of their bits, which have the same order and in which NaN is the largest, so
+every way of choosing gives the same coordinates.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.kernels import kernel
+
+_WORTH_SAMPLING = 1 << 18  # elements from which `largest` samples
+_SAMPLE = 1 << 16
+_SLAB = 1 << 18  # elements at a time, so that scratch memory does not grow with d
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+HISTOGRAM_BITS = 12  # of a magnitude, from the top: its exponent and the first bits of its mantissa
+
+
+def as_integers(v: Tensor) -> Tensor:
+    """Return the magnitudes of v, float[n], as integers in the same order, int[n] of as many bits."""
+    integer = _INTEGER[v.element_size()]
+    return v.view(integer) & torch.iinfo(integer).max
+
+
+def largest(v: Tensor, k: int) -> Tensor:
+    """Return the indices of the k largest magnitudes, increasing int64[k]; of equal ones the first are taken.
+
+    On the CPU a strided sample gives a threshold that a few more than k are expected to reach, and only these are
+    ranked. Where fewer do, because the sample misleads, all are. Elsewhere it is torch.topk's choice, which nothing
+    waits for.
+    """
+    if v.device.type != "cpu":
+        return torch.topk(v.abs(), k, sorted=False).indices.sort().values
+    n = v.numel()
+    if n < _WORTH_SAMPLING or not 0 < k < n // 4:
+        return _top(as_integers(v), k)
+    reached = reaching(v, *sampled_threshold(v[:: n // _SAMPLE], k, n))
+    if len(reached) < k:
+        return _top(as_integers(v), k)
+    return reached[_top(as_integers(v[reached]), k)]
+
+
+def largest_of_blocks(
+    blocks: Callable[[], Iterable[Tensor]], sample: Callable[[Tensor], Tensor], n: int, k: int, first: int = 0
+) -> Tensor:
+    """Return what `largest` would of the n values that come in `blocks()`, without holding them all.
+
+    `sample` returns the values at some indices; of equal magnitudes those from index `first` on are taken first, and
+    then those before it.
+    """
+    device = next(iter(blocks())).device
+    if device.type != "cpu":
+        return (largest(torch.cat(list(blocks())).roll(-first), k) + first).remainder_(n).sort().values
+    threshold, expected = sampled_threshold(sample(torch.arange(0, n, max(1, n // _SAMPLE))), k, n)
+    while True:
+        start, found, values = 0, [], []
+        for block in blocks():
+            reached = reaching(block, threshold, -(-expected * len(block) // n))
+            found.append(reached + start)
+            values.append(block[reached])
+            start += len(block)
+        index, magnitudes = torch.cat(found), as_integers(torch.cat(values))
+        if len(index) >= k:
+            break
+        threshold, expected = 0, n  # the sample misled
+    turn = int((index < first).sum())
+    index, magnitudes = index.roll(-turn), magnitudes.roll(-turn)
+    return index[_top(magnitudes, k)].sort().values
+
+
+def _top(magnitudes: Tensor, k: int) -> Tensor:
+    """Return the indices of the k largest integers, on the CPU, increasing int64[k]; of equal ones the first."""
+    n = len(magnitudes)
+    if k in (0, n):
+        return torch.arange(k)
+    least = int(np.partition(magnitudes.numpy(), n - k)[n - k])
+    kept = (magnitudes >= least).nonzero().squeeze(1)
+    return _without_last_equal(kept, magnitudes[kept] == least, len(kept) - k)
+
+
+def _without_last_equal(kept: Tensor, equal: Tensor, surplus: int) -> Tensor:
+    """Drop the last `surplus` of those that are marked."""
+    if surplus == 0:
+        return kept
+    places = equal.nonzero().squeeze(1)
+    stays = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
+    stays[places[len(places) - surplus :]] = False
+    return kept[stays]
+
+
+def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
+    """Return a magnitude, as an integer, that k of the n values that were sampled should reach, and how many will."""
+    magnitudes = as_integers(sample)
+    expected = len(sample) * k / n
+    # Four standard deviations, and something where so few are expected.
+    rank = min(len(sample), math.ceil(expected + 4 * math.sqrt(expected) + 8))
+    return int(torch.topk(magnitudes, rank, sorted=False).values.min()), math.ceil(rank * n / len(sample))
+
+
+def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
+    """Return the indices, increasing int64, whose magnitude as an integer is at least `threshold`."""
+    if loop := kernel("reaching", v):
+        reached: Tensor = loop(v, threshold, expected)
+        return reached
+    return (as_integers(v) >= threshold).nonzero().squeeze(1)
+
+
+def holding(v: Tensor, share: float) -> Tensor:
+    """Return the fewest indices, increasing int64, that hold a share of ||v||^2, in (0, 1]; none if v is zero.
+
+    A histogram of the magnitudes by their first bits, with the energy in each bin, tells in which bin the last of them
+    lies; then a histogram of that bin by the next bits, until all bits are known. Of equal magnitudes the first are
+    taken. Where v is not finite, its largest magnitude is all there is.
+    """
+    top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
+    if not math.isfinite(top):
+        return largest(v, 1)
+    if top == 0 or share == 1:
+        return v.nonzero().squeeze(1)
+    shift = _bits(v) - HISTOGRAM_BITS
+    counts, energy = _histogram(v, top, shift)
+    needed = share * float(energy.sum())
+    last, needed = _last_bin(counts, energy, needed)
+    threshold = last << shift
+    reached = reaching(v, threshold, int(counts[last:].sum()))
+    magnitudes = as_integers(v[reached])
+    inside = reached[(magnitudes < threshold + (1 << shift)).nonzero().squeeze(1)]
+    while shift > 0:
+        values, below = v[inside], shift
+        shift = max(0, shift - HISTOGRAM_BITS)
+        bins = (as_integers(values) - threshold) >> shift
+        energy = torch.bincount(bins, weights=(values.double() / top).square_(), minlength=1 << (below - shift))
+        last, needed = _last_bin(torch.bincount(bins, minlength=len(energy)), energy, needed)
+        threshold += last << shift
+        inside = inside[(bins == last).nonzero().squeeze(1)]
+    one = float(v[inside[0]].double() / top) ** 2  # all inside are now of one magnitude
+    taken = min(len(inside), max(1, math.ceil(needed / one))) if one else 1
+    kept = (magnitudes >= threshold).nonzero().squeeze(1)
+    return reached[_without_last_equal(kept, magnitudes[kept] == threshold, len(inside) - taken)]
+
+
+def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float]:
+    """Return the first bin from the top with which the energy needed is held, and what is needed of that bin's."""
+    held = energy.flip(0).cumsum(0)
+    occupied = counts.nonzero()  # rounding may leave the sum below what is needed, or nothing needed
+    last = min(max(len(counts) - 1 - int((held < needed).sum()), int(occupied[0])), int(occupied[-1]))
+    return last, needed - float(energy[last + 1 :].sum())
+
+
+def _bits(v: Tensor) -> int:
+    return 8 * v.element_size() - 1
+
+
+def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
+    """Return how many magnitudes, and how much of ||v / top||^2, lie in each bin, int64 and float64."""
+    if loop := kernel("energy_histogram", v):
+        counts, energy = loop(v, top, HISTOGRAM_BITS)
+        return counts, energy
+    counts = torch.zeros(1 << HISTOGRAM_BITS, dtype=torch.int64, device=v.device)
+    energy = torch.zeros(1 << HISTOGRAM_BITS, dtype=torch.float64, device=v.device)
+    for slab in torch.split(v, _SLAB):
+        bins = (as_integers(slab) >> shift).to(torch.int64)
+        counts += torch.bincount(bins, minlength=len(counts))
+        energy += torch.bincount(bins, weights=(slab.double() / top).square_(), minlength=len(counts))
+    return counts, energy

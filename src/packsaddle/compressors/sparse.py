@@ -1,0 +1,339 @@
+"""Compressors that send some coordinates (nearly) exactly and none of the others.
+
+A vector is laid out as a grid of cells, runs of consecutive coordinates, so that memory is read and written in runs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from packsaddle.compressors import wire
+from packsaddle.compressors.apportion import counts_among_largest, shared_out, shares_of_support
+from packsaddle.compressors.base import Compressor, Message, check_share
+from packsaddle.compressors.selection import holding, largest
+from packsaddle.compressors.wire import ValueFormat
+from packsaddle.numerics.kernels import kernel
+from packsaddle.numerics.seeds import mix, sample_without_replacement
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Some of the cells [i size, (i + 1) size) of a vector of at least `size` coordinates; the last may be cut short.
+
+    `index` are their numbers, distinct int64[m]. Values at cells are float[m size]; beyond the vector's end they are 0.
+    """
+
+    index: Tensor
+    size: int
+
+    def coordinates(self, d: int) -> Tensor:
+        """Return the coordinates of these cells that are below d, int64[at most m size]."""
+        if self.size == 1:
+            return self.index
+        runs = self.index[:, None] * self.size + torch.arange(self.size, device=self.index.device)
+        return runs[runs < d]
+
+    def gather(self, v: Tensor) -> Tensor:
+        """Return v, float[d], at the cells."""
+        if self.size == 1:
+            return v[self.index]
+        if loop := kernel("gather_cells", v):
+            values: Tensor = loop(v, self.index, self.size)
+            return values
+        whole, rest = self._split(v)
+        values = whole.index_select(0, self.index.clamp_max(len(whole) - 1))
+        if len(rest):
+            values = torch.where(
+                self._is_rest(whole), torch.nn.functional.pad(rest, (0, self.size - len(rest))), values
+            )
+        return values.view(-1)
+
+    def add_to(self, out: Tensor, values: Tensor, alpha: float) -> None:
+        """Add alpha times values, float[m size], to out, float[d], in place at the cells."""
+        if self.size == 1:
+            out.index_add_(0, self.index, values, alpha=alpha)
+            return
+        if loop := kernel("add_cells", out, values):
+            loop(out, self.index, self.size, values, alpha)
+            return
+        whole, rest = self._split(out)
+        rows = values.view(-1, self.size)
+        if len(rest):
+            is_rest, zero = self._is_rest(whole), torch.zeros_like(rows)
+            rest.add_(torch.where(is_rest, rows, zero).sum(0)[: len(rest)], alpha=alpha)
+            rows = torch.where(is_rest, zero, rows)
+        whole.index_add_(0, self.index.clamp_max(len(whole) - 1), rows, alpha=alpha)
+
+    def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the whole cells, float[n, size], and of the last one that is cut short, if there is one."""
+        n = len(v) // self.size
+        return v[: n * self.size].view(n, self.size), v[n * self.size :]
+
+    def _is_rest(self, whole: Tensor) -> Tensor:
+        """Which cells are the one that is cut short, bool[m, 1]: asked on the device, which nothing waits for."""
+        return (self.index == len(whole))[:, None]
+
+
+_MOST_TOGETHER = 128  # coordinates of a cell: 512 bytes, from where longer runs are hardly moved faster
+_CELLS_KEPT = 1024  # fewer would make the energy that one step keeps vary much
+
+
+@dataclass(frozen=True)
+class Identity(Compressor):
+    """C(v) = v: no compression, on the same code path as everything else. mu = 1, linear."""
+
+    fixed_size: ClassVar[bool] = True
+
+    @property
+    def linear(self) -> bool:
+        return True
+
+    def mu(self, d: int) -> float:
+        return 1.0
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        return Message({"values": v.clone()})
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        out.add_(message.parts["values"], alpha=alpha)
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        return d * itemsize
+
+
+@dataclass(frozen=True)
+class KOfD(Compressor):
+    """What RandomK, TopK and SketchTopK share: k coordinates of d, given as a ratio k/d or as k itself."""
+
+    # k/d, the share of the coordinates that is sent, in (0, 1]; no integer, which may be meant as k.
+    ratio: float | None = field(default=None, metadata={"share": True})
+    k: int | None = None  # instead of the ratio: how many
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if (self.ratio is None) == (self.k is None):
+            raise ValueError(f"{name} takes exactly one of ratio and k, got ratio={self.ratio}, k={self.k}")
+        if self.ratio is not None:
+            check_share(f"ratio of {name}", self.ratio, "for a number of coordinates pass k=, and for 1% 0.01")
+        if self.k is not None and (not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1):
+            raise ValueError(f"k of {name} must be a positive integer, got {self.k!r}")
+
+    def validate(self, d: int) -> None:
+        if self.k is not None and self.k > d > 0:
+            raise ValueError(f"k of {type(self).__name__} must be at most d = {d} (the coordinates), got {self.k}")
+
+    def restrict(self, part: int, d: int) -> "KOfD":
+        return self if self.k is None else replace(self, k=min(part, max(1, round(self.k * part / d))))
+
+    def count(self, d: int) -> int:
+        """Return the number of coordinates sent of d: k, or ratio * d rounded and at least one."""
+        if self.k is not None:
+            return min(self.k, d)
+        assert self.ratio is not None  # __post_init__
+        return min(d, max(1, round(self.ratio * d)))
+
+    def mu(self, d: int) -> float:
+        """Return k/d (for RandomK with equality in Definition 2.1; Stich et al. 2018)."""
+        return self.count(d) / d if d else 1.0
+
+
+@dataclass(frozen=True)
+class _OfEachTensor(KOfD):
+    """k of all coordinates together, or with `per_tensor` the ratio of each tensor's, rounded and at least one."""
+
+    per_tensor: bool = False  # the ratio of each tensor, instead of all together
+    sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # of the tensors, from `for_tensors`
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.per_tensor and self.ratio is None:
+            raise ValueError(f"per_tensor of {type(self).__name__} needs a ratio, got k={self.k}")
+
+    def for_tensors(self, shapes: Sequence[torch.Size]) -> Self:
+        return replace(self, sizes=tuple(shape.numel() for shape in shapes)) if self.per_tensor else self
+
+    def restrict(self, part: int, d: int) -> KOfD:
+        """Chunks are not tensors: each is one vector."""
+        return KOfD.restrict(replace(self, sizes=self.sizes if part == d else ()), part, d)
+
+    def tensors(self, d: int) -> list[tuple[int, int]]:
+        """Return start and size of each part of a vector of d coordinates that has its own k; one part is all of it."""
+        sizes = self.sizes if sum(self.sizes) == d else (d,)
+        return [(start, n) for start, n in zip(accumulate((0, *sizes)), sizes, strict=False) if n]
+
+    def count(self, d: int) -> int:
+        return sum(super(_OfEachTensor, self).count(n) for _, n in self.tensors(d))
+
+    def mu(self, d: int) -> float:
+        """Return the least k/d over tensors: a vector may lie in one of them."""
+        return min((super(_OfEachTensor, self).count(n) / n for _, n in self.tensors(d)), default=1.0)
+
+
+@dataclass(frozen=True)
+class RandomK(_OfEachTensor):
+    """Keep k random coordinates, the same on every worker. mu = k/d, linear, no index bytes.
+
+    Not rescaled by d/k: under error feedback the kept part must be a contraction, not unbiased.
+
+    The vector is cut in cells of `block_size` b consecutive coordinates, of which the share k/d is kept (rounded
+    up), each with the same probability; so each coordinate is kept with at least probability k/d, and memory is
+    moved in runs.
+    The message has b values for each cell (for b = 1 exactly k, else fewer than k (1 + b/d) + b). By default b is
+    the largest power of two, at most 128, that leaves 1,024 cells or more to keep; with `per_tensor` it is 1.
+
+    `values` rounds the values to fewer bits, and then C is not linear: an all-reduce would round the sum again,
+    where no error memory sees it. So rounded messages are gathered, still without index bytes, and each
+    worker's rounding error stays in its own memory.
+    """
+
+    fixed_size: ClassVar[bool] = True
+    block_size: int | None = None  # b, consecutive coordinates kept together; by default 1 to 128, by k
+    values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block_size is not None and (not isinstance(self.block_size, int) or self.block_size < 1):
+            raise ValueError(f"block_size of RandomK must be a positive integer or None, got {self.block_size!r}")
+        if self.per_tensor and self.block_size not in (None, 1):
+            raise ValueError(f"block_size of RandomK must be 1 with per_tensor, got {self.block_size}")
+        _check_values(self, self.values)
+
+    @property
+    def linear(self) -> bool:
+        return self.values is None
+
+    def block(self, d: int) -> int:
+        """Return b, the coordinates of a cell, for vectors of d."""
+        if self.per_tensor:
+            return 1
+        k = self.count(d)
+        b = min(_MOST_TOGETHER, 1 << max(0, (k // _CELLS_KEPT).bit_length() - 1))
+        return min(max(k, 1), self.block_size or b)
+
+    def grid(self, d: int) -> tuple[int, int]:
+        """Return how many cells a vector of d coordinates has, and how many of them are kept."""
+        n = -(-d // self.block(d))
+        return n, -(-self.count(d) * n // d) if d else 0
+
+    def mu(self, d: int) -> float:
+        """Return the share of the cells that is kept, at least k/d; times what rounding leaves."""
+        n, m = self.grid(d)
+        share = super().mu(d) if self.per_tensor or not d else m / n
+        return share * wire.value_retention(self.values)
+
+    def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
+        """Return the kept cells, a pure function of (seed, step)."""
+        if not self.per_tensor:
+            n, m = self.grid(d)
+            return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))
+        drawn = [
+            sample_without_replacement(n, KOfD.count(self, n), seed=mix(seed, at), step=step, device=device) + at
+            for at, n in self.tensors(d)
+        ]
+        return Cells(torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=device), 1)
+
+    def support(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+        """Return the kept coordinates, int64[...], a pure function of (seed, step)."""
+        return self.cells(d, seed=seed, step=step, device=device).coordinates(d)
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        cells = self.cells(v.numel(), seed=seed, step=step, device=v.device)
+        return Message(wire.encode_values(cells.gather(v), self.values), cells)
+
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        return Message(parts, self.cells(d, seed=seed, step=step, device=parts["values"].device))
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        message.context.add_to(out, wire.decode_values(message.parts, out.dtype), alpha)
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        return wire.value_bytes(self.grid(d)[1] * self.block(d), self.values, itemsize)
+
+
+class _CodedSupport(Compressor):
+    """A support that depends on v: its indices travel, coded in the fewest bytes, with the values."""
+
+    values: ValueFormat | None
+
+    def _message(self, v: Tensor, index: Tensor) -> Message:
+        """`index` increases."""
+        return Message(
+            {"indices": wire.encode_indices(index, v.numel()), **wire.encode_values(v[index], self.values)}, index
+        )
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        index = message.context  # the sender still knows it
+        if index is None:
+            index = wire.decode_indices(message.parts["indices"], message.parts["values"].numel(), out.numel())
+        out.index_add_(0, index, wire.decode_values(message.parts, out.dtype), alpha=alpha)
+
+    def _bytes(self, d: int, k: int, itemsize: int) -> float:
+        return math.ceil(wire.index_bits(d, k) / 8) + wire.value_bytes(k, self.values, itemsize)
+
+
+@dataclass(frozen=True)
+class TopK(_CodedSupport, _OfEachTensor):
+    """Keep the k coordinates of largest magnitude. mu >= k/d, not linear; values and coded indices travel.
+
+    `values` rounds the values to fewer bits; the rounding error stays in the error memory.
+    """
+
+    values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_values(self, self.values)
+
+    def mu(self, d: int) -> float:
+        return super().mu(d) * wire.value_retention(self.values)
+
+    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
+        """Give a section its share of the k largest; with `per_tensor` every tensor keeps its own k."""
+        if self.per_tensor:
+            return None
+        k = self.count(sum(sizes))
+        counts = shared_out(counts_among_largest(samples, sizes, k), sizes, k)
+        return [replace(self, ratio=None, k=count) for count in counts]
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        parts = [largest(v[at : at + n], KOfD.count(self, n)) + at for at, n in self.tensors(v.numel())]
+        return self._message(v, torch.cat(parts) if len(parts) > 1 else largest(v, self.count(v.numel())))
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        return self._bytes(d, self.count(d), itemsize)
+
+
+@dataclass(frozen=True)
+class AdaptiveTopK(_CodedSupport):
+    """Keep the smallest support that holds a share c of ||v||^2: a c-compressor for every v (Assumption D).
+
+    How many coordinates that takes varies from step to step.
+    """
+
+    share: float = field(metadata={"share": True})  # c, of ||v||^2 that is sent, in (0, 1]
+    values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
+
+    def __post_init__(self) -> None:
+        check_share("share of AdaptiveTopK", self.share, "it is of ||v||^2; a number of coordinates is TopK's k=")
+        _check_values(self, self.values)
+
+    def mu(self, d: int) -> float:
+        return self.share * wire.value_retention(self.values)
+
+    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
+        """Give a section what the smallest support of all sections holds of its energy."""
+        return [replace(self, share=share) for share in shares_of_support(samples, self.share)]
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        return self._message(v, holding(v, self.share))
+
+
+def _check_values(compressor: Compressor, how: ValueFormat | None) -> None:
+    if how not in (None, "float32", "bfloat16", "float16", "int8"):
+        formats = "float32, bfloat16, float16 or int8"
+        raise ValueError(f"values of {type(compressor).__name__} must be {formats}, got {how!r}")

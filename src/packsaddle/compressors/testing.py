@@ -1,0 +1,153 @@
+"""A conformance suite for compressors, ours and yours: `check_compressor(C)` in a test of your own.
+
+Each check has an oracle that knows nothing of the compressor's code: the definition of contraction, the message
+sent through the wire format, sums and multiples of vectors.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from packsaddle.compressors import Compressor, Message
+
+STANDARD_ERRORS = 5.0  # a correct random compressor fails a comparison about once in three million
+
+
+def nasty_vectors() -> dict[str, Tensor]:
+    """Return flat vectors by name: zeros, a spike, ties, denormals, 1e+-30 scales, one coordinate, and so on."""
+    rng = torch.Generator().manual_seed(0)
+    gaussian = torch.randn(50, generator=rng)
+    spike = torch.zeros(40)
+    spike[17] = -3.0
+    denormal = torch.full((30,), 1e-42)
+    denormal[::3] *= -2
+    return {
+        "gaussian": gaussian,
+        "double": torch.randn(33, generator=rng, dtype=torch.float64),
+        "half": torch.randn(20, generator=rng).to(torch.bfloat16),
+        "zeros": torch.zeros(25),
+        "one spike": spike,
+        "all equal": torch.full((24,), 0.5),
+        "ties of both signs": torch.tensor([1.0, -1.0] * 16),
+        "denormal": denormal,
+        "huge": gaussian * 1e30,
+        "tiny": gaussian * 1e-30,
+        "heavy tail": 1.0 / torch.arange(1, 61, dtype=torch.float32) ** 2,
+        "wide range": torch.logspace(-30, 30, 41),
+        "negative zero": torch.tensor([-0.0, 0.0, 2.0, -0.0]),
+        "one coordinate": torch.tensor([-7.0]),
+        "two coordinates": torch.tensor([1.0, -2.0]),
+    }
+
+
+def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | None = None, *, seeds: int = 200) -> None:
+    """Raise AssertionError, naming the property and the vector, unless `compressor` keeps its contract.
+
+    `vectors` are flat floating tensors, `nasty_vectors()` by default; those that the compressor's own `validate`
+    refuses are left out. Expectations are means over `seeds` draws.
+    """
+    for name, v in (vectors or nasty_vectors()).items():
+        try:
+            compressor.validate(len(v))
+        except ValueError:
+            continue
+        where = f"{compressor!r} on {name!r}"
+        check_purity(compressor, v, where)
+        check_contraction(compressor, v, where, seeds=seeds)
+        check_message(compressor, v, where)
+        check_homogeneity(compressor, v, where)
+        if compressor.linear:
+            check_linearity(compressor, v, where)
+    check_empty(compressor)
+
+
+def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
+    """E||v - C(v)||^2 <= (1 - mu) ||v||^2 with 0 < mu <= 1 (Definition 2.1)."""
+    mu, energy = compressor.mu(len(v)), _energy(v)
+    assert 0 < mu <= 1, f"{where}: mu must be in (0, 1], got {mu}"
+    lost = [_energy(v.double() - compressor(v, seed=s, step=3).double()) for s in range(seeds)]
+    if energy == 0:
+        assert max(lost) == 0, f"{where}: C(0) must be 0"
+        return
+    shares = torch.tensor(lost, dtype=torch.float64) / energy
+    mean, error = float(shares.mean()), float(shares.std()) / len(shares) ** 0.5
+    rounding = 16 * torch.finfo(v.dtype).eps
+    assert mean <= 1 - mu + STANDARD_ERRORS * error + rounding, f"{where}: lost {mean:.4g} of ||v||^2, mu is {mu:.4g}"
+
+
+def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
+    """C(v) is a function of (v, seed, step): the same twice, v and the global random state untouched."""
+    before, state = v.clone(), torch.random.get_rng_state()
+    first = compressor(v, seed=1, step=2)
+    assert torch.equal(torch.random.get_rng_state(), state), f"{where}: uses the global random state"
+    assert torch.equal(first, compressor(v, seed=1, step=2)), f"{where}: two calls differ"
+    assert torch.equal(v, before), f"{where}: changes v"
+
+
+def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
+    """What another worker decodes from the parts' bytes is what the sender subtracts; alpha scales it; sizes hold."""
+    d = len(v)
+    scratch = v.clone()
+    message = compressor.encode(scratch, seed=8, step=9)
+    scratch.fill_(7.0)  # the error memory changes v afterwards: a message must not be a view of it
+    wire = {
+        name: part.clone().contiguous().view(torch.uint8).clone().view(part.dtype)
+        for name, part in message.parts.items()
+    }
+    received = compressor.receive(wire, d, seed=8, step=9)
+    own, other = torch.ones_like(v), torch.ones_like(v)
+    compressor.add_decoded(message, own, alpha=-2.0)
+    compressor.add_decoded(received, other, alpha=-2.0)
+    assert torch.equal(own, other), f"{where}: the receiver decodes something else than the sender"
+    expected, tolerance = 1 - 2 * compressor(v, seed=8, step=9), 8 * torch.finfo(v.dtype).eps
+    scale = 1 + float(v.double().abs().max())
+    assert torch.allclose(own, expected, rtol=tolerance, atol=tolerance * scale), f"{where}: alpha is not a factor"
+    assert all(part.ndim == 1 for part in message.parts.values()), f"{where}: parts must be flat"
+    if compressor.fixed_size:
+        zeros = compressor.encode(torch.zeros_like(v), seed=1, step=1)
+        sizes = [{name: part.numel() for name, part in m.parts.items()} for m in (message, zeros)]
+        assert sizes[0] == sizes[1], f"{where}: is declared fixed_size, but sizes differ: {sizes}"
+    assert message.nbytes == Message(wire).nbytes
+
+
+def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
+    """C(2 v) = 2 C(v), so that the error memory may hold eta e."""
+    doubled, single = compressor(v * 2, seed=4, step=5), compressor(v, seed=4, step=5)
+    eps = torch.finfo(v.dtype).eps
+    assert torch.allclose(doubled, 2 * single, rtol=8 * eps, atol=_subnormal(v)), f"{where}: C(2 v) is not 2 C(v)"
+
+
+def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
+    """C(a + b) = C(a) + C(b) at fixed randomness (Definition 2.2), to rounding of sums over all coordinates."""
+    a, b = v, v.flip(0) * 0.5
+    whole = compressor(a + b, seed=6, step=7)
+    parts = compressor(a, seed=6, step=7) + compressor(b, seed=6, step=7)
+    eps = torch.finfo(v.dtype).eps
+    rounding = 4 * eps * float((a.double().abs() + b.double().abs()).sum()) + _subnormal(v)
+    assert torch.allclose(whole, parts, rtol=4 * eps, atol=rounding), f"{where}: is declared linear and is not"
+    assert len(compressor.encode(v, seed=0, step=0).parts) == 1, f"{where}: a linear message has one part"
+
+
+def check_empty(compressor: Compressor) -> None:
+    """A vector of no coordinates makes a message of no values and decodes to nothing."""
+    empty = torch.zeros(0)
+    message = compressor.encode(empty, seed=0, step=0)
+    out = torch.zeros(0)
+    compressor.add_decoded(message, out)
+    assert len(out) == 0, f"{compressor!r}: changes an empty vector"
+
+
+def _through_bytes(part: Tensor) -> Tensor:
+    return part.clone(memory_format=torch.contiguous_format).view(torch.uint8).clone().view(part.dtype)
+
+
+def _energy(v: Tensor) -> float:
+    """||v||^2 in double precision, where neither 1e30 nor a denormal over- or underflows."""
+    return float(v.double().square().sum())
+
+
+def _subnormal(v: Tensor) -> float:
+    """The rounding of a sum of some denormals, which come in units of tiny * eps."""
+    info = torch.finfo(v.dtype)
+    return float(64 * info.tiny * info.eps)

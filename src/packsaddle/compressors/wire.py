@@ -1,0 +1,197 @@
+"""What crosses the wire, in bits: fixed-width packing, signs, coded index sets, and values in fewer bits.
+
+Everything is vectorised torch on the tensor's own device. A set of k indices of [0, d) costs log2 C(d, k) bits
+at least; `encode_indices` takes the cheapest of three codes for it and says which in its first byte.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.kernels import kernel
+
+ValueFormat = Literal["float32", "bfloat16", "float16", "int8"]
+VALUE_BLOCK = 256  # rounded values share a scale in blocks of this many
+
+_BITMAP, _FIXED, _RICE = 0, 1, 2
+_COMPILED_WIDTH = 56  # bits, the most that compiled loops take
+_SLAB = 1 << 18  # numbers taken to bits at a time, a multiple of 8, so that scratch memory does not grow with n
+
+
+def pack(numbers: Tensor, width: int) -> Tensor:
+    """Pack int64[n] numbers below 2^width into uint8[ceil(n width / 8)], most significant bit first."""
+    if width == 0:
+        return torch.empty(0, dtype=torch.uint8, device=numbers.device)
+    if 8 % width == 0:  # whole numbers in a byte: no need to take them to bits
+        per_byte = 8 // width
+        padded = torch.nn.functional.pad(numbers.to(torch.uint8), (0, -len(numbers) % per_byte)).view(-1, per_byte)
+        packed = torch.zeros(len(padded), dtype=torch.uint8, device=numbers.device)
+        for column in padded.unbind(1):
+            packed = (packed << width if width < 8 else packed) | column
+        return packed
+    if width <= _COMPILED_WIDTH and (loop := kernel("pack_numbers", device=numbers.device)):
+        coded: Tensor = loop(numbers, width)
+        return coded
+    shifts = torch.arange(width - 1, -1, -1, device=numbers.device)
+    slabs = [pack_bits(((slab[:, None] >> shifts) & 1).flatten()) for slab in torch.split(numbers, _SLAB)]
+    return torch.cat(slabs)
+
+
+def unpack(packed: Tensor, width: int, n: int) -> Tensor:
+    """Return the int64[n] numbers that `pack` packed."""
+    if width == 0:
+        return torch.zeros(n, dtype=torch.int64, device=packed.device)
+    if 8 % width == 0:
+        shifts = torch.arange(8 - width, -1, -width, dtype=torch.uint8, device=packed.device)
+        return ((packed[:, None] >> shifts) & ((1 << width) - 1)).view(-1)[:n].to(torch.int64)
+    if width <= _COMPILED_WIDTH and (loop := kernel("unpack_numbers", device=packed.device)):
+        numbers: Tensor = loop(packed, width, n)
+        return numbers
+    shifts = torch.arange(width - 1, -1, -1, device=packed.device)
+    slabs = []
+    for i, slab in enumerate(torch.split(packed, _SLAB * width // 8)):
+        count = min(_SLAB, n - i * _SLAB)
+        slabs.append((unpack_bits(slab, count * width).view(count, width).to(torch.int64) << shifts).sum(1))
+    return torch.cat(slabs) if slabs else torch.zeros(0, dtype=torch.int64, device=packed.device)
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack bool[n] into uint8[ceil(n / 8)], most significant bit first, zeros at the end."""
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.packbits(bits.numpy()))
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
+    packed = torch.zeros(len(padded), dtype=torch.uint8, device=bits.device)
+    for column in padded.unbind(1):  # eight passes over bytes, no wider intermediate
+        packed = (packed << 1) | column
+    return packed
+
+
+def unpack_bits(packed: Tensor, n: int) -> Tensor:
+    """Return the bool[n] that `pack_bits` packed."""
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=n)).view(torch.bool)
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & 1).view(-1)[:n].to(torch.bool)
+
+
+def encode_indices(index: Tensor, d: int) -> Tensor:
+    """Code an increasing int64[k] of [0, d) in the fewest bytes, uint8[...]; k is not coded.
+
+    A bitmap takes d bits, fixed width k ceil(log2 d), and Rice codes of the gaps k (b + 1) plus the sum of
+    gaps / 2^b: about log2(d / k) + 1.5 bits an index for a random set, within 3% of log2 C(d, k).
+    """
+    k = len(index)
+    if k in (0, d):
+        return torch.empty(0, dtype=torch.uint8, device=index.device)
+    gaps = torch.diff(index, prepend=index.new_tensor([-1])) - 1
+    b = _rice_parameter(d, k)
+    quotients = gaps >> b
+    width = _width(d)
+    sizes = {
+        _BITMAP: math.ceil(d / 8),
+        _FIXED: math.ceil(k * width / 8),
+        _RICE: math.ceil((int(quotients.sum()) + k) / 8) + math.ceil(k * b / 8),
+    }
+    code = min(sizes, key=lambda c: sizes[c])
+    if code == _BITMAP:
+        bits = torch.zeros(d, dtype=torch.bool, device=index.device)
+        bits[index] = True
+        body = pack_bits(bits)
+    elif code == _FIXED:
+        body = pack(index, width)
+    else:
+        ends = torch.cumsum(quotients + 1, 0)  # each quotient in unary: that many zeros and a one
+        unary = torch.zeros(int(ends[-1]), dtype=torch.bool, device=index.device)
+        unary[ends - 1] = True
+        body = torch.cat([pack_bits(unary), pack(gaps & ((1 << b) - 1), b)])
+    return torch.cat([torch.tensor([code], dtype=torch.uint8, device=index.device), body])
+
+
+def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
+    """Return the increasing int64[k] that `encode_indices` coded."""
+    if k in (0, d):
+        return torch.arange(k, device=coded.device)
+    code, body = int(coded[0]), coded[1:]
+    if code == _BITMAP:
+        return unpack_bits(body, d).nonzero().squeeze(1)
+    if code == _FIXED:
+        return unpack(body, _width(d), k)
+    b = _rice_parameter(d, k)
+    remainders = math.ceil(k * b / 8)  # the remainders' bytes, at the end
+    split = len(body) - remainders
+    ends = unpack_bits(body[:split], split * 8).nonzero().squeeze(1)[:k]
+    quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
+    gaps = (quotients << b) | unpack(body[split:], b, k)
+    return torch.cumsum(gaps + 1, 0) - 1
+
+
+def index_bits(d: int, k: int) -> float:
+    """Predict the bits of `encode_indices` for k random indices of [0, d), its first byte included."""
+    if k in (0, d):
+        return 0.0
+    b = _rice_parameter(d, k)
+    # A gap is about geometric with success probability p = k / d; its quotient by 2^b has mean q / (1 - q).
+    q = (1 - k / d) ** (1 << b)
+    rice = k * (b + 1 + q / (1 - q))
+    return 8 + min(d, k * _width(d), rice)
+
+
+def _width(d: int) -> int:
+    """Bits of an index below d."""
+    return max(1, (d - 1).bit_length())
+
+
+def _rice_parameter(d: int, k: int) -> int:
+    """The b that makes 2^b nearest above the mean gap times log 2 (Golomb 1966), known to both ends."""
+    mean_gap = (d - k) / k
+    return max(0, math.ceil(math.log2(mean_gap * math.log(2)))) if mean_gap > 1 else 0
+
+
+def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
+    """Round float[k] values to a format (None: as they are): "values", and "scales" shared by blocks.
+
+    In units of its block's largest magnitude no value overflows the format or sinks below it, whatever its scale.
+    Rounding is to nearest, so no value's error exceeds the value itself.
+    """
+    if how is None:
+        return {"values": values}
+    blocks = torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
+    scales = blocks.abs().amax(1) if len(values) else values
+    unit = torch.where(scales[:, None] > 0, blocks / scales[:, None], blocks).view(-1)[: len(values)]
+    rounded = (unit * 127).round().to(torch.int8) if how == "int8" else unit.to(getattr(torch, how))
+    return {"values": rounded, "scales": scales}
+
+
+def decode_values(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the float[k] values of `encode_values`."""
+    values = parts["values"].to(dtype)
+    if "scales" not in parts:
+        return values
+    if parts["values"].dtype == torch.int8:
+        values = values / 127
+    return values * parts["scales"].to(dtype).repeat_interleave(VALUE_BLOCK)[: len(values)]
+
+
+def value_retention(how: ValueFormat | None) -> float:
+    """A lower bound on 1 - ||v - round(v)||^2 / ||v||^2.
+
+    int8: in a block with largest magnitude m, errors are at most m / 254 and never above the value, so the
+    share lost is at most (b - 1) / (254^2 + b - 1) for b values. bfloat16 has a unit roundoff of 2^-8, float16
+    of 2^-11 and float32 of 2^-24; the room left is for subnormals and the rounding of the scaling itself.
+    """
+    if how is None:
+        return 1.0
+    if how == "int8":
+        return 254**2 / (254**2 + VALUE_BLOCK - 1)
+    return 1 - (2.0**-16 if how == "bfloat16" else 2.0**-20)
+
+
+def value_bytes(k: int, how: ValueFormat | None, itemsize: int) -> int:
+    """Bytes of k values of a vector whose own dtype takes `itemsize` bytes."""
+    if how is None:
+        return itemsize * k
+    return {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[how] * k + math.ceil(k / VALUE_BLOCK) * itemsize

@@ -1,0 +1,190 @@
+"""Losses, gradients and Hessian-vector products of a network over all batches of all workers.
+
+The loss is the mean over examples: f = sum_b n_b loss_b / N over every batch b of every worker. Each product takes two
+backward passes a batch on this worker and one all-reduce of d numbers, since the Hessian of a mean is the mean of
+Hessians; the network is used as it is, not through DistributedDataParallel, whose hooks do not see second derivatives.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.comm.communicator import Channel
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+class NotFiniteError(ValueError):
+    """The loss or a derivative of it is infinite or not a number."""
+
+
+class Curvature:
+    """Derivatives of the mean loss at a network's present parameters, in a flat vector of its trainable ones.
+
+    `loss_fn(model, batch)` returns the mean loss of a batch; `batches` is this worker's batches, an iterable that can
+    be read again. Construction is collective and reads the batches twice; it raises ValueError if the two readings
+    disagree on any worker (data augmentation, shuffling, an iterator that is used up), or if there is nothing to
+    read or to train; NotFiniteError if the loss is not finite. A worker may have no batches if another has some.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Channel) -> None:
+        self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("model has no trainable parameters")
+        self.d = sum(p.numel() for p in self.parameters)
+        self.device = self.parameters[0].device
+        self.products = 0  # Hessian-vector products so far
+        first, second = self._totals(), self._totals()
+        problems = [float(repr(first) != repr(second)), float(self._differs_from_rank_0())]
+        total = torch.tensor([*first, *problems], dtype=torch.float64, device=self.device)
+        loss, examples, differ, apart = self._channel.mean(total, "certificate").mul_(channel.group.size).tolist()
+        if apart:
+            raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
+        if differ:  # on any worker, so that all of them stop
+            raise ValueError(
+                "loss_fn gave two values for the same parameters and batches: pass a list or a DataLoader, which can "
+                "be read twice, and switch off shuffling, augmentation and anything else that is random (dropout and "
+                "batch normalisation are put in eval mode here)"
+            )
+        if not math.isfinite(loss):
+            raise NotFiniteError(f"the loss is {loss} at the present parameters; there is nothing to certify")
+        if not examples:
+            raise ValueError("batches is empty on every worker")
+        self.examples = int(examples)
+        self.loss = loss / examples
+
+    def _differs_from_rank_0(self) -> bool:
+        """Whether this worker's parameters are others than rank 0's, by two sums."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for p in self.parameters:
+            values = p.detach().double()
+            sums += torch.stack([values.sum(), values.square().sum()])
+        theirs = sums.clone()
+        self._channel.broadcast(theirs, "certificate")
+        return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())
+
+    def _totals(self) -> tuple[float, int]:
+        """This worker's sum of losses over examples, and its number of examples."""
+        total, examples = 0.0, 0
+        with torch.no_grad(), evaluating(self._model):
+            for batch in self._batches:
+                n = batch_size(batch)
+                total += float(self._loss_fn(self._model, batch).double()) * n
+                examples += n
+        return total, examples
+
+    def gradient(self) -> tuple[Tensor, float]:
+        """Return grad f, float64[d], and its standard error if the examples are a sample; collective.
+
+        With gradients g_b of batches of n_b examples, B in all, an example's variance is estimated without bias by
+        sum_b n_b ||g_b - grad f||^2 / (B - 1), and the mean's is that over N; inf with a single batch.
+        """
+        spread = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum_b n_b ||g_b||^2 and B
+
+        def derivative(loss: Tensor, n: int) -> tuple[Tensor | None, ...]:
+            grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            spread[0] += n * sum(g.double().square().sum() for g in grads if g is not None)
+            spread[1] += 1
+            return grads
+
+        mean = self._mean(derivative)
+        squares, batches = self._channel.mean(spread, "certificate").mul_(self._channel.group.size).tolist()
+        if batches == 1:
+            return mean, math.inf
+        within = max(0.0, squares - self.examples * float(mean.square().sum())) / (batches - 1)
+        return mean, math.sqrt(within / self.examples)
+
+    def hessian_vector(self, v: Tensor) -> Tensor:
+        """Return H v, float64[d], for v float64[d], by double backward; collective."""
+        self.products += 1
+        pieces = torch.split(v, [p.numel() for p in self.parameters])
+        vs = [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)]
+
+        def product(loss: Tensor, _: int) -> tuple[Tensor | None, ...]:
+            grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+            pairs = [(g, u) for g, u in zip(grads, vs, strict=True) if g is not None and g.requires_grad]
+            if not pairs:
+                return tuple(None for _ in self.parameters)
+            inputs, outputs = [g for g, _ in pairs], [u for _, u in pairs]
+            return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, allow_unused=True)
+
+        return self._mean(product)
+
+    def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor | None, ...]]) -> Tensor:
+        """Sum a derivative of every batch's total loss, and average over all examples of all workers."""
+        total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
+        with torch.enable_grad(), evaluating(self._model):
+            for batch in self._batches:
+                n = batch_size(batch)
+                parts = derivative(self._loss_fn(self._model, batch), n)
+                flat = [
+                    torch.zeros_like(p).reshape(-1) if g is None else g.detach().reshape(-1)
+                    for g, p in zip(parts, self.parameters, strict=True)
+                ]
+                total.add_(torch.cat(flat), alpha=n)
+        mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
+        if not torch.isfinite(mean).all():  # on all workers
+            raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
+        return mean
+
+    @contextmanager
+    def moved(self, direction: Tensor, distance: float) -> Iterator[None]:
+        """Within, the parameters are x + distance * direction, direction float64[d]; afterwards x, to the bit."""
+        before = [p.detach().clone() for p in self.parameters]
+        pieces = torch.split(direction, [p.numel() for p in self.parameters])
+        try:
+            with torch.no_grad():
+                for p, piece in zip(self.parameters, pieces, strict=True):
+                    p.add_((piece * distance).view(p.shape).to(p.device, p.dtype))
+            yield
+        finally:
+            with torch.no_grad():
+                for p, old in zip(self.parameters, before, strict=True):
+                    p.copy_(old)
+
+    def loss_at(self, direction: Tensor, distance: float) -> float:
+        """Return f(x + distance * direction); collective."""
+        with self.moved(direction, distance):
+            total = torch.tensor([self._totals()[0]], dtype=torch.float64, device=self.device)
+        return float(self._channel.mean(total, "certificate")) * self._channel.group.size / self.examples
+
+
+@contextmanager
+def rank_0_buffers(model: nn.Module, channel: Channel) -> Iterator[None]:
+    """Within, every worker has rank 0's buffers (statistics of batch normalisation); afterwards its own; collective."""
+    buffers = [b for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
+    before = [b.clone() for b in buffers]
+    for b in buffers:
+        channel.broadcast(b.data, "certificate")
+    try:
+        yield
+    finally:
+        for b, old in zip(buffers, before, strict=True):
+            b.data.copy_(old)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within, every module is in evaluation mode; afterwards each is in its own again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def batch_size(batch: Any) -> int:
+    """Return the number of examples of a batch: the first dimension of its first tensor. Raises ValueError."""
+    if isinstance(batch, Tensor) and batch.ndim:
+        return len(batch)
+    parts = list(batch.values()) if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else []
+    if not parts:
+        raise ValueError(f"a batch must be a tensor, or a list, tuple or dict that starts with one, got {type(batch)}")
+    return batch_size(parts[0])

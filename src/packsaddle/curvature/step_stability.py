@@ -1,0 +1,91 @@
+"""Is the effective step past what the curvature allows? Asked of single coordinates, where RandomK makes it so.
+
+A coordinate that is sent with probability mu a step waits T steps, 1 / mu in the mean, and then moves by all the
+gradients of that time at once: x_j <- (1 - eta T H_jj) x_j on a quadratic, T geometric. That grows for ever where
+E ln|1 - eta T H_jj| > 0: for small mu, with T mu exponential, where (eta / mu) H_jj > 2.68; for mu = 1 where it is > 2.
+Directions that are spread over many coordinates are not concerned: of them only a few coordinates move at a time.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from packsaddle.curvature.hessian import Curvature
+
+LIMIT = 2.684  # E ln|1 - a U| = 0 for U exponential
+
+
+@dataclass(frozen=True)
+class Step:
+    """A parameter's learning rate, and the mean number of steps that its coordinates wait to be sent."""
+
+    name: str
+    lr: float
+    wait: float
+
+    @property
+    def effective(self) -> float:
+        """What a gradient is multiplied by when it comes to x at last, with all that has gathered: eta / mu."""
+        return self.lr * self.wait
+
+
+@dataclass(frozen=True)
+class Overshoot:
+    """The coordinate found for which (eta / mu) H_jj is largest."""
+
+    step: Step
+    index: tuple[int, ...]  # in its parameter
+    curvature: float  # H_jj, exact
+
+    @property
+    def gain(self) -> float:
+        """(eta / mu) H_jj: 2 is a jump to the other side, as far away."""
+        return self.step.effective * self.curvature
+
+    @property
+    def is_unstable(self) -> bool:
+        """Whether it grows for ever on a quadratic."""
+        return self.gain > LIMIT
+
+    def advice(self) -> str:
+        """Say what happens, in numbers, and what to change."""
+        lr, where = self.step.lr * LIMIT / self.gain, ", ".join(map(str, self.index))
+        return (
+            f"past stability: {self.step.name}[{where}] waits 1/mu = {self.step.wait:,.0f} steps to be sent and then "
+            f"moves by all their gradients, an effective step eta/mu = {self.step.effective:.3g} at curvature "
+            f"{self.curvature:.3g}; their product is {self.gain:.3g}, and beyond {LIMIT:.1f} it overshoots more each "
+            f"time. Lower lr below {lr:.2g}, send {self.gain / LIMIT:.2g} times as many coordinates, or send vectors "
+            f"and small tensors dense (dense_below = 1024)"
+        )
+
+
+def largest_overshoot(
+    curvature: Curvature, steps: Sequence[Step], generator: torch.Generator, *, probes: int = 6, candidates: int = 4
+) -> Overshoot:
+    """Return the worst coordinate that `probes` + `candidates` Hessian-vector products find; collective.
+
+    Hutchinson's estimate of the diagonal (Bekas, Kokiopoulou and Saad 2007) proposes candidates, whose curvature is
+    then computed exactly, so what is returned is true of its coordinate, and a lower bound for the worst. `steps` are
+    in the order of `curvature.parameters`; the generator, on the CPU, must be in the same state on every worker.
+    """
+    sizes = [p.numel() for p in curvature.parameters]
+    scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])
+    scale = scale.to(curvature.device)
+    diagonal = torch.zeros_like(scale)
+    for _ in range(probes):
+        signs = torch.randint(0, 2, (curvature.d,), generator=generator, dtype=torch.int8).to(scale) * 2 - 1
+        diagonal += signs * curvature.hessian_vector(signs) / probes
+    found = torch.topk(scale * diagonal, min(candidates, curvature.d)).indices.tolist()
+    return max((_exact(curvature, steps, sizes, j) for j in found), key=lambda o: o.gain)
+
+
+def _exact(curvature: Curvature, steps: Sequence[Step], sizes: Sequence[int], j: int) -> Overshoot:
+    unit = torch.zeros(curvature.d, dtype=torch.float64, device=curvature.device)
+    unit[j] = 1.0
+    value = float(curvature.hessian_vector(unit)[j])
+    which, rest = 0, j
+    while rest >= sizes[which]:
+        which, rest = which + 1, rest - sizes[which]
+    place = torch.unravel_index(torch.tensor(rest), curvature.parameters[which].shape)
+    return Overshoot(steps[which], tuple(int(i) for i in place), value)

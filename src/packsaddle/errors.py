@@ -1,0 +1,36 @@
+"""Errors that users meet as one line, and the import of optional packages.
+
+Every layer may raise them, so they stand beside no algorithm. The command line prints a ConfigError and exits with
+code 2, and a GuardError with code 1.
+"""
+
+import importlib
+from types import ModuleType
+
+
+class ConfigError(ValueError):
+    """A configuration (or command) that cannot be used; the message is one line.
+
+    `key` is the path of the key that it is about, of the table if it is about several, () if there is none.
+    """
+
+    def __init__(self, message: str, key: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+class GuardError(RuntimeError):
+    """A run cannot go on as it is, on any of its workers; the message says why."""
+
+
+class MissingExtraError(ConfigError):
+    """A feature needs a package that is not installed."""
+
+
+def require(module: str, extra: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or raise MissingExtraError that names the extra which brings it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        package = {"sklearn": "scikit-learn"}.get(module.split(".")[0], module.split(".")[0])
+        raise MissingExtraError(f"{purpose} needs {package}: pip install 'packsaddle[{extra}]'") from error

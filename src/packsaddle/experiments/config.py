@@ -1,0 +1,263 @@
+"""The configuration of a run: typed, frozen, read from TOML, and saved resolved with every run.
+
+The comment beside a field is what `packsaddle init` says of its key (see `templates`).
+"""
+
+import math
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from packsaddle.comm.select_aggregator import Exchange
+from packsaddle.compressors import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle.curvature.lanczos import check_probability
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.schema import build, line_of, syntax_error
+from packsaddle.messages import shortened, shown
+from packsaddle.optim.stages.drift import OnDrift
+
+_EPOCHS = (1e-9, 1e9)  # the least and the most that a number of epochs may be
+_WIDEST = 2**20  # units of a layer
+
+AnyCompressor = Identity | RandomK | TopK | AdaptiveTopK | SketchTopK | Sign | QSGD | LinearSketch | LowRank
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which examples, and how they are dealt to the workers."""
+
+    name: Literal["digits", "mnist", "cifar10", "folder", "text"]  # folder: train/CLASS/* and test/CLASS/* images
+    # class: worker i gets the classes c with c mod W = i; of text, the i-th of W stretches
+    shard: Literal["iid", "class"] = "iid"
+    limit: int | None = None  # use so many training examples only; by default all
+    context: int = 64  # of text: characters of a window, which is an example
+
+    def __post_init__(self) -> None:
+        _positive(self, "limit", "context")
+        if self.name != "text" and self.context != 64:
+            raise ValueError(f"context is an option of text, and {self.name} has none")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network."""
+
+    # mnist-autoencoder: the paper's; autoencoder: of the widths below
+    name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34", "char-transformer"]
+    widths: tuple[int, ...] = ()  # autoencoder: the encoder's layers after the input; the decoder mirrors them
+    output: Literal["sigmoid", "linear"] = "sigmoid"  # what follows an autoencoder's last layer
+    width: int = 64  # resnet: channels of the first stage; char-transformer: numbers per character between the layers
+    stem: Literal["small", "imagenet"] = "small"  # resnet: 3 x 3 convolution, or 7 x 7 with stride 2 and max pooling
+    norm: Literal["worker", "all", "group"] = "worker"  # resnet: batch norm by worker or over all, or group norm
+    depth: int = 2  # char-transformer: blocks
+    heads: int = 2  # char-transformer: attention heads, of width / heads numbers each
+
+    def __post_init__(self) -> None:
+        if self.width < 4:
+            raise ValueError(f"width must be at least 4, got {self.width}")
+        _at_most(self, width=_WIDEST, depth=1000)
+        resnet, text = "resnet" in self.name, self.name == "char-transformer"
+        self._refuse("of a resnet", resnet, stem="small", norm="worker")
+        self._refuse("of a resnet or the char-transformer", resnet or text, width=64)
+        self._refuse("of the char-transformer", text, depth=2, heads=2)
+        self._refuse("of an autoencoder", "autoencoder" in self.name, output="sigmoid")
+        if (self.name == "autoencoder") != bool(self.widths):
+            raise ValueError(f"widths are for the autoencoder, and it needs them, got {list(self.widths)}")
+        if any(not 1 <= w <= _WIDEST for w in self.widths):
+            raise ValueError(f"widths must be from 1 to {_WIDEST:,}, got {list(self.widths)}")
+        _positive(self, "depth", "heads")
+        if text and self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+
+    def _refuse(self, whose: str, applies: bool, **defaults: object) -> None:
+        for name, default in defaults.items():
+            if not applies and getattr(self, name) != default:
+                raise ValueError(f"{name} is an option {whose}, and {self.name} has none")
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """r, the standard deviation of each coordinate of xi_t, and when it is lowered to zero."""
+
+    std: float = 0.0  # r; 0: no noise. packsaddle run says at its end which r would suit, and warns of too much
+    lower_from: float | None = None  # in epochs: from here r falls linearly ...; by default never
+    lower_until: float | None = None  # ... to zero here, in epochs; by default at the end of the run
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "std", "lower_from", "lower_until")
+        start, stop = self.lower_from, self.lower_until
+        if max(start or 0, stop or 0) > _EPOCHS[1]:
+            raise ValueError(f"lower_from and lower_until must be at most {_EPOCHS[1]:g}, got {start} and {stop}")
+        if stop is not None and (start is None or start > stop):
+            raise ValueError(f"lower_until needs a lower_from that is not after it, got {start} and {stop}")
+
+
+@dataclass(frozen=True)
+class EscapeConfig:
+    """The escape check of Algorithm 1."""
+
+    interval: int  # I, in steps
+    radius: float  # R, in the norm of x
+    compare: Literal["x", "y"] = "x"  # x: f(x_t) < f(x_t') as in the paper's line 6; y: f(y_t) < f(x_t')
+    every: int = 1  # steps between tests of the norm
+    examples: int = 1024  # of each worker, on which f is evaluated
+
+    def __post_init__(self) -> None:
+        _positive(self, "interval", "radius", "every", "examples")
+
+
+@dataclass(frozen=True)
+class CertifyConfig:
+    """Certificates along the run (see `packsaddle.certify`), and iterates kept to be certified afterwards."""
+
+    epsilon: float  # gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon)
+    hessian_lipschitz: float | None = None  # rho; by default measured along the escape direction
+    every: float | None = None  # epochs between certificates; by default none along the run
+    at: tuple[float, ...] = ()  # epochs of further certificates
+    last_epsilon: float | None = None  # of the last point, where gradients may be larger; by default epsilon
+    iterates: int = 0  # m, drawn uniformly from x_0 ... x_T and kept, for packsaddle certify --iterates
+    examples: int = 1024  # of each worker, along the run
+    max_hvps: int = 100  # Hessian-vector products of a certificate at most
+    failure_probability: float = 1e-3  # of a lower bound on the smallest eigenvalue
+
+    def __post_init__(self) -> None:
+        _positive(self, "epsilon", "last_epsilon", "hessian_lipschitz", "examples", "max_hvps")
+        _epochs(self, "every")
+        _not_negative(self, "iterates")
+        _at_most(self, iterates=10**6)
+        if any(not 0 < epoch <= _EPOCHS[1] for epoch in self.at):
+            raise ValueError(f"at must be epochs after the start, at most {_EPOCHS[1]:g}, got {list(self.at)}")
+        check_probability(self.failure_probability)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    data: DataConfig
+    model: ModelConfig
+    lr: float  # eta, the step size
+    epochs: float  # passes of all workers together over the data
+    batch_size: int  # examples per worker and step
+    # what each worker sends of its vector in a step; `packsaddle compressors` compares the kinds
+    compressor: AnyCompressor = field(default_factory=Identity)
+    exchange: Exchange = "direct"  # direct: all-reduce if the compressor is linear, else all-gather
+    back: AnyCompressor | None = None  # of the mean on its way back, in the two-way and coordinator exchanges
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    escape: EscapeConfig | None = None
+    certify: CertifyConfig | None = None
+    label: str = ""  # how tables and figures call the run; by default its folder's name
+    weight_decay: float = 0.0  # times x is added to the gradient, before compression
+    momentum: float = 0.0  # of each worker's gradients, before compression
+    nesterov: bool = False  # Nesterov's momentum
+    memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
+    storm: float | None = None  # the weight of a new gradient in STORM's variance reduction; by default none
+    local_steps: int = 1  # steps between two exchanges
+    dense_below: int = 1024  # tensors with fewer elements, and vectors, go dense; 0 compresses everything
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
+    max_skipped: int = 20  # steps in a row that may be left out, since a worker's gradient was not finite
+    compare_every: int = 100  # steps between comparisons of x over workers; 0: never
+    on_drift: OnDrift = "stop"  # stop: with an error, where x is not equal; repair: go on from worker 0's
+    seed: int = 0  # of everything random
+    workers: int = 1  # W; --workers overrides
+    log_every: int = 100  # steps that one line of metrics averages
+    test_every: float | None = None  # epochs between tests along the run; by default at its end alone
+    plateau: float | None = None  # the loss of a plateau whose length is to be measured
+
+    def __post_init__(self) -> None:
+        _epochs(self, "epochs", "test_every")
+        _positive(self, "batch_size", "workers", "log_every", "plateau", "local_steps")
+        _at_most(self, batch_size=2**24, workers=2**20, local_steps=10**6)
+        _not_negative(self, "lr", "weight_decay", "dense_below", "max_skipped", "compare_every")
+        if self.local_steps > 1 and self.certify and (self.certify.every is not None or self.certify.at):
+            raise ValueError("certify.every and certify.at need local_steps = 1, as workers are apart in between")
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        data = tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except ValueError as error:
+        raise ConfigError(syntax_error(path, error)) from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: lists or tables are nested too deeply") from None
+    return configure(data, overrides, lambda key: line_of(key, path, text))
+
+
+def configure(
+    data: dict[str, Any], overrides: Sequence[str], origin: Callable[[tuple[str, ...]], str] = lambda key: ""
+) -> Config:
+    """Return the configuration of nested dictionaries, changed in place by `key=value` overrides by dotted key.
+
+    Raises ConfigError, which says which override is to blame, or else `origin` of the key.
+    """
+    given = {override(data, text): f"--set {shortened(text)}" for text in overrides}
+    try:
+        return build(Config, data)
+    except ConfigError as error:
+        where = _origin(error.key, given) or origin(error.key)
+        beside = [text for k, text in given.items() if k[:1] == error.key[:1] and text != where]
+        also = f" (with {beside[-1]})" if beside else ""  # a value in the file may be wrong because of an override
+        raise ConfigError(f"{where}{also}: {error}" if where else str(error), error.key) from None
+
+
+def _origin(key: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
+    """The last override that set a key or a table around it, else one that set something in it; else ""."""
+    found = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
+    return given[found[-1]] if found else ""
+
+
+def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
+    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key. Raises ConfigError."""
+    name, equals, text = assignment.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"--set takes key=value, got {shown(assignment)}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    except (ValueError, RecursionError):
+        raise ConfigError(f"--set {shortened(assignment)}: too many digits, or brackets in brackets") from None
+    *path, last = key = tuple(name.strip().split("."))
+    for part in path:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {shortened(assignment)}: {shortened(part)} is not a table")
+    data[last] = value
+    return key
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _epochs(config: Any, *names: str) -> None:
+    """Check numbers of epochs: between those, steps can be counted in 64 bits."""
+    _positive(config, *names)
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not _EPOCHS[0] <= value <= _EPOCHS[1]:
+            raise ValueError(f"{name} must be from {_EPOCHS[0]:g} to {_EPOCHS[1]:g} epochs, got {value}")
+
+
+def _at_most(config: Any, **most: int) -> None:
+    for name, limit in most.items():
+        if getattr(config, name) > limit:
+            raise ValueError(f"{name} must be at most {limit:,}, got {getattr(config, name)}")
+
+
+def _not_negative(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")

@@ -1,0 +1,156 @@
+"""Curves over seeds as a table of plain numbers, small enough to keep: what figures are drawn from.
+
+Marks stand beside the curves: certificates where they lie, the levels of plateaus, and where losses stood still.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.report.settings import Axis, Setting, band, position
+from packsaddle.experiments.report.standstill import Standstill, standstill
+from packsaddle.experiments.run_folder import Run
+from packsaddle.messages import cell, read_cell
+
+AXES: tuple[Axis, ...] = ("step", "epoch", "megabytes", "seconds")
+QUANTITIES = ("loss", "grad_norm", "test_loss", "test_accuracy")
+_PARTS = ("mean", "low", "high")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One setting's quantities along the axes; lists of one length, NaN where a quantity was not measured."""
+
+    setting: str
+    columns: dict[str, list[float]]  # the axes, seeds, and loss_mean, loss_low (10%), loss_high (90%), ...
+
+    def along(self, axis: str, quantity: str) -> tuple[list[float], list[float], list[float], list[float]]:
+        """Return x, mean, 10% and 90% quantile where the quantity was measured."""
+        c = self.columns
+        rows = zip(c[axis], *(c[f"{quantity}_{part}"] for part in _PARTS), strict=True)
+        kept = [row for row in rows if not math.isnan(row[1])]
+        x, mean, low, high = zip(*kept, strict=True) if kept else ((), (), (), ())
+        return list(x), list(mean), list(low), list(high)
+
+
+def curve(setting: Setting) -> Curve:
+    """Average a setting's metrics over its seeds, line by line; axes and `seeds` are of all that wrote the line."""
+    lines = {axis: band(setting, "step", axis) for axis in AXES}
+    if (first := lines["step"]) is None:
+        return Curve(setting.label, {name: [] for name in _names()})
+    columns = {axis: b.x for axis, b in lines.items() if b is not None} | {"seeds": [float(n) for n in first.seeds]}
+    for quantity in QUANTITIES:
+        found = band(setting, quantity, "step")
+        for part in _PARTS:
+            by_step = {} if found is None else dict(zip(found.x, getattr(found, part), strict=True))
+            columns[f"{quantity}_{part}"] = [by_step.get(step, math.nan) for step in first.x]
+    return Curve(setting.label, columns)
+
+
+def _names() -> list[str]:
+    return [*AXES, "seeds", *(f"{quantity}_{part}" for quantity in QUANTITIES for part in _PARTS)]
+
+
+def write_curves(curves: Sequence[Curve], path: Path) -> None:
+    """Write a CSV, a line per setting and step, to six digits; empty where nothing was measured."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["setting", *_names()])
+        for c in curves:
+            for values in zip(*(c.columns[name] for name in _names()), strict=True):
+                writer.writerow([cell(c.setting), *(_text(v) for v in values)])
+
+
+def _text(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.0f}" if float(value).is_integer() else f"{value:.6g}"
+
+
+def read_curves(path: Path) -> list[Curve]:
+    """Read what `write_curves` wrote. Raises ConfigError if it is not that."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    try:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault(read_cell(row["setting"]), []).append(row)
+        return [
+            Curve(setting, {n: [float(r[n]) if r[n] else math.nan for r in rows] for n in _names()})
+            for setting, rows in found.items()
+        ]
+    except (OSError, KeyError, ValueError) as error:
+        raise ConfigError(f"{path} does not hold curves: {error}") from None
+
+
+def pick(curves: Sequence[Curve], settings: Iterable[str]) -> list[Curve]:
+    """Return the curves of these settings, in this order. Raises ConfigError that names one that is missing."""
+    by_setting = {c.setting: c for c in curves}
+    try:
+        return [by_setting[setting] for setting in settings]
+    except KeyError as missing:
+        raise ConfigError(f"the figure needs a curve of every setting, but {missing} has none") from None
+
+
+@dataclass(frozen=True)
+class Point:
+    """A certificate of a run, and where it lies along every axis."""
+
+    run: Run
+    x: dict[str, float]
+    certificate: dict[str, Any]
+
+    @property
+    def looked(self) -> bool:
+        """Whether curvature was looked into: not so where the gradient was too large."""
+        return bool(self.certificate["verdict"] != "gradient too large")
+
+
+def points(setting: Setting) -> list[Point]:
+    """Return the certificates along a setting's runs that bound the smallest eigenvalue."""
+    return [
+        Point(run, _place(run, c), c)
+        for run in setting.runs
+        for c in run.certificates
+        if run.metrics and c.get("lambda_min_lower") is not None and c.get("lambda_min_upper") is not None
+    ]
+
+
+def _place(run: Run, certificate: dict[str, Any]) -> dict[str, float]:
+    """Where a certificate lies. Bytes and seconds are the last line's before it or else the first's: a logarithmic
+    axis has no zero."""
+    line = next((m for m in reversed(run.metrics) if m["step"] <= certificate["step"]), run.metrics[0])
+    exact = {axis: float(certificate[axis]) for axis in ("step", "epoch")}
+    return {axis: exact[axis] if axis in exact else position(line, axis) for axis in AXES}
+
+
+@dataclass(frozen=True)
+class Still:
+    """The part of a run in which its loss stood still: from its first line to its last along every axis."""
+
+    run: Run
+    x: dict[str, tuple[float, float]]
+    found: Standstill
+
+
+def stills(setting: Setting) -> list[Still]:
+    """Return where the losses of a setting's runs stood still up to their ends."""
+    marked = []
+    for run in setting.runs:
+        if (found := standstill(run.metrics)) is not None:
+            first, last = run.metrics[-found.lines], run.metrics[-1]
+            marked.append(Still(run, {axis: (position(first, axis), position(last, axis)) for axis in AXES}, found))
+    return marked
+
+
+def plateaus(settings: Sequence[Setting]) -> list[float]:
+    """Return the levels of the plateaus that configurations name."""
+    found = {s.config["plateau"] for s in settings if s.config.get("plateau") is not None}
+    return sorted(level for level in found if math.isfinite(level))
+
+
+def smallest_threshold(settings: Sequence[Setting]) -> float:
+    """Where the logarithmic part of the curvature's axis begins: at a tenth of the smallest threshold."""
+    found = [-p.certificate["threshold"] for s in settings for p in points(s) if p.certificate.get("threshold")]
+    return float(min((t for t in found if 0 < t < math.inf), default=1.0)) / 10

@@ -1,0 +1,104 @@
+"""What a study's runs show, as plain numbers, small enough to be kept: summary.json and curves.csv."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from packsaddle.experiments.report.curves import curve, write_curves
+from packsaddle.experiments.report.settings import Estimate, Setting, estimate
+from packsaddle.experiments.report.tables import plateau
+from packsaddle.experiments.reproduce.study import Study
+from packsaddle.experiments.run_folder import RunFolder
+
+Json = Mapping[str, Any]
+_CERTIFIED = ("epoch", "verdict", "epsilon", "loss", "grad_norm", "lambda_min_lower", "lambda_min_upper", "threshold")
+
+
+def summarise(study: Study, found: Sequence[Setting]) -> Json:
+    """Return what was run, on what, and what each setting came to; every estimate keeps its values by seed."""
+    environments = [run.environment for setting in found for run in setting.runs]
+    return {
+        "study": study.name,
+        "scale": study.scale,
+        **{key: _distinct(environments, key) for key in ("commit", "command", "torch", "python", "device", "cpus")},
+        "settings": [_setting(setting) for setting in found],
+    }
+
+
+def _distinct(environments: Sequence[Json], key: str) -> Any:
+    """The value that all have, or the list of those there are."""
+    values = list(dict.fromkeys(environment.get(key) for environment in environments))
+    return values[0] if len(values) == 1 else values
+
+
+def _setting(setting: Setting) -> Json:
+    summaries = [run.summary or {} for run in setting.runs]
+    lasts = [run.metrics[-1] for run in setting.runs]
+    spent = [plateau(run.metrics, run.config.get("plateau")) for run in setting.runs]
+    quantities = ("final_loss", "test_loss", "test_accuracy", "compression", "seconds")
+    return {
+        "setting": setting.label,
+        "seeds": setting.seeds,
+        **{key: summaries[0].get(key) for key in ("workers", "steps", "parameters", "compressed_parameters", "mu")},
+        **{key: _estimate([s[key] for s in summaries if key in s]) for key in quantities},
+        "grad_norm": _estimate([line["grad_norm"] for line in lasts]),
+        "megabytes": _estimate([(line["sent"] or line["payload"]) / 1e6 for line in lasts]),
+        "plateau_epochs": _estimate([epochs for epochs, _ in spent if epochs is not None]),
+        "still_on_plateau": sum(left is False for _, left in spent),
+        "bytes_by_purpose": {k: b["payload"] for k, b in summaries[0].get("bytes_by_purpose", {}).items()},
+        "certificates": [
+            {"seed": seed, **{key: c.get(key) for key in _CERTIFIED}}
+            for seed, run in zip(setting.seeds, setting.runs, strict=True)
+            for c in run.certificates
+        ],
+    }
+
+
+def _estimate(values: Sequence[float]) -> Json | None:
+    return asdict(estimate(values)) if values else None
+
+
+def by_setting(summary: Json) -> dict[str, Json]:
+    """A summary's settings by label."""
+    return {entry["setting"]: entry for entry in summary["settings"]}
+
+
+def paired(one: Json, other: Json, quantity: str, combine: Callable[[float, float], float]) -> Estimate:
+    """Combine a quantity of two settings seed by seed, and estimate that. Raises ValueError if no seed is in both."""
+    pairs = [dict(zip(entry["seeds"], entry[quantity]["values"], strict=True)) for entry in (one, other)]
+    seeds = [seed for seed in one["seeds"] if seed in other["seeds"]]
+    return estimate([combine(pairs[0][seed], pairs[1][seed]) for seed in seeds])
+
+
+def interval(found: Estimate, spec: str) -> str:
+    """A mean with its confidence interval, for people."""
+    if found.low is None or found.high is None:
+        return format(found.mean, spec)
+    return f"{found.mean:{spec}} [{found.low:{spec}}, {found.high:{spec}}]"
+
+
+def write_results(summary: Json, found: Sequence[Setting], folder: Path) -> None:
+    """Write summary.json and curves.csv, atomically or anew."""
+    RunFolder(folder).write_json("summary.json", summary)
+    write_curves([curve(setting) for setting in found], folder / "curves.csv")
+
+
+def save_figure(figure: Any, folder: Path) -> None:
+    """Write figure.png and figure.svg, which name the curves they were drawn from by their hash."""
+    source = digest(folder / "curves.csv")
+    figure.savefig(folder / "figure.png", dpi=130, metadata={"Source": source})
+    figure.savefig(folder / "figure.svg", metadata={"Date": None, "Creator": None, "Source": source})
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_summary(folder: Path) -> Json:
+    """Read what `write_results` wrote."""
+    content: dict[str, Any] = json.loads((folder / "summary.json").read_text())
+    return content

@@ -1,0 +1,147 @@
+"""Table 1 with numbers: the paper's orders, plans for one d and epsilon, and exponents measured on known saddles.
+
+Its figure shows steps and bytes against epsilon and d.
+"""
+
+import csv
+import json
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from packsaddle.errors import ConfigError, require
+from packsaddle.experiments.folder_lock import locked
+from packsaddle.experiments.progress import StudyProgress
+from packsaddle.experiments.report.figures import COLOURS
+from packsaddle.experiments.reproduce.exponents import exponents, shares, steps, sweep
+from packsaddle.experiments.reproduce.runner import default_jobs, in_parallel
+from packsaddle.experiments.reproduce.study import Scale
+from packsaddle.experiments.reproduce.theorem import COMPRESSORS, Job, all_jobs, few_jobs, measure
+from packsaddle.experiments.run_folder import RunFolder, commit, environment, make_new
+from packsaddle.theory.bounds import Assumptions
+from packsaddle.theory.plan import plan
+from packsaddle.theory.table1 import TABLE_1
+
+STYLE: dict[Any, Any] = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+
+
+def draw(rows: list[dict[str, Any]], compressors: Sequence[str]) -> Any:
+    """Return steps against epsilon and d, and bytes against epsilon, of `exponents.steps`'s rows."""
+    require("matplotlib", "plot", "drawing figures")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    colours = dict(zip(compressors, COLOURS, strict=False))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12.5, 4.6), layout="constrained")
+        axes = figure.subplots(1, 3)
+        lipschitz = [row for row in rows if row["lipschitz"]]
+        panels = (
+            (axes[0], "epsilon", ("planned", "measured", "best"), "steps per unit of f"),
+            (axes[1], "d", ("planned", "measured", "best"), "steps per unit of f"),
+            (axes[2], "epsilon", ("planned_bytes", "best_bytes"), "bytes sent per worker and unit of f"),
+        )
+        styles = {"planned": ":", "measured": "--", "best": "-", "planned_bytes": "--", "best_bytes": "-"}
+        for axis, variable, quantities, label in panels:
+            for name, colour in colours.items():
+                points = sweep([row for row in lipschitz if row["compressor"] == name], variable)
+                for quantity in quantities:
+                    xs, ys = [p[variable] for p in points], [p[quantity] for p in points]
+                    axis.plot(xs, ys, styles[quantity], color=colour, marker="o", markersize=3.5)
+            axis.set_xscale("log")
+            axis.set_yscale("log")
+            ticks = sorted({row[variable] for row in lipschitz})
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
+            axis.set_xlabel({"epsilon": "epsilon (d = 16)", "d": "d (epsilon = 0.2)"}[variable])
+            axis.set_ylabel(label)
+        handles = [mpl.lines.Line2D([], [], color=colour, label=name) for name, colour in colours.items()]
+        handles += [
+            mpl.lines.Line2D([], [], color="grey", linestyle=":", label="planned T"),
+            mpl.lines.Line2D([], [], color="grey", linestyle="--", label="measured, planned step size"),
+            mpl.lines.Line2D([], [], color="grey", linestyle="-", label="measured, best step size"),
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=8, frameon=False, fontsize=9)
+        return figure
+
+
+# The paper's rows, and what stands for them in the measurements (with k/d = 1/8, or half of the energy kept).
+STANDS_FOR = {"uncompressed": "Identity", "SketchTopK": "SketchTopK", "RandomK": "RandomK", "constant": "AdaptiveTopK"}
+
+
+def tabulate(scale: Scale, folder: Path, version: str, *, resume: bool, jobs: int | None) -> list[dict[str, Any]]:
+    """Measure what is missing, write tables and figure, and return the rows of exponents. Raises ConfigError."""
+    wanted = list(few_jobs() if scale == "smoke" else all_jobs())
+    if folder.exists() and not resume:
+        raise ConfigError(f"output folder {folder} exists already; go on with --resume or choose another --out")
+    if not folder.exists():
+        make_new(folder)
+    with locked(folder):
+        return _tabulated(wanted, folder, version, scale, jobs)
+
+
+def _tabulated(
+    wanted: Sequence[Job], folder: Path, version: str, scale: Scale, jobs: int | None
+) -> list[dict[str, Any]]:
+    lines = _measured(folder / "runs.jsonl")
+    done = {Job(**{key: line[key] for key in Job.__dataclass_fields__}) for line in lines}
+    lines += _measure([job for job in wanted if job not in done], len(wanted), folder, jobs or default_jobs())
+    rows = steps(lines)
+    RunFolder(folder).write_json("environment.json", {**environment(version, 1, "cpu"), "scale": scale})
+    RunFolder(folder).write_json("table1.json", table(rows))
+    for name, content in (("shares", shares(lines)), ("steps", rows), ("exponents", exponents(rows))):
+        _write(content, folder / f"{name}.csv")
+    draw(rows, list(COMPRESSORS)).savefig(folder / "figure.png", dpi=130)
+    return exponents(rows)
+
+
+def _measured(record: Path) -> list[dict[str, Any]]:
+    """The measurements that are there; the last line may have been cut off."""
+    lines = []
+    for text in record.read_text().splitlines() if record.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def _measure(missing: Sequence[Job], all_of_them: int, folder: Path, jobs: int) -> list[dict[str, Any]]:
+    if not missing:
+        return []
+    found: list[dict[str, Any]] = []
+    done = dict.fromkeys((str(i) for i in range(all_of_them - len(missing))), 1.0)
+    with StudyProgress("table1", all_of_them) as progress:
+
+        def look(active: Collection[Job]) -> None:
+            progress.show({**done, **dict.fromkeys(map(str, active), 0.0)}, set(map(str, active)))
+
+        for job, result in in_parallel(measure, missing, jobs, look):
+            RunFolder(folder).append("runs.jsonl", {**result, "commit": commit()})
+            found.append(result)
+            done[f"{job}"] = 1.0
+        look(())
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]], d: int = 1_000_000, epsilon: float = 0.1) -> dict[str, Any]:
+    """Return Table 1 at a d and an epsilon, each row with the plan that stands for it and the measured exponents."""
+    slopes = exponents([dict(row) for row in rows])
+    found = []
+    for row in TABLE_1:
+        ours = STANDS_FOR[row.compressor.split()[0]]
+        known = Assumptions(d, epsilon, lipschitz_gradient=1.0 if row.lipschitz else None)
+        planned = plan(known, COMPRESSORS[ours])
+        measured = [s for s in slopes if s["compressor"] == ours and s["lipschitz"] == row.lipschitz]
+        numbers = {key: getattr(planned, key) for key in ("mu", "eta", "steps", "sent", "total", "theorem")}
+        found.append({**row.plain(d, epsilon), "stands_for": ours, "plan": numbers, "exponents": measured})
+    return {"d": d, "epsilon": epsilon, "rows": found}
+
+
+def _write(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    if not rows:
+        return
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)

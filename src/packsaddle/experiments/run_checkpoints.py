@@ -1,0 +1,146 @@
+"""When a run saves a checkpoint or stops, agreed on in the exchange there is; and a run folder to begin or resume."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from packsaddle.checkpoint.atomic_files import PARTIAL
+from packsaddle.comm.launch import asked_to_stop
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.config import Config
+from packsaddle.experiments.folder_lock import LOCK
+from packsaddle.experiments.schema import build, plain
+
+_SECONDS = 30.0  # between checkpoints at least, where no number of steps is given
+_STOP = 1024.0  # more than all workers' other wishes together, and exact in single precision
+_COSTS = 50  # times as long as saving the last one took, too: so saving takes at most 2% of a run
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How often: every so many steps; None: about once an epoch, but at most every half minute; 0: never.
+
+    Where a run does not `stop` on SIGTERM nothing need be agreed on, and None is every epoch.
+    """
+
+    every: int | None = None
+    resume: bool = False  # go on from what the folder has
+    stops: bool = True
+    hint: str = ""  # the command that goes on with a run that was stopped
+
+    def __post_init__(self) -> None:
+        if self.every is not None and self.every < 0:
+            raise ValueError(f"checkpoint-every must be 0 or more steps, got {self.every}")
+
+    @property
+    def on(self) -> bool:
+        """Whether there are checkpoints."""
+        return self.every != 0
+
+
+class Wishes:
+    """What this worker wishes after a step, and what all of them then do: whether to save, and whether to stop.
+
+    The wishes of all are averaged with the step's gradients, so that they hear of them at the same step; the clock that
+    counts is worker 0's.
+    """
+
+    def __init__(self, saving: Saving, per_epoch: int, rank: int, workers: int, step: int) -> None:
+        self._saving, self._per_epoch, self._rank, self._workers = saving, per_epoch, rank, workers
+        self._saved, self._since, self._cost = step, time.monotonic(), 0.0
+
+    def scalars(self, step: int) -> Tensor | None:
+        """What this worker has to say in step `step`, float[1], or None if nobody ever has."""
+        if not (self._saving.on and self._saving.stops):
+            return None
+        due = self._rank == 0 and self._by_the_clock(step + 1)
+        return torch.tensor([_STOP * asked_to_stop() + due])
+
+    def _by_the_clock(self, steps: int) -> bool:
+        if self._saving.every is not None or steps - self._saved < self._per_epoch:
+            return False
+        return time.monotonic() - self._since >= max(_SECONDS, _COSTS * self._cost)
+
+    def heard(self, steps: int, means: Tensor) -> tuple[bool, bool]:
+        """Return whether to save and whether to stop when so many steps are done, from the means of the scalars."""
+        if not self._saving.on:
+            return False, False
+        total = round(float(means[0]) * self._workers) if self._saving.stops else 0
+        stop, due = total >= _STOP, total % _STOP > 0
+        every = self._saving.every
+        if every is None and not self._saving.stops:
+            every = self._per_epoch
+        if every is not None:
+            due = steps // every > self._saved // every
+        return due or stop, stop
+
+    def saved(self, steps: int, seconds: float) -> None:
+        """Know that a checkpoint was saved, and how long that took."""
+        self._saved, self._since, self._cost = steps, time.monotonic(), seconds
+
+
+State = Literal["new", "begun", "done"]
+
+
+def find(path: Path, config: Config | None) -> tuple[Config, State]:
+    """Return a run's configuration, and how far it is. `config` is that of the command, if it has one.
+
+    Raises ConfigError if the folder is something else, or has another configuration but for the number of workers.
+    """
+    state = state_of(path)
+    if state == "new":
+        if config is None:
+            raise ConfigError(
+                f"--resume: {path} is not a run folder (it has no config.json); to begin one, give CONFIG"
+            )
+        return config, state
+    saved = _saved(path)
+    if config is not None:
+        _compare(config, saved, path)
+    return saved, state
+
+
+def state_of(path: Path) -> State:
+    """How far the run in a folder is. Raises ConfigError if there is something else in it."""
+    if (path / "config.json").is_file():
+        return "done" if (path / "summary.json").is_file() else "begun"
+    others = (
+        [p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(PARTIAL)] if path.is_dir() else []
+    )
+    if others or (path.exists() and not path.is_dir()):
+        raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json), and not empty")
+    return "new"
+
+
+def _saved(path: Path) -> Config:
+    try:
+        return build(Config, json.loads((path / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume: {path / 'config.json'} cannot be read: {error}") from None
+
+
+def _compare(given: Config, saved: Config, path: Path) -> None:
+    different = first_difference(plain(given), plain(saved))
+    if different is not None:
+        key, ours, theirs = different
+        raise ConfigError(f"--resume: {key} is {ours!r} in CONFIG, but {theirs!r} in {path / 'config.json'}")
+
+
+def first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
+) -> tuple[str, Any, Any] | None:
+    """Return the first dotted key that differs, but for workers, and its two values."""
+    for key in dict.fromkeys([*ours, *theirs]):
+        a, b = ours.get(key), theirs.get(key)
+        if a == b or (where + key) == "workers":
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            return first_difference(a, b, f"{where}{key}.")
+        return where + key, a, b
+    return None

@@ -1,0 +1,489 @@
+"""A configured run on one worker: its setup, its training loop, its counters, and the states that it keeps.
+
+The loop is the same for one process, for torchrun's workers and for a simulation.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.checkpoint.files import CheckpointError, remove_all
+from packsaddle.checkpoint.parts import on_all
+from packsaddle.checkpoint.save_load import restore, save_checkpoint
+from packsaddle.comm.communicator import Channel, Together, check_agreement
+from packsaddle.comm.group import Group, Solo, resolve
+from packsaddle.comm.launch import local_device
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.simulation import FusedGroup
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.certification import Footing, Inspector
+from packsaddle.experiments.config import Config, NoiseConfig
+from packsaddle.experiments.noise_check import NoiseCheck, warning
+from packsaddle.experiments.progress import live, megabytes
+from packsaddle.experiments.run_checkpoints import Saving, Wishes
+from packsaddle.experiments.run_folder import RunFolder
+from packsaddle.experiments.tasks.batch_norm import average_buffers, connect
+from packsaddle.experiments.tasks.images import load_data
+from packsaddle.experiments.tasks.models import Task, make_task
+from packsaddle.experiments.tasks.sharding import Calendar, deal, shard
+from packsaddle.numerics.seeds import Stream, mix
+from packsaddle.optim.sgd import CompressedSGD
+from packsaddle.optim.stages.escape import Escape
+from packsaddle.optim.stages.noise import Ramp, Rescheduled
+from packsaddle.optim.stages.nonfinite import NonFiniteError
+
+
+@dataclass
+class Tally:
+    """One worker's; what is not a tensor is the same on all, but for seconds.
+
+    `sums` are of the steps since the last line, `final` is of those of the last epoch.
+    """
+
+    step: int = 0  # how many are done
+    since: int = 0  # at the last line of metrics
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # loss, gradient norm
+    final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # losses
+    line: dict[str, Any] = field(default_factory=dict)  # the last one; the last step always writes one
+    elapsed: float = 0.0  # seconds, at the last checkpoint
+    left_out: int = 0  # steps since the last line of metrics that were not taken, and have no loss
+    left_out_last: int = 0  # of the last epoch
+    tested: float = 0.0  # of them spent on tests along the run
+    saved: float = 0.0  # and on checkpoints
+    noise: dict[str, Any] | None = None  # the last look at it (see `noisecheck`)
+
+    def add(self, measured: Tensor, *, taken: bool, last: bool) -> None:
+        """Count a step's loss and gradient norm, float64[2], if it was taken; `last` if it is of the last epoch."""
+        if not taken:
+            self.left_out += 1
+            self.left_out_last += last
+            return
+        self.sums += measured
+        if last:
+            self.final += measured[0]
+
+    def means(self) -> Tensor:
+        """Return the means since the last line, float64[2]."""
+        return self.sums / max(1, self.step - self.since - self.left_out)
+
+    def begin_line(self) -> None:
+        """Count anew for the next one."""
+        self.sums, self.since, self.left_out = torch.zeros_like(self.sums), self.step, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is not a tensor."""
+        return {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
+
+    def load_state_dict(self, state: Mapping[str, Any], sums: Tensor, final: Tensor) -> None:
+        """Restore `state_dict`, and the tensors."""
+        vars(self).update(state)
+        self.sums, self.final = sums.clone(), final.clone()
+
+
+EVAL_BATCH = 512  # examples at once where no gradients are needed
+
+
+class Prepared:
+    """One worker's side of a run before it begins; collective."""
+
+    def __init__(self, config: Config, data_dir: Path | None, download: bool) -> None:
+        self.config = config
+        self.group = resolve(None)
+        self.device = local_device()
+        self.dtype = torch.float64 if config.precision == "float64" else torch.float32
+        self.data = load_data(config.data, data_dir, train=True, download=download)
+        self.test_data = load_data(config.data, data_dir, train=False, download=download)
+        self._check_data()
+        rank, size = self.group.rank, self.group.size
+        # The workers this process stands for: all of them in a fused simulation, else one.
+        self.members = range(size) if isinstance(self.group, FusedGroup) else range(rank, rank + 1)
+        self.history = [(0, size)]
+        self._plan()
+        start = mix(config.seed, int(Stream.INIT)) >> 33
+        shape, parts = self.data.shape, len(self.members)
+        task = make_task(config.model, shape, self.data.classes, start, parts).to(self.device, self.dtype)
+        # Convolutions on a CPU are a quarter faster with channels last.
+        self.task: Task = task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._schedule = Rescheduled(self._ramp) if self._ramp else None
+        self.optimizer = self._make_optimizer()
+        connect(self.task, self.optimizer.channel)
+        calendar = self.calendar
+        self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
+        self.footing = Footing(config, self.task, self.optimizer, self.data, self.shards)
+        self.noise_check = NoiseCheck(config, self.task, self.data, size)
+        self.warnings: list[str] = []
+        self.tally = Tally()
+
+    def _check_data(self) -> None:
+        """Raise ConfigError if workers have read unlike data."""
+        found = {"training examples": len(self.data), "test examples": len(self.test_data)}
+        try:
+            check_agreement(Channel(self.group, Ledger()), found, self.device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def _plan(self) -> None:
+        """Deal the data and lay out the run, as the history of the numbers of workers has it."""
+        config, (_, size) = self.config, self.history[-1]
+        how, seed = config.data.shard, config.seed
+        self.shards = [shard(self.data, how, worker=w, workers=size, seed=seed) for w in self.members]
+        self.batches = deal(self.data, how, config.batch_size, seed=seed, history=self.history, workers=self.members)
+        self.calendar = Calendar.of(self.history, len(self.data), config.batch_size, config.epochs, config.local_steps)
+        self._ramp = _ramp(config.noise, self.calendar)
+
+    def _make_optimizer(self) -> CompressedSGD:
+        config = self.config
+        try:
+            return CompressedSGD(
+                self.task.named_parameters(),
+                config.lr,
+                compressor=config.compressor,
+                noise=self._schedule or config.noise.std,
+                escape=self._escape(),
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                nesterov=config.nesterov,
+                memory=config.memory,
+                storm=config.storm,
+                local_steps=config.local_steps,
+                seed=config.seed,
+                dense_below=config.dense_below,
+                exchange=config.exchange,
+                back=config.back,
+                monitor_every=config.log_every,
+                max_skipped=config.max_skipped,
+                compare_every=config.compare_every,
+                on_drift=config.on_drift,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _noisy_steps(self) -> float:
+        """The sum of (r_t / r)^2 over the run: its steps, less where r falls."""
+        std = self.config.noise.std
+        return self._ramp.squares(self.calendar.steps) / std**2 if self._ramp and std else float(self.calendar.steps)
+
+    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.data.batch(index, self.device, self.dtype)
+
+    def _loss(self, index: Tensor) -> Tensor:
+        """The mean loss of the chosen examples."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            loss: Tensor = self.task(*self._batch(index))
+        return loss
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.task, "optimizer": self.optimizer}
+
+    def _own_group(self) -> Group:
+        """The group of those that have files: a fused simulation is one."""
+        return Solo() if isinstance(self.group, FusedGroup) else self.group
+
+    def _escape(self) -> Escape | None:
+        rule = self.config.escape
+        if rule is None:
+            return None
+
+        def objective() -> Tensor:
+            sample = torch.cat([mine[: rule.examples] for mine in self.shards])
+            self.task.eval()
+            losses = [self._loss(i) * len(i) for i in torch.split(sample, EVAL_BATCH)]
+            self.task.train()
+            return torch.stack(losses).sum() / len(sample)
+
+        return Escape(rule.interval, rule.radius, objective, compare=rule.compare, every=rule.every)
+
+
+def _ramp(config: NoiseConfig, calendar: Calendar) -> Ramp | None:
+    """Translate a noise schedule from epochs to steps, if there is one."""
+    if config.lower_from is None:
+        return None
+    stop = calendar.steps if config.lower_until is None else calendar.step_at(config.lower_until)
+    start = min(calendar.step_at(config.lower_from), stop)
+    return Ramp(config.std, start, stop)
+
+
+CHECKPOINTS = "checkpoint"  # the folder in a run's folder
+STOPPED = "stopped.json"  # is there while a run is stopped that was told to
+NEVER = Saving(every=0)
+
+
+class LoadingError(CheckpointError):
+    """No worker can go on from the checkpoints there are, for a reason that all know."""
+
+
+class Kept(Prepared):
+    """One worker's side of a run, with checkpoints."""
+
+    def _given_up(self, error: NonFiniteError, folder: RunFolder, saving: Saving) -> NonFiniteError:
+        """Keep what there was before, when a run cannot go on; return what to say."""
+        if not saving.on:
+            return error
+        self.optimizer.guard.skips.took()  # who goes on may have mended it
+        self._save(folder)
+        return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept; to go on: {saving.hint}")
+
+    def _save(self, folder: RunFolder) -> float:
+        """Save a checkpoint; return the seconds it took."""
+        before, tally = time.perf_counter(), self.tally
+        if self.group.rank == 0:
+            folder.settle()
+        extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
+        extra |= {
+            "warnings": self.warnings,
+            "inspected": self.inspector.seconds,
+            "sums": tally.sums,
+            "final": tally.final,
+        }
+        save_checkpoint(
+            folder.path / CHECKPOINTS, self._parts(), step=tally.step, extra=extra, process_group=self._own_group()
+        )
+        seconds = time.perf_counter() - before
+        tally.saved += seconds
+        return seconds
+
+    def _resume(self, folder: RunFolder, *, quiet: bool) -> None:
+        """Go on from the newest checkpoint, if there is one, with what has been recorded since cut off."""
+        try:
+            found = restore(folder.path / CHECKPOINTS, self._parts(), process_group=self._own_group())
+            if found is not None and found.step >= 0:
+                self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
+                self.inspector.seconds, self.warnings = found.extra["inspected"], found.extra["warnings"]
+                self._continue([(step, workers) for step, workers in found.extra["history"]], found.step)
+            on_all(Together(self._own_group(), torch.device("cpu")), partial(self._cut, folder))
+        except CheckpointError as error:
+            raise LoadingError(str(error)) from error
+        notes = () if found is None else found.notes
+        if not quiet:
+            where = f"goes on from step {self.tally.step} of {self.calendar.steps}" if self.tally.step else "begins"
+            print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
+
+    def _cut(self, folder: RunFolder) -> None:
+        if self.group.rank == 0:
+            try:
+                folder.cut(self.tally.step)
+                folder.remove(STOPPED)
+            except (ConfigError, OSError) as error:
+                raise CheckpointError(str(error)) from error
+
+    def _continue(self, history: list[tuple[int, int]], step: int) -> None:
+        """Have the past that a checkpoint tells of, and from here on this number of workers."""
+        size = self.group.size
+        self.history = history if history[-1][1] == size else [*history, (step, size)]
+        if len(self.history) == 1:
+            return
+        if self.config.certify is not None:
+            raise CheckpointError(
+                f"a run with [certify] cannot go on with {size} workers, having begun with {history[-1][1]}: the steps "
+                f"that it certifies were counted for those"
+            )
+        self._plan()
+        if self._schedule and self._ramp:
+            self._schedule.ramp = self._ramp
+
+    def _say_stopped(self, folder: RunFolder, saving: Saving, *, quiet: bool) -> None:
+        self._own_group().all_reduce(torch.zeros(1))  # all have saved
+        if self.group.rank == 0:
+            step, hint = self.tally.step, saving.hint
+            folder.write_json(STOPPED, {"step": step, "of": self.calendar.steps, "resume": hint})
+            if not quiet:
+                print(f"stopped at step {step} of {self.calendar.steps}; to go on: {hint}", flush=True)
+
+
+_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # what bytes are for besides gradients
+
+
+class Training(Kept):
+    """One worker's side of a run. Construction loads data and model; `run` trains and writes the run folder."""
+
+    def run(self, folder: RunFolder, *, quiet: bool, saving: Saving = NEVER) -> bool:
+        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarise.
+
+        Returns False if the run was told to stop; it has saved a checkpoint then. Raises CheckpointError if one cannot
+        be written, or gone on from.
+        """
+        quiet = quiet or self.group.rank != 0
+        tally = self.tally
+        if saving.resume:
+            self._resume(folder, quiet=quiet)
+        steps, first = self.calendar.steps, tally.step
+        wishes = Wishes(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
+        begin, text = time.perf_counter() - tally.elapsed, "starting"
+        with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
+            for step in range(first, steps):
+                self.inspector.look(step, folder)
+                self._look_ahead(step, quiet=quiet)
+                self._look_at_noise(step, quiet=quiet)
+                skipped = self.optimizer.skipped
+                try:
+                    measured = self._step(step, wishes.scalars(step))
+                except NonFiniteError as error:
+                    raise self._given_up(error, folder, saving) from error
+                taken = self.optimizer.skipped == skipped
+                tally.add(measured, taken=taken, last=step >= steps - self.calendar.per_epoch)
+                tally.step = step + 1
+                if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
+                    seconds = time.perf_counter() - begin - self.inspector.seconds - tally.tested - tally.saved
+                    tally.line = line = self._log(folder, seconds)
+                    text = _describe(line, self.group.size)
+                report(step + 1, text)
+                if step + 1 < steps and self.optimizer.steps % self.config.local_steps == 0:
+                    save, stop = wishes.heard(step + 1, self.optimizer.scalars)
+                    if save:
+                        tally.elapsed = time.perf_counter() - begin
+                        wishes.saved(step + 1, self._save(folder))
+                    if stop:
+                        self._say_stopped(folder, saving, quiet=quiet)
+                        return False
+            self.inspector.look(steps, folder)
+            self._look_at_noise(steps, quiet=quiet)
+        self._finish(folder, tally)
+        return True
+
+    def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
+        """Write a line of metrics and return it."""
+        tally = self.tally
+        means = self.optimizer.channel.mean(tally.means(), "metrics")
+        line = self._line(tally.step, means, seconds)
+        if self._test_due(tally.step, tally.since):
+            before = time.perf_counter()
+            line |= self._test()
+            tally.tested += time.perf_counter() - before
+        if self.group.rank == 0:
+            folder.append("metrics.jsonl", line)
+        tally.begin_line()
+        return line
+
+    def _look_ahead(self, step: int, *, quiet: bool) -> None:
+        """Warn if the steps to come are past stability."""
+        if self.group.rank == 0 and self.footing.due(step, self.calendar):
+            before, said = time.perf_counter(), self.footing.warning(step)
+            self.inspector.seconds += time.perf_counter() - before
+            if said and said not in self.warnings:
+                self._warn(said, quiet=quiet)
+
+    def _look_at_noise(self, step: int, *, quiet: bool) -> None:
+        """Measure the mini-batches' noise; warn at the start if the artificial noise is set to carry x too far."""
+        if self.group.rank == 0 and self.noise_check.due(step, self.calendar.steps, self.calendar.per_epoch):
+            before = time.perf_counter()
+            found = self.noise_check.look(step, self.batches[0], self._noisy_steps())
+            self.tally.noise = found
+            self.inspector.seconds += time.perf_counter() - before
+            if step == 0 and (said := warning(found)):
+                self._warn(said, quiet=quiet)
+
+    def _warn(self, text: str, *, quiet: bool) -> None:
+        self.warnings.append(text)
+        if not quiet:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def _step(self, step: int, scalars: Tensor | None) -> Tensor:
+        """One step of the algorithm, `scalars` exchanged with it; returns this worker's loss and gradient norm,
+        float64[2]."""
+        index = torch.cat([batches[step] for batches in self.batches])
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = self._loss(index)
+            torch.autograd.backward(loss)
+            return loss.detach()
+
+        loss = self.optimizer.step(closure, scalars=scalars)
+        gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return torch.stack([loss, norm]).to("cpu", torch.float64)
+
+    def _test_due(self, steps: int, since: int) -> bool:
+        """Whether a test fell due since the last line of metrics."""
+        if self.config.test_every is None:
+            return False
+        every = self.config.test_every * self.calendar.per_epoch
+        return self.calendar.position(steps) // every > self.calendar.position(since) // every
+
+    def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
+        purposes = self.optimizer.ledger.by_purpose  # the start is sent once, however long the run
+        moved = sum((b for name, b in purposes.items() if name != "start"), Bytes())
+        return {
+            "step": steps,
+            "epoch": self.calendar.epoch(steps),
+            "loss": float(means[0]),
+            "grad_norm": float(means[1]),
+            **asdict(moved),
+            "seconds": seconds,
+            "resets": len(self.optimizer.resets),
+            "skipped": self.optimizer.skipped,
+            "mu": self.optimizer.monitor.whole,
+            "mu_by_tensor": self.optimizer.monitor.by_tensor,
+        }
+
+    def _finish(self, folder: RunFolder, tally: Tally) -> None:
+        """Save the checkpoint before anything that could still fail, then evaluate and summarise."""
+        final = tally.final / max(1, min(self.calendar.steps, self.calendar.per_epoch) - tally.left_out_last)
+        final_loss = self.optimizer.channel.mean(final, "metrics").item()
+        average_buffers(self.task, self.optimizer.channel)
+        folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.optimizer.state_dict())
+        if self.group.rank == 0:
+            weights = {k: v.clone() for k, v in self.task.network.state_dict().items()}
+            folder.save_tensors("checkpoint/model.pt", weights)
+        test = self._test()
+        if self.group.rank == 0:
+            self._summarise(folder, test, final_loss)
+        self._own_group().all_reduce(torch.zeros(1))  # the run is done, whoever ends now
+        remove_all(folder.path / CHECKPOINTS)
+
+    def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
+        opt, ledger = self.optimizer, self.optimizer.ledger
+        dense = self.calendar.steps * opt.numel * 4
+        training = sum(b.payload for name, b in ledger.by_purpose.items() if name not in _NOT_TRAINING)
+        folder.write_json(
+            "summary.json",
+            {
+                "label": self.config.label or folder.path.name,
+                "workers": self.group.size,
+                "steps": self.calendar.steps,
+                "final_loss": final_loss,
+                **test,
+                "parameters": opt.numel,
+                "compressed_parameters": opt.compressed_numel,
+                "mu": opt.mu,
+                "exchange": opt.choice.name,
+                "exchange_reason": opt.choice.reason,
+                **asdict(ledger.total),
+                "bytes_by_purpose": {name: asdict(b) for name, b in ledger.by_purpose.items()},
+                "compression": dense / training if training else math.inf,
+                "seconds": self.tally.line["seconds"],
+                "resets": [asdict(r) for r in opt.resets],
+                "skipped": opt.skipped,
+                "drifts": [asdict(d) for d in opt.drifts],
+                "noise": self.tally.noise,
+                "warnings": self.warnings,
+            },
+        )
+
+    @torch.no_grad()
+    def _test(self) -> dict[str, float]:
+        """Mean test loss, and accuracy of a classifier; each worker takes its share of the test images."""
+        average_buffers(self.task, self.optimizer.channel)
+        totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
+        self.task.eval()
+        mine = torch.cat([torch.arange(len(self.test_data))[w :: self.group.size] for w in self.members])
+        for index in torch.split(mine, EVAL_BATCH):
+            batch = self.test_data.batch(index, self.device, self.dtype)
+            correct = float(self.task.correct(*batch)) if self.task.classifies else 0.0
+            totals += torch.tensor([float(self.task(*batch)) * len(index), correct, len(index)], dtype=torch.float64)
+        self.task.train()
+        loss, correct, examples = self.optimizer.channel.mean(totals, "metrics").tolist()
+        return {"test_loss": loss / examples, **({"test_accuracy": correct / examples} if self.task.classifies else {})}
+
+
+def _describe(line: dict[str, Any], workers: int) -> str:
+    moved = line["sent"] if workers > 1 else line["payload"]
+    return f"loss {line['loss']:.4f}  gradient {line['grad_norm']:.1e}  {megabytes(moved)}"

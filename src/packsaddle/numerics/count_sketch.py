@@ -1,0 +1,133 @@
+"""A count sketch whose hash has structure, so that sketching and reading back are a few shifted sums.
+
+v is cut into chunks of c coordinates; chunk b is rotated by a random rho_b and multiplied by a random sign sigma_b,
+and the chunks are summed: (S v)_q = sum_b sigma_b v[b, q - rho_b]. The estimate of coordinate (b, p) is
+sigma_b (S v)_{p + rho_b} = v[b, p] + sum_{b' != b} sigma_b sigma_b' v[b', p + rho_b - rho_b'].
+
+*Variance.* The signs of different chunks are independent, so the estimate is unbiased and the cross terms vanish;
+each other chunk adds one coordinate, uniform over that chunk since the rotations are. Hence the variance is
+sum_{b' != b} ||v_b'||^2 / c <= ||v||^2 / c, as for a count sketch with a table of d independent hashes
+(Charikar et al. 2002). Summed over coordinates, E||S^T S v - v||^2 = sum_b ||v_b||^2 (d - n_b) / c for chunks of n_b
+coordinates, at most ((d - n) / c) ||v||^2 with n the smallest chunk. No table: d / c rotations and signs, drawn from
+(seed, step).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.seeds import Stream, generator
+
+_MANY = 256  # chunks above which index arithmetic on blocks is faster than a few slices a chunk
+_BLOCK = 1 << 16  # coordinates of a block, whose scratch memory stays in a near cache
+
+
+@dataclass(frozen=True)
+class RowHash:
+    """One row of a sketch of c = `columns` counters over d coordinates."""
+
+    columns: int
+    rotations: tuple[int, ...]  # rho_b in [0, c), one per chunk
+    signs: tuple[float, ...]  # sigma_b, 1.0 or -1.0, one per chunk
+
+    @classmethod
+    def draw(cls, d: int, columns: int, *, seed: int, step: int, row: int = 0) -> "RowHash":
+        """Draw the hash of a row, a pure function of (seed, step, row), the same on every device."""
+        chunks = -(-d // columns)
+        rng = generator(seed, step, Stream.SKETCH, worker=row)
+        rotations = torch.randint(columns, (chunks,), generator=rng)
+        signs = torch.randint(2, (chunks,), generator=rng) * 2 - 1
+        return cls(columns, tuple(rotations.tolist()), tuple(signs.to(torch.float64).tolist()))
+
+    def sketch(self, v: Tensor) -> Tensor:
+        """Return S v, float[c], reading v once."""
+        c = self.columns
+        if len(self.rotations) > _MANY:
+            counters = torch.zeros(c, dtype=v.dtype, device=v.device)
+            for chunk, rows, signs in self._blocks(v):
+                source = (torch.arange(c, device=v.device) - rows[:, None]).remainder_(c)
+                counters += (chunk * signs[:, None]).gather(1, source).sum(0)
+            return counters
+        counters = torch.zeros(c, dtype=v.dtype, device=v.device)
+        for chunk, rho, sigma in zip(torch.split(v, c), self.rotations, self.signs, strict=True):
+            n = min(len(chunk), c - rho)  # before the rotation wraps round
+            counters[rho : rho + n].add_(chunk[:n], alpha=sigma)
+            if n < len(chunk):
+                counters[: len(chunk) - n].add_(chunk[n:], alpha=sigma)
+        return counters
+
+    def add_transposed(self, counters: Tensor, out: Tensor, alpha: float = 1.0) -> None:
+        """Add alpha S^T counters to out, float[d], in place: the estimate of every coordinate."""
+        if len(self.rotations) > _MANY:
+            flat = torch.cat([counters[place] * signs[:, None] for place, signs in self._places(out)]).view(-1)
+            out.add_(flat[: len(out)], alpha=alpha)
+            return
+        doubled = torch.cat([counters, counters])  # a rotated row is a slice of it
+        for chunk, rho, sigma in zip(torch.split(out, self.columns), self.rotations, self.signs, strict=True):
+            chunk.add_(doubled[rho : rho + len(chunk)], alpha=alpha * sigma)
+
+    def _blocks(self, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield chunks of v as matrices of c columns (the last padded), with their rotations and signs."""
+        c = self.columns
+        rotations = torch.tensor(self.rotations, device=v.device)
+        signs = torch.tensor(self.signs, dtype=v.dtype, device=v.device)
+        rows = max(1, _BLOCK // c)
+        for i, block in enumerate(torch.split(v, rows * c)):
+            chunk = torch.nn.functional.pad(block, (0, -len(block) % c)).view(-1, c)
+            place = slice(i * rows, i * rows + len(chunk))
+            yield chunk, rotations[place], signs[place]
+
+    def _places(self, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, block by block, the counter of every coordinate, int64[rows, c], and the chunks' signs."""
+        positions = torch.arange(self.columns, device=out.device)
+        for _, rows, signs in self._blocks(out):
+            yield (positions + rows[:, None]).remainder_(self.columns), signs
+
+
+def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[Tensor]:
+    """Yield the median over rows of the estimate of every coordinate, float[d] in blocks; tables is float[rows, c]."""
+    chunks, c = len(hashes[0].rotations), hashes[0].columns
+    if chunks > _MANY:
+        group = max(1, _BLOCK // c)
+        rotations = torch.tensor([h.rotations for h in hashes], device=tables.device)
+        signs = torch.tensor([h.signs for h in hashes], dtype=tables.dtype, device=tables.device)
+        positions = torch.arange(c, device=tables.device)
+        for b in range(0, chunks, group):
+            places = (positions + rotations[:, b : b + group, None]).remainder_(c).flatten(1)
+            estimates = tables.gather(1, places).view(len(hashes), -1, c) * signs[:, b : b + group, None]
+            yield _median(list(estimates.flatten(1)))[: d - b * c]
+        return
+    doubled = torch.cat([tables, tables], dim=1)  # a rotated row is a slice of it
+    for b in range(chunks):
+        for start in range(0, min(c, d - b * c), _BLOCK):
+            stop = min(start + _BLOCK, c, d - b * c)
+            rows = []
+            for row, table in zip(hashes, doubled, strict=True):
+                piece = table[row.rotations[b] + start : row.rotations[b] + stop]
+                rows.append(piece if row.signs[b] > 0 else -piece)
+            yield _median(rows)
+
+
+def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor:
+    """Return the medians of `median_estimates` at some coordinates, float[n] for int64[n]."""
+    chunk, place = index // hashes[0].columns, index % hashes[0].columns
+    rows = []
+    for row, table in zip(hashes, tables, strict=True):
+        rotations = torch.tensor(row.rotations, device=index.device)[chunk]
+        signs = torch.tensor(row.signs, dtype=table.dtype, device=index.device)[chunk]
+        rows.append(table[(place + rotations).remainder_(row.columns)] * signs)
+    return _median(rows)
+
+
+def _median(rows: list[Tensor]) -> Tensor:
+    """The median of an odd number of vectors, elementwise; of an even number, the mean of the middle two."""
+    if len(rows) == 1:
+        return rows[0]
+    if len(rows) == 3:  # a min-max network is several times faster than a sort
+        a, b, c = rows
+        return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+    ordered = torch.stack(rows).sort(dim=0).values
+    n = len(rows)
+    return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2

@@ -1,0 +1,134 @@
+"""Random numbers as a function of a counter and keys; `counter_rng` has the same in torch."""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from packsaddle.numerics.kernels.numba_common import Array, compiled_loop, in_parts, scalar
+
+PAIRS = 1024  # made at once, whose scratch memory stays in the nearest cache
+
+
+@compiled_loop
+def word(counter: Any, first: Any, second: Any) -> Any:
+    """Return 32 random bits for a uint32 counter and uint32 keys.
+
+    Other modules compile it into their loops, and numba's cache on disk does not notice: delete it after a change.
+    """
+    return mixed(np.uint32(mixed(np.uint32(np.uint32(counter * np.uint32(0x9E3779B1)) + first)) + second))
+
+
+@compiled_loop
+def mixed(h: Any) -> Any:
+    """Permute the 32-bit words; products and sums are taken modulo 2^32 one by one, since numba would widen them."""
+    h = np.uint32(h ^ np.uint32(h >> np.uint32(16)))
+    h = np.uint32(h * np.uint32(0x7FEB352D))
+    h = np.uint32(h ^ np.uint32(h >> np.uint32(15)))
+    h = np.uint32(h * np.uint32(0x846CA68B))
+    return np.uint32(h ^ np.uint32(h >> np.uint32(16)))
+
+
+def add_gaussians(out: Tensor, scale: float, keys: tuple[int, int, int], start: int) -> None:
+    """Add scale times numbers `start`, start + 1, ... of the sequence of `counter.gaussians` to out, float[n]."""
+    o, (first, second, third) = out.numpy(), (np.uint32(key) for key in keys)
+    factor = scalar(scale, o)
+    in_parts(len(out), 2 * PAIRS, lambda a, b: _add_gaussians(o[a:b], factor, first, second, third, start + a))
+
+
+@compiled_loop
+def _add_gaussians(out: Array, scale: Any, first: Any, second: Any, third: Any, start: int) -> None:
+    scratch = np.empty(6 * PAIRS, np.float32)
+    done = 0
+    while done < len(out):
+        chunk, skipped = (start + done) // (2 * PAIRS), (start + done) % (2 * PAIRS)
+        numbers = _chunk(np.uint32(chunk * PAIRS), first, second, third, scratch)
+        target = out[done : done + 2 * PAIRS - skipped]
+        source = numbers[skipped : skipped + len(target)]
+        for i in range(len(target)):
+            target[i] += scale * source[i]
+        done += len(target)
+
+
+def add_cell_gaussians(out: Tensor, scales: Tensor, keys: tuple[int, int, int]) -> None:
+    """Add scales[i] times the numbers i b, ..., i b + b - 1 to those of out, float[m b], b a divisor of 2048."""
+    o, s, (first, second, third) = out.numpy(), scales.numpy(), (np.uint32(key) for key in keys)
+    b = len(out) // max(1, len(scales))
+    _add_cell_gaussians(o, s, b, first, second, third)
+
+
+@compiled_loop
+def _add_cell_gaussians(out: Array, scales: Array, b: int, first: Any, second: Any, third: Any) -> None:
+    scratch = np.empty(6 * PAIRS, np.float32)
+    for start in range(0, len(out), 2 * PAIRS):
+        numbers = _chunk(np.uint32(start // 2), first, second, third, scratch)
+        for cell in range(start, min(len(out), start + 2 * PAIRS), b):
+            target, source, scale = out[cell : cell + b], numbers[cell - start : cell - start + b], scales[cell // b]
+            for i in range(len(target)):
+                target[i] += scale * source[i]
+
+
+@compiled_loop
+def _chunk(counter: Any, first: Any, second: Any, third: Any, scratch: Array) -> Array:
+    """Return the 2 PAIRS numbers of counters counter, counter + 1, ..., in scratch memory of three times as many."""
+    # Loops read from some arrays and write to others: vector code is made of them only where these do not overlap.
+    uniform, angles = scratch[:PAIRS], scratch[PAIRS : 2 * PAIRS].view(np.uint32)
+    mantissas, radii = scratch[2 * PAIRS : 3 * PAIRS], scratch[3 * PAIRS : 4 * PAIRS]
+    numbers = scratch[4 * PAIRS :]
+    _hash(counter, first, second, third, uniform, angles)
+    _split(uniform.view(np.int32), mantissas.view(np.int32), radii)
+    _radii(mantissas, radii)
+    _multiply_directions(angles, radii, numbers[:PAIRS], numbers[PAIRS:])
+    return numbers
+
+
+@compiled_loop
+def _hash(start: Any, first: Any, second: Any, third: Any, u: Array, angles: Array) -> None:
+    for i in range(len(u)):
+        counter = np.uint32(start + np.uint32(i))
+        h = mixed(np.uint32(np.uint32(counter * np.uint32(0x9E3779B1)) + first))
+        radial = mixed(np.uint32(h + second))
+        angles[i] = mixed(np.uint32(h + third))
+        u[i] = (np.float32(np.int32(radial >> np.uint32(1))) + np.float32(0.5)) * np.float32(2.0**-31)
+
+
+@compiled_loop
+def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Array) -> None:
+    """Points of circles: 30 bits for an angle of less than an eighth of a turn, one to mirror it, one to swap axes."""
+    one = np.float32(1)
+    for i in range(len(angles)):
+        a = angles[i]
+        x = np.float32(np.int32(a & np.uint32(0x3FFFFFFF)) - np.int32(1 << 29)) * np.float32(np.pi * 2.0**-31)
+        z = x * x
+        sine = x * (one + z * (np.float32(-1 / 6) + z * (np.float32(1 / 120) - z * np.float32(1 / 5040))))
+        series = np.float32(1 / 24) + z * (np.float32(-1 / 720) + z * np.float32(1 / 40320))
+        cosine = one + z * (np.float32(-1 / 2) + z * series)
+        cosine *= one - np.float32(np.int32(a >> np.uint32(31))) * np.float32(2)
+        swap = np.float32(np.int32((a >> np.uint32(30)) & np.uint32(1)))
+        cosines[i] = radii[i] * (swap * sine + (one - swap) * cosine)
+        sines[i] = radii[i] * (swap * cosine + (one - swap) * sine)
+
+
+@compiled_loop
+def _split(bits: Array, mantissas: Array, exponents: Array) -> None:
+    """Write the floats of these bits as mantissa, between sqrt(1/2) and sqrt(2), times 2^exponent."""
+    for i in range(len(bits)):
+        exponent = (bits[i] - np.int32(0x3F3504F3)) >> np.int32(23)
+        mantissas[i] = bits[i] - (exponent << np.int32(23))
+        exponents[i] = np.float32(exponent)
+
+
+@compiled_loop
+def _radii(mantissas: Array, exponents: Array) -> None:
+    """Turn exponents into sqrt(-2 log u) for the u that was split; the logarithm as in musl's logf."""
+    one, two, half = np.float32(1), np.float32(2), np.float32(0.5)
+    for i in range(len(mantissas)):
+        f = mantissas[i] - one
+        s = f / (two + f)
+        z = s * s
+        w = z * z
+        r = z * (np.float32(0.66666662693) + w * np.float32(0.28498786688))
+        r += w * (np.float32(0.40000972152) + w * np.float32(0.24279078841))
+        square = half * f * f
+        log = s * (square + r) - square + f + exponents[i] * np.float32(0.69314718056)
+        exponents[i] = np.sqrt(-two * log)

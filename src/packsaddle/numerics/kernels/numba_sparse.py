@@ -1,0 +1,151 @@
+"""Numba loops for sparse vectors: runs of b coordinates (cells), keyed permutations, selection by magnitude."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.kernels.numba_common import BLOCK, MAGNITUDE, Array, bits_of, compiled_loop, in_parts, scalar
+
+
+def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
+    """Return v at the cells, float[m b], with zeros where the last cell of the grid is cut short."""
+    out = torch.empty(cells.numel() * b, dtype=v.dtype)
+    _gather_cells(v.numpy(), cells.numpy(), b, out.numpy())
+    return out
+
+
+@compiled_loop
+def _gather_cells(v: Array, cells: Array, b: int, out: Array) -> None:
+    d = len(v)
+    for i in range(len(cells)):
+        start = cells[i] * b
+        # Loops run over slices: numba then knows that no index is negative, and makes vector code of them.
+        source, target = v[start : min(d, start + b)], out[i * b : (i + 1) * b]
+        for j in range(len(source)):
+            target[j] = source[j]
+        target[len(source) :] = 0.0
+
+
+def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
+    """Add alpha times values, float[m b], to out, float[d], at the cells."""
+    scale = scalar(alpha, out.numpy())
+    _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
+
+
+@compiled_loop
+def _add_cells(out: Array, cells: Array, b: int, values: Array, alpha: float) -> None:
+    d = len(out)
+    for i in range(len(cells)):
+        start = cells[i] * b
+        target = out[start : min(d, start + b)]
+        source = values[i * b : i * b + len(target)]
+        for j in range(len(target)):
+            target[j] += alpha * source[j]
+
+
+def feistel_sample(n: int, k: int, bits: int, keys: list[int]) -> Tensor:
+    """Return the permutation's values at 0..k-1, int64[k], before the rotation; the last key is not used."""
+    out = torch.empty(k, dtype=torch.int64)
+    _feistel(out.numpy(), np.uint64(n), bits // 2, bits - bits // 2, np.array(keys[:-1], dtype=np.uint64))
+    return out
+
+
+@compiled_loop
+def _feistel(out: Array, n: np.uint64, low_bits: int, high_bits: int, keys: Array) -> None:
+    low_mask = (np.uint64(1) << np.uint64(low_bits)) - np.uint64(1)
+    high_mask = (np.uint64(1) << np.uint64(high_bits)) - np.uint64(1)
+    for i in range(len(out)):
+        x = np.uint64(i)
+        while True:
+            low, high = x & low_mask, x >> np.uint64(low_bits)
+            for r in range(0, len(keys), 2):
+                high ^= _round(low, keys[r]) & high_mask
+                low ^= _round(high, keys[r + 1]) & low_mask
+            x = (high << np.uint64(low_bits)) | low
+            if x < n:
+                break
+        out[i] = np.int64(x)
+
+
+@compiled_loop
+def _round(half: np.uint64, key: np.uint64) -> np.uint64:
+    h = (half + key) * np.uint64(0x9E3779B97F4A7C15)
+    h = (h ^ (h >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+    return h >> np.uint64(32)
+
+
+def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
+    """Return the increasing indices, about `expected`, of the magnitudes that, as integers, reach a threshold."""
+    bits, mask = bits_of(v), MAGNITUDE[v.dtype]
+    limit = bits.dtype.type(threshold)
+
+    def part(start: int, stop: int) -> Tensor:
+        room = min(2 * (expected * (stop - start) // max(1, len(v))) + 16 * BLOCK, stop - start + BLOCK)
+        while True:
+            out = torch.empty(room, dtype=torch.int64)
+            found = _select(bits[start:stop], limit, bits.dtype.type(mask), start, out.numpy())
+            if found + BLOCK <= room:
+                return out[:found]
+            room = found + BLOCK
+
+    parts = in_parts(len(v), BLOCK, part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@compiled_loop
+def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
+    """Return how many reach the limit; they are all in `out` if BLOCK places are left over."""
+    m: Any = 0
+    full = len(bits) // BLOCK * BLOCK
+    for s in range(0, full, BLOCK):
+        block: Array = bits[s : s + BLOCK]
+        c: Any = np.int32(0)
+        for i in range(BLOCK):  # vector code; most blocks have no hit
+            c += np.int32((block[i] & mask) >= limit)
+        if c > 0:
+            if m + BLOCK > len(out):
+                m += c
+                continue
+            n: Any = m
+            for i in range(BLOCK):  # no branch to mispredict: what does not reach is written over
+                out[n] = offset + s + i
+                n += np.int64((block[i] & mask) >= limit)
+            m = n
+    for i in range(full, len(bits)):
+        if (bits[i] & mask) >= limit:
+            if m < len(out):
+                out[m] = offset + i
+            m += 1
+    return m
+
+
+def energy_histogram(v: Tensor, top: float, first_bits: int) -> tuple[Tensor, Tensor]:
+    """Return how many magnitudes, and how much of ||v / top||^2, have each first bits; int64 and float64."""
+    bits, mask = bits_of(v), MAGNITUDE[v.dtype]
+    shift = 8 * v.element_size() - 1 - first_bits
+
+    def part(start: int, stop: int) -> tuple[Array, Array]:
+        # Four tables, so that runs of one bin do not wait for each other's sum.
+        counts, energy = np.zeros((4, 1 << first_bits), np.int64), np.zeros((4, 1 << first_bits))
+        _histogram(v.numpy()[start:stop], bits[start:stop], bits.dtype.type(mask), shift, top, counts, energy)
+        return counts.sum(0), energy.sum(0)
+
+    parts = in_parts(len(v), BLOCK, part)
+    return torch.from_numpy(sum(p[0] for p in parts)), torch.from_numpy(sum(p[1] for p in parts))
+
+
+@compiled_loop
+def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts: Array, energy: Array) -> None:
+    for i in range(0, len(v) // 4 * 4, 4):
+        for j in range(4):
+            b = (bits[i + j] & mask) >> shift
+            x = np.float64(v[i + j]) / top
+            counts[j, b] += 1
+            energy[j, b] += x * x
+    for i in range(len(v) // 4 * 4, len(v)):
+        b = (bits[i] & mask) >> shift
+        x = np.float64(v[i]) / top
+        counts[0, b] += 1
+        energy[0, b] += x * x

@@ -1,0 +1,193 @@
+"""The same loops for CUDA, in Triton: one kernel each, queued on the present stream, and nothing that waits for them.
+
+Choosing by magnitude is left to torch, whose topk is a radix select. With TRITON_INTERPRET=1 they run on CPU tensors.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_AT_ONCE = 1024  # elements of a program
+_PAIRS = 1024  # as in `counter_rng`
+_BYTES = 128  # packed bytes, or groups of eight codes, of a program
+
+
+@triton.jit
+def _mixed(h):  # type: ignore[no-untyped-def]
+    h = h ^ (h >> 16)
+    h = h * 0x7FEB352D
+    h = h ^ (h >> 15)
+    h = h * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+def add_gaussians(out: Tensor, scale: float, keys: tuple[int, int, int], start: int) -> None:
+    """Add scale times numbers `start`, start + 1, ... of the sequence of `counter.gaussians` to out, float[n]."""
+    first = start // (2 * _PAIRS)
+    chunks = -(-(start + len(out)) // (2 * _PAIRS)) - first
+    words = [key - (1 << 32) if key >= 1 << 31 else key for key in keys]  # as the int32 that a kernel takes
+    _launch(_gaussians, chunks, out, len(out), scale, *words, first, start, PAIRS=_PAIRS)
+
+
+@triton.jit
+def _gaussians(out, n, scale, k1, k2, k3, first_chunk, start, PAIRS: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    chunk = first_chunk + tl.program_id(0)
+    i = tl.arange(0, PAIRS)
+    counter = (chunk * PAIRS + i).to(tl.uint32)
+    h = _mixed(counter * 0x9E3779B1 + k1.to(tl.uint32))
+    radial, angular = _mixed(h + k2.to(tl.uint32)), _mixed(h + k3.to(tl.uint32))
+    radius = tl.sqrt(-2.0 * tl.log(((radial >> 1).to(tl.float32) + 0.5) * 4.656612873077393e-10))
+    angle = ((angular & 0x3FFFFFFF).to(tl.int32) - 536870912).to(tl.float32) * 1.4629180792671596e-09
+    cosine, sine = tl.cos(angle) * radius, tl.sin(angle) * radius
+    cosine = tl.where((angular >> 31) == 1, -cosine, cosine)
+    swap = ((angular >> 30) & 1) == 1
+    place = chunk.to(tl.int64) * 2 * PAIRS - start + i
+    _add(out, place, tl.where(swap, sine, cosine) * scale, n)
+    _add(out, place + PAIRS, tl.where(swap, cosine, sine) * scale, n)
+
+
+@triton.jit
+def _add(out, place, values, n):  # type: ignore[no-untyped-def]
+    inside = (place >= 0) & (place < n)
+    old = tl.load(out + place, mask=inside, other=0.0)
+    tl.store(out + place, old + values.to(old.dtype), mask=inside)
+
+
+def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
+    """Return v at the cells, float[m b], with zeros where the last cell of the grid is cut short."""
+    out = torch.empty(len(cells) * b, dtype=v.dtype, device=v.device)
+    _launch(_gather, -(-len(out) // _AT_ONCE), v, cells, out, b, len(v), len(out), SIZE=_AT_ONCE)
+    return out
+
+
+@triton.jit
+def _gather(v, cells, out, b, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    o = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    place = tl.load(cells + o // b, mask=o < n, other=0) * b + o % b
+    tl.store(out + o, tl.load(v + place, mask=(o < n) & (place < d), other=0.0), mask=o < n)
+
+
+def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
+    """Add alpha times values, float[m b], to out, float[d], at the cells, which are distinct."""
+    _launch(
+        _add_to_cells, -(-len(values) // _AT_ONCE), out, cells, values, alpha, b, len(out), len(values), SIZE=_AT_ONCE
+    )
+
+
+@triton.jit
+def _add_to_cells(out, cells, values, alpha, b, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    o = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    place = tl.load(cells + o // b, mask=o < n, other=0) * b + o % b
+    inside = (o < n) & (place < d)
+    old = tl.load(out + place, mask=inside, other=0.0)
+    tl.store(out + place, old + (alpha * tl.load(values + o, mask=inside, other=0.0)).to(old.dtype), mask=inside)
+
+
+def pack_signs(v: Tensor) -> Tensor:
+    """Return a bit for each coordinate, 1 where v >= 0, uint8[ceil(d / 8)], most significant bit first."""
+    out = torch.empty(-(-len(v) // 8), dtype=torch.uint8, device=v.device)
+    _launch(_pack_signs, -(-len(out) // _BYTES), v, out, len(v), len(out), SIZE=_BYTES)
+    return out
+
+
+@triton.jit
+def _pack_signs(v, out, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    byte, bit = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE), tl.arange(0, 8)
+    place = byte[:, None] * 8 + bit[None, :]
+    positive = (tl.load(v + place, mask=place < d, other=-1.0) >= 0).to(tl.int32)
+    tl.store(out + byte, tl.sum(positive << (7 - bit)[None, :], axis=1).to(tl.uint8), mask=byte < n)
+
+
+def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
+    """Add +scale or -scale, float[], to each of out, float[n], as the bits from number `first` on say."""
+    _launch(_add_signs, -(-len(out) // _AT_ONCE), packed, first, scale, out, len(out), SIZE=_AT_ONCE)
+
+
+@triton.jit
+def _add_signs(packed, first, scale, out, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    place, value = first + i, tl.load(scale)
+    byte = tl.load(packed + (place >> 3), mask=i < n, other=0).to(tl.int32)
+    _add(out, i, tl.where((byte >> (7 - (place & 7))) & 1 == 1, value, -value), n)
+
+
+def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """Return QSGD's codes, uint8[ceil(d bits / 8)], and each bucket's norm; bits at most 8. See
+    `compressors.quantized`."""
+    d = len(v)
+    norms = torch.empty(-(-d // bucket), dtype=v.dtype, device=v.device)
+    codes = torch.zeros(-(-d // 8) * 8, dtype=torch.uint8, device=v.device)
+    words = [key - (1 << 32) if key >= 1 << 31 else key for key in keys[:2]]
+    _launch(_codes, len(norms), v, codes, norms, d, levels, bucket, *words, SIZE=triton.next_power_of_2(bucket))
+    out = torch.empty(-(-d * bits // 8), dtype=torch.uint8, device=v.device)
+    _launch(_pack_codes, -(-len(codes) // (8 * _BYTES)), codes, out, len(codes) // 8, len(out), BITS=bits, SIZE=_BYTES)
+    return out, norms
+
+
+@triton.jit
+def _codes(v, codes, norms, d, levels, bucket, k1, k2, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    b, i = tl.program_id(0), tl.arange(0, SIZE)
+    place = b.to(tl.int64) * bucket + i
+    inside = (i < bucket) & (place < d)
+    x = tl.load(v + place, mask=inside, other=0.0)
+    spoiled = tl.max((x - x != 0).to(tl.int32)) == 1  # NaN or infinite
+    largest = tl.max(tl.abs(x))
+    unit = tl.abs(x) / tl.where(largest > 0, largest, 1.0)
+    norm = tl.sqrt(tl.sum(unit * unit))
+    h = _mixed(_mixed(place.to(tl.uint32) * 0x9E3779B1 + k1.to(tl.uint32)) + k2.to(tl.uint32))
+    chance = (h >> 8).to(tl.float32) * 5.9604644775390625e-08
+    level = tl.minimum(tl.floor(unit / tl.where(norm > 1, norm, 1.0) * levels + chance), levels * 1.0)
+    code = tl.where(spoiled, 0.0, tl.where(x < 0, -level, level)) + levels
+    tl.store(codes + place, code.to(tl.uint8), mask=inside)
+    tl.store(norms + b, tl.where(spoiled, float("nan"), norm * largest))
+
+
+@triton.jit
+def _pack_codes(codes, out, groups, n, BITS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    group, j = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE), tl.arange(0, 8)
+    loaded = tl.load(codes + group[:, None] * 8 + j[None, :], mask=(group < groups)[:, None], other=0).to(tl.int64)
+    word = tl.sum(loaded << (BITS * (7 - j))[None, :].to(tl.int64), axis=1)
+    for byte in tl.static_range(BITS):
+        place = group * BITS + byte
+        tl.store(
+            out + place, ((word >> (8 * (BITS - 1 - byte))) & 255).to(tl.uint8), mask=(group < groups) & (place < n)
+        )
+
+
+def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
+    """Add alpha (code - levels) norm to out, float[d], for the codes and norms of `pack_levels`."""
+    programs = -(-len(out) // _AT_ONCE)
+    _launch(
+        _add_levels,
+        programs,
+        packed,
+        norms,
+        out,
+        alpha,
+        levels,
+        bucket,
+        len(out),
+        len(packed),
+        BITS=bits,
+        SIZE=_AT_ONCE,
+    )
+
+
+@triton.jit
+def _add_levels(packed, norms, out, alpha, levels, bucket, d, n, BITS: tl.constexpr, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+    i = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    bit = i * BITS
+    byte = bit >> 3
+    high = tl.load(packed + byte, mask=i < d, other=0).to(tl.int32)
+    low = tl.load(packed + byte + 1, mask=(i < d) & (byte + 1 < n), other=0).to(tl.int32)
+    code = (((high << 8) | low) >> (16 - BITS - (bit & 7).to(tl.int32))) & ((1 << BITS) - 1)
+    norm = tl.load(norms + i // bucket, mask=i < d, other=0.0)
+    _add(out, i, (code - levels).to(norm.dtype) * norm * alpha, d)
+
+
+def _launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    if programs:
+        kernel[(programs,)](*args, **constants)

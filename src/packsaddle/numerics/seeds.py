@@ -1,0 +1,122 @@
+"""Randomness as pure functions of (seed, step), so there is nothing to store, resume or synchronise.
+
+A *shared* stream is identical on every worker (Algorithm 1's xi_t and the compressor's randomness);
+a *private* one also depends on the worker (its batches). Global random state is never read or written.
+"""
+
+import operator
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.kernels import kernel
+
+_MASK64 = (1 << 64) - 1
+_FEISTEL_ROUNDS = 6
+# Below this a Feistel network has too few bits to mix well, and drawing the whole permutation is cheap.
+_SMALL_DOMAIN = 4096
+
+
+class Stream(IntEnum):
+    """What the random numbers are for; two streams of one (seed, step) are independent."""
+
+    SUPPORT = 1  # the cells of coordinates that RandomK keeps
+    NOISE = 2  # the perturbation xi_t
+    SKETCH = 3  # hashes and signs of the norm sketch
+    BATCH = 4  # which examples a worker reads
+    SHARD = 5  # how the examples are dealt to the workers
+    INIT = 6  # the starting point x_0
+    ROUNDING = 7  # stochastic rounding
+    CERTIFY = 8  # the start of a certificate, and the examples it looks at
+    ITERATES = 9  # which iterates of a run are certified
+    OUTSTANDING = 10  # noise drawn when it reaches x
+    SETTLED = 11  # all of that noise, where e or y is wanted
+
+
+def mix(*words: int) -> int:
+    """Hash integers to 64 bits (splitmix64's finaliser, chained), the same on every platform."""
+    state = 0
+    for word in words:
+        state = (state + (word & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state
+
+
+def as_seed(seed: int) -> int:
+    """Return a seed as a plain integer (from numpy's, say). Raises ValueError for anything that is not one."""
+    try:
+        return operator.index(seed)
+    except TypeError:
+        raise ValueError(f"seed must be an integer, got {seed!r}") from None
+
+
+def generator(
+    seed: int, step: int, stream: Stream, *, worker: int | None = None, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """Return a generator for (seed, step, stream): shared, or private when `worker` is given."""
+    private = () if worker is None else (worker + 1,)
+    # torch's CPU generator keeps 32 bits of the seed; CUDA's keeps 63. Give both the same few.
+    return torch.Generator(device).manual_seed(mix(seed, step, int(stream), *private) >> 32)
+
+
+def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return k distinct integers of [0, n), int64[k]; each is included with probability exactly k/n.
+
+    It is a keyed permutation of [0, n) evaluated at 0..k-1: O(k) time and memory however large n is, and
+    integer arithmetic alone, so the same on every device. The permutation is a Feistel network on the
+    next power of two, walked along its cycles until it lands below n, followed by a uniform rotation;
+    the rotation is what makes the marginals uniform whatever the quality of the network.
+    """
+    if not 0 <= k <= n:
+        raise ValueError(f"k must be in [0, n = {n}], got {k}")
+    if k == n:
+        return torch.arange(n, device=device)
+    if n <= _SMALL_DOMAIN:
+        # Drawn on the CPU on purpose: CPU and CUDA generators give different numbers.
+        return _moved(torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k], device)
+    keys = [mix(seed, step, int(Stream.SUPPORT), r) for r in range(_FEISTEL_ROUNDS + 1)]
+    bits = (n - 1).bit_length()
+    if loop := kernel("feistel_sample"):
+        permuted: Tensor = loop(n, k, bits, keys).add_(keys[-1] % n).remainder_(n)
+        return _moved(permuted, device)  # walking cycles on a device would wait for it
+    index = _feistel(torch.arange(k, device=device), bits, keys)
+    outside = (index >= n).nonzero().squeeze(1)
+    while len(outside):
+        walked = _feistel(index[outside], bits, keys)
+        index[outside] = walked
+        outside = outside[walked >= n]
+    return index.add_(keys[-1] % n).remainder_(n)
+
+
+def _moved(index: Tensor, device: torch.device | str) -> Tensor:
+    """Move integers from the CPU to a device, from pinned memory, so that nothing waits for it."""
+    on_cpu = torch.device(device).type == "cpu"
+    return index if on_cpu else index.pin_memory().to(device, non_blocking=True)
+
+
+def _feistel(x: Tensor, bits: int, keys: list[int]) -> Tensor:
+    """Permute the integers below 2^bits: each round xors one half with a keyed hash of the other."""
+    low_bits = bits // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+    low, high = x & low_mask, x >> low_bits
+    for r in range(_FEISTEL_ROUNDS):
+        if r % 2:
+            low = low ^ (_round(high, keys[r]) & low_mask)
+        else:
+            high = high ^ (_round(low, keys[r]) & high_mask)
+    return (high << low_bits) | low
+
+
+def _round(half: Tensor, key: int) -> Tensor:
+    """Hash int64 values under a key; products wrap modulo 2^64, and shifts are masked to be logical."""
+    h = (half + _signed(key)) * _signed(0x9E3779B97F4A7C15)
+    h = (h ^ ((h >> 32) & 0xFFFFFFFF)) * _signed(0xD6E8FEB86659FD93)
+    return (h >> 32) & 0xFFFFFFFF
+
+
+def _signed(word: int) -> int:
+    """Reinterpret 64 unsigned bits as the int64 that torch accepts."""
+    return word - (1 << 64) if word >= 1 << 63 else word

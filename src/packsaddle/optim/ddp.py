@@ -1,0 +1,416 @@
+"""Compressed exchange behind DistributedDataParallel, with any optimizer: two lines in a script that has it.
+
+`register_ddp_hook` and `attach` return a `DDPHook`: the bytes, the steps, the error memory, and how to save it.
+`EscapeAfterStep` is the escape check of Algorithm 1, lines 4-8, after every step of the optimizer.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from packsaddle.comm.communicator import Channel, check_agreement, ring_all_reduce
+from packsaddle.comm.group import group_beside, resolve
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.select_aggregator import choose, warn_of_nothing
+from packsaddle.compressors import Compressor, TopK
+from packsaddle.numerics.seeds import as_seed
+from packsaddle.optim.ddp_buckets import Bucket, BucketExchange
+from packsaddle.optim.error_feedback import Rates, Rules, Schedule, Scope, is_plain_sgd
+from packsaddle.optim.fsdp import is_sharded
+from packsaddle.optim.layout import FlatParameters, Place, check_identity, check_shape, dense_strides, places
+from packsaddle.optim.stages.contraction import Every
+from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
+
+
+class DDPHook(BucketExchange):
+    """A communication hook that has been registered."""
+
+    @property
+    def uncompressed(self) -> Bytes:
+        """What this worker would have moved in as many exchanges without the hook: a ring all-reduce of gradients."""
+        exchanges = self.steps + self.skipped
+        d = sum(place.size * place.parameter.element_size() for place in self._places)
+        return ring_all_reduce(exchanges * d, self.channel.group.size)
+
+    @torch.no_grad()
+    def memory(self) -> dict[str, Tensor]:
+        """Return this worker's e^(i), in units of a gradient, by parameter, with its share of what the exchange holds.
+
+        The mean over workers is all that has not been applied yet. In a backward pass it is that of the step before.
+        """
+        self._settle()
+        found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
+        with self._lock:
+            found |= {name: view.clone() for name, view in self._loose.items()}
+            for exchanger in self._exchangers.values():
+                error = exchanger.error(self.channel.group.size)
+                found |= {place.name: view for place, view in exchanger.section.views(error)}
+        return found
+
+    @torch.no_grad()
+    def forget(self, lost: Mapping[str, Tensor]) -> None:
+        """Set e to zero (line 7), or to what is given by parameter, in units of a gradient."""
+        self._settle()
+        self._loose = {name: error.clone() for name, error in lost.items()}
+        for exchanger in self._exchangers.values():
+            exchanger.drop()
+            for place, view in exchanger.section.views(exchanger.section.error):
+                if place.name in self._loose:
+                    view.copy_(self._loose.pop(place.name))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state: e^(i) by parameter, the step, what the exchange holds, the ledger's totals.
+
+        Tensors and plain types only; each worker has its own. With scope="bucket" what a two-way exchange holds back is
+        in the error memory of its owner, since buckets may differ when it is loaded: nothing is lost, but a run goes on
+        bit for bit only with scope="model".
+        """
+        pending, held = self.memory(), dict[str, Any]()
+        if self._rules.scope == "model":
+            for exchanger in self._exchangers.values():
+                section = exchanger.section
+                pending |= {place.name: view.clone() for place, view in section.views(section.error)}
+                held = exchanger.held()
+        return {
+            "identity": self._identity(),
+            "steps": self._steps,
+            "skips": self._skips.state_dict(),
+            "rates": dict(self._rates.units),
+            "pending": pending,
+            "held": held,
+            "allocation": self._allocation.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "resets": [asdict(reset) for reset in self.resets],
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+        }
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
+        if "identity" not in state:
+            raise ValueError("the state has no identity; was it saved by a hook?")
+        check_identity(state["identity"], self._identity())
+        pending = state["pending"]
+        for place in self._places:
+            check_shape(f"the error of {place.name}", pending.get(place.name), place.parameter.shape)
+        if len(pending) > len(self._places):
+            raise ValueError(f"the state is of {len(pending)} parameters, and there are {len(self._places)}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        self.check_state_dict(state)
+        pending = state["pending"]
+        self._settle()
+        self._exchangers = {}
+        self._loose = {name: error.to(self.device, copy=True) for name, error in pending.items()}
+        self._steps, self._rates.units = state["steps"], dict(state["rates"])
+        self._skips.load_state_dict(state["skips"])
+        if self._rules.scope == "model":
+            exchanger = self._exchanger(frozenset(place.name for place in self._places))
+            exchanger.restore(state["held"], self._steps, self.channel.group.size)
+        self._allocation.load_state_dict(state["allocation"], self.device)
+        self.ledger.load_state_dict(state["ledger"])
+        self.resets = [Reset(**reset) for reset in state["resets"]]
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same where a state is loaded as where it was saved."""
+        group = self.channel.group
+        return {
+            "seed": self._rules.seed,
+            "rank": group.rank,
+            "workers": group.size,
+            "scope": self._rules.scope,
+            "exchange": self._rules.exchange,
+            "parts": ", ".join(self.parts) or "none",
+        }
+
+    def split_state(
+        self, state: Mapping[str, Any], workers: int
+    ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
+        """Return what another number of workers is to have the mean of, by its place, and what all must have."""
+        pending = {name: error.double() for name, error in state["pending"].items()}
+        held = state["held"].get("vectors", {})
+        for vector in held.values():  # owners' errors of the mean, on the compressed coordinates
+            for place in self._places:
+                if not place.dense:
+                    p = place.parameter
+                    pending[place.name] = pending[place.name] + workers * vector.as_strided(
+                        p.shape, dense_strides(p), vector.storage_offset() + place.start
+                    )
+        left_out = ("pending", "ledger", "identity", "held", "monitor", "allocation")
+        rest = {k: v for k, v in state.items() if k not in left_out}
+        rest["identity"] = {k: v for k, v in state["identity"].items() if k != "rank"}
+        rest["held"] = {k: v for k, v in state["held"].items() if k != "vectors"}
+        return {(name,): error for name, error in pending.items()}, rest
+
+    def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
+        """Put means in a state, in place, and make it this worker's."""
+        for (name,), mean in means.items():
+            state["pending"][name] = mean.to(state["pending"][name].dtype)
+        for vector in state["held"].get("vectors", {}).values():
+            vector.zero_()
+        here = self._identity()
+        state["identity"] |= {name: here[name] for name in ("rank", "workers")}
+
+
+class EscapeAfterStep:
+    """Runs the check with y = x - eta e, which is the paper's y for plain SGD alone.
+
+    The parameters are moved into one flat tensor. Raises ValueError for any other optimizer.
+    """
+
+    def __init__(
+        self,
+        rule: Escape,
+        hook: DDPHook,
+        optimizer: Optimizer | None,
+        places: Sequence[Place],
+        rates: Rates,
+        *,
+        dense_below: int,
+        seed: int,
+    ) -> None:
+        if optimizer is None or not is_plain_sgd(optimizer):
+            raise ValueError(
+                "escape needs optimizer=, a torch.optim.SGD without momentum or maximize: lines 4-8 compare "
+                f"y = x - eta e, and what an error e will do to x is known for no other; got {type(optimizer).__name__}"
+            )
+        names, parameters = [p.name for p in places], [p.parameter for p in places]
+        self._flat = FlatParameters([{"params": parameters, "param_names": names}], dense_below)
+        self._check = EscapeCheck(rule, self._flat, hook.channel, seed)
+        self._hook, self._places, self._rates = hook, places, rates
+        self._checked = hook.steps
+        optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        steps = self._hook.steps
+        if steps == self._checked:  # the exchange was not taken
+            return
+        self._checked = steps
+        self._flat.check_attached()
+        memory = self._hook.memory()
+        rates = self._rates.now()
+        pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
+        for place, view in zip(self._places, self._flat.views(pending), strict=True):
+            view.copy_(memory[place.name]).mul_(rates[place.name])
+        reset, lost = self._check.run(steps, pending)
+        if reset is None:
+            return
+        left = {}
+        if lost is not None:
+            for place, view in zip(self._places, self._flat.views(lost), strict=True):
+                left[place.name] = view / (rates[place.name] or 1.0)
+        self._hook.forget(left)
+        self._hook.resets.append(reset)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return x_t' by parameter, and t'."""
+        views = self._flat.views(self._check.anchor)
+        anchor = {place.name: view.clone() for place, view in zip(self._places, views, strict=True)}
+        return {"anchor": anchor, "anchor_step": self._check.anchor_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        for place, view in zip(self._places, self._flat.views(self._check.anchor), strict=True):
+            view.copy_(state["anchor"][place.name])
+        self._check.anchor_step = state["anchor_step"]
+        self._checked = self._hook.steps
+
+
+def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[Tensor]"]) -> None:
+    """Let `take` exchange a model's buckets. Raises RuntimeError if the model has a communication hook already."""
+
+    def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
+
+    try:
+        model.register_comm_hook(take, hook)
+    except RuntimeError as error:
+        if "can only be called once" not in str(error):
+            raise
+        raise RuntimeError(
+            "this DistributedDataParallel has a communication hook already, and takes no second one; "
+            "for another hook wrap model.module anew"
+        ) from error
+
+
+def register_ddp_hook(
+    model: DistributedDataParallel,
+    compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
+    *,
+    noise: float | Callable[[int], float] = 0.0,
+    escape: Escape | None = None,
+    error_feedback: bool = True,
+    start_step: int = 0,
+    seed: int = 0,
+    dense_below: int = 1024,
+    exchange: str = "direct",
+    back: Compressor | None = None,
+    scope: Scope = "bucket",
+    optimizer: Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    monitor_every: int = 0,
+    max_skipped: int | None = 20,
+    compare_every: int = 100,
+) -> DDPHook:
+    """Let DistributedDataParallel exchange its gradients compressed, perturbed and with error feedback; collective.
+
+    Every worker's p.grad after a backward pass is the mean of what all workers sent, and any optimizer may use it. With
+    plain SGD and scope="model" the run is that of `CompressedSGD` (with lazy_noise=False), step by step.
+
+    Args:
+        model: what DistributedDataParallel made, on which no hook has been registered yet.
+        compressor: C, or a function of the step that gives it (see `RatioRamp`).
+        noise: r, the standard deviation of each coordinate of xi_t in the units of a gradient, or a function of the
+            step that gives it (see `Ramp`).
+        escape: the escape check of lines 4-8, made after each step of `optimizer`, which must be plain SGD.
+        error_feedback: keep what was not sent and add it to the next gradient.
+        start_step: steps to exchange uncompressed first.
+        seed, dense_below, exchange, back: as in `CompressedSGD`.
+        scope: what is compressed as one vector: each of DDP's buckets, while the backward pass goes on, or all of the
+            model at its end, as Algorithm 1 has it.
+        optimizer: what steps, to be kept from stepping where an exchange was not taken. If it is plain SGD the error
+            memory follows its learning rates, so that y = x - eta e does not jump; with any other it stays as it is.
+        scaler: the GradScaler whose scale is in the gradients; the error memory is then kept without it.
+        monitor_every: measure `contraction` every so many steps; 0 never does.
+        max_skipped: raise NonFiniteError in the backward pass after more than so many exchanges in a row that were not
+            taken; None never does, and lets `optimizer` have their NaNs.
+        compare_every: every so many steps workers compare fingerprints of the parameters, 8 bytes each; where one
+            differs, the backward pass raises DriftError on all, with the first of them and the workers. 0 never does.
+
+    Where a worker's gradient is not finite the exchange is not taken: error memories, noise and step count stay as they
+    were, and every worker finds a NaN in its gradients, so that scalers skip the step on all of them together. It is
+    logged by the worker whose it was, with the name of the parameter (on a CPU), and entered in `hook.skips`.
+    If gradients are computed and the hook is never called (the model is run past DistributedDataParallel, as
+    `model.module(x)`), the next forward pass raises RuntimeError.
+
+    Raises TypeError or ValueError for bad arguments, also if workers differ in them, RuntimeError for a second hook.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
+            f"or, where a framework has wrapped it, see packsaddle.attach"
+        )
+    rules = Rules(
+        compressor,
+        exchange,
+        back,
+        scope,
+        error_feedback,
+        start_step,
+        seed=as_seed(seed),
+        max_skipped=max_skipped,
+        compare_every=compare_every,
+    )
+    _check_types(optimizer, scaler)
+    optimizer = _innermost(optimizer)
+    monitor = Every(monitor_every)
+    named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
+    found = places(named, dense_below)
+    _check_sizes(found, rules, dense_below, model.process_group.size())
+    channel, rates = Channel(group_beside(model), Ledger()), Rates(optimizer, found)
+    scale = (lambda: 1.0) if scaler is None else scaler.get_scale
+    hook = DDPHook(model.module, channel, rules, found, noise, rates, scale, monitor)
+    if escape is not None:
+        checker = EscapeAfterStep(escape, hook, optimizer, found, rates, dense_below=dense_below, seed=rules.seed)
+        hook.parts["escape"] = checker
+    same: dict[str, object] = {
+        "rules": rules,
+        "noise": noise,
+        "escape": escape,
+        "dense_below": dense_below,
+        "lr": rates.now(),
+    }
+    same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
+    check_agreement(channel, same, found[0].parameter.device)
+    if optimizer is not None:
+        hook.protect(optimizer)
+    on_buckets(model, hook)
+    _guard(model, hook)
+    return hook
+
+
+def _innermost(optimizer: Optimizer | None) -> Optimizer | None:
+    """The optimizer that steps, in what a framework has wrapped around it (Accelerate's has no hooks of its own)."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _check_types(optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+
+
+def _check_sizes(found: list[Place], rules: Rules, dense_below: int, workers: int) -> None:
+    """Raise ValueError if the compressor cannot act on the model, before a step finds out."""
+    for place in found:
+        if not place.parameter.is_floating_point():
+            raise ValueError(f"parameters must be floating point, but {place.name} is {place.parameter.dtype}")
+    compressed = [place for place in found if not place.dense]
+    compressor, d = rules.at(rules.start_step), sum(place.size for place in compressed)
+    warn_of_nothing(compressor, d, dense_below, stacklevel=3)
+    shapes = [place.parameter.shape for place in compressed]
+    choose(compressor.for_tensors(shapes), rules.exchange, d=d, dense=1, workers=workers, back=rules.back)
+
+
+def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
+    """`register_ddp_hook` for what a framework made of a model, and a guard against a hook that is never called.
+
+    The one DistributedDataParallel in `model` is found, through torch.compile and other wrappers. If there is none and
+    one worker, there is nothing to exchange, and None is returned.
+    Raises TypeError if there is no DistributedDataParallel, or more than one, among several workers.
+    """
+    found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    if not found and is_sharded(model):
+        raise TypeError(
+            "model is sharded by FSDP, whose gradients are already reduced over workers when its hooks see them; "
+            "see packsaddle.register_fsdp_hook"
+        )
+    if not found and resolve(None).size == 1:
+        if options.get("noise") or options.get("escape") is not None:
+            warnings.warn("there is one worker and no exchange, so no noise and no escape check either", stacklevel=2)
+        return None
+    if len(found) != 1:
+        raise TypeError(
+            f"model must have one DistributedDataParallel in it, got {type(model).__name__} with {len(found)}; "
+            f"attach after the framework has wrapped the model"
+        )
+    return register_ddp_hook(found[0], *arguments, **options)
+
+
+def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
+    """Raise at a forward pass if gradients came before it that should have gone through the hook and did not."""
+    last = [p for p in model.module.parameters() if p.requires_grad][-1]
+    missed = False
+
+    def on_gradient(_: Tensor) -> None:
+        nonlocal missed
+        missed = missed or model.require_backward_grad_sync
+
+    def on_forward(module: nn.Module, _: Any) -> None:
+        if hook.calls:
+            for handle in handles:
+                handle.remove()
+        elif missed:
+            raise RuntimeError(
+                "gradients were computed, but DistributedDataParallel never called the hook: workers train apart. "
+                "Is the model run as model.module, or wrapped again by a framework? attach to what is really run"
+            )
+
+    handles = [
+        last.register_post_accumulate_grad_hook(on_gradient),
+        model.module.register_forward_pre_hook(on_forward),
+    ]

@@ -1,0 +1,333 @@
+"""Compressed exchange between replicas of a model that FSDP2 shards: dense inside a machine, compressed between them.
+
+`fully_shard` on a mesh of one machine reduces gradients there and then calls a hook with this worker's shard; the hook
+averages it over the workers that have the same shard on other machines. Whether a model is sharded is asked without
+importing FSDP.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.comm.communicator import Channel, check_agreement, ring_all_reduce
+from packsaddle.comm.group import ProcessGroup, resolve
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.compressors import Compressor, LowRank, TopK
+from packsaddle.numerics.finite import spoil
+from packsaddle.numerics.seeds import as_seed, mix
+from packsaddle.optim.error_feedback import Exchanger, Rules, Schedule, Section
+from packsaddle.optim.layout import Place, check_identity, check_shape
+from packsaddle.optim.stages.contraction import Every
+from packsaddle.optim.stages.drift import DriftGuard
+from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.optim.transaction import Transaction
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, is sharded by FSDP."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if it is in use
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    return any(isinstance(m, kinds) for m in model.modules())
+
+
+def sharded_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return the modules that FSDP2 (`fully_shard`) shards, by name."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [(name, m) for name, m in model.named_modules() if fsdp and isinstance(m, fsdp.FSDPModule)]
+
+
+def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str, Tensor]]:
+    """Return this worker's shard of every parameter that FSDP2 shards, by name, or of its gradient, where it has one.
+
+    Outside of forward and backward passes, in which parameters are whole.
+    """
+    found: list[tuple[str, Tensor]] = []
+    for name, p in model.named_parameters():
+        sharded: Any = p.grad if gradients else p.detach()
+        if hasattr(sharded, "to_local"):
+            found.append((name, sharded.to_local()))
+    return found
+
+
+def padded_size(model: nn.Module) -> int:
+    """Return the coordinates of this worker's gradients, whose shards are padded to equal lengths (dimension 0)."""
+    shards, found = int(_mesh(model).size()), 0
+    for p in model.parameters():
+        if hasattr(p, "to_local") and p.requires_grad:
+            rows = p.shape[0] if p.ndim else 1
+            found += -(-rows // shards) * (p.numel() // max(rows, 1))
+    return found
+
+
+def shard_of(model: nn.Module) -> tuple[int, int]:
+    """Return which shard of a model that FSDP2 shards is this worker's, and of how many."""
+    mesh = _mesh(model)
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"model must be sharded on a mesh of one dimension, got {mesh.ndim}: with two, FSDP has averaged over the "
+            f"replicas before its hook is called"
+        )
+    return int(mesh.get_local_rank()), int(mesh.size())
+
+
+def mesh_device(model: nn.Module) -> torch.device:
+    """Return the device of the workers that share a model, also if its weights are elsewhere, or not made yet."""
+    return torch.device(_mesh(model).device_type)
+
+
+def _mesh(model: nn.Module) -> Any:
+    return next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
+
+
+class FSDPHook(Transaction):
+    """What `register_fsdp_hook` returns. Every sharded module has a section of its own, with its error memory.
+
+    The modules of a backward pass are one transaction: where one is not finite on some replica none is taken, and all
+    gradients become NaN on all replicas of the shard. Workers that have other shards do not hear of it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        channel: Channel,
+        rules: Rules,
+        noise: float | Callable[[int], float],
+        shard: tuple[int, int],
+        monitor: Every,
+    ) -> None:
+        super().__init__(channel, rules, monitor, padded_size(model))
+        self._model, self._shard = model, shard
+        self._perturbation = Perturbation(noise)
+        self._drift = DriftGuard(rules.compare_every, "stop", channel)
+        self._exchangers: dict[str, Exchanger] = {}
+        self._seeds: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # bytes of each module's gradient
+        self._loose: dict[str, Tensor] = {}  # errors that were loaded, until their modules come
+        self._seen: set[str] = set()  # modules that have come in this backward pass
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Take rank 0's parameters on all replicas; collective."""
+        for _, local in local_shards(self._model):
+            if local.numel():
+                there = local.to(self.device)  # elsewhere only if FSDP offloads to the CPU
+                self.channel.broadcast(there, "start")
+                if there is not local:
+                    local.copy_(there)
+
+    @torch.no_grad()
+    def take(self, name: str, index: int, gradient: Tensor) -> None:
+        """Average a module's shard, float[n], over the replicas, in place; called by FSDP in the backward pass."""
+        if not self._tried or name in self._seen:  # the pass before is over
+            self._open()
+            self._seen = set()
+            # After FSDP's own, which takes gradients to their parameters.
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        self._seen.add(name)
+        exchanger = self._exchanger(name, index, gradient)
+        xi = self._perturbation.at(seed=self._seeds[name], step=self._steps)
+        bad = self._try(exchanger, partial(exchanger.exchange, self.channel, {name: gradient}, xi, self._steps))
+        spoil(gradient, bad > 0, float("nan"))
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        """End a backward pass: modules that came before one that was not finite get their NaNs now."""
+        if not self._tried:
+            return
+        bad = torch.stack(self._bad).sum() > 0
+        for _, gradient in local_shards(self._model, gradients=True):
+            spoil(gradient, bad.to(gradient.device), float("nan"))
+        if self._steps and self._drift.due(self._steps - 1):
+            named = [(name, local.to(self.device)) for name, local in local_shards(self._model)]
+            self._drift.compare(self._steps - 1, [local for _, local in named], lambda: named)
+        self._complete = True
+
+    def _report(self, name: str) -> None:
+        super()._report(name or "the root module")
+
+    @property
+    def device(self) -> torch.device:
+        """Where gradients are averaged."""
+        return mesh_device(self._model)
+
+    def _exchanger(self, name: str, index: int, gradient: Tensor) -> Exchanger:
+        if name not in self._exchangers:
+            place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # a shape alone
+            if name in self._loose and len(self._loose[name]) != len(gradient):
+                raise RuntimeError(
+                    f"the error of {name or 'the root module'} that was loaded has {len(self._loose[name])} "
+                    f"coordinates, and its gradient {len(gradient)}: is it another model, or sharded otherwise?"
+                )
+            self._seeds[name] = seed = mix(self._rules.seed, index, self._shard[0])  # replicas have the same
+            self._sizes[name] = gradient.numel() * gradient.element_size()
+            rules = replace(self._rules, seed=seed)
+            self._exchangers[name] = Exchanger(Section([place], self._loose, gradient.device), rules, self._allocation)
+        if self._exchangers[name].section.n != len(gradient):
+            raise RuntimeError(
+                f"{name or 'the model'} came with {len(gradient)} coordinates, and with "
+                f"{self._exchangers[name].section.n} before: parameters were frozen or unfrozen, or had no gradient"
+            )
+        return self._exchangers[name]
+
+    @property
+    def uncompressed(self) -> Bytes:
+        """What this worker would have moved in as many exchanges without compression: a ring all-reduce each time.
+
+        Modules count from the first backward pass on that this hook has seen.
+        """
+        exchanges = self.steps + self.skipped
+        return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
+
+    @torch.no_grad()
+    def memory(self) -> dict[str, Tensor]:
+        """Return this worker's e^(i) by module, float[n], with its share of what the exchange holds back.
+
+        In a backward pass it is that of the step before.
+        """
+        self._settle()
+        found, size = dict(self._loose), self.channel.group.size
+        return found | {name: exchanger.error(size) for name, exchanger in self._exchangers.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state, tensors and plain types; each worker has its own."""
+        return {
+            "identity": self._identity(),
+            "steps": self.steps,
+            "skips": self._skips.state_dict(),
+            "pending": self.memory(),
+            "allocation": self._allocation.state_dict(),
+            "ledger": self.ledger.state_dict(),
+        }
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
+        if "identity" not in state:
+            raise ValueError("the state has no identity; was it saved by a hook?")
+        saved, mine = state["identity"], self._identity()
+        for what in ("replicas", "shards"):
+            if saved.get(what) != mine[what]:
+                raise ValueError(
+                    f"the state was saved with {saved.get(what)} {what}, and there are {mine[what]}: an FSDP hook's "
+                    f"error memories go back to as many workers as they came from; otherwise leave the state out, and "
+                    f"the hook begins with empty ones"
+                )
+        check_identity(saved, mine)
+        for name, exchanger in self._exchangers.items():
+            error = exchanger.section.error
+            check_shape(f"the error of {name or 'the root module'}", state["pending"].get(name), error.shape)
+        names = {name for name, _ in sharded_modules(self._model)}
+        if unknown := sorted(state["pending"].keys() - names):
+            raise ValueError(f"the state has an error of {unknown[0]}, which is no sharded module of this model")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        self.check_state_dict(state)
+        self._settle(broken_off=True)
+        self._exchangers, self._seeds, self._seen = {}, {}, set()
+        self._loose = {name: error.to(self.device, copy=True) for name, error in state["pending"].items()}
+        self._steps = state["steps"]
+        self._skips.load_state_dict(state["skips"])
+        self._allocation.load_state_dict(state["allocation"], self.device)
+        self.ledger.load_state_dict(state["ledger"])
+
+    def _identity(self) -> dict[str, int]:
+        """What must be the same where a state is loaded as where it was saved."""
+        group, (shard, shards) = self.channel.group, self._shard
+        found = {"seed": self._rules.seed, "replica": group.rank, "replicas": group.size}
+        return found | {"shard": shard, "shards": shards}
+
+
+def register_fsdp_hook(
+    model: nn.Module,
+    replicas: ProcessGroup,
+    compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
+    *,
+    noise: float | Callable[[int], float] = 0.0,
+    error_feedback: bool = True,
+    start_step: int = 0,
+    seed: int = 0,
+    exchange: str = "direct",
+    back: Compressor | None = None,
+    monitor_every: int = 0,
+    max_skipped: int | None = 20,
+    compare_every: int = 100,
+) -> FSDPHook:
+    """Average the gradients of a model that `fully_shard` shards over its replicas, compressed; collective.
+
+    Args:
+        model: sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, that of one machine, say.
+        replicas: the workers with the same shard on other machines: mesh["replicate"].get_group() of a mesh of two.
+        compressor: C for the flat shards of all modules; or a function of the step that gives it. Each module's is one
+            message; TopK and AdaptiveTopK choose among the coordinates of them all, as behind DDP's buckets.
+        noise, error_feedback, start_step, seed, exchange, back, monitor_every, compare_every: as in
+            `register_ddp_hook`; parameters are compared at the end of a backward pass.
+        max_skipped: as in `register_ddp_hook`, counted by each shard for itself.
+
+    Replicas start from rank 0's parameters: they take them here, or, if the model is on the meta device still, in the
+    first forward pass that records gradients; what is loaded into the model after that stays.
+
+    Where a gradient, or the mean, is not finite in any module of a backward pass, the pass is not taken: error
+    memories, noise and step count stay as they were, and after it all gradients are NaN on all replicas of the shard.
+    Other shards are not told: clip gradients by their norm, which goes over shards, or use a GradScaler on top, and
+    all skip the step, but where a shard knew nothing its error memory has taken part. `hook.protect(optimizer)` keeps
+    an optimizer without a scaler from the NaNs. Every sharded module must take part in every backward pass that
+    exchanges. Raises ValueError or TypeError for what is bad.
+    """
+    modules = sharded_modules(model)
+    if not modules:
+        raise TypeError(f"model must have been sharded by fully_shard, got {type(model).__name__}")
+    rules = Rules(
+        compressor,
+        exchange,
+        back,
+        "bucket",
+        error_feedback,
+        start_step,
+        seed=as_seed(seed),
+        max_skipped=max_skipped,
+        compare_every=compare_every,
+    )
+    monitor, shard = Every(monitor_every), shard_of(model)
+    first = rules.at(start_step)
+    if isinstance(first, LowRank) or getattr(first, "per_tensor", False):
+        raise ValueError(
+            f"compressor must act on flat shards, in which tensors are cut, and {first!r} needs whole ones"
+        )
+    channel = Channel(resolve(replicas), Ledger())
+    hook = FSDPHook(model, channel, rules, noise, shard, monitor)
+    same: dict[str, object] = {"rules": rules, "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
+    same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
+    check_agreement(channel, same, hook.device)
+    choose(first, exchange, d=padded_size(model), dense=1, workers=channel.group.size, back=back)
+    _start(model, hook)
+    for index, (name, module) in enumerate(modules):
+        if hasattr(module, "set_reduce_scatter_unused_params"):  # so that a shard has one layout, whatever took part
+            module.set_reduce_scatter_unused_params(True)
+        module.set_all_reduce_hook(partial(hook.take, name, index))
+    return hook
+
+
+def _start(model: nn.Module, hook: FSDPHook) -> None:
+    """Have replicas start alike: at once, or, where there are no weights yet, in the first forward pass for training.
+
+    Before FSDP's own hook, so that parameters are shards.
+    """
+    if not any(local.is_meta for _, local in local_shards(model)):
+        hook.start()
+        return
+
+    def on_forward(*_: Any) -> None:
+        if not torch.is_grad_enabled() or any(local.is_meta for _, local in local_shards(model)):
+            return  # one replica may evaluate alone; and FSDP has something to say of weights that are still missing
+        for handle in handles:
+            handle.remove()
+        hook.start()
+
+    called = {id(module): module for module in (model, *(module for _, module in sharded_modules(model)))}
+    handles = [module.register_forward_pre_hook(on_forward, prepend=True) for module in called.values()]

@@ -1,0 +1,245 @@
+"""Parameters as one flat vector x, float[d], of which a part is compressed and the rest goes dense.
+
+The parameters are made views of x, so that an update of k coordinates costs O(k), and an anchor or an error memory is
+one tensor, however many layers the network has. `Place` is a parameter's place in the vector; a saved state is checked
+against the layout, and copied into it, here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stretch of the flat vector whose parameters belong to one parameter group (so have one learning rate)."""
+
+    group: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A flat vector, float[d], and its views shaped as the parameters, in the user's order."""
+
+    flat: Tensor
+    views: list[Tensor]
+
+
+class FlatParameters:
+    """The flat vector x and the place of every parameter in it: compressed tensors first, dense ones after.
+
+    `groups` are the optimizer's parameter groups. A tensor goes dense if it has fewer than `dense_below`
+    elements or fewer than two dimensions (biases, norms); `dense_below=0` compresses everything. Raises
+    ValueError for parameters that are not floating point, or differ in dtype or device, or share memory.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], dense_below: int) -> None:
+        check_dense_below(dense_below)
+        self.parameters: list[Tensor] = [p for g in groups for p in g["params"]]
+        names = [n for g in groups for n in g.get("param_names", [])]
+        self.names = names or [f"parameter {i}" for i in range(len(self.parameters))]
+        self._check()
+        owner = [i for i, g in enumerate(groups) for _ in g["params"]]
+        self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
+        dense = [goes_dense(p, dense_below) for p in self.parameters]
+        order = sorted(range(len(self.parameters)), key=lambda i: dense[i])  # stable: compressed, then dense
+        self._offsets = [0] * len(self.parameters)
+        self.runs: list[Run] = []  # contiguous, in flat order
+        self.d = 0
+        for i in order:
+            self._offsets[i] = self.d
+            stop = self.d + self.parameters[i].numel()
+            if self.runs and self.runs[-1].group == owner[i]:
+                self.runs[-1] = Run(owner[i], self.runs[-1].start, stop)
+            else:
+                self.runs.append(Run(owner[i], self.d, stop))
+            self.d = stop
+        self.compressed = [i for i in order if not dense[i]]  # parameters, in flat order
+        self.compressed_d = sum(self.parameters[i].numel() for i in self.compressed)
+        self._flatten()
+
+    def _check(self) -> None:
+        seen: dict[int, str] = {}
+        first = self.parameters[0]
+        for name, p in zip(self.names, self.parameters, strict=True):
+            if not p.is_floating_point():
+                raise ValueError(f"params must be floating point, but {name} is {p.dtype}")
+            if (p.dtype, p.device) != (first.dtype, first.device):
+                raise ValueError(
+                    f"params must share one dtype and device, but {self.names[0]} is {first.dtype} on "
+                    f"{first.device} and {name} is {p.dtype} on {p.device}"
+                )
+            if p.numel() and seen.setdefault(p.data_ptr(), name) != name:
+                raise ValueError(f"params must not share memory, but {seen[p.data_ptr()]} and {name} do")
+
+    def _flatten(self) -> None:
+        """Move every parameter into one new tensor, keeping its memory format (channels_last, say)."""
+        first = self.parameters[0]
+        self._strides = [dense_strides(p) for p in self.parameters]
+        self.x = torch.empty(self.d, dtype=first.dtype, device=first.device)
+        for p, view in zip(self.parameters, self.views(self.x), strict=True):
+            view.copy_(p.data)
+            p.data = view
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Return views of a flat vector, float[d], shaped as the parameters, in the user's order."""
+        return [
+            flat.as_strided(p.shape, stride, flat.storage_offset() + offset)
+            for p, stride, offset in zip(self.parameters, self._strides, self._offsets, strict=True)
+        ]
+
+    def shaped(self, flat: Tensor) -> Shaped:
+        """Return a flat vector, float[d], with its views."""
+        return Shaped(flat, self.views(flat))
+
+    def zeros(self) -> Shaped:
+        """Return a vector of zeros, float[d], in at least single precision."""
+        dtype = torch.promote_types(self.x.dtype, torch.float32)
+        return self.shaped(torch.zeros(self.d, dtype=dtype, device=self.x.device))
+
+    def kinds(self) -> dict[str, str]:
+        """Describe the parameters, in the user's order."""
+        each = zip(self.names, self.parameters, strict=True)
+        return {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(each)}
+
+    def named(self, vectors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """Return the parts of some flat vectors, float[d], as "VECTOR of PARAMETER", or the parameter's name alone."""
+        return [
+            (f"{kind} of {name}" if kind else name, view)
+            for kind, vector in vectors.items()
+            for name, view in zip(self.names, self.views(vector), strict=True)
+        ]
+
+    def in_order(self, flat: Tensor) -> Tensor:
+        """Return a flat vector rearranged in the user's order, as torch's parameters_to_vector has it."""
+        return torch.cat([view.reshape(-1) for view in self.views(flat)])
+
+    def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
+        """Let work(x) change x in place, in at least single precision; frozen parameters stay where they are.
+
+        Returns what rounding to x's own precision lost, float[d], or None if that is at least single.
+        """
+        frozen = [(view, view.clone()) for view in self.frozen(self.x)]
+        exact = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
+        work(exact)
+        lost = None if exact is self.x else self.x.copy_(exact) - exact
+        for view, before in frozen:
+            view.copy_(before)
+        return lost
+
+    @property
+    def has_frozen(self) -> bool:
+        """Whether a parameter has been frozen since construction."""
+        return not all(p.requires_grad for p in self.parameters)
+
+    def frozen(self, flat: Tensor) -> list[Tensor]:
+        """Return the views of the parameters that have been frozen since construction."""
+        if not self.has_frozen:
+            return []
+        return [view for p, view in zip(self.parameters, self.views(flat), strict=True) if not p.requires_grad]
+
+    def check_attached(self) -> None:
+        """Raise RuntimeError if a parameter no longer lives in x (moved or replaced after construction)."""
+        base, size = self.x.data_ptr(), self.x.element_size()
+        for name, p, offset in zip(self.names, self.parameters, self._offsets, strict=True):
+            if p.numel() and p.data_ptr() != base + offset * size:
+                raise RuntimeError(
+                    f"{name} was moved or replaced after the optimizer was made (by model.to(), or another "
+                    f"CompressedSGD?); make the optimizer last"
+                )
+
+
+def check_dense_below(dense_below: int) -> None:
+    """Raise ValueError unless it is a number of elements."""
+    if dense_below < 0:
+        raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
+
+
+def goes_dense(p: Tensor, dense_below: int) -> bool:
+    """Whether a tensor is a vector or small, and so not compressed; never if `dense_below` is 0."""
+    return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
+
+
+def dense_strides(p: Tensor) -> tuple[int, ...]:
+    """Return p's own strides if they fill its numel without gaps, else those of a contiguous tensor."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+    if p.numel() and extent == p.numel():
+        return p.stride()
+    return torch.empty(p.shape, device="meta").stride()
+
+
+def parameter_ids(state_dict: Mapping[str, Any]) -> list[Any]:
+    """Return the keys by which a state dict refers to the parameters, in order (integers, or names in torch's DCP)."""
+    return [key for group in state_dict["param_groups"] for key in group["params"]]
+
+
+def check_fits(
+    state_dict: Mapping[str, Any],
+    flat: FlatParameters,
+    vectors: Mapping[str, Tensor],
+    identity: Mapping[str, int | str],
+) -> None:
+    """Raise ValueError unless a state dict fits these parameters, flat vectors and values that every group repeats."""
+    for group in state_dict["param_groups"]:
+        check_identity(group, identity)
+        for name in ("step", "anchor_step"):
+            if not isinstance(group.get(name), int):
+                raise ValueError(f"the state has no {name} in its parameter groups; was it saved by CompressedSGD?")
+    ids = parameter_ids(state_dict)
+    if len(ids) != len(flat.parameters):
+        raise ValueError(f"the state is of {len(ids)} parameters, and there are {len(flat.parameters)}")
+    for name in vectors:
+        for key, p, label in zip(ids, flat.parameters, flat.names, strict=True):
+            check_shape(f'state "{name}" of {label}', state_dict["state"].get(key, {}).get(name), p.shape)
+
+
+def check_identity(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the first that differs, unless what was saved has these values."""
+    for name, expected in identity.items():
+        if saved.get(name) != expected:
+            raise ValueError(f"{name} is {expected} here, but the state was saved with {name} {saved.get(name)}")
+
+
+def check_shape(what: str, found: Tensor | None, shape: torch.Size) -> None:
+    """Raise ValueError unless a tensor is there and has this shape."""
+    if found is None or found.shape != shape:
+        have = "nothing" if found is None else f"shape {tuple(found.shape)}"
+        raise ValueError(f"{what} must have shape {tuple(shape)}, found {have}")
+
+
+def fill(state_dict: Mapping[str, Any], flat: FlatParameters, vectors: Mapping[str, Tensor]) -> None:
+    """Copy a state dict's tensors into the flat vectors, in their own precision."""
+    ids = parameter_ids(state_dict)
+    for name, vector in vectors.items():
+        for key, view in zip(ids, flat.views(vector), strict=True):
+            view.copy_(state_dict["state"][key][name])
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter and where it lies in the vector of all of them: compressed tensors first, dense ones after."""
+
+    name: str
+    parameter: Tensor
+    dense: bool
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Its coordinates."""
+        return self.parameter.numel()
+
+
+def places(named: Iterable[tuple[str, Tensor]], dense_below: int) -> list[Place]:
+    """Return every parameter's place, in the order of the vector, which is that of `CompressedSGD`'s."""
+    check_dense_below(dense_below)
+    found, start = [], 0
+    for name, p in sorted(named, key=lambda item: goes_dense(item[1], dense_below)):  # stable
+        found.append(Place(name, p, goes_dense(p, dense_below), start))
+        start += p.numel()
+    return found

@@ -1,0 +1,107 @@
+"""The artificial noise xi_t of Algorithm 1, line 9, and schedules for its standard deviation r.
+
+r is the standard deviation of each coordinate (as in the paper's Figure 2), so ||xi_t|| is about r sqrt(d).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.counter_rng import Keys, add_gaussians, keys
+from packsaddle.numerics.seeds import Stream
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """r is `std` until step `start`, then falls linearly to `final` at step `stop` and stays there.
+
+    The paper lowers its noise late in Figure 2 so that the gradient converges.
+    """
+
+    std: float
+    start: int
+    stop: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("std", "final"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} of Ramp must be finite and not negative, got {value}")
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"Ramp needs 0 <= start <= stop, got start={self.start}, stop={self.stop}")
+
+    def __call__(self, step: int) -> float:
+        if step < self.start:
+            return self.std
+        if step >= self.stop:
+            return self.final
+        return self.std + (self.final - self.std) * (step - self.start) / (self.stop - self.start)
+
+    def squares(self, steps: int) -> float:
+        """Return the sum of r^2 over steps 0 ... steps - 1."""
+        before, width = min(self.start, steps), self.stop - self.start
+        n = min(self.stop, steps) - before  # steps on which it falls; of k = 0 ... n - 1
+        fall = (self.final - self.std) / max(1, width)
+        falling = n * self.std**2 + self.std * fall * n * (n - 1) + fall**2 * (n - 1) * n * (2 * n - 1) / 6
+        return before * self.std**2 + falling + (steps - before - n) * self.final**2
+
+
+class Rescheduled:
+    """A schedule that may be replaced by another on the way: where the steps of an epoch change, say."""
+
+    def __init__(self, ramp: Ramp) -> None:
+        self.ramp = ramp
+
+    def __call__(self, step: int) -> float:
+        return self.ramp(step)
+
+    def __repr__(self) -> str:
+        return repr(self.ramp)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """xi_t, float[d], the same on every worker; a stretch of it can be added to a vector without making the rest."""
+
+    std: float
+    key: Keys
+
+    def add_to(self, out: Tensor, alpha: float = 1.0, start: int = 0) -> None:
+        """Add alpha times the coordinates `start`, start + 1, ... of xi_t to out, float[n], in place."""
+        add_gaussians(out, alpha * self.std, self.key, start)
+
+
+class Perturbation:
+    """Shared Gaussian noise: xi_t is the same on every worker, a pure function of (seed, t).
+
+    `noise` is r, or a function of the step that gives r. Raises ValueError if r is negative or not finite.
+    """
+
+    def __init__(self, noise: float | Callable[[int], float]) -> None:
+        self._noise = noise
+        self.std(0)
+
+    def std(self, step: int) -> float:
+        """Return r at a step."""
+        r = float(self._noise(step)) if callable(self._noise) else float(self._noise)
+        if not (math.isfinite(r) and r >= 0):
+            raise ValueError(f"noise must be finite and not negative, got {r} at step {step}")
+        return r
+
+    def at(self, *, seed: int, step: int) -> Noise | None:
+        """Return xi_t, or None when r is 0."""
+        r = self.std(step)
+        return Noise(r, keys(seed, step, Stream.NOISE)) if r else None
+
+    def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor | None:
+        """Return xi_t as a vector like `like`, float[d], or None when r is 0."""
+        noise = self.at(seed=seed, step=step)
+        if noise is None:
+            return None
+        xi = torch.zeros_like(like)
+        noise.add_to(xi)
+        return xi

@@ -1,0 +1,155 @@
+"""Steps that are skipped on all workers because they would bring an Inf or NaN into x or an error memory; the
+counts."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.aggregators import Averaged
+from packsaddle.comm.communicator import Channel
+from packsaddle.errors import GuardError
+from packsaddle.messages import numbered
+from packsaddle.numerics.finite import is_usable, spoil
+
+_log = logging.getLogger("packsaddle")
+
+
+class NonFiniteError(GuardError):
+    """Too many steps in a row had a gradient that is not finite. What was there before the first of them still is."""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A step that was not taken."""
+
+    step: int  # t, which the next step has again
+    workers: tuple[int, ...]  # whose gradients were not finite, as far as is known here
+    parameter: str  # the first whose gradient was not, on the first of them
+
+    def __str__(self) -> str:
+        where = f" on {numbered('worker', self.workers)}" if self.workers else ""
+        return f"step {self.step}: {self.parameter} is not finite{where}"
+
+
+class Skips:
+    """The steps that this worker knows of, at most `most` in a row; None: any number. Raises ValueError if negative."""
+
+    def __init__(self, most: int | None, rank: int) -> None:
+        if most is not None and most < 0:
+            raise ValueError(f"max_skipped must be 0 or more steps, or None, got {most}")
+        self.most, self._rank = most, rank
+        self.list: list[Skip] = []  # since it was made or loaded
+        self.count = self.in_a_row = 0
+
+    def enter(self, skip: Skip) -> None:
+        """Count a step, and log it on the first of the workers that it is due to; in a row, the 1st, 2nd, 4th, ..."""
+        self.list.append(skip)
+        self.count += 1
+        self.in_a_row += 1
+        is_mine = skip.workers[:1] == (self._rank,) or (not skip.workers and self._rank == 0)
+        if is_mine and self.in_a_row & (self.in_a_row - 1) == 0:
+            row = f" ({self.in_a_row} in a row)" if self.in_a_row > 1 else ""
+            _log.warning("%s; the step is left out%s", skip, row)
+
+    def took(self) -> None:
+        """Know that a step was taken."""
+        self.in_a_row = 0
+
+    def check(self, in_a_row: int) -> None:
+        """Raise NonFiniteError if that is too many; the last is the one to be named."""
+        if self.most is not None and in_a_row > self.most:
+            raise NonFiniteError(
+                f"{self.list[-1]}: {in_a_row} in a row could not be taken, and max_skipped={self.most}; parameters, "
+                f"error memories and step count are as before. Is the learning rate too high, or the data bad?"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts."""
+        return {"skipped": self.count, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the counts."""
+        self.count, self.in_a_row, self.list = state.get("skipped", 0), state.get("in_a_row", 0), []
+
+
+class Source(Protocol):
+    """What gradients come from."""
+
+    def first_bad(self) -> str | None:
+        """Return the name of the first parameter whose gradient cannot be used."""
+
+
+class Guard:
+    """Leaves steps out, at most `most` in a row; None leaves none out and looks at nothing.
+
+    A worker that cannot use its gradient sends zeros, and NaNs in the dense part, whose mean then tells all of them: no
+    collective, and no byte, that is not there anyway. Only where nothing goes dense is there a number for it. Finite
+    vectors may have a mean that is not, or one that x cannot take: all workers see that alike.
+    Raises ValueError if `most` is negative.
+    """
+
+    def __init__(self, most: int | None, channel: Channel) -> None:
+        self.skips, self._channel = Skips(most, channel.group.rank), channel
+        self.overflowed = False  # a GradScaler has found an Inf in this worker's gradient
+        self.x_is_large = False  # it has moved by what might have been too much
+        self._bad = torch.tensor(False)  # whether this worker could not use its gradient in the step that is tried
+
+    def passes(self, source: Source, step: int) -> bool:
+        """Whether this worker's gradient is finite, in a step without an exchange; else the step is left out here."""
+        if self.skips.most is None:
+            return True
+        name = source.first_bad()
+        if name is None and not self.overflowed:
+            self.skips.took()
+            return True
+        self.skips.enter(Skip(step, (self._channel.group.rank,), name or "what a GradScaler has unscaled"))
+        return False
+
+    def inspect(self, vector: Tensor, norm: Tensor | None, *, blank: bool) -> None:
+        """Look at what this worker is to send, float[d]; if it is of no use, make it zeros where `blank`.
+
+        `norm` is at least the norm of it, but for noise and decay, if that is known: one that is finite says that the
+        vector can be used (its square is finite too), unless x was seen to be so large that its decay might not be.
+        """
+        if self.skips.most is None:
+            return
+        late = self.skips.in_a_row > self.skips.most
+        known = norm is not None and not self.x_is_large and bool(norm.isfinite())
+        bad = torch.tensor(False) if known else ~is_usable(vector)
+        # Steps without an exchange were left out here alone; now the others can hear of it.
+        self._bad = torch.ones_like(bad) if self.overflowed or late else bad
+        if blank:
+            spoil(vector, self._bad, 0.0)
+
+    def mark(self, dense: Tensor) -> Tensor:
+        """Return the dense part, float[n], as it is to be averaged: NaNs say that the step cannot be taken.
+
+        It is changed in place, as `inspect` has changed what it is a part of.
+        """
+        if self.skips.most is None:
+            return dense
+        marked = dense if len(dense) else dense.new_zeros(1)
+        spoil(marked, self._bad, float("nan"))
+        return marked
+
+    def weigh(self, g: Averaged) -> float:
+        """Return about the largest magnitude of an outcome, whose dense part is the mean of what `mark` returned.
+
+        Not finite if a worker's vector was not, or the mean is not; the same on all workers.
+        """
+        return 0.0 if self.skips.most is None else float(g.magnitude())
+
+    def leave_out(self, source: Source, step: int) -> None:
+        """Enter a step that all leave out; collective. Raises NonFiniteError if there were too many in a row."""
+        name = (source.first_bad() or "the sum of what was left and the gradient") if self._bad else ""
+        text, row = torch.tensor(list(name.encode()), dtype=torch.uint8), torch.tensor([self.skips.in_a_row + 1])
+        parts = {"name": text.to(self._bad.device), "row": row.to(self._bad.device)}
+        gathered = self._channel.gather(parts, fixed_size=False, purpose="guard")
+        names = [bytes(p["name"].tolist()).decode() for p in gathered]
+        workers = tuple(worker for worker, found in enumerate(names) if found)
+        self.skips.enter(Skip(step, workers, names[workers[0]] if workers else "a mean of finite gradients"))
+        self.skips.check(max(int(p["row"]) for p in gathered))

@@ -1,0 +1,216 @@
+"""Contenders made ready to train: packsaddle's optimizer, or torch's DistributedDataParallel with its own hooks.
+
+The peers are torch.distributed's, so this module imports it, as otherwise only `packsaddle.comm` and
+`packsaddle.optim.ddp` do.
+"""
+
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.algorithms.ddp_comm_hooks.quantization_hooks import quantization_pertensor_hook
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.nn.parallel import DistributedDataParallel
+
+from packsaddle.comm.communicator import ring_all_gather, ring_all_reduce
+from packsaddle.comm.ledger import Bytes
+from packsaddle.experiments.tasks.models import Task
+from packsaddle.optim.ddp import register_ddp_hook
+from packsaddle.optim.sgd import CompressedSGD
+from packsaddle.performance.bench.contenders import ALONE, DENSE, Contender
+from packsaddle.performance.bench.workload import Batch
+
+# DDP makes its buckets anew after the first step, so torch's hook lets no error feedback begin before the third.
+_POWERSGD_FROM = 2
+# These hooks start their second collective when their first is done. With several buckets gloo's workers may come to
+# do so in different orders, and abort; one bucket for all gradients avoids it.
+_CHAINED = ("powersgd-N", "ddp-uint8")
+_ONE_BUCKET = 1e6  # MiB
+
+
+class CannotRunError(RuntimeError):
+    """A peer does not work on this backend; the message is torch's own, and the same on every worker."""
+
+
+@dataclass
+class Racer:
+    """A contender ready to train. Making one is collective, and so is `step`."""
+
+    task: Task
+    forward: nn.Module  # called with a batch, gives its mean loss
+    optimizer: torch.optim.Optimizer
+    moved: Callable[[int], Bytes]  # bytes of this worker in its first so many steps: counted (ours), or arithmetic
+    steps: int = 0
+
+    def step(self, batch: Batch) -> None:
+        """Forward, backward, exchange, update."""
+        self.optimizer.zero_grad()
+        self.forward(*batch).backward()
+        self.optimizer.step()
+        self.steps += 1
+
+
+def enter(contender: Contender, task: Task) -> Racer:
+    """Make a contender ready to train `task`; collective. Raises CannotRunError if torch says it cannot."""
+    if contender.hook:
+        return _hooked(contender, task)
+    if contender.compressor is not None:
+        ours = CompressedSGD(
+            task.parameters(),
+            contender.lr,
+            compressor=contender.compressor,
+            noise=contender.noise,
+            momentum=contender.momentum,
+            memory=contender.memory,
+            local_steps=contender.local_steps,
+        )
+        start = ours.ledger.total  # the parameters of rank 0
+        return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start))
+    sgd = torch.optim.SGD(task.parameters(), contender.lr)
+    if contender.peer == ALONE:
+        return Racer(task, task, sgd, lambda _: Bytes())
+    model = _wrapped(task, _ONE_BUCKET if contender.peer in _CHAINED else None)
+    try:
+        return _MAKERS[contender.peer](contender, task, model, sgd)
+    except TypeError as error:
+        raise CannotRunError(_first_line(error)) from None
+
+
+def _wrapped(task: Task, bucket: float | None) -> DistributedDataParallel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch has two arguments for this one
+        # Batch statistics stay each worker's own, as in packsaddle: DDP would send them in every forward pass.
+        return DistributedDataParallel(task, broadcast_buffers=False, bucket_cap_mb=bucket)
+
+
+def _hooked(contender: Contender, task: Task) -> Racer:
+    """packsaddle's hook behind DistributedDataParallel, with torch's SGD."""
+    assert contender.compressor is not None
+    assert contender.hook is not None
+    sgd, model = torch.optim.SGD(task.parameters(), contender.lr), _wrapped(task, None)
+    hook = register_ddp_hook(model, contender.compressor, noise=contender.noise, scope=contender.hook)
+    start = hook.ledger.total
+    return Racer(task, model, sgd, lambda _: _since(hook.ledger.total, start))
+
+
+def probe(racer: Racer, contender: Contender, batch: Batch) -> None:
+    """Take one step with a contender that may not work here. Raises CannotRunError, on every worker alike."""
+    try:
+        racer.step(batch)
+    except (IndexError, RuntimeError, ValueError) as error:
+        if contender.peer != "ddp-uint8":  # it fails after a collective that every worker has completed
+            raise
+        raise CannotRunError(_first_line(error)) from None
+
+
+def _first_line(error: Exception) -> str:
+    """What torch says, without its wrapping of errors in callbacks."""
+    return re.sub(r"^(Got the following error when running the callback: (\w+: )?)+", "", str(error)).splitlines()[0]
+
+
+def _size(task: Task) -> int:
+    return sum(p.numel() for p in task.parameters() if p.requires_grad)
+
+
+def _since(total: Bytes, start: Bytes) -> Bytes:
+    return Bytes(total.payload - start.payload, total.sent - start.sent, total.received - start.received)
+
+
+def _reduced(task: Task, itemsize: int) -> Callable[[int], Bytes]:
+    one = ring_all_reduce(itemsize * _size(task), dist.get_world_size())
+    return lambda steps: Bytes(one.payload * steps, one.sent * steps, one.received * steps)
+
+
+def _dense(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+    return Racer(task, model, sgd, _reduced(task, 4))
+
+
+def _fp16(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+    model.register_comm_hook(None, fp16_compress_hook)
+    return Racer(task, model, sgd, _reduced(task, 2))
+
+
+def _bf16(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+    model.register_comm_hook(None, bf16_compress_hook)
+    return Racer(task, model, sgd, _reduced(task, 2))
+
+
+def _powersgd(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+    state = PowerSGDState(None, contender.number, start_powerSGD_iter=_POWERSGD_FROM)
+    model.register_comm_hook(state, powerSGD_hook)
+    dense = _size(task)
+
+    def moved(steps: int) -> Bytes:
+        numbers = min(steps, _POWERSGD_FROM) * dense + state.total_numel_after_compression
+        return ring_all_reduce(4 * numbers, dist.get_world_size())
+
+    return Racer(task, model, sgd, moved)
+
+
+def _local(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of its own torch.jit.script on import
+        from torch.distributed.optim import PostLocalSGDOptimizer
+    state = PostLocalSGDState(None, None, 0, post_local_gradient_allreduce=False)  # type: ignore[no-untyped-call]
+    model.register_comm_hook(state, post_localSGD_hook)
+    averager = PeriodicModelAverager(contender.number, warmup_steps=0)
+    optimizer = PostLocalSGDOptimizer(sgd, averager)
+    once = _reduced(task, 4)
+    # It averages at the first of every N steps.
+    return Racer(task, model, optimizer, lambda steps: once(-(-steps // contender.number)))
+
+
+def _torch_uint8(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+    model.register_comm_hook(None, quantization_pertensor_hook)
+    return _quantised(task, model, sgd)
+
+
+def _own_uint8(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+    model.register_comm_hook(None, uint8_hook)
+    return _quantised(task, model, sgd)
+
+
+def _quantised(task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+    d, workers = _size(task), dist.get_world_size()
+    return Racer(task, model, sgd, lambda steps: ring_all_gather(d * steps, workers))
+
+
+def uint8_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+    """What torch's quantization_pertensor_hook means to do, working on gloo: each bucket as uint8 levels between its
+    smallest and largest value, all-gathered; the mean of all workers' is what they apply. No error feedback."""
+    v: Tensor = bucket.buffer()
+    low = v.min()
+    width = ((v.max() - low) / 255).clamp_min(torch.finfo(v.dtype).tiny)
+    levels = ((v - low) / width).round_().to(torch.uint8)
+    wire = torch.cat([torch.stack([low, width]).view(torch.uint8), levels])
+    gathered = [torch.empty_like(wire) for _ in range(dist.get_world_size())]
+    work = dist.all_gather(gathered, wire, async_op=True)
+    assert work is not None
+
+    def mean(_: torch.futures.Future[list[Tensor]]) -> Tensor:
+        v.zero_()
+        for message in gathered:
+            low, width = message[:8].view(torch.float32)
+            v.add_(message[8:].to(v.dtype).mul_(width).add_(low), alpha=1 / len(gathered))
+        return v
+
+    future: torch.futures.Future[Tensor] = work.get_future().then(mean)
+    return future
+
+
+_MAKERS: dict[str, Callable[[Contender, Task, DistributedDataParallel, torch.optim.SGD], Racer]] = {
+    DENSE: _dense,
+    "ddp-fp16": _fp16,
+    "ddp-bf16": _bf16,
+    "ddp-uint8": _torch_uint8,
+    "own-uint8": _own_uint8,
+    "powersgd-N": _powersgd,
+    "local-sgd-N": _local,
+}

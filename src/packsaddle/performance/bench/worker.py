@@ -1,0 +1,24 @@
+"""One host's part of a race, started by torchrun.
+
+python -m packsaddle.performance.bench.worker RACE OUTCOME (JSON files).
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from packsaddle.experiments.schema import build
+from packsaddle.performance.bench.race import Race, in_process_group
+
+
+def main(race: str, outcome: str) -> None:
+    """Read the race, run it, and, as rank 0, write its outcome."""
+    found = in_process_group(build(Race, json.loads(Path(race).read_text())))
+    if os.environ["RANK"] == "0":
+        Path(outcome).write_text(json.dumps(asdict(found)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,74 @@
+"""What the training benchmarks train: a network of the paper, and batches of real images or of synthetic ones."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from packsaddle.experiments.config import DataConfig, ModelConfig
+from packsaddle.experiments.tasks.images import Images, load_images
+from packsaddle.experiments.tasks.models import Task, make_task
+from packsaddle.experiments.tasks.sharding import Batches, shard
+
+Network = Literal["mnist-autoencoder", "resnet18"]
+Batch = tuple[Tensor, Tensor]  # float32[b, channels, height, width] in [0, 1], int64[b]
+
+_SHAPES: dict[str, tuple[int, int, int]] = {"mnist-autoencoder": (1, 28, 28), "resnet18": (3, 32, 32)}
+_SYNTHETIC = 2048
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network and its data. `batch` is per worker; without `data_dir` the images are synthetic."""
+
+    network: Network
+    batch: int
+    data_dir: str | None = None  # MNIST's, CIFAR-10's, or an image folder's of 32 x 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.network not in get_args(Network):
+            raise ValueError(f"model must be one of {', '.join(get_args(Network))}, got {self.network!r}")
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1 example, got {self.batch}")
+        if self.data_dir is not None and not Path(self.data_dir).is_dir():
+            raise ValueError(f"data-dir must be a folder, got {self.data_dir}")
+
+    def source(self) -> str:
+        """Say where the images come from."""
+        if self.data_dir is None:
+            return "synthetic images"
+        return {"mnist": "MNIST", "cifar10": "CIFAR-10", "folder": "image folder"}[self._dataset()]
+
+    def _dataset(self) -> Literal["mnist", "cifar10", "folder"]:
+        if self.network == "mnist-autoencoder":
+            return "mnist"
+        return "folder" if (Path(self.data_dir or "") / "train").is_dir() else "cifar10"
+
+    def images(self) -> Images:
+        """Return the training images. Raises ConfigError if they cannot be read."""
+        if self.data_dir is not None:
+            return load_images(DataConfig(self._dataset()), Path(self.data_dir), train=True)
+        return _synthetic(_SHAPES[self.network])
+
+    def task(self) -> Task:
+        """Return a new network, the same every time."""
+        return make_task(ModelConfig(self.network), torch.Size(_SHAPES[self.network]), 10, self.seed)
+
+    def batches(self, images: Images, worker: int, workers: int) -> Callable[[int], Batch]:
+        """Return this worker's batch as a function of the step."""
+        mine = shard(images, "iid", worker=worker, workers=workers, seed=self.seed)
+        order = Batches(mine, self.batch, worker=worker, seed=self.seed)
+        return lambda step: images.batch(order[step], torch.device("cpu"))
+
+
+def _synthetic(shape: tuple[int, int, int]) -> Images:
+    """Noisy copies of ten random patterns, one per class: something to learn, of a real dataset's shapes."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.randint(10, (_SYNTHETIC,), generator=rng)
+    patterns = (torch.rand(10, *shape, generator=rng) < 0.2).to(torch.uint8) * 200
+    noise = torch.randint(56, (_SYNTHETIC, *shape), generator=rng, dtype=torch.uint8)
+    return Images(patterns[labels] + noise, labels, 255, 10)

@@ -1,0 +1,221 @@
+"""What the theorems say, with numbers: assumptions, what O-tilde hides, step sizes, steps, first-order plans.
+
+Theorems 3.1 and 3.2 hide constants and logarithms in O-tilde. In their place `Constants.theory` has what Jin et al.
+(JACM 2021, Eq. (8)) prove for uncompressed SGD, and `Constants.practical` what can be derived for one saddle at a time.
+So step sizes, steps, interval, radius, noise and decrease are *orders of magnitude*: they say how a run scales.
+`first_order_plan` alone is proved with its constants.
+"""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from packsaddle.theory.saddle_dynamics import predicted_escape_time
+
+Mode = Literal["practical", "theory"]
+_RANGE = (1e-20, 1e20)  # of every constant of a problem: keeps their products, to the powers needed, within doubles
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What is known of the problem: Assumptions A and B, and C if `lipschitz_gradient` is given."""
+
+    d: int
+    epsilon: float  # an epsilon-SOSP is wanted: ||grad f|| <= epsilon, lambda_min >= -sqrt(rho epsilon)
+    smoothness: float = 1.0  # L, of f
+    hessian_lipschitz: float = 1.0  # rho
+    sigma: float = 1.0  # E||grad F - grad f||^2 <= sigma^2, norms of whole vectors
+    f_max: float = 1.0  # |f(x) - f(y)| at most
+    lipschitz_gradient: float | None = None  # l-tilde of Assumption C; None: it does not hold
+
+    def __post_init__(self) -> None:
+        low, high = _RANGE
+        if not isinstance(self.d, int) or not 1 <= self.d <= 1e15:
+            raise ValueError(f"d must be an integer from 1 to 1e15, got {self.d!r}")
+        if not 0 <= self.sigma <= high:
+            raise ValueError(f"sigma must be from 0 to {high:g}, got {self.sigma}")
+        for name in ("epsilon", "smoothness", "hessian_lipschitz", "f_max", "lipschitz_gradient"):
+            value = getattr(self, name)
+            absent = name == "lipschitz_gradient" and value is None
+            if not absent and not low <= value <= high:
+                raise ValueError(f"{name} must be positive, from {low:g} to {high:g}, got {value}")
+        if self.curvature > self.smoothness:
+            raise ValueError(
+                f"smoothness must be at least sqrt(hessian_lipschitz * epsilon) = {self.curvature:g}, else every "
+                f"epsilon-FOSP is an epsilon-SOSP; got {self.smoothness:g}"
+            )
+
+    @property
+    def curvature(self) -> float:
+        """sqrt(rho epsilon): the negative curvature that must be escaped."""
+        return math.sqrt(self.hessian_lipschitz * self.epsilon)
+
+    @property
+    def noise_ratio(self) -> float:
+        """N of Jin et al., Eq. (8): about alpha sigma^2 / epsilon^2, with alpha = 1 under Assumption C and d else."""
+        relative = (self.sigma / self.epsilon) ** 2
+        if self.lipschitz_gradient is None:
+            return 1 + relative * self.d
+        lipschitz = self.lipschitz_gradient**2 / (self.smoothness * self.curvature)
+        return 1 + min(relative + lipschitz, relative * self.d)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What O-tilde hides: powers of iota, a logarithm, and factors.
+
+    The defaults are Jin et al.'s (2021), (8), of the proof of uncompressed SGD; that Algorithm 1 shares them up to
+    logarithms is an assumption, and the factors of 1 on the compression's terms of eta are a guess. `practical` has no
+    proof and no failure probability, but it can be run.
+    """
+
+    mode: Mode
+    iota: float
+    failure_probability: float | None = None  # delta, that iota is for
+    eta_power: float = 9.0  # eta carries iota^-9
+    gradient_noise_factor: float = 1.0  # of eta's first term
+    first_order_factor: float = 1.0  # of eta's second term
+    second_order_factor: float = 1.0  # of eta's third term
+    noise_power: float = 1.0  # the noise's norm is iota^1 epsilon sqrt(N)
+    interval_power: float = 1.0  # I = iota^1 / (eta sqrt(rho epsilon)), unless `patience` is given
+    patience: float | None = None  # I = patience * the median escape time predicted for curvature -sqrt(rho eps)
+    radius_power: float = 2.0  # R = 2 iota^-2 sqrt(epsilon / rho)
+    radius_factor: float = 2.0
+    decrease_power: float = 5.0  # F = 1 iota^-5 sqrt(epsilon^3 / rho)
+    decrease_factor: float = 1.0
+    escape_factor: float = 100.0  # T = f_max max(100 I / F, 100 / (eta epsilon^2))
+    descent_factor: float = 100.0
+
+    def __post_init__(self) -> None:
+        for f in fields(self)[1:]:
+            value = getattr(self, f.name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{f.name} must be positive and finite, got {value}")
+
+    @classmethod
+    def theory(cls, a: Assumptions, failure_probability: float = 0.1, log_factor: float = 1.0) -> "Constants":
+        """Return iota = log_factor * log(d L f_max N / (rho epsilon delta)).
+
+        The printed argument has units, so its logarithm can be small or negative; below 1 it is replaced by that of
+        d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, which has none, and by 1 at least.
+        `log_factor` is the proof's absolute constant, "sufficiently large" there: 1 is the least that can be hoped for.
+        """
+        if not 0 < failure_probability < 1:
+            raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}")
+        n, delta, descent = a.noise_ratio, failure_probability, a.smoothness * a.f_max
+        logarithm = math.log(a.d * descent * n / (a.hessian_lipschitz * a.epsilon * delta))
+        if logarithm < 1:
+            unitless = a.d * n * max(1.0, descent / a.epsilon**2) * (a.smoothness / a.curvature) / delta
+            logarithm = max(1.0, math.log(unitless))
+        return cls("theory", log_factor * logarithm, failure_probability)
+
+    @classmethod
+    def practical(cls) -> "Constants":
+        """Return iota = 1 and factors for which half of the iterates are epsilon-SOSPs if each saddle is as predicted.
+
+        At most a quarter of the gradients are too large: the first two terms of eta are below `first_order_plan`'s for
+        epsilon / 2 (chi^2 <= 2 epsilon^2 N, so 1 / (64 N) <= epsilon^2 / (32 chi^2)), with which
+        T = 32 f_max / (eta epsilon^2) is proved to do. At most a quarter of the iterates are near saddles: leaving one
+        takes I steps, twice the median time that `theory.saddle_dynamics.predicted_escape_time` gives, and lowers f by
+        F, which is 2/3 sqrt(epsilon^3 / rho) at least at distance R where the Hessian is rho-Lipschitz; so T = 4 f_max
+        I / F. The factor 1 of eta's third term remains a guess.
+        """
+        return cls(
+            "practical",
+            1.0,
+            gradient_noise_factor=1 / 64,
+            first_order_factor=1 / (8 * math.sqrt(2)),
+            patience=2.0,
+            decrease_factor=2 / 3,
+            escape_factor=4.0,
+            descent_factor=32.0,
+        )
+
+
+PRACTICAL = Constants.practical()
+
+
+def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict[str, float]:
+    """Return the three terms of eta in Theorems 3.1 and 3.2, units restored; the step size is the least.
+
+    iota^-9 times 1 / (L N), mu epsilon / (L chi sqrt(1 - mu)) and mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), each with
+    its factor, with D = 1 for a linear compressor and d otherwise, and chi^2 = sigma^2 + ||xi||^2.
+    """
+    chi = math.hypot(a.sigma, noise_norm(a, c))
+    lost = 1 - mu
+    first = mu * a.epsilon / (a.smoothness * chi * math.sqrt(lost)) if lost else math.inf
+    second = mu**2 * a.curvature / (lost * a.smoothness**2 * (1 if linear else a.d)) if lost else math.inf
+    terms = {
+        "gradient noise": c.gradient_noise_factor / (a.smoothness * a.noise_ratio),
+        "first-order": c.first_order_factor * first,
+        "second-order": c.second_order_factor * second,
+    }
+    return {name: term * c.iota**-c.eta_power for name, term in terms.items()}
+
+
+def noise_norm(a: Assumptions, c: Constants) -> float:
+    """Jin et al.'s r, which is about ||xi||."""
+    return float(c.iota**c.noise_power) * a.epsilon * math.sqrt(a.noise_ratio)
+
+
+def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, int]:
+    """Return I and T for a step size."""
+    if c.patience is None:
+        interval = math.ceil(c.iota**c.interval_power / (eta * a.curvature))
+    else:
+        noise = noise_norm(a, c) / math.sqrt(a.d)
+        predicted = predicted_escape_time(eta, a.curvature, noise, radius(a, c))
+        interval = math.ceil(c.patience * max(predicted, 1 / (eta * a.curvature)))  # noise beyond R predicts nothing
+    longest = max(c.escape_factor * interval / decrease(a, c), c.descent_factor / (eta * a.epsilon**2))
+    return interval, math.ceil(a.f_max * longest)
+
+
+def radius(a: Assumptions, c: Constants) -> float:
+    """Return R."""
+    return float(c.radius_factor * c.iota**-c.radius_power) * math.sqrt(a.epsilon / a.hessian_lipschitz)
+
+
+def decrease(a: Assumptions, c: Constants) -> float:
+    """Return F, by which f falls at least in an escape."""
+    return float(c.decrease_factor * c.iota**-c.decrease_power) * math.sqrt(a.epsilon**3 / a.hessian_lipschitz)
+
+
+def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants = PRACTICAL) -> float:
+    """Return the mu at which the third term of eta equals the first (Corollary 3.3), in (0, 1).
+
+    mu^2 / (1 - mu) = q, so about sqrt(q): epsilon^(3/4) / sqrt(alpha) for a linear compressor, sqrt(d) times that
+    for others, where that is small.
+    """
+    half = step_sizes(assumptions, constants, 0.5, linear=linear)  # where mu^2 / (1 - mu) = 1/2
+    q = half["gradient noise"] / (2 * half["second-order"])
+    return 2 / (1 + math.sqrt(1 + 4 / q))  # of the quadratic's roots the positive one, without cancellation
+
+
+@dataclass(frozen=True)
+class FirstOrderPlan:
+    """A step size and steps after which the mean of E||grad f(x_t)||^2 over t is at most epsilon^2."""
+
+    eta: float
+    steps: int
+    bound_by: str  # "smoothness", "error feedback", "gradient noise" or "first-order"
+
+
+def first_order_plan(assumptions: Assumptions, mu: float, *, noise: float = 0.0) -> FirstOrderPlan:
+    """Plan for first-order stationarity alone: proved with these constants, under Assumptions A and B, without resets.
+
+    With chi^2 = sigma^2 + d noise^2, the descent lemma for y_t and E||e_t||^2 (as in Lemma A.5 of the paper) give, for
+    eta <= 1/(4L) and eta <= mu / (4 L sqrt(1 - mu)),
+    mean ||grad f||^2 <= 4 f_max / (eta T) + 2 chi^2 (L eta + 4 L^2 eta^2 (1 - mu) / mu^2):
+    T makes the first half of epsilon^2, the last two bounds on eta a quarter each of the rest. C must act on the
+    workers' mean.
+    """
+    a, smooth, lost = assumptions, assumptions.smoothness, 1 - mu
+    chi = math.hypot(a.sigma, math.sqrt(a.d) * noise)
+    terms = {
+        "smoothness": 1 / (4 * smooth),
+        "error feedback": mu / (4 * smooth * math.sqrt(lost)) if lost else math.inf,
+        "gradient noise": a.epsilon**2 / (8 * smooth * chi**2) if chi else math.inf,
+        "first-order": mu * a.epsilon / (4 * math.sqrt(2 * lost) * smooth * chi) if lost and chi else math.inf,
+    }
+    bound_by = min(terms, key=lambda name: terms[name])
+    return FirstOrderPlan(terms[bound_by], math.ceil(8 * a.f_max / (terms[bound_by] * a.epsilon**2)), bound_by)

@@ -1,0 +1,136 @@
+"""Coupling sequences (section 3.2; Jin et al. 2021): two runs that differ in the sign of the noise along v_1 alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.theory.diagnostics.error_growth import accumulate
+from packsaddle.theory.diagnostics.trajectory import Method, Trajectory, follow
+from packsaddle.theory.problems import Oracle, Problem
+from packsaddle.theory.saddle_dynamics import coupling_std
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Two runs from one point with the same theta_t and compressor randomness and, at `scale` 1, opposite noise
+    along v_1. Gaps are norms of differences between the two."""
+
+    first: Trajectory
+    second: Trajectory
+    direction: Tensor  # v_1, float64[d], of norm 1
+    gamma: float  # -v_1^T H v_1 at x_0
+    along: Tensor  # <v_1, x_t - x'_t>, float64[T + 1], with its sign
+    x_gap: Tensor  # float64[T + 1]
+    y_gap: Tensor  # float64[T + 1]
+    e_gap: Tensor  # float64[T + 1]
+    gradient_gap: Tensor  # ||grad F(x_t, theta_t) - grad F(x'_t, theta_t)||, float64[T]
+    noise_gap: Tensor  # ||xi_t - xi'_t||, float64[T]
+    f: Tensor  # f(x_t), float64[T + 1]
+    f_mirrored: Tensor  # f(x'_t), float64[T + 1]
+    predicted_std: Tensor  # of `along` by `coupling_std`, without compression and for a quadratic, float64[T + 1]
+
+    def growth_rate(self, begin: int, end: int | None = None) -> float:
+        """Return the slope of ln |<v_1, x_t - x'_t>| per step over begin <= t < end, by least squares.
+
+        Raises ValueError if fewer than two points are left or the difference is 0 at one of them.
+        """
+        logs = self.along[begin:end].abs().log()
+        if len(logs) < 2 or not torch.isfinite(logs).all():
+            zeros = int((self.along[begin:end] == 0).sum())
+            raise ValueError(f"growth_rate needs two or more differences, none 0, got {len(logs)} with {zeros} zeros")
+        t = torch.arange(len(logs), dtype=torch.float64)
+        t = t - t.mean()
+        return float(t @ logs / (t @ t))
+
+    def e_gap_bound(self, mu: float) -> Tensor:
+        """Return the bound on E||e_t - e'_t||^2 for linear compressors, float64[T + 1] (section 3.2, Lemma B.17).
+
+        For linear C, e - e' is the error memory of the difference of the two gradients, so Lemma A.5 holds with
+        ||grad F - grad F' + xi - xi'||^2, at most (gradient_gap + noise_gap)^2, in place of ||grad f||^2 + chi^2. It is
+        about means: average both sides over seeds. Other compressors need not obey it.
+        """
+        return accumulate((self.gradient_gap + self.noise_gap).square(), mu)
+
+
+def negative_curvature(problem: Problem, x: Tensor) -> tuple[float, Tensor]:
+    """Return (gamma, v_1): -lambda_min of the Hessian at x, float[d], and its unit eigenvector, float64[d].
+
+    The Hessian is made densely, so for small d. Raises ValueError if no eigenvalue is negative.
+    """
+    eigenvalues, vectors = torch.linalg.eigh(_hessian(problem, x))
+    if not float(eigenvalues[0]) < 0:
+        raise ValueError(f"x must have a direction of negative curvature, its lambda_min is {float(eigenvalues[0])}")
+    return -float(eigenvalues[0]), vectors[:, 0].contiguous()
+
+
+def reflect(xi: Tensor, direction: Tensor, scale: float = 1.0) -> Tensor:
+    """Return xi - 2 scale <v, xi> v, float[d], for a unit vector v; at scale 1 it has the law of xi."""
+    return xi - 2 * scale * (direction @ xi) * direction
+
+
+def couple(
+    oracle: Oracle,
+    method: Method,
+    start: Tensor,
+    *,
+    steps: int,
+    direction: Tensor | None = None,
+    seed: int = 0,
+    scale: float = 1.0,
+) -> Coupling:
+    """Run the coupling sequences from `start`, float[d], for T = `steps`.
+
+    `direction`, float[d], is v_1 up to scale; None is the eigenvector of lambda_min at `start`. The second run's
+    noise is `reflect(xi_t, v_1, scale)`: 1 gives the proof's coupling, in which both runs have the law of
+    Algorithm 1; less, a smaller perturbation of the same shape, to see whether gaps scale with it. Raises ValueError
+    for a direction of the wrong shape or norm zero, at a point without negative curvature if there is no
+    `direction`, and see `follow`.
+    """
+    v = _unit(oracle.problem, start, direction)
+    perturbation = Perturbation(method.noise)
+
+    def correction(t: int) -> Tensor | None:
+        """xi'_t - xi_t, fed in with the gradient: xi_t is a function of (seed, t)."""
+        xi = perturbation.draw(v, seed=seed, step=t)
+        return None if xi is None else reflect(xi, v, scale) - xi
+
+    first = follow(oracle, method, start, steps=steps, seed=seed)
+    second = follow(oracle, method, start, steps=steps, seed=seed, disturbance=correction)
+    gamma = -float(v @ _hessian(oracle.problem, start) @ v)
+    corrections = [correction(t) for t in range(steps)]
+    return Coupling(
+        first,
+        second,
+        direction=v,
+        gamma=gamma,
+        along=(first.x - second.x) @ v,
+        x_gap=_gap(first.x, second.x),
+        y_gap=_gap(first.y, second.y),
+        e_gap=_gap(first.e, second.e),
+        gradient_gap=_gap(first.gradients, second.gradients),
+        noise_gap=torch.tensor([0.0 if c is None else float(c.norm()) for c in corrections], dtype=torch.float64),
+        f=first.objective(),
+        f_mirrored=second.objective(),
+        predicted_std=scale * coupling_std(steps, eta=method.lr, gamma=gamma, noise=method.noise),
+    )
+
+
+def _unit(problem: Problem, start: Tensor, direction: Tensor | None) -> Tensor:
+    if direction is None:
+        return negative_curvature(problem, start)[1]
+    if direction.shape != (problem.d,) or not float(direction.norm()) > 0:
+        raise ValueError(f"direction must be a vector of {problem.d} coordinates, not all 0, got {direction}")
+    v: Tensor = direction.to(torch.float64)
+    return v.div(v.norm())
+
+
+def _hessian(problem: Problem, x: Tensor) -> Tensor:
+    hessian: Tensor = torch.autograd.functional.hessian(problem, x.detach().to(torch.float64))  # type: ignore[no-untyped-call]
+    return hessian
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    gap: Tensor = torch.linalg.vector_norm(a - b, dim=1)
+    return gap

@@ -1,0 +1,117 @@
+"""Trajectories of `CompressedSGD` on a problem: x_t, y_t, e_t and the stochastic gradients, for every t."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.compressors import Compressor, Identity
+from packsaddle.optim.sgd import CompressedSGD
+from packsaddle.optim.stages.escape import Escape
+from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.theory.problems import Oracle
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the optimizer is set up: step size eta, compressor C, and r, the std of each coordinate of xi_t (or a
+    function of the step that gives it). Raises ValueError unless `lr` is positive and finite."""
+
+    lr: float
+    compressor: Compressor = field(default_factory=Identity)
+    noise: float | Callable[[int], float] = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr of Method must be positive and finite, got {self.lr}")
+
+    def chi_squared(self, oracle: Oracle, d: int, step: int) -> float:
+        """Return chi^2 = sigma^2 + E||xi_t||^2 = sigma^2 + d r^2, in the units of a squared gradient."""
+        return oracle.sigma**2 + d * Perturbation(self.noise).std(step) ** 2
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What happened in T steps from x_0, for all t (the same on every worker, `gradients` excepted)."""
+
+    oracle: Oracle
+    method: Method
+    x: Tensor  # float64[T + 1, d]
+    y: Tensor  # float64[T + 1, d], x_t - eta e_t
+    e: Tensor  # float64[T + 1, d], the error memory, the mean over workers
+    gradients: Tensor  # float64[T, d], this worker's grad F(x_t, theta_t), without xi_t
+
+    def objective(self) -> Tensor:
+        """Return f(x_t), float64[T + 1]."""
+        return torch.stack([self.oracle.problem(x) for x in self.x])
+
+
+class Run:
+    """`CompressedSGD` on a problem, a step at a time; its workers are the group it finds itself in (see `simulate`).
+
+    `segment` is (I, R): the escape check of lines 4-8. Raises ValueError if `start` is not a vector of the problem's
+    dimension or the oracle was made for another number of workers, and what `CompressedSGD` raises.
+    """
+
+    def __init__(
+        self, oracle: Oracle, method: Method, start: Tensor, *, seed: int, segment: tuple[int, float] | None = None
+    ) -> None:
+        if start.shape != (oracle.problem.d,):
+            raise ValueError(f"start must have shape ({oracle.problem.d},), got {tuple(start.shape)}")
+        self._oracle = oracle
+        self._parameter = nn.Parameter(start.detach().to(torch.float64, copy=True))
+        escape = None if segment is None else Escape(*segment, lambda: oracle.problem(self.x))
+        self.optimizer = CompressedSGD(
+            [self._parameter],
+            method.lr,
+            compressor=method.compressor,
+            noise=method.noise,
+            escape=escape,
+            seed=seed,
+            dense_below=0,
+            lazy_noise=False,  # e_t and y_t are looked at as they are
+        )
+        self._rank, workers = self.optimizer.channel.group.rank, self.optimizer.channel.group.size
+        if workers != oracle.workers:
+            raise ValueError(f"oracle was made for {oracle.workers} workers, but {workers} run")
+
+    @property
+    def x(self) -> Tensor:
+        """x_t, float64[d]: the parameter itself, which the next step changes."""
+        return self._parameter.detach()
+
+    def advance(self, disturbance: Tensor | None = None) -> Tensor:
+        """Do one step and return its stochastic gradient, float64[d]; `disturbance` is added for the optimizer only."""
+        gradient = self._oracle.gradient(self.x, step=self.optimizer.steps, worker=self._rank)
+        self._parameter.grad = gradient if disturbance is None else gradient + disturbance
+        self.optimizer.step()
+        return gradient
+
+
+def follow(
+    oracle: Oracle,
+    method: Method,
+    start: Tensor,
+    *,
+    steps: int,
+    seed: int = 0,
+    disturbance: Callable[[int], Tensor | None] | None = None,
+) -> Trajectory:
+    """Run T = `steps` iterations from `start`, float[d], without resets, and record them.
+
+    The gradients' randomness is the oracle's; xi_t and the compressor's are functions of (seed, t). `disturbance(t)`,
+    float64[d], is added to the gradient at step t. Raises ValueError if `steps` is below 1, and see `Run`.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    run = Run(oracle, method, start, seed=seed)
+    xs, ys, es, gradients = [], [], [], []
+    for t in range(steps + 1):
+        xs.append(run.x.clone())
+        ys.append(run.optimizer.corrected())
+        es.append(run.optimizer.error())
+        if t < steps:
+            gradients.append(run.advance(disturbance(t) if disturbance else None))
+    return Trajectory(oracle, method, torch.stack(xs), torch.stack(ys), torch.stack(es), torch.stack(gradients))

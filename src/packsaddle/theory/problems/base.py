@@ -1,0 +1,80 @@
+"""Objectives whose saddles, spectra and constants are known in closed form, to try theorems and certificates on.
+
+Each is a differentiable function of a flat vector x, float[d], with its gradient in closed form, its critical points
+with the smallest eigenvalue of the Hessian there, and its constants L and rho on the ball ||x||^2 <= `ball`. `Oracle`
+has the stochastic gradients that the paper assumes, of any problem, dealt to workers.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.seeds import Stream, generator
+
+
+@dataclass(frozen=True)
+class CriticalPoint:
+    """A point where the gradient vanishes."""
+
+    x: Tensor  # float64[d]
+    lambda_min: float  # the smallest eigenvalue of the Hessian at x
+    index: int  # how many eigenvalues are negative
+
+
+class Problem(ABC):
+    """An objective f on R^d. `d` is its dimension."""
+
+    d: int
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return f(x), a scalar, differentiable; x is float[d]."""
+
+    @abstractmethod
+    def gradient(self, x: Tensor) -> Tensor:
+        """Return grad f(x), float[d], in closed form."""
+
+    @abstractmethod
+    def critical_points(self) -> list[CriticalPoint]:
+        """Return critical points: all of them up to symmetry where they are isolated and few, else examples."""
+
+    @abstractmethod
+    def constants(self, ball: float) -> tuple[float, float]:
+        """Return (L, rho): Lipschitz constants of gradient and Hessian on ||x||^2 <= ball."""
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """grad F_i(x, theta_t) = grad f(x) + b_i + noise: unbiased for f_i = f + <b_i, x>, whose mean over workers is f.
+
+    The noise is Gaussian with E||noise||^2 = sigma^2 (Assumption B with equality). It does not depend on x, so
+    Assumption C holds with the constant L of f; with `lipschitz=False` each noise is multiplied by
+    sign(sin(x_1 / 1e-3)), which keeps mean and variance and breaks Assumption C. `heterogeneity` is the norm of
+    b_i, and sum_i b_i = 0.
+    """
+
+    problem: Problem
+    sigma: float = 0.0
+    lipschitz: bool = True
+    heterogeneity: float = 0.0
+    workers: int = 1
+    seed: int = 0
+
+    def gradient(self, x: Tensor, *, step: int, worker: int = 0) -> Tensor:
+        """Return one stochastic gradient of a worker at a step, float[d], a pure function of (seed, step, worker)."""
+        rng = generator(self.seed, step, Stream.BATCH, worker=worker)
+        noise: Tensor = torch.randn(len(x), generator=rng, dtype=x.dtype) * (self.sigma / len(x) ** 0.5)
+        if not self.lipschitz:
+            noise = noise * torch.where(torch.sin(x[0] / 1e-3) >= 0, 1.0, -1.0)
+        return self.problem.gradient(x) + noise + self._shift(worker, x)
+
+    def _shift(self, worker: int, x: Tensor) -> Tensor:
+        """b_i: opposite for pairs of workers, and 0 for the last of an odd number."""
+        if (worker == self.workers - 1 and self.workers % 2) or not self.heterogeneity:
+            return torch.zeros_like(x)
+        b: Tensor = torch.randn(
+            len(x), generator=generator(self.seed, 0, Stream.SHARD, worker=worker // 2), dtype=x.dtype
+        )
+        return b.mul_(self.heterogeneity / float(b.norm()) * (1 if worker % 2 else -1))

@@ -1,0 +1,67 @@
+"""The linear recursion that perturbed SGD follows near a saddle of curvature -gamma, in closed form.
+
+Along the unstable direction x_{t+1} = (1 + eta gamma) x_t - eta xi_t, so a difference or a distance grows like
+(1 + eta gamma)^t, with a prefactor set by the noise.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from packsaddle.optim.stages.noise import Perturbation
+
+_MEDIAN_OF_ABSOLUTE_NORMAL = 0.6744897501960817
+_NEGLIGIBLE = 1e-18  # of the probability of gaps left out of `growth_rate`
+
+
+def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
+    """Return the exponential growth per step of the unstable coordinate: ln(1 + eta gamma) without compression.
+
+    With RandomK and error feedback (mu = k/d) and a saddle whose unstable direction is a coordinate axis, x_1 moves
+    only when coordinate 1 is sent, after T steps with probability mu (1 - mu)^(T-1), and then by what has gathered:
+    x_1 <- (1 + eta gamma T) x_1. So the rate is exactly mu E ln(1 + eta gamma T), which is ln(1 + eta gamma) up to a
+    factor 1 - O(eta gamma / mu): the slowdown vanishes as eta -> 0, as Theorem 3.2 predicts.
+    Raises ValueError unless eta and gamma are positive and mu in (0, 1].
+    """
+    _check_positive(eta=eta, gamma=gamma)
+    if not 0 < mu <= 1:
+        raise ValueError(f"mu must be in (0, 1], got {mu}")
+    if mu == 1:
+        return math.log1p(eta * gamma)
+    longest = math.ceil(math.log(_NEGLIGIBLE) / math.log1p(-mu)) + 1
+    gaps = torch.arange(1, longest + 1, dtype=torch.float64)
+    probabilities = mu * (1 - mu) ** (gaps - 1)
+    return mu * float(probabilities @ torch.log1p(eta * gamma * gaps))
+
+
+def coupling_std(steps: int, *, eta: float, gamma: float, noise: float | Callable[[int], float]) -> Tensor:
+    """Return the std of <v_1, x_t - x'_t> of coupled, uncompressed runs on a quadratic, float64[steps + 1].
+
+    The difference obeys delta_{t+1} = (1 + eta gamma) delta_t - 2 eta <v_1, xi_t> exactly, so its variance obeys
+    V_{t+1} = (1 + eta gamma)^2 V_t + (2 eta r)^2. For eta gamma << 1 << eta gamma t its root is about
+    2 r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, the signal q_p of Jin et al. 2021.
+    """
+    perturbation, variance = Perturbation(noise), [0.0]
+    for t in range(steps):
+        variance.append((1 + eta * gamma) ** 2 * variance[-1] + (2 * eta * perturbation.std(t)) ** 2)
+    return torch.tensor(variance, dtype=torch.float64).sqrt()
+
+
+def predicted_escape_time(eta: float, gamma: float, noise: float, radius: float, mu: float = 1.0) -> float:
+    """Return the median number of steps from a saddle to distance R: ln(R sqrt(2 gamma / eta) / (0.6745 r)) / rate.
+
+    The unstable coordinate is Gaussian with std r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, and 0.6745 is the median
+    of |N(0, 1)|. It assumes one unstable direction, eta gamma << 1, and R well above the first steps' noise. `noise`
+    is r per coordinate; `mu` slows the rate as in `growth_rate`. Raises ValueError unless all are positive.
+    """
+    _check_positive(eta=eta, gamma=gamma, noise=noise, radius=radius)
+    amplification = radius * math.sqrt(2 * gamma / eta) / (_MEDIAN_OF_ABSOLUTE_NORMAL * noise)
+    return max(0.0, math.log(amplification)) / growth_rate(eta, gamma, mu)
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -1,0 +1,108 @@
+"""Another number of workers: x, y, the mean error and mean momenta stay; what cannot be carried is refused."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from states import Small, begun, carried_over, in_turn
+
+import packsaddle
+from packsaddle import CheckpointError, load_checkpoint
+from packsaddle.comm.simulation import simulate
+
+Gloo = Callable[..., list[Any]]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "momentum": {"momentum": 0.9},
+    "storm": {"storm": 0.3},
+    "ef21": {"memory": "ef21"},
+    "two-way": {"exchange": "two-way"},
+    "coordinator": {"exchange": "coordinator", "back": packsaddle.TopK(0.2)},
+    "low rank": {"compressor": packsaddle.LowRank(2)},
+    "lazy noise": {"compressor": packsaddle.RandomK(0.1)},
+    "local steps": {"local_steps": 3},
+}
+HOOKS: dict[str, dict[str, Any]] = {
+    "sgd": {"hook": "sgd"},
+    "two-way": {"hook": "sgd", "exchange": "two-way"},
+    "buckets": {"hook": "adam", "scope": "bucket", "exchange": "two-way"},
+}
+SUM = 1e-12  # of sums of a few doubles around 1
+
+
+def check(before: dict[str, Any], outcomes: list[Any], old: int, new: int) -> None:
+    for loaded, buffers, mean, notes, ended in outcomes:
+        for name in before:
+            torch.testing.assert_close(loaded[name], before[name], rtol=0, atol=SUM, msg=name)
+        for name, p in outcomes[0][4].items():
+            assert torch.equal(ended[name], p)  # workers still have one x
+            assert torch.isfinite(p).all()
+        for name, buffer in outcomes[0][1].items():
+            assert torch.equal(buffers[name], buffer)
+        assert torch.allclose(mean, torch.full((2,), (old - 1) / 2))
+        assert notes == (
+            f"the checkpoint of step 6 was saved by {old} workers and is loaded by {new}: x is kept, and each has the "
+            f"mean of the error memories",
+        )
+
+
+@pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 3), (4, 1)])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_mean_error_stays(name: str, old: int, new: int, tmp_path: Path) -> None:
+    options = VARIANTS[name]
+    (before, *others) = simulate(lambda rank: begun(str(tmp_path), options, 6), old)
+    assert all(torch.equal(before["e"], other["e"]) for other in others)
+    if name != "ef21":
+        assert before["e"].norm() > 1e-3
+    check(before, simulate(lambda rank: carried_over(str(tmp_path), options, 9), new), old, new)
+
+
+def test_hooks_and_gloo(gloo: Gloo, tmp_path: Path) -> None:
+    """The mean of e behind DistributedDataParallel, saved by three processes and loaded by two."""
+    cases = {**HOOKS, "optimizer": VARIANTS["two-way"]}
+    first = gloo(in_turn, 3, [(begun, (str(tmp_path / name), options, 6)) for name, options in cases.items()])
+    second = gloo(in_turn, 2, [(carried_over, (str(tmp_path / name), options, 9)) for name, options in cases.items()])
+    for i in range(len(cases)):
+        check(first[0][i], [worker[i] for worker in second], 3, 2)
+
+
+def test_what_cannot_be_carried(tmp_path: Path) -> None:
+    """Between two exchanges workers have their own x; and a part whose workers differ has no known mean."""
+    simulate(lambda rank: begun(str(tmp_path / "a"), {"local_steps": 4}, 6), 2)
+    with pytest.raises(CheckpointError, match=r"optimizer: step 6 lies between two exchanges \(local_steps = 4\)"):
+        simulate(lambda rank: load_checkpoint(tmp_path / "a", Small(local_steps=4).parts), 3)
+
+    def own(rank: int) -> dict[str, Any]:
+        part = torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))], lr=0.1 * (rank + 1))
+        return {"plain": part}
+
+    simulate(lambda rank: packsaddle.save_checkpoint(tmp_path / "b", own(rank), step=1), 2)
+    with pytest.raises(CheckpointError, match=r"plain: param_groups\.0\.lr differs between the 2 workers"):
+        simulate(lambda rank: load_checkpoint(tmp_path / "b", own(rank)), 1)
+    simulate(lambda rank: begun(str(tmp_path / "c"), {}, 6), 2)
+    with pytest.raises(CheckpointError, match="optimizer: seed is 6 here"):
+        simulate(lambda rank: load_checkpoint(tmp_path / "c", Small(seed=6).parts), 3)
+
+
+def test_each_worker_its_own_disk(tmp_path: Path) -> None:
+    """Files are read by whoever has them: ranks dealt anew, and three disks' files carried over to two workers."""
+
+    def save(rank: int) -> Any:
+        return begun(str(tmp_path / f"disk-{rank}"), {}, 6)
+
+    (before, *_) = simulate(save, 3)
+    straight = simulate(lambda rank: carried_over(str(tmp_path / f"disk-{rank}"), {}, 9), 3)
+    turned = simulate(lambda rank: carried_over(str(tmp_path / f"disk-{(rank + 1) % 3}"), {}, 9), 3)
+    for a, b in zip(straight, turned, strict=True):
+        assert all(torch.equal(a[4][name], b[4][name]) for name in a[4])
+    for file in (tmp_path / "disk-2").rglob("worker*"):
+        target = tmp_path / "disk-1" / file.relative_to(tmp_path / "disk-2")
+        target.write_bytes(file.read_bytes())
+    check(before, simulate(lambda rank: carried_over(str(tmp_path / f"disk-{rank}"), {}, 9), 2), 3, 2)
+    shutil.rmtree(tmp_path / "disk-1")
+    with pytest.warns(UserWarning, match="the files of worker 1 of 3 are missing"):
+        simulate(lambda rank: load_checkpoint(tmp_path / f"disk-{2 * rank}", Small().parts), 2)

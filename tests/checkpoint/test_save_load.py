@@ -1,0 +1,361 @@
+"""save_checkpoint and load_checkpoint: bit-equal on the same workers, refused in one line, and whole or not at all."""
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from states import Small, by_torchs_own_checkpoints, saved_by, straight_and_resumed
+
+import packsaddle
+from packsaddle import CheckpointError, load_checkpoint, save_checkpoint
+from packsaddle.comm.simulation import simulate
+
+Gloo = Callable[..., list[Any]]
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "float32": {"dtype": torch.float32},
+    "momentum": {"momentum": 0.9, "nesterov": True},
+    "ef21": {"memory": "ef21", "momentum": 0.5},
+    "storm": {"storm": 0.3},
+    "local steps": {"local_steps": 3},
+    "two-way": {"exchange": "two-way"},
+    "low rank": {"compressor": packsaddle.LowRank(2)},
+    "lazy noise": {"compressor": packsaddle.RandomK(0.1)},
+    "monitored": {"monitor_every": 4},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_goes_on_bit_for_bit_in_a_simulation(name: str, tmp_path: Path) -> None:
+    for found in simulate(lambda rank: straight_and_resumed(str(tmp_path), VARIANTS[name], 7, 13), 3):
+        assert found == {"differ": [], "bytes": True}
+
+
+def everything(folder: str) -> list[Any]:
+    cases: list[dict[str, Any]] = [{}, {"hook": "sgd"}, {"hook": "adam", "exchange": "two-way"}]
+    return [straight_and_resumed(f"{folder}/{i}", options, 7, 13) for i, options in enumerate(cases)]
+
+
+def test_goes_on_bit_for_bit_in_processes(gloo: Gloo, tmp_path: Path) -> None:
+    for found in gloo(everything, 2, str(tmp_path)):
+        assert found == 3 * [{"differ": [], "bytes": True}]
+
+
+def through_torch(folder: str) -> list[list[str]]:
+    cases: list[dict[str, Any]] = [{"momentum": 0.9}, {"hook": "sgd"}]
+    return [by_torchs_own_checkpoints(f"{folder}/{i}", options, 5, 8) for i, options in enumerate(cases)]
+
+
+def test_torch_distributed_checkpoint(gloo: Gloo, tmp_path: Path) -> None:
+    """The documented recipe: every worker's state under a key of its own."""
+    assert gloo(through_torch, 2, str(tmp_path)) == [[[], []], [[], []]]
+
+
+def stored(folder: str) -> dict[str, Any]:
+    """Save a DDP training with Adam; return what this worker had, what it gets back, and who is who."""
+    one = Small(hook="adam")
+    one.train(0, 3)
+    save_checkpoint(folder, one.parts, step=3, extra={"same": torch.ones(50), "rank": torch.ones(3) * one.rank})
+    had = {**one.vectors(), "exp_avg": one.optimizer.state_dict()["state"][0]["exp_avg"].clone()}
+    other = Small(hook="adam")
+    other.train(0, 1)
+    found = load_checkpoint(folder, other.parts)
+    assert found is not None
+    has = {**other.vectors(), "exp_avg": other.optimizer.state_dict()["state"][0]["exp_avg"]}
+    return {"equal": all(torch.equal(had[n], has[n]) for n in had), "extra": found.extra, "mean": has["1.running_mean"]}
+
+
+def tensors_in(value: Any) -> dict[tuple[Any, ...], torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return {(): value}
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return {(key, *path): tensor for key, v in inner for path, tensor in tensors_in(v).items()}
+
+
+def test_what_workers_have_in_common_is_written_once(gloo: Gloo, tmp_path: Path) -> None:
+    """Weights and Adam's state by worker 0, what differs (memories, running statistics) by each; all get all."""
+    workers = gloo(stored, 3, str(tmp_path))
+    for rank, found in enumerate(workers):
+        assert found["equal"]
+        assert torch.equal(found["extra"]["same"], torch.ones(50))
+        assert torch.equal(found["extra"]["rank"], torch.ones(3) * rank)
+    assert not torch.equal(workers[2]["mean"], workers[0]["mean"])  # of its own batches
+    statistics = {("parts", "model", f"1.running_{what}") for what in ("mean", "var")}
+    files = [tmp_path / "step-00000003" / f"worker-{rank}.pt" for rank in range(3)]
+    first, *others = [tensors_in(torch.load(file, weights_only=True)) for file in files]
+    assert {("parts", "model", "0.weight"), ("parts", "optimizer", "state", 0, "exp_avg")} <= first.keys()
+    for other in others:
+        kept = {path for path in other if other[path].numel()}
+        assert {path[2] for path in kept if path[1] == "hook"} >= {"pending"}
+        assert not any(torch.equal(other[path], first[path]) for path in kept if path in first)
+        assert {path for path in kept if path[1] in ("model", "optimizer")} == statistics
+
+
+def test_a_step_of_files_that_are_not_of_one_moment_is_set_aside(tmp_path: Path) -> None:
+    """Whole, each of them, but worker 0's has other weights than worker 1's had been compared with."""
+
+    def saved(folder: Path, until: int) -> None:
+        def worker(rank: int) -> None:
+            one = Small()
+            one.train(0, until)
+            for step in (2, 4):
+                save_checkpoint(folder, one.parts, step=step)
+
+        simulate(worker, 2)
+
+    saved(tmp_path / "a", 2)
+    saved(tmp_path / "b", 3)
+    for kind in ("pt", "json"):
+        name = Path("step-00000004") / f"worker-0.{kind}"
+        (tmp_path / "a" / name).write_bytes((tmp_path / "b" / name).read_bytes())
+    with pytest.warns(UserWarning, match=r"step 4 is not whole.*worker-1\.pt needs tensors of worker 0 that .* moment"):
+        found = simulate(lambda rank: load_checkpoint(tmp_path / "a", Small().parts), 2)
+    assert [f.step for f in found if f] == [2, 2]
+
+
+def test_workers_with_a_disk_each_get_what_worker_0_wrote(tmp_path: Path) -> None:
+    def worker(rank: int) -> tuple[list[str], bool]:
+        one, other = Small(momentum=0.5), Small(momentum=0.5)
+        one.train(0, 3)
+        save_checkpoint(tmp_path / str(rank), one.parts, step=3)
+        load_checkpoint(tmp_path / str(rank), other.parts)
+        had, has = one.vectors(), other.vectors()
+        there = sorted(p.name for p in (tmp_path / str(rank) / "step-00000003").iterdir())
+        return there, all(torch.equal(had[name], has[name]) for name in had)
+
+    found = simulate(worker, 3)
+    assert found == [([f"worker-{rank}.json", f"worker-{rank}.pt"], True) for rank in range(3)]
+    sizes = [(tmp_path / str(rank) / "step-00000003" / f"worker-{rank}.pt").stat().st_size for rank in range(3)]
+    assert sizes[1] < sizes[0]
+
+
+def test_a_refusal_of_one_worker_is_all_workers(tmp_path: Path) -> None:
+    """They exchange fingerprints as they save, so that one that cannot must not leave the others waiting."""
+
+    def worker(rank: int) -> str:
+        extra = {"f": saved_by} if rank == 1 else {}
+        with pytest.raises(CheckpointError) as caught:
+            save_checkpoint(tmp_path, Small().parts, step=1, extra=extra)
+        return str(caught.value)
+
+    (message,) = set(simulate(worker, 2))
+    assert message.startswith("worker 1: extra['f'] is a function")
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_of_two_steps(tmp_path: Path) -> None:
+    """The newest `keep` stay; there is nothing else in the folder, and files of other kinds are left alone."""
+    one = Small()
+    assert load_checkpoint(tmp_path / "none", one.parts) is None
+    (tmp_path / "mine.txt").write_text("mine")
+    for step in range(5):
+        assert save_checkpoint(tmp_path, one.parts, step=step) == tmp_path / f"step-{step:08d}"
+    assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(
+        ["mine.txt", "step-00000003", "step-00000004", *2 * ["worker-0.json", "worker-0.pt"]]
+    )
+    manifest = json.loads((tmp_path / "step-00000004" / "worker-0.json").read_text())
+    assert manifest["shapes"]["model"]["0.weight"] == "float64[20, 8]"
+    assert (manifest["workers"], manifest["packsaddle"]) == (1, packsaddle.__version__)
+
+
+REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "seed": (lambda: Small(seed=6).parts, "optimizer: seed is 6 here, but the state was saved with seed 5"),
+    "memory": (lambda: Small(memory="ef21").parts, "optimizer: memory is ef21 here"),
+    "dtype": (
+        lambda: Small(dtype=torch.float32).parts,
+        "model: 0.weight is float32[20, 8] here, but float64[20, 8] in the checkpoint",
+    ),
+    "model": (
+        lambda: {**Small().parts, "model": torch.nn.Sequential(torch.nn.Linear(8, 20)).double()},
+        "model has no 1.weight here",
+    ),
+    "layer": (
+        lambda: {**Small().parts, "model": torch.nn.Sequential(torch.nn.Linear(8, 21)).double()},
+        "model: 0.weight is float64[21, 8] here, but float64[20, 8] in the checkpoint",
+    ),
+    "parts": (lambda: {"model": Small().model}, "the parts are model here, but model, optimizer, scheduler in the"),
+    "kind": (
+        lambda: {**Small().parts, "optimizer": torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=1.0)},
+        "optimizer: parameter groups have [1] parameters here, but [6] in the checkpoint",
+    ),
+    "no part": (lambda: {"model": 3}, "part 'model' must have state_dict and load_state_dict, got int"),
+}
+
+
+def as_text(part: Any) -> str:
+    return json.dumps(part.state_dict(), default=lambda t: t.tolist())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals_change_nothing(name: str, tmp_path: Path) -> None:
+    saved_by(tmp_path)
+    make, message = REFUSED[name]
+    parts = make()
+    before = {
+        n: json.dumps(p.state_dict(), default=lambda t: t.tolist()) for n, p in parts.items() if n != "x" and p != 3
+    }
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path, parts)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    for n, text in before.items():
+        assert as_text(parts[n]) == text, n
+    assert (tmp_path / "step-00000004").is_dir()
+
+
+class Late:
+    """A part that finds out only when it is filled."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": 1}
+
+    def load_state_dict(self, state: Any) -> None:
+        if state != {"value": 1} or self.broken:
+            self.broken = False
+            raise RuntimeError("not\nthis one")
+
+    broken = True
+
+
+def test_parts_loaded_before_one_that_fails_are_restored(tmp_path: Path) -> None:
+    one, late = saved_by(tmp_path), Late()
+    save_checkpoint(tmp_path, {**one.parts, "late": late}, step=5)
+    one.train(4, 6)
+    before = one.vectors()
+    with pytest.raises(CheckpointError, match="late: not this one"):
+        load_checkpoint(tmp_path, {**one.parts, "late": late})
+    assert all(torch.equal(t, before[name]) for name, t in one.vectors().items())
+    assert one.optimizer.steps == 6
+
+
+def spoil(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "step-00000004" / name
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("name", ["worker-0.pt", "worker-0.json"])
+def test_damage_falls_back_with_a_warning(name: str, tmp_path: Path) -> None:
+    saved_by(tmp_path)
+    spoil(tmp_path, name)
+    one = Small()
+    with pytest.warns(UserWarning, match=rf"step 4 is not whole, and is set aside: .*{name} is damaged"):
+        found = load_checkpoint(tmp_path, one.parts)
+    assert found is not None
+    assert found.step == 2
+    assert (tmp_path / "step-00000004.unusable" / name).exists()
+    one.train(2, 4)
+    straight = Small()
+    straight.train(0, 4)
+    assert all(torch.equal(t, straight.vectors()[n]) for n, t in one.vectors().items())
+    save_checkpoint(tmp_path, one.parts, step=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = load_checkpoint(tmp_path, Small().parts)
+    assert again is not None
+    assert again.step == 4
+    save_checkpoint(tmp_path, one.parts, step=6)
+    save_checkpoint(tmp_path, one.parts, step=8)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000006", "step-00000008"]
+
+
+def test_all_steps_damaged_is_an_error(tmp_path: Path) -> None:
+    saved_by(tmp_path)
+    for name in ("step-00000002", "step-00000004"):
+        (tmp_path / name / "worker-0.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"has no whole checkpoint: step 4: .* No such file"):
+        load_checkpoint(tmp_path, Small().parts)
+
+
+def test_a_newer_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("packsaddle.checkpoint.files.FORMAT", 3)
+    save_checkpoint(tmp_path, Small().parts, step=1)
+    monkeypatch.undo()
+    with pytest.raises(
+        CheckpointError, match=r"has format 3, written by packsaddle .*; this one reads format 2: go on"
+    ):
+        load_checkpoint(tmp_path, Small().parts)
+
+
+def test_the_first_step_of_which_a_worker_has_nothing(tmp_path: Path) -> None:
+    """The run ended while it was being saved: it begins again. An earlier step, which was whole once, is lost."""
+    simulate(lambda rank: saved_by(tmp_path), 2)
+    for step in (2, 4):
+        (tmp_path / f"step-0000000{step}" / "worker-1.json").unlink()
+    with pytest.raises(CheckpointError, match=r"step 4: the files of worker 1 of 2 are missing; step 2: "):
+        simulate(lambda rank: load_checkpoint(tmp_path, Small().parts), 2)
+    for file in (tmp_path / "step-00000002").iterdir():
+        file.unlink()
+    (tmp_path / "step-00000002").rmdir()
+    with pytest.warns(UserWarning, match="step 4 is not whole, and is set aside: the files of worker 1 of 2"):
+        assert simulate(lambda rank: load_checkpoint(tmp_path, Small().parts), 2) == [None, None]
+
+
+def test_a_later_step_that_was_not_loaded_is_not_overwritten(tmp_path: Path) -> None:
+    one = saved_by(tmp_path)
+    with pytest.raises(CheckpointError, match=r"has a checkpoint of step 4, after this one of step 1: load"):
+        save_checkpoint(tmp_path, one.parts, step=1)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    one = Small()
+    for message, arguments in {
+        "keep must be at least 2 checkpoints, got 1": {"step": 1, "keep": 1},
+        "step must be an integer of 0 or more, got -1": {"step": -1},
+        r"extra\['f'\] is a function": {"step": 1, "extra": {"f": saved_by}},
+    }.items():
+        with pytest.raises(CheckpointError, match=message):
+            save_checkpoint(tmp_path, one.parts, **arguments)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot be written: Not a directory"):
+        save_checkpoint(tmp_path / "file", one.parts, step=1)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = saved_by(tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("worker*")}
+    real = Path.open
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file, self.left = file, 3000
+
+        def __enter__(self) -> "Full":
+            return self
+
+        def __exit__(self, *args: object) -> None:
+            self.file.close()
+
+        def write(self, data: Any) -> int:
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(28, os.strerror(28))
+            return self.file.write(data)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    def opened(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        file = real(path, mode, *args, **kwargs)
+        return Full(file) if mode == "wb" else file
+
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(CheckpointError, match=r"step-00000006 cannot be written: No space left on device"):
+        save_checkpoint(tmp_path, one.parts, step=6)
+    monkeypatch.undo()
+    assert {p: p.read_bytes() for p in tmp_path.rglob("worker*")} == before
+    found = load_checkpoint(tmp_path, Small().parts) if not (tmp_path / "step-00000006").exists() else None
+    if found is None:
+        with pytest.warns(UserWarning, match="step 6 is not whole"):
+            found = load_checkpoint(tmp_path, Small().parts)
+    assert found is not None
+    assert found.step == 4

@@ -1,0 +1,164 @@
+"""The words of a command line: every mistake is one line with the nearest valid word, and help teaches by examples."""
+
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commandline import command, refused
+
+import packsaddle
+from packsaddle.cli import COMMANDS, parsing
+from packsaddle.cli.parsing import Group, parse
+
+MISTAKES = {
+    "rnu": "unknown command rnu (did you mean run?)",
+    "zebra": "unknown command zebra (there is demo, init, ",
+    "'two words'": "unknown command 'two words' (there is ",
+    "--verison": "unknown flag --verison (did you mean --version?)",
+    "--workers 2 run x.toml": "unknown flag --workers (flags come after a command)",
+    "run": "run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR",
+    "run --wrokers 2": "run: unknown flag --wrokers (did you mean --workers?)",
+    "run x.toml --wrokers=2": "run: unknown flag --wrokers (did you mean --workers?)",
+    "run x.toml --lr 0.1": "run: unknown flag --lr (keys of the configuration go through --set key=value)",
+    "run x.toml y.toml": "run: unexpected argument y.toml",
+    "run x.toml 'a\nb'": r"run: unexpected argument 'a\nb'",
+    "run x.toml --workers two": "run: --workers must be a whole number, got 'two'",
+    "run x.toml --workers 1.5": "run: --workers must be a whole number, got '1.5'",
+    "run x.toml --workers None": "run: --workers must be a whole number, got 'None'",
+    "run x.toml --workers": "run: --workers needs a whole number after it",
+    "run x.toml --workers 2 3": "run: unexpected argument 3",
+    "demo --epochs=many": "demo: --epochs must be a number, got 'many'",
+    "plan --mode theorie": "plan: --mode must be one of practical, theory, got 'theorie' (did you mean theory?)",
+    "plan --zebra": "plan: unknown flag --zebra (see --help)",
+    "reproduce fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",
+    "certify runs/a --checkpoint": "certify: --checkpoint needs a text after it",
+    "bench stp": "bench: unknown command stp (did you mean step?)",
+    "bench step --dd 3": "bench step: unknown flag --dd (did you mean --d?)",
+    "bench train --model net": "bench train: --model must be one of mnist-autoencoder, resnet18, got 'net'",
+    "completion csh": "completion: SHELL must be one of bash, zsh, fish, got 'csh' (did you mean zsh?)",
+}
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES.items(), ids=MISTAKES)
+def test_mistakes_are_one_line(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, message, *shlex.split(words)) == ""
+
+
+@pytest.mark.parametrize("words", ["run x.toml --workers two", "run", "plan --mode practicle", "run x.toml --sett a=1"])
+def test_errors_that_tyro_has_no_known_event_for_are_one_line_too(
+    words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its events are not public: without them, its own text stands in one line, without the box around it."""
+    monkeypatch.setattr(parsing, "_EXPLANATIONS", {})
+    assert refused(capsys, "packsaddle: error: ", *shlex.split(words)) == ""
+
+
+def test_without_a_command_there_is_an_overview(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command() == 0
+    shown = capsys.readouterr().out
+    for name, entry in COMMANDS.commands.items():
+        assert f"\n  {name} " in shown
+        assert parsing.summary(entry) in shown
+    for arguments in (("--help",), ("-h",)):
+        assert command(*arguments) == 0
+        assert capsys.readouterr().out == shown
+    assert command("bench") == 0
+    assert "\n  exchange  What does one exchange cost" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--version") == 0
+    assert capsys.readouterr().out == f"packsaddle {packsaddle.__version__}\n"
+
+
+def leaves(group: Group, *names: str) -> Iterator[tuple[tuple[str, ...], Callable[..., Any]]]:
+    for name, entry in group.commands.items():
+        if isinstance(entry, Group):
+            yield from leaves(entry, *names, name)
+        else:
+            yield (*names, name), entry
+
+
+LEAVES = dict(leaves(COMMANDS))
+
+
+@pytest.mark.parametrize("names", LEAVES, ids=" ".join)
+def test_help_has_examples_that_parse(names: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*names, "--help") == 0
+    shown = capsys.readouterr().out
+    assert parsing.summary(LEAVES[names]) in shown
+    examples = shown.partition("\nExamples:\n")[2].partition("\n\n")[0].splitlines()
+    assert examples
+    for example in examples:
+        words = shlex.split(example.split("packsaddle", 1)[1].removeprefix(".cli"), comments=True)
+        redirected = words[: words.index(">")] if ">" in words else words
+        assert redirected[: len(names)] == [*names]
+        assert callable(parse(COMMANDS, redirected, "packsaddle"))
+
+
+@pytest.mark.parametrize("names", LEAVES, ids=" ".join)
+def test_help_describes_every_flag(
+    names: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No flag stands without words, no default reads None, and paragraphs keep within the terminal."""
+    monkeypatch.setenv("COLUMNS", "200")
+    command(*names, "--help")
+    shown = capsys.readouterr().out
+    assert "None" not in shown
+    assert "(default: )" not in shown
+    rows = [row.strip("│ ") for row in shown.splitlines() if row.startswith("│")]
+    for i, row in enumerate(rows):
+        flag, _, words = row.partition("  ")
+        if flag.startswith("--"):
+            assert words.strip() or not rows[i + 1].startswith("--"), flag
+    monkeypatch.setenv("COLUMNS", "60")
+    command(*names, "--help")
+    for paragraph in capsys.readouterr().out.partition("Examples:")[0].split("\n\n")[2:]:
+        assert all(len(line) <= 60 for line in paragraph.splitlines())
+
+
+COMPLETED = {
+    ("re",): {"reproduce", "report"},
+    ("bench", "s"): {"step"},
+    ("run", "--ser"): {"--serial"},
+    ("bench", "link", "--ra"): {"--rate"},
+}
+
+
+@pytest.fixture(scope="module")
+def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from packsaddle.cli.parsing import script
+
+    path = tmp_path_factory.mktemp("completion") / "packsaddle.bash"
+    path.write_text(script(COMMANDS, "packsaddle", "bash"))
+    return path
+
+
+@pytest.mark.parametrize(("words", "found"), COMPLETED.items(), ids=map(" ".join, COMPLETED))
+def test_bash_completes(words: tuple[str, ...], found: set[str], bash_script: Path) -> None:
+    """As bash does it: the sourced script names a function, which is called with the words and leaves its answer."""
+    typed = " ".join(map(shlex.quote, ("packsaddle", *words)))
+    lines = [
+        f"source {shlex.quote(str(bash_script))}",
+        "entry=($(complete -p packsaddle))",
+        '[[ " ${entry[*]} " == *" -o default "* ]] || exit 1',  # names of files where nothing else fits
+        f"COMP_WORDS=({typed}) COMP_CWORD={len(words)}",
+        '"${entry[-2]}" packsaddle',
+        'printf "%s\\n" "${COMPREPLY[@]}"',
+    ]
+    done = subprocess.run(["bash", "-c", "\n".join(lines)], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stderr == ""
+    assert found <= {*done.stdout.split()}
+    assert all(word.startswith(words[-1]) for word in done.stdout.split())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_the_script_of_a_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("completion", shell) == 0
+    written = capsys.readouterr().out
+    assert "reproduce" in written
+    assert {"bash": "COMPREPLY", "zsh": "#compdef packsaddle", "fish": "complete --command"}[shell] in written
+    assert {"bash": "-o default", "zsh": "|| _files", "fish": "__fish_complete_path"}[shell] in written

@@ -1,0 +1,273 @@
+"""The command line as a user meets it: real runs in all three ways of having workers, and one-line refusals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commandline import command, refused
+
+CONFIG = """
+lr = 0.5
+epochs = 1
+batch_size = 16
+log_every = 10
+[data]
+name = "digits"
+limit = 640
+[model]
+name = "autoencoder"
+widths = [64, 16]
+[compressor]
+kind = "TopK"
+ratio = 0.1
+[noise]
+std = 0.001
+[escape]
+interval = 8
+radius = 2.0
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+def packsaddle(*arguments: Any, module: tuple[str, ...] = ("packsaddle.cli",)) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", *module, *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env={**environment, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path: Path) -> None:
+    """The same two workers three ways; also what a run folder holds."""
+    folders = {name: tmp_path / name for name in ("processes", "serial", "torchrun")}
+    done = packsaddle("run", config, "--workers", 2, "--out", folders["processes"])
+    assert done.returncode == 0, done.stderr
+    assert "small" not in done.stderr
+    assert "100%" in done.stdout
+    assert "MB per worker" in done.stdout
+    done = packsaddle("run", config, "--workers", 2, "--serial", "--out", folders["serial"])
+    assert done.returncode == 0, done.stderr
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "packsaddle.cli")
+    done = packsaddle("run", config, "--out", folders["torchrun"], module=launcher)
+    assert done.returncode == 0, done.stderr
+
+    summaries = {name: json.loads((folder / "summary.json").read_text()) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        assert losses(folder) == pytest.approx(losses(folders["serial"]), rel=1e-4), name
+        assert summaries[name]["bytes_by_purpose"] == summaries["serial"]["bytes_by_purpose"]
+        assert summaries[name]["test_loss"] == pytest.approx(summaries["serial"]["test_loss"], rel=1e-4)
+        assert summaries[name]["workers"] == 2
+        assert (summaries[name]["exchange"], summaries[name]["exchange_reason"]) == ("all-gather", "asked for")
+        assert len(summaries[name]["resets"]) >= 2
+        saved = json.loads((folder / "config.json").read_text())
+        assert saved["compressor"] == {"kind": "TopK", "ratio": 0.1, "k": None, "per_tensor": False, "values": None}
+        assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
+        for part in ("model", "worker-0", "worker-1"):
+            torch.load(folder / "checkpoint" / f"{part}.pt", weights_only=True)
+        assert not list(folder.rglob("*.partial"))
+    errors = [torch.load(folders["processes"] / "checkpoint" / f"worker-{i}.pt")["state"][0]["pending"] for i in (0, 1)]
+    assert not torch.equal(errors[0], errors[1])
+
+
+def test_momentum_ef21_storm_and_local_steps(config: Path, tmp_path: Path) -> None:
+    """Each key changes the run, and local steps leave out exchanges; fused workers give what serial ones do."""
+    linear = ("compressor={kind='RandomK', ratio=0.1}", "precision=float64")
+    variants: dict[str, tuple[str, ...]] = {
+        "plain": (),
+        "momentum": ("momentum=0.5",),
+        "nesterov": ("momentum=0.5", "nesterov=true"),
+        "ef21": ("memory=ef21",),
+        "storm": ("storm=0.5",),
+        "local": ("local_steps=4",),
+    }
+    found = {}
+    for name, keys in variants.items():
+        for how in ("serial", "fused") if name != "local" else ("serial",):
+            out = tmp_path / f"{name}-{how}"
+            assert command("run", config, "--workers", 2, f"--{how}", "--out", out, "--set", *linear, *keys) == 0
+            found[name, how] = json.loads((out / "summary.json").read_text())
+        if name != "local":
+            assert found[name, "fused"]["final_loss"] == pytest.approx(found[name, "serial"]["final_loss"], rel=1e-6)
+    assert len({summary["final_loss"] for (_, how), summary in found.items() if how == "serial"}) == len(variants)
+    sent = {name: found[name, "serial"]["bytes_by_purpose"]["values"]["payload"] for name in variants}
+    assert sent["local"] * 4 == sent["plain"] == sent["momentum"]
+
+
+def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, extra in (("a", ()), ("b", ("escape.interval=1000", "noise.lower_from=0.5", "plateau=0.1"))):
+        assert command("run", config, "--out", tmp_path / "runs" / name, "--set", f"label={name}", *extra) == 0
+    assert losses(tmp_path / "runs" / "a")[-1] < losses(tmp_path / "runs" / "a")[0]
+    capsys.readouterr()
+    assert command("report", tmp_path / "runs") == 0
+    page = tmp_path / "runs" / "report" / "index.html"
+    assert f"report: {page}" in capsys.readouterr().out.replace("\n", "")
+    assert page.exists()
+    assert command("report", tmp_path / "runs") == 2
+    assert "report exists already" in capsys.readouterr().err
+    assert command("report", tmp_path / "runs", "--overwrite") == 0
+
+
+def test_classifier_on_an_image_folder(tmp_path: Path) -> None:
+    """One class per worker, batch normalisation, test accuracy: the shape of the paper's Figure 1 in miniature."""
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for label, colour in enumerate(((250, 20, 20), (20, 250, 20))):
+            folder = tmp_path / "images" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (8, 8), tuple(c - 3 * i if c > 100 else c + i for c in colour)).save(
+                    folder / f"{i}.png"
+                )
+    path = tmp_path / "classes.toml"
+    path.write_text(
+        'lr=0.01\nepochs=4\nbatch_size=3\n[data]\nname="folder"\nshard="class"\n[model]\nname="resnet18"\nwidth=16\n'
+        '[compressor]\nkind="RandomK"\nratio=0.1\n'
+    )
+    arguments = ("run", path, "--serial", "--workers", 2, "--data-dir", tmp_path / "images", "--out", tmp_path / "run")
+    assert command(*arguments) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert summary["compression"] > 5
+
+
+REFUSALS = {
+    ("run", "none.toml"): "config file none.toml does not exist",
+    ("run", "CONFIG", "--set", "compresor.ratio=1"): "unknown key compresor (did you mean compressor?)",
+    ("run", "CONFIG", "--set", "compressor.ratio=2"): "ratio of TopK must be in (0, 1], got 2.0",
+    ("run", "CONFIG", "--set", "lr=-1"): "lr must be finite and not negative, got -1.0",
+    ("run", "CONFIG", "--set", "noise.std=-1"): "std must be finite and not negative, got -1.0",
+    ("run", "CONFIG", "--set", "compressor={kind='RandomK', k=100000}"): "k of RandomK must be at most d = 10240",
+    ("run", "CONFIG", "--set", "data.name=mnist"): "mnist needs --data-dir",
+    ("run", "CONFIG", "--set", "data.name=mnist", "--data-dir", "EMPTY"): "mnist is not in --data-dir",
+    ("run", "CONFIG", "--set", "model={name='mnist-autoencoder'}"): "needs 1 x 28 x 28 images",
+    ("run", "CONFIG", "--workers", "0"): "workers must be positive and finite, got 0",
+    ("run", "CONFIG", "--workers", "11", "--set", "data.shard=class"): "worker 10 of 11 gets no examples",
+    ("run", "CONFIG", "--out", "EMPTY"): "exists already; choose another with --out",
+    ("run", "CONFIG", "--timeout", "0"): "--timeout must be from 1 to 1e+07 seconds, got 0",
+    ("run", "CONFIG", "--timeout", "nan"): "--timeout must be from 1 to 1e+07 seconds, got nan",
+    ("run", "CONFIG", "--timeout", "9", "--serial"): "--timeout is of worker processes",
+    ("demo", "--workers", "0"): "workers must be positive and finite, got 0",
+    ("demo", "--out", "EMPTY"): "exists already; choose another with --out",
+    ("report", "EMPTY"): "is not a run folder",
+    ("compressors", "--ratio", "2"): "ratio of RandomK must be in (0, 1], got 2.0",
+    ("compressors", "--d", "0"): "d and workers must be at least 1, got 0 and 4",
+    ("report",): "report needs at least one run folder",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS.items(), ids=map(" ".join, REFUSALS))
+def test_bad_input_is_one_line_and_code_2(
+    arguments: tuple[str, ...],
+    message: str,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(tmp_path)
+    names = {"CONFIG": config, "EMPTY": empty}
+    refused(capsys, message, *(names.get(a, a) for a in arguments))
+    assert not list(empty.iterdir())
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_refusal_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> None:
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "packsaddle.cli")
+    done = packsaddle("run", config, "--out", tmp_path, module=launcher)
+    assert done.returncode != 0
+    assert done.stderr.count("packsaddle: error: output folder") == 1
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+READ_IN_PART: dict[str, tuple[str, ...]] = {
+    "overview": (),
+    "help": ("run", "--help"),
+    "table and lines": ("plan", "--d", "1000000", "--epsilon", "0.5"),
+    "document": ("compressors", "--json"),
+    "refusal": ("plan", "--d", "0", "--epsilon", "0.5"),
+}
+
+
+@pytest.mark.parametrize("name", READ_IN_PART)
+def test_a_reader_that_leaves_is_no_error(name: str) -> None:
+    """As `| head` does: a real pipe whose reading end is closed, before anything is written."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-W", "error", "-m", "packsaddle.cli", *READ_IN_PART[name]]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180)
+    os.close(write)
+    if name == "refusal":  # nothing was to be printed there
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    else:
+        assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_run_whose_reader_leaves_ends_without_a_trace(config: Path, tmp_path: Path) -> None:
+    """Also where it is a worker process that prints: as far as it came, the folder can be gone on with."""
+    folder = tmp_path / "run"
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "packsaddle.cli", "run", str(config), "--workers", "2", "--out", str(folder)]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180)
+    os.close(write)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert packsaddle("run", "--resume", folder, "--workers", 2).returncode == 0
+    assert len(losses(folder)) == 2
+
+
+def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo's whole path in a second or two; its four runs at full length are `make demo`."""
+    assert command("demo", "--serial", "--epochs", "0.5", "--out", tmp_path / "demo") == 0
+    out = capsys.readouterr().out
+    for label in ("dense", "dense + noise", "RandomK 1% + noise", "TopK 1% + noise"):
+        assert label in out
+    html = (tmp_path / "demo" / "report" / "index.html").read_text()
+    assert "<svg" in html
+    summaries = {p.parent.name: json.loads(p.read_text()) for p in (tmp_path / "demo").glob("*/summary.json")}
+    assert summaries["dense"]["compression"] == 1.0
+    assert summaries["randomk-noise"]["compression"] > 40
+    assert summaries["topk-noise"]["compression"] > 25
+
+
+def test_compressors_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The list agrees with the protocols' own arithmetic, for d = 5000 and three workers."""
+    assert command("compressors", "--d", 5000, "--workers", 3, "--ratio", "0.02", "--json") == 0
+    entries = {e["compressor"]: e for e in map(json.loads, capsys.readouterr().out.splitlines())}
+    dense, random_k = entries["Identity()"], entries["RandomK(ratio=0.02)"]
+    assert dense["sent"] == dense["received"] == round(4 / 3 * 4 * 5000)
+    assert (random_k["mu"], random_k["linear"], random_k["protocol"]) == (0.02, True, "all-reduce")
+    assert random_k["sent"] == round(4 / 3 * 4 * 100)
+    sign = next(e for name, e in entries.items() if name.startswith("Sign"))
+    assert sign["sent"] == 2 * (5000 // 8 + 4)
+    assert sign["kept"] == pytest.approx(2 / 3.14159, abs=0.02)
+    assert command("compressors", "--d", 5000) == 0
+    assert "QSGD" in capsys.readouterr().out
+
+
+def test_demo_plateau_is_the_best_constant() -> None:
+    from packsaddle.experiments.config import DataConfig
+    from packsaddle.experiments.tasks.images import load_images
+    from packsaddle.experiments.templates import PLATEAU
+
+    images = load_images(DataConfig("digits"), None, train=True)
+    pixels = images.pixels(torch.arange(len(images)))
+    assert float((pixels - pixels.mean(0)).square().mean()) == pytest.approx(PLATEAU, rel=0.01)

@@ -1,0 +1,375 @@
+"""Every compressor through every protocol, for 1 to 8 workers: means, conservation at both ends, bytes, choice."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import problems
+import pytest
+import torch
+from torch import Tensor
+
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    Ledger,
+    LinearSketch,
+    LowRank,
+    Message,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+    simulate,
+)
+from packsaddle.comm.aggregators import Averaged, Protocol
+from packsaddle.comm.communicator import Channel
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Bytes
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.compressors.testing import check_compressor
+from packsaddle.numerics.seeds import mix
+from packsaddle.optim.stages.noise import Perturbation
+
+# Compressor, exchange, compressor of the way back.
+CASES: list[tuple[Compressor, str, Compressor | None]] = [
+    (Identity(), "direct", None),
+    (Identity(), "all-gather", None),
+    (Identity(), "two-way", None),
+    (Identity(), "coordinator", None),
+    (RandomK(0.25), "all-reduce", None),
+    (RandomK(0.25), "two-way", TopK(0.5)),
+    (RandomK(k=3, values="bfloat16"), "direct", None),
+    (TopK(0.25), "all-gather", None),
+    (TopK(k=3), "two-way", None),
+    (TopK(0.25, per_tensor=True), "all-gather", None),
+    (TopK(0.25, per_tensor=True), "two-way", None),
+    (RandomK(0.25, per_tensor=True), "direct", None),
+    (TopK(0.25, values="int8"), "coordinator", TopK(0.5)),
+    (AdaptiveTopK(0.6), "direct", None),
+    (AdaptiveTopK(0.6), "two-way", Sign()),
+    (SketchTopK(k=3), "direct", None),
+    (Sign(), "direct", None),
+    (Sign(per_tensor=True), "direct", None),
+    (Sign(), "two-way", None),
+    (Sign(), "coordinator", Sign()),
+    (QSGD(levels=3), "direct", None),
+    (QSGD(levels=3), "two-way", None),
+    (QSGD(levels=3), "coordinator", None),
+    (LinearSketch(0.3), "direct", None),
+    (LinearSketch(0.3, sketch="gaussian"), "direct", None),
+    (LinearSketch(columns=1), "two-way", None),
+    (LowRank(), "direct", None),
+]
+by_case = pytest.mark.parametrize(
+    ("compressor", "exchange", "back"), CASES, ids=[f"{c} {e} {b or ''}" for c, e, b in CASES]
+)
+
+
+@by_case
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_y_recursion(compressor: Compressor, exchange: str, back: Compressor | None, workers: int) -> None:
+    """y_{t+1} = y_t - eta (mean_i grad F_i(x_t) + xi_t), with e the errors at both ends: every protocol conserves."""
+    eta, r, steps = 0.02, 0.1, 12
+    arguments: dict[str, Any] = {"steps": steps, "lr": eta, "noise": r, "seed": 4, "exchange": exchange, "back": back}
+    for run in simulate(lambda rank: problems.run(compressor, **arguments), workers):
+        for t in range(steps):
+            mean_gradient = sum(problems.gradient(i)(run["x"][t]) for i in range(workers)) / workers
+            xi = Perturbation(r).draw(run["x"][t], seed=4, step=t)
+            assert torch.allclose(run["y"][t + 1], run["y"][t] - eta * (mean_gradient + xi), rtol=1e-11, atol=1e-12)
+        if not isinstance(compressor, Identity):
+            assert run["e"][-1].any()
+
+
+def all_toys() -> list[dict[str, Any]]:
+    """Every case, with resets, in the present group."""
+    return [problems.run(c, steps=10, noise=0.2, lr=0.02, interval=5, exchange=e, back=b) for c, e, b in CASES]
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_processes_equal_the_simulation(gloo: Callable[..., list[Any]], workers: int) -> None:
+    simulated = simulate(lambda rank: all_toys(), workers)
+    for real, serial in zip(gloo(all_toys, workers), simulated, strict=True):
+        for case, a, b in zip(CASES, real, serial, strict=True):
+            for quantity in ("x", "e", "y", "own"):
+                assert torch.allclose(a[quantity], b[quantity], rtol=1e-7, atol=1e-9), (case, quantity)
+            assert (a["resets"], a["bytes"]) == (b["resets"], b["bytes"]), case
+            assert a["resets"], case
+
+
+def vectors(d: int, workers: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return each worker's vector; they share a trend, as gradients do."""
+    trend = torch.randn(d, generator=torch.Generator().manual_seed(99))
+    noise = [torch.randn(d, generator=torch.Generator().manual_seed(i)) for i in range(workers)]
+    return [(trend + n).to(dtype) for n in noise]
+
+
+def exchange_once(
+    compressor: Compressor, exchange: str, back: Compressor | None, d: int, dense: int, workers: int, steps: int = 1
+) -> list[dict[str, Any]]:
+    """Average vectors of d + dense coordinates `steps` times by themselves; return what every worker saw last."""
+
+    def worker(rank: int) -> dict[str, Any]:
+        channel = Channel(resolve(None), Ledger())
+        made = choose(compressor, exchange, d=d, dense=dense, workers=workers, back=back).protocol
+        v, tail = vectors(d, workers)[rank], torch.full((dense,), float(rank))
+        for step in range(steps):
+            channel.step = step
+            averaged = made.average(channel, v, tail, seed=7, step=step)
+        return {
+            "own": decode(averaged.own, d),
+            "mean": decode(averaged.mean, d),
+            "dense": averaged.dense,
+            "residual": made.add_residual(torch.zeros(d), workers),
+            "bytes": channel.ledger.total,
+            "predicted": made.wire(d, dense, rank, workers, 4),
+            "protocol": made,
+        }
+
+    return simulate(worker, workers)
+
+
+def decode(terms: Any, d: int) -> Tensor:
+    out = torch.zeros(d)
+    for term in terms:
+        term.add_to(out, 1.0)
+    return out
+
+
+@by_case
+@pytest.mark.parametrize("workers", range(1, 9))
+@pytest.mark.parametrize(("d", "dense"), [(0, 4), (1, 0), (3, 1), (97, 5)])
+def test_any_size(
+    compressor: Compressor, exchange: str, back: Compressor | None, workers: int, d: int, dense: int
+) -> None:
+    """W from 1 to 8 and any d: workers agree, mean of own + residual conserve, the dense part is averaged."""
+    if d and isinstance(compressor, RandomK | TopK | SketchTopK):
+        d = max(d, compressor.k or 0)  # k > d is refused at construction
+    results = exchange_once(compressor, exchange, back, d, dense, workers)
+    sent = sum(r["own"] for r in results) / workers
+    held_back = sum(r["residual"] for r in results) / workers
+    for r in results:
+        assert torch.equal(r["mean"], results[0]["mean"])
+        assert torch.allclose(r["mean"] + held_back, sent, rtol=1e-5, atol=1e-5)
+        assert r["dense"].tolist() == pytest.approx([(workers - 1) / 2] * dense)
+
+
+@by_case
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_predicted_bytes_are_counted(
+    compressor: Compressor, exchange: str, back: Compressor | None, workers: int
+) -> None:
+    """To the byte, except where supports are coded: their sizes are random, and AdaptiveTopK's k is the vector's."""
+    d, coded = 4000, any(isinstance(c, TopK | AdaptiveTopK) for c in (compressor, back))
+    for r in exchange_once(compressor, exchange, back, d, 50, workers):
+        counted, predicted = r["bytes"], r["predicted"]
+        for name in ("payload", "sent", "received"):
+            a, b = getattr(counted, name), getattr(predicted, name)
+            assert a == pytest.approx(b, rel=0.15, abs=100) if coded else a == b, (name, a, b)
+
+
+def test_gathered_mean_is_the_mean_of_compressions() -> None:
+    workers, d = 3, 60
+    vs = vectors(d, workers)
+    for c in (TopK(0.1), Sign(), AdaptiveTopK(0.5), RandomK(0.2, values="int8")):
+        for r in exchange_once(c, "all-gather", None, d, 0, workers):
+            assert torch.allclose(r["mean"], sum(c(v, seed=7) for v in vs) / workers, atol=1e-6)
+    private = exchange_once(QSGD(levels=2), "all-gather", None, d, 0, workers)
+    expected = sum(QSGD(levels=2)(v, seed=mix(7, i + 1)) for i, v in enumerate(vs)) / workers
+    assert torch.allclose(private[0]["mean"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("c", [RandomK(0.2), LinearSketch(0.2), Identity()], ids=repr)
+def test_linear_mean_is_the_compression_of_the_mean(c: Compressor) -> None:
+    workers, d = 4, 60
+    mean = sum(vectors(d, workers)) / workers
+    for r in exchange_once(c, "direct", None, d, 0, workers):
+        assert torch.allclose(r["mean"], c(mean, seed=7), atol=1e-5)
+
+
+def test_sketched_support_is_global() -> None:
+    """A coordinate that is large in the mean and in no worker is found, and its exact mean is sent."""
+    workers, d, c = 4, 300, SketchTopK(k=1, rows=5, columns=100)
+    local = [torch.zeros(d) for _ in range(workers)]
+    for i, v in enumerate(local):
+        v[7] = 1.0
+        v[20 + i], v[20 + (i + 1) % workers] = 3.0, -3.0  # largest on the worker, cancel in the mean
+
+    def worker(rank: int) -> Averaged:
+        protocol = choose(c, "direct", d=d, dense=0, workers=workers).protocol
+        return protocol.average(Channel(resolve(None), Ledger()), local[rank], torch.zeros(0), seed=7, step=0)
+
+    for averaged in simulate(worker, workers):
+        assert decode(averaged.mean, d).nonzero().tolist() == [[7]]
+        assert decode(averaged.own, d)[7] == decode(averaged.mean, d)[7] == 1.0
+    assert all(TopK(k=1)(v)[7] == 0 for v in local)
+
+
+def test_two_way_by_hand() -> None:
+    """Two exchanges of the same vectors, chunk by chunk: the owner adds the error of its first reply to the second."""
+    workers, d, up, back = 3, 31, TopK(0.3), TopK(0.2)
+    vs, bounds = vectors(d, workers), [0, 10, 20, 31]
+    error, mean = torch.zeros(d), torch.zeros(d)
+    for _ in range(2):
+        for a, b in pairwise(bounds):
+            corrected = sum(up(v[a:b]) for v in vs) / workers + error[a:b]
+            mean[a:b] = back(corrected)
+            error[a:b] = corrected - mean[a:b]
+    for rank, r in enumerate(exchange_once(up, "two-way", back, d, 0, workers, steps=2)):
+        assert torch.allclose(r["mean"], mean, atol=1e-6)
+        expected = torch.zeros(d)
+        expected[bounds[rank] : bounds[rank + 1]] = workers * error[bounds[rank] : bounds[rank + 1]]
+        assert torch.allclose(r["residual"], expected, atol=1e-6)
+
+
+def test_low_rank_by_hand() -> None:
+    """PowerSGD: P = orth(mean M Q), then mean M^T P; the second step starts from the first's, and some Gaussian."""
+    workers, shape = 3, (12, 9)
+    c = LowRank(2).for_tensors([torch.Size(shape)])
+    ms = [v.view(shape) for v in vectors(108, workers)]
+    mean = sum(ms) / workers
+    q = c.gaussian(vectors(108, 1)[0], seed=7, step=0)[0]
+    for step in range(2):
+        if step:
+            q = q / q.abs().max() + 0.1 * c.gaussian(vectors(108, 1)[0], seed=7, step=step)[0]
+        p = torch.linalg.qr(mean @ q).Q
+        q = mean.T @ p
+    for m, r in zip(ms, exchange_once(c, "direct", None, 108, 0, workers, steps=2), strict=True):
+        assert torch.allclose(r["mean"].view(shape), p @ q.T, atol=1e-4)
+        assert torch.allclose(r["own"].view(shape), p @ p.T @ m, atol=1e-4)
+
+
+def test_low_rank_finds_a_direction_that_comes_late() -> None:
+    """A warm start alone would keep e_1 for ever, and the error along e_2 would grow with the steps."""
+    protocol = choose(LowRank().for_tensors([torch.Size((8, 8))]), "direct", d=64, dense=0, workers=1).protocol
+    channel, error = Channel(resolve(None), Ledger()), torch.zeros(8, 8)
+    for step in range(300):
+        gradient = torch.diag(torch.tensor([1.0, float(step > 0)] + [0.0] * 6))
+        v = (error + gradient).flatten()
+        error = (v - decode(protocol.average(channel, v, v[:0], seed=0, step=step).own, 64)).view(8, 8)
+        assert float(error.abs().max()) < 60
+
+
+@dataclass(frozen=True)
+class PrivateRandomK(Compressor):
+    """A user's compressor: every worker draws its own coordinates, and receivers draw them again."""
+
+    private = True
+    fixed_size = True
+
+    def mu(self, d: int) -> float:
+        return RandomK(0.3).mu(d)
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        return RandomK(0.3).encode(v, seed=seed, step=step)
+
+    def receive(self, parts: Any, d: int, *, seed: int, step: int) -> Message:
+        return RandomK(0.3).receive(parts, d, seed=seed, step=step)
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        RandomK(0.3).add_decoded(message, out, alpha)
+
+
+@pytest.mark.parametrize("exchange", ["direct", "two-way", "coordinator"])
+def test_private_randomness_reaches_the_receiver(exchange: str) -> None:
+    check_compressor(PrivateRandomK())
+    results = exchange_once(PrivateRandomK(), exchange, Identity() if exchange != "direct" else None, 100, 0, 3)
+    sent = sum(r["own"] for r in results) / 3
+    assert torch.allclose(results[0]["mean"], sent, atol=1e-6)
+    assert not torch.equal(results[0]["own"] != 0, results[1]["own"] != 0)
+
+
+def test_columns_and_scales_go_with_the_chunk() -> None:
+    """Two-way splits columns= among chunks; the coordinator's one chunk is the whole vector, tensors and all."""
+    whole = choose(LinearSketch(columns=100), "direct", d=1600, dense=0, workers=8).protocol.wire(1600, 0, 0, 8, 4)
+    split = choose(LinearSketch(columns=100), "two-way", d=1600, dense=0, workers=8).protocol.wire(1600, 0, 0, 8, 4)
+    assert whole.payload == 400
+    assert 400 <= split.payload - 7 * 8 - 8 <= 2 * 430
+    v = torch.cat([torch.ones(10), torch.full((30,), 100.0)])
+    sign = Sign(per_tensor=True).for_tensors([torch.Size((10,)), torch.Size((30,))])
+    protocol = choose(sign, "coordinator", d=40, dense=0, workers=1).protocol
+    averaged = protocol.average(Channel(resolve(None), Ledger()), v, v[:0], seed=0, step=0)
+    assert torch.allclose(decode(averaged.mean, 40), v)
+
+
+def test_mu_counts_both_ways() -> None:
+    """Equal magnitudes, TopK with a ratio that rounds in each chunk: the stated share is the measured one."""
+    c = TopK(0.0118)
+    for back, expected in ((Identity(), 8 / 1000), (TopK(0.5), 8 / 1000 * 0.496)):
+        protocol = choose(c, "two-way", d=1000, dense=0, workers=8, back=back).protocol
+        assert protocol.mu(1000, 8) == pytest.approx(expected, rel=0.02)
+    with pytest.raises(ValueError, match=r"k of TopK must be at most d = 10"):
+        choose(TopK(0.5), "two-way", d=10, dense=0, workers=2, back=TopK(k=11))
+
+
+def test_a_column_of_one_row_travels() -> None:
+    channel = Channel(resolve(None), Ledger())
+    part = torch.arange(6.0).view(1, 6)[:, 2]
+    assert channel.gather({"values": part}, fixed_size=True)[0]["values"].tolist() == [2.0]
+
+
+def test_coordinator_bytes_are_rank_0s() -> None:
+    """The star: others send one message and receive d floats; rank 0 receives W - 1 messages and sends d to each."""
+    workers, d, header = 4, 400, 8
+    results = [r["bytes"] for r in exchange_once(Identity(), "coordinator", None, d, 0, workers)]
+    vector, announced = 4 * d, 3 * header  # one header to each other worker
+    assert results[0] == Bytes(
+        vector + announced + vector + header, announced + 3 * (vector + header), announced + 3 * vector
+    )
+    for other in results[1:]:
+        assert other == Bytes(vector + announced, vector + announced, announced + vector + header)
+
+
+def test_choice() -> None:
+    def pick(compressor: Compressor, workers: int, exchange: str = "auto", d: int = 10_000) -> str:
+        return choose(compressor, exchange, d=d, dense=0, workers=workers).name
+
+    assert pick(RandomK(0.01), 8) == "all-reduce"
+    assert pick(TopK(0.01), 2) == "all-gather"
+    assert pick(TopK(0.01), 8) == "two-way"
+    assert pick(Sign(), 8) == "two-way"
+    assert pick(SketchTopK(0.01), 8) == "sketched all-reduce"
+    assert pick(LowRank(), 8) == "low-rank all-reduce"
+    assert pick(TopK(0.01), 8, "direct") == "all-gather"
+    assert pick(TopK(k=1), 8, d=3) == "all-gather"
+    reason = choose(TopK(0.01), "auto", d=10_000, dense=0, workers=8).reason
+    assert "bytes sent per step by the busiest worker; all-gather" in reason
+
+
+def test_refusals() -> None:
+    def make(compressor: Compressor, exchange: str, back: Compressor | None = None) -> Protocol:
+        return choose(compressor, exchange, d=10, dense=0, workers=2, back=back).protocol
+
+    with pytest.raises(ValueError, match=r"exchange must be one of direct, auto, .*, got 'ring'"):
+        make(TopK(0.1), "ring")
+    with pytest.raises(ValueError, match=r'"all-reduce" needs a linear compressor, and TopK'):
+        make(TopK(0.1), "all-reduce")
+    with pytest.raises(ValueError, match="exchange of LowRank is its own low-rank all-reduce"):
+        make(LowRank(), "two-way")
+    with pytest.raises(ValueError, match='back is for exchange "two-way" or "coordinator", not \'direct\''):
+        make(TopK(0.1), "direct", TopK(0.1))
+
+
+def test_state_of_protocols() -> None:
+    """Owners' errors and warm starts are part of the state: a restored protocol goes on as if it had not stopped."""
+    for compressor, exchange in ((TopK(0.3), "two-way"), (LowRank(), "direct")):
+
+        def worker(rank: int, c: Compressor = compressor, e: str = exchange) -> tuple[Tensor, Tensor]:
+            channel = Channel(resolve(None), Ledger())
+            bound = c.for_tensors([torch.Size((6, 5))])
+            first, second = (choose(bound, e, d=30, dense=0, workers=2).protocol for _ in range(2))
+
+            def run(protocol: Protocol, step: int) -> Averaged:
+                return protocol.average(channel, vectors(30, 2)[rank], torch.zeros(0), seed=1, step=step)
+
+            run(first, 0)
+            second.load_state_dict(first.state_dict(), torch.device("cpu"))
+            for name, held in first.vectors(torch.zeros(30)).items():
+                second.vectors(torch.zeros(30))[name].copy_(held)
+            return decode(run(first, 1).mean, 30), decode(run(second, 1).mean, 30)
+
+        for a, b in simulate(worker, 2):
+            assert torch.equal(a, b)

@@ -1,0 +1,97 @@
+"""When a worker dies or hangs, the others end, and name it."""
+
+import socket
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from packsaddle.comm.failures import Roll, explanation, is_network, roll_call
+
+
+class Board:
+    """A store that is a dictionary; if it hangs, for longer than the test."""
+
+    def __init__(self, *, hangs: bool = False) -> None:
+        self.keys: set[str] = set()
+        self.hangs = hangs
+        self.end = threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        if self.hangs:
+            self.end.wait(60)
+        self.keys.add(key)
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self.keys for key in keys)
+
+
+def test_roll_call() -> None:
+    """Three of four call; each learns that it is the other one that is gone."""
+    store, found = Board(), {}
+
+    def call(rank: int) -> None:
+        found[rank] = roll_call(store, rank, [0, 1, 2, 3], grace=0.5)
+
+    threads = [threading.Thread(target=call, args=(rank,)) for rank in (0, 1, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict.fromkeys((0, 1, 3), Roll((0, 1, 3), (2,), True))
+
+
+def test_a_store_that_does_not_answer() -> None:
+    store = Board(hangs=True)
+    assert roll_call(store, 1, [0, 1], grace=0.1) == Roll((1,), (0,), False)
+    store.end.set()
+
+
+def test_words() -> None:
+    error = RuntimeError("[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [1.2.3.4]:5. Typically ...")
+    assert is_network(error)
+    assert not is_network(RuntimeError("the size of tensor a must match"))
+    said = explanation(Roll((0, 3), (1, 2), True), 0, 4, error, timedelta(seconds=90))
+    assert "no answer from ranks 1, 2: died, hangs, or is cut off; the other 2 are there" in said
+    assert "with a longer timeout (90 s)" in said
+    assert "gloo: Connection closed by peer [1.2.3.4]:5" in said
+    alone = explanation(Roll((0,), (1, 2), True), 0, 3, error, None)
+    assert "no answer from ranks 1, 2: died, hangs, or is cut off (or rank 0 itself is). Look" in alone
+    assert "all 2 answer now" in explanation(Roll((0, 1), (), True), 0, 2, error, None)
+    assert "network of rank 1 or of rank 0 is cut" in explanation(Roll((1,), (0,), False), 1, 2, error, None)
+
+
+@pytest.mark.parametrize("how", ["kill", "stop", "held"])
+def test_survivors_name_the_lost_worker(how: str, tmp_path: Path) -> None:
+    """Of three real workers the last is killed, or stopped; or the first, which holds the meeting place, is killed."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    store = f"tcp://127.0.0.1:{port}" if how == "held" else str(tmp_path / "store")
+    script = Path(__file__).parents[1] / "support" / "lost_worker.py"
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), "3", how, store],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    survivors = workers[1:] if how == "held" else workers[:2]
+    try:
+        said = [worker.communicate(timeout=100)[0] for worker in survivors]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+            assert worker.stdout is not None
+            worker.stdout.close()
+    assert [worker.returncode for worker in survivors] == [3, 3]
+    for text in said:
+        expected = (
+            "rank 0 is gone" if how == "held" else "no answer from rank 2: died, hangs, or is cut off; the other 2"
+        )
+        assert expected in text, text

@@ -1,0 +1,44 @@
+"""Between hosts, with a cable pulled: training goes on, or ends and says why; benchmarks/network_faults.py has more."""
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from packsaddle.comm.simulation import simulate
+from packsaddle.performance.bench.hosts import available
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "network_faults.py"
+STEPS = 60
+
+
+@pytest.mark.skipif(available() is not None, reason=f"a slow link {available()}")
+def test_a_pulled_cable(tmp_path: Path) -> None:
+    """For less than the timeout: the weights are those of a simulation, bit for bit; for good: both workers say so."""
+    settings = {"brief": ("--timeout", "30", "--brief", "1.5"), "cut": ("--timeout", "4")}
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, str(SCRIPT), "--hosts", "2", "--steps", str(STEPS), "--patience", "600"),
+                *("--cases", case, "--out", str(tmp_path / case), *own),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for case, own in settings.items()
+    ]
+    train = runpy.run_path(str(SCRIPT))["train"]
+    expected = simulate(lambda rank: train(rank, STEPS), 2)
+    for process in started:
+        printed = process.communicate(timeout=200)[0]
+        assert process.returncode == 0, printed
+    brief, cut = (json.loads((tmp_path / case).read_text())["cases"][case] for case in settings)
+    assert [worker["digest"] for worker in brief["workers"]] == expected
+    assert brief["workers"][0]["longest"] > 1.0  # so the cable was out
+    stays, gone = (worker["lost"] for worker in cut["workers"])
+    assert "rank 0 of 2 lost the others in a collective: no answer from rank 1: died, hangs, or is cut off (or" in stays
+    assert "it reaches neither the others nor their meeting place" in gone

@@ -1,0 +1,476 @@
+"""Every compressor has every property on every nasty vector; supports, codes and recovery; bad arguments are named."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy
+import pytest
+import torch
+from families import COMPRESSORS
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    LinearSketch,
+    LowRank,
+    Message,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
+from packsaddle.compressors.selection import largest
+from packsaddle.compressors.testing import check_compressor, nasty_vectors
+
+by_vector = pytest.mark.parametrize("v", nasty_vectors().values(), ids=nasty_vectors().keys())
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+def test_conformance(compressor: Compressor) -> None:
+    """Expectations are means over 200 seeds, or over two where every seed gives the same, which is checked."""
+    same = isinstance(compressor, Identity | TopK | AdaptiveTopK | Sign)
+    check_compressor(compressor, seeds=2 if same else 200)
+    if same:
+        v = torch.randn(50, generator=torch.Generator().manual_seed(0))
+        assert all(torch.equal(compressor(v, seed=s), compressor(v, seed=0)) for s in range(1, 20))
+
+
+@dataclass(frozen=True)
+class Broken(Compressor):
+    """Top-1 with one thing wrong."""
+
+    wrong: str
+
+    @property
+    def linear(self) -> bool:
+        return self.wrong == "linear"
+
+    @property
+    def fixed_size(self) -> bool:  # type: ignore[override]
+        return self.wrong == "fixed_size"
+
+    def mu(self, d: int) -> float:
+        return {"mu": 0.99, "range": 0.0}.get(self.wrong, 1 / d)
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        if self.wrong == "random":
+            torch.rand(1)
+        if self.wrong == "in place":
+            v[:1] *= 2
+        index = (
+            v.abs().argmax().view(1) if len(v) and (v.any() or self.wrong != "fixed_size") else torch.empty(0).long()
+        )
+        values = v[index] if self.wrong != "homogeneous" else v[index].clamp(-1, 1)
+        return Message({"values": values, "index": index})
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        values = message.parts["values"] * (1.0 if self.wrong == "alpha" else alpha)
+        out.index_add_(0, message.parts["index"], values)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    {
+        "mu": "lost .* of .*, mu is 0.99",
+        "range": r"mu must be in \(0, 1\]",
+        "random": "global random state",
+        "in place": "changes v|two calls differ",
+        "alpha": "alpha is not a factor",
+        "homogeneous": r"C\(2 v\) is not 2 C\(v\)",
+        "linear": "declared linear and is not",
+        "fixed_size": "declared fixed_size",
+    }.items(),
+)
+def test_the_suite_finds_what_is_broken(wrong: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_compressor(Broken(wrong))
+    check_compressor(Broken("nothing"))
+
+
+NOT_LINEAR = [TopK(k=1), Sign(), QSGD(), AdaptiveTopK(0.5), SketchTopK(k=1), LowRank(), RandomK(0.9, values="int8")]
+
+
+@pytest.mark.parametrize("c", NOT_LINEAR, ids=repr)
+def test_what_is_not_linear(c: Compressor) -> None:
+    a, b = torch.linspace(-3, 2, 60), torch.linspace(1, -3, 60)  # |a| is largest first, |b| last, |a + b| in the middle
+    assert not torch.allclose(c(a + b), c(a) + c(b), rtol=1e-3)
+    assert not c.linear
+
+
+@by_vector
+def test_topk_against_sorting(v: Tensor) -> None:
+    """The kept coordinates are kept exactly, there are k of them, and no dropped one is larger."""
+    kept = TopK(0.3)(v)
+    support = TopK(0.3).encode(v, seed=0, step=0).context
+    assert torch.equal(kept[support], v[support])
+    assert len(support) == TopK(0.3).count(len(v))
+    magnitudes = sorted(v.abs().tolist(), reverse=True)
+    assert sorted(v[support].abs().tolist(), reverse=True) == magnitudes[: len(support)]
+
+
+N = 1 << 18
+MISLEADING = torch.zeros(N)  # all that is large lies between the sampled coordinates
+MISLEADING[1::4] = torch.arange(N // 4) + 1.0
+LONG = {
+    "gaussian": torch.randn(N + 13, generator=torch.Generator().manual_seed(0)),
+    "ties": torch.ones(N),
+    "few values": torch.arange(N) % 3.0,
+    "zeros": torch.zeros(N),
+    "misleading": MISLEADING,
+    "misleading the other way": torch.where(torch.arange(N) % 4 == 0, 5.0 + torch.arange(N) / N, torch.arange(N) / N),
+    "rising": torch.arange(float(N)),
+    "infinite": torch.where(torch.arange(N) % 1000 == 7, math.inf, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+@pytest.mark.parametrize("k", [1, 10, 2_621, N // 5, N])
+def test_the_largest_of_many_against_torch(name: str, k: int) -> None:
+    """Exactly as large as torch.topk's, whatever the sample says; and NaN counts as largest, as there."""
+    m = LONG[name].abs()
+    index = largest(m, k)
+    assert len(set(index.tolist())) == k
+    assert torch.equal(m[index].sort().values, torch.topk(m, k).values.sort().values)
+    spoiled = m.clone()
+    spoiled[5] = math.nan
+    assert 5 in largest(spoiled, k).tolist()
+
+
+@by_vector
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.999, 1.0])
+def test_adaptive_support_is_the_smallest(v: Tensor, share: float) -> None:
+    support = AdaptiveTopK(share).encode(v, seed=0, step=0).context
+    squares = sorted((v.double() ** 2).tolist(), reverse=True)
+    k, total = len(support), math.fsum(squares)
+    assert math.fsum(squares[:k]) >= share * total * (1 - 1e-12)
+    if share == 1:
+        assert k == int(v.count_nonzero())  # also those too small for a sum in double precision
+    elif k:
+        assert math.fsum(squares[: k - 1]) < share * total
+
+
+def test_sign_by_tensor() -> None:
+    """Two tensors, two scales: (|1| + |3|) / 2 and (|10| + |0| + |20|) / 3, the sign of 0 being +."""
+    v = torch.tensor([1.0, -3.0, 10.0, 0.0, -20.0])
+    by_tensor = Sign(per_tensor=True).for_tensors([torch.Size((2, 1)), torch.Size((3,))])
+    assert by_tensor(v).tolist() == [2.0, -2.0, 10.0, 10.0, -10.0]
+    assert Sign().for_tensors([torch.Size((2,)), torch.Size((3,))])(v)[0] == pytest.approx(34 / 5)
+
+
+@pytest.mark.parametrize("kind", [RandomK, TopK])
+def test_k_of_each_tensor(kind: type[RandomK | TopK]) -> None:
+    """Of tensors of 3, 40 and 200 coordinates 10% each, and at least one; the contraction is the least of theirs."""
+    sizes = (3, 40, 200)
+    c = kind(0.1, per_tensor=True).for_tensors([torch.Size((n,)) for n in sizes])
+    v = torch.randn(243, generator=torch.Generator().manual_seed(0)) + torch.cat(
+        [torch.full((n,), 10.0**i) for i, n in enumerate(sizes)]
+    )
+    kept = c(v, seed=1, step=2).split(sizes)
+    assert [int(part.count_nonzero()) for part in kept] == [1, 4, 20]
+    assert (c.count(243), kind(0.1).count(243)) == (25, 24)
+    assert c.mu(243) == 0.1
+    assert c.count(100) == 10  # of other vectors, as of one tensor
+    if isinstance(c, TopK):
+        alone = TopK(0.1)
+        assert all(torch.equal(part, alone(whole)) for part, whole in zip(kept, v.split(sizes), strict=True))
+    else:
+        both = [c(v, seed=1, step=step).split(sizes)[1].nonzero().flatten().tolist() for step in range(30)]
+        assert len({i for index in both for i in index}) > 30  # of 40: drawn anew each step
+
+
+def test_bytes_of_quantisers() -> None:
+    for d in (1, 8, 1000, 100_003):
+        v = torch.randn(d, generator=torch.Generator().manual_seed(d))
+        assert Sign().encode(v, seed=0, step=0).nbytes == math.ceil(d / 8) + 4
+        levels = QSGD(levels=7, bucket=512).encode(v, seed=0, step=0)
+        assert levels.nbytes == math.ceil(d * 4 / 8) + 4 * math.ceil(d / 512)
+    assert Sign().message_bytes(1_000_000) * 8 / 1_000_000 <= 1.02
+    assert [QSGD(levels=s).bits for s in (1, 2, 3, 7, 127)] == [
+        math.ceil(math.log2(2 * s + 1)) for s in (1, 2, 3, 7, 127)
+    ]
+
+
+def test_qsgd_is_unbiased_before_scaling_with_its_variance() -> None:
+    """Over 3,000 seeds: E Q(v) = v within 5 standard errors, E||Q(v) - v||^2 <= omega ||v||^2."""
+    c, v = QSGD(levels=3, bucket=20), torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    draws = torch.stack([c(v, seed=s) for s in range(3000)]) * (1 + c.omega(50))
+    assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 3000**0.5 + 1e-12).all())
+    assert float((draws - v).square().sum(1).mean()) <= c.omega(50) * float(v.square().sum())
+
+
+@pytest.mark.parametrize("kind", ["count", "gaussian"])
+@pytest.mark.parametrize("columns", [8, 20, 33])
+def test_linear_sketch_is_unbiased_with_its_variance(kind: str, columns: int) -> None:
+    """S^T S v, before scaling: mean v, and E||S^T S v - v||^2 close to, and not above, omega ||v||^2."""
+    c = LinearSketch(columns=columns, sketch=kind)  # type: ignore[arg-type]
+    v = torch.randn(80, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    draws = torch.stack([c(v, seed=s) for s in range(3000)]) * (1 + c.omega(80))
+    assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 3000**0.5).all())
+    relative = (draws - v).square().sum(1) / v.square().sum()
+    mean, error = float(relative.mean()), float(relative.std()) / 3000**0.5
+    assert mean <= c.omega(80) + 5 * error
+    assert mean >= 0.7 * c.omega(80)
+
+
+def test_sketch_estimates_have_the_stated_variance() -> None:
+    """One row's estimate of any coordinate is unbiased with variance at most ||v||^2 / c, over 4,000 hashes."""
+    from packsaddle.numerics.count_sketch import RowHash
+
+    d, c = 70, 12  # c does not divide d
+    v = torch.linspace(-1, 2, d, dtype=torch.float64) ** 3
+    estimates = []
+    for seed in range(4000):
+        row, out = RowHash.draw(d, c, seed=seed, step=0), torch.zeros(d, dtype=torch.float64)
+        row.add_transposed(row.sketch(v), out)
+        estimates.append(out)
+    draws = torch.stack(estimates)
+    assert bool(((draws.mean(0) - v).abs() <= 5 * draws.std(0) / 4000**0.5 + 1e-12).all())
+    bound = float(v.square().sum()) / c
+    assert float(draws.var(0).max()) <= bound * (1 + 5 * (2 / 4000) ** 0.5 * 2)  # fourth moments up to twice Gaussian
+
+
+def test_sketch_is_the_matrix_it_says() -> None:
+    """S from sketches of unit vectors has one +-1 a column, and `add_transposed` is its transpose."""
+    from packsaddle.numerics.count_sketch import RowHash, estimates_at, median_estimates
+
+    d, c = 23, 7
+    row = RowHash.draw(d, c, seed=1, step=2)
+    s = torch.stack([row.sketch(e) for e in torch.eye(d)], dim=1)
+    assert s.abs().sum(0).tolist() == [1.0] * d
+    table, back = torch.randn(c, generator=torch.Generator().manual_seed(0)), torch.zeros(d)
+    row.add_transposed(table, back)
+    assert torch.allclose(back, s.T @ table)
+    for rows in (1, 2, 3, 4, 5):
+        hashes = [RowHash.draw(d, c, seed=1, step=2, row=r) for r in range(rows)]
+        tables = torch.randn(rows, c, generator=torch.Generator().manual_seed(rows))
+        each = [torch.zeros(d) for _ in hashes]
+        for h, t, out in zip(hashes, tables, each, strict=True):
+            h.add_transposed(t, out)
+        expected = torch.stack(each).quantile(0.5, dim=0)
+        medians = torch.cat(list(median_estimates(hashes, tables, d)))
+        assert torch.allclose(medians, expected, atol=1e-6)
+        some = torch.arange(0, d, 3)
+        assert torch.equal(estimates_at(hashes, tables, some), medians[some])
+
+
+@pytest.mark.parametrize(("d", "c"), [(23, 7), (500, 3), (64, 64), (10, 30)])
+def test_many_small_chunks_are_the_same_sketch(d: int, c: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way for many chunks, in blocks, against the way for few."""
+    from packsaddle.numerics import count_sketch
+
+    v = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hashes = [count_sketch.RowHash.draw(d, c, seed=4, step=5, row=r) for r in range(3)]
+    tables = torch.stack([h.sketch(v) for h in hashes])
+    back, medians = torch.ones(d, dtype=torch.float64), list(count_sketch.median_estimates(hashes, tables, d))
+    hashes[0].add_transposed(tables[0], back, 0.5)
+    monkeypatch.setattr(count_sketch, "_MANY", 0)
+    monkeypatch.setattr(count_sketch, "_BLOCK", 30)
+    other = torch.ones(d, dtype=torch.float64)
+    hashes[0].add_transposed(tables[0], other, 0.5)
+    assert torch.allclose(torch.stack([h.sketch(v) for h in hashes]), tables, rtol=1e-12)
+    assert torch.equal(other, back)
+    assert torch.equal(torch.cat(list(count_sketch.median_estimates(hashes, tables, d))), torch.cat(medians))
+
+
+def test_planted_heavy_hitters_are_recovered() -> None:
+    """k spikes over noise of which the estimate of variance ||v||^2 / c makes 6 standard deviations: all found.
+
+    By Chebyshev one row errs by half a spike with probability at most 1 / 9 for each coordinate of 2000; the
+    median of 7 rows then fails for some of them with probability at most 2000 * 35 / 9^4, a poor bound. The
+    Gaussian tail of a sum of many terms says 2000 * 35 * (0.0027)^4 = 4e-6; so 200 of 200 seeds are asked for.
+    """
+    d, k, c = 2000, 5, 200
+    found = 0
+    for seed in range(200):
+        rng = torch.Generator().manual_seed(seed)
+        v = torch.randn(d, generator=rng)
+        heavy = torch.randperm(d, generator=rng)[:k]
+        spike = 6 * (d / (c - 36 * k)) ** 0.5 if c > 36 * k else 0.0
+        v[heavy] = spike * 1.0
+        assert spike >= 6 * float(v.norm()) / c**0.5 * 0.9
+        support = SketchTopK(k=k, rows=7, columns=c).encode(v, seed=seed, step=0).context
+        found += set(support.tolist()) == set(heavy.tolist())
+    assert found == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("d", [40, 64])
+def test_a_lone_spike_is_sent_wherever_it_is(d: int) -> None:
+    """The worst case for a small sketch: every coordinate that shares its counters ties with it. At least k/d."""
+    for columns in (None, 1):
+        c = SketchTopK(k=1, rows=1 if columns else 3, columns=columns)
+        for position in (0, d // 3, d - 1):
+            v = torch.zeros(d)
+            v[position] = 1.0
+            # At a rate of 1/d, 30 d draws have 30 hits, and 11 are 3.5 deviations below; three rows hit more often.
+            least, draws = (11, 30 * d) if columns else (12, 12 * d)
+            hits = (s for s in range(draws) if c(v, seed=s).any())
+            assert len(list(islice(hits, least))) == least
+
+
+def test_low_rank_matches_singular_values() -> None:
+    """A matrix of rank 2 comes back exactly from 2 columns; of higher rank, no better than its truncated SVD."""
+    rng = torch.Generator().manual_seed(0)
+    low = torch.randn(20, 2, generator=rng) @ torch.randn(2, 15, generator=rng)
+    c = LowRank(2).for_tensors([torch.Size((20, 15))])
+    assert torch.allclose(c(low.flatten()), low.flatten(), atol=1e-4)
+    full = torch.randn(20, 15, generator=rng)
+    lost = float((c(full.flatten()) - full.flatten()).square().sum())
+    assert float(torch.linalg.svdvals(full)[2:].square().sum()) <= lost <= float(full.square().sum())
+    assert c.message_bytes(300) == 4 * 2 * (20 + 15) == c.encode(full.flatten(), seed=0, step=0).nbytes
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+def test_predicted_message_bytes(compressor: Compressor) -> None:
+    """Exact for messages of fixed size; within 5% for coded supports of a random vector."""
+    v = torch.randn(4000, generator=torch.Generator().manual_seed(3))
+    found, predicted = compressor.encode(v, seed=1, step=2).nbytes, compressor.message_bytes(4000)
+    assert found == predicted if compressor.fixed_size else found == pytest.approx(predicted, rel=0.05)
+
+
+@given(st.integers(1, 400), st.floats(0.001, 1.0), st.integers(1, 50), st.integers(0, 2**63 - 1), st.integers(0, 10**9))
+def test_randomk_support_is_k_distinct_coordinates_in_whole_cells(
+    d: int, ratio: float, block: int, seed: int, step: int
+) -> None:
+    c, k = RandomK(ratio, block_size=block), max(1, round(ratio * d))
+    b = min(block, k)
+    support = c.support(d, seed=seed, step=step).tolist()
+    assert len(set(support)) == len(support)
+    assert all(0 <= i < d for i in support)
+    cells = {i // b for i in support}
+    assert sorted(support) == [i for i in range(d) if i // b in cells]
+    if block == 1:
+        assert len(support) == k
+    values = c.message_bytes(d) / 4
+    assert len(cells) * b == values
+    assert k <= values < k * (1 + b / d) + b
+
+
+def test_randomk_default_block_size_keeps_at_least_1024_cells() -> None:
+    for k in (1, 1000, 2047, 2048, 5000, 65_535, 65_536, 1_000_000, 10_000_000):
+        c = RandomK(k=k)
+        b, (n, m) = c.block(20_000_000), c.grid(20_000_000)
+        assert n * b >= 20_000_000
+        assert b in (1, 2, 4, 8, 16, 32, 64, 128)
+        assert b == 1 or m >= 1024
+        assert b == 128 or k < 2048 * b
+
+
+@pytest.mark.parametrize(
+    ("d", "k", "block"), [(7, 3, 1), (40, 4, 1), (40, 10, 4), (41, 13, 5), (5000, 50, 1), (5000, 96, 32)]
+)
+def test_randomk_marginals_are_uniform(d: int, k: int, block: int) -> None:
+    """Over seeds, every coordinate is kept equally often (chi-square over coordinates, binned if d is large)."""
+    c, seeds = RandomK(k=k, block_size=block), 4000
+    counts = torch.zeros(d)
+    for seed in range(seeds):
+        counts[c.support(d, seed=seed, step=5)] += 1
+    bins = counts.reshape(-1, max(1, d // 50)).sum(1) if d >= 100 else counts
+    n, m = c.grid(d)
+    # Within one draw inclusion is negatively correlated (m of n) or comes in runs of `block`.
+    inflation = block * (1 - m / n)
+    assert chisquare((bins / inflation).numpy()).pvalue > 1e-4
+
+
+def test_randomk_pairs_are_uniform() -> None:
+    """Without blocks, pairs of coordinates are kept together equally often, also just above the small-domain limit."""
+    d, k, seeds = 4100, 1000, 400
+    adjacent = mirrored = 0
+    for seed in range(seeds):
+        kept = torch.zeros(d, dtype=torch.bool)
+        kept[RandomK(k=k).support(d, seed=seed, step=1)] = True
+        adjacent += int((kept[1:] & kept[:-1]).sum())
+        mirrored += int((kept & kept.flip(0)).sum())
+    p = k * (k - 1) / (d * (d - 1))
+    for found, pairs in ((adjacent, d - 1), (mirrored, d)):
+        expected = p * pairs * seeds
+        assert abs(found - expected) < 6 * (expected * 2) ** 0.5
+
+
+def test_randomk_differs_between_steps_and_seeds() -> None:
+    c = RandomK(k=20)
+    supports = {tuple(c.support(10_000, seed=s, step=t).tolist()) for s in range(4) for t in range(4)}
+    assert len(supports) == 16
+
+
+@pytest.mark.parametrize("c", [RandomK(0.25), TopK(0.25), RandomK(k=10, block_size=5)], ids=repr)
+def test_mu_is_k_over_d(c: Compressor) -> None:
+    assert c.mu(40) == 0.25
+    assert c.mu(1) == 1.0
+
+
+def test_mu_of_the_others() -> None:
+    assert Identity().mu(40) == 1.0
+    assert AdaptiveTopK(0.7).mu(40) == 0.7
+    assert Sign().mu(40) == 1 / 40
+    assert QSGD(levels=4, bucket=16).mu(100) == 1 / (1 + min(16 / 16, 4 / 4))
+    assert LinearSketch(columns=10).mu(40) == 10 / 40
+    assert LinearSketch(columns=10).mu(43) == 10 / (10 + 40)
+    assert LinearSketch(columns=10, sketch="gaussian").mu(40) == pytest.approx(10 / (10 + 41))
+
+
+@pytest.mark.parametrize("kind", [RandomK, TopK, SketchTopK])
+def test_bad_arguments_are_named(kind: type[RandomK | TopK | SketchTopK]) -> None:
+    for ratio in (0.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match=rf"ratio of {kind.__name__} must be in \(0, 1\], got {ratio}"):
+            kind(ratio)
+    for ratio in (1, 50, numpy.int64(1)):
+        with pytest.raises(ValueError, match=rf"not an integer, got {ratio}; for a number of coordinates pass k=, and"):
+            kind(ratio)
+    for flag in (True, False):
+        with pytest.raises(ValueError, match=rf"ratio of {kind.__name__} must be a number in \(0, 1\], got {flag}"):
+            kind(flag)
+        with pytest.raises(ValueError, match=f"k of {kind.__name__} must be a positive integer, got {flag}"):
+            kind(k=flag)
+    with pytest.raises(ValueError, match=r"got 1\.5; for a number of coordinates pass k=, and for 1% 0\.01"):
+        kind(1.5)
+    assert kind(1.0).mu(10) == kind(numpy.float64(1)).mu(10) == 1
+    with pytest.raises(ValueError, match=rf"ratio of {kind.__name__} must be a number in \(0, 1\], got '0.1'"):
+        kind("0.1")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="exactly one of ratio and k"):
+        kind(0.1, k=3)
+    with pytest.raises(ValueError, match="exactly one of ratio and k"):
+        kind()
+    for k in (0, -1, 2.5):
+        with pytest.raises(ValueError, match=f"k of {kind.__name__} must be a positive integer, got {k}"):
+            kind(k=k)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"must be at most d = 3 \(the coordinates\), got 5"):
+        kind(k=5)(torch.ones(3))
+    with pytest.raises(ValueError, match=r"flat floating-point tensor, got shape \(2, 2\)"):
+        kind(0.5)(torch.ones(2, 2))
+    with pytest.raises(ValueError, match="flat floating-point tensor"):
+        kind(0.5)(torch.ones(4, dtype=torch.int64))
+
+
+REFUSALS: dict[str, Callable[[], Compressor]] = {
+    "per_tensor of TopK needs a ratio, got k=3": lambda: TopK(k=3, per_tensor=True),
+    "block_size of RandomK must be 1 with per_tensor, got 4": lambda: RandomK(0.1, block_size=4, per_tensor=True),
+    "block_size of RandomK": lambda: RandomK(0.1, block_size=0),
+    "values of TopK must be float32, bfloat16": lambda: TopK(0.1, values="int4"),  # type: ignore[arg-type]
+    r"share of AdaptiveTopK must be in \(0, 1\], got 0": lambda: AdaptiveTopK(0.0),
+    "rows of SketchTopK must be a positive integer, got 0": lambda: SketchTopK(0.1, rows=0),
+    "levels of QSGD must be a positive integer, got 1.5": lambda: QSGD(levels=1.5),  # type: ignore[arg-type]
+    "LinearSketch takes exactly one of ratio and columns": lambda: LinearSketch(),
+    r"ratio of LinearSketch must be in \(0, 1\], got 2": lambda: LinearSketch(2.0),
+    "ratio of LinearSketch .* not an integer, got 1; for a number of counters pass columns=": lambda: LinearSketch(1),
+    "share of AdaptiveTopK .* not an integer, got 1; .*TopK's k=; for all of it pass 1.0": lambda: AdaptiveTopK(1),
+    "matrix_rank of LowRank must be a positive integer, got 0.5": lambda: LowRank(0.5),  # type: ignore[arg-type]
+    "matrix_rank of LowRank must be a positive integer, got True": lambda: LowRank(True),
+    "columns of LinearSketch must be a positive integer": lambda: LinearSketch(columns=0),
+    'sketch of LinearSketch must be "count" or "gaussian"': lambda: LinearSketch(0.1, sketch="sparse"),  # type: ignore[arg-type]
+    "matrix_rank of LowRank must be a positive integer": lambda: LowRank(0),
+}
+
+
+@pytest.mark.parametrize(("message", "make"), REFUSALS.items())
+def test_refusals(message: str, make: Callable[[], Compressor]) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,505 @@
+"""Certificates against dense Hessians, on problems with known saddles, over processes, and on a real plateau."""
+
+import json
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from packsaddle import CompressedSGD, Identity, Verdict, certify, simulate
+from packsaddle.comm.communicator import Channel
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature.hessian import Curvature, NotFiniteError, batch_size
+from packsaddle.theory.problems import (
+    Cosine,
+    CurvedValley,
+    DoubleWells,
+    MatrixFactorisation,
+    MonkeySaddle,
+    OrthogonalTensor,
+    Problem,
+    QuadraticQuartic,
+    RankOnePCA,
+)
+
+EXACT, MEASURED = ("verdict", "examples", "hvps"), ("grad_norm", "lambda_min_upper", "loss")
+
+
+class Point(nn.Module):
+    """A problem's variable as a model."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = nn.Parameter(x.clone())
+
+
+class Bowl:
+    """A convex quadratic with 200 curvatures from 0.01 to 2, so that a couple of products cannot exclude a saddle."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (torch.linspace(0.01, 2, len(x), dtype=x.dtype) * x**2).sum() / 2
+
+
+def certify_point(problem: Callable[[Tensor], Tensor], x: Tensor, **changes: Any) -> Any:
+    arguments = {"epsilon": 1e-2, "hessian_lipschitz": 1.0, "generator": torch.Generator().manual_seed(3), **changes}
+    return certify(Point(x), lambda m, batch: problem(m.x), [torch.zeros(1)], **arguments)
+
+
+@pytest.mark.parametrize(
+    "problem", [DoubleWells(5), OrthogonalTensor(5), QuadraticQuartic(4), CurvedValley()], ids=repr
+)
+def test_known_saddles_and_minima(problem: Problem) -> None:
+    for point in problem.critical_points():
+        certificate = certify_point(problem, point.x)
+        saddle = point.lambda_min < -math.sqrt(1e-2)
+        assert certificate.verdict == (Verdict.SADDLE if saddle else Verdict.SECOND_ORDER_STATIONARY)
+        assert certificate.lambda_min_lower <= point.lambda_min + 1e-12
+        assert certificate.lambda_min_upper >= point.lambda_min - 1e-12
+        if saddle:
+            v = certificate.escape_direction
+            assert certificate.escape_loss < certificate.loss == pytest.approx(float(problem(point.x)))
+            assert certificate.escape_loss == float(problem(point.x + certificate.escape_distance * v))
+            assert certificate.escape_bend > 0
+            assert float(v.norm()) == pytest.approx(1.0)
+            assert float(problem(point.x + 0.05 * v)) < float(problem(point.x))
+            assert float(problem(point.x - 0.05 * v)) < float(problem(point.x))
+
+
+def test_the_monkey_saddle_is_second_order_stationary() -> None:
+    """No minimum, but gradient and Hessian vanish: by Definition 2.4 it passes, and the certificate must say so."""
+    certificate = certify_point(MonkeySaddle(), torch.zeros(2, dtype=torch.float64))
+    assert certificate.verdict == "second-order stationary"
+    assert certificate.smallest_epsilon < 1e-9
+
+
+def test_a_verdict_is_never_stronger_than_its_evidence() -> None:
+    problem, n = DoubleWells(200), 200
+    minimum = torch.ones(n, dtype=torch.float64)
+    settings = {"epsilon": 0.1, "hessian_lipschitz": 0.1}
+    bowl, zero = Bowl(), torch.zeros(n, dtype=torch.float64)
+    undecided = certify_point(bowl, zero, max_hvps=2, **settings)
+    assert undecided.verdict == Verdict.UNDECIDED
+    assert "more products may settle it: the bounds are" in str(undecided)
+    settled = certify_point(bowl, zero, **settings)
+    assert settled.verdict == Verdict.SECOND_ORDER_STATIONARY
+    assert 2 < settled.hvps < 60
+    assert certify_point(problem, 0.9 * minimum, **settings).verdict == Verdict.GRADIENT_TOO_LARGE
+    one_flat = minimum.clone()
+    one_flat[7] = 0.0
+    assert certify_point(problem, one_flat, max_hvps=1, **settings).verdict == Verdict.UNDECIDED
+    assert certify_point(problem, one_flat, **settings).verdict == Verdict.SADDLE
+
+
+def test_a_kink_is_told_from_a_saddle() -> None:
+    """f = |x_1| - x_1^2 / 2 near 0: the Hessian says saddle, finite steps say otherwise, up to |x_1| = 2."""
+
+    def kinked(x: Tensor) -> Tensor:
+        return x[0].abs() - x[0] ** 2 / 2 + x[1:].square().sum() / 2
+
+    at = torch.tensor([1e-9, 0.0, 0.0], dtype=torch.float64)
+    certificate = certify_point(kinked, at, epsilon=2.0, hessian_lipschitz=0.1)
+    assert certificate.verdict == Verdict.SADDLE
+    assert certificate.escape_bend < 0
+    assert "kinks? finite steps see no saddle" in str(certificate)
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.05, -0.2])
+def test_the_fall_is_what_the_lipschitz_constant_guarantees(slope: float) -> None:
+    """|lambda|^3 / (10 rho^2) at least, with |lambda| = rho = 1 and any slope added."""
+    problem = Cosine(3)
+    at = problem.critical_points()[1].x
+    certificate = certify_point(lambda x: problem(x) + slope * x[0], at, epsilon=0.5, hessian_lipschitz=1.0)
+    assert certificate.verdict == Verdict.SADDLE
+    assert certificate.escape_bend >= 1 / 10
+    assert certificate.slope * certificate.escape_distance <= 1e-12
+
+
+def test_large_weights_do_not_hide_a_small_saddle() -> None:
+    """f = -0.01 x_1^2 / 2 + |x_1|^3 / 6 beside a weight of 1000 that does nothing: rho = 1, so steps must be small."""
+
+    def small(x: Tensor) -> Tensor:
+        return -0.01 * x[0] ** 2 / 2 + x[0].abs() ** 3 / 6 + 0 * x[1]
+
+    at = torch.tensor([0.0, 1000.0], dtype=torch.float64)
+    certificate = certify_point(small, at, epsilon=5e-5, hessian_lipschitz=1.0)
+    assert certificate.verdict == Verdict.SADDLE
+    assert certificate.escape_bend >= 0.01**3 / 10
+
+
+def test_rho_is_that_of_the_final_direction() -> None:
+    """Measured again where the verdict is settled: at least the change of the Hessian along the v that is returned."""
+    problem = MatrixFactorisation((1.0, 0.6, 0.3, 0.1), 2)
+    at = 0.3 * torch.randn(problem.d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for epsilon in (5.0, 1.0):
+        certificate = certify_point(problem, at, epsilon=epsilon, hessian_lipschitz=None)
+        curvature = Curvature(Point(at), lambda m, b: problem(m.x), [torch.zeros(1)], Channel(resolve(None), Ledger()))
+        v, h = certificate.escape_direction, 1e-2
+        with curvature.moved(v, h):
+            ahead = curvature.hessian_vector(v)
+        with curvature.moved(v, -h):
+            behind = curvature.hessian_vector(v)
+        assert certificate.hessian_lipschitz >= float((ahead - behind).norm()) / (2 * h) * (1 - 1e-9)
+
+
+def test_derivatives_that_are_not_finite_are_told() -> None:
+    for function in (lambda x: x.norm(), lambda x: x.abs().sqrt().sum() + 1):
+        with pytest.raises(NotFiniteError, match="a derivative of the loss is not finite"):
+            certify_point(function, torch.zeros(3, dtype=torch.float64))
+
+
+def test_workers_must_agree_on_the_model() -> None:
+    """Other parameters are refused; statistics of batch normalisation and starts are rank 0's meanwhile."""
+
+    def worker(rank: int, spoil: bool) -> Any:
+        model, batches = network()
+        if rank:
+            model[1].running_mean.add_(1.0)
+            if spoil:
+                with torch.no_grad():
+                    model[0].weight.add_(1e-3)
+        share, start = batches[rank::2], torch.Generator().manual_seed(rank)
+        certificate = certify(model, loss_fn, share, epsilon=1e3, hessian_lipschitz=1e-6, generator=start)
+        return certificate.loss, certificate.lambda_min_upper, float(model[1].running_mean.sum())
+
+    alone, batches = network()
+    whole = certify(alone, loss_fn, batches, epsilon=1e3, hessian_lipschitz=1e-6)
+    first, second = simulate(lambda rank: worker(rank, False), 2)
+    assert first[:2] == second[:2]
+    assert first[0] == pytest.approx(whole.loss, rel=1e-12)
+    assert (first[2], second[2]) == (0.0, 6.0)
+    with pytest.raises(ValueError, match="model has other parameters on some workers than on rank 0"):
+        simulate(lambda rank: worker(rank, True), 2)
+
+
+def test_rho_is_measured_along_v() -> None:
+    """At 0 of the quadratic-quartic the third derivative vanishes; at x_1 = 0.3 the Hessian changes by 6 x_1 = 1.8."""
+    at = torch.tensor([0.3, 0.0, 0.0], dtype=torch.float64)
+    certificate = certify_point(QuadraticQuartic(3), at, hessian_lipschitz=None, epsilon=0.5)
+    assert certificate.hessian_lipschitz == pytest.approx(1.8, rel=1e-6)
+    assert certificate.hessian_lipschitz_estimated
+    assert certificate.threshold == pytest.approx(-math.sqrt(1.8 * 0.5))
+    assert "estimated along v" in str(certificate)
+
+
+def network(seed: int = 0) -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    """A network with dropout and batch normalisation, a frozen layer, and batches of unequal sizes."""
+    rng = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 5), nn.Linear(5, 2)
+    )
+    model.double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.5, generator=rng)
+    model[4].bias.requires_grad_(False)
+    data = torch.randn(30, 4, generator=rng, dtype=torch.float64)
+    target = torch.randn(30, 2, generator=rng, dtype=torch.float64)
+    return model, [(data[a:b], target[a:b]) for a, b in ((0, 7), (7, 19), (19, 30))]
+
+
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+def dense_hessian(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The Hessian of the mean loss of all examples in one batch, by autograd's own routine."""
+    model.eval()
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    shapes = [dict(model.named_parameters())[n].shape for n in names]
+    whole = tuple(torch.cat(part) for part in zip(*batches, strict=True))
+
+    def f(x: Tensor) -> Tensor:
+        values = [piece.view(s) for piece, s in zip(torch.split(x, [s.numel() for s in shapes]), shapes, strict=True)]
+        output = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (whole[0],))
+        return nn.functional.mse_loss(output, whole[1])
+
+    x = torch.cat([dict(model.named_parameters())[n].detach().reshape(-1) for n in names])
+    return torch.autograd.functional.hessian(f, x)
+
+
+def test_products_are_the_dense_hessian() -> None:
+    """Unequal batches are weighted by their examples; frozen parameters are left out; modes are restored."""
+    model, batches = network()
+    curvature = Curvature(model.train(), loss_fn, batches, Channel(resolve(None), Ledger()))
+    assert model.training
+    assert all(m.training for m in model.modules())
+    h = torch.stack([curvature.hessian_vector(e) for e in torch.eye(curvature.d, dtype=torch.float64)])
+    assert torch.allclose(h, dense_hessian(model, batches), atol=1e-12)
+    certificate = certify(model, loss_fn, batches, epsilon=1e3, hessian_lipschitz=1e-9, max_hvps=1000)
+    exact = float(torch.linalg.eigvalsh(h)[0])
+    assert certificate.lambda_min_lower <= exact <= certificate.lambda_min_upper + 1e-12
+    before = [p.clone() for p in model.parameters()]
+    curvature.loss_at(certificate.escape_direction, 0.3)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_agreement_with_an_independent_library() -> None:
+    """hessian-eigenthings' Lanczos on its own products: the same lambda_min within the two residuals."""
+    from hessian_eigenthings import HessianOperator, lanczos
+
+    model, batches = network()
+    equal = [(x[:7], y[:7]) for x, y in batches]  # it averages over batches, whatever their sizes
+    model.eval()
+    theirs = lanczos(HessianOperator(model, equal, loss_fn), k=1, which="SA", max_iter=40, tol=1e-8, seed=1)
+    value, residual = float(theirs.eigenvalues[0]), float(theirs.residuals[0])
+    # A threshold just above it, so that the verdict is settled only when the bounds have closed in on it.
+    near = (value + 0.01) ** 2 / 1e3
+    ours = certify(model, loss_fn, equal, epsilon=1e3, hessian_lipschitz=near)
+    assert ours.verdict == Verdict.SADDLE
+    assert ours.lambda_min_upper == pytest.approx(value, abs=ours.residual + residual + 1e-9)
+    assert ours.lambda_min_lower <= value <= ours.lambda_min_upper + 1e-9
+    assert ours.residual < 0.5
+
+
+def certify_share() -> dict[str, Any]:
+    """Certify the network on this worker's share of the batches."""
+    group = resolve(None)
+    model, batches = network()
+    certificate = certify(
+        model,
+        loss_fn,
+        batches[group.rank :: group.size],
+        epsilon=1e3,
+        hessian_lipschitz=1e-6,
+        generator=torch.Generator().manual_seed(5),
+    )
+    return {name: getattr(certificate, name) for name in (*EXACT, *MEASURED)}
+
+
+@pytest.mark.parametrize("workers", [2, 4])  # the fourth has no batches
+def test_workers_certify_the_union(gloo: Callable[..., list[Any]], workers: int) -> None:
+    alone = certify_share()
+    for many in (*gloo(certify_share, workers), *simulate(lambda rank: certify_share(), workers)):
+        assert [many[name] for name in EXACT] == [alone[name] for name in EXACT]
+        for name in MEASURED:
+            assert many[name] == pytest.approx(alone[name], rel=1e-9)
+
+
+def test_a_fresh_start_is_shared_by_all_workers() -> None:
+    def worker(rank: int) -> list[float]:
+        model, batches = network()
+        made = [certify(model, loss_fn, batches, epsilon=1e-9, hessian_lipschitz=1.0, max_hvps=3) for _ in range(2)]
+        return [c.lambda_min_upper for c in made]
+
+    first, second = simulate(worker, 2)
+    assert first == second
+    assert first[0] != first[1]  # and fresh for every certificate
+
+
+@pytest.mark.slow
+def test_a_real_plateau_is_a_saddle() -> None:
+    """The demo's autoencoder with tanh (ReLU has no second derivative at its kinks, which finite steps do see): plain
+    SGD, then full-batch steps, stalls where the Hessian has a negative eigenvalue along which the loss bends down.
+    """
+    from packsaddle.experiments.config import DataConfig
+    from packsaddle.experiments.tasks.images import load_images
+    from packsaddle.experiments.tasks.sharding import Batches
+    from packsaddle.experiments.templates import PLATEAU
+
+    images = load_images(DataConfig("digits"), None, train=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        widths = (64, 256, 128, 64, 32, 10, 32, 64, 128, 256, 64)
+        layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
+    model = nn.Sequential(nn.Flatten(), *layers[:-1], nn.Sigmoid())
+    whole = images.pixels(torch.arange(len(images)))
+    opt = CompressedSGD(model.parameters(), 1.0, compressor=Identity())
+    batches = Batches(torch.arange(len(images)), 32, worker=0, seed=0)
+
+    def loss_of(m: nn.Module, pixels: Tensor) -> Tensor:
+        return nn.functional.mse_loss(m(pixels), pixels.flatten(1))
+
+    for step in range(500):
+        opt.zero_grad()
+        loss_of(model, whole if step >= 400 else whole[batches[step]]).backward()
+        opt.step()
+    model.double()
+    everything = [whole.double()]
+    settings = {"epsilon": 1e-3, "hessian_lipschitz": 1e-3, "generator": torch.Generator().manual_seed(1)}
+    certificate = certify(model, loss_of, everything, **settings)
+    assert certificate.loss == pytest.approx(PLATEAU, rel=0.02)
+    assert certificate.verdict == Verdict.SADDLE, str(certificate)
+    curvature = Curvature(model, loss_of, everything, Channel(resolve(None), Ledger()))
+    s, bend = 0.02, certificate.lambda_min_upper
+    sides = [curvature.loss_at(certificate.escape_direction, step) for step in (-s, s)]
+    assert min(sides) < certificate.loss
+    assert sum(sides) / 2 - certificate.loss == pytest.approx(bend * s**2 / 2, rel=0.05)
+
+
+def test_what_is_not_a_function_is_refused() -> None:
+    model, batches = network()
+    with pytest.raises(ValueError, match="loss_fn gave two values for the same parameters and batches"):
+        certify(model, lambda m, b: loss_fn(m, (b[0] + torch.rand(1), b[1])), batches, epsilon=1.0)
+    with pytest.raises(ValueError, match="batches is empty on every worker"):
+        certify(model, loss_fn, [], epsilon=1.0)
+    with pytest.raises(ValueError, match="pass a list or a DataLoader, which can be read twice"):
+        certify(model, loss_fn, iter(batches), epsilon=1.0)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        certify(nn.Tanh(), loss_fn, batches, epsilon=1.0)
+    for name, value in (
+        ("epsilon", 0.0),
+        ("hessian_lipschitz", -1.0),
+        ("failure_probability", 1.0),
+        ("max_hvps", 0),
+        ("tolerance", 0.0),
+        ("sample_of", 0),
+        ("memory_limit", -1),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must .*, got {value}"):
+            certify(model, loss_fn, batches, **{"epsilon": 1.0, name: value})
+
+
+def test_one_workers_trouble_stops_all() -> None:
+    def worker(rank: int) -> str:
+        model, batches = network()
+        mine: Any = iter(batches[:1]) if rank else batches[1:]
+        with pytest.raises(ValueError, match="loss_fn gave two values") as caught:
+            certify(model, loss_fn, mine, epsilon=1.0)
+        return str(caught.value)
+
+    assert len(set(simulate(worker, 2))) == 1
+
+
+def test_a_samples_gradient_norm_has_its_error() -> None:
+    """A linear model's gradient is a mean of independent vectors: the standard error covers the true one, and its
+    square is right on average over samples."""
+    rng = torch.Generator().manual_seed(0)
+    population = torch.randn(4096, 5, generator=rng, dtype=torch.float64)
+    errors, squares = [], []
+    for seed in range(200):
+        order = torch.randperm(4096, generator=torch.Generator().manual_seed(seed))[:512]
+        batches = list(population[order].split(17))  # the last one is shorter
+        model = Point(torch.zeros(5, dtype=torch.float64))
+        settings = {"epsilon": 10.0, "hessian_lipschitz": 1e-3, "sample_of": 4096, "max_hvps": 1}
+        certificate = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, **settings)
+        errors.append(certificate.grad_norm_error)
+        squares.append(float((population[order].mean(0) - population.mean(0)).square().sum()))
+    assert sum(e**2 for e in errors) / 200 == pytest.approx(sum(squares) / 200, rel=0.2)
+    assert "512 examples, a sample of 4,096" in str(certificate)
+    assert "(standard error" in str(certificate)
+    alone = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=10.0, max_hvps=1)
+    assert alone.grad_norm_error is None
+    with pytest.raises(ValueError, match="sample_of must be at least the 512 examples given, got 511"):
+        certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=10.0, sample_of=511)
+
+
+def test_a_certificate_in_little_memory() -> None:
+    """With three vectors in memory: the same verdict and direction, and the quotient and residual are measured."""
+    problem = RankOnePCA(tuple(torch.linspace(1.0, 0.1, 60).tolist()))
+    saddle = problem.critical_points()[8].x
+    arguments = {"epsilon": 0.03, "hessian_lipschitz": 0.1}
+    whole, lean = (certify_point(problem, saddle, **arguments, memory_limit=limit) for limit in (2**20, 0))
+    assert whole.verdict == lean.verdict == Verdict.SADDLE
+    assert lean.lambda_min_upper == pytest.approx(whole.lambda_min_upper, abs=1e-9)
+    assert lean.residual == pytest.approx(whole.residual, abs=1e-6)
+    assert lean.hvps > whole.hvps
+
+
+@pytest.mark.slow
+def test_rounding_is_not_taken_for_curvature() -> None:
+    """A linear model with fewer examples than coordinates: lambda_min = 0, and in single precision Ritz values are
+    negative by rounding. A threshold below what rounding can tell is not undercut by it."""
+    rng = torch.Generator().manual_seed(0)
+    model = nn.Linear(200, 50, bias=False)
+    with torch.no_grad():
+        model.weight.normal_(generator=rng)
+    x = torch.randn(40, 200, generator=rng)
+    batch = (x, model(x).detach())  # a minimum
+    signs = set()
+    for seed in range(20):
+        settings = {"epsilon": 1.0, "hessian_lipschitz": 1e-24, "max_hvps": 60}
+        start = torch.Generator().manual_seed(seed)
+        certificate = certify(model, loss_fn, [batch], **settings, generator=start)
+        assert certificate.verdict in (Verdict.UNDECIDED, Verdict.SECOND_ORDER_STATIONARY), str(certificate)
+        signs.add(certificate.ritz_values[0] < certificate.threshold)
+    assert signs == {True}  # the rounding was there
+
+
+def test_a_better_direction_for_more_products() -> None:
+    problem = RankOnePCA(tuple(torch.linspace(1.0, 0.1, 60).tolist()))
+    saddle = problem.critical_points()[20].x
+    arguments = {"epsilon": 0.1, "hessian_lipschitz": 0.1}
+    quick, careful = (certify_point(problem, saddle, **arguments, tolerance=t) for t in (math.inf, 1e-3))
+    assert quick.verdict == careful.verdict == Verdict.SADDLE
+    assert careful.residual <= 1e-3 * abs(careful.lambda_min_upper) < quick.residual
+    assert careful.hvps > quick.hvps
+    assert careful.lambda_min_upper == pytest.approx(problem.critical_points()[20].lambda_min, abs=1e-3)
+    limited = certify_point(problem, saddle, **arguments, tolerance=1e-12, max_hvps=quick.hvps + 1)
+    assert (limited.verdict, limited.hvps) == (Verdict.SADDLE, quick.hvps + 1)
+
+
+def test_a_certificate_becomes_json() -> None:
+    certificate = certify_point(DoubleWells(5), torch.zeros(5, dtype=torch.float64))
+    read = json.loads(json.dumps(certificate.to_dict()))
+    assert read["verdict"] == "saddle"
+    assert read["lambda_min_upper"] == certificate.lambda_min_upper == pytest.approx(-1.0)
+    assert "escape_direction" not in read
+
+
+def test_batch_sizes() -> None:
+    assert (
+        batch_size(torch.zeros(3, 2)) == batch_size([torch.zeros(3), 1]) == batch_size({"x": (torch.zeros(3, 1),)}) == 3
+    )
+    with pytest.raises(ValueError, match="a batch must be a tensor, or a list, tuple or dict"):
+        batch_size("text")
+
+
+class Ridge:
+    """f = -c x_0^2 / 2 + (x_1^2 + x_2^2) / 2: curvature -c at 0."""
+
+    def __init__(self, c: float) -> None:
+        self.c = c
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return -self.c * x[0] ** 2 / 2 + x[1:].square().sum() / 2
+
+
+def test_a_plateau_that_passes_is_told_of() -> None:
+    """Curvature -0.01 at epsilon = 1e-2 is a saddle for rho below 0.01, and passes for 1; eta = 0.5 takes 462 steps."""
+    certificate = certify_point(Ridge(0.01), torch.zeros(3).double(), lr=0.5)
+    assert certificate.verdict == Verdict.SECOND_ORDER_STATIONARY
+    assert certificate.saddle_below_rho == pytest.approx(0.01, rel=1e-9)
+    x, steps = 1.0, 0
+    while x < 10:  # SGD along v
+        x, steps = x * (1 + 0.5 * 0.01), steps + 1
+    assert steps - 1 < certificate.escape_steps <= steps
+    text = str(certificate)
+    assert "not a minimum: v has curvature -1.0e-02" in text
+    assert "at lr 0.5 SGD's distance along v grows tenfold in about 462 steps" in text
+    assert "rests on the estimate" not in text  # rho was given
+    saddle = certify_point(Ridge(0.01), torch.zeros(3).double(), hessian_lipschitz=0.99 * certificate.saddle_below_rho)
+    assert saddle.verdict == Verdict.SADDLE
+    assert saddle.escape_steps is None  # no lr
+
+
+def test_an_estimated_rho_is_said_to_be_one() -> None:
+    """x_0^3 has rho = 6, with which curvature -0.01 passes."""
+
+    def cubic(x: Tensor) -> Tensor:
+        return Ridge(0.01)(x) + x[0] ** 3
+
+    certificate = certify_point(cubic, torch.zeros(3).double(), hessian_lipschitz=None, lr=0.5)
+    assert certificate.hessian_lipschitz == pytest.approx(6.0, rel=1e-6)
+    assert certificate.verdict == Verdict.SECOND_ORDER_STATIONARY
+    assert "it rests on the estimate of rho: below rho = 1.0e-02 this is a saddle; a larger one" in str(certificate)
+    kept = certificate.to_dict()
+    assert (kept["saddle_below_rho"], kept["escape_steps"]) == (certificate.saddle_below_rho, certificate.escape_steps)
+
+
+def test_a_minimum_is_not_called_a_plateau() -> None:
+    certificate = certify_point(Bowl(), torch.zeros(5).double(), hessian_lipschitz=None, lr=0.5)
+    assert certificate.verdict == Verdict.SECOND_ORDER_STATIONARY
+    assert (certificate.saddle_below_rho, certificate.escape_steps) == (None, None)
+    assert "not a minimum" not in str(certificate)
+    assert "it rests on the estimate of rho: a smaller one asks for more" in str(certificate)
+
+
+@pytest.mark.parametrize("lr", [-0.1, math.inf, math.nan])
+def test_a_bad_lr_is_named(lr: float) -> None:
+    with pytest.raises(ValueError, match="lr must be finite and not negative"):
+        certify_point(Bowl(), torch.zeros(5).double(), lr=lr)

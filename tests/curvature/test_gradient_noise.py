@@ -1,0 +1,195 @@
+"""The mini-batches' noise against covariances that are known, and the walk of artificial noise against steps taken."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from packsaddle import CompressedSGD, Identity, Ramp, gradient_noise, simulate, suggest_noise
+from packsaddle.curvature.gradient_noise import GradientNoise
+from packsaddle.curvature.hessian import NotFiniteError
+from packsaddle.experiments.noise_check import warning
+from packsaddle.theory.noise_walk import FAR, GOOD, Walk, rms
+
+
+class Shifted(nn.Module):
+    """f = mean_i ||x - a_i||^2 / 2, so that an example's gradient is x - a_i, and tr(Cov) the variance of the a_i."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(d, dtype=torch.float64))
+        self.unused = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return 0.5 * (self.x - batch).square().sum(1).mean()
+
+
+def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+    loss: Tensor = model(batch)
+    return loss
+
+
+def examples(n: int, d: int, seed: int = 0) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3 + 1
+
+
+def test_single_examples_give_numpys_variance() -> None:
+    data = examples(40, 5)
+    found = gradient_noise(Shifted(5), loss_fn, data.split(1))
+    assert found.per_example == pytest.approx(np.var(data.numpy(), axis=0, ddof=1).sum(), rel=1e-12)
+    assert (found.batches, found.batch_size, found.workers, found.d) == (40, 1.0, 1, 8)
+
+
+def test_batches_of_unlike_sizes_estimate_without_bias() -> None:
+    """tr(Cov) = 9 d; the mean of 300 estimates, each with its error, is within four of the mean's."""
+    found = []
+    for seed in range(300):
+        data = examples(20, 4, seed)
+        found.append(gradient_noise(Shifted(4), loss_fn, data.split([7, 3, 6, 4])))
+    mean, spread = np.mean([f.per_example for f in found]), np.std([f.per_example for f in found])
+    assert abs(mean - 36) < 4 * spread / math.sqrt(300)
+    # The errors that were stated are those that were made, within a tenth: 300 samples of 3 independent terms.
+    assert np.sqrt(np.mean([f.error**2 for f in found])) == pytest.approx(spread, rel=0.1)
+
+
+def test_the_mean_over_workers_and_batches_is_quieter() -> None:
+    one = GradientNoise(36.0, 3.6, 4.0, 8, 1, 9)
+    nine = GradientNoise(36.0, 3.6, 4.0, 8, 9, 9)
+    assert (one.std, nine.std, one.std_error) == (3.0, 1.0, pytest.approx(0.15))
+    assert (one.times(0.5), nine.times(0.5)) == (0.5, 1.5)
+    assert nine.times(0.5, momentum=0.9) == pytest.approx(0.15)  # a gradient's noise goes ten times as far
+    assert nine.times(nine.r(2.5)) == pytest.approx(2.5)
+    quiet = GradientNoise(0.0, 0.0, 4.0, 8, 1, 9)
+    assert (quiet.times(0.1), quiet.times(0.0), quiet.std_error) == (math.inf, 0.0, 0.0)
+
+
+def test_workers_together_measure_what_each_has() -> None:
+    data = [examples(12, 5, seed) for seed in range(3)]
+
+    def worker(rank: int) -> GradientNoise:
+        return gradient_noise(Shifted(5), loss_fn, data[rank].split(1))
+
+    found = simulate(worker, 3)
+    expected = np.mean([np.var(part.numpy(), axis=0, ddof=1).sum() for part in data])
+    assert [f.per_example for f in found] == pytest.approx([expected] * 3, rel=1e-12)
+    assert (found[0].workers, found[0].batches) == (3, 36)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Linear(4, 5))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    gradient_noise(model, lambda m, b: m(b).square().mean(), examples(40, 5).float().split(5))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert model.training
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_bad_arguments_are_named() -> None:
+    data = examples(8, 5)
+    with pytest.raises(ValueError, match="batches must be at least 2 on every worker"):
+        gradient_noise(Shifted(5), loss_fn, [data])
+    with pytest.raises(ValueError, match="workers must be at least 1, got 0"):
+        gradient_noise(Shifted(5), loss_fn, data.split(2), workers=0)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        gradient_noise(nn.Identity(), loss_fn, data.split(2))
+    with pytest.raises(NotFiniteError):
+        gradient_noise(Shifted(5), loss_fn, (data * math.inf).split(2))
+    with pytest.raises(ValueError, match=r"lr must be positive and finite, got 0\.0"):
+        suggest_noise(Shifted(5), lr=0.0, steps=10)
+    with pytest.raises(ValueError, match="not all zero"):
+        suggest_noise(Shifted(5), lr=1.0, steps=10)
+
+
+@pytest.mark.parametrize("noise", [0.02, Ramp(0.02, 30, 70), Ramp(0.02, 0, 100, final=0.01)], ids=repr)
+def test_x_walks_as_far_as_is_said(noise: float | Ramp) -> None:
+    """On a flat objective; the length of a walk of 10,000 coordinates is its mean within 1 / sqrt(2 d), four times."""
+    x = nn.Parameter(torch.ones(100, 100) * 0.5)
+    steps = 100.0 if isinstance(noise, float) else noise.squares(100) / 0.02**2
+    walk = Walk(0.3, steps, 0.5)
+    opt = CompressedSGD([x], 0.3, compressor=Identity(), noise=noise)
+    for _ in range(100):
+        x.grad = torch.zeros_like(x)
+        opt.step()
+    assert rms_of(x.detach() - 0.5) / 0.5 == pytest.approx(walk.times(0.02), rel=4 / math.sqrt(2 * 10_000))
+
+
+def rms_of(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "final"), [(0, 0, 0.0), (3, 9, 0.0), (0, 12, 0.1), (5, 40, 0.2), (50, 60, 0.0)]
+)
+def test_squares_of_a_ramp_are_summed(start: int, stop: int, final: float) -> None:
+    ramp = Ramp(0.3, start, stop, final)
+    for steps in (1, 4, 20, 30):
+        assert ramp.squares(steps) == pytest.approx(math.fsum(ramp(t) ** 2 for t in range(steps)), rel=1e-12)
+
+
+def test_the_suggestion_walks_as_far_as_is_stated() -> None:
+    model = nn.Linear(30, 20)
+    r = suggest_noise(model, lr=0.1, steps=400)
+    assert 0.1 * r * math.sqrt(400) == pytest.approx(GOOD * rms(model))
+    assert suggest_noise(model, lr=0.1, steps=400, times=1.0) == pytest.approx(r / GOOD)
+
+
+def test_a_warning_has_numbers_and_comes_beyond_the_limit() -> None:
+    said = {"step": 0, "r": 0.01, "walk": FAR, "suggested": 0.003, "times": 360.0}
+    assert warning(said) is None
+    text = warning({**said, "walk": 10.0})
+    assert text is not None
+    for part in (
+        "noise 0.01 is 360 times the gradient's own noise at step 0",
+        "10 times ||x_0||",
+        "suggested r = 0.003",
+    ):
+        assert part in text
+    assert "gradient" not in (warning({**said, "walk": 10.0, "times": None}) or "gradient")
+    assert warning({**said, "walk": None}) is None  # x_0 is zero
+
+
+CONFIG = """
+lr = 0.5
+epochs = 2
+batch_size = 8
+log_every = 5
+[data]
+name = "digits"
+limit = 400
+[model]
+name = "autoencoder"
+widths = [16]
+[noise]
+std = {std}
+"""
+
+
+def command(folder: Path, std: float) -> subprocess.CompletedProcess[str]:
+    (folder / "c.toml").write_text(CONFIG.format(std=std))
+    words = ["run", str(folder / "c.toml"), "--out", str(folder / "run")]
+    return subprocess.run([sys.executable, "-m", "packsaddle.cli", *words], capture_output=True, text=True, check=True)
+
+
+def test_a_run_tells_of_noise_that_is_too_much_and_keeps_what_it_found(tmp_path: Path) -> None:
+    result = command(tmp_path, 1.0)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("warning: noise 1 is ")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["warnings"] == [line.removeprefix("warning: ")]
+    noise = summary["noise"]
+    assert (noise["step"], noise["d"], noise["batch_size"]) == (100, 2128, 8.0)
+    assert noise["times"] == pytest.approx(math.sqrt(noise["d"]) / noise["std"])
+    assert noise["walk"] * noise["suggested"] == pytest.approx(GOOD)
+    assert f"noise.std = {noise['suggested']:.1g}" in result.stdout
+
+
+def test_nothing_is_said_of_as_much_as_is_suggested(tmp_path: Path) -> None:
+    assert command(tmp_path, 0.1).stderr == ""

@@ -1,0 +1,117 @@
+"""The effective step of a coordinate that waits: against its recursion, dense Hessians, a network that dies."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from torch import Tensor, nn
+
+from packsaddle import CompressedSGD, Identity, RandomK, TopK
+from packsaddle.comm.communicator import Channel
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature.hessian import Curvature
+from packsaddle.curvature.step_stability import LIMIT, Overshoot, Step, largest_overshoot
+
+
+def growth(a: float) -> float:
+    def rate(u: float) -> float:
+        return float(np.log(abs(1 - a * u)) * np.exp(-u))
+
+    return float(quad(rate, 0, 1 / a, limit=200)[0] + quad(rate, 1 / a, 60, limit=400)[0])
+
+
+def test_the_limit_is_where_a_coordinate_that_waits_begins_to_grow() -> None:
+    assert growth(LIMIT * 0.999) < 0 < growth(LIMIT * 1.001)
+
+
+@pytest.mark.parametrize(("gain", "grows"), [(0.5, False), (2.2, False), (3.2, True), (14.0, True)])
+def test_a_run_of_random_k_grows_beyond_it_and_not_below(gain: float, grows: bool) -> None:
+    """f = sum_j H_j x_j^2 / 2 with RandomK 2% and no noise; the median of 400 coordinates tells."""
+    eta, ratio, d = 0.1, 0.02, 400
+    curvature = gain * ratio / eta
+    x = nn.Parameter(torch.ones(d, 1, dtype=torch.float64))
+    opt = CompressedSGD([x], eta, compressor=RandomK(ratio, block_size=1), dense_below=0, max_skipped=None)
+    for _ in range(1500):
+        x.grad = curvature * x.detach()
+        opt.step()
+    assert (float(x.detach().abs().median()) > 1) == grows
+
+
+class Quadratic(nn.Module):
+    """f = x^T H x / 2 of two parameters, whose Hessian is known."""
+
+    def __init__(self, hessian: Tensor) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(4, 5).double()), nn.Parameter(torch.zeros(10).double())
+        self.hessian = hessian
+
+    def forward(self) -> Tensor:
+        x = torch.cat([self.a.reshape(-1), self.b])
+        return 0.5 * x @ self.hessian @ x
+
+
+def curvature_of(model: nn.Module) -> Curvature:
+    return Curvature(model, lambda m, batch: m(), [torch.zeros(1)], Channel(resolve(None), Ledger()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_worst_coordinate_of_a_dense_hessian_is_found(seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    root = torch.randn(30, 30, generator=rng, dtype=torch.float64)
+    hessian = root @ root.T / 100
+    hessian[7, 7] += 4.0
+    hessian[23, 23] += 9.0
+    steps = [Step("a", 0.1, 50.0), Step("b", 0.1, 1.0)]
+    found = largest_overshoot(curvature_of(Quadratic(hessian)), steps, torch.Generator().manual_seed(seed))
+    assert (found.step.name, found.index) == ("a", (1, 2))  # 4 waiting 50 steps is worse than 9 at once
+    assert found.curvature == pytest.approx(float(hessian[7, 7]), rel=1e-12)
+    assert found.gain == pytest.approx(5.0 * float(hessian[7, 7]), rel=1e-12)
+    assert found.is_unstable
+
+
+def test_waits_are_by_tensor_and_only_where_they_are_known() -> None:
+    def made(compressor: RandomK | TopK | Identity, below: int) -> list[float] | None:
+        weights = [nn.Parameter(torch.ones(n, m)) for n, m in ((10, 10), (3, 1), (20, 20))]
+        return CompressedSGD(weights, 0.1, compressor=compressor, dense_below=below).waits()
+
+    assert made(RandomK(0.1, block_size=1), 50) == pytest.approx([10.0, 1.0, 10.0])
+    assert made(RandomK(0.01, per_tensor=True), 50) == pytest.approx([100.0, 1.0, 100.0])
+    assert made(RandomK(0.01, per_tensor=True), 0) == pytest.approx([100.0, 3.0, 100.0])
+    assert made(Identity(), 50) == [1.0, 1.0, 1.0]
+    assert made(TopK(0.1), 50) is None
+
+
+def test_the_advice_names_the_coordinate_and_settings() -> None:
+    text = Overshoot(Step("decoder.bias", 0.1, 1000.0), (12,), 0.139).advice()
+    for part in ("decoder.bias[12] waits 1/mu = 1,000 steps", "eta/mu = 100", "0.139", "13.9", "lr below 0.019"):
+        assert part in text, text
+    assert "dense_below = 1024" in text
+
+
+def test_what_follows_the_advice_is_stable() -> None:
+    before = Overshoot(Step("w", 0.1, 1000.0), (0, 0), 0.139)
+    assert not Overshoot(Step("w", 0.1 * LIMIT / before.gain * 0.99, 1000.0), (0, 0), 0.139).is_unstable
+
+
+def test_of_a_real_network(tmp_path: Path) -> None:
+    """An autoencoder of digits whose biases are compressed with the rest is past stability, and else it is not."""
+    sklearn = pytest.importorskip("sklearn.datasets")
+    images = torch.as_tensor(sklearn.load_digits().data / 16).float()
+    gains = []
+    for below in (0, 100):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 8), nn.Sigmoid(), nn.Linear(8, 64))
+        opt = CompressedSGD(model.named_parameters(), 0.1, compressor=RandomK(0.001), dense_below=below)
+        waits = opt.waits()
+        assert waits is not None
+        steps = [Step(name, 0.1, wait) for (name, _), wait in zip(model.named_parameters(), waits, strict=True)]
+        curvature = Curvature(
+            model, lambda m, batch: nn.functional.mse_loss(m(batch), batch), [images], Channel(resolve(None), Ledger())
+        )
+        found = largest_overshoot(curvature, steps, torch.Generator().manual_seed(0))
+        gains.append((found.gain, found.step.name))
+    assert gains[0][0] > LIMIT > gains[1][0]
+    assert gains[0][1].endswith("bias")

@@ -1,0 +1,69 @@
+"""The documentation runs: Python blocks of the README, the documented configuration, and the experiments' configs."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from packsaddle.experiments.config import Config, load
+from packsaddle.experiments.schema import build, plain
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}  # a page's blocks continue each other
+    with mock.patch.dict(os.environ):
+        for block in blocks(page):
+            exec(compile(block, page.name, "exec"), names)
+
+
+def blocks(page: Path) -> list[str]:
+    found: list[str] = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    return found
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_scripts_of_the_first_five_minutes_run_under_torchrun(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(blocks(ROOT / "docs" / "start.md")[number])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses
+    assert max(losses) < 0.02, done.stdout
+
+
+def test_the_documented_configuration_has_every_key() -> None:
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
+    documented = tomllib.loads(block)
+    config = plain(build(Config, documented))
+    sparse = {"k", "block_size", "values", "per_tensor"}
+    optional = {"compressor": sparse, "back": sparse, "model": {"widths"}}
+    for name, value in config.items():
+        assert name in documented
+        if isinstance(value, dict):
+            assert value.keys() - optional.get(name, set()) == documented[name].keys()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").rglob("*.toml")), ids=lambda p: p.parent.name)
+def test_experiment_configs_load(path: Path) -> None:
+    assert load(path).plateau
+    assert "packsaddle run" in (path.parent / "README.md").read_text()
+
+
+def test_links_exist() -> None:
+    for page in [
+        ROOT / "README.md",
+        *(p for where in ("docs", "examples", "experiments/*") for p in ROOT.glob(f"{where}/*.md")),
+    ]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -1,0 +1,54 @@
+"""The documentation site: it builds without a warning, every page can be reached, and every export is described."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import packsaddle
+import packsaddle.theory.diagnostics
+import packsaddle.theory.problems
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("sphinx")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-d", str(out / "trees")]
+    done = subprocess.run(
+        [*build, "-c", "docs", ".", str(out / "html")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return out / "html"
+
+
+def test_every_page_is_reached_from_the_index(site: Path) -> None:
+    index = site / "docs" / "index.html"
+    linked = {index} | {
+        (index.parent / href).resolve() for href in re.findall(r'href="([^"#:]+\.html)', index.read_text())
+    }
+    written = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    written += [*ROOT.glob("experiments/*/README.md"), *ROOT.glob("benchmarks/*.md")]
+    for page in written:
+        assert site / page.relative_to(ROOT).with_suffix(".html") in linked, page
+
+
+def test_the_front_page_leads_to_the_index(site: Path) -> None:
+    assert 'url=docs/index.html"' in (site / "index.html").read_text()
+
+
+def test_every_export_is_in_the_api(site: Path) -> None:
+    pages = "".join(page.read_text() for page in (site / "docs" / "api").glob("*.html"))
+    for module in (packsaddle, packsaddle.theory.diagnostics, packsaddle.theory.problems):
+        for name in module.__all__:
+            assert f'id="{module.__name__}.{name}"' in pages, f"{module.__name__}.{name}"
+
+
+def test_names_in_docstrings_are_links_or_code(site: Path) -> None:
+    page = (site / "docs" / "api" / "optimizer.html").read_text()
+    assert 'href="escape.html#packsaddle.Ramp"' in page
+    assert "`" not in re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)

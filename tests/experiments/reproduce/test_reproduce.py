@@ -1,0 +1,382 @@
+"""Reproductions: studies that go on where they stopped, runs that are equal twice and however workers are had."""
+
+import csv
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commandline import command, refused
+from PIL import Image
+
+from packsaddle.compressors import QSGD, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.config import Config, NoiseConfig
+from packsaddle.experiments.job import How, Job, can_be_fused
+from packsaddle.experiments.report.settings import estimate, settings
+from packsaddle.experiments.reproduce import REPRODUCTIONS, figure1, figure2
+from packsaddle.experiments.reproduce.results import by_setting, interval, paired
+from packsaddle.experiments.reproduce.study import Study, StudyFolder
+from packsaddle.experiments.run_folder import make_new, read_runs
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """640 training and 100 test images in MNIST's own format: rectangles, of a class by their place."""
+    folder = tmp_path_factory.mktemp("mnist")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for prefix, n in (("train", 640), ("t10k", 100)):
+        labels = np.arange(n, dtype=np.uint8) % 10
+        images = rng.integers(0, 30, (n, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 + label : 14 + label, 4:20] = 220
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of ten classes, 32 x 32, told apart by their colour."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 16), ("test", 4)):
+        for label in range(10):
+            (folder / part / f"class-{label}").mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 100, (32, 32, 3)) + np.array([15 * label, 150 - 15 * label, 50])
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / f"class-{label}" / f"{i}.png")
+    return folder
+
+
+def run(config: Config, how: How, data_dir: Path, path: Path) -> dict[str, Any]:
+    """Do a run and return its metrics, summary and weights."""
+    make_new(path)
+    Job((config,), (path,), data_dir, quiet=True).run(config.workers, how)
+    (found,) = read_runs([path])
+    assert found.summary is not None
+    weights = torch.load(path / "checkpoint" / "model.pt", weights_only=True)
+    return {"metrics": found.metrics, "summary": found.summary, "weights": weights, "certificates": found.certificates}
+
+
+def ae_config(**changes: Any) -> Config:
+    """Figure 2's smoke setting, with fewer images and certificates left out."""
+    config = figure2.study("smoke", "mnist").settings["randomk-noise"]
+    base = replace(config, data=replace(config.data, limit=640), certify=None, log_every=5, epochs=2.0)
+    return replace(base, **changes)
+
+
+def resnet_config() -> Config:
+    """Figure 1's smoke setting, with fewer images and workers, and half as deep.
+
+    Rounding to float32 would grow until it is seen.
+    """
+    config = figure1.study("smoke", "folder").settings["randomk-1"]
+    few = replace(config.data, limit=160)
+    shallow = replace(config.model, name="resnet18")
+    return replace(config, data=few, model=shallow, precision="float64", workers=2, epochs=0.6, test_every=0.3)
+
+
+def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("seconds", "mu", "mu_by_tensor")} for line in lines]
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_numbers_twice(mnist: Path, pictures: Path, tmp_path: Path) -> None:
+    for name, config, data in (("ae", ae_config(), mnist), ("resnet", resnet_config(), pictures)):
+        first, second = (run(config, "serial", data, tmp_path / f"{name}-{i}") for i in range(2))
+        assert without_time(first["metrics"]) == without_time(second["metrics"])
+        assert all(torch.equal(w, second["weights"][key]) for key, w in first["weights"].items())
+        other = run(replace(config, seed=1), "serial", data, tmp_path / f"{name}-other")
+        assert without_time(first["metrics"]) != without_time(other["metrics"])
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("compressor", [RandomK(0.01), TopK(0.01)], ids=["RandomK", "TopK"])
+def test_simulated_autoencoders_are_processes(mnist: Path, tmp_path: Path, compressor: Any) -> None:
+    config = ae_config(workers=2, compressor=compressor)
+    check_equal(config, mnist, tmp_path, ("processes", "serial"))
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [Identity(), SketchTopK(0.01), LinearSketch(0.05), LowRank(2), RandomK(0.01, per_tensor=True)],
+    ids=lambda c: type(c).__name__,
+)
+def test_whatever_is_fused_is_the_workers_apart(mnist: Path, tmp_path: Path, compressor: Any) -> None:
+    config = ae_config(workers=2, compressor=compressor, precision="float64", epochs=1.0)
+    assert can_be_fused(config)
+    check_equal(config, mnist, tmp_path, ("serial", "fused"))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("norm", ["all", "worker", "group"])
+def test_simulated_resnets_are_processes(pictures: Path, tmp_path: Path, norm: Any) -> None:
+    config = resnet_config()
+    config = replace(config, model=replace(config.model, norm=norm))
+    check_equal(config, pictures, tmp_path, ("processes", "serial", "fused"))
+
+
+def check_equal(config: Config, data: Path, folder: Path, hows: tuple[How, ...]) -> None:
+    """The same curves, weights and bytes up to rounding."""
+    tolerance = 1e-6 if config.precision == "float64" else 2e-3
+    found = {how: run(config, how, data, folder / how) for how in hows}
+    first = found[hows[0]]
+    for how in hows[1:]:
+        for ours, theirs in zip(found[how]["metrics"], first["metrics"], strict=True):
+            for name in ("loss", "test_loss", "test_accuracy", "epoch", "payload", "sent", "received"):
+                if name in ours or name in theirs:
+                    assert ours[name] == pytest.approx(theirs[name], rel=tolerance), (how, name)
+            if how != "fused":  # there it is the norm of the mean
+                assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=tolerance)
+        assert found[how]["summary"]["bytes_by_purpose"] == first["summary"]["bytes_by_purpose"]
+        for key, w in found[how]["weights"].items():
+            assert torch.allclose(w, first["weights"][key], rtol=tolerance, atol=tolerance / 10), (how, key)
+
+
+def test_fused_workers_certify_and_check_escapes_as_others_do(mnist: Path, tmp_path: Path) -> None:
+    from packsaddle.experiments.config import CertifyConfig, EscapeConfig
+
+    config = ae_config(
+        workers=2,
+        escape=EscapeConfig(interval=3, radius=100.0, examples=100),
+        noise=NoiseConfig(0.01),
+        certify=CertifyConfig(epsilon=1.0, hessian_lipschitz=1.0, at=(1.0,), examples=50, max_hvps=5),
+    )
+    fused, serial = (run(config, how, mnist, tmp_path / how) for how in ("fused", "serial"))
+    assert [(r["step"], r["committed"]) for r in fused["summary"]["resets"]] == [
+        (r["step"], r["committed"]) for r in serial["summary"]["resets"]
+    ]
+    assert len(fused["summary"]["resets"]) > 1
+    assert [c["epoch"] for c in fused["certificates"]] == [1.0, 2.0]
+    for ours, theirs in zip(fused["certificates"], serial["certificates"], strict=True):
+        assert ours["examples"] == theirs["examples"] == 100
+        assert ours["verdict"] == theirs["verdict"]
+        for name in ("loss", "grad_norm", "lambda_min_upper"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
+
+
+def test_what_can_be_fused() -> None:
+    config = ae_config(workers=4)
+    for compressor, yes in (
+        (Identity(), True),
+        (RandomK(0.01), True),
+        (SketchTopK(0.01), True),
+        (LowRank(), True),
+        (TopK(0.01), False),
+        (Sign(), False),
+        (QSGD(), False),
+        (RandomK(0.01, values="int8"), False),
+    ):
+        assert can_be_fused(replace(config, compressor=compressor)) == yes, compressor
+    assert not can_be_fused(replace(config, exchange="coordinator"))
+
+
+def test_fusing_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, mnist: Path) -> None:
+    toml = tmp_path / "c.toml"
+    toml.write_text(
+        'lr = 0.1\nepochs = 1\nbatch_size = 8\nworkers = 2\n[data]\nname = "digits"\n[model]\nname = "autoencoder"\n'
+        'widths = [32]\n[compressor]\nkind = "Sign"\n'
+    )
+    out = ("--out", tmp_path / "o")
+    refused(capsys, "Sign by exchange 'direct' sends more; use --serial", "run", toml, "--fused", *out)
+    assert not (tmp_path / "o").exists()
+    refused(capsys, "--serial and --fused are two ways", "run", toml, "--fused", "--serial", *out)
+
+
+# Studies.
+
+
+def small_study(mnist: Path, folder: Path, *arguments: Any) -> int:
+    """`packsaddle reproduce fig2` at smoke scale on few images."""
+    few = ("--set", "data.limit=640", "epochs=1", "certify.examples=64")
+    return command("reproduce", "fig2", "--scale", "smoke", "--data-dir", mnist, "--out", folder, *few, *arguments)
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_stopped(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "study"
+    assert small_study(mnist, folder, "--only", "dense", "randomk", "--seeds", "2") == 0
+    runs = sorted(path.parent for path in folder.glob("runs/*/*/summary.json"))
+    assert [str(path.relative_to(folder / "runs")) for path in runs] == [
+        f"{name}/seed-{seed}" for name in ("dense", "randomk") for seed in (0, 1)
+    ]
+    before = {path: (path / "metrics.jsonl").read_text() for path in runs}
+    # One was cut off in the middle: its summary is missing, and half of its metrics.
+    cut = runs[3]
+    (cut / "summary.json").unlink()
+    (cut / "metrics.jsonl").write_text(before[cut][: len(before[cut]) // 2])
+    untouched = {path: (path / "summary.json").stat().st_mtime_ns for path in runs[:3]}
+    refused(capsys, "exists already; go on with --resume", *resumed(mnist, folder)[:-1])
+    assert command(*resumed(mnist, folder)) == 0
+    assert {path: (path / "summary.json").stat().st_mtime_ns for path in runs[:3]} == untouched
+    again = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert without_time(again) == without_time([json.loads(line) for line in before[cut].splitlines()])
+    capsys.readouterr()
+    other = [a if a != "epochs=1" else "epochs=2" for a in resumed(mnist, folder)]
+    refused(capsys, "was made with another configuration", *other)
+    arguments = [a if a != "smoke" else "cpu" for a in resumed(mnist, folder)]
+    refused(capsys, "holds fig2 at scale smoke, not fig2 at scale cpu", *arguments)
+    refused(capsys, "is not the folder of a study", "reproduce", "fig2", "--resume", "--out", tmp_path)
+
+
+def resumed(mnist: Path, folder: Path) -> list[Any]:
+    few = ["--set", "data.limit=640", "epochs=1", "certify.examples=64"]
+    scale = ["--scale", "smoke", "--only", "dense", "randomk", "--seeds", "2"]
+    return ["reproduce", "fig2", *scale, "--data-dir", mnist, "--out", folder, *few, "--resume"]
+
+
+@pytest.mark.slow
+def test_figure_2_from_the_command_line(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "study"
+    assert small_study(mnist, folder, "--seeds", "2") == 0
+    printed = capsys.readouterr().out
+    assert "RandomK 0.1%: noise shortens the plateau by" in printed
+    summary = json.loads((folder / "summary.json").read_text())
+    entries = by_setting(summary)
+    assert len(entries) == 6
+    found = {
+        s.label: s for s in settings(read_runs([folder / "runs" / n for n in figure2.study("smoke", "mnist").settings]))
+    }
+    with (folder / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for label, entry in entries.items():
+        finals = [run.summary["final_loss"] for run in found[label].runs if run.summary]
+        assert entry["final_loss"]["values"] == finals
+        assert entry["final_loss"]["mean"] == pytest.approx(np.mean(finals))
+        last = [row for row in rows if row["setting"] == label][-1]
+        losses = [run.metrics[-1]["loss"] for run in found[label].runs]
+        assert float(last["loss_mean"]) == pytest.approx(np.mean(losses), rel=1e-5)
+        assert float(last["loss_low"]) == pytest.approx(np.quantile(losses, 0.1), rel=1e-5)
+        assert float(last["loss_high"]) == pytest.approx(np.quantile(losses, 0.9), rel=1e-5)
+        assert last["seeds"] == "2"
+        assert {(c["seed"], c["epoch"]) for c in entry["certificates"]} >= {(0, 1.0), (1, 1.0)}
+    assert (folder / "figure.png").stat().st_size > 10_000
+    assert (folder / "figure.svg").exists()
+
+
+@pytest.mark.slow
+def test_figure_1_from_the_command_line(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "study"
+    arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, "--set", "data.limit=160", "epochs=1")
+    assert command("reproduce", "fig1", *arguments) == 0
+    assert "RandomK 0.1%: final loss" in capsys.readouterr().out
+    entries = by_setting(json.loads((folder / "summary.json").read_text()))
+    assert list(entries) == ["100%", "RandomK 10%", "RandomK 1%", "RandomK 0.1%"]
+    assert all(entry["workers"] == 10 for entry in entries.values())
+    sent = [entry["megabytes"]["mean"] for entry in entries.values()]
+    assert sent == sorted(sent, reverse=True)
+    assert (folder / "figure.png").stat().st_size > 10_000
+
+
+def test_mistakes_are_found_before_runs_begin(capsys: pytest.CaptureFixture[str], tmp_path: Path, mnist: Path) -> None:
+    fig2 = ("reproduce", "fig2", "--out", tmp_path / "o", "--data-dir", mnist, "--scale", "smoke")
+    refused(capsys, "fig2 has no setting 'sparse'; it has dense, dense-noise", *fig2, "--only", "sparse")
+    refused(capsys, "seeds must be at least 1, got 0", *fig2, "--seeds", "0")
+    refused(capsys, "unknown key lrr", *fig2, "--set", "lrr=1")
+    refused(capsys, "data.limit must be at most 640", *fig2)
+    refused(capsys, "mnist needs --data-dir", "reproduce", "fig2", "--scale", "smoke", "--out", tmp_path / "o")
+    refused(capsys, "--seeds does not apply to table1", "reproduce", "table1", "--seeds", "3")
+    assert not (tmp_path / "o").exists()
+
+
+def test_every_scale_of_every_study_can_be_read_back() -> None:
+    """Ten seeds in Figure 2 and three in Figure 1, in the paper's setting and on a CPU."""
+    for name, made in REPRODUCTIONS.items():
+        for scale in ("paper", "cpu", "smoke"):
+            study: Study = made.study(scale, "mnist" if name.startswith("fig2") else "cifar10")  # type: ignore[arg-type]
+            assert len({run.name for run in study.sub_runs()}) == len(study.settings) * study.seeds
+            assert len({config.label for config in study.settings.values()}) == len(study.settings)
+            study.changed(["lr=0.2"], None, [])
+    assert [REPRODUCTIONS[n].study("cpu", "cifar10").seeds for n in ("fig2", "fig1")] == [10, 3]
+
+
+def test_progress_of_a_run(tmp_path: Path) -> None:
+    study = replace(figure2.study("smoke", "mnist"), seeds=1)
+    folder, (first, *_) = StudyFolder(tmp_path), study.sub_runs()
+    assert folder.progress(first) == 0
+    folder.run(first).mkdir(parents=True)
+    (folder.run(first) / "metrics.jsonl").write_text('{"epoch": 0.5}\n{"epoch": 1.0}\n{"epoch": 1.')
+    assert folder.progress(first) == 0.5
+    (folder.run(first) / "summary.json").write_text("{}")
+    assert folder.progress(first) == 1
+
+
+def test_estimates() -> None:
+    """Student's interval, against a table: t for 3 degrees of freedom is 3.182."""
+    found = estimate([1.0, 2.0, 3.0, 6.0])
+    half = 3.182446 * np.std([1, 2, 3, 6], ddof=1) / 2
+    assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3.0 - half, 3.0 + half), rel=1e-5)
+    assert estimate([2.0]).low is None
+    with pytest.raises(ValueError, match="at least one number"):
+        estimate([])
+    one = {"seeds": [0, 1, 2], "q": {"values": [5.0, 6.0, 7.0]}}
+    other = {"seeds": [1, 2], "q": {"values": [1.0, 3.0]}}
+    difference = paired(one, other, "q", lambda a, b: a - b)
+    assert difference.values == (5.0, 4.0)
+    assert interval(estimate([1.0]), ".2f") == "1.00"
+    assert interval(estimate([1.0, 1.0]), ".1f") == "1.0 [1.0, 1.0]"
+
+
+def test_a_study_s_folder_is_never_taken_from_the_user(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    study = figure2.study("smoke", "mnist")
+    with pytest.raises(ConfigError, match="exists already"):
+        StudyFolder(tmp_path).check(study, resume=False)
+    with pytest.raises(ConfigError, match="is not the folder of a study"):
+        StudyFolder(tmp_path).check(study, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_figure_without_all_its_curves_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs a curve of every setting, but 'uncompressed, no noise' has none"):
+        figure2.draw([])
+    with pytest.raises(ConfigError, match="needs a curve of every setting, but '100%' has none"):
+        figure1.draw([])
+
+
+def gone(group: int) -> bool:
+    """Whether a process group comes to its end within a quarter of a minute."""
+    for _ in range(150):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_an_interrupted_study_ends_quietly_and_goes_on(mnist: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole process group: exit code 130, no traceback, no process left; --resume goes on."""
+    arguments = [str(a) for a in resumed(mnist, tmp_path / "study")[:-1]]
+    long = [a.replace("epochs=1", "epochs=3000") for a in arguments]
+    program = [sys.executable, "-m", "packsaddle.cli"]
+    process = subprocess.Popen(
+        [*program, *long],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*/*/metrics.jsonl")):
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    assert gone(process.pid)
+    assert command(*arguments, "--resume") == 0
+    assert len(list((tmp_path / "study").glob("runs/*/*/summary.json"))) == 4

@@ -1,0 +1,305 @@
+"""The examples as a user runs them, with the real libraries; and what frameworks' checkpoints keep of the hook."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from packsaddle import TopK, register_ddp_hook
+from packsaddle.comm.group import resolve
+from packsaddle.integrations import load_state, measures, save_state
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+LIBRARIES = {"ddp": "sklearn", "lightning": "lightning", "accelerate": "accelerate", "huggingface": "transformers"}
+LINE = re.compile(
+    r"worker (?P<rank>\d+): loss (?P<first>[\d.]+) -> (?P<last>[\d.]+), (?P<steps>\d+) steps, "
+    r"(?:(?P<exchanges>\d+) exchanges, sent (?P<sent>[\d,]+) bytes, DistributedDataParallel alone (?P<alone>[\d,]+) .*"
+    r"|one worker, nothing sent), weights (?P<weights>\w+)"
+)
+
+
+def needs(library: str) -> None:
+    """Skip without the library, which is not imported for it: here warnings are errors, also its own."""
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+
+
+def run(command: list[Any], folder: Path, **environment: str) -> str:
+    """Run a command in a folder and return what it printed."""
+    given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([str(c) for c in command], cwd=folder, env=given, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def torchrun(*arguments: Any) -> list[Any]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments]
+
+
+@cache
+def example(name: str, folder: Path) -> list[dict[str, str]]:
+    """What the workers of an example said, by rank; run once."""
+    what = ["ddp.py", "--checkpoint", "saved"] if name == "ddp" else [f"{name}_example.py"]
+    printed = run(torchrun(EXAMPLES / what[0], *what[1:]), folder)
+    return sorted((m.groupdict() for m in LINE.finditer(printed)), key=lambda worker: worker["rank"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("examples")
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_examples_train_with_little_traffic(name: str, folder: Path) -> None:
+    needs(LIBRARIES[name])
+    workers = example(name, folder)
+    assert [w["rank"] for w in workers] == ["0", "1"]
+    assert len({w["weights"] for w in workers}) == 1
+    for worker in workers:
+        assert int(worker["exchanges"]) == int(worker["steps"]) == (80 if name == "huggingface" else 176)
+        assert int(worker["sent"].replace(",", "")) < int(worker["alone"].replace(",", "")) / 20
+        assert float(worker["last"]) < float(worker["first"]) / 2
+
+
+def test_lightnings_run_is_that_of_the_plain_loop(folder: Path) -> None:
+    """The same seeds, batches and optimizer: the callback does what the line in the loop does, bit for bit."""
+    needs("lightning")
+    assert example("lightning", folder)[0]["weights"] == example("ddp", folder)[0]["weights"]
+
+
+def test_lightning_logs_bytes_and_certificates(folder: Path) -> None:
+    needs("lightning")
+    workers = example("lightning", folder)
+    with (folder / "runs" / "lightning" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    exchanges = [row for row in rows if row["packsaddle/steps"]]
+    assert [float(row["packsaddle/steps"]) for row in exchanges] == list(range(10, 177, 10))
+    assert all(float(row["packsaddle/sent_in_step"]) > 0 and row["loss"] for row in exchanges)
+    assert all(0 < float(row["packsaddle/mu"]) < 1 and float(row["packsaddle/skipped"]) == 0 for row in exchanges)
+    sent = [float(row["packsaddle/sent"]) for row in exchanges]
+    assert sorted(sent) == sent
+    assert sent[-1] < int(workers[0]["sent"].replace(",", ""))
+    certified = [row for row in rows if row["certificate/grad_norm"]]
+    assert [row["step"] for row in certified] == ["88", "176"]
+    assert all(
+        float(row["certificate/lambda_min_lower"]) < float(row["certificate/lambda_min_upper"]) for row in certified
+    )
+
+
+def test_the_trainer_logs_bytes(folder: Path) -> None:
+    needs("transformers")
+    example("huggingface", folder)
+    state = json.loads((folder / "runs" / "huggingface" / "checkpoint-80" / "trainer_state.json").read_text())
+    found = [line for line in state["log_history"] if "packsaddle/sent" in line]
+    assert [line["step"] for line in found] == list(range(10, 81, 10))
+    assert all(line["packsaddle/steps"] == line["step"] and 0 < line["packsaddle/mu"] < 1 for line in found)
+    assert sum("loss" in line for line in state["log_history"]) == len(found)
+
+
+@pytest.mark.parametrize("name", ["lightning", "accelerate", "huggingface"])
+def test_a_checkpoint_keeps_every_workers_state(name: str, tmp_path: Path) -> None:
+    needs(LIBRARIES[name])
+    printed = run(torchrun(ROOT / "tests" / "support" / "resuming.py", name, tmp_path), tmp_path)
+    workers = [json.loads(line) for line in printed.splitlines() if line.startswith("{") and '"straight"' in line]
+    assert len(workers) == 2
+    assert workers[0] == workers[1]
+    found = workers[0]
+    assert found["resumed"] == found["straight"]
+    assert found["steps"] == [12, 12]
+    assert found["bytes"][0] == found["bytes"][1]
+    assert found["lost"] != found["straight"]
+    assert found["warned"] == 1
+    assert found.get("steps of another training", 12) == 12
+    kept = sorted(p.parent.name for p in (tmp_path / "straight").rglob("packsaddle-0.pt"))
+    assert kept == {"lightning": ["step=12.ckpt.packsaddle"], "accelerate": ["straight"]}.get(name, ["checkpoint-12"])
+    if name == "lightning":
+        with (tmp_path / "straight" / "log" / "metrics.csv").open() as file:
+            assert [row["step"] for row in csv.DictReader(file) if row.get("certificate/loss")] == ["5", "10"]
+
+
+@pytest.mark.parametrize("name", ["lightning", "accelerate", "huggingface"])
+def test_with_one_worker_nothing_happens_and_callbacks_say_so(name: str, tmp_path: Path) -> None:
+    needs(LIBRARIES[name])
+    short = ["--steps", 4] if name == "huggingface" else ["--epochs", 1]
+    printed = run([sys.executable, EXAMPLES / f"{name}_example.py", *short], tmp_path)
+    assert "one worker, nothing sent" in printed
+    assert printed.count("packsaddle has nothing to do: there is one worker") == (name != "accelerate")
+    assert not list(tmp_path.rglob("packsaddle-*.pt"))
+
+
+def test_a_plain_loop_goes_on_from_its_checkpoint(folder: Path) -> None:
+    needs("sklearn")
+    example("ddp", folder)
+    printed = run(torchrun(EXAMPLES / "ddp.py", "--epochs", 9, "--checkpoint", "saved"), folder)
+    workers = [m.groupdict() for m in LINE.finditer(printed)]
+    assert [(w["steps"], w["exchanges"]) for w in workers] == [("198", "198")] * 2
+    assert all(float(w["first"]) < 1 for w in workers)
+
+
+def test_the_documented_lines_are_those_of_the_examples() -> None:
+    """What the page shows of frameworks needs torchrun, so it is run as a part of the examples."""
+    examples = {line.strip() for path in EXAMPLES.glob("*.py") for line in path.read_text().splitlines()}
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "integrations.md").read_text(), re.DOTALL)
+    shown = [line.strip() for block in blocks for line in block.splitlines()]
+    assert len(blocks) >= 5
+    assert [line for line in shown if line not in examples] == []
+
+
+# ---- without a framework
+
+
+def trained(steps: int) -> Any:
+    model = DistributedDataParallel(torch.nn.Linear(40, 50))
+    hook = register_ddp_hook(model, TopK(0.1), monitor_every=2)
+    for _ in range(steps):
+        torch.nn.functional.mse_loss(model(torch.ones(4, 40)), torch.zeros(4, 50)).backward()
+    return hook
+
+
+def measured() -> tuple[dict[str, float], int, int]:
+    hook = trained(4)
+    last = sum(b.sent for b in hook.ledger.at(3).values())
+    return measures(hook), hook.ledger.total.sent, last
+
+
+def test_measures_are_the_hooks(gloo: Callable[..., list[Any]]) -> None:
+    for found, sent, last in gloo(measured, 2):
+        alone = 4 * 4 * (40 * 50 + 50)  # steps, bytes of a number, parameters: with two workers each sends all of them
+        assert found.pop("reduction") == alone / sent
+        assert 0 < found.pop("mu") < 1
+        assert found == {
+            "steps": 4.0,
+            "skipped": 0.0,
+            "resets": 0.0,
+            "sent": float(sent),
+            "received": float(sent),
+            "sent_in_step": float(last),
+        }
+
+
+def loading(folder: Path) -> dict[str, str]:
+    """What is said when every worker's file is there, no file, one of two, and files of different steps."""
+    rank, found = resolve(None).rank, {}
+    for steps in (1, 2):
+        hook = trained(steps)
+        for name, saves in {"all": steps == 2, "one": steps == 2 and rank == 0, "mixed": steps == 1 + rank}.items():
+            if saves:
+                save_state(hook, folder / name)
+    resolve(None).all_reduce(torch.zeros(1))
+    for name in ("all", "none", "one", "mixed"):
+        hook = trained(3)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                outcome = str(load_state(hook, folder / name))
+            except ValueError as error:
+                outcome = str(error)
+        found[name] = f"{outcome}; step {hook.steps}, {len(caught)} warnings"
+    return found
+
+
+def test_a_state_is_loaded_by_all_workers_or_none(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
+    differ = "workers must be given the same arguments, but worker 0 has steps of the saved state="
+    for found in gloo(loading, 2, tmp_path):
+        assert found == {
+            "all": "True; step 2, 0 warnings",
+            "none": "False; step 3, 1 warnings",
+            "one": f"{differ}2 and worker 1 has steps of the saved state='no file'; step 3, 0 warnings",
+            "mixed": f"{differ}1 and worker 1 has steps of the saved state=2; step 3, 0 warnings",
+        }
+
+
+def test_importing_packsaddle_imports_no_framework() -> None:
+    code = (
+        "import sys, packsaddle, packsaddle.integrations, packsaddle.experiments.trackers, packsaddle.cli; "
+        "print([m for m in "
+        "('lightning', 'accelerate', 'transformers', 'tensorboard', 'wandb', 'mlflow') if m in sys.modules])"
+    )
+    assert run([sys.executable, "-c", code], ROOT).strip() == "[]"
+
+
+# ---- clusters
+
+
+def test_the_slurm_script_starts_one_run_on_all_nodes(tmp_path: Path) -> None:
+    """With scontrol and srun that stand for two nodes on this machine."""
+    needs("sklearn")
+    programs = {
+        "scontrol": 'echo "$@" >> asked; echo localhost; sleep 0.2; echo localhost',  # in two writes
+        "srun": 'shift; for node in 1 2; do "$@" & done; wait -n && wait -n',
+        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    script = EXAMPLES / "slurm" / "train.sbatch"
+    given = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": str(os.getpid()),  # gives the port
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "1",
+        "INTERFACE": "lo",
+    }
+    printed = run(["bash", script, "--epochs", 1], tmp_path, **given)
+    assert len({m["weights"] for m in LINE.finditer(printed)}) == 1
+    assert sorted(m["rank"] for m in LINE.finditer(printed)) == ["0", "1"]
+    assert (tmp_path / "asked").read_text() == "show hostnames node[1-2]\n"
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)=(\S+)$", script.read_text(), re.MULTILINE))
+    assert options["ntasks-per-node"] == "1"  # torchrun starts a node's workers
+
+
+def test_the_kubernetes_job_starts_one_run_on_all_pods(tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    needs("sklearn")
+    service, job = yaml.safe_load_all((EXAMPLES / "kubernetes" / "job.yaml").read_text())
+    assert (service["apiVersion"], service["kind"], service["spec"]["clusterIP"]) == ("v1", "Service", "None")
+    assert service["spec"]["publishNotReadyAddresses"] is True  # pods look each other up before they are ready
+    assert (job["apiVersion"], job["kind"], job["spec"]["completionMode"]) == ("batch/v1", "Job", "Indexed")
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    pod = job["spec"]["template"]["spec"]
+    assert (pod["subdomain"], pod["restartPolicy"]) == (service["metadata"]["name"], "Never")
+    (container,) = pod["containers"]
+    assert container["command"] == ["torchrun"]
+    pods = job["spec"]["parallelism"]
+    assert pods == job["spec"]["completions"] == 2
+    assert f"--nnodes={pods}" in container["args"]
+    first = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert f"--master-addr={first}" in container["args"]
+    (mount,) = container["volumeMounts"]
+    assert mount["name"] == pod["volumes"][0]["name"]
+    assert {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} <= {variable["name"] for variable in container["env"]}
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    here = {first: "localhost", mount["mountPath"]: str(EXAMPLES), "29500": port}
+    outputs = [tmp_path / f"{index}.txt" for index in range(pods)]
+    workers = []
+    for index, output in enumerate(outputs):
+        arguments = [a.replace("$(JOB_COMPLETION_INDEX)", str(index)) for a in container["args"]]
+        for name, stand_in in here.items():
+            arguments = [a.replace(name, stand_in) for a in arguments]
+        command = [sys.executable, "-m", "torch.distributed.run", *arguments, "--epochs", "1"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        with output.open("w") as file:
+            workers.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
+    assert [worker.wait(timeout=200) for worker in workers] == [0, 0], [o.read_text() for o in outputs]
+    said = [m for output in outputs for m in LINE.finditer(output.read_text())]
+    assert [m["rank"] for m in said] == ["0", "1"]
+    assert said[0]["weights"] == said[1]["weights"]

@@ -1,0 +1,270 @@
+"""Compiled loops against the same in torch: equal bits where arithmetic allows it, on vectors meant to break them."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from families import COMPRESSORS
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from packsaddle import QSGD, AdaptiveTopK, Compressor, RandomK, Sign, SketchTopK, TopK
+from packsaddle.compressors import wire
+from packsaddle.compressors.selection import as_integers, holding, largest, largest_of_blocks
+from packsaddle.compressors.sparse import Cells
+from packsaddle.compressors.testing import nasty_vectors
+from packsaddle.numerics.kernels import SlowKernelsWarning, compiler, kernel, torch_only
+from packsaddle.numerics.seeds import sample_without_replacement
+
+pytest.importorskip("numba")
+D = 530_001  # long enough for samples, blocks and threads, and a multiple of nothing
+
+
+def long_vectors() -> dict[str, Tensor]:
+    rng = torch.Generator().manual_seed(0)
+    normal = torch.randn(D, generator=rng)
+    return {
+        "normal": normal,
+        "heavy tails": normal * torch.randn(D, generator=rng).exp() ** 3,
+        "sparse": torch.where(torch.rand(D, generator=rng) < 0.002, normal, 0.0),
+        "few values": (normal * 2).round(),
+        "equal": torch.full((D,), -0.25),
+        "zeros": torch.zeros(D),
+        "tiny": normal * 1e-42,
+        "huge": normal.clamp(-3, 3) * 1e38,
+        "layers": normal * 10.0 ** -(torch.arange(D) // 100_000),
+        "with infinity": torch.where(torch.arange(D) == 17, -math.inf, normal),
+        "with NaN": torch.where(torch.arange(D) % 100_000 == 5, math.nan, normal),
+    }
+
+
+LONG = long_vectors()
+by_long_vector = pytest.mark.parametrize("v", LONG.values(), ids=LONG.keys())
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def both(work: Callable[[], Any]) -> tuple[Any, Any]:
+    """What the compiled loops give, and what torch gives."""
+    with torch_only():
+        plain = work()
+    return work(), plain
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0))
+
+
+def message(compressor: Compressor, v: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    sent = compressor.encode(v, seed=3, step=4)
+    received = compressor.receive(sent.parts, len(v), seed=3, step=4)
+    out = torch.zeros_like(v)  # so that a product that is rounded before it is added is rounded once all the same
+    compressor.add_decoded(received, out, -0.75)
+    return dict(sent.parts), out
+
+
+@by_dtype
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+def test_every_compressor_on_nasty_vectors(compressor: Compressor, dtype: torch.dtype) -> None:
+    for name, v in nasty_vectors().items():
+        v = v.to(dtype)
+        (parts, out), (plain_parts, plain_out) = both(lambda v=v: message(compressor, v))  # type: ignore[misc]
+        for part in parts:
+            assert close(parts[part], plain_parts[part]), (name, part)
+        assert close(out, plain_out), name
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal, or for floating point within a few roundings (sums of scales are taken in another order)."""
+    if not a.is_floating_point():
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return torch.allclose(a, b, rtol=8 * torch.finfo(a.dtype).eps, atol=0, equal_nan=True)
+
+
+SELECTING = [
+    RandomK(0.01),
+    RandomK(0.013, block_size=7),
+    TopK(0.001),
+    TopK(0.1),
+    AdaptiveTopK(0.3),
+    AdaptiveTopK(1.0),
+    Sign(),
+]
+
+
+@by_long_vector
+@pytest.mark.parametrize("compressor", SELECTING, ids=repr)
+def test_long_vectors_bit_for_bit(compressor: Compressor, v: Tensor) -> None:
+    check_bit_for_bit(compressor, v)
+
+
+def check_bit_for_bit(compressor: Compressor, v: Tensor) -> None:
+    (parts, out), (plain_parts, plain_out) = both(lambda: message(compressor, v))
+    for name in parts:
+        assert close(parts[name], plain_parts[name]) if name == "scales" else same(parts[name], plain_parts[name])
+    assert close(out, plain_out) if isinstance(compressor, Sign) else same(out, plain_out)
+
+
+@by_long_vector
+@pytest.mark.parametrize("compressor", [QSGD(), QSGD(levels=127, bucket=100)], ids=repr)
+def test_rounding_of_long_vectors(compressor: QSGD, v: Tensor) -> None:
+    check_rounding(compressor, v)
+
+
+def check_rounding(compressor: QSGD, v: Tensor) -> None:
+    """Codes are torch's but where a sum of squares, rounded otherwise, moves a coordinate across its threshold."""
+    (parts, out), (plain_parts, plain_out) = both(lambda: message(compressor, v))
+    assert close(parts["scales"], plain_parts["scales"])
+    codes, plain = (wire.unpack(p["levels"], compressor.bits, D) for p in (parts, plain_parts))
+    assert int((codes - plain).abs().max()) <= 1
+    assert float((codes != plain).double().mean()) < 1e-4
+    assert close(out[codes == plain], plain_out[codes == plain])
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("compressor", SELECTING, ids=repr)
+def test_threads_and_double_precision(compressor: Compressor) -> None:
+    for name in ("normal", "sparse", "layers"):
+        check_bit_for_bit(compressor, LONG[name].double())
+    check_rounding(QSGD(), LONG["normal"].double())
+
+
+@by_long_vector
+@pytest.mark.parametrize("k", [1, 700, 53_000, D // 3, D])
+def test_largest_against_a_sort(v: Tensor, k: int) -> None:
+    """A stable sort of the magnitudes, NaN first: the first of equals are taken, in increasing order."""
+    expected = as_integers(v).sort(descending=True, stable=True).indices[:k].sort().values
+    for found in both(lambda: largest(v, k)):
+        assert torch.equal(found, expected)
+
+
+@by_long_vector
+@pytest.mark.parametrize("first", [0, 300_000, D - 1])
+def test_largest_of_blocks_against_a_sort(v: Tensor, first: int) -> None:
+    turned = as_integers(v).roll(-first).sort(descending=True, stable=True).indices[:5000]
+    expected = ((turned + first) % D).sort().values
+    found = largest_of_blocks(lambda: torch.split(v, 30_000), lambda i: v[i], D, 5000, first)
+    assert torch.equal(found, expected)
+
+
+@by_long_vector
+@pytest.mark.parametrize("share", [1e-4, 0.3, 0.5, 0.99, 1.0])
+def test_the_fewest_that_hold_a_share(v: Tensor, share: float) -> None:
+    """Against a sort and sums in double precision; by one more or fewer where a sum is a rounding from the share."""
+    if not torch.isfinite(v).all():
+        assert holding(v, share).tolist() == largest(v, 1).tolist()
+        return
+    order = as_integers(v).sort(descending=True, stable=True).indices
+    energy = (v[order].double() / float(v.abs().max())).square().cumsum(0) if v.any() else torch.zeros(D)
+    k = int((energy < share * energy[-1]).sum()) + 1 if v.any() else 0
+    for found in both(lambda: holding(v, share)):
+        if share == 1:
+            assert torch.equal(found, v.nonzero().squeeze(1))
+            return
+        if v.any():
+            assert abs(len(found) - k) <= 1 + int((energy - share * energy[-1]).abs().lt(1e-12 * energy[-1]).sum())
+        assert torch.equal(found, order[: len(found)].sort().values)
+        kept = float(v[found].double().div(v.abs().max().clamp_min(1e-45).double()).square().sum())
+        assert kept >= share * float(energy[-1]) * (1 - 1e-12)
+
+
+@given(st.integers(1, 300), st.integers(1, 70), st.integers(0, 2**31), st.sampled_from([torch.float32, torch.float64]))
+def test_cells_against_loops(d: int, size: int, seed: int, dtype: torch.dtype) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    size = min(size, d)
+    n = -(-d // size)
+    index = torch.randperm(n, generator=rng)[: int(torch.randint(1, n + 1, (), generator=rng))]
+    v, cells = torch.randn(d, generator=rng, dtype=dtype), Cells(index, size)
+    expected = torch.zeros(len(index) * size, dtype=dtype)
+    after, values = v.clone(), torch.randn(len(index) * size, generator=rng, dtype=dtype)
+    for i, cell in enumerate(index.tolist()):
+        for j in range(size):
+            if cell * size + j < d:
+                expected[i * size + j] = v[cell * size + j]
+                after[cell * size + j] += -1.0 * values[i * size + j]
+    for found in both(lambda: cells.gather(v)):
+        assert torch.equal(found, expected)
+
+    def added() -> Tensor:
+        out = v.clone()
+        cells.add_to(out, values, -1.0)
+        return out
+
+    for found in both(added):
+        assert torch.equal(found, after)
+    assert sorted(cells.coordinates(d).tolist()) == sorted(
+        i * size + j for i in index.tolist() for j in range(size) if i * size + j < d
+    )
+
+
+@pytest.mark.parametrize(("n", "k"), [(5000, 5), (4097, 4096), (1 << 20, 1000), ((1 << 20) + 1, 1000), (10**12, 50)])
+def test_samples_are_the_same_integers(n: int, k: int) -> None:
+    compiled_one, plain = both(lambda: sample_without_replacement(n, k, seed=3, step=9))
+    assert torch.equal(compiled_one, plain)
+
+
+@given(st.integers(1, 56), st.integers(0, 200), st.integers(0, 2**31))
+def test_numbers_of_any_width(width: int, n: int, seed: int) -> None:
+    numbers = torch.randint(2 ** min(width, 62), (n,), generator=torch.Generator().manual_seed(seed))
+    packed, plain = both(lambda: wire.pack(numbers, width))
+    assert torch.equal(packed, plain)
+    assert all(torch.equal(found, numbers) for found in both(lambda: wire.unpack(packed, width, n)))
+
+
+def test_strided_and_half_vectors_take_the_plain_way() -> None:
+    v = torch.randn(100)
+    assert kernel("gather_cells", v) is not None
+    assert kernel("gather_cells", v[::2]) is None
+    assert kernel("gather_cells", v.to(torch.bfloat16)) is None
+    assert kernel("gather_cells", v, torch.randn(3, device="meta")) is None
+    assert (compiler("cpu"), compiler("meta")) == ("numba", "torch")
+    with torch_only():
+        assert kernel("gather_cells", v) is None
+        assert compiler("cpu") == "torch"
+
+
+def test_vectors_that_require_a_gradient_are_compressed_too() -> None:
+    v = torch.randn(5000)
+    for compressor in (RandomK(0.5), TopK(0.1), Sign(), QSGD()):
+        assert torch.equal(compressor(v.clone().requires_grad_(True)), compressor(v))
+
+
+def test_without_numba_it_is_said_once_and_works() -> None:
+    """In a process of its own, where importing numba fails."""
+    code = """
+import sys, warnings
+sys.modules["numba"] = None
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "numba" else found(name, *rest)
+import torch, packsaddle
+v = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for step in range(2):
+        packsaddle.TopK(0.01)(v, step=step)
+    packsaddle.TopK(0.01)(v[:100])
+print([w.category.__name__ for w in caught], str(caught[0].message))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("['SlowKernelsWarning'] numba is not installed")
+    assert "pip install 'packsaddle[fast]'" in done.stdout
+    assert issubclass(SlowKernelsWarning, UserWarning)
+
+
+def test_sketched_supports_are_the_same() -> None:
+    v = LONG["heavy tails"]
+    for compressor in (SketchTopK(0.01), SketchTopK(0.001, rows=5), SketchTopK(k=3, columns=50)):
+        (parts, _), (plain, _) = both(lambda compressor=compressor: message(compressor, v))  # type: ignore[misc]
+        assert same(parts["values"], plain["values"])

@@ -1,0 +1,345 @@
+"""A step whose gradient is not finite leaves no trace: the run is one in which its batch never existed."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    CompressedSGD,
+    Compressor,
+    Escape,
+    Identity,
+    LinearSketch,
+    LowRank,
+    NonFiniteError,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+    simulate,
+)
+from packsaddle.comm.group import resolve
+from packsaddle.numerics.finite import is_finite
+
+Gloo = Callable[..., list[Any]]
+Batch = tuple[int, bool]  # its number, and whether one worker's is bad
+WORKERS, STEPS = 3, 14
+BAD = float("nan"), float("inf"), -float("inf")
+
+
+def plan(seed: int) -> list[Batch]:
+    """Some batches at random steps are bad, once two in a row."""
+    chosen = torch.randperm(STEPS - 2, generator=torch.Generator().manual_seed(seed))[:3].tolist()
+    bad = {*chosen, chosen[0] + 1}
+    return [(batch, batch in bad) for batch in range(STEPS)]
+
+
+def run(batches: list[Batch], seed: int = 0, scaler: float = 0.0, **options: Any) -> dict[str, Any]:
+    """Train on the batches; of a bad one a random coordinate of a random tensor of a random worker is not finite."""
+    rank = resolve(None).rank
+    torch_start = torch.Generator().manual_seed(3)
+    shapes = (6, 5), (9,), (4, 7), (5,)
+    weights = [nn.Parameter(torch.randn(s, generator=torch_start)) for s in shapes]
+    dtype = options.pop("dtype", torch.float32)
+    weights = [nn.Parameter(w.detach().to(dtype)) for w in weights]
+    opt = CompressedSGD(weights, 0.05, **({"dense_below": 12, "noise": 0.01, "seed": 5} | options))
+    scale = torch.amp.GradScaler("cpu", init_scale=scaler, growth_interval=3) if scaler else None
+    for batch, bad in batches:
+        rng = torch.Generator().manual_seed(100 * batch + rank)
+        targets = [torch.randn(w.shape, generator=rng).to(dtype) for w in weights]
+        dice = torch.Generator().manual_seed(1000 * seed + batch)
+        worker, tensor, value = (int(torch.randint(n, (1,), generator=dice)) for n in (WORKERS, len(weights), 3))
+
+        def closure(targets: Any = targets, spoil: bool = bad and worker == rank) -> Tensor:
+            opt.zero_grad()
+            loss = sum((0.5 * (w - t).square().sum() for w, t in zip(weights, targets, strict=True)), torch.zeros(()))
+            torch.autograd.backward(loss if scale is None else scale.scale(loss))
+            if spoil:
+                weights[tensor].grad.view(-1)[2] = BAD[value]  # type: ignore[union-attr] # noqa: B023
+            return loss
+
+        if scale is None:
+            opt.step(closure)
+        else:
+            closure()
+            scale.step(opt)
+            scale.update()
+    state = opt.state_dict()
+    flat = {f"{i} {name}": v.clone() for i, vectors in state["state"].items() for name, v in vectors.items()}
+    return {
+        "x": [w.detach().clone() for w in weights],
+        "steps": opt.steps,
+        "skipped": opt.skipped,
+        "skips": [(s.step, s.workers, s.parameter) for s in opt.skips],
+        "noise": state["noise"],
+        "exchange": state["exchange"],
+        "resets": [(r.step, r.committed, r.distance) for r in opt.resets],
+        **flat,
+    }
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    return [name for name in a if name not in ("skipped", "skips") and not equal(a[name], b[name])]
+
+
+COMPRESSORS: dict[str, Compressor] = {
+    "Identity": Identity(),
+    "TopK": TopK(k=5),
+    "RandomK": RandomK(0.2),
+    "AdaptiveTopK": AdaptiveTopK(0.5),
+    "Sign": Sign(),
+    "QSGD": QSGD(),
+    "SketchTopK": SketchTopK(k=3),
+    "LinearSketch": LinearSketch(0.5),
+    "LowRank": LowRank(),
+}
+WAYS: dict[str, dict[str, Any]] = {name: {"compressor": c} for name, c in COMPRESSORS.items()}
+for way in ("two-way", "coordinator"):
+    WAYS |= {
+        f"{way} {name}": {"compressor": COMPRESSORS[name], "exchange": way} for name in ("TopK", "RandomK", "QSGD")
+    }
+WAYS |= {
+    "coordinator back": {"compressor": TopK(k=5), "exchange": "coordinator", "back": TopK(k=9)},
+    "nothing dense": {"compressor": TopK(k=5), "dense_below": 0},
+    "nothing dense, two-way": {"compressor": QSGD(), "dense_below": 0, "exchange": "two-way"},
+    "all dense": {"compressor": TopK(k=1), "dense_below": 1000},
+    "eager noise": {"compressor": RandomK(0.2), "lazy_noise": False},
+    "decay": {"compressor": TopK(k=5), "weight_decay": 0.1},
+    "momentum": {"compressor": TopK(k=5), "momentum": 0.9},
+    "nesterov": {"compressor": RandomK(0.2), "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    "storm": {"compressor": TopK(k=5), "storm": 0.3, "weight_decay": 0.1},
+    "ef21": {"compressor": TopK(k=5), "memory": "ef21"},
+    "ef21 momentum": {"compressor": TopK(k=5), "memory": "ef21", "momentum": 0.5},
+    "bfloat16": {"compressor": TopK(k=5), "dtype": torch.bfloat16},
+    "float64": {"compressor": TopK(k=5), "dtype": torch.float64},
+    "escape": {"compressor": TopK(k=5), "escape": Escape(4, 2.0, lambda: 0.0)},
+    "monitor": {"compressor": TopK(k=5), "monitor_every": 1},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*has nothing to do:UserWarning", "ignore:.*compress.*:UserWarning")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("way", WAYS)
+def test_a_bad_batch_leaves_no_trace(way: str, seed: int) -> None:
+    batches = plan(seed)
+    without = [batch for batch in batches if not batch[1]]
+    runs = simulate(lambda rank: run(batches, seed, **WAYS[way]), WORKERS)
+    twins = simulate(lambda rank: run(without, seed, **WAYS[way]), WORKERS)
+    for mine, twin in zip(runs, twins, strict=True):
+        assert differences(mine, twin) == []
+        assert (mine["skipped"], twin["skipped"]) == (4, 0)
+        assert mine["steps"] == STEPS - 4
+        assert mine["skips"] == runs[0]["skips"]  # all know who it was, and which tensor
+    assert all(len(workers) == 1 and name.startswith("parameter ") for _, workers, name in runs[0]["skips"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("way", ["TopK", "RandomK", "QSGD", "two-way TopK", "ef21", "momentum", "decay", "LowRank"])
+def test_nor_behind_a_scaler(way: str, seed: int) -> None:
+    """Its scale is out of the error memory; a worker alone with an Inf does not leave the others waiting."""
+    batches = plan(seed)
+    without = [batch for batch in batches if not batch[1]]
+    runs = simulate(lambda rank: run(batches, seed, 1024.0, **WAYS[way]), WORKERS)
+    twins = simulate(lambda rank: run(without, seed, 1024.0, **WAYS[way]), WORKERS)
+    plain = simulate(lambda rank: run(without, seed, **WAYS[way]), WORKERS)
+    for mine, twin, unscaled in zip(runs, twins, plain, strict=True):
+        assert differences(mine, twin) == differences(twin, unscaled) == []
+        assert mine["skipped"] == 4
+
+
+def of_three(batches: list[Batch], way: str) -> dict[str, Any]:
+    return run(batches, 1, **WAYS[way])
+
+
+@pytest.mark.parametrize("way", ["RandomK", "TopK", "two-way TopK"])
+def test_between_processes(way: str, gloo: Gloo) -> None:
+    batches = plan(1)
+    without = [batch for batch in batches if not batch[1]]
+    runs, twins = (gloo(of_three, WORKERS, b, way) for b in (batches, without))
+    assert [differences(mine, twin) for mine, twin in zip(runs, twins, strict=True)] == [[]] * WORKERS
+    assert [mine["skipped"] for mine in runs] == [4] * WORKERS
+
+
+def test_an_overflow_of_the_sum_is_no_overflow_of_a_gradient() -> None:
+    p = nn.Parameter(torch.zeros(4, 4))
+    opt = CompressedSGD([p], 1e-3, compressor=Identity(), dense_below=0)
+    p.grad = torch.full((4, 4), 3e38)
+    opt.step()
+    assert opt.skipped == 0
+    assert torch.equal(p, torch.full((4, 4), -1e-3).mul(3e38))
+
+
+@given(
+    st.lists(st.floats(width=32), min_size=1, max_size=40) | st.just([3e38] * 9) | st.just([3e38, -3e38, math.inf]),
+)
+def test_finite_is_what_every_coordinate_is(values: list[float]) -> None:
+    vector = torch.tensor(values)
+    assert bool(is_finite(vector)) == all(math.isfinite(v) for v in vector.tolist())
+
+
+# ---- too many in a row
+
+
+def gives_up(most: int, bad: int) -> tuple[str, dict[str, Any]]:
+    rank = resolve(None).rank
+    p = nn.Parameter(torch.ones(5, 5))
+    opt = CompressedSGD([("weights", p)], 0.1, compressor=TopK(k=3), dense_below=0, max_skipped=most, noise=0.1)
+    p.grad = torch.ones_like(p)
+    opt.step()
+    before = {"x": p.detach().clone(), "pending": opt.state_dict()["state"][0]["pending"].clone()}
+    message = ""
+    try:
+        for _ in range(bad):
+            p.grad = torch.ones_like(p) * (float("nan") if rank == 1 else 1.0)
+            opt.step()
+    except NonFiniteError as error:
+        message = str(error)
+    after = {"x": p.detach().clone(), "pending": opt.state_dict()["state"][0]["pending"].clone()}
+    return message, {"kept": equal(before, after), "steps": opt.steps, "skipped": opt.skipped}
+
+
+def test_too_many_in_a_row_stop_all_workers_with_nothing_lost() -> None:
+    for most in (0, 2):
+        for message, found in simulate(lambda rank, most=most: gives_up(most, most + 1), 2):
+            assert message.startswith("step 1: weights is not finite on worker 1: ")
+            assert f"{most + 1} in a row" in message
+            assert f"max_skipped={most}" in message
+            assert found == {"kept": True, "steps": 1, "skipped": most + 1}
+        for message, found in simulate(lambda rank, most=most: gives_up(most, most), 2):
+            assert (message, found["skipped"]) == ("", most)
+
+
+def test_a_step_that_is_taken_begins_the_row_anew() -> None:
+    p = nn.Parameter(torch.ones(5, 5))
+    opt = CompressedSGD([p], 0.1, max_skipped=1, dense_below=0)
+    for value in (math.nan, 1.0, math.nan, 1.0, math.inf, 1.0):
+        p.grad = torch.full_like(p, value)
+        opt.step()
+    again = CompressedSGD([nn.Parameter(torch.ones(5, 5))], 0.1, max_skipped=1, dense_below=0)
+    again.load_state_dict(opt.state_dict())
+    assert (opt.steps, opt.skipped, again.steps, again.skipped) == (3, 3, 3, 3)
+    p.grad = torch.full_like(p, math.nan)
+    opt.step()
+    again.load_state_dict(opt.state_dict())
+    again.param_groups[0]["params"][0].grad = torch.full((5, 5), math.nan)
+    with pytest.raises(NonFiniteError, match="2 in a row"):
+        again.step()
+
+
+@pytest.mark.parametrize("most", [-1, -20])
+def test_a_negative_number_is_refused(most: int) -> None:
+    with pytest.raises(ValueError, match=f"max_skipped must be 0 or more steps, or None, got {most}"):
+        CompressedSGD([nn.Parameter(torch.ones(5, 5))], 0.1, dense_below=0, max_skipped=most)
+
+
+def with_gradients_for_memory(rank: int) -> str:
+    p = nn.Parameter(torch.ones(5, 5))
+    opt = CompressedSGD([("w", p)], 0.1, compressor=RandomK(0.2), dense_below=0, memory="gradient")
+    x = p.detach().clone()
+    loss = (p * (math.nan if rank == 1 else 1.0)).sum()
+    torch.autograd.backward(loss)
+    try:
+        opt.step()
+    except NonFiniteError as error:
+        assert torch.equal(p, x)
+        return str(error)
+    return ""
+
+
+def test_gradients_that_are_the_memory_cannot_be_left_out() -> None:
+    for message in simulate(with_gradients_for_memory, 2):
+        assert message.startswith("step 0: w is not finite on worker 1; with memory")
+
+
+def test_it_costs_no_bytes() -> None:
+    def moved(most: int | None) -> list[dict[str, Any]]:
+        def worker(rank: int) -> dict[str, Any]:
+            p, b = nn.Parameter(torch.ones(20, 5)), nn.Parameter(torch.ones(3))
+            opt = CompressedSGD([p, b], 0.1, compressor=TopK(k=3), dense_below=10, max_skipped=most)
+            for t in range(5):
+                p.grad, b.grad = torch.full_like(p, t + rank), torch.ones_like(b)
+                opt.step()
+            return dict(opt.ledger.by_purpose)
+
+        return simulate(worker, 2)
+
+    with_it, without = moved(20), moved(None)
+    for found, bare in zip(with_it, without, strict=True):
+        # Only what is compared at the start says more with it: its own value.
+        assert {k: v for k, v in found.items() if k != "start"} == {k: v for k, v in bare.items() if k != "start"}
+
+
+# ---- steps between exchanges are a worker's own
+
+
+def local(batches: list[tuple[int, float]], **options: Any) -> dict[str, Any]:
+    """Batches have a factor by which worker 1's gradient is multiplied."""
+    rank = resolve(None).rank
+    p = nn.Parameter(torch.linspace(-1, 1, 20).reshape(4, 5).clone())
+    opt = CompressedSGD([("w", p)], 0.05, compressor=TopK(k=4), dense_below=0, local_steps=3, **options)
+    for batch, factor in batches:
+        rng = torch.Generator().manual_seed(10 * batch + rank)
+        p.grad = (p.detach() - torch.randn(p.shape, generator=rng)) * (factor if rank == 1 else 1.0)
+        opt.step()
+    return {"x": p.detach().clone(), "error": opt.corrected(), "skipped": opt.skipped, "steps": opt.steps}
+
+
+def test_between_exchanges_a_worker_stands_still_alone() -> None:
+    bad = [(t, math.nan if t in (1, 5) else 1.0) for t in range(9)]
+    still = [(t, 0.0 if t in (1, 5) else 1.0) for t in range(9)]
+    mine, twin = (simulate(lambda rank, b=b: local(b), 2) for b in (bad, still))
+    assert [m["skipped"] for m in mine] == [0, 2]
+    assert [t["skipped"] for t in twin] == [0, 0]
+    assert [m["steps"] for m in mine] == [9, 9]
+    for m, t in zip(mine, twin, strict=True):
+        assert torch.equal(m["x"], t["x"])
+        assert torch.equal(m["error"], t["error"])
+        assert bool(m["x"].isfinite().all())
+
+
+def test_between_exchanges_momentum_is_left_alone_too() -> None:
+    """By hand: m and x of the worker are those of the other batches."""
+    p = nn.Parameter(torch.ones(4, 5))
+    opt = CompressedSGD([p], 0.1, compressor=Identity(), dense_below=0, local_steps=4, momentum=0.5)
+    for g in (1.0, math.nan, 2.0, 3.0):
+        p.grad = torch.full_like(p, g)
+        opt.step()
+    m = [1.0, 2.5, 4.25]
+    assert torch.allclose(p, torch.full_like(p, 1 - 0.1 * sum(m)))
+
+
+def stuck(rank: int) -> str:
+    p = nn.Parameter(torch.ones(4, 5))
+    opt = CompressedSGD([("w", p)], 0.1, compressor=TopK(k=4), dense_below=0, local_steps=2, max_skipped=3)
+    try:
+        for _ in range(20):
+            p.grad = torch.full_like(p, math.nan if rank == 1 else 1.0)
+            opt.step()
+    except NonFiniteError as error:
+        assert bool(p.isfinite().all())
+        return str(error)
+    return ""
+
+
+def test_a_worker_that_stands_still_for_long_stops_all() -> None:
+    for message in simulate(stuck, 2):
+        assert "w is not finite on worker 1" in message
+        assert "in a row" in message

@@ -1,0 +1,227 @@
+"""Gradients that are finite, and what is made of them would not be: such a step leaves no trace either."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_nonfinite import COMPRESSORS, differences
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from packsaddle import CompressedSGD, Identity, RandomK, TopK, register_ddp_hook, simulate
+from packsaddle.comm.group import resolve
+from packsaddle.numerics.finite import is_usable, magnitude
+
+Gloo = Callable[..., list[Any]]
+STEPS, HUGE = 8, (2, 3, 6)
+KINDS = ("all alike", "mixed signs", "one worker")
+pytestmark = pytest.mark.filterwarnings("ignore:.*compress.*:UserWarning")
+
+
+def gradients(shapes: list[torch.Size], step: int, kind: str) -> list[Tensor]:
+    """A step's gradients: at some steps 3e38 in every coordinate."""
+    rng = torch.Generator().manual_seed(100 * step + resolve(None).rank)
+    found = [torch.randn(shape, generator=rng) for shape in shapes]
+    if step in HUGE and (kind != "one worker" or resolve(None).rank == 0):
+        found = [3e38 * (g.sign() if kind == "mixed signs" else torch.ones_like(g)) for g in found]
+    return found
+
+
+def optimizer_run(kind: str, *, has_them: bool, **options: Any) -> dict[str, Any]:
+    rng = torch.Generator().manual_seed(7)
+    weights = [nn.Parameter(torch.randn(shape, generator=rng)) for shape in ((6, 5), (9,), (4, 7))]
+    opt = CompressedSGD(weights, 1.0, **({"dense_below": 12, "noise": 0.01, "seed": 5} | options))
+    for step in range(STEPS):
+        if step in HUGE and not has_them:
+            continue
+        for w, g in zip(weights, gradients([w.shape for w in weights], step, kind), strict=True):
+            w.grad = g
+        opt.step(lambda: None)
+    state = opt.state_dict()
+    vectors = {f"{i} {name}": v.clone() for i, vs in state["state"].items() for name, v in vs.items()}
+    return {
+        "x": [w.detach().clone() for w in weights],
+        "steps": opt.steps,
+        "noise": state["noise"],
+        "exchange": state["exchange"],
+        "skips": [(s.step, s.workers) for s in opt.skips],
+        "finite": all(bool(v.isfinite().all()) for v in [*weights, *vectors.values()]),
+        **vectors,
+    }
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "two-way": {"compressor": TopK(k=5), "exchange": "two-way"},
+    "coordinator, random back": {"compressor": TopK(k=5), "exchange": "coordinator", "back": RandomK(0.2)},
+    "lazy noise": {"compressor": RandomK(0.2), "noise": 0.1},
+    "momentum": {"compressor": TopK(k=5), "momentum": 0.9},
+    "storm": {"compressor": TopK(k=5), "storm": 0.3},
+    "ef21": {"compressor": TopK(k=5), "memory": "ef21"},
+    "int8": {"compressor": TopK(k=5, values="int8")},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("way", [*COMPRESSORS, *VARIANTS])
+def test_a_huge_batch_leaves_no_trace(way: str, workers: int, kind: str) -> None:
+    options = VARIANTS.get(way) or {"compressor": COMPRESSORS[way]}
+    mine, twin = (
+        simulate(lambda rank, h=has_them: optimizer_run(kind, has_them=h, **options), workers)
+        for has_them in (True, False)
+    )
+    whose = (0,) if kind == "one worker" else tuple(range(workers))
+    for run, other in zip(mine, twin, strict=True):
+        assert differences(run, other) == []
+        assert run["finite"]
+        assert run["skips"] == [(2, whose), (2, whose), (4, whose)]
+        assert run["steps"] == STEPS - len(HUGE)
+
+
+def hook_run(kind: str, scope: Any, *, has_them: bool, **options: Any) -> dict[str, Any]:
+    torch.manual_seed(3)
+    model = DistributedDataParallel(
+        nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 8)), bucket_cap_mb=0.001, broadcast_buffers=False
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.5)
+    hook = register_ddp_hook(model, noise=0.01, optimizer=optimizer, dense_below=40, scope=scope, **options)
+    replacements: dict[int, Tensor] = {}
+    for i, p in enumerate(model.parameters()):
+        p.register_hook(lambda g, i=i: replacements[i])
+    for step in range(STEPS):
+        if step in HUGE and not has_them:
+            continue
+        found = gradients([p.shape for p in model.parameters()], step, kind)
+        replacements.update(enumerate(found))
+        optimizer.zero_grad()
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    memory = hook.memory()
+    x = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    return {
+        "x": x,
+        "memory": memory,
+        "steps": hook.steps,
+        "skips": [(s.step, s.workers, s.parameter) for s in hook.skips],
+        "finite": all(bool(v.isfinite().all()) for v in [x, *memory.values()]),
+    }
+
+
+def hook_runs(kind: str, scopes: tuple[str, ...]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    ways = {name: {"compressor": c} for name, c in COMPRESSORS.items()}
+    ways |= {name: VARIANTS[name] for name in ("two-way", "coordinator, random back", "int8")}
+    return {
+        f"{scope}, {name}": tuple(  # type: ignore[misc]
+            hook_run(kind, scope, has_them=has_them, **options) for has_them in (True, False)
+        )
+        for scope in scopes
+        for name, options in ways.items()
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("kind", "scopes"), [(KINDS[0], ("model",)), (KINDS[1], ("bucket",)), (KINDS[2], ("bucket", "model"))]
+)
+def test_nor_behind_the_hook(kind: str, scopes: tuple[str, ...], workers: int, gloo: Gloo) -> None:
+    for rank, runs in enumerate(gloo(hook_runs, workers, kind, scopes)):
+        for name, (mine, twin) in runs.items():
+            assert differences(mine, twin) == [], name
+            assert mine["finite"], name
+            is_mine = rank == 0 or kind != "one worker"
+            whose = (rank,) if is_mine else ()
+            assert [skip[:2] for skip in mine["skips"]] == [(2, whose), (2, whose), (4, whose)], name
+            assert all((p == "a gradient of another worker") is not is_mine for _, _, p in mine["skips"]), name
+            assert mine["steps"] == STEPS - len(HUGE), name
+
+
+# ---- where every worker's vector can be used, and the mean or x cannot take it
+
+
+def in_crowds(rank: int) -> tuple[Tensor, list[tuple[tuple[int, ...], str]], Tensor]:
+    p = nn.Parameter(torch.ones(1, 1))
+    opt = CompressedSGD([p], 1.0, compressor=Identity(), dense_below=0)
+    for value in (1.0, 5e36, 2.0):
+        p.grad = torch.full_like(p, value)
+        opt.step()
+    return p.detach().clone(), [(s.workers, s.parameter) for s in opt.skips], opt.state_dict()["state"][0]["pending"]
+
+
+def test_a_sum_over_workers_that_overflows_is_left_out_by_all() -> None:
+    """Of 70 workers with 5e36 each the sum is 3.5e38, and the mean is made of the sum."""
+    for x, skips, pending in simulate(in_crowds, 70):
+        assert x.item() == 1.0 - 1.0 - 2.0
+        assert skips == [((), "a mean of finite gradients")]
+        assert pending.item() == 0.0
+
+
+@pytest.mark.parametrize("memory", ["buffer", "ef21"])
+def test_x_never_overflows_however_far_it_has_gone(memory: Any) -> None:
+    """By hand: 2^121 a step, 127 times, is 2^128 - 2^121; once more is 2^128, which float32 has not."""
+    p = nn.Parameter(torch.zeros(1, 1))
+    opt = CompressedSGD([p], 1.0, compressor=Identity(), dense_below=0, max_skipped=50, memory=memory)
+    for _ in range(140):
+        p.grad = torch.full_like(p, -(2.0**121))
+        opt.step()
+    assert p.item() == 2.0**128 - 2.0**121
+    assert (opt.steps, opt.skipped) == (127, 13)
+    p.grad = torch.full_like(p, 2.0**120)
+    opt.step()
+    assert p.item() == 2.0**128 - 2.0**121 - 2.0**120
+    if memory == "ef21":  # the estimate has turned round with the gradient
+        assert opt.state_dict()["state"][0]["mean_estimate"].item() == 2.0**120
+
+
+def test_nor_by_outstanding_noise() -> None:
+    """What was drawn for a step that x could not take is outstanding again."""
+
+    def run(bad: bool) -> tuple[Tensor, Any]:
+        p = nn.Parameter(torch.full((40, 1), 3.4e38))
+        p.data[20:] = 1.0
+        opt = CompressedSGD([p], 1.0, compressor=RandomK(1.0), noise=0.5, lazy_noise=True, dense_below=0, seed=1)
+        for g in ([-1e36] if bad else []) + [1.0]:
+            p.grad = torch.zeros_like(p)
+            p.grad[:4] = g
+            opt.step()
+        assert opt.skipped == bad
+        return p.detach().clone(), opt.state_dict()["noise"]
+
+    (x, noise), (twin, other) = run(True), run(False)
+    assert torch.equal(x, twin)
+    assert differences({"noise": noise}, {"noise": other}) == []
+
+
+def owner(rank: int) -> tuple[int, int, bool]:
+    """The reply keeps one coordinate of eight, so the owner's error of the others grows from step to step."""
+    p = nn.Parameter(torch.zeros(8, 1))
+    options: dict[str, Any] = {"exchange": "coordinator", "back": RandomK(k=1, block_size=1), "max_skipped": 300}
+    opt = CompressedSGD([p], 1e-3, compressor=TopK(k=1), dense_below=0, **options)
+    for _ in range(200):
+        p.grad = torch.zeros_like(p)
+        p.grad[3] = 3e38
+        opt.step()
+    held = opt.choice.protocol.vectors(p.detach().view(-1)).values()
+    return opt.steps, opt.skipped, all(bool(v.isfinite().all()) for v in [p.detach(), *held])
+
+
+def test_an_owner_whose_error_has_grown_too_large_tells_all() -> None:
+    found = simulate(owner, 2)
+    assert found[0] == found[1]
+    assert found[0][2]
+    assert found[0][1] > 0
+
+
+def test_bounds_hold() -> None:
+    largest = torch.finfo(torch.float32).max
+    assert bool(is_usable(torch.full((4,), largest / 64 / 4)))
+    assert not bool(is_usable(torch.full((5,), largest / 64 / 4)))
+    assert bool(is_usable(torch.full((5000,), 1e30, dtype=torch.bfloat16)))
+    assert bool(is_usable(torch.zeros(0)))
+    for value in (math.nan, math.inf, -math.inf):
+        assert not bool(is_usable(torch.tensor([1.0, value])))
+        assert not math.isfinite(float(magnitude(torch.tensor([1.0, value]))))
+    for vector in ([3.0, -4.0], [3e38, -3e38, 1.0], [1e-10, 0.0], [0.0]):
+        found = float(magnitude(torch.tensor(vector)))
+        assert max(map(abs, vector)) * (1 - 1e-6) <= found < math.inf

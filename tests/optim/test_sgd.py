@@ -1,0 +1,546 @@
+"""CompressedSGD as a torch optimizer: state, schedulers, groups, closures, dense tensors, refusals."""
+
+import copy
+import io
+import itertools
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from problems import network, vector
+from torch import nn
+
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    CompressedSGD,
+    Compressor,
+    Escape,
+    Identity,
+    LinearSketch,
+    LowRank,
+    Ramp,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+    simulate,
+)
+
+
+def train(model: nn.Module, data: torch.Tensor, opt: CompressedSGD, steps: int, scheduler: Any = None) -> None:
+    for _ in range(steps):
+        opt.zero_grad()
+        (model(data) - data).square().mean().backward()
+        opt.step()
+        if scheduler:
+            scheduler.step()
+
+
+def make(model: nn.Module, data: torch.Tensor, **changes: Any) -> CompressedSGD:
+    arguments: dict[str, Any] = {
+        "compressor": RandomK(0.1),
+        "noise": Ramp(0.1, 5, 20),
+        "escape": Escape(4, 0.5, lambda: (model(data) - data).square().mean()),
+        "dense_below": 100,
+        "seed": 3,
+    }
+    return CompressedSGD(model.named_parameters(), 0.1, **{**arguments, **changes})
+
+
+@pytest.mark.parametrize("compressor", [RandomK(0.1), TopK(0.1), Identity()], ids=repr)
+def test_resuming_is_bit_equal(compressor: Any) -> None:
+    model, data = network()
+    opt = make(model, data, compressor=compressor)
+    train(model, data, opt, 7)
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, buffer)
+    train(model, data, opt, 8)
+
+    saved = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    resumed, _ = network(seed=1)
+    resumed.load_state_dict(saved["model"])
+    again = make(resumed, data, compressor=compressor)
+    again.load_state_dict(saved["optimizer"])
+    train(resumed, data, again, 8)
+    assert torch.equal(vector(resumed), vector(model))
+    assert torch.equal(again.error(), opt.error())
+    assert (again.steps, again.ledger.by_purpose["values"]) == (15, opt.ledger.by_purpose["values"])
+    assert again.param_groups[0].keys() == opt.param_groups[0].keys()
+
+
+def test_state_keeps_its_precision() -> None:
+    """torch would cast the float32 error memory of bfloat16 parameters to bfloat16."""
+    model, data = nn.Linear(40, 40).bfloat16(), torch.randn(8, 40).bfloat16()
+    opt = CompressedSGD(model.parameters(), 0.1, compressor=RandomK(0.1))
+    train(model, data, opt, 3)
+    resumed = CompressedSGD(nn.Linear(40, 40).bfloat16().parameters(), 0.1, compressor=RandomK(0.1))
+    resumed.load_state_dict(opt.state_dict())
+    assert opt.error().dtype == torch.float32
+    assert torch.equal(resumed.error(), opt.error())
+
+
+def test_state_that_does_not_fit_changes_nothing() -> None:
+    model, data = network()
+    opt = make(model, data)
+    train(model, data, opt, 3)
+    error, state = opt.error(), opt.state_dict()
+    with pytest.raises(ValueError, match="seed is 3 here, but the state was saved with seed 4"):
+        opt.load_state_dict(make(network()[0], data, seed=4).state_dict())
+    with pytest.raises(ValueError, match=r'state "anchor" of 0\.weight must have shape \(20, 6\), found nothing'):
+        opt.load_state_dict(make(network()[0], data, escape=None).state_dict())
+    with pytest.raises(ValueError, match="the state is of 2 parameters, and there are 4"):
+        opt.load_state_dict(
+            CompressedSGD(nn.Linear(20, 6).parameters(), 0.1, compressor=Identity(), seed=3).state_dict()
+        )
+    groups = [{k: v for k, v in g.items() if k != "step"} for g in state["param_groups"]]
+    with pytest.raises(ValueError, match="the state has no step in its parameter groups"):
+        opt.load_state_dict({**state, "param_groups": groups})
+    shapes = list(network()[0].parameters())
+    shapes[0] = nn.Parameter(torch.zeros(6, 20, dtype=torch.float64))
+    other = CompressedSGD(shapes, 0.1, compressor=Identity(), seed=3)
+    with pytest.raises(ValueError, match=r"must have shape \(20, 6\), found shape \(6, 20\)"):
+        opt.load_state_dict(other.state_dict())
+    assert torch.equal(opt.error(), error)
+    opt.load_state_dict(state)
+
+
+def test_changing_the_learning_rate_keeps_y_and_rescales_e() -> None:
+    model, data = network()
+    opt = make(model, data, escape=None)
+    train(model, data, opt, 5)
+    y, e = opt.corrected(), opt.error()
+    opt.param_groups[0]["lr"] = 0.02
+    assert torch.equal(opt.corrected(), y)
+    assert torch.allclose(opt.error(), e * (0.1 / 0.02))
+    opt.param_groups[0]["lr"] = 0.0  # a warm-up from zero
+    assert torch.equal(opt.corrected(), y)
+    with pytest.raises(RuntimeError, match="error\\(\\) divides by the learning rate, which is 0"):
+        opt.error()
+
+
+def test_scheduler() -> None:
+    """With a scheduler, y still moves by exactly -eta_t (grad + xi_t): here no noise, so y_T is a plain sum."""
+    model, data = network()
+    opt = make(model, data, escape=None, noise=0.0)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    expected = vector(model)
+    for t in range(6):
+        opt.zero_grad()
+        (model(data) - data).square().mean().backward()
+        expected -= 0.1 * 0.5**t * torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
+        opt.step()
+        scheduler.step()
+    assert torch.allclose(opt.corrected(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_groups_have_their_own_rates() -> None:
+    """y moves by each group's own eta (grad + weight_decay x), whatever the layout; e is in units of a gradient."""
+    ps = [nn.Parameter(torch.full(shape, 2.0, dtype=torch.float64)) for shape in ((4, 5), (3,), (6, 2))]
+    groups = [{"params": ps[:2], "lr": 0.5}, {"params": ps[2:], "weight_decay": 0.25}]
+    opt = CompressedSGD(groups, 0.1, compressor=RandomK(k=2), dense_below=4)
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    y = torch.cat([torch.full((23,), 2.0 - 0.5), torch.full((12,), 2.0 - 0.1 * (1 + 0.25 * 2))]).double()
+    assert torch.allclose(opt.corrected(), y)
+    e, x = opt.error(), nn.utils.parameters_to_vector(ps).detach()
+    # Two coordinates were sent; the vector (3,) went dense. All others hold grad + weight_decay x.
+    assert int((e[:20] == 0).sum() + (e[23:] == 0).sum()) == 2
+    assert not e[20:23].any()
+    assert set(e.round(decimals=12).tolist()) <= {0.0, 1.0, 1.5}
+    assert torch.allclose(x[20:23], y[20:23])
+
+
+def test_dense_tensors_bytes_and_mu() -> None:
+    model = nn.Sequential(nn.Linear(50, 40), nn.LayerNorm(40), nn.Linear(40, 4))  # 2000 | 40 40 40 160 4
+    opt = CompressedSGD(model.parameters(), 0.1, compressor=RandomK(0.01))
+    (model(torch.ones(2, 50)).sum()).backward()
+    opt.step()
+    assert (opt.numel, opt.compressed_numel) == (2284, 2000)
+    moved = opt.ledger.at(0)
+    assert moved["values"].payload == 20 * 4
+    assert moved["dense"].payload == 284 * 4
+    assert moved["dense"].sent == 0  # one worker
+    assert opt.mu == pytest.approx((20 + 284) / 2284)
+
+
+def test_mu_is_the_contraction_of_even_vectors() -> None:
+    """Measured on the optimizer itself: gradients of Gaussian entries, first step, over seeds."""
+    lost = []
+    for seed in range(300):
+        ps = [nn.Parameter(torch.zeros(30, 10)), nn.Parameter(torch.zeros(30))]
+        opt = CompressedSGD(ps, 1.0, compressor=RandomK(0.2), seed=seed, dense_below=1)
+        for p in ps:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+        total = sum(float(p.grad.square().sum()) for p in ps if p.grad is not None)
+        opt.step()
+        lost.append(float(opt.error().square().sum()) / total)
+    assert sum(lost) / len(lost) == pytest.approx(1 - opt.mu, abs=0.01)
+
+
+def test_closure_and_parameters_without_gradient() -> None:
+    used, unused = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(2, 1))
+    opt = CompressedSGD([used, unused], 0.1, compressor=Identity(), dense_below=0)
+
+    def closure() -> float:
+        opt.zero_grad()
+        loss = used.sum() * 2
+        loss.backward()
+        return loss.item()
+
+    assert opt.step(closure) == 6.0
+    assert torch.allclose(used, torch.full((3, 1), 0.8))
+    assert torch.equal(unused, torch.ones(2, 1))
+
+
+def test_frozen_later_stays_where_it_is() -> None:
+    a, b = nn.Parameter(torch.ones(5, 1)), nn.Parameter(torch.ones(5, 1))
+    opt = CompressedSGD([a, b], 0.1, compressor=TopK(k=1), noise=0.5, dense_below=0)
+    a.grad, b.grad = torch.ones(5, 1), torch.ones(5, 1)
+    opt.step()
+    b.requires_grad_(False)
+    frozen = b.clone()
+    for _ in range(10):
+        opt.step()
+    assert torch.equal(b, frozen)
+    assert not torch.equal(a, torch.ones(5, 1))
+
+
+@pytest.mark.parametrize("exchange", ["direct", "two-way"])
+@pytest.mark.parametrize("c", [Sign(), LinearSketch(0.5), QSGD(), LowRank(), TopK(k=1), SketchTopK(k=2)], ids=repr)
+def test_no_compressor_moves_what_is_frozen(c: Compressor, exchange: str) -> None:
+    """Sign makes something of zeros, sketches leak between coordinates, an owner may hold an error back."""
+    if exchange == "two-way" and isinstance(c, LowRank | SketchTopK):
+        exchange = "direct"
+    a, b = nn.Parameter(torch.ones(5, 4)), nn.Parameter(torch.ones(5, 4))
+    opt = CompressedSGD([a, b], 0.1, compressor=c, noise=0.5, dense_below=0, exchange=exchange)
+    for step in range(12):
+        a.grad = torch.ones_like(a)
+        b.grad = torch.ones_like(b) if step < 3 else None
+        if step == 3:
+            b.requires_grad_(False)
+            frozen = b.clone()
+        opt.step()
+    assert torch.equal(b, frozen)
+    assert not torch.equal(a, torch.ones(5, 4))
+
+
+def test_gradient_accumulation_is_the_sum() -> None:
+    results = []
+    for passes in (1, 2):
+        model, data = network()
+        opt = make(model, data, escape=None)
+        for part in data.chunk(passes):
+            (model(part) - part).square().sum().backward()
+        opt.step()
+        results.append(vector(model))
+    assert torch.allclose(*results, rtol=1e-12)
+
+
+def test_gradients_are_left_alone() -> None:
+    model, data = network()
+    opt = make(model, data)
+    (model(data) - data).square().mean().backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    opt.step()
+    assert all(torch.equal(b, p.grad) for b, p in zip(before, model.parameters(), strict=True) if p.grad is not None)
+
+
+def test_global_random_state_is_untouched() -> None:
+    model, data = network()
+    state = torch.random.get_rng_state()
+    train(model, data, make(model, data), 6)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_refusals() -> None:
+    w = nn.Parameter(torch.ones(40, 40))
+    with pytest.raises(ValueError, match=r"lr must be finite and not negative, got -0\.1"):
+        CompressedSGD([w], -0.1)
+    with pytest.raises(ValueError, match="weight_decay must be finite and not negative, got nan"):
+        CompressedSGD([w], 0.1, weight_decay=float("nan"))
+    with pytest.raises(ValueError, match="noise must be finite and not negative, got -1"):
+        CompressedSGD([w], 0.1, noise=-1.0)
+    with pytest.raises(ValueError, match="dense_below must be 0 or more elements, got -1"):
+        CompressedSGD([w], 0.1, dense_below=-1)
+    with pytest.raises(ValueError, match=r"k of RandomK must be at most d = 1600 \(the coordinates\), got 2000"):
+        CompressedSGD([w], 0.1, compressor=RandomK(k=2000))
+    with pytest.raises(ValueError, match="compressor must be a packsaddle Compressor"):
+        CompressedSGD([w], 0.1, compressor=0.01)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"floating point, but parameter 0 is torch\.int64"):
+        CompressedSGD([torch.ones(3, dtype=torch.int64)], 0.1)
+    with pytest.raises(ValueError, match="empty parameter list"):
+        CompressedSGD([], 0.1)
+    opt = CompressedSGD([w], 0.1)
+    with pytest.raises(RuntimeError, match="takes all its parameters at construction"):
+        opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    embedding = nn.Embedding(50, 40, sparse=True)
+    opt = CompressedSGD(embedding.named_parameters(), 0.1)
+    embedding(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(RuntimeError, match="weight has a sparse gradient"):
+        opt.step()
+
+
+def test_nothing_to_compress_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"nothing will be compressed.*dense_below=1024"):
+        CompressedSGD([nn.Parameter(torch.ones(3, 3))], 0.1)
+
+
+def test_torch_checkpoint_tools_round_trip() -> None:
+    """torch's distributed checkpoint names parameters instead of numbering them."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, data = network()
+    opt = make(model, data)
+    train(model, data, opt, 5)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    error, steps = opt.error(), opt.steps
+    train(model, data, opt, 3)
+    set_optimizer_state_dict(model, opt, saved)
+    assert torch.equal(opt.error(), error)
+    assert opt.steps == steps
+
+
+def test_an_owners_error_is_part_of_the_state() -> None:
+    """What two-way holds back at the owner survives torch's checkpoint tools, and no other exchange takes it."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model, data = network()
+    two_way = {"compressor": TopK(0.3), "exchange": "two-way", "back": TopK(0.1), "escape": None}
+    opt = make(model, data, **two_way)
+    train(model, data, opt, 5)
+    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
+    y = opt.corrected()
+    assert not torch.allclose(opt.error(), torch.cat([s["pending"].reshape(-1) for s in opt.state.values()]) / 0.1)
+    weights = copy.deepcopy(model.state_dict())
+    train(model, data, opt, 3)
+    model.load_state_dict(weights)
+    set_optimizer_state_dict(model, opt, saved)
+    assert torch.equal(opt.corrected(), y)
+    for other in ("direct", "coordinator"):
+        changed = {**two_way, "exchange": other, "back": None if other == "direct" else TopK(0.1)}
+        another = make(network()[0], data, **changed)
+        with pytest.raises(ValueError, match=r"owners is .* here, but the state was saved with owners two-way"):
+            another.load_state_dict(opt.state_dict())
+
+
+def test_a_warm_start_that_does_not_fit_is_left_out() -> None:
+    states = []
+    for matrix_rank in (1, 2):
+        model, data = network()
+        opt = make(model, data, compressor=LowRank(matrix_rank), escape=None)
+        for state in states:
+            opt.load_state_dict(state)
+        train(model, data, opt, 2)
+        states.append(opt.state_dict())
+    assert len(states[1]["exchange"]["qs"][0]) == 6
+
+
+def test_another_workers_state_is_refused() -> None:
+    def worker(rank: int) -> str:
+        model, data = network()
+        opt = make(model, data)
+        train(model, data, opt, 2)
+        states.append(opt.state_dict())
+        opt.error()  # a collective: both states are there after it
+        if rank == 1:
+            with pytest.raises(ValueError, match="rank is 1 here, but the state was saved with rank 0"):
+                opt.load_state_dict(states[0])
+        return "done"
+
+    states: list[Any] = []
+    assert simulate(worker, 2) == ["done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        ({"seed": 1}, r"worker 0 has seed=0 and worker 1 has seed=1"),
+        ({"compressor": TopK(0.2)}, r"worker 0 has compressor=RandomK\(ratio=0\.2.* and worker 1 has compressor=TopK"),
+        ({"noise": 0.5}, r"worker 0 has noise=0\.0 and worker 1 has noise=0\.5"),
+        ({"lr": 0.5}, r"worker 0 has lr=\[0\.1\] and worker 1 has lr=\[0\.5\]"),
+        ({"escape": Escape(5, 1.0, float)}, r"worker 0 has escape=None and worker 1 has escape=Escape\(interval=5"),
+        ({"exchange": "two-way"}, "worker 0 has exchange='direct' and worker 1 has exchange='two-way'"),
+    ],
+)
+def test_workers_with_other_arguments_are_told_at_the_start(difference: dict[str, Any], message: str) -> None:
+    def worker(rank: int) -> None:
+        arguments = {"lr": 0.1, "seed": 0, "compressor": RandomK(0.2), **(difference if rank else {})}
+        CompressedSGD([nn.Parameter(torch.ones(40, 40))], **arguments)
+
+    with pytest.raises(ValueError, match=message):
+        simulate(worker, 2)
+
+
+def test_equal_functions_are_equal_arguments() -> None:
+    """Each worker has its own objective and schedule objects, which lie at other addresses."""
+
+    def worker(rank: int) -> int:
+        w = nn.Parameter(torch.ones(40, 40))
+        return CompressedSGD([w], 0.1, noise=lambda step: 0.1, escape=Escape(5, 1.0, lambda: float(w.sum()))).numel
+
+    assert simulate(worker, 2) == [1600, 1600]
+
+
+def test_a_model_of_another_size_is_told_at_the_start() -> None:
+    with pytest.raises(ValueError, match="worker 0 has numel=1600 and worker 1 has numel=3200"):
+        simulate(lambda rank: CompressedSGD([nn.Parameter(torch.ones(40 * (1 + rank), 40))], 0.1), 2)
+
+
+def test_seed_must_be_an_integer() -> None:
+    import numpy as np
+
+    w = nn.Parameter(torch.ones(40, 40))
+    with pytest.raises(ValueError, match=r"seed must be an integer, got 1\.5"):
+        CompressedSGD([w], 0.1, seed=1.5)  # type: ignore[arg-type]
+    opt = CompressedSGD([w], 0.1, seed=np.int64(5), noise=0.1)
+    opt.step()
+
+
+def test_copying_is_refused() -> None:
+    opt = CompressedSGD([nn.Parameter(torch.ones(40, 40))], 0.1)
+    with pytest.raises(TypeError, match="cannot be copied or pickled; use state_dict"):
+        copy.deepcopy(opt)
+
+
+def test_a_sparse_gradient_leaves_the_memory_alone() -> None:
+    embedding = nn.Embedding(50, 40, sparse=True)
+    opt = CompressedSGD(embedding.named_parameters(), 0.1, noise=1.0)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse gradient"):
+        opt.step()
+    assert not opt.error().any()
+
+
+def test_sixteen_bit_parameters_lose_nothing() -> None:
+    """1,000 updates of 1e-3 on bfloat16 ones, each below half a unit in the last place, still arrive at 0."""
+    for dense_below in (0, 10**6):
+        p = nn.Parameter(torch.ones(64, 2, dtype=torch.bfloat16))
+        opt = CompressedSGD([p], 1e-3, compressor=Identity(), dense_below=dense_below)
+        for _ in range(1000):
+            p.grad = torch.ones_like(p)
+            opt.step()
+        assert opt.corrected().abs().max() < 1e-4
+        assert p.abs().max() < 0.01
+
+
+@pytest.mark.parametrize("dense_below", [0, 10**6])
+def test_a_commit_keeps_what_sixteen_bits_cannot_hold(dense_below: int) -> None:
+    """Steps of 0.05 on a bfloat16 100, whose neighbour is 99.5, with a commit every fourth step: 95 after 100."""
+    p = nn.Parameter(torch.full((64, 2), 100.0, dtype=torch.bfloat16))
+    calls = itertools.count()  # f(x_t), asked for first, is always below f(x_t')
+    opt = CompressedSGD(
+        [p], 0.05, compressor=Identity(), dense_below=dense_below, escape=Escape(3, 1e9, lambda: next(calls))
+    )
+    for _ in range(100):
+        p.grad = torch.ones_like(p)
+        opt.step()
+    assert [r.committed for r in opt.resets] == [True] * 25
+    assert torch.allclose(opt.corrected(), torch.full((128,), 95.0), atol=1e-3)
+
+
+def test_a_nan_is_seen() -> None:
+    """Where no step is left out a NaN reaches x with every compressor, and the monitor does not call it perfect."""
+    for c in (
+        AdaptiveTopK(0.5),
+        TopK(k=2),
+        RandomK(0.5),
+        Sign(),
+        QSGD(),
+        SketchTopK(k=2),
+        LinearSketch(0.5),
+        LowRank(),
+    ):
+        p = nn.Parameter(torch.zeros(10, 6))
+        opt = CompressedSGD([p], 0.1, compressor=c, dense_below=0, monitor_every=1, max_skipped=None)
+        for step in range(12):
+            p.grad = torch.ones_like(p)
+            if step == 0:
+                p.grad[3, 2] = float("nan")
+            opt.step()
+        assert p.isnan().any(), c
+        assert opt.monitor.whole is not None
+        assert math.isnan(opt.monitor.whole), c
+
+
+def test_monitor_measures_single_steps() -> None:
+    """RandomK of equal magnitudes keeps exactly k/d, TopK of one spike everything, a dense tensor everything."""
+    w, b = nn.Parameter(torch.zeros(20, 10)), nn.Parameter(torch.zeros(7))
+    opt = CompressedSGD([("w", w), ("b", b)], 0.5, compressor=RandomK(0.1), dense_below=8, monitor_every=2)
+    for step in range(2):
+        assert opt.monitor.whole is None
+        w.grad, b.grad = torch.ones_like(w), torch.full_like(b, 2.0)
+        if step:
+            opt._memory.reset()
+        opt.step()
+    assert opt.monitor.by_tensor["w"] == pytest.approx(0.1)
+    assert opt.monitor.by_tensor["b"] == 1.0
+    assert opt.monitor.whole == pytest.approx((20 + 4 * 7) / (200 + 4 * 7))
+    with pytest.raises(ValueError, match="monitor_every must be 0 or more steps, got -1"):
+        CompressedSGD([w], 0.1, dense_below=0, monitor_every=-1)
+
+
+@pytest.mark.parametrize("c", [Sign(per_tensor=True), LowRank()], ids=repr)
+def test_compressors_that_know_tensors(c: Any) -> None:
+    """The optimizer tells them where tensors are: matrices of rank one are kept whole, each tensor has its scale."""
+    ps = [nn.Parameter(torch.zeros(8, 6)), nn.Parameter(torch.zeros(5, 9))]
+    opt = CompressedSGD(ps, 1.0, compressor=c, dense_below=0)
+    for i, p in enumerate(ps):
+        rank_one = torch.linspace(1, 2, len(p))[:, None] * torch.ones(p.shape[1])
+        p.grad = torch.full_like(p, 10.0**i) if isinstance(c, Sign) else rank_one
+    opt.step()
+    assert torch.allclose(opt.error(), torch.zeros(93), atol=1e-5)
+
+
+@pytest.mark.parametrize("memory", ["buffer", "gradient"])
+def test_a_step_of_randomk_makes_no_vector_of_the_models_size(memory: Any) -> None:
+    """After the first step nothing is allocated that grows with d, with noise too."""
+    w = nn.Parameter(torch.zeros(1000, 1000))
+    opt = CompressedSGD([w], 0.1, compressor=RandomK(0.01), noise=0.1, memory=memory)
+    if memory == "buffer":
+        w.grad = torch.ones_like(w)
+    opt.step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        opt.step()
+    sizes = [event.self_cpu_memory_usage for event in profile.events() or ()]
+    assert 0 < max(sizes) < 4 * w.numel() / 5  # the largest is the message's, 1% of the vector, or of counters
+
+
+def test_scalars_travel_with_the_step() -> None:
+    """Their mean over workers, in one collective with the rest; the step is the same without them."""
+
+    def work(scalars: bool, rank: int) -> tuple[torch.Tensor, torch.Tensor, set[str], int]:
+        model, data = network()
+        opt = make(model, data, escape=None)
+        calls: list[int] = []
+        reduce = opt.channel.group.all_reduce
+        opt.channel.group.all_reduce = lambda tensor: (calls.append(1), reduce(tensor))  # type: ignore
+        for _ in range(3):
+            opt.zero_grad()
+            loss = (model(data) - data).square().mean()
+            loss.backward()
+            opt.step(scalars=torch.stack([loss.detach(), torch.tensor(float(rank))]) if scalars else None)
+        found = vector(model), opt.scalars, set(opt.ledger.by_purpose), len(calls)
+        opt.step(scalars=loss)
+        assert opt.scalars.shape == (1,)  # a number is as good as a vector
+        return found
+
+    (x, means, purposes, calls), (without, nothing, same, _) = (
+        simulate(partial(work, scalars), 2)[0] for scalars in (True, False)
+    )
+    assert torch.equal(x, without)
+    assert calls == 3
+    assert means[1] == 0.5
+    assert 0 < means[0] < 2
+    assert len(nothing) == 0
+    assert purposes == same
+
+
+@pytest.mark.parametrize("compressor", [RandomK(k=3), LinearSketch(columns=3), TopK(0.1)], ids=repr)
+@pytest.mark.filterwarnings("ignore:nothing will be compressed")
+def test_an_exchange_is_chosen_where_nothing_is_compressed(compressor: Compressor) -> None:
+    opt = CompressedSGD([nn.Parameter(torch.zeros(5))], 0.1, compressor=compressor, exchange="auto")
+    assert opt.choice.reason

@@ -1,0 +1,189 @@
+"""Inputs for fuzzing what reads them, and the readers: whatever comes in, ConfigError or a valid object comes out."""
+
+import contextlib
+import json
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from hypothesis import strategies as st
+
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.certification import read_config
+from packsaddle.experiments.config import Config, configure, load
+from packsaddle.experiments.job import Job
+from packsaddle.experiments.report import tables
+from packsaddle.experiments.report.curves import curve
+from packsaddle.experiments.report.page import charts_of, for_script
+from packsaddle.experiments.report.settings import settings as grouped
+from packsaddle.experiments.run_folder import read_runs
+from packsaddle.experiments.schema import choices, settable
+
+GOOD = """lr = 0.5
+epochs = 1
+batch_size = 16
+[data]
+name = "digits"
+limit = 640
+[model]
+name = "autoencoder"
+widths = [16, 8]
+[compressor]
+kind = "TopK"
+ratio = 0.1
+[noise]
+std = 0.001
+[escape]
+interval = 8
+radius = 2.0
+[certify]
+epsilon = 0.1
+"""
+
+# Small, or too large for anything: what lies between is a valid network that takes long to make.
+INTEGERS = st.sampled_from([-(2**70), -(2**63), -1, 0, 1, 2, 3, 4, 8, 16, 2**31, 2**53, 2**63 - 1, 2**63, 10**30])
+FLOATS = st.sampled_from([math.nan, math.inf, -math.inf, -1.0, 0.0, 5e-324, 1e-3, 0.1, 0.5, 1.0, 3.0, 1e9, 1.8e308])
+_HOSTILE = ["", "\x1b[31m", "[red]", "</script>", "=1+1", "../x", "a" * 5000]
+TEXTS = st.one_of(st.text(max_size=12), st.sampled_from(_HOSTILE))
+LEAVES = st.one_of(INTEGERS, FLOATS, TEXTS, st.booleans())
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3), max_leaves=5
+)
+
+
+def _mostly(right: st.SearchStrategy[Any], wrong: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.integers(0, 39).flatmap(lambda n: wrong if n == 0 else right)
+
+
+def of(hint: Any) -> st.SearchStrategy[Any]:
+    """Values of an annotation: mostly of its type, at its edges; now and then of another."""
+    kinds = choices(hint)
+    if kinds:
+        return _mostly(st.sampled_from(kinds).flatmap(lambda c: table(c, c.__name__)), VALUES)
+    if type(None) in get_args(hint):
+        (inner,) = (a for a in get_args(hint) if a is not type(None))
+        return of(inner)
+    if get_origin(hint) is Literal:
+        return _mostly(st.sampled_from(get_args(hint)), VALUES)
+    if get_origin(hint) is tuple:
+        return _mostly(st.lists(of(get_args(hint)[0]), max_size=3), VALUES)
+    plain = {int: INTEGERS, float: FLOATS, bool: st.booleans(), str: TEXTS}
+    return _mostly(plain[hint], VALUES) if hint in plain else _mostly(table(hint), VALUES)
+
+
+def table(cls: Any, kind: str | None = None) -> st.SearchStrategy[dict[str, Any]]:
+    """Tables of a dataclass's keys: some of them, and now and then one that it does not have."""
+    hints = get_type_hints(cls)
+    some = st.fixed_dictionaries(
+        {} if kind is None else {"kind": st.just(kind)}, optional={f.name: of(hints[f.name]) for f in settable(cls)}
+    )
+    return _mostly(some, st.tuples(some, st.dictionaries(TEXTS, VALUES, max_size=1)).map(lambda t: t[0] | t[1]))
+
+
+def toml(value: Any) -> str:
+    """A value as TOML writes it, on one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return json.dumps(value) if isinstance(value, str | bool) else repr(value)
+
+
+# A valid configuration with some keys replaced, so that one mistake does not hide the rest.
+BASE: dict[str, Any] = {
+    "data": {"name": "digits", "limit": 64},
+    "model": {"name": "autoencoder", "widths": [8]},
+    "lr": 0.1,
+    "epochs": 1.0,
+    "batch_size": 4,
+}
+FILES = table(Config).map(lambda t: "".join(f"{json.dumps(k)} = {toml(v)}\n" for k, v in (BASE | t).items()))
+
+
+@st.composite
+def _mutated(draw: st.DrawFn) -> bytes:
+    content = bytearray(GOOD.encode())
+    for _ in range(draw(st.integers(1, 4))):
+        at, end = sorted(draw(st.integers(0, len(content))) for _ in range(2))
+        content[at : draw(st.sampled_from([at, min(at + 1, len(content)), end]))] = draw(st.binary(max_size=6))
+    return bytes(content)
+
+
+_KEYS = [*BASE, "label", "seed", "momentum", "compressor", "compressor.ratio", "noise.std", "model.widths", "x"]
+NAMES = st.sampled_from(_KEYS)
+ASSIGNMENTS = st.one_of(st.text(max_size=30), st.tuples(NAMES | TEXTS, VALUES.map(toml) | TEXTS).map("=".join))
+
+_METRICS = ("step", "epoch", "loss", "grad_norm", "payload", "sent", "received", "seconds", "test_loss", "mu")
+_BOUNDS = ("lambda_min_lower", "lambda_min_upper", "threshold", "loss", "grad_norm")
+_VERDICTS = st.sampled_from(["saddle", "second-order stationary", "gradient too large", "undecided"])
+_NUMBERS = st.one_of(FLOATS, INTEGERS.filter(lambda n: abs(n) < 2**53))
+
+
+def _lines(needed: dict[str, Any], names: tuple[str, ...]) -> st.SearchStrategy[Any]:
+    fields = {name: _mostly(_NUMBERS | st.none(), VALUES) for name in names if name not in needed}
+    line = st.fixed_dictionaries({k: _mostly(v, VALUES) for k, v in needed.items()}, optional=fields)
+    return st.lists(_mostly(line, VALUES), max_size=3)
+
+
+_METRIC = {"step": st.integers(0, 9), "epoch": FLOATS, "loss": FLOATS, "seconds": FLOATS}
+RUNS = st.fixed_dictionaries(
+    {
+        "config.json": _mostly(table(Config), VALUES),
+        "environment.json": _mostly(st.just({"packsaddle": "0.0"}), VALUES),
+        "metrics.jsonl": _lines(_METRIC, _METRICS),
+        "summary.json": _mostly(
+            st.dictionaries(st.sampled_from(["final_loss", "test_loss", "compression", "steps"]), _NUMBERS), VALUES
+        ),
+        "certificates.jsonl": _lines({"verdict": _VERDICTS, "step": st.integers(0, 9), "epoch": FLOATS}, _BOUNDS),
+    }
+)
+
+
+def _constructed(config: Config) -> None:
+    Job((config,), (Path("unused"),)).check(config.workers, "serial")
+
+
+def read_file(content: bytes | str, folder: Path) -> None:
+    """A configuration file, up to the construction of its runs."""
+    path = folder / "config.toml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    _constructed(load(path))
+
+
+def read_assignment(text: str, folder: Path) -> None:
+    """A --set beside a valid configuration."""
+    _constructed(configure(json.loads(json.dumps(BASE)), [text]))
+
+
+def read_run(files: dict[str, Any], folder: Path) -> None:
+    """A run folder, as reports and certificates read it."""
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        for name, content in files.items():
+            lines = content if name.endswith("l") else [content]
+            (Path(made) / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+        with contextlib.suppress(ConfigError):  # a report reads less of it
+            read_config(Path(made))
+        runs = read_runs([Path(made)])
+        found = grouped(runs)
+        for shown in (tables.run_table(runs), tables.setting_table(found), tables.certificate_table(runs)):
+            assert all(isinstance(cell, str) for row in shown.rows for cell in row)
+        for_script(charts_of(found, [curve(setting) for setting in found]))
+
+
+TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any, Path], None]]] = {
+    "configurations": (FILES, read_file),
+    "mutated files": (_mutated(), read_file),
+    "assignments": (ASSIGNMENTS, read_assignment),
+    "run folders": (RUNS, read_run),
+}
+
+
+def outcome(read: Callable[[Any, Path], None], value: Any, folder: Path) -> str:
+    """Return "valid" or "refused"; another exception passes."""
+    try:
+        read(value, folder)
+    except ConfigError:
+        return "refused"
+    return "valid"

@@ -1,0 +1,35 @@
+"""What launched workers do in tests: one fails, is stopped, or saves when told to end."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from packsaddle.comm.launch import asked_to_stop, hearing_sigterm
+
+
+def fail_beside_a_stopped_one(folder: Path) -> None:
+    """Rank 1 stops itself, and then rank 0 fails."""
+    pid = folder / "pid"
+    if os.environ["RANK"] == "1":
+        pid.write_text(str(os.getpid()))
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return
+    while not pid.exists() or _state(int(pid.read_text() or 0)) != "T":
+        time.sleep(0.01)
+    raise ValueError("this batch is bad")
+
+
+def save_when_told(folder: Path) -> None:
+    """Wait for SIGTERM, and then take a while to save."""
+    with hearing_sigterm():
+        (folder / f"here-{os.environ['RANK']}").touch()
+        while not asked_to_stop():
+            time.sleep(0.01)
+        time.sleep(1.0)
+        (folder / f"saved-{os.environ['RANK']}").touch()
+
+
+def _state(pid: int) -> str:
+    """T is stopped (proc_pid_stat(5))."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] if pid else ""

@@ -1,0 +1,86 @@
+"""Run by test_triton: every loop of `numerics.kernels.triton_loops` against what torch makes of the same."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from packsaddle import QSGD
+from packsaddle.compressors import wire
+from packsaddle.compressors.sparse import Cells
+from packsaddle.numerics.counter_rng import add_gaussians, keys
+from packsaddle.numerics.kernels import torch_only, triton_loops
+from packsaddle.numerics.seeds import Stream
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RNG = torch.Generator().manual_seed(0)
+
+
+def vector(d: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(d, generator=RNG).to(DEVICE, dtype)
+
+
+def check_gaussians() -> None:
+    key = keys(3, 4, Stream.NOISE)
+    for dtype in (torch.float32, torch.float64):
+        for n, start in ((1, 0), (5000, 0), (5000, 1023), (2048, 2048), (10, 2047)):
+            ours, theirs = (torch.zeros(n, dtype=dtype, device=DEVICE) for _ in range(2))
+            triton_loops.add_gaussians(ours, 0.3, key, start)
+            add_gaussians(theirs, 0.3, key, start)
+            assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6), (dtype, n, start)
+            assert bool(theirs.any())
+
+
+def check_cells() -> None:
+    for d, size in ((1000, 1), (1000, 7), (1001, 64), (4096, 64)):
+        n = -(-d // size)
+        index = torch.cat([torch.tensor([n - 1]), torch.randperm(n - 1, generator=RNG)[: n // 3]]).to(DEVICE)
+        v, cells = vector(d), Cells(index, size)
+        assert torch.equal(triton_loops.gather_cells(v, index, size), cells.gather(v))
+        values, ours = vector(len(index) * size), v.clone()
+        triton_loops.add_cells(ours, index, size, values, -1.0)
+        cells.add_to(v, values, -1.0)
+        assert torch.equal(ours, v)
+
+
+def check_signs() -> None:
+    for d in (1, 8, 1000, 4097):
+        v = vector(d)
+        v[0] = math.nan
+        packed = triton_loops.pack_signs(v)
+        assert torch.equal(packed, wire.pack_bits(v >= 0))
+        for first in (0, 3):
+            out, scale = torch.zeros(d - min(first, d), device=DEVICE), torch.tensor(0.7, device=DEVICE)
+            triton_loops.add_signs(packed, first, scale, out)
+            assert torch.equal(out, torch.where(v[first:] >= 0, scale, -scale))
+
+
+def check_levels() -> None:
+    for compressor in (QSGD(), QSGD(levels=1, bucket=16), QSGD(levels=127, bucket=100)):
+        for d in (1, 33, 3000):
+            v = vector(d)
+            if d == 3000:
+                v[600], v[1200:1300] = math.nan, 0.0
+            b, key = min(d, compressor.bucket), keys(1, 2, Stream.ROUNDING)
+            theirs = compressor.encode(v, seed=1, step=2)
+            packed, norms = triton_loops.pack_levels(v, compressor.levels, compressor.bits, b, key)
+            assert torch.allclose(norms, theirs.parts["scales"], rtol=1e-6, equal_nan=True)
+            codes, plain = (wire.unpack(p, compressor.bits, d) for p in (packed, theirs.parts["levels"]))
+            # A sum of squares, rounded otherwise, may move a coordinate across its threshold.
+            assert int((codes - plain).abs().max()) <= 1
+            assert int((codes != plain).sum()) <= d // 1000
+            ours, expected = (torch.zeros(d, device=DEVICE) for _ in range(2))
+            parts = theirs.parts
+            compressor.add_decoded(theirs, expected, 2.0)
+            scale = 2.0 / (compressor.levels * (1 + compressor.omega(d)))
+            triton_loops.add_levels(
+                parts["levels"], compressor.levels, compressor.bits, b, parts["scales"], ours, scale
+            )
+            assert torch.allclose(ours, expected, rtol=1e-6, equal_nan=True)
+
+
+if __name__ == "__main__":
+    for check in (check_gaussians, check_cells, check_signs, check_levels):
+        with torch_only():
+            check()
+        print(check.__name__.removeprefix("check_"))
