@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("command", choices=("search", "seeds", "table"))
     parser.add_argument("--out", type=Path, default=Path("experiments/adamw/runs.csv"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES)
+    parser.add_argument("--rates", nargs="+", type=float, help="by default all, and for seeds each method's best")
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args()
     rows = read(options.out)
@@ -153,9 +153,10 @@ def main() -> None:
         return
     done = {(row["method"], float(row["rate"]), int(row["seed"])) for row in rows}
     if options.command == "search":
-        jobs = [(method, rate, 0) for method in options.methods for rate in options.rates]
+        jobs = [(method, rate, 0) for method in options.methods for rate in options.rates or RATES]
     else:
-        jobs = [(method, best_rate(rows, method), seed) for method in options.methods for seed in (1, 2)]
+        rates = {method: options.rates or [best_rate(rows, method)] for method in options.methods}
+        jobs = [(method, rate, seed) for method in options.methods for rate in rates[method] for seed in (1, 2)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     launch(work, ([job for job in jobs if job not in done], str(options.out), options.steps), WORKERS)
 

@@ -20,6 +20,7 @@ root_doc = "docs/index"
 include_patterns = [
     "README.md",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "docs/**.md",
     "examples/README.md",
     "experiments/*/README.md",
