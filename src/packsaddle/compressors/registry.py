@@ -2,18 +2,11 @@
 
 from dataclasses import fields, is_dataclass
 
-from packsaddle.compressors import (
-    QSGD,
-    AdaptiveTopK,
-    Compressor,
-    Identity,
-    LinearSketch,
-    LowRank,
-    RandomK,
-    Sign,
-    SketchTopK,
-    TopK,
-)
+from packsaddle.compressors.base import Compressor
+from packsaddle.compressors.low_rank import LowRank
+from packsaddle.compressors.quantized import QSGD, Sign
+from packsaddle.compressors.sketched import LinearSketch, SketchTopK
+from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 
 _SHARE = 0.5
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
-from packsaddle.compressors import Compressor
-from packsaddle.compressors.base import check_share
+
+from packsaddle.compressors.base import Compressor, check_share
 
 
 @dataclass(frozen=True)
