@@ -3,7 +3,6 @@
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
-
 from packsaddle.compressors.base import Compressor, check_share
 
 
