@@ -25,7 +25,8 @@ from packsaddle.comm.communicator import Channel
 from packsaddle.comm.group import Solo
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import Curvature
-from packsaddle.experiments.certification import Audit, task_loss
+from packsaddle.experiments.certification import Audit
+from packsaddle.experiments.tasks.models import task_loss
 
 Measured = tuple[float, int]  # lambda_min, Hessian-vector products
 

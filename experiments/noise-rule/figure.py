@@ -9,11 +9,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from packsaddle import gradient_noise
-from packsaddle.experiments.certification import read_config, task_loss
+from packsaddle.experiments.certification import read_config
 from packsaddle.experiments.report.tables import row
 from packsaddle.experiments.run_folder import Run, read_runs
 from packsaddle.experiments.tasks.images import load_data
-from packsaddle.experiments.tasks.models import Task, make_task
+from packsaddle.experiments.tasks.models import Task, make_task, task_loss
 from packsaddle.numerics.seeds import Stream, mix
 from packsaddle.theory.noise_walk import Walk, rms
 

@@ -24,11 +24,10 @@ from packsaddle.comm.launch import process_group
 from packsaddle.compressors.registry import describe
 from packsaddle.performance.bench.hosts import Hosts
 from packsaddle.performance.coding_speed import measure
-from packsaddle.performance.link import probe
-from packsaddle.performance.link_planner import Verdict, forecast
+from packsaddle.performance.link_planner import Verdict, forecast, probe
 from packsaddle.performance.step_time import Fleet, Link
 from packsaddle.performance.timing import clocked
-from packsaddle.performance.workload import MODELS, Workload, compute_seconds, update_seconds
+from packsaddle.performance.workload import MODELS, ModelSize, compute_seconds, update_seconds
 
 COMPRESSORS: list[Compressor] = [RandomK(0.01), TopK(0.01), SketchTopK(0.001), Sign()]
 # Model, workers, Mbit/s, batch.
@@ -67,7 +66,7 @@ def predict(group: Group, link: Link, name: str, batch: int) -> Verdict:
     group.all_reduce(torch.zeros(1))
     fleet = Fleet(group.size, compute_seconds(name, batch))
     group.all_reduce(torch.zeros(1))
-    workload = Workload.of_model(name)
+    workload = ModelSize.of_model(name)
     return forecast(workload, link, fleet, COMPRESSORS, measure, update=update_seconds(workload.d))
 
 

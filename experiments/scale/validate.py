@@ -29,7 +29,7 @@ from packsaddle.comm.launch import process_group
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.performance.bench.hosts import Hosts
 from packsaddle.performance.coding_speed import measure
-from packsaddle.performance.link import probe
+from packsaddle.performance.link_planner import probe
 from packsaddle.performance.step_time import Link, compressed
 
 CASES: dict[str, tuple[Compressor, str]] = {

@@ -17,11 +17,11 @@ from packsaddle.compressors import (
     SketchTopK,
     TopK,
 )
-from packsaddle.compressors.schedules import RatioRamp
+from packsaddle.compressors.base import RatioRamp
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
-from packsaddle.numerics.norm_sketch import NormSketch
+from packsaddle.numerics.sketches import NormSketch
 from packsaddle.optim.ddp import attach, register_ddp_hook
 from packsaddle.optim.fsdp import register_fsdp_hook
 from packsaddle.optim.sgd import CompressedSGD

@@ -19,9 +19,7 @@ import torch
 from commandline import command
 
 from packsaddle.cli import doctor
-from packsaddle.cli import interfaces as network
-from packsaddle.cli.doctor import Fact
-from packsaddle.cli.interfaces import Interface, gloo_listens, interfaces
+from packsaddle.cli.doctor import Fact, Interface, gloo_listens, interfaces
 from packsaddle.comm.failures import WorkerFailedError
 from packsaddle.numerics import kernels
 
@@ -213,8 +211,8 @@ def sysfs(folder: Path, name: str, **files: str) -> None:
 
 def test_interfaces_as_linux_describes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "en0"), (3, "veth")])
-    monkeypatch.setattr(network, "_inet", lambda name: {"lo": ("127.0.0.1",), "en0": ("10.0.0.7",)}.get(name, ()))
-    monkeypatch.setattr(network, "_inet6", lambda: {"en0": ["fd00::7"]})
+    monkeypatch.setattr(doctor, "_inet", lambda name: {"lo": ("127.0.0.1",), "en0": ("10.0.0.7",)}.get(name, ()))
+    monkeypatch.setattr(doctor, "_inet6", lambda: {"en0": ["fd00::7"]})
     sysfs(tmp_path, "lo", flags="0x9", operstate="unknown")
     sysfs(tmp_path, "en0", flags="0x1003", operstate="up", speed="25000")
     sysfs(tmp_path, "veth", flags="0x1002", operstate="down", speed="-1")
@@ -230,7 +228,7 @@ def test_interfaces_of_a_system_that_says_nothing_of_them(tmp_path: Path, monkey
     """As macOS: names alone."""
     monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo0"), (2, "en0")])
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr(network, "_inet6", dict)
+    monkeypatch.setattr(doctor, "_inet6", dict)
     lo, en0 = interfaces(tmp_path / "none")
     assert (lo.loopback, en0.loopback) == (True, False)
     assert doctor._described(en0) == "state unknown, address unknown, rate unknown"
@@ -274,7 +272,7 @@ def test_gloo_listens_where_the_name_of_the_host_leads(
 
 def test_gloo_listens_on_a_reachable_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setattr(network, "_usable_address", lambda host: "10.0.0.7")
+    monkeypatch.setattr(doctor, "_usable_address", lambda host: "10.0.0.7")
     fact = found(doctor.network(), "gloo")
     assert fact.verdict == "ok"
     assert fact.value.startswith("listens on 10.0.0.7: this host's name, ")
@@ -282,7 +280,7 @@ def test_gloo_listens_on_a_reachable_address(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_gloo_listens_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     known = [Interface("lo", (), None, None, True), Interface("en7", ("10.0.0.7",), None, None, False)]
-    monkeypatch.setattr(network, "interfaces", lambda: known)
+    monkeypatch.setattr(doctor, "interfaces", lambda: known)
     for asked, verdict in (("en7", "ok"), ("lo", "warning"), ("en7,lo", "warning"), ("en8", "problem")):
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", asked)
         assert found(doctor.network(), "gloo").verdict == verdict

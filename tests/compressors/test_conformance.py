@@ -222,7 +222,7 @@ def test_linear_sketch_is_unbiased_with_its_variance(kind: str, columns: int) ->
 
 def test_sketch_estimates_have_the_stated_variance() -> None:
     """One row's estimate of any coordinate is unbiased with variance at most ||v||^2 / c, over 4,000 hashes."""
-    from packsaddle.numerics.count_sketch import RowHash
+    from packsaddle.numerics.sketches import RowHash
 
     d, c = 70, 12  # c does not divide d
     v = torch.linspace(-1, 2, d, dtype=torch.float64) ** 3
@@ -239,7 +239,7 @@ def test_sketch_estimates_have_the_stated_variance() -> None:
 
 def test_sketch_is_the_matrix_it_says() -> None:
     """S from sketches of unit vectors has one +-1 a column, and `add_transposed` is its transpose."""
-    from packsaddle.numerics.count_sketch import RowHash, estimates_at, median_estimates
+    from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
     d, c = 23, 7
     row = RowHash.draw(d, c, seed=1, step=2)
@@ -264,20 +264,20 @@ def test_sketch_is_the_matrix_it_says() -> None:
 @pytest.mark.parametrize(("d", "c"), [(23, 7), (500, 3), (64, 64), (10, 30)])
 def test_many_small_chunks_are_the_same_sketch(d: int, c: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way for many chunks, in blocks, against the way for few."""
-    from packsaddle.numerics import count_sketch
+    from packsaddle.numerics import sketches
 
     v = torch.randn(d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    hashes = [count_sketch.RowHash.draw(d, c, seed=4, step=5, row=r) for r in range(3)]
+    hashes = [sketches.RowHash.draw(d, c, seed=4, step=5, row=r) for r in range(3)]
     tables = torch.stack([h.sketch(v) for h in hashes])
-    back, medians = torch.ones(d, dtype=torch.float64), list(count_sketch.median_estimates(hashes, tables, d))
+    back, medians = torch.ones(d, dtype=torch.float64), list(sketches.median_estimates(hashes, tables, d))
     hashes[0].add_transposed(tables[0], back, 0.5)
-    monkeypatch.setattr(count_sketch, "_MANY", 0)
-    monkeypatch.setattr(count_sketch, "_BLOCK", 30)
+    monkeypatch.setattr(sketches, "_MANY", 0)
+    monkeypatch.setattr(sketches, "_BLOCK", 30)
     other = torch.ones(d, dtype=torch.float64)
     hashes[0].add_transposed(tables[0], other, 0.5)
     assert torch.allclose(torch.stack([h.sketch(v) for h in hashes]), tables, rtol=1e-12)
     assert torch.equal(other, back)
-    assert torch.equal(torch.cat(list(count_sketch.median_estimates(hashes, tables, d))), torch.cat(medians))
+    assert torch.equal(torch.cat(list(sketches.median_estimates(hashes, tables, d))), torch.cat(medians))
 
 
 def test_planted_heavy_hitters_are_recovered() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from packsaddle import CompressedSGD, Identity, Ramp, gradient_noise, simulate, suggest_noise
 from packsaddle.curvature.gradient_noise import GradientNoise
 from packsaddle.curvature.hessian import NotFiniteError
-from packsaddle.experiments.noise_check import warning
+from packsaddle.experiments.run_checks import noise_warning
 from packsaddle.theory.noise_walk import FAR, GOOD, Walk, rms
 
 
@@ -143,8 +143,8 @@ def test_the_suggestion_walks_as_far_as_is_stated() -> None:
 
 def test_a_warning_has_numbers_and_comes_beyond_the_limit() -> None:
     said = {"step": 0, "r": 0.01, "walk": FAR, "suggested": 0.003, "times": 360.0}
-    assert warning(said) is None
-    text = warning({**said, "walk": 10.0})
+    assert noise_warning(said) is None
+    text = noise_warning({**said, "walk": 10.0})
     assert text is not None
     for part in (
         "noise 0.01 is 360 times the gradient's own noise at step 0",
@@ -152,8 +152,8 @@ def test_a_warning_has_numbers_and_comes_beyond_the_limit() -> None:
         "suggested r = 0.003",
     ):
         assert part in text
-    assert "gradient" not in (warning({**said, "walk": 10.0, "times": None}) or "gradient")
-    assert warning({**said, "walk": None}) is None  # x_0 is zero
+    assert "gradient" not in (noise_warning({**said, "walk": 10.0, "times": None}) or "gradient")
+    assert noise_warning({**said, "walk": None}) is None  # x_0 is zero
 
 
 CONFIG = """

@@ -12,8 +12,7 @@ from packsaddle.comm.communicator import Channel
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.simulation import FusedGroup
-from packsaddle.experiments.tasks.batch_norm import WorkerBatchNorm2d, average_buffers, connect, make_norm
-from packsaddle.experiments.tasks.models import resnet
+from packsaddle.experiments.tasks.models import WorkerBatchNorm2d, average_buffers, connect, make_norm, resnet
 
 W, B, C = 3, 4, 5
 

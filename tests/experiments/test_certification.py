@@ -18,11 +18,11 @@ from commandline import command, refused
 from scipy.stats import binomtest
 
 from packsaddle import Verdict, certify
-from packsaddle.curvature.certificate import proposed_epsilon
-from packsaddle.curvature.iterates import Share, draw_iterates
-from packsaddle.experiments.certification import Audit, Inspector, read_config
+from packsaddle.curvature.certificate import Share, draw_iterates, proposed_epsilon
+from packsaddle.experiments.certification import Audit, read_config
 from packsaddle.experiments.config import CertifyConfig, DataConfig
 from packsaddle.experiments.report import write_report
+from packsaddle.experiments.run_checks import Inspector
 from packsaddle.experiments.run_folder import read_runs
 from packsaddle.experiments.tasks.images import load_images
 from packsaddle.experiments.tasks.models import make_task

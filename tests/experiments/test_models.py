@@ -13,9 +13,8 @@ from packsaddle.comm.communicator import Channel
 from packsaddle.comm.group import Solo, resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import Curvature
-from packsaddle.experiments.certification import task_loss
 from packsaddle.experiments.config import DataConfig, ModelConfig
-from packsaddle.experiments.tasks.models import Task, make_task
+from packsaddle.experiments.tasks.models import Task, make_task, task_loss
 from packsaddle.experiments.tasks.sharding import Batches, shard
 from packsaddle.experiments.tasks.text import Text, load_text
 

@@ -13,12 +13,11 @@ from commandline import command, refused
 
 from packsaddle import certify
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.certification import task_loss
 from packsaddle.experiments.config import DataConfig, ModelConfig
 from packsaddle.experiments.schema import build
 from packsaddle.experiments.tasks import text
 from packsaddle.experiments.tasks.images import load_data
-from packsaddle.experiments.tasks.models import make_task
+from packsaddle.experiments.tasks.models import make_task, task_loss
 from packsaddle.experiments.tasks.sharding import shard
 from packsaddle.experiments.tasks.text import UNKNOWN, Text, load_text
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from scipy.stats import chisquare, kstest, norm
 
-from packsaddle.numerics.counter_rng import Keys, add_cell_gaussians, add_gaussians, keys, words
 from packsaddle.numerics.kernels import compiler, torch_only
-from packsaddle.numerics.seeds import Stream
+from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, add_gaussians, keys, words
 
 LIKE = torch.zeros(1, dtype=torch.float64)
 

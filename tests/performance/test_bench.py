@@ -17,10 +17,10 @@ from packsaddle.performance.bench import hosts, race
 from packsaddle.performance.bench.contenders import parse, parse_all
 from packsaddle.performance.bench.peers import enter, uint8_hook
 from packsaddle.performance.bench.race import Lap, Outcome, Race, step_rows
-from packsaddle.performance.bench.workload import Workload
+from packsaddle.performance.bench.workload import TrainingWorkload
 
 PEERS = ("ddp", "ddp-fp16", "own-uint8", "powersgd-1", "powersgd-4", "local-sgd-4")
-WORKLOAD = Workload("mnist-autoencoder", 4)
+WORKLOAD = TrainingWorkload("mnist-autoencoder", 4)
 real = pytest.mark.skipif(hosts.available() is not None, reason=f"bench link {hosts.available()}")
 
 
@@ -147,7 +147,7 @@ def write_mnist(folder: Path, n: int) -> None:
 
 
 def race_to(folder: Path, target: float, seconds: float) -> Outcome:
-    workload = Workload("mnist-autoencoder", 4, str(folder))
+    workload = TrainingWorkload("mnist-autoencoder", 4, str(folder))
     return race.run(Race(workload, ("ddp", "RandomK(0.5)"), target_loss=target, max_seconds=seconds))
 
 
@@ -257,7 +257,7 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: tuple[Any,
 
 
 def test_link_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packsaddle.performance.bench.link.available", lambda: "needs root")
+    monkeypatch.setattr("packsaddle.performance.bench.train.available", lambda: "needs root")
     assert command("bench", "link") == 2
     assert capsys.readouterr().err == "packsaddle: error: bench link needs root\n"
 

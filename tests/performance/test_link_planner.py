@@ -18,15 +18,12 @@ from packsaddle.comm.group import Solo
 from packsaddle.experiments.tasks.images import load_data
 from packsaddle.experiments.tasks.models import make_task
 from packsaddle.experiments.templates import TASKS
-from packsaddle.performance import link as linkprobe
-from packsaddle.performance import link as rate
-from packsaddle.performance import workload
+from packsaddle.performance import link_planner, workload
 from packsaddle.performance.coding_speed import Line, Pace
-from packsaddle.performance.link_planner import forecast
+from packsaddle.performance.link_planner import MEASURED, StepsNeeded, forecast, steps_needed
 from packsaddle.performance.step_time import Fleet, Link
-from packsaddle.performance.steps_needed import MEASURED, StepsNeeded, steps_needed
 from packsaddle.performance.timing import Timing
-from packsaddle.performance.workload import Workload
+from packsaddle.performance.workload import ModelSize
 
 
 @pytest.mark.parametrize(
@@ -44,18 +41,18 @@ from packsaddle.performance.workload import Workload
     ],
 )
 def test_rates(text: str, bits: float) -> None:
-    assert rate.parse_rate(text) == bits
+    assert link_planner.parse_rate(text) == bits
 
 
 @given(st.floats(1, 9.99e14))
 def test_a_shown_rate_can_be_parsed(bits: float) -> None:
-    assert rate.parse_rate(rate.format_rate(bits)) == pytest.approx(bits, rel=0.006)
+    assert link_planner.parse_rate(link_planner.format_rate(bits)) == pytest.approx(bits, rel=0.006)
 
 
 @given(st.text(alphabet="0123456789.kmgtbitBps/ -", max_size=8))
 def test_no_text_breaks_the_parser(text: str) -> None:
     try:
-        parsed = rate.parse_rate(text)
+        parsed = link_planner.parse_rate(text)
     except ValueError as error:
         parsed, message = 1.0, str(error)
         assert message.startswith("link must be a positive rate")
@@ -78,8 +75,8 @@ class Modelled(Solo):
 @pytest.mark.parametrize("true", [Link(1e-4, 1.25e6), Link(0.05, 1e9), Link(1e-6, 1e11)], ids=str)
 def test_a_probe_finds_the_link(workers: int, true: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     group = Modelled(workers, true)
-    monkeypatch.setattr(linkprobe.time, "perf_counter", lambda: group.now)
-    found = linkprobe.probe(group)
+    monkeypatch.setattr(link_planner.time, "perf_counter", lambda: group.now)
+    found = link_planner.probe(group)
     assert found.latency == pytest.approx(true.latency, rel=0.01, abs=1e-8)
     assert found.rate == pytest.approx(true.rate, rel=0.01)
     assert group.now < 60 * (0.5 + 2 * workers * true.latency)  # it does not send more than it must
@@ -87,7 +84,7 @@ def test_a_probe_finds_the_link(workers: int, true: Link, monkeypatch: pytest.Mo
 
 def test_a_probe_needs_two() -> None:
     with pytest.raises(ValueError, match="measuring a link needs at least 2 workers, got 1"):
-        linkprobe.probe(Solo())
+        link_planner.probe(Solo())
 
 
 def slow(compressor: Any, d: int) -> Pace:
@@ -97,7 +94,7 @@ def slow(compressor: Any, d: int) -> Pace:
 
 def test_compress_on_a_slow_link_only() -> None:
     """1e6 coordinates, 4 workers: dense exchanges in 6 MB / rate, RandomK 1% in 60 kB / rate, and it codes for 3 ms."""
-    size, fleet = Workload.of_size(1_000_000), Fleet(4, 0.1)
+    size, fleet = ModelSize.of_size(1_000_000), Fleet(4, 0.1)
 
     def verdict(mbytes: float) -> Any:
         return forecast(size, Link(0.0, mbytes * 1e6), fleet, [RandomK(0.01)], slow, overlap=False)
@@ -117,7 +114,7 @@ def test_compress_on_a_slow_link_only() -> None:
 
 def test_steps_that_an_optimizer_needs_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """The step of RandomK is the shortest, and useless behind AdamW, where it needs more than four times as many."""
-    size, fleet = Workload.of_size(1_000_000), Fleet(4, 0.1)
+    size, fleet = ModelSize.of_size(1_000_000), Fleet(4, 0.1)
     needed = {RandomK(0.1): StepsNeeded(4.0, at_least=True), TopK(0.1): StepsNeeded(1.5)}
     monkeypatch.setitem(MEASURED, "adamw", needed)  # type: ignore[misc, arg-type]
     options = {"overlap": False, "optimizer": "adamw"}
@@ -146,7 +143,7 @@ def test_the_steps_were_measured_for_compressors_that_the_command_knows() -> Non
 
 
 def test_the_exchange_is_the_fastest_one() -> None:
-    size = Workload.of_size(1_000_000)
+    size = ModelSize.of_size(1_000_000)
     for workers, latency, expected in ((32, 0.0, "two-way"), (3, 1.0, "all-gather")):
         found = forecast(size, Link(latency, 1e6), Fleet(workers, 0.1), [TopK(0.01)], slow)
         assert next(f.exchange for f in found.forecasts if not f.is_dense) == expected
@@ -157,13 +154,13 @@ def test_the_exchange_is_the_fastest_one() -> None:
 def test_a_model_has_its_shapes() -> None:
     """LowRank of a model is that of its matrices; of a number of coordinates, of one square."""
     before = torch.get_rng_state()
-    model = Workload.of_model("mnist-autoencoder")
+    model = ModelSize.of_model("mnist-autoencoder")
     assert torch.equal(torch.get_rng_state(), before)
     assert (model.d, model.dense) == (209_920, 449)
     bound = model.bind(LowRank())
     assert isinstance(bound, LowRank)
     assert set(bound.shapes) >= {(32, 144), (64, 1568)}
-    assert Workload.of_size(10_000).bind(LowRank()).message_bytes(10_000) == 4 * 200
+    assert ModelSize.of_size(10_000).bind(LowRank()).message_bytes(10_000) == 4 * 200
 
 
 def test_an_update_is_what_it_takes_beyond_plain_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +179,7 @@ def test_an_update_is_what_it_takes_beyond_plain_sgd(monkeypatch: pytest.MonkeyP
 
 def test_resnet_of_the_optimizer() -> None:
     pytest.importorskip("torchvision")
-    assert Workload.of_model("resnet18").d + Workload.of_model("resnet18").dense == 11_173_962
+    assert ModelSize.of_model("resnet18").d + ModelSize.of_model("resnet18").dense == 11_173_962
 
 
 def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,8 @@ from torch import Tensor
 from packsaddle import QSGD
 from packsaddle.compressors import wire
 from packsaddle.compressors.sparse import Cells
-from packsaddle.numerics.counter_rng import add_gaussians, keys
 from packsaddle.numerics.kernels import torch_only, triton_loops
-from packsaddle.numerics.seeds import Stream
+from packsaddle.numerics.seeds import Stream, add_gaussians, keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RNG = torch.Generator().manual_seed(0)

@@ -37,8 +37,7 @@ from packsaddle.checkpoint.parts import (
     on_all,
     shapes,
 )
-from packsaddle.checkpoint.reshard import carried
-from packsaddle.checkpoint.shared_tensors import filled, paths_in_common, without
+from packsaddle.checkpoint.reshard import carried, filled, paths_in_common, without
 from packsaddle.comm.communicator import Together
 from packsaddle.comm.group import Group, ProcessGroup, resolve
 

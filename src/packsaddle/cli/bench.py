@@ -58,9 +58,9 @@ class Step(Question):
     """Timed rounds."""
 
     def run(self) -> list[Result]:
-        from packsaddle.performance.bench import step
+        from packsaddle.performance.bench import pieces
 
-        return step.run(self.d, self.repeats, self.layers)
+        return pieces.time_steps(self.d, self.repeats, self.layers)
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Compress(Question):
     """Timed rounds."""
 
     def run(self) -> list[Result]:
-        from packsaddle.performance.bench import compress
+        from packsaddle.performance.bench import pieces
 
-        return compress.run(self.d, self.ratio, self.repeats)
+        return pieces.time_compressors(self.d, self.ratio, self.repeats)
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ class Exchange(Question):
     """Timed rounds."""
 
     def run(self) -> list[Result]:
-        from packsaddle.performance.bench import exchange
+        from packsaddle.performance.bench import pieces
 
-        return exchange.run(self.d, self.workers, self.ratio, self.repeats)
+        return pieces.time_exchanges(self.d, self.workers, self.ratio, self.repeats)
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ class _Training(Question):
 
     def race(self, **more: Any) -> "Race":
         from packsaddle.performance.bench.race import Race
-        from packsaddle.performance.bench.workload import Workload
+        from packsaddle.performance.bench.workload import TrainingWorkload
 
         batch = {"mnist-autoencoder": 64, "resnet18": 8}[self.model] if self.batch is None else self.batch
-        workload = Workload(self.model, batch, None if self.data_dir is None else str(self.data_dir), self.seed)
+        workload = TrainingWorkload(self.model, batch, None if self.data_dir is None else str(self.data_dir), self.seed)
         return Race(workload, self.contenders, self.lr, self.rounds, self.block, **more)
 
 
@@ -155,7 +155,7 @@ class Train(_Training):
     def run(self) -> list[Result]:
         from packsaddle.performance.bench import train
 
-        return train.run(self.race(), self.workers)
+        return train.race_on_workers(self.race(), self.workers)
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,10 @@ class Link(_Training):
     """When to give up on a contender that does not reach the target."""
 
     def run(self) -> list[Result]:
-        from packsaddle.performance.bench import link
+        from packsaddle.performance.bench import train
 
         race = self.race(target_loss=self.target_loss, max_seconds=self.max_seconds)
-        return link.run(race, self.hosts, self.rate)
+        return train.race_on_hosts(race, self.hosts, self.rate)
 
 
 bench = Group(

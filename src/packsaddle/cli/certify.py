@@ -135,7 +135,7 @@ def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, .
 def _drawn(run: Path, config: Config) -> list[str]:
     """The names of the iterates that the run drew, as often as they were drawn. Raises ConfigError if some are not
     there, as in a run that was cut off: those that are would be a biased sample."""
-    from packsaddle.experiments.certification import drawn_names
+    from packsaddle.experiments.run_checks import drawn_names
 
     (found,) = read_runs([run])
     if found.summary is None:
@@ -170,7 +170,7 @@ def _document(findings: list[Any], share: Any) -> dict[str, Any]:
 
 
 def _share(findings: list[Any], drawn: list[str]) -> Any:
-    from packsaddle.curvature.iterates import Share
+    from packsaddle.curvature.certificate import Share
 
     verdicts = {f"iterates/{f.file.name}": f.certificate.verdict for f in findings}
     return Share.of([verdicts[name] for name in drawn])

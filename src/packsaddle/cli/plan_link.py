@@ -16,13 +16,11 @@ from packsaddle.comm.launch import local_device, process_group, under_launcher
 from packsaddle.compressors import Compressor
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.progress import megabytes
-from packsaddle.performance import link as rate
+from packsaddle.performance import link_planner
 from packsaddle.performance.coding_speed import measure
-from packsaddle.performance.link import probe, probe_locally
-from packsaddle.performance.link_planner import Forecast, Verdict, forecast
+from packsaddle.performance.link_planner import Forecast, Optimizer, Verdict, forecast, probe, probe_locally
 from packsaddle.performance.step_time import FRAMING, Fleet, Link
-from packsaddle.performance.steps_needed import Optimizer
-from packsaddle.performance.workload import Workload, compute_seconds, update_seconds
+from packsaddle.performance.workload import ModelSize, compute_seconds, update_seconds
 
 _LATENCY = 1e-4  # seconds, gloo's over a local network
 _BATCH = 32
@@ -49,14 +47,14 @@ class LinkOptions:
     spread: float | None
     noise: bool | None
 
-    def workload(self) -> Workload:
+    def workload(self) -> ModelSize:
         if (self.d is None) == (self.model is None):
             raise ConfigError(f"--link needs one of --model and --d, got model={self.model} and d={self.d}")
         if self.compute is None and self.model is None:
             raise ConfigError("--d needs --compute SECONDS (a --model is measured)")
         if self.compute is not None and self.batch is not None:
             raise ConfigError("--batch is for measuring the computing, which --compute gives: leave one out")
-        return Workload.of_model(self.model) if self.model is not None else Workload.of_size(self.d or 0)
+        return ModelSize.of_model(self.model) if self.model is not None else ModelSize.of_size(self.d or 0)
 
 
 def plan_link(
@@ -69,7 +67,7 @@ def plan_link(
 ) -> None:
     """Predict the time of a step for every compressor and say which is shortest. Raises ConfigError."""
     try:
-        bits = None if text == "auto" else rate.parse_rate(text)
+        bits = None if text == "auto" else link_planner.parse_rate(text)
         workers = _workers(workers)
         if bits is None and options.latency is not None:
             raise ConfigError("--latency is measured by --link auto: leave it out")
@@ -114,7 +112,7 @@ def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[
 
 def _print_json(
     verdict: Verdict,
-    workload: Workload,
+    workload: ModelSize,
     link: Link,
     source: str,
     fleet: Fleet,
@@ -139,7 +137,7 @@ def _print_json(
 
 def _print_tables(
     verdict: Verdict,
-    workload: Workload,
+    workload: ModelSize,
     link: Link,
     source: str,
     fleet: Fleet,
@@ -163,7 +161,7 @@ def _print_tables(
     print(
         f"Coding includes {1e3 * update:,.3g} ms of error memory (and noise, if asked for) beyond plain SGD's update."
     )
-    payload = f"{rate.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
+    payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
     print(f"Link: {_line(link.rate)}, {source}: {payload}.")
     print(_sentence(verdict, link))
     print(_NOTE if optimizer is None else _STEPS_NOTE.format(optimizer))
@@ -201,4 +199,4 @@ def _sentence(verdict: Verdict, link: Link) -> str:
 
 def _line(payload: float) -> str:
     """A payload rate as the nominal rate of the line that carries it."""
-    return rate.format_rate(8 * payload / FRAMING)
+    return link_planner.format_rate(8 * payload / FRAMING)

@@ -53,7 +53,7 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
     from json import dumps
 
     from packsaddle.compressors import registry
-    from packsaddle.performance import compressor_table
+    from packsaddle.performance import coding_speed
 
     if d < 1 or workers < 1:
         raise ConfigError(f"d and workers must be at least 1, got {d} and {workers}")
@@ -63,12 +63,12 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
         raise ConfigError(str(error)) from None
     if json:
         for compressor in listed:
-            print(dumps(asdict(compressor_table.measure(compressor, d, workers))))
+            print(dumps(asdict(coding_speed.tabulate(compressor, d, workers))))
         return
     table = Table("compressor", "mu", "kept", "linear", "protocol", "sent", "received", "ms")
     for column in table.columns[1:]:
         column.justify = "right"
-    for e in (compressor_table.measure(compressor, d, workers) for compressor in listed):
+    for e in (coding_speed.tabulate(compressor, d, workers) for compressor in listed):
         linear = "yes" if e.linear else "no"
         sent, received = megabytes(e.sent), megabytes(e.received)
         table.add_row(

@@ -132,7 +132,7 @@ def run(
 
 def remarks(run: Run) -> list[str]:
     """What a run's end leaves to be said: how much noise would suit it, and that its loss has stood still."""
-    from packsaddle.experiments.report.standstill import standstill
+    from packsaddle.experiments.report.curves import standstill
 
     noise, still, said = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
     suggested = noise.get("suggested")

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message
-from packsaddle.numerics.counter_rng import Keys, keys, words
 from packsaddle.numerics.kernels import kernel
-from packsaddle.numerics.seeds import Stream
+from packsaddle.numerics.seeds import Keys, Stream, keys, words
 
 _SLAB = 1 << 18  # coordinates at a time, so that scratch memory does not grow with d
 

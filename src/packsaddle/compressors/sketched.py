@@ -10,8 +10,8 @@ from torch import Tensor
 from packsaddle.compressors.base import Compressor, Message, check_share
 from packsaddle.compressors.selection import largest_of_blocks
 from packsaddle.compressors.sparse import KOfD
-from packsaddle.numerics.count_sketch import RowHash, estimates_at, median_estimates
 from packsaddle.numerics.seeds import Stream, generator, mix
+from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SketchTopK(KOfD):
     and the mean is compressed, as Theorem 3.1 wants. Called on one vector it does the same by itself.
 
     `rows` x `columns` counters, columns 4 k by default. A coordinate's estimate has variance at most
-    ||v||^2 / columns in each row (see `numerics.count_sketch`), and the median over rows is taken. mu is about k/d; it
+    ||v||^2 / columns in each row (see `numerics.sketches`), and the median over rows is taken. mu is about k/d; it
     is stated as k/d. With these defaults few of planted heavy hitters are found (2 to 9 of 50; docs/compressors.md), so
     it is not what to train with.
     """
@@ -92,7 +92,7 @@ class LinearSketch(Compressor):
     """C(v) = S^T S v / (1 + omega) for a random sketch S of c rows: linear, all-reduced, no support to choose.
 
     sketch "count": one row of a count sketch, omega = (d - n) / c with n the size of the last chunk of c
-    (see `numerics.count_sketch`), so mu = 1 / (1 + omega) is c / d if c divides d, and never below the c / (c + d - 1)
+    (see `numerics.sketches`), so mu = 1 / (1 + omega) is c / d if c divides d, and never below the c / (c + d - 1)
     of a sketch with independent hashes. sketch "gaussian": independent N(0, 1/c) entries, omega = (d + 1) / c,
     at the cost of c d Gaussians a step, so for small problems. S^T S v is unbiased with variance
     omega ||v||^2, and scaling by 1 / (1 + omega) makes it contract.

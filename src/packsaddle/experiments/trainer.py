@@ -24,15 +24,13 @@ from packsaddle.comm.launch import local_device
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.simulation import FusedGroup
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.certification import Footing, Inspector
 from packsaddle.experiments.config import Config, NoiseConfig
-from packsaddle.experiments.noise_check import NoiseCheck, warning
 from packsaddle.experiments.progress import live, megabytes
 from packsaddle.experiments.run_checkpoints import Saving, Wishes
+from packsaddle.experiments.run_checks import Inspector, NoiseCheck, StepSizeCheck, noise_warning
 from packsaddle.experiments.run_folder import RunFolder
-from packsaddle.experiments.tasks.batch_norm import average_buffers, connect
 from packsaddle.experiments.tasks.images import load_data
-from packsaddle.experiments.tasks.models import Task, make_task
+from packsaddle.experiments.tasks.models import Task, average_buffers, connect, make_task
 from packsaddle.experiments.tasks.sharding import Calendar, deal, shard
 from packsaddle.numerics.seeds import Stream, mix
 from packsaddle.optim.sgd import CompressedSGD
@@ -58,7 +56,7 @@ class Tally:
     left_out_last: int = 0  # of the last epoch
     tested: float = 0.0  # of them spent on tests along the run
     saved: float = 0.0  # and on checkpoints
-    noise: dict[str, Any] | None = None  # the last look at it (see `noisecheck`)
+    noise: dict[str, Any] | None = None  # the last look at it (see `run_checks`)
 
     def add(self, measured: Tensor, *, taken: bool, last: bool) -> None:
         """Count a step's loss and gradient norm, float64[2], if it was taken; `last` if it is of the last epoch."""
@@ -117,7 +115,7 @@ class Prepared:
         connect(self.task, self.optimizer.channel)
         calendar = self.calendar
         self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
-        self.footing = Footing(config, self.task, self.optimizer, self.data, self.shards)
+        self.footing = StepSizeCheck(config, self.task, self.optimizer, self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
         self.tally = Tally()
@@ -377,7 +375,7 @@ class Training(Kept):
             found = self.noise_check.look(step, self.batches[0], self._noisy_steps())
             self.tally.noise = found
             self.inspector.seconds += time.perf_counter() - before
-            if step == 0 and (said := warning(found)):
+            if step == 0 and (said := noise_warning(found)):
                 self._warn(said, quiet=quiet)
 
     def _warn(self, text: str, *, quiet: bool) -> None:

@@ -1,4 +1,4 @@
-"""A model as a link sees it: which coordinates are compressed, how many go dense, and how long a step computes."""
+"""The size of a model's exchange (compressed and dense coordinates), and the time that its step computes."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _DENSE_BELOW = 1024  # elements, as in CompressedSGD
 
 
 @dataclass(frozen=True)
-class Workload:
+class ModelSize:
     """What one step exchanges."""
 
     name: str
@@ -37,14 +37,14 @@ class Workload:
         return compressor.for_tensors(self.shapes) if self.shapes else compressor
 
     @classmethod
-    def of_size(cls, d: int) -> "Workload":
+    def of_size(cls, d: int) -> "ModelSize":
         """Return a workload of d compressed coordinates of no particular shape. Raises ConfigError for d < 1."""
         if d < 1:
             raise ConfigError(f"d must be at least 1, got {d}")
         return cls(f"d = {d:,}", d, 0)
 
     @classmethod
-    def of_model(cls, name: str) -> "Workload":
+    def of_model(cls, name: str) -> "ModelSize":
         """Return what CompressedSGD makes of a model, see `MODELS`. Raises ConfigError."""
         parameters = list(_build(name).parameters())
         flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)

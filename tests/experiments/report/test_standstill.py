@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from packsaddle.experiments.report.standstill import LEAST_LINES, standstill, trend
+from packsaddle.experiments.report.curves import LEAST_LINES, standstill, trend
 
 RNG = np.random.default_rng
 T = np.arange(60)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from packsaddle.experiments.report.curves import standstill
 from packsaddle.experiments.report.settings import Estimate, Setting, estimate
-from packsaddle.experiments.report.standstill import standstill
 from packsaddle.experiments.run_folder import Run
 
 PLATEAU_TOLERANCE = 0.05

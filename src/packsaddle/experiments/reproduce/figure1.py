@@ -11,7 +11,7 @@ from packsaddle.experiments.report.curves import Curve, pick
 from packsaddle.experiments.reproduce import drawing
 from packsaddle.experiments.reproduce.results import by_setting, interval, paired
 from packsaddle.experiments.reproduce.study import Data, Scale, Study
-from packsaddle.experiments.tasks.batch_norm import Norm
+from packsaddle.experiments.tasks.models import Norm
 
 WORKERS = 10
 COMPRESSORS: dict[str, tuple[str, AnyCompressor]] = {

@@ -1,9 +1,9 @@
-"""Examples dealt to workers, and the epochs and steps of a run whose number of workers may change on the way.
+"""Examples dealt to workers, chosen examples in batches, and the epochs and steps of a run.
 
-Batches are pure functions of (seed, worker, step).
+The number of workers may change in the course of a run. Training batches are pure functions of (seed, worker, step).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -148,3 +148,22 @@ def _begin(
     rng = generator(seed, start, Stream.SHARD, worker=worker)
     own = own[torch.randperm(len(own), generator=rng)]
     return Batches(mine, batch_size, worker=worker, seed=seed, start=start, rest=own, first=first)
+
+
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Chosen examples as batches that can be read again, on a device and in a precision."""
+
+    data: Dataset
+    index: Tensor  # int64
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    batch_size: int = _BATCH
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in torch.split(self.index, self.batch_size):
+            if len(part):
+                yield self.data.batch(part, self.device, self.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.communicator import Channel
-from packsaddle.numerics.norm_sketch import NormSketch
+from packsaddle.numerics.sketches import NormSketch
 from packsaddle.optim.layout import FlatParameters
 
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from packsaddle.comm.aggregators import AllReduce, Averaged, Protocol
 from packsaddle.compressors import RandomK
 from packsaddle.compressors.sparse import Cells
-from packsaddle.numerics.counter_rng import Keys, add_cell_gaussians, keys
-from packsaddle.numerics.seeds import Stream
+from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 from packsaddle.optim.layout import FlatParameters
 from packsaddle.optim.memory import ErrorMemory
 from packsaddle.optim.stages.noise import Noise, Perturbation

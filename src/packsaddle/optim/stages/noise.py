@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packsaddle.numerics.counter_rng import Keys, add_gaussians, keys
-from packsaddle.numerics.seeds import Stream
+from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from packsaddle.experiments.tasks.images import Images
 from packsaddle.experiments.tasks.models import Task
 from packsaddle.performance.bench.contenders import ALONE, DENSE, Contender, parse_all
 from packsaddle.performance.bench.peers import CannotRunError, Racer, enter, probe
-from packsaddle.performance.bench.workload import Batch, Workload
+from packsaddle.performance.bench.workload import Batch, TrainingWorkload
 from packsaddle.performance.timing import Timing
 
 
@@ -110,7 +110,7 @@ _SMOOTHED = 3  # evaluations whose mean counts
 class Race:
     """Everything that a worker needs to know; plain enough to travel as JSON."""
 
-    workload: Workload
+    workload: TrainingWorkload
     contenders: tuple[str, ...]
     lr: float = 0.1
     rounds: int = 5

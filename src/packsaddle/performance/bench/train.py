@@ -1,12 +1,24 @@
-"""What does a whole training step cost on this machine's own worker processes, beside every way that torch has?"""
+"""Benchmarks of whole training steps, on this machine's own worker processes and over a real slow link.
 
+Contenders are every compressor asked for and every way that torch has. Over a link the question is what training
+costs and what its bytes allow.
+"""
+
+import json
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from packsaddle.comm.failures import WorkerFailedError
 from packsaddle.comm.launch import launch
+from packsaddle.experiments.schema import build
 from packsaddle.performance.bench.contenders import PEERS
-from packsaddle.performance.bench.race import Race, in_process_group, step_rows
+from packsaddle.performance.bench.hosts import HostFailedError, Hosts, available
+from packsaddle.performance.bench.race import Outcome, Race, finish_rows, in_process_group, step_rows
 from packsaddle.performance.bench.result import Result, machine
 
 
-def run(race: Race, workers: int) -> list[Result]:
+def race_on_workers(race: Race, workers: int) -> list[Result]:
     """Race contenders on `workers` local processes, without a slow link. Raises ValueError, WorkerFailedError."""
     if not 1 <= workers <= 64:
         raise ValueError(f"workers must be 1 to 64, got {workers}")
@@ -37,3 +49,43 @@ def legend(race: Race) -> list[str]:
     peers = dict.fromkeys(c.peer for c in race.field() if c.peer)
     named = [f"{peer}: {PEERS[peer]}" for peer in peers]
     return [*named, "DDP overlaps its exchange with backward, and sends no batch statistics, as packsaddle does not"]
+
+
+def race_on_hosts(race: Race, hosts: int, rate_mbit: float) -> list[Result]:
+    """Race contenders on hosts whose links have this rate. Raises ValueError if it is bad or hosts cannot be made,
+    WorkerFailedError if one fails."""
+    if not 2 <= hosts <= 16:
+        raise ValueError(f"hosts must be 2 to 16, got {hosts}")
+    if reason := available():
+        raise ValueError(f"bench link {reason}")
+    race.workload.images()  # what cannot be read is said here, not by a worker
+    with Hosts(hosts, rate_mbit) as network:
+        outcome = hold(race, network)
+    setting = {"hosts": hosts, "rate Mbit/s": rate_mbit, **described(race), **machine()}
+    if race.target_loss is None:
+        question = "What does a training step cost over this link, and what do its bytes allow?"
+        rows = step_rows(outcome.laps, rate_mbit * 1e6 / 8)
+        columns = [
+            "kB: per step, by the ledger (peers: by arithmetic), of the fuller direction; counted: by the interface",
+            "floor: a step of alone, then the bytes at the link's rate; allowed: the floor of ddp over the contender's",
+        ]
+        return [Result(question, setting, rows, [*columns, *legend(race), *outcome.notes])]
+    setting |= {"target loss": race.target_loss, "max s": race.max_seconds}
+    rule = (
+        "the loss: of the mean over workers, on 512 fixed training images, every 25 steps, the last three averaged; "
+        "evaluation is not in the times; local-sgd's workers are evaluated as they are"
+    )
+    question = "How long until the training loss is down to the target?"
+    return [Result(question, setting, finish_rows(outcome.finishes), [rule, *legend(race), *outcome.notes])]
+
+
+def hold(race: Race, hosts: Hosts) -> Outcome:
+    """Run a race with torchrun on hosts, one worker on each. Raises WorkerFailedError."""
+    with tempfile.TemporaryDirectory(prefix="packsaddle-link-") as folder:
+        told, found = Path(folder) / "race.json", Path(folder) / "outcome.json"
+        told.write_text(json.dumps(asdict(replace(race, interface=hosts.interface))))
+        try:
+            hosts.torchrun(["-m", "packsaddle.performance.bench", str(told), str(found)])
+        except HostFailedError as error:
+            raise WorkerFailedError(str(error)) from None
+        return build(Outcome, json.loads(found.read_text()))

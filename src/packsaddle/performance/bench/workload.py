@@ -1,4 +1,4 @@
-"""What the training benchmarks train: a network of the paper, and batches of real images or of synthetic ones."""
+"""The networks that training benchmarks train, and their batches of real or synthetic images."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _SYNTHETIC = 2048
 
 
 @dataclass(frozen=True)
-class Workload:
+class TrainingWorkload:
     """A network and its data. `batch` is per worker; without `data_dir` the images are synthetic."""
 
     network: Network

@@ -4,7 +4,6 @@ Everything runs the library's optimizer in double precision, with every coordina
 unless said otherwise: one segment of Algorithm 1, which is what the lemmas speak of (t' = 0).
 """
 
-from packsaddle.theory.diagnostics.coupling import Coupling, couple, negative_curvature, reflect
 from packsaddle.theory.diagnostics.error_growth import (
     ErrorGrowth,
     accumulate,
@@ -12,9 +11,16 @@ from packsaddle.theory.diagnostics.error_growth import (
     random_k_limit,
     residual_gap,
 )
-from packsaddle.theory.diagnostics.escape_times import EscapeTimes, escape_times, octopus_escapes
-from packsaddle.theory.diagnostics.improve_or_localise import Localisation, improve_or_localise
-from packsaddle.theory.diagnostics.trajectory import Method, Trajectory, follow
+from packsaddle.theory.diagnostics.escape import (
+    Coupling,
+    EscapeTimes,
+    couple,
+    escape_times,
+    negative_curvature,
+    octopus_escapes,
+    reflect,
+)
+from packsaddle.theory.diagnostics.trajectory import Localisation, Method, Trajectory, follow, improve_or_localise
 from packsaddle.theory.saddle_dynamics import coupling_std, growth_rate, predicted_escape_time
 
 __all__ = [

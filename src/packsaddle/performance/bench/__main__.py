@@ -1,7 +1,4 @@
-"""One host's part of a race, started by torchrun.
-
-python -m packsaddle.performance.bench.worker RACE OUTCOME (JSON files).
-"""
+"""One host's part of a race: `python -m packsaddle.performance.bench RACE OUTCOME` (JSON files), run by torchrun."""
 
 import json
 import os

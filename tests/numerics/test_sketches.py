@@ -65,7 +65,7 @@ def test_short_vectors_are_exact() -> None:
 
 def test_long_vectors_go_through_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
     v = VECTORS["gaussian"]
-    monkeypatch.setattr("packsaddle.numerics.norm_sketch._SLAB", 64)
+    monkeypatch.setattr("packsaddle.numerics.sketches._SLAB", 64)
     sketch = NormSketch(rows=9, columns=32)
     assert sketch.norm(sketch.encode(v, seed=0, step=0)) == pytest.approx(float(v.norm()), rel=0.25)
 
