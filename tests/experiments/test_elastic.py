@@ -20,7 +20,7 @@ from runs import CONFIG, differences, lines, result
 
 from packsaddle.comm import group, launch
 from packsaddle.comm.failures import WorkerFailedError
-from packsaddle.experiments.run_checkpoints import Saving, Wishes
+from packsaddle.experiments.run_checkpoints import CheckpointPolicy, StopAndSaveVote
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120.0
@@ -171,12 +171,12 @@ def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     nothing, due, one, all_three = (torch.tensor([wish / 3]) for wish in (0.0, 1.0, 1024.0, 3073.0))
-    by_steps = Wishes(Saving(every=4), 100, 1, 3, 0)
+    by_steps = StopAndSaveVote(CheckpointPolicy(every=4), 100, 1, 3, 0)
     told = [by_steps.heard(step, nothing)[0] for step in (3, 4, 5)]
     by_steps.saved(6, 1.0)
     assert told == [False, True, True]
     assert [by_steps.heard(step, nothing)[0] for step in (7, 8)] == [False, True]
-    clock, other = (Wishes(Saving(), 100, rank, 3, 0) for rank in (0, 1))
+    clock, other = (StopAndSaveVote(CheckpointPolicy(), 100, rank, 3, 0) for rank in (0, 1))
 
     def said(seconds: float, step: int) -> list[float]:
         nonlocal now
@@ -192,9 +192,9 @@ def test_when_a_checkpoint_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     clock.saved(100, 2.0)
     assert [said(130.0, 250), said(132.0, 250)] == [[0, 0], [1, 0]]
-    never = Wishes(Saving(every=0), 100, 0, 3, 0)
+    never = StopAndSaveVote(CheckpointPolicy(every=0), 100, 0, 3, 0)
     assert never.scalars(5) is None
     assert never.heard(6, torch.zeros(0)) == (False, False)
-    silent = Wishes(Saving(stops=False), 100, 0, 3, 0)
+    silent = StopAndSaveVote(CheckpointPolicy(stops=False), 100, 0, 3, 0)
     assert silent.scalars(99) is None
     assert [silent.heard(step, torch.zeros(0))[0] for step in (99, 100)] == [False, True]

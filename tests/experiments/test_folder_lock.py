@@ -158,7 +158,7 @@ def test_nothing_is_left_of_it(config: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_run_that_ends_between_the_look_and_the_lock_is_not_trained_again(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, real = tmp_path / "run", trainer.Training._step
+    folder, real = tmp_path / "run", trainer.Trainer._step
 
     def cut(self: Any, step: int, scalars: Any) -> Any:
         if step == 15:
@@ -166,7 +166,7 @@ def test_a_run_that_ends_between_the_look_and_the_lock_is_not_trained_again(
         return real(self, step, scalars)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Training, "_step", cut)
+        patch.setattr(trainer.Trainer, "_step", cut)
         assert command("run", config, "--out", folder) == 130
 
     def ended(_: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from packsaddle.experiments.config import load
 from packsaddle.experiments.run_folder import RunFolder
 from packsaddle.experiments.tasks.sharding import Calendar
-from packsaddle.experiments.trainer import Tally, Training
+from packsaddle.experiments.trainer import RunCounters, Trainer
 
 CONFIG = """
 lr = 0.5
@@ -79,7 +79,7 @@ def test_a_run_that_has_blown_up_ends_with_a_line_and_a_checkpoint(tmp_path: Pat
     assert "4 in a row" in again.stderr
 
 
-class Poisoned(Training):
+class Poisoned(Trainer):
     """A run whose loss is not a number at some steps."""
 
     bad: tuple[int, ...] = ()
@@ -114,7 +114,7 @@ def test_what_was_left_out_is_in_no_mean(tmp_path: Path) -> None:
 
 
 def test_means_are_of_the_steps_that_were_taken() -> None:
-    tally = Tally()
+    tally = RunCounters()
     for loss, taken in ((1.0, True), (math.nan, False), (3.0, True)):
         tally.add(torch.tensor([loss, 2 * loss], dtype=torch.float64), taken=taken, last=True)
         tally.step += 1
@@ -125,7 +125,7 @@ def test_means_are_of_the_steps_that_were_taken() -> None:
 
 
 def test_it_looks_again_after_powers_of_two_of_epochs(tmp_path: Path) -> None:
-    training = Training(load(written(tmp_path, "dense_below = 0")), None, False)
+    training = Trainer(load(written(tmp_path, "dense_below = 0")), None, False)
     calendar = Calendar.of([(0, 1)], 800, 8, 20.0, 1)
     due = [step for step in range(2001) if training.footing.due(step, calendar)]
     assert due == [0, 100, 200, 400, 800, 1600]

@@ -31,15 +31,15 @@ def config(tmp_path: Path) -> Path:
 
 def cut_off(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any) -> None:
     """Run a command that is ended before a step of its training."""
-    real = trainer.Training._step
+    real = trainer.Trainer._step
 
-    def cut(self: trainer.Training, now: int, scalars: Any) -> Any:
+    def cut(self: trainer.Trainer, now: int, scalars: Any) -> Any:
         if now == step:
             raise Cut
         return real(self, now, scalars)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Training, "_step", cut)
+        patch.setattr(trainer.Trainer, "_step", cut)
         with pytest.raises(Cut):
             command(*arguments)
 
@@ -160,9 +160,9 @@ def test_a_signal_to_stop(
     straight, folder = tmp_path / "straight", tmp_path / "a run"
     options = ("--workers", 2, "--serial", "--set", "local_steps=2")
     assert command("run", config, *options, "--out", straight) == 0
-    real = trainer.Training._step
+    real = trainer.Trainer._step
 
-    def step(self: trainer.Training, now: int, scalars: Any) -> Any:
+    def step(self: trainer.Trainer, now: int, scalars: Any) -> Any:
         if now == 10 and self.group.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             while not asked_to_stop():  # the main thread hears of it
@@ -171,7 +171,7 @@ def test_a_signal_to_stop(
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Training, "_step", step)
+        patch.setattr(trainer.Trainer, "_step", step)
         capsys.readouterr()
         assert command("run", config, *options, "--out", folder) == 0
     hint = f"packsaddle run --resume '{folder}' --workers 2 --serial"

@@ -21,7 +21,7 @@ from packsaddle.theory.noise_walk import FAR, GOOD
 
 if TYPE_CHECKING:
     from packsaddle.experiments.job import How, Job
-    from packsaddle.experiments.run_checkpoints import Saving
+    from packsaddle.experiments.run_checkpoints import CheckpointPolicy
 
 
 _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts milliseconds and takes 0 for no wait at all
@@ -175,11 +175,11 @@ def _configured(
     return (loaded,)
 
 
-def _saving(every: int | None, hint: str) -> "Saving":
-    from packsaddle.experiments.run_checkpoints import Saving
+def _saving(every: int | None, hint: str) -> "CheckpointPolicy":
+    from packsaddle.experiments.run_checkpoints import CheckpointPolicy
 
     try:
-        return Saving(every, hint=hint)
+        return CheckpointPolicy(every, hint=hint)
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
 

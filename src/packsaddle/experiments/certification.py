@@ -52,7 +52,7 @@ class Audit:
     """Certificates of weights of one run, each on the same examples."""
 
     run: Path
-    files: tuple[Path, ...]  # weights, as `Training` saves them
+    files: tuple[Path, ...]  # weights, as `Trainer` saves them
     epsilon: float | None = None  # None: the least that each point's gradient passes
     hessian_lipschitz: float | None = None
     failure_probability: float = 1e-3

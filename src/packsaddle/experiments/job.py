@@ -22,12 +22,20 @@ from packsaddle.comm.simulation import FusedGroup, simulate
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config
 from packsaddle.experiments.folder_lock import FolderLock, check_free, locked
-from packsaddle.experiments.run_checkpoints import Saving, find, first_difference, state_of
+from packsaddle.experiments.run_checkpoints import (
+    NEVER,
+    STOPPED,
+    CheckpointPolicy,
+    LoadingError,
+    find,
+    first_difference,
+    state_of,
+)
 from packsaddle.experiments.run_folder import RunFolder, environment, make_new, written
 from packsaddle.experiments.schema import build, plain
 from packsaddle.experiments.tasks.sharding import shard
 from packsaddle.experiments.trackers import TrackerName, require_tracker, tracked
-from packsaddle.experiments.trainer import NEVER, STOPPED, LoadingError, Training
+from packsaddle.experiments.trainer import Trainer
 from packsaddle.optim.stages.drift import DriftError
 from packsaddle.optim.stages.nonfinite import NonFiniteError
 
@@ -58,7 +66,7 @@ class Job:
     download: bool = False
     quiet: bool = False
     track: tuple[TrackerName, ...] = ()  # rank 0's numbers go there too
-    saving: Saving = NEVER
+    saving: CheckpointPolicy = NEVER
     resume: bool = False  # there is one folder, which may have been begun, and then `configs` may be empty
     timeout: timedelta | None = None  # of a collective of worker processes; by default torch's
 
@@ -69,9 +77,9 @@ class Job:
         for name in self.track:
             require_tracker(name)
         for config in self.configs:
-            training = Training(config, self.data_dir, self.download)
+            trainer = Trainer(config, self.data_dir, self.download)
             for worker in range(workers):
-                shard(training.data, config.data.shard, worker=worker, workers=workers, seed=config.seed)
+                shard(trainer.data, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
     def located(self) -> "Job | None":
         """The job as its folder has it, if it is to be gone on with (`resume`); None if it is done. Raises ConfigError,
@@ -148,14 +156,14 @@ class Job:
     def train(self) -> bool:
         """Do the runs in the present group (see `comm.group.resolve`); collective. False if told to stop."""
         for config, path in zip(self.configs, self.folders, strict=True):
-            training = Training(config, self.data_dir, self.download)
-            is_first = training.group.rank == 0
+            trainer = Trainer(config, self.data_dir, self.download)
+            is_first = trainer.group.rank == 0
             with written(path):
                 if is_first:
-                    self._describe(RunFolder(path), config, str(training.device), training.group.size)
+                    self._describe(RunFolder(path), config, str(trainer.device), trainer.group.size)
                 trackers = self.track if is_first else ()
                 with tracked(path, trackers, config.label or path.name, plain(config)) as folder:
-                    if not training.run(folder, quiet=self.quiet, saving=self.saving):
+                    if not trainer.run(folder, quiet=self.quiet, saving=self.saving):
                         return False
         return True
 

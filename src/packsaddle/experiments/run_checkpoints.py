@@ -1,9 +1,14 @@
-"""When a run saves a checkpoint or stops, agreed on in the exchange there is; and a run folder to begin or resume."""
+"""The checkpoints of a run: when one is saved, what its folder keeps, and how a run stops and resumes.
+
+When to save or stop is agreed on in the exchange of the gradients. A folder that is given again is compared with the
+configuration before its run resumes.
+"""
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +16,16 @@ import torch
 from torch import Tensor
 
 from packsaddle.checkpoint.atomic_files import PARTIAL
+from packsaddle.checkpoint.files import CheckpointError, remove_all
+from packsaddle.checkpoint.parts import on_all
+from packsaddle.checkpoint.save_load import Checkpoint, restore, save_checkpoint
+from packsaddle.comm.communicator import Together
+from packsaddle.comm.group import Group
 from packsaddle.comm.launch import asked_to_stop
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config
 from packsaddle.experiments.folder_lock import LOCK
+from packsaddle.experiments.run_folder import RunFolder
 from packsaddle.experiments.schema import build, plain
 
 _SECONDS = 30.0  # between checkpoints at least, where no number of steps is given
@@ -23,8 +34,8 @@ _COSTS = 50  # times as long as saving the last one took, too: so saving takes a
 
 
 @dataclass(frozen=True)
-class Saving:
-    """How often: every so many steps; None: about once an epoch, but at most every half minute; 0: never.
+class CheckpointPolicy:
+    """How often a run saves: every so many steps; None: about once an epoch, at most every half minute; 0: never.
 
     Where a run does not `stop` on SIGTERM nothing need be agreed on, and None is every epoch.
     """
@@ -44,14 +55,16 @@ class Saving:
         return self.every != 0
 
 
-class Wishes:
-    """What this worker wishes after a step, and what all of them then do: whether to save, and whether to stop.
+NEVER = CheckpointPolicy(every=0)
 
-    The wishes of all are averaged with the step's gradients, so that they hear of them at the same step; the clock that
-    counts is worker 0's.
+
+class StopAndSaveVote:
+    """Collective decision to save a checkpoint or to stop, taken at the same step on all workers.
+
+    The votes of all are averaged with the step's gradients; the clock that counts is worker 0's.
     """
 
-    def __init__(self, saving: Saving, per_epoch: int, rank: int, workers: int, step: int) -> None:
+    def __init__(self, saving: CheckpointPolicy, per_epoch: int, rank: int, workers: int, step: int) -> None:
         self._saving, self._per_epoch, self._rank, self._workers = saving, per_epoch, rank, workers
         self._saved, self._since, self._cost = step, time.monotonic(), 0.0
 
@@ -83,6 +96,71 @@ class Wishes:
     def saved(self, steps: int, seconds: float) -> None:
         """Know that a checkpoint was saved, and how long that took."""
         self._saved, self._since, self._cost = steps, time.monotonic(), seconds
+
+
+CHECKPOINTS = "checkpoint"  # the folder in a run's folder
+STOPPED = "stopped.json"  # is there while a run is stopped that was told to
+
+
+class LoadingError(CheckpointError):
+    """No worker can go on from the checkpoints there are, for a reason that all know."""
+
+
+class RunCheckpoints:
+    """The checkpoints in a run's folder; every method is collective in `group`, those who have files."""
+
+    def __init__(self, folder: RunFolder, policy: CheckpointPolicy, parts: Mapping[str, Any], group: Group) -> None:
+        self.policy = policy
+        self._folder, self._parts, self._group = folder, parts, group
+
+    def save(self, step: int, extra: Mapping[str, Any]) -> float:
+        """Save a checkpoint; return the seconds it took."""
+        before = time.perf_counter()
+        if self._group.rank == 0:
+            self._folder.settle()
+        save_checkpoint(self._path, self._parts, step=step, extra=extra, process_group=self._group)
+        return time.perf_counter() - before
+
+    def resume(self, load: Callable[[Checkpoint], None]) -> tuple[str, ...]:
+        """Load the parts from the newest checkpoint, if there is one, and cut off what was recorded since.
+
+        `load` takes over the rest of the checkpoint. Returns notes for the user. Raises LoadingError.
+        """
+        try:
+            found = restore(self._path, self._parts, process_group=self._group)
+            step = 0
+            if found is not None and found.step >= 0:
+                load(found)
+                step = found.step
+            on_all(Together(self._group, torch.device("cpu")), partial(self._cut, step))
+        except CheckpointError as error:
+            raise LoadingError(str(error)) from error
+        return () if found is None else tuple(found.notes)
+
+    def _cut(self, step: int) -> None:
+        if self._group.rank == 0:
+            try:
+                self._folder.cut(step)
+                self._folder.remove(STOPPED)
+            except (ConfigError, OSError) as error:
+                raise CheckpointError(str(error)) from error
+
+    def say_stopped(self, step: int, steps: int, *, quiet: bool) -> None:
+        """Record that the run was stopped at a step of so many, when all have saved, and tell how to go on."""
+        self._group.all_reduce(torch.zeros(1))  # all have saved
+        if self._group.rank == 0:
+            hint = self.policy.hint
+            self._folder.write_json(STOPPED, {"step": step, "of": steps, "resume": hint})
+            if not quiet:
+                print(f"stopped at step {step} of {steps}; to go on: {hint}", flush=True)
+
+    def remove(self) -> None:
+        """Remove the checkpoints of a run that is done."""
+        remove_all(self._path)
+
+    @property
+    def _path(self) -> Path:
+        return self._folder.path / CHECKPOINTS
 
 
 State = Literal["new", "begun", "done"]

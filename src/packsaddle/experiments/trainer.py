@@ -1,6 +1,7 @@
-"""A configured run on one worker: its setup, its training loop, its counters, and the states that it keeps.
+"""The trainer of a configured run on one worker: its setup, training loop, evaluation and counters.
 
-The loop is the same for one process, for torchrun's workers and for a simulation.
+The loop is the same for one process, for torchrun's workers and for a simulation. `run_checkpoints` has what is kept
+of a run, when, and how a run resumes.
 """
 
 import math
@@ -8,17 +9,15 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from packsaddle.checkpoint.files import CheckpointError, remove_all
-from packsaddle.checkpoint.parts import on_all
-from packsaddle.checkpoint.save_load import restore, save_checkpoint
-from packsaddle.comm.communicator import Channel, Together, check_agreement
+from packsaddle.checkpoint.files import CheckpointError
+from packsaddle.checkpoint.save_load import Checkpoint
+from packsaddle.comm.communicator import Channel, check_agreement
 from packsaddle.comm.group import Group, Solo, resolve
 from packsaddle.comm.launch import local_device
 from packsaddle.comm.ledger import Bytes, Ledger
@@ -26,7 +25,7 @@ from packsaddle.comm.simulation import FusedGroup
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config, NoiseConfig
 from packsaddle.experiments.progress import live, megabytes
-from packsaddle.experiments.run_checkpoints import Saving, Wishes
+from packsaddle.experiments.run_checkpoints import NEVER, CheckpointPolicy, RunCheckpoints, StopAndSaveVote
 from packsaddle.experiments.run_checks import Inspector, NoiseCheck, StepSizeCheck, noise_warning
 from packsaddle.experiments.run_folder import RunFolder
 from packsaddle.experiments.tasks.images import load_data
@@ -40,8 +39,8 @@ from packsaddle.optim.stages.nonfinite import NonFiniteError
 
 
 @dataclass
-class Tally:
-    """One worker's; what is not a tensor is the same on all, but for seconds.
+class RunCounters:
+    """One worker's counters; what is not a tensor is the same on all workers, except seconds.
 
     `sums` are of the steps since the last line, `final` is of those of the last epoch.
     """
@@ -87,10 +86,14 @@ class Tally:
 
 
 EVAL_BATCH = 512  # examples at once where no gradients are needed
+_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # what bytes are for besides gradients
 
 
-class Prepared:
-    """One worker's side of a run before it begins; collective."""
+class Trainer:
+    """One worker's side of a run.
+
+    Construction loads data and model; `run` trains and writes the run folder. Both are collective.
+    """
 
     def __init__(self, config: Config, data_dir: Path | None, download: bool) -> None:
         self.config = config
@@ -118,7 +121,7 @@ class Prepared:
         self.footing = StepSizeCheck(config, self.task, self.optimizer, self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
-        self.tally = Tally()
+        self.tally = RunCounters()
 
     def _check_data(self) -> None:
         """Raise ConfigError if workers have read unlike data."""
@@ -199,83 +202,64 @@ class Prepared:
 
         return Escape(rule.interval, rule.radius, objective, compare=rule.compare, every=rule.every)
 
+    # Training
 
-def _ramp(config: NoiseConfig, calendar: Calendar) -> Ramp | None:
-    """Translate a noise schedule from epochs to steps, if there is one."""
-    if config.lower_from is None:
-        return None
-    stop = calendar.steps if config.lower_until is None else calendar.step_at(config.lower_until)
-    start = min(calendar.step_at(config.lower_from), stop)
-    return Ramp(config.std, start, stop)
+    def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER) -> bool:
+        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarise.
 
+        Returns False if the run was told to stop; it has saved a checkpoint then. Raises CheckpointError if one cannot
+        be written, or gone on from.
+        """
+        quiet = quiet or self.group.rank != 0
+        tally = self.tally
+        checkpoints = RunCheckpoints(folder, saving, self._parts(), self._own_group())
+        if saving.resume:
+            notes = checkpoints.resume(self._go_on_from)
+            if not quiet:
+                where = f"goes on from step {tally.step} of {self.calendar.steps}" if tally.step else "begins"
+                print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
+        steps, first = self.calendar.steps, tally.step
+        vote = StopAndSaveVote(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
+        begin, text = time.perf_counter() - tally.elapsed, "starting"
+        with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
+            for step in range(first, steps):
+                self.inspector.look(step, folder)
+                self._look_ahead(step, quiet=quiet)
+                self._look_at_noise(step, quiet=quiet)
+                skipped = self.optimizer.skipped
+                try:
+                    measured = self._step(step, vote.scalars(step))
+                except NonFiniteError as error:
+                    raise self._given_up(error, checkpoints) from error
+                taken = self.optimizer.skipped == skipped
+                tally.add(measured, taken=taken, last=step >= steps - self.calendar.per_epoch)
+                tally.step = step + 1
+                if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
+                    seconds = time.perf_counter() - begin - self.inspector.seconds - tally.tested - tally.saved
+                    tally.line = line = self._log(folder, seconds)
+                    text = _describe(line, self.group.size)
+                report(step + 1, text)
+                if step + 1 < steps and self.optimizer.steps % self.config.local_steps == 0:
+                    save, stop = vote.heard(step + 1, self.optimizer.scalars)
+                    if save:
+                        tally.elapsed = time.perf_counter() - begin
+                        vote.saved(step + 1, self._save(checkpoints))
+                    if stop:
+                        checkpoints.say_stopped(tally.step, steps, quiet=quiet)
+                        return False
+            self.inspector.look(steps, folder)
+            self._look_at_noise(steps, quiet=quiet)
+        self._finish(folder, tally)
+        checkpoints.remove()
+        return True
 
-CHECKPOINTS = "checkpoint"  # the folder in a run's folder
-STOPPED = "stopped.json"  # is there while a run is stopped that was told to
-NEVER = Saving(every=0)
-
-
-class LoadingError(CheckpointError):
-    """No worker can go on from the checkpoints there are, for a reason that all know."""
-
-
-class Kept(Prepared):
-    """One worker's side of a run, with checkpoints."""
-
-    def _given_up(self, error: NonFiniteError, folder: RunFolder, saving: Saving) -> NonFiniteError:
-        """Keep what there was before, when a run cannot go on; return what to say."""
-        if not saving.on:
-            return error
-        self.optimizer.guard.skips.took()  # who goes on may have mended it
-        self._save(folder)
-        return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept; to go on: {saving.hint}")
-
-    def _save(self, folder: RunFolder) -> float:
-        """Save a checkpoint; return the seconds it took."""
-        before, tally = time.perf_counter(), self.tally
-        if self.group.rank == 0:
-            folder.settle()
-        extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
-        extra |= {
-            "warnings": self.warnings,
-            "inspected": self.inspector.seconds,
-            "sums": tally.sums,
-            "final": tally.final,
-        }
-        save_checkpoint(
-            folder.path / CHECKPOINTS, self._parts(), step=tally.step, extra=extra, process_group=self._own_group()
-        )
-        seconds = time.perf_counter() - before
-        tally.saved += seconds
-        return seconds
-
-    def _resume(self, folder: RunFolder, *, quiet: bool) -> None:
-        """Go on from the newest checkpoint, if there is one, with what has been recorded since cut off."""
-        try:
-            found = restore(folder.path / CHECKPOINTS, self._parts(), process_group=self._own_group())
-            if found is not None and found.step >= 0:
-                self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
-                self.inspector.seconds, self.warnings = found.extra["inspected"], found.extra["warnings"]
-                self._continue([(step, workers) for step, workers in found.extra["history"]], found.step)
-            on_all(Together(self._own_group(), torch.device("cpu")), partial(self._cut, folder))
-        except CheckpointError as error:
-            raise LoadingError(str(error)) from error
-        notes = () if found is None else found.notes
-        if not quiet:
-            where = f"goes on from step {self.tally.step} of {self.calendar.steps}" if self.tally.step else "begins"
-            print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
-
-    def _cut(self, folder: RunFolder) -> None:
-        if self.group.rank == 0:
-            try:
-                folder.cut(self.tally.step)
-                folder.remove(STOPPED)
-            except (ConfigError, OSError) as error:
-                raise CheckpointError(str(error)) from error
-
-    def _continue(self, history: list[tuple[int, int]], step: int) -> None:
-        """Have the past that a checkpoint tells of, and from here on this number of workers."""
+    def _go_on_from(self, found: Checkpoint) -> None:
+        """Take over counters and history from a checkpoint whose parts are loaded. Raises CheckpointError."""
+        self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
+        self.inspector.seconds, self.warnings = found.extra["inspected"], found.extra["warnings"]
+        history = [(step, workers) for step, workers in found.extra["history"]]
         size = self.group.size
-        self.history = history if history[-1][1] == size else [*history, (step, size)]
+        self.history = history if history[-1][1] == size else [*history, (found.step, size)]
         if len(self.history) == 1:
             return
         if self.config.certify is not None:
@@ -287,64 +271,28 @@ class Kept(Prepared):
         if self._schedule and self._ramp:
             self._schedule.ramp = self._ramp
 
-    def _say_stopped(self, folder: RunFolder, saving: Saving, *, quiet: bool) -> None:
-        self._own_group().all_reduce(torch.zeros(1))  # all have saved
-        if self.group.rank == 0:
-            step, hint = self.tally.step, saving.hint
-            folder.write_json(STOPPED, {"step": step, "of": self.calendar.steps, "resume": hint})
-            if not quiet:
-                print(f"stopped at step {step} of {self.calendar.steps}; to go on: {hint}", flush=True)
-
-
-_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # what bytes are for besides gradients
-
-
-class Training(Kept):
-    """One worker's side of a run. Construction loads data and model; `run` trains and writes the run folder."""
-
-    def run(self, folder: RunFolder, *, quiet: bool, saving: Saving = NEVER) -> bool:
-        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarise.
-
-        Returns False if the run was told to stop; it has saved a checkpoint then. Raises CheckpointError if one cannot
-        be written, or gone on from.
-        """
-        quiet = quiet or self.group.rank != 0
+    def _save(self, checkpoints: RunCheckpoints) -> float:
+        """Save a checkpoint; return the seconds it took."""
         tally = self.tally
-        if saving.resume:
-            self._resume(folder, quiet=quiet)
-        steps, first = self.calendar.steps, tally.step
-        wishes = Wishes(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
-        begin, text = time.perf_counter() - tally.elapsed, "starting"
-        with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
-            for step in range(first, steps):
-                self.inspector.look(step, folder)
-                self._look_ahead(step, quiet=quiet)
-                self._look_at_noise(step, quiet=quiet)
-                skipped = self.optimizer.skipped
-                try:
-                    measured = self._step(step, wishes.scalars(step))
-                except NonFiniteError as error:
-                    raise self._given_up(error, folder, saving) from error
-                taken = self.optimizer.skipped == skipped
-                tally.add(measured, taken=taken, last=step >= steps - self.calendar.per_epoch)
-                tally.step = step + 1
-                if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
-                    seconds = time.perf_counter() - begin - self.inspector.seconds - tally.tested - tally.saved
-                    tally.line = line = self._log(folder, seconds)
-                    text = _describe(line, self.group.size)
-                report(step + 1, text)
-                if step + 1 < steps and self.optimizer.steps % self.config.local_steps == 0:
-                    save, stop = wishes.heard(step + 1, self.optimizer.scalars)
-                    if save:
-                        tally.elapsed = time.perf_counter() - begin
-                        wishes.saved(step + 1, self._save(folder))
-                    if stop:
-                        self._say_stopped(folder, saving, quiet=quiet)
-                        return False
-            self.inspector.look(steps, folder)
-            self._look_at_noise(steps, quiet=quiet)
-        self._finish(folder, tally)
-        return True
+        extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
+        extra |= {
+            "warnings": self.warnings,
+            "inspected": self.inspector.seconds,
+            "sums": tally.sums,
+            "final": tally.final,
+        }
+        seconds = checkpoints.save(tally.step, extra)
+        tally.saved += seconds
+        return seconds
+
+    def _given_up(self, error: NonFiniteError, checkpoints: RunCheckpoints) -> NonFiniteError:
+        """Keep what there was before, when a run cannot go on; return the error to raise."""
+        if not checkpoints.policy.on:
+            return error
+        self.optimizer.guard.skips.took()  # who goes on may have mended it
+        self._save(checkpoints)
+        hint = checkpoints.policy.hint
+        return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept; to go on: {hint}")
 
     def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
         """Write a line of metrics and return it."""
@@ -422,7 +370,9 @@ class Training(Kept):
             "mu_by_tensor": self.optimizer.monitor.by_tensor,
         }
 
-    def _finish(self, folder: RunFolder, tally: Tally) -> None:
+    # Evaluation
+
+    def _finish(self, folder: RunFolder, tally: RunCounters) -> None:
         """Save the checkpoint before anything that could still fail, then evaluate and summarise."""
         final = tally.final / max(1, min(self.calendar.steps, self.calendar.per_epoch) - tally.left_out_last)
         final_loss = self.optimizer.channel.mean(final, "metrics").item()
@@ -435,7 +385,6 @@ class Training(Kept):
         if self.group.rank == 0:
             self._summarise(folder, test, final_loss)
         self._own_group().all_reduce(torch.zeros(1))  # the run is done, whoever ends now
-        remove_all(folder.path / CHECKPOINTS)
 
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
         opt, ledger = self.optimizer, self.optimizer.ledger
@@ -480,6 +429,15 @@ class Training(Kept):
         self.task.train()
         loss, correct, examples = self.optimizer.channel.mean(totals, "metrics").tolist()
         return {"test_loss": loss / examples, **({"test_accuracy": correct / examples} if self.task.classifies else {})}
+
+
+def _ramp(config: NoiseConfig, calendar: Calendar) -> Ramp | None:
+    """Translate a noise schedule from epochs to steps, if there is one."""
+    if config.lower_from is None:
+        return None
+    stop = calendar.steps if config.lower_until is None else calendar.step_at(config.lower_until)
+    start = min(calendar.step_at(config.lower_from), stop)
+    return Ramp(config.std, start, stop)
 
 
 def _describe(line: dict[str, Any], workers: int) -> str:

@@ -21,9 +21,8 @@ from packsaddle.experiments.folder_lock import check_free
 from packsaddle.experiments.job import How, Job, can_be_fused
 from packsaddle.experiments.progress import StudyProgress
 from packsaddle.experiments.reproduce.study import Study, StudyFolder, SubRun
-from packsaddle.experiments.run_checkpoints import Saving
+from packsaddle.experiments.run_checkpoints import CheckpointPolicy, LoadingError
 from packsaddle.experiments.run_folder import make_new
-from packsaddle.experiments.trainer import LoadingError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -143,7 +142,7 @@ def _do(sub_run: SubRun, folder: StudyFolder, means: Means) -> None:
     path = folder.run(sub_run)
     check_free(path)  # by what a study that was killed has left, for a moment
     how: How = "processes" if means.processes else "fused" if can_be_fused(sub_run.config) else "serial"
-    saving = Saving(resume=folder.is_begun(sub_run), stops=False)
+    saving = CheckpointPolicy(resume=folder.is_begun(sub_run), stops=False)
     job = Job((sub_run.config,), (path,), means.data_dir, means.download, quiet=True, saving=saving)
     if saving.resume:
         try:
