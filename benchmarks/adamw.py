@@ -19,11 +19,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
-from packsaddle.comm.launch import launch, process_group
-from packsaddle.experiments.config import DataConfig, ModelConfig
-from packsaddle.experiments.tasks.images import load_data
-from packsaddle.experiments.tasks.models import make_task
-from packsaddle.experiments.tasks.sharding import Batches, shard
+from packsaddle.comm import process_group
+from packsaddle.comm.launch import launch
+from packsaddle.experiments import DataConfig, ModelConfig
+from packsaddle.experiments.tasks import Batches, load_data, make_task, shard
 
 METHODS = {
     "dense": None,

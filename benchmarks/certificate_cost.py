@@ -21,12 +21,10 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from packsaddle import Certificate, certify
-from packsaddle.comm.communicator import Channel
-from packsaddle.comm.group import Solo
-from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.hessian import Curvature
-from packsaddle.experiments.certification import Audit
-from packsaddle.experiments.tasks.models import task_loss
+from packsaddle.comm import Channel, Ledger, Solo
+from packsaddle.curvature import Curvature
+from packsaddle.experiments import Audit
+from packsaddle.experiments.tasks import task_loss
 
 Measured = tuple[float, int]  # lambda_min, Hessian-vector products
 

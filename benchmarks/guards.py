@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from packsaddle import CompressedSGD, RandomK, TopK
-from packsaddle.numerics.finite import is_usable
+from packsaddle.numerics import is_usable
 from packsaddle.optim.stages.drift import fingerprint
-from packsaddle.performance.timing import side_by_side
+from packsaddle.performance import side_by_side
 
 
 def main() -> None:

@@ -33,9 +33,8 @@ import torch
 from torch import nn
 
 from packsaddle import CompressedSGD, TopK
-from packsaddle.comm.failures import PeerLostError
-from packsaddle.comm.launch import process_group
-from packsaddle.performance.bench.hosts import Hosts, available
+from packsaddle.comm import PeerLostError, process_group
+from packsaddle.performance.bench import Hosts, available
 
 _PORT = 29_478
 _NAMED, _ALONE = "names it", "none other answers"

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from packsaddle import CompressedSGD, TopK, save_checkpoint
-from packsaddle.performance.bench.hosts import Hosts, available
+from packsaddle.performance.bench import Hosts, available
 
 _PORT = 29_477
 

@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
 import packsaddle
-from packsaddle.comm.launch import launch, process_group
-from packsaddle.experiments.config import DataConfig
-from packsaddle.experiments.tasks.images import load_data
+from packsaddle.comm import process_group
+from packsaddle.comm.launch import launch
+from packsaddle.experiments import DataConfig
+from packsaddle.experiments.tasks import load_data
 from packsaddle.integrations.huggingface import PacksaddleCallback
 
 SCOPES = ("dense", "bucket", "model")

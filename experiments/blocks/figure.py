@@ -7,8 +7,8 @@ from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 
-from packsaddle.experiments.report.tables import plateau
-from packsaddle.experiments.run_folder import Run, read_runs
+from packsaddle.experiments import Run, read_runs
+from packsaddle.experiments.report import plateau
 
 HERE = Path(__file__).parent
 SIZES = {"1": "1", "default": "2 (the default here)", "64": "64", "128": "128"}

@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from packsaddle.experiments.report.tables import plateau
-from packsaddle.experiments.run_folder import Run, read_runs
+from packsaddle.experiments import Run, read_runs
+from packsaddle.experiments.report import plateau
 
 EPOCHS = (5, 10)
 MEGABYTES = (10, 25, 100)

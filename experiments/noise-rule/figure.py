@@ -9,13 +9,11 @@ import matplotlib.pyplot as plt
 import torch
 
 from packsaddle import gradient_noise
-from packsaddle.experiments.certification import read_config
-from packsaddle.experiments.report.tables import row
-from packsaddle.experiments.run_folder import Run, read_runs
-from packsaddle.experiments.tasks.images import load_data
-from packsaddle.experiments.tasks.models import Task, make_task, task_loss
-from packsaddle.numerics.seeds import Stream, mix
-from packsaddle.theory.noise_walk import Walk, rms
+from packsaddle.experiments import Run, read_config, read_runs
+from packsaddle.experiments.report import row
+from packsaddle.experiments.tasks import Task, load_data, make_task, task_loss
+from packsaddle.numerics import Stream, mix
+from packsaddle.theory import Walk, rms
 
 HERE = Path(__file__).parent
 COLUMNS = ("eta", "r", "seed", "final_loss", "test_loss", "epochs_on_plateau", "still_since", "walk")

@@ -10,8 +10,7 @@ import sys
 
 import torch
 
-from packsaddle.compressors import Compressor
-from packsaddle.compressors.registry import compressors, describe
+from packsaddle.compressors import Compressor, compressors, describe
 
 D = 1 << 25
 

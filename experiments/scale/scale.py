@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from packsaddle import QSGD, Compressor, Identity, LowRank, RandomK, Sign, SketchTopK, TopK
-from packsaddle.comm.select_aggregator import choose
+from packsaddle.comm import choose
 from packsaddle.errors import require
-from packsaddle.performance.coding_speed import Line, Pace, measure
-from packsaddle.performance.step_time import Dense, Fleet, Link, Step, compressed, expected_maximum
+from packsaddle.performance import Dense, Fleet, Line, Link, Pace, Step, compressed, expected_maximum, measure
 
 # Okabe and Ito's palette, distinguishable by colour-blind readers; line styles tell the families apart.
 CONTENDERS: dict[str, tuple[Compressor, str, str, str]] = {

@@ -19,15 +19,22 @@ from typing import Any
 import torch
 
 from packsaddle import CompressedSGD, Compressor, RandomK, Sign, SketchTopK, TopK
-from packsaddle.comm.group import Group
-from packsaddle.comm.launch import process_group
-from packsaddle.compressors.registry import describe
-from packsaddle.performance.bench.hosts import Hosts
-from packsaddle.performance.coding_speed import measure
-from packsaddle.performance.link_planner import Verdict, forecast, probe
-from packsaddle.performance.step_time import Fleet, Link
-from packsaddle.performance.timing import clocked
-from packsaddle.performance.workload import MODELS, ModelSize, compute_seconds, update_seconds
+from packsaddle.comm import Group, process_group
+from packsaddle.compressors import describe
+from packsaddle.performance import (
+    MODELS,
+    Fleet,
+    Link,
+    ModelSize,
+    Verdict,
+    clocked,
+    compute_seconds,
+    forecast,
+    measure,
+    probe,
+    update_seconds,
+)
+from packsaddle.performance.bench import Hosts
 
 COMPRESSORS: list[Compressor] = [RandomK(0.01), TopK(0.01), SketchTopK(0.001), Sign()]
 # Model, workers, Mbit/s, batch.

@@ -21,16 +21,20 @@ import torch
 from torch import Tensor
 
 from packsaddle import QSGD, Compressor, Identity, Ledger, LowRank, RandomK, Sign, SketchTopK, TopK
-from packsaddle.comm.aggregators import Protocol
-from packsaddle.comm.communicator import Channel
-from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
-from packsaddle.comm.group import Group
-from packsaddle.comm.launch import process_group
-from packsaddle.comm.select_aggregator import choose
-from packsaddle.performance.bench.hosts import Hosts
-from packsaddle.performance.coding_speed import measure
-from packsaddle.performance.link_planner import probe
-from packsaddle.performance.step_time import Link, compressed
+from packsaddle.comm import (
+    AllToAll,
+    Broadcast,
+    Channel,
+    Collective,
+    Group,
+    Protocol,
+    RingAllGather,
+    RingAllReduce,
+    choose,
+    process_group,
+)
+from packsaddle.performance import Link, compressed, measure, probe
+from packsaddle.performance.bench import Hosts
 
 CASES: dict[str, tuple[Compressor, str]] = {
     "dense all-reduce": (Identity(), "direct"),

@@ -13,7 +13,7 @@ from packsaddle.comm.communicator import Channel
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import Curvature
-from packsaddle.curvature.step_stability import LIMIT, Overshoot, Step, largest_overshoot
+from packsaddle.curvature.step_stability import LIMIT, CoordinateStep, Overshoot, largest_overshoot
 
 
 def growth(a: float) -> float:
@@ -64,7 +64,7 @@ def test_the_worst_coordinate_of_a_dense_hessian_is_found(seed: int) -> None:
     hessian = root @ root.T / 100
     hessian[7, 7] += 4.0
     hessian[23, 23] += 9.0
-    steps = [Step("a", 0.1, 50.0), Step("b", 0.1, 1.0)]
+    steps = [CoordinateStep("a", 0.1, 50.0), CoordinateStep("b", 0.1, 1.0)]
     found = largest_overshoot(curvature_of(Quadratic(hessian)), steps, torch.Generator().manual_seed(seed))
     assert (found.step.name, found.index) == ("a", (1, 2))  # 4 waiting 50 steps is worse than 9 at once
     assert found.curvature == pytest.approx(float(hessian[7, 7]), rel=1e-12)
@@ -85,15 +85,15 @@ def test_waits_are_by_tensor_and_only_where_they_are_known() -> None:
 
 
 def test_the_advice_names_the_coordinate_and_settings() -> None:
-    text = Overshoot(Step("decoder.bias", 0.1, 1000.0), (12,), 0.139).advice()
+    text = Overshoot(CoordinateStep("decoder.bias", 0.1, 1000.0), (12,), 0.139).advice()
     for part in ("decoder.bias[12] waits 1/mu = 1,000 steps", "eta/mu = 100", "0.139", "13.9", "lr below 0.019"):
         assert part in text, text
     assert "dense_below = 1024" in text
 
 
 def test_what_follows_the_advice_is_stable() -> None:
-    before = Overshoot(Step("w", 0.1, 1000.0), (0, 0), 0.139)
-    assert not Overshoot(Step("w", 0.1 * LIMIT / before.gain * 0.99, 1000.0), (0, 0), 0.139).is_unstable
+    before = Overshoot(CoordinateStep("w", 0.1, 1000.0), (0, 0), 0.139)
+    assert not Overshoot(CoordinateStep("w", 0.1 * LIMIT / before.gain * 0.99, 1000.0), (0, 0), 0.139).is_unstable
 
 
 def test_of_a_real_network(tmp_path: Path) -> None:
@@ -107,7 +107,9 @@ def test_of_a_real_network(tmp_path: Path) -> None:
         opt = CompressedSGD(model.named_parameters(), 0.1, compressor=RandomK(0.001), dense_below=below)
         waits = opt.waits()
         assert waits is not None
-        steps = [Step(name, 0.1, wait) for (name, _), wait in zip(model.named_parameters(), waits, strict=True)]
+        steps = [
+            CoordinateStep(name, 0.1, wait) for (name, _), wait in zip(model.named_parameters(), waits, strict=True)
+        ]
         curvature = Curvature(
             model, lambda m, batch: nn.functional.mse_loss(m(batch), batch), [images], Channel(resolve(None), Ledger())
         )

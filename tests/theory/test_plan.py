@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from packsaddle import QSGD, CompressedSGD, Identity, LinearSketch, RandomK, Sign, SketchTopK, TopK, simulate
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, balanced_mu, first_order_plan, step_sizes
-from packsaddle.theory.plan import FAMILIES, balanced_k, best_plan, plan
+from packsaddle.theory.plans import FAMILIES, balanced_k, best_plan, plan
 from packsaddle.theory.problems import Cosine, Oracle
 from packsaddle.theory.saddle_dynamics import predicted_escape_time
 from packsaddle.theory.table1 import TABLE_1, Row

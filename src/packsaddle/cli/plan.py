@@ -28,8 +28,8 @@ from packsaddle.experiments.progress import megabytes
 from packsaddle.experiments.schema import nearest
 from packsaddle.performance.link_planner import MEASURED, Optimizer
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, first_order_plan
-from packsaddle.theory.plan import FAMILIES, MOST_STEPS, Plan, Reach, balanced_k, best_plan, reach
-from packsaddle.theory.plan import plan as plan_with
+from packsaddle.theory.plans import FAMILIES, MOST_STEPS, Plan, Reach, balanced_k, best_plan, reach
+from packsaddle.theory.plans import plan as plan_with
 from packsaddle.theory.table1 import TABLE_1, Order, check_range
 
 _WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {

@@ -5,3 +5,35 @@ counted in a `ledger`) and `aggregators` (one class for each way to average mess
 `simulation` runs W workers in one process; `cost_model` predicts bytes. torch.distributed is imported here, and
 otherwise only in `optim.ddp` and by the benchmarks' peers.
 """
+
+from packsaddle.comm.aggregators import Protocol
+from packsaddle.comm.communicator import Channel
+from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
+from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
+from packsaddle.comm.group import Group, Solo, resolve
+from packsaddle.comm.launch import process_group
+from packsaddle.comm.ledger import Bytes, Ledger, Span
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.comm.simulation import simulate
+
+__all__ = [
+    "AllToAll",
+    "Broadcast",
+    "Bytes",
+    "Channel",
+    "Collective",
+    "Group",
+    "Ledger",
+    "PeerLostError",
+    "Protocol",
+    "RingAllGather",
+    "RingAllReduce",
+    "Solo",
+    "Span",
+    "TerminatedError",
+    "WorkerFailedError",
+    "choose",
+    "process_group",
+    "resolve",
+    "simulate",
+]

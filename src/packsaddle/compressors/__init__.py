@@ -1,8 +1,9 @@
 """Gradient compressors."""
 
-from packsaddle.compressors.base import Compressor, Message
+from packsaddle.compressors.base import Compressor, Message, RatioRamp
 from packsaddle.compressors.low_rank import LowRank
 from packsaddle.compressors.quantized import QSGD, Sign
+from packsaddle.compressors.registry import compressors, describe
 from packsaddle.compressors.sketched import LinearSketch, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 
@@ -15,7 +16,10 @@ __all__ = [
     "LowRank",
     "Message",
     "RandomK",
+    "RatioRamp",
     "Sign",
     "SketchTopK",
     "TopK",
+    "compressors",
+    "describe",
 ]

@@ -1,6 +1,25 @@
 """Second-order information: Hessian-vector products, Lanczos, certificates of stationarity, stability of step sizes.
 
 Read `certify` first: the certificate, from `hessian` (products on one worker or many) and `lanczos` (bounds on the
-smallest eigenvalue). `certificate` has the verdict and its evidence, `iterates` draws the points to certify, and
+smallest eigenvalue). `certificate` has the verdict and its evidence, and draws the iterates to certify;
 `step_stability` finds steps that are too long for the curvature.
 """
+
+from packsaddle.curvature.certificate import Certificate, Share, Verdict, draw_iterates
+from packsaddle.curvature.gradient_noise import GradientNoise
+from packsaddle.curvature.hessian import Curvature
+from packsaddle.curvature.lanczos import Lanczos
+from packsaddle.curvature.step_stability import CoordinateStep, Overshoot, largest_overshoot
+
+__all__ = [
+    "Certificate",
+    "CoordinateStep",
+    "Curvature",
+    "GradientNoise",
+    "Lanczos",
+    "Overshoot",
+    "Share",
+    "Verdict",
+    "draw_iterates",
+    "largest_overshoot",
+]

@@ -17,7 +17,7 @@ LIMIT = 2.684  # E ln|1 - a U| = 0 for U exponential
 
 
 @dataclass(frozen=True)
-class Step:
+class CoordinateStep:
     """A parameter's learning rate, and the mean number of steps that its coordinates wait to be sent."""
 
     name: str
@@ -34,7 +34,7 @@ class Step:
 class Overshoot:
     """The coordinate found for which (eta / mu) H_jj is largest."""
 
-    step: Step
+    step: CoordinateStep
     index: tuple[int, ...]  # in its parameter
     curvature: float  # H_jj, exact
 
@@ -61,7 +61,12 @@ class Overshoot:
 
 
 def largest_overshoot(
-    curvature: Curvature, steps: Sequence[Step], generator: torch.Generator, *, probes: int = 6, candidates: int = 4
+    curvature: Curvature,
+    steps: Sequence[CoordinateStep],
+    generator: torch.Generator,
+    *,
+    probes: int = 6,
+    candidates: int = 4,
 ) -> Overshoot:
     """Return the worst coordinate that `probes` + `candidates` Hessian-vector products find; collective.
 
@@ -80,7 +85,7 @@ def largest_overshoot(
     return max((_exact(curvature, steps, sizes, j) for j in found), key=lambda o: o.gain)
 
 
-def _exact(curvature: Curvature, steps: Sequence[Step], sizes: Sequence[int], j: int) -> Overshoot:
+def _exact(curvature: Curvature, steps: Sequence[CoordinateStep], sizes: Sequence[int], j: int) -> Overshoot:
     unit = torch.zeros(curvature.d, dtype=torch.float64, device=curvature.device)
     unit[j] = 1.0
     value = float(curvature.hessian_vector(unit)[j])

@@ -23,7 +23,7 @@ from packsaddle.curvature.certificate import Verdict, draw_iterates
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
 from packsaddle.curvature.hessian import Curvature, NotFiniteError
-from packsaddle.curvature.step_stability import Step, largest_overshoot
+from packsaddle.curvature.step_stability import CoordinateStep, largest_overshoot
 from packsaddle.experiments.config import CertifyConfig, Config
 from packsaddle.experiments.run_folder import RunFolder
 from packsaddle.experiments.tasks.images import Dataset
@@ -185,7 +185,7 @@ class StepSizeCheck:
         self._config, self._task = config, task
         waits = optimizer.waits() or []
         self._steps = [
-            Step(name, config.lr / (1 - config.momentum), wait)
+            CoordinateStep(name, config.lr / (1 - config.momentum), wait)
             for (name, p), wait in zip(task.named_parameters(), waits, strict=False)
             if p.requires_grad
         ]

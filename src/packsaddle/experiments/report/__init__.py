@@ -11,9 +11,11 @@ from packsaddle.experiments.report.curves import curve, write_curves
 from packsaddle.experiments.report.page import render
 from packsaddle.experiments.report.settings import Estimate, Setting
 from packsaddle.experiments.report.settings import settings as group
-from packsaddle.experiments.report.tables import Row, SettingRow, row, setting_row
+from packsaddle.experiments.report.tables import Row, SettingRow, plateau, row, setting_row
 from packsaddle.experiments.run_folder import Run, make_new, written
 from packsaddle.messages import cell
+
+__all__ = ["plateau", "row", "write_report"]
 
 
 def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) -> Path:

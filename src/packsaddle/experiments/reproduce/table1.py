@@ -24,7 +24,7 @@ from packsaddle.experiments.reproduce.study import Scale
 from packsaddle.experiments.reproduce.theorem import COMPRESSORS, SIGMA, WIDTH, Job, all_jobs, few_jobs, measure
 from packsaddle.experiments.run_folder import RunFolder, commit, environment, make_new
 from packsaddle.theory.bounds import Assumptions
-from packsaddle.theory.plan import plan
+from packsaddle.theory.plans import plan
 from packsaddle.theory.table1 import TABLE_1
 
 Run = dict[str, Any]

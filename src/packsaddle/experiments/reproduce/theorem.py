@@ -13,7 +13,7 @@ from packsaddle.compressors import AdaptiveTopK, Compressor, Identity, RandomK, 
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants
 from packsaddle.theory.diagnostics import Method
 from packsaddle.theory.diagnostics.trajectory import Run
-from packsaddle.theory.plan import Plan, plan
+from packsaddle.theory.plans import Plan, plan
 from packsaddle.theory.problems import Cosine, Oracle, PhaseRetrieval, Problem, QuadraticQuartic
 
 SIGMA, RATIO = 0.3, 1 / 8

@@ -1,0 +1,67 @@
+"""Public homes: pages and scripts import packages, and every name that a package exports is there."""
+
+import ast
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import packsaddle
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ["packsaddle"] + [p.name for p in pkgutil.walk_packages(packsaddle.__path__, "packsaddle.") if p.ispkg]
+LAZY = ["packsaddle.performance", "packsaddle.experiments", "packsaddle.experiments.tasks", "packsaddle.theory"]
+ALLOWED = {
+    "packsaddle.compressors.testing": "the checks for a compressor of one's own; imported by tests only",
+    "packsaddle.integrations.huggingface": "imports transformers, which is optional",
+    "packsaddle.integrations.lightning": "imports lightning, which is optional",
+    "packsaddle.comm.launch": "the function `launch` has the name of its file",
+    "packsaddle.compressors.selection": "benchmarks/selection.py measures this internal function",
+    "packsaddle.optim.stages.drift": "benchmarks/guards.py measures this internal function",
+}
+
+
+def sources() -> list[str]:
+    """Return the Python code of pages, examples, benchmarks and experiments."""
+    found = [p for d in ("docs", "examples", "benchmarks", "experiments") for p in (ROOT / d).rglob("*")]
+    texts = [p.read_text() for p in found if p.suffix == ".py"]
+    for page in [ROOT / "README.md", *(p for p in found if p.suffix == ".md")]:
+        texts += re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    return texts
+
+
+def test_pages_and_scripts_import_packages() -> None:
+    imported = set()
+    for text in sources():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "packsaddle":
+                imported.add(node.module)
+            elif isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names if alias.name.split(".")[0] == "packsaddle"}
+    assert "packsaddle.theory" in imported
+    assert imported - {*PACKAGES, "packsaddle.errors"} == ALLOWED.keys()  # a reason without a use is out of date
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_a_package_exports_is_there(package: str) -> None:
+    module = importlib.import_module(package)
+    for name in getattr(module, "__all__", []):
+        found = getattr(module, name)
+        assert not isinstance(found, type(packsaddle)), f"{package}.{name} is a module"
+    with pytest.raises(AttributeError, match="no attribute 'missing'"):
+        module.missing  # noqa: B018 -- the packages that import lazily, too
+
+
+@pytest.mark.parametrize(
+    "package", ["packsaddle.performance", "packsaddle.experiments", "packsaddle.experiments.tasks", "packsaddle.theory"]
+)
+def test_names_that_are_imported_lazily_are_all_declared_for_type_checkers(package: str) -> None:
+    module = importlib.import_module(package)
+    (block,) = [n for n in ast.parse(Path(str(module.__file__)).read_text()).body if isinstance(n, ast.If)]
+    declared = {
+        (alias.name, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert declared == {(name, f"{package}.{home}") for name, home in module._HOMES.items()}
+    assert {name for name, _ in declared} == set(module.__all__)
