@@ -25,7 +25,8 @@ from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim.ddp_buckets import Bucket, BucketExchange
 from packsaddle.optim.error_feedback import Rates, Rules, Schedule, Scope, is_plain_sgd
 from packsaddle.optim.fsdp import is_sharded
-from packsaddle.optim.layout import FlatParameters, Place, check_identity, check_shape, dense_strides, places
+from packsaddle.optim.layout import FlatParameters, Place, dense_strides, places
+from packsaddle.optim.saved_state import check_identity, check_shape
 from packsaddle.optim.stages.contraction import Every
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
 

@@ -1,8 +1,8 @@
-"""Error feedback on a slice of the gradient: the hooks' settings, one exchange, and the memory of a slice.
+"""Error feedback on one slice of the parameters: lines 10 and 12 of Algorithm 1, once for the optimizer and the hooks.
 
-DistributedDataParallel hands gradients over in buckets and makes its buckets anew after the first step or two, so what
-has not been sent yet belongs to a parameter, never to a bucket. The memory is in units of a gradient, so it must
-follow the learning rate of plain SGD (`Rates`).
+An `ErrorFeedback` owns a slice's memory and the protocol that averages what is sent of it. A `Round` of it is one
+exchange, and a transaction: `correct`, `exchange`, `absorb` try it, `settle` takes it or forgets it as a whole. Line 11
+stands between exchange and absorb, and belongs to who has the round, as some move x and others fill gradients.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,7 +21,101 @@ from packsaddle.numerics.finite import first_bad, is_finite, is_usable, spoil
 from packsaddle.numerics.seeds import mix
 from packsaddle.optim.allocation import Allocation
 from packsaddle.optim.layout import Place, dense_strides
+from packsaddle.optim.memory import ErrorMemory, Update
 from packsaddle.optim.stages.noise import Noise
+
+
+class ErrorFeedback:
+    """This worker's e^(i) on a slice, float[n], the first `compressed_d` of it compressed, and how C(v) is averaged.
+
+    `seed` is that of the slice's shared randomness.
+    """
+
+    def __init__(self, memory: ErrorMemory, channel: Channel, seed: int, aggregator: Protocol | None = None) -> None:
+        self.memory, self.channel, self.seed = memory, channel, seed
+        self._aggregator = aggregator
+
+    @property
+    def aggregator(self) -> Protocol:
+        """The protocol that averages what is sent."""
+        assert self._aggregator is not None, "no compressor has been chosen yet"
+        return self._aggregator
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether there is a protocol."""
+        return self._aggregator is not None
+
+    def use(self, aggregator: Protocol | None) -> None:
+        """Go on with another protocol; what the last one held back goes to the memory, so that nothing is lost."""
+        pending = self.pending()
+        if pending is not self.memory.vector:
+            self.memory.vector.copy_(pending)
+        self._aggregator = aggregator
+
+    def round(self, step: int) -> "Round":
+        """Begin an exchange."""
+        return Round(self, step)
+
+    def held(self) -> dict[str, Tensor]:
+        """Return what the protocol holds back, float[n] each, by name; not copies."""
+        return self._aggregator.vectors(self.memory.vector) if self._aggregator is not None else {}
+
+    def pending(self) -> Tensor:
+        """Return this worker's share of all that has not been applied yet, float[n]; not a copy if it need not be."""
+        pending = self.memory.pending()
+        if self._aggregator is None:
+            return pending
+        return self._aggregator.add_residual(pending, self.channel.group.size)
+
+    def reset(self, lost: Tensor | None = None) -> None:
+        """Clear e (line 7), or set it to `lost`, float[n], and forget what the protocol holds back."""
+        self.memory.reset(lost)
+        if self._aggregator is not None:
+            self._aggregator.reset()
+
+
+class Round:
+    """One exchange in the making. As a context it is taken at the end if `absorb` was reached, else forgotten."""
+
+    def __init__(self, feedback: ErrorFeedback, step: int) -> None:
+        self._memory, self._aggregator = feedback.memory, feedback.aggregator
+        self._channel, self._seed, self.step = feedback.channel, feedback.seed, step
+        self._held = self._aggregator.snapshot()
+        self.taken = False
+
+    def correct(self, update: Update) -> Tensor:
+        """Return v = e^(i) + u^(i), float[n] (line 10)."""
+        return self._memory.correct(update)
+
+    def exchange(self, v: Tensor, extras: Sequence[Tensor] = ()) -> tuple[Averaged, list[Tensor]]:
+        """Average C(v) over workers, v's dense part as it is, and `extras`, float[m] each; collective (line 10).
+
+        Extras travel in the dense part, so there is no other collective; their means are the second result.
+        """
+        n = self._memory.compressed_d
+        dense = torch.cat([v[n:], *extras]) if any(len(extra) for extra in extras) else v[n:]
+        g = self._aggregator.average(self._channel, v[:n], dense, seed=self._seed, step=self.step)
+        mean, *others = torch.split(g.dense, [len(v) - n, *(len(extra) for extra in extras)])
+        return replace(g, dense=mean), [other.clone() for other in others]
+
+    def absorb(self, g: Averaged, lost: Tensor | None = None) -> None:
+        """Keep what was not sent: e^(i) <- v - C(v) (line 12), plus `lost`, float[n], which could not be applied."""
+        self._memory.absorb(g.own, lost)
+        self.taken = True
+
+    def settle(self, *, taken: bool) -> None:
+        """Make the step that was tried the state, or be as before it."""
+        if not taken:
+            self._aggregator.restore(self._held)
+        self._held = None
+        self._memory.settle(taken=taken)
+
+    def __enter__(self) -> "Round":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.settle(taken=self.taken and kind is None)
 
 
 class Section:

@@ -22,7 +22,8 @@ from packsaddle.compressors import Compressor, LowRank, TopK
 from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.seeds import as_seed, mix
 from packsaddle.optim.error_feedback import Exchanger, Rules, Schedule, Section
-from packsaddle.optim.layout import Place, check_identity, check_shape
+from packsaddle.optim.layout import Place
+from packsaddle.optim.saved_state import check_identity, check_shape
 from packsaddle.optim.stages.contraction import Every
 from packsaddle.optim.stages.drift import DriftGuard
 from packsaddle.optim.stages.noise import Perturbation

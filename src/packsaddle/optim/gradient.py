@@ -1,10 +1,10 @@
-"""What a worker moves x against: its gradient, or what momentum or variance reduction makes of gradients over time.
+"""Directions u^(i), float[d]: a worker's gradient, or what momentum or variance reduction makes of gradients over time.
 
-Each direction is u^(i), float[d]; what is sent of it, and what becomes of the rest, is the memory's part.
+What is sent of u, and what becomes of the rest, is the memory's part. `GradientUpdate` is the u of one step.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -239,6 +239,27 @@ class Storm(_Gathered):
 
     def views(self) -> dict[str, list[Tensor]]:
         return {"storm": self._now.views}
+
+
+@dataclass(frozen=True)
+class GradientUpdate:
+    """scale u of one step, float[d], which is never made as a vector of its own; scales by parameter group."""
+
+    direction: Gradient
+    scales: Sequence[float]
+    extras: Extras
+
+    def add(self, base: Shaped, out: Shaped) -> None:
+        """Set out to base + scale u, both float[d]; out may be base."""
+        self.direction.add(base, out, self.scales, self.extras)
+
+    def perturb(self, out: Tensor) -> None:
+        """Add scale u to out, float[d], which has its gradient already."""
+        self.direction.perturb(out, self.scales, self.extras)
+
+    def negated(self) -> "GradientUpdate":
+        """Return - scale u."""
+        return replace(self, scales=[-scale for scale in self.scales])
 
 
 def make_direction(

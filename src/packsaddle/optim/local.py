@@ -1,13 +1,28 @@
 """Local steps between exchanges: Local SGD, with compression and error feedback where workers meet."""
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from packsaddle.optim.gradient import Extras, Gradient
-from packsaddle.optim.layout import FlatParameters
-from packsaddle.optim.memory import ErrorMemory
+from packsaddle.optim.gradient import Gradient, GradientUpdate
+from packsaddle.optim.layout import FlatParameters, Shaped
+from packsaddle.optim.memory import Update
 from packsaddle.optim.stages.nonfinite import Guard
+
+
+@dataclass(frozen=True)
+class Displacement:
+    """x_synced - x, float[d], as the update that is exchanged: what a worker has moved by itself, the other way."""
+
+    moved: Tensor
+
+    def add(self, base: Shaped, out: Shaped) -> None:
+        """Set out to base + moved, both float[d]."""
+        torch.add(base.flat, self.moved, out=out.flat)
+
+    def perturb(self, out: Tensor) -> None:
+        """Add nothing: noise and decay were in the local steps."""
 
 
 class LocalSteps:
@@ -26,26 +41,24 @@ class LocalSteps:
         self.synced = flat.x.clone() if every > 1 else flat.x  # where all workers last met, float[d]
         self._x = flat.shaped(flat.x)
 
-    def correct(
-        self, memory: ErrorMemory, direction: Gradient, lrs: Sequence[float], extras: Extras, step: int, guard: Guard
-    ) -> Tensor | None:
-        """Try one step; return what is to be exchanged, float[d] (line 10), or None if it is not time for it.
+    def exchanged(self, u: GradientUpdate, step: int, guard: Guard) -> Update | None:
+        """Return what is to be exchanged in this step: u itself if every step exchanges; None between exchanges.
 
-        Between exchanges x only moves against a gradient that `guard` finds to be finite, this worker's own matter.
+        Otherwise move x against u first. `guard` sees that u is finite, which is this worker's own matter.
         """
         if self.every == 1:
-            return memory.correct(direction, lrs, extras)
+            return u
         if step % self.every == 0:
             self.meet()  # weights may have been loaded since
-        usable = guard.passes(direction, step)
+        usable = guard.passes(u.direction, step)
         if usable:
-            self._flat.change(lambda x: direction.add(self._x, self._x, [-lr for lr in lrs], extras))
-        direction.settle(taken=usable)
+            self._flat.change(lambda x: u.negated().add(self._x, self._x))
+        u.direction.settle(taken=usable)
         if (step + 1) % self.every:
             return None
-        v = memory.correct_by(self.drift())
+        displacement = Displacement(self.drift())
         self._flat.x.copy_(self.synced)
-        return v
+        return displacement
 
     def settle(self, direction: Gradient, *, taken: bool) -> None:
         """End a step with an exchange, which was taken or not."""

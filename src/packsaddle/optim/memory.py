@@ -1,8 +1,13 @@
 """Error memories: what compression has not sent yet (Stich et al. 2018; Algorithm 1, lines 10-12).
 
-`ErrorMemory` stands for eta e^(i), the pending update, rather than e^(i). For a constant step size the two are the
-same algorithm for every compressor with C(c v) = c C(v). When eta changes, keeping eta e fixed is exactly the
-rescaling of e by eta_old / eta_new that leaves y = x - eta e continuous, and eta = 0 needs no special case.
+All kinds have the contract of `ErrorMemory`: `correct` makes v of the memory and an update (line 10), `apply` moves x
+by the mean of what was sent (line 11), `absorb` keeps what was not sent (line 12), `settle` takes the step or forgets
+it, and `reset` clears the memory (line 7).
+
+`ErrorMemory` stands for eta e^(i), the pending update, rather than e^(i), where updates have eta in them. For a
+constant step size the two are the same algorithm for every compressor with C(c v) = c C(v). When eta changes, keeping
+eta e fixed is exactly the rescaling of e by eta_old / eta_new that leaves y = x - eta e continuous, and eta = 0 needs
+no special case. Behind a hook, which knows no eta, updates are in units of a gradient, and so is the memory.
 
 `GradientMemory` keeps e in the gradients themselves: no second buffer, and no pass over all coordinates in a step. Each
 `p.grad` is a view of one vector. What was not sent stays there, and the next backward pass adds to it, as autograd does
@@ -13,36 +18,61 @@ gradient lacks.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged, Term
 from packsaddle.numerics.finite import magnitude as measured
-from packsaddle.optim.gradient import Extras, Gradient
-from packsaddle.optim.layout import FlatParameters
+from packsaddle.optim.layout import FlatParameters, Shaped
+
+Memory = Literal["buffer", "gradient", "ef21"]
+
+
+class Update(Protocol):
+    """u, float[n]: what one step would move x against, in the units of the memory it is added to."""
+
+    def add(self, base: Shaped, out: Shaped) -> None:
+        """Set out to base + u, both float[n]; out may be base."""
+
+    def perturb(self, out: Tensor) -> None:
+        """Add u to out, float[n], which has u's gradient already."""
+
+
+class Layout(Protocol):
+    """Which parameters a vector, float[n], is of: the compressed ones first."""
+
+    compressed_d: int
+
+    def zeros(self) -> Shaped:
+        """Return a vector of zeros, float[n], in at least single precision."""
+
+    def frozen(self, flat: Tensor) -> list[Tensor]:
+        """Return the views of frozen parameters in a vector, float[n]."""
 
 
 class ErrorMemory:
-    """This worker's eta e^(i), float[d], in at least single precision; on the dense part only what rounding x lost.
+    """This worker's error, float[n], in at least single precision; on the dense part only what rounding x lost.
 
     A step is tried in a `spare` vector, which then takes the memory's place, so that a step can be left out; without
     one in the memory itself.
     """
 
-    can_leave_out = True  # a gradient that is not finite
+    kind: Memory = "buffer"
+    in_gradients = False  # p.grad is the memory: a backward pass adds to it before it is known whether a step is taken
 
-    def __init__(self, flat: FlatParameters, *, spare: bool = False) -> None:
-        self._flat = flat
-        self._now = flat.zeros()
-        self._next = flat.zeros() if spare else self._now
+    def __init__(self, layout: Layout, *, spare: bool = False) -> None:
+        self._layout = layout
+        self.compressed_d = layout.compressed_d
+        self._now = layout.zeros()
+        self._next = layout.zeros() if spare else self._now
 
     @property
     def vector(self) -> Tensor:
-        """The memory, float[d]."""
+        """The memory, float[n]."""
         return self._now.flat
 
     @property
@@ -60,57 +90,68 @@ class ErrorMemory:
         """The size of the spare vector, if there is one."""
         return 0 if self._next is self._now else self._next.flat.nbytes
 
+    def scales(self, lrs: Sequence[float]) -> Sequence[float]:
+        """Return what gradients are to be multiplied by in an update, by parameter group, under these rates."""
+        return lrs
+
+    def rates_of_x(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
+        """Return what this worker multiplies x's change by itself, so that it must be equal on all of them.
+
+        `grown` is the noise that is left outstanding if `lazy`. Unless `can_wait` nobody is to read numbers, in a step.
+        """
+        return [self.unit, grown] if lazy and can_wait else []
+
     def reach(self, magnitude: float) -> float:
         """Return by how much a mean of this magnitude can move x."""
         return magnitude * abs(self.unit)
 
     def pending(self) -> Tensor:
-        """Return eta e, float[d]; not a copy if it need not be one."""
+        """Return what is still to be subtracted from x, eta e, float[n]; not a copy if it need not be one."""
         return self.vector
 
     def check(self) -> None:
         """Raise RuntimeError if the gradients cannot be taken."""
-        for p, name in zip(self._flat.parameters, self._flat.names, strict=True):
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError(f"{name} has a sparse gradient, which is not supported")
 
-    def correct(self, direction: Gradient, lrs: Sequence[float], extras: Extras) -> Tensor:
-        """Return eta (e + u), float[d] (line 10), of which `absorb` will make the memory; `lrs` are by parameter group.
+    def correct(self, update: Update) -> Tensor:
+        """Return v = e + u, float[n], of which `absorb` will make the memory (line 10).
 
         A parameter that was frozen is left where it is.
         """
-        direction.add(self._now, self._next, lrs, extras)
+        update.add(self._now, self._next)
         self._forget_frozen(self._next.flat)
         return self._next.flat
 
-    def correct_by(self, update: Tensor) -> Tensor:
-        """Return eta e + update, float[d], of which `absorb` will make the memory."""
-        return torch.add(self.vector, update, out=self._next.flat)
-
     def apply(self, x: Tensor, g: Averaged) -> None:
-        """Subtract mean_i g^(i) from x, float[d], in at least single precision (line 11)."""
-        compressed_d = self._flat.compressed_d
+        """Subtract mean_i g^(i) from x, float[n], in at least single precision (line 11)."""
         for term in g.mean:
-            term.add_to(x[:compressed_d], -self.unit)
-        x[compressed_d:].sub_(g.dense, alpha=self.unit)
+            term.add_to(x[: self.compressed_d], -self.unit)
+        x[self.compressed_d :].sub_(g.dense, alpha=self.unit)
 
     def absorb(self, sent: Iterable[Term], lost: Tensor | None = None) -> None:
-        """Remember what was to be sent less what was, C(.) of the compressed part and all of the dense one (line 12).
+        """Make v less what was sent the memory: C(v) of its compressed part and all of its dense one (line 12).
 
-        `lost`, float[d], is what x's own precision could not take; it is to be sent again.
+        `lost`, float[n], is what x's own precision could not take; it is to be sent again.
         """
         rest = self._next.flat
         for term in sent:
             term.add_to(rest, -1.0)
-        rest[self._flat.compressed_d :].zero_()
+        rest[self.compressed_d :].zero_()
         if lost is not None:
             rest.add_(lost)
         self._forget_frozen(rest)
-        self._now, self._next = self._next, self._now
-        self.settle()
+
+    def leave(self, which: Collection[int]) -> None:
+        """Have e stay as it was on some parameters, by number, after `absorb`."""
+        for i in which:
+            self._next.views[i].copy_(self._now.views[i])
+
+    def settle(self, *, taken: bool) -> None:
+        """Make the step that was tried the state, or forget it."""
+        if taken:
+            self._now, self._next = self._next, self._now
 
     def add(self, update: Tensor) -> None:
-        """Add to eta e, on its first coordinates, float[at most d]."""
+        """Add to eta e, on its first coordinates, float[at most n]."""
         self.vector[: len(update)].add_(update, alpha=1 / self.unit)
 
     def reset(self, lost: Tensor | None = None) -> None:
@@ -118,18 +159,18 @@ class ErrorMemory:
         self.vector.zero_()
         if lost is not None:
             self.vector.add_(lost)
-        self.settle()
+        self.reload()
 
     def vectors(self) -> dict[str, Tensor]:
-        """Return what is kept from step to step beside the memory itself, float[d] each, by name."""
+        """Return what is kept from step to step beside the memory itself, float[n] each, by name."""
         return {}
 
-    def settle(self, unit: float | None = None) -> None:
+    def reload(self, unit: float | None = None) -> None:
         """Take the vector as it now is for the state between two steps, in another unit if one is given."""
 
     def _forget_frozen(self, vector: Tensor) -> None:
         """Frozen parameters have no error: they take neither noise nor what a compressor makes of zeros."""
-        for view in self._flat.frozen(vector):
+        for view in self._layout.frozen(vector):
             view.zero_()
 
 
@@ -147,13 +188,14 @@ class GradientMemory(ErrorMemory):
     and for 16-bit parameters, whose gradients are too coarse to keep an error in.
     """
 
-    can_leave_out = False  # the backward pass has added it
+    kind = "gradient"
+    in_gradients = True
 
     def __init__(self, flat: FlatParameters, rates: Callable[[], Sequence[float]]) -> None:
         if flat.x.element_size() < 4:
             raise ValueError(f'memory="gradient" needs parameters of 32 or 64 bits, got {flat.x.dtype}')
         super().__init__(flat)
-        self._rates = rates
+        self._flat, self._rates = flat, rates
         self._unit = self._rate()
         for p, view in zip(flat.parameters, self.views, strict=True):
             if p.grad is not None:
@@ -165,18 +207,27 @@ class GradientMemory(ErrorMemory):
     def unit(self) -> float:
         return self._unit
 
+    def scales(self, lrs: Sequence[float]) -> Sequence[float]:
+        return [1.0] * len(lrs)
+
+    def rates_of_x(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
+        return [self.unit, grown] if can_wait else []
+
     def pending(self) -> Tensor:
         return self.vector * self._unit
 
-    def correct(self, direction: Gradient, lrs: Sequence[float], extras: Extras) -> Tensor:
+    def correct(self, update: Update) -> Tensor:
         self._rate()
         self._follow_rate()
-        direction.perturb(self.vector, [1.0] * len(lrs), extras)
+        update.perturb(self.vector)
         self._forget_frozen(self.vector)
         return self.vector
 
-    def settle(self, unit: float | None = None) -> None:
-        super().settle(unit)
+    def settle(self, *, taken: bool) -> None:
+        if taken:  # otherwise the backward pass stays in it, and `check` will find the vector changed
+            self.reload()
+
+    def reload(self, unit: float | None = None) -> None:
         if unit is not None:
             self._unit = unit
         self._attach()
@@ -243,10 +294,13 @@ class EstimateMemory(ErrorMemory):
     ValueError for 16-bit parameters.
     """
 
+    kind = "ef21"
+
     def __init__(self, flat: FlatParameters, rates: Callable[[], Sequence[float]]) -> None:
         if flat.x.element_size() < 4:
             raise ValueError(f'memory="ef21" needs parameters of 32 or 64 bits, got {flat.x.dtype}')
         super().__init__(flat)
+        self._flat = flat
         self.mean = torch.zeros_like(self.vector)
         self._lacking = flat.zeros()  # u less the estimate
         self._rates = rates
@@ -259,36 +313,43 @@ class EstimateMemory(ErrorMemory):
         self._bound += magnitude
         return self._bound * max(self._rates(), default=0.0)
 
-    def settle(self, unit: float | None = None) -> None:
-        super().settle(unit)
+    def scales(self, lrs: Sequence[float]) -> Sequence[float]:
+        return [1.0] * len(lrs)
+
+    def rates_of_x(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
+        return self._rates()  # every step, on a GPU too: nothing else holds x together
+
+    def settle(self, *, taken: bool) -> None:
+        """Do nothing: `apply` and `absorb` have changed the estimates."""
+
+    def reload(self, unit: float | None = None) -> None:
         self._bound = None
 
     def pending(self) -> Tensor:
         return torch.zeros_like(self.vector)
 
-    def correct(self, direction: Gradient, lrs: Sequence[float], extras: Extras) -> Tensor:
+    def correct(self, update: Update) -> Tensor:
         torch.neg(self.vector, out=self._lacking.flat)
-        direction.add(self._lacking, self._lacking, [1.0] * len(lrs), extras)
+        update.add(self._lacking, self._lacking)
         self._forget_frozen(self._lacking.flat)
         return self._lacking.flat
 
     def apply(self, x: Tensor, g: Averaged) -> None:
-        compressed_d = self._flat.compressed_d
         for term in g.mean:
-            term.add_to(self.mean[:compressed_d], 1.0)
-        self.mean[compressed_d:].add_(g.dense)
+            term.add_to(self.mean[: self.compressed_d], 1.0)
+        self.mean[self.compressed_d :].add_(g.dense)
         rates = self._rates()
         for run in self._flat.runs:
             stretch = slice(run.start, run.stop)
             x[stretch].sub_(self.mean[stretch], alpha=rates[run.group])
 
     def absorb(self, sent: Iterable[Term], lost: Tensor | None = None) -> None:
-        compressed_d = self._flat.compressed_d
+        compressed, dense = slice(self.compressed_d), slice(self.compressed_d, None)
         for term in sent:
-            term.add_to(self.vector[:compressed_d], 1.0)
-            term.add_to(self._lacking.flat[:compressed_d], -1.0)  # what is left of it, for `stages.contraction`
-        self.vector[compressed_d:].add_(self._lacking.flat[compressed_d:])
-        self._lacking.flat[compressed_d:].zero_()
+            term.add_to(self.vector[compressed], 1.0)
+            term.add_to(self._lacking.flat[compressed], -1.0)  # what is left of it, for `stages.contraction`
+        self.vector[dense].add_(self._lacking.flat[dense])
+        self._lacking.flat[dense].zero_()
         self._forget_frozen(self.vector)
         self._forget_frozen(self.mean)
 
@@ -300,9 +361,6 @@ class EstimateMemory(ErrorMemory):
 
     def vectors(self) -> dict[str, Tensor]:
         return {"mean_estimate": self.mean}
-
-
-Memory = Literal["buffer", "gradient", "ef21"]
 
 
 def make_memory(
@@ -327,10 +385,3 @@ def make_memory(
     if local_steps > 1:
         raise ValueError(f'memory="{kind}" is for local_steps=1, got {local_steps}; use memory="buffer"')
     return GradientMemory(flat, rates) if kind == "gradient" else EstimateMemory(flat, rates)
-
-
-def kind_of(memory: ErrorMemory) -> Memory:
-    """Return a memory's kind."""
-    if isinstance(memory, GradientMemory):
-        return "gradient"
-    return "ef21" if isinstance(memory, EstimateMemory) else "buffer"

@@ -1,8 +1,12 @@
-"""CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD", its readings, and its state."""
+"""CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD" as a torch optimizer.
+
+Read `CompressedSGD.step` first. What it calls is its parts': `gradient` and `memory` make v, `error_feedback` is the
+round in which it is exchanged, `stages` are noise, guard, drift and escape.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar, overload
 
@@ -14,175 +18,321 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Channel, check_agreement
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.comm.select_aggregator import Choice, choose, warn_of_nothing
+from packsaddle.comm.select_aggregator import choose, warn_of_nothing
 from packsaddle.compressors import Compressor, Identity, RandomK
 from packsaddle.numerics.finite import unnoticed
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
-from packsaddle.optim.gradient import Extras, Gradient, make_direction
-from packsaddle.optim.layout import FlatParameters, check_fits, fill
+from packsaddle.optim.error_feedback import ErrorFeedback, Round
+from packsaddle.optim.gradient import Extras, GradientUpdate, make_direction
+from packsaddle.optim.layout import FlatParameters
 from packsaddle.optim.local import LocalSteps
-from packsaddle.optim.memory import ErrorMemory, EstimateMemory, GradientMemory, Memory, kind_of, make_memory
+from packsaddle.optim.memory import Memory, make_memory
+from packsaddle.optim.saved_state import check_fits, fill, put_means, split_state
 from packsaddle.optim.stages.contraction import ContractionMonitor
 from packsaddle.optim.stages.drift import Drift, DriftGuard, OnDrift
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
 from packsaddle.optim.stages.lazy_noise import Perturber
 from packsaddle.optim.stages.nonfinite import Guard, NonFiniteError, Skip
 
+T = TypeVar("T")  # a loss, as the user's closure returns it
 
-class Checkpointed(Optimizer):
-    """An optimizer of these parts, which its constructor makes; each part knows its own state."""
 
-    seed: int
-    choice: Choice
-    channel: Channel
-    ledger: Ledger
-    monitor: ContractionMonitor
-    resets: list[Reset]
-    guard: Guard
-    _drift: DriftGuard
-    _flat: FlatParameters
-    _memory: ErrorMemory
-    _direction: Gradient
-    _local: LocalSteps
-    _noise: Perturber
-    _escape: EscapeCheck | None
-    _step: int
+class CompressedSGD(Optimizer):
+    """Compressed, perturbed SGD with error feedback, on one process or on many with the same code.
 
-    def _flat_state(self) -> dict[str, Tensor]:
-        """The flat vectors of a checkpoint: this worker's memory, and x_t' if there is an escape check."""
-        anchor = {"anchor": self._escape.anchor} if self._escape else {}
-        vector = self._memory.vector
-        kept = self._memory.vectors() | self._direction.vectors() | self._local.vectors()
-        return {"pending": vector, **anchor, **kept, **self.choice.protocol.vectors(vector)}
+    Args:
+        params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
+        lr: the step size eta.
+        compressor: C, applied to the concatenation of all compressed tensors.
+        noise: r, the standard deviation of each coordinate of xi_t in the units of a gradient, or a function
+            of the step that gives it (see `Ramp`).
+        escape: the escape check of lines 4-8; None leaves it out.
+        weight_decay: coefficient of x added to the gradient, before compression.
+        seed: seed of all shared randomness; the same on every worker.
+        dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent dense;
+            0 compresses everything.
+        exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
+            "coordinator", or "auto", by predicted bytes (see `select_aggregator`; the reason is in `opt.choice`).
+        back: what compresses the mean on its way back in "two-way" and "coordinator".
+        monitor_every: measure the contraction every so many steps (see `opt.monitor`); 0 never does.
+        memory: "buffer" keeps the error in a vector of its own; "gradient" keeps it in the parameters' gradients,
+            which then must not be cleared, clipped or scaled between steps (see `GradientMemory`); "ef21" keeps a
+            running estimate of the gradient instead and sends the difference to it (see `EstimateMemory`).
+        lazy_noise: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x (see
+            `packsaddle.optim.stages.lazy_noise.OutstandingNoise`); for RandomK by all-reduce. None: there, unless there
+            is an escape check.
+        momentum, nesterov: of each worker's gradients, before compression (see `Momentum`).
+        storm: the weight a of a new gradient in STORM's variance reduction (see `Storm`); `step` then needs a closure.
+        local_steps: exchange at every so many steps only, and move each worker's own x in between (see `LocalSteps`).
+        max_skipped: a step in which a worker's gradient is not finite is left out on all of them, with x, memories and
+            t as they were, and entered in `opt.skips`; after more than so many in a row NonFiniteError is raised. None
+            takes gradients as they come, and saves a vector of memory.
+        compare_every, on_drift: every so many steps workers compare fingerprints of x, 8 bytes; where one differs,
+            DriftError names the first tensor and the workers, or with "repair" all go on from worker 0's, entered in
+            `opt.drifts`. 0 never does.
+        process_group: a torch.distributed process group; None is the default group if there is one, else
+            this process alone.
 
-    def _shared(self) -> dict[str, Tensor]:
-        """Those of them that are the same on every worker."""
-        return {name: v for name, v in self._flat_state().items() if name in ("anchor", "mean_estimate")}
+    The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
+    collective: every worker starts from rank 0's parameters. Raises ValueError for bad arguments.
 
-    def _publish_state(self) -> None:
-        """Show the flat vectors as per-parameter state, so that torch's checkpoint tools find them."""
-        for name, flat in self._flat_state().items():
-            for p, view in zip(self._flat.parameters, self._flat.views(flat), strict=True):
-                self.state[p][name] = view
+    A parameter without a gradient counts as one with gradient zero: noise and weight decay still apply.
+    """
 
-    def _publish_tried(self) -> None:
-        """Show the vectors that a step has put in the place of others."""
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        compressor: Compressor = RandomK(0.01),  # noqa: B008 -- immutable
+        noise: float | Callable[[int], float] = 0.0,
+        escape: Escape | None = None,
+        weight_decay: float = 0.0,
+        seed: int = 0,
+        dense_below: int = 1024,
+        exchange: str = "direct",
+        back: Compressor | None = None,
+        monitor_every: int = 0,
+        memory: Memory = "buffer",
+        lazy_noise: bool | None = None,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        storm: float | None = None,
+        local_steps: int = 1,
+        max_skipped: int | None = 20,
+        compare_every: int = 100,
+        on_drift: OnDrift = "stop",
+        process_group: Any = None,
+    ) -> None:
+        if not isinstance(compressor, Compressor):
+            raise ValueError(f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {compressor!r}")
+        self.seed = as_seed(seed)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for name in ("lr", "weight_decay"):
+                if not (math.isfinite(group[name]) and group[name] >= 0):
+                    raise ValueError(f"{name} must be finite and not negative, got {group[name]}")
+        self._step = 0
+        self._step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to leave a step out
+        self.resets: list[Reset] = []
+        self.scalars = torch.zeros(0)
+
+        # x as one vector, and what workers exchange over.
+        self._flat = FlatParameters(self.param_groups, dense_below)
+        warn_of_nothing(compressor, self._flat.compressed_d, dense_below, stacklevel=2)
+        shapes = [self._flat.parameters[i].shape for i in self._flat.compressed]
+        self.compressor = compressor.for_tensors(shapes)
+        self.ledger = Ledger()
+        self.channel = Channel(resolve(process_group), self.ledger)
+
+        # What is made of gradients, what is kept of it, and how it is averaged.
+        spare = max_skipped is not None
+        self._direction = make_direction(self._flat, momentum, nesterov, storm, memory, spare=spare)
+        rates = partial(self._each, "lr")
+        self._memory = make_memory(memory, self._flat, rates, exchange=exchange, local_steps=local_steps, spare=spare)
+        self.choice = choose(
+            self.compressor,
+            exchange,
+            d=self._flat.compressed_d,
+            dense=max(self._flat.d - self._flat.compressed_d, int(spare)),
+            workers=self.channel.group.size,
+            itemsize=self._memory.vector.element_size(),
+            back=None if back is None else back.for_tensors(shapes),
+        )
+        self._feedback = ErrorFeedback(self._memory, self.channel, self.seed, self.choice.protocol)
+
+        # Stages of a step.
+        self.guard = Guard(max_skipped, self.channel)
+        self.monitor = ContractionMonitor(self._flat, monitor_every)
+        self._drift = DriftGuard(compare_every, on_drift, self.channel)
+        self._noise = Perturber(
+            noise,
+            lazy_noise,
+            seed=self.seed,
+            flat=self._flat,
+            protocol=self.choice.protocol,
+            escape=escape is not None,
+            plain=memory != "ef21" and not momentum and storm is None and local_steps == 1,
+        )
+
+        # All workers must have been given the same, and they start from the same x.
+        sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
+        same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
+        same |= {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back, "noise": noise}
+        same |= {"memory": memory, "lazy_noise": lazy_noise, "kernels": compiler(self._flat.x.device)}
+        same |= {"momentum": momentum, "nesterov": nesterov, "storm": storm, "local_steps": local_steps}
+        same |= {"max_skipped": max_skipped, "compare_every": compare_every, "on_drift": on_drift}
+        check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
+        with torch.no_grad():
+            self.channel.broadcast(self._flat.x, "start")
+        self._local = LocalSteps(self._flat, local_steps)
+        self._escape = EscapeCheck(escape, self._flat, self.channel, self.seed) if escape else None
+        self._publish_state()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse groups after construction: the flat vector, its error memory and its anchor are fixed by then."""
+        if hasattr(self, "_flat"):
+            raise RuntimeError("CompressedSGD takes all its parameters at construction; make a new optimizer")
+        super().add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, as with any optimizer. Raises RuntimeError with memory="gradient"."""
+        if self._memory.in_gradients:
+            raise RuntimeError('with memory="gradient" zero_grad() would throw away the error memory; leave it out')
+        super().zero_grad(set_to_none)
+
+    @overload
+    def step(self, closure: None = None, *, scalars: Tensor | None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], T], *, scalars: Tensor | None = None) -> T: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], T] | None = None, *, scalars: Tensor | None = None) -> T | None:
+        """Do one iteration of Algorithm 1; collective. Returns the closure's value, if one is given.
+
+        Gradients are read and left as they are; call `zero_grad` as with any optimizer (but see `memory`). `scalars`,
+        float[n], a loss, say, are averaged over workers in the same collective, as part of what goes dense, and are
+        then in `opt.scalars`.
+        """
+        loss = self._direction.evaluate(closure, self._each("weight_decay"))  # grad F_i(x_t)
+        t = self._begin()
+        u = self._local.exchanged(self._perturbed(t), t, self.guard)  # line 9: u = eta (grad F_i(x_t) + xi_t)
+        if u is None:  # a local step
+            self._end(t, taken=True)
+            return loss
+        with self._feedback.round(t) as r:  # all workers take the step, or none does
+            v = r.correct(u)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
+            g, weight = self._exchange(r, v, scalars)  # line 10: C(v), and its mean over workers
+            fits, lost = self._apply(g, weight, t)  # line 11: x <- x - mean_i g^(i)
+            if fits:
+                r.absorb(g, lost)  # line 12: eta e^(i) <- v - g^(i)
+        self._local.settle(self._direction, taken=r.taken)
+        if not r.taken:
+            self._leave_out(t)
+        self._end(t, taken=r.taken)
+        if r.taken:
+            self._after_exchange(t, v)
+            self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
+        return loss
+
+    def _begin(self) -> int:
+        """See that parameters and gradients can be read; return t."""
+        self._flat.check_attached()
+        if not self._memory.in_gradients:
+            self._flat.check_gradients()
+        self._memory.check()
+        self.channel.step = self._step
+        return self._step
+
+    def _perturbed(self, t: int) -> GradientUpdate:
+        """Return eta (grad F_i(x_t) + weight_decay x + xi_t), with momentum or STORM what they make of it (line 9)."""
+        lrs = self._each("lr")
+        noise, noisy_from = self._noise.draw(self._memory, lrs, t)
+        extras = Extras(self._each("weight_decay"), noise, noisy_from, scale=self._scale())
+        return GradientUpdate(self._direction, self._memory.scales(lrs), extras)
+
+    def _scale(self) -> float:
+        """What a GradScaler has multiplied the gradients by; note whether it found an Inf in them."""
+        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found is not None and self._memory.in_gradients:
+            raise RuntimeError('memory="gradient" goes with no GradScaler, which would scale the error memory too')
+        self.guard.overflowed = found is not None and bool(found)
+        return 1.0 if scale is None else float(scale)
+
+    def _exchange(self, r: Round, v: Tensor, scalars: Tensor | None) -> tuple[Averaged, float]:
+        """Send C(v), v float[d], with what goes dense; average it, and the scalars.
+
+        Returns the outcome, and about its largest magnitude: not finite if it, or a worker's vector, is not.
+        """
+        # A worker whose v is of no use sends zeros, and NaNs in the dense part.
+        self.guard.inspect(v, self._direction.norm, blank=not self._memory.in_gradients)
+        self.monitor.before(r.step, v)
+        dense = v[self._flat.compressed_d :]
+        mark, rates = self.guard.mark(dense), self._rates_of_x(dense)
+        given = dense[:0] if scalars is None else scalars.detach().reshape(-1).to(dense)
+        g, (mark, self.scalars, mean_rates) = r.exchange(v, [mark, given, rates])
+        if len(rates) and not torch.allclose(mean_rates, rates, rtol=1e-5, atol=0):
+            raise RuntimeError(
+                f"workers must have one lr and one noise at every step, but what they make of x's change is "
+                f"{rates.tolist()} here (lr, std of the noise) and {mean_rates.tolist()} in the mean"
+            )
+        return g, self.guard.weigh(g, mark)
+
+    def _rates_of_x(self, like: Tensor) -> Tensor:
+        """What each worker multiplies x's change by itself, so that it must be equal everywhere: float[2], or nothing.
+
+        Compared in the collective there is; on a GPU not at all, since a step would have to wait to read it.
+        """
+        if self.channel.group.size == 1:
+            return like[:0]
+        can_wait = like.device.type == "cpu"
+        return like.new_tensor(self._memory.rates_of_x(self._noise.grown, lazy=self._noise.lazy, can_wait=can_wait))
+
+    def _apply(self, g: Averaged, weight: float, t: int) -> tuple[bool, Tensor | None]:
+        """Subtract the outcome from x, unless x cannot take it; return whether it was, and what `_move` does.
+
+        Where x cannot overflow, whatever it is, there is nothing to be looked at and nothing to be undone.
+        """
+        if not math.isfinite(weight):
+            return False, None
+        if self._memory.reach(weight) + self._noise.reach <= unnoticed(self._flat.x.dtype):
+            return True, self._move(g, t)
+        # x may overflow: try it, look, and go back if it did.
+        self.guard.x_is_large = True
+        moved = {"x": self._flat.x, **self._memory.vectors()}
+        before, noise = {name: vector.clone() for name, vector in moved.items()}, self._noise.snapshot()
+        lost = self._move(g, t)
+        if all(bool((moved[name].isfinite() | ~old.isfinite()).all()) for name, old in before.items()):
+            return True, lost
+        for name, old in before.items():
+            moved[name].copy_(old)
+        self._noise.restore(noise)
+        return False, None
+
+    def _move(self, g: Averaged, t: int) -> Tensor | None:
+        """x <- x - mean_i g^(i); eta is in the messages or the memory's unit.
+
+        What 16-bit parameters lose by rounding, the same on every worker, is returned, float[d], to be kept in the
+        error memory, so that y does not lose it.
+        """
+        self._noise.join(g, self._memory.unit, t)
+        return self._flat.change(lambda x: self._memory.apply(x, g))
+
+    def _leave_out(self, t: int) -> None:
+        self.guard.leave_out(self._direction, t)
+        if self._memory.in_gradients:
+            raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
+
+    def _end(self, t: int, *, taken: bool) -> None:
+        """Count a step, and show what it has put in the place of other vectors."""
+        self._step = t + taken
         for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
             for p, view in zip(self._flat.parameters, views, strict=True):
                 self.state[p][name] = view
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state: per parameter "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor"
-        (x_t'); t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding noise;
-        the ledger's totals; resets. Tensors and plain types only. Each worker has its own."""
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            group.update(self._identity(), step=self._step, unit=self._memory.unit)
-            group["started"] = self._direction.started
-            group["anchor_step"] = self._escape.anchor_step if self._escape else 0
-        state["exchange"] = self.choice.protocol.state_dict()
-        state["noise"] = self._noise.state_dict()
-        state["guard"] = self.guard.skips.state_dict()
-        state["ledger"] = self.ledger.state_dict()
-        state["monitor"] = self.monitor.state_dict()
-        state["resets"] = [asdict(reset) for reset in self.resets]
-        state["drifts"] = [asdict(drift) for drift in self._drift.found]
-        return state
+    def _after_exchange(self, t: int, rest: Tensor) -> None:
+        """Measure what an exchange has left of v, and see that what workers should have alike is equal."""
+        self.monitor.after(t, rest)
+        if self._local.every == 1:
+            self.guard.skips.took()
+        if self._drift.due(t):
+            shared = {"": self._flat.x, **self._shared()}
+            self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared))
+            self._local.meet()
 
-    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
-        if not isinstance(state_dict.get("param_groups"), list):
-            raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
-        check_fits(state_dict, self._flat, self._flat_state(), self._identity())
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
-        self.check_state_dict(state_dict)
-        first = state_dict["param_groups"][0]
-        step, anchor_step, unit = first["step"], first["anchor_step"], first["unit"]
-        self._direction.started = first.get("started", True)
-        # torch would cast state to the parameters' dtype, so only the groups go through it.
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        fill(state_dict, self._flat, self._flat_state())
-        self._memory.settle(unit)
-        self._publish_state()
-        self._step = step
-        if self._escape:
-            self._escape.anchor_step = anchor_step
-        for group in self.param_groups:
-            for name in ("step", "anchor_step", "unit", "started", *self._identity()):
-                group.pop(name, None)
-        self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
-        self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
-        self.guard.skips.load_state_dict(state_dict.get("guard", {}))
-        self.ledger.load_state_dict(state_dict.get("ledger", []))
-        self.monitor.load_state_dict(state_dict.get("monitor", {}))
-        self.resets = [Reset(**reset) for reset in state_dict.get("resets", [])]
-        self._drift.found = [Drift(**drift) for drift in state_dict.get("drifts", [])]
-
-    def _identity(self) -> dict[str, int | str]:
-        """What must be the same where a state is loaded as where it was saved: an error memory is one worker's, and
-        an owner's error belongs to its chunk (the other exchanges hold nothing back)."""
-        owners = self.choice.name if "residual" in self._flat_state() else "none"
-        return {
-            "seed": self.seed,
-            "rank": self.channel.group.rank,
-            "workers": self.channel.group.size,
-            "owners": owners,
-            "memory": kind_of(self._memory),
-            "direction": type(self._direction).__name__,
-            "local_steps": self._local.every,
-        }
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Refuse copying and pickling: parameters, flat vector and group belong together. Use `state_dict`."""
-        raise TypeError("CompressedSGD cannot be copied or pickled; use state_dict() and load_state_dict()")
-
-    def split_state(
-        self, state: Mapping[str, Any], workers: int
-    ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
-        """Return what another number of workers is to have the mean of, by its place, and what all must have."""
-        first = state["param_groups"][0]
-        every, step = first.get("local_steps", 1), first["step"]
-        if step % every:
-            raise ValueError(
-                f"step {step} lies between two exchanges (local_steps = {every}), where workers have their own x; "
-                f"another number of workers can go on from a multiple of {every}"
-            )
-        means: dict[tuple[Any, ...], Tensor] = {}
-        same: dict[Any, dict[str, Any]] = {}
-        for key, vectors in state["state"].items():
-            for name, vector in vectors.items():
-                if name == "residual":
-                    continue
-                if name in _AVERAGED:
-                    means[key, name] = vector
-                else:
-                    same.setdefault(key, {})[name] = vector
-            if "residual" in vectors:
-                means[key, "pending"] = vectors["pending"].double() + workers * vectors["residual"].double()
-        rest = {k: v for k, v in state.items() if k not in ("state", "ledger", "monitor", "guard")}
-        rest["param_groups"] = [{k: v for k, v in g.items() if k != "rank"} for g in state["param_groups"]]
-        return means, {"state": same} | rest
-
-    def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
-        """Put means in a state, in place, and make it this worker's."""
-        for (key, name), mean in means.items():
-            state["state"][key][name] = mean
-        vectors = self._flat_state()
-        for view_of, kept in zip(self._flat.parameters, state["state"].values(), strict=True):
-            kept.pop("residual", None)
-            if "residual" in vectors:
-                kept["residual"] = torch.zeros_like(view_of, dtype=vectors["residual"].dtype, device="cpu")
-        here = self._identity()
-        for group in state["param_groups"]:
-            group.update({name: here[name] for name in ("rank", "workers", "owners")})
-
-
-class Readings(Checkpointed):
-    """The counts, sizes and points of an optimizer of these parts."""
+    def _check_escape(self) -> None:
+        """Lines 4-8."""
+        if self._escape is None:
+            return
+        reset, lost = self._escape.run(self._step, self._outstanding())
+        if reset is not None:
+            self._feedback.reset(lost)
+            self._noise.clear()
+            self._local.meet()
+            if not reset.committed:
+                self._direction.reset()
+            self.resets.append(reset)
 
     @property
     def steps(self) -> int:
@@ -263,8 +413,7 @@ class Readings(Checkpointed):
 
     def _outstanding(self) -> Tensor:
         """This worker's part of eta e: its own memory, local steps, what the protocol holds back, outstanding noise."""
-        pending = self.choice.protocol.add_residual(self._memory.pending(), self.channel.group.size)
-        return self._noise.add_outstanding(self._local.add_drift(pending), self._step)
+        return self._noise.add_outstanding(self._local.add_drift(self._feedback.pending()), self._step)
 
     def _mean_pending(self) -> Tensor:
         return self.channel.mean(self._outstanding().clone(), "inspection")
@@ -272,289 +421,96 @@ class Readings(Checkpointed):
     def _each(self, name: str) -> list[float]:
         return [float(group[name]) for group in self.param_groups]
 
+    def _flat_state(self) -> dict[str, Tensor]:
+        """The flat vectors of a checkpoint: this worker's memory, and x_t' if there is an escape check."""
+        anchor = {"anchor": self._escape.anchor} if self._escape else {}
+        kept = self._memory.vectors() | self._direction.vectors() | self._local.vectors()
+        return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.held()}
 
-T = TypeVar("T")  # a loss, as the user's closure returns it
+    def _shared(self) -> dict[str, Tensor]:
+        """Those of them that are the same on every worker."""
+        return {name: v for name, v in self._flat_state().items() if name in ("anchor", "mean_estimate")}
 
+    def _publish_state(self) -> None:
+        """Show the flat vectors as per-parameter state, so that torch's checkpoint tools find them."""
+        for name, flat in self._flat_state().items():
+            for p, view in zip(self._flat.parameters, self._flat.views(flat), strict=True):
+                self.state[p][name] = view
 
-class CompressedSGD(Readings):
-    """Compressed, perturbed SGD with error feedback, on one process or on many with the same code.
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state: per parameter "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor"
+        (x_t'); t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding noise;
+        the ledger's totals; resets. Tensors and plain types only. Each worker has its own."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.update(self._identity(), step=self._step, unit=self._memory.unit)
+            group["started"] = self._direction.started
+            group["anchor_step"] = self._escape.anchor_step if self._escape else 0
+        state["exchange"] = self.choice.protocol.state_dict()
+        state["noise"] = self._noise.state_dict()
+        state["guard"] = self.guard.skips.state_dict()
+        state["ledger"] = self.ledger.state_dict()
+        state["monitor"] = self.monitor.state_dict()
+        state["resets"] = [asdict(reset) for reset in self.resets]
+        state["drifts"] = [asdict(drift) for drift in self._drift.found]
+        return state
 
-    Args:
-        params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
-        lr: the step size eta.
-        compressor: C, applied to the concatenation of all compressed tensors.
-        noise: r, the standard deviation of each coordinate of xi_t in the units of a gradient, or a function
-            of the step that gives it (see `Ramp`).
-        escape: the escape check of lines 4-8; None leaves it out.
-        weight_decay: coefficient of x added to the gradient, before compression.
-        seed: seed of all shared randomness; the same on every worker.
-        dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent dense;
-            0 compresses everything.
-        exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
-            "coordinator", or "auto", by predicted bytes (see `select_aggregator`; the reason is in `opt.choice`).
-        back: what compresses the mean on its way back in "two-way" and "coordinator".
-        monitor_every: measure the contraction every so many steps (see `opt.monitor`); 0 never does.
-        memory: "buffer" keeps the error in a vector of its own; "gradient" keeps it in the parameters' gradients,
-            which then must not be cleared, clipped or scaled between steps (see `GradientMemory`); "ef21" keeps a
-            running estimate of the gradient instead and sends the difference to it (see `EstimateMemory`).
-        lazy_noise: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x (see
-            `packsaddle.optim.stages.lazy_noise.OutstandingNoise`); for RandomK by all-reduce. None: there, unless there
-            is an escape check.
-        momentum, nesterov: of each worker's gradients, before compression (see `Momentum`).
-        storm: the weight a of a new gradient in STORM's variance reduction (see `Storm`); `step` then needs a closure.
-        local_steps: exchange at every so many steps only, and move each worker's own x in between (see `LocalSteps`).
-        max_skipped: a step in which a worker's gradient is not finite is left out on all of them, with x, memories and
-            t as they were, and entered in `opt.skips`; after more than so many in a row NonFiniteError is raised. None
-            takes gradients as they come, and saves a vector of memory.
-        compare_every, on_drift: every so many steps workers compare fingerprints of x, 8 bytes; where one differs,
-            DriftError names the first tensor and the workers, or with "repair" all go on from worker 0's, entered in
-            `opt.drifts`. 0 never does.
-        process_group: a torch.distributed process group; None is the default group if there is one, else
-            this process alone.
-
-    The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
-    collective: every worker starts from rank 0's parameters. Raises ValueError for bad arguments.
-
-    A parameter without a gradient counts as one with gradient zero: noise and weight decay still apply.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        *,
-        compressor: Compressor = RandomK(0.01),  # noqa: B008 -- immutable
-        noise: float | Callable[[int], float] = 0.0,
-        escape: Escape | None = None,
-        weight_decay: float = 0.0,
-        seed: int = 0,
-        dense_below: int = 1024,
-        exchange: str = "direct",
-        back: Compressor | None = None,
-        monitor_every: int = 0,
-        memory: Memory = "buffer",
-        lazy_noise: bool | None = None,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        storm: float | None = None,
-        local_steps: int = 1,
-        max_skipped: int | None = 20,
-        compare_every: int = 100,
-        on_drift: OnDrift = "stop",
-        process_group: Any = None,
-    ) -> None:
-        if not isinstance(compressor, Compressor):
-            raise ValueError(f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {compressor!r}")
-        self.seed = as_seed(seed)
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for name in ("lr", "weight_decay"):
-                if not (math.isfinite(group[name]) and group[name] >= 0):
-                    raise ValueError(f"{name} must be finite and not negative, got {group[name]}")
-        self._flat = FlatParameters(self.param_groups, dense_below)
-        warn_of_nothing(compressor, self._flat.compressed_d, dense_below, stacklevel=2)
-        shapes = [self._flat.parameters[i].shape for i in self._flat.compressed]
-        self.compressor = compressor.for_tensors(shapes)
-        self.ledger = Ledger()
-        self.channel = Channel(resolve(process_group), self.ledger)
-        self.guard = Guard(max_skipped, self.channel)
-        self._drift = DriftGuard(compare_every, on_drift, self.channel)
-        spare = max_skipped is not None
-        self._direction = make_direction(self._flat, momentum, nesterov, storm, memory, spare=spare)
-        rates = partial(self._each, "lr")
-        self._memory = make_memory(memory, self._flat, rates, exchange=exchange, local_steps=local_steps, spare=spare)
-        self._step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to leave a step out
-        self.choice = choose(
-            self.compressor,
-            exchange,
-            d=self._flat.compressed_d,
-            dense=max(self._flat.d - self._flat.compressed_d, int(spare)),
-            workers=self.channel.group.size,
-            itemsize=self._memory.vector.element_size(),
-            back=None if back is None else back.for_tensors(shapes),
-        )
-        self.resets: list[Reset] = []
-        self._step = 0
-        self.monitor = ContractionMonitor(self._flat, monitor_every)
-        self.scalars = torch.zeros(0)
-        self._noise = Perturber(
-            noise,
-            lazy_noise,
-            seed=self.seed,
-            flat=self._flat,
-            protocol=self.choice.protocol,
-            escape=escape is not None,
-            plain=memory != "ef21" and not momentum and storm is None and local_steps == 1,
-        )
-        sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
-        same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
-        same |= {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back, "noise": noise}
-        same |= {"memory": memory, "lazy_noise": lazy_noise, "kernels": compiler(self._flat.x.device)}
-        same |= {"momentum": momentum, "nesterov": nesterov, "storm": storm, "local_steps": local_steps}
-        same |= {"max_skipped": max_skipped, "compare_every": compare_every, "on_drift": on_drift}
-        check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
-        with torch.no_grad():
-            self.channel.broadcast(self._flat.x, "start")
-        self._local = LocalSteps(self._flat, local_steps)
-        self._escape = EscapeCheck(escape, self._flat, self.channel, self.seed) if escape else None
-        self._publish_state()
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse groups after construction: the flat vector, its error memory and its anchor are fixed by then."""
-        if hasattr(self, "_flat"):
-            raise RuntimeError("CompressedSGD takes all its parameters at construction; make a new optimizer")
-        super().add_param_group(param_group)
-
-    @overload
-    def step(self, closure: None = None, *, scalars: Tensor | None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], T], *, scalars: Tensor | None = None) -> T: ...
+    def check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
+        if not isinstance(state_dict.get("param_groups"), list):
+            raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
+        check_fits(state_dict, self._flat, self._flat_state(), self._identity())
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], T] | None = None, *, scalars: Tensor | None = None) -> T | None:
-        """Do one iteration of Algorithm 1; collective. Returns the closure's value, if one is given.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        self.check_state_dict(state_dict)
+        first = state_dict["param_groups"][0]
+        step, anchor_step, unit = first["step"], first["anchor_step"], first["unit"]
+        self._direction.started = first.get("started", True)
+        # torch would cast state to the parameters' dtype, so only the groups go through it.
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        fill(state_dict, self._flat, self._flat_state())
+        self._memory.reload(unit)
+        self._publish_state()
+        self._step = step
+        if self._escape:
+            self._escape.anchor_step = anchor_step
+        for group in self.param_groups:
+            for name in ("step", "anchor_step", "unit", "started", *self._identity()):
+                group.pop(name, None)
+        self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
+        self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
+        self.guard.skips.load_state_dict(state_dict.get("guard", {}))
+        self.ledger.load_state_dict(state_dict.get("ledger", []))
+        self.monitor.load_state_dict(state_dict.get("monitor", {}))
+        self.resets = [Reset(**reset) for reset in state_dict.get("resets", [])]
+        self._drift.found = [Drift(**drift) for drift in state_dict.get("drifts", [])]
 
-        Gradients are read and left as they are; call `zero_grad` as with any optimizer (but see `memory`). `scalars`,
-        float[n], a loss, say, are averaged over workers in the same collective, as part of what goes dense, and are
-        then in `opt.scalars`.
-        """
-        lrs, decays = self._each("lr"), self._each("weight_decay")
-        loss = self._direction.evaluate(closure, decays)
-        scalars = None if scalars is None else scalars.detach().reshape(-1)
-        self._flat.check_attached()
-        self._memory.check()
-        self.channel.step = t = self._step
-        extras = Extras(decays, *self._noise.draw(self._memory, lrs, t), scale=self._scale())  # line 9
-        corrected = self._local.correct(self._memory, self._direction, lrs, extras, t, self.guard)
-        if corrected is None or self._exchange(corrected, scalars, t):
-            self._step = t + 1
-        self._publish_tried()
-        if corrected is not None and self._step > t:
-            self._compare(t)
-            self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
-        return loss
+    def _identity(self) -> dict[str, int | str]:
+        """What must be the same where a state is loaded as where it was saved: an error memory is one worker's, and
+        an owner's error belongs to its chunk (the other exchanges hold nothing back)."""
+        owners = self.choice.name if "residual" in self._flat_state() else "none"
+        return {
+            "seed": self.seed,
+            "rank": self.channel.group.rank,
+            "workers": self.channel.group.size,
+            "owners": owners,
+            "memory": self._memory.kind,
+            "direction": type(self._direction).__name__,
+            "local_steps": self._local.every,
+        }
 
-    def _scale(self) -> float:
-        """What a GradScaler has multiplied the gradients by; note whether it found an Inf in them."""
-        scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found is not None and isinstance(self._memory, GradientMemory):
-            raise RuntimeError('memory="gradient" goes with no GradScaler, which would scale the error memory too')
-        self.guard.overflowed = found is not None and bool(found)
-        return 1.0 if scale is None else float(scale)
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copying and pickling: parameters, flat vector and group belong together. Use `state_dict`."""
+        raise TypeError("CompressedSGD cannot be copied or pickled; use state_dict() and load_state_dict()")
 
-    def _exchange(self, corrected: Tensor, scalars: Tensor | None, t: int) -> bool:
-        """Do lines 10-12 with the corrected vector, float[d]; return whether all workers could."""
-        self.guard.inspect(corrected, self._direction.norm, blank=self._memory.can_leave_out)
-        self.monitor.before(t, corrected)
-        held = self.choice.protocol.snapshot()
-        g, weight = self._average(corrected, scalars, t)  # line 10
-        taken, lost = self._move(g, weight, t)  # line 11
-        if taken:
-            self._memory.absorb(g.own, lost)  # line 12
-            self.monitor.after(t, corrected)
-        else:
-            self.choice.protocol.restore(held)
-        self._local.settle(self._direction, taken=taken)
-        if not taken:
-            self._leave_out(t)
-        elif self._local.every == 1:
-            self.guard.skips.took()
-        return taken
+    def split_state(
+        self, state: Mapping[str, Any], workers: int
+    ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
+        """Return what another number of workers is to have the mean of, by its place, and what all must have."""
+        return split_state(state, workers)
 
-    def _leave_out(self, t: int) -> None:
-        self.guard.leave_out(self._direction, t)
-        if not self._memory.can_leave_out:
-            raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, as with any optimizer. Raises RuntimeError with memory="gradient"."""
-        if isinstance(self._memory, GradientMemory):
-            raise RuntimeError('with memory="gradient" zero_grad() would throw away the error memory; leave it out')
-        super().zero_grad(set_to_none)
-
-    def _average(self, corrected: Tensor, scalars: Tensor | None, t: int) -> tuple[Averaged, float]:
-        """Exchange the corrected vector, float[d]: C(.) of its compressed part, and its dense part.
-
-        Returns the outcome, and about its largest magnitude: not finite if it, or a worker's vector, is not.
-        """
-        compressed, dense = corrected[: self._flat.compressed_d], corrected[self._flat.compressed_d :]
-        scalars = dense[:0] if scalars is None else scalars.to(dense)
-        rates = self._rates_of_x(dense)
-        marked = self.guard.mark(dense)
-        sent = torch.cat([marked, scalars, rates]) if len(scalars) or len(rates) else marked
-        g = self.choice.protocol.average(self.channel, compressed, sent, seed=self.seed, step=t)
-        mean, mean_scalars, mean_rates = torch.split(g.dense, [len(marked), len(scalars), len(rates)])
-        self.scalars = mean_scalars.clone()
-        if len(rates) and not torch.allclose(mean_rates, rates, rtol=1e-5, atol=0):
-            raise RuntimeError(
-                f"workers must have one lr and one noise at every step, but what they make of x's change is "
-                f"{rates.tolist()} here (lr, std of the noise) and {mean_rates.tolist()} in the mean"
-            )
-        return replace(g, dense=mean[: len(dense)]), self.guard.weigh(replace(g, dense=mean))
-
-    def _rates_of_x(self, like: Tensor) -> Tensor:
-        """What each worker multiplies x's change by itself, so that it must be equal everywhere: float[2], or nothing.
-
-        Compared in the collective there is; on a GPU not at all, since a step would have to wait to read it.
-        """
-        if self.channel.group.size == 1:
-            return like[:0]
-        if isinstance(self._memory, EstimateMemory):  # every step, on a GPU too: there nothing else holds x together
-            return like.new_tensor(self._each("lr"))
-        watched = self._noise.lazy or isinstance(self._memory, GradientMemory)
-        if not watched or like.device.type != "cpu":
-            return like[:0]
-        return like.new_tensor([self._memory.unit, self._noise.grown])
-
-    def _move(self, g: Averaged, weight: float, t: int) -> tuple[bool, Tensor | None]:
-        """Apply the outcome, unless x cannot take it; return whether it was, and what `_apply` does.
-
-        Where x cannot overflow, whatever it is, there is nothing to be looked at and nothing to be undone.
-        """
-        if not math.isfinite(weight):
-            return False, None
-        if self._memory.reach(weight) + self._noise.reach <= unnoticed(self._flat.x.dtype):
-            return True, self._apply(g, t)
-        self.guard.x_is_large = True
-        moved = {"x": self._flat.x, **self._memory.vectors()}
-        before, noise = {name: vector.clone() for name, vector in moved.items()}, self._noise.snapshot()
-        lost = self._apply(g, t)
-        if all(bool((moved[name].isfinite() | ~old.isfinite()).all()) for name, old in before.items()):
-            return True, lost
-        for name, old in before.items():
-            moved[name].copy_(old)
-        self._noise.restore(noise)
-        return False, None
-
-    def _apply(self, g: Averaged, t: int) -> Tensor | None:
-        """x <- x - mean_i g^(i); eta is in the messages or the memory's unit.
-
-        What 16-bit parameters lose by rounding, the same on every worker, is returned, float[d], to be kept in the
-        error memory, so that y does not lose it.
-        """
-        self._noise.join(g, self._memory.unit, t)
-        return self._flat.change(lambda x: self._memory.apply(x, g))
-
-    def _compare(self, t: int) -> None:
-        """See that x, and what else all workers should have alike, is equal; after an exchange."""
-        if not self._drift.due(t):
-            return
-        shared = {"": self._flat.x, **self._shared()}
-        self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared))
-        self._local.meet()
-
-    def _check_escape(self) -> None:
-        if self._escape is None:
-            return
-        reset, lost = self._escape.run(self._step, self._outstanding())
-        if reset is not None:
-            self._memory.reset(lost)
-            self.choice.protocol.reset()
-            self._noise.clear()
-            self._local.meet()
-            if not reset.committed:
-                self._direction.reset()
-            self.resets.append(reset)
-
-
-_AVERAGED = ("pending", "momentum", "storm")  # of a CompressedSGD's vectors; the others are the same everywhere
+    def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
+        """Put means in a state, in place, and make it this worker's."""
+        put_means(state, means, self._flat, self._flat_state(), self._identity())

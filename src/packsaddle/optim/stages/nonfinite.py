@@ -3,7 +3,7 @@ counts."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -126,22 +126,24 @@ class Guard:
             spoil(vector, self._bad, 0.0)
 
     def mark(self, dense: Tensor) -> Tensor:
-        """Return the dense part, float[n], as it is to be averaged: NaNs say that the step cannot be taken.
+        """Make the dense part, float[n], NaNs if the step cannot be taken, in place: the mean tells all workers.
 
-        It is changed in place, as `inspect` has changed what it is a part of.
+        Returns what else is to be averaged with it: nothing, or where nothing goes dense a number in its place.
         """
         if self.skips.most is None:
-            return dense
-        marked = dense if len(dense) else dense.new_zeros(1)
-        spoil(marked, self._bad, float("nan"))
-        return marked
+            return dense[:0]
+        mark = dense[:0] if len(dense) else dense.new_zeros(1)
+        spoil(dense if len(dense) else mark, self._bad, float("nan"))
+        return mark
 
-    def weigh(self, g: Averaged) -> float:
-        """Return about the largest magnitude of an outcome, whose dense part is the mean of what `mark` returned.
+    def weigh(self, g: Averaged, mark: Tensor) -> float:
+        """Return about the largest magnitude of an outcome, and of the mean of what `mark` returned.
 
         Not finite if a worker's vector was not, or the mean is not; the same on all workers.
         """
-        return 0.0 if self.skips.most is None else float(g.magnitude())
+        if self.skips.most is None:
+            return 0.0
+        return float((replace(g, dense=mark) if len(mark) else g).magnitude())
 
     def leave_out(self, source: Source, step: int) -> None:
         """Enter a step that all leave out; collective. Raises NonFiniteError if there were too many in a row."""
