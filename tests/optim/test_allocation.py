@@ -166,7 +166,7 @@ def uneven(scope: str, exchange: str) -> dict[str, Any]:
         hook.memory()
         sent.append(hook.ledger.by_purpose["values"].payload // 4)
     error = torch.stack(list(hook.memory().values())).norm()
-    return {"sent": [b - a for a, b in pairwise(sent)], "error": float(error), "sections": len(hook._exchangers)}
+    return {"sent": [b - a for a, b in pairwise(sent)], "error": float(error), "sections": len(hook._slices)}
 
 
 @pytest.mark.parametrize("exchange", ["direct", "two-way"])

@@ -31,8 +31,8 @@ from packsaddle import (
     register_ddp_hook,
 )
 from packsaddle.comm.group import resolve
-from packsaddle.optim.error_feedback import Rates
 from packsaddle.optim.layout import places
+from packsaddle.optim.stages.learning_rates import Rates
 
 Gloo = Callable[..., list[Any]]
 
@@ -103,7 +103,7 @@ def by_bucket(compressor: Compressor, error_feedback: bool) -> dict[str, Any]:
         loss(model, batch).backward()
         optimizer.step()
         before, after = x - 0.1 * e, vector(model) - 0.1 * mean_memory(hook, model)
-        sections.append(len(hook._exchangers))
+        sections.append(len(hook._slices))
         if error_feedback:
             assert torch.allclose(after, before - 0.1 * g, rtol=1e-9, atol=1e-12)
         else:

@@ -1,13 +1,13 @@
 """Compressed exchange behind DistributedDataParallel, with any optimizer: two lines in a script that has it.
 
 `register_ddp_hook` and `attach` return a `DDPHook`: the bytes, the steps, the error memory, and how to save it.
-`EscapeAfterStep` is the escape check of Algorithm 1, lines 4-8, after every step of the optimizer.
 """
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,18 +21,131 @@ from packsaddle.comm.group import group_beside, resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
 from packsaddle.compressors import Compressor, TopK
+from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.seeds import as_seed
-from packsaddle.optim.ddp_buckets import Bucket, BucketExchange
-from packsaddle.optim.error_feedback import Rates, Rules, Schedule, Scope, is_plain_sgd
+from packsaddle.optim.ddp_buckets import Background, Bucket, Promise
+from packsaddle.optim.error_feedback import Rules, Schedule, Scope
 from packsaddle.optim.fsdp import is_sharded
-from packsaddle.optim.layout import FlatParameters, Place, dense_strides, places
+from packsaddle.optim.hook import GradientHook, GradientSlice
+from packsaddle.optim.layout import Place, Slice, dense_strides, places
 from packsaddle.optim.saved_state import check_identity, check_shape
-from packsaddle.optim.stages.contraction import Every
-from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
+from packsaddle.optim.stages.contraction import SlicedMonitor
+from packsaddle.optim.stages.drift import DriftGuard
+from packsaddle.optim.stages.escape import Escape, EscapeAfterStep, Reset
+from packsaddle.optim.stages.learning_rates import Rates
+from packsaddle.optim.stages.noise import Noise, Perturbation
 
 
-class DDPHook(BucketExchange):
-    """A communication hook that has been registered."""
+class Stateful(Protocol):
+    """What has a state of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it, tensors and plain types."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore it."""
+
+
+class DDPHook(GradientHook):
+    """A communication hook that has been registered: it exchanges the buckets of one backward pass after another.
+
+    `places` are the parameters of `module`, the model; `scale()` is what gradients are multiplied by when they come.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        channel: Channel,
+        rules: Rules,
+        places: Sequence[Place],
+        noise: float | Callable[[int], float],
+        rates: Rates,
+        scale: Callable[[], float],
+        monitor: SlicedMonitor,
+    ) -> None:
+        super().__init__(channel, rules, monitor, sum(place.size for place in places if not place.dense))
+        self.resets: list[Reset] = []  # firings of the escape check
+        self.parts: dict[str, Stateful] = {}  # what else is saved with this
+        self._module, self._places, self._rates, self._scale = module, places, rates, scale
+        self._named = {id(place.parameter): place for place in places}
+        self.device = places[0].parameter.device
+        self._perturbation = Perturbation(noise)
+        self._background = Background(self.device)
+        self._slices: dict[frozenset[str], GradientSlice] = {}
+        self._loose: dict[str, Tensor] = {}  # error memory that is in no slice, by parameter
+        self._drift = DriftGuard(rules.compare_every, "stop", channel)
+        self.calls = 0  # buckets that DDP has handed over
+        self._waiting: list[tuple[Bucket, Promise]] = []
+        self._noise: Noise | None = None  # of the backward pass that is under way, or was last
+        self._factors: Mapping[str, float] = {}
+        self._scaled = 1.0  # what the gradients are multiplied by
+
+    def __call__(self, bucket: Bucket) -> Future[Tensor]:
+        """Take a bucket; its means come with the future. Called in order by DDP, in the backward pass."""
+        self.calls += 1
+        if bucket.index == 0:
+            self._check_parameters()
+            self._waiting = []
+        if bucket.buffer.layout is not torch.strided:
+            raise RuntimeError(f"{self._names([bucket])[0]} has a sparse gradient, which is not supported")
+        promise = self._background.promise()
+        self._waiting.append((bucket, promise))
+        if bucket.is_last or self._rules.scope == "bucket":
+            waiting, self._waiting = self._waiting, []
+            work = partial(self._exchange, [b for b, _ in waiting])
+            self._background.submit(work, [(p, b.buffer) for b, p in waiting])
+        return promise.future
+
+    def _check_parameters(self) -> None:
+        for name, p in self._module.named_parameters():
+            if p.requires_grad and id(p) not in self._named:
+                raise RuntimeError(
+                    f"{name} was added, replaced or unfrozen after DistributedDataParallel was made, which therefore "
+                    f"does not exchange its gradient; make DistributedDataParallel and the hook after it"
+                )
+
+    def _names(self, buckets: Sequence[Bucket]) -> list[str]:
+        parameters = [p for bucket in buckets for p in bucket.parameters]
+        if any(id(p) not in self._named for p in parameters):
+            raise RuntimeError(
+                "a parameter was frozen or replaced after DistributedDataParallel was made and before the hook was"
+            )
+        return [self._named[id(p)].name for p in parameters]
+
+    def _exchange(self, buckets: Sequence[Bucket]) -> None:
+        """Average some buckets as one vector, in place."""
+        gradients = dict(zip(self._names(buckets), (g for b in buckets for g in b.gradients), strict=True))
+        with self._lock:
+            if buckets[0].index == 0:
+                self._begin()
+            part = self._slice(frozenset(gradients))
+        bad = self._try(part, gradients, self._noise, self._scaled, self._factors)
+        for bucket in buckets:  # all workers get NaNs if one had any, so that the scalers of all skip the step
+            spoil(bucket.buffer, bad > 0, float("nan"))
+        self._complete = buckets[-1].is_last
+
+    def _begin(self) -> None:
+        """Line 9, once what came of the last step is known."""
+        self._open()
+        if self._steps and self._drift.due(self._steps - 1):
+            named = [(place.name, place.parameter) for place in self._places]
+            self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named)
+        self._noise = self._perturbation.at(seed=self._rules.seed, step=self._steps)
+        self._factors, self._scaled = self._rates.factors(), self._scale()
+
+    def _conclude(self, *, taken: bool) -> None:
+        self._rates.settle(taken=taken)
+
+    def _slice(self, names: frozenset[str]) -> GradientSlice:
+        """Return the slice of these parameters; if DDP has made its buckets anew, out of what the old ones hold."""
+        if names not in self._slices:
+            for old in [key for key in self._slices if not key.isdisjoint(names)]:
+                part = self._slices.pop(old)
+                part.fold()
+                self._loose |= {place.name: view for place, view in part.views()}
+            of = Slice([place for place in self._places if place.name in names], self.device)
+            self._slices[names] = GradientSlice(of, self._loose, self.channel, self._rules, self._allocation)
+        return self._slices[names]
 
     @property
     def uncompressed(self) -> Bytes:
@@ -51,9 +164,8 @@ class DDPHook(BucketExchange):
         found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
         with self._lock:
             found |= {name: view.clone() for name, view in self._loose.items()}
-            for exchanger in self._exchangers.values():
-                error = exchanger.error(self.channel.group.size)
-                found |= {place.name: view for place, view in exchanger.section.views(error)}
+            for part in self._slices.values():
+                found |= {place.name: view for place, view in part.of.named(part.pending())}
         return found
 
     @torch.no_grad()
@@ -61,9 +173,9 @@ class DDPHook(BucketExchange):
         """Set e to zero (line 7), or to what is given by parameter, in units of a gradient."""
         self._settle()
         self._loose = {name: error.clone() for name, error in lost.items()}
-        for exchanger in self._exchangers.values():
-            exchanger.drop()
-            for place, view in exchanger.section.views(exchanger.section.error):
+        for part in self._slices.values():
+            part.reset()
+            for place, view in part.views():
                 if place.name in self._loose:
                     view.copy_(self._loose.pop(place.name))
 
@@ -76,10 +188,9 @@ class DDPHook(BucketExchange):
         """
         pending, held = self.memory(), dict[str, Any]()
         if self._rules.scope == "model":
-            for exchanger in self._exchangers.values():
-                section = exchanger.section
-                pending |= {place.name: view.clone() for place, view in section.views(section.error)}
-                held = exchanger.held()
+            for part in self._slices.values():
+                pending |= {place.name: view.clone() for place, view in part.views()}
+                held = part.held()
         return {
             "identity": self._identity(),
             "steps": self._steps,
@@ -109,13 +220,12 @@ class DDPHook(BucketExchange):
         self.check_state_dict(state)
         pending = state["pending"]
         self._settle()
-        self._exchangers = {}
+        self._slices = {}
         self._loose = {name: error.to(self.device, copy=True) for name, error in pending.items()}
         self._steps, self._rates.units = state["steps"], dict(state["rates"])
         self._skips.load_state_dict(state["skips"])
         if self._rules.scope == "model":
-            exchanger = self._exchanger(frozenset(place.name for place in self._places))
-            exchanger.restore(state["held"], self._steps, self.channel.group.size)
+            self._slice(frozenset(place.name for place in self._places)).restore(state["held"], self._steps)
         self._allocation.load_state_dict(state["allocation"], self.device)
         self.ledger.load_state_dict(state["ledger"])
         self.resets = [Reset(**reset) for reset in state["resets"]]
@@ -161,71 +271,6 @@ class DDPHook(BucketExchange):
             vector.zero_()
         here = self._identity()
         state["identity"] |= {name: here[name] for name in ("rank", "workers")}
-
-
-class EscapeAfterStep:
-    """Runs the check with y = x - eta e, which is the paper's y for plain SGD alone.
-
-    The parameters are moved into one flat tensor. Raises ValueError for any other optimizer.
-    """
-
-    def __init__(
-        self,
-        rule: Escape,
-        hook: DDPHook,
-        optimizer: Optimizer | None,
-        places: Sequence[Place],
-        rates: Rates,
-        *,
-        dense_below: int,
-        seed: int,
-    ) -> None:
-        if optimizer is None or not is_plain_sgd(optimizer):
-            raise ValueError(
-                "escape needs optimizer=, a torch.optim.SGD without momentum or maximize: lines 4-8 compare "
-                f"y = x - eta e, and what an error e will do to x is known for no other; got {type(optimizer).__name__}"
-            )
-        names, parameters = [p.name for p in places], [p.parameter for p in places]
-        self._flat = FlatParameters([{"params": parameters, "param_names": names}], dense_below)
-        self._check = EscapeCheck(rule, self._flat, hook.channel, seed)
-        self._hook, self._places, self._rates = hook, places, rates
-        self._checked = hook.steps
-        optimizer.register_step_post_hook(self._after)
-
-    @torch.no_grad()
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        steps = self._hook.steps
-        if steps == self._checked:  # the exchange was not taken
-            return
-        self._checked = steps
-        self._flat.check_attached()
-        memory = self._hook.memory()
-        rates = self._rates.now()
-        pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
-        for place, view in zip(self._places, self._flat.views(pending), strict=True):
-            view.copy_(memory[place.name]).mul_(rates[place.name])
-        reset, lost = self._check.run(steps, pending)
-        if reset is None:
-            return
-        left = {}
-        if lost is not None:
-            for place, view in zip(self._places, self._flat.views(lost), strict=True):
-                left[place.name] = view / (rates[place.name] or 1.0)
-        self._hook.forget(left)
-        self._hook.resets.append(reset)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return x_t' by parameter, and t'."""
-        views = self._flat.views(self._check.anchor)
-        anchor = {place.name: view.clone() for place, view in zip(self._places, views, strict=True)}
-        return {"anchor": anchor, "anchor_step": self._check.anchor_step}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
-        for place, view in zip(self._places, self._flat.views(self._check.anchor), strict=True):
-            view.copy_(state["anchor"][place.name])
-        self._check.anchor_step = state["anchor_step"]
-        self._checked = self._hook.steps
 
 
 def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[Tensor]"]) -> None:
@@ -315,7 +360,7 @@ def register_ddp_hook(
     )
     _check_types(optimizer, scaler)
     optimizer = _innermost(optimizer)
-    monitor = Every(monitor_every)
+    monitor = SlicedMonitor(monitor_every)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, dense_below)
     _check_sizes(found, rules, dense_below, model.process_group.size())

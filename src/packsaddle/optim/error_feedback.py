@@ -5,24 +5,17 @@ exchange, and a transaction: `correct`, `exchange`, `absorb` try it, `settle` ta
 stands between exchange and absorb, and belongs to who has the round, as some move x and others fill gradients.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
 
 from packsaddle.comm.aggregators import Averaged, Protocol
 from packsaddle.comm.communicator import Channel
-from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, Identity
-from packsaddle.numerics.finite import first_bad, is_finite, is_usable, spoil
-from packsaddle.numerics.seeds import mix
-from packsaddle.optim.allocation import Allocation
-from packsaddle.optim.layout import Place, dense_strides
 from packsaddle.optim.memory import ErrorMemory, Update
-from packsaddle.optim.stages.noise import Noise
 
 
 class ErrorFeedback:
@@ -33,7 +26,8 @@ class ErrorFeedback:
 
     def __init__(self, memory: ErrorMemory, channel: Channel, seed: int, aggregator: Protocol | None = None) -> None:
         self.memory, self.channel, self.seed = memory, channel, seed
-        self._aggregator = aggregator
+        self._aggregator: Protocol | None = None
+        self.use(aggregator)
 
     @property
     def aggregator(self) -> Protocol:
@@ -41,17 +35,12 @@ class ErrorFeedback:
         assert self._aggregator is not None, "no compressor has been chosen yet"
         return self._aggregator
 
-    @property
-    def is_ready(self) -> bool:
-        """Whether there is a protocol."""
-        return self._aggregator is not None
-
     def use(self, aggregator: Protocol | None) -> None:
         """Go on with another protocol; what the last one held back goes to the memory, so that nothing is lost."""
-        pending = self.pending()
-        if pending is not self.memory.vector:
-            self.memory.vector.copy_(pending)
+        if self._aggregator is not None:
+            self.memory.vector.copy_(self._aggregator.add_residual(self.memory.vector, self.channel.group.size))
         self._aggregator = aggregator
+        self.held()  # so that its vectors are as long as the memory
 
     def round(self, step: int) -> "Round":
         """Begin an exchange."""
@@ -118,122 +107,8 @@ class Round:
         self.settle(taken=self.taken and kind is None)
 
 
-class Section:
-    """Some parameters in the order of the vector, and this worker's e^(i) on them, float[n], in units of a gradient.
-
-    A step is tried first (`correct`, `absorb`), on a vector beside the memory, and then taken or forgotten (`settle`):
-    whether all workers' gradients were finite shows only when the last section has been exchanged.
-    `pending` has what these parameters have gathered elsewhere, by name; what is taken from it is removed.
-    """
-
-    def __init__(self, places: Sequence[Place], pending: dict[str, Tensor], device: torch.device) -> None:
-        self.places = sorted(places, key=lambda place: place.start)
-        self.n = sum(place.size for place in self.places)
-        self.compressed_n = sum(place.size for place in self.places if not place.dense)
-        dtype = torch.float32
-        for place in self.places:
-            dtype = torch.promote_types(dtype, place.parameter.dtype)
-        self.error = torch.zeros(self.n, dtype=dtype, device=device)
-        self.corrected = torch.zeros_like(self.error)
-        self._tried = False
-        for place, view in self.views(self.error):
-            if (known := pending.pop(place.name, None)) is not None:
-                view.copy_(known)
-
-    def views(self, vector: Tensor) -> Iterator[tuple[Place, Tensor]]:
-        """Yield each parameter's part of a vector, float[n], in its shape and memory format.
-
-        Of a shorter one, float[compressed_n], the compressed parameters', which come first.
-        """
-        start = 0
-        for place in self.places:
-            if start + place.size > len(vector):
-                return
-            p = place.parameter
-            yield place, vector.as_strided(p.shape, dense_strides(p), vector.storage_offset() + start)
-            start += place.size
-
-    @property
-    def shapes(self) -> list[torch.Size]:
-        """The shapes of the compressed tensors, in order."""
-        return [place.parameter.shape for place in self.places if not place.dense]
-
-    def correct(
-        self, grads: Mapping[str, Tensor], noise: Noise | None, scale: float, factors: Mapping[str, float]
-    ) -> Tensor:
-        """Return factor e + grad / scale + xi, float[n] (line 10 of Algorithm 1), in `corrected`; e is left as it is.
-
-        `factors` are by parameter, 1 where none is given; coordinates of xi are those of the whole vector.
-        """
-        self._tried = True
-        memory = [view for _, view in self.views(self.error)]
-        for (place, v), e in zip(self.views(self.corrected), memory, strict=True):
-            g, factor = grads[place.name], factors.get(place.name, 1.0)
-            if scale == 1.0:
-                torch.add(g, e, alpha=factor, out=v)
-            else:
-                torch.mul(e, factor, out=v).add_(g, alpha=1 / scale)
-        if noise is not None:
-            for first, last, start in self._stretches():
-                noise.add_to(self.corrected[first:last], 1.0, start)
-        return self.corrected
-
-    def _stretches(self) -> Iterator[tuple[int, int, int]]:
-        """Yield where this vector follows the whole one without a gap: from, to, and where that is in the whole."""
-        first = last = begin = 0
-        for place in self.places:
-            if last > first and place.start != begin + last - first:
-                yield first, last, begin
-                first = last
-            if last == first:
-                begin = place.start
-            last += place.size
-        if last > first:
-            yield first, last, begin
-
-    def deliver(self, g: Averaged, grads: Mapping[str, Tensor], scale: float) -> Tensor | None:
-        """Write mean_i g^(i), times the scale, over the gradients (line 11).
-
-        Returns what 16-bit gradients could not take of it, the same on every worker, float[n]; else None.
-        """
-        mean = torch.zeros_like(self.corrected)
-        for term in g.mean:
-            term.add_to(mean[: self.compressed_n], 1.0)
-        mean[self.compressed_n :] = g.dense
-        exact = all(out.element_size() >= mean.element_size() for out in grads.values())
-        for place, view in self.views(mean):
-            out = grads[place.name]
-            torch.mul(view, scale, out=out)
-            if not exact:
-                view.sub_(out, alpha=1 / scale)
-        return None if exact else mean
-
-    def absorb(self, g: Averaged, lost: Tensor | None) -> None:
-        """Leave in `corrected` what has not been sent or could not be taken (line 12)."""
-        for term in g.own:
-            term.add_to(self.corrected[: self.compressed_n], -1.0)
-        self.corrected[self.compressed_n :].zero_()
-        if lost is not None:
-            self.corrected.add_(lost)
-
-    def leave(self, names: Collection[str]) -> None:
-        """Leave e as it was on these parameters."""
-        for (place, new), (_, old) in zip(self.views(self.corrected), self.views(self.error), strict=True):
-            if place.name in names:
-                new.copy_(old)
-
-    def settle(self, *, taken: bool) -> None:
-        """Make the step that was tried the state, or forget it."""
-        if self._tried and taken:
-            self.error, self.corrected = self.corrected, self.error
-        self._tried = False
-
-
 Schedule = Callable[[int], Compressor]
 Scope = Literal["bucket", "model"]
-
-
-_NO_FACTORS: Mapping[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -270,214 +145,3 @@ class Rules:
         if step < self.start_step:
             return Identity()
         return self.compressor if isinstance(self.compressor, Compressor) else self.compressor(step)
-
-
-class Exchanger:
-    """A section and the protocol that averages it, which follows the compressor and the allocation of its budget."""
-
-    def __init__(self, section: Section, rules: Rules, allocation: Allocation) -> None:
-        self.section, self._rules, self._allocation, self._d = section, rules, allocation, allocation.d
-        self._names = tuple(place.name for place in section.places)
-        self.protocol: Protocol | None = None
-        self._compressor: Compressor | None = None  # the model's
-        self._by_size: Compressor | None = None  # what it is on this section, if only its size counts
-        self._held: Any = None  # by the protocol, before the step that is being tried
-        # The whole vector has the seed as it is, and so the run that CompressedSGD gives.
-        self._seed = rules.seed if section.compressed_n == self._d else mix(rules.seed, section.places[0].start)
-
-    def exchange(
-        self,
-        channel: Channel,
-        gradients: Mapping[str, Tensor],
-        noise: Noise | None,
-        step: int,
-        *,
-        scale: float = 1.0,
-        factors: Mapping[str, float] = _NO_FACTORS,
-        watch: Callable[[Tensor], None] = lambda vector: None,
-        report: Callable[[str], None] = lambda name: None,
-    ) -> Tensor:
-        """Lines 10-12 of Algorithm 1: replace the gradients by their mean, and try what that leaves of the error.
-
-        A worker whose vector is not finite sends zeros and says so. Returns 0 if all is well, at most 1 if there was
-        such a worker, and more if there was none but the mean is not finite or not for gradients to hold.
-        `factors` are what errors are to be multiplied by first, by parameter (see `Rates`); those of 0 stand still.
-        `watch` sees this worker's vector, float[n], before and after; `report` the name of the first parameter of which
-        it is not finite, on a CPU, since on a GPU to look would be to wait.
-        """
-        still = {name for name, factor in factors.items() if factor == 0}
-        # While an error stands still, no exchange may hold a part of it.
-        dense = bool(still) and self._rules.exchange != "direct"
-        compressor = Identity() if dense else self._rules.at(step)
-        self.prepare(compressor, channel.group.size)
-        section = self.section
-        vector = section.correct(gradients, noise, scale, factors)  # line 10
-        bad = ~is_usable(vector)
-        if vector.device.type == "cpu" and bad:
-            named = [(place.name, view) for place, view in section.views(vector)]
-            report(first_bad(named) or "the sum of what was left and the gradient")
-        spoil(vector, bad, 0.0)
-        self._allocation.observe(self._names, vector[: section.compressed_n], compressor)
-        watch(vector)
-        g, bad = self._average(channel, vector, bad, step, factors)
-        lost = section.deliver(g, gradients, scale)  # line 11
-        bad = bad + 2 * (~self._fits(g, gradients, scale)).to(bad)
-        if lost is not None:  # a 16-bit gradient may overflow
-            bad = bad + 2 * (~is_finite(lost)).to(bad)
-        section.absorb(g, lost)  # line 12
-        watch(vector)
-        section.leave(still)
-        if not self._rules.error_feedback:
-            section.corrected.zero_()
-            self._release()
-        return bad
-
-    @staticmethod
-    def _fits(g: Averaged, gradients: Mapping[str, Tensor], scale: float) -> Tensor:
-        """Whether gradients can hold the mean times the scale, bool[]; the same on all workers."""
-        dtypes = {torch.promote_types(out.dtype, torch.float32) for out in gradients.values()}  # 16 bits: see `lost`
-        return g.magnitude() * scale <= min((torch.finfo(dtype).max for dtype in dtypes), default=0.0)
-
-    def prepare(self, compressor: Compressor, workers: int) -> None:
-        """Have the protocol of this compressor. What another one holds back goes to the error memory."""
-        if self.protocol is None or compressor != self._compressor:
-            self._choose(compressor, workers)
-        assert self.protocol is not None
-        assert self._by_size is not None
-        self.protocol.adopt(self._allocation.of(self._names, compressor) or self._by_size)
-
-    def _choose(self, compressor: Compressor, workers: int) -> None:
-        self.fold(workers)
-        n, shapes, is_dense = self.section.compressed_n, self.section.shapes, isinstance(compressor, Identity)
-        back = None if is_dense else self._rules.back
-        self._by_size = compressor.restrict(n, self._d).for_tensors(shapes) if n else compressor
-        self.protocol = choose(
-            self._by_size,
-            "direct" if is_dense else self._rules.exchange,
-            d=n,
-            dense=self.section.n - n + 1,
-            workers=workers,
-            itemsize=self.section.error.element_size(),
-            back=back if back is None or not n else back.restrict(n, self._d).for_tensors(shapes),
-        ).protocol
-        self._compressor = compressor
-
-    def error(self, workers: int) -> Tensor:
-        """Return a copy of e^(i), float[n], with this worker's share of what the protocol holds back."""
-        error = self.section.error.clone()
-        if self.protocol is not None:
-            n = self.section.compressed_n
-            error[:n] = self.protocol.add_residual(error[:n], workers)
-        return error
-
-    def fold(self, workers: int) -> None:
-        """Move what the protocol holds back into the error memory, so that nothing is lost when it goes."""
-        self.section.error.copy_(self.error(workers))
-        self.protocol = None
-
-    def held(self) -> dict[str, Any]:
-        """Return what the protocol holds and for which compressor, tensors and plain types; {} if there is none."""
-        if self.protocol is None:
-            return {}
-        vectors = self.protocol.vectors(self.section.error[: self.section.compressed_n])
-        copies = {name: vector.clone() for name, vector in vectors.items()}
-        return {"compressor": repr(self._compressor), "vectors": copies, "state": self.protocol.state_dict()}
-
-    def restore(self, held: Mapping[str, Any], step: int, workers: int) -> None:
-        """Have the step's protocol hold what was saved; if another compressor's did, the error memory has it."""
-        if not held:
-            return
-        compressor = self._rules.at(step)
-        like = self.section.error[: self.section.compressed_n]
-        self.prepare(compressor, workers)
-        assert self.protocol is not None
-        mine = self.protocol.vectors(like)
-        if held["compressor"] == repr(compressor) and mine.keys() == held["vectors"].keys():
-            for name, vector in mine.items():
-                vector.copy_(held["vectors"][name])
-            self.protocol.load_state_dict(held["state"], like.device)
-        else:  # what protocols hold in vectors is their owner's error of the mean
-            for vector in held["vectors"].values():
-                like.add_(vector.to(like.device), alpha=workers)
-
-    def drop(self) -> None:
-        """Forget all errors."""
-        self.section.error.zero_()
-        if self.protocol is not None:
-            self.protocol.reset()
-
-    def _release(self) -> None:
-        """Have the protocol hold no error, where none is to be fed back."""
-        if self.protocol is not None:
-            for vector in self.protocol.vectors(self.section.error[: self.section.compressed_n]).values():
-                vector.zero_()
-
-    def _average(
-        self, channel: Channel, vector: Tensor, bad: Tensor, step: int, factors: Mapping[str, float]
-    ) -> tuple[Averaged, Tensor]:
-        """Exchange the corrected vector, float[n]; return the outcome, and what share of the workers is `bad`."""
-        assert self.protocol is not None
-        self._held = self.protocol.snapshot()
-        n = self.section.compressed_n
-        if factors:
-            for error in self.protocol.vectors(vector[:n]).values():
-                for place, view in self.section.views(error):
-                    view.mul_(factors.get(place.name, 1.0))  # 0 only where `prepare` has left nothing to hold
-        dense = torch.cat([vector[n:], bad.reshape(1).to(vector)])
-        g = self.protocol.average(channel, vector[:n], dense, seed=self._seed, step=step)
-        return replace(g, dense=g.dense[:-1]), g.dense[-1].clone()
-
-    def settle(self, *, taken: bool) -> None:
-        """Make the step that was tried the state, or forget it."""
-        if not taken and self.protocol is not None:
-            self.protocol.restore(self._held)
-        self._held = None
-        self.section.settle(taken=taken)
-
-
-def is_plain_sgd(optimizer: Optimizer | None) -> bool:
-    """Whether an optimizer only subtracts eta times the gradient: then it is known what an error e will do to x."""
-    return type(optimizer) is SGD and not any(g["momentum"] or g["maximize"] for g in optimizer.param_groups)
-
-
-class Rates:
-    """What e is to be multiplied by when plain SGD's rate changes from a to b: a / b, so that y = x - eta e stays.
-
-    Without an optimizer, or with another one, nothing: momentum and second moments would take what is multiplied for
-    gradients. Raises ValueError if the optimizer does not have all of the parameters.
-    """
-
-    def __init__(self, optimizer: Optimizer | None, places: Sequence[Place]) -> None:
-        self._optimizer = optimizer
-        self._group: dict[str, int] = {}  # the parameter group of each parameter
-        if optimizer is not None:
-            owner = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-            for place in places:
-                if id(place.parameter) not in owner:
-                    raise ValueError(f"optimizer must have all parameters of the model, and lacks {place.name}")
-                self._group[place.name] = owner[id(place.parameter)]
-        self.units: dict[str, float] = {}  # the rate that each parameter's e is in units of, once there was one
-        self._next: dict[str, float] = {}
-
-    def now(self) -> dict[str, float]:
-        """Return each parameter's learning rate."""
-        groups = self._optimizer.param_groups if self._optimizer is not None else []
-        return {name: float(groups[i]["lr"]) for name, i in self._group.items()}
-
-    def factors(self) -> Mapping[str, float]:
-        """Return the factor of every parameter whose rate has changed, and take note of the rates for `settle`.
-
-        It is 0 where the rate is 0: x will not move, so e is to be left as it is, and out of what is exchanged.
-        """
-        if not is_plain_sgd(self._optimizer):
-            return {}
-        rates = self.now()
-        units = {name: self.units.get(name) or rate for name, rate in rates.items()}
-        self._next = {name: rate or units[name] for name, rate in rates.items()}
-        factors = {name: units[name] / rate if rate else 0.0 for name, rate in rates.items()}
-        return {name: factor for name, factor in factors.items() if factor != 1.0}
-
-    def settle(self, *, taken: bool) -> None:
-        """Take e to be in the rates of the last `factors`, or not."""
-        if taken:
-            self.units = self._next

@@ -21,13 +21,13 @@ from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, LowRank, TopK
 from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.seeds import as_seed, mix
-from packsaddle.optim.error_feedback import Exchanger, Rules, Schedule, Section
-from packsaddle.optim.layout import Place
+from packsaddle.optim.error_feedback import Rules, Schedule
+from packsaddle.optim.hook import GradientHook, GradientSlice
+from packsaddle.optim.layout import Place, Slice
 from packsaddle.optim.saved_state import check_identity, check_shape
-from packsaddle.optim.stages.contraction import Every
+from packsaddle.optim.stages.contraction import SlicedMonitor
 from packsaddle.optim.stages.drift import DriftGuard
 from packsaddle.optim.stages.noise import Perturbation
-from packsaddle.optim.transaction import Transaction
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -86,8 +86,8 @@ def _mesh(model: nn.Module) -> Any:
     return next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
 
 
-class FSDPHook(Transaction):
-    """What `register_fsdp_hook` returns. Every sharded module has a section of its own, with its error memory.
+class FSDPHook(GradientHook):
+    """What `register_fsdp_hook` returns. Every sharded module is a slice of its own, with its error memory.
 
     The modules of a backward pass are one transaction: where one is not finite on some replica none is taken, and all
     gradients become NaN on all replicas of the shard. Workers that have other shards do not hear of it.
@@ -100,13 +100,13 @@ class FSDPHook(Transaction):
         rules: Rules,
         noise: float | Callable[[int], float],
         shard: tuple[int, int],
-        monitor: Every,
+        monitor: SlicedMonitor,
     ) -> None:
         super().__init__(channel, rules, monitor, padded_size(model))
         self._model, self._shard = model, shard
         self._perturbation = Perturbation(noise)
         self._drift = DriftGuard(rules.compare_every, "stop", channel)
-        self._exchangers: dict[str, Exchanger] = {}
+        self._slices: dict[str, GradientSlice] = {}
         self._seeds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._loose: dict[str, Tensor] = {}  # errors that were loaded, until their modules come
@@ -131,9 +131,9 @@ class FSDPHook(Transaction):
             # After FSDP's own, which takes gradients to their parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen.add(name)
-        exchanger = self._exchanger(name, index, gradient)
-        xi = self._perturbation.at(seed=self._seeds[name], step=self._steps)
-        bad = self._try(exchanger, partial(exchanger.exchange, self.channel, {name: gradient}, xi, self._steps))
+        part = self._slice(name, index, gradient)
+        xi = self._perturbation.at(seed=self._seeds[name], step=self._steps)  # line 9
+        bad = self._try(part, {name: gradient}, xi)
         spoil(gradient, bad > 0, float("nan"))
 
     @torch.no_grad()
@@ -157,8 +157,8 @@ class FSDPHook(Transaction):
         """Where gradients are averaged."""
         return mesh_device(self._model)
 
-    def _exchanger(self, name: str, index: int, gradient: Tensor) -> Exchanger:
-        if name not in self._exchangers:
+    def _slice(self, name: str, index: int, gradient: Tensor) -> GradientSlice:
+        if name not in self._slices:
             place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # a shape alone
             if name in self._loose and len(self._loose[name]) != len(gradient):
                 raise RuntimeError(
@@ -168,13 +168,14 @@ class FSDPHook(Transaction):
             self._seeds[name] = seed = mix(self._rules.seed, index, self._shard[0])  # replicas have the same
             self._sizes[name] = gradient.numel() * gradient.element_size()
             rules = replace(self._rules, seed=seed)
-            self._exchangers[name] = Exchanger(Section([place], self._loose, gradient.device), rules, self._allocation)
-        if self._exchangers[name].section.n != len(gradient):
+            of = Slice([place], gradient.device)
+            self._slices[name] = GradientSlice(of, self._loose, self.channel, rules, self._allocation)
+        if self._slices[name].of.d != len(gradient):
             raise RuntimeError(
                 f"{name or 'the model'} came with {len(gradient)} coordinates, and with "
-                f"{self._exchangers[name].section.n} before: parameters were frozen or unfrozen, or had no gradient"
+                f"{self._slices[name].of.d} before: parameters were frozen or unfrozen, or had no gradient"
             )
-        return self._exchangers[name]
+        return self._slices[name]
 
     @property
     def uncompressed(self) -> Bytes:
@@ -192,8 +193,7 @@ class FSDPHook(Transaction):
         In a backward pass it is that of the step before.
         """
         self._settle()
-        found, size = dict(self._loose), self.channel.group.size
-        return found | {name: exchanger.error(size) for name, exchanger in self._exchangers.items()}
+        return self._loose | {name: part.pending() for name, part in self._slices.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, tensors and plain types; each worker has its own."""
@@ -219,9 +219,10 @@ class FSDPHook(Transaction):
                     f"the hook begins with empty ones"
                 )
         check_identity(saved, mine)
-        for name, exchanger in self._exchangers.items():
-            error = exchanger.section.error
-            check_shape(f"the error of {name or 'the root module'}", state["pending"].get(name), error.shape)
+        for name, part in self._slices.items():
+            check_shape(
+                f"the error of {name or 'the root module'}", state["pending"].get(name), torch.Size([part.of.d])
+            )
         names = {name for name, _ in sharded_modules(self._model)}
         if unknown := sorted(state["pending"].keys() - names):
             raise ValueError(f"the state has an error of {unknown[0]}, which is no sharded module of this model")
@@ -230,7 +231,7 @@ class FSDPHook(Transaction):
         """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
         self.check_state_dict(state)
         self._settle(broken_off=True)
-        self._exchangers, self._seeds, self._seen = {}, {}, set()
+        self._slices, self._seeds, self._seen = {}, {}, set()
         self._loose = {name: error.to(self.device, copy=True) for name, error in state["pending"].items()}
         self._steps = state["steps"]
         self._skips.load_state_dict(state["skips"])
@@ -294,7 +295,7 @@ def register_fsdp_hook(
         max_skipped=max_skipped,
         compare_every=compare_every,
     )
-    monitor, shard = Every(monitor_every), shard_of(model)
+    monitor, shard = SlicedMonitor(monitor_every), shard_of(model)
     first = rules.at(start_step)
     if isinstance(first, LowRank) or getattr(first, "per_tensor", False):
         raise ValueError(

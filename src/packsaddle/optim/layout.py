@@ -1,10 +1,11 @@
 """Parameters as one flat vector x, float[d], of which a part is compressed and the rest goes dense.
 
 The parameters are made views of x, so that an update of k coordinates costs O(k), and an anchor or an error memory is
-one tensor, however many layers the network has. `Place` is a parameter's place in the vector.
+one tensor, however many layers the network has. `Place` is a parameter's place in the vector, and `Slice` some of
+them: one of DistributedDataParallel's buckets, say.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,3 +202,55 @@ def places(named: Iterable[tuple[str, Tensor]], dense_below: int) -> list[Place]
         found.append(Place(name, p, goes_dense(p, dense_below), start))
         start += p.numel()
     return found
+
+
+class Slice:
+    """Some parameters in the order of the whole vector, as a vector of their own, float[d]."""
+
+    def __init__(self, places: Iterable[Place], device: torch.device) -> None:
+        self.places = sorted(places, key=lambda place: place.start)
+        self.d = sum(place.size for place in self.places)
+        self.compressed_d = sum(place.size for place in self.places if not place.dense)
+        self._strides = [dense_strides(place.parameter) for place in self.places]
+        self._device, self._dtype = device, torch.float32
+        for place in self.places:
+            self._dtype = torch.promote_types(self._dtype, place.parameter.dtype)
+
+    def views(self, vector: Tensor) -> list[Tensor]:
+        """Return each parameter's part of a vector, float[d], in its shape and memory format."""
+        found, start = [], vector.storage_offset()
+        for place, strides in zip(self.places, self._strides, strict=True):
+            found.append(vector.as_strided(place.parameter.shape, strides, start))
+            start += place.size
+        return found
+
+    def named(self, vector: Tensor) -> Iterator[tuple[Place, Tensor]]:
+        """Return the same with the parameters' places."""
+        return zip(self.places, self.views(vector), strict=True)
+
+    def zeros(self) -> Shaped:
+        """Return a vector of zeros, float[d], in at least single precision."""
+        flat = torch.zeros(self.d, dtype=self._dtype, device=self._device)
+        return Shaped(flat, self.views(flat))
+
+    def frozen(self, flat: Tensor) -> list[Tensor]:
+        """Return nothing: a parameter of which gradients are exchanged cannot be frozen."""
+        return []
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shapes of the compressed tensors, in order."""
+        return [place.parameter.shape for place in self.places if not place.dense]
+
+    def stretches(self) -> Iterator[tuple[int, int, int]]:
+        """Yield where this vector follows the whole one without a gap: from, to, and where that is in the whole."""
+        first = last = begin = 0
+        for place in self.places:
+            if last > first and place.start != begin + last - first:
+                yield first, last, begin
+                first = last
+            if last == first:
+                begin = place.start
+            last += place.size
+        if last > first:
+            yield first, last, begin

@@ -198,21 +198,17 @@ class CompressedSGD(Optimizer):
         loss = self._direction.evaluate(closure, self._each("weight_decay"))  # grad F_i(x_t)
         t = self._begin()
         u = self._local.exchanged(self._perturbed(t), t, self.guard)  # line 9: u = eta (grad F_i(x_t) + xi_t)
-        if u is None:  # a local step
-            self._end(t, taken=True)
+        if u is None:  # a local step, without an exchange
+            self._count(t, taken=True)
             return loss
         with self._feedback.round(t) as r:  # all workers take the step, or none does
             v = r.correct(u)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
-            g, weight = self._exchange(r, v, scalars)  # line 10: C(v), and its mean over workers
+            g, weight = self._exchange(r, v, scalars)  # line 10: g^(i) = C(v), and its mean over workers
             fits, lost = self._apply(g, weight, t)  # line 11: x <- x - mean_i g^(i)
             if fits:
                 r.absorb(g, lost)  # line 12: eta e^(i) <- v - g^(i)
-        self._local.settle(self._direction, taken=r.taken)
-        if not r.taken:
-            self._leave_out(t)
-        self._end(t, taken=r.taken)
+        self._settle(t, v, taken=r.taken)
         if r.taken:
-            self._after_exchange(t, v)
             self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
         return loss
 
@@ -299,27 +295,31 @@ class CompressedSGD(Optimizer):
         self._noise.join(g, self._memory.unit, t)
         return self._flat.change(lambda x: self._memory.apply(x, g))
 
-    def _leave_out(self, t: int) -> None:
-        self.guard.leave_out(self._direction, t)
-        if self._memory.in_gradients:
-            raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
+    def _settle(self, t: int, rest: Tensor, *, taken: bool) -> None:
+        """End a step with an exchange, which has left `rest`, float[d], of v if it was taken."""
+        self._local.settle(self._direction, taken=taken)
+        if not taken:
+            self.guard.leave_out(self._direction, t)
+            if self._memory.in_gradients:
+                raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
+        self._count(t, taken=taken)
+        if not taken:
+            return
+        self.monitor.after(t, rest)
+        if self._local.every == 1:
+            self.guard.skips.took()
+        # What all workers should have alike is compared now and then.
+        if self._drift.due(t):
+            shared = {"": self._flat.x, **self._shared()}
+            self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared))
+            self._local.meet()
 
-    def _end(self, t: int, *, taken: bool) -> None:
+    def _count(self, t: int, *, taken: bool) -> None:
         """Count a step, and show what it has put in the place of other vectors."""
         self._step = t + taken
         for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
             for p, view in zip(self._flat.parameters, views, strict=True):
                 self.state[p][name] = view
-
-    def _after_exchange(self, t: int, rest: Tensor) -> None:
-        """Measure what an exchange has left of v, and see that what workers should have alike is equal."""
-        self.monitor.after(t, rest)
-        if self._local.every == 1:
-            self.guard.skips.took()
-        if self._drift.due(t):
-            shared = {"": self._flat.x, **self._shared()}
-            self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared))
-            self._local.meet()
 
     def _check_escape(self) -> None:
         """Lines 4-8."""

@@ -1,4 +1,4 @@
-"""How much compression really keeps: the contraction mu of single steps, whole and by tensor."""
+"""Measured contraction: the share mu of its energy that a vector keeps in single steps, whole and by tensor."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -79,6 +79,30 @@ class ContractionMonitor:
         norms = torch.stack(torch._foreach_norm(views)) if views else torch.zeros(0)
         energies: list[float] = norms.double().square().tolist()
         return energies
+
+
+class SlicedMonitor:
+    """Measures mu_t of a vector that is exchanged slice by slice: of the whole, once it is known that a step was taken.
+
+    Nothing is read before `settle`, so that an exchange waits for no GPU.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = Every(every)
+        self.whole: float | None = None  # the last measured mu_t
+        self._energies: list[Tensor] = []  # ||v||^2 and ||v - C(v)||^2 of each slice
+
+    def measure(self, step: int, vector: Tensor) -> None:
+        """Measure a slice, float[n], before it is exchanged, or what that has left of it, if the step is due."""
+        if self._every.due(step):
+            self._energies.append(torch.linalg.vector_norm(vector, dtype=torch.float64).square())
+
+    def settle(self, step: int, *, taken: bool) -> None:
+        """End a step; one that was not taken has measured nothing."""
+        energies, self._energies = self._energies, []
+        if taken and energies:
+            self.whole = contraction(*torch.stack(energies).view(-1, 2).sum(0).tolist())
+            self._every.done(step)
 
 
 def contraction(before: float, after: float) -> float:

@@ -1,0 +1,364 @@
+"""Gradient hooks: what those of DistributedDataParallel and FSDP have in common.
+
+Gradients come in slices, buckets or modules, each with an `ErrorFeedback` of its own (`GradientSlice`), and the slices
+of a backward pass are one transaction (`GradientHook`). DistributedDataParallel makes its buckets anew after the first
+step or two, so what has not been sent yet belongs to a parameter, never to a bucket. The memory is in units of a
+gradient, so it must follow the learning rate of plain SGD (see `stages.learning_rates`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.comm.aggregators import Averaged
+from packsaddle.comm.communicator import Channel
+from packsaddle.comm.ledger import Ledger
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.compressors import Compressor, Identity
+from packsaddle.numerics.finite import first_bad, is_finite, is_usable, spoil
+from packsaddle.numerics.seeds import mix
+from packsaddle.optim.allocation import Allocation
+from packsaddle.optim.error_feedback import ErrorFeedback, Round, Rules
+from packsaddle.optim.layout import Place, Shaped, Slice
+from packsaddle.optim.memory import ErrorMemory
+from packsaddle.optim.stages.contraction import SlicedMonitor
+from packsaddle.optim.stages.noise import Noise
+from packsaddle.optim.stages.nonfinite import Skip, Skips
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """A slice's gradients by parameter: the update of its memory, and where the mean is to be.
+
+    As an update they are g / scale + xi; `factors` are what e is multiplied by first, 1 where none is given.
+    """
+
+    of: Slice
+    grads: Mapping[str, Tensor]
+    noise: Noise | None
+    scale: float
+    factors: Mapping[str, float]
+
+    def add(self, base: Shaped, out: Shaped) -> None:
+        """Set out to factor base + g / scale + xi, both float[n]."""
+        for place, e, v in zip(self.of.places, base.views, out.views, strict=True):
+            g, factor = self.grads[place.name], self.factors.get(place.name, 1.0)
+            if self.scale == 1.0:
+                torch.add(g, e, alpha=factor, out=v)
+            else:
+                torch.mul(e, factor, out=v).add_(g, alpha=1 / self.scale)
+        self.perturb(out.flat)
+
+    def perturb(self, out: Tensor) -> None:
+        """Add xi to out, float[n]; its coordinates are those of the whole vector."""
+        if self.noise is not None:
+            for first, last, start in self.of.stretches():
+                self.noise.add_to(out[first:last], 1.0, start)
+
+    def replace(self, g: Averaged) -> Tensor | None:
+        """Write mean_i g^(i), times the scale, over the gradients (line 11).
+
+        Returns what 16-bit gradients could not take of it, the same on every worker, float[n]; else None.
+        """
+        total = self.of.zeros()
+        for term in g.mean:
+            term.add_to(total.flat[: self.of.compressed_d], 1.0)
+        total.flat[self.of.compressed_d :] = g.dense
+        exact = all(out.element_size() >= total.flat.element_size() for out in self.grads.values())
+        for place, view in zip(self.of.places, total.views, strict=True):
+            out = self.grads[place.name]
+            torch.mul(view, self.scale, out=out)
+            if not exact:
+                view.sub_(out, alpha=1 / self.scale)
+        return None if exact else total.flat
+
+    def fit(self, g: Averaged) -> Tensor:
+        """Whether gradients can hold the mean times the scale, bool[]; the same on all workers."""
+        dtypes = {torch.promote_types(out.dtype, torch.float32) for out in self.grads.values()}  # 16 bits: `replace`
+        return g.magnitude() * self.scale <= min((torch.finfo(dtype).max for dtype in dtypes), default=0.0)
+
+
+_NO_FACTORS: Mapping[str, float] = {}
+
+
+class GradientSlice:
+    """Error feedback on a slice of the gradient, by a compressor that may change from step to step.
+
+    The protocol follows the compressor, and the allocation of its budget. `pending` has what these parameters have
+    gathered elsewhere, by name; what is taken from it is removed.
+    """
+
+    def __init__(
+        self,
+        of: Slice,
+        pending: dict[str, Tensor],
+        channel: Channel,
+        rules: Rules,
+        allocation: Allocation,
+    ) -> None:
+        self.of, self._rules, self._allocation, self._d = of, rules, allocation, allocation.d
+        self._names = tuple(place.name for place in of.places)
+        # The whole vector has the seed as it is, and so the run that CompressedSGD gives.
+        seed = rules.seed if of.compressed_d == self._d else mix(rules.seed, of.places[0].start)
+        self._memory = ErrorMemory(of, spare=True)
+        self._feedback = ErrorFeedback(self._memory, channel, seed)
+        self._compressor: Compressor | None = None  # the model's
+        self._by_size: Compressor | None = None  # what it is on this slice, if only its size counts
+        self._round: Round | None = None  # the exchange that is being tried
+        for place, view in self.views():
+            if (known := pending.pop(place.name, None)) is not None:
+                view.copy_(known)
+
+    def exchange(
+        self,
+        gradients: Mapping[str, Tensor],
+        noise: Noise | None,
+        step: int,
+        *,
+        scale: float = 1.0,
+        factors: Mapping[str, float] = _NO_FACTORS,
+        watch: Callable[[Tensor], None] = lambda vector: None,
+        report: Callable[[str], None] = lambda name: None,
+    ) -> Tensor:
+        """Lines 10-12 of Algorithm 1: replace the gradients by their mean, and try what that leaves of the error.
+
+        A worker whose vector is not finite sends zeros and says so. Returns 0 if all is well, at most 1 if there was
+        such a worker, and more if there was none but the mean is not finite or not for gradients to hold.
+        `factors` are what errors are to be multiplied by first, by parameter (see `Rates`); those of 0 stand still.
+        `watch` sees this worker's vector, float[n], before and after; `report` the name of the first parameter of which
+        it is not finite, on a CPU, since on a GPU to look would be to wait.
+        """
+        still = [i for i, place in enumerate(self.of.places) if factors.get(place.name) == 0]
+        # While an error stands still, no exchange may hold a part of it.
+        dense = bool(still) and self._rules.exchange != "direct"
+        compressor = Identity() if dense else self._rules.at(step)
+        self._prepare(compressor)
+        update = Gradients(self.of, gradients, noise, scale, factors)
+        self._round = r = self._feedback.round(step)
+        v = r.correct(update)  # line 10: v = e^(i) + grad F_i(x_t) + xi_t
+        bad = self._blank(v, report)
+        self._allocation.observe(self._names, v[: self.of.compressed_d], compressor)
+        watch(v)
+        self._rescale_held(factors)
+        g, (share,) = r.exchange(v, [bad.reshape(1).to(v)])  # line 10: C(v), and its mean over workers
+        lost = update.replace(g)  # line 11, for an optimizer to apply
+        fits = update.fit(g) if lost is None else update.fit(g) & is_finite(lost)  # a 16-bit gradient may overflow
+        r.absorb(g, lost)  # line 12: e^(i) <- v - g^(i)
+        watch(v)
+        self._memory.leave(still)
+        if not self._rules.error_feedback:
+            self._release(v)
+        return share[0] + 2 * (~fits).to(share)
+
+    def settle(self, *, taken: bool) -> None:
+        """Make the step that was tried the state, or forget it."""
+        if self._round is not None:
+            self._round.settle(taken=taken)
+            self._round = None
+
+    def _blank(self, v: Tensor, report: Callable[[str], None]) -> Tensor:
+        """Make v zeros if it cannot be used; return whether, bool[]."""
+        bad = ~is_usable(v)
+        if v.device.type == "cpu" and bad:
+            named = [(place.name, view) for place, view in self.of.named(v)]
+            report(first_bad(named) or "the sum of what was left and the gradient")
+        spoil(v, bad, 0.0)
+        return bad
+
+    def _rescale_held(self, factors: Mapping[str, float]) -> None:
+        """Bring what the protocol holds back to the units of the present rates; 0 only where it holds nothing."""
+        if factors:
+            for held in self._feedback.held().values():
+                for place, view in self.of.named(held):
+                    view.mul_(factors.get(place.name, 1.0))
+
+    def _release(self, v: Tensor) -> None:
+        """Keep no error, where none is to be fed back."""
+        v.zero_()
+        for held in self._feedback.held().values():
+            held.zero_()
+
+    def _prepare(self, compressor: Compressor) -> None:
+        """Have the protocol of this compressor. What another one holds back goes to the error memory."""
+        if compressor != self._compressor:
+            n, shapes, is_dense = self.of.compressed_d, self.of.shapes, isinstance(compressor, Identity)
+            back = None if is_dense else self._rules.back
+            self._by_size = compressor.restrict(n, self._d).for_tensors(shapes) if n else compressor
+            chosen = choose(
+                self._by_size,
+                "direct" if is_dense else self._rules.exchange,
+                d=n,
+                dense=self.of.d - n + 1,
+                workers=self._feedback.channel.group.size,
+                itemsize=self._memory.vector.element_size(),
+                back=back if back is None or not n else back.restrict(n, self._d).for_tensors(shapes),
+            )
+            self._feedback.use(chosen.protocol)
+            self._compressor = compressor
+        assert self._by_size is not None
+        self._feedback.aggregator.adopt(self._allocation.of(self._names, compressor) or self._by_size)
+
+    def views(self) -> list[tuple[Place, Tensor]]:
+        """Return e^(i) by parameter, without what the protocol holds back; not copies."""
+        return list(zip(self.of.places, self._memory.views, strict=True))
+
+    def pending(self) -> Tensor:
+        """Return a copy of e^(i), float[n], with this worker's share of what the protocol holds back."""
+        return self._feedback.pending().clone()
+
+    def fold(self) -> None:
+        """Move what the protocol holds back into the error memory, so that nothing is lost when it goes."""
+        self._feedback.use(None)
+        self._compressor = None
+
+    def reset(self) -> None:
+        """Clear all errors (line 7)."""
+        self._feedback.reset()
+
+    def held(self) -> dict[str, Any]:
+        """Return what the protocol holds and for which compressor, tensors and plain types; {} if there is none."""
+        if self._compressor is None:
+            return {}
+        n = self.of.compressed_d
+        copies = {name: vector[:n].clone() for name, vector in self._feedback.held().items()}
+        state = self._feedback.aggregator.state_dict()
+        return {"compressor": repr(self._compressor), "vectors": copies, "state": state}
+
+    def restore(self, held: Mapping[str, Any], step: int) -> None:
+        """Have the step's protocol hold what was saved; if another compressor's did, the error memory has it."""
+        if not held:
+            return
+        compressor, n, workers = self._rules.at(step), self.of.compressed_d, self._feedback.channel.group.size
+        self._prepare(compressor)
+        mine, device = self._feedback.held(), self._memory.vector.device
+        if held["compressor"] == repr(compressor) and mine.keys() == held["vectors"].keys():
+            for name, vector in mine.items():
+                vector[:n].copy_(held["vectors"][name])
+            self._feedback.aggregator.load_state_dict(held["state"], device)
+        else:  # what protocols hold in vectors is their owner's error of the mean
+            for vector in held["vectors"].values():
+                self._memory.vector[:n].add_(vector.to(device), alpha=workers)
+
+
+class GradientHook:
+    """The slices that have been tried in the pass under way, or the last one, and the count of passes that were taken.
+
+    What came of a pass is read when somebody asks or the next one begins, so that a pass waits for no GPU. `d` is the
+    number of coordinates that all slices compress together.
+    """
+
+    def __init__(self, channel: Channel, rules: Rules, monitor: SlicedMonitor, d: int) -> None:
+        self.channel = channel
+        self._allocation = Allocation(d)
+        self._rules, self._monitor = rules, monitor
+        self._lock = RLock()  # a backward pass may read what a background thread is making
+        self._skips = Skips(rules.max_skipped, channel.group.rank)
+        self._steps = 0
+        self._tried: list[GradientSlice] = []
+        self._bad: list[Tensor] = []  # what `GradientSlice.exchange` has returned
+        self._bad_name = ""  # the first parameter of which this worker's vector was not finite
+        self._complete = False
+
+    @property
+    def ledger(self) -> Ledger:
+        """The bytes this worker sent and received, by step and purpose."""
+        return self.channel.ledger
+
+    @property
+    def steps(self) -> int:
+        """How many exchanges have been taken, so without those that were `skipped`."""
+        self._settle()
+        return self._steps
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were not taken, since a worker's gradient, or the mean, was not finite."""
+        self._settle()
+        return self._skips.count
+
+    @property
+    def skips(self) -> list[Skip]:
+        """Those steps, since this was made or loaded; each worker names its own part."""
+        self._settle()
+        return self._skips.list
+
+    @property
+    def contraction(self) -> float | None:
+        """The share of its energy that this worker's vector kept when last measured (see `monitor_every`)."""
+        self._settle()
+        return self._monitor.whole
+
+    def protect(self, optimizer: Optimizer) -> None:
+        """Keep an optimizer from using the gradients of an exchange that was not taken, as scalers do by themselves.
+
+        It finds no gradients then, and so leaves parameters and its own state alone. Not where `step` has a closure.
+        """
+        if self._skips.most is not None:
+            optimizer.register_step_pre_hook(self._withhold)
+
+    def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._settle()
+        if self._skips.in_a_row:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                p.grad = None
+
+    def _open(self) -> None:
+        """Begin a pass, once what came of the last one is known."""
+        self._settle(broken_off=True)
+        self._skips.check(self._skips.in_a_row)
+        self.channel.step = self._steps
+        self._allocation.begin(self._rules.at(self._steps))
+
+    def _try(
+        self,
+        part: GradientSlice,
+        gradients: Mapping[str, Tensor],
+        noise: Noise | None,
+        scale: float = 1.0,
+        factors: Mapping[str, float] = _NO_FACTORS,
+    ) -> Tensor:
+        """Exchange one slice of the pass; return its outcome, as `GradientSlice.exchange` does."""
+        with self._lock:
+            self._tried.append(part)
+        watch = partial(self._monitor.measure, self._steps)
+        bad = part.exchange(
+            gradients, noise, self._steps, scale=scale, factors=factors, watch=watch, report=self._report
+        )
+        self._bad.append(bad)
+        return bad
+
+    def _settle(self, *, broken_off: bool = False) -> None:
+        """Make the last step the state; or forget it, if it was broken off or a worker's gradient was not finite.
+
+        Nothing while a backward pass is under way.
+        """
+        with self._lock:
+            if not self._tried or not (self._complete or broken_off):
+                return
+            told = [bad for bad in torch.stack(self._bad).tolist() if bad != 0] if self._complete else []
+            taken = self._complete and not told
+            self._conclude(taken=taken)
+            self._allocation.settle(taken=taken)
+            for part in self._tried:
+                part.settle(taken=taken)
+            self._monitor.settle(self._steps, taken=taken)
+            if taken:
+                self._skips.took()
+            elif self._complete:
+                workers = (self.channel.group.rank,) if self._bad_name else ()
+                others = "a gradient of another worker" if min(told) <= 1 else "a mean of finite gradients"
+                self._skips.enter(Skip(self._steps, workers, self._bad_name or others))
+            self._steps += taken
+            self._tried, self._bad, self._complete, self._bad_name = [], [], False, ""
+
+    def _conclude(self, *, taken: bool) -> None:
+        """Do what else depends on whether a step was taken."""
+
+    def _report(self, name: str) -> None:
+        self._bad_name = self._bad_name or name
