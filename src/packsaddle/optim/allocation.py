@@ -1,9 +1,9 @@
-"""A compressor's budget over the sections of a gradient: as many coordinates for each as its magnitudes deserve.
+"""A compressor's budget over the slices of a gradient: as many coordinates for each as its magnitudes deserve.
 
 The k largest of each of DistributedDataParallel's buckets are not the k largest of the model: a bucket whose gradients
 are large gets no more than its size's share, and its error memory grows. The k largest of the model are known only when
-all buckets have come, and by then the backward pass is over. So each section gets the count that it had among the
-model's k largest a step ago: k is met at every step, a bucket leaves as soon as it is there, and what a section gets
+all buckets have come, and by then the backward pass is over. So each slice gets the count that it had among the
+model's k largest a step ago: k is met at every step, a bucket leaves as soon as it is there, and what a slice gets
 too little of at one step is in its error memory, and so in its count, at the next.
 """
 
@@ -16,33 +16,33 @@ from torch import Tensor
 
 from packsaddle.compressors import Compressor
 
-Section = tuple[str, ...]
+Names = tuple[str, ...]
 _SAMPLE = 1 << 17  # coordinates of the model that are looked at; a smaller model's are all
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some coordinates of a section's vector, float[m], and how many it has."""
+    """Some coordinates of a slice's vector, float[m], and how many it has."""
 
     values: Tensor
     size: int
 
 
 class Allocation:
-    """What the compressor of a model of d coordinates is on each of its sections, by the vectors of the step before.
+    """The compressor of a model of d coordinates on each of its slices, by the vectors of the step before.
 
-    Each worker has its own, as each has its own k largest; a section of which nothing is known gets its size's share.
-    Sections go by the names of their parameters.
+    Each worker has its own, as each has its own k largest; a slice of which nothing is known gets its size's share.
+    Slices go by the names of their parameters.
     """
 
     def __init__(self, d: int) -> None:
         self.d = d
         # Odd, so that it meets all columns of a matrix whose width is a power of two.
         self._stride = max(1, d // _SAMPLE) | 1
-        self._last: Mapping[Section, _Sample] = {}  # of the step before, by section
-        self._next: dict[Section, _Sample] = {}
+        self._last: Mapping[Names, _Sample] = {}  # of the step before, by slice
+        self._next: dict[Names, _Sample] = {}
         self._compressor: Compressor | None = None  # of this step
-        self._allotted: Mapping[Section, Compressor] = {}
+        self._allotted: Mapping[Names, Compressor] = {}
 
     def begin(self, compressor: Compressor) -> None:
         """Allot a step's compressor."""
@@ -52,15 +52,15 @@ class Allocation:
             allotted = compressor.apportion([s.values for s in known.values()], [s.size for s in known.values()])
         self._allotted = dict(zip(known, allotted, strict=True)) if allotted else {}
 
-    def of(self, section: Section, compressor: Compressor) -> Compressor | None:
-        """Return what this step's compressor is on a section; None where nothing is known of it, or for another one."""
-        return self._allotted.get(section) if compressor == self._compressor else None
+    def of(self, part: Names, compressor: Compressor) -> Compressor | None:
+        """Return what this step's compressor is on a slice; None where nothing is known of it, or for another one."""
+        return self._allotted.get(part) if compressor == self._compressor else None
 
-    def observe(self, section: Section, vector: Tensor, compressor: Compressor) -> None:
-        """Look at a section's corrected vector, float[n], in this step, if compressors of this kind want to know."""
+    def observe(self, part: Names, vector: Tensor, compressor: Compressor) -> None:
+        """Look at a slice's corrected vector, float[n], in this step, if compressors of this kind want to know."""
         if 0 < len(vector) < self.d and type(compressor).apportion is not Compressor.apportion:
             first = min(self._stride, len(vector)) // 2
-            self._next[section] = _Sample(vector[first :: self._stride].clone(), len(vector))
+            self._next[part] = _Sample(vector[first :: self._stride].clone(), len(vector))
 
     def settle(self, *, taken: bool) -> None:
         """Go by what was observed in this step, or by what was before it."""

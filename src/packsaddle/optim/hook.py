@@ -29,7 +29,7 @@ from packsaddle.optim.layout import Place, Shaped, Slice
 from packsaddle.optim.memory import ErrorMemory
 from packsaddle.optim.stages.contraction import SlicedMonitor
 from packsaddle.optim.stages.noise import Noise
-from packsaddle.optim.stages.nonfinite import Skip, Skips
+from packsaddle.optim.stages.nonfinite import THE_MEAN, THE_SUM, Skip, Skips
 
 
 @dataclass(frozen=True)
@@ -134,22 +134,28 @@ class GradientSlice:
         `watch` sees this worker's vector, float[n], before and after; `report` the name of the first parameter of which
         it is not finite, on a CPU, since on a GPU to look would be to wait.
         """
-        still = [i for i, place in enumerate(self.of.places) if factors.get(place.name) == 0]
         # While an error stands still, no exchange may hold a part of it.
+        still = [i for i, place in enumerate(self.of.places) if factors.get(place.name) == 0]
         dense = bool(still) and self._rules.exchange != "direct"
         compressor = Identity() if dense else self._rules.at(step)
         self._prepare(compressor)
+
+        # Line 10: v = e^(i) + grad F_i(x_t) + xi_t, of which C(v) is averaged, with a number that says if v is of use.
         update = Gradients(self.of, gradients, noise, scale, factors)
         self._round = r = self._feedback.round(step)
-        v = r.correct(update)  # line 10: v = e^(i) + grad F_i(x_t) + xi_t
+        v = r.correct(update)
         bad = self._blank(v, report)
         self._allocation.observe(self._names, v[: self.of.compressed_d], compressor)
         watch(v)
         self._rescale_held(factors)
-        g, (share,) = r.exchange(v, [bad.reshape(1).to(v)])  # line 10: C(v), and its mean over workers
-        lost = update.replace(g)  # line 11, for an optimizer to apply
-        fits = update.fit(g) if lost is None else update.fit(g) & is_finite(lost)  # a 16-bit gradient may overflow
-        r.absorb(g, lost)  # line 12: e^(i) <- v - g^(i)
+        g, (share,) = r.exchange(v, [bad.reshape(1).to(v)])
+
+        # Line 11, by way of the optimizer that has the gradients. 16-bit ones may overflow.
+        lost = update.replace(g)
+        fits = update.fit(g) if lost is None else update.fit(g) & is_finite(lost)
+
+        # Line 12: e^(i) <- v - g^(i), except where an error is to stand still, or none is wanted.
+        r.absorb(g, lost)
         watch(v)
         self._memory.leave(still)
         if not self._rules.error_feedback:
@@ -167,7 +173,7 @@ class GradientSlice:
         bad = ~is_usable(v)
         if v.device.type == "cpu" and bad:
             named = [(place.name, view) for place, view in self.of.named(v)]
-            report(first_bad(named) or "the sum of what was left and the gradient")
+            report(first_bad(named) or THE_SUM)
         spoil(v, bad, 0.0)
         return bad
 
@@ -352,7 +358,7 @@ class GradientHook:
                 self._skips.took()
             elif self._complete:
                 workers = (self.channel.group.rank,) if self._bad_name else ()
-                others = "a gradient of another worker" if min(told) <= 1 else "a mean of finite gradients"
+                others = "a gradient of another worker" if min(told) <= 1 else THE_MEAN
                 self._skips.enter(Skip(self._steps, workers, self._bad_name or others))
             self._steps += taken
             self._tried, self._bad, self._complete, self._bad_name = [], [], False, ""

@@ -223,6 +223,10 @@ class GradientMemory(ErrorMemory):
         self._forget_frozen(self.vector)
         return self.vector
 
+    def add(self, update: Tensor) -> None:
+        super().add(update)
+        self._version = self.vector._version
+
     def settle(self, *, taken: bool) -> None:
         if taken:  # otherwise the backward pass stays in it, and `check` will find the vector changed
             self.reload()

@@ -283,3 +283,30 @@ def test_noise_that_was_committed_is_independent_of_what_follows() -> None:
     assert bool(moved.all())
     for other in (committed[kept], committed[: len(kept)]):
         assert abs(float(torch.corrcoef(torch.stack([other, moved]))[0, 1])) < 5 / (D / 2) ** 0.5
+
+
+def test_gradients_that_hold_the_error_take_what_was_outstanding() -> None:
+    """A state with outstanding noise goes on in an optimizer whose noise is eager: y has all of it, and steps go on."""
+
+    def made(lazy: bool) -> tuple[Tensor, CompressedSGD]:
+        p = torch.nn.Parameter(torch.zeros(40, 40))
+        options = {"noise": 0.3, "dense_below": 0, "memory": "gradient", "lazy_noise": lazy}
+        return p, CompressedSGD([p], 0.1, compressor=RandomK(0.1), **options)  # type: ignore[arg-type]
+
+    def step(p: Tensor, opt: CompressedSGD) -> None:
+        p.sum().backward()
+        opt.step()
+
+    p, opt = made(True)
+    for _ in range(3):
+        step(p, opt)
+    q, other = made(False)
+    with torch.no_grad():
+        q.copy_(p)
+    other.load_state_dict(opt.state_dict())
+    y = other.corrected()
+    assert torch.allclose(y, opt.corrected(), rtol=0, atol=1e-5)
+    step(q, other)
+    noise = Perturbation(0.3).draw(y, seed=0, step=3)
+    assert noise is not None
+    assert torch.allclose(other.corrected(), y - 0.1 * (1 + noise), rtol=0, atol=1e-5)

@@ -1,5 +1,7 @@
-"""Steps that are skipped on all workers because they would bring an Inf or NaN into x or an error memory; the
-counts."""
+"""Non-finite steps, which would bring an Inf or NaN into x or an error memory: skipped on all workers, and counted.
+
+`Guard` is the optimizer's, which knows the outcome at once. A hook learns it later, and keeps `Skips` alone.
+"""
 
 import logging
 from collections.abc import Mapping
@@ -16,6 +18,9 @@ from packsaddle.messages import numbered
 from packsaddle.numerics.finite import is_usable, spoil
 
 _log = logging.getLogger("packsaddle")
+
+THE_SUM = "the sum of what was left and the gradient"  # where each is finite
+THE_MEAN = "a mean of finite gradients"
 
 
 class NonFiniteError(GuardError):
@@ -147,11 +152,11 @@ class Guard:
 
     def leave_out(self, source: Source, step: int) -> None:
         """Enter a step that all leave out; collective. Raises NonFiniteError if there were too many in a row."""
-        name = (source.first_bad() or "the sum of what was left and the gradient") if self._bad else ""
+        name = (source.first_bad() or THE_SUM) if self._bad else ""
         text, row = torch.tensor(list(name.encode()), dtype=torch.uint8), torch.tensor([self.skips.in_a_row + 1])
         parts = {"name": text.to(self._bad.device), "row": row.to(self._bad.device)}
         gathered = self._channel.gather(parts, fixed_size=False, purpose="guard")
         names = [bytes(p["name"].tolist()).decode() for p in gathered]
         workers = tuple(worker for worker, found in enumerate(names) if found)
-        self.skips.enter(Skip(step, workers, names[workers[0]] if workers else "a mean of finite gradients"))
+        self.skips.enter(Skip(step, workers, names[workers[0]] if workers else THE_MEAN))
         self.skips.check(max(int(p["row"]) for p in gathered))
