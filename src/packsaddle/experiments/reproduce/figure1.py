@@ -23,7 +23,7 @@ COMPRESSORS: dict[str, tuple[str, AnyCompressor]] = {
 
 
 def study(scale: Scale, data: Data) -> Study:
-    """Four ratios; batch normalisation over all workers (see `tasks.batch_norm` for the alternatives)."""
+    """Four ratios; batch normalisation over all workers (see `tasks.models` for the alternatives)."""
     settings = {name: config(scale, data, c, label) for name, (label, c) in COMPRESSORS.items()}
     return Study("fig1", scale, settings, 3 if scale != "smoke" else 1)
 

@@ -1,4 +1,4 @@
-"""Random numbers as a function of a counter and keys; `counter_rng` has the same in torch."""
+"""Random numbers as a function of a counter and keys; `numerics.seeds` has the same in torch."""
 
 from typing import Any
 

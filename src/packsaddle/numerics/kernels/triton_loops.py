@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 _AT_ONCE = 1024  # elements of a program
-_PAIRS = 1024  # as in `counter_rng`
+_PAIRS = 1024  # as in `numerics.seeds`
 _BYTES = 128  # packed bytes, or groups of eight codes, of a program
 
 

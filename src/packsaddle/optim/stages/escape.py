@@ -28,7 +28,7 @@ class Escape:
 
     `compare="x"` is line 6 to the letter, f(x_t) < f(x_t'); `compare="y"` tests the point that would be
     accepted, f(x_t - eta e_t) < f(x_t'), at the cost of a dense all-reduce per check. `every` spaces the norm
-    test (the interval is tested at every step). With several workers the norm comes from `norm_sketch`.
+    test (the interval is tested at every step). With several workers the norm comes from `sketches`.
     """
 
     interval: int

@@ -1,4 +1,4 @@
-"""Benchmarks: one question per module, everything that is compared measured side by side in one run."""
+"""Benchmarks: one subject per module, and everything that is compared is measured side by side in one run."""
 
 from packsaddle.performance.bench.hosts import HostFailedError, Hosts, available
 
