@@ -122,19 +122,23 @@ def best_rate(rows: list[dict[str, str]], method: str) -> float:
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Return the Markdown table: seed 0 by rate, and mean and spread of all seeds at the best one."""
+    """Return the Markdown table: seed 0 by rate, and mean and range over seeds at the rate whose mean is least."""
     lines = [
-        "| method | kB a step | " + " | ".join(f"{rate:g}" for rate in RATES) + " | best, 3 seeds |",
+        "| method | kB a step | " + " | ".join(f"{rate:g}" for rate in RATES) + " | best rate: mean, range, seeds |",
         "| --- " * (len(RATES) + 3) + "|",
     ]
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
-        first = {float(row["rate"]): row["validation_loss"] for row in mine if row["seed"] == "0"}
-        best = min(first, key=lambda rate: float(first[rate]))
-        losses = [float(row["validation_loss"]) for row in mine if float(row["rate"]) == best]
-        spread = f"{statistics.fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
-        cells = [f"{float(first[rate]):.3f}" if rate in first else "-" for rate in RATES]
-        lines.append(f"| {method} | {mine[0]['kB_a_step']} | {' | '.join(cells)} | {spread} at {best:g} |")
+        by_rate = {
+            rate: [float(row["validation_loss"]) for row in mine if float(row["rate"]) == rate] for rate in RATES
+        }
+        first = {float(row["rate"]): float(row["validation_loss"]) for row in mine if row["seed"] == "0"}
+        most = max(map(len, by_rate.values()))
+        best = min((rate for rate in RATES if len(by_rate[rate]) == most), key=lambda r: statistics.fmean(by_rate[r]))
+        losses = by_rate[best]
+        spread = f"{best:g}: {statistics.fmean(losses):.3f}, {min(losses):.3f} to {max(losses):.3f}, {len(losses)}"
+        cells = [f"{first[rate]:.3f}" if rate in first else "-" for rate in RATES]
+        lines.append(f"| {method} | {mine[0]['kB_a_step']} | {' | '.join(cells)} | {spread} |")
     return "\n".join(lines)
 
 

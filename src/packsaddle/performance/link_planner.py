@@ -120,12 +120,12 @@ class StepsNeeded:
 MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
     "sgd": {TopK(0.01): StepsNeeded(1.0), RandomK(0.01): StepsNeeded(2.0)},
     "adamw": {
-        TopK(0.1): StepsNeeded(1.3),
-        LowRank(4): StepsNeeded(1.3),
-        TopK(0.01): StepsNeeded(2.0),
+        TopK(0.1): StepsNeeded(1.5),
+        LowRank(4): StepsNeeded(1.7),
+        TopK(0.01): StepsNeeded(2.7),
+        Sign(): StepsNeeded(3.0),
+        QSGD(): StepsNeeded(4.0),
         RandomK(0.1): StepsNeeded(4.0, at_least=True),
-        QSGD(): StepsNeeded(4.0, at_least=True),
-        Sign(): StepsNeeded(4.0, at_least=True),
     },
 }
 
