@@ -112,7 +112,9 @@ def _value(option: str, written: str, text: str) -> float | int | str:
 def _compressor(text: str) -> Compressor:
     """Read a compressor's constructor call, such as TopK(0.01, values="int8")."""
     classes = {name: getattr(compressors, name) for name in compressors.__all__}
-    known = {n: c for n, c in classes.items() if issubclass(c, Compressor) and c is not Compressor}
+    known = {
+        n: c for n, c in classes.items() if isinstance(c, type) and issubclass(c, Compressor) and c is not Compressor
+    }
     try:
         call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
         assert isinstance(call, ast.Call)
