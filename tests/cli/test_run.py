@@ -149,7 +149,7 @@ def test_classifier_on_an_image_folder(tmp_path: Path) -> None:
 REFUSALS = {
     ("run", "none.toml"): "config file none.toml does not exist",
     ("run", "CONFIG", "--set", "compresor.ratio=1"): "unknown key compresor (did you mean compressor?)",
-    ("run", "CONFIG", "--set", "compressor.ratio=2"): "ratio of TopK must be in (0, 1], got 2.0",
+    ("run", "CONFIG", "--set", "compressor.ratio=2"): "ratio of TopK must be in (0, 1] and not an integer, got 2",
     ("run", "CONFIG", "--set", "lr=-1"): "lr must be finite and not negative, got -1.0",
     ("run", "CONFIG", "--set", "noise.std=-1"): "std must be finite and not negative, got -1.0",
     ("run", "CONFIG", "--set", "compressor={kind='RandomK', k=100000}"): "k of RandomK must be at most d = 10240",

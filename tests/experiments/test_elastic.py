@@ -18,8 +18,8 @@ import torch
 from commandline import command
 from runs import CONFIG, differences, lines, result
 
-from packsaddle.comm import group, launch
-from packsaddle.comm.failures import WorkerFailedError
+from packsaddle.comm import launch
+from packsaddle.comm.failures import TerminatedError, WorkerFailedError
 from packsaddle.experiments.run_checkpoints import CheckpointPolicy, StopAndSaveVote
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +64,7 @@ def torchrun(config: Path, folder: Path, *more: Any, restarts: int = 0) -> tuple
     return (*launcher, "--monitor-interval=0.1", "-m", "packsaddle.cli", "run", config, "--resume", folder, *more)
 
 
+@pytest.mark.process
 def test_sigterm_stops_a_launched_run_and_torchrun_restarts_a_killed_one(config: Path, tmp_path: Path) -> None:
     """Both ways of launching, on one run each; and each goes on to the end of a simulation of the same two workers."""
     straight, launched, restarted = (tmp_path / name for name in ("straight", "launched", "restarted"))
@@ -136,7 +137,7 @@ def test_workers_that_are_told_to_end_have_time_to_save(tmp_path: Path, monkeypa
 
     thread = threading.Thread(target=tell)
     thread.start()
-    with pytest.raises(group.TerminatedError):
+    with pytest.raises(TerminatedError):
         launch.launch(launched.save_when_told, (tmp_path,), 2)
     thread.join()
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}

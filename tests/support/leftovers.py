@@ -93,8 +93,8 @@ def _names() -> dict[str, dict[str, Any]]:
     for module_name, module in list(sys.modules.items()):
         if module_name.partition(".")[0] != "packsaddle":
             continue
-        # Names that begin with two underscores are the interpreter's, and those that torch.compile adds.
-        found[module_name] = {k: v for k, v in vars(module).items() if not k.startswith("__")}
+        # Names that begin with two underscores are the interpreter's, and those that torch.compile adds, but for one.
+        found[module_name] = {k: v for k, v in vars(module).items() if not k.startswith("__") or k == "__version__"}
         for value in vars(module).values():
             if isinstance(value, type) and value.__module__ == module_name:
                 plain = {k: v for k, v in vars(value).items() if not k.startswith("__")}
@@ -116,8 +116,8 @@ def settle() -> None:
 
 def forget_tests() -> None:
     """Have test modules imported anew, with whatever they hold, but for this one and those that serve calls."""
-    here = Path(__file__).parent
-    for name in sys.modules.keys() - {"__main__", "__mp_main__", "workers", __name__}:
+    here = Path(__file__).parents[1]
+    for name in sys.modules.keys() - {"__main__", "__mp_main__", "gloo", __name__}:
         file = getattr(sys.modules[name], "__file__", None)
         if file and here in Path(file).parents:
             del sys.modules[name]

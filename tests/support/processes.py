@@ -19,7 +19,7 @@ WHOLE = ("test_hosts", "test_bytes_on_interface", "test_network_faults")  # all 
 
 STARTED = ("python", "torchrun", "packsaddle", "ip", "unshare", "nsenter", "tc")  # git and the like are over at once
 
-_folders = {str(Path(__file__).parent)}  # of tests and of what they import
+_folders = {str(Path(__file__).parents[1])}  # of tests and of what they import
 _started: list[str] = []
 
 

@@ -205,6 +205,7 @@ def small_study(mnist: Path, folder: Path, *arguments: Any) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_a_study_goes_on_where_it_stopped(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
     assert small_study(mnist, folder, "--only", "dense", "randomk", "--seeds", "2") == 0
@@ -238,6 +239,7 @@ def resumed(mnist: Path, folder: Path) -> list[Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_figure_2_from_the_command_line(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
     assert small_study(mnist, folder, "--seeds", "2") == 0
@@ -267,6 +269,7 @@ def test_figure_2_from_the_command_line(mnist: Path, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_figure_1_from_the_command_line(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
     arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, "--set", "data.limit=160", "epochs=1")
