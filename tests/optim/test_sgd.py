@@ -71,6 +71,13 @@ def test_resuming_is_bit_equal(compressor: Any) -> None:
     assert again.param_groups[0].keys() == opt.param_groups[0].keys()
 
 
+def test_the_compressor_may_follow_the_rate() -> None:
+    model = nn.Linear(4, 3)
+    assert CompressedSGD(model.parameters(), 0.1, RandomK(0.5), dense_below=0).compressor == RandomK(0.5)
+    with pytest.raises(TypeError, match="positional"):
+        CompressedSGD(model.parameters(), 0.1, RandomK(0.5), 0.01)  # type: ignore[misc]
+
+
 def test_state_keeps_its_precision() -> None:
     """torch would cast the float32 error memory of bfloat16 parameters to bfloat16."""
     model, data = nn.Linear(40, 40).bfloat16(), torch.randn(8, 40).bfloat16()

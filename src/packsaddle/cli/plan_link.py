@@ -190,8 +190,9 @@ def _sentence(verdict: Verdict, link: Link) -> str:
         return f"DO NOT COMPRESS: nothing is known to be quicker than dense training. {where}"
     how = f"{verdict.best.compressor} by {verdict.best.exchange}"
     factor = verdict.best.steps.factor if verdict.best.steps else 1.0
-    step = "a step" if factor == 1 else f"{factor:.3g} steps, which do for one dense step,"
-    gain = f"{step} of {1e3 * best:,.4g} ms instead of {1e3 * dense:,.4g}, {dense / best:.3g} times as fast"
+    shown = f"{1e3 * best:,.4g} ms"
+    took = f"a step of {shown}" if factor == 1 else f"{shown} for the progress of one dense step ({factor:.3g} steps)"
+    gain = f"{took} instead of {1e3 * dense:,.4g}, {dense / best:.3g} times as fast"
     doubt = "; that is within the error of this model, so HARDLY WORTH IT" if dense / best < 1 + _ERROR else ""
     until = f" Compression pays below {_line(equal)}." if equal is not None and equal > link.rate else ""
     return f"Best: {how}: {gain}{doubt}.{until}"

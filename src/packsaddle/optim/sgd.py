@@ -84,8 +84,8 @@ class CompressedSGD(Optimizer):
         self,
         params: Iterable[Any],
         lr: float,
-        *,
         compressor: Compressor = RandomK(0.01),  # noqa: B008 -- immutable
+        *,
         noise: float | Callable[[int], float] = 0.0,
         escape: Escape | None = None,
         weight_decay: float = 0.0,
