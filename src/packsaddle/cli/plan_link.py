@@ -57,6 +57,18 @@ class LinkOptions:
         return ModelSize.of_model(self.model) if self.model is not None else ModelSize.of_size(self.d or 0)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The question that a verdict answers; `source` tells where the link's rate comes from, `update` is in seconds."""
+
+    workload: ModelSize
+    link: Link
+    source: str
+    fleet: Fleet
+    update: float
+    optimizer: Optimizer | None
+
+
 def plan_link(
     text: str,
     options: LinkOptions,
@@ -88,7 +100,7 @@ def plan_link(
         raise ConfigError(str(error)) from None
     if is_first():
         show = _print_json if json else _print_tables
-        show(verdict, workload, link, source, fleet, update, optimizer)
+        show(verdict, _Asked(workload, link, source, fleet, update, optimizer))
 
 
 def _workers(asked: int | None) -> int:
@@ -110,23 +122,16 @@ def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[
     return probe_locally(workers), "measured on this machine's loopback, so NO network is in it"
 
 
-def _print_json(
-    verdict: Verdict,
-    workload: ModelSize,
-    link: Link,
-    source: str,
-    fleet: Fleet,
-    update: float,
-    optimizer: Optimizer | None,
-) -> None:
+def _print_json(verdict: Verdict, asked: _Asked) -> None:
+    workload, link, fleet = asked.workload, asked.link, asked.fleet
     document = {
         "model": workload.name,
         "compressed": workload.d,
         "dense": workload.dense,
-        "link": {**asdict(link), "nominal_bits": link.bits, "source": source},
+        "link": {**asdict(link), "nominal_bits": link.bits, "source": asked.source},
         "fleet": asdict(fleet),
-        "update": update,
-        "optimizer": optimizer,
+        "update": asked.update,
+        "optimizer": asked.optimizer,
         "compress": verdict.compress,
         "best": verdict.best.compressor,
         "break_even": verdict.break_even,
@@ -135,16 +140,9 @@ def _print_json(
     print(dumps(document, indent=2))
 
 
-def _print_tables(
-    verdict: Verdict,
-    workload: ModelSize,
-    link: Link,
-    source: str,
-    fleet: Fleet,
-    update: float,
-    optimizer: Optimizer | None,
-) -> None:
-    steps = ("x steps",) if optimizer else ()
+def _print_tables(verdict: Verdict, asked: _Asked) -> None:
+    workload, link, fleet = asked.workload, asked.link, asked.fleet
+    steps = ("x steps",) if asked.optimizer else ()
     table = Table("compressor", "exchange", "sent", "step ms", "coding", "exchange", *steps, "pays below")
     table.columns[0].no_wrap = True
     for column in table.columns[2:]:
@@ -159,12 +157,13 @@ def _print_tables(
     waiting = f" and {1e3 * fleet.waiting:,.4g} ms of waiting for the slowest worker" if fleet.waiting else ""
     print(f"In every step: {1e3 * fleet.compute:,.4g} ms of computing{waiting}. Dense sends beside the backward pass.")
     print(
-        f"Coding includes {1e3 * update:,.3g} ms of error memory (and noise, if asked for) beyond plain SGD's update."
+        f"Coding includes {1e3 * asked.update:,.3g} ms of error memory (and noise, if asked for) beyond plain SGD's "
+        f"update."
     )
     payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
-    print(f"Link: {_line(link.rate)}, {source}: {payload}.")
+    print(f"Link: {_line(link.rate)}, {asked.source}: {payload}.")
     print(_sentence(verdict, link))
-    print(_NOTE if optimizer is None else _STEPS_NOTE.format(optimizer))
+    print(_NOTE if asked.optimizer is None else _STEPS_NOTE.format(asked.optimizer))
 
 
 def _steps(f: Forecast) -> str:
