@@ -5,7 +5,7 @@
 Every run is a small training of gloo processes that saves a checkpoint at every step or every few. At a random moment
 (starting, training, saving, ending) a random process gets SIGKILL, or SIGSTOP for longer than the group's timeout; the
 first to end takes the others with it, and the same command, with --resume, is started again, as torchrun
---max-restarts does. A run is disturbed up to three times. Then everything that it has left, but what the clock says,
+--max-restarts does. A run is disturbed up to three times; one that ended before anything reached it is done anew. Then everything that it has left, but what the clock says,
 is compared bit for bit with what an undisturbed run leaves. Exit code 1 if anything differs.
 """
 
@@ -122,6 +122,20 @@ def end(processes: Sequence[Any]) -> None:
         process.join()
 
 
+def disturbed(trial: Trial, config: Path, folder: Path, rng: random.Random, length: float) -> Path:
+    """Do a run until a disturbance has reached it, since it may be faster than the undisturbed one; return its folder.
+
+    Each time moments are drawn from as long as the last one took.
+    """
+    for again in range(20):
+        begin, where = time.monotonic(), folder.with_name(f"{folder.name}-{again}")
+        try_once(trial, config, where, rng, length)
+        if trial.kills + trial.stops:
+            return where
+        length = time.monotonic() - begin
+    raise SystemExit("20 runs ended before anything disturbed them")
+
+
 def try_once(trial: Trial, config: Path, folder: Path, rng: random.Random, length: float) -> None:
     """Disturb a run up to three times, going on after each, until it is done."""
     begin = time.monotonic()
@@ -197,8 +211,8 @@ def main() -> None:
             if key not in straight:
                 straight[key] = undisturbed(key, config, base)
             expected, length = straight[key]
-            trial, folder = Trial(*key), base / f"run-{number}"
-            try_once(trial, config, folder, rng, length)
+            trial = Trial(*key)
+            folder = disturbed(trial, config, base / f"run-{number}", rng, length)
             trial.equal = (folder / "summary.json").exists() and digest(folder) == expected
             trials.append(trial)
             if not trial.equal:

@@ -1,0 +1,86 @@
+"""Compression: how vectors are compressed, exchanged and watched over, alike for the optimizer and the hooks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_args
+
+from packsaddle.comm.select_aggregator import Exchange
+from packsaddle.compressors import Compressor
+from packsaddle.optim.layout import check_dense_below
+from packsaddle.optim.memory import Memory
+from packsaddle.optim.stages.drift import OnDrift
+
+Schedule = Callable[[int], Compressor]
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What to send, how to average it, what to keep of the rest, and what to check on the way.
+
+    A `Compressor` alone stands for `Compression(compressor)` wherever one is taken.
+
+    Args:
+        compressor: C, applied to the concatenation of all compressed tensors; where gradients or local updates are
+            exchanged also a function of the step that gives it (see `RatioRamp`).
+        exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
+            "coordinator", or "auto", by predicted bytes (see `select_aggregator`).
+        back: what compresses the mean on its way back in "two-way" and "coordinator".
+        dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent dense;
+            0 compresses everything.
+        memory: where the error is kept: "buffer" is a vector of its own; "gradient" the parameters' gradients, which
+            then must not be cleared, clipped or scaled between steps (see `GradientMemory`); "ef21" is a running
+            estimate of the gradient instead (see `EstimateMemory`). Hooks and local updates take "buffer" only.
+        max_skipped: a step in which a worker's vector is not finite is left out on all of them, and counted; after
+            more than so many in a row NonFiniteError is raised. None takes vectors as they come.
+        compare_every: every so many steps workers compare fingerprints of the parameters, 8 bytes; 0 never does.
+        on_drift: what to do where fingerprints differ: "stop" raises DriftError, "repair" has all take worker 0's.
+        monitor_every: measure the contraction every so many steps; 0 never does.
+
+    Raises ValueError for bad arguments.
+    """
+
+    compressor: Compressor | Schedule
+    exchange: Exchange = "direct"
+    back: Compressor | None = None
+    dense_below: int = 1024
+    memory: Memory = "buffer"
+    max_skipped: int | None = 20
+    compare_every: int = 100
+    on_drift: OnDrift = "stop"
+    monitor_every: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.compressor, type):
+            name = self.compressor.__name__
+            raise ValueError(f"compressor must be a Compressor such as {name}(0.01), got the class {name} itself")
+        if not (isinstance(self.compressor, Compressor) or callable(self.compressor)):
+            raise ValueError(
+                f"compressor must be a packsaddle Compressor such as RandomK(0.01), or a function of the step that "
+                f"returns one, got {self.compressor!r}"
+            )
+        choices = {"exchange": Exchange, "memory": Memory, "on_drift": OnDrift}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        check_dense_below(self.dense_below)
+        for name in ("max_skipped", "compare_every", "monitor_every"):
+            steps = getattr(self, name)
+            if steps is not None and steps < 0:
+                raise ValueError(f"{name} must be 0 or more steps, got {steps}")
+
+    @classmethod
+    def of(cls, given: "Compressor | Schedule | Compression") -> "Compression":
+        """Return what was given, a compressor or schedule with everything else at its default."""
+        return given if isinstance(given, Compression) else cls(given)
+
+    def at(self, step: int) -> Compressor:
+        """Return the compressor of a step. Raises ValueError if a schedule gives something else."""
+        if isinstance(self.compressor, Compressor):
+            return self.compressor
+        found = self.compressor(step)
+        if not isinstance(found, Compressor):
+            raise ValueError(
+                f"compressor must be a packsaddle Compressor such as RandomK(0.01), or a function of the step that "
+                f"returns one, got {found!r} at step {step}"
+            )
+        return found
