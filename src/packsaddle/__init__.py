@@ -24,6 +24,7 @@ from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
 from packsaddle.numerics.sketches import NormSketch
 from packsaddle.optim.ddp import attach, register_ddp_hook
 from packsaddle.optim.fsdp import register_fsdp_hook
+from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.optim.stages.drift import Drift, DriftError
 from packsaddle.optim.stages.escape import Escape, Reset
@@ -49,6 +50,7 @@ __all__ = [
     "Identity",
     "Ledger",
     "LinearSketch",
+    "LocalUpdates",
     "LowRank",
     "Message",
     "NonFiniteError",

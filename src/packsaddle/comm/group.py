@@ -45,6 +45,13 @@ class Group(ABC):
     def broadcast(self, tensor: Tensor) -> None:
         """Replace the tensor by rank 0's, in place."""
 
+    def beside(self, device: torch.device) -> "Group | None":
+        """Return a new group of the same workers, whose collectives may go on beside those of this one; collective.
+
+        None where workers cannot do anything beside a collective.
+        """
+        return None
+
 
 class Solo(Group):
     """One worker, nothing to exchange."""
@@ -95,6 +102,11 @@ class TorchGroup(Group):
         source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
         with self.told():
             dist.broadcast(tensor, src=source, group=self._group)
+
+    def beside(self, device: torch.device) -> Group:
+        group = self._group or dist.group.WORLD
+        assert group is not None
+        return _same_workers(group, device)
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -156,8 +168,13 @@ def group_beside(model: DistributedDataParallel) -> Group:
 
     It has the timeout of the model's own group.
     """
-    timeout = model.process_group._get_backend(next(model.parameters()).device).options._timeout
-    ranks = dist.get_process_group_ranks(model.process_group)
+    return _same_workers(model.process_group, next(model.parameters()).device)
+
+
+def _same_workers(process_group: dist.ProcessGroup, device: torch.device) -> Group:
+    """A new group of the workers of a group, with its timeout."""
+    timeout = process_group._get_backend(device).options._timeout
+    ranks = dist.get_process_group_ranks(process_group)
     group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)  # this worker is one of them
     return TorchGroup(group)

@@ -79,6 +79,10 @@ class Compressor(ABC):
         """Return the message whose parts another worker sent; `seed` and `step` are those of its `encode`."""
         return Message(parts)
 
+    def support_of(self, message: Message, d: int) -> Tensor | None:
+        """Return the coordinates that a message speaks of, int64[...], distinct; None if it speaks of all d."""
+        return None
+
     def validate(self, d: int) -> None:  # noqa: B027 -- optional to override, on purpose
         """Raise ValueError if this compressor cannot act on vectors of d coordinates."""
 

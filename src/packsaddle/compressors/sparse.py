@@ -310,6 +310,10 @@ class RandomK(_OfEachTensor):
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         return Message(parts, self.cells(d, seed=seed, step=step, device=parts["values"].device))
 
+    def support_of(self, message: Message, d: int) -> Tensor:
+        cells: Cells = message.context
+        return cells.coordinates(d)
+
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         message.context.add_to(out, wire.decode_values(message.parts, out.dtype), alpha)
 
@@ -328,10 +332,16 @@ class _CodedSupport(Compressor):
             {"indices": wire.encode_indices(index, v.numel()), **wire.encode_values(v[index], self.values)}, index
         )
 
+    def support_of(self, message: Message, d: int) -> Tensor:
+        index: Tensor | None = message.context  # the sender still knows it
+        return (
+            wire.decode_indices(message.parts["indices"], message.parts["values"].numel(), d)
+            if index is None
+            else index
+        )
+
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        index = message.context  # the sender still knows it
-        if index is None:
-            index = wire.decode_indices(message.parts["indices"], message.parts["values"].numel(), out.numel())
+        index = self.support_of(message, out.numel())
         out.index_add_(0, index, wire.decode_values(message.parts, out.dtype), alpha=alpha)
 
     def _bytes(self, d: int, k: int, itemsize: int) -> float:

@@ -34,7 +34,7 @@ class Background:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = None if device.type == "cpu" else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._waiting: deque[tuple[Callable[[], None], Results]] = deque()
+        self._waiting: deque[tuple[Callable[[], object], Results]] = deque()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []  # the last one
         self._busy = False
@@ -46,7 +46,7 @@ class Background:
         # DDP reads a future's value without looking for an error; what `then` returns has it as its own.
         return Promise(source, source.then(lambda done: done.value()))
 
-    def submit(self, work: Callable[[], None], results: Results) -> None:
+    def submit(self, work: Callable[[], object], results: Results) -> None:
         """Run `work`, after which the promises have their results; an error in it becomes theirs."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -80,7 +80,7 @@ def _join(threads: list[threading.Thread]) -> None:
 
 
 @torch.no_grad()
-def _run(work: Callable[[], None], results: Results) -> None:
+def _run(work: Callable[[], object], results: Results) -> None:
     try:
         work()
     except Exception as error:

@@ -62,10 +62,17 @@ class Reset:
     committed: bool  # x_t <- y_t; else it was rolled back to x_t'
 
 
+class Vector(Protocol):
+    """x, float[d], of which the first `compressed_d` coordinates are compressed."""
+
+    x: Tensor
+    compressed_d: int
+
+
 class EscapeCheck:
     """Runs an `Escape` rule on the flat vector x and the pending update eta e^(i), float[d]."""
 
-    def __init__(self, rule: Escape, flat: FlatParameters, channel: Channel, seed: int) -> None:
+    def __init__(self, rule: Escape, flat: Vector, channel: Channel, seed: int) -> None:
         self.anchor = flat.x.clone()  # x_t', float[d]
         self.anchor_step = 0  # t'
         self._rule, self._flat, self._channel, self._seed = rule, flat, channel, seed

@@ -1,0 +1,329 @@
+"""A fragment: some parameters whose local updates are exchanged together, with their anchor and error memory.
+
+The anchor a, float[n] in at least single precision, is where all workers last agreed to be. A worker's pseudo-gradient
+is what it has moved since, a - x. One exchange of it is a `Flight`: it starts, is carried out at once or beside the
+next steps, and lands.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from packsaddle.comm.aggregators import Averaged
+from packsaddle.comm.communicator import Channel
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.compressors import Compressor, Identity
+from packsaddle.numerics.finite import first_bad, is_usable, spoil
+from packsaddle.numerics.seeds import mix
+from packsaddle.optim.compression import Compression
+from packsaddle.optim.ddp_buckets import Promise
+from packsaddle.optim.error_feedback import ErrorFeedback, Round
+from packsaddle.optim.layout import Place, Shaped, Slice
+from packsaddle.optim.memory import ErrorMemory
+from packsaddle.optim.stages.contraction import SlicedMonitor
+from packsaddle.optim.stages.noise import Noise
+
+Reduction = Literal["mean", "senders"]
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """Return a parameter's data on this process: all of it, or of a DTensor its shard."""
+    to_local = getattr(parameter, "to_local", None)
+    here: Tensor = parameter.detach() if to_local is None else to_local().detach()
+    return here
+
+
+@dataclass
+class Flight:
+    """One exchange of a fragment, from its start to its landing."""
+
+    due: int  # the inner step after which it lands
+    round: Round | None  # None once the memory has been settled
+    v: Tensor  # float[n]: decay e + a - x + xi, then what was not sent of it
+    bad: Tensor  # bool[]: this worker's v was of no use
+    name: str = ""  # of the first parameter of which it was not
+    before: list[Tensor] = field(default_factory=list)  # x at the start, where it lands later
+    averaged: Averaged | None = None
+    mean: Tensor | None = None  # float[n], where it lands later
+    verdict: Tensor | None = None  # float[2]: the share of workers whose v was of no use; the mean's magnitude
+    names: list[str] = field(default_factory=list)  # by worker, of what could not be used
+    taken: bool | None = None  # whether all take it, once known
+    promise: Promise | None = None  # of the exchange, where it is carried out in the background
+
+
+@dataclass(frozen=True)
+class PseudoGradient:
+    """The update of a fragment's memory, float[n]: what this worker has moved, a - x, and shared noise.
+
+    Of 16-bit parameters x began at the anchor rounded to 16 bits, so that is what they have moved from.
+    """
+
+    of: "Fragment"
+    decay: float
+    noise: Noise | None
+
+    def add(self, base: Shaped, out: Shaped) -> None:
+        """Set out to decay base + a - x + xi, both float[n]; out is not base."""
+        for x, a, v in zip(self.of.tensors(), self.of.anchor.views, out.views, strict=True):
+            x = x.to(a.device)
+            if x.dtype == a.dtype:
+                torch.sub(a, x, out=v)
+            else:
+                torch.sub(a.to(x.dtype).to(a.dtype), x, out=v)
+        out.flat.add_(base.flat, alpha=self.decay)
+        self.perturb(out.flat)
+
+    def perturb(self, out: Tensor) -> None:
+        """Add xi to out, float[n]; its coordinates are those of the vector of all parameters."""
+        if self.noise is not None:
+            for first, last, start in self.of.stretches():
+                self.noise.add_to(out[first:last], 1.0, start)
+
+
+class Fragment(Slice):
+    """Some parameters, their anchor and their error memory; they exchange where (n + offset) % every = 0.
+
+    `d` is the number of coordinates that all fragments compress together, and `parameters` are the optimizer's, by
+    name, of which `places` tell the parts on this process.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Place],
+        parameters: Mapping[str, Tensor],
+        device: torch.device,
+        offset: int,
+        compression: Compression,
+        channel: Channel,
+        d: int,
+        seed: int,
+    ) -> None:
+        super().__init__(places, device)
+        self.offset, self._compression, self._whole_d = offset, compression, d
+        self.parameters = [parameters[place.name] for place in self.places]
+        self.anchor = self.zeros()
+        self.leaves = [nn.Parameter(view) for view in self.anchor.views]  # the anchor, as an outer optimizer takes it
+        self.meet()
+        # The whole vector has the seed as it is, and so the run that CompressedSGD gives.
+        seed = seed if self.compressed_d == d else mix(seed, self.places[0].start)
+        self.feedback = ErrorFeedback(ErrorMemory(self, spare=True), channel, seed)
+        self.monitor = SlicedMonitor(compression.monitor_every)
+        self.rounds = 0  # t: exchanges that were taken
+        self.flight: Flight | None = None
+        self._compressor: Compressor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return this process's part of each parameter; not copies."""
+        return [local_part(p) for p in self.parameters]
+
+    def meet(self) -> None:
+        """Take x as it is for where all workers have met."""
+        for a, x in zip(self.anchor.views, self.tensors(), strict=True):
+            a.copy_(x)
+
+    def frozen(self, flat: Tensor) -> list[Tensor]:
+        """Return the views of the parameters that are frozen: they take neither noise nor anyone's updates."""
+        return [view for p, view in zip(self.parameters, self.views(flat), strict=True) if not p.requires_grad]
+
+    def prepare(self, compressor: Compressor) -> None:
+        """Have the aggregator of this compressor; what another one holds back goes to the error memory."""
+        if compressor == self._compressor:
+            return
+        n, is_dense = self.compressed_d, isinstance(compressor, Identity)
+        back = None if is_dense else self._compression.back
+
+        def here(one: Compressor) -> Compressor:
+            return one.restrict(n, self._whole_d).for_tensors(self.shapes) if n else one
+
+        chosen = choose(
+            here(compressor),
+            "direct" if is_dense else self._compression.exchange,
+            d=n,
+            dense=self.d - n + 1,
+            workers=self.feedback.channel.group.size,
+            itemsize=self.feedback.memory.vector.element_size(),
+            back=None if back is None else here(back),
+        )
+        self.feedback.use(chosen.protocol)
+        self._compressor = compressor
+
+    def start(
+        self,
+        compressor: Compressor,
+        noise: Noise | None,
+        decay: float,
+        due: int,
+        agree: Callable[[Tensor], Tensor],
+        *,
+        later: bool,
+    ) -> Flight:
+        """Make v = decay e + a - x + xi; zeros if it is of no use, as `agree` says on all shards of this worker."""
+        self.prepare(compressor)
+        r = self.feedback.round(self.rounds)
+        v = r.correct(PseudoGradient(self, decay, noise))
+        mine = ~is_usable(v)
+        bad = agree(mine)
+        name = ""
+        if v.device.type == "cpu" and bad:
+            name = first_bad((place.name, view) for place, view in self.named(v)) or "another shard"
+        spoil(v, bad, 0.0)
+        self.monitor.measure(self.rounds, v)
+        before = [x.clone() for x in self.tensors()] if later else []
+        self.flight = Flight(due, r, v, bad, name, before)
+        return self.flight
+
+    def send(self, flight: Flight, step: int, *, reduction: Reduction, dense: bool) -> None:
+        """Exchange C(v) and absorb what it leaves; collective, and perhaps in another thread."""
+        r, channel = flight.round, self.feedback.channel
+        assert r is not None
+        channel.step = step
+        g, (share,) = r.exchange(flight.v, [flight.bad.reshape(1).to(flight.v)])
+        flight.verdict = torch.stack([share[0].double(), g.magnitude()])
+        r.absorb(g)
+        self.monitor.measure(r.step, flight.v)
+        flight.averaged = g
+        if dense or reduction == "senders":
+            flight.mean = self._mean(g, reduction)
+        if flight.v.device.type == "cpu" and share[0] > 0:
+            self._exchange_names(flight)
+
+    def _exchange_names(self, flight: Flight) -> None:
+        text = torch.tensor(list(flight.name.encode()), dtype=torch.uint8, device=flight.v.device)
+        gathered = self.feedback.channel.gather({"name": text}, fixed_size=False, purpose="guard")
+        flight.names = [bytes(parts["name"].tolist()).decode() for parts in gathered]
+
+    def _mean(self, g: Averaged, reduction: Reduction) -> Tensor:
+        """The mean over workers, float[n]; with "senders" a coordinate's mean over those that sent it."""
+        n, total = self.compressed_d, self.zeros().flat
+        for term in g.mean:
+            term.add_to(total[:n], 1.0)
+        if reduction == "senders" and len(g.mean) > 1:
+            senders = torch.zeros_like(total[:n])
+            for term in g.mean:
+                sent = term.compressor.support_of(term.message, n)
+                senders.add_(1.0) if sent is None else senders.index_add_(
+                    0, sent, torch.ones_like(senders[: len(sent)])
+                )
+            total[:n].mul_(len(g.mean) / senders.clamp_(min=1.0))
+        total[n:] = g.dense
+        return total
+
+    def finish(self, flight: Flight) -> bool:
+        """Learn what came of an exchange that has been carried out, and settle the memory; whether all take it."""
+        if flight.taken is None:
+            assert flight.verdict is not None
+            assert flight.round is not None
+            share, magnitude = flight.verdict.tolist()
+            flight.taken = share == 0 and magnitude < float("inf")
+            if share > 0 and not flight.names:
+                self._exchange_names(flight)
+            flight.round.settle(taken=flight.taken)
+            self.monitor.settle(flight.round.step, taken=flight.taken)
+            flight.round = None
+        return flight.taken
+
+    def land(self, outer: Optimizer | None, blend: float | None) -> Flight:
+        """Move the anchor by what came of the exchange, and x with it. Returns the flight, which has ended.
+
+        If the exchange was not taken, nothing moves but a worker whose x is of no use, which goes back to the anchor.
+        """
+        flight, self.flight = self.flight, None
+        assert flight is not None
+        if not self.finish(flight):
+            if bool(flight.bad):
+                self.go_to_anchor()
+            return flight
+        self.rounds += 1
+        if outer is None and flight.mean is None:
+            assert flight.averaged is not None
+            self.feedback.memory.apply(self.anchor.flat, flight.averaged)
+        else:
+            mean = flight.mean
+            if mean is None:
+                assert flight.averaged is not None
+                mean = self._mean(flight.averaged, "mean")
+            if outer is None:
+                self.anchor.flat.sub_(mean)
+            else:
+                for leaf, grad in zip(self.leaves, self.views(mean), strict=True):
+                    leaf.grad = grad
+                outer.step()
+                for leaf in self.leaves:
+                    leaf.grad = None
+        self._move(flight.before, blend)
+        return flight
+
+    def _move(self, before: Sequence[Tensor], blend: float | None) -> None:
+        """x <- a, and what this worker has moved since the start; with `blend` x <- (1 - blend) a + blend x."""
+        if not before:
+            self.go_to_anchor()
+            return
+        for p, x, a, s in zip(self.parameters, self.tensors(), self.anchor.views, before, strict=True):
+            if not p.requires_grad:
+                continue
+            start = a.to(x.device, x.dtype).to(torch.promote_types(x.dtype, torch.float32))
+            if blend is None:
+                x.copy_((x.to(start.dtype) - s).add_(start))
+            else:
+                x.copy_(torch.lerp(start, x.to(start.dtype), blend))
+
+    def go_to_anchor(self) -> None:
+        """x <- a, but for frozen parameters."""
+        for p, x, a in zip(self.parameters, self.tensors(), self.anchor.views, strict=True):
+            if p.requires_grad:
+                x.copy_(a)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fragment's state by parameter, tensors and plain types, once an exchange under way is finished."""
+        flight, n = self.flight, self.compressed_d
+        state: dict[str, Any] = {
+            "rounds": self.rounds,
+            "anchor": self._named(self.anchor.flat),
+            "pending": self._named(self.feedback.memory.vector),
+            "held": {name: vector[:n].clone() for name, vector in self.feedback.held().items()},
+            "aggregator": self.feedback.aggregator.state_dict() if self._compressor is not None else {},
+            "flight": None,
+        }
+        if flight is not None:
+            before = {place.name: s.clone() for place, s in zip(self.places, flight.before, strict=True)}
+            kept: dict[str, Any] = {"due": flight.due, "taken": flight.taken, "before": before, "mean": {}}
+            if flight.taken:
+                assert flight.mean is not None
+                kept["mean"] = self._named(flight.mean)
+            state["flight"] = kept
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any], compressor: Compressor) -> None:
+        """Restore `state_dict`; `compressor` is that of the rounds taken so far."""
+        self.rounds = state["rounds"]
+        for key, flat in (("anchor", self.anchor.flat), ("pending", self.feedback.memory.vector)):
+            for place, view in self.named(flat):
+                view.copy_(state[key][place.name])
+        self._compressor = None
+        self.feedback.use(None)
+        self.prepare(compressor)
+        held, n = self.feedback.held(), self.compressed_d
+        if held.keys() == state["held"].keys():
+            for name, vector in held.items():
+                vector[:n].copy_(state["held"][name])
+            self.feedback.aggregator.load_state_dict(state["aggregator"], self.anchor.flat.device)
+        self.flight = self._flight(state["flight"]) if state["flight"] else None
+
+    def _flight(self, saved: Mapping[str, Any]) -> Flight:
+        device, mean = self.anchor.flat.device, None
+        if saved["taken"]:
+            mean = self.zeros().flat
+            for place, view in self.named(mean):
+                view.copy_(saved["mean"][place.name])
+        here = self.tensors()
+        before = [saved["before"][place.name].to(x, copy=True) for place, x in zip(self.places, here, strict=True)]
+        nothing = torch.zeros(0, device=device)
+        bad = torch.tensor(False, device=device)
+        return Flight(saved["due"], None, nothing, bad, before=before, mean=mean, taken=saved["taken"])
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        return {place.name: view.clone() for place, view in self.named(flat)}

@@ -1,0 +1,684 @@
+"""LocalUpdates: workers step apart with any optimizer, and exchange what they have moved, compressed, now and then.
+
+Read `LocalUpdates._attempted` first. A fragment's exchange is in `fragment`: every `every` inner steps
+
+    v = decay e + (a - x) + xi              a: the anchor, where workers last agreed to be; x: this worker's parameters
+    e <- v - C(v)                           what is not sent waits
+    a <- outer step along mean_i C(v_i)     the same on all workers
+    x <- a                                  or `delay` steps later a, and what was moved meanwhile
+
+With every=1, plain SGD inside and no outer optimizer that is Algorithm 1. The design is that of DiLoCo (Douillard et
+al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019, Algorithm 1).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.comm.communicator import Channel, check_agreement, ring_all_reduce
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.select_aggregator import warn_of_nothing
+from packsaddle.compressors import Compressor, Identity, TopK
+from packsaddle.numerics.kernels import compiler
+from packsaddle.numerics.seeds import as_seed
+from packsaddle.optim.compression import Compression, Schedule
+from packsaddle.optim.ddp_buckets import Background
+from packsaddle.optim.fragment import Flight, Fragment, Reduction, local_part
+from packsaddle.optim.layout import Place, goes_dense
+from packsaddle.optim.saved_state import check_identity, check_shape
+from packsaddle.optim.stages.drift import Drift, DriftGuard, fingerprint
+from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
+from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.optim.stages.nonfinite import THE_MEAN, Skip, Skips
+
+Outer = Callable[[list[Any]], Optimizer]
+FORMAT = 1  # of saved states
+
+
+class LocalUpdates:
+    """Local updates of any torch optimizer, averaged over workers with compression and error feedback.
+
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        local = packsaddle.LocalUpdates(optimizer, every=30, compressor=packsaddle.TopK(1 / 32))
+
+    The training loop stays as it is: each `optimizer.step()` is counted, and the steps after which an exchange is due
+    do it. Gradients must not be exchanged as well: no DistributedDataParallel between workers (where a framework wraps
+    the model in one, see `keep_gradients_local`).
+
+    Args:
+        optimizer: what steps on each worker: any torch optimizer of floating-point parameters on one device, DTensors
+            of FSDP2 and tensor parallelism among them, of which each process exchanges its own shard.
+        every: H, inner steps between two exchanges of a fragment.
+        compressor: C, or a function of the round that gives it, or a `Compression` with more about the exchange.
+        outer: makes the optimizer of the anchor out of its tensors, float32 or wider, such as
+            `lambda anchors: torch.optim.SGD(anchors, lr=0.7, momentum=0.9, nesterov=True)`; its gradient is the mean of
+            what workers sent. None moves the anchor by that mean.
+        decay: what the error memory is multiplied by in each round, in (0, 1]; below 1 errors are forgotten in time.
+        fragments: P, parts of the model, cut by the order of the parameters and balanced by bytes, that are exchanged
+            at different steps, every / P apart.
+        delay: inner steps that an exchange goes on beside, below `every`. It needs a copy of the fragment.
+        blend: with a delay, x becomes (1 - blend) a + blend x where an exchange lands, as Streaming DiLoCo has it;
+            None has it become a and what was moved meanwhile.
+        noise: standard deviation of each coordinate of xi in the units of parameters, the same on every worker, added
+            in each round; or a function of the round that gives it.
+        escape: the escape check of lines 4-8 of Algorithm 1, made on the anchor after each round; its interval and
+            `every` count rounds. One fragment and no delay.
+        reduction: "mean" over workers, which error feedback rests on; or "senders": over the workers that sent a
+            coordinate, as SparseLoCo's reference has it, which breaks y = a - mean e.
+        offload: keep anchor and error memory, and so the outer optimizer's state, on the CPU.
+        seed: of all shared randomness; the same on every worker.
+        scaler: the GradScaler that steps the optimizer, so that a step which it leaves out on one worker is counted
+            there too.
+        process_group: the workers that exchange; None is the default group if there is one, else this process alone.
+
+    A round in which a worker's x is not finite is left out by all: that worker goes back to the anchor, and forgets
+    the inner optimizer's state of tensors of which it is not finite; the others keep what they have moved for the next
+    round. It is entered in `skips`.
+
+    Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
+    step, on every worker. Raises ValueError or TypeError for bad arguments, also if workers differ in them, and
+    RuntimeError at the first step if gradients are equal on all workers, since then they have been exchanged.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        every: int = 30,
+        compressor: Compressor | Schedule | Compression = TopK(1 / 32),  # noqa: B008 -- immutable
+        outer: Outer | None = None,
+        decay: float = 1.0,
+        fragments: int = 1,
+        delay: int = 0,
+        blend: float | None = None,
+        noise: float | Callable[[int], float] = 0.0,
+        escape: Escape | None = None,
+        reduction: Reduction = "mean",
+        offload: bool = False,
+        seed: int = 0,
+        scaler: torch.amp.GradScaler | None = None,
+        process_group: Any = None,
+    ) -> None:
+        self.optimizer = _innermost(optimizer)
+        self._compression = Compression.of(compressor)
+        self.every, self.delay, self.decay, self.blend = every, delay, decay, blend
+        self.reduction, self.seed = reduction, as_seed(seed)
+        _check_numbers(self, fragments, offload)
+        _check_compression(self._compression)
+        self._parameters = _parameters(self.optimizer)
+        _check_parameters(self._parameters)
+        self._shapes = {name: local_part(p).shape for name, p in self._parameters.items()}
+        self._bytes = sum(local_part(p).nbytes for p in self._parameters.values())
+        self._agree = _Shards(self._parameters.values())
+        self.steps = 0  # n: attempted inner steps
+        self.resets: list[Reset] = []
+
+        # Workers, and where exchanges are carried out: beside the steps if they may take a while and can.
+        group = resolve(process_group)
+        home = local_part(next(iter(self._parameters.values()))).device
+        device = torch.device("cpu") if offload else home
+        beside = group.beside(device) if delay and group.size > 1 else None
+        self.ledger = Ledger()
+        self._channel = Channel(beside or group, self.ledger)
+        self._background = Background(device) if beside is not None else None
+
+        # x, the same on all workers; its fragments.
+        with torch.no_grad():
+            for p in self._parameters.values():
+                self._channel.broadcast(local_part(p), "start")
+            self._fragments = self._cut(fragments, device)
+        d = sum(part.compressed_d for part in self._fragments)
+        warn_of_nothing(self._compression.at(0), d, self._compression.dense_below, stacklevel=2)
+        for part in self._fragments:
+            part.prepare(self._compression.at(0))
+
+        # Stages of a round.
+        self.outer = outer(self._leaves()) if outer is not None else None
+        if self.outer is not None and not isinstance(self.outer, Optimizer):
+            raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(self.outer).__name__}")
+        self._noise = Perturbation(noise)
+        self._skips = Skips(self._compression.max_skipped, self._channel.group.rank)
+        self._drift = DriftGuard(self._compression.compare_every, self._compression.on_drift, self._channel)
+        self._escape = self._escape_check(escape)
+        self._check_same(noise, escape, fragments)
+
+        # The optimizer's steps.
+        self.optimizer.register_step_pre_hook(self._before_step)
+        if scaler is None:
+            self.optimizer.register_step_post_hook(self._after_step)
+        else:
+            self._count_attempts_of(scaler)
+
+    def _cut(self, fragments: int, device: torch.device) -> list[Fragment]:
+        """Cut the parameters in fragments by their order; replicated DTensors are compressed apart from sharded ones.
+
+        What is replicated over shards must come out alike on all of them, so its choice of coordinates must not depend
+        on what only one shard has.
+        """
+        names, dense_below = list(self._parameters), self._compression.dense_below
+        dense = {name: goes_dense(self._parameters[name], dense_below) for name in names}
+        places, start = {}, 0
+        for name in sorted(names, key=lambda name: dense[name]):  # stable: compressed, then dense
+            part = local_part(self._parameters[name])
+            places[name] = Place(name, part, dense[name], start)
+            start += part.numel()
+        compressed_d = sum(place.size for place in places.values() if not place.dense)
+        found = []
+        for i, members in enumerate(_balanced(names, [places[name].size for name in names], fragments)):
+            for replicated in (False, True):
+                mine = [n for n in members if _is_replicated(self._parameters[n]) == replicated]
+                if mine:
+                    found.append(
+                        Fragment(
+                            [places[name] for name in mine],
+                            self._parameters,
+                            device,
+                            offset=i * self.every // fragments,
+                            compression=self._compression,
+                            channel=self._channel,
+                            d=compressed_d,
+                            seed=self.seed,
+                        )
+                    )
+        return found
+
+    def _leaves(self) -> list[Any]:
+        """The anchor's tensors, in the optimizer's order."""
+        by_name = {p.name: leaf for part in self._fragments for p, leaf in zip(part.places, part.leaves, strict=True)}
+        return [by_name[name] for name in self._parameters]
+
+    def _escape_check(self, rule: Escape | None) -> EscapeCheck | None:
+        if rule is None:
+            return None
+        if len(self._fragments) > 1 or self.delay:
+            raise ValueError("escape needs fragments=1, delay=0 and no tensor parallelism: it compares whole anchors")
+        (whole,) = self._fragments
+
+        def objective() -> float | Tensor:
+            whole.go_to_anchor()
+            return rule.objective()
+
+        x = _Anchor(whole.anchor.flat, whole.compressed_d)
+        return EscapeCheck(replace(rule, objective=objective), x, self._channel, self.seed)
+
+    def _check_same(self, noise: object, escape: object, fragments: int) -> None:
+        same: dict[str, object] = {"every": self.every, "compressor": self._compression, "decay": self.decay}
+        same |= {"fragments": fragments, "delay": self.delay, "blend": self.blend, "noise": noise, "escape": escape}
+        same |= {
+            "reduction": self.reduction,
+            "seed": self.seed,
+            "kernels": compiler(self._fragments[0].anchor.flat.device),
+        }
+        same |= {"outer": None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)}
+        same |= {
+            f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(self._parameters.items())
+        }
+        check_agreement(self._channel, same, self._fragments[0].anchor.flat.device)
+
+    def _count_attempts_of(self, scaler: torch.amp.GradScaler) -> None:
+        """Count what a GradScaler is asked to do, so that workers stay in step when one of them leaves a step out."""
+        if not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+        step = scaler.step
+
+        def counted(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            result = step(optimizer, *args, **kwargs)
+            if _innermost(optimizer) is self.optimizer:
+                self._attempted()
+            return result
+
+        scaler.step = counted  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Before the first step weights may have been loaded."""
+        if self.steps == 0:
+            for part in self._fragments:
+                part.meet()
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._attempted()
+
+    @torch.no_grad()
+    def _attempted(self) -> None:
+        """Count an inner step, taken or left out by a scaler, and do what is due after it."""
+        self.steps += 1
+        if self.steps == 1:
+            self._check_start()
+        for part in self._fragments:
+            if part.flight is not None and part.flight.due == self.steps:
+                self._land(part)
+        for part in self._fragments:
+            if (self.steps + part.offset) % self.every == 0:
+                self._start(part)
+
+    def _start(self, part: Fragment) -> None:
+        """Begin a round of a fragment; without a delay it ends at once."""
+        noise = self._noise.at(seed=self.seed, step=part.rounds)
+        due, compressor = self.steps + self.delay, self._compression.at(part.rounds)
+        self._depart(part, compressor, noise, due)
+        if not self.delay:
+            self._land(part)
+
+    def _depart(self, part: Fragment, compressor: Compressor, noise: Any, due: int) -> None:
+        later = due > self.steps
+        flight = part.start(compressor, noise, self.decay, due, self._agree, later=later)
+        send = partial(part.send, flight, self.steps - 1, reduction=self.reduction, dense=later)
+        if self._background is None or not later:
+            self._beside(send)
+        else:
+            flight.promise = self._background.promise()
+            self._background.submit(send, [(flight.promise, flight.v)])
+
+    def _beside(self, work: Callable[[], object]) -> None:
+        """Do what is collective, after all that was begun in the background."""
+        if self._background is None:
+            work()
+            return
+        promise = self._background.promise()
+        self._background.submit(work, [(promise, torch.zeros(0))])
+        promise.future.wait()
+
+    def _finish(self, part: Fragment) -> bool:
+        """Wait for a fragment's exchange; whether it is taken."""
+        flight = part.flight
+        assert flight is not None
+        if flight.promise is not None:
+            flight.promise.future.wait()
+            flight.promise = None
+        return part.finish(flight)
+
+    def _land(self, part: Fragment) -> bool:
+        """End a round of a fragment; whether it was taken."""
+        self._finish(part)
+        t, flight = part.rounds, part.land(self.outer, self.blend)
+        if not flight.taken:
+            self._leave_out(t, flight)
+            return False
+        self._skips.took()
+        if self._drift.due(t) and part is self._fragments[-1]:
+            self._beside(partial(self._compare, t))
+        self._check_escape(part)
+        return True
+
+    def _leave_out(self, t: int, flight: Flight) -> None:
+        """Enter a round that was not taken."""
+        workers = tuple(worker for worker, name in enumerate(flight.names) if name)
+        name = flight.names[workers[0]] if workers else THE_MEAN
+        if bool(flight.bad):
+            _forget_nonfinite(self.optimizer)
+        self._skips.enter(Skip(t, workers, f"the local update of {name}" if workers else name))
+        self._skips.check(self._skips.in_a_row)
+
+    def _compare(self, t: int) -> None:
+        """Compare anchors of all fragments, which must be equal on all workers."""
+
+        def named() -> list[tuple[str, Tensor]]:
+            return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
+
+        self._drift.compare(t, [part.anchor.flat for part in self._fragments], named)
+
+    def _check_escape(self, part: Fragment) -> None:
+        """Lines 4-8, on the anchor."""
+        if self._escape is None:
+            return
+        try:
+            reset, lost = self._escape.run(part.rounds, part.feedback.pending())
+        finally:
+            part.go_to_anchor()
+        if reset is not None:
+            part.feedback.reset(lost)
+            self.resets.append(reset)
+
+    def _check_start(self) -> None:
+        """See that workers began at one x, and that nobody else exchanges gradients."""
+        if self._channel.group.size == 1:
+            return
+        anchors = torch.stack([fingerprint(part.anchor.flat) for part in self._fragments]).sum().cpu()
+        grads = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
+        whole = torch.stack([fingerprint(g) for g in grads]).sum().cpu() if grads else anchors.new_zeros(())
+        device, gathered = self._fragments[0].anchor.flat.device, list[Any]()
+        mine = {"prints": torch.stack([anchors, whole]).to(device)}
+        self._beside(lambda: gathered.extend(self._channel.gather(mine, fixed_size=True, purpose="start")))
+        prints = [parts["prints"].tolist() for parts in gathered]
+        others = [worker for worker, (anchor, _) in enumerate(prints) if anchor != prints[0][0]]
+        if others:
+            raise RuntimeError(
+                f"workers must begin at the same parameters, but worker {others[0]} differs from worker 0: load "
+                f"weights on all workers, or before LocalUpdates is made"
+            )
+        if grads and any(bool(g.any()) for g in grads) and all(grad == prints[0][1] for _, grad in prints):
+            raise RuntimeError(
+                f"gradients are equal bit for bit on all {len(prints)} workers at the first step: either they are "
+                f"exchanged as well (by DistributedDataParallel, say; see packsaddle.keep_gradients_local), or all "
+                f"workers have the same batch (DistributedSampler?)"
+            )
+
+    @property
+    def rounds(self) -> int:
+        """Exchanges of fragments that have landed and were taken."""
+        return sum(part.rounds for part in self._fragments)
+
+    @property
+    def skips(self) -> list[Skip]:
+        """The rounds that were left out since this was made or loaded."""
+        return self._skips.list
+
+    @property
+    def skipped(self) -> int:
+        """How many rounds were left out, all in all."""
+        return self._skips.count
+
+    @property
+    def drifts(self) -> list[Drift]:
+        """Where workers' anchors were found apart (see `Compression.compare_every`)."""
+        return self._drift.found
+
+    @property
+    def contraction(self) -> float | None:
+        """The share of its energy that this worker's v kept when last measured (see `Compression.monitor_every`)."""
+        found = [part.monitor.whole for part in self._fragments if part.monitor.whole is not None]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def uncompressed(self) -> Bytes:
+        """What this worker would have moved by now had gradients been exchanged at every step: a ring all-reduce."""
+        return ring_all_reduce(self.steps * self._bytes, self._channel.group.size)
+
+    @torch.no_grad()
+    def error(self) -> Tensor:
+        """Return the mean over workers of what has not been sent, e + a - x, float[d], in the optimizer's order.
+
+        Collective; waits for exchanges under way. d counts this process's shards.
+        """
+        found: dict[str, Tensor] = {}
+        for part in self._fragments:
+            if part.flight is not None:
+                self._finish(part)
+            pending = part.feedback.pending().clone()
+            for x, a, view in zip(part.tensors(), part.anchor.views, part.views(pending), strict=True):
+                view.add_(a.to(x.dtype).to(a.dtype).sub(x.to(a.device)))
+            self._beside(partial(self._channel.mean, pending, "inspection"))
+            found |= {place.name: view for place, view in part.named(pending)}
+        return torch.cat([found[name].reshape(-1) for name in self._parameters])
+
+    def anchor(self) -> dict[str, Tensor]:
+        """Return copies of the anchor, the same on all workers, by parameter; of this process's shards."""
+        found = {place.name: v.clone() for part in self._fragments for place, v in part.named(part.anchor.flat)}
+        return {name: found[name] for name in self._parameters}
+
+    @contextmanager
+    def at_anchor(self) -> Iterator[None]:
+        """Have the parameters at the anchor for a while: to evaluate, certify or save one model for all workers."""
+        with torch.no_grad():
+            before = [[x.clone() for x in part.tensors()] for part in self._fragments]
+            for part in self._fragments:
+                part.go_to_anchor()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for part, kept in zip(self._fragments, before, strict=True):
+                    for x, old in zip(part.tensors(), kept, strict=True):
+                        x.copy_(old)
+
+    @torch.no_grad()
+    def flush(self) -> bool:
+        """Exchange all that is pending, uncompressed, so that all workers have the anchor and no errors; collective.
+
+        For the end of training. What is under way lands first; then each fragment has a round with C(v) = v, without
+        noise. Returns whether all of it was taken.
+        """
+        taken = True
+        for part in self._fragments:
+            if part.flight is not None:
+                taken &= self._land(part)
+        for part in self._fragments:
+            self._depart(part, Identity(), None, self.steps)
+            taken &= self._land(part)
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state, tensors and plain types; collective where an exchange is under way.
+
+        It has anchors, error memories, what is under way, the outer optimizer's state and the counts. The parameters
+        and the inner optimizer's state are each worker's own, and are saved beside it, on every worker.
+        """
+        for part in self._fragments:
+            if part.flight is not None:
+                self._finish(part)
+        return {
+            "format": FORMAT,
+            "identity": self._identity(),
+            "steps": self.steps,
+            "fragments": [part.state_dict() for part in self._fragments],
+            "outer": None if self.outer is None else self.outer.state_dict(),
+            "escape": None if self._escape is None else self._escape_state(),
+            "skips": self._skips.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "resets": [asdict(reset) for reset in self.resets],
+            "drifts": [asdict(drift) for drift in self.drifts],
+        }
+
+    def _escape_state(self) -> dict[str, Any]:
+        assert self._escape is not None
+        (whole,) = self._fragments
+        anchor = {place.name: view.clone() for place, view in whole.named(self._escape.anchor)}
+        return {"anchor": anchor, "anchor_step": self._escape.anchor_step}
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
+        if state.get("format") != FORMAT:
+            raise ValueError(f"the state must have format {FORMAT} of LocalUpdates, found {state.get('format')!r}")
+        check_identity(state["identity"], self._identity())
+        for part, saved in zip(self._fragments, state["fragments"], strict=True):
+            for place in part.places:
+                for key in ("anchor", "pending"):
+                    shape = self._shapes[place.name]
+                    check_shape(f"{key} of {place.name}", saved[key].get(place.name), shape)
+        for name, here in (("outer", self.outer), ("escape", self._escape)):
+            if (state[name] is None) != (here is None):
+                have = ["none", "one"]
+                raise ValueError(
+                    f"{name}: there is {have[here is not None]} here, and {have[here is None]} in the state"
+                )
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        self.check_state_dict(state)
+        for part, saved in zip(self._fragments, state["fragments"], strict=True):
+            part.load_state_dict(saved, self._compression.at(max(0, saved["rounds"] - 1)))
+        if self.outer is not None:
+            self.outer.load_state_dict(state["outer"])
+        if self._escape is not None:
+            (whole,) = self._fragments
+            for place, view in whole.named(self._escape.anchor):
+                view.copy_(state["escape"]["anchor"][place.name])
+            self._escape.anchor_step = state["escape"]["anchor_step"]
+        self.steps = state["steps"]
+        self._skips.load_state_dict(state["skips"])
+        self.ledger.load_state_dict(state["ledger"])
+        self.resets = [Reset(**reset) for reset in state["resets"]]
+        self._drift.found = [Drift(**drift) for drift in state["drifts"]]
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same where a state is loaded as where it was saved."""
+        group = self._channel.group
+        return {
+            "seed": self.seed,
+            "rank": group.rank,
+            "workers": group.size,
+            "every": self.every,
+            "fragments": len(self._fragments),
+            "delay": self.delay,
+        }
+
+    trains_apart = True  # between rounds each worker has parameters and an inner optimizer's state of its own
+
+    def split_state(
+        self, state: Mapping[str, Any], workers: int
+    ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
+        """Return what another number of workers is to have the mean of, by its place, and what all must have.
+
+        What an owner of a two-way exchange holds back is an error of the mean, so it counts once for every worker.
+        """
+        means: dict[tuple[Any, ...], Tensor] = {}
+        rest = {k: v for k, v in state.items() if k not in ("fragments", "ledger", "skips")}
+        rest["identity"] = {k: v for k, v in state["identity"].items() if k != "rank"}
+        rest["fragments"] = []
+        for i, (part, saved) in enumerate(zip(self._fragments, state["fragments"], strict=True)):
+            pending = {name: error.double() for name, error in saved["pending"].items()}
+            for vector in saved["held"].values():
+                padded = torch.nn.functional.pad(vector.double(), (0, part.d - part.compressed_d))
+                for place, view in part.named(padded):
+                    pending[place.name] = pending[place.name] + workers * view
+            means |= {("fragments", i, "pending", name): error for name, error in pending.items()}
+            flight = saved["flight"]
+            if flight is not None:
+                means |= {("fragments", i, "flight", "before", name): x for name, x in flight["before"].items()}
+                flight = {k: v for k, v in flight.items() if k != "before"}
+            equal = {k: v for k, v in saved.items() if k not in ("pending", "held", "aggregator")}
+            rest["fragments"].append(equal | {"flight": flight})
+        return means, rest
+
+    def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
+        """Put means in a state, in place, and make it this worker's."""
+        for (*path, name), mean in means.items():
+            place: Any = state
+            for key in path:
+                place = place[key]
+            place[name] = mean.to(place[name].dtype)
+        for saved in state["fragments"]:
+            for vector in saved["held"].values():  # the means of the memories have it
+                vector.zero_()
+        here = self._identity()
+        state["identity"] |= {name: here[name] for name in ("rank", "workers")}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copying and pickling: optimizer, anchor and group belong together. Use `state_dict`."""
+        raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")
+
+
+class _Anchor:
+    """The anchor as the escape check sees it: a flat vector, float[d], its first coordinates compressed."""
+
+    def __init__(self, x: Tensor, compressed_d: int) -> None:
+        self.x, self.compressed_d = x, compressed_d
+
+
+class _Shards:
+    """Agreement of the processes that have shards of one worker's parameters, by the meshes of DTensors."""
+
+    def __init__(self, parameters: Any) -> None:
+        meshes: set[Any] = {p.device_mesh for p in parameters if hasattr(p, "device_mesh")}
+        self._groups = [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim) if mesh.size(i) > 1]
+
+    def __call__(self, bad: Tensor) -> Tensor:
+        """Return whether it is so on any shard, bool[]; collective over the shards."""
+        if not self._groups:
+            return bad
+        found = bad.to(torch.int32).reshape(1)
+        for group in self._groups:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+        return found[0] > 0
+
+
+def _innermost(optimizer: Any) -> Optimizer:
+    """The optimizer that steps, in what a framework has wrapped around it (Accelerate's has no hooks of its own)."""
+    while not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+        optimizer = inner
+    if hasattr(optimizer, "channel"):
+        raise TypeError(f"optimizer must step on this worker alone, and {type(optimizer).__name__} exchanges by itself")
+    return optimizer
+
+
+def _parameters(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The optimizer's parameters that are trained, by name."""
+    groups = optimizer.param_groups
+    names = [name for group in groups for name in group.get("param_names", [])]
+    parameters = [p for group in groups for p in group["params"]]
+    names = names or [f"parameter {i}" for i in range(len(parameters))]
+    return {name: p for name, p in zip(names, parameters, strict=True) if p.requires_grad}
+
+
+def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    if not parameters:
+        raise ValueError("optimizer must have parameters that require gradients, and has none")
+    device, seen = local_part(next(iter(parameters.values()))).device, dict[int, str]()
+    for name, p in parameters.items():
+        part = local_part(p)
+        if not part.is_floating_point():
+            raise ValueError(f"parameters must be floating point, but {name} is {part.dtype}")
+        if part.device != device:
+            raise ValueError(f"parameters must be on one device, but {name} is on {part.device} and others on {device}")
+        if part.numel() and seen.setdefault(part.data_ptr(), name) != name:
+            raise ValueError(f"parameters must not share memory, but {seen[part.data_ptr()]} and {name} do")
+
+
+def _check_compression(compression: Compression) -> None:
+    if compression.memory != "buffer":
+        raise ValueError(f'memory must be "buffer" for local updates, got {compression.memory!r}')
+    compression.at(0)
+
+
+def _check_numbers(local: LocalUpdates, fragments: int, offload: bool) -> None:
+    for name, value, least in (("every", local.every, 1), ("fragments", fragments, 1), ("delay", local.delay, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if fragments > local.every:
+        raise ValueError(f"fragments must be at most every = {local.every}, so that each has a step, got {fragments}")
+    if local.delay >= local.every:
+        raise ValueError(
+            f"delay must be below every = {local.every} steps, so that rounds do not meet, got {local.delay}"
+        )
+    if not (isinstance(local.decay, int | float) and math.isfinite(local.decay) and 0 < local.decay <= 1):
+        raise ValueError(f"decay must be in (0, 1], got {local.decay!r}")
+    if local.blend is not None and not 0 <= local.blend <= 1:
+        raise ValueError(f"blend must be None or in [0, 1], got {local.blend!r}")
+    if local.blend is not None and not local.delay:
+        raise ValueError("blend needs a delay above 0: without one there is nothing to blend with")
+    if local.reduction not in get_args(Reduction):
+        raise ValueError(f'reduction must be "mean" or "senders", got {local.reduction!r}')
+
+
+def _is_replicated(parameter: Tensor) -> bool:
+    """Whether all processes of a DTensor's mesh have the whole of it."""
+    placements = getattr(parameter, "placements", ())
+    return bool(placements) and all(placement.is_replicate() for placement in placements)
+
+
+def _balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[list[str]]:
+    """Cut a list in consecutive parts of about equal total size, none of them empty."""
+    if parts > len(names):
+        raise ValueError(f"fragments must be at most the number of parameters, {len(names)}, got {parts}")
+    total, done, found = sum(sizes), 0, [list[str]() for _ in range(parts)]
+    at = 0
+    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        middle = (done + size / 2) / total if total else 0.0
+        left = len(names) - i
+        while at < parts - 1 and found[at] and (middle >= (at + 1) / parts or left <= parts - 1 - at):
+            at += 1
+        found[at].append(name)
+        done += size
+    return found
+
+
+def _forget_nonfinite(optimizer: Optimizer) -> None:
+    """Forget the state of parameters of which it is not finite, as if they had not been stepped yet."""
+    for p in list(optimizer.state):
+        tensors = [t for t in optimizer.state[p].values() if isinstance(t, Tensor) and t.is_floating_point()]
+        if not all(bool(local_part(t).isfinite().all()) for t in tensors):
+            del optimizer.state[p]
