@@ -1,0 +1,256 @@
+"""Local updates with AdamW beside gradients at every step: validation loss by learning rate and bytes, four workers.
+
+The character transformer of benchmarks/adamw.py (0.36 million parameters, the reference of the Python language; warm-up
+and cosine decay), 32 windows a step for all methods, so equal tokens. Rows go to a CSV file as runs finish, and a run
+that is in it is not made again. Workers take turns in one process (see `packsaddle.simulate`), but for those with a
+hook, which are gloo processes:
+
+    python benchmarks/local_updates.py search    # every method and rate, seed 0
+    python benchmarks/local_updates.py seeds     # seeds 1 and 2 at each method's best rate
+    python benchmarks/local_updates.py table     # what the runs say
+"""
+
+import argparse
+import csv
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import packsaddle
+from packsaddle.comm import process_group
+from packsaddle.comm.group import resolve
+from packsaddle.comm.launch import launch
+from packsaddle.experiments import DataConfig, ModelConfig
+from packsaddle.experiments.tasks import Batches, load_data, make_task, shard
+
+
+def nesterov(anchors: list[Any]) -> torch.optim.Optimizer:
+    """DiLoCo's outer optimizer (Douillard et al. 2023)."""
+    return torch.optim.SGD(anchors, lr=0.7, momentum=0.9, nesterov=True)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How workers exchange: gradients behind a hook if there is one, or local updates if `every` is given."""
+
+    compressor: packsaddle.Compressor | None = None
+    every: int | None = None
+    outer: Callable[[list[Any]], torch.optim.Optimizer] | None = None
+    decay: float = 1.0
+    fragments: int = 1
+    delay: int = 0
+
+
+METHODS = {
+    "dense, every step": Method(),
+    "hook, TopK 10%": Method(packsaddle.TopK(0.1)),
+    "hook, TopK 1%": Method(packsaddle.TopK(0.01)),
+    "DiLoCo, 8": Method(packsaddle.Identity(), 8, nesterov),
+    "DiLoCo, 30": Method(packsaddle.Identity(), 30, nesterov),
+    "mean of 8": Method(packsaddle.Identity(), 8),
+    "mean of 30": Method(packsaddle.Identity(), 30),
+    "local 8, TopK 1/32 int8": Method(packsaddle.TopK(1 / 32, values="int8"), 8),
+    "local 30, TopK 1/32 int8": Method(packsaddle.TopK(1 / 32, values="int8"), 30),
+    "local 8, TopK 1/32 int8, Nesterov": Method(packsaddle.TopK(1 / 32, values="int8"), 8, nesterov),
+    "local 30, TopK 1/32 int8, Nesterov": Method(packsaddle.TopK(1 / 32, values="int8"), 30, nesterov),
+}
+RATES = (0.001, 0.002, 0.004)
+WORKERS, BATCH, STEPS, WARM_UP = 4, 8, 800, 50
+MODEL = ModelConfig("char-transformer", width=96, depth=3, heads=4)
+FIELDS = ("method", "rate", "seed", "steps", "validation_loss", "training_loss", "sent_kB_a_step", "s")
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Return the share of the peak rate: linear warm-up, then a cosine to a tenth."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
+
+
+def train(method: str, rate: float, seed: int, steps: int) -> dict[str, object]:
+    """Train one model on this worker's shard and return its row."""
+    group, cpu, how = resolve(None), torch.device("cpu"), METHODS[method]
+    data, held_out = texts()
+    network = make_task(MODEL, data.shape, data.classes, seed=seed)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
+    exchange = Exchange(network, optimizer, how)
+    mine = shard(data, "iid", worker=group.rank, workers=group.size, seed=seed)
+    batches, losses, start = Batches(mine, BATCH, worker=group.rank, seed=seed), [], time.perf_counter()
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = exchange.model(*data.batch(batches[step], cpu))
+        loss.backward()
+        exchange.of_gradients()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+    taken, sent = time.perf_counter() - start, exchange.sent(steps)
+    exchange.end()
+    with torch.no_grad():
+        windows = torch.arange(group.rank, len(held_out), group.size).split(256)
+        total = torch.tensor([sum(float(network(*held_out.batch(index, cpu))) * len(index) for index in windows)])
+        last = torch.tensor([statistics.fmean(losses[-max(1, steps // 10) :]) / group.size])
+        for value in (total, last):
+            group.all_reduce(value)
+    return {
+        "method": method,
+        "rate": rate,
+        "seed": seed,
+        "steps": steps,
+        "validation_loss": round(float(total) / len(held_out), 4),
+        "training_loss": round(float(last), 4),
+        "sent_kB_a_step": round(sent / steps / 1e3, 2),
+        "s": round(taken, 1),
+    }
+
+
+@cache
+def texts() -> tuple[Any, Any]:
+    """Return the text to train on, and what is held out."""
+    return load_data(DataConfig("text"), None, train=True), load_data(DataConfig("text"), None, train=False)
+
+
+class Exchange:
+    """What workers exchange by a method, and the bytes of it."""
+
+    def __init__(self, network: torch.nn.Module, optimizer: torch.optim.Optimizer, how: Method) -> None:
+        self.model, self._network, self._local, self._hook = network, network, None, None
+        self._is_dense = how.compressor is None
+        if how.every is not None:
+            self._local = packsaddle.LocalUpdates(
+                optimizer,
+                every=how.every,
+                compressor=how.compressor or packsaddle.Identity(),
+                outer=how.outer,
+                decay=how.decay,
+                fragments=how.fragments,
+                delay=how.delay,
+            )
+        elif how.compressor is not None:
+            self.model = DistributedDataParallel(network)
+            self._hook = packsaddle.register_ddp_hook(self.model, how.compressor, optimizer=optimizer)
+
+    def of_gradients(self) -> None:
+        """Average gradients, where that is the method and no hook does it."""
+        if self._is_dense:
+            grads = [p.grad for p in self._network.parameters() if p.grad is not None]
+            flat, group = torch.nn.utils.parameters_to_vector(grads), resolve(None)
+            group.all_reduce(flat)
+            torch.nn.utils.vector_to_parameters(flat / group.size, grads)
+
+    def sent(self, steps: int) -> float:
+        """Return the bytes that this worker has sent in all; of a ring, where gradients are averaged."""
+        if self._local is not None:
+            return training_bytes(self._local.ledger)
+        if self._hook is not None:
+            return training_bytes(self._hook.ledger)
+        payload = sum(p.numel() * p.element_size() for p in self._network.parameters())
+        return steps * payload * 2 * (WORKERS - 1) / WORKERS
+
+    def end(self) -> None:
+        """Have all workers at one model: what is pending is exchanged at the end, uncompressed, in no count."""
+        if self._local is not None:
+            self._local.flush()
+
+
+def training_bytes(ledger: packsaddle.Ledger) -> int:
+    """Return the bytes sent, but for what there is once: the parameters that all start from."""
+    return sum(moved.sent for purpose, moved in ledger.by_purpose.items() if purpose != "start")
+
+
+def work(jobs: list[tuple[str, float, int]], out: str, steps: int) -> None:
+    """Make runs with a hook one after the other; rank 0 writes a row as each is done."""
+    with process_group():
+        for job in jobs:
+            row = train(*job, steps)
+            if torch.distributed.get_rank() == 0:
+                append(Path(out), row)
+
+
+def make(jobs: list[tuple[str, float, int]], out: Path, steps: int) -> None:
+    """Make runs, those without a hook in this process."""
+    torch.set_num_threads(1)
+    for job in jobs:
+        if METHODS[job[0]].every is None and METHODS[job[0]].compressor is not None:
+            launch(work, ([job], str(out), steps), WORKERS)
+        else:
+            append(out, packsaddle.simulate(lambda _, job=job: train(*job, steps), WORKERS)[0])
+
+
+def append(out: Path, row: dict[str, object]) -> None:
+    new = not out.exists()
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(row, flush=True)
+
+
+def read(out: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(out.open())) if out.exists() else []
+
+
+def best_rate(rows: list[dict[str, str]], method: str) -> float:
+    """Return the rate of the least validation loss of seed 0."""
+    mine = [row for row in rows if row["method"] == method and row["seed"] == "0"]
+    return float(min(mine, key=lambda row: float(row["validation_loss"]))["rate"])
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Return the Markdown table: seed 0 by rate, and mean and range over seeds at the rate whose mean is least."""
+    lines = [
+        "| method | sent, kB a step | "
+        + " | ".join(f"{rate:g}" for rate in RATES)
+        + " | best rate: mean, range, seeds |",
+        "| --- " * (len(RATES) + 3) + "|",
+    ]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        by_rate = {
+            rate: [float(row["validation_loss"]) for row in mine if float(row["rate"]) == rate] for rate in RATES
+        }
+        first = {float(row["rate"]): float(row["validation_loss"]) for row in mine if row["seed"] == "0"}
+        most = max(map(len, by_rate.values()))
+        best = min((rate for rate in RATES if len(by_rate[rate]) == most), key=lambda r: statistics.fmean(by_rate[r]))
+        losses = by_rate[best]
+        spread = f"{best:g}: {statistics.fmean(losses):.3f}, {min(losses):.3f} to {max(losses):.3f}, {len(losses)}"
+        cells = [f"{first[rate]:.3f}" if rate in first else "-" for rate in RATES]
+        lines.append(f"| {method} | {mine[0]['sent_kB_a_step']} | {' | '.join(cells)} | {spread} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=("search", "seeds", "table"))
+    parser.add_argument("--out", type=Path, default=Path("experiments/local-updates/runs.csv"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, help="by default all, and for seeds each method's best")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    options = parser.parse_args()
+    rows = read(options.out)
+    if options.command == "table":
+        print(table(rows))
+        return
+    done = {(row["method"], float(row["rate"]), int(row["seed"])) for row in rows}
+    if options.command == "search":
+        jobs = [(method, rate, 0) for method in options.methods for rate in options.rates or RATES]
+    else:
+        rates = {method: options.rates or [best_rate(rows, method)] for method in options.methods}
+        jobs = [(method, rate, seed) for method in options.methods for rate in rates[method] for seed in (1, 2)]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    make([job for job in jobs if job not in done], options.out, options.steps)
+
+
+if __name__ == "__main__":
+    main()
