@@ -16,7 +16,15 @@ from torch import Tensor
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, check_share
 from packsaddle.compressors.selection import holding, largest
-from packsaddle.compressors.wire import ValueFormat
+from packsaddle.compressors.values import (
+    FORMATS,
+    ValueFormat,
+    decode_values,
+    encode_values,
+    value_bytes,
+    value_count,
+    value_retention,
+)
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import mix, sample_without_replacement
 
@@ -286,7 +294,7 @@ class RandomK(_OfEachTensor):
         """Return the share of the cells that is kept, at least k/d; times what rounding leaves."""
         n, m = self.grid(d)
         share = super().mu(d) if self.per_tensor or not d else m / n
-        return share * wire.value_retention(self.values)
+        return share * value_retention(self.values)
 
     def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
         """Return the kept cells, a pure function of (seed, step)."""
@@ -305,7 +313,7 @@ class RandomK(_OfEachTensor):
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         cells = self.cells(v.numel(), seed=seed, step=step, device=v.device)
-        return Message(wire.encode_values(cells.gather(v), self.values), cells)
+        return Message(encode_values(cells.gather(v), self.values), cells)
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         return Message(parts, self.cells(d, seed=seed, step=step, device=parts["values"].device))
@@ -315,10 +323,10 @@ class RandomK(_OfEachTensor):
         return cells.coordinates(d)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        message.context.add_to(out, wire.decode_values(message.parts, out.dtype), alpha)
+        message.context.add_to(out, decode_values(message.parts, self.values, out.dtype), alpha)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        return wire.value_bytes(self.grid(d)[1] * self.block(d), self.values, itemsize)
+        return value_bytes(self.grid(d)[1] * self.block(d), self.values, itemsize)
 
 
 class _CodedSupport(Compressor):
@@ -329,23 +337,23 @@ class _CodedSupport(Compressor):
     def _message(self, v: Tensor, index: Tensor) -> Message:
         """`index` increases."""
         return Message(
-            {"indices": wire.encode_indices(index, v.numel()), **wire.encode_values(v[index], self.values)}, index
+            {"indices": wire.encode_indices(index, v.numel()), **encode_values(v[index], self.values)}, index
         )
 
     def support_of(self, message: Message, d: int) -> Tensor:
         index: Tensor | None = message.context  # the sender still knows it
         return (
-            wire.decode_indices(message.parts["indices"], message.parts["values"].numel(), d)
+            wire.decode_indices(message.parts["indices"], value_count(message.parts, self.values), d)
             if index is None
             else index
         )
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         index = self.support_of(message, out.numel())
-        out.index_add_(0, index, wire.decode_values(message.parts, out.dtype), alpha=alpha)
+        out.index_add_(0, index, decode_values(message.parts, self.values, out.dtype), alpha=alpha)
 
     def _bytes(self, d: int, k: int, itemsize: int) -> float:
-        return math.ceil(wire.index_bits(d, k) / 8) + wire.value_bytes(k, self.values, itemsize)
+        return math.ceil(wire.index_bits(d, k) / 8) + value_bytes(k, self.values, itemsize)
 
 
 @dataclass(frozen=True)
@@ -362,7 +370,7 @@ class TopK(_CodedSupport, _OfEachTensor):
         _check_values(self, self.values)
 
     def mu(self, d: int) -> float:
-        return super().mu(d) * wire.value_retention(self.values)
+        return super().mu(d) * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
         """Give a section its share of the k largest; with `per_tensor` every tensor keeps its own k."""
@@ -395,7 +403,7 @@ class AdaptiveTopK(_CodedSupport):
         _check_values(self, self.values)
 
     def mu(self, d: int) -> float:
-        return self.share * wire.value_retention(self.values)
+        return self.share * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
         """Give a section what the smallest support of all sections holds of its energy."""
@@ -406,6 +414,5 @@ class AdaptiveTopK(_CodedSupport):
 
 
 def _check_values(compressor: Compressor, how: ValueFormat | None) -> None:
-    if how not in (None, "float32", "bfloat16", "float16", "int8"):
-        formats = "float32, bfloat16, float16 or int8"
-        raise ValueError(f"values of {type(compressor).__name__} must be {formats}, got {how!r}")
+    if how is not None and how not in FORMATS:
+        raise ValueError(f"values of {type(compressor).__name__} must be one of {', '.join(FORMATS)}, got {how!r}")

@@ -1,21 +1,16 @@
-"""What crosses the wire, in bits: fixed-width packing, signs, coded index sets, and values in fewer bits.
+"""What crosses the wire, in bits: fixed-width packing, signs, coded index sets.
 
 Everything is vectorised torch on the tensor's own device. A set of k indices of [0, d) costs log2 C(d, k) bits
 at least; `encode_indices` takes the cheapest of three codes for it and says which in its first byte.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from packsaddle.numerics.kernels import kernel
-
-ValueFormat = Literal["float32", "bfloat16", "float16", "int8"]
-VALUE_BLOCK = 256  # rounded values share a scale in blocks of this many
 
 _BITMAP, _FIXED, _RICE = 0, 1, 2
 _COMPILED_WIDTH = 56  # bits, the most that compiled loops take
@@ -149,49 +144,3 @@ def _rice_parameter(d: int, k: int) -> int:
     """The b that makes 2^b nearest above the mean gap times log 2 (Golomb 1966), known to both ends."""
     mean_gap = (d - k) / k
     return max(0, math.ceil(math.log2(mean_gap * math.log(2)))) if mean_gap > 1 else 0
-
-
-def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
-    """Round float[k] values to a format (None: as they are): "values", and "scales" shared by blocks.
-
-    In units of its block's largest magnitude no value overflows the format or sinks below it, whatever its scale.
-    Rounding is to nearest, so no value's error exceeds the value itself.
-    """
-    if how is None:
-        return {"values": values}
-    blocks = torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
-    scales = blocks.abs().amax(1) if len(values) else values
-    unit = torch.where(scales[:, None] > 0, blocks / scales[:, None], blocks).view(-1)[: len(values)]
-    rounded = (unit * 127).round().to(torch.int8) if how == "int8" else unit.to(getattr(torch, how))
-    return {"values": rounded, "scales": scales}
-
-
-def decode_values(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the float[k] values of `encode_values`."""
-    values = parts["values"].to(dtype)
-    if "scales" not in parts:
-        return values
-    if parts["values"].dtype == torch.int8:
-        values = values / 127
-    return values * parts["scales"].to(dtype).repeat_interleave(VALUE_BLOCK)[: len(values)]
-
-
-def value_retention(how: ValueFormat | None) -> float:
-    """A lower bound on 1 - ||v - round(v)||^2 / ||v||^2.
-
-    int8: in a block with largest magnitude m, errors are at most m / 254 and never above the value, so the
-    share lost is at most (b - 1) / (254^2 + b - 1) for b values. bfloat16 has a unit roundoff of 2^-8, float16
-    of 2^-11 and float32 of 2^-24; the room left is for subnormals and the rounding of the scaling itself.
-    """
-    if how is None:
-        return 1.0
-    if how == "int8":
-        return 254**2 / (254**2 + VALUE_BLOCK - 1)
-    return 1 - (2.0**-16 if how == "bfloat16" else 2.0**-20)
-
-
-def value_bytes(k: int, how: ValueFormat | None, itemsize: int) -> int:
-    """Bytes of k values of a vector whose own dtype takes `itemsize` bytes."""
-    if how is None:
-        return itemsize * k
-    return {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[how] * k + math.ceil(k / VALUE_BLOCK) * itemsize
