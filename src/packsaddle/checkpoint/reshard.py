@@ -7,7 +7,8 @@ manifest has the fingerprint of all of them, so that a file of worker 0 from ano
 For another number of workers, what is equal everywhere is kept and the rest is averaged. The mean of the error
 memories, which is all that x has not received, stays what it was; so do x, y and means of momenta, which are linear in
 each worker's gradients. What an owner of a two-way exchange holds back is an error of the mean: it goes to the
-memories.
+memories. Where workers train apart between exchanges (a part says `trains_apart`), the parameters and the optimizer's
+state that they have by themselves are averaged too, as an exchange would do.
 """
 
 import copy
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.comm.communicator import Together
@@ -120,15 +122,18 @@ def carried(
     them read by one. Raises CheckpointError, on every worker, for what cannot be carried.
     """
     made: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, held, workers, together)}
+    apart = any(getattr(part, "trains_apart", False) for part in parts.values())
     splits = {name: _split_of(name, part, template, workers) for name, part in parts.items()}
     for name, part in parts.items():
         state, split = template["parts"][name], splits[name]
         mine = [_split(part, content["parts"][name], workers) for content in held]
         different = _different(split, mine, together)
         buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
+        own = apart and isinstance(part, nn.Module | Optimizer)  # between rounds of local updates
         for path in different:
             value = split.equal[path]
-            if not (path[0] in buffers and isinstance(value, Tensor) and value.is_floating_point()):
+            has_mean = isinstance(value, Tensor) and value.is_floating_point()
+            if not (has_mean and (own or path[0] in buffers)):
                 where = ".".join(map(str, path))
                 raise CheckpointError(
                     f"{name}: {where} differs between the {workers} workers that saved it, and what the mean of it "
@@ -207,5 +212,5 @@ def _put(part: Any, state: dict[str, Any], means: Mapping[Path, Tensor]) -> None
     if hasattr(part, "put_means"):
         part.put_means(state, means)
     else:
-        for (name,), mean in means.items():
-            state[name] = mean
+        for path, mean in means.items():
+            _at(state, path[:-1])[path[-1]] = mean

@@ -1,0 +1,195 @@
+"""State of local updates: resumed bit for bit, also with an exchange under way; carried to other numbers of workers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gloo import run_in_processes
+from local_updates import INNERS, OUTERS, begin, flat, gradient
+from torch import Tensor, nn
+
+import packsaddle
+from packsaddle import QSGD, CheckpointError, Escape, LocalUpdates, LowRank, RandomK, TopK, simulate
+from packsaddle.optim.compression import Compression
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"every": 4},
+    "outer": {"every": 4, "outer": OUTERS["nesterov"], "noise": 0.01, "decay": 0.9},
+    "fragments": {"every": 4, "fragments": 3, "delay": 3},
+    "under way, outer": {"every": 5, "fragments": 2, "delay": 4, "outer": OUTERS["adam"]},
+    "blend": {"every": 4, "delay": 2, "blend": 0.5},
+    "two-way": {"every": 3, "compressor": Compression(TopK(0.2), exchange="two-way", dense_below=1), "delay": 2},
+    "low rank": {"every": 3, "compressor": Compression(LowRank(1), dense_below=1)},
+    "random": {"every": 2, "compressor": Compression(RandomK(0.2, values="int2"), dense_below=1), "delay": 1},
+    "private": {"every": 2, "compressor": Compression(QSGD(), dense_below=1), "offload": True},
+    "senders": {"every": 3, "reduction": "senders", "delay": 1},
+}
+
+
+class Net(nn.Module):
+    """The parameters of the toy problem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in begin().items():
+            self.register_parameter(name, nn.Parameter(value))
+
+
+class Training:
+    """One worker's."""
+
+    def __init__(self, rank: int, options: dict[str, Any]) -> None:
+        self.rank, self.net = rank, Net()
+        self.optimizer = INNERS["adamw"](list(self.net.parameters()))
+        options = {"compressor": Compression(TopK(0.2), dense_below=1), **options}
+        if options.pop("escapes", False):
+            options["escape"] = Escape(3, 0.5, lambda: float(flat(dict(self.net.named_parameters())).square().sum()))
+        self.local = LocalUpdates(self.optimizer, seed=3, **options)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 30)
+        self.parts = {
+            "model": self.net,
+            "optimizer": self.optimizer,
+            "local": self.local,
+            "schedule": self.schedule,
+        }
+
+    def train(self, first: int, last: int) -> None:
+        for n in range(first, last):
+            for name, p in self.net.named_parameters():
+                p.grad = gradient(name, p.detach(), self.rank, n)
+            self.optimizer.step()
+            self.schedule.step()
+
+    def everything(self) -> dict[str, Tensor]:
+        """All that a later step depends on."""
+        state = self.local.state_dict()
+        moments = self.optimizer.state_dict()["state"]
+        found = {f"adam {i} {k}": v for i, s in moments.items() for k, v in s.items()}
+        found |= {f"x {name}": p.detach() for name, p in self.net.named_parameters()}
+        for i, part in enumerate(state["fragments"]):
+            found |= {f"{i} {kind} {name}": v for kind in ("anchor", "pending") for name, v in part[kind].items()}
+            for kind in ("before", "mean"):
+                found |= {f"{i} {kind} {name}": v for name, v in ((part["flight"] or {}).get(kind) or {}).items()}
+        return {name: value.clone() for name, value in found.items()}
+
+
+def resumed(rank: int, folder: str, options: dict[str, Any], at: int, end: int) -> list[str]:
+    """What differs between a run and one that is saved at a step, made anew and loaded."""
+    straight = Training(rank, options)
+    straight.train(0, end)
+    broken = Training(rank, options)
+    broken.train(0, at)
+    packsaddle.save_checkpoint(folder, broken.parts, step=at)
+    broken.train(at, end)  # saving has changed nothing
+    again = Training(rank, options)
+    again.train(0, 2)  # to be forgotten
+    assert packsaddle.load_checkpoint(folder, again.parts) is not None
+    again.train(at, end)
+    assert straight.local.rounds == again.local.rounds
+    assert straight.local.steps == again.local.steps == end
+    expected = straight.everything()
+    others = [("broken", broken.everything()), ("again", again.everything())]
+    assert all(expected.keys() == other.keys() for _, other in others)
+    return [
+        f"{who}: {name}" for who, other in others for name in expected if not torch.equal(expected[name], other[name])
+    ]
+
+
+@pytest.mark.parametrize("at", [0, 5, 6, 7])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_goes_on_bit_for_bit(name: str, at: int, tmp_path: Path) -> None:
+    assert simulate(lambda rank: resumed(rank, str(tmp_path), dict(VARIANTS[name]), at, 13), 3) == 3 * [[]]
+
+
+def test_goes_on_bit_for_bit_with_escapes(tmp_path: Path) -> None:
+    options = {"every": 2, "escapes": True}
+    assert simulate(lambda rank: resumed(rank, str(tmp_path), dict(options), 7, 21), 2) == 2 * [[]]
+
+
+def all_resumed(folder: str) -> list[list[str]]:
+    rank = torch.distributed.get_rank()
+    return [resumed(rank, f"{folder}/{name}", dict(VARIANTS[name]), 6, 13) for name in VARIANTS if name != "senders"]
+
+
+@pytest.mark.process
+def test_goes_on_bit_for_bit_in_processes(tmp_path: Path) -> None:
+    """Where an exchange that is under way is in a thread when it is saved."""
+    for found in run_in_processes(all_resumed, 2, tmp_path, str(tmp_path)):
+        assert found == (len(VARIANTS) - 1) * [[]]
+
+
+def sums(rank: int, folder: str, options: dict[str, Any], at: int | None) -> dict[str, Tensor]:
+    """The means over workers of x and e, the anchor, and means under way."""
+    one = Training(rank, options)
+    if at is None:
+        assert packsaddle.load_checkpoint(folder, one.parts) is not None
+    else:
+        one.train(0, at)
+        packsaddle.save_checkpoint(folder, one.parts, step=at)
+    group = packsaddle.comm.group.resolve(None)
+    state = one.local.state_dict()
+    found = {}
+    for key, value in one.everything().items():
+        if key.split()[1] in ("pending", "before") or key.startswith(("x ", "adam")):
+            total = value.double()
+            group.all_reduce(total)
+            found[key] = total / group.size
+        else:
+            found[key] = value
+    for i, part in enumerate(state["fragments"]):  # an owner's error of the mean
+        for vector in part["held"].values():
+            total = vector.double()
+            group.all_reduce(total)
+            places = one.local._fragments[i].named(
+                nn.functional.pad(total, (0, one.local._fragments[i].d - len(total)))
+            )
+            for place, view in places:
+                found[f"{i} pending {place.name}"] = found[f"{i} pending {place.name}"] + view
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint of step")
+@pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 3), (4, 1)])
+@pytest.mark.parametrize("name", ["plain", "outer", "fragments", "two-way"])
+def test_another_number_of_workers(name: str, old: int, new: int, tmp_path: Path) -> None:
+    """Anchor and outer state are kept; of x, e and the inner optimizer's state each new worker has the mean."""
+    options = VARIANTS[name]
+    before = simulate(lambda rank: sums(rank, str(tmp_path), dict(options), 6), old)[0]
+    after = simulate(lambda rank: sums(rank, str(tmp_path), dict(options), None), new)
+    for found in after:
+        assert found.keys() == before.keys()
+        for key, value in before.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-12, atol=1e-12, msg=key, check_dtype=False)
+
+
+def test_a_state_that_does_not_fit() -> None:
+    one = Training(0, {"every": 4})
+    one.train(0, 5)
+    state = one.local.state_dict()
+    cases: list[tuple[Callable[[], LocalUpdates], dict[str, Any], str]] = [
+        (lambda: Training(0, {"every": 5}).local, state, "every is 5 here, but the state was saved with every 4"),
+        (lambda: Training(0, {"every": 4, "fragments": 2}).local, state, "fragments is 2 here"),
+        (
+            lambda: Training(0, {"every": 4, "outer": OUTERS["nesterov"]}).local,
+            state,
+            "outer: there is one here, and none",
+        ),
+        (lambda: one.local, {**state, "format": 99}, "must have format 1 of LocalUpdates, found 99"),
+        (lambda: one.local, {}, "must have format 1 of LocalUpdates, found None"),
+    ]
+    for make, given, message in cases:
+        local = make()
+        with pytest.raises(ValueError, match=message):
+            local.load_state_dict(given)
+    with pytest.raises(TypeError, match="cannot be copied or pickled"):
+        __import__("copy").deepcopy(one.local)
+
+
+def test_refused_by_load_checkpoint(tmp_path: Path) -> None:
+    one = Training(0, {"every": 4})
+    one.train(0, 5)
+    packsaddle.save_checkpoint(tmp_path, one.parts, step=5)
+    with pytest.raises(CheckpointError, match="local: every is 3 here"):
+        packsaddle.load_checkpoint(tmp_path, Training(0, {"every": 3}).parts)
