@@ -1,18 +1,22 @@
 """LocalUpdates: equal to a naive twin; its invariants; bad rounds; state; what it refuses."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gloo import run_in_processes
-from local_updates import Case, Twin, gradient, train, twin
+from local_updates import Case, Twin, begin, gradient, step, train, twin
 from torch import Tensor
 
 from packsaddle import (
     QSGD,
     AdaptiveTopK,
+    CompressedSGD,
     Compressor,
+    DriftError,
+    Escape,
     Identity,
     LinearSketch,
     LocalUpdates,
@@ -25,6 +29,7 @@ from packsaddle import (
 )
 from packsaddle.optim.compression import Compression
 
+WHOLE = Compression(TopK(0.5), dense_below=0)
 FAMILIES: list[Compressor] = [
     Identity(),
     RandomK(0.2),
@@ -155,3 +160,261 @@ def test_nothing_is_lost(compressor: Compressor, exchange: str, workers: int) ->
     torch.testing.assert_close(applied, moved - found[0][2], rtol=1e-10, atol=1e-12)
     if compressor != Identity():
         assert found[0][2].norm() > 1e-3  # there is something that could have been lost
+
+
+def exact(worker: int, n: int) -> Tensor:
+    """A gradient of few binary digits, so that sums of some are exact in double precision."""
+    rng = torch.Generator().manual_seed(50 * worker + n)
+    return torch.randint(-64, 64, (9, 7), generator=rng).double() / 16
+
+
+@pytest.mark.parametrize("compressor", [TopK(0.2), RandomK(0.2), Identity(), AdaptiveTopK(0.7)], ids=str)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_step_with_sgd_is_algorithm_1(compressor: Compressor, workers: int) -> None:
+    """H = 1 and plain SGD: CompressedSGD bit for bit. Gradients are short binary fractions: a - (a - u) is u then."""
+
+    def body(worker: int) -> bool:
+        kind = Compression(compressor, dense_below=0)
+        ours, theirs = (torch.nn.Parameter(torch.zeros(9, 7, dtype=torch.float64)) for _ in range(2))
+        inner = torch.optim.SGD([ours], lr=0.25)
+        local = LocalUpdates(inner, every=1, compressor=kind, seed=4)
+        algorithm1 = CompressedSGD([theirs], 0.25, kind, seed=4)
+        for n in range(12):
+            ours.grad = theirs.grad = exact(worker, n)
+            inner.step()
+            algorithm1.step()
+            if not torch.equal(ours, theirs):
+                return False
+        e = 0.25 * algorithm1.error()
+        return torch.equal(local.error(), e) and bool(e.any()) == (compressor != Identity())
+
+    assert simulate(body, workers) == workers * [True]
+
+
+def test_identity_is_the_mean_of_workers() -> None:
+    """Invariant (i): C = Identity, no outer optimizer: every H steps, the mean of what workers have by themselves."""
+
+    def body(worker: int) -> list[tuple[Tensor, Tensor]]:
+        here, alone = (torch.nn.Parameter(begin()["w"]) for _ in range(2))
+        inner, free = (torch.optim.AdamW([p], lr=0.05) for p in (here, alone))
+        LocalUpdates(inner, every=4, compressor=Identity())
+        seen = []
+        for n in range(1, 13):
+            for p, optimizer in ((here, inner), (alone, free)):
+                p.grad = gradient("w", p.detach(), worker, n)
+                optimizer.step()
+            if n % 4 == 0:
+                seen.append((here.detach().clone(), alone.detach().clone()))
+                with torch.no_grad():
+                    alone.copy_(here)
+        return seen
+
+    found = simulate(body, 3)
+    for i in range(3):
+        mean = torch.stack([alone for _, alone in (seen[i] for seen in found)]).mean(0)
+        for here, _ in (seen[i] for seen in found):
+            torch.testing.assert_close(here, mean, rtol=1e-13, atol=1e-13)
+
+
+def test_flush_leaves_nothing_behind() -> None:
+    """From between two rounds, with an exchange under way: all that was moved, by every worker, is in the anchor."""
+
+    def body(worker: int) -> tuple[Tensor, Tensor, Tensor]:
+        parameters = {name: torch.nn.Parameter(value) for name, value in begin().items()}
+        optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
+        local = LocalUpdates(optimizer, every=8, compressor=Compression(TopK(0.1), dense_below=1), fragments=2, delay=3)
+        moved = torch.cat([x.detach().reshape(-1).clone() for x in parameters.values()])
+        for n in range(1, 15):
+            step(Case(every=8, compressor=TopK(0.1)), n, worker, parameters, optimizer)
+            moved -= 0.1 * torch.cat([x.grad.reshape(-1) for x in parameters.values()])  # type: ignore[union-attr]
+        assert any(part.flight is not None for part in local._fragments)
+        y = torch.cat([a.reshape(-1) for a in local.anchor().values()]) - local.error()
+        assert local.flush()
+        assert not local.error().any()
+        return torch.cat([p.detach().reshape(-1) for p in parameters.values()]), y, moved
+
+    found = simulate(body, 3)
+    mean = sum(moved for _, _, moved in found) / 3
+    for x, y, _ in found:
+        assert torch.equal(x, found[0][0])
+        torch.testing.assert_close(x, mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(y, mean, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_sent_is_counted() -> None:
+    """Bytes of a ring all-reduce of values, the dense part and a flag; and what DDP would send."""
+
+    def body(worker: int) -> LocalUpdates:
+        x, b = torch.nn.Parameter(torch.ones(50, 40)), torch.nn.Parameter(torch.ones(7))
+        optimizer = torch.optim.SGD([x, b], lr=0.1)
+        local = LocalUpdates(optimizer, every=5, compressor=RandomK(0.1))
+        for n in range(20):
+            x.grad, b.grad = torch.full_like(x, worker + n), torch.ones_like(b)
+            optimizer.step()
+        return local
+
+    for local in simulate(body, 2):
+        purposes = {
+            name: moved.sent for name, moved in local.ledger.by_purpose.items() if name not in ("start", "guard")
+        }
+        assert purposes == {"values": 4 * 4 * 200, "dense": 4 * 4 * 8}  # 4 rounds, 2 (W - 1) / W = 1
+        assert local.uncompressed.sent == 20 * 4 * 2007
+        assert local.rounds == 4
+        assert [span.first for span in local.ledger.spans if "values" in span.by_purpose] == [4, 9, 14, 19]
+
+
+def test_senders() -> None:
+    """A coordinate that one of two workers sends moves by all of it, one that both send by their mean."""
+
+    def body(worker: int) -> Tensor:
+        x = torch.nn.Parameter(torch.zeros(1, 4))
+        optimizer = torch.optim.SGD([x], lr=1.0)
+        kind = Compression(TopK(0.5), dense_below=0)
+        LocalUpdates(optimizer, every=1, compressor=kind, reduction="senders")
+        x.grad = torch.tensor([[8.0, 4.0, 1.0, 0.5]]) if worker == 0 else torch.tensor([[6.0, 0.25, 1.0, 3.0]])
+        optimizer.step()
+        return x.detach()
+
+    for x in simulate(body, 2):
+        assert x.tolist() == [[-7.0, -4.0, 0.0, -3.0]]
+
+
+def test_equal_gradients_are_refused() -> None:
+    """At the first step: whoever has exchanged them."""
+
+    def body(worker: int) -> None:
+        x = torch.nn.Parameter(torch.zeros(3, 4))
+        optimizer = torch.optim.SGD([x], lr=1.0)
+        LocalUpdates(optimizer, compressor=WHOLE)
+        x.grad = torch.ones_like(x)
+        optimizer.step()
+
+    with pytest.raises(RuntimeError, match="gradients are equal bit for bit on all 2 workers at the first step"):
+        simulate(body, 2)
+    simulate(body, 1)
+
+
+def test_weights_loaded_after_construction() -> None:
+    def body(worker: int, elsewhere: float) -> Tensor:
+        x = torch.nn.Parameter(torch.zeros(2, 2))
+        optimizer = torch.optim.SGD([x], lr=1.0)
+        local = LocalUpdates(optimizer, every=1, compressor=Identity())
+        with torch.no_grad():
+            x.fill_(5.0 + elsewhere * worker)
+        x.grad = torch.full_like(x, 1.0 + worker)
+        optimizer.step()
+        return local.anchor()["parameter 0"]
+
+    for anchor in simulate(lambda worker: body(worker, 0.0), 2):
+        assert anchor.tolist() == [[3.5, 3.5], [3.5, 3.5]]
+    with pytest.raises(RuntimeError, match="must begin at the same parameters, but worker 1 differs"):
+        simulate(lambda worker: body(worker, 1.0), 2)
+
+
+def test_drift_of_an_anchor_is_found() -> None:
+    def body(worker: int, on_drift: Any) -> LocalUpdates:
+        x = torch.nn.Parameter(torch.zeros(4, 4))
+        optimizer = torch.optim.SGD([x], lr=1.0)
+        kind = Compression(TopK(0.5), dense_below=0, compare_every=3, on_drift=on_drift)
+        local = LocalUpdates(optimizer, every=2, compressor=kind)
+        for n in range(14):
+            x.grad = torch.full_like(x, 1.0 + worker)
+            optimizer.step()
+            if n == 8 and worker == 1:
+                local._fragments[0].anchor.flat[3] += 0.5
+        return local
+
+    with pytest.raises(DriftError, match="worker 1 differs from worker 0 in anchor of parameter 0"):
+        simulate(lambda worker: body(worker, "stop"), 2)
+    one, two = simulate(lambda worker: body(worker, "repair"), 2)
+    assert torch.equal(one.anchor()["parameter 0"], two.anchor()["parameter 0"])
+    assert [drift.workers for drift in one.drifts] == [(1,)]
+
+
+def test_an_escape_is_of_the_anchor() -> None:
+    """From a saddle along one axis: a reset commits y = a - mean e, clears the errors, and all workers have it."""
+
+    def body(worker: int) -> tuple[Tensor, LocalUpdates]:
+        x = torch.nn.Parameter(torch.tensor([[1.0, 0.0, 0.0, 0.0]], dtype=torch.float64))
+        curvature = torch.tensor([1.0, -1.0, 0.5, 0.25], dtype=torch.float64)
+
+        def f() -> Tensor:
+            return 0.5 * (curvature * x.detach().square()).sum()
+
+        optimizer = torch.optim.SGD([x], lr=0.1)
+        kind = Compression(TopK(0.25), dense_below=0)
+        local = LocalUpdates(optimizer, every=2, compressor=kind, noise=0.01, escape=Escape(10**6, 0.7, f))
+        for n in range(60):
+            x.grad = curvature * x.detach() + 1e-3 * (worker + n % 3)
+            optimizer.step()
+        return x.detach().clone(), local
+
+    found = simulate(body, 2)
+    for x, local in found:
+        assert torch.equal(x, found[0][0])
+        assert abs(float(x[0, 1])) > 0.5  # it has left along the axis of negative curvature
+        assert local.resets
+        assert all(reset.reason == "radius" for reset in local.resets)
+        assert any(reset.committed for reset in local.resets)
+    assert found[0][1].resets == found[1][1].resets
+
+
+def test_an_anchor_can_be_evaluated() -> None:
+    x = torch.nn.Parameter(torch.zeros(4, 4))
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    local = LocalUpdates(optimizer, every=8, compressor=WHOLE)
+    x.grad = torch.ones_like(x)
+    optimizer.step()
+    with local.at_anchor():
+        assert not x.detach().any()
+    assert bool((x.detach() == -1).all())
+
+
+def test_refusals() -> None:
+    x = torch.nn.Parameter(torch.zeros(40, 40))
+    frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
+
+    def make(parameters: Any = None, **options: Any) -> LocalUpdates:
+        return LocalUpdates(torch.optim.SGD(parameters or [x], lr=1.0), **options)
+
+    cases: dict[str, Any] = {
+        "every must be an integer of at least 1, got 0": lambda: make(every=0),
+        "every must be an integer of at least 1, got 2.5": lambda: make(every=2.5),
+        "fragments must be an integer of at least 1": lambda: make(fragments=0),
+        "fragments must be at most every = 3": lambda: make(every=3, fragments=4),
+        "fragments must be at most the number of parameters, 1, got 2": lambda: make(fragments=2),
+        "delay must be below every = 3": lambda: make(every=3, delay=3),
+        "delay must be an integer of at least 0": lambda: make(delay=-1),
+        "decay must be in (0, 1], got 0": lambda: make(decay=0),
+        "decay must be in (0, 1], got nan": lambda: make(decay=float("nan")),
+        "blend needs a delay": lambda: make(blend=0.5),
+        "blend must be None or in [0, 1], got 2": lambda: make(blend=2, delay=1),
+        "reduction must be": lambda: make(reduction="median"),
+        "compressor must be a packsaddle Compressor": lambda: make(compressor=0.1),
+        "compressor must be a Compressor such as TopK(0.01), got the class TopK": lambda: make(compressor=TopK),
+        'memory must be "buffer" for local updates': lambda: make(compressor=Compression(TopK(0.1), memory="ef21")),
+        "noise must be finite and not negative": lambda: make(noise=-1.0),
+        "escape needs fragments=1, delay=0": lambda: make(delay=1, escape=Escape(3, 1.0, lambda: 0.0)),
+        "parameters that require gradients, and has none": lambda: make([frozen]),
+        "but parameter 0 is torch.complex64": lambda: make([torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))]),
+        "must not share memory": lambda: make([x, torch.nn.Parameter(x.data)]),
+        "k of TopK must be at most": lambda: make(compressor=TopK(k=10**6)),
+        "outer must be a function that returns a torch optimizer, got list": lambda: make(outer=list),
+        "optimizer must be a torch optimizer, got Linear": lambda: LocalUpdates(torch.nn.Linear(2, 2)),  # type: ignore[arg-type]
+        "CompressedSGD exchanges by itself": lambda: LocalUpdates(CompressedSGD([x], 0.1)),
+        "scaler must be a torch.amp.GradScaler": lambda: make(scaler=3),
+    }
+    for message, call in cases.items():
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)):
+            call()
+    with pytest.warns(UserWarning, match="nothing will be compressed"):
+        make([torch.nn.Parameter(torch.zeros(3))])
+
+
+def test_workers_must_agree() -> None:
+    def body(worker: int) -> None:
+        x = torch.nn.Parameter(torch.zeros(40, 40))
+        LocalUpdates(torch.optim.SGD([x], lr=1.0), every=3 + worker)
+
+    with pytest.raises(ValueError, match="worker 0 has every=3 and worker 1 has every=4"):
+        simulate(body, 2)

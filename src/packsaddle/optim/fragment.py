@@ -277,6 +277,18 @@ class Fragment(Slice):
             if p.requires_grad:
                 x.copy_(a)
 
+    def unapplied(self) -> Tensor:
+        """Return what the anchor has not received of this worker, float[n], once an exchange under way is finished."""
+        flight, found = self.flight, self.feedback.pending().clone()
+        starts: Sequence[Tensor] = self.anchor.views
+        if flight is not None and flight.taken:
+            assert flight.mean is not None
+            starts = flight.before
+            found.add_(flight.mean)
+        for x, start, view in zip(self.tensors(), starts, self.views(found), strict=True):
+            view.add_(start.to(x).to(view) - x.to(view))
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """Return the fragment's state by parameter, tensors and plain types, once an exchange under way is finished."""
         flight, n = self.flight, self.compressed_d

@@ -138,6 +138,7 @@ class LocalUpdates:
             self._fragments = self._cut(fragments, device)
         d = sum(part.compressed_d for part in self._fragments)
         warn_of_nothing(self._compression.at(0), d, self._compression.dense_below, stacklevel=2)
+        self._compression.at(0).validate(d)
         for part in self._fragments:
             part.prepare(self._compression.at(0))
 
@@ -396,17 +397,17 @@ class LocalUpdates:
 
     @torch.no_grad()
     def error(self) -> Tensor:
-        """Return the mean over workers of what has not been sent, e + a - x, float[d], in the optimizer's order.
+        """Return the mean over workers of what the anchor has not received yet, float[d], in the optimizer's order.
 
-        Collective; waits for exchanges under way. d counts this process's shards.
+        That is e, what was moved since the last exchange, and what is under way: without an outer optimizer
+        y = a - error() moves as in training without compression. Collective; waits for exchanges under way. d counts
+        this process's shards.
         """
         found: dict[str, Tensor] = {}
         for part in self._fragments:
             if part.flight is not None:
                 self._finish(part)
-            pending = part.feedback.pending().clone()
-            for x, a, view in zip(part.tensors(), part.anchor.views, part.views(pending), strict=True):
-                view.add_(a.to(x.dtype).to(a.dtype).sub(x.to(a.device)))
+            pending = part.unapplied()
             self._beside(partial(self._channel.mean, pending, "inspection"))
             found |= {place.name: view for place, view in part.named(pending)}
         return torch.cat([found[name].reshape(-1) for name in self._parameters])
