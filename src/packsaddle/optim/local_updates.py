@@ -152,10 +152,10 @@ class LocalUpdates:
         self._escape = self._escape_check(escape)
         self._check_same(noise, escape, fragments)
 
-        # The optimizer's steps.
-        self.optimizer.register_step_pre_hook(self._before_step)
+        # The optimizer's steps; nothing of this belongs in the graph of one that is compiled.
+        self.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step))
         if scaler is None:
-            self.optimizer.register_step_post_hook(self._after_step)
+            self.optimizer.register_step_post_hook(torch.compiler.disable(self._after_step))
         else:
             self._count_attempts_of(scaler)
 

@@ -1,0 +1,224 @@
+"""What may be inside local updates: torch's optimizers, parameters of all kinds, scalers, accumulation, compilation."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from local_updates import gradient
+from torch import Tensor, nn
+
+from packsaddle import Identity, LocalUpdates, TopK, simulate
+from packsaddle.optim.compression import Compression
+
+WHOLE = Compression(Identity(), dense_below=0)
+OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
+    "SGD momentum": lambda ps: torch.optim.SGD(ps, lr=0.05, momentum=0.9),
+    "AdamW": lambda ps: torch.optim.AdamW(ps, lr=0.05),
+    "AdamW foreach": lambda ps: torch.optim.AdamW(ps, lr=0.05, foreach=True),
+    "AdamW fused": lambda ps: torch.optim.AdamW(ps, lr=0.05, fused=True),
+    "Adafactor": lambda ps: torch.optim.Adafactor(ps, lr=0.05),
+    "RAdam": lambda ps: torch.optim.RAdam(ps, lr=0.05),
+    "Adagrad": lambda ps: torch.optim.Adagrad(ps, lr=0.05),
+    "ASGD": lambda ps: torch.optim.ASGD(ps, lr=0.05),
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["Muon"] = lambda ps: torch.optim.Muon(ps, lr=0.05)
+
+
+def matrices(dtype: torch.dtype = torch.float32) -> list[Any]:
+    rng = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=rng).to(dtype)) for shape in ((6, 8), (8, 3))]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer(name: str) -> None:
+    """Against the same optimizer alone, whose parameters are averaged by hand every 3 steps."""
+
+    def body(worker: int) -> list[list[Tensor]]:
+        seen = []
+        for exchanges in (True, False):
+            ps = matrices()
+            optimizer = OPTIMIZERS[name](ps)
+            if exchanges:
+                LocalUpdates(optimizer, every=3, compressor=WHOLE)
+            for n in range(1, 10):
+                for i, p in enumerate(ps):
+                    p.grad = gradient(f"{i}", p.detach(), worker, n)
+                optimizer.step()
+                if not exchanges and n % 3 == 0:
+                    group = __import__("packsaddle").comm.group.resolve(None)
+                    for p in ps:
+                        total = p.detach().double()
+                        group.all_reduce(total)
+                        p.data.copy_(total / group.size)
+            seen.append([p.detach().clone() for p in ps])
+        return seen
+
+    for ours, by_hand in simulate(body, 2):
+        for a, b in zip(ours, by_hand, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
+
+
+def test_groups_schedule_clipping_and_accumulation() -> None:
+    """A loop with all of them: rounds come every `every` optimizer steps, not backward passes."""
+
+    def body(worker: int) -> tuple[list[int], list[Tensor]]:
+        net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+        with torch.no_grad():
+            for i, p in enumerate(net.parameters()):
+                p.copy_(torch.linspace(-0.5, 0.5, p.numel()).view(p.shape) * (i + 1) / 4)
+        groups = [{"params": net[0].parameters(), "lr": 0.01}, {"params": net[2].parameters(), "weight_decay": 0.3}]
+        optimizer = torch.optim.AdamW(groups, lr=0.05)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 6)
+        local = LocalUpdates(optimizer, every=2, compressor=Compression(TopK(0.3), dense_below=1))
+        rng, rounds = torch.Generator().manual_seed(worker), []
+        for n in range(12):
+            x = torch.randn(5, 6, generator=rng)
+            net(x).square().mean().backward()
+            if n % 2:
+                nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            rounds.append(local.rounds)
+        assert local.steps == 6
+        return rounds, [a.clone() for a in local.anchor().values()]
+
+    one, two = simulate(body, 2)
+    assert one[0] == two[0] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3]
+    for a, b in zip(one[1], two[1], strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_parameters_lose_no_small_updates(dtype: torch.dtype, delay: int) -> None:
+    """Steps of a unit in the last place, of one worker of four: their mean is a quarter of it, and must add up."""
+
+    def body(worker: int) -> tuple[float, float]:
+        x = nn.Parameter(torch.full((4, 4), 1.0, dtype=dtype))
+        optimizer = torch.optim.SGD([x], lr=1.0)
+        local = LocalUpdates(optimizer, every=2, compressor=WHOLE, delay=delay)
+        ulp = torch.finfo(dtype).eps
+        for n in range(1, 42):
+            x.grad = torch.full_like(x, -ulp if worker == n % 4 and n % 2 else 0.0)
+            if n == 1:
+                x.grad += 0.0 if worker else ulp  # gradients that are not equal on all, at the first step
+            optimizer.step()
+        return float(local.anchor()["parameter 0"][0, 0]), ulp
+
+    for anchor, ulp in simulate(body, 4):
+        steps = sum(-1.0 for n in range(1, 41) if n % 2) / 4 + 1 / 4
+        assert anchor == pytest.approx(1.0 - steps * ulp, abs=0.3 * ulp)
+
+
+def test_mixed_precisions_tied_and_frozen_parameters() -> None:
+    def body(worker: int) -> dict[str, Tensor]:
+        net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4).to(torch.bfloat16), "c": nn.Linear(4, 4)})
+        net["c"].weight = net["a"].weight  # tied
+        net["c"].bias.requires_grad_(False)
+        with torch.no_grad():
+            for p in net.parameters():
+                p.fill_(0.25)
+        optimizer = torch.optim.SGD(net.named_parameters(), lr=0.5)
+        local = LocalUpdates(optimizer, every=1, compressor=WHOLE, noise=0.1)
+        assert list(local.anchor()) == ["a.weight", "a.bias", "b.weight", "b.bias"]
+        for _, p in net.named_parameters():
+            if p.requires_grad:
+                p.grad = torch.full_like(p, 1.0 + worker)
+        net["b"].bias.requires_grad_(False)  # frozen on the way: without a gradient from then on
+        net["b"].bias.grad = None
+        optimizer.step()
+        return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+    one, two = simulate(body, 2)
+    for name, p in one.items():
+        assert torch.equal(p, two[name])
+    assert not torch.equal(one["a.weight"], torch.full((4, 4), -0.5))  # noise
+    torch.testing.assert_close(one["a.weight"].mean(), torch.tensor(-0.5), atol=0.15, rtol=0)
+    assert bool((one["b.bias"] == 0.25).all())
+    assert bool((one["c.bias"] == 0.25).all())
+
+
+def test_a_scaler_that_skips_on_one_worker_keeps_workers_in_step() -> None:
+    """Rounds are counted in attempts: a step that a GradScaler leaves out on one worker counts there too."""
+
+    def body(worker: int) -> tuple[int, int, Tensor, float]:
+        x = nn.Parameter(torch.full((3, 3), 2.0))
+        optimizer = torch.optim.SGD([x], lr=0.125)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        local = LocalUpdates(optimizer, every=4, compressor=WHOLE, scaler=scaler)
+        for n in range(8):
+            optimizer.zero_grad()
+            loss = (x * (worker + 1)).sum() * (float("inf") if worker == 1 and n == 2 else 1.0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        return local.steps, local.rounds, x.detach().clone(), scaler.get_scale()
+
+    (steps, rounds, x, _), (steps2, rounds2, x2, scale2) = simulate(body, 2)
+    assert (steps, rounds, steps2, rounds2) == (8, 2, 8, 2)
+    assert scale2 == 2.0  # it has left a step out
+    assert torch.equal(x, x2)
+    assert float(x[0, 0]) == 2.0 - 0.125 * (8 * 1 + 7 * 2) / 2
+
+
+def test_autocast_and_closures() -> None:
+    def body(worker: int) -> Tensor:
+        net = nn.Linear(8, 8)
+        with torch.no_grad():
+            net.weight.fill_(0.1), net.bias.fill_(0.0)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        local = LocalUpdates(optimizer, every=2, compressor=WHOLE)
+        rng = torch.Generator().manual_seed(worker)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss: Tensor = net(torch.randn(4, 8, generator=rng)).float().square().mean()
+            loss.backward()
+            return loss
+
+        for _ in range(4):
+            optimizer.step(closure)
+        assert local.rounds == 2
+        return net.weight.detach()
+
+    one, two = simulate(body, 2)
+    assert torch.equal(one, two)
+    assert not bool((one == 0.1).any())
+
+
+def test_a_compiled_step_is_counted() -> None:
+    x = nn.Parameter(torch.zeros(4, 4))
+    optimizer = torch.optim.AdamW([x], lr=0.1)
+    local = LocalUpdates(optimizer, every=2, compressor=WHOLE)
+    step = torch.compile(optimizer.step, backend="eager")
+    for _ in range(4):
+        x.grad = torch.ones_like(x)
+        step()
+    assert (local.steps, local.rounds) == (4, 2)
+
+
+def test_an_outer_optimizer_with_one_worker() -> None:
+    """SNOO: Nesterov over what one worker's AdamW has moved, against the same by hand."""
+    seen = []
+    for by_hand in (False, True):
+        (x,) = matrices(torch.float64)[:1]
+        optimizer = torch.optim.AdamW([x], lr=0.05)
+        anchor = nn.Parameter(x.detach().clone())
+        outer = torch.optim.SGD([anchor], lr=0.6, momentum=0.5, nesterov=True)
+        if not by_hand:
+            outer_of = partial(torch.optim.SGD, lr=0.6, momentum=0.5, nesterov=True)
+            LocalUpdates(optimizer, every=3, compressor=WHOLE, outer=outer_of)
+        for n in range(1, 13):
+            x.grad = gradient("x", x.detach(), 0, n)
+            optimizer.step()
+            if by_hand and n % 3 == 0:
+                anchor.grad = anchor.detach() - x.detach()
+                outer.step()
+                x.data.copy_(anchor)
+        seen.append(x.detach().clone())
+    torch.testing.assert_close(seen[0], seen[1], rtol=1e-13, atol=1e-13)
