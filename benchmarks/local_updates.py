@@ -47,6 +47,7 @@ class Method:
     decay: float = 1.0
     fragments: int = 1
     delay: int = 0
+    keep: bool = False
 
 
 METHODS = {
@@ -59,6 +60,11 @@ METHODS = {
     "mean of 30": Method(packsaddle.Identity(), 30),
     "local 8, TopK 1/32 int2": Method(packsaddle.TopK(1 / 32, values="int2"), 8),
     "local 30, TopK 1/32 int2": Method(packsaddle.TopK(1 / 32, values="int2"), 30),
+    "local 8, TopK 1/48 int2": Method(packsaddle.TopK(1 / 48, values="int2"), 8),
+    "local 8, TopK 1/32 int2, kept": Method(packsaddle.TopK(1 / 32, values="int2"), 8, keep=True),
+    "local 30, TopK 1/32 int2, kept": Method(packsaddle.TopK(1 / 32, values="int2"), 30, keep=True),
+    "local 8, TopK 1/48 int2, kept": Method(packsaddle.TopK(1 / 48, values="int2"), 8, keep=True),
+    "local 30, TopK 1/48 int2, kept": Method(packsaddle.TopK(1 / 48, values="int2"), 30, keep=True),
     "local 8, TopK 1/16 int2": Method(packsaddle.TopK(1 / 16, values="int2"), 8),
     "local 8, TopK 1/32 int8": Method(packsaddle.TopK(1 / 32, values="int8"), 8),
     "local 30, TopK 1/32 int8": Method(packsaddle.TopK(1 / 32, values="int8"), 30),
@@ -138,6 +144,7 @@ class Exchange:
                 decay=how.decay,
                 fragments=how.fragments,
                 delay=how.delay,
+                keep_unsent=how.keep,
             )
         elif how.compressor is not None:
             self.model = DistributedDataParallel(network)

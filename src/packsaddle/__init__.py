@@ -22,7 +22,7 @@ from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
 from packsaddle.numerics.sketches import NormSketch
-from packsaddle.optim.ddp import attach, register_ddp_hook
+from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
 from packsaddle.optim.fsdp import register_fsdp_hook
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.sgd import CompressedSGD
@@ -68,6 +68,7 @@ __all__ = [
     "attach",
     "certify",
     "gradient_noise",
+    "keep_gradients_local",
     "load_checkpoint",
     "register_ddp_hook",
     "register_fsdp_hook",

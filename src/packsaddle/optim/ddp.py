@@ -386,6 +386,23 @@ def register_ddp_hook(
     return hook
 
 
+def keep_gradients_local(model: nn.Module) -> None:
+    """Have every DistributedDataParallel in a model exchange no gradients, for `LocalUpdates`.
+
+    For frameworks that wrap each model: backward passes leave each worker's own gradient. A model without one is left
+    as it is. Raises RuntimeError for a DistributedDataParallel that has a communication hook already.
+    """
+
+    def own(bucket: Bucket) -> Future[Tensor]:
+        future: Future[Tensor] = Future()
+        future.set_result(bucket.buffer)
+        return future
+
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            on_buckets(module, own)
+
+
 def _innermost(optimizer: Optimizer | None) -> Optimizer | None:
     """The optimizer that steps, in what a framework has wrapped around it (Accelerate's has no hooks of its own)."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):

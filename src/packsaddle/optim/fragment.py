@@ -67,13 +67,13 @@ class PseudoGradient:
     noise: Noise | None
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay base + a - x + xi, both float[n]; out is not base."""
-        for x, a, v in zip(self.of.tensors(), self.of.anchor.views, out.views, strict=True):
-            x = x.to(a.device)
-            if x.dtype == a.dtype:
-                torch.sub(a, x, out=v)
+        """Set out to decay base + start - x + xi, both float[n]; out is not base."""
+        for x, start, v in zip(self.of.tensors(), self.of.starts(), out.views, strict=True):
+            x = x.to(start.device)
+            if x.dtype == start.dtype:
+                torch.sub(start, x, out=v)
             else:
-                torch.sub(a.to(x.dtype).to(a.dtype), x, out=v)
+                torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
         out.flat.add_(base.flat, alpha=self.decay)
         self.perturb(out.flat)
 
@@ -101,8 +101,11 @@ class Fragment(Slice):
         channel: Channel,
         d: int,
         seed: int,
+        *,
+        keep: bool,
     ) -> None:
         super().__init__(places, device)
+        self._keep = keep
         self.offset, self._compression, self._whole_d = offset, compression, d
         self.parameters = [parameters[place.name] for place in self.places]
         self.anchor = self.zeros()
@@ -119,6 +122,12 @@ class Fragment(Slice):
     def tensors(self) -> list[Tensor]:
         """Return this process's part of each parameter; not copies."""
         return [local_part(p) for p in self.parameters]
+
+    def starts(self) -> list[Tensor]:
+        """Return where x begins after an exchange, by parameter: the anchor, or there less what was not sent."""
+        if not self._keep:
+            return self.anchor.views
+        return self.views(self.anchor.flat - self.feedback.memory.vector)
 
     def meet(self) -> None:
         """Take x as it is for where all workers have met."""
@@ -235,7 +244,7 @@ class Fragment(Slice):
         assert flight is not None
         if not self.finish(flight):
             if bool(flight.bad):
-                self.go_to_anchor()
+                self.go_to(self.starts())
             return flight
         self.rounds += 1
         if outer is None and flight.mean is None:
@@ -259,10 +268,11 @@ class Fragment(Slice):
 
     def _move(self, before: Sequence[Tensor], blend: float | None) -> None:
         """x <- a, and what this worker has moved since the start; with `blend` x <- (1 - blend) a + blend x."""
+        starts = self.starts()
         if not before:
-            self.go_to_anchor()
+            self.go_to(starts)
             return
-        for p, x, a, s in zip(self.parameters, self.tensors(), self.anchor.views, before, strict=True):
+        for p, x, a, s in zip(self.parameters, self.tensors(), starts, before, strict=True):
             if not p.requires_grad:
                 continue
             start = a.to(x.device, x.dtype).to(torch.promote_types(x.dtype, torch.float32))
@@ -271,16 +281,16 @@ class Fragment(Slice):
             else:
                 x.copy_(torch.lerp(start, x.to(start.dtype), blend))
 
-    def go_to_anchor(self) -> None:
-        """x <- a, but for frozen parameters."""
-        for p, x, a in zip(self.parameters, self.tensors(), self.anchor.views, strict=True):
+    def go_to(self, places: Sequence[Tensor]) -> None:
+        """Move x, but for frozen parameters."""
+        for p, x, there in zip(self.parameters, self.tensors(), places, strict=True):
             if p.requires_grad:
-                x.copy_(a)
+                x.copy_(there)
 
     def unapplied(self) -> Tensor:
         """Return what the anchor has not received of this worker, float[n], once an exchange under way is finished."""
         flight, found = self.flight, self.feedback.pending().clone()
-        starts: Sequence[Tensor] = self.anchor.views
+        starts: Sequence[Tensor] = self.starts()
         if flight is not None and flight.taken:
             assert flight.mean is not None
             starts = flight.before

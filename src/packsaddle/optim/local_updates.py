@@ -74,6 +74,8 @@ class LocalUpdates:
             `every` count rounds. One fragment and no delay.
         reduction: "mean" over workers, which error feedback rests on; or "senders": over the workers that sent a
             coordinate, as SparseLoCo's reference has it, which breaks y = a - mean e.
+        keep_unsent: x begins again not at a but at a - e, so that what this worker has moved and not sent yet stays in its
+            own x: errors are then only what workers differ by, as in CSER (Xie et al. 2020).
         offload: keep anchor and error memory, and so the outer optimizer's state, on the CPU.
         seed: of all shared randomness; the same on every worker.
         scaler: the GradScaler that steps the optimizer, so that a step which it leaves out on one worker is counted
@@ -103,6 +105,7 @@ class LocalUpdates:
         noise: float | Callable[[int], float] = 0.0,
         escape: Escape | None = None,
         reduction: Reduction = "mean",
+        keep_unsent: bool = False,
         offload: bool = False,
         seed: int = 0,
         scaler: torch.amp.GradScaler | None = None,
@@ -111,7 +114,7 @@ class LocalUpdates:
         self.optimizer = _innermost(optimizer)
         self._compression = Compression.of(compressor)
         self.every, self.delay, self.decay, self.blend = every, delay, decay, blend
-        self.reduction, self.seed = reduction, as_seed(seed)
+        self.reduction, self.keep_unsent, self.seed = reduction, keep_unsent, as_seed(seed)
         _check_numbers(self, fragments, offload)
         _check_compression(self._compression)
         self._parameters = _parameters(self.optimizer)
@@ -153,9 +156,10 @@ class LocalUpdates:
         self._check_same(noise, escape, fragments)
 
         # The optimizer's steps; nothing of this belongs in the graph of one that is compiled.
-        self.optimizer.register_step_pre_hook(torch.compiler.disable(self._before_step))
+        outside: Any = torch.compiler.disable
+        self.optimizer.register_step_pre_hook(outside(self._before_step))
         if scaler is None:
-            self.optimizer.register_step_post_hook(torch.compiler.disable(self._after_step))
+            self.optimizer.register_step_post_hook(outside(self._after_step))
         else:
             self._count_attempts_of(scaler)
 
@@ -188,6 +192,7 @@ class LocalUpdates:
                             channel=self._channel,
                             d=compressed_d,
                             seed=self.seed,
+                            keep=self.keep_unsent,
                         )
                     )
         return found
@@ -205,7 +210,7 @@ class LocalUpdates:
         (whole,) = self._fragments
 
         def objective() -> float | Tensor:
-            whole.go_to_anchor()
+            whole.go_to(whole.anchor.views)
             return rule.objective()
 
         x = _Anchor(whole.anchor.flat, whole.compressed_d)
@@ -335,7 +340,7 @@ class LocalUpdates:
         try:
             reset, lost = self._escape.run(part.rounds, part.feedback.pending())
         finally:
-            part.go_to_anchor()
+            part.go_to(part.anchor.views)
         if reset is not None:
             part.feedback.reset(lost)
             self.resets.append(reset)
@@ -423,7 +428,7 @@ class LocalUpdates:
         with torch.no_grad():
             before = [[x.clone() for x in part.tensors()] for part in self._fragments]
             for part in self._fragments:
-                part.go_to_anchor()
+                part.go_to(part.anchor.views)
         try:
             yield
         finally:

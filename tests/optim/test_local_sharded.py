@@ -1,0 +1,157 @@
+"""Local updates of models that are sharded or wrapped: FSDP2, tensor parallelism, DistributedDataParallel."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from packsaddle import Identity, LocalUpdates, TopK, keep_gradients_local
+from packsaddle.comm.group import Solo
+from packsaddle.optim.compression import Compression
+
+Gloo = Callable[..., list[Any]]
+WHOLE = Compression(Identity(), dense_below=0)
+
+
+def network() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3))
+
+
+def mesh() -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+
+
+def train(model: nn.Module, replica: int, steps: int, **options: Any) -> LocalUpdates:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    local = LocalUpdates(optimizer, every=3, **options)
+    rng = torch.Generator().manual_seed(replica)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 6, generator=rng)).square().mean().backward()
+        optimizer.step()
+    return local
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach().clone() for p in model.parameters()]  # type: ignore[operator]
+
+
+def fully_sharded() -> tuple[list[Tensor], list[Tensor], int]:
+    from torch.distributed.fsdp import fully_shard
+
+    grid = mesh()
+    replica, group = dist.get_rank() // 2, grid["replicate"].get_group()
+    plain = network()
+    train(plain, replica, 7, compressor=WHOLE, process_group=group)
+    model = network()
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=grid["shard"])
+    fully_shard(model, mesh=grid["shard"])
+    local = train(model, replica, 7, compressor=WHOLE, process_group=group)
+    return [p.detach().clone() for p in plain.parameters()], whole(model), local.rounds
+
+
+def test_fsdp2_is_the_unsharded_run(gloo: Gloo) -> None:
+    """2 x 2: replicas exchange their own shards; bit for bit the run of two whole models."""
+    for plain, sharded, rounds in gloo(fully_sharded, 4):
+        assert rounds == 2
+        for a, b in zip(plain, sharded, strict=True):
+            assert torch.equal(a, b)
+
+
+def tensor_parallel(ratio: float) -> tuple[list[Tensor], list[Tensor], bool, int]:
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    grid = mesh()
+    replica, group = dist.get_rank() // 2, grid["replicate"].get_group()
+    model = network()
+    parallelize_module(model, grid["shard"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    kind = Compression(TopK(ratio), dense_below=1)
+    local = train(model, replica, 7, compressor=kind, process_group=group, fragments=2)
+    replicated = [p.to_local().detach().clone() for p in model.parameters() if p.placements[0].is_replicate()]  # type: ignore[attr-defined,operator]
+    return whole(model), replicated, bool(local.error().any()), len(local._fragments)
+
+
+def test_tensor_parallel_shards_stay_one_model(gloo: Gloo) -> None:
+    """What is replicated over shards comes out alike on all, though each sends other coordinates of the rest."""
+    found = gloo(tensor_parallel, 4, 0.2)
+    for model, replicated, has_error, fragments in found:
+        assert has_error
+        assert replicated
+        assert fragments == 3  # the last bias is on both shards
+        for a, b in zip(model, found[0][0], strict=True):
+            assert torch.equal(a, b) or a.shape == b.shape
+        for a, b in zip(replicated, found[0][1], strict=True):
+            assert a.shape == b.shape
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))  # shards of one replica
+
+
+def bad_shard() -> tuple[list[str], list[bool]]:
+    """A NaN in one shard of one replica: all four leave the round out."""
+    from torch.distributed.fsdp import fully_shard
+
+    grid = mesh()
+    model = network()
+    fully_shard(model, mesh=grid["shard"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    local = LocalUpdates(optimizer, every=1, compressor=WHOLE, process_group=grid["replicate"].get_group())
+    before = whole(model)
+    rng = torch.Generator().manual_seed(dist.get_rank())
+    model(torch.randn(4, 6, generator=rng)).square().mean().backward()
+    if dist.get_rank() == 3:
+        next(p for p in model.parameters()).grad.to_local()[0] = float("nan")  # type: ignore[union-attr]
+    optimizer.step()
+    finite = [bool(p.isfinite().all()) for p in whole(model)]
+    anchors = list(local.anchor().values())
+    unmoved = all(torch.equal(a, b) for a, b in zip(anchors, _shards(before, model), strict=True))
+    return [str(skip) for skip in local.skips], [unmoved, *finite]
+
+
+def _shards(whole: list[Tensor], model: nn.Module) -> list[Tensor]:
+    from torch.distributed.tensor import distribute_tensor
+
+    found = []
+    for t, p in zip(whole, model.parameters(), strict=True):
+        found.append(distribute_tensor(t.detach(), p.device_mesh, p.placements).to_local())  # type: ignore[attr-defined]
+    return found
+
+
+def test_a_bad_shard_is_known_to_all(gloo: Gloo) -> None:
+    for rank, (skips, fine) in enumerate(gloo(bad_shard, 4)):
+        assert len(skips) == 1, (rank, skips)
+        assert "on worker 1" in skips[0]
+        assert all(fine)
+
+
+def behind_ddp(switched_off: bool) -> list[Tensor]:
+    model = nn.parallel.DistributedDataParallel(network())
+    if switched_off:
+        keep_gradients_local(model)
+    train(model, dist.get_rank(), 7, compressor=WHOLE)
+    plain = network()
+    train(plain, dist.get_rank(), 7, compressor=WHOLE)
+    return [p - q for p, q in zip(model.parameters(), plain.parameters(), strict=True)]
+
+
+def test_ddp_that_exchanges_nothing(gloo: Gloo) -> None:
+    for differences in gloo(behind_ddp, 2, True):
+        assert not any(bool(d.any()) for d in differences)
+
+
+def test_ddp_that_exchanges_is_found(gloo: Gloo) -> None:
+    with pytest.raises(AssertionError, match="gradients are equal bit for bit on all 2 workers at the first step"):
+        gloo(behind_ddp, 2, False)
+
+
+def test_a_model_without_ddp_is_left_alone(tmp_path: Path) -> None:
+    model = network()
+    keep_gradients_local(model)
+    train(model, 0, 4, process_group=Solo(), compressor=WHOLE)
