@@ -49,12 +49,15 @@ CASES = [
     Case(every=8, compressor=TopK(0.2), fragments=2, delay=7, outer="adam"),
     Case(every=1, compressor=RandomK(0.2), outer="nesterov", noise=0.02),
     Case(every=3, compressor=TopK(0.2), decay=0.5, noise=0.01),
+    Case(every=3, compressor=TopK(0.1), keep=True),
+    Case(every=4, compressor=QSGD(), fragments=3, delay=3, keep=True, outer="nesterov", decay=0.9),
+    Case(every=3, compressor=Sign(), keep=True, bad={5: 0}, steps=20),
 ]
 
 
 def named(case: Case) -> str:
     rest = f"P{case.fragments}-delay{case.delay}-{case.inner}-{case.outer}-{case.decay}-{case.noise}"
-    return f"{case.compressor}-H{case.every}-{rest}"
+    return f"{case.compressor}-H{case.every}-{rest}{'-kept' if case.keep else ''}"
 
 
 def check(case: Case, workers: int, found: list[tuple[list[Tensor], dict[str, Tensor]]]) -> Twin:

@@ -40,6 +40,7 @@ class Case:
     outer: str = "none"
     decay: float = 1.0
     noise: float = 0.0
+    keep: bool = False  # x begins again at a - e
     steps: int = 17
     seed: int = 5
     bad: dict[int, int] = field(default_factory=dict)  # inner step (from 1) after which which worker's x gets a NaN
@@ -76,6 +77,7 @@ def train(case: Case, worker: int, **options: Any) -> tuple[list[Tensor], LocalU
         outer=OUTERS[case.outer],
         decay=case.decay,
         noise=case.noise,
+        keep_unsent=case.keep,
         seed=case.seed,
         **options,
     )
@@ -130,7 +132,7 @@ def twin(case: Case, workers: int) -> Twin:
         with torch.no_grad():
             for p, names in enumerate(case.cut()):
                 if (n, p) in landing:
-                    _land(landing.pop((n, p)), names, leaves, outer, xs, inners)
+                    _land(landing.pop((n, p)), names, leaves, outer, xs, inners, e if case.keep else None)
             for p, names in enumerate(case.cut()):
                 if (n + p * case.every // case.fragments) % case.every:
                     continue
@@ -141,7 +143,7 @@ def twin(case: Case, workers: int) -> Twin:
                 if case.delay:
                     landing[n + case.delay, p] = flight
                 else:
-                    _land(flight, names, leaves, outer, xs, inners)
+                    _land(flight, names, leaves, outer, xs, inners, e if case.keep else None)
         for i in range(workers):
             seen[i].append(flat(xs[i]))
     return Twin(seen, {name: leaf.detach() for name, leaf in leaves.items()}, e)
@@ -163,7 +165,8 @@ def _exchange(
     xi = Perturbation(case.noise).draw(torch.zeros(95, dtype=torch.float64), seed=case.seed, step=t[p])
     vs = []
     for i, x in enumerate(xs):
-        v = {name: case.decay * e[i][name] + (leaves[name] - x[name]) for name in names}
+        start = {name: leaves[name] - e[i][name] if case.keep else leaves[name] for name in names}
+        v = {name: case.decay * e[i][name] + (start[name] - x[name]) for name in names}
         if xi is not None:
             v = {n: u + xi[starts[n] : starts[n] + u.numel()].view(u.shape) for n, u in v.items()}
         vs.append(v)
@@ -193,13 +196,14 @@ def _land(
     outer: Any,
     xs: Sequence[dict[str, Any]],
     inners: Sequence[Any],
+    kept: list[dict[str, Tensor]] | None,
 ) -> None:
     mean, before, bad = flight
     if mean is None:
-        for x, inner, is_bad in zip(xs, inners, bad, strict=True):
-            if is_bad:
+        for i, (x, inner) in enumerate(zip(xs, inners, strict=True)):
+            if bad[i]:
                 for name in names:
-                    x[name].copy_(leaves[name])
+                    x[name].copy_(leaves[name] - (kept[i][name] if kept else 0.0))
                 _forget(inner)
         return
     for name in names:
@@ -213,7 +217,7 @@ def _land(
     for i, x in enumerate(xs):
         for name in names:
             since = 0.0 if before is None else x[name] - before[i][name]
-            x[name].copy_(leaves[name] + since)
+            x[name].copy_(leaves[name] - (kept[i][name] if kept else 0.0) + since)
 
 
 def _forget(inner: torch.optim.Optimizer) -> None:

@@ -74,8 +74,8 @@ class LocalUpdates:
             `every` count rounds. One fragment and no delay.
         reduction: "mean" over workers, which error feedback rests on; or "senders": over the workers that sent a
             coordinate, as SparseLoCo's reference has it, which breaks y = a - mean e.
-        keep_unsent: x begins again not at a but at a - e, so that what this worker has moved and not sent yet stays in its
-            own x: errors are then only what workers differ by, as in CSER (Xie et al. 2020).
+        keep_unsent: x begins again not at a but at a - e, so that what this worker has moved and not sent yet stays in
+            its own x, as in CSER (Xie et al. 2020).
         offload: keep anchor and error memory, and so the outer optimizer's state, on the CPU.
         seed: of all shared randomness; the same on every worker.
         scaler: the GradScaler that steps the optimizer, so that a step which it leaves out on one worker is counted
@@ -339,11 +339,11 @@ class LocalUpdates:
             return
         try:
             reset, lost = self._escape.run(part.rounds, part.feedback.pending())
+            if reset is not None:
+                part.feedback.reset(lost)
+                self.resets.append(reset)
         finally:
-            part.go_to(part.anchor.views)
-        if reset is not None:
-            part.feedback.reset(lost)
-            self.resets.append(reset)
+            part.go_to(part.starts())
 
     def _check_start(self) -> None:
         """See that workers began at one x, and that nobody else exchanges gradients."""
