@@ -11,9 +11,9 @@ import argparse
 import torch
 from torch import nn
 
-from packsaddle import CompressedSGD, RandomK, TopK
+from packsaddle import CompressedSGD, Compression, RandomK, TopK
 from packsaddle.numerics import is_usable
-from packsaddle.optim.stages.drift import fingerprint
+from packsaddle.optim import fingerprint
 from packsaddle.performance import side_by_side
 
 
@@ -32,8 +32,8 @@ def main() -> None:
         weights = [nn.Parameter(torch.randn(side, side)) for _ in range(arguments.layers)]
         for w in weights:
             w.grad = torch.randn_like(w)
-        options = {} if guarded else {"max_skipped": None, "compare_every": 0}
-        return CompressedSGD(weights, 1e-3, compressor=compressor, noise=noise, **options)  # type: ignore[arg-type]
+        bare = Compression(compressor, max_skipped=None, compare_every=0)
+        return CompressedSGD(weights, 1e-3, compressor if guarded else bare, noise=noise)
 
     cases = {
         "RandomK 1%": (RandomK(0.01), 0.0),

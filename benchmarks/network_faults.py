@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from packsaddle import CompressedSGD, TopK
+from packsaddle import CompressedSGD, Compression, TopK
 from packsaddle.comm import PeerLostError, process_group
 from packsaddle.performance.bench import Hosts, available
 
@@ -204,7 +204,7 @@ def train(rank: int, steps: int, after: Callable[[int], None] = lambda step: Non
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 300), nn.ReLU(), nn.Linear(300, 64))
     opt = CompressedSGD(
-        model.named_parameters(), 0.02, compressor=TopK(0.1), noise=1e-4, momentum=0.9, exchange="direct"
+        model.named_parameters(), 0.02, Compression(TopK(0.1), exchange="direct"), noise=1e-4, momentum=0.9
     )
     rng = torch.Generator().manual_seed(rank)
     for step in range(1, steps + 1):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from packsaddle import CompressedSGD, TopK, save_checkpoint
+from packsaddle import CompressedSGD, Compression, TopK, save_checkpoint
 from packsaddle.performance.bench import Hosts, available
 
 _PORT = 29_477
@@ -75,12 +75,9 @@ def soak(rank: int, interface: str, address: str, arguments: argparse.Namespace)
     opt = CompressedSGD(
         model.named_parameters(),
         0.02,
-        compressor=TopK(0.1),
+        Compression(TopK(0.1), exchange=arguments.exchange, monitor_every=25, compare_every=50),
         noise=1e-4,
         momentum=0.9,
-        exchange=arguments.exchange,
-        monitor_every=25,
-        compare_every=50,
     )
     rng = torch.Generator().manual_seed(rank)
     before, begin, early = _counter(interface), time.monotonic(), 0.0

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from packsaddle import CompressedSGD, Compressor, RandomK, Sign, SketchTopK, TopK
+from packsaddle import CompressedSGD, Compression, Compressor, RandomK, Sign, SketchTopK, TopK
 from packsaddle.comm import Group, process_group
 from packsaddle.compressors import describe
 from packsaddle.performance import (
@@ -94,7 +94,7 @@ def training(name: str, batch: int, compressor: Compressor | None, how: str) -> 
         model = torch.nn.parallel.DistributedDataParallel(model)
         optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     else:
-        optimizer = CompressedSGD(model.parameters(), 1e-3, compressor=compressor, exchange=how)  # type: ignore[arg-type]
+        optimizer = CompressedSGD(model.parameters(), 1e-3, Compression(compressor, exchange=how))  # type: ignore[arg-type]
 
     def step() -> None:
         optimizer.zero_grad()

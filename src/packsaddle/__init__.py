@@ -22,6 +22,7 @@ from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
 from packsaddle.numerics.sketches import NormSketch
+from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
 from packsaddle.optim.fsdp import register_fsdp_hook
 from packsaddle.optim.local_updates import LocalUpdates
@@ -42,6 +43,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "CompressedSGD",
+    "Compression",
     "Compressor",
     "Drift",
     "DriftError",

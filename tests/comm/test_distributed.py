@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from packsaddle import CompressedSGD, Compressor, Escape, Identity, NormSketch, RandomK, TopK, simulate
+from packsaddle import CompressedSGD, Compression, Compressor, Escape, Identity, NormSketch, RandomK, TopK, simulate
 from packsaddle.comm.group import resolve
 
 COMPRESSORS: dict[str, Compressor] = {
@@ -63,9 +63,8 @@ def network_run(compressor: Compressor) -> dict[str, Any]:
     opt = CompressedSGD(
         model.parameters(),
         0.2,
-        compressor=compressor,
+        Compression(compressor, dense_below=100),
         noise=0.01,
-        dense_below=100,
         escape=Escape(15, 0.5, loss, sketch=NormSketch(3, 32)),
     )
     first = loss().item()

@@ -8,7 +8,7 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, Identity, RandomK, TopK
+from packsaddle import CompressedSGD, Compression, Identity, RandomK, TopK
 from packsaddle.comm.communicator import Channel
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
@@ -33,7 +33,7 @@ def test_a_run_of_random_k_grows_beyond_it_and_not_below(gain: float, grows: boo
     eta, ratio, d = 0.1, 0.02, 400
     curvature = gain * ratio / eta
     x = nn.Parameter(torch.ones(d, 1, dtype=torch.float64))
-    opt = CompressedSGD([x], eta, compressor=RandomK(ratio, block_size=1), dense_below=0, max_skipped=None)
+    opt = CompressedSGD([x], eta, Compression(RandomK(ratio, block_size=1), dense_below=0, max_skipped=None))
     for _ in range(1500):
         x.grad = curvature * x.detach()
         opt.step()
@@ -75,7 +75,7 @@ def test_the_worst_coordinate_of_a_dense_hessian_is_found(seed: int) -> None:
 def test_waits_are_by_tensor_and_only_where_they_are_known() -> None:
     def made(compressor: RandomK | TopK | Identity, below: int) -> list[float] | None:
         weights = [nn.Parameter(torch.ones(n, m)) for n, m in ((10, 10), (3, 1), (20, 20))]
-        return CompressedSGD(weights, 0.1, compressor=compressor, dense_below=below).waits()
+        return CompressedSGD(weights, 0.1, Compression(compressor, dense_below=below)).waits()
 
     assert made(RandomK(0.1, block_size=1), 50) == pytest.approx([10.0, 1.0, 10.0])
     assert made(RandomK(0.01, per_tensor=True), 50) == pytest.approx([100.0, 1.0, 100.0])
@@ -104,7 +104,7 @@ def test_of_a_real_network(tmp_path: Path) -> None:
     for below in (0, 100):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(64, 32), nn.Sigmoid(), nn.Linear(32, 8), nn.Sigmoid(), nn.Linear(8, 64))
-        opt = CompressedSGD(model.named_parameters(), 0.1, compressor=RandomK(0.001), dense_below=below)
+        opt = CompressedSGD(model.named_parameters(), 0.1, Compression(RandomK(0.001), dense_below=below))
         waits = opt.waits()
         assert waits is not None
         steps = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from packsaddle import CompressedSGD, Compressor, Identity, RandomK, TopK, simulate
+from packsaddle import CompressedSGD, Compression, Compressor, Identity, RandomK, TopK, simulate
 from packsaddle.comm.communicator import Channel
 from packsaddle.comm.group import Solo, resolve
 from packsaddle.comm.ledger import Ledger
@@ -84,7 +84,7 @@ def text_run(compressor: Compressor) -> dict[str, Any]:
     task = tiny_task(data)
     mine = shard(data, "class", worker=group.rank, workers=group.size, seed=0)
     batches = Batches(mine, 4, worker=group.rank, seed=0)
-    opt = CompressedSGD(task.named_parameters(), 0.3, compressor=compressor, dense_below=0)
+    opt = CompressedSGD(task.named_parameters(), 0.3, Compression(compressor, dense_below=0))
     losses = []
     for step in range(12):
         opt.zero_grad()

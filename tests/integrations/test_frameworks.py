@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import TopK, register_ddp_hook
+from packsaddle import Compression, TopK, register_ddp_hook
 from packsaddle.comm.group import resolve
 from packsaddle.integrations import load_state, measures, save_state
 
@@ -164,7 +164,7 @@ def test_the_documented_lines_are_those_of_the_examples() -> None:
 
 def trained(steps: int) -> Any:
     model = DistributedDataParallel(torch.nn.Linear(40, 50))
-    hook = register_ddp_hook(model, TopK(0.1), monitor_every=2)
+    hook = register_ddp_hook(model, Compression(TopK(0.1), monitor_every=2))
     for _ in range(steps):
         torch.nn.functional.mse_loss(model(torch.ones(4, 40)), torch.zeros(4, 50)).backward()
     return hook

@@ -28,10 +28,10 @@ def test_triton_loops_against_torch() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("memory", ["buffer", "gradient"])
 def test_a_step_of_randomk_waits_for_nothing(memory: str) -> None:
-    from packsaddle import CompressedSGD, RandomK
+    from packsaddle import CompressedSGD, Compression, RandomK
 
     w = torch.nn.Parameter(torch.zeros(1000, 1000, device="cuda"))
-    opt = CompressedSGD([w], 0.1, compressor=RandomK(0.01), noise=0.1, memory=memory)  # type: ignore[arg-type]
+    opt = CompressedSGD([w], 0.1, Compression(RandomK(0.01), memory=memory), noise=0.1)  # type: ignore[arg-type]
     if memory == "buffer":
         w.grad = torch.ones_like(w)
     opt.step()

@@ -8,7 +8,7 @@ import torch
 from algorithm1 import algorithm1
 from torch import nn
 
-from packsaddle import CompressedSGD, Compressor, Identity, RandomK, TopK, simulate
+from packsaddle import CompressedSGD, Compression, Compressor, Identity, RandomK, TopK, simulate
 from packsaddle.optim.stages.noise import Perturbation
 
 COMPRESSORS: dict[str, Compressor] = {
@@ -93,7 +93,7 @@ def test_error_reaches_its_theoretical_size() -> None:
     """Constant gradient g, fresh RandomK: E||e_t||^2 / ||g||^2 -> (1 - mu)(2 - mu) / mu^2, 105 for mu = 1/8."""
     mu, d = 1 / 8, 400
     w = nn.Parameter(torch.zeros(d, 1, dtype=torch.float64))
-    opt = CompressedSGD([w], 1.0, compressor=RandomK(mu), dense_below=0)
+    opt = CompressedSGD([w], 1.0, Compression(RandomK(mu), dense_below=0))
     sizes = []
     for t in range(400):
         w.grad = torch.ones_like(w)

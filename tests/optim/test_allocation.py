@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from packsaddle import (
     QSGD,
     AdaptiveTopK,
+    Compression,
     Compressor,
     Identity,
     LowRank,
@@ -157,7 +158,7 @@ class Uneven(nn.Module):
 def uneven(scope: str, exchange: str) -> dict[str, Any]:
     """Train on them; return the coordinates that were sent by step, and the norm of the error memory."""
     model = wrapped(Uneven(), 0.005)
-    hook = register_ddp_hook(model, TopK(0.05), scope=scope, exchange=exchange)  # type: ignore[arg-type]
+    hook = register_ddp_hook(model, Compression(TopK(0.05), exchange=exchange), scope=scope)  # type: ignore[arg-type]
     rng = torch.Generator().manual_seed(resolve(None).rank)
     sent = [0]
     for _ in range(40):

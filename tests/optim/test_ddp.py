@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from ddp_runs import COMPRESSORS, SEVERAL, WAYS, batches, loss, network, train, vector, wrapped
+from specs import folded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
 from packsaddle import (
     CompressedSGD,
+    Compression,
     Compressor,
     Escape,
     Identity,
@@ -43,7 +45,7 @@ Gloo = Callable[..., list[Any]]
 def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> dict[str, Any]:
     """Train both ways on the same batches, with a learning rate that falls."""
     ours, theirs = network(), wrapped(network(), cap)
-    same: dict[str, Any] = {"noise": 0.01, "seed": 3, "dense_below": 100, "monitor_every": 5, **options}
+    same = folded({"noise": 0.01, "seed": 3, "dense_below": 100, "monitor_every": 5, **options})
     a = CompressedSGD(ours.parameters(), 0.2, lazy_noise=False, **same)
     b = torch.optim.SGD(theirs.parameters(), 0.2)
     hook = register_ddp_hook(theirs, scope=scope, optimizer=b, **same)
@@ -92,7 +94,9 @@ def test_with_sgd_it_is_compressed_sgd(gloo: Gloo, workers: int) -> None:
 def by_bucket(compressor: Compressor, error_feedback: bool) -> dict[str, Any]:
     """Buckets are compressed one by one: y moves as in SGD without compression, whatever the buckets are."""
     model = wrapped(network(), SEVERAL)
-    hook = register_ddp_hook(model, compressor, noise=0.02, seed=5, error_feedback=error_feedback, dense_below=100)
+    hook = register_ddp_hook(
+        model, Compression(compressor, dense_below=100), noise=0.02, seed=5, error_feedback=error_feedback
+    )
     dense = register_dense_twin(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     sections = []
@@ -201,7 +205,8 @@ def matrix(optimizer_name: str) -> dict[tuple[str, str], tuple[float, float, Ten
             model = wrapped(network(torch.float32), cap)
             optimizer = OPTIMIZERS[optimizer_name](model.parameters())
             scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if kind == "scaler" else None
-            hook = register_ddp_hook(model, scaler=scaler, optimizer=optimizer, dense_below=100, **options)
+            spec = Compression(**options, dense_below=100)
+            hook = register_ddp_hook(model, spec, scaler=scaler, optimizer=optimizer)
             seen = spy(hook)
             run = torch.compile(model, backend="aot_eager") if kind == "compiled" else model
             before = value_of(model, data[0])
@@ -228,7 +233,7 @@ def accumulated() -> dict[str, Tensor]:
     for kind in ("whole", "accumulated"):
         model = wrapped(network(), SEVERAL)
         optimizer = torch.optim.SGD(model.parameters(), 0.3)
-        hook = register_ddp_hook(model, TopK(0.05), dense_below=100)
+        hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100))
         train(model, optimizer, batches(10), accumulate=kind == "accumulated", clip=0.01)
         assert hook.steps == 10
         assert math.isclose(float(nn.utils.get_total_norm([p.grad for p in model.parameters()])), 0.01, rel_tol=1e-4)
@@ -288,7 +293,7 @@ def test_options_of_ddp(gloo: Gloo) -> None:
 def sixteen_bit() -> dict[str, Any]:
     """bfloat16 parameters: what a gradient cannot hold of the mean goes to the memory, so that y is exact."""
     model = wrapped(network(torch.bfloat16), SEVERAL)
-    hook = register_ddp_hook(model, RandomK(0.1), dense_below=100)
+    hook = register_ddp_hook(model, Compression(RandomK(0.1), dense_below=100))
     total = torch.zeros(sum(p.numel() for p in model.parameters()))
     delivered = torch.zeros_like(total)
     for batch in batches(10, torch.bfloat16):
@@ -322,9 +327,8 @@ def with_and_without_a_bad_batch() -> dict[tuple[str, str], dict[float | None, t
                 model = wrapped(network(torch.float32), SEVERAL)
                 optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.5)
                 scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-                hook = register_ddp_hook(
-                    model, noise=0.01, scope=scope, scaler=scaler, optimizer=optimizer, dense_below=100, **options
-                )
+                spec = Compression(**options, dense_below=100)
+                hook = register_ddp_hook(model, spec, noise=0.01, scope=scope, scaler=scaler, optimizer=optimizer)
                 active: list[float | None] = [None]
                 layer = model.module[2].weight  # in one of the buckets, not in the last
                 layer.register_hook(lambda g, active=active: g if active[0] is None else g * active[0])
@@ -373,7 +377,7 @@ def rates_of_zero(exchange: str) -> float:
     """How far y moves in steps at rate 0, after others; and whether it goes on as it should afterwards."""
     model = wrapped(network(), SEVERAL)
     optimizer = torch.optim.SGD(model.parameters(), 0.2)
-    hook = register_ddp_hook(model, TopK(0.05), exchange=exchange, optimizer=optimizer, dense_below=100)
+    hook = register_ddp_hook(model, Compression(TopK(0.05), exchange=exchange, dense_below=100), optimizer=optimizer)
     train(model, optimizer, batches(5))
     y = vector(model) - 0.2 * mean_memory(hook, model)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -405,7 +409,7 @@ def test_errors_follow_the_rate_of_plain_sgd_alone() -> None:
 def read_in_the_middle() -> float:
     """What is lost of the gradient by reading the hook in a backward pass."""
     model = wrapped(network(), SEVERAL)
-    hook = register_ddp_hook(model, TopK(0.05), dense_below=100)
+    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100))
     optimizer, dense = torch.optim.SGD(model.parameters(), 0.1), register_dense_twin(model)
     model.module[0].weight.register_hook(lambda g: None if hook.memory() else g.new_zeros(hook.steps))
     train(model, optimizer, batches(2))
@@ -432,13 +436,14 @@ def escape_runs(scope: str) -> dict[str, Any]:
             return loss(model, batch)
 
         rule = Escape(9, 0.4, objective, sketch=NormSketch(3, 64))
-        options: dict[str, Any] = {"noise": 0.02, "escape": rule, "dense_below": 100, "seed": 2}
+        options: dict[str, Any] = {"noise": 0.02, "escape": rule, "seed": 2}
+        spec = Compression(TopK(0.02), dense_below=100)
         if hooked:
             assert isinstance(model, DistributedDataParallel)
             optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), 0.3)
-            hook: Any = register_ddp_hook(model, TopK(0.02), scope=scope, optimizer=optimizer, **options)
+            hook: Any = register_ddp_hook(model, spec, scope=scope, optimizer=optimizer, **options)
         else:
-            optimizer = hook = CompressedSGD(model.parameters(), 0.3, compressor=TopK(0.02), **options)
+            optimizer = hook = CompressedSGD(model.parameters(), 0.3, spec, **options)
         train(model, optimizer, data)
         found[f"x {hooked}"] = vector(model)
         found[f"resets {hooked}"] = [(r.step, r.reason, r.committed) for r in hook.resets]
@@ -460,9 +465,8 @@ def resumed(way: str, scope: str, stop: int) -> dict[str, Tensor]:
         for part in (data[:stop], data[stop:]) if stopped else (data,):
             model = wrapped(network(), SEVERAL)
             optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
-            hook = register_ddp_hook(
-                model, noise=0.01, start_step=3, scope=scope, optimizer=optimizer, dense_below=100, **RESUMED[way]
-            )
+            spec = Compression(**RESUMED[way], dense_below=100)
+            hook = register_ddp_hook(model, spec, noise=0.01, start_step=3, scope=scope, optimizer=optimizer)
             if saved is not None:
                 loaded = torch.load(io.BytesIO(saved), weights_only=True)
                 model.load_state_dict(loaded["model"])
@@ -492,11 +496,11 @@ def test_a_resumed_run_is_the_run_that_never_stopped(gloo: Gloo, way: str) -> No
 def kept_by_loading(way: str) -> list[Tensor]:
     memories = []
     model = wrapped(network(), SEVERAL)
-    hook = register_ddp_hook(model, dense_below=100, **WAYS[way])
+    hook = register_ddp_hook(model, Compression(**WAYS[way], dense_below=100))
     train(model, torch.optim.SGD(model.parameters(), 0.2), batches(6))
     memories.append(mean_memory(hook, model))
     other = wrapped(network(), SEVERAL)
-    loaded = register_ddp_hook(other, dense_below=100, **WAYS[way])
+    loaded = register_ddp_hook(other, Compression(**WAYS[way], dense_below=100))
     loaded.load_state_dict(hook.state_dict())
     memories.append(mean_memory(loaded, other))
     return memories
@@ -512,7 +516,7 @@ def test_with_buckets_a_state_keeps_all_of_the_error(gloo: Gloo, way: str) -> No
 def warmed_up() -> list[int]:
     model = wrapped(network())
     ramp = RatioRamp(RandomK(0.01), 10, first=0.5)
-    hook = register_ddp_hook(model, ramp, start_step=2, dense_below=100)
+    hook = register_ddp_hook(model, Compression(ramp, dense_below=100), start_step=2)
     train(model, torch.optim.SGD(model.parameters(), 0.1), batches(13))
     return [hook.ledger.at(t)["values"].payload // 8 for t in range(13)]
 
@@ -538,7 +542,7 @@ def test_warm_up_is_dense_then_a_falling_ratio(gloo: Gloo) -> None:
 def overlapping() -> bool:
     """The first bucket's exchange waits for the gradient that comes last: a hook that blocks the pass never ends."""
     model = wrapped(network(), SEVERAL)
-    hook = register_ddp_hook(model, RandomK(0.1), dense_below=100)
+    hook = register_ddp_hook(model, Compression(RandomK(0.1), dense_below=100))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     train(model, optimizer, batches(2))  # DDP makes its buckets anew
     reached, original, waited = threading.Event(), hook.channel.group.all_reduce, []
@@ -570,7 +574,7 @@ def refusals() -> dict[str, str]:
     found = {}
 
     def refused(name: str, **options: Any) -> None:
-        found[name] = message_of(lambda: register_ddp_hook(wrapped(network()), **options))
+        found[name] = message_of(lambda: register_ddp_hook(wrapped(network()), **folded(options, TopK(0.1))))
 
     refused("compressor", compressor=0.01)
     refused("schedule", compressor=lambda step: 0.01)
@@ -580,6 +584,8 @@ def refusals() -> dict[str, str]:
     refused("scope", scope="layer")
     refused("start_step", start_step=-1)
     refused("exchange", exchange="two-ways")
+    refused("memory", memory="ef21")
+    refused("on_drift", on_drift="repair")
     refused("escape", escape=Escape(5, 1.0, lambda: 0.0))
     refused("scaler", scaler=1024.0)
     refused("lacks", optimizer=torch.optim.SGD(network().parameters(), 0.1))
@@ -596,7 +602,7 @@ def refusals() -> dict[str, str]:
     found["added"] = message_of(lambda: loss(added, batches(1)[0]).backward())
 
     sparse = DistributedDataParallel(nn.Embedding(9, 4, sparse=True))
-    register_ddp_hook(sparse, RandomK(0.1), dense_below=0)
+    register_ddp_hook(sparse, Compression(RandomK(0.1), dense_below=0))
     found["sparse"] = message_of(lambda: sparse(torch.tensor([1, 2])).sum().backward())
     return found
 
@@ -610,10 +616,12 @@ def test_what_is_refused_and_how(gloo: Gloo) -> None:
         "scope": 'scope must be "bucket" or "model", got \'layer\'',
         "start_step": "start_step must be 0 or more steps, got -1",
         "exchange": "exchange must be one of .*got 'two-ways'",
+        "memory": 'memory must be "buffer" in a hook, got "ef21", which is for CompressedSGD',
+        "on_drift": 'on_drift must be "stop" in a hook, got "repair", which is for CompressedSGD',
         "escape": "escape needs optimizer=",
         "scaler": "scaler must be a torch.amp.GradScaler, got float",
         "lacks": "optimizer must have all parameters of the model, and lacks",
-        "differs": "workers must be given the same arguments",
+        "differs": r"the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has compressor=RandomK",
         "class": "such as TopK\\(0.01\\), got the class TopK itself",
         "second": "has a communication hook already, and takes no second one; for another hook wrap model.module anew",
         "plain": "model must be a DistributedDataParallel, got Sequential: wrap the model first",

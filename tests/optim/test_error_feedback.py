@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packsaddle import CompressedSGD, Compressor, Ledger, LowRank, RandomK, Sign, TopK, simulate
+from packsaddle import CompressedSGD, Compression, Compressor, Ledger, LowRank, RandomK, Sign, TopK, simulate
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Channel
 from packsaddle.comm.group import resolve
@@ -165,7 +165,7 @@ def test_an_optimizer_goes_on_after_an_exchange_that_raised() -> None:
 
     def run(broken: bool) -> tuple[Tensor, Tensor]:
         p = torch.nn.Parameter(torch.zeros(8, 8))
-        opt = CompressedSGD([p], 0.1, compressor=TopK(0.1), exchange="two-way", back=RandomK(0.3), dense_below=0)
+        opt = CompressedSGD([p], 0.1, Compression(TopK(0.1), exchange="two-way", back=RandomK(0.3), dense_below=0))
         average = opt.choice.protocol.average
 
         def lost(*arguments: object, **options: object) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from packsaddle import (
     QSGD,
+    Compression,
     Compressor,
     DriftError,
     Identity,
@@ -81,7 +82,7 @@ def compressed(compressor: Compressor, exchange: str) -> dict[str, Any]:
     mesh = meshes()
     native, ours = sharded(mesh), sharded(mesh["shard"])
     group = mesh["replicate"].get_group()
-    hook = register_fsdp_hook(ours, group, compressor, exchange=exchange)
+    hook = register_fsdp_hook(ours, group, Compression(compressor, exchange=exchange))
     optimizer = torch.optim.SGD(ours.parameters(), 0.1)
     start, total = local_shards(ours), torch.zeros_like(local_shards(ours))
     for t in range(10):
@@ -328,7 +329,7 @@ BAD = (2, 3, 6)
 
 def with_bad_batches(size: int, value: float, has_them: bool) -> dict[str, Any]:
     model, group = spoilable(size)
-    hook = register_fsdp_hook(model, group, TopK(0.1), noise=0.01, exchange="two-way", monitor_every=1)
+    hook = register_fsdp_hook(model, group, Compression(TopK(0.1), exchange="two-way", monitor_every=1), noise=0.01)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     hook.protect(optimizer)
     bad = []
@@ -395,7 +396,7 @@ def test_replicas_of_a_shard_agree_and_other_shards_do_not_know(gloo: Gloo) -> N
 
 def gives_up() -> tuple[str, int]:
     model, group = spoilable(1)
-    hook = register_fsdp_hook(model, group, TopK(0.1), max_skipped=2)
+    hook = register_fsdp_hook(model, group, Compression(TopK(0.1), max_skipped=2))
     model[0].value = math.nan if dist.get_rank() == 1 else None
     try:
         for t in range(9):
@@ -414,7 +415,7 @@ def test_too_many_in_a_row_stop_all_replicas(gloo: Gloo) -> None:
 
 def drifting() -> str:
     model, group = spoilable(2)
-    register_fsdp_hook(model, group, TopK(0.1), compare_every=3)
+    register_fsdp_hook(model, group, Compression(TopK(0.1), compare_every=3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     try:
         for t in range(9):

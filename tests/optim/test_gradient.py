@@ -7,6 +7,7 @@ from typing import Any
 import problems
 import pytest
 import torch
+from specs import folded
 from torch import Tensor, nn
 
 from packsaddle import CompressedSGD, Compressor, Escape, Identity, RandomK, TopK, simulate
@@ -26,7 +27,7 @@ class Run:
         start = problems.start()
         self.weights = [nn.Parameter(start[:8].reshape(2, 4).clone()), nn.Parameter(start[8:].clone())]
         given: dict[str, Any] = {"lr": LR, "noise": R, "seed": SEED, "dense_below": 0, "lazy_noise": False}
-        self.opt = CompressedSGD(self.weights, **(given | options))
+        self.opt = CompressedSGD(self.weights, **folded(given | options))
 
     @property
     def x(self) -> Tensor:
@@ -148,7 +149,7 @@ def quadratics(steps: int, lr: float, noise: float = 0.0, seed: int = 0, **optio
         a = 0.5 + torch.rand(20, generator=rng, dtype=torch.float64)
         b = 5 * torch.randn(20, generator=rng, dtype=torch.float64)
         p = nn.Parameter(torch.zeros(20, dtype=torch.float64))
-        opt = CompressedSGD([p], lr, compressor=TopK(k=2), dense_below=0, **options)
+        opt = CompressedSGD([p], lr, **folded({"compressor": TopK(k=2), "dense_below": 0} | options))
         rng.manual_seed(100 * seed + rank)
         for _ in range(steps):
             p.grad = a * p.detach() - b + noise * torch.randn(20, generator=rng, dtype=torch.float64)
@@ -427,7 +428,7 @@ def test_estimates_need_one_rate() -> None:
         ({"storm": 0.0}, "storm, the weight a of a new gradient, must be in"),
         ({"storm": 0.5, "momentum": 0.5}, "it goes with momentum=0, got 0.5"),
         ({"memory": "gradient", "momentum": 0.5}, 'memory="gradient" leaves no gradient'),
-        ({"memory": "ef21", "exchange": "two-way", "compressor": TopK(k=2)}, 'memory="ef21" is for exchange "direct"'),
+        ({"memory": "ef21", "exchange": "two-way"}, "memory must be \"buffer\" with exchange 'two-way', got 'ef21'"),
         ({"memory": "ef21", "local_steps": 2}, 'memory="ef21" is for local_steps=1, got 2'),
         ({"local_steps": 0}, "local_steps must be 1 or more steps, got 0"),
         ({"momentum": 0.5, "lazy_noise": True, "noise": 0.1}, "lazy_noise goes with plain error feedback alone"),
@@ -441,4 +442,5 @@ def test_what_does_not_go_together_is_named(options: dict[str, Any], message: st
 def test_sixteen_bits_are_too_few_for_estimates_and_local_steps() -> None:
     for options in ({"memory": "ef21"}, {"local_steps": 2}):
         with pytest.raises(ValueError, match=r"parameters of 32 or 64 bits, got torch\.bfloat16"):
-            CompressedSGD([nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))], 0.1, dense_below=0, **options)
+            p = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
+            CompressedSGD([p], 0.1, **folded({"dense_below": 0} | options))

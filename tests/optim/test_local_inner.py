@@ -9,8 +9,7 @@ import torch
 from local_updates import gradient
 from torch import Tensor, nn
 
-from packsaddle import Identity, LocalUpdates, TopK, simulate
-from packsaddle.optim.compression import Compression
+from packsaddle import Compression, Identity, LocalUpdates, TopK, simulate
 
 WHOLE = Compression(Identity(), dense_below=0)
 OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {

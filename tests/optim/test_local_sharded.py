@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from packsaddle import Identity, LocalUpdates, TopK, keep_gradients_local
+from packsaddle import Compression, Identity, LocalUpdates, TopK, keep_gradients_local
 from packsaddle.comm.group import Solo
-from packsaddle.optim.compression import Compression
 
 Gloo = Callable[..., list[Any]]
 WHOLE = Compression(Identity(), dense_below=0)

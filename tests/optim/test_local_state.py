@@ -11,8 +11,7 @@ from local_updates import INNERS, OUTERS, begin, flat, gradient
 from torch import Tensor, nn
 
 import packsaddle
-from packsaddle import QSGD, CheckpointError, Escape, LocalUpdates, LowRank, RandomK, TopK, simulate
-from packsaddle.optim.compression import Compression
+from packsaddle import QSGD, CheckpointError, Compression, Escape, LocalUpdates, LowRank, RandomK, TopK, simulate
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"every": 4},

@@ -14,6 +14,7 @@ from packsaddle import (
     QSGD,
     AdaptiveTopK,
     CompressedSGD,
+    Compression,
     Compressor,
     DriftError,
     Escape,
@@ -27,7 +28,6 @@ from packsaddle import (
     TopK,
     simulate,
 )
-from packsaddle.optim.compression import Compression
 
 WHOLE = Compression(TopK(0.5), dense_below=0)
 FAMILIES: list[Compressor] = [

@@ -9,12 +9,14 @@ import problems
 import pytest
 import torch
 from problems import network, vector
+from specs import folded
 from torch import Tensor, nn
 
 from packsaddle import (
     QSGD,
     AdaptiveTopK,
     CompressedSGD,
+    Compression,
     Compressor,
     Escape,
     Identity,
@@ -43,7 +45,7 @@ COMPRESSORS = [
 def small(memory: Any = "gradient", lr: float = 0.1, **changes: Any) -> tuple[nn.Module, Tensor, CompressedSGD]:
     model, data = network()
     arguments = {"compressor": RandomK(0.1), "dense_below": 100, "seed": 3, "memory": memory, **changes}
-    return model, data, CompressedSGD(model.named_parameters(), lr, **arguments)
+    return model, data, CompressedSGD(model.named_parameters(), lr, **folded(arguments))
 
 
 def backward(model: nn.Module, data: Tensor) -> None:
@@ -135,7 +137,7 @@ def test_present_gradients_are_taken_over() -> None:
     model, data, _ = small("buffer")
     backward(model, data)
     first = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    CompressedSGD(model.parameters(), 0.1, memory="gradient", dense_below=0)
+    CompressedSGD(model.parameters(), 0.1, Compression(RandomK(0.01), memory="gradient", dense_below=0))
     assert all(torch.equal(a, p.grad) for a, p in zip(first, model.parameters(), strict=True) if p.grad is not None)
 
 
@@ -226,21 +228,21 @@ def test_zero_grad_is_refused() -> None:
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match="needs one lr above 0 for all groups, got"):
         small(lr=0.0)
-    with pytest.raises(ValueError, match='memory="gradient" is for exchange "direct"'):
+    with pytest.raises(ValueError, match="memory must be \"buffer\" with exchange 'two-way', got 'gradient'"):
         small(compressor=TopK(0.1), exchange="two-way")
     with pytest.raises(ValueError, match="memory must be one of buffer, gradient, ef21, got"):
         small("gradients")
     half = nn.Linear(40, 40).to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"needs parameters of 32 or 64 bits, got torch\.bfloat16"):
-        CompressedSGD(half.parameters(), 0.1, memory="gradient")
+        CompressedSGD(half.parameters(), 0.1, Compression(RandomK(0.01), memory="gradient"))
     a, b = (nn.Parameter(torch.ones(40, 40)) for _ in range(2))
     with pytest.raises(ValueError, match=r"one lr above 0 for all groups, got \[0.1, 0.2\]"):
-        CompressedSGD([{"params": [a]}, {"params": [b], "lr": 0.2}], 0.1, memory="gradient")
+        CompressedSGD([{"params": [a]}, {"params": [b], "lr": 0.2}], 0.1, Compression(RandomK(0.01), memory="gradient"))
 
 
 def test_rates_that_part_later_are_refused() -> None:
     a, b = (nn.Parameter(torch.ones(40, 40)) for _ in range(2))
-    opt = CompressedSGD([{"params": [a]}, {"params": [b]}], 0.1, memory="gradient")
+    opt = CompressedSGD([{"params": [a]}, {"params": [b]}], 0.1, Compression(RandomK(0.01), memory="gradient"))
     opt.param_groups[1]["lr"] = 0.2
     with pytest.raises(ValueError, match=r"one lr above 0 for all groups, got \[0.1, 0.2\]"):
         opt.step()
@@ -252,7 +254,7 @@ def test_parameters_frozen_and_thawed() -> None:
     for memory in ("buffer", "gradient"):
         model, data, _ = small("buffer")
         first = next(model.parameters()).requires_grad_(False)
-        opt = CompressedSGD(model.parameters(), 0.1, compressor=RandomK(0.1), seed=3, dense_below=100, memory=memory)
+        opt = CompressedSGD(model.parameters(), 0.1, Compression(RandomK(0.1), dense_below=100, memory=memory), seed=3)
         before = first.detach().clone()
         train(model, data, opt, 3)
         assert torch.equal(first, before)
@@ -268,7 +270,7 @@ def test_another_optimizer_may_follow() -> None:
     train(model, data, opt, 2)
     del opt
     gc.collect()
-    following = CompressedSGD(model.parameters(), 0.1, memory="gradient", dense_below=100)
+    following = CompressedSGD(model.parameters(), 0.1, Compression(RandomK(0.01), memory="gradient", dense_below=100))
     train(model, data, following, 3)
     plain = torch.optim.SGD(model.parameters(), 0.1)
     plain.zero_grad()
@@ -282,7 +284,7 @@ def test_the_escape_check_sees_the_pending_update() -> None:
     for memory in ("buffer", "gradient"):
         model, data, _ = small("buffer")
         rule = Escape(4, 0.5, lambda model=model, data=data: (model(data) - data).square().mean(), compare="y")  # type: ignore[misc]
-        opt = CompressedSGD(model.parameters(), 0.1, compressor=TopK(0.1), escape=rule, dense_below=0, memory=memory)
+        opt = CompressedSGD(model.parameters(), 0.1, Compression(TopK(0.1), dense_below=0, memory=memory), escape=rule)
         train(model, data, opt, 20)
         runs.append((vector(model), torch.tensor([r.candidate for r in opt.resets], dtype=torch.float64)))
     assert len(runs[0][1]) > 1

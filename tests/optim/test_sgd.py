@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from problems import network, vector
+from specs import folded
 from torch import nn
 
 from packsaddle import (
     QSGD,
     AdaptiveTopK,
     CompressedSGD,
+    Compression,
     Compressor,
     Escape,
     Identity,
@@ -23,6 +25,7 @@ from packsaddle import (
     LowRank,
     Ramp,
     RandomK,
+    RatioRamp,
     Sign,
     SketchTopK,
     TopK,
@@ -47,7 +50,7 @@ def make(model: nn.Module, data: torch.Tensor, **changes: Any) -> CompressedSGD:
         "dense_below": 100,
         "seed": 3,
     }
-    return CompressedSGD(model.named_parameters(), 0.1, **{**arguments, **changes})
+    return CompressedSGD(model.named_parameters(), 0.1, **folded({**arguments, **changes}))
 
 
 @pytest.mark.parametrize("compressor", [RandomK(0.1), TopK(0.1), Identity()], ids=repr)
@@ -73,7 +76,10 @@ def test_resuming_is_bit_equal(compressor: Any) -> None:
 
 def test_the_compressor_may_follow_the_rate() -> None:
     model = nn.Linear(4, 3)
-    assert CompressedSGD(model.parameters(), 0.1, RandomK(0.5), dense_below=0).compressor == RandomK(0.5)
+    assert CompressedSGD(model.parameters(), 0.1, Compression(RandomK(0.5), dense_below=0)).compressor == RandomK(0.5)
+    for given in (RandomK(0.5), Compression(RandomK(0.5))):  # alike, and by keyword too
+        with pytest.warns(UserWarning, match="nothing will be compressed"):
+            assert CompressedSGD(model.parameters(), 0.1, compressor=given).compressor == RandomK(0.5)
     with pytest.raises(TypeError, match="positional"):
         CompressedSGD(model.parameters(), 0.1, RandomK(0.5), 0.01)  # type: ignore[misc]
 
@@ -147,7 +153,7 @@ def test_groups_have_their_own_rates() -> None:
     """y moves by each group's own eta (grad + weight_decay x), whatever the layout; e is in units of a gradient."""
     ps = [nn.Parameter(torch.full(shape, 2.0, dtype=torch.float64)) for shape in ((4, 5), (3,), (6, 2))]
     groups = [{"params": ps[:2], "lr": 0.5}, {"params": ps[2:], "weight_decay": 0.25}]
-    opt = CompressedSGD(groups, 0.1, compressor=RandomK(k=2), dense_below=4)
+    opt = CompressedSGD(groups, 0.1, Compression(RandomK(k=2), dense_below=4))
     for p in ps:
         p.grad = torch.ones_like(p)
     opt.step()
@@ -179,7 +185,7 @@ def test_mu_is_the_contraction_of_even_vectors() -> None:
     lost = []
     for seed in range(300):
         ps = [nn.Parameter(torch.zeros(30, 10)), nn.Parameter(torch.zeros(30))]
-        opt = CompressedSGD(ps, 1.0, compressor=RandomK(0.2), seed=seed, dense_below=1)
+        opt = CompressedSGD(ps, 1.0, Compression(RandomK(0.2), dense_below=1), seed=seed)
         for p in ps:
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
         total = sum(float(p.grad.square().sum()) for p in ps if p.grad is not None)
@@ -190,7 +196,7 @@ def test_mu_is_the_contraction_of_even_vectors() -> None:
 
 def test_closure_and_parameters_without_gradient() -> None:
     used, unused = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.ones(2, 1))
-    opt = CompressedSGD([used, unused], 0.1, compressor=Identity(), dense_below=0)
+    opt = CompressedSGD([used, unused], 0.1, Compression(Identity(), dense_below=0))
 
     def closure() -> float:
         opt.zero_grad()
@@ -205,7 +211,7 @@ def test_closure_and_parameters_without_gradient() -> None:
 
 def test_frozen_later_stays_where_it_is() -> None:
     a, b = nn.Parameter(torch.ones(5, 1)), nn.Parameter(torch.ones(5, 1))
-    opt = CompressedSGD([a, b], 0.1, compressor=TopK(k=1), noise=0.5, dense_below=0)
+    opt = CompressedSGD([a, b], 0.1, Compression(TopK(k=1), dense_below=0), noise=0.5)
     a.grad, b.grad = torch.ones(5, 1), torch.ones(5, 1)
     opt.step()
     b.requires_grad_(False)
@@ -223,7 +229,7 @@ def test_no_compressor_moves_what_is_frozen(c: Compressor, exchange: str) -> Non
     if exchange == "two-way" and isinstance(c, LowRank | SketchTopK):
         exchange = "direct"
     a, b = nn.Parameter(torch.ones(5, 4)), nn.Parameter(torch.ones(5, 4))
-    opt = CompressedSGD([a, b], 0.1, compressor=c, noise=0.5, dense_below=0, exchange=exchange)
+    opt = CompressedSGD([a, b], 0.1, Compression(c, dense_below=0, exchange=exchange), noise=0.5)
     for step in range(12):
         a.grad = torch.ones_like(a)
         b.grad = torch.ones_like(b) if step < 3 else None
@@ -272,11 +278,16 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="noise must be finite and not negative, got -1"):
         CompressedSGD([w], 0.1, noise=-1.0)
     with pytest.raises(ValueError, match="dense_below must be 0 or more elements, got -1"):
-        CompressedSGD([w], 0.1, dense_below=-1)
+        CompressedSGD([w], 0.1, Compression(RandomK(0.01), dense_below=-1))
     with pytest.raises(ValueError, match=r"k of RandomK must be at most d = 1600 \(the coordinates\), got 2000"):
         CompressedSGD([w], 0.1, compressor=RandomK(k=2000))
     with pytest.raises(ValueError, match="compressor must be a packsaddle Compressor"):
         CompressedSGD([w], 0.1, compressor=0.01)  # type: ignore[arg-type]
+    for schedule in (RatioRamp(RandomK(0.1), 5), Compression(RatioRamp(RandomK(0.1), 5))):
+        with pytest.raises(ValueError, match=r"got RatioRamp\(.*: functions of the step are for register_ddp_hook"):
+            CompressedSGD([w], 0.1, schedule)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"back must be a packsaddle Compressor or None, got 0\.1"):
+        Compression(TopK(0.1), exchange="two-way", back=0.1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"floating point, but parameter 0 is torch\.int64"):
         CompressedSGD([torch.ones(3, dtype=torch.int64)], 0.1)
     with pytest.raises(ValueError, match="empty parameter list"):
@@ -376,7 +387,7 @@ def test_another_workers_state_is_refused() -> None:
 def test_workers_with_other_arguments_are_told_at_the_start(difference: dict[str, Any], message: str) -> None:
     def worker(rank: int) -> None:
         arguments = {"lr": 0.1, "seed": 0, "compressor": RandomK(0.2), **(difference if rank else {})}
-        CompressedSGD([nn.Parameter(torch.ones(40, 40))], **arguments)
+        CompressedSGD([nn.Parameter(torch.ones(40, 40))], **folded(arguments))
 
     with pytest.raises(ValueError, match=message):
         simulate(worker, 2)
@@ -426,7 +437,7 @@ def test_sixteen_bit_parameters_lose_nothing() -> None:
     """1,000 updates of 1e-3 on bfloat16 ones, each below half a unit in the last place, still arrive at 0."""
     for dense_below in (0, 10**6):
         p = nn.Parameter(torch.ones(64, 2, dtype=torch.bfloat16))
-        opt = CompressedSGD([p], 1e-3, compressor=Identity(), dense_below=dense_below)
+        opt = CompressedSGD([p], 1e-3, Compression(Identity(), dense_below=dense_below))
         for _ in range(1000):
             p.grad = torch.ones_like(p)
             opt.step()
@@ -440,7 +451,7 @@ def test_a_commit_keeps_what_sixteen_bits_cannot_hold(dense_below: int) -> None:
     p = nn.Parameter(torch.full((64, 2), 100.0, dtype=torch.bfloat16))
     calls = itertools.count()  # f(x_t), asked for first, is always below f(x_t')
     opt = CompressedSGD(
-        [p], 0.05, compressor=Identity(), dense_below=dense_below, escape=Escape(3, 1e9, lambda: next(calls))
+        [p], 0.05, Compression(Identity(), dense_below=dense_below), escape=Escape(3, 1e9, lambda: next(calls))
     )
     for _ in range(100):
         p.grad = torch.ones_like(p)
@@ -462,7 +473,7 @@ def test_a_nan_is_seen() -> None:
         LowRank(),
     ):
         p = nn.Parameter(torch.zeros(10, 6))
-        opt = CompressedSGD([p], 0.1, compressor=c, dense_below=0, monitor_every=1, max_skipped=None)
+        opt = CompressedSGD([p], 0.1, Compression(c, dense_below=0, monitor_every=1, max_skipped=None))
         for step in range(12):
             p.grad = torch.ones_like(p)
             if step == 0:
@@ -476,7 +487,7 @@ def test_a_nan_is_seen() -> None:
 def test_monitor_measures_single_steps() -> None:
     """RandomK of equal magnitudes keeps exactly k/d, TopK of one spike everything, a dense tensor everything."""
     w, b = nn.Parameter(torch.zeros(20, 10)), nn.Parameter(torch.zeros(7))
-    opt = CompressedSGD([("w", w), ("b", b)], 0.5, compressor=RandomK(0.1), dense_below=8, monitor_every=2)
+    opt = CompressedSGD([("w", w), ("b", b)], 0.5, Compression(RandomK(0.1), dense_below=8, monitor_every=2))
     for step in range(2):
         assert opt.monitor.whole is None
         w.grad, b.grad = torch.ones_like(w), torch.full_like(b, 2.0)
@@ -487,14 +498,14 @@ def test_monitor_measures_single_steps() -> None:
     assert opt.monitor.by_tensor["b"] == 1.0
     assert opt.monitor.whole == pytest.approx((20 + 4 * 7) / (200 + 4 * 7))
     with pytest.raises(ValueError, match="monitor_every must be 0 or more steps, got -1"):
-        CompressedSGD([w], 0.1, dense_below=0, monitor_every=-1)
+        CompressedSGD([w], 0.1, Compression(RandomK(0.01), dense_below=0, monitor_every=-1))
 
 
 @pytest.mark.parametrize("c", [Sign(per_tensor=True), LowRank()], ids=repr)
 def test_compressors_that_know_tensors(c: Any) -> None:
     """The optimizer tells them where tensors are: matrices of rank one are kept whole, each tensor has its scale."""
     ps = [nn.Parameter(torch.zeros(8, 6)), nn.Parameter(torch.zeros(5, 9))]
-    opt = CompressedSGD(ps, 1.0, compressor=c, dense_below=0)
+    opt = CompressedSGD(ps, 1.0, Compression(c, dense_below=0))
     for i, p in enumerate(ps):
         rank_one = torch.linspace(1, 2, len(p))[:, None] * torch.ones(p.shape[1])
         p.grad = torch.full_like(p, 10.0**i) if isinstance(c, Sign) else rank_one
@@ -506,7 +517,7 @@ def test_compressors_that_know_tensors(c: Any) -> None:
 def test_a_step_of_randomk_makes_no_vector_of_the_models_size(memory: Any) -> None:
     """After the first step nothing is allocated that grows with d, with noise too."""
     w = nn.Parameter(torch.zeros(1000, 1000))
-    opt = CompressedSGD([w], 0.1, compressor=RandomK(0.01), noise=0.1, memory=memory)
+    opt = CompressedSGD([w], 0.1, Compression(RandomK(0.01), memory=memory), noise=0.1)
     if memory == "buffer":
         w.grad = torch.ones_like(w)
     opt.step()
@@ -549,5 +560,5 @@ def test_scalars_travel_with_the_step() -> None:
 @pytest.mark.parametrize("compressor", [RandomK(k=3), LinearSketch(columns=3), TopK(0.1)], ids=repr)
 @pytest.mark.filterwarnings("ignore:nothing will be compressed")
 def test_an_exchange_is_chosen_where_nothing_is_compressed(compressor: Compressor) -> None:
-    opt = CompressedSGD([nn.Parameter(torch.zeros(5))], 0.1, compressor=compressor, exchange="auto")
+    opt = CompressedSGD([nn.Parameter(torch.zeros(5))], 0.1, Compression(compressor, exchange="auto"))
     assert opt.choice.reason

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from gloo import run_in_processes
+from specs import folded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -146,7 +147,9 @@ def optimizer(setting: str) -> dict[str, str]:
     model = network(dtype)
     if "escape" in options:
         options["escape"] = packsaddle.Escape(**options["escape"], objective=objective(model))
-    opt = packsaddle.CompressedSGD(model.parameters(), 0.1, dense_below=100, seed=3, compare_every=5, **options)
+    opt = packsaddle.CompressedSGD(
+        model.parameters(), 0.1, seed=3, **folded({"dense_below": 100, "compare_every": 5} | options)
+    )
 
     def step(evaluate: Callable[[], Tensor]) -> None:
         if closure:
@@ -172,7 +175,9 @@ def hook(setting: str) -> dict[str, str]:
     if "escape" in options:
         options["escape"] = packsaddle.Escape(**options["escape"], objective=objective(model))
     inner = torch.optim.AdamW(model.parameters(), 1e-2) if adamw else torch.optim.SGD(model.parameters(), 0.1)
-    hook = packsaddle.register_ddp_hook(model, dense_below=100, seed=3, compare_every=5, optimizer=inner, **options)
+    hook = packsaddle.register_ddp_hook(
+        model, seed=3, optimizer=inner, **folded({"dense_below": 100, "compare_every": 5} | options)
+    )
 
     def step(evaluate: Callable[[], Tensor]) -> None:
         evaluate()

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle import Compressor, LocalUpdates
+from packsaddle import Compression, Compressor, LocalUpdates
 from packsaddle.numerics.seeds import mix
-from packsaddle.optim.compression import Compression
 from packsaddle.optim.stages.noise import Perturbation
 
 SHAPES = {"w": (9, 7), "b": (5,), "u": (4, 6), "c": (3,)}  # b and c are vectors, and go dense

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, Compressor, Escape
+from packsaddle import CompressedSGD, Compression, Compressor, Escape
 from packsaddle.comm.group import resolve
 
 D = 12
@@ -61,14 +61,10 @@ def run(
     opt = CompressedSGD(
         weights,
         lr,
-        compressor=compressor,
+        Compression(compressor, dense_below=0, exchange=exchange, back=back, memory=memory),
         noise=noise,
         escape=escape,
         seed=seed,
-        dense_below=0,
-        exchange=exchange,
-        back=back,
-        memory=memory,
         lazy_noise=lazy_noise,
     )
     xs, es, ys = [], [], []

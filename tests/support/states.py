@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from specs import folded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,7 +33,7 @@ class Small:
     def __init__(self, *, hook: str | None = None, dtype: torch.dtype = torch.float64, **options: Any) -> None:
         self.dtype, self.rank = dtype, resolve(None).rank
         self.model: Any = _model(dtype)
-        options = {"compressor": packsaddle.TopK(0.1), "noise": 0.01, "dense_below": 30, "seed": 5, **options}
+        options = folded({"compressor": packsaddle.TopK(0.1), "noise": 0.01, "dense_below": 30, "seed": 5, **options})
         self.parts: Parts
         if hook is None:
             self.optimizer: Any = packsaddle.CompressedSGD(self.model.named_parameters(), 0.05, **options)

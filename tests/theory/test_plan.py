@@ -14,7 +14,18 @@ from commandline import command, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packsaddle import QSGD, CompressedSGD, Identity, LinearSketch, RandomK, Sign, SketchTopK, TopK, simulate
+from packsaddle import (
+    QSGD,
+    CompressedSGD,
+    Compression,
+    Identity,
+    LinearSketch,
+    RandomK,
+    Sign,
+    SketchTopK,
+    TopK,
+    simulate,
+)
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, balanced_mu, first_order_plan, step_sizes
 from packsaddle.theory.plans import FAMILIES, balanced_k, best_plan, plan
 from packsaddle.theory.problems import Cosine, Oracle
@@ -248,7 +259,7 @@ def test_bytes_are_those_of_a_run(compressor: Any) -> None:
     def step(rank: int) -> int:
         x = torch.nn.Parameter(torch.zeros(3000))
         x.grad = torch.randn(3000, generator=torch.Generator().manual_seed(rank))
-        opt = CompressedSGD([x], 0.1, compressor=compressor, dense_below=0, max_skipped=None)
+        opt = CompressedSGD([x], 0.1, Compression(compressor, dense_below=0, max_skipped=None))
         before = opt.ledger.total.sent
         opt.step()
         return opt.ledger.total.sent - before

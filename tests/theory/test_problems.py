@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packsaddle import CompressedSGD, RandomK
+from packsaddle import CompressedSGD, Compression, RandomK
 from packsaddle.theory.problems import (
     Cosine,
     CurvedValley,
@@ -167,7 +167,7 @@ def test_octopus_is_escaped_leg_by_leg() -> None:
     """Perturbed, compressed SGD from near 0 passes every saddle in order and ends at a minimum."""
     problem = Octopus(4)
     x = torch.nn.Parameter(torch.full((4,), 1e-3, dtype=torch.float64))
-    opt = CompressedSGD([x], 0.02, compressor=RandomK(k=2), noise=0.02, dense_below=0)
+    opt = CompressedSGD([x], 0.02, Compression(RandomK(k=2), dense_below=0), noise=0.02)
     stages = [0]
     for _ in range(4000):
         x.grad = problem.gradient(x.detach())

@@ -30,6 +30,14 @@ def warn_of_nothing(compressor: Compressor, d: int, dense_below: int, *, stackle
         )
 
 
+def check_exchange(exchange: str, back: Compressor | None) -> None:
+    """Raise ValueError for an exchange that is not known, or that does not compress the mean on its way back."""
+    if exchange not in get_args(Exchange):
+        raise ValueError(f"exchange must be one of {', '.join(get_args(Exchange))}, got {exchange!r}")
+    if back is not None and exchange not in ("two-way", "coordinator"):
+        raise ValueError(f'back is for exchange "two-way" or "coordinator", not {exchange!r}')
+
+
 def choose(
     compressor: Compressor,
     exchange: str,
@@ -55,10 +63,7 @@ def choose(
 def _choose(
     compressor: Compressor, exchange: str, d: int, dense: int, workers: int, itemsize: int, back: Compressor | None
 ) -> Choice:
-    if exchange not in get_args(Exchange):
-        raise ValueError(f"exchange must be one of {', '.join(get_args(Exchange))}, got {exchange!r}")
-    if back is not None and exchange not in ("two-way", "coordinator"):
-        raise ValueError(f'back is for exchange "two-way" or "coordinator", not {exchange!r}')
+    check_exchange(exchange, back)
     name, direct = _direct(compressor)
     if exchange in ("direct", name):
         return Choice(direct, name, "asked for")

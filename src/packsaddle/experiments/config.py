@@ -16,6 +16,7 @@ from packsaddle.curvature.lanczos import check_probability
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.schema import build, line_of, syntax_error
 from packsaddle.messages import shortened, shown
+from packsaddle.optim.compression import Compression
 from packsaddle.optim.stages.drift import OnDrift
 
 _EPOCHS = (1e-9, 1e9)  # the least and the most that a number of epochs may be
@@ -170,9 +171,24 @@ class Config:
         _epochs(self, "epochs", "test_every")
         _positive(self, "batch_size", "workers", "log_every", "plateau", "local_steps")
         _at_most(self, batch_size=2**24, workers=2**20, local_steps=10**6)
-        _not_negative(self, "lr", "weight_decay", "dense_below", "max_skipped", "compare_every")
+        _not_negative(self, "lr", "weight_decay")
+        self.compression()
         if self.local_steps > 1 and self.certify and (self.certify.every is not None or self.certify.at):
             raise ValueError("certify.every and certify.at need local_steps = 1, as workers are apart in between")
+
+    def compression(self) -> Compression:
+        """Return what the optimizer is given; contraction is measured once for each line of metrics."""
+        return Compression(
+            self.compressor,
+            exchange=self.exchange,
+            back=self.back,
+            dense_below=self.dense_below,
+            memory=self.memory,
+            max_skipped=self.max_skipped,
+            compare_every=self.compare_every,
+            on_drift=self.on_drift,
+            monitor_every=self.log_every,
+        )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

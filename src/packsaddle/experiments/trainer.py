@@ -146,23 +146,15 @@ class Trainer:
             return CompressedSGD(
                 self.task.named_parameters(),
                 config.lr,
-                compressor=config.compressor,
+                config.compression(),
                 noise=self._schedule or config.noise.std,
                 escape=self._escape(),
                 weight_decay=config.weight_decay,
                 momentum=config.momentum,
                 nesterov=config.nesterov,
-                memory=config.memory,
                 storm=config.storm,
                 local_steps=config.local_steps,
                 seed=config.seed,
-                dense_below=config.dense_below,
-                exchange=config.exchange,
-                back=config.back,
-                monitor_every=config.log_every,
-                max_skipped=config.max_skipped,
-                compare_every=config.compare_every,
-                on_drift=config.on_drift,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -14,13 +14,13 @@ from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.comm.communicator import check_agreement
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Compressor
+from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp import DDPHook, attach
-from packsaddle.optim.error_feedback import Schedule
 
 
 def attach_among_workers(
     model: nn.Module,
-    compressor: Compressor | Schedule,
+    compressor: Compressor | Schedule | Compression,
     optimizers: list[Optimizer],
     **options: Any,
 ) -> DDPHook | None:
@@ -41,6 +41,11 @@ def attach_among_workers(
         for optimizer in optimizers:
             hook.protect(optimizer)
     return hook
+
+
+def monitored(compressor: Compressor | Schedule | Compression, every: int) -> Compression:
+    """Return how to compress, the contraction measured every so many steps; a `Compression` as it is."""
+    return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 
 
 def measures(hook: DDPHook) -> dict[str, float]:

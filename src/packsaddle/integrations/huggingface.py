@@ -11,17 +11,17 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from packsaddle.compressors import Compressor, TopK
-from packsaddle.integrations.callbacks import attach_among_workers, load_state, measures, save_state
+from packsaddle.integrations.callbacks import attach_among_workers, load_state, measures, monitored, save_state
+from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp import DDPHook
-from packsaddle.optim.error_feedback import Schedule
 
 
 class PacksaddleCallback(TrainerCallback):
     """Exchanges gradients compressed from the start of training, and logs `measures` as packsaddle/sent and so on.
 
     To be added to the trainer it is given: `trainer.add_callback(PacksaddleCallback(trainer, TopK(0.1)))`.
-    Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. `monitor_every` is
-    its `logging_steps` if not given.
+    Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. The contraction
+    is measured every `logging_steps`; a `Compression` says itself when.
 
     Every worker keeps its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A run that goes on
     (`train(resume_from_checkpoint=...)`) takes it from the folder of its step in `output_dir`, or from `resume_from`.
@@ -31,7 +31,7 @@ class PacksaddleCallback(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
+        compressor: Compressor | Schedule | Compression = TopK(0.1),  # noqa: B008 -- immutable
         *,
         resume_from: str | Path | None = None,
         **options: Any,
@@ -46,9 +46,10 @@ class PacksaddleCallback(TrainerCallback):
         trainer = self._trainer  # callbacks are shown the model that is inside DistributedDataParallel alone
         if trainer.model_wrapped is not self._attached:  # it is the same at another call of train()
             self._attached = trainer.model_wrapped
-            options = {"scaler": trainer.accelerator.scaler, "monitor_every": int(state.logging_steps), **self._options}
+            options = {"scaler": trainer.accelerator.scaler, **self._options}
+            spec = monitored(self._compressor, int(state.logging_steps))
             optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in Accelerate's
-            self.hook = attach_among_workers(self._attached, self._compressor, [optimizer], **options)
+            self.hook = attach_among_workers(self._attached, spec, [optimizer], **options)
         if self.hook is not None and state.global_step:
             load_state(self.hook, self._resume_from or _checkpoint(args, state))
 

@@ -19,16 +19,16 @@ from packsaddle.compressors import Compressor, TopK
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
-from packsaddle.integrations.callbacks import attach_among_workers, load_state, measures, save_state, scalars
+from packsaddle.integrations.callbacks import attach_among_workers, load_state, measures, monitored, save_state, scalars
+from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp import DDPHook
-from packsaddle.optim.error_feedback import Schedule
 
 
 class PacksaddleCallback(Callback):
     """Exchanges gradients compressed when training starts, and logs `measures` as packsaddle/sent and so on.
 
-    Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. `monitor_every` is
-    its `log_every_n_steps` if not given.
+    Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. The contraction
+    is measured every `log_every_n_steps`; a `Compression` says itself when.
 
     Every worker keeps its own state beside the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which goes when
     the checkpoint goes; `Trainer.fit(ckpt_path=...)` restores it. With one worker a warning is all that happens.
@@ -37,7 +37,7 @@ class PacksaddleCallback(Callback):
 
     def __init__(
         self,
-        compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
+        compressor: Compressor | Schedule | Compression = TopK(0.1),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
         self.hook: DDPHook | None = None
@@ -53,8 +53,8 @@ class PacksaddleCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach the hook, and restore it; raises what `register_ddp_hook` raises."""
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
-        options.setdefault("monitor_every", trainer.log_every_n_steps)
-        self.hook = attach_among_workers(trainer.strategy.model, self._compressor, trainer.optimizers, **options)
+        spec = monitored(self._compressor, trainer.log_every_n_steps)
+        self.hook = attach_among_workers(trainer.strategy.model, spec, trainer.optimizers, **options)
         if self.hook is not None and self._saved:
             load_state(self.hook, beside(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
         self._saved = False

@@ -2,7 +2,62 @@
 
 Read `sgd` first: `CompressedSGD.step` is Algorithm 1, with its line numbers. Then `error_feedback`, the round that the
 optimizer and the hooks share: v = e + u is made, exchanged and absorbed, and the step is taken or forgotten as a whole.
-`memory` has the kinds of e, `gradient` and `local` those of u (momentum, STORM, local steps), `layout` how parameters
-make one vector, or slices of it. `hook` is error feedback on slices of a backward pass, and `ddp` and `fsdp` bring it
-to torch's wrappers. What may be added to a step (noise, guards, drift, the escape check) is in `stages`.
+`compression` is what all of them are told of compressing and exchanging. `memory` has the kinds of e, `gradient` and
+`local` those of u (momentum, STORM, local steps), `layout` how parameters make one vector, or slices of it. `hook` is
+error feedback on slices of a backward pass, and `ddp` and `fsdp` bring it to torch's wrappers. What may be added to a
+step (noise, guards, drift, the escape check) is in `stages`.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from packsaddle.optim.compression import Compression, Schedule
+    from packsaddle.optim.ddp import DDPHook, attach, keep_gradients_local, register_ddp_hook
+    from packsaddle.optim.fsdp import FSDPHook, register_fsdp_hook
+    from packsaddle.optim.local_updates import LocalUpdates
+    from packsaddle.optim.sgd import CompressedSGD
+    from packsaddle.optim.stages.drift import Drift, DriftError, fingerprint
+    from packsaddle.optim.stages.escape import Escape, Reset
+    from packsaddle.optim.stages.noise import Ramp
+    from packsaddle.optim.stages.nonfinite import NonFiniteError, Skip
+
+__all__ = [
+    "CompressedSGD",
+    "Compression",
+    "DDPHook",
+    "Drift",
+    "DriftError",
+    "Escape",
+    "FSDPHook",
+    "LocalUpdates",
+    "NonFiniteError",
+    "Ramp",
+    "Reset",
+    "Schedule",
+    "Skip",
+    "attach",
+    "fingerprint",
+    "keep_gradients_local",
+    "register_ddp_hook",
+    "register_fsdp_hook",
+]
+_FILES = {
+    "compression": "Compression Schedule",
+    "ddp": "DDPHook attach keep_gradients_local register_ddp_hook",
+    "fsdp": "FSDPHook register_fsdp_hook",
+    "local_updates": "LocalUpdates",
+    "sgd": "CompressedSGD",
+    "stages.drift": "Drift DriftError fingerprint",
+    "stages.escape": "Escape Reset",
+    "stages.noise": "Ramp",
+    "stages.nonfinite": "NonFiniteError Skip",
+}
+_HOMES = {name: file for file, names in _FILES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's file when the name is first asked for: a step needs few of them."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

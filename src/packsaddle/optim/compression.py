@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
-from packsaddle.comm.select_aggregator import Exchange
+from packsaddle.comm.select_aggregator import Exchange, check_exchange
 from packsaddle.compressors import Compressor
 from packsaddle.optim.layout import check_dense_below
 from packsaddle.optim.memory import Memory
@@ -58,20 +58,34 @@ class Compression:
                 f"compressor must be a packsaddle Compressor such as RandomK(0.01), or a function of the step that "
                 f"returns one, got {self.compressor!r}"
             )
-        choices = {"exchange": Exchange, "memory": Memory, "on_drift": OnDrift}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in get_args(allowed):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        if not (self.back is None or isinstance(self.back, Compressor)):
+            raise ValueError(f"back must be a packsaddle Compressor or None, got {self.back!r}")
+        check_exchange(self.exchange, self.back)
+        for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.memory != "buffer" and self.exchange != "direct":  # others hold errors back, in their messages' units
+            raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_dense_below(self.dense_below)
-        for name in ("max_skipped", "compare_every", "monitor_every"):
-            steps = getattr(self, name)
-            if steps is not None and steps < 0:
-                raise ValueError(f"{name} must be 0 or more steps, got {steps}")
+        if self.max_skipped is not None and self.max_skipped < 0:
+            raise ValueError(f"max_skipped must be 0 or more steps, or None, got {self.max_skipped}")
+        for name in ("compare_every", "monitor_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more steps, got {getattr(self, name)}")
 
     @classmethod
     def of(cls, given: "Compressor | Schedule | Compression") -> "Compression":
         """Return what was given, a compressor or schedule with everything else at its default."""
         return given if isinstance(given, Compression) else cls(given)
+
+    def fixed(self) -> Compressor:
+        """Return the compressor where one is for all steps. Raises ValueError for a function of the step."""
+        if not isinstance(self.compressor, Compressor):
+            raise ValueError(
+                f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {self.compressor!r}: functions "
+                f"of the step are for register_ddp_hook and register_fsdp_hook"
+            )
+        return self.compressor
 
     def at(self, step: int) -> Compressor:
         """Return the compressor of a step. Raises ValueError if a schedule gives something else."""

@@ -23,14 +23,12 @@ from packsaddle.comm.select_aggregator import choose, warn_of_nothing
 from packsaddle.compressors import Compressor, TopK
 from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp_buckets import Background, Bucket, Promise
-from packsaddle.optim.error_feedback import Rules, Schedule, Scope
 from packsaddle.optim.fsdp import is_sharded
-from packsaddle.optim.hook import GradientHook, GradientSlice
+from packsaddle.optim.hook import GradientHook, GradientSlice, Rules, Scope
 from packsaddle.optim.layout import Place, Slice, dense_strides, places
 from packsaddle.optim.saved_state import check_identity, check_shape
-from packsaddle.optim.stages.contraction import SlicedMonitor
-from packsaddle.optim.stages.drift import DriftGuard
 from packsaddle.optim.stages.escape import Escape, EscapeAfterStep, Reset
 from packsaddle.optim.stages.learning_rates import Rates
 from packsaddle.optim.stages.noise import Noise, Perturbation
@@ -61,9 +59,8 @@ class DDPHook(GradientHook):
         noise: float | Callable[[int], float],
         rates: Rates,
         scale: Callable[[], float],
-        monitor: SlicedMonitor,
     ) -> None:
-        super().__init__(channel, rules, monitor, sum(place.size for place in places if not place.dense))
+        super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
         self.resets: list[Reset] = []  # firings of the escape check
         self.parts: dict[str, Stateful] = {}  # what else is saved with this
         self._module, self._places, self._rates, self._scale = module, places, rates, scale
@@ -73,7 +70,6 @@ class DDPHook(GradientHook):
         self._background = Background(self.device)
         self._slices: dict[frozenset[str], GradientSlice] = {}
         self._loose: dict[str, Tensor] = {}  # error memory that is in no slice, by parameter
-        self._drift = DriftGuard(rules.compare_every, "stop", channel)
         self.calls = 0  # buckets that DDP has handed over
         self._waiting: list[tuple[Bucket, Promise]] = []
         self._noise: Noise | None = None  # of the backward pass that is under way, or was last
@@ -240,7 +236,7 @@ class DDPHook(GradientHook):
             "rank": group.rank,
             "workers": group.size,
             "scope": self._rules.scope,
-            "exchange": self._rules.exchange,
+            "exchange": self._rules.compression.exchange,
             "parts": ", ".join(self.parts) or "none",
         }
 
@@ -292,22 +288,16 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
 
 def register_ddp_hook(
     model: DistributedDataParallel,
-    compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
+    compressor: Compressor | Schedule | Compression = TopK(0.1),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] = 0.0,
     escape: Escape | None = None,
     error_feedback: bool = True,
     start_step: int = 0,
     seed: int = 0,
-    dense_below: int = 1024,
-    exchange: str = "direct",
-    back: Compressor | None = None,
     scope: Scope = "bucket",
     optimizer: Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
-    monitor_every: int = 0,
-    max_skipped: int | None = 20,
-    compare_every: int = 100,
 ) -> DDPHook:
     """Let DistributedDataParallel exchange its gradients compressed, perturbed and with error feedback; collective.
 
@@ -316,27 +306,26 @@ def register_ddp_hook(
 
     Args:
         model: what DistributedDataParallel made, on which no hook has been registered yet.
-        compressor: C, or a function of the step that gives it (see `RatioRamp`).
+        compressor: C, or a function of the step that gives it (see `RatioRamp`), or a `Compression`, which also says
+            how messages are averaged, which tensors go dense and what is checked on the way; its memory must be
+            "buffer" and its on_drift "stop".
         noise: r, the standard deviation of each coordinate of xi_t in the units of a gradient, or a function of the
             step that gives it (see `Ramp`).
         escape: the escape check of lines 4-8, made after each step of `optimizer`, which must be plain SGD.
         error_feedback: keep what was not sent and add it to the next gradient.
         start_step: steps to exchange uncompressed first.
-        seed, dense_below, exchange, back: as in `CompressedSGD`.
+        seed: as in `CompressedSGD`.
         scope: what is compressed as one vector: each of DDP's buckets, while the backward pass goes on, or all of the
             model at its end, as Algorithm 1 has it.
         optimizer: what steps, to be kept from stepping where an exchange was not taken. If it is plain SGD the error
             memory follows its learning rates, so that y = x - eta e does not jump; with any other it stays as it is.
         scaler: the GradScaler whose scale is in the gradients; the error memory is then kept without it.
-        monitor_every: measure `contraction` every so many steps; 0 never does.
-        max_skipped: raise NonFiniteError in the backward pass after more than so many exchanges in a row that were not
-            taken; None never does, and lets `optimizer` have their NaNs.
-        compare_every: every so many steps workers compare fingerprints of the parameters, 8 bytes each; where one
-            differs, the backward pass raises DriftError on all, with the first of them and the workers. 0 never does.
 
     Where a worker's gradient is not finite the exchange is not taken: error memories, noise and step count stay as they
     were, and every worker finds a NaN in its gradients, so that scalers skip the step on all of them together. It is
-    logged by the worker whose it was, with the name of the parameter (on a CPU), and entered in `hook.skips`.
+    logged by the worker whose it was, with the name of the parameter (on a CPU), and entered in `hook.skips`. More than
+    `max_skipped` in a row raise NonFiniteError in the backward pass (with None they never do, and `optimizer` has
+    their NaNs), and parameters that are found to differ DriftError on all workers.
     If gradients are computed and the hook is never called (the model is run past DistributedDataParallel, as
     `model.module(x)`), the next forward pass raises RuntimeError.
 
@@ -347,36 +336,20 @@ def register_ddp_hook(
             f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
-    rules = Rules(
-        compressor,
-        exchange,
-        back,
-        scope,
-        error_feedback,
-        start_step,
-        seed=as_seed(seed),
-        max_skipped=max_skipped,
-        compare_every=compare_every,
-    )
+    spec = Compression.of(compressor)
+    rules = Rules(spec, scope, error_feedback, start_step, as_seed(seed))
     _check_types(optimizer, scaler)
     optimizer = _innermost(optimizer)
-    monitor = SlicedMonitor(monitor_every)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
-    found = places(named, dense_below)
-    _check_sizes(found, rules, dense_below, model.process_group.size())
+    found = places(named, spec.dense_below)
+    _check_sizes(found, rules, model.process_group.size())
     channel, rates = Channel(group_beside(model), Ledger()), Rates(optimizer, found)
     scale = (lambda: 1.0) if scaler is None else scaler.get_scale
-    hook = DDPHook(model.module, channel, rules, found, noise, rates, scale, monitor)
+    hook = DDPHook(model.module, channel, rules, found, noise, rates, scale)
     if escape is not None:
-        checker = EscapeAfterStep(escape, hook, optimizer, found, rates, dense_below=dense_below, seed=rules.seed)
+        checker = EscapeAfterStep(escape, hook, optimizer, found, rates, dense_below=spec.dense_below, seed=rules.seed)
         hook.parts["escape"] = checker
-    same: dict[str, object] = {
-        "rules": rules,
-        "noise": noise,
-        "escape": escape,
-        "dense_below": dense_below,
-        "lr": rates.now(),
-    }
+    same = {**rules.arguments(), "noise": noise, "escape": escape, "lr": rates.now()}
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
     if optimizer is not None:
@@ -417,16 +390,17 @@ def _check_types(optimizer: Optimizer | None, scaler: torch.amp.GradScaler | Non
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
 
 
-def _check_sizes(found: list[Place], rules: Rules, dense_below: int, workers: int) -> None:
+def _check_sizes(found: list[Place], rules: Rules, workers: int) -> None:
     """Raise ValueError if the compressor cannot act on the model, before a step finds out."""
     for place in found:
         if not place.parameter.is_floating_point():
             raise ValueError(f"parameters must be floating point, but {place.name} is {place.parameter.dtype}")
     compressed = [place for place in found if not place.dense]
     compressor, d = rules.at(rules.start_step), sum(place.size for place in compressed)
-    warn_of_nothing(compressor, d, dense_below, stacklevel=3)
+    spec = rules.compression
+    warn_of_nothing(compressor, d, spec.dense_below, stacklevel=3)
     shapes = [place.parameter.shape for place in compressed]
-    choose(compressor.for_tensors(shapes), rules.exchange, d=d, dense=1, workers=workers, back=rules.back)
+    choose(compressor.for_tensors(shapes), spec.exchange, d=d, dense=1, workers=workers, back=spec.back)
 
 
 def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:

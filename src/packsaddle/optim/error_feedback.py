@@ -5,16 +5,14 @@ exchange, and a transaction: `correct`, `exchange`, `absorb` try it, `settle` ta
 stands between exchange and absorb, and belongs to who has the round, as some move x and others fill gradients.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged, Protocol
 from packsaddle.comm.communicator import Channel
-from packsaddle.compressors import Compressor, Identity
 from packsaddle.optim.memory import ErrorMemory, Update
 
 
@@ -105,43 +103,3 @@ class Round:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.settle(taken=self.taken and kind is None)
-
-
-Schedule = Callable[[int], Compressor]
-Scope = Literal["bucket", "model"]
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How gradients are to be exchanged; see `register_ddp_hook`."""
-
-    compressor: Compressor | Schedule
-    exchange: str
-    back: Compressor | None
-    scope: Scope
-    error_feedback: bool
-    start_step: int
-    seed: int
-    max_skipped: int | None = 20
-    compare_every: int = 100
-
-    def __post_init__(self) -> None:
-        if self.start_step < 0:
-            raise ValueError(f"start_step must be 0 or more steps, got {self.start_step}")
-        if self.scope not in get_args(Scope):
-            raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
-        if isinstance(self.compressor, type):
-            name = self.compressor.__name__
-            raise ValueError(f"compressor must be a Compressor such as {name}(0.01), got the class {name} itself")
-        given = self.at(self.start_step) if callable(self.compressor) else self.compressor
-        if not isinstance(given, Compressor):
-            raise ValueError(
-                f"compressor must be a packsaddle Compressor such as RandomK(0.01), or a function of the step that "
-                f"returns one, got {given!r}"
-            )
-
-    def at(self, step: int) -> Compressor:
-        """Return the compressor of a step."""
-        if step < self.start_step:
-            return Identity()
-        return self.compressor if isinstance(self.compressor, Compressor) else self.compressor(step)

@@ -21,12 +21,10 @@ from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, LowRank, TopK
 from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.seeds import as_seed, mix
-from packsaddle.optim.error_feedback import Rules, Schedule
-from packsaddle.optim.hook import GradientHook, GradientSlice
+from packsaddle.optim.compression import Compression, Schedule
+from packsaddle.optim.hook import GradientHook, GradientSlice, Rules
 from packsaddle.optim.layout import Place, Slice
 from packsaddle.optim.saved_state import check_identity, check_shape
-from packsaddle.optim.stages.contraction import SlicedMonitor
-from packsaddle.optim.stages.drift import DriftGuard
 from packsaddle.optim.stages.noise import Perturbation
 
 
@@ -100,12 +98,10 @@ class FSDPHook(GradientHook):
         rules: Rules,
         noise: float | Callable[[int], float],
         shard: tuple[int, int],
-        monitor: SlicedMonitor,
     ) -> None:
-        super().__init__(channel, rules, monitor, padded_size(model))
+        super().__init__(channel, rules, padded_size(model))
         self._model, self._shard = model, shard
         self._perturbation = Perturbation(noise)
-        self._drift = DriftGuard(rules.compare_every, "stop", channel)
         self._slices: dict[str, GradientSlice] = {}
         self._seeds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
@@ -248,28 +244,23 @@ class FSDPHook(GradientHook):
 def register_fsdp_hook(
     model: nn.Module,
     replicas: ProcessGroup,
-    compressor: Compressor | Schedule = TopK(0.1),  # noqa: B008 -- immutable
+    compressor: Compressor | Schedule | Compression = TopK(0.1),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] = 0.0,
     error_feedback: bool = True,
     start_step: int = 0,
     seed: int = 0,
-    exchange: str = "direct",
-    back: Compressor | None = None,
-    monitor_every: int = 0,
-    max_skipped: int | None = 20,
-    compare_every: int = 100,
 ) -> FSDPHook:
     """Average the gradients of a model that `fully_shard` shards over its replicas, compressed; collective.
 
     Args:
         model: sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, that of one machine, say.
         replicas: the workers with the same shard on other machines: mesh["replicate"].get_group() of a mesh of two.
-        compressor: C for the flat shards of all modules; or a function of the step that gives it. Each module's is one
-            message; TopK and AdaptiveTopK choose among the coordinates of them all, as behind DDP's buckets.
-        noise, error_feedback, start_step, seed, exchange, back, monitor_every, compare_every: as in
-            `register_ddp_hook`; parameters are compared at the end of a backward pass.
-        max_skipped: as in `register_ddp_hook`, counted by each shard for itself.
+        compressor: C for the flat shards of all modules, or a function of the step that gives it, or a `Compression` as
+            in `register_ddp_hook`, but that nothing goes dense. Each module's is one message; TopK and AdaptiveTopK
+            choose among the coordinates of them all, as behind DDP's buckets. Parameters are compared at the end of a
+            backward pass; each shard counts for itself the steps that were not taken.
+        noise, error_feedback, start_step, seed: as in `register_ddp_hook`.
 
     Replicas start from rank 0's parameters: they take them here, or, if the model is on the meta device still, in the
     first forward pass that records gradients; what is loaded into the model after that stays.
@@ -284,29 +275,23 @@ def register_fsdp_hook(
     modules = sharded_modules(model)
     if not modules:
         raise TypeError(f"model must have been sharded by fully_shard, got {type(model).__name__}")
-    rules = Rules(
-        compressor,
-        exchange,
-        back,
-        "bucket",
-        error_feedback,
-        start_step,
-        seed=as_seed(seed),
-        max_skipped=max_skipped,
-        compare_every=compare_every,
-    )
-    monitor, shard = SlicedMonitor(monitor_every), shard_of(model)
+    spec, shard = Compression.of(compressor), shard_of(model)
+    rules = Rules(spec, "bucket", error_feedback, start_step, as_seed(seed))
+    if spec.dense_below not in (0, Compression.dense_below):
+        raise ValueError(
+            f"dense_below is for whole tensors, and flat shards are compressed as they are, got {spec.dense_below}"
+        )
     first = rules.at(start_step)
     if isinstance(first, LowRank) or getattr(first, "per_tensor", False):
         raise ValueError(
             f"compressor must act on flat shards, in which tensors are cut, and {first!r} needs whole ones"
         )
     channel = Channel(resolve(replicas), Ledger())
-    hook = FSDPHook(model, channel, rules, noise, shard, monitor)
-    same: dict[str, object] = {"rules": rules, "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
+    hook = FSDPHook(model, channel, rules, noise, shard)
+    same = {**rules.arguments(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
     check_agreement(channel, same, hook.device)
-    choose(first, exchange, d=padded_size(model), dense=1, workers=channel.group.size, back=back)
+    choose(first, spec.exchange, d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)
     _start(model, hook)
     for index, (name, module) in enumerate(modules):
         if hasattr(module, "set_reduce_scatter_unused_params"):  # so that a shard has one layout, whatever took part

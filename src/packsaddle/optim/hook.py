@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from threading import RLock
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -24,12 +24,48 @@ from packsaddle.compressors import Compressor, Identity
 from packsaddle.numerics.finite import first_bad, is_finite, is_usable, spoil
 from packsaddle.numerics.seeds import mix
 from packsaddle.optim.allocation import Allocation
-from packsaddle.optim.error_feedback import ErrorFeedback, Round, Rules
+from packsaddle.optim.compression import Compression
+from packsaddle.optim.error_feedback import ErrorFeedback, Round
 from packsaddle.optim.layout import Place, Shaped, Slice
 from packsaddle.optim.memory import ErrorMemory
 from packsaddle.optim.stages.contraction import SlicedMonitor
+from packsaddle.optim.stages.drift import DriftGuard
 from packsaddle.optim.stages.noise import Noise
 from packsaddle.optim.stages.nonfinite import THE_MEAN, THE_SUM, Skip, Skips
+
+Scope = Literal["bucket", "model"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a hook is to exchange gradients; see `register_ddp_hook`. Raises ValueError for bad arguments."""
+
+    compression: Compression
+    scope: Scope
+    error_feedback: bool
+    start_step: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.start_step < 0:
+            raise ValueError(f"start_step must be 0 or more steps, got {self.start_step}")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')
+        for name, only in {
+            "memory": "buffer",
+            "on_drift": "stop",
+        }.items():  # another optimizer steps, by its own state
+            if (given := getattr(self.compression, name)) != only:
+                raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
+
+    def at(self, step: int) -> Compressor:
+        """Return the compressor of a step."""
+        return Identity() if step < self.start_step else self.compression.at(step)
+
+    def arguments(self) -> dict[str, object]:
+        """Return what all workers must have been given alike, by name."""
+        alike = vars(self.compression) | vars(self)
+        return {name: value for name, value in alike.items() if name not in ("compression", "monitor_every")}
 
 
 @dataclass(frozen=True)
@@ -136,7 +172,7 @@ class GradientSlice:
         """
         # While an error stands still, no exchange may hold a part of it.
         still = [i for i, place in enumerate(self.of.places) if factors.get(place.name) == 0]
-        dense = bool(still) and self._rules.exchange != "direct"
+        dense = bool(still) and self._rules.compression.exchange != "direct"
         compressor = Identity() if dense else self._rules.at(step)
         self._prepare(compressor)
 
@@ -194,11 +230,12 @@ class GradientSlice:
         """Have the protocol of this compressor. What another one holds back goes to the error memory."""
         if compressor != self._compressor:
             n, shapes, is_dense = self.of.compressed_d, self.of.shapes, isinstance(compressor, Identity)
-            back = None if is_dense else self._rules.back
+            spec = self._rules.compression
+            back = None if is_dense else spec.back
             self._by_size = compressor.restrict(n, self._d).for_tensors(shapes) if n else compressor
             chosen = choose(
                 self._by_size,
-                "direct" if is_dense else self._rules.exchange,
+                "direct" if is_dense else spec.exchange,
                 d=n,
                 dense=self.of.d - n + 1,
                 workers=self._feedback.channel.group.size,
@@ -259,12 +296,13 @@ class GradientHook:
     number of coordinates that all slices compress together.
     """
 
-    def __init__(self, channel: Channel, rules: Rules, monitor: SlicedMonitor, d: int) -> None:
+    def __init__(self, channel: Channel, rules: Rules, d: int) -> None:
         self.channel = channel
         self._allocation = Allocation(d)
-        self._rules, self._monitor = rules, monitor
+        self._rules, self._monitor = rules, SlicedMonitor(rules.compression.monitor_every)
+        self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
         self._lock = RLock()  # a backward pass may read what a background thread is making
-        self._skips = Skips(rules.max_skipped, channel.group.rank)
+        self._skips = Skips(rules.compression.max_skipped, channel.group.rank)
         self._steps = 0
         self._tried: list[GradientSlice] = []
         self._bad: list[Tensor] = []  # what `GradientSlice.exchange` has returned

@@ -20,7 +20,7 @@ gradient lacks.
 import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -368,24 +368,19 @@ class EstimateMemory(ErrorMemory):
 
 
 def make_memory(
-    kind: str,
+    kind: Memory,
     flat: FlatParameters,
     rates: Callable[[], Sequence[float]],
     *,
-    exchange: str,
     local_steps: int,
     spare: bool,
 ) -> ErrorMemory:
     """Return the memory of this kind, with a `spare` vector if it is to leave steps out and needs one.
 
-    Raises ValueError for any other kind, and for what it does not go with.
+    Raises ValueError for what it does not go with.
     """
-    if kind not in get_args(Memory):
-        raise ValueError(f"memory must be one of {', '.join(get_args(Memory))}, got {kind!r}")
     if kind == "buffer":
         return ErrorMemory(flat, spare=spare)
-    if exchange != "direct":  # others hold errors back, in the units that the messages had
-        raise ValueError(f'memory="{kind}" is for exchange "direct", got {exchange!r}')
     if local_steps > 1:
         raise ValueError(f'memory="{kind}" is for local_steps=1, got {local_steps}; use memory="buffer"')
     return GradientMemory(flat, rates) if kind == "gradient" else EstimateMemory(flat, rates)

@@ -23,14 +23,15 @@ from packsaddle.compressors import Compressor, Identity, RandomK
 from packsaddle.numerics.finite import unnoticed
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.optim.compression import Compression
 from packsaddle.optim.error_feedback import ErrorFeedback, Round
 from packsaddle.optim.gradient import Extras, GradientUpdate, make_direction
 from packsaddle.optim.layout import FlatParameters
 from packsaddle.optim.local import LocalSteps
-from packsaddle.optim.memory import Memory, make_memory
+from packsaddle.optim.memory import make_memory
 from packsaddle.optim.saved_state import check_fits, fill, put_means, split_state
 from packsaddle.optim.stages.contraction import ContractionMonitor
-from packsaddle.optim.stages.drift import Drift, DriftGuard, OnDrift
+from packsaddle.optim.stages.drift import Drift, DriftGuard
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
 from packsaddle.optim.stages.lazy_noise import Perturber
 from packsaddle.optim.stages.nonfinite import Guard, NonFiniteError, Skip
@@ -44,38 +45,27 @@ class CompressedSGD(Optimizer):
     Args:
         params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: the step size eta.
-        compressor: C, applied to the concatenation of all compressed tensors.
+        compressor: C, or a `Compression`, which also says how messages are averaged, which tensors go dense, where
+            the error is kept and what is checked on the way. Not a function of the step.
         noise: r, the standard deviation of each coordinate of xi_t in the units of a gradient, or a function
             of the step that gives it (see `Ramp`).
         escape: the escape check of lines 4-8; None leaves it out.
         weight_decay: coefficient of x added to the gradient, before compression.
         seed: seed of all shared randomness; the same on every worker.
-        dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent dense;
-            0 compresses everything.
-        exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
-            "coordinator", or "auto", by predicted bytes (see `select_aggregator`; the reason is in `opt.choice`).
-        back: what compresses the mean on its way back in "two-way" and "coordinator".
-        monitor_every: measure the contraction every so many steps (see `opt.monitor`); 0 never does.
-        memory: "buffer" keeps the error in a vector of its own; "gradient" keeps it in the parameters' gradients,
-            which then must not be cleared, clipped or scaled between steps (see `GradientMemory`); "ef21" keeps a
-            running estimate of the gradient instead and sends the difference to it (see `EstimateMemory`).
         lazy_noise: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x (see
             `packsaddle.optim.stages.lazy_noise.OutstandingNoise`); for RandomK by all-reduce. None: there, unless there
             is an escape check.
         momentum, nesterov: of each worker's gradients, before compression (see `Momentum`).
         storm: the weight a of a new gradient in STORM's variance reduction (see `Storm`); `step` then needs a closure.
         local_steps: exchange at every so many steps only, and move each worker's own x in between (see `LocalSteps`).
-        max_skipped: a step in which a worker's gradient is not finite is left out on all of them, with x, memories and
-            t as they were, and entered in `opt.skips`; after more than so many in a row NonFiniteError is raised. None
-            takes gradients as they come, and saves a vector of memory.
-        compare_every, on_drift: every so many steps workers compare fingerprints of x, 8 bytes; where one differs,
-            DriftError names the first tensor and the workers, or with "repair" all go on from worker 0's, entered in
-            `opt.drifts`. 0 never does.
         process_group: a torch.distributed process group; None is the default group if there is one, else
             this process alone.
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
     collective: every worker starts from rank 0's parameters. Raises ValueError for bad arguments.
+
+    `choice` says why messages are averaged as they are, `monitor` has the measured contraction, `skips` the steps that
+    were left out (with x, memories and t as they were), `drifts` where workers were found apart.
 
     A parameter without a gradient counts as one with gradient zero: noise and weight decay still apply.
     """
@@ -84,29 +74,21 @@ class CompressedSGD(Optimizer):
         self,
         params: Iterable[Any],
         lr: float,
-        compressor: Compressor = RandomK(0.01),  # noqa: B008 -- immutable
+        compressor: Compressor | Compression = RandomK(0.01),  # noqa: B008 -- immutable
         *,
         noise: float | Callable[[int], float] = 0.0,
         escape: Escape | None = None,
         weight_decay: float = 0.0,
         seed: int = 0,
-        dense_below: int = 1024,
-        exchange: str = "direct",
-        back: Compressor | None = None,
-        monitor_every: int = 0,
-        memory: Memory = "buffer",
         lazy_noise: bool | None = None,
         momentum: float = 0.0,
         nesterov: bool = False,
         storm: float | None = None,
         local_steps: int = 1,
-        max_skipped: int | None = 20,
-        compare_every: int = 100,
-        on_drift: OnDrift = "stop",
         process_group: Any = None,
     ) -> None:
-        if not isinstance(compressor, Compressor):
-            raise ValueError(f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {compressor!r}")
+        spec = Compression.of(compressor)
+        given = spec.fixed()
         self.seed = as_seed(seed)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -119,33 +101,33 @@ class CompressedSGD(Optimizer):
         self.scalars = torch.zeros(0)
 
         # x as one vector, and what workers exchange over.
-        self._flat = FlatParameters(self.param_groups, dense_below)
-        warn_of_nothing(compressor, self._flat.compressed_d, dense_below, stacklevel=2)
+        self._flat = FlatParameters(self.param_groups, spec.dense_below)
+        warn_of_nothing(given, self._flat.compressed_d, spec.dense_below, stacklevel=2)
         shapes = [self._flat.parameters[i].shape for i in self._flat.compressed]
-        self.compressor = compressor.for_tensors(shapes)
+        self.compressor = given.for_tensors(shapes)
         self.ledger = Ledger()
         self.channel = Channel(resolve(process_group), self.ledger)
 
         # What is made of gradients, what is kept of it, and how it is averaged.
-        spare = max_skipped is not None
-        self._direction = make_direction(self._flat, momentum, nesterov, storm, memory, spare=spare)
+        spare = spec.max_skipped is not None
+        self._direction = make_direction(self._flat, momentum, nesterov, storm, spec.memory, spare=spare)
         rates = partial(self._each, "lr")
-        self._memory = make_memory(memory, self._flat, rates, exchange=exchange, local_steps=local_steps, spare=spare)
+        self._memory = make_memory(spec.memory, self._flat, rates, local_steps=local_steps, spare=spare)
         self.choice = choose(
             self.compressor,
-            exchange,
+            spec.exchange,
             d=self._flat.compressed_d,
             dense=max(self._flat.d - self._flat.compressed_d, int(spare)),
             workers=self.channel.group.size,
             itemsize=self._memory.vector.element_size(),
-            back=None if back is None else back.for_tensors(shapes),
+            back=None if spec.back is None else spec.back.for_tensors(shapes),
         )
         self._feedback = ErrorFeedback(self._memory, self.channel, self.seed, self.choice.protocol)
 
         # Stages of a step.
-        self.guard = Guard(max_skipped, self.channel)
-        self.monitor = ContractionMonitor(self._flat, monitor_every)
-        self._drift = DriftGuard(compare_every, on_drift, self.channel)
+        self.guard = Guard(spec.max_skipped, self.channel)
+        self.monitor = ContractionMonitor(self._flat, spec.monitor_every)
+        self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
         self._noise = Perturber(
             noise,
             lazy_noise,
@@ -153,16 +135,16 @@ class CompressedSGD(Optimizer):
             flat=self._flat,
             protocol=self.choice.protocol,
             escape=escape is not None,
-            plain=memory != "ef21" and not momentum and storm is None and local_steps == 1,
+            plain=spec.memory != "ef21" and not momentum and storm is None and local_steps == 1,
         )
 
         # All workers must have been given the same, and they start from the same x.
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
         same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
-        same |= {"seed": self.seed, "compressor": compressor, "exchange": exchange, "back": back, "noise": noise}
-        same |= {"memory": memory, "lazy_noise": lazy_noise, "kernels": compiler(self._flat.x.device)}
+        same |= {"seed": self.seed, "compressor": given, "exchange": spec.exchange, "back": spec.back, "noise": noise}
+        same |= {"memory": spec.memory, "lazy_noise": lazy_noise, "kernels": compiler(self._flat.x.device)}
         same |= {"momentum": momentum, "nesterov": nesterov, "storm": storm, "local_steps": local_steps}
-        same |= {"max_skipped": max_skipped, "compare_every": compare_every, "on_drift": on_drift}
+        same |= {"max_skipped": spec.max_skipped, "compare_every": spec.compare_every, "on_drift": spec.on_drift}
         check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
@@ -341,7 +323,7 @@ class CompressedSGD(Optimizer):
 
     @property
     def skips(self) -> list[Skip]:
-        """The steps that were left out since the optimizer was made or loaded (see `max_skipped`)."""
+        """The steps that were left out since the optimizer was made or loaded (see `Compression.max_skipped`)."""
         return self.guard.skips.list
 
     @property
@@ -356,7 +338,7 @@ class CompressedSGD(Optimizer):
 
     @property
     def drifts(self) -> list[Drift]:
-        """Where workers were found apart (see `compare_every`)."""
+        """Where workers were found apart (see `Compression.compare_every`)."""
         return self._drift.found
 
     @property

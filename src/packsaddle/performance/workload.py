@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from packsaddle.experiments.config import DataConfig, ModelConfig
 from packsaddle.experiments.schema import nearest
 from packsaddle.experiments.tasks.models import CharTransformer, mnist_autoencoder, resnet
 from packsaddle.experiments.tasks.text import load_text
+from packsaddle.optim.compression import Compression
 from packsaddle.optim.layout import FlatParameters
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.performance.timing import side_by_side
@@ -119,10 +119,10 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 
         return step
 
-    options: dict[str, Any] = {"dense_below": 0, "noise": 1e-6 if noise else 0.0, "process_group": Solo()}
+    spec, std = Compression(RandomK(k=1), dense_below=0), 1e-6 if noise else 0.0
     times = side_by_side(
         {
-            "compressed": stepper(lambda ps: CompressedSGD(ps, 1e-6, compressor=RandomK(k=1), **options)),
+            "compressed": stepper(lambda ps: CompressedSGD(ps, 1e-6, spec, noise=std, process_group=Solo())),
             "plain": stepper(lambda ps: torch.optim.SGD(ps, 1e-6)),
         },
         repeats=repeats,

@@ -11,9 +11,20 @@ import torch
 from ddp_runs import SEVERAL, batches, network, train, wrapped
 from hypothesis import given
 from hypothesis import strategies as st
+from specs import folded
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, DriftError, Escape, Identity, RandomK, TopK, register_ddp_hook, simulate
+from packsaddle import (
+    CompressedSGD,
+    Compression,
+    DriftError,
+    Escape,
+    Identity,
+    RandomK,
+    TopK,
+    register_ddp_hook,
+    simulate,
+)
 from packsaddle.comm.group import resolve
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.job import Job
@@ -57,7 +68,9 @@ def run(changed: dict[int, int], **options: Any) -> dict[str, Any]:
     rank = resolve(None).rank
     start = torch.Generator().manual_seed(0)
     weights = [("first", nn.Parameter(torch.randn(6, 5, generator=start))), ("second", nn.Parameter(torch.ones(4, 5)))]
-    opt = CompressedSGD(weights, 0.1, **({"compressor": TopK(k=3), "dense_below": 0, "compare_every": 4} | options))
+    opt = CompressedSGD(
+        weights, 0.1, **folded({"compressor": TopK(k=3), "dense_below": 0, "compare_every": 4} | options)
+    )
     message = ""
     try:
         for t in range(21):  # whole rounds of local steps
@@ -128,7 +141,7 @@ def test_a_repair_copies_worker_0(way: str) -> None:
 def hooked(every: int) -> tuple[str, int]:
     model = wrapped(network(torch.float32), SEVERAL)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    hook = register_ddp_hook(model, TopK(0.05), optimizer=optimizer, dense_below=100, compare_every=every)
+    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100, compare_every=every), optimizer=optimizer)
     message = ""
     try:
         for t, batch in enumerate(batches(12, torch.float32)):
@@ -151,12 +164,12 @@ def test_behind_ddp_too(gloo: Gloo) -> None:
     ("options", "message"),
     [
         ({"compare_every": -1}, "compare_every must be 0 or more steps, got -1"),
-        ({"on_drift": "ignore"}, 'on_drift must be "stop" or "repair", got \'ignore\''),
+        ({"on_drift": "ignore"}, "on_drift must be one of stop, repair, got 'ignore'"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        CompressedSGD([nn.Parameter(torch.ones(4, 4))], 0.1, dense_below=0, **options)
+        Compression(RandomK(0.01), **options)
 
 
 # ---- what is compared at the start
@@ -172,7 +185,7 @@ def made(what: str) -> str:
     if what == "one more" and odd:
         weights.append(("c", nn.Parameter(torch.ones(0, 4, dtype=dtype))))
     try:
-        CompressedSGD(weights, 0.1, dense_below=0, seed=int(what == "seed" and odd))
+        CompressedSGD(weights, 0.1, Compression(RandomK(0.01), dense_below=0), seed=int(what == "seed" and odd))
     except ValueError as error:
         return str(error)
     return ""

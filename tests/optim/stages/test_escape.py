@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from packsaddle import CompressedSGD, Compressor, Escape, Identity, RandomK, Reset, TopK, simulate
+from packsaddle import CompressedSGD, Compression, Compressor, Escape, Identity, RandomK, Reset, TopK, simulate
 
 COMPRESSORS: dict[str, Compressor] = {"Identity": Identity(), "RandomK": RandomK(k=1), "TopK": TopK(k=1)}
 by_compressor = pytest.mark.parametrize("compressor", COMPRESSORS.values(), ids=COMPRESSORS.keys())
@@ -26,7 +26,7 @@ def descend(
 ) -> tuple[torch.Tensor, list[Reset]]:
     x = nn.Parameter(torch.tensor([1.0, 0.0], dtype=torch.float64))
     escape = Escape(interval, radius, lambda: f(x))
-    opt = CompressedSGD([x], lr, compressor=compressor, noise=noise, escape=escape, dense_below=0, seed=seed)
+    opt = CompressedSGD([x], lr, Compression(compressor, dense_below=0), noise=noise, escape=escape, seed=seed)
     for _ in range(steps):
         opt.zero_grad()
         f(x).backward()
@@ -62,7 +62,7 @@ def test_commit_takes_y_and_rollback_takes_the_anchor() -> None:
     """One segment of four steps of TopK, in which f falls, and one in which a bad step makes it rise."""
     for sign, committed in ((1.0, True), (-1.0, False)):
         x = nn.Parameter(torch.tensor([1.0, 0.5], dtype=torch.float64))
-        opt = CompressedSGD([x], 0.1, compressor=TopK(k=1), dense_below=0, escape=Escape(3, 1e9, lambda: f(x)))  # noqa: B023
+        opt = CompressedSGD([x], 0.1, Compression(TopK(k=1), dense_below=0), escape=Escape(3, 1e9, lambda: f(x)))  # noqa: B023
         y = x.detach().clone()
         for t in range(4):
             x.grad = sign * torch.tensor([1.0, 0.9 + 0.3 * t], dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_commit_takes_y_and_rollback_takes_the_anchor() -> None:
 def test_distance_is_that_of_y() -> None:
     """The radius test sees ||x_t' - (x_t - eta e_t)||, not ||x_t' - x_t||."""
     x = nn.Parameter(torch.zeros(4, 1, dtype=torch.float64))
-    opt = CompressedSGD([x], 1.0, compressor=TopK(k=1), dense_below=0, escape=Escape(10, 1.9, lambda: -x.sum()))
+    opt = CompressedSGD([x], 1.0, Compression(TopK(k=1), dense_below=0), escape=Escape(10, 1.9, lambda: -x.sum()))
     x.grad = -torch.ones_like(x)  # x moves by one coordinate, y by (1, 1, 1, 1), of norm 2
     opt.step()
     assert opt.resets[0].distance == pytest.approx(2.0)
@@ -89,7 +89,7 @@ def test_compare_y_evaluates_the_point_it_accepts() -> None:
     for compare in ("x", "y"):
         x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
         rule = Escape(1, 1e9, lambda: -x[0] + 10 * x[1] ** 2, compare=compare)  # type: ignore[arg-type]  # noqa: B023
-        opt = CompressedSGD([x], 1.0, compressor=TopK(k=1), dense_below=0, escape=rule)
+        opt = CompressedSGD([x], 1.0, Compression(TopK(k=1), dense_below=0), escape=rule)
         for _ in range(2):
             x.grad = torch.tensor([-2.0, -0.9], dtype=torch.float64)
             opt.step()
@@ -100,7 +100,7 @@ def test_compare_y_evaluates_the_point_it_accepts() -> None:
 def test_nan_rolls_back() -> None:
     x = nn.Parameter(torch.ones(2))
     opt = CompressedSGD(
-        [x], 0.1, compressor=Identity(), escape=Escape(1, 1e9, lambda: (x / x).log().sum()), max_skipped=None
+        [x], 0.1, Compression(Identity(), max_skipped=None), escape=Escape(1, 1e9, lambda: (x / x).log().sum())
     )
     for _ in range(2):
         x.grad = torch.tensor([float("inf"), 0.0])
@@ -114,7 +114,7 @@ def test_a_nan_in_the_error_is_not_committed() -> None:
     x = nn.Parameter(torch.ones(4, 1))
     compressor = RandomK(k=1)
     rule = Escape(1, 1e9, lambda: x.sum())
-    opt = CompressedSGD([x], 0.1, compressor=compressor, dense_below=0, escape=rule, max_skipped=None)
+    opt = CompressedSGD([x], 0.1, Compression(compressor, dense_below=0, max_skipped=None), escape=rule)
     sent = int(compressor.support(4, seed=0, step=0))
     x.grad = torch.ones(4, 1)
     x.grad[(sent + 1) % 4] = float("nan")

@@ -7,9 +7,10 @@ import pytest
 import torch
 from problems import network, vector
 from scipy.stats import ks_2samp, kstest
+from specs import folded
 from torch import Tensor, nn
 
-from packsaddle import QSGD, CompressedSGD, Escape, Identity, Ramp, RandomK, TopK, simulate
+from packsaddle import QSGD, CompressedSGD, Compression, Escape, Identity, Ramp, RandomK, TopK, simulate
 from packsaddle.compressors.sparse import Cells
 from packsaddle.optim.stages.lazy_noise import OutstandingNoise
 from packsaddle.optim.stages.noise import Noise, Perturbation
@@ -21,7 +22,7 @@ KEPT = RandomK(0.2)
 def run(*, lazy: bool, steps: int, compressor: RandomK = KEPT, noise: Any = 1.0, seed: int = 1, d: int = D) -> Tensor:
     """x_t for all t, float64[steps + 1, d]: coordinates that do not see each other, all of one law."""
     w = nn.Parameter(torch.full((d, 1), 0.5, dtype=torch.float64))
-    opt = CompressedSGD([w], 0.1, compressor=compressor, noise=noise, seed=seed, dense_below=0, lazy_noise=lazy)
+    opt = CompressedSGD([w], 0.1, Compression(compressor, dense_below=0), noise=noise, seed=seed, lazy_noise=lazy)
     xs = [w.detach().flatten().clone()]
     for _ in range(steps):
         w.grad = 0.5 * w.detach() + 0.5 * torch.sin(5 * w.detach())  # not linear, so more than two moments matter
@@ -99,7 +100,7 @@ def test_variances_grow_until_a_cell_is_kept() -> None:
 def small(**changes: Any) -> tuple[nn.Module, Tensor, CompressedSGD]:
     model, data = network()
     arguments = {"compressor": RandomK(0.1), "noise": 0.1, "dense_below": 100, "seed": 3, **changes}
-    return model, data, CompressedSGD(model.parameters(), 0.1, **arguments)
+    return model, data, CompressedSGD(model.parameters(), 0.1, **folded(arguments))
 
 
 def train(model: nn.Module, data: Tensor, opt: CompressedSGD, steps: int) -> None:
@@ -152,7 +153,7 @@ def test_what_is_looked_at_has_the_noise_in_it() -> None:
     sizes = {}
     for lazy in (True, False):
         w = nn.Parameter(torch.zeros(D, 1, dtype=torch.float64))
-        opt = CompressedSGD([w], 0.1, compressor=RandomK(0.01), noise=0.3, dense_below=0, lazy_noise=lazy)
+        opt = CompressedSGD([w], 0.1, Compression(RandomK(0.01), dense_below=0), noise=0.3, lazy_noise=lazy)
         for _ in range(20):
             w.grad = torch.zeros_like(w)
             opt.step()
@@ -183,7 +184,7 @@ def test_noise_is_settled_where_a_state_goes_on_otherwise(other: dict[str, Any])
     for settings in ({}, other):
         w = nn.Parameter(torch.zeros(D, 1, dtype=torch.float64))
         made = {"compressor": RandomK(0.1), "noise": 0.3, "dense_below": 0, **settings}
-        opt = CompressedSGD([w], 0.1, **made)
+        opt = CompressedSGD([w], 0.1, **folded(made))
         if settings:
             opt.load_state_dict(saved)
             assert float(opt.state_dict()["noise"].get("total", 0.0)) == 0
@@ -237,7 +238,7 @@ def test_workers_stay_equal() -> None:
 def test_noise_goes_through_the_memory_where_cells_do_not_fit(change: str) -> None:
     """Frozen parameters stay, and rates that part settle what is outstanding; both then have eager noise's size."""
     w, v = (nn.Parameter(torch.zeros(4000, 1, dtype=torch.float64)) for _ in range(2))
-    opt = CompressedSGD([{"params": [w]}, {"params": [v]}], 0.1, compressor=RandomK(0.1), noise=0.3, dense_below=0)
+    opt = CompressedSGD([{"params": [w]}, {"params": [v]}], 0.1, Compression(RandomK(0.1), dense_below=0), noise=0.3)
     before = v.detach().clone()
     for step in range(40):
         if step == 20:
@@ -257,7 +258,7 @@ def test_noise_goes_through_the_memory_where_cells_do_not_fit(change: str) -> No
 def test_a_reset_drops_what_is_outstanding() -> None:
     w = nn.Parameter(torch.zeros(500, 1, dtype=torch.float64))
     rule = Escape(3, 1e9, lambda: float(w.detach().square().sum()))  # never better than at 0, so it rolls back
-    opt = CompressedSGD([w], 0.1, compressor=RandomK(0.1), noise=0.3, dense_below=0, escape=rule, lazy_noise=True)
+    opt = CompressedSGD([w], 0.1, Compression(RandomK(0.1), dense_below=0), noise=0.3, escape=rule, lazy_noise=True)
     while not opt.resets:
         w.grad = torch.zeros_like(w)
         opt.step()
@@ -271,7 +272,7 @@ def test_noise_that_was_committed_is_independent_of_what_follows() -> None:
     w = nn.Parameter(torch.zeros(D, 1, dtype=torch.float64))
     losses = iter([0.0, 1.0])  # better than at x_0, so the check commits
     rule = Escape(3, 1e9, lambda: next(losses))
-    opt = CompressedSGD([w], 0.1, compressor=RandomK(0.5), noise=0.3, dense_below=0, escape=rule, lazy_noise=True)
+    opt = CompressedSGD([w], 0.1, Compression(RandomK(0.5), dense_below=0), noise=0.3, escape=rule, lazy_noise=True)
     while not opt.resets:
         w.grad = torch.zeros_like(w)
         before = w.detach().clone()
@@ -290,8 +291,8 @@ def test_gradients_that_hold_the_error_take_what_was_outstanding() -> None:
 
     def made(lazy: bool) -> tuple[Tensor, CompressedSGD]:
         p = torch.nn.Parameter(torch.zeros(40, 40))
-        options = {"noise": 0.3, "dense_below": 0, "memory": "gradient", "lazy_noise": lazy}
-        return p, CompressedSGD([p], 0.1, compressor=RandomK(0.1), **options)  # type: ignore[arg-type]
+        spec = Compression(RandomK(0.1), dense_below=0, memory="gradient")
+        return p, CompressedSGD([p], 0.1, spec, noise=0.3, lazy_noise=lazy)
 
     def step(p: Tensor, opt: CompressedSGD) -> None:
         p.sum().backward()

@@ -8,12 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from specs import folded
 from torch import Tensor, nn
 
 from packsaddle import (
     QSGD,
     AdaptiveTopK,
     CompressedSGD,
+    Compression,
     Compressor,
     Escape,
     Identity,
@@ -50,7 +52,7 @@ def run(batches: list[Batch], seed: int = 0, scaler: float = 0.0, **options: Any
     weights = [nn.Parameter(torch.randn(s, generator=torch_start)) for s in shapes]
     dtype = options.pop("dtype", torch.float32)
     weights = [nn.Parameter(w.detach().to(dtype)) for w in weights]
-    opt = CompressedSGD(weights, 0.05, **({"dense_below": 12, "noise": 0.01, "seed": 5} | options))
+    opt = CompressedSGD(weights, 0.05, **folded({"dense_below": 12, "noise": 0.01, "seed": 5} | options))
     scale = torch.amp.GradScaler("cpu", init_scale=scaler, growth_interval=3) if scaler else None
     for batch, bad in batches:
         rng = torch.Generator().manual_seed(100 * batch + rank)
@@ -180,7 +182,7 @@ def test_between_processes(way: str, gloo: Gloo) -> None:
 
 def test_an_overflow_of_the_sum_is_no_overflow_of_a_gradient() -> None:
     p = nn.Parameter(torch.zeros(4, 4))
-    opt = CompressedSGD([p], 1e-3, compressor=Identity(), dense_below=0)
+    opt = CompressedSGD([p], 1e-3, Compression(Identity(), dense_below=0))
     p.grad = torch.full((4, 4), 3e38)
     opt.step()
     assert opt.skipped == 0
@@ -201,7 +203,7 @@ def test_finite_is_what_every_coordinate_is(values: list[float]) -> None:
 def gives_up(most: int, bad: int) -> tuple[str, dict[str, Any]]:
     rank = resolve(None).rank
     p = nn.Parameter(torch.ones(5, 5))
-    opt = CompressedSGD([("weights", p)], 0.1, compressor=TopK(k=3), dense_below=0, max_skipped=most, noise=0.1)
+    opt = CompressedSGD([("weights", p)], 0.1, Compression(TopK(k=3), dense_below=0, max_skipped=most), noise=0.1)
     p.grad = torch.ones_like(p)
     opt.step()
     before = {"x": p.detach().clone(), "pending": opt.state_dict()["state"][0]["pending"].clone()}
@@ -229,11 +231,13 @@ def test_too_many_in_a_row_stop_all_workers_with_nothing_lost() -> None:
 
 def test_a_step_that_is_taken_begins_the_row_anew() -> None:
     p = nn.Parameter(torch.ones(5, 5))
-    opt = CompressedSGD([p], 0.1, max_skipped=1, dense_below=0)
+    opt = CompressedSGD([p], 0.1, Compression(RandomK(0.01), max_skipped=1, dense_below=0))
     for value in (math.nan, 1.0, math.nan, 1.0, math.inf, 1.0):
         p.grad = torch.full_like(p, value)
         opt.step()
-    again = CompressedSGD([nn.Parameter(torch.ones(5, 5))], 0.1, max_skipped=1, dense_below=0)
+    again = CompressedSGD(
+        [nn.Parameter(torch.ones(5, 5))], 0.1, Compression(RandomK(0.01), max_skipped=1, dense_below=0)
+    )
     again.load_state_dict(opt.state_dict())
     assert (opt.steps, opt.skipped, again.steps, again.skipped) == (3, 3, 3, 3)
     p.grad = torch.full_like(p, math.nan)
@@ -247,12 +251,14 @@ def test_a_step_that_is_taken_begins_the_row_anew() -> None:
 @pytest.mark.parametrize("most", [-1, -20])
 def test_a_negative_number_is_refused(most: int) -> None:
     with pytest.raises(ValueError, match=f"max_skipped must be 0 or more steps, or None, got {most}"):
-        CompressedSGD([nn.Parameter(torch.ones(5, 5))], 0.1, dense_below=0, max_skipped=most)
+        CompressedSGD(
+            [nn.Parameter(torch.ones(5, 5))], 0.1, Compression(RandomK(0.01), dense_below=0, max_skipped=most)
+        )
 
 
 def with_gradients_for_memory(rank: int) -> str:
     p = nn.Parameter(torch.ones(5, 5))
-    opt = CompressedSGD([("w", p)], 0.1, compressor=RandomK(0.2), dense_below=0, memory="gradient")
+    opt = CompressedSGD([("w", p)], 0.1, Compression(RandomK(0.2), dense_below=0, memory="gradient"))
     x = p.detach().clone()
     loss = (p * (math.nan if rank == 1 else 1.0)).sum()
     torch.autograd.backward(loss)
@@ -273,7 +279,7 @@ def test_it_costs_no_bytes() -> None:
     def moved(most: int | None) -> list[dict[str, Any]]:
         def worker(rank: int) -> dict[str, Any]:
             p, b = nn.Parameter(torch.ones(20, 5)), nn.Parameter(torch.ones(3))
-            opt = CompressedSGD([p, b], 0.1, compressor=TopK(k=3), dense_below=10, max_skipped=most)
+            opt = CompressedSGD([p, b], 0.1, Compression(TopK(k=3), dense_below=10, max_skipped=most))
             for t in range(5):
                 p.grad, b.grad = torch.full_like(p, t + rank), torch.ones_like(b)
                 opt.step()
@@ -290,11 +296,11 @@ def test_it_costs_no_bytes() -> None:
 # ---- steps between exchanges are a worker's own
 
 
-def local(batches: list[tuple[int, float]], **options: Any) -> dict[str, Any]:
+def local(batches: list[tuple[int, float]]) -> dict[str, Any]:
     """Batches have a factor by which worker 1's gradient is multiplied."""
     rank = resolve(None).rank
     p = nn.Parameter(torch.linspace(-1, 1, 20).reshape(4, 5).clone())
-    opt = CompressedSGD([("w", p)], 0.05, compressor=TopK(k=4), dense_below=0, local_steps=3, **options)
+    opt = CompressedSGD([("w", p)], 0.05, Compression(TopK(k=4), dense_below=0), local_steps=3)
     for batch, factor in batches:
         rng = torch.Generator().manual_seed(10 * batch + rank)
         p.grad = (p.detach() - torch.randn(p.shape, generator=rng)) * (factor if rank == 1 else 1.0)
@@ -318,7 +324,7 @@ def test_between_exchanges_a_worker_stands_still_alone() -> None:
 def test_between_exchanges_momentum_is_left_alone_too() -> None:
     """By hand: m and x of the worker are those of the other batches."""
     p = nn.Parameter(torch.ones(4, 5))
-    opt = CompressedSGD([p], 0.1, compressor=Identity(), dense_below=0, local_steps=4, momentum=0.5)
+    opt = CompressedSGD([p], 0.1, Compression(Identity(), dense_below=0), local_steps=4, momentum=0.5)
     for g in (1.0, math.nan, 2.0, 3.0):
         p.grad = torch.full_like(p, g)
         opt.step()
@@ -328,7 +334,7 @@ def test_between_exchanges_momentum_is_left_alone_too() -> None:
 
 def stuck(rank: int) -> str:
     p = nn.Parameter(torch.ones(4, 5))
-    opt = CompressedSGD([("w", p)], 0.1, compressor=TopK(k=4), dense_below=0, local_steps=2, max_skipped=3)
+    opt = CompressedSGD([("w", p)], 0.1, Compression(TopK(k=4), dense_below=0, max_skipped=3), local_steps=2)
     try:
         for _ in range(20):
             p.grad = torch.full_like(p, math.nan if rank == 1 else 1.0)

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from ddp_runs import SEVERAL, WAYS, batches, network, train, vector, wrapped
+from specs import folded
 from torch import Tensor
 
-from packsaddle import TopK, register_ddp_hook
+from packsaddle import Compression, TopK, register_ddp_hook
 from packsaddle.comm.group import resolve
 
 Gloo = Callable[..., list[Any]]
@@ -24,7 +25,7 @@ BAD = (3, 4, 9)
 def trained(make: str, options: dict[str, Any], *, has_them: bool) -> dict[str, Any]:
     model = wrapped(network(torch.float32), SEVERAL)
     optimizer = OPTIMIZERS[make](model.parameters())
-    hook = register_ddp_hook(model, noise=0.01, optimizer=optimizer, dense_below=100, **options)
+    hook = register_ddp_hook(model, noise=0.01, optimizer=optimizer, **folded({"dense_below": 100} | options))
     active = [False]
     model.module[2].weight.register_hook(lambda g: g * math.inf if active[0] else g)
     for step, batch in enumerate(batches(12, torch.float32)):
@@ -62,7 +63,7 @@ def test_a_bad_batch_leaves_no_trace_in_any_optimizer(gloo: Gloo, make: str) -> 
 def gives_up() -> tuple[str, bool, int]:
     model = wrapped(network(torch.float32), SEVERAL)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    hook = register_ddp_hook(model, TopK(0.05), optimizer=optimizer, dense_below=100, max_skipped=2)
+    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100, max_skipped=2), optimizer=optimizer)
     train(model, optimizer, batches(2, torch.float32))
     before = vector(model)
     poison = math.nan if resolve(None).rank == 1 else 1.0
@@ -92,7 +93,7 @@ class Wrapper(torch.optim.Optimizer):
 def in_a_wrapper() -> tuple[bool, bool]:
     model = wrapped(network(torch.float32), SEVERAL)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    hook = register_ddp_hook(model, TopK(0.05), optimizer=Wrapper(Wrapper(optimizer)), dense_below=100)
+    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100), optimizer=Wrapper(Wrapper(optimizer)))
     before = vector(model)
     train(model, optimizer, [batches(1, torch.float32)[0] * math.nan])
     untouched = torch.equal(before, vector(model))

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from specs import folded
 from test_nonfinite import COMPRESSORS, differences
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import CompressedSGD, Identity, RandomK, TopK, register_ddp_hook, simulate
+from packsaddle import CompressedSGD, Compression, Identity, RandomK, TopK, register_ddp_hook, simulate
 from packsaddle.comm.group import resolve
 from packsaddle.numerics.finite import is_usable, magnitude
 
@@ -32,7 +33,7 @@ def gradients(shapes: list[torch.Size], step: int, kind: str) -> list[Tensor]:
 def optimizer_run(kind: str, *, has_them: bool, **options: Any) -> dict[str, Any]:
     rng = torch.Generator().manual_seed(7)
     weights = [nn.Parameter(torch.randn(shape, generator=rng)) for shape in ((6, 5), (9,), (4, 7))]
-    opt = CompressedSGD(weights, 1.0, **({"dense_below": 12, "noise": 0.01, "seed": 5} | options))
+    opt = CompressedSGD(weights, 1.0, **folded({"dense_below": 12, "noise": 0.01, "seed": 5} | options))
     for step in range(STEPS):
         if step in HUGE and not has_them:
             continue
@@ -86,7 +87,9 @@ def hook_run(kind: str, scope: Any, *, has_them: bool, **options: Any) -> dict[s
         nn.Sequential(nn.Linear(8, 30), nn.Tanh(), nn.Linear(30, 8)), bucket_cap_mb=0.001, broadcast_buffers=False
     )
     optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.5)
-    hook = register_ddp_hook(model, noise=0.01, optimizer=optimizer, dense_below=40, scope=scope, **options)
+    hook = register_ddp_hook(
+        model, noise=0.01, optimizer=optimizer, scope=scope, **folded({"dense_below": 40} | options)
+    )
     replacements: dict[int, Tensor] = {}
     for i, p in enumerate(model.parameters()):
         p.register_hook(lambda g, i=i: replacements[i])
@@ -142,7 +145,7 @@ def test_nor_behind_the_hook(kind: str, scopes: tuple[str, ...], workers: int, g
 
 def in_crowds(rank: int) -> tuple[Tensor, list[tuple[tuple[int, ...], str]], Tensor]:
     p = nn.Parameter(torch.ones(1, 1))
-    opt = CompressedSGD([p], 1.0, compressor=Identity(), dense_below=0)
+    opt = CompressedSGD([p], 1.0, Compression(Identity(), dense_below=0))
     for value in (1.0, 5e36, 2.0):
         p.grad = torch.full_like(p, value)
         opt.step()
@@ -161,7 +164,7 @@ def test_a_sum_over_workers_that_overflows_is_left_out_by_all() -> None:
 def test_x_never_overflows_however_far_it_has_gone(memory: Any) -> None:
     """By hand: 2^121 a step, 127 times, is 2^128 - 2^121; once more is 2^128, which float32 has not."""
     p = nn.Parameter(torch.zeros(1, 1))
-    opt = CompressedSGD([p], 1.0, compressor=Identity(), dense_below=0, max_skipped=50, memory=memory)
+    opt = CompressedSGD([p], 1.0, Compression(Identity(), dense_below=0, max_skipped=50, memory=memory))
     for _ in range(140):
         p.grad = torch.full_like(p, -(2.0**121))
         opt.step()
@@ -180,7 +183,7 @@ def test_nor_by_outstanding_noise() -> None:
     def run(bad: bool) -> tuple[Tensor, Any]:
         p = nn.Parameter(torch.full((40, 1), 3.4e38))
         p.data[20:] = 1.0
-        opt = CompressedSGD([p], 1.0, compressor=RandomK(1.0), noise=0.5, lazy_noise=True, dense_below=0, seed=1)
+        opt = CompressedSGD([p], 1.0, Compression(RandomK(1.0), dense_below=0), noise=0.5, lazy_noise=True, seed=1)
         for g in ([-1e36] if bad else []) + [1.0]:
             p.grad = torch.zeros_like(p)
             p.grad[:4] = g
@@ -196,8 +199,9 @@ def test_nor_by_outstanding_noise() -> None:
 def owner(rank: int) -> tuple[int, int, bool]:
     """The reply keeps one coordinate of eight, so the owner's error of the others grows from step to step."""
     p = nn.Parameter(torch.zeros(8, 1))
-    options: dict[str, Any] = {"exchange": "coordinator", "back": RandomK(k=1, block_size=1), "max_skipped": 300}
-    opt = CompressedSGD([p], 1e-3, compressor=TopK(k=1), dense_below=0, **options)
+    back = RandomK(k=1, block_size=1)
+    spec = Compression(TopK(k=1), exchange="coordinator", back=back, dense_below=0, max_skipped=300)
+    opt = CompressedSGD([p], 1e-3, spec)
     for _ in range(200):
         p.grad = torch.zeros_like(p)
         p.grad[3] = 3e38

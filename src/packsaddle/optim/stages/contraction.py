@@ -12,9 +12,7 @@ from packsaddle.optim.layout import FlatParameters
 class Every:
     """Falls due every so many steps, and stays so until it is done: not every step may exchange. Never, if 0."""
 
-    def __init__(self, steps: int, name: str = "monitor_every") -> None:
-        if steps < 0:
-            raise ValueError(f"{name} must be 0 or more steps, got {steps}")
+    def __init__(self, steps: int) -> None:
         self.steps = steps
         self._done = 0  # the step count when it was done last
 

@@ -41,11 +41,9 @@ class Skip:
 
 
 class Skips:
-    """The steps that this worker knows of, at most `most` in a row; None: any number. Raises ValueError if negative."""
+    """The steps that this worker knows of, at most `most` in a row; None: any number."""
 
     def __init__(self, most: int | None, rank: int) -> None:
-        if most is not None and most < 0:
-            raise ValueError(f"max_skipped must be 0 or more steps, or None, got {most}")
         self.most, self._rank = most, rank
         self.list: list[Skip] = []  # since it was made or loaded
         self.count = self.in_a_row = 0
@@ -94,7 +92,6 @@ class Guard:
     A worker that cannot use its gradient sends zeros, and NaNs in the dense part, whose mean then tells all of them: no
     collective, and no byte, that is not there anyway. Only where nothing goes dense is there a number for it. Finite
     vectors may have a mean that is not, or one that x cannot take: all workers see that alike.
-    Raises ValueError if `most` is negative.
     """
 
     def __init__(self, most: int | None, channel: Channel) -> None:

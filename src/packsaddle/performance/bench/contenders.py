@@ -8,7 +8,7 @@ from typing import Any, get_args
 from packsaddle import compressors
 from packsaddle.compressors import Compressor
 from packsaddle.experiments.schema import nearest
-from packsaddle.optim.error_feedback import Scope
+from packsaddle.optim.hook import Scope
 from packsaddle.optim.memory import Memory
 
 ALONE = "alone"  # SGD on every worker without any exchange: what computing costs

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from packsaddle.comm.communicator import ring_all_gather, ring_all_reduce
 from packsaddle.comm.ledger import Bytes
 from packsaddle.experiments.tasks.models import Task
+from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp import register_ddp_hook
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.performance.bench.contenders import ALONE, DENSE, Contender
@@ -65,10 +66,9 @@ def enter(contender: Contender, task: Task) -> Racer:
         ours = CompressedSGD(
             task.parameters(),
             contender.lr,
-            compressor=contender.compressor,
+            Compression(contender.compressor, memory=contender.memory),
             noise=contender.noise,
             momentum=contender.momentum,
-            memory=contender.memory,
             local_steps=contender.local_steps,
         )
         start = ours.ledger.total  # the parameters of rank 0

@@ -20,6 +20,7 @@ from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, RandomK, SketchTopK, TopK
 from packsaddle.compressors.registry import compressors, describe
 from packsaddle.compressors.selection import largest
+from packsaddle.optim.compression import Compression
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.performance.bench.result import Result, machine
 from packsaddle.performance.timing import Timing, copy_bandwidth, side_by_side
@@ -210,27 +211,29 @@ class TimedOptimizer:
     own_memory: bool = True  # else the gradients are the memory, and stay where they are
 
 
-def _ours(**settings: Any) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
-    return partial(CompressedSGD, lr=_LR, **settings)
+def _ours(
+    compressor: Compressor | Compression, noise: float = 0.0
+) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    return partial(CompressedSGD, lr=_LR, compressor=compressor, noise=noise)
 
 
 # A float read or written is 4 bytes. SGD reads x and the gradient and writes x; an error memory likewise. Of k
 # coordinates kept, the memory and x are read and written; the message is written and read.
 _CONTENDERS: Mapping[str, TimedOptimizer] = {
     "torch.optim.SGD": TimedOptimizer(partial(torch.optim.SGD, lr=_LR), 12),
-    "RandomK 1%": TimedOptimizer(_ours(compressor=RandomK(0.01)), 12 + 0.01 * 24),
-    "RandomK 1%, max_skipped=None": TimedOptimizer(_ours(compressor=RandomK(0.01), max_skipped=None), 12 + 0.01 * 24),
-    "RandomK 1%, noise": TimedOptimizer(_ours(compressor=RandomK(0.01), noise=0.01), 12 + 0.01 * 32),
+    "RandomK 1%": TimedOptimizer(_ours(RandomK(0.01)), 12 + 0.01 * 24),
+    "RandomK 1%, max_skipped=None": TimedOptimizer(_ours(Compression(RandomK(0.01), max_skipped=None)), 12 + 0.01 * 24),
+    "RandomK 1%, noise": TimedOptimizer(_ours(RandomK(0.01), noise=0.01), 12 + 0.01 * 32),
     'RandomK 1%, noise, memory="gradient"': TimedOptimizer(
-        _ours(compressor=RandomK(0.01), noise=0.01, memory="gradient"), 0.01 * 32, own_memory=False
+        _ours(Compression(RandomK(0.01), memory="gradient"), noise=0.01), 0.01 * 32, own_memory=False
     ),
     'RandomK 1%, noise, memory="gradient", max_skipped=None': TimedOptimizer(
-        _ours(compressor=RandomK(0.01), noise=0.01, memory="gradient", max_skipped=None), 0.01 * 32, own_memory=False
+        _ours(Compression(RandomK(0.01), memory="gradient", max_skipped=None), noise=0.01), 0.01 * 32, own_memory=False
     ),
-    "TopK 0.1%": TimedOptimizer(_ours(compressor=TopK(0.001)), 16 + 0.001 * 24),
-    "TopK 0.1%, noise": TimedOptimizer(_ours(compressor=TopK(0.001), noise=0.01), 24 + 0.001 * 24),
+    "TopK 0.1%": TimedOptimizer(_ours(TopK(0.001)), 16 + 0.001 * 24),
+    "TopK 0.1%, noise": TimedOptimizer(_ours(TopK(0.001), noise=0.01), 24 + 0.001 * 24),
     'TopK 0.1%, memory="gradient"': TimedOptimizer(
-        _ours(compressor=TopK(0.001), memory="gradient"), 4 + 0.001 * 24, own_memory=False
+        _ours(Compression(TopK(0.001), memory="gradient")), 4 + 0.001 * 24, own_memory=False
     ),
 }
 

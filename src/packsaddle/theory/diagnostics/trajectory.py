@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.compressors import Compressor, Identity
+from packsaddle.optim.compression import Compression
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.optim.stages.escape import Escape
 from packsaddle.optim.stages.noise import Perturbation
@@ -69,11 +70,10 @@ class Run:
         self.optimizer = CompressedSGD(
             [self._parameter],
             method.lr,
-            compressor=method.compressor,
+            Compression(method.compressor, dense_below=0),
             noise=method.noise,
             escape=escape,
             seed=seed,
-            dense_below=0,
             lazy_noise=False,  # e_t and y_t are looked at as they are
         )
         self._rank, workers = self.optimizer.channel.group.rank, self.optimizer.channel.group.size
