@@ -177,7 +177,9 @@ class AllGather(Protocol):
         own = self.compressor.encode(v, seed=self._seed_of(channel.group.rank, seed), step=step)
         gathered = channel.gather(own.parts, fixed_size=self.compressor.fixed_size)
         messages = [
-            self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
+            own
+            if worker == channel.group.rank
+            else self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
             for worker, parts in enumerate(gathered)
         ]
         weight = 1.0 / channel.group.size

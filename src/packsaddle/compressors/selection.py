@@ -41,7 +41,7 @@ def largest(v: Tensor, k: int) -> Tensor:
     reached = reaching(v, *sampled_threshold(v[:: n // _SAMPLE], k, n))
     if len(reached) < k:
         return _top(as_integers(v), k)
-    return reached[_top(as_integers(v[reached]), k)]
+    return reached.index_select(0, _top(as_integers(v.index_select(0, reached)), k))
 
 
 def largest_of_blocks(
@@ -127,7 +127,7 @@ def holding(v: Tensor, share: float) -> Tensor:
     last, needed = _last_bin(counts, energy, needed)
     threshold = last << shift
     reached = reaching(v, threshold, int(counts[last:].sum()))
-    magnitudes = as_integers(v[reached])
+    magnitudes = as_integers(v.index_select(0, reached))
     inside = reached[(magnitudes < threshold + (1 << shift)).nonzero().squeeze(1)]
     while shift > 0:
         values, below = v[inside], shift

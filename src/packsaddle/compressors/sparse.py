@@ -111,7 +111,7 @@ class Cells:
     def gather(self, v: Tensor) -> Tensor:
         """Return v, float[d], at the cells."""
         if self.size == 1:
-            return v[self.index]
+            return v.index_select(0, self.index)
         if loop := kernel("gather_cells", v):
             values: Tensor = loop(v, self.index, self.size)
             return values
@@ -337,7 +337,8 @@ class _CodedSupport(Compressor):
     def _message(self, v: Tensor, index: Tensor) -> Message:
         """`index` increases."""
         return Message(
-            {"indices": wire.encode_indices(index, v.numel()), **encode_values(v[index], self.values)}, index
+            {"indices": wire.encode_indices(index, v.numel()), **encode_values(v.index_select(0, index), self.values)},
+            index,
         )
 
     def support_of(self, message: Message, d: int) -> Tensor:
@@ -382,7 +383,7 @@ class TopK(_CodedSupport, _OfEachTensor):
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         parts = [largest(v[at : at + n], KOfD.count(self, n)) + at for at, n in self.tensors(v.numel())]
-        return self._message(v, torch.cat(parts) if len(parts) > 1 else largest(v, self.count(v.numel())))
+        return self._message(v, torch.cat(parts) if len(parts) > 1 else parts[0] if parts else largest(v, 0))
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         return self._bytes(d, self.count(d), itemsize)

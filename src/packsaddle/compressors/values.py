@@ -61,15 +61,20 @@ def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: t
         return parts["values"].to(dtype)
     k, scales = value_count(parts, how), parts["scales"].to(dtype)
     if how == "int2":
-        codes = unpack(parts["values"][:-1], 2, k)
-        block = torch.arange(k, device=codes.device) // VALUE_BLOCK
-        found = scales[2 * block + (codes & 1)] if k else scales
-        return torch.where(codes >= 2, -found, found)
+        return _of_two_levels(unpack(parts["values"][:-1], 2, k).to(torch.uint8), scales)
     whole = unpack(parts["values"][:-1], 4, k) - 8 if how == "int4" else parts["values"]
     values = whole.to(dtype)
     if how in _LARGEST:
         values = values / _LARGEST[how]
     return values * scales.repeat_interleave(VALUE_BLOCK)[:k]
+
+
+def _of_two_levels(codes: Tensor, scales: Tensor) -> Tensor:
+    """The values of uint8[k] codes."""
+    blocks = torch.nn.functional.pad(codes, (0, -len(codes) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
+    low, high = scales.view(-1, 2).unbind(1)
+    found = torch.where((blocks & 1).bool(), high[:, None], low[:, None])
+    return torch.where(blocks >= 2, -found, found).view(-1)[: len(codes)]
 
 
 def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:

@@ -68,13 +68,20 @@ class PseudoGradient:
 
     def add(self, base: Shaped, out: Shaped) -> None:
         """Set out to decay base + start - x + xi, both float[n]; out is not base."""
-        for x, start, v in zip(self.of.tensors(), self.of.starts(), out.views, strict=True):
+        share = self.decay
+        starts: Sequence[Tensor] = self.of.anchor.views
+        if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(self.of.tensors(), starts, strict=True)):
+            share -= 1.0  # a - e - x + decay e, without a pass for a - e
+        elif self.of.keeps:
+            starts = self.of.starts()
+        for x, start, v in zip(self.of.tensors(), starts, out.views, strict=True):
             x = x.to(start.device)
             if x.dtype == start.dtype:
                 torch.sub(start, x, out=v)
             else:
                 torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
-        out.flat.add_(base.flat, alpha=self.decay)
+        if share:
+            out.flat.add_(base.flat, alpha=share)
         self.perturb(out.flat)
 
     def perturb(self, out: Tensor) -> None:
@@ -105,7 +112,7 @@ class Fragment(Slice):
         keep: bool,
     ) -> None:
         super().__init__(places, device)
-        self._keep = keep
+        self.keeps = keep  # x begins again at a - e
         self.offset, self._compression, self._whole_d = offset, compression, d
         self.parameters = [parameters[place.name] for place in self.places]
         self.anchor = self.zeros()
@@ -125,7 +132,7 @@ class Fragment(Slice):
 
     def starts(self) -> list[Tensor]:
         """Return where x begins after an exchange, by parameter: the anchor, or there less what was not sent."""
-        if not self._keep:
+        if not self.keeps:
             return self.anchor.views
         return self.views(self.anchor.flat - self.feedback.memory.vector)
 
@@ -244,7 +251,7 @@ class Fragment(Slice):
         assert flight is not None
         if not self.finish(flight):
             if bool(flight.bad):
-                self.go_to(self.starts())
+                self.restart()
             return flight
         self.rounds += 1
         if outer is None and flight.mean is None:
@@ -268,10 +275,10 @@ class Fragment(Slice):
 
     def _move(self, before: Sequence[Tensor], blend: float | None) -> None:
         """x <- a, and what this worker has moved since the start; with `blend` x <- (1 - blend) a + blend x."""
-        starts = self.starts()
         if not before:
-            self.go_to(starts)
+            self.restart()
             return
+        starts = self.starts()
         for p, x, a, s in zip(self.parameters, self.tensors(), starts, before, strict=True):
             if not p.requires_grad:
                 continue
@@ -280,6 +287,18 @@ class Fragment(Slice):
                 x.copy_((x.to(start.dtype) - s).add_(start))
             else:
                 x.copy_(torch.lerp(start, x.to(start.dtype), blend))
+
+    def restart(self) -> None:
+        """Have x where it begins after an exchange."""
+        if not self.keeps:
+            self.go_to(self.anchor.views)
+            return
+        memory = self.feedback.memory.views
+        for p, x, a, e in zip(self.parameters, self.tensors(), self.anchor.views, memory, strict=True):
+            if p.requires_grad and x.dtype == a.dtype and x.device == a.device:
+                torch.sub(a, e, out=x)
+            elif p.requires_grad:
+                x.copy_(a - e)
 
     def go_to(self, places: Sequence[Tensor]) -> None:
         """Move x, but for frozen parameters."""

@@ -343,7 +343,7 @@ class LocalUpdates:
                 part.feedback.reset(lost)
                 self.resets.append(reset)
         finally:
-            part.go_to(part.starts())
+            part.restart()
 
     def _check_start(self) -> None:
         """See that workers began at one x, and that nobody else exchanges gradients."""
