@@ -352,6 +352,12 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match='back is for exchange "two-way" or "coordinator", not \'direct\''):
         make(TopK(0.1), "direct", TopK(0.1))
 
+    class Odd(TopK):
+        aggregation = "ring"  # type: ignore[assignment]
+
+    with pytest.raises(ValueError, match=r"aggregation of .*Odd\(.* must be one of all-reduce, .*, got 'ring'"):
+        make(Odd(0.1), "direct")
+
 
 def test_state_of_protocols() -> None:
     """Owners' errors and warm starts are part of the state: a restored protocol goes on as if it had not stopped."""

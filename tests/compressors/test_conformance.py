@@ -57,6 +57,21 @@ class Broken(Compressor):
     def fixed_size(self) -> bool:  # type: ignore[override]
         return self.wrong == "fixed_size"
 
+    @property
+    def lossless(self) -> bool:  # type: ignore[override]
+        return self.wrong == "lossless"
+
+    @property
+    def aggregation(self) -> str:
+        return "all-reduce" if self.wrong == "aggregation" else super().aggregation
+
+    def rates(self, d: int) -> list[tuple[int, float]] | None:
+        wrong = {"values": [(d, 1 / d)], "rates": [(d, 0.5)], "sizes": [(d + 1, 1 / d)]}
+        return wrong.get(self.wrong)
+
+    def shared_cells(self, d: int) -> tuple[int, int] | None:
+        return (d, 1) if self.wrong == "cells" else None
+
     def mu(self, d: int) -> float:
         return {"mu": 0.99, "range": 0.0}.get(self.wrong, 1 / d)
 
@@ -87,6 +102,12 @@ class Broken(Compressor):
         "homogeneous": r"C\(2 v\) is not 2 C\(v\)",
         "linear": "declared linear and is not",
         "fixed_size": "declared fixed_size",
+        "lossless": "declared lossless",
+        "aggregation": "an all-reduce needs a linear C",
+        "values": "what is sent depends on v",
+        "rates": "what is sent depends on v|rates say 0.5",
+        "sizes": "rates are of",
+        "cells": "has shared cells, and the message",
     }.items(),
 )
 def test_the_suite_finds_what_is_broken(wrong: str, message: str) -> None:

@@ -58,10 +58,10 @@ def test_every_key_stands_with_a_comment(name: TaskName) -> None:
 
 @names
 def test_what_is_commented_out_can_be_used(name: TaskName) -> None:
-    """All at once, but for k, which takes the ratio's place."""
+    """All at once, but for k, which takes the ratio's place, and with an exchange that [back] is for."""
     text = template(TASKS[name].config, "heading")
     used = re.sub(r"^# (\[\w+\]|(?!k =)\w+ = )", r"\1", text, flags=re.MULTILINE)
-    config = load(used)
+    config = load(used.replace('exchange = "direct"', 'exchange = "two-way"'))
     assert config.back
     assert config.escape
     assert config.certify

@@ -1,12 +1,21 @@
 """Which protocol averages a compressor's messages: the one asked for, or the one that moves the fewest bytes."""
 
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from packsaddle.comm.aggregators import AllGather, AllReduce, LowRankAllReduce, Protocol, SketchedAllReduce
 from packsaddle.comm.owner_aggregators import Coordinator, TwoWay
-from packsaddle.compressors import Compressor, Identity, LowRank, SketchTopK
+from packsaddle.compressors import Compressor
+
+# What a compressor's `aggregation` names.
+_DIRECT: Mapping[str, Callable[[Any], Protocol]] = {
+    "all-reduce": AllReduce,
+    "all-gather": AllGather,
+    "sketched all-reduce": SketchedAllReduce,
+    "low-rank all-reduce": LowRankAllReduce,
+}
 
 Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coordinator"]
 
@@ -22,7 +31,7 @@ class Choice:
 
 def warn_of_nothing(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
     """Warn, as from `stacklevel` calls above the caller's, if there are no coordinates to compress."""
-    if d == 0 and not isinstance(compressor, Identity):
+    if d == 0 and not compressor.lossless:
         warnings.warn(
             f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} elements "
             f"(dense_below=0 compresses everything)",
@@ -67,7 +76,7 @@ def _choose(
     name, direct = _direct(compressor)
     if exchange in ("direct", name):
         return Choice(direct, name, "asked for")
-    if name in ("sketched all-reduce", "low-rank all-reduce") and exchange != "auto":
+    if name not in get_args(Exchange) and exchange != "auto":
         raise ValueError(f"exchange of {type(compressor).__name__} is its own {name}, it cannot be {exchange!r}")
     if exchange == "all-reduce":
         raise ValueError(f'exchange "all-reduce" needs a linear compressor, and {compressor!r} is not')
@@ -88,10 +97,7 @@ def _choose(
 
 
 def _direct(compressor: Compressor) -> tuple[str, Protocol]:
-    if isinstance(compressor, SketchTopK):
-        return "sketched all-reduce", SketchedAllReduce(compressor)
-    if isinstance(compressor, LowRank):
-        return "low-rank all-reduce", LowRankAllReduce(compressor)
-    if compressor.linear:
-        return "all-reduce", AllReduce(compressor)
-    return "all-gather", AllGather(compressor)
+    name = compressor.aggregation
+    if name not in _DIRECT:
+        raise ValueError(f"aggregation of {compressor!r} must be one of {', '.join(_DIRECT)}, got {name!r}")
+    return name, _DIRECT[name](compressor)

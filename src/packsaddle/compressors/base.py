@@ -52,16 +52,30 @@ class Compressor(ABC):
       not change;
     - `receive` if its messages have a context;
     - `private = True` if workers should use different randomness (as unbiased rounding should);
-    - `fixed_size = True` if the size of every part depends on d alone, which saves announcing sizes.
+    - `fixed_size = True` if the size of every part depends on d alone, which saves announcing sizes;
+    - `lossless = True` if C(v) = v for every v, so that nothing is compressed;
+    - `aggregation`, if messages are averaged neither by an all-reduce nor by gathering them all;
+    - `rates`, and `shared_cells`, if what is sent of v does not depend on its values.
     """
 
     private: ClassVar[bool] = False
     fixed_size: ClassVar[bool] = False
+    lossless: ClassVar[bool] = False
 
     @property
     def linear(self) -> bool:
         """Whether C(a + b) = C(a) + C(b) for fixed randomness."""
         return False
+
+    @property
+    def aggregation(self) -> str:
+        """How the mean of workers' messages is formed exactly, by its name in `comm.select_aggregator`."""
+        return "all-reduce" if self.linear else "all-gather"
+
+    @property
+    def needs_tensors(self) -> bool:
+        """Whether C(v) depends on where the tensors in v begin and end: whether `for_tensors` says anything."""
+        return self.for_tensors([torch.Size([2, 3])]) != self
 
     @abstractmethod
     def mu(self, d: int) -> float:
@@ -89,6 +103,21 @@ class Compressor(ABC):
     def restrict(self, part: int, d: int) -> "Compressor":
         """Return what this compressor is on `part` coordinates of d, where a protocol compresses chunks."""
         return self
+
+    def rates(self, d: int) -> list[tuple[int, float]] | None:
+        """Return in what share of the steps a coordinate is sent, if v's values do not matter; else None.
+
+        Pairs of a number of coordinates and their share, for stretches of v one after the other, d together.
+        """
+        return [(d, 1.0)] if self.lossless else None
+
+    def shared_cells(self, d: int) -> tuple[int, int] | None:
+        """Return number and size of the cells of v if messages are the values at some of them; else None.
+
+        Which cells these are all workers know, and v's values do not matter; the message's context is the
+        `sparse.Cells`, and "values" its one part.
+        """
+        return None
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> "list[Compressor] | None":
         """Return what this compressor is on each of several sections, if it chooses among the coordinates of them all.

@@ -26,6 +26,10 @@ class LowRank(Compressor):
     # Of the tensors in v, as matrices, from `for_tensors`.
     shapes: tuple[tuple[int, int], ...] = field(default=(), metadata={"internal": True})
 
+    @property
+    def aggregation(self) -> str:
+        return "low-rank all-reduce"
+
     def __post_init__(self) -> None:
         if not isinstance(self.matrix_rank, int) or isinstance(self.matrix_rank, bool) or self.matrix_rank < 1:
             raise ValueError(f"matrix_rank of LowRank must be a positive integer, got {self.matrix_rank!r}")

@@ -31,6 +31,10 @@ class SketchTopK(KOfD):
     rows: int = 3  # of counters, over which the median is taken
     columns: int | None = None  # counters of a row; by default 4 k
 
+    @property
+    def aggregation(self) -> str:
+        return "sketched all-reduce"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rows", "columns"):

@@ -158,6 +158,7 @@ class Identity(Compressor):
     """C(v) = v: no compression, on the same code path as everything else. mu = 1, linear."""
 
     fixed_size: ClassVar[bool] = True
+    lossless: ClassVar[bool] = True
 
     @property
     def linear(self) -> bool:
@@ -295,6 +296,15 @@ class RandomK(_OfEachTensor):
         n, m = self.grid(d)
         share = super().mu(d) if self.per_tensor or not d else m / n
         return share * value_retention(self.values)
+
+    def rates(self, d: int) -> list[tuple[int, float]]:
+        if self.per_tensor:
+            return [(n, KOfD.count(self, n) / n) for _, n in self.tensors(d)]
+        n, m = self.grid(d)
+        return [(d, m / n)] if d else []
+
+    def shared_cells(self, d: int) -> tuple[int, int] | None:
+        return (self.grid(d)[0], self.block(d)) if self.linear else None
 
     def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
         """Return the kept cells, a pure function of (seed, step)."""

@@ -59,6 +59,7 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
         check_homogeneity(compressor, v, where)
         if compressor.linear:
             check_linearity(compressor, v, where)
+        check_declared(compressor, v, where, seeds=seeds)
     check_empty(compressor)
 
 
@@ -127,6 +128,33 @@ def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
     rounding = 4 * eps * float((a.double().abs() + b.double().abs()).sum()) + _subnormal(v)
     assert torch.allclose(whole, parts, rtol=4 * eps, atol=rounding), f"{where}: is declared linear and is not"
     assert len(compressor.encode(v, seed=0, step=0).parts) == 1, f"{where}: a linear message has one part"
+
+
+def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
+    """`lossless` is C(v) = v, `aggregation` fits `linear`, `rates` and `shared_cells` say what is sent and how often."""
+    assert compressor.aggregation != "all-reduce" or compressor.linear, f"{where}: an all-reduce needs a linear C"
+    if compressor.lossless:
+        assert compressor.mu(len(v)) == 1, f"{where}: is declared lossless, and mu is {compressor.mu(len(v))}"
+        assert torch.equal(compressor(v, seed=3, step=4), v), f"{where}: is declared lossless and is not"
+    ones, start = torch.ones_like(v), 0
+    if (rates := compressor.rates(len(v))) is not None:
+        assert sum(n for n, _ in rates) == len(v), f"{where}: rates are of {rates} coordinates"
+        other = torch.where(v < 0, -ones, ones) * torch.linspace(1, 2, len(v)).to(v)  # values that nothing rounds to 0
+        sent = torch.stack([compressor(ones, seed=s, step=3) != 0 for s in range(seeds)])
+        assert torch.equal(sent[0], compressor(other, seed=0, step=3) != 0), f"{where}: what is sent depends on v"
+        for n, rate in rates:
+            found = float(sent[:, start : start + n].double().mean())
+            spread = STANDARD_ERRORS * (rate * (1 - rate) / seeds) ** 0.5
+            assert abs(found - rate) <= spread + 1e-9, f"{where}: rates say {rate:.4g}, and {found:.4g} is sent"
+            start += n
+    if (grid := compressor.shared_cells(len(v))) is not None:
+        message = compressor.encode(v, seed=3, step=4)
+        assert set(message.parts) == {"values"}, f"{where}: has shared cells, and the message {list(message.parts)}"
+        assert grid[0] == -(-len(v) // grid[1]), f"{where}: {grid[0]} cells of {grid[1]} are not {len(v)} coordinates"
+        kept = torch.zeros_like(v)
+        index = message.context.coordinates(len(v))
+        kept[index] = v[index]
+        assert torch.equal(compressor(v, seed=3, step=4), kept), f"{where}: sends something else than v at its cells"
 
 
 def check_empty(compressor: Compressor) -> None:

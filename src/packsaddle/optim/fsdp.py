@@ -18,7 +18,7 @@ from packsaddle.comm.communicator import Channel, check_agreement, ring_all_redu
 from packsaddle.comm.group import ProcessGroup, resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import Compressor, LowRank, TopK
+from packsaddle.compressors import Compressor, TopK
 from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.seeds import as_seed, mix
 from packsaddle.optim.compression import Compression, Schedule
@@ -282,7 +282,7 @@ def register_fsdp_hook(
             f"dense_below is for whole tensors, and flat shards are compressed as they are, got {spec.dense_below}"
         )
     first = rules.at(start_step)
-    if isinstance(first, LowRank) or getattr(first, "per_tensor", False):
+    if first.needs_tensors:
         raise ValueError(
             f"compressor must act on flat shards, in which tensors are cut, and {first!r} needs whole ones"
         )

@@ -229,7 +229,7 @@ class GradientSlice:
     def _prepare(self, compressor: Compressor) -> None:
         """Have the protocol of this compressor. What another one holds back goes to the error memory."""
         if compressor != self._compressor:
-            n, shapes, is_dense = self.of.compressed_d, self.of.shapes, isinstance(compressor, Identity)
+            n, shapes, is_dense = self.of.compressed_d, self.of.shapes, compressor.lossless
             spec = self._rules.compression
             back = None if is_dense else spec.back
             self._by_size = compressor.restrict(n, self._d).for_tensors(shapes) if n else compressor

@@ -19,7 +19,7 @@ from packsaddle.comm.communicator import Channel, check_agreement
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
-from packsaddle.compressors import Compressor, Identity, RandomK
+from packsaddle.compressors import Compressor, RandomK
 from packsaddle.numerics.finite import unnoticed
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
@@ -365,14 +365,15 @@ class CompressedSGD(Optimizer):
     def waits(self) -> list[float] | None:
         """Return the mean number of steps that a coordinate waits to be sent, by parameter in the user's order.
 
-        None where that depends on the values: only `RandomK` chooses regardless of them.
+        None where that depends on the values (see `Compressor.rates`).
         """
-        compressor, d = self.choice.protocol.compressor, self._flat.compressed_d
-        if not isinstance(compressor, RandomK | Identity):
+        rates = self.choice.protocol.compressor.rates(self._flat.compressed_d)
+        if rates is None:
             return None
-        waits = torch.ones(self._flat.d, dtype=torch.float64)
-        for start, n in compressor.tensors(d) if isinstance(compressor, RandomK) and d else []:
-            waits[start : start + n] = 1 / compressor.restrict(n, d).mu(n)
+        waits, start = torch.ones(self._flat.d, dtype=torch.float64), 0
+        for n, rate in rates:
+            waits[start : start + n] = 1 / rate
+            start += n
         return [float(view.reshape(-1)[0]) if view.numel() else 1.0 for view in self._flat.views(waits)]
 
     @torch.no_grad()
