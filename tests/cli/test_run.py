@@ -52,16 +52,18 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path: Path) -> None:
+@pytest.mark.process
+def test_processes_serial_and_torchrun_give_the_same_run(
+    config: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The same two workers three ways; also what a run folder holds."""
     folders = {name: tmp_path / name for name in ("processes", "serial", "torchrun")}
-    done = packsaddle("run", config, "--workers", 2, "--out", folders["processes"])
-    assert done.returncode == 0, done.stderr
-    assert "small" not in done.stderr
-    assert "100%" in done.stdout
-    assert "MB per worker" in done.stdout
-    done = packsaddle("run", config, "--workers", 2, "--serial", "--out", folders["serial"])
-    assert done.returncode == 0, done.stderr
+    assert command("run", config, "--workers", 2, "--out", folders["processes"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert "100%" in out  # by a worker
+    assert "MB per worker" in out
+    assert command("run", config, "--workers", 2, "--serial", "--out", folders["serial"]) == 0
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "packsaddle.cli")
     done = packsaddle("run", config, "--out", folders["torchrun"], module=launcher)
     assert done.returncode == 0, done.stderr
