@@ -6,8 +6,8 @@ Every run is a small training of gloo processes that saves a checkpoint at every
 (starting, training, saving, ending) a random process gets SIGKILL, or SIGSTOP for longer than the group's timeout; the
 first to end takes the others with it, and the same command, with --resume, is started again, as torchrun
 --max-restarts does. A run is disturbed up to three times; one that ended before anything reached it is done anew. Then
-everything that it has left, but what the clock says,
-is compared bit for bit with what an undisturbed run leaves. Exit code 1 if anything differs.
+everything that it has left, but what the clock says, is compared bit for bit with what an undisturbed run leaves. Exit
+code 1 if anything differs.
 """
 
 import argparse

@@ -1,5 +1,7 @@
 """Fixtures: real gloo worker processes, and toy runs shared by several test modules."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +14,10 @@ from hypothesis import settings
 # The same examples everywhere, and no verdict by the clock.
 settings.register_profile("packsaddle", deadline=None, derandomize=True)
 settings.load_profile("packsaddle")
+
+# Every pytest process, worker process and command would compile all source files anew.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Tests run beside worker processes on few cores, and small tensors gain nothing from threads.
 torch.set_num_threads(1)

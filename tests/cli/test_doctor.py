@@ -3,7 +3,6 @@
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from commandline import command
+from forked_python import environment, torchrun
 
 from packsaddle.cli import doctor
 from packsaddle.cli.doctor import Fact, Interface, gloo_listens, interfaces
@@ -81,10 +81,8 @@ def test_an_exchange_that_fails_is_a_problem(
 
 
 def test_under_torchrun_its_workers_exchange() -> None:
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=3", "-m", "packsaddle.cli")
-    arguments = [sys.executable, "-m", *launcher, "doctor", "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment)
+    arguments = torchrun("-m", "packsaddle.cli", "doctor", "--json", workers=3)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=environment())
     assert done.returncode == 0, done.stderr
     facts = [Fact(**fact) for fact in json.loads(done.stdout)["facts"]]  # by rank 0 alone
     assert found(facts, "all-reduce").value.startswith("3 processes")

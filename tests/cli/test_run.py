@@ -10,27 +10,16 @@ from typing import Any
 import pytest
 import torch
 from commandline import command, refused
+from forked_python import environment, python, torchrun
+from runs import CONFIG as PLAIN
 
-CONFIG = """
-lr = 0.5
-epochs = 1
-batch_size = 16
-log_every = 10
-[data]
-name = "digits"
-limit = 640
-[model]
-name = "autoencoder"
-widths = [64, 16]
-[compressor]
-kind = "TopK"
-ratio = 0.1
-[noise]
-std = 0.001
-[escape]
+CONFIG = (
+    PLAIN
+    + """[escape]
 interval = 8
 radius = 2.0
 """
+)
 
 
 @pytest.fixture
@@ -40,12 +29,12 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def packsaddle(*arguments: Any, module: tuple[str, ...] = ("packsaddle.cli",)) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "error", "-m", *module, *map(str, arguments)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=180, env={**environment, "OMP_NUM_THREADS": "1"}
-    )
+def finished(words: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment())
+
+
+def packsaddle(*arguments: Any) -> list[str]:
+    return [python(), "-W", "error", "-m", "packsaddle.cli", *map(str, arguments)]
 
 
 def losses(folder: Path) -> list[float]:
@@ -55,15 +44,13 @@ def losses(folder: Path) -> list[float]:
 def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path: Path) -> None:
     """The same two workers three ways; also what a run folder holds."""
     folders = {name: tmp_path / name for name in ("processes", "serial", "torchrun")}
-    done = packsaddle("run", config, "--workers", 2, "--out", folders["processes"])
+    done = finished(packsaddle("run", config, "--workers", 2, "--out", folders["processes"]))
     assert done.returncode == 0, done.stderr
     assert "small" not in done.stderr
     assert "100%" in done.stdout
     assert "MB per worker" in done.stdout
-    done = packsaddle("run", config, "--workers", 2, "--serial", "--out", folders["serial"])
-    assert done.returncode == 0, done.stderr
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "packsaddle.cli")
-    done = packsaddle("run", config, "--out", folders["torchrun"], module=launcher)
+    assert command("run", config, "--workers", 2, "--serial", "--out", folders["serial"]) == 0
+    done = finished(torchrun("-m", "packsaddle.cli", "run", config, "--out", folders["torchrun"]))
     assert done.returncode == 0, done.stderr
 
     summaries = {name: json.loads((folder / "summary.json").read_text()) for name, folder in folders.items()}
@@ -190,8 +177,7 @@ def test_bad_input_is_one_line_and_code_2(
 
 
 def test_a_refusal_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> None:
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "packsaddle.cli")
-    done = packsaddle("run", config, "--out", tmp_path, module=launcher)
+    done = finished(torchrun("-m", "packsaddle.cli", "run", config, "--out", tmp_path))
     assert done.returncode != 0
     assert done.stderr.count("packsaddle: error: output folder") == 1
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -211,7 +197,8 @@ def test_a_reader_that_leaves_is_no_error(name: str) -> None:
     """As `| head` does: a real pipe whose reading end is closed, before anything is written."""
     read, write = os.pipe()
     os.close(read)
-    words = [sys.executable, "-W", "error", "-m", "packsaddle.cli", *READ_IN_PART[name]]
+    interpreter = sys.executable if name == "table and lines" else python()
+    words = [interpreter, "-W", "error", "-m", "packsaddle.cli", *READ_IN_PART[name]]
     done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180)
     os.close(write)
     if name == "refusal":  # nothing was to be printed there
@@ -225,12 +212,12 @@ def test_a_run_whose_reader_leaves_ends_without_a_trace(config: Path, tmp_path: 
     folder = tmp_path / "run"
     read, write = os.pipe()
     os.close(read)
-    words = [sys.executable, "-m", "packsaddle.cli", "run", str(config), "--workers", "2", "--out", str(folder)]
-    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180)
+    words = packsaddle("run", config, "--workers", 2, "--out", folder)
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, timeout=180, env=environment())
     os.close(write)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert packsaddle("run", "--resume", folder, "--workers", 2).returncode == 0
+    assert command("run", "--resume", folder, "--workers", 2) == 0
     assert len(losses(folder)) == 2
 
 

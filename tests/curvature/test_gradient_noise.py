@@ -3,12 +3,12 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked_python import environment, python
 from torch import Tensor, nn
 
 from packsaddle import CompressedSGD, Identity, Ramp, gradient_noise, simulate, suggest_noise
@@ -175,7 +175,8 @@ std = {std}
 def command(folder: Path, std: float) -> subprocess.CompletedProcess[str]:
     (folder / "c.toml").write_text(CONFIG.format(std=std))
     words = ["run", str(folder / "c.toml"), "--out", str(folder / "run")]
-    return subprocess.run([sys.executable, "-m", "packsaddle.cli", *words], capture_output=True, text=True, check=True)
+    line = [python(), "-m", "packsaddle.cli", *words]
+    return subprocess.run(line, capture_output=True, text=True, check=True, env=environment())
 
 
 def test_a_run_tells_of_noise_that_is_too_much_and_keeps_what_it_found(tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 import os
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from forked_python import environment, torchrun
 
 from packsaddle.experiments.config import Config, load
 from packsaddle.experiments.schema import build, plain
@@ -34,8 +34,7 @@ def blocks(page: Path) -> list[str]:
 def test_the_scripts_of_the_first_five_minutes_run_under_torchrun(number: int, tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(blocks(ROOT / "docs" / "start.md")[number])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, check=False)
+    done = subprocess.run(torchrun(script), capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
     assert losses

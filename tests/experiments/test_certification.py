@@ -3,10 +3,8 @@
 import itertools
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commandline import command, refused
+from forked_python import environment, torchrun
 from scipy.stats import binomtest
 
 from packsaddle import Verdict, certify
@@ -117,20 +116,8 @@ def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.Capt
 
 def test_command_under_torchrun(run: Path, tmp_path: Path) -> None:
     """Two workers of a launcher give what one process gives; only the first speaks and writes."""
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        "-m",
-        "packsaddle.cli",
-    ]
-    arguments = ["certify", run, "--double", "--json", "--out", tmp_path / "certificate"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=180
-    )
+    words = torchrun("-m", "packsaddle.cli", "certify", run, "--double", "--json", "--out", tmp_path / "certificate")
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=180)
     assert done.returncode == 0, done.stderr
     (point,) = json.loads(done.stdout)["points"]
     expected = (

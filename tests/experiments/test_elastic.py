@@ -16,6 +16,7 @@ import launched
 import pytest
 import torch
 from commandline import command
+from forked_python import environment, python
 from runs import CONFIG, differences, lines, result
 
 from packsaddle.comm import launch
@@ -33,16 +34,12 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    return {**kept, "OMP_NUM_THREADS": "1"}
-
-
 @contextmanager
-def started(*arguments: Any) -> Iterator["subprocess.Popen[str]"]:
-    words = [sys.executable, "-m", *map(str, arguments)]
+def started(*words: Any) -> Iterator["subprocess.Popen[str]"]:
     pipe = subprocess.PIPE
-    process = subprocess.Popen(words, stdout=pipe, stderr=pipe, text=True, env=environment(), start_new_session=True)
+    process = subprocess.Popen(
+        [*map(str, words)], stdout=pipe, stderr=pipe, text=True, env=environment(), start_new_session=True
+    )
     try:
         yield process
     finally:
@@ -60,8 +57,19 @@ def until(condition: Callable[[], Any], process: "subprocess.Popen[str]") -> Non
 
 
 def torchrun(config: Path, folder: Path, *more: Any, restarts: int = 0) -> tuple[Any, ...]:
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}")
-    return (*launcher, "--monitor-interval=0.1", "-m", "packsaddle.cli", "run", config, "--resume", folder, *more)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", f"--max-restarts={restarts}")
+    return (
+        python(),
+        *launcher,
+        "--monitor-interval=0.1",
+        "-m",
+        "packsaddle.cli",
+        "run",
+        config,
+        "--resume",
+        folder,
+        *more,
+    )
 
 
 @pytest.mark.process
@@ -70,7 +78,19 @@ def test_sigterm_stops_a_launched_run_and_torchrun_restarts_a_killed_one(config:
     straight, launched, restarted = (tmp_path / name for name in ("straight", "launched", "restarted"))
     serial = ("--workers", 2, "--serial")
     assert command("run", config, *serial, "--out", straight) == 0
-    arguments = ("packsaddle.cli", "run", config, "--workers", 2, "--out", launched)
+    arguments = (
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "packsaddle.cli",
+        "run",
+        config,
+        "--workers",
+        2,
+        "--out",
+        launched,
+    )
     with started(*arguments) as process:
         until(lambda: lines(launched), process)
         process.send_signal(signal.SIGTERM)

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -15,18 +14,18 @@ from typing import Any
 
 import pytest
 from commandline import command, refused
+from forked_python import environment, fork_of, python, torchrun
 from runs import CONFIG, differences, lines, result
 
 from packsaddle.errors import ConfigError
 from packsaddle.experiments import folder_lock, trainer
 from packsaddle.experiments.folder_lock import LOCK, check_free, locked
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what comes before the command, and after it
-    "one": ((), ()),
-    "serial": ((), ("--workers", "2", "--serial")),
-    "processes": ((), ("--workers", "2")),
-    "torchrun": (TORCHRUN, ()),
+WAYS: dict[str, tuple[str, ...]] = {
+    "one": (),
+    "serial": ("--workers", "2", "--serial"),
+    "processes": ("--workers", "2"),
+    "torchrun": (),
 }
 LONG = ("--set", "epochs=1000", "--checkpoint-every", "10")
 
@@ -43,25 +42,17 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Start `packsaddle` with these arguments in a session of its own; all of it is ended afterwards."""
     started: list[subprocess.Popen[str]] = []
 
-    def starting(*arguments: Any, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        words = [sys.executable, *launcher, "-m", "packsaddle.cli", *map(str, arguments)]
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        started.append(
-            subprocess.Popen(
-                words,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                env={**environment, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
-        )
+    def starting(*arguments: Any, by_torchrun: bool = False) -> subprocess.Popen[str]:
+        words = ["-m", "packsaddle.cli", *map(str, arguments)]
+        words = torchrun(*words) if by_torchrun else [python(), *words]
+        nowhere, pipe = subprocess.DEVNULL, subprocess.PIPE
+        started.append(subprocess.Popen(words, stdout=nowhere, stderr=pipe, text=True, env=environment()))
         return started[-1]
 
     yield starting
     for process in started:
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(fork_of(process.pid), signal.SIGKILL)
         process.wait()
         if process.stderr:
             process.stderr.close()
@@ -93,13 +84,12 @@ def test_the_second_is_refused_and_told_who_was_first(
     way: str, config: Path, tmp_path: Path, start: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Also a fresh run into the folder; when the first is killed, the folder is free and the run goes on."""
-    before, after = WAYS[way]
     folder = tmp_path / "run"
-    first = start("run", config, "--out", folder, *after, *LONG, launcher=before)
+    first = start("run", config, "--out", folder, *WAYS[way], *LONG, by_torchrun=way == "torchrun")
     until(trains(folder), first)
     holder = json.loads((folder / LOCK).read_text())
     assert holder["host"] == socket.gethostname()
-    assert way == "torchrun" or holder["pid"] == first.pid
+    assert way == "torchrun" or holder["pid"] == fork_of(first.pid)
     said = f"{folder} is being trained in by process {holder['pid']} on {holder['host']!r}"
     refused(capsys, said, "run", "--resume", folder)
     refused(capsys, said, "run", config, "--resume", folder, "--workers", 2, "--set", "epochs=1000")
@@ -107,7 +97,7 @@ def test_the_second_is_refused_and_told_who_was_first(
     if way == "torchrun":  # its workers have sessions of their own; with one gone, the other ends as well
         os.kill(holder["pid"], signal.SIGKILL)
     else:
-        os.killpg(first.pid, signal.SIGKILL)
+        os.killpg(fork_of(first.pid), signal.SIGKILL)
     first.wait()
     until(lambda: is_free(folder))
     recorded = [line["step"] for line in lines(folder)]
@@ -118,7 +108,7 @@ def test_torchrun_is_refused_once_by_its_first_worker(config: Path, tmp_path: Pa
     folder = tmp_path / "run"
     folder.mkdir()
     with locked(folder):
-        second = start("run", config, "--resume", folder, launcher=TORCHRUN)
+        second = start("run", config, "--resume", folder, by_torchrun=True)
         said = second.communicate(timeout=180)[1]
     assert second.returncode != 0
     assert said.count(f"packsaddle: error: {folder} is being trained in by process {os.getpid()}") == 1
@@ -130,13 +120,14 @@ def test_workers_whose_launcher_was_killed_hold_the_folder(config: Path, tmp_pat
     folder = tmp_path / "run"
     first = start("run", config, "--out", folder, "--workers", 2, *LONG)
     until(trains(folder), first)
-    os.kill(first.pid, signal.SIGKILL)
+    launcher = fork_of(first.pid)
+    os.kill(launcher, signal.SIGKILL)
     first.wait()
     at = len(lines(folder))
     until(lambda: len(lines(folder)) > at + 1)  # they train
-    with pytest.raises(ConfigError, match=f"by process {first.pid} on .*, or workers that it has left"):
+    with pytest.raises(ConfigError, match=f"by process {launcher} on .*, or workers that it has left"):
         check_free(folder)
-    os.killpg(first.pid, signal.SIGKILL)
+    os.killpg(launcher, signal.SIGKILL)
     until(lambda: is_free(folder))
 
 

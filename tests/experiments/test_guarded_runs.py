@@ -3,11 +3,11 @@
 import json
 import math
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked_python import environment, python
 from torch import Tensor
 
 from packsaddle.experiments.config import load
@@ -40,8 +40,8 @@ def written(folder: Path, more: str) -> Path:
 
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "packsaddle.cli", *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+    line = [python(), "-m", "packsaddle.cli", *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, env=environment())
 
 
 def test_a_step_that_is_too_long_is_said_and_kept(tmp_path: Path) -> None:

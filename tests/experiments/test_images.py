@@ -9,7 +9,7 @@ from PIL import Image
 
 from packsaddle.errors import ConfigError, MissingExtraError, require
 from packsaddle.experiments.config import DataConfig, ModelConfig
-from packsaddle.experiments.tasks.images import Images, load_images
+from packsaddle.experiments.tasks.images import Images, _digits, load_images
 from packsaddle.experiments.tasks.models import make_task, mnist_autoencoder
 from packsaddle.experiments.tasks.sharding import Batches, Calendar, deal, shard
 
@@ -24,6 +24,14 @@ def test_digits() -> None:
     assert len(load_images(DataConfig("digits", limit=100), None, train=True)) == 100
     with pytest.raises(ConfigError, match="limit must be at most 1498"):
         load_images(DataConfig("digits", limit=5000), None, train=True)
+
+
+def test_digits_are_read_from_their_file_as_scikit_learn_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [_digits(train) for train in (True, False)]
+    monkeypatch.setattr("packsaddle.experiments.tasks.images.find_spec", lambda name: None)
+    for ours, theirs in zip(found, [_digits(train) for train in (True, False)], strict=True):
+        assert torch.equal(ours.levels, theirs.levels)
+        assert torch.equal(ours.labels, theirs.labels)
 
 
 def write_idx(path: Path, shape: tuple[int, ...], values: list[int]) -> None:

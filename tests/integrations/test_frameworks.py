@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import forked_python
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -40,14 +41,14 @@ def needs(library: str) -> None:
 
 def run(command: list[Any], folder: Path, **environment: str) -> str:
     """Run a command in a folder and return what it printed."""
-    given = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    given = forked_python.environment(**environment)
     done = subprocess.run([str(c) for c in command], cwd=folder, env=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def torchrun(*arguments: Any) -> list[Any]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *arguments]
+    return forked_python.torchrun(*arguments)
 
 
 @cache
@@ -241,7 +242,7 @@ def test_the_slurm_script_starts_one_run_on_all_nodes(tmp_path: Path) -> None:
     programs = {
         "scontrol": 'echo "$@" >> asked; echo localhost; sleep 0.2; echo localhost',  # in two writes
         "srun": 'shift; for node in 1 2; do "$@" & done; wait -n && wait -n',
-        "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+        "torchrun": f'exec {forked_python.python()} -m torch.distributed.run "$@"',
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -295,8 +296,8 @@ def test_the_kubernetes_job_starts_one_run_on_all_pods(tmp_path: Path) -> None:
         arguments = [a.replace("$(JOB_COMPLETION_INDEX)", str(index)) for a in container["args"]]
         for name, stand_in in here.items():
             arguments = [a.replace(name, stand_in) for a in arguments]
-        command = [sys.executable, "-m", "torch.distributed.run", *arguments, "--epochs", "1"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [forked_python.python(), "-m", "torch.distributed.run", *arguments, "--epochs", "1"]
+        environment = forked_python.environment(GLOO_SOCKET_IFNAME="lo")
         with output.open("w") as file:
             workers.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
     assert [worker.wait(timeout=200) for worker in workers] == [0, 0], [o.read_text() for o in outputs]

@@ -1,14 +1,13 @@
 """packsaddle plan --link: rates, the link measured, the verdict, and what the command refuses."""
 
 import json
-import os
 import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
 from commandline import command, refused
+from forked_python import environment, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -275,16 +274,9 @@ def test_plan_link_auto(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plan_link_auto_under_torchrun() -> None:
     """The link between torchrun's workers, said by the first of them only."""
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "packsaddle.cli", "--")
     asked = ("plan", "--link", "auto", "--d", "5000", "--compute", "0.01", "--compressor", "randomk", "--json")
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, *launcher, *asked],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-    )
+    words = torchrun("-m", "packsaddle.cli", "--", *asked)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment())
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["fleet"]["workers"] == 2

@@ -271,7 +271,8 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     check_interface()
-    multiprocessing.set_forkserver_preload(["torch", entry.__module__])
+    # The first optimizer of a process imports torch._dynamo, which takes as long as torch.
+    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", entry.__module__])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     config = LaunchConfig(
         min_nodes=1,

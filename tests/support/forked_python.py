@@ -1,0 +1,276 @@
+"""A python that has imported torch and packsaddle already: `python()` starts programs as forks of one that waits.
+
+To import torch and torch._dynamo takes seconds of computing in every process that tests start; a fork takes none. What
+a test gives to subprocess is a small program in place of `sys.executable`: it hands its arguments, its folder, its
+environment and its standard streams to the server, passes signals on, and ends as the fork ends; where it is killed,
+so is the fork. A fork has a process id and a session of its own (`fork_of`). Tests of what importing does, or of how
+the interpreter ends, start real ones.
+
+This file is the server (`python forked_python.py serve SOCKET`), that small program (`... SOCKET ARGUMENTS`), and the
+functions for tests.
+"""
+
+import array
+import json
+import os
+import signal
+import socket
+import sys
+import time
+
+MODULES = ("torch", "torch._dynamo", "torch.distributed.run", "packsaddle.cli", "packsaddle.experiments.job", "numba")
+
+
+def python() -> str:
+    """Return the program that stands for `sys.executable`; takes -u, -W, and -m MODULE, -c CODE or SCRIPT."""
+    if not _started:
+        import atexit
+        import subprocess
+        import tempfile
+        from pathlib import Path
+
+        folder = tempfile.TemporaryDirectory(prefix="python-")
+        place, program = Path(folder.name) / "socket", Path(folder.name) / "python-forked"
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {place} "$@"\n')
+        program.chmod(0o755)
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(place))
+        listener.listen(64)
+        words = [sys.executable, __file__, "serve", str(listener.fileno())]
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        server = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[listener.fileno()],
+            env=variables,
+            start_new_session=True,
+        )
+        listener.close()
+
+        def end() -> None:
+            server.kill()
+            server.wait()
+            folder.cleanup()
+
+        atexit.register(end)
+        _started.append(str(program))
+    return _started[0]
+
+
+_started: list[str] = []
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return this process's environment for programs: of no launcher, one thread, forks as torchrun's workers."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python(), **more}
+
+
+def fork_of(program: int) -> int:
+    """Return the fork that does the work of a program with this id; it leads a session, as a group of processes."""
+    place = f"{python()}-{program}"
+    while not os.path.exists(place):
+        time.sleep(0.01)
+    with open(place) as file:
+        return int(file.read())
+
+
+def torchrun(*arguments: object, workers: int = 2) -> list[str]:
+    """Return the command line that starts so many workers by torchrun; see `environment`."""
+    words = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}")
+    return [python(), *words, *map(str, arguments)]
+
+
+def _ask(place: str, words: list[str]) -> None:
+    """Have the server fork, and end as the fork does."""
+    server = socket.socket(socket.AF_UNIX)
+    server.connect(place)
+    request = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
+    streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
+    server.sendmsg([f"{len(request):>16}".encode()], streams)
+    server.sendall(request)
+    answers = server.makefile()
+    fork = int(answers.readline())
+    place = os.path.join(os.path.dirname(place), f"python-forked-{os.getpid()}")
+    with open(f"{place}.part", "w") as file:
+        file.write(str(fork))
+    os.rename(f"{place}.part", place)
+
+    def passed_on(number: int, frame: object) -> None:
+        os.kill(fork, number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, passed_on)
+    code = int(answers.readline() or 1)
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _serve(listener: socket.socket) -> None:
+    """Fork for each that asks, tell it how its fork has ended, and kill the forks of those that have ended."""
+    import gc
+    import importlib
+    import select
+    from contextlib import suppress
+
+    for name in MODULES:
+        with suppress(ImportError):
+            importlib.import_module(name)
+    del sys.modules["torch.distributed.run"]  # runpy warns of one that is there
+    gc.freeze()
+    parent = os.getppid()
+    heard, woken = socket.socketpair()
+    woken.setblocking(False)
+    signal.set_wakeup_fd(woken.fileno())
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    clients: dict[int, socket.socket] = {}
+    while os.getppid() == parent:
+        ready = select.select([listener, heard, *clients.values()], [], [], 1.0)[0]
+        if heard in ready:
+            heard.recv(4096)
+        for fork, client in list(clients.items()):
+            ended, status = os.waitpid(fork, os.WNOHANG)
+            if ended:
+                with suppress(OSError):
+                    client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                clients.pop(fork).close()
+            elif client in ready:  # it says nothing after its request, so it has ended
+                os.kill(fork, signal.SIGKILL)
+                os.waitpid(fork, 0)
+                clients.pop(fork).close()
+        if listener in ready:
+            client = listener.accept()[0]
+            size, streams, _, _ = socket.recv_fds(client, 16, 3)
+            words, folder, variables = json.loads(_received(client, int(size)))
+            fork = os.fork()
+            if fork == 0:
+                for other in (listener, heard, woken, client, *clients.values()):
+                    other.close()
+                _become(words, folder, variables, streams)
+            for stream in streams:
+                os.close(stream)
+            client.sendall(f"{fork}\n".encode())
+            clients[fork] = client
+
+
+def _received(client: socket.socket, size: int) -> bytes:
+    found = b""
+    while len(found) < size:
+        found += client.recv(size - len(found))
+    return found
+
+
+def _spawned(path: str, words: list[str], passed: list[int]) -> int:
+    """multiprocessing.util.spawnv_passfds, by a fork with these descriptors alone, which runs the code."""
+    import multiprocessing.forkserver
+    import threading
+    import traceback
+    from contextlib import suppress
+
+    fork = os.fork()
+    if fork:
+        return fork
+    try:
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in (0, 1, 2, *passed):
+                with suppress(OSError):
+                    os.close(int(name))
+        multiprocessing.forkserver._forkserver._lock = threading.Lock()  # which the caller holds
+        at = words.index("-c")
+        sys.argv = ["-c", *words[at + 2 :]]
+        with suppress(SystemExit):
+            exec(words[at + 1], {"__name__": "__main__"})
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def _become(words: list[str], folder: str, variables: dict[str, str], streams: list[int]) -> None:
+    """In a fork: run what python would run with these arguments, and end as it would, but for the destructors."""
+    import atexit
+    import multiprocessing.util
+    import threading
+    import traceback
+
+    multiprocessing.util.spawnv_passfds = _spawned
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    code = 1
+    try:
+        os.setsid()
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(variables)
+        code = _run(words)
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+        code = code or 120  # Python's, where a stream cannot be flushed
+    os._exit(code)
+
+
+def _run(words: list[str]) -> int:
+    """Return the exit code of the program; one that Ctrl-C ends, ends this process as well."""
+    import runpy
+    import traceback
+    import warnings
+
+    import numpy as np
+    import torch
+
+    np.random.seed()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    try:
+        while words[0] in ("-u", "-W"):
+            if words.pop(0) == "-W":
+                sys.warnoptions.append(words[0])
+                warnings.simplefilter(words.pop(0))  # type: ignore[arg-type]
+            else:
+                sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
+        sys.path[0] = os.getcwd()
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            exec(words[1], {"__name__": "__main__"})
+        else:
+            sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "serve":
+        _serve(socket.socket(fileno=int(sys.argv[2])))
+    else:
+        _ask(sys.argv[1], sys.argv[2:])
