@@ -20,6 +20,8 @@ from packsaddle.experiments.templates import TASKS
 from packsaddle.performance import link_planner, workload
 from packsaddle.performance.coding_speed import Line, Pace
 from packsaddle.performance.link_planner import MEASURED, StepsNeeded, forecast, steps_needed
+from packsaddle.performance.local_planner import MEASURED as LOCAL
+from packsaddle.performance.local_planner import forecast_local
 from packsaddle.performance.step_time import Fleet, Link
 from packsaddle.performance.timing import Timing
 from packsaddle.performance.workload import ModelSize
@@ -317,3 +319,52 @@ def test_bad_input_is_one_line_and_code_2(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert not refused(capsys, message, "plan", *arguments)
+
+
+def test_local_updates_hide_their_exchange(capsys: pytest.CaptureFixture[str]) -> None:
+    """The forecast against arithmetic by hand: bytes, the delay that hides them, the share of computing."""
+    link, fleet = Link(1e-3, 1e6), Fleet(4, 0.1)
+    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+    size = workload.ModelSize.of_size(1_000_000)
+    for f in forecast_local(size, link, fleet, lambda compressor, d: free):
+        every, kind = f.setting.every, f.setting.compressor
+        if kind == Identity():  # a ring: 2 (W - 1) / W of 4 bytes each, and a flag
+            seconds, hops = 1.5 * 4 * 1_000_001 / 1e6, 6
+        else:  # a ring all-gather of a message, its sizes, and an all-reduce of the flag
+            message = kind.message_bytes(1_000_000)
+            seconds, hops = (3 * (message + 24) + 6) / 1e6, 3 + 3 + 6
+        assert f.sent == pytest.approx(seconds * 1e6 / every, rel=1e-3)
+        total = f.fragments * hops * 1e-3 + seconds
+        if total < every * 0.1:
+            assert f.exchange == pytest.approx(0, abs=1e-9)
+            assert f.computing == pytest.approx(1.0)
+            assert f.delay * 0.1 >= total / f.fragments - 1e-9
+            assert f.delay <= max(1, every // 4) + 1
+        else:
+            assert f.exchange == pytest.approx((total - every * 0.1) / every, rel=1e-3)
+            assert f.computing == pytest.approx(0.1 / (0.1 + f.exchange))
+        assert f.seconds == pytest.approx(f.steps * f.step)
+    with pytest.raises(ValueError, match=r"most-steps must be at least [0-9.]+, the least measured, got 1"):
+        forecast_local(size, link, fleet, lambda compressor, d: free, most_steps=1.0)
+    few = forecast_local(size, link, fleet, lambda compressor, d: free, most_steps=min(LOCAL.values()))
+    assert [f.steps for f in few] == [min(LOCAL.values())]
+
+
+def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("plan", "--d", 200_000, "--compute", 0.05, "--workers", 2, "--compressor", "randomk", "--json")
+    assert command(*asked, "--up", "20mbit", "--down", "100mbit", "--local") == 0
+    asymmetric = json.loads(capsys.readouterr().out)
+    assert asymmetric["link"]["nominal_bits"] == pytest.approx(20e6)
+    assert {f["every"] for f in asymmetric["local"]} == {8, 30}
+    assert command(*asked, "--link", "20mbit") == 0
+    assert "local" not in json.loads(capsys.readouterr().out)
+    refused = {
+        ("--up", "20mbit"): "--up and --down go together",
+        ("--link", "1gbit", "--up", "20mbit", "--down", "1mbit"): "leave it out, or --up and --down",
+        ("--up", "20mbit", "--down", "fast"): "link must be a positive rate",
+        ("--link", "1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
+        ("--link", "1gbit", "--local", "--most-steps", 0.5): "most-steps must be at least",
+    }
+    for words, message in refused.items():
+        assert command(*asked, *words) == 2
+        assert message in capsys.readouterr().err

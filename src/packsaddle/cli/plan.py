@@ -66,6 +66,10 @@ def plan(
     spread: float | None = None,
     noise: bool = False,
     optimizer: Optimizer | None = None,
+    up: str | None = None,
+    down: str | None = None,
+    local: bool = False,
+    most_steps: float | None = None,
     json: bool = False,
 ) -> None:
     """Plan a run: parameters for an epsilon-second-order stationary point, or (--link) the time of a step.
@@ -79,6 +83,7 @@ def plan(
         packsaddle plan --d 1000000 --epsilon 0.2 --table
         packsaddle plan --link 100mbit --model resnet18 --workers 2
         packsaddle plan --link 100mbit --model char-transformer --optimizer adamw
+        packsaddle plan --up 20mbit --down 100mbit --model char-transformer --local
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan --link auto --model resnet18
 
     Args:
@@ -107,13 +112,22 @@ def plan(
         noise: Count the drawing of the artificial noise in a step's time.
         optimizer: Behind the DDP hook: multiply times by the steps that each compressor was measured to need with it.
             Without --ratio, the compressors that were measured are compared.
+        up: With --down instead of --link: the rate at which each worker can send, where that differs. Every exchange
+            receives as much as it sends, so the slower direction counts.
+        down: The rate at which each worker can receive.
+        local: Plan local updates too: how rarely to exchange, what of it, in how many fragments, beside how many steps.
+        most_steps: Leave out local updates that need more than this multiple of dense training's steps.
         json: Print one JSON document.
     """
-    options = LinkOptions(d, model, latency, compute, batch, spread, noise or None)
-    if link is not None:
+    options = LinkOptions(d, model, latency, compute, batch, spread, noise or None, up, down, local or None, most_steps)
+    if most_steps is not None and not local:
+        raise ConfigError("--most-steps is for local updates: it needs --local")
+    if link is not None or up is not None or down is not None:
         given = {"epsilon": epsilon, "lipschitz_gradient": lipschitz_gradient, "table": table or None}
         _refuse(given, "is for a plan by the theorems, not for the time of a step: leave out --link, or it")
-        plan_link(link, options, _candidates(compressor.lower(), ratio, optimizer), workers, optimizer, json)
+        plan_link(
+            _rate(options, link), options, _candidates(compressor.lower(), ratio, optimizer), workers, optimizer, json
+        )
         return
     given = {n: value for n, value in asdict(options).items() if n != "d"} | {"optimizer": optimizer}
     _refuse(given, "is for the time of a step: it needs --link")
@@ -140,6 +154,13 @@ def plan(
         _show(plans)
         if reached.out_of_reach:
             print(_out_of_reach(reached, a))
+
+
+def _rate(options: LinkOptions, link: str | None) -> str:
+    try:
+        return options.rate(link)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:

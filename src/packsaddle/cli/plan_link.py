@@ -1,5 +1,6 @@
 """packsaddle plan --link."""
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -14,11 +15,13 @@ from packsaddle.cli.console import is_first, print_table
 from packsaddle.comm.group import Group
 from packsaddle.comm.launch import local_device, process_group, under_launcher
 from packsaddle.compressors import Compressor
+from packsaddle.compressors.registry import describe
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.progress import megabytes
 from packsaddle.performance import link_planner
 from packsaddle.performance.coding_speed import measure
 from packsaddle.performance.link_planner import Forecast, Optimizer, Verdict, forecast, probe, probe_locally
+from packsaddle.performance.local_planner import LocalForecast, check_most_steps, forecast_local
 from packsaddle.performance.step_time import FRAMING, Fleet, Link
 from packsaddle.performance.workload import ModelSize, compute_seconds, update_seconds
 
@@ -33,6 +36,10 @@ _STEPS_NOTE = (
     "x steps: for the loss of one dense step with {}, each at its best learning rate, on a small language model "
     "(docs/choosing.md). Try it on yours."
 )
+_LOCAL_NOTE = (
+    "Local updates with AdamW: x steps as measured on a small language model, 4 workers, each setting at its best rate "
+    "(experiments/local-updates). Try it on yours."
+)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,20 @@ class LinkOptions:
     batch: int | None
     spread: float | None
     noise: bool | None
+    up: str | None = None  # rates, where they differ
+    down: str | None = None
+    local: bool | None = None  # local updates too
+    most_steps: float | None = None  # of dense training's
+
+    def rate(self, link: str | None) -> str:
+        """The rate that counts: the slower direction's, where two are given. Raises ConfigError, ValueError."""
+        if (self.up is None) != (self.down is None):
+            raise ConfigError("--up and --down go together: the rates of the two directions of each worker's link")
+        if self.up is None or self.down is None:
+            return link or ""
+        if link is not None:
+            raise ConfigError("--link is the rate of both directions: leave it out, or --up and --down")
+        return min(self.up, self.down, key=link_planner.parse_rate)
 
     def workload(self) -> ModelSize:
         if (self.d is None) == (self.model is None):
@@ -67,6 +88,7 @@ class _Asked:
     fleet: Fleet
     update: float
     optimizer: Optimizer | None
+    local: tuple[LocalForecast, ...]  # the quickest first; empty: not asked for
 
 
 def plan_link(
@@ -85,6 +107,8 @@ def plan_link(
             raise ConfigError("--latency is measured by --link auto: leave it out")
         given = Link.nominal(bits or 1.0, _LATENCY if options.latency is None else options.latency)
         workload = options.workload()
+        most = math.inf if options.most_steps is None else options.most_steps
+        check_most_steps(most)
         unmeasured = Fleet(workers, options.compute or 0.0, options.spread or 0.0)  # refused now, not after measuring
         with process_group() if under_launcher() else nullcontext() as group:
             device = torch.device("cpu") if group is None else local_device()
@@ -96,11 +120,14 @@ def plan_link(
             pace = partial(measure, repeats=3, device=device)
             update = update_seconds(workload.d, noise=bool(options.noise), device=device)
             verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
+            local: tuple[LocalForecast, ...] = ()
+            if options.local:
+                local = forecast_local(workload, link, fleet, pace, update=update, most_steps=most)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if is_first():
         show = _print_json if json else _print_tables
-        show(verdict, _Asked(workload, link, source, fleet, update, optimizer))
+        show(verdict, _Asked(workload, link, source, fleet, update, optimizer, local))
 
 
 def _workers(asked: int | None) -> int:
@@ -136,6 +163,7 @@ def _print_json(verdict: Verdict, asked: _Asked) -> None:
         "best": verdict.best.compressor,
         "break_even": verdict.break_even,
         "forecasts": verdict.plain(),
+        **({"local": [f.plain() for f in asked.local]} if asked.local else {}),
     }
     print(dumps(document, indent=2))
 
@@ -164,6 +192,30 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
     print(f"Link: {_line(link.rate)}, {asked.source}: {payload}.")
     print(_sentence(verdict, link))
     print(_NOTE if asked.optimizer is None else _STEPS_NOTE.format(asked.optimizer))
+    if asked.local:
+        _print_local(verdict.dense.seconds, asked.local)
+
+
+def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
+    """The table of local updates, and the best of them beside dense training, seconds a step."""
+    table = Table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for f in forecasts:
+        name = describe(f.setting.compressor) + (", kept" if f.setting.keep_unsent else "")
+        cells = [str(f.setting.every), str(f.fragments), str(f.delay), megabytes(f.sent), f"{1e3 * f.step:,.4g}"]
+        table.add_row(name, *cells, f"{f.computing:.0%}", f"{f.steps:.3g}")
+    print_table(table)
+    best = forecasts[0]
+    took = f"{1e3 * best.seconds:,.4g} ms for the progress of one dense step, which takes {1e3 * dense:,.4g}"
+    setting = f"every={best.setting.every}, compressor={describe(best.setting.compressor)}"
+    setting += f", fragments={best.fragments}, delay={best.delay}"
+    setting += ", keep_unsent=True" if best.setting.keep_unsent else ""
+    times = dense / best.seconds
+    verdict = f"{times:.3g} times as fast" if times > 1 + _ERROR else "NOT WORTH IT on this link"
+    print(f"LocalUpdates(optimizer, {setting}): {took}: {verdict}; {best.computing:.0%} of the time is computing.")
+    print(_LOCAL_NOTE)
 
 
 def _steps(f: Forecast) -> str:

@@ -33,4 +33,6 @@ def describe(compressor: Compressor) -> str:
     """The compressor with those of its fields that are not at their defaults."""
     assert is_dataclass(compressor)
     changed = [f for f in fields(compressor) if getattr(compressor, f.name) != f.default]
-    return f"{type(compressor).__name__}({', '.join(f'{f.name}={getattr(compressor, f.name)!r}' for f in changed)})"
+    values = [getattr(compressor, f.name) for f in changed]
+    shown = [f"{value:.4g}" if isinstance(value, float) else repr(value) for value in values]
+    return f"{type(compressor).__name__}({', '.join(f'{f.name}={s}' for f, s in zip(changed, shown, strict=True))})"

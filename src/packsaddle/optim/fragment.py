@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Channel
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import Compressor, Identity
+from packsaddle.compressors import Compressor
 from packsaddle.numerics.finite import first_bad, is_usable, spoil
 from packsaddle.numerics.seeds import mix
 from packsaddle.optim.compression import Compression
@@ -149,7 +149,7 @@ class Fragment(Slice):
         """Have the aggregator of this compressor; what another one holds back goes to the error memory."""
         if compressor == self._compressor:
             return
-        n, is_dense = self.compressed_d, isinstance(compressor, Identity)
+        n, is_dense = self.compressed_d, compressor.lossless
         back = None if is_dense else self._compression.back
 
         def here(one: Compressor) -> Compressor:

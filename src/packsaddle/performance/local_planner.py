@@ -1,0 +1,144 @@
+"""The plan for local updates on a link: how rarely to exchange, how much of what was moved, and beside how many steps.
+
+A round comes every H inner steps, and its exchange may go on beside the next `delay` of them. How many steps it takes
+to the loss of dense training was measured (experiments/local-updates); a setting that was not is not planned with.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.compressors import Compressor, Identity, TopK
+from packsaddle.compressors.registry import describe
+from packsaddle.performance.coding_speed import Pace
+from packsaddle.performance.step_time import Fleet, Link, compressed
+from packsaddle.performance.workload import ModelSize
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Arguments of `LocalUpdates`."""
+
+    every: int
+    compressor: Compressor
+    keep_unsent: bool = False
+
+
+# Multiples of dense training's steps, AdamW, each setting at its best rate of one grid: experiments/local-updates.
+MEASURED: Mapping[Setting, float] = {
+    Setting(8, Identity()): 1.7,
+    Setting(30, Identity()): 2.0,
+    Setting(8, TopK(1 / 48, values="int2"), keep_unsent=True): 2.1,
+    Setting(30, TopK(1 / 48, values="int2"), keep_unsent=True): 2.4,
+}
+_STALE = 4  # an exchange goes on beside at most this part of H, where fragments can make it so short
+
+
+@dataclass(frozen=True)
+class LocalForecast:
+    """What a setting takes. Seconds are of an inner step in the mean; `sent` is of the busiest worker, bytes a step."""
+
+    setting: Setting
+    delay: int  # inner steps beside which the exchange goes on
+    fragments: int
+    sent: float
+    compute: float  # with waiting for the slowest worker, once a round
+    coding: float
+    exchange: float  # that steps wait for
+    steps: float  # for the progress of one dense step
+
+    @property
+    def step(self) -> float:
+        """Seconds of an inner step."""
+        return self.compute + self.coding + self.exchange
+
+    @property
+    def seconds(self) -> float:
+        """Seconds for the progress of one dense step."""
+        return self.step * self.steps
+
+    @property
+    def computing(self) -> float:
+        """The share of the time that goes into forward and backward passes."""
+        return self.compute / self.step
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain types."""
+        return {
+            "every": self.setting.every,
+            "compressor": describe(self.setting.compressor),
+            "keep_unsent": self.setting.keep_unsent,
+            "delay": self.delay,
+            "fragments": self.fragments,
+            "sent": self.sent,
+            "seconds": self.step,
+            "computing": self.computing,
+            "steps": self.steps,
+            "seconds_for_a_dense_step": self.seconds,
+        }
+
+
+def forecast_local(
+    workload: ModelSize,
+    link: Link,
+    fleet: Fleet,
+    pace: Callable[[Compressor, int], Pace],
+    *,
+    update: float = 0.0,
+    most_steps: float = math.inf,
+    settings: Sequence[Setting] = tuple(MEASURED),
+) -> tuple[LocalForecast, ...]:
+    """Predict the settings that need at most `most_steps` times dense training's steps, the quickest first.
+
+    `pace(compressor, d)` says how fast one codes, `update` what making v and absorbing takes besides, in seconds a
+    round. There are as many fragments as bring the exchange of one below a quarter of H, and the delay is the least
+    that hides it. Raises ValueError for fewer than two workers, and if no setting
+    is left.
+    """
+    if fleet.workers < 2:
+        raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
+    chosen = [setting for setting in settings if MEASURED[setting] <= most_steps]
+    if not chosen:
+        raise ValueError(
+            f"most-steps must be at least {min(MEASURED.values()):g}, the least measured, got {most_steps:g}"
+        )
+    found = [_forecast(setting, workload, link, fleet, pace, update) for setting in chosen]
+    return tuple(sorted(found, key=lambda f: f.seconds))
+
+
+def check_most_steps(most_steps: float) -> None:
+    """Raise ValueError if no setting that was measured needs so few steps."""
+    if not most_steps >= min(MEASURED.values()):
+        raise ValueError(
+            f"most-steps must be at least {min(MEASURED.values()):g}, the least measured, got {most_steps:g}"
+        )
+
+
+def _forecast(
+    setting: Setting,
+    workload: ModelSize,
+    link: Link,
+    fleet: Fleet,
+    pace: Callable[[Compressor, int], Pace],
+    update: float,
+) -> LocalForecast:
+    bound = workload.bind(setting.compressor)
+    choice = choose(bound, "direct", d=workload.d, dense=workload.dense + 1, workers=fleet.workers)
+    seconds = pace(bound, workload.d).seconds
+    coded = compressed(choice.protocol, workload.d, workload.dense + 1, fleet.workers, seconds)
+    latency, bandwidth = link.parts(coded.cost)
+    # Workers wait for the slowest once a round, not once a step: what differs between steps evens out.
+    compute = fleet.compute + fleet.waiting / math.sqrt(setting.every)
+    within = max(1, setting.every // _STALE) * compute
+    fragments = min(setting.every, max(1, math.ceil(bandwidth / (within - latency)))) if within > latency else 1
+    exchange = fragments * latency + bandwidth
+    delay = min(setting.every - 1, math.ceil(exchange / fragments / compute)) if compute else setting.every - 1
+    hidden = setting.every * compute if fragments > 1 else delay * compute
+    waited = max(0.0, exchange - hidden)
+    sent = choice.protocol.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4).sent
+    coding = (coded.compression + update) / setting.every
+    return LocalForecast(
+        setting, delay, fragments, sent / setting.every, compute, coding, waited / setting.every, MEASURED[setting]
+    )
