@@ -1,6 +1,7 @@
-"""The list of all compressors, and a compressor's short description."""
+"""The list of all compressors, and a compressor in short and in plain types."""
 
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 from packsaddle.compressors.base import Compressor
 from packsaddle.compressors.low_rank import LowRank
@@ -34,3 +35,21 @@ def describe(compressor: Compressor) -> str:
     assert is_dataclass(compressor)
     changed = [f for f in fields(compressor) if getattr(compressor, f.name) != f.default]
     return f"{type(compressor).__name__}({', '.join(f'{f.name}={getattr(compressor, f.name)!r}' for f in changed)})"
+
+
+def identify(compressor: Compressor) -> dict[str, Any]:
+    """Return a compressor's name (its `kind` in a configuration) and parameters, in plain types, for a saved state."""
+    names: list[str] = []
+    if is_dataclass(compressor):
+        names = [f.name for f in fields(compressor) if not f.metadata.get("internal")]
+    return {"kind": type(compressor).__name__} | {name: _plain(getattr(compressor, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Compressor):
+        return identify(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value)  # not numpy's
+    return value if isinstance(value, str | int | None) else repr(value)

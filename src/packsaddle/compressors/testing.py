@@ -131,7 +131,7 @@ def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """`lossless` is C(v) = v, `aggregation` fits `linear`, `rates` and `shared_cells` say what is sent and how often."""
+    """`lossless` is C(v) = v, `aggregation` fits `linear`, `rates` and `shared_cells` say what is sent when."""
     assert compressor.aggregation != "all-reduce" or compressor.linear, f"{where}: an all-reduce needs a linear C"
     if compressor.lossless:
         assert compressor.mu(len(v)) == 1, f"{where}: is declared lossless, and mu is {compressor.mu(len(v))}"
