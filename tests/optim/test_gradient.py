@@ -441,6 +441,6 @@ def test_what_does_not_go_together_is_named(options: dict[str, Any], message: st
 
 def test_sixteen_bits_are_too_few_for_estimates_and_local_steps() -> None:
     for options in ({"memory": "ef21"}, {"local_steps": 2}):
+        p = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
         with pytest.raises(ValueError, match=r"parameters of 32 or 64 bits, got torch\.bfloat16"):
-            p = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
             CompressedSGD([p], 0.1, **folded({"dense_below": 0} | options))
