@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packsaddle import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle.compressors import identify
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config, EscapeConfig, load
 from packsaddle.experiments.schema import build, plain
@@ -199,3 +200,4 @@ def test_every_compressor_reads_back(tmp_path: Path, compressor: Any) -> None:
     """Also from JSON, as a run folder keeps it."""
     config = replace(load(write(tmp_path)), compressor=compressor)
     assert build(Config, json.loads(json.dumps(plain(config)))) == config
+    assert identify(compressor) == plain(config)["compressor"]  # what a hook's state says of it

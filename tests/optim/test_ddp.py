@@ -33,6 +33,7 @@ from packsaddle import (
     register_ddp_hook,
 )
 from packsaddle.comm.group import resolve
+from packsaddle.compressors import identify
 from packsaddle.optim.layout import places
 from packsaddle.optim.stages.learning_rates import Rates
 
@@ -473,6 +474,8 @@ def resumed(way: str, scope: str, stop: int) -> dict[str, Tensor]:
                 optimizer.load_state_dict(loaded["optimizer"])
                 hook.load_state_dict(loaded["hook"])
                 assert hook.steps == stop
+                if scope == "model":
+                    assert loaded["hook"]["held"]["compressor"] == identify(spec.at(stop - 1))
             train(model, optimizer, part)
             file = io.BytesIO()
             states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "hook": hook.state_dict()}
@@ -501,6 +504,8 @@ def kept_by_loading(way: str) -> list[Tensor]:
     memories.append(mean_memory(hook, model))
     other = wrapped(network(), SEVERAL)
     loaded = register_ddp_hook(other, Compression(**WAYS[way], dense_below=100))
+    with pytest.raises(ValueError, match="the state has format 2, and this version of packsaddle reads 1"):
+        loaded.load_state_dict(hook.state_dict() | {"format": 2})
     loaded.load_state_dict(hook.state_dict())
     memories.append(mean_memory(loaded, other))
     return memories

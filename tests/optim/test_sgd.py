@@ -100,6 +100,11 @@ def test_state_that_does_not_fit_changes_nothing() -> None:
     opt = make(model, data)
     train(model, data, opt, 3)
     error, state = opt.error(), opt.state_dict()
+    (group,) = state["param_groups"]
+    with pytest.raises(ValueError, match="the state has format 2, and this version of packsaddle reads 1"):
+        opt.load_state_dict(state | {"param_groups": [group | {"format": 2}]})
+    with pytest.raises(ValueError, match=r"the state has no format; was it saved by CompressedSGD\?"):
+        opt.load_state_dict(state | {"param_groups": [{k: v for k, v in group.items() if k != "format"}]})
     with pytest.raises(ValueError, match="seed is 3 here, but the state was saved with seed 4"):
         opt.load_state_dict(make(network()[0], data, seed=4).state_dict())
     with pytest.raises(ValueError, match=r'state "anchor" of 0\.weight must have shape \(20, 6\), found nothing'):

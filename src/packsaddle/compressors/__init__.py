@@ -3,7 +3,7 @@
 from packsaddle.compressors.base import Compressor, Message, RatioRamp
 from packsaddle.compressors.low_rank import LowRank
 from packsaddle.compressors.quantized import QSGD, Sign
-from packsaddle.compressors.registry import compressors, describe
+from packsaddle.compressors.registry import compressors, describe, identify
 from packsaddle.compressors.sketched import LinearSketch, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 
@@ -22,4 +22,5 @@ __all__ = [
     "TopK",
     "compressors",
     "describe",
+    "identify",
 ]

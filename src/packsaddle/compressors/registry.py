@@ -1,6 +1,7 @@
-"""The list of all compressors, and a compressor's short description."""
+"""The list of all compressors, and a compressor in short and in plain types."""
 
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 from packsaddle.compressors.base import Compressor
 from packsaddle.compressors.low_rank import LowRank
@@ -36,3 +37,21 @@ def describe(compressor: Compressor) -> str:
     values = [getattr(compressor, f.name) for f in changed]
     shown = [f"{value:.4g}" if isinstance(value, float) else repr(value) for value in values]
     return f"{type(compressor).__name__}({', '.join(f'{f.name}={s}' for f, s in zip(changed, shown, strict=True))})"
+
+
+def identify(compressor: Compressor) -> dict[str, Any]:
+    """Return a compressor's name (its `kind` in a configuration) and parameters, in plain types, for a saved state."""
+    names: list[str] = []
+    if is_dataclass(compressor):
+        names = [f.name for f in fields(compressor) if not f.metadata.get("internal")]
+    return {"kind": type(compressor).__name__} | {name: _plain(getattr(compressor, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Compressor):
+        return identify(value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value)  # not numpy's
+    return value if isinstance(value, str | int | None) else repr(value)

@@ -28,7 +28,7 @@ from packsaddle.optim.ddp_buckets import Background, Bucket, Promise
 from packsaddle.optim.fsdp import is_sharded
 from packsaddle.optim.hook import GradientHook, GradientSlice, Rules, Scope
 from packsaddle.optim.layout import Place, Slice, dense_strides, places
-from packsaddle.optim.saved_state import check_identity, check_shape
+from packsaddle.optim.saved_state import FORMAT, check_format, check_identity, check_shape
 from packsaddle.optim.stages.escape import Escape, EscapeAfterStep, Reset
 from packsaddle.optim.stages.learning_rates import Rates
 from packsaddle.optim.stages.noise import Noise, Perturbation
@@ -188,6 +188,7 @@ class DDPHook(GradientHook):
                 pending |= {place.name: view.clone() for place, view in part.views()}
                 held = part.held()
         return {
+            "format": FORMAT,
             "identity": self._identity(),
             "steps": self._steps,
             "skips": self._skips.state_dict(),
@@ -202,8 +203,7 @@ class DDPHook(GradientHook):
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
-        if "identity" not in state:
-            raise ValueError("the state has no identity; was it saved by a hook?")
+        check_format(state, "register_ddp_hook")
         check_identity(state["identity"], self._identity())
         pending = state["pending"]
         for place in self._places:

@@ -24,7 +24,7 @@ from packsaddle.numerics.seeds import as_seed, mix
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.hook import GradientHook, GradientSlice, Rules
 from packsaddle.optim.layout import Place, Slice
-from packsaddle.optim.saved_state import check_identity, check_shape
+from packsaddle.optim.saved_state import FORMAT, check_format, check_identity, check_shape
 from packsaddle.optim.stages.noise import Perturbation
 
 
@@ -194,6 +194,7 @@ class FSDPHook(GradientHook):
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, tensors and plain types; each worker has its own."""
         return {
+            "format": FORMAT,
             "identity": self._identity(),
             "steps": self.steps,
             "skips": self._skips.state_dict(),
@@ -204,8 +205,7 @@ class FSDPHook(GradientHook):
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
-        if "identity" not in state:
-            raise ValueError("the state has no identity; was it saved by a hook?")
+        check_format(state, "register_fsdp_hook")
         saved, mine = state["identity"], self._identity()
         for what in ("replicas", "shards"):
             if saved.get(what) != mine[what]:

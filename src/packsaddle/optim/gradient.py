@@ -37,6 +37,7 @@ class Gradient:
     `settle` says that the step was taken.
     """
 
+    kind = "gradient"  # in saved states
     started = True
 
     def __init__(self, flat: FlatParameters) -> None:
@@ -162,6 +163,8 @@ class Momentum(_Gathered):
     with the first u: with memory="ef21" that is EF21-SGDM of Fatkhullin, Tyurin and Richtarik 2023.
     """
 
+    kind = "momentum"
+
     def __init__(self, flat: FlatParameters, beta: float, *, nesterov: bool, averaging: bool, spare: bool) -> None:
         super().__init__(flat, spare=spare)
         self._beta, self._nesterov, self._averaging = beta, nesterov, averaging
@@ -188,6 +191,8 @@ class Storm(_Gathered):
     So a step needs a closure that computes loss and gradients, and calls it twice, at x_t and at x_{t-1}. g has weight
     decay in it; xi is added to d, not gathered. With memory="ef21" it is EF21-STORM of Fatkhullin et al. 2023.
     """
+
+    kind = "storm"
 
     def __init__(self, flat: FlatParameters, a: float, *, spare: bool) -> None:
         super().__init__(flat, spare=spare)

@@ -20,7 +20,7 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Channel
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import Compressor, Identity
+from packsaddle.compressors import Compressor, Identity, identify
 from packsaddle.numerics.finite import first_bad, is_finite, is_usable, spoil
 from packsaddle.numerics.seeds import mix
 from packsaddle.optim.allocation import Allocation
@@ -271,7 +271,7 @@ class GradientSlice:
         n = self.of.compressed_d
         copies = {name: vector[:n].clone() for name, vector in self._feedback.held().items()}
         state = self._feedback.aggregator.state_dict()
-        return {"compressor": repr(self._compressor), "vectors": copies, "state": state}
+        return {"compressor": identify(self._compressor), "vectors": copies, "state": state}
 
     def restore(self, held: Mapping[str, Any], step: int) -> None:
         """Have the step's protocol hold what was saved; if another compressor's did, the error memory has it."""
@@ -280,7 +280,7 @@ class GradientSlice:
         compressor, n, workers = self._rules.at(step), self.of.compressed_d, self._feedback.channel.group.size
         self._prepare(compressor)
         mine, device = self._feedback.held(), self._memory.vector.device
-        if held["compressor"] == repr(compressor) and mine.keys() == held["vectors"].keys():
+        if held["compressor"] == identify(compressor) and mine.keys() == held["vectors"].keys():
             for name, vector in mine.items():
                 vector[:n].copy_(held["vectors"][name])
             self._feedback.aggregator.load_state_dict(held["state"], device)

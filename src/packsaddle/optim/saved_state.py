@@ -1,7 +1,8 @@
 """Saved states: whether one fits the parameters, filling flat vectors from one, and carrying an optimizer's over to
 another number of workers.
 
-A state is tensors and plain types: vectors by parameter in "state", numbers in "param_groups", as torch has it.
+A state is tensors and plain types: vectors by parameter in "state", numbers in "param_groups", as torch has it. Its
+format is a number, which an optimizer's groups repeat, for torch's checkpoint tools keep nothing else.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from packsaddle.optim.layout import FlatParameters
 
+FORMAT = 1  # of optimizers' and hooks' states
 Path = tuple[Any, ...]  # where something is in a state: keys from the outermost
 _AVERAGED = ("pending", "momentum", "storm")  # of an optimizer's vectors; the others are the same everywhere
 _ITS_OWN = ("state", "ledger", "monitor", "guard")  # of one worker, beside the groups: not carried over as they are
@@ -30,6 +32,7 @@ def check_fits(
 ) -> None:
     """Raise ValueError unless a state dict fits these parameters, flat vectors and values that every group repeats."""
     for group in state_dict["param_groups"]:
+        check_format(group, "CompressedSGD")
         check_identity(group, identity)
         for name in ("step", "anchor_step"):
             if not isinstance(group.get(name), int):
@@ -40,6 +43,14 @@ def check_fits(
     for name in vectors:
         for key, p, label in zip(ids, flat.parameters, flat.names, strict=True):
             check_shape(f'state "{name}" of {label}', state_dict["state"].get(key, {}).get(name), p.shape)
+
+
+def check_format(saved: Mapping[str, Any], owner: str) -> None:
+    """Raise ValueError unless what was saved is of the format that is read here."""
+    if "format" not in saved:
+        raise ValueError(f"the state has no format; was it saved by {owner}?")
+    if saved["format"] != FORMAT:
+        raise ValueError(f"the state has format {saved['format']!r}, and this version of packsaddle reads {FORMAT}")
 
 
 def check_identity(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

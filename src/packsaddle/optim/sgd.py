@@ -29,7 +29,7 @@ from packsaddle.optim.gradient import Extras, GradientUpdate, make_direction
 from packsaddle.optim.layout import FlatParameters
 from packsaddle.optim.local import LocalSteps
 from packsaddle.optim.memory import make_memory
-from packsaddle.optim.saved_state import check_fits, fill, put_means, split_state
+from packsaddle.optim.saved_state import FORMAT, check_fits, fill, put_means, split_state
 from packsaddle.optim.stages.contraction import ContractionMonitor
 from packsaddle.optim.stages.drift import Drift, DriftGuard
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
@@ -422,11 +422,11 @@ class CompressedSGD(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state: per parameter "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor"
-        (x_t'); t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding noise;
-        the ledger's totals; resets. Tensors and plain types only. Each worker has its own."""
+        (x_t'); format, t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding
+        noise; the ledger's totals; resets. Tensors and plain types only. Each worker has its own."""
         state = super().state_dict()
         for group in state["param_groups"]:
-            group.update(self._identity(), step=self._step, unit=self._memory.unit)
+            group.update(self._identity(), format=FORMAT, step=self._step, unit=self._memory.unit)
             group["started"] = self._direction.started
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
         state["exchange"] = self.choice.protocol.state_dict()
@@ -460,7 +460,7 @@ class CompressedSGD(Optimizer):
         if self._escape:
             self._escape.anchor_step = anchor_step
         for group in self.param_groups:
-            for name in ("step", "anchor_step", "unit", "started", *self._identity()):
+            for name in ("format", "step", "anchor_step", "unit", "started", *self._identity()):
                 group.pop(name, None)
         self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
         self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
@@ -480,7 +480,7 @@ class CompressedSGD(Optimizer):
             "workers": self.channel.group.size,
             "owners": owners,
             "memory": self._memory.kind,
-            "direction": type(self._direction).__name__,
+            "direction": self._direction.kind,
             "local_steps": self._local.every,
         }
 
