@@ -350,8 +350,8 @@ def test_a_figure_without_all_its_curves_is_refused() -> None:
 
 
 def gone(group: int) -> bool:
-    """Whether a process group comes to its end within a quarter of a minute."""
-    for _ in range(150):
+    """Whether a process group comes to its end within a minute."""
+    for _ in range(600):
         try:
             os.killpg(group, 0)
         except ProcessLookupError:
