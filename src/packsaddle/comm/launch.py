@@ -260,6 +260,12 @@ def local_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def import_once(module: str) -> None:
+    """Have processes of multiprocessing's forkserver, if it has not been started, find the module and torch imported;
+    and torch._dynamo, which the first optimizer of a process imports, and which takes as long as torch."""
+    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", module])
+
+
 def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:
     """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
 
@@ -271,8 +277,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     check_interface()
-    # The first optimizer of a process imports torch._dynamo, which takes as long as torch.
-    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", entry.__module__])
+    import_once(entry.__module__)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     config = LaunchConfig(
         min_nodes=1,

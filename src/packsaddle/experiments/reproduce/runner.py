@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import TypeVar
 
 import torch
 
+from packsaddle.comm.launch import import_once
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.folder_lock import check_free
 from packsaddle.experiments.job import How, Job, can_be_fused
@@ -68,10 +68,11 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")
+    import_once(__name__)
+    context = multiprocessing.get_context("forkserver")
     # Not by how much there is to do: sums over threads differ in rounding, and a run must be the same every time.
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(os.getpid(), threads))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(threads,))
     try:
         yield pool
     except BaseException:  # Ctrl-C, a caller that stops, or a failure
@@ -82,13 +83,15 @@ def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
-def _begin(parent: int, threads: int) -> None:
-    """In a new process: share the cores, and end with the parent, however that ends."""
+def _begin(threads: int) -> None:
+    """In a new process: share the cores, leave Ctrl-C to the parent, and end with it, however that ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the server of processes may have been started before
     torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_LOOK_SECONDS)
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
