@@ -139,7 +139,7 @@ def sums(rank: int, folder: str, options: dict[str, Any], at: int | None) -> dic
         else:
             found[key] = value
     for i, part in enumerate(state["fragments"]):  # an owner's error of the mean
-        for vector in part["held"].values():
+        for vector in part["held"].get("vectors", {}).values():
             total = vector.double()
             group.all_reduce(total)
             places = one.local._fragments[i].named(

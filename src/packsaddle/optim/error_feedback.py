@@ -5,14 +5,20 @@ exchange, and a transaction: `correct`, `exchange`, `absorb` try it, `settle` ta
 stands between exchange and absorb, and belongs to who has the round, as some move x and others fill gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged, Protocol
 from packsaddle.comm.communicator import Channel
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.compressors import Compressor, identify
+from packsaddle.numerics.seeds import mix
+from packsaddle.optim.compression import Compression
+from packsaddle.optim.layout import Slice
 from packsaddle.optim.memory import ErrorMemory, Update
 
 
@@ -60,6 +66,75 @@ class ErrorFeedback:
         self.memory.reset(lost)
         if self._aggregator is not None:
             self._aggregator.reset()
+
+
+class SliceFeedback(ErrorFeedback):
+    """Error feedback on a slice of a vector of which `whole` coordinates are compressed in all.
+
+    The compressor may change from round to round, and the aggregator follows it. The slice that is all of the vector
+    has the seed as it is, and so the run that `CompressedSGD` gives; others have one of their own.
+    """
+
+    def __init__(self, of: Slice, compression: Compression, channel: Channel, seed: int, whole: int) -> None:
+        super().__init__(
+            ErrorMemory(of, spare=True), channel, seed if of.compressed_d == whole else mix(seed, of.places[0].start)
+        )
+        self.of, self._compression, self._whole = of, compression, whole
+        self._compressor: Compressor | None = None  # of the whole vector
+        self._by_size: Compressor | None = None  # what it is on this slice, if only its size counts
+
+    def prepare(self, compressor: Compressor, allotted: Compressor | None = None) -> None:
+        """Have the aggregator of this compressor; what another one holds back goes to the error memory.
+
+        `allotted` is what it is on this slice, where that depends on the others.
+        """
+        if compressor != self._compressor:
+            n, spec = self.of.compressed_d, self._compression
+            self._by_size = self._restricted(compressor)
+            chosen = choose(
+                self._by_size,
+                "direct" if compressor.lossless else spec.exchange,
+                d=n,
+                dense=self.of.d - n + 1,
+                workers=self.channel.group.size,
+                itemsize=self.memory.vector.element_size(),
+                back=None if spec.back is None or compressor.lossless else self._restricted(spec.back),
+            )
+            self.use(chosen.protocol)
+            self._compressor = compressor
+        assert self._by_size is not None
+        self.aggregator.adopt(allotted or self._by_size)
+
+    def _restricted(self, compressor: Compressor) -> Compressor:
+        n = self.of.compressed_d
+        return compressor.restrict(n, self._whole).for_tensors(self.of.shapes) if n else compressor
+
+    def fold(self) -> None:
+        """Move what the aggregator holds back into the error memory, so that nothing is lost when it goes."""
+        self.use(None)
+        self._compressor = None
+
+    def held_state(self) -> dict[str, Any]:
+        """Return what the aggregator holds and for which compressor, tensors and plain types; {} if there is none."""
+        if self._compressor is None:
+            return {}
+        n = self.of.compressed_d
+        copies = {name: vector[:n].clone() for name, vector in self.held().items()}
+        return {"compressor": identify(self._compressor), "vectors": copies, "state": self.aggregator.state_dict()}
+
+    def restore(self, held: Mapping[str, Any], compressor: Compressor) -> None:
+        """Have this compressor's aggregator hold what was saved; if another's did, the error memory has it."""
+        if not held:
+            return
+        self.prepare(compressor)
+        mine, n, vector = self.held(), self.of.compressed_d, self.memory.vector
+        if held["compressor"] == identify(compressor) and mine.keys() == held["vectors"].keys():
+            for name, there in mine.items():
+                there[:n].copy_(held["vectors"][name])
+            self.aggregator.load_state_dict(held["state"], vector.device)
+        else:  # what aggregators hold in vectors is their owner's error of the mean
+            for there in held["vectors"].values():
+                vector[:n].add_(there.to(vector.device), alpha=self.channel.group.size)
 
 
 class Round:

@@ -15,15 +15,12 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Channel
-from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor
 from packsaddle.numerics.finite import first_bad, is_usable, spoil
-from packsaddle.numerics.seeds import mix
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp_buckets import Promise
-from packsaddle.optim.error_feedback import ErrorFeedback, Round
+from packsaddle.optim.error_feedback import Round, SliceFeedback
 from packsaddle.optim.layout import Place, Shaped, Slice
-from packsaddle.optim.memory import ErrorMemory
 from packsaddle.optim.stages.contraction import SlicedMonitor
 from packsaddle.optim.stages.noise import Noise
 
@@ -113,18 +110,15 @@ class Fragment(Slice):
     ) -> None:
         super().__init__(places, device)
         self.keeps = keep  # x begins again at a - e
-        self.offset, self._compression, self._whole_d = offset, compression, d
+        self.offset = offset
         self.parameters = [parameters[place.name] for place in self.places]
         self.anchor = self.zeros()
         self.leaves = [nn.Parameter(view) for view in self.anchor.views]  # the anchor, as an outer optimizer takes it
         self.meet()
-        # The whole vector has the seed as it is, and so the run that CompressedSGD gives.
-        seed = seed if self.compressed_d == d else mix(seed, self.places[0].start)
-        self.feedback = ErrorFeedback(ErrorMemory(self, spare=True), channel, seed)
+        self.feedback = SliceFeedback(self, compression, channel, seed, d)
         self.monitor = SlicedMonitor(compression.monitor_every)
         self.rounds = 0  # t: exchanges that were taken
         self.flight: Flight | None = None
-        self._compressor: Compressor | None = None
 
     def tensors(self) -> list[Tensor]:
         """Return this process's part of each parameter; not copies."""
@@ -145,28 +139,6 @@ class Fragment(Slice):
         """Return the views of the parameters that are frozen: they take neither noise nor anyone's updates."""
         return [view for p, view in zip(self.parameters, self.views(flat), strict=True) if not p.requires_grad]
 
-    def prepare(self, compressor: Compressor) -> None:
-        """Have the aggregator of this compressor; what another one holds back goes to the error memory."""
-        if compressor == self._compressor:
-            return
-        n, is_dense = self.compressed_d, compressor.lossless
-        back = None if is_dense else self._compression.back
-
-        def here(one: Compressor) -> Compressor:
-            return one.restrict(n, self._whole_d).for_tensors(self.shapes) if n else one
-
-        chosen = choose(
-            here(compressor),
-            "direct" if is_dense else self._compression.exchange,
-            d=n,
-            dense=self.d - n + 1,
-            workers=self.feedback.channel.group.size,
-            itemsize=self.feedback.memory.vector.element_size(),
-            back=None if back is None else here(back),
-        )
-        self.feedback.use(chosen.protocol)
-        self._compressor = compressor
-
     def start(
         self,
         compressor: Compressor,
@@ -178,7 +150,7 @@ class Fragment(Slice):
         later: bool,
     ) -> Flight:
         """Make v = decay e + a - x + xi; zeros if it is of no use, as `agree` says on all shards of this worker."""
-        self.prepare(compressor)
+        self.feedback.prepare(compressor)
         r = self.feedback.round(self.rounds)
         v = r.correct(PseudoGradient(self, decay, noise))
         mine = ~is_usable(v)
@@ -320,13 +292,12 @@ class Fragment(Slice):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fragment's state by parameter, tensors and plain types, once an exchange under way is finished."""
-        flight, n = self.flight, self.compressed_d
+        flight = self.flight
         state: dict[str, Any] = {
             "rounds": self.rounds,
             "anchor": self._named(self.anchor.flat),
             "pending": self._named(self.feedback.memory.vector),
-            "held": {name: vector[:n].clone() for name, vector in self.feedback.held().items()},
-            "aggregator": self.feedback.aggregator.state_dict() if self._compressor is not None else {},
+            "held": self.feedback.held_state(),
             "flight": None,
         }
         if flight is not None:
@@ -341,17 +312,13 @@ class Fragment(Slice):
     def load_state_dict(self, state: Mapping[str, Any], compressor: Compressor) -> None:
         """Restore `state_dict`; `compressor` is that of the rounds taken so far."""
         self.rounds = state["rounds"]
-        for key, flat in (("anchor", self.anchor.flat), ("pending", self.feedback.memory.vector)):
+        memory = self.zeros().flat
+        for key, flat in (("anchor", self.anchor.flat), ("pending", memory)):
             for place, view in self.named(flat):
                 view.copy_(state[key][place.name])
-        self._compressor = None
-        self.feedback.use(None)
-        self.prepare(compressor)
-        held, n = self.feedback.held(), self.compressed_d
-        if held.keys() == state["held"].keys():
-            for name, vector in held.items():
-                vector[:n].copy_(state["held"][name])
-            self.feedback.aggregator.load_state_dict(state["aggregator"], self.anchor.flat.device)
+        self.feedback.fold()
+        self.feedback.memory.vector.copy_(memory)
+        self.feedback.restore(state["held"], compressor)
         self.flight = self._flight(state["flight"]) if state["flight"] else None
 
     def _flight(self, saved: Mapping[str, Any]) -> Flight:

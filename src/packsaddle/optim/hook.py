@@ -19,15 +19,12 @@ from torch.optim import Optimizer
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Channel
 from packsaddle.comm.ledger import Ledger
-from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import Compressor, Identity, identify
+from packsaddle.compressors import Compressor, Identity
 from packsaddle.numerics.finite import first_bad, is_finite, is_usable, spoil
-from packsaddle.numerics.seeds import mix
 from packsaddle.optim.allocation import Allocation
 from packsaddle.optim.compression import Compression
-from packsaddle.optim.error_feedback import ErrorFeedback, Round
+from packsaddle.optim.error_feedback import Round, SliceFeedback
 from packsaddle.optim.layout import Place, Shaped, Slice
-from packsaddle.optim.memory import ErrorMemory
 from packsaddle.optim.stages.contraction import SlicedMonitor
 from packsaddle.optim.stages.drift import DriftGuard
 from packsaddle.optim.stages.noise import Noise
@@ -138,14 +135,9 @@ class GradientSlice:
         rules: Rules,
         allocation: Allocation,
     ) -> None:
-        self.of, self._rules, self._allocation, self._d = of, rules, allocation, allocation.d
+        self.of, self._rules, self._allocation = of, rules, allocation
         self._names = tuple(place.name for place in of.places)
-        # The whole vector has the seed as it is, and so the run that CompressedSGD gives.
-        seed = rules.seed if of.compressed_d == self._d else mix(rules.seed, of.places[0].start)
-        self._memory = ErrorMemory(of, spare=True)
-        self._feedback = ErrorFeedback(self._memory, channel, seed)
-        self._compressor: Compressor | None = None  # the model's
-        self._by_size: Compressor | None = None  # what it is on this slice, if only its size counts
+        self.feedback = SliceFeedback(of, rules.compression, channel, rules.seed, allocation.d)
         self._round: Round | None = None  # the exchange that is being tried
         for place, view in self.views():
             if (known := pending.pop(place.name, None)) is not None:
@@ -174,11 +166,11 @@ class GradientSlice:
         still = [i for i, place in enumerate(self.of.places) if factors.get(place.name) == 0]
         dense = bool(still) and self._rules.compression.exchange != "direct"
         compressor = Identity() if dense else self._rules.at(step)
-        self._prepare(compressor)
+        self.feedback.prepare(compressor, self._allocation.of(self._names, compressor))
 
         # Line 10: v = e^(i) + grad F_i(x_t) + xi_t, of which C(v) is averaged, with a number that says if v is of use.
         update = Gradients(self.of, gradients, noise, scale, factors)
-        self._round = r = self._feedback.round(step)
+        self._round = r = self.feedback.round(step)
         v = r.correct(update)
         bad = self._blank(v, report)
         self._allocation.observe(self._names, v[: self.of.compressed_d], compressor)
@@ -193,7 +185,7 @@ class GradientSlice:
         # Line 12: e^(i) <- v - g^(i), except where an error is to stand still, or none is wanted.
         r.absorb(g, lost)
         watch(v)
-        self._memory.leave(still)
+        self.feedback.memory.leave(still)
         if not self._rules.error_feedback:
             self._release(v)
         return share[0] + 2 * (~fits).to(share)
@@ -216,77 +208,39 @@ class GradientSlice:
     def _rescale_held(self, factors: Mapping[str, float]) -> None:
         """Bring what the protocol holds back to the units of the present rates; 0 only where it holds nothing."""
         if factors:
-            for held in self._feedback.held().values():
+            for held in self.feedback.held().values():
                 for place, view in self.of.named(held):
                     view.mul_(factors.get(place.name, 1.0))
 
     def _release(self, v: Tensor) -> None:
         """Keep no error, where none is to be fed back."""
         v.zero_()
-        for held in self._feedback.held().values():
+        for held in self.feedback.held().values():
             held.zero_()
-
-    def _prepare(self, compressor: Compressor) -> None:
-        """Have the protocol of this compressor. What another one holds back goes to the error memory."""
-        if compressor != self._compressor:
-            n, shapes, is_dense = self.of.compressed_d, self.of.shapes, compressor.lossless
-            spec = self._rules.compression
-            back = None if is_dense else spec.back
-            self._by_size = compressor.restrict(n, self._d).for_tensors(shapes) if n else compressor
-            chosen = choose(
-                self._by_size,
-                "direct" if is_dense else spec.exchange,
-                d=n,
-                dense=self.of.d - n + 1,
-                workers=self._feedback.channel.group.size,
-                itemsize=self._memory.vector.element_size(),
-                back=back if back is None or not n else back.restrict(n, self._d).for_tensors(shapes),
-            )
-            self._feedback.use(chosen.protocol)
-            self._compressor = compressor
-        assert self._by_size is not None
-        self._feedback.aggregator.adopt(self._allocation.of(self._names, compressor) or self._by_size)
 
     def views(self) -> list[tuple[Place, Tensor]]:
         """Return e^(i) by parameter, without what the protocol holds back; not copies."""
-        return list(zip(self.of.places, self._memory.views, strict=True))
+        return list(zip(self.of.places, self.feedback.memory.views, strict=True))
 
     def pending(self) -> Tensor:
         """Return a copy of e^(i), float[n], with this worker's share of what the protocol holds back."""
-        return self._feedback.pending().clone()
+        return self.feedback.pending().clone()
 
     def fold(self) -> None:
         """Move what the protocol holds back into the error memory, so that nothing is lost when it goes."""
-        self._feedback.use(None)
-        self._compressor = None
+        self.feedback.fold()
 
     def reset(self) -> None:
         """Clear all errors (line 7)."""
-        self._feedback.reset()
+        self.feedback.reset()
 
     def held(self) -> dict[str, Any]:
         """Return what the protocol holds and for which compressor, tensors and plain types; {} if there is none."""
-        if self._compressor is None:
-            return {}
-        n = self.of.compressed_d
-        copies = {name: vector[:n].clone() for name, vector in self._feedback.held().items()}
-        state = self._feedback.aggregator.state_dict()
-        return {"compressor": identify(self._compressor), "vectors": copies, "state": state}
+        return self.feedback.held_state()
 
     def restore(self, held: Mapping[str, Any], step: int) -> None:
         """Have the step's protocol hold what was saved; if another compressor's did, the error memory has it."""
-        if not held:
-            return
-        compressor, n, workers = self._rules.at(step), self.of.compressed_d, self._feedback.channel.group.size
-        self._prepare(compressor)
-        mine, device = self._feedback.held(), self._memory.vector.device
-        if held["compressor"] == identify(compressor) and mine.keys() == held["vectors"].keys():
-            for name, vector in mine.items():
-                vector[:n].copy_(held["vectors"][name])
-            self._feedback.aggregator.load_state_dict(held["state"], device)
-        else:  # what protocols hold in vectors is their owner's error of the mean
-            for vector in held["vectors"].values():
-                self._memory.vector[:n].add_(vector.to(device), alpha=workers)
+        self.feedback.restore(held, self._rules.at(step))
 
 
 class GradientHook:

@@ -143,7 +143,7 @@ class LocalUpdates:
         warn_of_nothing(self._compression.at(0), d, self._compression.dense_below, stacklevel=2)
         self._compression.at(0).validate(d)
         for part in self._fragments:
-            part.prepare(self._compression.at(0))
+            part.feedback.prepare(self._compression.at(0))
 
         # Stages of a round.
         self.outer = outer(self._leaves()) if outer is not None else None
@@ -544,7 +544,7 @@ class LocalUpdates:
         rest["fragments"] = []
         for i, (part, saved) in enumerate(zip(self._fragments, state["fragments"], strict=True)):
             pending = {name: error.double() for name, error in saved["pending"].items()}
-            for vector in saved["held"].values():
+            for vector in saved["held"].get("vectors", {}).values():
                 padded = torch.nn.functional.pad(vector.double(), (0, part.d - part.compressed_d))
                 for place, view in part.named(padded):
                     pending[place.name] = pending[place.name] + workers * view
@@ -553,7 +553,7 @@ class LocalUpdates:
             if flight is not None:
                 means |= {("fragments", i, "flight", "before", name): x for name, x in flight["before"].items()}
                 flight = {k: v for k, v in flight.items() if k != "before"}
-            equal = {k: v for k, v in saved.items() if k not in ("pending", "held", "aggregator")}
+            equal = {k: v for k, v in saved.items() if k not in ("pending", "held")}
             rest["fragments"].append(equal | {"flight": flight})
         return means, rest
 
@@ -565,7 +565,7 @@ class LocalUpdates:
                 place = place[key]
             place[name] = mean.to(place[name].dtype)
         for saved in state["fragments"]:
-            for vector in saved["held"].values():  # the means of the memories have it
+            for vector in saved["held"].get("vectors", {}).values():  # the means of the memories have it
                 vector.zero_()
         here = self._identity()
         state["identity"] |= {name: here[name] for name in ("rank", "workers")}
