@@ -84,15 +84,15 @@ def rate_at(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
 
 
-def train(method: str, rate: float, seed: int, steps: int) -> dict[str, object]:
-    """Train one model on this worker's shard and return its row."""
+def train(method: str, rate: float, seed: int, steps: int, deal: str) -> dict[str, object]:
+    """Train one model on this worker's shard, dealt "iid" or by "class" (a stretch of the text), and return its row."""
     group, cpu, how = resolve(None), torch.device("cpu"), METHODS[method]
     data, held_out = texts()
     network = make_task(MODEL, data.shape, data.classes, seed=seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, steps))
     exchange = Exchange(network, optimizer, how)
-    mine = shard(data, "iid", worker=group.rank, workers=group.size, seed=seed)
+    mine = shard(data, deal, worker=group.rank, workers=group.size, seed=seed)
     batches, losses, start = Batches(mine, BATCH, worker=group.rank, seed=seed), [], time.perf_counter()
     for step in range(steps):
         optimizer.zero_grad()
@@ -178,23 +178,23 @@ def training_bytes(ledger: packsaddle.Ledger) -> int:
     return sum(moved.sent for purpose, moved in ledger.by_purpose.items() if purpose != "start")
 
 
-def work(jobs: list[tuple[str, float, int]], out: str, steps: int) -> None:
+def work(jobs: list[tuple[str, float, int]], out: str, steps: int, deal: str) -> None:
     """Make runs with a hook one after the other; rank 0 writes a row as each is done."""
     with process_group():
         for job in jobs:
-            row = train(*job, steps)
+            row = train(*job, steps, deal)
             if torch.distributed.get_rank() == 0:
                 append(Path(out), row)
 
 
-def make(jobs: list[tuple[str, float, int]], out: Path, steps: int) -> None:
+def make(jobs: list[tuple[str, float, int]], out: Path, steps: int, deal: str) -> None:
     """Make runs, those without a hook in this process."""
     torch.set_num_threads(1)
     for job in jobs:
         if METHODS[job[0]].every is None and METHODS[job[0]].compressor is not None:
-            launch(work, ([job], str(out), steps), WORKERS)
+            launch(work, ([job], str(out), steps, deal), WORKERS)
         else:
-            append(out, packsaddle.simulate(lambda _, job=job: train(*job, steps), WORKERS)[0])
+            append(out, packsaddle.simulate(lambda _, job=job: train(*job, steps, deal), WORKERS)[0])
 
 
 def append(out: Path, row: dict[str, object]) -> None:
@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--rates", nargs="+", type=float, help="by default all, and for seeds each method's best")
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--shard", choices=("iid", "class"), default="iid", help="class: a stretch of the text each")
     options = parser.parse_args()
     rows = read(options.out)
     if options.command == "table":
@@ -259,7 +260,7 @@ def main() -> None:
         rates = {method: options.rates or [best_rate(rows, method)] for method in options.methods}
         jobs = [(method, rate, seed) for method in options.methods for rate in rates[method] for seed in (1, 2)]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    make([job for job in jobs if job not in done], options.out, options.steps)
+    make([job for job in jobs if job not in done], options.out, options.steps, options.shard)
 
 
 if __name__ == "__main__":
