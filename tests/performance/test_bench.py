@@ -213,8 +213,10 @@ def test_contenders_are_read() -> None:
     contender = parse('TopK(0.01, values="int8") noise=0.01 lr=0.3', 0.1)
     assert (contender.compressor, contender.noise, contender.lr) == (TopK(0.01, values="int8"), 0.01, 0.3)
     assert parse("Sign", 0.1).compressor == Sign()
-    ours = parse("TopK(0.01) momentum=0.9 memory=ef21 local_steps=4", 0.1)
-    assert (ours.momentum, ours.memory, ours.local_steps, ours.period) == (0.9, "ef21", 4, 4)
+    ours = parse("TopK(0.01) momentum=0.9 memory=ef21", 0.1)
+    assert (ours.momentum, ours.memory, ours.every, ours.period) == (0.9, "ef21", None, 1)
+    local = parse("TopK(0.01) every=8 delay=2 fragments=2 outer=nesterov", 0.1)
+    assert (local.every, local.delay, local.fragments, local.outer, local.period) == (8, 2, 2, "nesterov", 8)
     assert parse("TopK(0.01) hook=model noise=0.1", 0.1).hook == "model"
     assert (parse("local-sgd-8 lr=0.2", 0.1).period, parse("powersgd-8", 0.1).period) == (8, 1)
     assert [c.text for c in parse_all(("ddp", "powersgd-1", "ddp"), 0.1)] == ["ddp", "powersgd-1"]
@@ -231,11 +233,14 @@ def test_contenders_are_read() -> None:
         (("train", "--contenders", "ddp noise=0.1"), "noise is for packsaddle's compressors"),
         (("train", "--contenders", "ddp lr=fast"), "lr must be a positive number, got 'fast'"),
         (("train", "--contenders", "powersgd-0"), "N must be at least 1, got 0"),
-        (("train", "--contenders", "Sign local_steps=1.5"), "local_steps must be an integer above 0, got '1.5'"),
+        (("train", "--contenders", "Sign every=1.5"), "every must be an integer above 0, got '1.5'"),
+        (("train", "--contenders", "Sign delay=2"), "delay is of local updates, which need every="),
+        (("train", "--contenders", "Sign every=8 memory=ef21"), "local updates have no memory="),
+        (("train", "--contenders", "Sign every=8 outer=adam"), "outer must be one of none, nesterov, got 'adam'"),
         (("train", "--contenders", "Sign memory=long"), "memory must be one of buffer, gradient, ef21, got 'long'"),
         (
             ("train", "--contenders", "Sign hook=bucket momentum=0.9"),
-            "of momentum, memory and local_steps a hook has none",
+            "a hook has noise, and of momentum, memory and every none",
         ),
         (("train", "--contenders", "ddp momentum=0.9"), "momentum is for packsaddle's compressors"),
         (("train", "--lr", 0), "lr must be positive and finite, got 0.0"),

@@ -401,6 +401,13 @@ class LocalUpdates:
         return ring_all_reduce(self.steps * self._bytes, self._channel.group.size)
 
     @torch.no_grad()
+    def wait(self) -> None:
+        """Wait for exchanges under way, so that the ledger has their bytes; they land when they are due."""
+        for part in self._fragments:
+            if part.flight is not None:
+                self._finish(part)
+
+    @torch.no_grad()
     def error(self) -> Tensor:
         """Return the mean over workers of what the anchor has not received yet, float[d], in the optimizer's order.
 
@@ -409,9 +416,8 @@ class LocalUpdates:
         this process's shards.
         """
         found: dict[str, Tensor] = {}
+        self.wait()
         for part in self._fragments:
-            if part.flight is not None:
-                self._finish(part)
             pending = part.unapplied()
             self._beside(partial(self._channel.mean, pending, "inspection"))
             found |= {place.name: view for place, view in part.named(pending)}
@@ -459,9 +465,7 @@ class LocalUpdates:
         It has anchors, error memories, what is under way, the outer optimizer's state and the counts. The parameters
         and the inner optimizer's state are each worker's own, and are saved beside it, on every worker.
         """
-        for part in self._fragments:
-            if part.flight is not None:
-                self._finish(part)
+        self.wait()
         return {
             "format": FORMAT,
             "identity": self._identity(),

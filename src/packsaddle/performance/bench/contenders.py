@@ -35,21 +35,30 @@ FIELD = (
     "powersgd-4",
     "local-sgd-4",
 )
-_OPTION = re.compile(r"\s+(lr|noise|momentum|memory|local_steps|hook)=(\S+)$")
+_OPTION = re.compile(r"\s+(lr|noise|momentum|memory|hook|every|delay|fragments|outer)=(\S+)$")
+_WORDS = {"memory": get_args(Memory), "hook": get_args(Scope), "outer": ("none", "nesterov")}
+_WHOLE = ("every", "delay", "fragments")
 _NUMBERED = re.compile(r"^(powersgd|local-sgd)-(\d+)$")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train. Exactly one of `peer` and `compressor` is set."""
+    """One way to train. Exactly one of `peer` and `compressor` is set.
+
+    A compressor is CompressedSGD's, or with `hook` one behind DDP, or with `every` that of local updates of SGD, where
+    `outer="nesterov"` is DiLoCo's outer optimizer.
+    """
 
     text: str  # as the user wrote it
     lr: float
-    noise: float = 0.0  # packsaddle's only, as all up to `hook`
+    noise: float = 0.0  # packsaddle's only, as all up to `outer`
     momentum: float = 0.0
     memory: Memory = "buffer"
-    local_steps: int = 1
-    hook: Scope | None = None  # the scope of a hook behind DDP, "bucket" or "model"; else CompressedSGD
+    hook: Scope | None = None  # its scope, "bucket" or "model"
+    every: int | None = None
+    delay: int = 0
+    fragments: int = 1
+    outer: str = "none"
     peer: str = ""  # a name of PEERS, its N as `number`
     number: int = 1
     compressor: Compressor | None = None
@@ -57,7 +66,7 @@ class Contender:
     @property
     def period(self) -> int:
         """After how many steps its exchanges repeat."""
-        return self.number if self.peer == "local-sgd-N" else self.local_steps
+        return self.number if self.peer == "local-sgd-N" else self.every or 1
 
 
 def parse(text: str, lr: float) -> Contender:
@@ -71,7 +80,11 @@ def parse(text: str, lr: float) -> Contender:
     lr = options.pop("lr", lr)
     if name[:1].isupper():
         if "hook" in options and not options.keys() <= {"hook", "noise"}:
-            raise ValueError(f"contender {text!r}: of momentum, memory and local_steps a hook has none")
+            raise ValueError(f"contender {text!r}: a hook has noise, and of momentum, memory and every none")
+        if "every" in options and "memory" in options:
+            raise ValueError(f"contender {text!r}: local updates have no memory=")
+        if "every" not in options and (lacking := options.keys() & {"delay", "fragments", "outer"}):
+            raise ValueError(f"contender {text!r}: {min(lacking)} is of local updates, which need every=")
         return Contender(text, lr, compressor=_compressor(name), **options)
     if options:
         raise ValueError(f"contender {text!r}: {min(options)} is for packsaddle's compressors, torch's peers have none")
@@ -94,17 +107,18 @@ def parse_all(texts: tuple[str, ...], lr: float) -> list[Contender]:
 
 def _value(option: str, written: str, text: str) -> float | int | str:
     """Read the value of an option. Raises ValueError."""
-    words = {"memory": get_args(Memory), "hook": get_args(Scope)}
-    if option in words:
-        if written not in words[option]:
-            raise ValueError(f"contender {text!r}: {option} must be one of {', '.join(words[option])}, got {written!r}")
+    if option in _WORDS:
+        if written not in _WORDS[option]:
+            raise ValueError(
+                f"contender {text!r}: {option} must be one of {', '.join(_WORDS[option])}, got {written!r}"
+            )
         return written
     try:
-        value = int(written) if option == "local_steps" else float(written)
+        value = int(written) if option in _WHOLE else float(written)
     except ValueError:
         value = -1.0
     if not 0 < value < float("inf"):
-        what = "an integer above 0" if option == "local_steps" else "a positive number"
+        what = "an integer above 0" if option in _WHOLE else "a positive number"
         raise ValueError(f"contender {text!r}: {option} must be {what}, got {written!r}")
     return value
 

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ from packsaddle.comm.ledger import Bytes
 from packsaddle.experiments.tasks.models import Task
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp import register_ddp_hook
+from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.performance.bench.contenders import ALONE, DENSE, Contender
 from packsaddle.performance.bench.workload import Batch
@@ -62,6 +64,8 @@ def enter(contender: Contender, task: Task) -> Racer:
     """Make a contender ready to train `task`; collective. Raises CannotRunError if torch says it cannot."""
     if contender.hook:
         return _hooked(contender, task)
+    if contender.every:
+        return _local_updates(contender, task)
     if contender.compressor is not None:
         ours = CompressedSGD(
             task.parameters(),
@@ -69,7 +73,6 @@ def enter(contender: Contender, task: Task) -> Racer:
             Compression(contender.compressor, memory=contender.memory),
             noise=contender.noise,
             momentum=contender.momentum,
-            local_steps=contender.local_steps,
         )
         start = ours.ledger.total  # the parameters of rank 0
         return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start))
@@ -98,6 +101,31 @@ def _hooked(contender: Contender, task: Task) -> Racer:
     hook = register_ddp_hook(model, contender.compressor, noise=contender.noise, scope=contender.hook)
     start = hook.ledger.total
     return Racer(task, model, sgd, lambda _: _since(hook.ledger.total, start))
+
+
+def _local_updates(contender: Contender, task: Task) -> Racer:
+    """packsaddle's local updates of torch's SGD."""
+    assert contender.compressor is not None
+    assert contender.every is not None
+    sgd = torch.optim.SGD(task.parameters(), contender.lr, momentum=contender.momentum)
+    diloco = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
+    local = LocalUpdates(
+        sgd,
+        every=contender.every,
+        compressor=contender.compressor,
+        outer=diloco if contender.outer == "nesterov" else None,
+        fragments=contender.fragments,
+        delay=contender.delay,
+        noise=contender.noise,
+        keep_unsent=not contender.compressor.lossless,
+    )
+    start = local.ledger.total
+
+    def moved(_: int) -> Bytes:
+        local.wait()
+        return _since(local.ledger.total, start)
+
+    return Racer(task, task, sgd, moved)
 
 
 def probe(racer: Racer, contender: Contender, batch: Batch) -> None:
