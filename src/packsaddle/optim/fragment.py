@@ -308,6 +308,7 @@ class Fragment(Slice):
             "pending": self._named(self.feedback.memory.vector),
             "held": {name: vector[:n].clone() for name, vector in self.feedback.held().items()},
             "aggregator": self.feedback.aggregator.state_dict() if self._compressor is not None else {},
+            "monitor": self.monitor.state_dict(),
             "flight": None,
         }
         if flight is not None:
@@ -322,6 +323,7 @@ class Fragment(Slice):
     def load_state_dict(self, state: Mapping[str, Any], compressor: Compressor) -> None:
         """Restore `state_dict`; `compressor` is that of the rounds taken so far."""
         self.rounds = state["rounds"]
+        self.monitor.load_state_dict(state["monitor"])
         for key, flat in (("anchor", self.anchor.flat), ("pending", self.feedback.memory.vector)):
             for place, view in self.named(flat):
                 view.copy_(state[key][place.name])

@@ -438,6 +438,13 @@ class LocalUpdates:
                         x.copy_(old)
 
     @torch.no_grad()
+    def wait(self) -> None:
+        """Wait for the exchanges under way, so that the ledger has them whole; collective. They land when due."""
+        for part in self._fragments:
+            if part.flight is not None:
+                self._finish(part)
+
+    @torch.no_grad()
     def flush(self) -> bool:
         """Exchange all that is pending, uncompressed, so that all workers have the anchor and no errors; collective.
 
@@ -459,9 +466,7 @@ class LocalUpdates:
         It has anchors, error memories, what is under way, the outer optimizer's state and the counts. The parameters
         and the inner optimizer's state are each worker's own, and are saved beside it, on every worker.
         """
-        for part in self._fragments:
-            if part.flight is not None:
-                self._finish(part)
+        self.wait()
         return {
             "format": FORMAT,
             "identity": self._identity(),
@@ -553,7 +558,7 @@ class LocalUpdates:
             if flight is not None:
                 means |= {("fragments", i, "flight", "before", name): x for name, x in flight["before"].items()}
                 flight = {k: v for k, v in flight.items() if k != "before"}
-            equal = {k: v for k, v in saved.items() if k not in ("pending", "held", "aggregator")}
+            equal = {k: v for k, v in saved.items() if k not in ("pending", "held", "aggregator", "monitor")}
             rest["fragments"].append(equal | {"flight": flight})
         return means, rest
 
