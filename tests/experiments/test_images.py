@@ -222,13 +222,13 @@ def test_dealing_anew_twice_and_between_passes() -> None:
 
 def test_calendar() -> None:
     """Epochs of one number of workers are steps by a constant; a change keeps what was done."""
-    always = Calendar.of([(0, 2)], 640, 16, 3.0, 1)
+    always = Calendar.of([(0, 2)], 640, 16, 3.0)
     assert (always.per_epoch, always.steps) == (20, 60)
     assert [always.epoch(step) for step in (0, 7, 60)] == [0.0, 7 / 20, 3.0]
     assert [always.step_at(epoch) for epoch in (0.0, 0.5, 3.0)] == [0, 10, 60]
-    changed = Calendar.of([(0, 2), (30, 4)], 640, 16, 3.0, 4)
-    assert (changed.per_epoch, changed.steps) == (10, 30 + 16)
+    changed = Calendar.of([(0, 2), (30, 4)], 640, 16, 3.0)
+    assert (changed.per_epoch, changed.steps) == (10, 30 + 15)
     assert changed.epoch(30) == 1.5
     assert changed.epoch(45) == 3.0
     assert [changed.step_at(epoch) for epoch in (1.0, 2.0)] == [30, 35]
-    assert Calendar.of([(0, 2), (59, 1)], 640, 16, 3.0, 1).steps == 61
+    assert Calendar.of([(0, 2), (59, 1)], 640, 16, 3.0).steps == 61

@@ -64,7 +64,23 @@ VARIANTS: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
         ("exchange=two-way", "momentum=0.5", "test_every=0.3", "epochs=2", "noise={std=0.01, lower_from=0.5}"),
     ),
     "fused": (("--workers", 3, "--fused"), ("compressor={kind='RandomK', ratio=0.1}", "epochs=3")),
-    "local": (("--workers", 2, "--serial"), ("local_steps=3", "epochs=2", "memory=buffer", "log_every=7")),
+    "local": (
+        ("--workers", 2, "--serial"),
+        (
+            "lr=0.003",
+            "local={every=4, fragments=2, delay=1, outer_lr=0.7, outer_momentum=0.5, warm_up=0.5, clip=0.1}",
+            "local.schedule=cosine",
+            "epochs=2",
+            "log_every=7",
+            "test_every=0.4",
+            "noise={std=0.001, lower_from=0.5}",
+            "certify={epsilon=0.01, iterates=4, every=0.3, max_hvps=2}",
+        ),
+    ),
+    "local, muon": (
+        ("--workers", 2, "--serial"),
+        ("local={every=5, optimizer='muon'}", "momentum=0.9", "escape={interval=2, radius=0.1}", "lr=0.003"),
+    ),
     "resnet": (
         ("--workers", 2, "--serial", "--data-dir", "IMAGES"),
         (
@@ -158,7 +174,7 @@ def test_a_signal_to_stop(
 ) -> None:
     """SIGTERM: a checkpoint at the next exchange, the command that goes on, and code 0."""
     straight, folder = tmp_path / "straight", tmp_path / "a run"
-    options = ("--workers", 2, "--serial", "--set", "local_steps=2")
+    options = ("--workers", 2, "--serial", "--set", "local={every=2, optimizer='sgd'}")
     assert command("run", config, *options, "--out", straight) == 0
     real = trainer.Trainer._step
 

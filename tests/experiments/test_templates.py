@@ -17,6 +17,7 @@ from packsaddle.experiments.config import (
     Config,
     DataConfig,
     EscapeConfig,
+    LocalConfig,
     ModelConfig,
     NoiseConfig,
 )
@@ -26,7 +27,7 @@ from packsaddle.experiments.templates import TASKS, TaskName, comments, template
 
 ROOT = Path(__file__).parents[2]
 TABLES = {"data": DataConfig, "model": ModelConfig, "noise": NoiseConfig, "escape": EscapeConfig}
-TABLES |= {"certify": CertifyConfig}
+TABLES |= {"certify": CertifyConfig, "local": LocalConfig}
 names = pytest.mark.parametrize("name", get_args(TaskName))
 
 
@@ -58,13 +59,18 @@ def test_every_key_stands_with_a_comment(name: TaskName) -> None:
 
 @names
 def test_what_is_commented_out_can_be_used(name: TaskName) -> None:
-    """All at once, but for k, which takes the ratio's place, and with an exchange that [back] is for."""
+    """All at once, with an exchange that [back] is for, but for k, which takes the ratio's place, and with either
+    [local], the last table, or storm."""
     text = template(TASKS[name].config, "heading")
     used = re.sub(r"^# (\[\w+\]|(?!k =)\w+ = )", r"\1", text, flags=re.MULTILINE)
-    config = load(used.replace('exchange = "direct"', 'exchange = "two-way"'))
-    assert config.back
-    assert config.escape
-    assert config.certify
+    used = used.replace('exchange = "direct"', 'exchange = "two-way"')
+    before, _, local = used.partition("\n[local]")
+    for either in (before, re.sub(r"^storm = ", "# storm = ", before, flags=re.MULTILINE) + "\n[local]" + local):
+        config = load(either)
+        assert config.back
+        assert config.escape
+        assert config.certify
+        assert (config.local is None) == (config.storm is not None)
     assert {key for _, key, off in statements(used) if off} == {"k"}
     counted = load(text.replace("\nratio = ", "\n# ratio = ", 1).replace("\n# k = ", "\nk = ", 1))
     assert counted.compressor == type(TASKS[name].config.compressor)(k=1000)  # type: ignore[call-arg]
@@ -95,7 +101,14 @@ def test_a_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtu
     refused(capsys, f"{file} exists already, and is left as it is", "init", file)
     assert file.read_text() == "lr = 1"
     refused(capsys, "cannot be written: No such file or directory", "init", tmp_path / "none" / "x.toml")
-    refused(capsys, "--task must be one of char-transformer, digits, ", "init", "x.toml", "--task", "digit")
+    refused(
+        capsys,
+        "--task must be one of char-transformer, char-transformer-local, digits, ",
+        "init",
+        "x.toml",
+        "--task",
+        "digit",
+    )
 
 
 @pytest.mark.parametrize("name", ["char-transformer", "mnist-autoencoder"])

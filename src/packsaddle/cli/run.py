@@ -234,12 +234,14 @@ def init(
 
     Examples:
         packsaddle init
+        packsaddle init local.toml --task char-transformer-local
         packsaddle init digits.toml --task digits
 
     Args:
         file: The new TOML file; a file that exists is left as it is, and refused.
-        task: What to train. char-transformer needs nothing; digits needs packsaddle[digits]; mnist-autoencoder (the
-            paper's) and resnet18 (on CIFAR-10) need packsaddle[vision] and a folder of data.
+        task: What to train. char-transformer needs nothing, nor does char-transformer-local, the same by local updates;
+            digits needs packsaddle[digits]; mnist-autoencoder (the paper's) and resnet18 (on CIFAR-10) need
+            packsaddle[vision] and a folder of data.
     """
     chosen = TASKS[task]
     text = template(chosen.config, _HEADING.format(about=chosen.about, file=file, flags=chosen.flags))

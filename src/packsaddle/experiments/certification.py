@@ -145,7 +145,7 @@ class Audit:
             max_hvps=self.max_hvps,
             tolerance=self.tolerance,
             sample_of=population,
-            lr=config.lr / (1 - config.momentum),
+            lr=config.sgd_lr(),
             generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
             progress=progress,
         )

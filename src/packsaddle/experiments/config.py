@@ -17,6 +17,7 @@ from packsaddle.errors import ConfigError
 from packsaddle.experiments.schema import build, line_of, syntax_error
 from packsaddle.messages import shortened, shown
 from packsaddle.optim.compression import Compression
+from packsaddle.optim.fragment import Reduction
 from packsaddle.optim.stages.drift import OnDrift
 
 _EPOCHS = (1e-9, 1e9)  # the least and the most that a number of epochs may be
@@ -82,7 +83,9 @@ class ModelConfig:
 class NoiseConfig:
     """r, the standard deviation of each coordinate of xi_t, and when it is lowered to zero."""
 
-    std: float = 0.0  # r; 0: no noise. packsaddle run says at its end which r would suit, and warns of too much
+    # r; 0: no noise. packsaddle run says at its end which r would suit, and warns of too much. With [local] it is in
+    # the units of x, and there is one xi in each round
+    std: float = 0.0
     lower_from: float | None = None  # in epochs: from here r falls linearly ...; by default never
     lower_until: float | None = None  # ... to zero here, in epochs; by default at the end of the run
 
@@ -99,7 +102,7 @@ class NoiseConfig:
 class EscapeConfig:
     """The escape check of Algorithm 1."""
 
-    interval: int  # I, in steps
+    interval: int  # I, in steps; with [local] in rounds, as is every
     radius: float  # R, in the norm of x
     compare: Literal["x", "y"] = "x"  # x: f(x_t) < f(x_t') as in the paper's line 6; y: f(y_t) < f(x_t')
     every: int = 1  # steps between tests of the norm
@@ -134,6 +137,55 @@ class CertifyConfig:
 
 
 @dataclass(frozen=True)
+class LocalConfig:
+    """Local updates: workers step apart, and exchange what they have moved (see `packsaddle.LocalUpdates`).
+
+    A round is one exchange of a fragment.
+    """
+
+    every: int = 30  # H, steps between two exchanges
+    # what steps on each worker, with lr and weight_decay, and sgd and muon with momentum and nesterov; muon: matrices
+    # by Muon, its steps as long as AdamW's, and the rest by AdamW
+    optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
+    betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW
+    warm_up: float = 0.0  # epochs in which lr rises linearly at the start
+    schedule: Literal["constant", "cosine"] = "constant"  # of lr after that; cosine: down to a tenth at the end
+    clip: float | None = None  # the largest norm of a gradient, which is scaled down to it; by default any
+    outer_lr: float = 1.0  # of an SGD that moves the anchor, where workers meet; 1 without momentum: to their mean
+    outer_momentum: float = 0.0  # of that SGD
+    outer_nesterov: bool = False  # Nesterov's momentum in it
+    decay: float = 1.0  # what the error memory is multiplied by in each round, in (0, 1]
+    fragments: int = 1  # parts of the model that are exchanged at different steps, every / fragments apart
+    delay: int = 0  # steps that an exchange goes on beside, below every
+    keep_unsent: bool = False  # after a round a worker begins at the anchor less its own error, not at the anchor
+    reduction: Reduction = "mean"  # over workers; senders: over those that sent a coordinate
+
+    def __post_init__(self) -> None:
+        _positive(self, "every", "clip", "fragments", "outer_lr")
+        _at_most(self, every=10**6)
+        _not_negative(self, "warm_up", "delay")
+        if not 0 <= self.outer_momentum < 1:
+            raise ValueError(f"outer_momentum must be in [0, 1), got {self.outer_momentum}")
+        if self.outer_nesterov and not self.outer_momentum:
+            raise ValueError("outer_nesterov needs an outer_momentum above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
+        if self.optimizer == "sgd" and self.betas != (0.9, 0.999):
+            raise ValueError(f"betas are options of adamw and muon, and sgd has none, got {list(self.betas)}")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], got {self.decay}")
+        if self.fragments > self.every:
+            raise ValueError(f"fragments must be at most every = {self.every}, got {self.fragments}")
+        if self.delay >= self.every:
+            raise ValueError(f"delay must be below every = {self.every} steps, got {self.delay}")
+
+    @property
+    def has_outer(self) -> bool:
+        """Whether an optimizer moves the anchor."""
+        return (self.outer_lr, self.outer_momentum) != (1.0, 0.0)
+
+
+@dataclass(frozen=True)
 class Config:
     """One run."""
 
@@ -149,17 +201,18 @@ class Config:
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     escape: EscapeConfig | None = None
     certify: CertifyConfig | None = None
+    local: LocalConfig | None = None
     label: str = ""  # how tables and figures call the run; by default its folder's name
-    weight_decay: float = 0.0  # times x is added to the gradient, before compression
+    weight_decay: float = 0.0  # times x is added to the gradient, before compression; of adamw and muon their own
     momentum: float = 0.0  # of each worker's gradients, before compression
     nesterov: bool = False  # Nesterov's momentum
     memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
     storm: float | None = None  # the weight of a new gradient in STORM's variance reduction; by default none
-    local_steps: int = 1  # steps between two exchanges
     dense_below: int = 1024  # tensors with fewer elements, and vectors, go dense; 0 compresses everything
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
-    max_skipped: int = 20  # steps in a row that may be left out, since a worker's gradient was not finite
-    compare_every: int = 100  # steps between comparisons of x over workers; 0: never
+    # steps in a row that may be left out, since a worker's gradient was not finite; with [local] rounds
+    max_skipped: int = 20
+    compare_every: int = 100  # steps between comparisons of x over workers, with [local] rounds; 0: never
     on_drift: OnDrift = "stop"  # stop: with an error, where x is not equal; repair: go on from worker 0's
     seed: int = 0  # of everything random
     workers: int = 1  # W; --workers overrides
@@ -169,12 +222,29 @@ class Config:
 
     def __post_init__(self) -> None:
         _epochs(self, "epochs", "test_every")
-        _positive(self, "batch_size", "workers", "log_every", "plateau", "local_steps")
-        _at_most(self, batch_size=2**24, workers=2**20, local_steps=10**6)
+        _positive(self, "batch_size", "workers", "log_every", "plateau")
+        _at_most(self, batch_size=2**24, workers=2**20)
         _not_negative(self, "lr", "weight_decay")
         self.compression()
-        if self.local_steps > 1 and self.certify and (self.certify.every is not None or self.certify.at):
-            raise ValueError("certify.every and certify.at need local_steps = 1, as workers are apart in between")
+        if self.local is not None:
+            self._check_local(self.local)
+
+    def _check_local(self, local: LocalConfig) -> None:
+        """Raise ValueError, which begins with the key, for what does not go with local updates."""
+        if self.memory != "buffer":
+            raise ValueError(f'memory must be "buffer" with [local], got {self.memory!r}')
+        if self.storm is not None:
+            raise ValueError("storm does not go with [local], whose workers step with optimizers of their own")
+        if self.momentum and local.optimizer == "adamw":
+            raise ValueError('momentum is of local.optimizer = "sgd" and "muon"; of adamw set local.betas')
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        if local.warm_up >= self.epochs:
+            raise ValueError(f"local.warm_up must be less than epochs = {self.epochs:g}, got {local.warm_up:g}")
+        if self.escape is not None and (local.fragments > 1 or local.delay):
+            raise ValueError("escape needs local.fragments = 1 and local.delay = 0: it compares whole anchors")
 
     def compression(self) -> Compression:
         """Return what the optimizer is given; contraction is measured once for each line of metrics."""
@@ -189,6 +259,12 @@ class Config:
             on_drift=self.on_drift,
             monitor_every=self.log_every,
         )
+
+    def sgd_lr(self) -> float | None:
+        """Return the step size of the plain SGD that the run amounts to; None if it is none."""
+        if self.local is not None and (self.local.optimizer != "sgd" or self.local.has_outer):
+            return None
+        return self.lr / (1 - self.momentum)
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:

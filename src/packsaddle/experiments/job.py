@@ -46,7 +46,7 @@ AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonF
 
 def can_be_fused(config: Config) -> bool:
     """Whether all that a run's workers exchange is means, at points that are the same (see `FusedGroup`)."""
-    if config.local_steps > 1:
+    if config.local is not None:
         return False
     try:
         choice = choose(config.compressor, config.exchange, d=1 << 20, dense=1, workers=max(2, config.workers))
@@ -210,8 +210,8 @@ class Job:
     def _check_fusable(self) -> None:
         for config in self.configs:
             if not can_be_fused(config):
-                if config.local_steps > 1:
-                    raise ConfigError("a fused simulation has one x, so it has no local_steps; use --serial")
+                if config.local is not None:
+                    raise ConfigError("local: workers have an x each, and a fused simulation has one; use --serial")
                 raise ConfigError(
                     f"a fused simulation needs workers that exchange means alone, but "
                     f"{type(config.compressor).__name__} by exchange {config.exchange!r} sends more; use --serial"

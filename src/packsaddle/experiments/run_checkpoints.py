@@ -1,6 +1,6 @@
 """The checkpoints of a run: when one is saved, what its folder keeps, and how a run stops and resumes.
 
-When to save or stop is agreed on in the exchange of the gradients. A folder that is given again is compared with the
+When to save or stop is agreed on where workers exchange. A folder that is given again is compared with the
 configuration before its run resumes.
 """
 
@@ -61,7 +61,7 @@ NEVER = CheckpointPolicy(every=0)
 class StopAndSaveVote:
     """Collective decision to save a checkpoint or to stop, taken at the same step on all workers.
 
-    The votes of all are averaged with the step's gradients; the clock that counts is worker 0's.
+    The votes of all are averaged where they exchange; the clock that counts is worker 0's.
     """
 
     def __init__(self, saving: CheckpointPolicy, per_epoch: int, rank: int, workers: int, step: int) -> None:
@@ -80,11 +80,12 @@ class StopAndSaveVote:
             return False
         return time.monotonic() - self._since >= max(_SECONDS, _COSTS * self._cost)
 
-    def heard(self, steps: int, means: Tensor) -> tuple[bool, bool]:
-        """Return whether to save and whether to stop when so many steps are done, from the means of the scalars."""
+    def heard(self, steps: int, means: Tensor | None) -> tuple[bool, bool]:
+        """Return whether to save and whether to stop when so many steps are done, from the means of the scalars; None
+        after a step without an exchange, where there is saving by the number of steps alone."""
         if not self._saving.on:
             return False, False
-        total = round(float(means[0]) * self._workers) if self._saving.stops else 0
+        total = round(float(means[0]) * self._workers) if self._saving.stops and means is not None else 0
         stop, due = total >= _STOP, total % _STOP > 0
         every = self._saving.every
         if every is None and not self._saving.stops:

@@ -30,7 +30,6 @@ from packsaddle.experiments.tasks.images import Dataset
 from packsaddle.experiments.tasks.models import Task, task_loss
 from packsaddle.experiments.tasks.sharding import Batches, Calendar, Examples
 from packsaddle.numerics.seeds import Stream, generator
-from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.theory.noise_walk import FAR, Walk, rms
 
 _BATCHES = 8
@@ -47,7 +46,9 @@ class NoiseCheck:
         """Take note of the size of x_0, which `task` is at."""
         self._config, self._task, self._data, self._workers = config, task, data, workers
         self._size = rms(task)
-        self._measures = not any(hasattr(module, "running_mean") for module in task.modules())
+        # With local updates noise is in the units of x, which are not those of a gradient.
+        normalised = any(hasattr(module, "running_mean") for module in task.modules())
+        self._measures = config.local is None and not normalised
 
     def due(self, step: int, steps: int, per_epoch: int) -> bool:
         """Whether to look before step `step`, or, where it is `steps`, at the end."""
@@ -55,10 +56,10 @@ class NoiseCheck:
         times, rest = divmod(step, first)
         return step == steps or (rest == 0 and times & (times - 1) == 0)
 
-    def look(self, step: int, batches: Batches, noisy_steps: float) -> dict[str, Any]:
-        """Return what is found before a step of a run of so many steps with noise, as plain types."""
+    def look(self, step: int, batches: Batches, moves: tuple[float, float]) -> dict[str, Any]:
+        """Return what is found before a step, as plain types; `moves` is what `Training.walk` returns."""
         r = self._config.noise.std
-        walk = Walk(self._config.lr, noisy_steps, self._size)
+        walk = Walk(*moves, self._size)
         said = {"step": step, "r": r, "walk": walk.times(r), "suggested": walk.suggested()}
         found = self._measure(step, batches) if self._measures else None
         if found is not None:
@@ -75,14 +76,15 @@ class NoiseCheck:
             return None  # the gradient tells
 
 
-def noise_warning(look: dict[str, Any]) -> str | None:
-    """Return what is to be said of a run's noise, if it carries x too far."""
+def noise_warning(look: dict[str, Any], *, by_round: bool = False) -> str | None:
+    """Return what is to be said of a run's noise, if it carries x too far; `by_round`: of local updates."""
     walk, times, suggested = look["walk"], look.get("times"), look["suggested"]
     if walk is None or suggested is None or not walk > FAR:
         return None
+    length = "r sqrt(rounds)" if by_round else "eta r sqrt(T)"
     own = "" if times is None else f"is {times:,.0f} times the gradient's own noise at step {look['step']:,} and "
     return (
-        f"noise {look['r']:.2g} {own}carries x {walk:,.3g} times ||x_0|| away in the run, eta r sqrt(T) a coordinate; "
+        f"noise {look['r']:.2g} {own}carries x {walk:,.3g} times ||x_0|| away in the run, {length} a coordinate; "
         f"beyond {FAR:g} times it is more likely to keep the loss up than to free it; suggested r = {suggested:.1g}"
     )
 
@@ -95,7 +97,7 @@ class Inspector:
     ) -> None:
         """`shards` has the shard of each worker that this process stands for (see `FusedGroup`)."""
         self._rule: CertifyConfig | None = config.certify
-        self._lr = config.lr / (1 - config.momentum)
+        self._lr = config.sgd_lr()
         self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
         self._device = next(task.parameters()).device
         self.seconds = 0.0  # spent here
@@ -114,6 +116,10 @@ class Inspector:
 
     def _order(self, n: int, worker: int) -> Tensor:
         return torch.randperm(n, generator=generator(self._seed, 0, Stream.CERTIFY, worker=worker))
+
+    def due(self, step: int) -> bool:
+        """Whether x_t is to be kept or certified."""
+        return self._rule is not None and (step in self._iterates or step in self._due)
 
     def look(self, step: int, folder: RunFolder) -> None:
         """Keep x_t if it was drawn, and certify it if it is due; t = `step`, before its gradient."""
@@ -179,14 +185,13 @@ class StepSizeCheck:
     """
 
     def __init__(
-        self, config: Config, task: Task, optimizer: CompressedSGD, data: Dataset, shards: Sequence[Tensor]
+        self, config: Config, task: Task, waits: Sequence[float] | None, data: Dataset, shards: Sequence[Tensor]
     ) -> None:
-        """`shards` has the shard of each worker that this process stands for."""
+        """`waits` are in steps, by parameter, if known; `shards` has those of the workers that this process is."""
         self._config, self._task = config, task
-        waits = optimizer.waits() or []
         self._steps = [
             CoordinateStep(name, config.lr / (1 - config.momentum), wait)
-            for (name, p), wait in zip(task.named_parameters(), waits, strict=False)
+            for (name, p), wait in zip(task.named_parameters(), waits or (), strict=False)
             if p.requires_grad
         ]
         self._concerned = any(step.wait >= _LONG for step in self._steps)

@@ -42,7 +42,7 @@ _TYPES: dict[Kind, Any] = {
 _CONFIG: Fields = ({}, {"label": "text", "seed": "count", "plateau": "finite number"})
 _METRICS: Fields = (
     {"step": "count", "epoch": "finite number", "loss": "number", "seconds": "finite number"},
-    dict.fromkeys(("sent", "received", "payload", "grad_norm", "test_loss", "test_accuracy", "mu"), "number"),
+    dict.fromkeys(("sent", "received", "payload", "grad_norm", "test_loss", "test_accuracy", "mu", "rounds"), "number"),
 )
 _SUMMARY: Fields = (
     {},

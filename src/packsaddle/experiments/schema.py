@@ -10,7 +10,7 @@ import re
 import tomllib
 import types
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -47,10 +47,15 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     try:
         return cls(**values)
     except ValueError as error:
-        first = str(error).partition(" ")[0]  # most messages begin with the name of the field that they are about
+        about = str(error).partition(" ")[0].split(".")  # most messages begin with the name of what they are about
         raise _about(
-            (*where, first) if first in data else where, f"{_dotted(where)}: {error}" if where else str(error)
+            (*where, *about) if _has(data, about) else where, f"{_dotted(where)}: {error}" if where else str(error)
         ) from error
+
+
+def _has(data: Any, path: Sequence[str]) -> bool:
+    """Whether nested tables have a key."""
+    return not path or (isinstance(data, Mapping) and path[0] in data and _has(data[path[0]], path[1:]))
 
 
 def _value(field: dataclasses.Field[Any], hint: Any, value: Any, where: Place) -> Any:

@@ -20,6 +20,7 @@ from packsaddle.experiments.config import (
     Config,
     DataConfig,
     EscapeConfig,
+    LocalConfig,
     ModelConfig,
     NoiseConfig,
 )
@@ -44,6 +45,8 @@ _EXAMPLES: dict[str, Any] = {
     "certify.hessian_lipschitz": 1e-3,
     "certify.every": 1.0,
     "certify.last_epsilon": 1e-2,
+    "local": LocalConfig(),
+    "local.clip": 1.0,
 }
 _COLUMN, _WIDTH = 28, 120
 
@@ -154,7 +157,7 @@ def demo_configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[st
     }
 
 
-TaskName = Literal["char-transformer", "digits", "mnist-autoencoder", "resnet18"]
+TaskName = Literal["char-transformer", "char-transformer-local", "digits", "mnist-autoencoder", "resnet18"]
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,21 @@ TASKS: dict[TaskName, Task] = {
             compressor=TopK(0.01),
             workers=2,
             plateau=3.25,  # the entropy of a single character
+        ),
+    ),
+    "char-transformer-local": Task(
+        "The small language model by local updates, for slow links: AdamW on each worker, an exchange every 30 steps.",
+        Config(
+            data=DataConfig("text"),
+            model=ModelConfig("char-transformer"),
+            lr=0.003,
+            epochs=30.0,
+            batch_size=16,
+            compressor=TopK(1 / 32),
+            weight_decay=0.1,
+            workers=2,
+            plateau=3.25,
+            local=LocalConfig(betas=(0.9, 0.99), warm_up=0.5, schedule="cosine", clip=1.0),
         ),
     ),
     "digits": Task(

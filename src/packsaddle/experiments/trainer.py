@@ -23,7 +23,8 @@ from packsaddle.comm.launch import local_device
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.simulation import FusedGroup
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.config import Config, NoiseConfig
+from packsaddle.experiments.config import Config
+from packsaddle.experiments.local_training import LocalTraining
 from packsaddle.experiments.progress import live, megabytes
 from packsaddle.experiments.run_checkpoints import NEVER, CheckpointPolicy, RunCheckpoints, StopAndSaveVote
 from packsaddle.experiments.run_checks import Inspector, NoiseCheck, StepSizeCheck, noise_warning
@@ -31,10 +32,9 @@ from packsaddle.experiments.run_folder import RunFolder
 from packsaddle.experiments.tasks.images import load_data
 from packsaddle.experiments.tasks.models import Task, average_buffers, connect, make_task
 from packsaddle.experiments.tasks.sharding import Calendar, deal, shard
+from packsaddle.experiments.training import CompressedTraining, plain_guards
 from packsaddle.numerics.seeds import Stream, mix
-from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.optim.stages.escape import Escape
-from packsaddle.optim.stages.noise import Ramp, Rescheduled
 from packsaddle.optim.stages.nonfinite import NonFiniteError
 
 
@@ -113,12 +113,11 @@ class Trainer:
         task = make_task(config.model, shape, self.data.classes, start, parts).to(self.device, self.dtype)
         # Convolutions on a CPU are a quarter faster with channels last.
         self.task: Task = task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._schedule = Rescheduled(self._ramp) if self._ramp else None
-        self.optimizer = self._make_optimizer()
-        connect(self.task, self.optimizer.channel)
-        calendar = self.calendar
+        calendar, kind = self.calendar, CompressedTraining if config.local is None else LocalTraining
+        self.training = kind(config, self.task, calendar, self._escape())
+        connect(self.task, self.training.channel)
         self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
-        self.footing = StepSizeCheck(config, self.task, self.optimizer, self.data, self.shards)
+        self.footing = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
         self.tally = RunCounters()
@@ -137,32 +136,7 @@ class Trainer:
         how, seed = config.data.shard, config.seed
         self.shards = [shard(self.data, how, worker=w, workers=size, seed=seed) for w in self.members]
         self.batches = deal(self.data, how, config.batch_size, seed=seed, history=self.history, workers=self.members)
-        self.calendar = Calendar.of(self.history, len(self.data), config.batch_size, config.epochs, config.local_steps)
-        self._ramp = _ramp(config.noise, self.calendar)
-
-    def _make_optimizer(self) -> CompressedSGD:
-        config = self.config
-        try:
-            return CompressedSGD(
-                self.task.named_parameters(),
-                config.lr,
-                config.compression(),
-                noise=self._schedule or config.noise.std,
-                escape=self._escape(),
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                nesterov=config.nesterov,
-                storm=config.storm,
-                local_steps=config.local_steps,
-                seed=config.seed,
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-
-    def _noisy_steps(self) -> float:
-        """The sum of (r_t / r)^2 over the run: its steps, less where r falls."""
-        std = self.config.noise.std
-        return self._ramp.squares(self.calendar.steps) / std**2 if self._ramp and std else float(self.calendar.steps)
+        self.calendar = Calendar.of(self.history, len(self.data), config.batch_size, config.epochs)
 
     def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return self.data.batch(index, self.device, self.dtype)
@@ -174,7 +148,7 @@ class Trainer:
         return loss
 
     def _parts(self) -> dict[str, Any]:
-        return {"model": self.task, "optimizer": self.optimizer}
+        return {"model": self.task, **self.training.parts()}
 
     def _own_group(self) -> Group:
         """The group of those that have files: a fused simulation is one."""
@@ -215,31 +189,31 @@ class Trainer:
         begin, text = time.perf_counter() - tally.elapsed, "starting"
         with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
             for step in range(first, steps):
-                self.inspector.look(step, folder)
+                self._inspect(step, folder)
                 self._look_ahead(step, quiet=quiet)
                 self._look_at_noise(step, quiet=quiet)
-                skipped = self.optimizer.skipped
                 try:
                     measured = self._step(step, vote.scalars(step))
+                    if step + 1 == steps:
+                        self.training.finish()
                 except NonFiniteError as error:
                     raise self._given_up(error, checkpoints) from error
-                taken = self.optimizer.skipped == skipped
-                tally.add(measured, taken=taken, last=step >= steps - self.calendar.per_epoch)
+                tally.add(measured, taken=self.training.took, last=step >= steps - self.calendar.per_epoch)
                 tally.step = step + 1
                 if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
                     seconds = time.perf_counter() - begin - self.inspector.seconds - tally.tested - tally.saved
                     tally.line = line = self._log(folder, seconds)
                     text = _describe(line, self.group.size)
                 report(step + 1, text)
-                if step + 1 < steps and self.optimizer.steps % self.config.local_steps == 0:
-                    save, stop = vote.heard(step + 1, self.optimizer.scalars)
+                if step + 1 < steps:
+                    save, stop = vote.heard(step + 1, self.training.scalars)
                     if save:
                         tally.elapsed = time.perf_counter() - begin
                         vote.saved(step + 1, self._save(checkpoints))
                     if stop:
                         checkpoints.say_stopped(tally.step, steps, quiet=quiet)
                         return False
-            self.inspector.look(steps, folder)
+            self._inspect(steps, folder)
             self._look_at_noise(steps, quiet=quiet)
         self._finish(folder, tally)
         checkpoints.remove()
@@ -260,8 +234,7 @@ class Trainer:
                 f"that it certifies were counted for those"
             )
         self._plan()
-        if self._schedule and self._ramp:
-            self._schedule.ramp = self._ramp
+        self.training.replan(self.calendar)
 
     def _save(self, checkpoints: RunCheckpoints) -> float:
         """Save a checkpoint; return the seconds it took."""
@@ -281,7 +254,7 @@ class Trainer:
         """Keep what there was before, when a run cannot go on; return the error to raise."""
         if not checkpoints.policy.on:
             return error
-        self.optimizer.guard.skips.took()  # who goes on may have mended it
+        self.training.forgive()  # who goes on may have mended it
         self._save(checkpoints)
         hint = checkpoints.policy.hint
         return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept; to go on: {hint}")
@@ -289,16 +262,23 @@ class Trainer:
     def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
         """Write a line of metrics and return it."""
         tally = self.tally
-        means = self.optimizer.channel.mean(tally.means(), "metrics")
+        means = self.training.channel.mean(tally.means(), "metrics")
         line = self._line(tally.step, means, seconds)
         if self._test_due(tally.step, tally.since):
             before = time.perf_counter()
-            line |= self._test()
+            with self.training.at_anchor():
+                line |= self._test()
             tally.tested += time.perf_counter() - before
         if self.group.rank == 0:
             folder.append("metrics.jsonl", line)
         tally.begin_line()
         return line
+
+    def _inspect(self, step: int, folder: RunFolder) -> None:
+        """Keep and certify x where all workers agree to be, if that is due."""
+        if self.inspector.due(step):
+            with self.training.at_anchor():
+                self.inspector.look(step, folder)
 
     def _look_ahead(self, step: int, *, quiet: bool) -> None:
         """Warn if the steps to come are past stability."""
@@ -312,10 +292,10 @@ class Trainer:
         """Measure the mini-batches' noise; warn at the start if the artificial noise is set to carry x too far."""
         if self.group.rank == 0 and self.noise_check.due(step, self.calendar.steps, self.calendar.per_epoch):
             before = time.perf_counter()
-            found = self.noise_check.look(step, self.batches[0], self._noisy_steps())
+            found = self.noise_check.look(step, self.batches[0], self.training.walk())
             self.tally.noise = found
             self.inspector.seconds += time.perf_counter() - before
-            if step == 0 and (said := noise_warning(found)):
+            if step == 0 and (said := noise_warning(found, by_round=self.config.local is not None)):
                 self._warn(said, quiet=quiet)
 
     def _warn(self, text: str, *, quiet: bool) -> None:
@@ -329,15 +309,12 @@ class Trainer:
         index = torch.cat([batches[step] for batches in self.batches])
 
         def closure() -> Tensor:
-            self.optimizer.zero_grad()
+            self.task.zero_grad()
             loss = self._loss(index)
             torch.autograd.backward(loss)
             return loss.detach()
 
-        loss = self.optimizer.step(closure, scalars=scalars)
-        gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return torch.stack([loss, norm]).to("cpu", torch.float64)
+        return self.training.step(closure, scalars).to("cpu", torch.float64)
 
     def _test_due(self, steps: int, since: int) -> bool:
         """Whether a test fell due since the last line of metrics."""
@@ -347,7 +324,7 @@ class Trainer:
         return self.calendar.position(steps) // every > self.calendar.position(since) // every
 
     def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
-        purposes = self.optimizer.ledger.by_purpose  # the start is sent once, however long the run
+        purposes = self.training.moved()  # the start is sent once, however long the run
         moved = sum((b for name, b in purposes.items() if name != "start"), Bytes())
         return {
             "step": steps,
@@ -356,10 +333,10 @@ class Trainer:
             "grad_norm": float(means[1]),
             **asdict(moved),
             "seconds": seconds,
-            "resets": len(self.optimizer.resets),
-            "skipped": self.optimizer.skipped,
-            "mu": self.optimizer.monitor.whole,
-            "mu_by_tensor": self.optimizer.monitor.by_tensor,
+            "rounds": self.training.rounds,
+            "resets": len(self.training.resets),
+            "skipped": self.training.skipped,
+            **self.training.contraction(),
         }
 
     # Evaluation
@@ -367,21 +344,22 @@ class Trainer:
     def _finish(self, folder: RunFolder, tally: RunCounters) -> None:
         """Save the checkpoint before anything that could still fail, then evaluate and summarise."""
         final = tally.final / max(1, min(self.calendar.steps, self.calendar.per_epoch) - tally.left_out_last)
-        final_loss = self.optimizer.channel.mean(final, "metrics").item()
-        average_buffers(self.task, self.optimizer.channel)
-        folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.optimizer.state_dict())
-        if self.group.rank == 0:
-            weights = {k: v.clone() for k, v in self.task.network.state_dict().items()}
-            folder.save_tensors("checkpoint/model.pt", weights)
-        test = self._test()
+        final_loss = self.training.channel.mean(final, "metrics").item()
+        folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.training.state_dict())
+        with self.training.at_anchor():
+            average_buffers(self.task, self.training.channel)
+            if self.group.rank == 0:
+                weights = {k: v.clone() for k, v in self.task.network.state_dict().items()}
+                folder.save_tensors("checkpoint/model.pt", weights)
+            test = self._test()
         if self.group.rank == 0:
             self._summarise(folder, test, final_loss)
         self._own_group().all_reduce(torch.zeros(1))  # the run is done, whoever ends now
 
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
-        opt, ledger = self.optimizer, self.optimizer.ledger
-        dense = self.calendar.steps * opt.numel * 4
-        training = sum(b.payload for name, b in ledger.by_purpose.items() if name not in _NOT_TRAINING)
+        said, moved = self.training.summary(), self.training.moved()
+        dense = self.calendar.steps * said["parameters"] * 4
+        training = sum(b.payload for name, b in moved.items() if name not in _NOT_TRAINING)
         folder.write_json(
             "summary.json",
             {
@@ -390,18 +368,13 @@ class Trainer:
                 "steps": self.calendar.steps,
                 "final_loss": final_loss,
                 **test,
-                "parameters": opt.numel,
-                "compressed_parameters": opt.compressed_numel,
-                "mu": opt.mu,
-                "exchange": opt.choice.name,
-                "exchange_reason": opt.choice.reason,
-                **asdict(ledger.total),
-                "bytes_by_purpose": {name: asdict(b) for name, b in ledger.by_purpose.items()},
+                **said,
+                "rounds": self.training.rounds,
+                **asdict(sum(moved.values(), Bytes())),
+                "bytes_by_purpose": {name: asdict(b) for name, b in moved.items()},
                 "compression": dense / training if training else math.inf,
                 "seconds": self.tally.line["seconds"],
-                "resets": [asdict(r) for r in opt.resets],
-                "skipped": opt.skipped,
-                "drifts": [asdict(d) for d in opt.drifts],
+                **plain_guards(self.training),
                 "noise": self.tally.noise,
                 "warnings": self.warnings,
             },
@@ -410,7 +383,7 @@ class Trainer:
     @torch.no_grad()
     def _test(self) -> dict[str, float]:
         """Mean test loss, and accuracy of a classifier; each worker takes its share of the test images."""
-        average_buffers(self.task, self.optimizer.channel)
+        average_buffers(self.task, self.training.channel)
         totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
         self.task.eval()
         mine = torch.cat([torch.arange(len(self.test_data))[w :: self.group.size] for w in self.members])
@@ -419,17 +392,8 @@ class Trainer:
             correct = float(self.task.correct(*batch)) if self.task.classifies else 0.0
             totals += torch.tensor([float(self.task(*batch)) * len(index), correct, len(index)], dtype=torch.float64)
         self.task.train()
-        loss, correct, examples = self.optimizer.channel.mean(totals, "metrics").tolist()
+        loss, correct, examples = self.training.channel.mean(totals, "metrics").tolist()
         return {"test_loss": loss / examples, **({"test_accuracy": correct / examples} if self.task.classifies else {})}
-
-
-def _ramp(config: NoiseConfig, calendar: Calendar) -> Ramp | None:
-    """Translate a noise schedule from epochs to steps, if there is one."""
-    if config.lower_from is None:
-        return None
-    stop = calendar.steps if config.lower_until is None else calendar.step_at(config.lower_until)
-    start = min(calendar.step_at(config.lower_from), stop)
-    return Ramp(config.std, start, stop)
 
 
 def _describe(line: dict[str, Any], workers: int) -> str:

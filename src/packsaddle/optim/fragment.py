@@ -298,6 +298,7 @@ class Fragment(Slice):
             "anchor": self._named(self.anchor.flat),
             "pending": self._named(self.feedback.memory.vector),
             "held": self.feedback.held_state(),
+            "monitor": self.monitor.state_dict(),
             "flight": None,
         }
         if flight is not None:
@@ -312,6 +313,7 @@ class Fragment(Slice):
     def load_state_dict(self, state: Mapping[str, Any], compressor: Compressor) -> None:
         """Restore `state_dict`; `compressor` is that of the rounds taken so far."""
         self.rounds = state["rounds"]
+        self.monitor.load_state_dict(state["monitor"])
         memory = self.zeros().flat
         for key, flat in (("anchor", self.anchor.flat), ("pending", memory)):
             for place, view in self.named(flat):

@@ -557,7 +557,7 @@ class LocalUpdates:
             if flight is not None:
                 means |= {("fragments", i, "flight", "before", name): x for name, x in flight["before"].items()}
                 flight = {k: v for k, v in flight.items() if k != "before"}
-            equal = {k: v for k, v in saved.items() if k not in ("pending", "held")}
+            equal = {k: v for k, v in saved.items() if k not in ("pending", "held", "monitor")}
             rest["fragments"].append(equal | {"flight": flight})
         return means, rest
 

@@ -87,7 +87,7 @@ def _line(y: Sequence[float]) -> tuple[float, float]:
     return slope, math.sqrt(left / (n - 2) / spread)
 
 
-AXES: tuple[Axis, ...] = ("step", "epoch", "megabytes", "seconds")
+AXES: tuple[Axis, ...] = ("step", "epoch", "megabytes", "seconds", "rounds")
 QUANTITIES = ("loss", "grad_norm", "test_loss", "test_accuracy")
 _PARTS = ("mean", "low", "high")
 
@@ -147,12 +147,15 @@ def read_curves(path: Path) -> list[Curve]:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 found.setdefault(read_cell(row["setting"]), []).append(row)
-        return [
-            Curve(setting, {n: [float(r[n]) if r[n] else math.nan for r in rows] for n in _names()})
-            for setting, rows in found.items()
-        ]
+        return [Curve(setting, {n: [_number(r, n) for r in rows] for n in _names()}) for setting, rows in found.items()]
     except (OSError, KeyError, ValueError) as error:
         raise ConfigError(f"{path} does not hold curves: {error}") from None
+
+
+def _number(row: dict[str, Any], name: str) -> float:
+    """A number in a row; rounds are not in every file."""
+    text = row.get(name) if name == "rounds" else row[name]
+    return float(text) if text else math.nan
 
 
 def pick(curves: Sequence[Curve], settings: Iterable[str]) -> list[Curve]:

@@ -30,6 +30,7 @@ from packsaddle.messages import printable
 _AXES = {
     "epoch": {"title": "epochs", "log": False},
     "megabytes": {"title": "megabytes per worker", "log": True},
+    "rounds": {"title": "rounds", "log": True},
     "seconds": {"title": "seconds", "log": False},
     "step": {"title": "steps", "log": False},
 }
@@ -50,7 +51,7 @@ def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
     runs = [run for setting in settings for run in setting.runs]
     data, script = charts_of(settings, curves), _read("page.js")
     page: str = templates.from_string(_read("page.html.j2")).render(
-        axes=_AXES,
+        axes=data["axes"],
         charts=data["charts"],
         colours=COLOURS,
         settings=[_described(i, setting) for i, setting in enumerate(settings)],
@@ -88,7 +89,13 @@ def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str,
         }
         for i, setting in enumerate(settings)
     ]
-    return {"axes": _AXES, "settings": named, "charts": charts}
+    return {"axes": _axes(settings), "settings": named, "charts": charts}
+
+
+def _axes(settings: Sequence[Setting]) -> dict[str, dict[str, Any]]:
+    """The axes to choose from: rounds where a run has local updates, as they are steps elsewhere."""
+    has_rounds = any(setting.config.get("local") for setting in settings)
+    return {name: axis for name, axis in _AXES.items() if name != "rounds" or has_rounds}
 
 
 def _line(i: int, c: Curve, quantity: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from packsaddle.experiments.run_folder import Run
 
-Axis = Literal["step", "epoch", "megabytes", "seconds"]
+Axis = Literal["step", "epoch", "megabytes", "seconds", "rounds"]
 QUANTILES = (0.1, 0.9)
 
 
@@ -90,10 +90,11 @@ def band(setting: Setting, quantity: str, axis: Axis) -> Band | None:
 
 
 def position(line: dict[str, Any], axis: Axis) -> float:
-    """Where a line of metrics lies on an axis; megabytes are those a worker sent (with one: of its messages)."""
+    """Where a line of metrics lies on an axis; megabytes are those a worker sent (with one: of its messages), and rounds
+    NaN where they were not counted."""
     if axis == "megabytes":
         return float(line.get("sent") or line.get("payload") or 0) / 1e6
-    return float(line[axis])
+    return float(line.get(axis, math.nan) if axis == "rounds" else line[axis])
 
 
 def _mean(values: Sequence[float]) -> float:

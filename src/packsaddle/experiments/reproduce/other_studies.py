@@ -5,7 +5,15 @@ from dataclasses import replace
 from typing import Any
 
 from packsaddle.compressors import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
-from packsaddle.experiments.config import AnyCompressor, Config, DataConfig, EscapeConfig, ModelConfig, NoiseConfig
+from packsaddle.experiments.config import (
+    AnyCompressor,
+    Config,
+    DataConfig,
+    EscapeConfig,
+    LocalConfig,
+    ModelConfig,
+    NoiseConfig,
+)
 from packsaddle.experiments.report.curves import Curve
 from packsaddle.experiments.reproduce import figure1, figure2
 from packsaddle.experiments.reproduce.study import Data, Scale, Study
@@ -112,8 +120,8 @@ def variants(scale: Scale, data: Data) -> Study:
         "ef21": replace(plain, memory="ef21", label="EF21"),
         "ef21-momentum": replace(plain, memory="ef21", momentum=0.9, label="EF21, momentum 0.9"),
         "storm": replace(plain, storm=0.3, label="error feedback, STORM 0.3"),
-        "local-4": replace(plain, local_steps=4, label="error feedback, 4 local steps"),
-        "local-16": replace(plain, local_steps=16, label="error feedback, 16 local steps"),
+        "local-4": replace(plain, local=LocalConfig(4, "sgd"), label="error feedback, 4 local steps"),
+        "local-16": replace(plain, local=LocalConfig(16, "sgd"), label="error feedback, 16 local steps"),
     }
     return Study("text-variants", scale, settings, _SEEDS)
 

@@ -27,15 +27,14 @@ class Calendar:
     steps: int  # of the whole run
 
     @classmethod
-    def of(cls, history: History, examples: int, batch_size: int, epochs: float, local_steps: int) -> "Calendar":
-        """Return it. A run ends with an exchange, and not before something is done."""
+    def of(cls, history: History, examples: int, batch_size: int, epochs: float) -> "Calendar":
+        """Return it. A run does not end before something is done."""
         done = 0.0
         for (start, workers), (stop, _) in pairwise(history):
             done += (stop - start) / _per_epoch(examples, batch_size, workers)
         start, workers = history[-1]
         per_epoch = _per_epoch(examples, batch_size, workers)
-        rounds = round((epochs - done) * per_epoch / local_steps)
-        return cls(per_epoch, start, done, start + max(1, rounds) * local_steps)
+        return cls(per_epoch, start, done, start + max(1, round((epochs - done) * per_epoch)))
 
     def position(self, step: int) -> float:
         """The step that it would be if there had always been so many workers."""

@@ -102,6 +102,15 @@ class SlicedMonitor:
             self.whole = contraction(*torch.stack(energies).view(-1, 2).sum(0).tolist())
             self._every.done(step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was measured last, and when."""
+        return {"whole": self.whole, "steps": self._every.last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self.whole = state["whole"]
+        self._every.finished(state["steps"])
+
 
 def contraction(before: float, after: float) -> float:
     """Return 1 - ||v - C(v)||^2 / ||v||^2, from the two squares; 1 for v = 0."""

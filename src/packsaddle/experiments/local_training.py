@@ -1,0 +1,205 @@
+"""Training by local updates: an optimizer on each worker, and LocalUpdates between them."""
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.comm.communicator import Channel
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.select_aggregator import Choice, choose
+from packsaddle.compressors import Identity
+from packsaddle.errors import ConfigError
+from packsaddle.experiments.config import Config
+from packsaddle.experiments.inner_optimizers import make_inner
+from packsaddle.experiments.schema import plain
+from packsaddle.experiments.tasks.sharding import Calendar
+from packsaddle.experiments.training import Closure, Training, noise_schedule, noisy, ramp_of
+from packsaddle.optim.layout import goes_dense
+from packsaddle.optim.local_updates import LocalUpdates
+from packsaddle.optim.stages.drift import Drift
+from packsaddle.optim.stages.escape import Escape, Reset
+
+_LAST_SHARE = 0.1  # of the learning rate, at the end of a cosine
+
+
+class LocalTraining(Training):
+    """Local updates of a configuration's [local].
+
+    What else workers average goes through the main group and has a ledger of its own, as an exchange may be under way
+    beside it in another thread.
+    """
+
+    def __init__(self, config: Config, model: nn.Module, calendar: Calendar, escape: Escape | None) -> None:
+        assert config.local is not None
+        self._config, self._local, self._calendar = config, config.local, calendar
+        self._noise = noise_schedule(config.noise, calendar, self._local.every)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._inner = make_inner(config, self._local, model.named_parameters())
+        outer = partial(
+            torch.optim.SGD,
+            lr=self._local.outer_lr,
+            momentum=self._local.outer_momentum,
+            nesterov=self._local.outer_nesterov,
+        )
+        by_round = replace(config.compression(), monitor_every=max(1, config.log_every // self._local.every))
+        try:
+            self._updates = LocalUpdates(
+                self._inner,
+                every=self._local.every,
+                compressor=by_round,
+                outer=outer if self._local.has_outer else None,
+                decay=self._local.decay,
+                fragments=self._local.fragments,
+                delay=self._local.delay,
+                noise=self._noise or config.noise.std,
+                escape=escape,
+                reduction=self._local.reduction,
+                keep_unsent=self._local.keep_unsent,
+                seed=config.seed,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self.channel = Channel(resolve(None), Ledger())
+        self._mu: dict[str, Any] = {}  # what was measured last, at the end of the run
+        self._offsets = [i * self._local.every // self._local.fragments for i in range(self._local.fragments)]
+
+    def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
+        """See `Training`; the norm is that before clipping."""
+        self.channel.step = self._updates.steps
+        loss = closure()
+        norm = self._clipped()
+        measured = torch.stack([loss, norm])
+        self.took = bool(measured.isfinite().all())
+        for group in self._inner.param_groups:
+            group["lr"] = self.rate(self._updates.steps)
+        self._inner.step()
+        self.scalars = None
+        if scalars is not None and self._exchanged():
+            self.scalars = self.channel.mean(scalars.clone(), "metrics")
+        return measured
+
+    def _clipped(self) -> Tensor:
+        """Clip the gradients, if they are to be; return what their norm was, float[]."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._local.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._local.clip, norm)
+        return norm
+
+    def _exchanged(self) -> bool:
+        """Whether an exchange began after the last step, which is the same on all workers."""
+        return any((self._updates.steps + offset) % self._local.every == 0 for offset in self._offsets)
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, from 0: rising in proportion, then constant or on half a cosine."""
+        calendar = self._calendar
+        done, end = calendar.position(step), calendar.position(calendar.steps)
+        rising = self._local.warm_up * calendar.per_epoch
+        if done + 1 < rising:
+            return self._config.lr * (done + 1) / rising
+        if self._local.schedule == "constant":
+            return self._config.lr
+        share = min(1.0, (done - rising) / max(1.0, end - rising)) if done > rising else 0.0
+        return self._config.lr * (_LAST_SHARE + (1 - _LAST_SHARE) * (1 + math.cos(math.pi * share)) / 2)
+
+    def replan(self, calendar: Calendar) -> None:
+        """See `Training`."""
+        self._calendar = calendar
+        if self._noise is not None:
+            self._noise.ramp = ramp_of(self._config.noise, calendar, self._local.every)
+
+    def finish(self) -> None:
+        """Exchange all that is pending, and again what others have moved if one worker's x was of no use."""
+        self._mu = self.contraction()  # all of it is sent now, which would be measured too
+        if not self._updates.flush():
+            self._updates.flush()
+
+    def at_anchor(self) -> AbstractContextManager[None]:
+        """See `Training`."""
+        return self._updates.at_anchor()
+
+    def parts(self) -> dict[str, Any]:
+        """See `Training`; schedules are functions of the step, and have no state."""
+        return {"optimizer": self._inner, "local": self._updates, "ledger": self.channel.ledger}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Training`."""
+        return {"optimizer": self._inner.state_dict(), "local": self._updates.state_dict()}
+
+    def forgive(self) -> None:
+        """See `Training`."""
+        state = self._updates.state_dict()
+        state["skips"] = {**state["skips"], "in_a_row": 0}
+        self._updates.load_state_dict(state)
+
+    def moved(self) -> Mapping[str, Bytes]:
+        """See `Training`."""
+        self._updates.wait()
+        found = dict(self._updates.ledger.by_purpose)
+        for purpose, moved in self.channel.ledger.by_purpose.items():
+            found[purpose] = found.get(purpose, Bytes()) + moved
+        return found
+
+    def walk(self) -> tuple[float, float]:
+        """See `Training`; a round moves x by xi."""
+        return 1.0, noisy(self._config.noise, self._noise, self._calendar.steps // self._local.every)
+
+    def contraction(self) -> dict[str, Any]:
+        """See `Training`."""
+        return self._mu or {"mu": self._updates.contraction, "mu_by_tensor": {}}
+
+    def summary(self) -> dict[str, Any]:
+        """See `Training`; the exchange is that of all fragments together."""
+        compressed = [p for p in self._parameters if not goes_dense(p, self._config.dense_below)]
+        d, n = (sum(p.numel() for p in some) for some in (self._parameters, compressed))
+        choice = self._choice([p.shape for p in compressed], d, n)
+        mu = (choice.protocol.mu(n, self.channel.group.size) * n + d - n) / d
+        return {
+            "parameters": d,
+            "compressed_parameters": n,
+            "mu": mu,
+            "exchange": choice.name,
+            "exchange_reason": choice.reason,
+            "local": plain(self._local),
+        }
+
+    def _choice(self, shapes: list[torch.Size], d: int, n: int) -> Choice:
+        """How the compressed part is averaged, n coordinates of d in tensors of these shapes."""
+        config, back = self._config, self._config.back
+        dense = isinstance(config.compressor, Identity)
+        return choose(
+            config.compressor.for_tensors(shapes) if n else config.compressor,
+            "direct" if dense else config.exchange,
+            d=n,
+            dense=d - n + 1,
+            workers=self.channel.group.size,
+            itemsize=self._parameters[0].element_size(),
+            back=back.for_tensors(shapes) if back is not None and n and not dense else None,
+        )
+
+    @property
+    def rounds(self) -> int:
+        """See `Training`; of fragments."""
+        return self._updates.rounds
+
+    @property
+    def skipped(self) -> int:
+        """See `Training`."""
+        return self._updates.skipped
+
+    @property
+    def resets(self) -> list[Reset]:
+        """See `Training`."""
+        return self._updates.resets
+
+    @property
+    def drifts(self) -> list[Drift]:
+        """See `Training`."""
+        return self._updates.drifts
