@@ -1,9 +1,8 @@
-"""What the examples share: scikit-learn's digits, a network for them, and a line that says what a worker sent."""
+"""What the examples share: data, a network, and a line that says what a worker sent."""
 
 import hashlib
 
 import torch
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -11,7 +10,9 @@ import packsaddle
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Return 1,437 training and 360 test images of 8 x 8 pixels, with their classes."""
+    """Return 1,437 training and 360 test images of 8 x 8 pixels, with their classes: scikit-learn's digits."""
+    from sklearn.datasets import load_digits
+
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     x = torch.tensor(images, dtype=torch.float32)[order] / 16
@@ -25,7 +26,11 @@ def network() -> nn.Sequential:
 
 
 def report(
-    rank: int, model: nn.Module, hook: packsaddle.optim.ddp.DDPHook | None, steps: int, losses: list[float]
+    rank: int,
+    model: nn.Module,
+    exchange: packsaddle.optim.ddp.DDPHook | packsaddle.LocalUpdates | None,
+    steps: int,
+    losses: list[float],
 ) -> None:
     """Print a worker's line: its loss, its bytes beside DistributedDataParallel's, and a digest of its weights."""
     weights = torch.nn.utils.parameters_to_vector(model.parameters()).detach().float().cpu()
@@ -33,9 +38,10 @@ def report(
     tenth = max(1, len(losses) // 10)
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     sent = "one worker, nothing sent"
-    if hook is not None:
-        ours, alone = hook.ledger.total.sent, hook.uncompressed.sent
-        sent = f"{hook.steps} exchanges, sent {ours:,} bytes, DistributedDataParallel alone {alone:,}"
+    if exchange is not None and exchange.ledger.total.sent:
+        exchanges = exchange.rounds if isinstance(exchange, packsaddle.LocalUpdates) else exchange.steps
+        ours, alone = exchange.ledger.total.sent, exchange.uncompressed.sent
+        sent = f"{exchanges} exchanges, sent {ours:,} bytes, DistributedDataParallel alone {alone:,}"
         sent += f" ({alone / ours:.1f} times as many)"
     line = f"worker {rank}: loss {first:.3f} -> {last:.3f}, {steps} steps, {sent}, weights {digest}\n"
     print(line, end="", flush=True)  # in one piece, beside other workers'

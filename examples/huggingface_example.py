@@ -1,10 +1,12 @@
 """Hugging Face Trainer: one callback compresses the exchange, logs it and keeps its state in the checkpoints.
 
-    pip install 'packsaddle[hf,digits]'
+    pip install 'packsaddle[hf]'
     torchrun --nproc-per-node 2 examples/huggingface_example.py
     torchrun --nproc-per-node 2 examples/huggingface_example.py --resume --steps 120
+    torchrun --nproc-per-node 2 examples/huggingface_example.py --local-updates --out runs/huggingface-local
 
 A small GPT-2 from a configuration, so that nothing is downloaded, on counts modulo 64 with random starts and strides.
+With --local-updates workers step by themselves and exchange what they have moved, compressed, after every 8 steps.
 """
 
 import argparse
@@ -16,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import packsaddle
-from packsaddle.integrations.huggingface import PacksaddleCallback
+from packsaddle.integrations.huggingface import LocalUpdatesCallback, PacksaddleCallback
 
 
 class Counting(Dataset[dict[str, torch.Tensor]]):
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--out", type=Path, default=Path("runs/huggingface"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    parser.add_argument("--local-updates", action="store_true")
     arguments = parser.parse_args()
 
     set_seed(0)
@@ -48,17 +51,23 @@ def main() -> None:
         logging_steps=10,
         save_steps=40,
         use_cpu=not torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=False,  # this and the next would exchange some numbers at every step
+        average_tokens_across_devices=False,
         report_to="none",
         disable_tqdm=True,
     )
     trainer = Trainer(model=GPT2LMHeadModel(config), args=training, train_dataset=Counting())
-    callback = PacksaddleCallback(trainer, packsaddle.TopK(0.02))
+    callback: PacksaddleCallback | LocalUpdatesCallback
+    if arguments.local_updates:
+        callback = LocalUpdatesCallback(trainer, every=8, compressor=packsaddle.TopK(1 / 32))
+    else:
+        callback = PacksaddleCallback(trainer, packsaddle.TopK(0.02))
     trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=arguments.resume or None)
 
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    report(training.process_index, trainer.model, callback.hook, trainer.state.global_step, losses)
+    exchange = callback.local if isinstance(callback, LocalUpdatesCallback) else callback.hook
+    report(training.process_index, trainer.model, exchange, trainer.state.global_step, losses)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
     pip install 'packsaddle[lightning,digits]'
     torchrun --nproc-per-node 2 examples/lightning_example.py
     torchrun --nproc-per-node 2 examples/lightning_example.py --resume runs/lightning/last.ckpt --epochs 12
+    torchrun --nproc-per-node 2 examples/lightning_example.py --local-updates --out runs/lightning-local
+
+With --local-updates workers step by themselves and exchange what they have moved, compressed, after every 8 steps.
 
 Metrics are in OUT/version_*/metrics.csv.
 """
@@ -21,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import packsaddle
-from packsaddle.integrations.lightning import CertificateCallback, PacksaddleCallback
+from packsaddle.integrations.lightning import CertificateCallback, LocalUpdatesCallback, PacksaddleCallback
 
 
 class Digits(LightningModule):
@@ -40,6 +43,9 @@ class Digits(LightningModule):
         self.losses.append(loss.item())
         return loss
 
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch), sync_dist=True)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
 
@@ -49,12 +55,17 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("runs/lightning"))
     parser.add_argument("--resume", type=Path)
+    parser.add_argument("--local-updates", action="store_true")
     arguments = parser.parse_args()
 
     seed_everything(0, verbose=False)
     train, test = digits()
     module = Digits()
-    callback = PacksaddleCallback(packsaddle.TopK(0.01))
+    callback: PacksaddleCallback | LocalUpdatesCallback
+    if arguments.local_updates:
+        callback = LocalUpdatesCallback(every=8, compressor=packsaddle.TopK(1 / 32))
+    else:
+        callback = PacksaddleCallback(packsaddle.TopK(0.01))
     certificates = CertificateCallback(
         Digits.loss, list(DataLoader(test, batch_size=90)), epsilon=2.0, max_hvps=20, every_n_epochs=4
     )
@@ -70,9 +81,11 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(train, batch_size=32, shuffle=True, drop_last=True), ckpt_path=arguments.resume)
+    loaders = [DataLoader(train, batch_size=32, shuffle=True, drop_last=True), DataLoader(test, batch_size=90)]
+    trainer.fit(module, *loaders, ckpt_path=arguments.resume)
 
-    report(trainer.global_rank, module, callback.hook, trainer.global_step, module.losses)
+    exchange = callback.local if isinstance(callback, LocalUpdatesCallback) else callback.hook
+    report(trainer.global_rank, module, exchange, trainer.global_step, module.losses)
     if trainer.is_global_zero:
         print(certificates.certificate)
     trainer.strategy.barrier()

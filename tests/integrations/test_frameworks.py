@@ -22,10 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 from packsaddle import Compression, TopK, register_ddp_hook
 from packsaddle.comm.group import resolve
 from packsaddle.integrations import load_state, measures, save_state
+from packsaddle.integrations.callbacks import attach_local_updates
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 LIBRARIES = {"ddp": "sklearn", "lightning": "lightning", "accelerate": "accelerate", "huggingface": "transformers"}
+# What exchanges local updates: the command, the library, its steps, the exchanges among them and at the end.
+LOCAL: dict[str, tuple[list[str], str, int, int]] = {
+    "torchrun": (["local_updates.py", "--checkpoint", "local"], "torch", 180, 18 + 1),
+    "lightning": (["lightning_example.py", "--local-updates", "--out", "l"], "lightning", 176, 22 + 1),
+    "accelerate": (["accelerate_local_updates.py", "--checkpoint", "a"], "accelerate", 176, 22 + 1),
+    "huggingface": (["huggingface_example.py", "--local-updates", "--out", "h"], "transformers", 80, 10 + 1),
+}
 LINE = re.compile(
     r"worker (?P<rank>\d+): loss (?P<first>[\d.]+) -> (?P<last>[\d.]+), (?P<steps>\d+) steps, "
     r"(?:(?P<exchanges>\d+) exchanges, sent (?P<sent>[\d,]+) bytes, DistributedDataParallel alone (?P<alone>[\d,]+) .*"
@@ -54,7 +62,16 @@ def torchrun(*arguments: Any) -> list[Any]:
 @cache
 def example(name: str, folder: Path) -> list[dict[str, str]]:
     """What the workers of an example said, by rank; run once."""
-    what = ["ddp.py", "--checkpoint", "saved"] if name == "ddp" else [f"{name}_example.py"]
+    return workers_of(["ddp.py", "--checkpoint", "saved"] if name == "ddp" else [f"{name}_example.py"], folder)
+
+
+@cache
+def local_example(name: str, folder: Path) -> list[dict[str, str]]:
+    """The same of an example of local updates."""
+    return workers_of(LOCAL[name][0], folder)
+
+
+def workers_of(what: list[str], folder: Path) -> list[dict[str, str]]:
     printed = run(torchrun(EXAMPLES / what[0], *what[1:]), folder)
     return sorted((m.groupdict() for m in LINE.finditer(printed)), key=lambda worker: worker["rank"])
 
@@ -73,6 +90,19 @@ def test_examples_train_with_little_traffic(name: str, folder: Path) -> None:
     for worker in workers:
         assert int(worker["exchanges"]) == int(worker["steps"]) == (80 if name == "huggingface" else 176)
         assert int(worker["sent"].replace(",", "")) < int(worker["alone"].replace(",", "")) / 20
+        assert float(worker["last"]) < float(worker["first"]) / 2
+
+
+@pytest.mark.parametrize("name", LOCAL)
+def test_examples_of_local_updates_train_with_little_traffic(name: str, folder: Path) -> None:
+    _, library, steps, rounds = LOCAL[name]
+    needs(library)
+    workers = local_example(name, folder)
+    assert [w["rank"] for w in workers] == ["0", "1"]
+    assert len({w["weights"] for w in workers}) == 1
+    for worker in workers:
+        assert (int(worker["steps"]), int(worker["exchanges"])) == (steps, rounds)
+        assert 0 < int(worker["sent"].replace(",", "")) < int(worker["alone"].replace(",", "")) / 20
         assert float(worker["last"]) < float(worker["first"]) / 2
 
 
@@ -111,6 +141,59 @@ def test_the_trainer_logs_bytes(folder: Path) -> None:
     assert sum("loss" in line for line in state["log_history"]) == len(found)
 
 
+def test_frameworks_log_local_updates(folder: Path) -> None:
+    needs("lightning")
+    needs("transformers")
+    for name in ("lightning", "huggingface"):
+        local_example(name, folder)
+    with (folder / "l" / "version_0" / "metrics.csv").open() as file:
+        lines = [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    assert len([row for row in lines if "test_loss" in row]) == 8
+    lines = [row for row in lines if "packsaddle/sent" in row]
+    assert [row["packsaddle/steps"] for row in lines] == list(range(10, 177, 10))
+    history = json.loads((folder / "h" / "checkpoint-80" / "trainer_state.json").read_text())["log_history"]
+    history = [line for line in history if "packsaddle/sent" in line]
+    assert [line["packsaddle/steps"] for line in history] == list(range(10, 81, 10))
+    for row in [*lines, *history]:
+        assert row["packsaddle/rounds"] == row["packsaddle/steps"] // 8
+        assert row["packsaddle/skipped"] == 0
+        assert row["packsaddle/reduction"] > 1
+        assert 0 < row["packsaddle/mu"] < 1
+        assert "packsaddle/sent_in_step" not in row
+
+
+@pytest.mark.parametrize("name", ["lightning", "accelerate", "huggingface"])
+def test_local_updates_go_on_from_every_workers_state(name: str, tmp_path: Path) -> None:
+    """In the script: where DistributedDataParallel exchanges gradients as well, each framework's run is refused."""
+    needs(LIBRARIES[name])
+    printed = run(torchrun(ROOT / "tests" / "support" / "resuming.py", name, tmp_path, "local"), tmp_path)
+    workers = [json.loads(line) for line in printed.splitlines() if line.startswith("{") and '"straight"' in line]
+    assert len(workers) == 2
+    sent = [worker.pop("bytes") for worker in workers]
+    assert all(straight == resumed > 0 for straight, resumed in sent)
+    assert workers[0] == workers[1]  # models, and what was evaluated on the way
+    found = workers[0]
+    assert found["resumed"] == found["straight"]
+    assert found["straight"] not in (found["lost"], found["apart until the end"], *found["evaluated"])
+    assert found["steps"] == [12, 12]
+    assert found["warned"] == 1
+    assert found.get("steps of another training", 12) == 12
+    assert len(set(found["evaluated"])) == 4  # at steps 3, 6, 9 and 12, by which exchanges have landed
+    at_stop = {"lightning": 2, "huggingface": 1}  # Lightning evaluates before it trains
+    assert all(saved == found["evaluated"][at_stop[name]] for saved in found.get("saved", []))
+    assert len(set(found.get("best", []))) <= 1
+    assert ("saved" in found, "best" in found) == (name != "accelerate", name == "huggingface")
+
+
+def test_a_loop_of_local_updates_goes_on_from_its_checkpoint(folder: Path, tmp_path: Path) -> None:
+    straight = local_example("torchrun", folder)
+    script = EXAMPLES / "local_updates.py"
+    for steps in (60, 180):
+        printed = run(torchrun(script, "--checkpoint", "parts", "--steps", steps), tmp_path)
+    resumed = sorted((m.groupdict() for m in LINE.finditer(printed)), key=lambda worker: worker["rank"])
+    assert [(w["weights"], w["sent"]) for w in resumed] == [(w["weights"], w["sent"]) for w in straight]
+
+
 @pytest.mark.parametrize("name", ["lightning", "accelerate", "huggingface"])
 def test_a_checkpoint_keeps_every_workers_state(name: str, tmp_path: Path) -> None:
     needs(LIBRARIES[name])
@@ -136,9 +219,13 @@ def test_a_checkpoint_keeps_every_workers_state(name: str, tmp_path: Path) -> No
 def test_with_one_worker_nothing_happens_and_callbacks_say_so(name: str, tmp_path: Path) -> None:
     needs(LIBRARIES[name])
     short = ["--steps", 4] if name == "huggingface" else ["--epochs", 1]
-    printed = run([sys.executable, EXAMPLES / f"{name}_example.py", *short], tmp_path)
-    assert "one worker, nothing sent" in printed
-    assert printed.count("packsaddle has nothing to do: there is one worker") == (name != "accelerate")
+    for local in (False, True):
+        what = [f"{name}_example.py", *(["--local-updates"] if local else [])]
+        if name == "accelerate" and local:
+            what = ["accelerate_local_updates.py"]
+        printed = run([sys.executable, EXAMPLES / what[0], *what[1:], *short], tmp_path)
+        assert "one worker, nothing sent" in printed
+        assert printed.count("packsaddle has nothing to do: there is one worker") == (name != "accelerate")
     assert not list(tmp_path.rglob("packsaddle-*.pt"))
 
 
@@ -190,6 +277,92 @@ def test_measures_are_the_hooks(gloo: Callable[..., list[Any]]) -> None:
             "received": float(sent),
             "sent_in_step": float(last),
         }
+
+
+class Normed(torch.nn.Module):
+    """A network with running statistics and a parameter that is not trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.map, self.last = torch.nn.BatchNorm1d(40), torch.nn.Linear(40, 50), torch.nn.Linear(50, 2)
+        self.last.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.map(self.norm(x)))
+
+
+def stepping(given: Any = None) -> tuple[Any, Any, Callable[[int], None]]:
+    """A framework's model behind local updates, its state, and how it trains."""
+    module = Normed()
+    model = DistributedDataParallel(module)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    own = attach_local_updates(model, module, given or [optimizer], TopK(0.1), every=3, delay=1, scaler=scaler)
+    assert own is not None
+    data = torch.Generator().manual_seed(resolve(None).rank)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            scaler.scale(model(torch.randn(8, 40, generator=data)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+    return module, own, train
+
+
+def all_of(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [t.detach().clone() for t in module.state_dict().values()]
+
+
+def local_states(folder: Path) -> dict[str, Any]:
+    """What a worker's state keeps and refuses."""
+    module, own, train = stepping()
+    train(4)
+    apart = all_of(module)
+    save_state(own, folder / "local")
+    save_state(trained(4), folder / "hook")
+    kept = set(own.state_dict()["model"])
+    train(1)
+    module_again, again, _ = stepping()
+    assert load_state(again, folder / "local")
+    loaded = all_of(module_again)
+    found = measures(again.local)
+    scale = again.state_dict()["scaler"]["scale"]
+    for exchange, name in ((again, "hook"), (trained(4), "local")):
+        with pytest.raises(ValueError, match="was it saved by a hook"):
+            load_state(exchange, folder / name)
+    other = torch.nn.Linear(3, 3)
+    with pytest.raises(TypeError, match="wraps the model in DistributedDataParallel, got Linear"):
+        attach_local_updates(other, other, [torch.optim.SGD(other.parameters())], TopK(0.1))
+    with pytest.raises(ValueError, match="one optimizer, and the framework has 2"):
+        stepping(2 * [torch.optim.SGD(other.parameters())])
+    own.finish()
+    return {
+        "same": all(torch.equal(a, b) for a, b in zip(apart, loaded, strict=True)),
+        "kept": kept,
+        "apart": [t.tolist() for t in apart],
+        "end": [t.tolist() for t in all_of(module)],
+        "measures": found,
+        "scale": scale,
+    }
+
+
+def test_a_worker_of_local_updates_has_its_own_state(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
+    """Parameters, running statistics and moments, which are each worker's until the end, when all have one model."""
+    first, second = gloo(local_states, 2, tmp_path)
+    names = list(Normed().state_dict())
+    statistics = {"norm.running_mean", "norm.running_var"}
+    for found in (first, second):
+        assert found["same"]
+        assert found["scale"] == 8.0 * 2**2
+        assert found["kept"] == {n for n in names if not n.startswith("last.")}
+        assert (found["measures"]["steps"], found["measures"]["rounds"]) == (4.0, 1.0)
+        assert found["measures"]["sent"] > 0
+    differ = {n for n, a, b in zip(names, first["apart"], second["apart"], strict=True) if a != b}
+    assert differ >= statistics | {"map.weight", "map.bias", "norm.weight", "norm.bias"}
+    assert first["end"] == second["end"]
 
 
 def loading(folder: Path) -> dict[str, str]:

@@ -1,6 +1,9 @@
-"""Run under torchrun by test_integrations: a run that is stopped and goes on, beside one that is not, by framework.
+"""Run under torchrun by test_frameworks: a run that is stopped and goes on, beside one that is not, by framework.
 
-Each worker prints a line of JSON. With scope="model" both must be equal bit for bit, and not without the saved files.
+    resuming.py FRAMEWORK FOLDER [local]
+
+Each worker prints a line of JSON. With scope="model", and with local updates, both must be equal bit for bit, and not
+without the saved files.
 """
 
 import hashlib
@@ -8,6 +11,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,16 @@ import torch
 from torch import nn
 
 import packsaddle
+from packsaddle.comm.group import resolve
+from packsaddle.integrations import callbacks
 
-Run = tuple[nn.Module, Any, Callable[[], Any] | None]  # the model, the hook, and how to train once more
+Run = tuple[nn.Module, Any, Callable[[], Any] | None]  # the model, the exchange, and how to train once more
 OPTIONS: dict[str, Any] = {"noise": 0.001, "scope": "model"}
 STOP, END = 6, 12
+# Where it stops, one fragment's exchange is under way, and no worker is at the anchor.
+LOCAL: dict[str, Any] = {"every": 4, "compressor": packsaddle.TopK(0.05), "fragments": 2, "delay": 3}
+local = best = False
+evaluated: list[str] = []  # digests of what was evaluated
 
 
 def digest(model: nn.Module) -> str:
@@ -28,16 +38,23 @@ def digest(model: nn.Module) -> str:
 
 
 def lightning(folder: Path, steps: int, resume: bool) -> Run:
-    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch import Callback, Trainer, seed_everything
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
     from lightning_example import Digits, digits
     from torch.utils.data import DataLoader
 
-    from packsaddle.integrations.lightning import CertificateCallback, PacksaddleCallback
+    from packsaddle.integrations.lightning import CertificateCallback, LocalUpdatesCallback, PacksaddleCallback
+
+    class Evaluated(Callback):
+        def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            evaluated.append(digest(pl_module))
+            if trainer.global_step == STOP and not resume:
+                trainer.save_checkpoint(folder / "in_validation.ckpt")
 
     seed_everything(0, verbose=False)
-    module, callback = Digits(), PacksaddleCallback(packsaddle.TopK(0.01), **OPTIONS)
+    module = Digits()
+    callback = LocalUpdatesCallback(**LOCAL) if local else PacksaddleCallback(packsaddle.TopK(0.01), **OPTIONS)
     kept = 1 if steps == END and not resume else -1
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=kept, save_last="link")
     for wrong in ({}, {"every_n_steps": 1, "every_n_epochs": 1}, {"every_n_steps": 0}):
@@ -52,21 +69,27 @@ def lightning(folder: Path, steps: int, resume: bool) -> Run:
         max_epochs=-1,
         max_steps=steps,
         logger=CSVLogger(folder, name="log", version=""),
-        callbacks=[callback, certificates, keep],
+        callbacks=[callback, certificates, keep, *([Evaluated()] if local else [])],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     loader = DataLoader(digits()[0], batch_size=240)  # three steps an epoch
     start = folder / f"step={STOP}.ckpt" if (folder / f"step={END}.ckpt").exists() else folder / "last.ckpt"  # a link
-    trainer.fit(module, loader, ckpt_path=start if resume else None)
-    return module, callback.hook, None
+    test = DataLoader(digits()[1], batch_size=180) if local else None
+    trainer.fit(module, loader, test, ckpt_path=start if resume else None)
+    return module, callback.local if local else callback.hook, None
 
 
 def huggingface(folder: Path, steps: int, resume: bool) -> Run:
     from huggingface_example import Counting
-    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+    from torch.utils.data import Subset
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-    from packsaddle.integrations.huggingface import PacksaddleCallback
+    from packsaddle.integrations.huggingface import LocalUpdatesCallback, PacksaddleCallback
+
+    class Evaluated(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            evaluated.append(digest(model))
 
     set_seed(0)
     config = GPT2Config(
@@ -80,15 +103,22 @@ def huggingface(folder: Path, steps: int, resume: bool) -> Run:
         gradient_accumulation_steps=2,
         save_steps=STOP,
         save_total_limit=1 if steps == END and not resume else None,
+        eval_strategy="steps" if local else "no",
+        eval_steps=STOP if best else 3,
+        load_best_model_at_end=best,
         use_cpu=True,
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = Trainer(model=GPT2LMHeadModel(config), args=arguments, train_dataset=Counting())
-    callback = PacksaddleCallback(trainer, packsaddle.TopK(0.05), **OPTIONS)
+    counts = Counting()
+    trainer = Trainer(GPT2LMHeadModel(config), arguments, train_dataset=counts, eval_dataset=Subset(counts, range(8)))
+    callback: Any = PacksaddleCallback(trainer, packsaddle.TopK(0.05), **OPTIONS)
+    if local:
+        callback = LocalUpdatesCallback(trainer, **LOCAL)
+        trainer.add_callback(Evaluated())
     trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STOP}") if resume else None)
-    return trainer.model, callback.hook, trainer.train
+    return trainer.model, callback.local if local else callback.hook, trainer.train
 
 
 def accelerate(folder: Path, steps: int, resume: bool) -> Run:
@@ -96,50 +126,105 @@ def accelerate(folder: Path, steps: int, resume: bool) -> Run:
     from common import digits, network
     from torch.utils.data import DataLoader
 
-    from packsaddle.integrations import load_state, save_state
-
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(0)
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(digits()[0], batch_size=60))
-    hook = packsaddle.attach(model, packsaddle.TopK(0.01), optimizer=optimizer, **OPTIONS)
-    assert hook is not None
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: save_state(hook, folder))
-    accelerator.register_load_state_pre_hook(lambda models, folder: load_state(hook, folder))
+    exchange: Any
+    if local:
+        exchange = packsaddle.LocalUpdates(optimizer, scaler=accelerator.scaler, **LOCAL)
+        callbacks.keep_gradients_local(model)
+        kept = callbacks.WorkerState(exchange, model, accelerator.scaler)
+    else:
+        exchange = kept = packsaddle.attach(model, packsaddle.TopK(0.01), optimizer=optimizer, **OPTIONS)
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: callbacks.save_state(kept, folder))
+    if not local:
+        accelerator.register_load_state_pre_hook(lambda models, folder: callbacks.load_state(kept, folder))
     if resume:
         accelerator.load_state(str(folder))
+        if local:
+            callbacks.load_state(kept, folder)
     for step, (images, labels) in enumerate(loader):
-        if hook.steps <= step < steps:
+        if exchange.steps <= step < steps:
             optimizer.zero_grad()
             accelerator.backward(nn.functional.cross_entropy(model(images), labels))
             optimizer.step()
+        if local and (step + 1) % 3 == 0:
+            with exchange.at_anchor():
+                evaluated.append(digest(model))
         if step + 1 == STOP and not resume:
             accelerator.save_state(str(folder))
-    return model, hook, None
+    if local:
+        kept.finish()
+    return model, exchange, None
+
+
+def lightnings(name: str, folder: Path) -> nn.Module:
+    """The model in a checkpoint."""
+    from lightning_example import Digits
+
+    module = Digits()
+    module.load_state_dict(torch.load(folder / name, weights_only=False)["state_dict"])
+    return module
+
+
+def huggingfaces(folder: Path) -> nn.Module:
+    """The model in a checkpoint."""
+    from transformers import GPT2LMHeadModel
+
+    model: nn.Module = GPT2LMHeadModel.from_pretrained(folder / f"checkpoint-{STOP}")
+    return model
+
+
+SAVED: dict[Any, list[Callable[[Path], nn.Module]]] = {
+    lightning: [partial(lightnings, f"step={STOP}.ckpt"), partial(lightnings, "in_validation.ckpt")],
+    huggingface: [huggingfaces],
+}
 
 
 def main(run: Callable[[Path, int, bool], Run], folder: Path) -> None:
-    straight, hook, _ = run(folder / "straight", END, False)
+    straight, exchange, _ = run(folder / "straight", END, False)
+    found: dict[str, Any] = {"straight": digest(straight), "evaluated": evaluated.copy()}
     first, *_ = run(folder / "parts", STOP, False)
     resumed, again, _ = run(folder / "parts", END, True)
-    found: dict[str, Any] = {"straight": digest(straight), "first": digest(first), "resumed": digest(resumed)}
-    found |= {"steps": [hook.steps, again.steps], "bytes": [h.ledger.total.payload for h in (hook, again)]}
-    for states in list((folder / "parts").rglob(f"packsaddle-{hook.channel.group.rank}.pt")):
+    found |= {"first": digest(first), "resumed": digest(resumed)}
+    found |= {"steps": [exchange.steps, again.steps], "bytes": [h.ledger.total.payload for h in (exchange, again)]}
+    for states in list((folder / "parts").rglob(f"packsaddle-{resolve(None).rank}.pt")):
         states.rename(states.with_suffix(".lost"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        lost, hook, train_again = run(folder / "parts", END, True)
+        lost, exchange, train_again = run(folder / "parts", END, True)
     found["lost"] = digest(lost)
-    found["warned"] = sum("its error memory starts at zero" in str(w.message) for w in caught)
+    found["warned"] = sum("has no state of packsaddle's" in str(w.message) for w in caught)
     if train_again is not None:
-        before = hook.steps
+        before = exchange.steps
         train_again()
-        found["steps of another training"] = hook.steps - before
+        found["steps of another training"] = exchange.steps - before
+        found["after another training"] = digest(lost)
+    if local and run is not accelerate:
+        found["saved"] = [digest(saved(folder / "parts")) for saved in SAVED[run]]
+    if local:
+        LOCAL["every"] = 100
+        apart, *_ = run(folder / "apart", END, False)
+        found["apart until the end"] = digest(apart)
+        callbacks.keep_gradients_local = lambda model: None
+        with pytest.raises(RuntimeError, match="either they are exchanged as well"):
+            run(folder / "exchanged twice", END, False)
+    if local and run is huggingface:
+        global best
+        best, LOCAL["every"] = True, 4
+        callbacks.keep_gradients_local = packsaddle.keep_gradients_local
+        model, _, train_again = run(folder / "best", END, False)
+        found["best"] = [digest(model), evaluated[-1]]  # the last evaluation was the best
+        assert train_again is not None
+        with pytest.raises(RuntimeError, match="make a new Trainer to go on"):
+            train_again()
     print(json.dumps(found) + "\n", end="", flush=True)
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    local = sys.argv[3:] == ["local"]
     main(globals()[sys.argv[1]], Path(sys.argv[2]))

@@ -1,9 +1,9 @@
-"""Frameworks that make the DistributedDataParallel themselves; what they need of the hook, and a module for each.
+"""Frameworks that make the DistributedDataParallel themselves; what they need of the exchange, and a module for each.
 
 `packsaddle.attach` finds the model in what any of them made; `integrations.lightning` and `integrations.huggingface`
 have callbacks that also log and save. Those modules import their framework; this one imports none.
 """
 
-from packsaddle.integrations.callbacks import load_state, measures, save_state
+from packsaddle.integrations.callbacks import WorkerState, load_state, measures, save_state
 
-__all__ = ["load_state", "measures", "save_state"]
+__all__ = ["WorkerState", "load_state", "measures", "save_state"]

@@ -1,4 +1,4 @@
-"""What every framework's callback does with a hook: attach it, read its measures, keep it with a checkpoint."""
+"""What every framework's callback does with a hook or with local updates: attach, measure, keep with a checkpoint."""
 
 import warnings
 from collections.abc import Mapping
@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from packsaddle.checkpoint.atomic_files import write_whole
-from packsaddle.comm.communicator import check_agreement
+from packsaddle.comm.communicator import Channel, check_agreement
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Compressor
 from packsaddle.optim.compression import Compression, Schedule
-from packsaddle.optim.ddp import DDPHook, attach
+from packsaddle.optim.ddp import DDPHook, attach, keep_gradients_local
+from packsaddle.optim.local_updates import LocalUpdates
+from packsaddle.optim.saved_state import check_shape
+
+NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no exchange"
 
 
 def attach_among_workers(
@@ -30,7 +35,7 @@ def attach_among_workers(
     not finite. Raises ValueError for an escape check then, and what `register_ddp_hook` raises.
     """
     if resolve(None).size == 1:
-        warnings.warn("packsaddle has nothing to do: there is one worker, and so no exchange", stacklevel=3)
+        warnings.warn(NOTHING_TO_DO, stacklevel=3)
         return None
     if len(optimizers) == 1:
         return attach(model, compressor, optimizer=optimizers[0], **options)
@@ -43,57 +48,151 @@ def attach_among_workers(
     return hook
 
 
+class WorkerState:
+    """What a worker of local updates has of its own, where a framework's checkpoint has worker 0's alone.
+
+    That is the state of `local`, of its optimizer and of the GradScaler, and the trained parameters and the buffers of
+    `model`. To be loaded after the framework has loaded its checkpoint.
+    """
+
+    def __init__(self, local: LocalUpdates, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
+        self.local, self._model, self._scaler = local, model, scaler
+        self.device = next(p.device for p in model.parameters() if p.requires_grad)
+        self.channel = Channel(resolve(None), local.ledger)
+
+    @property
+    def steps(self) -> int:
+        """Inner steps so far."""
+        return self.local.steps
+
+    def finish(self) -> None:
+        """End training with one model on all workers: `local.flush()`, and worker 0's buffers; collective.
+
+        Warns if the flush was not taken.
+        """
+        if not self.local.flush():
+            warnings.warn("parameters are not finite, so workers end with models of their own", stacklevel=3)
+        with torch.no_grad():
+            for buffer in self._model.buffers():
+                self.channel.broadcast(buffer, "buffers")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it, tensors and plain types; collective where an exchange is under way."""
+        return {
+            "steps": self.steps,
+            "local": self.local.state_dict(),
+            "model": self._tensors(),
+            "optimizer": self.local.optimizer.state_dict(),
+            "scaler": None if self._scaler is None else self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        if "local" not in state:
+            raise ValueError("the state has no local updates; was it saved by a hook?")
+        self.local.check_state_dict(state["local"])
+        here = self._tensors()
+        for name, tensor in here.items():
+            check_shape(name, state["model"].get(name), tensor.shape)
+        self.local.optimizer.load_state_dict(state["optimizer"])  # which checks its groups before it changes any
+        for name, tensor in here.items():
+            tensor.copy_(state["model"][name])
+        self.local.load_state_dict(state["local"])
+        if self._scaler is not None and state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors that training changes, by name; not copies."""
+        trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
+        return trained | {name: b.detach() for name, b in self._model.named_buffers()}
+
+
+def attach_local_updates(
+    wrapped: nn.Module,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    compressor: Compressor | Schedule | Compression,
+    **options: Any,
+) -> WorkerState | None:
+    """Make `LocalUpdates` of a framework's optimizer; or warn and return None where there is one worker.
+
+    `wrapped` is what the framework made of `model`: its DistributedDataParallel exchanges no gradients from here on.
+    The contraction is measured in every round; a `Compression` says itself when. Raises TypeError without a
+    DistributedDataParallel, ValueError unless there is one optimizer, and what `LocalUpdates` raises.
+    """
+    if resolve(None).size == 1:
+        warnings.warn(NOTHING_TO_DO, stacklevel=3)
+        return None
+    if not any(isinstance(module, DistributedDataParallel) for module in wrapped.modules()):
+        raise TypeError(
+            f"local updates need a framework that wraps the model in DistributedDataParallel, got "
+            f"{type(wrapped).__name__}; where it is sharded, make packsaddle.LocalUpdates yourself"
+        )
+    if len(optimizers) != 1:
+        raise ValueError(f"local updates need one optimizer, and the framework has {len(optimizers)}")
+    local = LocalUpdates(optimizers[0], compressor=monitored(compressor, 1), **options)
+    keep_gradients_local(wrapped)
+    return WorkerState(local, model, options.get("scaler"))
+
+
 def monitored(compressor: Compressor | Schedule | Compression, every: int) -> Compression:
     """Return how to compress, the contraction measured every so many steps; a `Compression` as it is."""
     return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 
 
-def measures(hook: DDPHook) -> dict[str, float]:
-    """Return a hook's numbers so far, for a logger: bytes on this worker's wire, steps, contraction (docs/metrics.md).
+def measures(exchange: DDPHook | LocalUpdates) -> dict[str, float]:
+    """Return the numbers so far of a hook or of local updates, for a logger (docs/metrics.md).
 
-    `mu` is there once `monitor_every` has measured it.
+    They are bytes on this worker's wire, steps, contraction: `mu` is there once `monitor_every` has measured it. A hook
+    has `sent_in_step`, local updates have `rounds`.
     """
-    steps, sent, alone = hook.steps, hook.ledger.total.sent, hook.uncompressed.sent
+    steps, sent, alone = exchange.steps, exchange.ledger.total.sent, exchange.uncompressed.sent
     found = {
         "steps": float(steps),
-        "skipped": float(hook.skipped),
-        "resets": float(len(hook.resets)),
+        "skipped": float(exchange.skipped),
+        "resets": float(len(exchange.resets)),
         "sent": float(sent),
-        "received": float(hook.ledger.total.received),
-        "sent_in_step": float(sum(b.sent for b in hook.ledger.at(steps - 1).values())),
+        "received": float(exchange.ledger.total.received),
         "reduction": alone / sent if sent else 1.0,
     }
-    return found if hook.contraction is None else found | {"mu": hook.contraction}
+    if isinstance(exchange, LocalUpdates):
+        found["rounds"] = float(exchange.rounds)
+    else:
+        found["sent_in_step"] = float(sum(b.sent for b in exchange.ledger.at(steps - 1).values()))
+    return found if exchange.contraction is None else found | {"mu": exchange.contraction}
 
 
-def save_state(hook: DDPHook, folder: str | Path) -> None:
-    """Write this worker's `hook.state_dict()` to its own file in a folder, atomically.
+def save_state(exchange: DDPHook | WorkerState, folder: str | Path) -> None:
+    """Write this worker's `state_dict()` of a hook or of local updates to its own file in a folder, atomically.
 
-    Every worker calls it, and nothing travels: error memories differ, are as large as the model, and are where they
-    are needed when the run goes on.
+    Every worker calls it, and nothing travels but an exchange that is under way: states differ, are as large as the
+    model, and are where they are needed when the run goes on.
     """
-    write_whole(Path(folder) / _name(hook), partial(torch.save, hook.state_dict()))
+    write_whole(Path(folder) / _name(exchange), partial(torch.save, exchange.state_dict()))
 
 
-def load_state(hook: DDPHook, folder: str | Path) -> bool:
-    """Restore what `save_state` wrote; collective. Without any file, warn, leave the hook as it is and return False.
+def load_state(exchange: DDPHook | WorkerState, folder: str | Path) -> bool:
+    """Restore what `save_state` wrote; collective. Without any file, warn, leave all as it is and return False.
 
-    Raises ValueError, with no hook changed, if only some workers have a file, if these are of different steps, or if
+    Raises ValueError, with nothing changed, if only some workers have a file, if these are of different steps, or if
     they do not fit (another number of workers, another seed, ...).
     """
-    path = Path(folder) / _name(hook)
+    path = Path(folder) / _name(exchange)
     state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
     found = {"steps of the saved state": "no file" if state is None else state["steps"]}
-    check_agreement(hook.channel, found, hook.device)
+    check_agreement(exchange.channel, found, exchange.device)
     if state is None:
-        warnings.warn(f"{folder} has no state of packsaddle's hook: its error memory starts at zero", stacklevel=2)
+        whose = "hook: its error memory starts at zero"
+        if isinstance(exchange, WorkerState):
+            whose = "local updates: they start at worker 0's parameters, its optimizer's state and no errors"
+        warnings.warn(f"{folder} has no state of packsaddle's {whose}", stacklevel=2)
         return False
-    hook.load_state_dict(state)
+    exchange.load_state_dict(state)
     return True
 
 
-def _name(hook: DDPHook) -> str:
-    return f"packsaddle-{hook.channel.group.rank}.pt"
+def _name(exchange: DDPHook | WorkerState) -> str:
+    return f"packsaddle-{exchange.channel.group.rank}.pt"
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

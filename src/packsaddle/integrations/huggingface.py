@@ -1,9 +1,11 @@
-"""Hugging Face's Trainer: a callback that compresses the exchange of its gradients, logs it and keeps its state.
+"""Hugging Face's Trainer: callbacks that compress what its workers exchange, gradients or local updates.
 
-The Trainer makes DistributedDataParallel itself and has no argument for a communication hook. Needs transformers 5:
-pip install 'packsaddle[hf]'.
+The Trainer makes DistributedDataParallel itself and has no argument for a communication hook. Both callbacks log
+`measures` and keep every worker's own state in the checkpoints. Needs transformers 5: pip install 'packsaddle[hf]'.
 """
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,54 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from packsaddle.compressors import Compressor, TopK
-from packsaddle.integrations.callbacks import attach_among_workers, load_state, measures, monitored, save_state
+from packsaddle.integrations.callbacks import (
+    WorkerState,
+    attach_among_workers,
+    attach_local_updates,
+    load_state,
+    measures,
+    monitored,
+    save_state,
+)
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp import DDPHook
+from packsaddle.optim.local_updates import LocalUpdates
 
 
-class PacksaddleCallback(TrainerCallback):
+class _Attached(TrainerCallback):
+    """Attaches an exchange to a trainer when training begins, logs its measures and keeps its state."""
+
+    def __init__(self, trainer: Trainer, resume_from: str | Path | None) -> None:
+        self._trainer, self._resume_from = trainer, resume_from
+        self._exchange: DDPHook | WorkerState | None = None
+        self._attached: Any = None  # to this model
+
+    def _attach(self, state: TrainerState) -> DDPHook | WorkerState | None:
+        raise NotImplementedError
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Attach, and restore in a run that goes on; raises what attaching raises."""
+        if self._trainer.model_wrapped is not self._attached:  # it is the same at another call of train()
+            self._attached = self._trainer.model_wrapped
+            self._exchange = self._attach(state)
+        if self._exchange is not None and state.global_step:
+            load_state(self._exchange, self._resume_from or _checkpoint(args, state))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Log beside the training loss, and only there."""
+        if self._exchange is not None and logs is not None and "loss" in logs:
+            what = self._exchange.local if isinstance(self._exchange, WorkerState) else self._exchange
+            self._trainer.log({f"packsaddle/{name}": value for name, value in measures(what).items()})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save this worker's state in the checkpoint that has just been made."""
+        if self._exchange is not None and not args.save_only_model:
+            save_state(self._exchange, _checkpoint(args, state))
+
+
+class PacksaddleCallback(_Attached):
     """Exchanges gradients compressed from the start of training, and logs `measures` as packsaddle/sent and so on.
 
     To be added to the trainer it is given: `trainer.add_callback(PacksaddleCallback(trainer, TopK(0.1)))`.
@@ -36,34 +80,82 @@ class PacksaddleCallback(TrainerCallback):
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
+        super().__init__(trainer, resume_from)
         self.hook: DDPHook | None = None
-        self._trainer, self._compressor, self._options = trainer, compressor, options
-        self._resume_from = resume_from
-        self._attached: Any = None  # to this model
+        self._compressor, self._options = compressor, options
+
+    def _attach(self, state: TrainerState) -> DDPHook | None:
+        trainer = self._trainer  # callbacks are shown the model that is inside DistributedDataParallel alone
+        options = {"scaler": trainer.accelerator.scaler, **self._options}
+        spec = monitored(self._compressor, int(state.logging_steps))
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in Accelerate's
+        self.hook = attach_among_workers(self._attached, spec, [optimizer], **options)
+        return self.hook
+
+
+class LocalUpdatesCallback(_Attached):
+    """Has each worker step by itself and exchanges what was moved every `every` steps: `packsaddle.LocalUpdates`.
+
+    To be added to the trainer it is given: `trainer.add_callback(LocalUpdatesCallback(trainer, every=30))`. Takes what
+    `LocalUpdates` takes, but for `optimizer` and `scaler`, which are the trainer's. DistributedDataParallel exchanges
+    no gradients from the start of training on. `measures` are logged as packsaddle/sent and so on; the contraction is
+    measured in every round; a `Compression` says itself when.
+
+    While training the trainer evaluates, predicts and saves the anchor, which is the same on all workers; at the end
+    all that is pending is exchanged, and every worker has the anchor. With `load_best_model_at_end` each has the best
+    model instead, and another call of `train` raises RuntimeError.
+
+    Every worker keeps its own state, parameters and optimizer's state among it, in the trainer's checkpoint folders, as
+    packsaddle-RANK.pt; a run that goes on takes it as `PacksaddleCallback` does. With one worker a warning is all that
+    happens. `local` is the LocalUpdates, which another call of `train` goes on with.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        *,
+        compressor: Compressor | Schedule | Compression = TopK(1 / 32),  # noqa: B008 -- immutable
+        resume_from: str | Path | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(trainer, resume_from)
+        self.local: LocalUpdates | None = None
+        self._compressor, self._options = compressor, options
+        self._at_anchor = False  # whether there are workers apart
+        self._ended_at_best = False
+        for name in ("evaluate", "predict", "save_model"):  # callbacks are told of these when they are over
+            setattr(trainer, name, self._inside(getattr(trainer, name)))
+
+    def _attach(self, state: TrainerState) -> WorkerState | None:
+        trainer = self._trainer
+        options = {"scaler": trainer.accelerator.scaler, **self._options}
+        found = attach_local_updates(self._attached, trainer.model, [trainer.optimizer], self._compressor, **options)
+        self.local = None if found is None else found.local
+        return found
+
+    def _inside(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def inside(*args: Any, **options: Any) -> Any:
+            if self.local is None or not self._at_anchor:
+                return method(*args, **options)
+            with self.local.at_anchor():
+                return method(*args, **options)
+
+        return inside
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach the hook, and restore it in a run that goes on; raises what `register_ddp_hook` raises."""
-        trainer = self._trainer  # callbacks are shown the model that is inside DistributedDataParallel alone
-        if trainer.model_wrapped is not self._attached:  # it is the same at another call of train()
-            self._attached = trainer.model_wrapped
-            options = {"scaler": trainer.accelerator.scaler, **self._options}
-            spec = monitored(self._compressor, int(state.logging_steps))
-            optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in Accelerate's
-            self.hook = attach_among_workers(self._attached, spec, [optimizer], **options)
-        if self.hook is not None and state.global_step:
-            load_state(self.hook, self._resume_from or _checkpoint(args, state))
+        """Attach, and restore in a run that goes on; raises what attaching raises."""
+        if self._ended_at_best and self._trainer.model_wrapped is self._attached:
+            raise RuntimeError("the best model was loaded after the last training: make a new Trainer to go on with it")
+        super().on_train_begin(args, state, control)
+        self._at_anchor = True
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        """Log beside the training loss, and only there."""
-        if self.hook is not None and logs is not None and "loss" in logs:
-            self._trainer.log({f"packsaddle/{name}": value for name, value in measures(self.hook).items()})
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save this worker's state in the checkpoint that has just been made."""
-        if self.hook is not None and not args.save_only_model:
-            save_state(self.hook, _checkpoint(args, state))
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Exchange what is pending, unless all workers have just loaded the best model."""
+        self._at_anchor = False
+        self._ended_at_best = bool(args.load_best_model_at_end and state.best_model_checkpoint is not None)
+        if isinstance(self._exchange, WorkerState) and not self._ended_at_best:
+            self._exchange.finish()
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

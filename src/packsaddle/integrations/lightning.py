@@ -1,4 +1,5 @@
-"""Lightning: callbacks that compress the exchange of DDPStrategy, log it, keep its state, and certify the model.
+"""Lightning: callbacks that compress what DDPStrategy's workers exchange, gradients or local updates, log it, keep its
+state, and certify the model.
 
 Lightning's own `DDPStrategy(ddp_comm_hook=...)` registers hooks on GPUs only; these callbacks work wherever DDPStrategy
 does. Needs lightning 2.x: pip install 'packsaddle[lightning]'.
@@ -6,7 +7,8 @@ does. Needs lightning 2.x: pip install 'packsaddle[lightning]'.
 
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,74 @@ from packsaddle.compressors import Compressor, TopK
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
-from packsaddle.integrations.callbacks import attach_among_workers, load_state, measures, monitored, save_state, scalars
+from packsaddle.integrations.callbacks import (
+    WorkerState,
+    attach_among_workers,
+    attach_local_updates,
+    load_state,
+    measures,
+    monitored,
+    save_state,
+    scalars,
+)
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp import DDPHook
+from packsaddle.optim.local_updates import LocalUpdates
 
 
-class PacksaddleCallback(Callback):
+class _Attached(Callback):
+    """Attaches an exchange when training starts, logs its measures and keeps its state beside checkpoints."""
+
+    def __init__(self) -> None:
+        self._exchange: DDPHook | WorkerState | None = None
+        self._saved = False  # whether the checkpoint that is being loaded has workers' states beside it
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> DDPHook | WorkerState | None:
+        raise NotImplementedError
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Have the strategy save and remove this worker's state with its checkpoints."""
+        if stage == "fit":
+            self._exchange = None
+            _Files(self).accompany(trainer.strategy)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach, and restore; raises what attaching raises."""
+        self._exchange = self._attach(trainer, pl_module)
+        if self._exchange is not None and self._saved:
+            load_state(self._exchange, beside(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
+        self._saved = False
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Log in double precision, since single is too short for bytes; rank 0's numbers are those that loggers get."""
+        if self._exchange is not None:
+            what = self._exchange.local if isinstance(self._exchange, WorkerState) else self._exchange
+            found = {f"packsaddle/{k}": torch.tensor(v, dtype=torch.float64) for k, v in measures(what).items()}
+            pl_module.log_dict(found, on_step=True, on_epoch=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Mark a checkpoint that has workers' states beside it."""
+        return {} if self._exchange is None else {"steps": self._exchange.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Note the mark; `on_train_start` restores, once there is an exchange."""
+        self._saved = "steps" in state
+
+    @property
+    def exchange(self) -> DDPHook | WorkerState | None:
+        """What has a state to be kept on every worker."""
+        return self._exchange
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Have this worker's own parameters for a while."""
+        return nullcontext()
+
+    def together(self) -> AbstractContextManager[None]:
+        """Have what is the same on all workers for a while."""
+        return nullcontext()
+
+
+class PacksaddleCallback(_Attached):
     """Exchanges gradients compressed when training starts, and logs `measures` as packsaddle/sent and so on.
 
     Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. The contraction
@@ -40,42 +104,98 @@ class PacksaddleCallback(Callback):
         compressor: Compressor | Schedule | Compression = TopK(0.1),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
-        self.hook: DDPHook | None = None
+        super().__init__()
         self._compressor, self._options = compressor, options
-        self._saved = False  # whether the checkpoint that is being loaded has hooks' states beside it
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the strategy save and remove this worker's state with its checkpoints."""
-        if stage == "fit":
-            self.hook = None
-            _Files(self).accompany(trainer.strategy)
+    @property
+    def hook(self) -> DDPHook | None:
+        """The hook, once training has started among workers."""
+        return self._exchange if isinstance(self._exchange, DDPHook) else None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach the hook, and restore it; raises what `register_ddp_hook` raises."""
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> DDPHook | None:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
         spec = monitored(self._compressor, trainer.log_every_n_steps)
-        self.hook = attach_among_workers(trainer.strategy.model, spec, trainer.optimizers, **options)
-        if self.hook is not None and self._saved:
-            load_state(self.hook, beside(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
-        self._saved = False
+        return attach_among_workers(trainer.strategy.model, spec, trainer.optimizers, **options)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log in double precision, since single is too short for bytes; rank 0's numbers are those that loggers get."""
-        if self.hook is not None:
-            found = {f"packsaddle/{k}": torch.tensor(v, dtype=torch.float64) for k, v in measures(self.hook).items()}
-            pl_module.log_dict(found, on_step=True, on_epoch=False)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Mark a checkpoint that has hooks' states beside it."""
-        return {} if self.hook is None else {"steps": self.hook.steps}
+class LocalUpdatesCallback(_Attached):
+    """Has each worker step by itself and exchanges what was moved every `every` steps: `packsaddle.LocalUpdates`.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Note the mark; `on_train_start` restores, once there is a hook."""
-        self._saved = "steps" in state
+    Takes what `LocalUpdates` takes, but for `optimizer` and `scaler`, which are the trainer's. DDPStrategy exchanges no
+    gradients from the start of training on. `measures` are logged as packsaddle/sent and so on; the contraction is
+    measured in every round; a `Compression` says itself when.
+
+    Validation during `fit` sees the anchor, which is the same on all workers, and checkpoints have it. At the end all
+    that is pending is exchanged, and every worker has the anchor.
+
+    Every worker keeps its own state, parameters and optimizer's state among it, beside the checkpoint, as
+    `PacksaddleCallback` does. With one worker a warning is all that happens. `local` is the LocalUpdates while there is
+    one.
+    """
+
+    def __init__(
+        self,
+        *,
+        compressor: Compressor | Schedule | Compression = TopK(1 / 32),  # noqa: B008 -- immutable
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self._compressor, self._options = compressor, options
+        self._training = self._evaluating = False
+        self._evaluation = ExitStack()  # has the parameters at the anchor while there is something in it
+
+    @property
+    def local(self) -> LocalUpdates | None:
+        """The local updates, once training has started among workers."""
+        return self._exchange.local if isinstance(self._exchange, WorkerState) else None
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState | None:
+        options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
+        strategy = trainer.strategy
+        found = attach_local_updates(strategy.model, pl_module, trainer.optimizers, self._compressor, **options)
+        self._training = found is not None
+        return found
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go to the anchor; not in `trainer.validate`, which may have loaded another model."""
+        self._evaluating = True
+        self._evaluation.enter_context(self.together())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go back to this worker's parameters."""
+        self._evaluating = False
+        self._evaluation.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Go back to this worker's parameters."""
+        self._evaluating = False
+        self._evaluation.close()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Exchange what is pending."""
+        self._training = False
+        if isinstance(self._exchange, WorkerState):
+            self._exchange.finish()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the parameters to others."""
+        self._training = False
+
+    def together(self) -> AbstractContextManager[None]:
+        """Have the parameters at the anchor for a while, in training."""
+        return self.local.at_anchor() if self.local is not None and self._training else nullcontext()
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Have this worker's own parameters for a while, if a checkpoint is saved during validation."""
+        self._evaluation.close()
+        yield
+        if self._evaluating:
+            self._evaluation.enter_context(self.together())
 
 
 def beside(checkpoint: str | Path) -> Path:
-    """Return the folder of hooks' states that belongs to a checkpoint."""
+    """Return the folder of workers' states that belongs to a checkpoint."""
     path = Path(checkpoint)
     return path.with_name(path.name + ".packsaddle")
 
@@ -86,7 +206,7 @@ class _Files:
     Lightning tells callbacks that it saves but not where, and only the strategy hears that on every worker.
     """
 
-    def __init__(self, callback: PacksaddleCallback) -> None:
+    def __init__(self, callback: _Attached) -> None:
         self._callback = callback
 
     def accompany(self, strategy: Strategy) -> None:
@@ -98,16 +218,19 @@ class _Files:
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **options: Any) -> None:
         """Save this worker's state too, unless the checkpoint is of weights alone."""
-        if self._callback.hook is not None and "callbacks" in checkpoint:
+        exchange = self._callback.exchange
+        if exchange is not None and "callbacks" in checkpoint:
             if "://" in str(filepath):
-                warnings.warn(f"{filepath} is not on a disk: the state of packsaddle's hook is not saved", stacklevel=2)
+                warnings.warn(f"{filepath} is not on a disk: packsaddle's state is not saved", stacklevel=2)
             else:
-                save_state(self._callback.hook, beside(filepath))
-        self._save(checkpoint, filepath, *args, **options)
+                with self._callback.apart():
+                    save_state(exchange, beside(filepath))
+        with self._callback.together():  # the checkpoint has the parameters themselves, not copies
+            self._save(checkpoint, filepath, *args, **options)
 
     def remove(self, filepath: str | Path) -> None:
         """Remove this worker's state too."""
-        if self._callback.hook is not None:
+        if self._callback.exchange is not None:
             shutil.rmtree(beside(filepath), ignore_errors=True)
         self._remove(filepath)
 
@@ -116,7 +239,8 @@ class CertificateCallback(Callback):
     """Certifies the model every so many epochs or steps (is it at a saddle?) and logs certificate/grad_norm and so on.
 
     loss_fn(pl_module, batch) is a batch's mean loss, without calls of `log`; `batches` are this worker's, the same each
-    time; `options` are those of `packsaddle.certify`. `certificate` is the last one.
+    time; `options` are those of `packsaddle.certify`. `certificate` is the last one. With a LocalUpdatesCallback in the
+    trainer it certifies the anchor.
     Raises ValueError unless one of the two intervals is given.
     """
 
@@ -154,7 +278,11 @@ class CertificateCallback(Callback):
         def loss_fn(module: nn.Module, batch: Any) -> Tensor:
             return self._loss_fn(module, trainer.strategy.batch_to_device(batch))
 
-        self.certificate = certify(pl_module, loss_fn, self._batches, **self._options)
+        with ExitStack() as stack:
+            for callback in trainer.callbacks:
+                if isinstance(callback, _Attached):
+                    stack.enter_context(callback.together())
+            self.certificate = certify(pl_module, loss_fn, self._batches, **self._options)
         found = scalars(self.certificate.to_dict(), "certificate/")
         found["certificate/saddle"] = float(self.certificate.verdict is Verdict.SADDLE)
         for logger in trainer.loggers:

@@ -360,10 +360,11 @@ def register_ddp_hook(
 
 
 def keep_gradients_local(model: nn.Module) -> None:
-    """Have every DistributedDataParallel in a model exchange no gradients, for `LocalUpdates`.
+    """Have every DistributedDataParallel in a model exchange neither gradients nor buffers, for `LocalUpdates`.
 
-    For frameworks that wrap each model: backward passes leave each worker's own gradient. A model without one is left
-    as it is. Raises RuntimeError for a DistributedDataParallel that has a communication hook already.
+    For frameworks that wrap each model: backward passes leave each worker's own gradient, and forward passes its own
+    buffers, such as running statistics. A model without one is left as it is. Raises RuntimeError for a
+    DistributedDataParallel that has a communication hook already.
     """
 
     def own(bucket: Bucket) -> Future[Tensor]:
@@ -374,6 +375,7 @@ def keep_gradients_local(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             on_buckets(module, own)
+            module.broadcast_buffers = False  # which would wait for worker 0's at each forward pass
 
 
 def _innermost(optimizer: Optimizer | None) -> Optimizer | None:
