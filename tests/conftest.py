@@ -44,6 +44,15 @@ def marked_if_it_starts_processes(request: pytest.FixtureRequest) -> Iterator[No
         pytest.fail(f"the test starts {found[0]}, and is not marked: add @pytest.mark.process")
 
 
+@pytest.fixture(scope="session")
+def hosts_here() -> None:
+    """Skip a test of hosts with links between them where this machine cannot make them."""
+    from packsaddle.performance.bench.hosts import available
+
+    if reason := available():
+        pytest.skip(f"a slow link {reason}")
+
+
 @pytest.fixture
 def gloo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[Any]]:
     """gloo(fn, workers, *args) runs fn(*args) in that many gloo processes and returns the results by rank."""

@@ -1,6 +1,7 @@
 """Packages import packages below them only, and torch.distributed is known in few places."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import packsaddle
@@ -44,7 +45,10 @@ def imports(path: Path) -> set[str]:
     return {name.removeprefix("packsaddle.") for name in names}
 
 
-MODULES = {module_name(p): imports(p) for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"}
+@cache
+def modules() -> dict[str, set[str]]:
+    """What each module imports; not at the top, where collecting any test would wait for it."""
+    return {module_name(p): imports(p) for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"}
 
 
 def test_the_root_has_packages_and_two_modules() -> None:
@@ -53,7 +57,7 @@ def test_the_root_has_packages_and_two_modules() -> None:
 
 
 def test_packages_import_what_they_may() -> None:
-    for name, imported in MODULES.items():
+    for name, imported in modules().items():
         package = name.partition(".")[0]
         allowed = ALLOWED.get(package, set()) | {package} | (ROOT_MODULES if package in ALLOWED else set())
         for target in imported:
@@ -85,7 +89,7 @@ def test_modules_import_one_another_in_one_direction() -> None:
     above = {p: {n for n in ast.parse(p.read_text()).body if isinstance(n, ast.ImportFrom)} for p in ROOT.rglob("*.py")}
     left = {
         module_name(path): {
-            full if full in MODULES else node.module.removeprefix("packsaddle.")
+            full if full in modules() else node.module.removeprefix("packsaddle.")
             for node in nodes
             if node.module and node.module.startswith("packsaddle.")
             for full in (f"{node.module}.{alias.name}".removeprefix("packsaddle.") for alias in node.names)
@@ -100,13 +104,13 @@ def test_modules_import_one_another_in_one_direction() -> None:
 
 
 def test_who_imports_torch_distributed() -> None:
-    users = {name for name, imported in MODULES.items() if any(t.startswith("torch.distributed") for t in imported)}
+    users = {name for name, imported in modules().items() if any(t.startswith("torch.distributed") for t in imported)}
     assert {name for name in users if not f"{name}.".startswith(DISTRIBUTED)} == set()
     assert "optim.ddp_buckets" not in users
 
 
 def test_reports_know_no_algorithm() -> None:
-    for name, imported in MODULES.items():
+    for name, imported in modules().items():
         if name.startswith("experiments.report"):
             ours = {t for t in imported if t.partition(".")[0] in ALLOWED.keys() | ROOT_MODULES}
             assert {t for t in ours if not t.startswith(REPORT)} == set(), name

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from packsaddle.performance.bench.hosts import Hosts, available
+from packsaddle.performance.bench.hosts import Hosts
 
 WORKER = """
 import json, sys, torch, torch.distributed as dist
@@ -52,7 +52,7 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.skipif(available() is not None, reason=f"two hosts: {available()}")
+@pytest.mark.usefixtures("hosts_here")
 def test_counted_bytes_are_what_the_interface_saw(tmp_path: Path) -> None:
     """Within 5% for every protocol at 10 MB or so: TCP/IP headers, acknowledgements and barriers are the rest.
 

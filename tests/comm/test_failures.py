@@ -2,12 +2,12 @@
 
 import socket
 import subprocess
-import sys
 import threading
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from forked_python import environment, python
 
 from packsaddle.comm.failures import Roll, explanation, is_network, roll_call
 
@@ -73,10 +73,11 @@ def test_survivors_name_the_lost_worker(how: str, tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "support" / "lost_worker.py"
     workers = [
         subprocess.Popen(
-            [sys.executable, str(script), str(rank), "3", how, store],
+            [python(), str(script), str(rank), "3", how, store],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            env=environment(),
         )
         for rank in range(3)
     ]

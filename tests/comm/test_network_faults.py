@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 from packsaddle.comm.simulation import simulate
-from packsaddle.performance.bench.hosts import available
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "network_faults.py"
 STEPS = 60
 
 
-@pytest.mark.skipif(available() is not None, reason=f"a slow link {available()}")
+@pytest.mark.usefixtures("hosts_here")
 def test_a_pulled_cable(tmp_path: Path) -> None:
     """For less than the timeout: the weights are those of a simulation, bit for bit; for good: both workers say so."""
     settings = {"brief": ("--timeout", "30", "--brief", "1.5"), "cut": ("--timeout", "4")}

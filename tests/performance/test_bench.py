@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector
 
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Sign, TopK
-from packsaddle.performance.bench import hosts, race
+from packsaddle.performance.bench import race
 from packsaddle.performance.bench.contenders import parse, parse_all
 from packsaddle.performance.bench.peers import enter, uint8_hook
 from packsaddle.performance.bench.race import Lap, Outcome, Race, step_rows
@@ -21,7 +21,7 @@ from packsaddle.performance.bench.workload import TrainingWorkload
 
 PEERS = ("ddp", "ddp-fp16", "own-uint8", "powersgd-1", "powersgd-4", "local-sgd-4")
 WORKLOAD = TrainingWorkload("mnist-autoencoder", 4)
-real = pytest.mark.skipif(hosts.available() is not None, reason=f"bench link {hosts.available()}")
+real = pytest.mark.usefixtures("hosts_here")
 
 
 def tables(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:

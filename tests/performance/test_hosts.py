@@ -11,7 +11,7 @@ import pytest
 
 from packsaddle.performance.bench.hosts import HostFailedError, Hosts, available
 
-real = pytest.mark.skipif(available() is not None, reason=f"a slow link {available()}")
+real = pytest.mark.usefixtures("hosts_here")
 
 TRANSFER = """
 import socket, sys, time
