@@ -23,7 +23,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.9, "nesterov": True},
     "ef21": {"memory": "ef21", "momentum": 0.5},
     "storm": {"storm": 0.3},
-    "local steps": {"local_steps": 3},
     "two-way": {"exchange": "two-way"},
     "low rank": {"compressor": packsaddle.LowRank(2)},
     "lazy noise": {"compressor": packsaddle.RandomK(0.1)},

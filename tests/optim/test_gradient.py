@@ -1,4 +1,4 @@
-"""Momentum, EF21, STORM and local steps in CompressedSGD: naive twins from the papers, torch's SGD, known problems."""
+"""Momentum, EF21 and STORM in CompressedSGD: naive twins from the papers, torch's SGD, known problems."""
 
 import io
 from collections.abc import Callable
@@ -241,55 +241,6 @@ def test_storm_leaves_gradient_and_x_as_they_were_and_needs_a_closure() -> None:
         run.opt.step()
 
 
-# ---- local steps
-
-
-def local_twin(compressor: Compressor, every: int, steps: int) -> list[Tensor]:
-    """Qsparse-local-SGD (Basu et al. 2019, Algorithm 1); the xs of worker 1."""
-    met = problems.start()
-    x = [met for _ in range(WORKERS)]
-    e = [torch.zeros_like(met) for _ in range(WORKERS)]
-    xs = [x[1]]
-    for t in range(steps):
-        x = [x[w] - LR * (problems.gradient(w)(x[w]) + xi(t)) for w in range(WORKERS)]
-        if (t + 1) % every == 0:
-            v = [e[w] + met - x[w] for w in range(WORKERS)]
-            sent = [compressor(vw, seed=SEED, step=t) for vw in v]
-            met = met - sum(sent) / WORKERS
-            e = [vw - s for vw, s in zip(v, sent, strict=True)]
-            x = [met for _ in range(WORKERS)]
-        xs.append(x[1])
-    return xs
-
-
-@pytest.mark.parametrize("name", [*COMPRESSORS, "Identity"])
-def test_local_steps_are_their_definition(name: str) -> None:
-    compressor = COMPRESSORS.get(name, Identity())
-
-    def worker(rank: int) -> tuple[dict[str, list[Tensor]], Any]:
-        run = Run(compressor=compressor, local_steps=4)
-        return run.trace(), [bool(run.opt.ledger.at(t).get("values")) for t in range(STEPS)]
-
-    trace, exchanged = simulate(worker, WORKERS)[1]
-    for x, expected in zip(trace["x"], local_twin(compressor, 4, STEPS), strict=True):
-        assert same(x, expected)
-    assert exchanged == [(t + 1) % 4 == 0 for t in range(STEPS)]
-
-
-def test_y_moves_by_the_mean_gradient_between_exchanges_too() -> None:
-    def worker(rank: int) -> list[tuple[Tensor, Tensor]]:
-        run, found = Run(compressor=TopK(k=2), local_steps=3), []
-        for t in range(14):
-            y, g = run.opt.corrected(), run.gradient(t)
-            resolve(None).all_reduce(g)
-            run.step(t)
-            found.append((run.opt.corrected(), y - LR * (g / WORKERS + xi(t))))
-        return found
-
-    for found in simulate(worker, WORKERS):
-        assert all(same(y, expected) for y, expected in found)
-
-
 # ---- with everything else
 
 
@@ -300,9 +251,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ef21, momentum": {"memory": "ef21", "momentum": 0.9},
     "storm": {"storm": 0.3},
     "ef21, storm": {"memory": "ef21", "storm": 0.3},
-    "local": {"local_steps": 4},
-    "local, momentum": {"local_steps": 4, "momentum": 0.5},
-    "local, two-way, escape": {"local_steps": 4, "exchange": "two-way", "escape": True},
     "ef21, escape": {"memory": "ef21", "momentum": 0.5, "escape": True},
     "storm, escape": {"storm": 0.3, "escape": True},
 }
@@ -362,17 +310,8 @@ def test_processes_equal_the_simulation(gloo: Gloo) -> None:
             assert same(real[name], serial[name]), name
 
 
-def test_local_steps_take_the_decay_of_x_before_its_noise() -> None:
-    run = Run(compressor=Identity(), local_steps=4, weight_decay=0.5, noise=1.0)
-    x = run.x
-    for t in range(4):
-        x = x - LR * (problems.gradient(0)(x) + 0.5 * x + xi(t, 1.0))
-        run.step(t)
-    assert same(run.x, x)
-
-
 def test_weights_that_are_loaded_later_stay() -> None:
-    run = Run(compressor=TopK(k=1), local_steps=4, lr=0.0)
+    run = Run(compressor=TopK(k=1), lr=0.0)
     with torch.no_grad():
         for w in run.weights:
             w.add_(1.0)
@@ -398,9 +337,6 @@ def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
 
 
 def test_a_state_of_another_variant_is_refused() -> None:
-    state = Run(compressor=TopK(k=2), local_steps=4).opt.state_dict()
-    with pytest.raises(ValueError, match="local_steps is 1 here, but the state was saved with local_steps 4"):
-        Run(compressor=TopK(k=2)).opt.load_state_dict(state)
     state = Run(compressor=TopK(k=2), momentum=0.5).opt.state_dict()
     with pytest.raises(ValueError, match="direction is gradient here, but the state was saved with direction momentum"):
         Run(compressor=TopK(k=2)).opt.load_state_dict(state)
@@ -429,8 +365,6 @@ def test_estimates_need_one_rate() -> None:
         ({"storm": 0.5, "momentum": 0.5}, "it goes with momentum=0, got 0.5"),
         ({"memory": "gradient", "momentum": 0.5}, 'memory="gradient" leaves no gradient'),
         ({"memory": "ef21", "exchange": "two-way"}, "memory must be \"buffer\" with exchange 'two-way', got 'ef21'"),
-        ({"memory": "ef21", "local_steps": 2}, 'memory="ef21" is for local_steps=1, got 2'),
-        ({"local_steps": 0}, "local_steps must be 1 or more steps, got 0"),
         ({"momentum": 0.5, "lazy_noise": True, "noise": 0.1}, "lazy_noise goes with plain error feedback alone"),
     ],
 )
@@ -439,8 +373,7 @@ def test_what_does_not_go_together_is_named(options: dict[str, Any], message: st
         Run(**({"compressor": RandomK(0.25)} | options))
 
 
-def test_sixteen_bits_are_too_few_for_estimates_and_local_steps() -> None:
-    for options in ({"memory": "ef21"}, {"local_steps": 2}):
-        p = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
-        with pytest.raises(ValueError, match=r"parameters of 32 or 64 bits, got torch\.bfloat16"):
-            CompressedSGD([p], 0.1, **folded({"dense_below": 0} | options))
+def test_sixteen_bits_are_too_few_for_estimates() -> None:
+    p = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"parameters of 32 or 64 bits, got torch\.bfloat16"):
+        CompressedSGD([p], 0.1, **folded({"dense_below": 0, "memory": "ef21"}))

@@ -51,7 +51,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "EF21 momentum": {"compressor": packsaddle.TopK(0.05), "memory": "ef21", "momentum": 0.9, "noise": 0.01},
     "momentum": {"compressor": packsaddle.RandomK(0.05), "momentum": 0.9, "nesterov": True},
     "STORM": {"compressor": packsaddle.TopK(0.05), "storm": 0.1, "closure": True},
-    "local steps": {"compressor": packsaddle.TopK(0.05), "local_steps": 4},
     "eager noise": {"compressor": packsaddle.RandomK(0.05), "noise": 0.01, "lazy_noise": False},
     "lazy noise": {"compressor": packsaddle.RandomK(0.05), "noise": 0.01, "lazy_noise": True},
     "weight decay": {"compressor": packsaddle.RandomK(0.05), "weight_decay": 0.01},

@@ -4,7 +4,7 @@ What is sent of u, and what becomes of the rest, is the memory's part. `Gradient
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -53,7 +53,7 @@ class Gradient:
 
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
         """Set out to base + scale u, both float[d], and out may be base; scales by parameter group."""
-        if out is base:  # x itself, between exchanges: its decay is taken before it moves
+        if out is base:  # in place
             self.perturb(out.flat, scales, extras)
             self._add_gradients(base, out, scales, extras)
         else:
@@ -261,10 +261,6 @@ class GradientUpdate:
     def perturb(self, out: Tensor) -> None:
         """Add scale u to out, float[d], which has its gradient already."""
         self.direction.perturb(out, self.scales, self.extras)
-
-    def negated(self) -> "GradientUpdate":
-        """Return - scale u."""
-        return replace(self, scales=[-scale for scale in self.scales])
 
 
 def make_direction(

@@ -372,15 +372,9 @@ def make_memory(
     flat: FlatParameters,
     rates: Callable[[], Sequence[float]],
     *,
-    local_steps: int,
     spare: bool,
 ) -> ErrorMemory:
-    """Return the memory of this kind, with a `spare` vector if it is to leave steps out and needs one.
-
-    Raises ValueError for what it does not go with.
-    """
+    """Return the memory of this kind, with a `spare` vector if it is to leave steps out and needs one."""
     if kind == "buffer":
         return ErrorMemory(flat, spare=spare)
-    if local_steps > 1:
-        raise ValueError(f'memory="{kind}" is for local_steps=1, got {local_steps}; use memory="buffer"')
     return GradientMemory(flat, rates) if kind == "gradient" else EstimateMemory(flat, rates)

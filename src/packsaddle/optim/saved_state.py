@@ -80,13 +80,6 @@ def split_state(state: Mapping[str, Any], workers: int) -> tuple[dict[Path, Tens
 
     What an owner of a two-way exchange holds back is an error of the mean, so it counts once for every worker.
     """
-    first = state["param_groups"][0]
-    every, step = first.get("local_steps", 1), first["step"]
-    if step % every:
-        raise ValueError(
-            f"step {step} lies between two exchanges (local_steps = {every}), where workers have their own x; "
-            f"another number of workers can go on from a multiple of {every}"
-        )
     means: dict[Path, Tensor] = {}
     same: dict[Any, dict[str, Any]] = {}
     for key, vectors in state["state"].items():

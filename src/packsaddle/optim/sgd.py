@@ -27,7 +27,6 @@ from packsaddle.optim.compression import Compression
 from packsaddle.optim.error_feedback import ErrorFeedback, Round
 from packsaddle.optim.gradient import Extras, GradientUpdate, make_direction
 from packsaddle.optim.layout import FlatParameters
-from packsaddle.optim.local import LocalSteps
 from packsaddle.optim.memory import make_memory
 from packsaddle.optim.saved_state import FORMAT, check_fits, fill, put_means, split_state
 from packsaddle.optim.stages.contraction import ContractionMonitor
@@ -57,7 +56,6 @@ class CompressedSGD(Optimizer):
             is an escape check.
         momentum, nesterov: of each worker's gradients, before compression (see `Momentum`).
         storm: the weight a of a new gradient in STORM's variance reduction (see `Storm`); `step` then needs a closure.
-        local_steps: exchange at every so many steps only, and move each worker's own x in between (see `LocalSteps`).
         process_group: a torch.distributed process group; None is the default group if there is one, else
             this process alone.
 
@@ -84,7 +82,6 @@ class CompressedSGD(Optimizer):
         momentum: float = 0.0,
         nesterov: bool = False,
         storm: float | None = None,
-        local_steps: int = 1,
         process_group: Any = None,
     ) -> None:
         spec = Compression.of(compressor)
@@ -112,7 +109,7 @@ class CompressedSGD(Optimizer):
         spare = spec.max_skipped is not None
         self._direction = make_direction(self._flat, momentum, nesterov, storm, spec.memory, spare=spare)
         rates = partial(self._each, "lr")
-        self._memory = make_memory(spec.memory, self._flat, rates, local_steps=local_steps, spare=spare)
+        self._memory = make_memory(spec.memory, self._flat, rates, spare=spare)
         self.choice = choose(
             self.compressor,
             spec.exchange,
@@ -135,7 +132,7 @@ class CompressedSGD(Optimizer):
             flat=self._flat,
             protocol=self.choice.protocol,
             escape=escape is not None,
-            plain=spec.memory != "ef21" and not momentum and storm is None and local_steps == 1,
+            plain=spec.memory != "ef21" and not momentum and storm is None,
         )
 
         # All workers must have been given the same, and they start from the same x.
@@ -143,12 +140,11 @@ class CompressedSGD(Optimizer):
         same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
         same |= {"seed": self.seed, "compressor": given, "exchange": spec.exchange, "back": spec.back, "noise": noise}
         same |= {"memory": spec.memory, "lazy_noise": lazy_noise, "kernels": compiler(self._flat.x.device)}
-        same |= {"momentum": momentum, "nesterov": nesterov, "storm": storm, "local_steps": local_steps}
+        same |= {"momentum": momentum, "nesterov": nesterov, "storm": storm}
         same |= {"max_skipped": spec.max_skipped, "compare_every": spec.compare_every, "on_drift": spec.on_drift}
         check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
-        self._local = LocalSteps(self._flat, local_steps)
         self._escape = EscapeCheck(escape, self._flat, self.channel, self.seed) if escape else None
         self._publish_state()
 
@@ -179,10 +175,7 @@ class CompressedSGD(Optimizer):
         """
         loss = self._direction.evaluate(closure, self._each("weight_decay"))  # grad F_i(x_t)
         t = self._begin()
-        u = self._local.exchanged(self._perturbed(t), t, self.guard)  # line 9: u = eta (grad F_i(x_t) + xi_t)
-        if u is None:  # a local step, without an exchange
-            self._count(t, taken=True)
-            return loss
+        u = self._perturbed(t)  # line 9: u = eta (grad F_i(x_t) + xi_t)
         with self._feedback.round(t) as r:  # all workers take the step, or none does
             v = r.correct(u)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             g, weight = self._exchange(r, v, scalars)  # line 10: g^(i) = C(v), and its mean over workers
@@ -279,7 +272,7 @@ class CompressedSGD(Optimizer):
 
     def _settle(self, t: int, rest: Tensor, *, taken: bool) -> None:
         """End a step with an exchange, which has left `rest`, float[d], of v if it was taken."""
-        self._local.settle(self._direction, taken=taken)
+        self._direction.settle(taken=taken)
         if not taken:
             self.guard.leave_out(self._direction, t)
             if self._memory.in_gradients:
@@ -288,13 +281,11 @@ class CompressedSGD(Optimizer):
         if not taken:
             return
         self.monitor.after(t, rest)
-        if self._local.every == 1:
-            self.guard.skips.took()
+        self.guard.skips.took()
         # What all workers should have alike is compared now and then.
         if self._drift.due(t):
             shared = {"": self._flat.x, **self._shared()}
             self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared))
-            self._local.meet()
 
     def _count(self, t: int, *, taken: bool) -> None:
         """Count a step, and show what it has put in the place of other vectors."""
@@ -311,7 +302,6 @@ class CompressedSGD(Optimizer):
         if reset is not None:
             self._feedback.reset(lost)
             self._noise.clear()
-            self._local.meet()
             if not reset.committed:
                 self._direction.reset()
             self.resets.append(reset)
@@ -392,11 +382,11 @@ class CompressedSGD(Optimizer):
     @torch.no_grad()
     def corrected(self) -> Tensor:
         """Return y_t = x_t - eta e_t, float[d], in the order of torch's `parameters_to_vector`; collective."""
-        return self._flat.in_order(self._local.synced - self._mean_pending())
+        return self._flat.in_order(self._flat.x - self._mean_pending())
 
     def _outstanding(self) -> Tensor:
-        """This worker's part of eta e: its own memory, local steps, what the protocol holds back, outstanding noise."""
-        return self._noise.add_outstanding(self._local.add_drift(self._feedback.pending()), self._step)
+        """This worker's part of eta e: its own memory, what the protocol holds back, outstanding noise."""
+        return self._noise.add_outstanding(self._feedback.pending(), self._step)
 
     def _mean_pending(self) -> Tensor:
         return self.channel.mean(self._outstanding().clone(), "inspection")
@@ -407,7 +397,7 @@ class CompressedSGD(Optimizer):
     def _flat_state(self) -> dict[str, Tensor]:
         """The flat vectors of a checkpoint: this worker's memory, and x_t' if there is an escape check."""
         anchor = {"anchor": self._escape.anchor} if self._escape else {}
-        kept = self._memory.vectors() | self._direction.vectors() | self._local.vectors()
+        kept = self._memory.vectors() | self._direction.vectors()
         return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.held()}
 
     def _shared(self) -> dict[str, Tensor]:
@@ -481,7 +471,6 @@ class CompressedSGD(Optimizer):
             "owners": owners,
             "memory": self._memory.kind,
             "direction": self._direction.kind,
-            "local_steps": self._local.every,
         }
 
     def __getstate__(self) -> dict[str, Any]:

@@ -118,9 +118,7 @@ class Perturber:
         grid = protocol.compressor.shared_cells(self._d) if isinstance(protocol, AllReduce) else None
         if not plain:
             if lazy:
-                raise ValueError(
-                    "lazy_noise goes with plain error feedback alone: no ef21, momentum, storm or local_steps"
-                )
+                raise ValueError("lazy_noise goes with plain error feedback alone: no ef21, momentum or storm")
         elif grid is None:
             if lazy:
                 raise ValueError(

@@ -100,17 +100,6 @@ class Guard:
         self.x_is_large = False  # it has moved by what might have been too much
         self._bad = torch.tensor(False)  # whether this worker could not use its gradient in the step that is tried
 
-    def passes(self, source: Source, step: int) -> bool:
-        """Whether this worker's gradient is finite, in a step without an exchange; else the step is left out here."""
-        if self.skips.most is None:
-            return True
-        name = source.first_bad()
-        if name is None and not self.overflowed:
-            self.skips.took()
-            return True
-        self.skips.enter(Skip(step, (self._channel.group.rank,), name or "what a GradScaler has unscaled"))
-        return False
-
     def inspect(self, vector: Tensor, norm: Tensor | None, *, blank: bool) -> None:
         """Look at what this worker is to send, float[d]; if it is of no use, make it zeros where `blank`.
 
@@ -119,11 +108,9 @@ class Guard:
         """
         if self.skips.most is None:
             return
-        late = self.skips.in_a_row > self.skips.most
         known = norm is not None and not self.x_is_large and bool(norm.isfinite())
         bad = torch.tensor(False) if known else ~is_usable(vector)
-        # Steps without an exchange were left out here alone; now the others can hear of it.
-        self._bad = torch.ones_like(bad) if self.overflowed or late else bad
+        self._bad = torch.ones_like(bad) if self.overflowed else bad
         if blank:
             spoil(vector, self._bad, 0.0)
 
