@@ -2,12 +2,12 @@
 
     python benchmarks/chaos.py [--runs 200] [--workers 2 3 4] [--seed 0] [--out chaos.json]
 
-Every run is a small training of gloo processes that saves a checkpoint at every step or every few. At a random moment
-(starting, training, saving, ending) a random process gets SIGKILL, or SIGSTOP for longer than the group's timeout; the
-first to end takes the others with it, and the same command, with --resume, is started again, as torchrun
---max-restarts does. A run is disturbed up to three times; one that ended before anything reached it is done anew. Then
-everything that it has left, but what the clock says, is compared bit for bit with what an undisturbed run leaves. Exit
-code 1 if anything differs.
+Every run is a small training of gloo processes that saves a checkpoint at every step or every few, every other one by
+local updates. At a random moment (starting, training, saving, ending) a random process gets SIGKILL, or SIGSTOP for
+longer than the group's timeout; the first to end takes the others with it, and the same command, with --resume, is
+started again, as torchrun --max-restarts does. A run is disturbed up to three times; one that ended before anything
+reached it is done anew. Then everything that it has left, but what the clock says, is compared bit for bit with what an
+undisturbed run leaves. Exit code 1 if anything differs.
 """
 
 import argparse
@@ -50,6 +50,15 @@ ratio = 0.1
 [noise]
 std = 0.001
 """
+# The same by local updates, with exchanges that are under way when a run is disturbed.
+LOCAL = """
+[local]
+every = 3
+optimizer = "adamw"
+fragments = 2
+delay = 2
+keep_unsent = true
+"""
 TIMEOUT = 4  # seconds of the workers' collectives
 LONGEST = 60  # seconds after which an attempt is given up
 CONTEXT = multiprocessing.get_context("fork")  # of a process that has done a run: all is imported and compiled
@@ -61,6 +70,7 @@ class Trial:
 
     workers: int
     every: int  # steps between checkpoints
+    local: bool  # by local updates
     kills: int = 0  # processes that got SIGKILL while they were alive
     stops: int = 0  # or SIGSTOP
     attempts: int = 0
@@ -203,12 +213,15 @@ def main() -> None:
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
-        config = base / "chaos.toml"
-        config.write_text(CONFIG)
-        warm_up(config, base / "first")
-        straight: dict[tuple[int, int], tuple[str, float]] = {}
+        configs = {False: base / "steps.toml", True: base / "local.toml"}
+        configs[False].write_text(CONFIG)
+        configs[True].write_text(CONFIG.replace("lr = 0.5", "lr = 0.003") + LOCAL)
+        for local, config in configs.items():
+            warm_up(config, base / f"first-{local}")
+        straight: dict[tuple[int, int, bool], tuple[str, float]] = {}
         for number in range(args.runs):
-            key = (rng.choice(args.workers), rng.choice([1, 3]))
+            key = (rng.choice(args.workers), rng.choice([1, 3]), number % 2 == 1)
+            config = configs[key[2]]
             if key not in straight:
                 straight[key] = undisturbed(key, config, base)
             expected, length = straight[key]
@@ -233,14 +246,15 @@ def warm_up(config: Path, folder: Path) -> None:
         cli.main()
 
 
-def undisturbed(key: tuple[int, int], config: Path, base: Path) -> tuple[str, float]:
+def undisturbed(key: tuple[int, int, bool], config: Path, base: Path) -> tuple[str, float]:
     """What a run leaves that nobody disturbs, and how long it takes."""
-    trial, folder = Trial(*key), base / f"straight-{key[0]}-{key[1]}"
+    trial, folder = Trial(*key), base / f"straight-{key[0]}-{key[1]}-{key[2]}"
     arguments = ["run", str(config), "--resume", str(folder), "--checkpoint-every", str(key[1])]
     begin = time.monotonic()
     assert attempt(trial, arguments, folder.with_suffix(".log"), None), folder.with_suffix(".log").read_text()
     length = time.monotonic() - begin
-    print(f"{key[0]} workers, a checkpoint every {key[1]} steps: {length:.1f} s undisturbed", flush=True)
+    how = "local updates, " if key[2] else ""
+    print(f"{key[0]} workers, {how}a checkpoint every {key[1]} steps: {length:.1f} s undisturbed", flush=True)
     return digest(folder), length
 
 
