@@ -90,8 +90,10 @@ def band(setting: Setting, quantity: str, axis: Axis) -> Band | None:
 
 
 def position(line: dict[str, Any], axis: Axis) -> float:
-    """Where a line of metrics lies on an axis; megabytes are those a worker sent (with one: of its messages). Rounds
-    are NaN where they were not counted."""
+    """Where a line of metrics lies on an axis; megabytes are those a worker sent (with one: of its messages).
+
+    Rounds are NaN where they were not counted.
+    """
     if axis == "megabytes":
         return float(line.get("sent") or line.get("payload") or 0) / 1e6
     return float(line.get(axis, math.nan) if axis == "rounds" else line[axis])
