@@ -237,6 +237,34 @@ class Cut(BaseException):
     """What ends a run in its midst."""
 
 
+def cut_at(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any) -> None:
+    """Run a command that is ended before a step of its training."""
+    real = Trainer._step
+
+    def cut(self: Trainer, now: int, scalars: Any) -> Tensor:
+        if now == step:
+            raise Cut
+        return real(self, now, scalars)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", cut)
+        with pytest.raises(Cut):
+            command(*arguments)
+
+
+def test_another_number_of_workers_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the midst of a round, with an exchange under way; epochs stay epochs."""
+    folder, every = tmp_path / "run", ("--serial", "--checkpoint-every", 13)
+    keys = (*KEYS, "noise.lower_from=0.5", "local.schedule=cosine", "test_every=0.5")
+    cut_at(monkeypatch, 15, "run", path, "--workers", 2, "--out", folder, *every, "--set", *keys)
+    assert command("run", "--resume", folder, "--workers", 3, *every) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["workers"], summary["steps"]) == (3, 13 + round((1 - 13 / 20) * 13))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["epoch"] == pytest.approx(1, abs=1 / 20)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
 @pytest.mark.process
 def test_processes_give_the_run_of_a_simulation_and_go_on(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -246,17 +274,7 @@ def test_processes_give_the_run_of_a_simulation_and_go_on(
     folders = {name: tmp_path / name for name in ("serial", "processes", "resumed")}
     assert command("run", path, *options, "--serial", "--out", folders["serial"], "--set", *KEYS) == 0
     assert command("run", path, *options, "--out", folders["processes"], "--set", *KEYS) == 0
-    real = Trainer._step
-
-    def cut(self: Trainer, step: int, scalars: Any) -> Tensor:
-        if step == 15:
-            raise Cut
-        return real(self, step, scalars)
-
-    monkeypatch.setattr(Trainer, "_step", cut)
-    with pytest.raises(Cut):
-        command("run", path, *options, "--serial", "--out", folders["resumed"], "--set", *KEYS)
-    monkeypatch.undo()
+    cut_at(monkeypatch, 15, "run", path, *options, "--serial", "--out", folders["resumed"], "--set", *KEYS)
     assert [p.name for p in (folders["resumed"] / "checkpoint").iterdir()] == ["step-00000013"]
     assert command("run", "--resume", folders["resumed"], "--workers", 2) == 0
     serial, *others = map(result, folders.values())

@@ -16,6 +16,7 @@ from scipy import stats
 
 from packsaddle.errors import MissingExtraError
 from packsaddle.experiments.report import write_report
+from packsaddle.experiments.report.curves import read_curves
 from packsaddle.experiments.report.page import for_plotly, for_script
 from packsaddle.experiments.report.settings import band, estimate, settings
 from packsaddle.experiments.run_folder import RunFolder, read_runs
@@ -131,6 +132,28 @@ def test_the_page_shows_settings(compared: dict[str, dict[str, list[float]]], tm
     assert '<pre class="wrap">packsaddle run three</pre>' in text
     for seed in (0, 1, 2):
         assert str(tmp_path / "runs" / "a" / f"seed-{seed}") in text
+
+
+def test_rounds_are_an_axis_where_a_run_has_local_updates(tmp_path: Path) -> None:
+    """Beside a run that has not counted them; others have no such choice."""
+    for name in ("plain", "local"):
+        make_run(tmp_path / name, name, 0)
+    without = Page(write_report(read_runs([tmp_path / "plain"]), tmp_path / "first").read_text())
+    assert list(without.data["axes"]) == ["epoch", "megabytes", "seconds", "step"]
+    config = tmp_path / "local" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"local": {"every": 5}}))
+    lines = (tmp_path / "local" / "metrics.jsonl").read_text().splitlines()
+    counted = [json.dumps(json.loads(text) | {"rounds": 2 * (i + 1)}) for i, text in enumerate(lines)]
+    (tmp_path / "local" / "metrics.jsonl").write_text("\n".join(counted) + "\n")
+    both = read_runs([tmp_path / "plain", tmp_path / "local"])
+    page = Page(write_report(both, tmp_path / "report").read_text())
+    assert list(page.data["axes"]) == ["epoch", "megabytes", "rounds", "seconds", "step"]
+    assert "rounds" in [attributes["value"] for tag, attributes in page.tags if attributes.get("name") == "x"]
+    assert [line["rounds"] for line in page.data["charts"][0]["lines"]] == [[None] * 5, [2, 4, 6, 8, 10]]
+    assert [r["rounds"] for r in rows_of(tmp_path / "report" / "curves.csv")] == [*[""] * 5, "2", "4", "6", "8", "10"]
+    plain, local = read_curves(tmp_path / "report" / "curves.csv")
+    assert all(map(math.isnan, plain.columns["rounds"]))
+    assert local.along("rounds", "loss")[0] == [2, 4, 6, 8, 10]
 
 
 def test_the_page_asks_for_nothing(compared: dict[str, dict[str, list[float]]], tmp_path: Path) -> None:
