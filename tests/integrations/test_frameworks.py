@@ -182,6 +182,13 @@ def test_local_updates_go_on_from_every_workers_state(name: str, tmp_path: Path)
     at_stop = {"lightning": 2, "huggingface": 1}  # Lightning evaluates before it trains
     assert all(saved == found["evaluated"][at_stop[name]] for saved in found.get("saved", []))
     assert len(set(found.get("best", []))) <= 1
+    assert len(found["certified"]) == (name == "lightning")
+    if name == "lightning":  # a checkpoint that is saved during validation has workers' own parameters too
+        folders = [tmp_path / "parts" / f"{which}.ckpt.packsaddle" for which in ("step=6", "in_validation")]
+        own = [[torch.load(f / f"packsaddle-{rank}.lost")["model"] for f in folders] for rank in range(2)]
+        for one, other in own:
+            assert all(torch.equal(one[key], other[key]) for key in one)
+        assert not any(torch.equal(own[0][0][key], own[1][0][key]) for key in own[0][0])
     assert ("saved" in found, "best" in found) == (name != "accelerate", name == "huggingface")
 
 

@@ -145,6 +145,24 @@ def test_ddp_that_exchanges_nothing(gloo: Gloo) -> None:
         assert not any(bool(d.any()) for d in differences)
 
 
+def statistics_behind_ddp() -> list[list[float]]:
+    plain = nn.BatchNorm1d(3)
+    model = nn.parallel.DistributedDataParallel(nn.BatchNorm1d(3))
+    keep_gradients_local(model)
+    data = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(3):
+        batch = torch.randn(4, 3, generator=data)
+        plain(batch)
+        model(batch)
+    return [plain.running_mean.tolist(), model.module.running_mean.tolist()]
+
+
+def test_ddp_that_exchanges_no_buffers(gloo: Gloo) -> None:
+    """Running statistics are each worker's own, as without DistributedDataParallel."""
+    for own, behind in gloo(statistics_behind_ddp, 2):
+        assert own == behind
+
+
 def test_ddp_that_exchanges_is_found(gloo: Gloo) -> None:
     with pytest.raises(AssertionError, match="gradients are equal bit for bit on all 2 workers at the first step"):
         gloo(behind_ddp, 2, False)

@@ -30,6 +30,7 @@ STOP, END = 6, 12
 LOCAL: dict[str, Any] = {"every": 4, "compressor": packsaddle.TopK(0.05), "fragments": 2, "delay": 3}
 local = best = False
 evaluated: list[str] = []  # digests of what was evaluated
+certified: list[str] = []  # and of what was certified first
 
 
 def digest(model: nn.Module) -> str:
@@ -61,7 +62,13 @@ def lightning(folder: Path, steps: int, resume: bool) -> Run:
         with pytest.raises(ValueError, match="give one of every_n_epochs and every_n_steps, at least 1"):
             CertificateCallback(Digits.loss, [], epsilon=1.0, **wrong)
     example = [tuple(t[:50] for t in digits()[1].tensors)]
-    certificates = CertificateCallback(Digits.loss, example, epsilon=9.0, max_hvps=2, every_n_steps=5)
+
+    def loss(of: Any, batch: Any) -> torch.Tensor:
+        if local and not certified:
+            certified.append(digest(module))
+        return Digits.loss(of, batch)
+
+    certificates = CertificateCallback(loss, example, epsilon=9.0, max_hvps=2, every_n_steps=5)
     trainer = Trainer(
         strategy="ddp",
         accelerator="cpu",
@@ -185,8 +192,10 @@ SAVED: dict[Any, list[Callable[[Path], nn.Module]]] = {
 
 def main(run: Callable[[Path, int, bool], Run], folder: Path) -> None:
     straight, exchange, _ = run(folder / "straight", END, False)
-    found: dict[str, Any] = {"straight": digest(straight), "evaluated": evaluated.copy()}
+    found: dict[str, Any] = {"straight": digest(straight), "evaluated": evaluated.copy(), "certified": certified.copy()}
     first, *_ = run(folder / "parts", STOP, False)
+    if local and run is not accelerate:
+        found["saved"] = [digest(saved(folder / "parts")) for saved in SAVED[run]]
     resumed, again, _ = run(folder / "parts", END, True)
     found |= {"first": digest(first), "resumed": digest(resumed)}
     found |= {"steps": [exchange.steps, again.steps], "bytes": [h.ledger.total.payload for h in (exchange, again)]}
@@ -202,8 +211,6 @@ def main(run: Callable[[Path, int, bool], Run], folder: Path) -> None:
         train_again()
         found["steps of another training"] = exchange.steps - before
         found["after another training"] = digest(lost)
-    if local and run is not accelerate:
-        found["saved"] = [digest(saved(folder / "parts")) for saved in SAVED[run]]
     if local:
         LOCAL["every"] = 100
         apart, *_ = run(folder / "apart", END, False)
