@@ -24,6 +24,7 @@ from packsaddle.comm.group import resolve
 from packsaddle.integrations import load_state, measures, save_state
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("examples")  # each run once
 EXAMPLES = ROOT / "examples"
 LIBRARIES = {"ddp": "sklearn", "lightning": "lightning", "accelerate": "accelerate", "huggingface": "transformers"}
 LINE = re.compile(
