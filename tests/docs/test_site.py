@@ -13,6 +13,7 @@ import packsaddle.theory.problems
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("sphinx")
+pytestmark = pytest.mark.xdist_group("site")  # built once
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from packsaddle.integrations import load_state, measures, save_state
 from packsaddle.integrations.callbacks import attach_local_updates
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("examples")  # each run once
 EXAMPLES = ROOT / "examples"
 LIBRARIES = {"ddp": "sklearn", "lightning": "lightning", "accelerate": "accelerate", "huggingface": "transformers"}
 # What exchanges local updates: the command, the library, its steps, the exchanges among them and at the end.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("wheel")  # built once
 NEEDING_PLOT = ("demo", "reproduce text --scale smoke", "reproduce table1 --scale smoke")
 EXTRAS = ("matplotlib", "jinja2", "plotly", "sklearn", "torchvision", "PIL", "numba")
 
