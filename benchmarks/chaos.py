@@ -57,7 +57,6 @@ every = 3
 optimizer = "adamw"
 fragments = 2
 delay = 2
-keep_unsent = true
 """
 TIMEOUT = 4  # seconds of the workers' collectives
 LONGEST = 60  # seconds after which an attempt is given up

@@ -49,7 +49,7 @@ def main() -> None:
 
     for name, options in {
         "a round": {},
-        "a round, unsent kept": {"keep_unsent": True},
+        "a round, from the anchor": {"keep_unsent": False},
         "a round, outer Nesterov": {"outer": lambda a: torch.optim.SGD(a, lr=0.7, momentum=0.9, nesterov=True)},
     }.items():
         ps = parameters(args.d)

@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "low rank": {"every": 3, "compressor": Compression(LowRank(1), dense_below=1)},
     "random": {"every": 2, "compressor": Compression(RandomK(0.2, values="int2"), dense_below=1), "delay": 1},
     "private": {"every": 2, "compressor": Compression(QSGD(), dense_below=1), "offload": True},
-    "kept": {"every": 4, "fragments": 2, "delay": 3, "keep_unsent": True},
+    "from the anchor": {"every": 4, "fragments": 2, "delay": 3, "keep_unsent": False},
     "senders": {"every": 3, "reduction": "senders", "delay": 1},
 }
 

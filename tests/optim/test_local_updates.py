@@ -180,7 +180,7 @@ def test_every_step_with_sgd_is_algorithm_1(compressor: Compressor, workers: int
         kind = Compression(compressor, dense_below=0)
         ours, theirs = (torch.nn.Parameter(torch.zeros(9, 7, dtype=torch.float64)) for _ in range(2))
         inner = torch.optim.SGD([ours], lr=0.25)
-        local = LocalUpdates(inner, every=1, compressor=kind, seed=4)
+        local = LocalUpdates(inner, every=1, compressor=kind, seed=4, keep_unsent=False)
         algorithm1 = CompressedSGD([theirs], 0.25, kind, seed=4)
         for n in range(12):
             ours.grad = theirs.grad = exact(worker, n)
@@ -273,7 +273,7 @@ def test_senders() -> None:
         x = torch.nn.Parameter(torch.zeros(1, 4))
         optimizer = torch.optim.SGD([x], lr=1.0)
         kind = Compression(TopK(0.5), dense_below=0)
-        LocalUpdates(optimizer, every=1, compressor=kind, reduction="senders")
+        LocalUpdates(optimizer, every=1, compressor=kind, reduction="senders", keep_unsent=False)
         x.grad = torch.tensor([[8.0, 4.0, 1.0, 0.5]]) if worker == 0 else torch.tensor([[6.0, 0.25, 1.0, 3.0]])
         optimizer.step()
         return x.detach()
@@ -350,7 +350,7 @@ def test_an_escape_is_of_the_anchor() -> None:
         for n in range(60):
             x.grad = curvature * x.detach() + 1e-3 * (worker + n % 3)
             optimizer.step()
-        return x.detach().clone(), local
+        return local.anchor()["parameter 0"], local
 
     found = simulate(body, 2)
     for x, local in found:

@@ -211,7 +211,6 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
     took = f"{1e3 * best.seconds:,.4g} ms for the progress of one dense step, which takes {1e3 * dense:,.4g}"
     setting = f"every={best.setting.every}, compressor={describe(best.setting.compressor)}"
     setting += f", fragments={best.fragments}, delay={best.delay}"
-    setting += ", keep_unsent=True" if best.setting.keep_unsent else ""
     times = dense / best.seconds
     verdict = f"{times:.3g} times as fast" if times > 1 + _ERROR else "NOT WORTH IT on this link"
     print(f"LocalUpdates(optimizer, {setting}): {took}: {verdict}; {best.computing:.0%} of the time is computing.")

@@ -157,7 +157,7 @@ class LocalConfig:
     decay: float = 1.0  # what the error memory is multiplied by in each round, in (0, 1]
     fragments: int = 1  # parts of the model that are exchanged at different steps, every / fragments apart
     delay: int = 0  # steps that an exchange goes on beside, below every
-    keep_unsent: bool = False  # after a round a worker begins at the anchor less its own error, not at the anchor
+    keep_unsent: bool = True  # after a round a worker begins at the anchor less its own error, not at the anchor
     reduction: Reduction = "mean"  # over workers; senders: over those that sent a coordinate
 
     def __post_init__(self) -> None:

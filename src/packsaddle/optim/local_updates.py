@@ -5,9 +5,9 @@ Read `LocalUpdates._attempted` first. A fragment's exchange is in `fragment`: ev
     v = decay e + (a - x) + xi              a: the anchor, where workers last agreed to be; x: this worker's parameters
     e <- v - C(v)                           what is not sent waits
     a <- outer step along mean_i C(v_i)     the same on all workers
-    x <- a                                  or `delay` steps later a, and what was moved meanwhile
+    x <- a - e                              or a (`keep_unsent`); with a `delay` later, and what was moved meanwhile
 
-With every=1, plain SGD inside and no outer optimizer that is Algorithm 1. The design is that of DiLoCo (Douillard et
+With every=1, x <- a, plain SGD inside and no outer optimizer that is Algorithm 1. The design is that of DiLoCo (Douillard et
 al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019, Algorithm 1).
 """
 
@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -48,7 +47,7 @@ class LocalUpdates:
     """Local updates of any torch optimizer, averaged over workers with compression and error feedback.
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        local = packsaddle.LocalUpdates(optimizer, every=30, compressor=packsaddle.TopK(1 / 32))
+        local = packsaddle.LocalUpdates(optimizer, every=30, compressor=packsaddle.TopK(1 / 32, values="int2"))
 
     The training loop stays as it is: each `optimizer.step()` is counted, and the steps after which an exchange is due
     do it. Gradients must not be exchanged as well: no DistributedDataParallel between workers (where a framework wraps
@@ -74,8 +73,8 @@ class LocalUpdates:
             `every` count rounds. One fragment and no delay.
         reduction: "mean" over workers, which error feedback rests on; or "senders": over the workers that sent a
             coordinate, as SparseLoCo's reference has it, which breaks y = a - mean e.
-        keep_unsent: x begins again not at a but at a - e, so that what this worker has moved and not sent yet stays in
-            its own x, as in CSER (Xie et al. 2020).
+        keep_unsent: x begins again not at a, as in Algorithm 1 and DiLoCo, but at a - e, so that what this worker has
+            moved and not sent yet stays in its own x, as in CSER (Xie et al. 2020). It trains better.
         offload: keep anchor and error memory, and so the outer optimizer's state, on the CPU.
         seed: of all shared randomness; the same on every worker.
         scaler: the GradScaler that steps the optimizer, so that a step which it leaves out on one worker is counted
@@ -96,7 +95,7 @@ class LocalUpdates:
         optimizer: Optimizer,
         *,
         every: int = 30,
-        compressor: Compressor | Schedule | Compression = TopK(1 / 32),  # noqa: B008 -- immutable
+        compressor: Compressor | Schedule | Compression = TopK(1 / 32, values="int2"),  # noqa: B008 -- immutable
         outer: Outer | None = None,
         decay: float = 1.0,
         fragments: int = 1,
@@ -105,7 +104,7 @@ class LocalUpdates:
         noise: float | Callable[[int], float] = 0.0,
         escape: Escape | None = None,
         reduction: Reduction = "mean",
-        keep_unsent: bool = False,
+        keep_unsent: bool = True,
         offload: bool = False,
         seed: int = 0,
         scaler: torch.amp.GradScaler | None = None,
@@ -591,7 +590,7 @@ class _Shards:
 
     def __init__(self, parameters: Any) -> None:
         meshes: set[Any] = {p.device_mesh for p in parameters if hasattr(p, "device_mesh")}
-        self._groups = [mesh.get_group(i) for mesh in meshes for i in range(mesh.ndim) if mesh.size(i) > 1]
+        self._groups = [resolve(mesh.get_group(i)) for mesh in meshes for i in range(mesh.ndim) if mesh.size(i) > 1]
 
     def __call__(self, bad: Tensor) -> Tensor:
         """Return whether it is so on any shard, bool[]; collective over the shards."""
@@ -599,7 +598,7 @@ class _Shards:
             return bad
         found = bad.to(torch.int32).reshape(1)
         for group in self._groups:
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+            group.all_reduce(found)
         return found[0] > 0
 
 
