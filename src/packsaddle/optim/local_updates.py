@@ -7,8 +7,9 @@ Read `LocalUpdates._attempted` first. A fragment's exchange is in `fragment`: ev
     a <- outer step along mean_i C(v_i)     the same on all workers
     x <- a - e                              or a (`keep_unsent`); with a `delay` later, and what was moved meanwhile
 
-With every=1, x <- a, plain SGD inside and no outer optimizer that is Algorithm 1. The design is that of DiLoCo (Douillard et
-al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019, Algorithm 1).
+With every=1, x <- a, plain SGD inside and no outer optimizer that is Algorithm 1. The design is that of DiLoCo
+(Douillard et al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019,
+Algorithm 1).
 """
 
 import math
