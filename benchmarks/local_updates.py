@@ -25,8 +25,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
-from packsaddle.comm import process_group
-from packsaddle.comm.group import resolve
+from packsaddle.comm import process_group, resolve
 from packsaddle.comm.launch import launch
 from packsaddle.experiments import DataConfig, ModelConfig
 from packsaddle.experiments.tasks import Batches, load_data, make_task, shard

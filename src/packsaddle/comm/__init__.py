@@ -2,7 +2,8 @@
 
 Read `group` first (four collectives, and which group `resolve` finds), then `communicator` (the same with bytes
 counted in a `ledger`) and `aggregators` (one class for each way to average messages, chosen by `select_aggregator`).
-`simulation` runs W workers in one process; `cost_model` predicts bytes. torch.distributed is imported here, and
+`simulation` runs W workers in one process, `machines` has one of each machine's processes send for all; `cost_model`
+predicts bytes. torch.distributed is imported here, and
 otherwise only in `optim.ddp` and by the benchmarks' peers.
 """
 
@@ -13,6 +14,7 @@ from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFaile
 from packsaddle.comm.group import Group, Solo, resolve
 from packsaddle.comm.launch import process_group
 from packsaddle.comm.ledger import Bytes, Ledger, Span
+from packsaddle.comm.machines import MachineGroup, machine_group
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import simulate
 
@@ -24,6 +26,7 @@ __all__ = [
     "Collective",
     "Group",
     "Ledger",
+    "MachineGroup",
     "PeerLostError",
     "Protocol",
     "RingAllGather",
@@ -33,6 +36,7 @@ __all__ = [
     "TerminatedError",
     "WorkerFailedError",
     "choose",
+    "machine_group",
     "process_group",
     "resolve",
     "simulate",

@@ -116,7 +116,7 @@ class Channel:
         return _split(wire, like, sizes.tolist())
 
     def _count(self, purpose: str, collective: str, moved: Bytes) -> None:
-        if moved != Bytes():
+        if moved != Bytes() and self.group.sends:
             self.ledger.add(self.step, purpose, collective, moved)
 
 

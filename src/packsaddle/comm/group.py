@@ -28,6 +28,7 @@ class Group(ABC):
 
     rank: int
     size: int
+    sends = True  # whether this process sends over the network, or another one in its place
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> None:

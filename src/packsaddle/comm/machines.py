@@ -1,0 +1,83 @@
+"""Machines as workers: one process of each sends over the slow network, and the others there get its result.
+
+For processes of one machine that train one copy of the model, by DistributedDataParallel within the machine, say: they
+hold the same values, so what one of them exchanges with other machines all of them would.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from packsaddle.comm.group import Group, TorchGroup
+
+
+class MachineGroup(Group):
+    """Machines as the workers: `rank` is this process's machine, `size` their number.
+
+    `within` is the process group of this machine, for DistributedDataParallel(model, process_group=group.within).
+    Every process of a machine must call the same collectives with the same values.
+    """
+
+    def __init__(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
+        self.within, self._between_group = within, between
+        self.rank, self.size = dist.get_rank(between), dist.get_world_size(between)
+        self.sends = dist.get_rank(within) == 0
+        self._within, self._between = TorchGroup(within), TorchGroup(between) if self.sends else None
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        if self._between is not None:
+            self._between.all_reduce(tensor)
+        self._within.broadcast(tensor)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        if self._between is not None:
+            gathered = torch.stack(self._between.all_gather(tensor))
+        else:
+            gathered = tensor.new_empty((self.size, *tensor.shape))
+        self._within.broadcast(gathered)
+        return list(gathered.unbind(0))
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        if self._between is not None:
+            received = torch.cat(self._between.all_to_all(outgoing, sizes))
+        else:
+            received = outgoing[0].new_empty(sum(sizes))
+        self._within.broadcast(received)
+        return list(torch.split(received, list(sizes)))
+
+    def broadcast(self, tensor: Tensor) -> None:
+        if self._between is not None:
+            self._between.broadcast(tensor)
+        self._within.broadcast(tensor)
+
+    def beside(self, device: torch.device) -> Group:
+        return MachineGroup(_again(self.within, device), _again(self._between_group, device))
+
+
+def machine_group(processes: int | None = None) -> MachineGroup:
+    """Return the group of machines with so many processes each, of consecutive ranks; collective over all processes.
+
+    None takes torchrun's LOCAL_WORLD_SIZE. Raises ValueError unless the number of all processes is a multiple of it.
+    """
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if processes is None else processes
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if each < 1 or world % each:
+        raise ValueError(f"processes must divide the {world} processes there are, got {each}")
+    machine, first = divmod(rank, each)
+    within = dist.new_group(range(machine * each, (machine + 1) * each), use_local_synchronization=True)
+    # Of processes that send nothing too: torch names a group by how many its members have made.
+    between = dist.new_group(range(first, world, each), use_local_synchronization=True)
+    assert isinstance(within, dist.ProcessGroup)
+    assert isinstance(between, dist.ProcessGroup)
+    return MachineGroup(within, between)
+
+
+def _again(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """A new group of the same processes, with its timeout."""
+    timeout = group._get_backend(device).options._timeout
+    made = dist.new_group(dist.get_process_group_ranks(group), timeout=timeout, use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
