@@ -21,7 +21,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 
 from packsaddle import Certificate, certify
-from packsaddle.comm import Channel, Ledger, Solo
+from packsaddle.comm import Communicator, Ledger, Solo
 from packsaddle.curvature import Curvature
 from packsaddle.experiments import Audit
 from packsaddle.experiments.tasks import task_loss
@@ -36,7 +36,7 @@ def packsaddle(task: Any, batches: list[Any], seed: int, **settings: Any) -> Cer
 
 def scipy_eigsh(task: Any, batches: list[Any], seed: int, tol: float) -> Measured:
     """ARPACK on the same products as packsaddle's."""
-    curvature = Curvature(task, task_loss, batches, Channel(Solo(), Ledger()))
+    curvature = Curvature(task, task_loss, batches, Communicator(Solo(), Ledger()))
     operator = LinearOperator(
         (curvature.d, curvature.d),
         matvec=lambda v: curvature.hessian_vector(torch.as_tensor(v).reshape(-1)).numpy(),

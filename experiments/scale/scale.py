@@ -68,7 +68,7 @@ def steps(name: str, d: int, workers: int, pace: dict[str, Pace], speed: float) 
         rows, rest = divmod(d, 4096)
         shapes = [(4096, 4096)] * (rows // 4096) + [(rows % 4096, 4096), (rest, 1)]
         compressor = compressor.for_tensors([torch.Size(shape) for shape in shapes if min(shape)])
-    protocol = choose(compressor, exchange, d=d, dense=0, workers=workers).protocol
+    protocol = choose(compressor, exchange, d=d, dense=0, workers=workers).aggregator
 
     def seconds(work: Any) -> float:
         return pace["Identity" if isinstance(work.compressor, Identity) else name].seconds(work) / speed

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from packsaddle import QSGD, Compressor, Identity, Ledger, LowRank, RandomK, Sign, SketchTopK, TopK
 from packsaddle.comm import (
+    Aggregator,
     AllToAll,
     Broadcast,
-    Channel,
     Collective,
+    Communicator,
     Group,
-    Protocol,
     RingAllGather,
     RingAllReduce,
     choose,
@@ -80,7 +80,7 @@ def worker(folder: Path, d: int, repeats: int, bits: float) -> None:
             taken = [once(group, lambda _, c=collective, m=message: c(group, m), a) for a in range(repeats + 1)]
             found[name] = {"taken": taken[1:], "predicted": [0.0, *link.parts(model(d, group.size).cost(group.size))]}
         for name, (compressor, how) in CASES.items():
-            protocol = choose(compressor, how, d=d, dense=0, workers=group.size).protocol
+            protocol = choose(compressor, how, d=d, dense=0, workers=group.size).aggregator
             taken, coding = [], []
             for attempt in range(repeats + 1):
                 taken.append(once(group, lambda step, p=protocol: average(group, p, v, step), attempt))
@@ -100,9 +100,9 @@ def once(group: Group, work: Callable[[int], object], attempt: int) -> float:
     return time.perf_counter() - begin
 
 
-def average(group: Group, protocol: Protocol, v: Tensor, step: int) -> None:
+def average(group: Group, protocol: Aggregator, v: Tensor, step: int) -> None:
     """Exchange v and apply what comes back, as an optimizer's step does."""
-    averaged = protocol.average(Channel(group, Ledger()), v, v[:0], seed=0, step=step)
+    averaged = protocol.average(Communicator(group, Ledger()), v, v[:0], seed=0, step=step)
     out, memory = torch.zeros_like(v), torch.zeros_like(v)
     for term in averaged.mean:
         term.add_to(out, -0.1)
@@ -110,7 +110,7 @@ def average(group: Group, protocol: Protocol, v: Tensor, step: int) -> None:
         term.add_to(memory, -1.0)
 
 
-def code(protocol: Protocol, d: int, workers: int) -> float:
+def code(protocol: Aggregator, d: int, workers: int) -> float:
     """Seconds of the coding that the model counts, by all workers at once: they share this machine's cores."""
     pieces = protocol.work(d, workers)
     paces = {work.compressor: measure(work.compressor, work.coordinates, repeats=1) for work in pieces}

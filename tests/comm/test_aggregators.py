@@ -25,8 +25,8 @@ from packsaddle import (
     TopK,
     simulate,
 )
-from packsaddle.comm.aggregators import Averaged, Protocol
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.aggregators import Aggregator, Averaged
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes
 from packsaddle.comm.select_aggregator import choose
@@ -113,8 +113,8 @@ def exchange_once(
     """Average vectors of d + dense coordinates `steps` times by themselves; return what every worker saw last."""
 
     def worker(rank: int) -> dict[str, Any]:
-        channel = Channel(resolve(None), Ledger())
-        made = choose(compressor, exchange, d=d, dense=dense, workers=workers, back=back).protocol
+        channel = Communicator(resolve(None), Ledger())
+        made = choose(compressor, exchange, d=d, dense=dense, workers=workers, back=back).aggregator
         v, tail = vectors(d, workers)[rank], torch.full((dense,), float(rank))
         for step in range(steps):
             channel.step = step
@@ -199,8 +199,8 @@ def test_sketched_support_is_global() -> None:
         v[20 + i], v[20 + (i + 1) % workers] = 3.0, -3.0  # largest on the worker, cancel in the mean
 
     def worker(rank: int) -> Averaged:
-        protocol = choose(c, "direct", d=d, dense=0, workers=workers).protocol
-        return protocol.average(Channel(resolve(None), Ledger()), local[rank], torch.zeros(0), seed=7, step=0)
+        protocol = choose(c, "direct", d=d, dense=0, workers=workers).aggregator
+        return protocol.average(Communicator(resolve(None), Ledger()), local[rank], torch.zeros(0), seed=7, step=0)
 
     for averaged in simulate(worker, workers):
         assert decode(averaged.mean, d).nonzero().tolist() == [[7]]
@@ -244,8 +244,8 @@ def test_low_rank_by_hand() -> None:
 
 def test_low_rank_finds_a_direction_that_comes_late() -> None:
     """A warm start alone would keep e_1 for ever, and the error along e_2 would grow with the steps."""
-    protocol = choose(LowRank().for_tensors([torch.Size((8, 8))]), "direct", d=64, dense=0, workers=1).protocol
-    channel, error = Channel(resolve(None), Ledger()), torch.zeros(8, 8)
+    protocol = choose(LowRank().for_tensors([torch.Size((8, 8))]), "direct", d=64, dense=0, workers=1).aggregator
+    channel, error = Communicator(resolve(None), Ledger()), torch.zeros(8, 8)
     for step in range(300):
         gradient = torch.diag(torch.tensor([1.0, float(step > 0)] + [0.0] * 6))
         v = (error + gradient).flatten()
@@ -284,14 +284,14 @@ def test_private_randomness_reaches_the_receiver(exchange: str) -> None:
 
 def test_columns_and_scales_go_with_the_chunk() -> None:
     """Two-way splits columns= among chunks; the coordinator's one chunk is the whole vector, tensors and all."""
-    whole = choose(LinearSketch(columns=100), "direct", d=1600, dense=0, workers=8).protocol.wire(1600, 0, 0, 8, 4)
-    split = choose(LinearSketch(columns=100), "two-way", d=1600, dense=0, workers=8).protocol.wire(1600, 0, 0, 8, 4)
+    whole = choose(LinearSketch(columns=100), "direct", d=1600, dense=0, workers=8).aggregator.wire(1600, 0, 0, 8, 4)
+    split = choose(LinearSketch(columns=100), "two-way", d=1600, dense=0, workers=8).aggregator.wire(1600, 0, 0, 8, 4)
     assert whole.payload == 400
     assert 400 <= split.payload - 7 * 8 - 8 <= 2 * 430
     v = torch.cat([torch.ones(10), torch.full((30,), 100.0)])
     sign = Sign(per_tensor=True).for_tensors([torch.Size((10,)), torch.Size((30,))])
-    protocol = choose(sign, "coordinator", d=40, dense=0, workers=1).protocol
-    averaged = protocol.average(Channel(resolve(None), Ledger()), v, v[:0], seed=0, step=0)
+    protocol = choose(sign, "coordinator", d=40, dense=0, workers=1).aggregator
+    averaged = protocol.average(Communicator(resolve(None), Ledger()), v, v[:0], seed=0, step=0)
     assert torch.allclose(decode(averaged.mean, 40), v)
 
 
@@ -299,14 +299,14 @@ def test_mu_counts_both_ways() -> None:
     """Equal magnitudes, TopK with a ratio that rounds in each chunk: the stated share is the measured one."""
     c = TopK(0.0118)
     for back, expected in ((Identity(), 8 / 1000), (TopK(0.5), 8 / 1000 * 0.496)):
-        protocol = choose(c, "two-way", d=1000, dense=0, workers=8, back=back).protocol
+        protocol = choose(c, "two-way", d=1000, dense=0, workers=8, back=back).aggregator
         assert protocol.mu(1000, 8) == pytest.approx(expected, rel=0.02)
     with pytest.raises(ValueError, match=r"k of TopK must be at most d = 10"):
         choose(TopK(0.5), "two-way", d=10, dense=0, workers=2, back=TopK(k=11))
 
 
 def test_a_column_of_one_row_travels() -> None:
-    channel = Channel(resolve(None), Ledger())
+    channel = Communicator(resolve(None), Ledger())
     part = torch.arange(6.0).view(1, 6)[:, 2]
     assert channel.gather({"values": part}, fixed_size=True)[0]["values"].tolist() == [2.0]
 
@@ -340,8 +340,8 @@ def test_choice() -> None:
 
 
 def test_refusals() -> None:
-    def make(compressor: Compressor, exchange: str, back: Compressor | None = None) -> Protocol:
-        return choose(compressor, exchange, d=10, dense=0, workers=2, back=back).protocol
+    def make(compressor: Compressor, exchange: str, back: Compressor | None = None) -> Aggregator:
+        return choose(compressor, exchange, d=10, dense=0, workers=2, back=back).aggregator
 
     with pytest.raises(ValueError, match=r"exchange must be one of direct, auto, .*, got 'ring'"):
         make(TopK(0.1), "ring")
@@ -364,11 +364,11 @@ def test_state_of_protocols() -> None:
     for compressor, exchange in ((TopK(0.3), "two-way"), (LowRank(), "direct")):
 
         def worker(rank: int, c: Compressor = compressor, e: str = exchange) -> tuple[Tensor, Tensor]:
-            channel = Channel(resolve(None), Ledger())
+            channel = Communicator(resolve(None), Ledger())
             bound = c.for_tensors([torch.Size((6, 5))])
-            first, second = (choose(bound, e, d=30, dense=0, workers=2).protocol for _ in range(2))
+            first, second = (choose(bound, e, d=30, dense=0, workers=2).aggregator for _ in range(2))
 
-            def run(protocol: Protocol, step: int) -> Averaged:
+            def run(protocol: Aggregator, step: int) -> Averaged:
                 return protocol.average(channel, vectors(30, 2)[rank], torch.zeros(0), seed=1, step=step)
 
             run(first, 0)

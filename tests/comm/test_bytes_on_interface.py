@@ -11,7 +11,7 @@ from packsaddle.performance.bench.hosts import Hosts
 WORKER = """
 import json, sys, torch, torch.distributed as dist
 from packsaddle import Identity, Ledger, QSGD, RandomK, SketchTopK, TopK
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.group import TorchGroup
 
@@ -34,8 +34,8 @@ for name, compressor, exchange, steps in (
 ):
     attempts = []
     for _ in range(3):
-        channel = Channel(TorchGroup(), Ledger())
-        protocol = choose(compressor, exchange, d=len(v), dense=0, workers=2).protocol
+        channel = Communicator(TorchGroup(), Ledger())
+        protocol = choose(compressor, exchange, d=len(v), dense=0, workers=2).aggregator
         dist.barrier()
         before = counters()
         for step in range(steps):

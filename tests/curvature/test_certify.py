@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle import CompressedSGD, Identity, Verdict, certify, simulate
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import Curvature, NotFiniteError, batch_size
@@ -137,7 +137,9 @@ def test_rho_is_that_of_the_final_direction() -> None:
     at = 0.3 * torch.randn(problem.d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for epsilon in (5.0, 1.0):
         certificate = certify_point(problem, at, epsilon=epsilon, hessian_lipschitz=None)
-        curvature = Curvature(Point(at), lambda m, b: problem(m.x), [torch.zeros(1)], Channel(resolve(None), Ledger()))
+        curvature = Curvature(
+            Point(at), lambda m, b: problem(m.x), [torch.zeros(1)], Communicator(resolve(None), Ledger())
+        )
         v, h = certificate.escape_direction, 1e-2
         with curvature.moved(v, h):
             ahead = curvature.hessian_vector(v)
@@ -225,7 +227,7 @@ def dense_hessian(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Ten
 def test_products_are_the_dense_hessian() -> None:
     """Unequal batches are weighted by their examples; frozen parameters are left out; modes are restored."""
     model, batches = network()
-    curvature = Curvature(model.train(), loss_fn, batches, Channel(resolve(None), Ledger()))
+    curvature = Curvature(model.train(), loss_fn, batches, Communicator(resolve(None), Ledger()))
     assert model.training
     assert all(m.training for m in model.modules())
     h = torch.stack([curvature.hessian_vector(e) for e in torch.eye(curvature.d, dtype=torch.float64)])
@@ -324,7 +326,7 @@ def test_a_real_plateau_is_a_saddle() -> None:
     certificate = certify(model, loss_of, everything, **settings)
     assert certificate.loss == pytest.approx(PLATEAU, rel=0.02)
     assert certificate.verdict == Verdict.SADDLE, str(certificate)
-    curvature = Curvature(model, loss_of, everything, Channel(resolve(None), Ledger()))
+    curvature = Curvature(model, loss_of, everything, Communicator(resolve(None), Ledger()))
     s, bend = 0.02, certificate.lambda_min_upper
     sides = [curvature.loss_at(certificate.escape_direction, step) for step in (-s, s)]
     assert min(sides) < certificate.loss

@@ -9,7 +9,7 @@ from scipy.integrate import quad
 from torch import Tensor, nn
 
 from packsaddle import CompressedSGD, Compression, Identity, RandomK, TopK
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import Curvature
@@ -54,7 +54,7 @@ class Quadratic(nn.Module):
 
 
 def curvature_of(model: nn.Module) -> Curvature:
-    return Curvature(model, lambda m, batch: m(), [torch.zeros(1)], Channel(resolve(None), Ledger()))
+    return Curvature(model, lambda m, batch: m(), [torch.zeros(1)], Communicator(resolve(None), Ledger()))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -111,7 +111,10 @@ def test_of_a_real_network(tmp_path: Path) -> None:
             CoordinateStep(name, 0.1, wait) for (name, _), wait in zip(model.named_parameters(), waits, strict=True)
         ]
         curvature = Curvature(
-            model, lambda m, batch: nn.functional.mse_loss(m(batch), batch), [images], Channel(resolve(None), Ledger())
+            model,
+            lambda m, batch: nn.functional.mse_loss(m(batch), batch),
+            [images],
+            Communicator(resolve(None), Ledger()),
         )
         found = largest_overshoot(curvature, steps, torch.Generator().manual_seed(0))
         gains.append((found.gain, found.step.name))

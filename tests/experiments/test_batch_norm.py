@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle import simulate
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.simulation import FusedGroup
@@ -47,7 +47,7 @@ def one_worker(over: Any) -> dict[str, Any]:
     group = resolve(None)
     x, weights = (t[group.rank * B : (group.rank + 1) * B].clone() for t in inputs())
     x.requires_grad_()
-    module, channel = norm(over), Channel(group, Ledger())
+    module, channel = norm(over), Communicator(group, Ledger())
     connect(module, channel)
     y = module(x)
     (y * weights).sum().backward()
@@ -109,7 +109,7 @@ def test_running_moments_are_the_mixture_s(over: str) -> None:
 def test_fused_is_apart(over: Any) -> None:
     apart = simulate(lambda rank: one_worker(over), W)
     x, weights = inputs()
-    module, channel = norm(over, parts=W), Channel(FusedGroup(W), Ledger())
+    module, channel = norm(over, parts=W), Communicator(FusedGroup(W), Ledger())
     connect(module, channel)
     y = module(x)
     (y * weights).sum().backward()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from packsaddle import CompressedSGD, Compression, Compressor, Identity, RandomK, TopK, simulate
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import Solo, resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import Curvature
@@ -64,7 +64,7 @@ def test_derivatives_against_finite_differences() -> None:
     """The first and the second, in float64: central differences err by about h^2 = 1e-8 of third derivatives."""
     data = load(12)
     task = tiny_task(data).double()
-    curvature = Curvature(task, task_loss, [data.batch(torch.arange(6), CPU)], Channel(Solo(), Ledger()))
+    curvature = Curvature(task, task_loss, [data.batch(torch.arange(6), CPU)], Communicator(Solo(), Ledger()))
     v = torch.randn(curvature.d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     v, h = v / v.norm(), 1e-4
     gradients = []

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from packsaddle import CompressedSGD, Compression, Compressor, Ledger, LowRank, RandomK, Sign, TopK, simulate
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.optim.error_feedback import ErrorFeedback
@@ -43,9 +43,9 @@ class Vector:
 
 def engine(compressor: Compressor, exchange: str) -> ErrorFeedback:
     named = [(name, torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()]
-    of, channel = Slice(places(named, 6), torch.device("cpu")), Channel(resolve(None), Ledger())
+    of, channel = Slice(places(named, 6), torch.device("cpu")), Communicator(resolve(None), Ledger())
     kind = compressor.for_tensors([torch.Size(SHAPES["w"])])
-    protocol = choose(kind, exchange, d=COMPRESSED, dense=D - COMPRESSED, workers=channel.group.size).protocol
+    protocol = choose(kind, exchange, d=COMPRESSED, dense=D - COMPRESSED, workers=channel.group.size).aggregator
     return ErrorFeedback(ErrorMemory(of, spare=True), channel, 3, protocol)
 
 
@@ -166,7 +166,7 @@ def test_an_optimizer_goes_on_after_an_exchange_that_raised() -> None:
     def run(broken: bool) -> tuple[Tensor, Tensor]:
         p = torch.nn.Parameter(torch.zeros(8, 8))
         opt = CompressedSGD([p], 0.1, Compression(TopK(0.1), exchange="two-way", back=RandomK(0.3), dense_below=0))
-        average = opt.choice.protocol.average
+        average = opt.choice.aggregator.average
 
         def lost(*arguments: object, **options: object) -> None:
             average(*arguments, **options)  # type: ignore[arg-type]
@@ -175,10 +175,10 @@ def test_an_optimizer_goes_on_after_an_exchange_that_raised() -> None:
         for step in range(5):
             p.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
             if broken and step == 3:
-                opt.choice.protocol.average = lost  # type: ignore
+                opt.choice.aggregator.average = lost  # type: ignore
                 with pytest.raises(RuntimeError, match="connection lost"):
                     opt.step()
-                opt.choice.protocol.average = average  # type: ignore[method-assign]
+                opt.choice.aggregator.average = average  # type: ignore[method-assign]
             opt.step()
         return p.detach().clone(), opt.error()
 

@@ -25,7 +25,7 @@ from packsaddle import (
     TopK,
     simulate,
 )
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, Cost, RingAllGather, RingAllReduce
 from packsaddle.comm.group import resolve
 from packsaddle.comm.select_aggregator import choose
@@ -95,7 +95,7 @@ PROTOCOLS: list[tuple[Compressor, str]] = [
 def test_the_model_moves_the_ledgers_bytes(compressor: Compressor, exchange: str, workers: int) -> None:
     """Link by link: never less than the busiest worker's busier direction, nor more than all bytes one by one."""
     d, dense = 4000, 50
-    protocol = choose(compressor, exchange, d=d, dense=dense, workers=workers).protocol
+    protocol = choose(compressor, exchange, d=d, dense=dense, workers=workers).aggregator
     collectives = protocol.collectives(d, dense, workers, 4)
     for collective in collectives:
         wires = [collective.wire(rank, workers) for rank in range(workers)]
@@ -118,7 +118,7 @@ def test_the_model_moves_the_ledgers_bytes(compressor: Compressor, exchange: str
 def test_a_hundred_billion_coordinates(compressor: Compressor) -> None:
     """By formula or from a part: nothing of the vector's size is made, and a message grows as the vector."""
     small, large = (
-        choose(compressor, "direct", d=d, dense=0, workers=1000).protocol.wire(d, 0, 0, 1000, 4).sent
+        choose(compressor, "direct", d=d, dense=0, workers=1000).aggregator.wire(d, 0, 0, 1000, 4).sent
         for d in (25 * 10**9, 10**11)
     )
     expected = 2 if isinstance(compressor, LowRank) else 4  # factors of a square, as far as it is one
@@ -149,15 +149,15 @@ def test_work_is_what_rank_0_does(exchange: str) -> None:
     Counting.calls.clear()
 
     def worker(rank: int) -> None:
-        protocol = choose(c, exchange, d=d, dense=0, workers=workers, back=back).protocol
+        protocol = choose(c, exchange, d=d, dense=0, workers=workers, back=back).aggregator
         v = torch.randn(d, generator=torch.Generator().manual_seed(rank))
-        averaged = protocol.average(Channel(resolve(None), Ledger()), v, v[:0], seed=0, step=0)
+        averaged = protocol.average(Communicator(resolve(None), Ledger()), v, v[:0], seed=0, step=0)
         for term in (*averaged.own, *averaged.mean):
             term.add_to(torch.zeros(d), 1.0)
 
     simulate(worker, workers)
     expected: Counter[tuple[int, str, int]] = Counter()
-    for work in choose(c, exchange, d=d, dense=0, workers=workers, back=back).protocol.work(d, workers):
+    for work in choose(c, exchange, d=d, dense=0, workers=workers, back=back).aggregator.work(d, workers):
         for kind in ("encode", "decode", "add"):
             expected[0, kind, work.coordinates] += getattr(work, kind)
     counted = {key: n for key, n in Counting.calls.items() if key[0] == 0}
@@ -166,12 +166,12 @@ def test_work_is_what_rank_0_does(exchange: str) -> None:
 
 def test_a_step_by_hand() -> None:
     """4 workers, 10 kB by RandomK: 6 hops of 0.1 ms, 15 kB at 1 MB/s, and coding as it is said to take."""
-    protocol = choose(RandomK(0.1), "direct", d=25_000, dense=0, workers=4).protocol
+    protocol = choose(RandomK(0.1), "direct", d=25_000, dense=0, workers=4).aggregator
     step = compressed(protocol, 25_000, 0, 4, lambda work: 0.001 * (work.encode + 10 * work.add))
     time = step.time(Link(1e-4, 1e6), Fleet(4, 0.05))
     assert time == StepTime(0.05, 0.0, pytest.approx(0.021), pytest.approx(6e-4), pytest.approx(0.015))
     assert time.total == pytest.approx(0.0866)
-    fan = compressed(choose(TopK(0.1), "two-way", d=8, dense=0, workers=4).protocol, 8, 0, 4, lambda work: 0.0)
+    fan = compressed(choose(TopK(0.1), "two-way", d=8, dense=0, workers=4).aggregator, 8, 0, 4, lambda work: 0.0)
     assert fan.cost.hops == 2 + 2 * 3
     assert fan.cost.fan == 2 * 2
 
@@ -273,7 +273,7 @@ def test_pace() -> None:
     assert Line.through((10, 3.0), (10, 3.0)) == Line(0.0, 0.3)  # a vector so short that there is one point
     assert Line.through((10, 3.0), (30, 2.0)) == Line(2.0, 0.0)  # a machine that was busy at first
     pace = Pace(Line(1.0, 0.0), Line(0.0, 0.1), Line(0.0, 0.01))
-    works = choose(TopK(0.1), "direct", d=100, dense=0, workers=5).protocol.work(100, 5)
+    works = choose(TopK(0.1), "direct", d=100, dense=0, workers=5).aggregator.work(100, 5)
     assert sum(map(pace.seconds, works)) == pytest.approx(1.0 + 5 * 10 + 1)
     timed = measure(TopK(k=50), 20_000, repeats=2)
     assert timed.encode.at(20_000) > 0

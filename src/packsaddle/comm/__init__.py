@@ -7,8 +7,8 @@ predicts bytes. torch.distributed is imported here, and
 otherwise only in `optim.ddp` and by the benchmarks' peers.
 """
 
-from packsaddle.comm.aggregators import Protocol
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.aggregators import Aggregator
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
 from packsaddle.comm.group import Group, Solo, resolve
@@ -19,16 +19,16 @@ from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import simulate
 
 __all__ = [
+    "Aggregator",
     "AllToAll",
     "Broadcast",
     "Bytes",
-    "Channel",
     "Collective",
+    "Communicator",
     "Group",
     "Ledger",
     "MachineGroup",
     "PeerLostError",
-    "Protocol",
     "RingAllGather",
     "RingAllReduce",
     "Solo",

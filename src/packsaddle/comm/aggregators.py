@@ -1,4 +1,4 @@
-"""Averaging compressed vectors over workers: one protocol per class, each an exact mean of what the workers sent."""
+"""Averaging compressed vectors over workers: one aggregator per class, each an exact mean of what the workers sent."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.cost_model import Collective, RingAllGather, RingAllReduce
 from packsaddle.comm.ledger import Bytes
 from packsaddle.compressors import Compressor, LowRank, Message, SketchTopK
@@ -66,7 +66,7 @@ class Work:
     add: int = 0  # of a message whose context is known, to a vector or to the error memory
 
 
-class Protocol(ABC):
+class Aggregator(ABC):
     """How workers average C(v_i), v_i float[d], plus a dense part. May keep state, such as a second error memory."""
 
     def __init__(self, compressor: Compressor) -> None:
@@ -77,7 +77,7 @@ class Protocol(ABC):
         self.compressor = compressor
 
     @abstractmethod
-    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         """Exchange v, float[d], and the dense part; collective. v and dense are not changed."""
 
     @abstractmethod
@@ -96,11 +96,11 @@ class Protocol(ABC):
         return [Work(self.compressor, d, encode=1, add=2)]
 
     def vectors(self, like: Tensor) -> dict[str, Tensor]:
-        """Return what the protocol holds back as named vectors like `like`, float[>= d]: made once, checkpointed."""
+        """Return what the aggregator holds back as named vectors like `like`, float[>= d]: made once, checkpointed."""
         return {}
 
     def add_residual(self, pending: Tensor, workers: int) -> Tensor:
-        """Return `pending`, float[>= d], plus this worker's share of errors that the protocol itself holds back.
+        """Return `pending`, float[>= d], plus this worker's share of errors that the aggregator itself holds back.
 
         The mean of the results over workers is everything that has not been applied yet.
         """
@@ -115,14 +115,14 @@ class Protocol(ABC):
         if d:
             self.compressor.validate(d)
 
-    def reset(self) -> None:  # noqa: B027 -- most protocols hold nothing back
-        """Drop what the protocol holds back."""
+    def reset(self) -> None:  # noqa: B027 -- most aggregators hold nothing back
+        """Drop what the aggregator holds back."""
 
     def snapshot(self) -> Any:
-        """Return all that the protocol holds, for `restore`."""
+        """Return all that the aggregator holds, for `restore`."""
         return None
 
-    def restore(self, snapshot: Any) -> None:  # noqa: B027 -- most protocols hold nothing back
+    def restore(self, snapshot: Any) -> None:  # noqa: B027 -- most aggregators hold nothing back
         """Be as when `snapshot` was made, as if no exchange had happened since."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class Protocol(ABC):
         return mix(seed, worker + 1) if self.compressor.private else seed
 
 
-class AllReduce(Protocol):
+class AllReduce(Aggregator):
     """One all-reduce of a linear compressor's message and the dense part together; C of the mean, exactly.
 
     They travel in a buffer that is kept: the outcome holds until the next exchange.
@@ -150,7 +150,7 @@ class AllReduce(Protocol):
         super().__init__(compressor)
         self._buffer = torch.zeros(0)
 
-    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         own = self.compressor.encode(v, seed=seed, step=step)
         ((name, payload),) = own.parts.items()
         shares = {name: payload.numel(), "dense": dense.numel()}
@@ -167,10 +167,10 @@ class AllReduce(Protocol):
         return [RingAllReduce((message_bytes(self.compressor, d, itemsize), dense * itemsize))]
 
 
-class AllGather(Protocol):
+class AllGather(Aggregator):
     """An all-gather of every worker's message, from which each forms the same mean; and the dense part's all-reduce."""
 
-    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         mean_dense = mean_of_dense(channel, dense)
         if not len(v):
             return Averaged((), (), mean_dense)
@@ -195,7 +195,7 @@ class AllGather(Protocol):
         return [Work(self.compressor, d, encode=1, decode=workers, add=1)]
 
 
-class SketchedAllReduce(Protocol):
+class SketchedAllReduce(Aggregator):
     """Ivkin et al. 2019: sketches are all-reduced, then the exact mean at the heavy hitters they show.
 
     Workers find the same support because an all-reduce leaves them the same bits.
@@ -203,7 +203,7 @@ class SketchedAllReduce(Protocol):
 
     compressor: SketchTopK
 
-    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         d, compressor = len(v), self.compressor
         if not d:
             return Averaged((), (), mean_of_dense(channel, dense))
@@ -220,7 +220,7 @@ class SketchedAllReduce(Protocol):
         return [RingAllReduce((counters * itemsize,)), RingAllReduce((k * itemsize, dense * itemsize))]
 
 
-class LowRankAllReduce(Protocol):
+class LowRankAllReduce(Aggregator):
     """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1), the second with the dense part.
 
     Each worker's error memory subtracts the projection P P^T M_i of its own matrix, whose mean is what all apply;
@@ -235,7 +235,7 @@ class LowRankAllReduce(Protocol):
         super().__init__(compressor)
         self._qs: list[Tensor] | None = None
 
-    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         compressor, d = self.compressor, len(v)
         matrices = compressor.matrices(v)
         fresh = compressor.gaussian(v, seed=seed, step=step)
@@ -306,6 +306,6 @@ def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
     return round(compressor.restrict(part, d).message_bytes(part, itemsize) * (d / part if d else 1))
 
 
-def mean_of_dense(channel: Channel, dense: Tensor) -> Tensor:
+def mean_of_dense(channel: Communicator, dense: Tensor) -> Tensor:
     """All-reduce the dense part, if there is one."""
     return channel.mean(dense.clone(), "dense") if len(dense) else dense

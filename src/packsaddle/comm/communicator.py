@@ -39,7 +39,7 @@ def star_broadcast(payload: int, rank: int, workers: int) -> Bytes:
     return Bytes(payload, payload * (workers - 1), 0) if rank == 0 else Bytes(0, 0, payload)
 
 
-class Channel:
+class Communicator:
     """A group's collectives, entered in a ledger under `step`, which the caller advances."""
 
     def __init__(self, group: Group, ledger: Ledger) -> None:
@@ -146,7 +146,7 @@ class Together:
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.group, self.device = group, device
-        self._channel = Channel(group, Ledger())
+        self._channel = Communicator(group, Ledger())
 
     def gather(self, value: Any) -> list[Any]:
         """Return every worker's value, as JSON carries it, by rank."""
@@ -171,7 +171,7 @@ class Together:
         return torch.load(io.BytesIO(wire.cpu().numpy().tobytes()), map_location="cpu", weights_only=True)
 
 
-def check_agreement(channel: Channel, arguments: Mapping[str, object], device: torch.device) -> None:
+def check_agreement(channel: Communicator, arguments: Mapping[str, object], device: torch.device) -> None:
     """Raise ValueError on every worker, naming the first argument that differs and the workers; collective."""
     if channel.group.size == 1:
         return

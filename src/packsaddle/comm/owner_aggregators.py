@@ -10,8 +10,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from packsaddle.comm.aggregators import Averaged, Protocol, Term, Work, mean_of_dense, message_bytes, part_count
-from packsaddle.comm.communicator import Channel, Parts
+from packsaddle.comm.aggregators import Aggregator, Averaged, Term, Work, mean_of_dense, message_bytes, part_count
+from packsaddle.comm.communicator import Communicator, Parts
 from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
 from packsaddle.compressors import Compressor, Identity, Message
 from packsaddle.numerics.finite import is_usable, spoil
@@ -20,7 +20,7 @@ from packsaddle.numerics.seeds import mix
 Chunk = tuple[int, int]
 
 
-class Owners(Protocol):
+class Owners(Aggregator):
     """Workers send C(chunk) to the chunk's owner; it sends back B(mean + its own error), B the `back` compressor.
 
     A compressor with k= or columns= keeps its share of them in each chunk. The owner's error is a mean over workers
@@ -42,7 +42,7 @@ class Owners(Protocol):
     def bounds(self, d: int, workers: int) -> list[int]:
         """Return where chunks begin and end: worker j owns [bounds[j], bounds[j + 1])."""
 
-    def average(self, channel: Channel, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         mean_dense = mean_of_dense(channel, dense)
         if not len(v):
             return Averaged((), (), mean_dense)
@@ -87,7 +87,7 @@ class Owners(Protocol):
         return reply
 
     def _return(
-        self, channel: Channel, reply: Message | None, v: Tensor, chunks: list[Chunk], seed: int, step: int
+        self, channel: Communicator, reply: Message | None, v: Tensor, chunks: list[Chunk], seed: int, step: int
     ) -> tuple[Term, ...]:
         """Send every owner's reply to every worker, and return them as terms of the mean."""
         # Names and dtypes of the parts, from a compression of zeros, for workers that own nothing.
@@ -106,7 +106,7 @@ class Owners(Protocol):
         return tuple(terms)
 
     @abstractmethod
-    def _send_back(self, channel: Channel, parts: Parts, like: Parts) -> list[Parts]:
+    def _send_back(self, channel: Communicator, parts: Parts, like: Parts) -> list[Parts]:
         """Send this worker's reply to all; return every owner's, by rank."""
 
     def vectors(self, like: Tensor) -> dict[str, Tensor]:
@@ -193,7 +193,7 @@ class TwoWay(Owners):
     def bounds(self, d: int, workers: int) -> list[int]:
         return [j * d // workers for j in range(workers + 1)]
 
-    def _send_back(self, channel: Channel, parts: Parts, like: Parts) -> list[Parts]:
+    def _send_back(self, channel: Communicator, parts: Parts, like: Parts) -> list[Parts]:
         return channel.gather(parts, fixed_size=False)  # chunks may differ by one coordinate
 
     def _sent_back(self, down: list[int], header: int) -> list[Collective]:
@@ -209,7 +209,7 @@ class Coordinator(Owners):
     def bounds(self, d: int, workers: int) -> list[int]:
         return [0] + [d] * workers
 
-    def _send_back(self, channel: Channel, parts: Parts, like: Parts) -> list[Parts]:
+    def _send_back(self, channel: Communicator, parts: Parts, like: Parts) -> list[Parts]:
         first = channel.group.rank == 0
         nothing = {name: part[:0] for name, part in like.items()}
         return [channel.broadcast_parts(parts if first else None, like)] + [nothing] * (channel.group.size - 1)

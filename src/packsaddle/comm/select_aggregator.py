@@ -1,16 +1,16 @@
-"""Which protocol averages a compressor's messages: the one asked for, or the one that moves the fewest bytes."""
+"""Which aggregator averages a compressor's messages: the one asked for, or the one that moves the fewest bytes."""
 
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from packsaddle.comm.aggregators import AllGather, AllReduce, LowRankAllReduce, Protocol, SketchedAllReduce
+from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce, LowRankAllReduce, SketchedAllReduce
 from packsaddle.comm.owner_aggregators import Coordinator, TwoWay
 from packsaddle.compressors import Compressor
 
 # What a compressor's `aggregation` names.
-_DIRECT: Mapping[str, Callable[[Any], Protocol]] = {
+_DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "all-reduce": AllReduce,
     "all-gather": AllGather,
     "sketched all-reduce": SketchedAllReduce,
@@ -22,9 +22,9 @@ Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coo
 
 @dataclass(frozen=True)
 class Choice:
-    """A protocol and why it was chosen."""
+    """A aggregator and why it was chosen."""
 
-    protocol: Protocol
+    aggregator: Aggregator
     name: str
     reason: str
 
@@ -57,15 +57,15 @@ def choose(
     itemsize: int = 4,
     back: Compressor | None = None,
 ) -> Choice:
-    """Return the protocol for d compressed and `dense` dense coordinates.
+    """Return the aggregator for d compressed and `dense` dense coordinates.
 
     "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (or brings its
-    own two rounds: SketchTopK, LowRank), else an all-gather. "auto" takes the protocol whose busiest worker
+    own two rounds: SketchTopK, LowRank), else an all-gather. "auto" takes the aggregator whose busiest worker
     sends the fewest predicted bytes; "two-way" and "coordinator" may compress the mean again, with `back`.
     Raises ValueError if the exchange is unknown or impossible for the compressor, or a compressor for d.
     """
     choice = _choose(compressor, exchange, d, dense, workers, itemsize, back)
-    choice.protocol.validate(d, workers)
+    choice.aggregator.validate(d, workers)
     return choice
 
 
@@ -80,7 +80,7 @@ def _choose(
         raise ValueError(f"exchange of {type(compressor).__name__} is its own {name}, it cannot be {exchange!r}")
     if exchange == "all-reduce":
         raise ValueError(f'exchange "all-reduce" needs a linear compressor, and {compressor!r} is not')
-    candidates: dict[str, Protocol] = {name: direct}
+    candidates: dict[str, Aggregator] = {name: direct}
     if exchange in ("two-way", "coordinator", "all-gather"):
         made = {
             "all-gather": AllGather(compressor),
@@ -96,7 +96,7 @@ def _choose(
     return Choice(candidates[best], best, f"{sent[best]:,} bytes sent per step by the busiest worker; {others}")
 
 
-def _direct(compressor: Compressor) -> tuple[str, Protocol]:
+def _direct(compressor: Compressor) -> tuple[str, Aggregator]:
     name = compressor.aggregation
     if name not in _DIRECT:
         raise ValueError(f"aggregation of {compressor!r} must be one of {', '.join(_DIRECT)}, got {name!r}")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Certificate, Verdict, judge, proposed_epsilon
@@ -70,7 +70,7 @@ def certify(
     _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, tolerance, sample_of, memory_limit)
     if lr is not None and not 0 <= lr < math.inf:
         raise ValueError(f"lr must be finite and not negative, got {lr}")
-    channel = Channel(resolve(process_group), Ledger())
+    channel = Communicator(resolve(process_group), Ledger())
     with rank_0_buffers(model, channel):
         curvature = Curvature(model, loss_fn, batches, channel)
         if sample_of is not None and sample_of < curvature.examples:
@@ -230,7 +230,7 @@ def _finite_population(error: float, examples: int, population: int) -> float:
     return error * math.sqrt(max(0.0, 1 - examples / population))
 
 
-def _start(curvature: Curvature, channel: Channel, generator: torch.Generator | None) -> Tensor:
+def _start(curvature: Curvature, channel: Communicator, generator: torch.Generator | None) -> Tensor:
     """Rank 0's random start, float64[d], on every worker; its generator's, or seeded by the operating system."""
     if generator is None:
         generator = torch.Generator()

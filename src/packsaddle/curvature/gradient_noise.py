@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import LossFn, NotFiniteError, batch_size, evaluating
@@ -88,7 +88,7 @@ def gradient_noise(
     found = torch.tensor(apart, dtype=torch.float64)
     sums = torch.stack([found.sum(), found.square().sum(), torch.tensor(len(apart)), torch.tensor(examples)]).double()
     sums = sums.to(next(model.parameters()).device)
-    total, squares, count, seen = Channel(group, Ledger()).mean(sums, "noise").mul_(group.size).tolist()
+    total, squares, count, seen = Communicator(group, Ledger()).mean(sums, "noise").mul_(group.size).tolist()
     if not count >= group.size:  # on all workers alike
         raise ValueError("batches must be at least 2 on every worker, for their gradients to differ")
     if not math.isfinite(total):

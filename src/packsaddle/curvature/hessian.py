@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -31,7 +31,7 @@ class Curvature:
     read or to train; NotFiniteError if the loss is not finite. A worker may have no batches if another has some.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Channel) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
@@ -155,7 +155,7 @@ class Curvature:
 
 
 @contextmanager
-def rank_0_buffers(model: nn.Module, channel: Channel) -> Iterator[None]:
+def rank_0_buffers(model: nn.Module, channel: Communicator) -> Iterator[None]:
     """Within, every worker has rank 0's buffers (statistics of batch normalisation); afterwards its own; collective."""
     buffers = [b for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
     before = [b.clone() for b in buffers]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.launch import launch, local_device, process_group
 from packsaddle.comm.ledger import Ledger
@@ -153,7 +153,7 @@ class Audit:
     def _profile(self, task: Task, examples: Examples, certificate: Certificate) -> Profile:
         """The loss along v on a grid, to twice where a saddle's was found lowest, or to 1."""
         reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
-        curvature = Curvature(task, task_loss, examples, Channel(resolve(None), Ledger()))
+        curvature = Curvature(task, task_loss, examples, Communicator(resolve(None), Ledger()))
         distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
         losses = [curvature.loss_at(certificate.escape_direction, s) for s in distances]
         return Profile(tuple(distances), tuple(f if math.isfinite(f) else None for f in losses))

@@ -52,7 +52,7 @@ def can_be_fused(config: Config) -> bool:
         choice = choose(config.compressor, config.exchange, d=1 << 20, dense=1, workers=max(2, config.workers))
     except ValueError:  # also for a compressor that does not know its tensors yet
         return False
-    wires = choice.protocol.collectives(1 << 20, 1, max(2, config.workers), 4)
+    wires = choice.aggregator.collectives(1 << 20, 1, max(2, config.workers), 4)
     return all(isinstance(wire, RingAllReduce) for wire in wires)
 
 

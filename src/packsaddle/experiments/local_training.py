@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import Choice, choose
@@ -66,7 +66,7 @@ class LocalTraining(Training):
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.channel = Channel(resolve(None), Ledger())
+        self.channel = Communicator(resolve(None), Ledger())
         self._mu: dict[str, Any] = {}  # what was measured last, at the end of the run
         self._offsets = [i * self._local.every // self._local.fragments for i in range(self._local.fragments)]
 
@@ -160,7 +160,7 @@ class LocalTraining(Training):
         compressed = [p for p in self._parameters if not goes_dense(p, self._config.dense_below)]
         d, n = (sum(p.numel() for p in some) for some in (self._parameters, compressed))
         choice = self._choice([p.shape for p in compressed], d, n)
-        mu = (choice.protocol.mu(n, self.channel.group.size) * n + d - n) / d
+        mu = (choice.aggregator.mu(n, self.channel.group.size) * n + d - n) / d
         return {
             "parameters": d,
             "compressed_parameters": n,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import Solo, resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.simulation import FusedGroup
@@ -206,7 +206,7 @@ class StepSizeCheck:
 
     def warning(self, step: int) -> str | None:
         """Return what is to be said, if the step is past stability."""
-        channel = Channel(Solo(), Ledger())
+        channel = Communicator(Solo(), Ledger())
         dice = generator(self._config.seed, step, Stream.CERTIFY)
         try:
             worst = largest_overshoot(Curvature(self._task, task_loss, self._examples, channel), self._steps, dice)

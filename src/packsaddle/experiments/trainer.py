@@ -17,7 +17,7 @@ from torch import Tensor
 
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.checkpoint.save_load import Checkpoint
-from packsaddle.comm.communicator import Channel, check_agreement
+from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import Group, Solo, resolve
 from packsaddle.comm.launch import local_device
 from packsaddle.comm.ledger import Bytes, Ledger
@@ -126,7 +126,7 @@ class Trainer:
         """Raise ConfigError if workers have read unlike data."""
         found = {"training examples": len(self.data), "test examples": len(self.test_data)}
         try:
-            check_agreement(Channel(self.group, Ledger()), found, self.device)
+            check_agreement(Communicator(self.group, Ledger()), found, self.device)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 

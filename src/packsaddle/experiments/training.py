@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Bytes
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config, NoiseConfig
@@ -28,7 +28,7 @@ class Training(ABC):
     `channel` is for what else workers average, entered in the same totals of bytes.
     """
 
-    channel: Channel
+    channel: Communicator
     scalars: Tensor | None = None  # means over workers of what they gave to the last step; None if it had no exchange
     took: bool = True  # whether the last step counts in means of losses
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from packsaddle.checkpoint.atomic_files import write_whole
-from packsaddle.comm.communicator import Channel, check_agreement
+from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Compressor
 from packsaddle.optim.compression import Compression, Schedule
@@ -58,7 +58,7 @@ class WorkerState:
     def __init__(self, local: LocalUpdates, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
         self.local, self._model, self._scaler = local, model, scaler
         self.device = next(p.device for p in model.parameters() if p.requires_grad)
-        self.channel = Channel(resolve(None), local.ledger)
+        self.channel = Communicator(resolve(None), local.ledger)
 
     @property
     def steps(self) -> int:

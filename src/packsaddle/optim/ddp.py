@@ -16,7 +16,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from packsaddle.comm.communicator import Channel, check_agreement, ring_all_reduce
+from packsaddle.comm.communicator import Communicator, check_agreement, ring_all_reduce
 from packsaddle.comm.group import group_beside, resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
@@ -53,7 +53,7 @@ class DDPHook(GradientHook):
     def __init__(
         self,
         module: nn.Module,
-        channel: Channel,
+        channel: Communicator,
         rules: Rules,
         places: Sequence[Place],
         noise: float | Callable[[int], float],
@@ -343,7 +343,7 @@ def register_ddp_hook(
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
-    channel, rates = Channel(group_beside(model), Ledger()), Rates(optimizer, found)
+    channel, rates = Communicator(group_beside(model), Ledger()), Rates(optimizer, found)
     scale = (lambda: 1.0) if scaler is None else scaler.get_scale
     hook = DDPHook(model.module, channel, rules, found, noise, rates, scale)
     if escape is not None:

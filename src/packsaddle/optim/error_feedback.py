@@ -1,6 +1,6 @@
 """Error feedback on one slice of the parameters: lines 10 and 12 of Algorithm 1, once for the optimizer and the hooks.
 
-An `ErrorFeedback` owns a slice's memory and the protocol that averages what is sent of it. A `Round` of it is one
+An `ErrorFeedback` owns a slice's memory and the aggregator that averages what is sent of it. A `Round` of it is one
 exchange, and a transaction: `correct`, `exchange`, `absorb` try it, `settle` takes it or forgets it as a whole. Line 11
 stands between exchange and absorb, and belongs to who has the round, as some move x and others fill gradients.
 """
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle.comm.aggregators import Averaged, Protocol
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.aggregators import Aggregator, Averaged
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, identify
 from packsaddle.numerics.seeds import mix
@@ -28,19 +28,21 @@ class ErrorFeedback:
     `seed` is that of the slice's shared randomness.
     """
 
-    def __init__(self, memory: ErrorMemory, channel: Channel, seed: int, aggregator: Protocol | None = None) -> None:
+    def __init__(
+        self, memory: ErrorMemory, channel: Communicator, seed: int, aggregator: Aggregator | None = None
+    ) -> None:
         self.memory, self.channel, self.seed = memory, channel, seed
-        self._aggregator: Protocol | None = None
+        self._aggregator: Aggregator | None = None
         self.use(aggregator)
 
     @property
-    def aggregator(self) -> Protocol:
-        """The protocol that averages what is sent."""
+    def aggregator(self) -> Aggregator:
+        """The aggregator that averages what is sent."""
         assert self._aggregator is not None, "no compressor has been chosen yet"
         return self._aggregator
 
-    def use(self, aggregator: Protocol | None) -> None:
-        """Go on with another protocol; what the last one held back goes to the memory, so that nothing is lost."""
+    def use(self, aggregator: Aggregator | None) -> None:
+        """Go on with another aggregator; what the last one held back goes to the memory, so that nothing is lost."""
         if self._aggregator is not None:
             self.memory.vector.copy_(self._aggregator.add_residual(self.memory.vector, self.channel.group.size))
         self._aggregator = aggregator
@@ -51,7 +53,7 @@ class ErrorFeedback:
         return Round(self, step)
 
     def held(self) -> dict[str, Tensor]:
-        """Return what the protocol holds back, float[n] each, by name; not copies."""
+        """Return what the aggregator holds back, float[n] each, by name; not copies."""
         return self._aggregator.vectors(self.memory.vector) if self._aggregator is not None else {}
 
     def pending(self) -> Tensor:
@@ -62,7 +64,7 @@ class ErrorFeedback:
         return self._aggregator.add_residual(pending, self.channel.group.size)
 
     def reset(self, lost: Tensor | None = None) -> None:
-        """Clear e (line 7), or set it to `lost`, float[n], and forget what the protocol holds back."""
+        """Clear e (line 7), or set it to `lost`, float[n], and forget what the aggregator holds back."""
         self.memory.reset(lost)
         if self._aggregator is not None:
             self._aggregator.reset()
@@ -75,7 +77,7 @@ class SliceFeedback(ErrorFeedback):
     has the seed as it is, and so the run that `CompressedSGD` gives; others have one of their own.
     """
 
-    def __init__(self, of: Slice, compression: Compression, channel: Channel, seed: int, whole: int) -> None:
+    def __init__(self, of: Slice, compression: Compression, channel: Communicator, seed: int, whole: int) -> None:
         super().__init__(
             ErrorMemory(of, spare=True), channel, seed if of.compressed_d == whole else mix(seed, of.places[0].start)
         )
@@ -100,7 +102,7 @@ class SliceFeedback(ErrorFeedback):
                 itemsize=self.memory.vector.element_size(),
                 back=None if spec.back is None or compressor.lossless else self._restricted(spec.back),
             )
-            self.use(chosen.protocol)
+            self.use(chosen.aggregator)
             self._compressor = compressor
         assert self._by_size is not None
         self.aggregator.adopt(allotted or self._by_size)

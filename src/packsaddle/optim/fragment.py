@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.compressors import Compressor
 from packsaddle.numerics.finite import first_bad, is_usable, spoil
 from packsaddle.optim.compression import Compression
@@ -102,7 +102,7 @@ class Fragment(Slice):
         device: torch.device,
         offset: int,
         compression: Compression,
-        channel: Channel,
+        channel: Communicator,
         d: int,
         seed: int,
         *,

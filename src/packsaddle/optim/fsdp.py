@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Channel, check_agreement, ring_all_reduce
+from packsaddle.comm.communicator import Communicator, check_agreement, ring_all_reduce
 from packsaddle.comm.group import ProcessGroup, resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose
@@ -94,7 +94,7 @@ class FSDPHook(GradientHook):
     def __init__(
         self,
         model: nn.Module,
-        channel: Channel,
+        channel: Communicator,
         rules: Rules,
         noise: float | Callable[[int], float],
         shard: tuple[int, int],
@@ -286,7 +286,7 @@ def register_fsdp_hook(
         raise ValueError(
             f"compressor must act on flat shards, in which tensors are cut, and {first!r} needs whole ones"
         )
-    channel = Channel(resolve(replicas), Ledger())
+    channel = Communicator(resolve(replicas), Ledger())
     hook = FSDPHook(model, channel, rules, noise, shard)
     same = {**rules.arguments(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}

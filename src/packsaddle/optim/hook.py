@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Ledger
 from packsaddle.compressors import Compressor, Identity
 from packsaddle.numerics.finite import first_bad, is_finite, is_usable, spoil
@@ -123,7 +123,7 @@ _NO_FACTORS: Mapping[str, float] = {}
 class GradientSlice:
     """Error feedback on a slice of the gradient, by a compressor that may change from step to step.
 
-    The protocol follows the compressor, and the allocation of its budget. `pending` has what these parameters have
+    The aggregator follows the compressor, and the allocation of its budget. `pending` has what these parameters have
     gathered elsewhere, by name; what is taken from it is removed.
     """
 
@@ -131,7 +131,7 @@ class GradientSlice:
         self,
         of: Slice,
         pending: dict[str, Tensor],
-        channel: Channel,
+        channel: Communicator,
         rules: Rules,
         allocation: Allocation,
     ) -> None:
@@ -206,7 +206,7 @@ class GradientSlice:
         return bad
 
     def _rescale_held(self, factors: Mapping[str, float]) -> None:
-        """Bring what the protocol holds back to the units of the present rates; 0 only where it holds nothing."""
+        """Bring what the aggregator holds back to the units of the present rates; 0 only where it holds nothing."""
         if factors:
             for held in self.feedback.held().values():
                 for place, view in self.of.named(held):
@@ -219,15 +219,15 @@ class GradientSlice:
             held.zero_()
 
     def views(self) -> list[tuple[Place, Tensor]]:
-        """Return e^(i) by parameter, without what the protocol holds back; not copies."""
+        """Return e^(i) by parameter, without what the aggregator holds back; not copies."""
         return list(zip(self.of.places, self.feedback.memory.views, strict=True))
 
     def pending(self) -> Tensor:
-        """Return a copy of e^(i), float[n], with this worker's share of what the protocol holds back."""
+        """Return a copy of e^(i), float[n], with this worker's share of what the aggregator holds back."""
         return self.feedback.pending().clone()
 
     def fold(self) -> None:
-        """Move what the protocol holds back into the error memory, so that nothing is lost when it goes."""
+        """Move what the aggregator holds back into the error memory, so that nothing is lost when it goes."""
         self.feedback.fold()
 
     def reset(self) -> None:
@@ -235,11 +235,11 @@ class GradientSlice:
         self.feedback.reset()
 
     def held(self) -> dict[str, Any]:
-        """Return what the protocol holds and for which compressor, tensors and plain types; {} if there is none."""
+        """Return what the aggregator holds and for which compressor, tensors and plain types; {} if there is none."""
         return self.feedback.held_state()
 
     def restore(self, held: Mapping[str, Any], step: int) -> None:
-        """Have the step's protocol hold what was saved; if another compressor's did, the error memory has it."""
+        """Have the step's aggregator hold what was saved; if another compressor's did, the error memory has it."""
         self.feedback.restore(held, self._rules.at(step))
 
 
@@ -250,7 +250,7 @@ class GradientHook:
     number of coordinates that all slices compress together.
     """
 
-    def __init__(self, channel: Channel, rules: Rules, d: int) -> None:
+    def __init__(self, channel: Communicator, rules: Rules, d: int) -> None:
         self.channel = channel
         self._allocation = Allocation(d)
         self._rules, self._monitor = rules, SlicedMonitor(rules.compression.monitor_every)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.communicator import Channel, check_agreement, ring_all_reduce
+from packsaddle.comm.communicator import Communicator, check_agreement, ring_all_reduce
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import warn_of_nothing
@@ -131,7 +131,7 @@ class LocalUpdates:
         device = torch.device("cpu") if offload else home
         beside = group.beside(device) if delay and group.size > 1 else None
         self.ledger = Ledger()
-        self._channel = Channel(beside or group, self.ledger)
+        self._channel = Communicator(beside or group, self.ledger)
         self._background = Background(device) if beside is not None else None
 
         # x, the same on all workers; its fragments.

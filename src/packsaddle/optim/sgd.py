@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.comm.communicator import Channel, check_agreement
+from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
@@ -33,7 +33,7 @@ from packsaddle.optim.stages.contraction import ContractionMonitor
 from packsaddle.optim.stages.drift import Drift, DriftGuard
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
 from packsaddle.optim.stages.lazy_noise import Perturber
-from packsaddle.optim.stages.nonfinite import Guard, NonFiniteError, Skip
+from packsaddle.optim.stages.nonfinite import NonFiniteError, NonFiniteGuard, Skip
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
 
@@ -103,7 +103,7 @@ class CompressedSGD(Optimizer):
         shapes = [self._flat.parameters[i].shape for i in self._flat.compressed]
         self.compressor = given.for_tensors(shapes)
         self.ledger = Ledger()
-        self.channel = Channel(resolve(process_group), self.ledger)
+        self.channel = Communicator(resolve(process_group), self.ledger)
 
         # What is made of gradients, what is kept of it, and how it is averaged.
         spare = spec.max_skipped is not None
@@ -119,10 +119,10 @@ class CompressedSGD(Optimizer):
             itemsize=self._memory.vector.element_size(),
             back=None if spec.back is None else spec.back.for_tensors(shapes),
         )
-        self._feedback = ErrorFeedback(self._memory, self.channel, self.seed, self.choice.protocol)
+        self._feedback = ErrorFeedback(self._memory, self.channel, self.seed, self.choice.aggregator)
 
         # Stages of a step.
-        self.guard = Guard(spec.max_skipped, self.channel)
+        self.guard = NonFiniteGuard(spec.max_skipped, self.channel)
         self.monitor = ContractionMonitor(self._flat, spec.monitor_every)
         self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
         self._noise = Perturber(
@@ -130,7 +130,7 @@ class CompressedSGD(Optimizer):
             lazy_noise,
             seed=self.seed,
             flat=self._flat,
-            protocol=self.choice.protocol,
+            aggregator=self.choice.aggregator,
             escape=escape is not None,
             plain=spec.memory != "ef21" and not momentum and storm is None,
         )
@@ -339,7 +339,7 @@ class CompressedSGD(Optimizer):
         what holds for every v (all of v's energy may lie there).
         """
         d, compressed = self._flat.d, self._flat.compressed_d
-        kept = self.choice.protocol.mu(compressed, self.channel.group.size) * compressed
+        kept = self.choice.aggregator.mu(compressed, self.channel.group.size) * compressed
         return (kept + (d - compressed)) / d if d else 1.0
 
     @property
@@ -357,7 +357,7 @@ class CompressedSGD(Optimizer):
 
         None where that depends on the values (see `Compressor.rates`).
         """
-        rates = self.choice.protocol.compressor.rates(self._flat.compressed_d)
+        rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
         if rates is None:
             return None
         waits, start = torch.ones(self._flat.d, dtype=torch.float64), 0
@@ -385,7 +385,7 @@ class CompressedSGD(Optimizer):
         return self._flat.in_order(self._flat.x - self._mean_pending())
 
     def _outstanding(self) -> Tensor:
-        """This worker's part of eta e: its own memory, what the protocol holds back, outstanding noise."""
+        """This worker's part of eta e: its own memory, what the aggregator holds back, outstanding noise."""
         return self._noise.add_outstanding(self._feedback.pending(), self._step)
 
     def _mean_pending(self) -> Tensor:
@@ -419,7 +419,7 @@ class CompressedSGD(Optimizer):
             group.update(self._identity(), format=FORMAT, step=self._step, unit=self._memory.unit)
             group["started"] = self._direction.started
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
-        state["exchange"] = self.choice.protocol.state_dict()
+        state["exchange"] = self.choice.aggregator.state_dict()
         state["noise"] = self._noise.state_dict()
         state["guard"] = self.guard.skips.state_dict()
         state["ledger"] = self.ledger.state_dict()
@@ -452,7 +452,7 @@ class CompressedSGD(Optimizer):
         for group in self.param_groups:
             for name in ("format", "step", "anchor_step", "unit", "started", *self._identity()):
                 group.pop(name, None)
-        self.choice.protocol.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
+        self.choice.aggregator.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
         self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
         self.guard.skips.load_state_dict(state_dict.get("guard", {}))
         self.ledger.load_state_dict(state_dict.get("ledger", []))

@@ -115,7 +115,7 @@ def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
         decoded = compressor(v, step=step)
         times.append(time.perf_counter() - begin)
     choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
-    wire = choice.protocol.wire(d, 0, min(1, workers - 1), workers, 4)
+    wire = choice.aggregator.wire(d, 0, min(1, workers - 1), workers, 4)
     return CompressorEntry(
         compressor=describe(compressor),
         mu=compressor.mu(d),

@@ -224,11 +224,11 @@ def forecast(
         seconds = pace(bound, workload.d).seconds
         steps: list[tuple[Choice, Step]] = []
         for choice in _choices(bound, workload, fleet.workers):
-            coded = compressed(choice.protocol, workload.d, workload.dense, fleet.workers, seconds)
+            coded = compressed(choice.aggregator, workload.d, workload.dense, fleet.workers, seconds)
             steps.append((choice, replace(coded, compression=coded.compression + update)))
         choice, step = min(steps, key=lambda s: s[1].time(link, fleet).total)
         ranks = {0, fleet.workers - 1}  # chunks, and so bytes, differ by a coordinate at most
-        wires = [choice.protocol.wire(workload.d, workload.dense, rank, fleet.workers, 4).sent for rank in ranks]
+        wires = [choice.aggregator.wire(workload.d, workload.dense, rank, fleet.workers, 4).sent for rank in ranks]
         needed = steps_needed(compressor, optimizer)
         equal = break_even(step, dense, link, fleet, needed.factor if needed else 1.0)
         found.append(Forecast(describe(compressor), choice.name, max(wires), step.time(link, fleet), equal, needed))

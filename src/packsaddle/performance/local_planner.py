@@ -127,7 +127,7 @@ def _forecast(
     bound = workload.bind(setting.compressor)
     choice = choose(bound, "direct", d=workload.d, dense=workload.dense + 1, workers=fleet.workers)
     seconds = pace(bound, workload.d).seconds
-    coded = compressed(choice.protocol, workload.d, workload.dense + 1, fleet.workers, seconds)
+    coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
     latency, bandwidth = link.parts(coded.cost)
     # Workers wait for the slowest once a round, not once a step: what differs between steps evens out.
     compute = fleet.compute + fleet.waiting / math.sqrt(setting.every)
@@ -137,7 +137,7 @@ def _forecast(
     delay = min(setting.every - 1, math.ceil(exchange / fragments / compute)) if compute else setting.every - 1
     hidden = setting.every * compute if fragments > 1 else delay * compute
     waited = max(0.0, exchange - hidden)
-    sent = choice.protocol.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4).sent
+    sent = choice.aggregator.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4).sent
     coding = (coded.compression + update) / setting.every
     return LocalForecast(
         setting, delay, fragments, sent / setting.every, compute, coding, waited / setting.every, MEASURED[setting]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, get_args
 
-from packsaddle.comm.aggregators import Protocol, Work
+from packsaddle.comm.aggregators import Aggregator, Work
 from packsaddle.comm.cost_model import Cost, RingAllReduce
 
 FRAMING = 1448 / 1514  # of an Ethernet frame of 1,514 bytes, what TCP over IP leaves to its user
@@ -168,10 +168,12 @@ class Dense(Step):
 Seconds = Callable[[Work], float]  # of the coding that a piece of work says
 
 
-def compressed(protocol: Protocol, d: int, dense: int, workers: int, seconds: Seconds, itemsize: int = 4) -> Compressed:
-    """Return the step of a protocol that exchanges d compressed and `dense` dense coordinates of `itemsize` bytes."""
-    cost = sum((c.cost(workers) for c in protocol.collectives(d, dense, workers, itemsize)), Cost())
-    return Compressed(cost, sum(seconds(work) for work in protocol.work(d, workers)))
+def compressed(
+    aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds, itemsize: int = 4
+) -> Compressed:
+    """Return the step of a aggregator that exchanges d compressed and `dense` dense coordinates of `itemsize` bytes."""
+    cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, itemsize)), Cost())
+    return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 
 
 def break_even(step: Step, dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:

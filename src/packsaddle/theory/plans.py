@@ -135,7 +135,7 @@ def plan(
 def _exchange(compressor: Compressor, d: int, workers: int) -> tuple[str, int]:
     """The protocol and the bytes that one worker sends in a step."""
     choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
-    return choice.name, choice.protocol.wire(d, 0, 1, workers, 4).sent
+    return choice.name, choice.aggregator.wire(d, 0, 1, workers, 4).sent
 
 
 def _count(compressor: Compressor, d: int) -> int | None:

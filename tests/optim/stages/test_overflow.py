@@ -206,7 +206,7 @@ def owner(rank: int) -> tuple[int, int, bool]:
         p.grad = torch.zeros_like(p)
         p.grad[3] = 3e38
         opt.step()
-    held = opt.choice.protocol.vectors(p.detach().view(-1)).values()
+    held = opt.choice.aggregator.vectors(p.detach().view(-1)).values()
     return opt.steps, opt.skipped, all(bool(v.isfinite().all()) for v in [p.detach(), *held])
 
 

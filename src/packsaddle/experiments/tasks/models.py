@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.errors import ConfigError, require
 from packsaddle.experiments.config import ModelConfig
 
@@ -34,7 +34,7 @@ class WorkerBatchNorm2d(nn.Module):
     def __init__(self, channels: int, over: Literal["worker", "all"], parts: int = 1) -> None:
         super().__init__()
         self.over, self.parts = over, parts
-        self.channel: Channel | None = None
+        self.channel: Communicator | None = None
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.running_mean: Tensor
         self.running_square: Tensor
@@ -73,7 +73,7 @@ class WorkerBatchNorm2d(nn.Module):
         self._run(mean.detach(), (biased + mean.square()).detach())
         return y
 
-    def _exchanged(self, x: Tensor, channel: Channel) -> Tensor:
+    def _exchanged(self, x: Tensor, channel: Communicator) -> Tensor:
         local = torch.cat([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
         mean, square = _MeanOverWorkers.apply(local, channel).chunk(2)  # type: ignore[no-untyped-call]
         self._run(mean.detach(), square.detach())
@@ -96,7 +96,7 @@ class _MeanOverWorkers(torch.autograd.Function):
     the workers' derivatives."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, channel: Channel) -> Tensor:
+    def forward(ctx: Any, local: Tensor, channel: Communicator) -> Tensor:
         ctx.channel = channel
         return channel.mean(local.detach().clone(), "batch norm")
 
@@ -112,7 +112,7 @@ def make_norm(channels: int, norm: Norm, parts: int) -> nn.Module:
     return WorkerBatchNorm2d(channels, norm, parts)
 
 
-def connect(model: nn.Module, channel: Channel) -> None:
+def connect(model: nn.Module, channel: Communicator) -> None:
     """Let a model's normalisation over all workers find them."""
     for module in model.modules():
         if isinstance(module, WorkerBatchNorm2d):
@@ -120,7 +120,7 @@ def connect(model: nn.Module, channel: Channel) -> None:
 
 
 @torch.no_grad()
-def average_buffers(model: nn.Module, channel: Channel) -> None:
+def average_buffers(model: nn.Module, channel: Communicator) -> None:
     """Replace floating-point buffers (running statistics) by their means over workers; collective."""
     buffers = [b for b in model.buffers() if b.is_floating_point()]
     if buffers and channel.group.size > 1:

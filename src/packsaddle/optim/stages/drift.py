@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.errors import GuardError
 from packsaddle.messages import numbered
 from packsaddle.optim.stages.contraction import Every
@@ -40,7 +40,7 @@ class Drift:
 class DriftGuard:
     """Compares every `every` steps (0: never); `action` is what to do where something differs."""
 
-    def __init__(self, every: int, action: OnDrift, channel: Channel) -> None:
+    def __init__(self, every: int, action: OnDrift, channel: Communicator) -> None:
         self._every = Every(every)
         self._action, self._channel = action, channel
         self.found: list[Drift] = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.numerics.sketches import NormSketch
 from packsaddle.optim.layout import FlatParameters, Place
 from packsaddle.optim.stages.learning_rates import Rates, is_plain_sgd
@@ -72,7 +72,7 @@ class Vector(Protocol):
 class EscapeCheck:
     """Runs an `Escape` rule on the flat vector x and the pending update eta e^(i), float[d]."""
 
-    def __init__(self, rule: Escape, flat: Vector, channel: Channel, seed: int) -> None:
+    def __init__(self, rule: Escape, flat: Vector, channel: Communicator, seed: int) -> None:
         self.anchor = flat.x.clone()  # x_t', float[d]
         self.anchor_step = 0  # t'
         self._rule, self._flat, self._channel, self._seed = rule, flat, channel, seed
@@ -147,7 +147,7 @@ class Hook(Protocol):
     """A gradient hook whose optimizer's steps are checked."""
 
     resets: list[Reset]
-    channel: Channel
+    channel: Communicator
 
     @property
     def steps(self) -> int:

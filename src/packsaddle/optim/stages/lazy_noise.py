@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle.comm.aggregators import AllReduce, Averaged, Protocol
+from packsaddle.comm.aggregators import Aggregator, AllReduce, Averaged
 from packsaddle.compressors.sparse import Cells
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 from packsaddle.optim.layout import FlatParameters
@@ -95,7 +95,7 @@ class OutstandingNoise:
 class Perturber:
     """Line 9 of Algorithm 1 for an optimizer, and the noise it leaves outstanding if `lazy`.
 
-    Raises ValueError if `lazy` and the protocol is not an all-reduce of `shared_cells`, as RandomK's is, or error
+    Raises ValueError if `lazy` and the aggregator is not an all-reduce of `shared_cells`, as RandomK's is, or error
     feedback not `plain`: only there do all workers keep the same coordinates of a vector that is never looked at
     otherwise, so that k Gaussians a step do for d.
     """
@@ -107,7 +107,7 @@ class Perturber:
         *,
         seed: int,
         flat: FlatParameters,
-        protocol: Protocol,
+        aggregator: Aggregator,
         escape: bool,
         plain: bool,
     ) -> None:
@@ -115,14 +115,15 @@ class Perturber:
         self._seed, self._flat, self._d = seed, flat, flat.compressed_d
         self._outstanding: OutstandingNoise | None = None
         self.grown = 0.0  # the standard deviation, in units of x, of the noise that the last step left outstanding
-        grid = protocol.compressor.shared_cells(self._d) if isinstance(protocol, AllReduce) else None
+        grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         if not plain:
             if lazy:
                 raise ValueError("lazy_noise goes with plain error feedback alone: no ef21, momentum or storm")
         elif grid is None:
             if lazy:
                 raise ValueError(
-                    f"lazy_noise needs RandomK by all-reduce, got {protocol.compressor!r} by {type(protocol).__name__}"
+                    f"lazy_noise needs RandomK by all-reduce, got {aggregator.compressor!r} by "
+                    f"{type(aggregator).__name__}"
                 )
         elif noise != 0 and self._d and (not escape if lazy is None else lazy):
             self._outstanding = OutstandingNoise(*grid, flat.x.device)

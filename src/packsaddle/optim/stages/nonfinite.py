@@ -1,6 +1,6 @@
 """Non-finite steps, which would bring an Inf or NaN into x or an error memory: skipped on all workers, and counted.
 
-`Guard` is the optimizer's, which knows the outcome at once. A hook learns it later, and keeps `Skips` alone.
+`NonFiniteGuard` is the optimizer's, which knows the outcome at once. A hook learns it later, and keeps `Skips` alone.
 """
 
 import logging
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.comm.communicator import Channel
+from packsaddle.comm.communicator import Communicator
 from packsaddle.errors import GuardError
 from packsaddle.messages import numbered
 from packsaddle.numerics.finite import is_usable, spoil
@@ -86,7 +86,7 @@ class Source(Protocol):
         """Return the name of the first parameter whose gradient cannot be used."""
 
 
-class Guard:
+class NonFiniteGuard:
     """Leaves steps out, at most `most` in a row; None leaves none out and looks at nothing.
 
     A worker that cannot use its gradient sends zeros, and NaNs in the dense part, whose mean then tells all of them: no
@@ -94,7 +94,7 @@ class Guard:
     vectors may have a mean that is not, or one that x cannot take: all workers see that alike.
     """
 
-    def __init__(self, most: int | None, channel: Channel) -> None:
+    def __init__(self, most: int | None, channel: Communicator) -> None:
         self.skips, self._channel = Skips(most, channel.group.rank), channel
         self.overflowed = False  # a GradScaler has found an Inf in this worker's gradient
         self.x_is_large = False  # it has moved by what might have been too much

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle.comm.communicator import Channel, ring_all_reduce
+from packsaddle.comm.communicator import Communicator, ring_all_reduce
 from packsaddle.comm.group import Group, resolve
 from packsaddle.comm.launch import launch, process_group
 from packsaddle.comm.ledger import Ledger
@@ -186,8 +186,8 @@ def _halved(v: Tensor, out: Tensor, group: Group) -> Callable[[], object]:
 
 
 def _exchanger(compressor: Compressor, v: Tensor, out: Tensor, ledger: Ledger) -> Callable[[], object]:
-    channel = Channel(resolve(None), ledger)
-    protocol = choose(compressor, "direct", d=len(v), dense=0, workers=channel.group.size).protocol
+    channel = Communicator(resolve(None), ledger)
+    protocol = choose(compressor, "direct", d=len(v), dense=0, workers=channel.group.size).aggregator
     nothing = v[:0]
 
     def work() -> None:
