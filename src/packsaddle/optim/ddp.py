@@ -27,6 +27,7 @@ from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp_buckets import Background, Bucket, Promise
 from packsaddle.optim.fsdp import is_sharded
 from packsaddle.optim.hook import GradientHook, GradientSlice, Rules, Scope
+from packsaddle.optim.inner_optimizer import innermost
 from packsaddle.optim.layout import Place, Slice, dense_strides, places
 from packsaddle.optim.saved_state import FORMAT, check_format, check_identity, check_shape
 from packsaddle.optim.stages.escape import Escape, EscapeAfterStep, Reset
@@ -339,7 +340,7 @@ def register_ddp_hook(
     spec = Compression.of(compressor)
     rules = Rules(spec, scope, error_feedback, start_step, as_seed(seed))
     _check_types(optimizer, scaler)
-    optimizer = _innermost(optimizer)
+    optimizer = None if optimizer is None else innermost(optimizer)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
@@ -376,13 +377,6 @@ def keep_gradients_local(model: nn.Module) -> None:
         if isinstance(module, DistributedDataParallel):
             on_buckets(module, own)
             module.broadcast_buffers = False  # which would wait for worker 0's at each forward pass
-
-
-def _innermost(optimizer: Optimizer | None) -> Optimizer | None:
-    """The optimizer that steps, in what a framework has wrapped around it (Accelerate's has no hooks of its own)."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
 
 
 def _check_types(optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:

@@ -20,18 +20,12 @@ from packsaddle.numerics.finite import first_bad, is_usable, spoil
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp_buckets import Promise
 from packsaddle.optim.error_feedback import Round, SliceFeedback
+from packsaddle.optim.inner_optimizer import local_part
 from packsaddle.optim.layout import Place, Shaped, Slice
 from packsaddle.optim.stages.contraction import SlicedMonitor
 from packsaddle.optim.stages.noise import Noise
 
 Reduction = Literal["mean", "senders"]
-
-
-def local_part(parameter: Tensor) -> Tensor:
-    """Return a parameter's data on this process: all of it, or of a DTensor its shard."""
-    to_local = getattr(parameter, "to_local", None)
-    here: Tensor = parameter.detach() if to_local is None else to_local().detach()
-    return here
 
 
 @dataclass

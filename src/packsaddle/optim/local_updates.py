@@ -13,7 +13,7 @@ Algorithm 1).
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,7 +32,17 @@ from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp_buckets import Background
-from packsaddle.optim.fragment import Flight, Fragment, Reduction, local_part
+from packsaddle.optim.fragment import Flight, Fragment, Reduction
+from packsaddle.optim.inner_optimizer import (
+    Shards,
+    balanced,
+    check_parameters,
+    forget_nonfinite,
+    innermost,
+    is_replicated,
+    local_part,
+    trained_parameters,
+)
 from packsaddle.optim.layout import Place, goes_dense
 from packsaddle.optim.saved_state import check_identity, check_shape
 from packsaddle.optim.stages.drift import Drift, DriftGuard, fingerprint
@@ -111,17 +121,20 @@ class LocalUpdates:
         scaler: torch.amp.GradScaler | None = None,
         process_group: Any = None,
     ) -> None:
-        self.optimizer = _innermost(optimizer)
+        self.optimizer = innermost(optimizer)
+        if hasattr(self.optimizer, "channel"):
+            name = type(self.optimizer).__name__
+            raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
         self._compression = Compression.of(compressor)
         self.every, self.delay, self.decay, self.blend = every, delay, decay, blend
         self.reduction, self.keep_unsent, self.seed = reduction, keep_unsent, as_seed(seed)
         _check_numbers(self, fragments, offload)
         _check_compression(self._compression)
-        self._parameters = _parameters(self.optimizer)
-        _check_parameters(self._parameters)
+        self._parameters = trained_parameters(self.optimizer)
+        check_parameters(self._parameters)
         self._shapes = {name: local_part(p).shape for name, p in self._parameters.items()}
         self._bytes = sum(local_part(p).nbytes for p in self._parameters.values())
-        self._agree = _Shards(self._parameters.values())
+        self._agree = Shards(self._parameters.values())
         self.steps = 0  # n: attempted inner steps
         self.resets: list[Reset] = []
 
@@ -178,9 +191,9 @@ class LocalUpdates:
             start += part.numel()
         compressed_d = sum(place.size for place in places.values() if not place.dense)
         found = []
-        for i, members in enumerate(_balanced(names, [places[name].size for name in names], fragments)):
+        for i, members in enumerate(balanced(names, [places[name].size for name in names], fragments)):
             for replicated in (False, True):
-                mine = [n for n in members if _is_replicated(self._parameters[n]) == replicated]
+                mine = [n for n in members if is_replicated(self._parameters[n]) == replicated]
                 if mine:
                     found.append(
                         Fragment(
@@ -238,7 +251,7 @@ class LocalUpdates:
 
         def counted(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
             result = step(optimizer, *args, **kwargs)
-            if _innermost(optimizer) is self.optimizer:
+            if innermost(optimizer) is self.optimizer:
                 self._attempted()
             return result
 
@@ -321,7 +334,7 @@ class LocalUpdates:
         workers = tuple(worker for worker, name in enumerate(flight.names) if name)
         name = flight.names[workers[0]] if workers else THE_MEAN
         if bool(flight.bad):
-            _forget_nonfinite(self.optimizer)
+            forget_nonfinite(self.optimizer)
         self._skips.enter(Skip(t, workers, f"the local update of {name}" if workers else name))
         self._skips.check(self._skips.in_a_row)
 
@@ -586,58 +599,6 @@ class _Anchor:
         self.x, self.compressed_d = x, compressed_d
 
 
-class _Shards:
-    """Agreement of the processes that have shards of one worker's parameters, by the meshes of DTensors."""
-
-    def __init__(self, parameters: Any) -> None:
-        meshes: set[Any] = {p.device_mesh for p in parameters if hasattr(p, "device_mesh")}
-        self._groups = [resolve(mesh.get_group(i)) for mesh in meshes for i in range(mesh.ndim) if mesh.size(i) > 1]
-
-    def __call__(self, bad: Tensor) -> Tensor:
-        """Return whether it is so on any shard, bool[]; collective over the shards."""
-        if not self._groups:
-            return bad
-        found = bad.to(torch.int32).reshape(1)
-        for group in self._groups:
-            group.all_reduce(found)
-        return found[0] > 0
-
-
-def _innermost(optimizer: Any) -> Optimizer:
-    """The optimizer that steps, in what a framework has wrapped around it (Accelerate's has no hooks of its own)."""
-    while not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        inner = getattr(optimizer, "optimizer", None)
-        if not isinstance(inner, Optimizer):
-            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-        optimizer = inner
-    if hasattr(optimizer, "channel"):
-        raise TypeError(f"optimizer must step on this worker alone, and {type(optimizer).__name__} exchanges by itself")
-    return optimizer
-
-
-def _parameters(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The optimizer's parameters that are trained, by name."""
-    groups = optimizer.param_groups
-    names = [name for group in groups for name in group.get("param_names", [])]
-    parameters = [p for group in groups for p in group["params"]]
-    names = names or [f"parameter {i}" for i in range(len(parameters))]
-    return {name: p for name, p in zip(names, parameters, strict=True) if p.requires_grad}
-
-
-def _check_parameters(parameters: Mapping[str, Tensor]) -> None:
-    if not parameters:
-        raise ValueError("optimizer must have parameters that require gradients, and has none")
-    device, seen = local_part(next(iter(parameters.values()))).device, dict[int, str]()
-    for name, p in parameters.items():
-        part = local_part(p)
-        if not part.is_floating_point():
-            raise ValueError(f"parameters must be floating point, but {name} is {part.dtype}")
-        if part.device != device:
-            raise ValueError(f"parameters must be on one device, but {name} is on {part.device} and others on {device}")
-        if part.numel() and seen.setdefault(part.data_ptr(), name) != name:
-            raise ValueError(f"parameters must not share memory, but {seen[part.data_ptr()]} and {name} do")
-
-
 def _check_compression(compression: Compression) -> None:
     if compression.memory != "buffer":
         raise ValueError(f'memory must be "buffer" for local updates, got {compression.memory!r}')
@@ -662,33 +623,3 @@ def _check_numbers(local: LocalUpdates, fragments: int, offload: bool) -> None:
         raise ValueError("blend needs a delay above 0: without one there is nothing to blend with")
     if local.reduction not in get_args(Reduction):
         raise ValueError(f'reduction must be "mean" or "senders", got {local.reduction!r}')
-
-
-def _is_replicated(parameter: Tensor) -> bool:
-    """Whether all processes of a DTensor's mesh have the whole of it."""
-    placements = getattr(parameter, "placements", ())
-    return bool(placements) and all(placement.is_replicate() for placement in placements)
-
-
-def _balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[list[str]]:
-    """Cut a list in consecutive parts of about equal total size, none of them empty."""
-    if parts > len(names):
-        raise ValueError(f"fragments must be at most the number of parameters, {len(names)}, got {parts}")
-    total, done, found = sum(sizes), 0, [list[str]() for _ in range(parts)]
-    at = 0
-    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        middle = (done + size / 2) / total if total else 0.0
-        left = len(names) - i
-        while at < parts - 1 and found[at] and (middle >= (at + 1) / parts or left <= parts - 1 - at):
-            at += 1
-        found[at].append(name)
-        done += size
-    return found
-
-
-def _forget_nonfinite(optimizer: Optimizer) -> None:
-    """Forget the state of parameters of which it is not finite, as if they had not been stepped yet."""
-    for p in list(optimizer.state):
-        tensors = [t for t in optimizer.state[p].values() if isinstance(t, Tensor) and t.is_floating_point()]
-        if not all(bool(local_part(t).isfinite().all()) for t in tensors):
-            del optimizer.state[p]

@@ -1,0 +1,101 @@
+"""The inner optimizer of local updates: its parameters by name, their shards, how they are cut, what is forgotten."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.comm.group import resolve
+
+
+def local_part(parameter: Tensor) -> Tensor:
+    """Return a parameter's data on this process: all of it, or of a DTensor its shard."""
+    to_local = getattr(parameter, "to_local", None)
+    here: Tensor = parameter.detach() if to_local is None else to_local().detach()
+    return here
+
+
+def innermost(optimizer: Any) -> Optimizer:
+    """Return the optimizer that steps, in what a framework has wrapped around it (Accelerate's has no hooks).
+
+    Raises TypeError if there is none.
+    """
+    while not isinstance(optimizer, Optimizer) or isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        inner = getattr(optimizer, "optimizer", None)
+        if not isinstance(inner, Optimizer):
+            raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+        optimizer = inner
+    return optimizer
+
+
+def trained_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's parameters that are trained, by name."""
+    groups = optimizer.param_groups
+    names = [name for group in groups for name in group.get("param_names", [])]
+    parameters = [p for group in groups for p in group["params"]]
+    names = names or [f"parameter {i}" for i in range(len(parameters))]
+    return {name: p for name, p in zip(names, parameters, strict=True) if p.requires_grad}
+
+
+def check_parameters(parameters: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless they are floating point, on one device, and share no memory."""
+    if not parameters:
+        raise ValueError("optimizer must have parameters that require gradients, and has none")
+    device, seen = local_part(next(iter(parameters.values()))).device, dict[int, str]()
+    for name, p in parameters.items():
+        part = local_part(p)
+        if not part.is_floating_point():
+            raise ValueError(f"parameters must be floating point, but {name} is {part.dtype}")
+        if part.device != device:
+            raise ValueError(f"parameters must be on one device, but {name} is on {part.device} and others on {device}")
+        if part.numel() and seen.setdefault(part.data_ptr(), name) != name:
+            raise ValueError(f"parameters must not share memory, but {seen[part.data_ptr()]} and {name} do")
+
+
+def is_replicated(parameter: Tensor) -> bool:
+    """Whether all processes of a DTensor's mesh have the whole of it."""
+    placements = getattr(parameter, "placements", ())
+    return bool(placements) and all(placement.is_replicate() for placement in placements)
+
+
+def balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[list[str]]:
+    """Cut a list in consecutive parts of about equal total size, none of them empty."""
+    if parts > len(names):
+        raise ValueError(f"fragments must be at most the number of parameters, {len(names)}, got {parts}")
+    total, done, found = sum(sizes), 0, [list[str]() for _ in range(parts)]
+    at = 0
+    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        middle = (done + size / 2) / total if total else 0.0
+        left = len(names) - i
+        while at < parts - 1 and found[at] and (middle >= (at + 1) / parts or left <= parts - 1 - at):
+            at += 1
+        found[at].append(name)
+        done += size
+    return found
+
+
+class Shards:
+    """Agreement of the processes that have shards of one worker's parameters, by the meshes of DTensors."""
+
+    def __init__(self, parameters: Iterable[Any]) -> None:
+        meshes: set[Any] = {p.device_mesh for p in parameters if hasattr(p, "device_mesh")}
+        self._groups = [resolve(mesh.get_group(i)) for mesh in meshes for i in range(mesh.ndim) if mesh.size(i) > 1]
+
+    def __call__(self, bad: Tensor) -> Tensor:
+        """Return whether it is so on any shard, bool[]; collective over the shards."""
+        if not self._groups:
+            return bad
+        found = bad.to(torch.int32).reshape(1)
+        for group in self._groups:
+            group.all_reduce(found)
+        return found[0] > 0
+
+
+def forget_nonfinite(optimizer: Optimizer) -> None:
+    """Forget an optimizer's state of parameters of which it is not finite, as if they had not been stepped yet."""
+    for p in list(optimizer.state):
+        tensors = [t for t in optimizer.state[p].values() if isinstance(t, Tensor) and t.is_floating_point()]
+        if not all(bool(local_part(t).isfinite().all()) for t in tensors):
+            del optimizer.state[p]
