@@ -202,7 +202,7 @@ def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> 
     ratio = 0.01 if ratio is None else ratio
     try:
         if name == "best":
-            return [c for c in compressors(ratio) if not isinstance(c, Identity)]
+            return [c for c in compressors(ratio) if not c.lossless]
         return [_WITH_RATIO[name](ratio)] if name in _WITH_RATIO else [_FIXED[name]]
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -14,7 +14,6 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import Choice, choose
-from packsaddle.compressors import Identity
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config
 from packsaddle.experiments.inner_optimizers import make_inner
@@ -173,7 +172,7 @@ class LocalTraining(Training):
     def _choice(self, shapes: list[torch.Size], d: int, n: int) -> Choice:
         """How the compressed part is averaged, n coordinates of d in tensors of these shapes."""
         config, back = self._config, self._config.back
-        dense = isinstance(config.compressor, Identity)
+        dense = config.compressor.lossless
         return choose(
             config.compressor.for_tensors(shapes) if n else config.compressor,
             "direct" if dense else config.exchange,

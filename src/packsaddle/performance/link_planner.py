@@ -17,7 +17,7 @@ import torch
 from packsaddle.comm.group import Group
 from packsaddle.comm.launch import launch, local_device, process_group
 from packsaddle.comm.select_aggregator import Choice, choose
-from packsaddle.compressors import QSGD, Compressor, Identity, LowRank, RandomK, Sign, TopK
+from packsaddle.compressors import QSGD, Compressor, LowRank, RandomK, Sign, TopK
 from packsaddle.compressors.registry import describe
 from packsaddle.performance.coding_speed import Pace
 from packsaddle.performance.step_time import Dense, Fleet, Link, Step, StepTime, break_even, compressed
@@ -132,7 +132,7 @@ MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
 
 def steps_needed(compressor: Compressor, optimizer: Optimizer | None) -> StepsNeeded | None:
     """Return what was measured, None if nothing was; without an optimizer steps count alike."""
-    if optimizer is None or isinstance(compressor, Identity):
+    if optimizer is None or compressor.lossless:
         return StepsNeeded(1.0)
     return MEASURED[optimizer].get(compressor)
 
