@@ -339,7 +339,7 @@ def local_states(folder: Path) -> dict[str, Any]:
     found = measures(again.local)
     scale = again.state_dict()["scaler"]["scale"]
     for exchange, name in ((again, "hook"), (trained(4), "local")):
-        with pytest.raises(ValueError, match="was it saved by a hook"):
+        with pytest.raises(ValueError, match=r"was it saved by (a hook|register_ddp_hook)\?"):
             load_state(exchange, folder / name)
     other = torch.nn.Linear(3, 3)
     with pytest.raises(TypeError, match="wraps the model in DistributedDataParallel, got Linear"):

@@ -192,7 +192,7 @@ class AllGather(Aggregator):
         return [RingAllReduce((dense * itemsize,)), RingAllGather(sizes), RingAllGather(message)]
 
     def work(self, d: int, workers: int) -> list[Work]:
-        return [Work(self.compressor, d, encode=1, decode=workers, add=1)]
+        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # its own message it need not decode
 
 
 class SketchedAllReduce(Aggregator):
