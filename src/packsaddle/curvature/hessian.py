@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.curvature.narrow_convolutions import safe_derivatives
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -118,7 +119,7 @@ class Curvature:
     def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor | None, ...]]) -> Tensor:
         """Sum a derivative of every batch's total loss, and average over all examples of all workers."""
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
-        with torch.enable_grad(), evaluating(self._model):
+        with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
             for batch in self._batches:
                 n = batch_size(batch)
                 parts = derivative(self._loss_fn(self._model, batch), n)

@@ -22,6 +22,7 @@ from packsaddle.comm.group import Group, Solo, resolve
 from packsaddle.comm.launch import local_device
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.simulation import FusedGroup
+from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config
 from packsaddle.experiments.local_training import LocalTraining
@@ -111,8 +112,9 @@ class Trainer:
         start = mix(config.seed, int(Stream.INIT)) >> 33
         shape, parts = self.data.shape, len(self.members)
         task = make_task(config.model, shape, self.data.classes, start, parts).to(self.device, self.dtype)
-        # Convolutions on a CPU are a quarter faster with channels last.
-        self.task: Task = task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Convolutions on a CPU are a quarter faster with channels last, where their gradients are right.
+        layout = torch.contiguous_format if has_narrow_convolutions(task) else torch.channels_last
+        self.task: Task = task.to(memory_format=layout)  # type: ignore[call-overload]
         calendar, kind = self.calendar, CompressedTraining if config.local is None else LocalTraining
         self.training = kind(config, self.task, calendar, self._escape())
         connect(self.task, self.training.channel)

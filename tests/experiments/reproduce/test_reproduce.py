@@ -27,6 +27,7 @@ from packsaddle.experiments.reproduce import REPRODUCTIONS, figure1, figure2
 from packsaddle.experiments.reproduce.results import by_setting, interval, paired
 from packsaddle.experiments.reproduce.study import Study, StudyFolder
 from packsaddle.experiments.run_folder import make_new, read_runs
+from packsaddle.experiments.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,16 @@ def resnet_config() -> Config:
     few = replace(config.data, limit=160)
     shallow = replace(config.model, name="resnet18")
     return replace(config, data=few, model=shallow, precision="float64", workers=2, epochs=0.4, test_every=0.2)
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_a_narrow_resnet_is_not_channels_last(pictures: Path, width: int) -> None:
+    """See `packsaddle.curvature.narrow_convolutions`: training it would crash."""
+    config = resnet_config()
+    trainer = Trainer(replace(config, model=replace(config.model, width=width)), pictures, download=False)
+    weight = dict(trainer.task.named_parameters())["network.layer1.0.conv1.weight"]
+    assert weight.is_contiguous() == (width == 4)
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (width == 16)
 
 
 def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

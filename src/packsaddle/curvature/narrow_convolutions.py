@@ -1,0 +1,49 @@
+"""Convolutions whose weight gradients oneDNN gets wrong in channels-last memory, and how to go around that.
+
+Of a 1 x 1 convolution with a stride and fewer input channels than a vector register holds (8 numbers with AVX2, 16 with
+AVX-512), oneDNN's `backward_weights` writes past its workspace (github.com/uxlfoundation/oneDNN/issues/6035, in torch
+2.13): the process crashes or hangs, or the gradient is wrong without a word. One such tensor, input or weight, is
+enough. Narrow ResNets have such convolutions in their shortcuts. Contiguous tensors are safe, and so is torch without
+oneDNN, which takes one and a half times as long for such networks.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_REGISTER = 16  # float32 numbers of AVX-512
+
+_Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def has_narrow_convolutions(model: nn.Module) -> bool:
+    """Whether a network has a convolution that is not to be trusted on a CPU with channels last."""
+    return any(isinstance(module, _Convolution) and _is_narrow(module) for module in model.modules())
+
+
+def _is_narrow(layer: Any) -> bool:
+    inside: int = layer.out_channels if layer.transposed else layer.in_channels
+    strided = any(stride > 1 for stride in layer.stride)
+    return strided and all(size == 1 for size in layer.kernel_size) and inside < _REGISTER * layer.groups
+
+
+@contextmanager
+def safe_derivatives(model: nn.Module) -> Iterator[None]:
+    """Within, derivatives of a network on a CPU are taken without oneDNN, if it has narrow convolutions.
+
+    Whether tensors are channels last is not looked at: a network may make its own so on the way.
+    """
+    backend: Any = torch.backends.mkldnn
+    before = backend.enabled
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if not (before and on_cpu and has_narrow_convolutions(model)):
+        yield
+        return
+    backend.enabled = False
+    try:
+        yield
+    finally:
+        backend.enabled = before
