@@ -7,16 +7,20 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from packsaddle.comm.failures import WorkerFailedError
 from packsaddle.comm.launch import import_once
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, GuardError
 from packsaddle.experiments.folder_lock import check_free
 from packsaddle.experiments.job import How, Job, can_be_fused
 from packsaddle.experiments.progress import StudyProgress
@@ -39,18 +43,54 @@ def in_parallel(
 ) -> Iterator[tuple[Item, Result]]:
     """Yield items with work(item) as they get done; `look` is called every second with those under way.
 
-    `work` must be importable by name. Raises ConfigError or RuntimeError, naming the item, when the first one fails;
-    what is under way then, or when the caller stops, is ended.
+    `work` must be importable by name. Raises ConfigError, GuardError, WorkerFailedError (for a killed process, too)
+    or RuntimeError, naming the item, when the first one fails; what is under way then, or when the caller stops, is
+    ended.
     """
-    with _pool(jobs) as pool:
+    context = multiprocessing.get_context("forkserver")
+    doing: Sequence[int] = context.RawArray("q", len(items))  # the process that each item is with, or 0
+    with _pool(context, jobs, doing) as pool:
         with _deaf_to_interrupts():  # processes are started at the first submission
-            futures = {pool.submit(work, item): item for item in items}
+            futures = {pool.submit(_do_item, work, item, i): item for i, item in enumerate(items)}
+            processes = list(pool._processes.values())
         todo = set(futures)
         while todo:
             done, todo = wait(todo, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED)
             look([futures[future] for future in todo if future.running()])
             for future in done:
-                yield futures[future], _result(future, futures[future])
+                try:
+                    result = _result(future, futures[future])
+                except BrokenProcessPool:
+                    pool.shutdown()  # then all have ended, and have exit codes
+                    raise WorkerFailedError(_lost(items, doing, processes)) from None
+                yield futures[future], result
+
+
+_doing: Any = None  # in a process of a pool: where it says what it is at
+
+
+def _do_item(work: Callable[[Item], Result], item: Item, place: int) -> Result:
+    _doing[place] = os.getpid()
+    try:
+        return work(item)
+    finally:
+        _doing[place] = 0
+
+
+def _lost(items: Sequence[object], doing: Sequence[int], processes: Sequence[BaseProcess]) -> str:
+    """Say which item's process has died, and of what; all that were under way, if that cannot be told.
+
+    The executor ends the other processes by SIGTERM.
+    """
+    died = {p.pid: p.exitcode for p in processes if p.exitcode not in (None, 0, -signal.SIGTERM)}
+    at = [i for i, pid in enumerate(doing) if pid in died] or [i for i, pid in enumerate(doing) if pid]
+    code = next(iter(died.values()), None)
+    if code is not None and code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+    else:
+        how = "ended" if code is None else f"ended with exit code {code}"
+    memory = "; out of memory? choose fewer --jobs" if code == -signal.SIGKILL else ""
+    return f"{', '.join(str(items[i]) for i in at) or 'a run'} failed: its process {how}{memory}"
 
 
 @contextmanager
@@ -67,24 +107,25 @@ def _deaf_to_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _pool(jobs: int) -> Iterator[ProcessPoolExecutor]:
+def _pool(context: ForkServerContext, jobs: int, doing: Sequence[int]) -> Iterator[ProcessPoolExecutor]:
     import_once(__name__)
-    context = multiprocessing.get_context("forkserver")
     # Not by how much there is to do: sums over threads differ in rounding, and a run must be the same every time.
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(threads,))
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_begin, initargs=(threads, doing))
     try:
         yield pool
     except BaseException:  # Ctrl-C, a caller that stops, or a failure
-        for process in list(pool._processes.values()):
+        for process in list((pool._processes or {}).values()):
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     pool.shutdown()
 
 
-def _begin(threads: int) -> None:
+def _begin(threads: int, doing: Sequence[int]) -> None:
     """In a new process: share the cores, leave Ctrl-C to the parent, and end with it, however that ends."""
+    global _doing
+    _doing = doing
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # as the server of processes may have been started before
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
@@ -102,6 +143,12 @@ def _result(future: Future[Result], item: object) -> Result:
         return future.result()
     except ConfigError as failure:
         raise ConfigError(f"{item}: {failure}") from failure
+    except BrokenProcessPool:
+        raise
+    except GuardError as failure:
+        raise GuardError(f"{item}: {failure}") from failure
+    except WorkerFailedError as failure:
+        raise WorkerFailedError(f"{item}: {failure}", failure.trace) from failure
     except Exception as failure:
         raise RuntimeError(f"{item} failed: {failure}") from failure
 
