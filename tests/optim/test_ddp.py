@@ -706,3 +706,43 @@ def test_an_error_in_the_exchange_is_that_of_the_backward_pass(gloo: Gloo) -> No
     for message in gloo(broken_exchange, 2):
         assert "RuntimeError: connection closed by peer" in message
         assert "cast" not in message
+
+
+def one_failed_bucket() -> tuple[list[str], list[int], list[int], bool]:
+    """The hook's second bucket of the third pass fails on all workers, and the loop goes on after it."""
+    model = wrapped(network(), SEVERAL / 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=0, monitor_every=0))
+    attempt, calls = hook._try, [0] * 5  # in each pass
+    steps: list[int] = []
+    errors: list[str] = []
+
+    def failing(*args: Any, **options: Any) -> Tensor:
+        calls[len(steps)] += 1
+        if hook._steps == 2 and len(hook._tried) == 1 and not errors:
+            raise ValueError("a bucket's own error")
+        return attempt(*args, **options)
+
+    hook._try = failing  # type: ignore[method-assign]
+    for batch in batches(5):
+        kept = hook.memory()
+        try:
+            train(model, optimizer, [batch])
+        except RuntimeError as error:
+            errors.append(str(error))
+            for thread in hook._background._threads:  # what is left of the pass
+                thread.join()
+        steps.append(hook.steps)
+        if steps[-1] == 2 and errors:
+            hook._settle(broken_off=True)
+            unchanged = all(torch.equal(e, kept[name]) for name, e in hook.memory().items())
+    return errors, steps, calls, unchanged
+
+
+def test_a_pass_of_which_a_bucket_failed_is_not_taken(gloo: Gloo) -> None:
+    for errors, steps, calls, unchanged in gloo(one_failed_bucket, 2):
+        assert len(errors) == 1
+        assert "a bucket's own error" in errors[0]
+        assert steps == [1, 2, 2, 3, 4]
+        assert calls[1:] == [3, 2, 3, 3]  # buckets after the one that failed are not exchanged
+        assert unchanged

@@ -73,10 +73,10 @@ class DDPHook(GradientHook):
         self._loose: dict[str, Tensor] = {}  # error memory that is in no slice, by parameter
         self.calls = 0  # buckets that DDP has handed over
         self._waiting: list[tuple[Bucket, Promise]] = []
-        self._failed = False  # the last exchange
         self._noise: Noise | None = None  # of the backward pass that is under way, or was last
         self._factors: Mapping[str, float] = {}
         self._scaled = 1.0  # what the gradients are multiplied by
+        self._failure: Exception | None = None  # of a bucket of that pass
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
         """Take a bucket; its means come with the future. Called in order by DDP, in the backward pass."""
@@ -111,10 +111,21 @@ class DDPHook(GradientHook):
         return [self._named[id(p)].name for p in parameters]
 
     def _exchange(self, buckets: Sequence[Bucket]) -> None:
-        """Average some buckets as one vector, in place; not after one that failed, so that its pass is never taken."""
-        if self._failed and buckets[0].index > 0:
-            raise RuntimeError("the exchange of an earlier bucket of this backward pass has failed")
-        self._failed = True
+        """Average some buckets as one vector, in place; not if another of the same pass has failed.
+
+        DDP hands over the rest of a pass whatever became of its first buckets.
+        """
+        if buckets[0].index == 0:
+            self._failure = None
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._average(buckets)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    def _average(self, buckets: Sequence[Bucket]) -> None:
         gradients = dict(zip(self._names(buckets), (g for b in buckets for g in b.gradients), strict=True))
         with self._lock:
             if buckets[0].index == 0:
@@ -124,7 +135,6 @@ class DDPHook(GradientHook):
         for bucket in buckets:  # all workers get NaNs if one had any, so that the scalers of all skip the step
             spoil(bucket.buffer, bad > 0, float("nan"))
         self._complete = buckets[-1].is_last
-        self._failed = False
 
     def _begin(self) -> None:
         """Line 9, once what came of the last step is known."""
