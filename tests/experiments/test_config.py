@@ -1,6 +1,7 @@
 """Configurations: TOML in, every mistake named in one line, and the saved form reads back."""
 
 import json
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from packsaddle import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
 from packsaddle.compressors import identify
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.config import Config, EscapeConfig, load
-from packsaddle.experiments.schema import build, plain
+from packsaddle.experiments.config import Config, EscapeConfig, configure, load
+from packsaddle.experiments.schema import build, is_too_deep, plain
 
 BASE = """
 lr = 0.1
@@ -149,12 +150,25 @@ def test_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "open.toml").write_text('lr = """\n')
     with pytest.raises(ConfigError, match=r"open.toml, at its end: not valid TOML: Unterminated string$"):
         load(tmp_path / "open.toml")
-    (tmp_path / "deep.toml").write_text("lr = " + "[" * 100_000)
-    with pytest.raises(ConfigError, match=r"deep.toml: not valid TOML: lists or tables are nested too deeply$"):
-        load(tmp_path / "deep.toml")
+    before = time.monotonic()
+    n = 50_000
+    for deep in ("lr = " + "[" * n, "a" + ".a" * n + " = 1", "[" + "a . " * n + "a]", "a = " + "{a = " * n):
+        (tmp_path / "deep.toml").write_text(deep)
+        with pytest.raises(ConfigError, match=r"deep.toml: lists, tables or keys are nested too deeply$"):
+            load(tmp_path / "deep.toml")
+    with pytest.raises(ConfigError, match="too many digits, or brackets in brackets"):
+        configure({}, ["lr={" + "a." * n + "a=1}"])
+    assert time.monotonic() - before < 1
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path / "bytes.toml")
+
+
+def test_what_is_deep_is_not_what_has_many_dots_or_brackets() -> None:
+    lists = "xs = [" + "[0.5, 1.5]," * 500 + "]\n# " + "." * 500 + "[" * 500 + "\n"
+    texts = 'a = "' + "[." * 500 + """\\""\nb = '""" + "{." * 500 + '\'\nc = """\n' + "[." * 500 + '"\n"""\n'
+    assert not is_too_deep(lists + texts + "a.b.c = 1\n" * 500)
+    assert is_too_deep(lists + texts + "x = " + "[" * 101)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from packsaddle.comm.select_aggregator import Exchange
 from packsaddle.compressors import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
 from packsaddle.curvature.lanczos import check_probability
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.schema import build, line_of, syntax_error
+from packsaddle.experiments.schema import build, is_too_deep, line_of, syntax_error
 from packsaddle.messages import shortened, shown
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.fragment import Reduction
@@ -271,6 +271,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
+        if is_too_deep(text):
+            raise RecursionError
         data = tomllib.loads(text)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
@@ -279,7 +281,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     except ValueError as error:
         raise ConfigError(syntax_error(path, error)) from None
     except RecursionError:
-        raise ConfigError(f"{path}: not valid TOML: lists or tables are nested too deeply") from None
+        raise ConfigError(f"{path}: lists, tables or keys are nested too deeply") from None
     return configure(data, overrides, lambda key: line_of(key, path, text))
 
 
@@ -312,6 +314,8 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
     if not equals or not name:
         raise ConfigError(f"--set takes key=value, got {shown(assignment)}")
     try:
+        if is_too_deep(text):
+            raise RecursionError
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string

@@ -159,6 +159,21 @@ def _quoted(key: str) -> str:
     return shortened(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key))
 
 
+_DEEPEST = 100  # lists, tables and parts of a key within one another; tomllib's time grows with their square
+_ATOMS = re.compile(r'''"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*''', re.DOTALL)
+
+
+def is_too_deep(text: str) -> bool:
+    """Whether a TOML text has brackets in brackets, or dots in a key, that no configuration has; in linear time."""
+    depth = dots = 0
+    for mark in re.findall(r"[.\[\]{},=\n]", _ATOMS.sub("", text)):  # without strings and comments
+        dots = dots + 1 if mark == "." else 0
+        depth += (mark in "[{") - (mark in "]}")
+        if max(depth, dots) > _DEEPEST:
+            return True
+    return False
+
+
 Key = tuple[str, ...]
 _LONGEST = 300  # lines of a statement; each is read again with every line more
 
