@@ -3,7 +3,7 @@
 import os
 import select
 import sys
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import tyro
 
@@ -56,6 +56,7 @@ def main() -> None:
     Where nobody reads what it prints any more (`| head`), it ends with code 1 and without a word, as Python's
     documentation of SIGPIPE has it.
     """
+    _open_streams()
     try:
         try:
             _obey()
@@ -67,10 +68,17 @@ def main() -> None:
         sys.exit(1)
 
 
+def _open_streams() -> None:
+    """Point standard streams that were closed before the start (`>&-`), which Python has not opened, to nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- for as long as the process lives
+
+
 def _silence_unread() -> bool:
     """Point standard streams whose reader has gone to nowhere, for what their buffers hold; return whether there are
     any."""
-    unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream.fileno())]
+    unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
     for number in unread:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)
@@ -78,12 +86,16 @@ def _silence_unread() -> bool:
     return bool(unread)
 
 
-def _is_unread(number: int) -> bool:
+def _is_unread(stream: TextIO) -> bool:
+    try:
+        number = stream.fileno()
+    except OSError:  # something in memory that stands in for it
+        return False
     if not hasattr(select, "poll"):  # Windows
         return True
     poll = select.poll()
     poll.register(number, 0)  # an error is reported unasked: of a pipe's writing end, that no reader is left
-    return any(events & select.POLLERR for _, events in poll.poll(0))
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # of a socket: POLLHUP
 
 
 def _obey() -> None:
@@ -102,6 +114,8 @@ def _obey() -> None:
             print(f"packsaddle: {error}", file=sys.stderr)
         sys.exit(1)
     except WorkerFailedError as error:
+        if not error.trace and _is_unread(sys.stdout):  # a worker that prints found that nobody reads
+            raise BrokenPipeError from None
         print(error.trace, end="", file=sys.stderr)
         print(f"packsaddle: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
