@@ -27,6 +27,11 @@ class MissingExtraError(ConfigError):
     """A feature needs a package that is not installed."""
 
 
+def is_below(value: float, least: int) -> bool:
+    """Whether a value is no count of at least so many: True and False are none."""
+    return isinstance(value, bool) or value < least
+
+
 def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional dependency, or raise MissingExtraError that names the extra which brings it."""
     try:

@@ -478,6 +478,13 @@ REFUSALS: dict[str, Callable[[], Compressor]] = {
     "values of TopK must be one of float32, bfloat16": lambda: TopK(0.1, values="int3"),  # type: ignore[arg-type]
     r"share of AdaptiveTopK must be in \(0, 1\], got 0": lambda: AdaptiveTopK(0.0),
     "rows of SketchTopK must be a positive integer, got 0": lambda: SketchTopK(0.1, rows=0),
+    "rows of SketchTopK must be at most 100, got 1000000000000": lambda: SketchTopK(0.1, rows=10**12),
+    "rows of SketchTopK must be a positive integer, got True": lambda: SketchTopK(0.1, rows=True),
+    "columns of SketchTopK must be a positive integer, got True": lambda: SketchTopK(0.1, columns=True),
+    "columns of LinearSketch must be a positive integer, got True": lambda: LinearSketch(columns=True),
+    "block_size of RandomK must be a positive integer or None, got True": lambda: RandomK(0.1, block_size=True),
+    "levels of QSGD must be a positive integer, got True": lambda: QSGD(levels=True),
+    "bucket of QSGD must be a positive integer, got False": lambda: QSGD(bucket=False),
     "levels of QSGD must be a positive integer, got 1.5": lambda: QSGD(levels=1.5),  # type: ignore[arg-type]
     "LinearSketch takes exactly one of ratio and columns": lambda: LinearSketch(),
     r"ratio of LinearSketch must be in \(0, 1\], got 2": lambda: LinearSketch(2.0),

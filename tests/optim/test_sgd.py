@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -421,6 +422,65 @@ def test_seed_must_be_an_integer() -> None:
         CompressedSGD([w], 0.1, seed=1.5)  # type: ignore[arg-type]
     opt = CompressedSGD([w], 0.1, seed=np.int64(5), noise=0.1)
     opt.step()
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, torch.tensor(-1.0)])
+def test_a_rate_that_is_none_is_refused_at_the_step(name: str, value: Any) -> None:
+    model, data = network()
+    opt = make(model, data)
+    train(model, data, opt, 2)
+    x, e, rate = vector(model), opt.error(), opt.param_groups[0][name]
+    opt.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=rf"^{name} must be finite and not negative, got {float(value):g}$"):
+        opt.step()
+    opt.param_groups[0][name] = rate
+    assert torch.equal(vector(model), x)
+    assert torch.equal(opt.error(), e)
+    assert opt.steps == 2
+    train(model, data, opt, 1)
+
+
+def test_which_groups_rate_is_refused() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(3))]} for _ in range(2)]
+    opt = CompressedSGD(groups, 0.1, Compression(RandomK(0.5), dense_below=0))
+    opt.param_groups[1]["lr"] = -1
+    with pytest.raises(ValueError, match="lr of parameter group 1 must be finite and not negative, got -1"):
+        opt.step()
+
+
+def test_a_step_within_a_step_is_refused() -> None:
+    model, data = network()
+    opt = make(model, data)
+
+    def closure() -> float:
+        opt.step()
+        return 0.0
+
+    with pytest.raises(RuntimeError, match=r"^step\(\) was called within a step, by its closure"):
+        opt.step(closure)
+    assert opt.steps == 0
+    train(model, data, opt, 2)
+    assert opt.steps == 2
+
+
+COUNTS: dict[str, Callable[[bool], object]] = {
+    "seed": lambda flag: CompressedSGD([nn.Parameter(torch.ones(3))], 0.1, Identity(), seed=flag),
+    "local_steps": lambda flag: CompressedSGD([nn.Parameter(torch.ones(3))], 0.1, Identity(), local_steps=flag),
+    "interval": lambda flag: Escape(flag, 1.0, lambda: 0.0),
+    "every": lambda flag: Escape(5, 1.0, lambda: 0.0, every=flag),
+    **{
+        name: lambda flag, name=name: Compression(RandomK(0.5), **{name: flag})  # type: ignore[misc]
+        for name in ("dense_below", "max_skipped", "compare_every", "monitor_every")
+    },
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_flag_is_no_count(name: str, flag: bool) -> None:
+    with pytest.raises(ValueError, match=rf"^{name} .*must be .*, got {flag}$"):
+        COUNTS[name](flag)
 
 
 def test_copying_is_refused() -> None:

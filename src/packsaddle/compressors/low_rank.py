@@ -31,7 +31,7 @@ class LowRank(Compressor):
         return "low-rank all-reduce"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.matrix_rank, int) or isinstance(self.matrix_rank, bool) or self.matrix_rank < 1:
+        if type(self.matrix_rank) is not int or self.matrix_rank < 1:
             raise ValueError(f"matrix_rank of LowRank must be a positive integer, got {self.matrix_rank!r}")
 
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "LowRank":

@@ -93,7 +93,7 @@ class QSGD(Compressor):
 
     def __post_init__(self) -> None:
         for name in ("levels", "bucket"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name} of QSGD must be a positive integer, got {getattr(self, name)!r}")
 
     @property

@@ -13,6 +13,8 @@ from packsaddle.compressors.sparse import KOfD
 from packsaddle.numerics.seeds import Stream, generator, mix
 from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
+_MOST_ROWS = 100  # beyond some ten a median hardly gains
+
 
 @dataclass(frozen=True)
 class SketchTopK(KOfD):
@@ -39,8 +41,10 @@ class SketchTopK(KOfD):
         super().__post_init__()
         for name in ("rows", "columns"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} of SketchTopK must be a positive integer, got {value!r}")
+        if self.rows > _MOST_ROWS:
+            raise ValueError(f"rows of SketchTopK must be at most {_MOST_ROWS}, got {self.rows}: each is a sketch more")
 
     def restrict(self, part: int, d: int) -> "SketchTopK":
         columns = None if self.columns is None else max(1, round(self.columns * part / d))
@@ -112,7 +116,7 @@ class LinearSketch(Compressor):
             raise ValueError(f"LinearSketch takes exactly one of ratio and columns, got {self.ratio}, {self.columns}")
         if self.ratio is not None:
             check_share("ratio of LinearSketch", self.ratio, "for a number of counters pass columns=, and for 1% 0.01")
-        if self.columns is not None and (not isinstance(self.columns, int) or self.columns < 1):
+        if self.columns is not None and (type(self.columns) is not int or self.columns < 1):
             raise ValueError(f"columns of LinearSketch must be a positive integer, got {self.columns!r}")
         if self.sketch not in ("count", "gaussian"):
             raise ValueError(f'sketch of LinearSketch must be "count" or "gaussian", got {self.sketch!r}')

@@ -191,7 +191,7 @@ class KOfD(Compressor):
             raise ValueError(f"{name} takes exactly one of ratio and k, got ratio={self.ratio}, k={self.k}")
         if self.ratio is not None:
             check_share(f"ratio of {name}", self.ratio, "for a number of coordinates pass k=, and for 1% 0.01")
-        if self.k is not None and (not isinstance(self.k, int) or isinstance(self.k, bool) or self.k < 1):
+        if self.k is not None and (type(self.k) is not int or self.k < 1):
             raise ValueError(f"k of {name} must be a positive integer, got {self.k!r}")
 
     def validate(self, d: int) -> None:
@@ -268,7 +268,7 @@ class RandomK(_OfEachTensor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.block_size is not None and (not isinstance(self.block_size, int) or self.block_size < 1):
+        if self.block_size is not None and (type(self.block_size) is not int or self.block_size < 1):
             raise ValueError(f"block_size of RandomK must be a positive integer or None, got {self.block_size!r}")
         if self.per_tensor and self.block_size not in (None, 1):
             raise ValueError(f"block_size of RandomK must be 1 with per_tensor, got {self.block_size}")

@@ -57,6 +57,8 @@ def mix(*words: int) -> int:
 def as_seed(seed: int) -> int:
     """Return a seed as a plain integer (from numpy's, say). Raises ValueError for anything that is not one."""
     try:
+        if isinstance(seed, bool):
+            raise TypeError
         return operator.index(seed)
     except TypeError:
         raise ValueError(f"seed must be an integer, got {seed!r}") from None

@@ -6,6 +6,7 @@ from typing import get_args
 
 from packsaddle.comm.select_aggregator import Exchange, check_exchange
 from packsaddle.compressors import Compressor
+from packsaddle.errors import is_below
 from packsaddle.optim.layout import check_dense_below
 from packsaddle.optim.memory import Memory
 from packsaddle.optim.stages.drift import OnDrift
@@ -67,10 +68,10 @@ class Compression:
         if self.memory != "buffer" and self.exchange != "direct":  # others hold errors back, in their messages' units
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_dense_below(self.dense_below)
-        if self.max_skipped is not None and self.max_skipped < 0:
+        if self.max_skipped is not None and is_below(self.max_skipped, 0):
             raise ValueError(f"max_skipped must be 0 or more steps, or None, got {self.max_skipped}")
         for name in ("compare_every", "monitor_every"):
-            if getattr(self, name) < 0:
+            if is_below(getattr(self, name), 0):
                 raise ValueError(f"{name} must be 0 or more steps, got {getattr(self, name)}")
 
     @classmethod

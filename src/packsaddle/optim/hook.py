@@ -20,6 +20,7 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Ledger
 from packsaddle.compressors import Compressor, Identity
+from packsaddle.errors import is_below
 from packsaddle.numerics.finite import first_bad, is_finite, is_usable, spoil
 from packsaddle.optim.allocation import Allocation
 from packsaddle.optim.compression import Compression
@@ -44,7 +45,7 @@ class Rules:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.start_step < 0:
+        if is_below(self.start_step, 0):
             raise ValueError(f"start_step must be 0 or more steps, got {self.start_step}")
         if self.scope not in get_args(Scope):
             raise ValueError(f'scope must be "bucket" or "model", got {self.scope!r}')

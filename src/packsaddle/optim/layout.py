@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packsaddle.errors import is_below
+
 
 @dataclass(frozen=True)
 class Run:
@@ -162,7 +164,7 @@ class FlatParameters:
 
 def check_dense_below(dense_below: int) -> None:
     """Raise ValueError unless it is a number of elements."""
-    if dense_below < 0:
+    if is_below(dense_below, 0):
         raise ValueError(f"dense_below must be 0 or more elements, got {dense_below}")
 
 

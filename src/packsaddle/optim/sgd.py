@@ -5,7 +5,8 @@ round in which it is exchanged, `stages` are noise, guard, drift and escape.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -88,11 +89,9 @@ class CompressedSGD(Optimizer):
         given = spec.fixed()
         self.seed = as_seed(seed)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            for name in ("lr", "weight_decay"):
-                if not (math.isfinite(group[name]) and group[name] >= 0):
-                    raise ValueError(f"{name} must be finite and not negative, got {group[name]}")
+        self._check_rates()
         self._step = 0
+        self._is_busy = False  # with what the user's functions are called for
         self._step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to leave a step out
         self.resets: list[Reset] = []
         self.scalars = torch.zeros(0)
@@ -171,9 +170,12 @@ class CompressedSGD(Optimizer):
 
         Gradients are read and left as they are; call `zero_grad` as with any optimizer (but see `memory`). `scalars`,
         float[n], a loss, say, are averaged over workers in the same collective, as part of what goes dense, and are
-        then in `opt.scalars`.
+        then in `opt.scalars`. Raises ValueError for a learning rate or weight decay that is negative or not finite,
+        RuntimeError if it is called within a step, by the closure, say.
         """
-        loss = self._direction.evaluate(closure, self._each("weight_decay"))  # grad F_i(x_t)
+        self._check_rates()
+        with self._busy():
+            loss = self._direction.evaluate(closure, self._each("weight_decay"))  # grad F_i(x_t)
         t = self._begin()
         u = self._perturbed(t)  # line 9: u = eta (grad F_i(x_t) + xi_t)
         with self._feedback.round(t) as r:  # all workers take the step, or none does
@@ -186,6 +188,25 @@ class CompressedSGD(Optimizer):
         if r.taken:
             self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
         return loss
+
+    def _check_rates(self) -> None:
+        """Raise ValueError for a learning rate or weight decay that is none: a script may set them at any time."""
+        for name in ("lr", "weight_decay"):
+            for i, value in enumerate(self._each(name)):
+                if not (math.isfinite(value) and value >= 0):
+                    of = f" of parameter group {i}" if len(self.param_groups) > 1 else ""
+                    raise ValueError(f"{name}{of} must be finite and not negative, got {value:g}")
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Within, a function of the user's is called, which must not step."""
+        if self._is_busy:
+            raise RuntimeError("step() was called within a step, by its closure or by the escape check's objective")
+        self._is_busy = True
+        try:
+            yield
+        finally:
+            self._is_busy = False
 
     def _begin(self) -> int:
         """See that parameters and gradients can be read; return t."""
@@ -298,7 +319,8 @@ class CompressedSGD(Optimizer):
         """Lines 4-8."""
         if self._escape is None:
             return
-        reset, lost = self._escape.run(self._step, self._outstanding())
+        with self._busy():
+            reset, lost = self._escape.run(self._step, self._outstanding())
         if reset is not None:
             self._feedback.reset(lost)
             self._noise.clear()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.errors import is_below
 from packsaddle.numerics.sketches import NormSketch
 from packsaddle.optim.layout import FlatParameters, Place
 from packsaddle.optim.stages.learning_rates import Rates, is_plain_sgd
@@ -40,7 +41,7 @@ class Escape:
 
     def __post_init__(self) -> None:
         for name in ("interval", "every"):
-            if getattr(self, name) < 1:
+            if is_below(getattr(self, name), 1):
                 raise ValueError(f"{name} of Escape must be at least 1 step, got {getattr(self, name)}")
         if not self.radius > 0:
             raise ValueError(f"radius of Escape must be positive, got {self.radius}")
