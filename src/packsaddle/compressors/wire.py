@@ -77,7 +77,8 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
     """Code an increasing int64[k] of [0, d) in the fewest bytes, uint8[...]; k is not coded.
 
     A bitmap takes d bits, fixed width k ceil(log2 d), and Rice codes of the gaps k (b + 1) plus the sum of
-    gaps / 2^b: about log2(d / k) + 1.5 bits an index for a random set, within 3% of log2 C(d, k).
+    gaps / 2^b: about log2(d / k) + 1.5 bits an index for a random set. The cheapest exceeds log2 C(d, k) in the mean by
+    at most 4.1% for k/d up to 1%, 6.6% up to 10% and 7.5% up to 1/2, and by three bytes.
     """
     k = len(index)
     if k in (0, d):
