@@ -33,7 +33,8 @@ class Compression:
             estimate of the gradient instead (see `EstimateMemory`). Hooks and local updates take "buffer" only.
         max_skipped: a step in which a worker's vector is not finite is left out on all of them, and counted; after
             more than so many in a row NonFiniteError is raised. None takes vectors as they come.
-        compare_every: every so many steps workers compare fingerprints of the parameters, 8 bytes; 0 never does.
+        compare_every: every so many steps workers compare fingerprints of the parameters and of what
+            they have stepped by (rates, noise), 16 bytes; 0 never does.
         on_drift: what to do where fingerprints differ: "stop" raises DriftError, "repair" has all take worker 0's.
         monitor_every: measure the contraction every so many steps; 0 never does.
 

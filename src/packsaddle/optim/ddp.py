@@ -141,9 +141,10 @@ class DDPHook(GradientHook):
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
-            self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named)
+            self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named, self._step_rates)
         self._noise = self._perturbation.at(seed=self._rules.seed, step=self._steps)
         self._factors, self._scaled = self._rates.factors(), self._scale()
+        self._step_rates.add([self._noise.std if self._noise else 0.0])
 
     def _conclude(self, *, taken: bool) -> None:
         self._rates.settle(taken=taken)
@@ -233,6 +234,7 @@ class DDPHook(GradientHook):
         pending = state["pending"]
         self._settle()
         self._slices = {}
+        self._step_rates.clear()
         self._loose = {name: error.to(self.device, copy=True) for name, error in pending.items()}
         self._steps, self._rates.units = state["steps"], dict(state["rates"])
         self._skips.load_state_dict(state["skips"])

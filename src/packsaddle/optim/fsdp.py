@@ -124,6 +124,7 @@ class FSDPHook(GradientHook):
         if not self._tried or name in self._seen:  # the pass before is over
             self._open()
             self._seen = set()
+            self._step_rates.add([self._perturbation.std(self._steps)])
             # After FSDP's own, which takes gradients to their parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen.add(name)
@@ -142,7 +143,7 @@ class FSDPHook(GradientHook):
             spoil(gradient, bad.to(gradient.device), float("nan"))
         if self._steps and self._drift.due(self._steps - 1):
             named = [(name, local.to(self.device)) for name, local in local_shards(self._model)]
-            self._drift.compare(self._steps - 1, [local for _, local in named], lambda: named)
+            self._drift.compare(self._steps - 1, [local for _, local in named], lambda: named, self._step_rates)
         self._complete = True
 
     def _report(self, name: str) -> None:
@@ -228,6 +229,7 @@ class FSDPHook(GradientHook):
         self.check_state_dict(state)
         self._settle(broken_off=True)
         self._slices, self._seeds, self._seen = {}, {}, set()
+        self._step_rates.clear()
         self._loose = {name: error.to(self.device, copy=True) for name, error in state["pending"].items()}
         self._steps = state["steps"]
         self._skips.load_state_dict(state["skips"])

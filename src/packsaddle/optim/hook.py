@@ -30,6 +30,7 @@ from packsaddle.optim.stages.contraction import SlicedMonitor
 from packsaddle.optim.stages.drift import DriftGuard
 from packsaddle.optim.stages.noise import Noise
 from packsaddle.optim.stages.nonfinite import THE_MEAN, THE_SUM, Skip, Skips
+from packsaddle.optim.stages.step_rates import StepRates
 
 Scope = Literal["bucket", "model"]
 
@@ -256,6 +257,7 @@ class GradientHook:
         self._allocation = Allocation(d)
         self._rules, self._monitor = rules, SlicedMonitor(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
+        self._step_rates = StepRates()
         self._lock = RLock()  # a backward pass may read what a background thread is making
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank)
         self._steps = 0

@@ -35,6 +35,7 @@ from packsaddle.optim.stages.drift import Drift, DriftGuard
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
 from packsaddle.optim.stages.lazy_noise import Perturber
 from packsaddle.optim.stages.nonfinite import NonFiniteError, NonFiniteGuard, Skip
+from packsaddle.optim.stages.step_rates import StepRates
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
 
@@ -124,6 +125,7 @@ class CompressedSGD(Optimizer):
         self.guard = NonFiniteGuard(spec.max_skipped, self.channel)
         self.monitor = ContractionMonitor(self._flat, spec.monitor_every)
         self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
+        self._rates = StepRates()
         self._noise = Perturber(
             noise,
             lazy_noise,
@@ -221,7 +223,11 @@ class CompressedSGD(Optimizer):
         """Return eta (grad F_i(x_t) + weight_decay x + xi_t), with momentum or STORM what they make of it (line 9)."""
         lrs = self._each("lr")
         noise, noisy_from = self._noise.draw(self._memory, lrs, t)
-        extras = Extras(self._each("weight_decay"), noise, noisy_from, scale=self._scale())
+        decays = self._each("weight_decay")
+        if self.channel.group.size > 1:
+            by_group = zip(lrs, decays, strict=True)
+            self._rates.add([noise.std if noise else 0.0, *(rate for group in by_group for rate in group)])
+        extras = Extras(decays, noise, noisy_from, scale=self._scale())
         return GradientUpdate(self._direction, self._memory.scales(lrs), extras)
 
     def _scale(self) -> float:
@@ -306,7 +312,7 @@ class CompressedSGD(Optimizer):
         # What all workers should have alike is compared now and then.
         if self._drift.due(t):
             shared = {"": self._flat.x, **self._shared()}
-            self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared))
+            self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared), self._rates)
 
     def _count(self, t: int, *, taken: bool) -> None:
         """Count a step, and show what it has put in the place of other vectors."""
@@ -480,6 +486,7 @@ class CompressedSGD(Optimizer):
         self.ledger.load_state_dict(state_dict.get("ledger", []))
         self.monitor.load_state_dict(state_dict.get("monitor", {}))
         self.resets = [Reset(**reset) for reset in state_dict.get("resets", [])]
+        self._rates.clear()
         self._drift.found = [Drift(**drift) for drift in state_dict.get("drifts", [])]
 
     def _identity(self) -> dict[str, int | str]:

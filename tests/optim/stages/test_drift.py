@@ -111,7 +111,7 @@ def test_workers_that_are_equal_are_left_alone(way: str) -> None:
     results = simulate(lambda rank: run({}, **WAYS[way]), 3)
     assert [(r["message"], r["found"], r["steps"]) for r in results] == [("", [], 21)] * 3
     if way == "TopK":
-        assert {r["sent"] for r in results} == {5 * 8 * 2}  # five comparisons of one number with two others
+        assert {r["sent"] for r in results} == {5 * 16 * 2}  # five comparisons of two numbers with two others
 
 
 @pytest.mark.parametrize("way", list(WAYS))
@@ -159,6 +159,75 @@ def test_behind_ddp_too(gloo: Gloo) -> None:
         assert "after step 7: worker 1 differs from worker 0 in 2.weight" in message
         assert steps == 8
     assert gloo(hooked, 2, 0) == [("", 12)] * 2
+
+
+def unlike(what: str, from_step: int, until: int, way: str) -> tuple[str, int]:
+    """Worker 1 has another rate or noise at some steps."""
+    rank = resolve(None).rank
+
+    def is_other(t: int) -> bool:
+        return rank == 1 and from_step <= t < until
+
+    def noise(t: int) -> float:
+        return 0.1 if what == "noise" and is_other(t) else 0.2
+
+    start = torch.Generator().manual_seed(0)
+    w = nn.Parameter(torch.randn(20, 5, generator=start))
+    groups = [{"params": [w]}, {"params": [nn.Parameter(torch.ones(4, 5))]}]
+    options = {"compressor": TopK(k=3), "dense_below": 0, "compare_every": 4, "on_drift": "repair", **WAYS[way]}
+    opt = CompressedSGD(groups, 0.1, **folded(options), noise=noise)
+    try:
+        for t in range(20):
+            for group in opt.param_groups:
+                for p in group["params"]:
+                    p.grad = p.detach().clone()
+            if what != "noise":
+                opt.param_groups[1][what] = 0.05 if is_other(t) else 0.1
+            opt.step()
+    except DriftError as error:
+        return str(error), opt.steps
+    return "", opt.steps
+
+
+@pytest.mark.parametrize("way", ["TopK", "two-way", "momentum", "local steps"])
+@pytest.mark.parametrize("what", ["noise", "lr", "weight_decay"])
+def test_rates_that_come_to_differ_are_named_within_compare_every_steps(what: str, way: str) -> None:
+    named = "noise is 0.1, not 0.2" if what == "noise" else f"{what} of parameter group 1 is 0.05, not 0.1"
+    expected = (
+        "worker 1 differs from worker 0 in learning rates, weight decay or noise, which must be the same on all "
+        f"workers at every step: {named}"
+    )
+    for message, steps in simulate(lambda rank: unlike(what, 5, 99, way), 3):
+        assert message.endswith(expected)
+        assert 6 <= steps <= 5 + 4 + 3  # with local steps the comparison waits for an exchange
+    if way == "TopK":
+        for message, steps in simulate(lambda rank: unlike(what, 5, 6, way), 3):
+            assert message.endswith("not in this step, but in one since the last comparison")
+            assert steps == 8
+        assert simulate(lambda rank: unlike(what, 99, 99, way), 3) == [("", 20)] * 3
+
+
+def hooked_with_unlike_noise() -> tuple[str, int]:
+    model = wrapped(network(torch.float32), SEVERAL)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    rank = resolve(None).rank
+    spec = Compression(TopK(0.05), dense_below=100, compare_every=4)
+    hook = register_ddp_hook(model, spec, noise=lambda t: 0.1 + 0.1 * (t >= 5) * rank)
+    message = ""
+    try:
+        train(model, optimizer, batches(12, torch.float32))
+    except RuntimeError as error:
+        message = str(error)
+    for thread in hook._background._threads:
+        thread.join()
+    return message, hook.steps
+
+
+def test_noise_that_differs_behind_ddp_is_named(gloo: Gloo) -> None:
+    for message, steps in gloo(hooked_with_unlike_noise, 2):
+        assert "after step 7: worker 1 differs from worker 0 in learning rates, weight decay or noise" in message
+        assert "noise is 0.2, not 0.1" in message
+        assert steps == 8
 
 
 @pytest.mark.parametrize(

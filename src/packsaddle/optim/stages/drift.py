@@ -15,13 +15,14 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.errors import GuardError
 from packsaddle.messages import numbered
 from packsaddle.optim.stages.contraction import Every
+from packsaddle.optim.stages.step_rates import StepRates, first_difference
 
 OnDrift = Literal["stop", "repair"]
 Named = Sequence[tuple[str, Tensor]]
 
 
 class DriftError(GuardError):
-    """Workers' parameters are no longer equal."""
+    """Workers' parameters, or the rates and the noise that they step by, are no longer equal."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,22 @@ class DriftGuard:
         """Whether to compare, once a step with an exchange has been taken, t from 0."""
         return self._channel.group.size > 1 and self._every.due(step)
 
-    def compare(self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named]) -> None:
+    def compare(
+        self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
+    ) -> None:
         """Compare vectors that must be equal; collective. `parts()` are the tensors that they consist of.
 
-        Where they differ, raises DriftError on every worker, or copies rank 0's to all.
+        Where they differ, raises DriftError on every worker, or copies rank 0's to all; where `rates` do, raises it.
         """
         self._every.done(step)
-        if not any(self._differing(vectors)):
+        prints = [fingerprint(t) for t in vectors]
+        apart = self._differing(prints if rates is None else [*prints, rates.digest(prints[0].device)])
+        if rates is not None and (others := apart.pop()):
+            raise DriftError(self._unlike_rates(step, rates, others, prints[0].device))
+        if not any(apart):
             return
         named = parts()
-        rows = self._differing([tensor for _, tensor in named])
+        rows = self._differing([fingerprint(tensor) for _, tensor in named])
         first = next(i for i, row in enumerate(rows) if row)
         self.found.append(Drift(step, named[first][0], tuple(rows[first])))
         if self._action == "stop":
@@ -69,9 +76,20 @@ class DriftGuard:
         for vector in vectors:
             self._channel.broadcast(vector, "guard")
 
-    def _differing(self, tensors: Sequence[Tensor]) -> list[list[int]]:
-        """Return, for each tensor, the workers whose fingerprint is not rank 0's."""
-        mine = torch.stack([fingerprint(t) for t in tensors])
+    def _unlike_rates(self, step: int, rates: StepRates, workers: list[int], device: torch.device) -> str:
+        """Say what the first of these workers has stepped by; collective."""
+        mine = torch.tensor(rates.last, dtype=torch.float64, device=device)
+        last = [p["rates"].tolist() for p in self._channel.gather({"rates": mine}, fixed_size=True, purpose="guard")]
+        verb = "differs" if len(workers) == 1 else "differ"
+        return (
+            f"after step {step}: {numbered('worker', workers)} {verb} from worker 0 in learning rates, weight decay or "
+            f"noise, which must be the same on all workers at every step: "
+            f"{first_difference(last[workers[0]], last[0]) or 'not in this step, but in one since the last comparison'}"
+        )
+
+    def _differing(self, prints: Sequence[Tensor]) -> list[list[int]]:
+        """Return, for each fingerprint, int64[], the workers whose own is not rank 0's."""
+        mine = torch.stack(list(prints))
         gathered = [p["prints"] for p in self._channel.gather({"prints": mine}, fixed_size=True, purpose="guard")]
         differs = torch.stack([prints != gathered[0] for prints in gathered]).T.tolist()
         return [[worker for worker, is_other in enumerate(row) if is_other] for row in differs]
