@@ -466,7 +466,6 @@ def test_a_step_within_a_step_is_refused() -> None:
 
 COUNTS: dict[str, Callable[[bool], object]] = {
     "seed": lambda flag: CompressedSGD([nn.Parameter(torch.ones(3))], 0.1, Identity(), seed=flag),
-    "local_steps": lambda flag: CompressedSGD([nn.Parameter(torch.ones(3))], 0.1, Identity(), local_steps=flag),
     "interval": lambda flag: Escape(flag, 1.0, lambda: 0.0),
     "every": lambda flag: Escape(5, 1.0, lambda: 0.0, every=flag),
     **{
