@@ -53,9 +53,9 @@ class CompressedSGD(Optimizer):
         escape: the escape check of lines 4-8; None leaves it out.
         weight_decay: coefficient of x added to the gradient, before compression.
         seed: seed of all shared randomness; the same on every worker.
-        lazy_noise: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x (see
-            `packsaddle.optim.stages.lazy_noise.OutstandingNoise`); for RandomK by all-reduce. None: there, unless there
-            is an escape check.
+        lazy_noise: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x_0, x_1, ...
+            (see `packsaddle.optim.stages.lazy_noise.OutstandingNoise`); for RandomK by all-reduce without an escape
+            check, which looks at e. None: wherever it may be.
         momentum, nesterov: of each worker's gradients, before compression (see `Momentum`).
         storm: the weight a of a new gradient in STORM's variance reduction (see `Storm`); `step` then needs a closure.
         process_group: a torch.distributed process group; None is the default group if there is one, else
@@ -329,7 +329,6 @@ class CompressedSGD(Optimizer):
             reset, lost = self._escape.run(self._step, self._outstanding())
         if reset is not None:
             self._feedback.reset(lost)
-            self._noise.clear()
             if not reset.committed:
                 self._direction.reset()
             self.resets.append(reset)
@@ -409,7 +408,11 @@ class CompressedSGD(Optimizer):
 
     @torch.no_grad()
     def corrected(self) -> Tensor:
-        """Return y_t = x_t - eta e_t, float[d], in the order of torch's `parameters_to_vector`; collective."""
+        """Return y_t = x_t - eta e_t, float[d], in the order of torch's `parameters_to_vector`; collective.
+
+        With lazy noise it is right in its marginal law only: what is outstanding is drawn for each t by itself, so that
+        y_t and y_{t+1}, or y_t and a later x, are not jointly those of a run with eager noise. So with `error`.
+        """
         return self._flat.in_order(self._flat.x - self._mean_pending())
 
     def _outstanding(self) -> Tensor:

@@ -23,8 +23,9 @@ class OutstandingNoise:
     Where all workers keep the same cells of their vectors, the noise in the error memories is the same on all of them,
     and all that x sees of it is what a kept cell has gathered since it was kept last, sum_s eta_s xi_s over those
     steps s: Gaussian with variance sum_s (eta_s r_s)^2, independent of all that x has seen before. So it is drawn when
-    the cell is kept, a Gaussian for each coordinate sent instead of each coordinate there is, and x has the law that
-    Algorithm 1 gives it.
+    the cell is kept, a Gaussian for each coordinate sent instead of each coordinate there is, and x_0, x_1, ... have
+    the joint law that Algorithm 1 gives them. Whoever looks at what is outstanding (y, e) sees a draw of its own: its
+    law at that step is right, and jointly with other looks, or with x afterwards, it is not.
     """
 
     def __init__(self, cells: int, size: int, device: torch.device) -> None:
@@ -95,9 +96,9 @@ class OutstandingNoise:
 class Perturber:
     """Line 9 of Algorithm 1 for an optimizer, and the noise it leaves outstanding if `lazy`.
 
-    Raises ValueError if `lazy` and the aggregator is not an all-reduce of `shared_cells`, as RandomK's is, or error
-    feedback not `plain`: only there do all workers keep the same coordinates of a vector that is never looked at
-    otherwise, so that k Gaussians a step do for d.
+    Raises ValueError if `lazy` and the aggregator is not an all-reduce of `shared_cells`, as RandomK's is, error
+    feedback not `plain`, or there is an `escape` check: only there do all workers keep the same coordinates of a vector
+    that is never looked at otherwise, so that k Gaussians a step do for d.
     """
 
     def __init__(
@@ -125,7 +126,12 @@ class Perturber:
                     f"lazy_noise needs RandomK by all-reduce, got {aggregator.compressor!r} by "
                     f"{type(aggregator).__name__}"
                 )
-        elif noise != 0 and self._d and (not escape if lazy is None else lazy):
+        elif lazy and escape:
+            raise ValueError(
+                "lazy_noise=True goes with no escape check, which looks at e: what is outstanding is drawn anew for "
+                "each look, so that resets would have another law; lazy_noise=None draws noise eagerly there"
+            )
+        elif noise != 0 and self._d and lazy is not False and not escape:
             self._outstanding = OutstandingNoise(*grid, flat.x.device)
 
     @property
