@@ -106,7 +106,7 @@ def test_modules_import_one_another_in_one_direction() -> None:
 def test_who_imports_torch_distributed() -> None:
     users = {name for name, imported in modules().items() if any(t.startswith("torch.distributed") for t in imported)}
     assert {name for name in users if not f"{name}.".startswith(DISTRIBUTED)} == set()
-    assert "optim.ddp_buckets" not in users
+    assert "optim.background" not in users
 
 
 def test_reports_know_no_algorithm() -> None:

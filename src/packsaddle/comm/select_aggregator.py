@@ -22,7 +22,7 @@ Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coo
 
 @dataclass(frozen=True)
 class Choice:
-    """A aggregator and why it was chosen."""
+    """An aggregator and why it was chosen."""
 
     aggregator: Aggregator
     name: str

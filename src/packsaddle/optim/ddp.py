@@ -5,7 +5,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,8 +23,8 @@ from packsaddle.comm.select_aggregator import choose, warn_of_nothing
 from packsaddle.compressors import Compressor, TopK
 from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.optim.background import Background, Promise
 from packsaddle.optim.compression import Compression, Schedule
-from packsaddle.optim.ddp_buckets import Background, Bucket, Promise
 from packsaddle.optim.fsdp import is_sharded
 from packsaddle.optim.hook import GradientHook, GradientSlice, Rules, Scope
 from packsaddle.optim.inner_optimizer import innermost
@@ -43,6 +43,17 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore it."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Gradients that DistributedDataParallel hands over together; to be replaced by their means, in place."""
+
+    index: int  # 0 is the first of a backward pass
+    is_last: bool
+    buffer: Tensor  # float[n], all of them
+    gradients: list[Tensor]  # views of the buffer, shaped as their parameters
+    parameters: list[Tensor]
 
 
 class DDPHook(GradientHook):

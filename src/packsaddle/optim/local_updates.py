@@ -30,8 +30,8 @@ from packsaddle.comm.select_aggregator import warn_of_nothing
 from packsaddle.compressors import Compressor, Identity, TopK
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.optim.background import Background
 from packsaddle.optim.compression import Compression, Schedule
-from packsaddle.optim.ddp_buckets import Background
 from packsaddle.optim.fragment import Flight, Fragment, Reduction
 from packsaddle.optim.inner_optimizer import (
     Shards,

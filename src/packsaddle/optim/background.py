@@ -1,4 +1,4 @@
-"""Buckets of gradients, and the thread or stream in which they are exchanged while the backward pass goes on."""
+"""The thread or stream in which exchanges are carried out while training goes on: buckets of gradients, local updates."""
 
 import threading
 import weakref
@@ -89,14 +89,3 @@ def _run(work: Callable[[], object], results: Results) -> None:
     else:
         for promise, result in results:
             promise.source.set_result(result)
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Gradients that DistributedDataParallel hands over together; to be replaced by their means, in place."""
-
-    index: int  # 0 is the first of a backward pass
-    is_last: bool
-    buffer: Tensor  # float[n], all of them
-    gradients: list[Tensor]  # views of the buffer, shaped as their parameters
-    parameters: list[Tensor]
