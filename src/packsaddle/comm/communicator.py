@@ -77,6 +77,12 @@ class Communicator:
             self._count(purpose or name, "all-gather", ring_all_gather(size, self.group.size))
         return [_split(w, parts, s) for w, s in zip(gathered, sizes, strict=True)]
 
+    def gather_text(self, text: str, device: torch.device, purpose: str | None = None) -> list[str]:
+        """Return every worker's text, by rank."""
+        parts = {"text": torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)}
+        gathered = self.gather(parts, fixed_size=False, purpose=purpose)
+        return [bytes(p["text"].tolist()).decode() for p in gathered]
+
     def exchange(self, outgoing: Sequence[Parts | None], like: Parts) -> list[Parts]:
         """Send parts to each worker (None: nothing) and return what each sent here, by rank; an all-to-all.
 
@@ -152,9 +158,7 @@ class Together:
         """Return every worker's value, as JSON carries it, by rank."""
         if self.group.size == 1:
             return [json.loads(json.dumps(value))]
-        mine = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
-        gathered = self._channel.gather({"text": mine}, fixed_size=False)
-        return [json.loads(bytes(parts["text"].tolist())) for parts in gathered]
+        return [json.loads(text) for text in self._channel.gather_text(json.dumps(value), self.device)]
 
     def send(self, content: Any, source: int) -> Any:
         """Return the source's tensors and plain types on every worker; the others' `content` is not looked at."""
@@ -178,9 +182,7 @@ def check_agreement(channel: Communicator, arguments: Mapping[str, object], devi
     arguments = {"packsaddle": sys.modules["packsaddle"].__version__, **arguments}
     text = "\n".join(f"{name}={value!r}" for name, value in arguments.items())
     text = re.sub(r" at 0x[0-9a-f]+", "", text)  # where an object lies is each process's own matter
-    parts = {"text": torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)}
-    gathered = channel.gather(parts, fixed_size=False, purpose="start")
-    texts = [bytes(p["text"].tolist()).decode().split("\n") for p in gathered]
+    texts = [t.split("\n") for t in channel.gather_text(text, device, "start")]
     for lines in zip_longest(*texts, fillvalue="nothing more"):
         for worker, line in enumerate(lines):
             if line != lines[0]:

@@ -107,7 +107,7 @@ class TorchGroup(Group):
     def beside(self, device: torch.device) -> Group:
         group = self._group or dist.group.WORLD
         assert group is not None
-        return _same_workers(group, device)
+        return TorchGroup(same_workers(group, device))
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -169,16 +169,16 @@ def group_beside(model: DistributedDataParallel) -> Group:
 
     It has the timeout of the model's own group.
     """
-    return _same_workers(model.process_group, next(model.parameters()).device)
+    return TorchGroup(same_workers(model.process_group, next(model.parameters()).device))
 
 
-def _same_workers(process_group: dist.ProcessGroup, device: torch.device) -> Group:
-    """A new group of the workers of a group, with its timeout."""
+def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Return a new process group of the workers of another, with its timeout; collective."""
     timeout = process_group._get_backend(device).options._timeout
     ranks = dist.get_process_group_ranks(process_group)
     group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)  # this worker is one of them
-    return TorchGroup(group)
+    return group
 
 
 def backends() -> dict[str, bool]:

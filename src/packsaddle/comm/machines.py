@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from packsaddle.comm.group import Group, TorchGroup
+from packsaddle.comm.group import Group, TorchGroup, same_workers
 
 
 class MachineGroup(Group):
@@ -54,7 +54,7 @@ class MachineGroup(Group):
         self._within.broadcast(tensor)
 
     def beside(self, device: torch.device) -> Group:
-        return MachineGroup(_again(self.within, device), _again(self._between_group, device))
+        return MachineGroup(same_workers(self.within, device), same_workers(self._between_group, device))
 
 
 def machine_group(processes: int | None = None) -> MachineGroup:
@@ -73,11 +73,3 @@ def machine_group(processes: int | None = None) -> MachineGroup:
     assert isinstance(within, dist.ProcessGroup)
     assert isinstance(between, dist.ProcessGroup)
     return MachineGroup(within, between)
-
-
-def _again(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """A new group of the same processes, with its timeout."""
-    timeout = group._get_backend(device).options._timeout
-    made = dist.new_group(dist.get_process_group_ranks(group), timeout=timeout, use_local_synchronization=True)
-    assert isinstance(made, dist.ProcessGroup)
-    return made

@@ -67,7 +67,6 @@ class LocalTraining(Training):
             raise ConfigError(str(error)) from error
         self.channel = Communicator(resolve(None), Ledger())
         self._mu: dict[str, Any] = {}  # what was measured last, at the end of the run
-        self._offsets = [i * self._local.every // self._local.fragments for i in range(self._local.fragments)]
 
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
         """See `Training`; the norm is that before clipping."""
@@ -80,7 +79,7 @@ class LocalTraining(Training):
             group["lr"] = self.rate(self._updates.steps)
         self._inner.step()
         self.scalars = None
-        if scalars is not None and self._exchanged():
+        if scalars is not None and self._updates.exchanging:
             self.scalars = self.channel.mean(scalars.clone(), "metrics")
         return measured
 
@@ -91,10 +90,6 @@ class LocalTraining(Training):
         if self._local.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._local.clip, norm)
         return norm
-
-    def _exchanged(self) -> bool:
-        """Whether an exchange began after the last step, which is the same on all workers."""
-        return any((self._updates.steps + offset) % self._local.every == 0 for offset in self._offsets)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, from 0: rising in proportion, then constant or on half a cosine."""
@@ -134,9 +129,7 @@ class LocalTraining(Training):
 
     def forgive(self) -> None:
         """See `Training`."""
-        state = self._updates.state_dict()
-        state["skips"] = {**state["skips"], "in_a_row": 0}
-        self._updates.load_state_dict(state)
+        self._updates.forgive()
 
     def moved(self) -> Mapping[str, Bytes]:
         """See `Training`."""

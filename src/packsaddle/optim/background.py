@@ -1,4 +1,4 @@
-"""The thread or stream in which exchanges are carried out while training goes on: buckets of gradients, local updates."""
+"""The thread or stream in which exchanges are carried out while training goes on."""
 
 import threading
 import weakref

@@ -39,7 +39,7 @@ class Flight:
     name: str = ""  # of the first parameter of which it was not
     before: list[Tensor] = field(default_factory=list)  # x at the start, where it lands later
     averaged: Averaged | None = None
-    mean: Tensor | None = None  # float[n], where it lands later
+    mean: Tensor | None = None  # float[n], where it lands later or an outer optimizer takes it
     verdict: Tensor | None = None  # float[2]: the share of workers whose v was of no use; the mean's magnitude
     names: list[str] = field(default_factory=list)  # by worker, of what could not be used
     taken: bool | None = None  # whether all take it, once known
@@ -59,13 +59,13 @@ class PseudoGradient:
 
     def add(self, base: Shaped, out: Shaped) -> None:
         """Set out to decay base + start - x + xi, both float[n]; out is not base."""
-        share = self.decay
+        share, xs = self.decay, self.of.tensors()
         starts: Sequence[Tensor] = self.of.anchor.views
-        if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(self.of.tensors(), starts, strict=True)):
+        if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(xs, starts, strict=True)):
             share -= 1.0  # a - e - x + decay e, without a pass for a - e
         elif self.of.keeps:
             starts = self.of.starts()
-        for x, start, v in zip(self.of.tensors(), starts, out.views, strict=True):
+        for x, start, v in zip(xs, starts, out.views, strict=True):
             x = x.to(start.device)
             if x.dtype == start.dtype:
                 torch.sub(start, x, out=v)
@@ -83,7 +83,7 @@ class PseudoGradient:
 
 
 class Fragment(Slice):
-    """Some parameters, their anchor and their error memory; they exchange where (n + offset) % every = 0.
+    """Some parameters, their anchor and their error memory.
 
     `d` is the number of coordinates that all fragments compress together, and `parameters` are the optimizer's, by
     name, of which `places` tell the parts on this process.
@@ -94,6 +94,7 @@ class Fragment(Slice):
         places: Sequence[Place],
         parameters: Mapping[str, Tensor],
         device: torch.device,
+        every: int,
         offset: int,
         compression: Compression,
         channel: Communicator,
@@ -104,7 +105,7 @@ class Fragment(Slice):
     ) -> None:
         super().__init__(places, device)
         self.keeps = keep  # x begins again at a - e
-        self.offset = offset
+        self._every, self._offset = every, offset
         self.parameters = [parameters[place.name] for place in self.places]
         self.anchor = self.zeros()
         self.leaves = [nn.Parameter(view) for view in self.anchor.views]  # the anchor, as an outer optimizer takes it
@@ -113,6 +114,10 @@ class Fragment(Slice):
         self.monitor = SlicedMonitor(compression.monitor_every)
         self.rounds = 0  # t: exchanges that were taken
         self.flight: Flight | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether an exchange begins after inner step n, from 1: where (n + offset) % every = 0."""
+        return (step + self._offset) % self._every == 0
 
     def tensors(self) -> list[Tensor]:
         """Return this process's part of each parameter; not copies."""
@@ -131,6 +136,8 @@ class Fragment(Slice):
 
     def frozen(self, flat: Tensor) -> list[Tensor]:
         """Return the views of the parameters that are frozen: they take neither noise nor anyone's updates."""
+        if all(p.requires_grad for p in self.parameters):
+            return []
         return [view for p, view in zip(self.parameters, self.views(flat), strict=True) if not p.requires_grad]
 
     def start(
@@ -159,7 +166,10 @@ class Fragment(Slice):
         return self.flight
 
     def send(self, flight: Flight, step: int, *, reduction: Reduction, dense: bool) -> None:
-        """Exchange C(v) and absorb what it leaves; collective, and perhaps in another thread."""
+        """Exchange C(v) and absorb what it leaves; collective, and perhaps in another thread.
+
+        `dense` has the mean made as a vector, which "senders" needs anyway.
+        """
         r, channel = flight.round, self.feedback.channel
         assert r is not None
         channel.step = step
@@ -174,9 +184,7 @@ class Fragment(Slice):
             self._exchange_names(flight)
 
     def _exchange_names(self, flight: Flight) -> None:
-        text = torch.tensor(list(flight.name.encode()), dtype=torch.uint8, device=flight.v.device)
-        gathered = self.feedback.channel.gather({"name": text}, fixed_size=False, purpose="guard")
-        flight.names = [bytes(parts["name"].tolist()).decode() for parts in gathered]
+        flight.names = self.feedback.channel.gather_text(flight.name, flight.v.device, "guard")
 
     def _mean(self, g: Averaged, reduction: Reduction) -> Tensor:
         """The mean over workers, float[n]; with "senders" a coordinate's mean over those that sent it."""
@@ -220,22 +228,17 @@ class Fragment(Slice):
                 self.restart()
             return flight
         self.rounds += 1
-        if outer is None and flight.mean is None:
+        if flight.mean is None:
             assert flight.averaged is not None
             self.feedback.memory.apply(self.anchor.flat, flight.averaged)
+        elif outer is None:
+            self.anchor.flat.sub_(flight.mean)
         else:
-            mean = flight.mean
-            if mean is None:
-                assert flight.averaged is not None
-                mean = self._mean(flight.averaged, "mean")
-            if outer is None:
-                self.anchor.flat.sub_(mean)
-            else:
-                for leaf, grad in zip(self.leaves, self.views(mean), strict=True):
-                    leaf.grad = grad
-                outer.step()
-                for leaf in self.leaves:
-                    leaf.grad = None
+            for leaf, grad in zip(self.leaves, self.views(flight.mean), strict=True):
+                leaf.grad = grad
+            outer.step()
+            for leaf in self.leaves:
+                leaf.grad = None
         self._move(flight.before, blend)
         return flight
 

@@ -196,13 +196,18 @@ class Place:
         return self.parameter.numel()
 
 
-def places(named: Iterable[tuple[str, Tensor]], dense_below: int) -> list[Place]:
-    """Return every parameter's place, in the order of the vector, which is that of `CompressedSGD`'s."""
+def places(
+    named: Iterable[tuple[str, Tensor]], dense_below: int, part: Callable[[Tensor], Tensor] = lambda p: p
+) -> list[Place]:
+    """Return every parameter's place, in the order of the vector, which is that of `CompressedSGD`'s.
+
+    The vector has `part` of each: a shard, say, which goes dense if the whole would.
+    """
     check_dense_below(dense_below)
     found, start = [], 0
     for name, p in sorted(named, key=lambda item: goes_dense(item[1], dense_below)):  # stable
-        found.append(Place(name, p, goes_dense(p, dense_below), start))
-        start += p.numel()
+        found.append(Place(name, part(p), goes_dense(p, dense_below), start))
+        start += found[-1].size
     return found
 
 

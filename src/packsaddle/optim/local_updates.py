@@ -43,7 +43,7 @@ from packsaddle.optim.inner_optimizer import (
     local_part,
     trained_parameters,
 )
-from packsaddle.optim.layout import Place, goes_dense
+from packsaddle.optim.layout import places
 from packsaddle.optim.saved_state import check_identity, check_shape
 from packsaddle.optim.stages.drift import Drift, DriftGuard, fingerprint
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
@@ -128,11 +128,10 @@ class LocalUpdates:
         self._compression = Compression.of(compressor)
         self.every, self.delay, self.decay, self.blend = every, delay, decay, blend
         self.reduction, self.keep_unsent, self.seed = reduction, keep_unsent, as_seed(seed)
-        _check_numbers(self, fragments, offload)
+        _check_numbers(self, fragments)
         _check_compression(self._compression)
         self._parameters = trained_parameters(self.optimizer)
         check_parameters(self._parameters)
-        self._shapes = {name: local_part(p).shape for name, p in self._parameters.items()}
         self._bytes = sum(local_part(p).nbytes for p in self._parameters.values())
         self._agree = Shards(self._parameters.values())
         self.steps = 0  # n: attempted inner steps
@@ -182,32 +181,25 @@ class LocalUpdates:
         What is replicated over shards must come out alike on all of them, so its choice of coordinates must not depend
         on what only one shard has.
         """
-        names, dense_below = list(self._parameters), self._compression.dense_below
-        dense = {name: goes_dense(self._parameters[name], dense_below) for name in names}
-        places, start = {}, 0
-        for name in sorted(names, key=lambda name: dense[name]):  # stable: compressed, then dense
-            part = local_part(self._parameters[name])
-            places[name] = Place(name, part, dense[name], start)
-            start += part.numel()
-        compressed_d = sum(place.size for place in places.values() if not place.dense)
+        by_name = {p.name: p for p in places(self._parameters.items(), self._compression.dense_below, local_part)}
+        names = list(self._parameters)
+        make = partial(
+            Fragment,
+            parameters=self._parameters,
+            device=device,
+            every=self.every,
+            compression=self._compression,
+            channel=self._channel,
+            d=sum(place.size for place in by_name.values() if not place.dense),
+            seed=self.seed,
+            keep=self.keep_unsent,
+        )
         found = []
-        for i, members in enumerate(balanced(names, [places[name].size for name in names], fragments)):
+        for i, members in enumerate(balanced(names, [by_name[name].size for name in names], fragments)):
             for replicated in (False, True):
-                mine = [n for n in members if is_replicated(self._parameters[n]) == replicated]
+                mine = [by_name[n] for n in members if is_replicated(self._parameters[n]) == replicated]
                 if mine:
-                    found.append(
-                        Fragment(
-                            [places[name] for name in mine],
-                            self._parameters,
-                            device,
-                            offset=i * self.every // fragments,
-                            compression=self._compression,
-                            channel=self._channel,
-                            d=compressed_d,
-                            seed=self.seed,
-                            keep=self.keep_unsent,
-                        )
-                    )
+                    found.append(make(mine, offset=i * self.every // fragments))
         return found
 
     def _leaves(self) -> list[Any]:
@@ -277,7 +269,7 @@ class LocalUpdates:
             if part.flight is not None and part.flight.due == self.steps:
                 self._land(part)
         for part in self._fragments:
-            if (self.steps + part.offset) % self.every == 0:
+            if part.is_due(self.steps):
                 self._start(part)
 
     def _start(self, part: Fragment) -> None:
@@ -291,7 +283,9 @@ class LocalUpdates:
     def _depart(self, part: Fragment, compressor: Compressor, noise: Any, due: int) -> None:
         later = due > self.steps
         flight = part.start(compressor, noise, self.decay, due, self._agree, later=later)
-        send = partial(part.send, flight, self.steps - 1, reduction=self.reduction, dense=later)
+        send = partial(
+            part.send, flight, self.steps - 1, reduction=self.reduction, dense=later or self.outer is not None
+        )
         if self._background is None or not later:
             self._beside(send)
         else:
@@ -413,6 +407,15 @@ class LocalUpdates:
         """What this worker would have moved by now had gradients been exchanged at every step: a ring all-reduce."""
         return ring_all_reduce(self.steps * self._bytes, self._channel.group.size)
 
+    @property
+    def exchanging(self) -> bool:
+        """Whether an exchange began after the last inner step; the same on all workers."""
+        return any(part.is_due(self.steps) for part in self._fragments)
+
+    def forgive(self) -> None:
+        """Count rounds that were left out in a row anew: whoever goes on after NonFiniteError may have mended it."""
+        self._skips.took()
+
     @torch.no_grad()
     def wait(self) -> None:
         """Wait for exchanges under way, so that the ledger has their bytes; they land when they are due."""
@@ -506,8 +509,7 @@ class LocalUpdates:
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
             for place in part.places:
                 for key in ("anchor", "pending"):
-                    shape = self._shapes[place.name]
-                    check_shape(f"{key} of {place.name}", saved[key].get(place.name), shape)
+                    check_shape(f"{key} of {place.name}", saved[key].get(place.name), place.parameter.shape)
         for name, here in (("outer", self.outer), ("escape", self._escape)):
             if (state[name] is None) != (here is None):
                 have = ["none", "one"]
@@ -605,7 +607,7 @@ def _check_compression(compression: Compression) -> None:
     compression.at(0)
 
 
-def _check_numbers(local: LocalUpdates, fragments: int, offload: bool) -> None:
+def _check_numbers(local: LocalUpdates, fragments: int) -> None:
     for name, value, least in (("every", local.every, 1), ("fragments", fragments, 1), ("delay", local.delay, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")

@@ -171,7 +171,7 @@ Seconds = Callable[[Work], float]  # of the coding that a piece of work says
 def compressed(
     aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds, itemsize: int = 4
 ) -> Compressed:
-    """Return the step of an aggregator that exchanges d compressed and `dense` dense coordinates of `itemsize` bytes."""
+    """Return an aggregator's step, which exchanges d compressed and `dense` dense coordinates of `itemsize` bytes."""
     cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, itemsize)), Cost())
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 

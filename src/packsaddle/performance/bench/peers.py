@@ -117,7 +117,6 @@ def _local_updates(contender: Contender, task: Task) -> Racer:
         fragments=contender.fragments,
         delay=contender.delay,
         noise=contender.noise,
-        keep_unsent=not contender.compressor.lossless,
     )
     start = local.ledger.total
 
