@@ -1,4 +1,4 @@
-"""What every framework's callback does with a hook or with local updates: attach, measure, keep with a checkpoint."""
+"""Common parts of the frameworks' callbacks: a hook or local updates attached, measured, kept with a checkpoint."""
 
 import warnings
 from collections.abc import Mapping
@@ -140,12 +140,13 @@ def monitored(compressor: Compressor | Schedule | Compression, every: int) -> Co
     return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 
 
-def measures(exchange: DDPHook | LocalUpdates) -> dict[str, float]:
+def measures(exchange: DDPHook | LocalUpdates | WorkerState) -> dict[str, float]:
     """Return the numbers so far of a hook or of local updates, for a logger (docs/metrics.md).
 
     They are bytes on this worker's wire, steps, contraction: `mu` is there once `monitor_every` has measured it. A hook
     has `sent_in_step`, local updates have `rounds`.
     """
+    exchange = exchange.local if isinstance(exchange, WorkerState) else exchange
     steps, sent, alone = exchange.steps, exchange.ledger.total.sent, exchange.uncompressed.sent
     found = {
         "steps": float(steps),

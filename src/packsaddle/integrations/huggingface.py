@@ -51,8 +51,7 @@ class _Attached(TrainerCallback):
     ) -> None:
         """Log beside the training loss, and only there."""
         if self._exchange is not None and logs is not None and "loss" in logs:
-            what = self._exchange.local if isinstance(self._exchange, WorkerState) else self._exchange
-            self._trainer.log({f"packsaddle/{name}": value for name, value in measures(what).items()})
+            self._trainer.log({f"packsaddle/{name}": value for name, value in measures(self._exchange).items()})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save this worker's state in the checkpoint that has just been made."""
@@ -81,16 +80,18 @@ class PacksaddleCallback(_Attached):
         **options: Any,
     ) -> None:
         super().__init__(trainer, resume_from)
-        self.hook: DDPHook | None = None
         self._compressor, self._options = compressor, options
+
+    @property
+    def hook(self) -> DDPHook | None:
+        """The hook, once training has begun among workers."""
+        return self._exchange if isinstance(self._exchange, DDPHook) else None
 
     def _attach(self, state: TrainerState) -> DDPHook | None:
         trainer = self._trainer  # callbacks are shown the model that is inside DistributedDataParallel alone
         options = {"scaler": trainer.accelerator.scaler, **self._options}
         spec = monitored(self._compressor, int(state.logging_steps))
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # in Accelerate's
-        self.hook = attach_among_workers(self._attached, spec, [optimizer], **options)
-        return self.hook
+        return attach_among_workers(self._attached, spec, [trainer.optimizer], **options)
 
 
 class LocalUpdatesCallback(_Attached):
@@ -119,19 +120,21 @@ class LocalUpdatesCallback(_Attached):
         **options: Any,
     ) -> None:
         super().__init__(trainer, resume_from)
-        self.local: LocalUpdates | None = None
         self._compressor, self._options = compressor, options
         self._at_anchor = False  # whether there are workers apart
         self._ended_at_best = False
         for name in ("evaluate", "predict", "save_model"):  # callbacks are told of these when they are over
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 
+    @property
+    def local(self) -> LocalUpdates | None:
+        """The local updates, once training has begun among workers."""
+        return self._exchange.local if isinstance(self._exchange, WorkerState) else None
+
     def _attach(self, state: TrainerState) -> WorkerState | None:
         trainer = self._trainer
         options = {"scaler": trainer.accelerator.scaler, **self._options}
-        found = attach_local_updates(self._attached, trainer.model, [trainer.optimizer], self._compressor, **options)
-        self.local = None if found is None else found.local
-        return found
+        return attach_local_updates(self._attached, trainer.model, [trainer.optimizer], self._compressor, **options)
 
     def _inside(self, method: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(method)

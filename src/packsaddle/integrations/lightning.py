@@ -62,8 +62,8 @@ class _Attached(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log in double precision, since single is too short for bytes; rank 0's numbers are those that loggers get."""
         if self._exchange is not None:
-            what = self._exchange.local if isinstance(self._exchange, WorkerState) else self._exchange
-            found = {f"packsaddle/{k}": torch.tensor(v, dtype=torch.float64) for k, v in measures(what).items()}
+            now = measures(self._exchange).items()
+            found = {f"packsaddle/{k}": torch.tensor(v, dtype=torch.float64) for k, v in now}
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
