@@ -1,18 +1,15 @@
 """Local updates with AdamW beside gradients at every step: validation loss by learning rate and bytes, four workers.
 
 The character transformer of benchmarks/adamw.py (0.36 million parameters, the reference of the Python language; warm-up
-and cosine decay), 32 windows a step for all methods, so equal tokens. Rows go to a CSV file as runs finish, and a run
-that is in it is not made again. Workers take turns in one process (see `packsaddle.simulate`), but for those with a
-hook, which are gloo processes:
+and cosine decay), 32 windows a step for all methods, so equal tokens. Workers take turns in one process (see
+`packsaddle.simulate`), but for those with a hook, which are gloo processes. The command line is that of
+benchmarks/rate_search.py:
 
     python benchmarks/local_updates.py search    # every method and rate, seed 0
     python benchmarks/local_updates.py seeds     # seeds 1 and 2 at each method's best rate
     python benchmarks/local_updates.py table     # what the runs say
 """
 
-import argparse
-import csv
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rate_search import Job, RateSearch, append, rate_at
 from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
@@ -70,17 +68,8 @@ METHODS = {
     "local 8, TopK 1/32 int8, Nesterov": Method(packsaddle.TopK(1 / 32, values="int8"), 8, nesterov),
     "local 30, TopK 1/32 int8, Nesterov": Method(packsaddle.TopK(1 / 32, values="int8"), 30, nesterov),
 }
-RATES = (0.001, 0.002, 0.004)
-WORKERS, BATCH, STEPS, WARM_UP = 4, 8, 800, 50
+WORKERS, BATCH = 4, 8
 MODEL = ModelConfig("char-transformer", width=96, depth=3, heads=4)
-FIELDS = ("method", "rate", "seed", "steps", "validation_loss", "training_loss", "sent_kB_a_step", "s")
-
-
-def rate_at(step: int, steps: int) -> float:
-    """Return the share of the peak rate: linear warm-up, then a cosine to a tenth."""
-    if step < WARM_UP:
-        return (step + 1) / WARM_UP
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
 
 
 def train(method: str, rate: float, seed: int, steps: int, deal: str) -> dict[str, object]:
@@ -177,7 +166,7 @@ def training_bytes(ledger: packsaddle.Ledger) -> int:
     return sum(moved.sent for purpose, moved in ledger.by_purpose.items() if purpose != "start")
 
 
-def work(jobs: list[tuple[str, float, int]], out: str, steps: int, deal: str) -> None:
+def work(jobs: list[Job], out: str, steps: int, deal: str) -> None:
     """Make runs with a hook one after the other; rank 0 writes a row as each is done."""
     with process_group():
         for job in jobs:
@@ -186,7 +175,7 @@ def work(jobs: list[tuple[str, float, int]], out: str, steps: int, deal: str) ->
                 append(Path(out), row)
 
 
-def make(jobs: list[tuple[str, float, int]], out: Path, steps: int, deal: str) -> None:
+def make(jobs: list[Job], out: Path, steps: int, deal: str) -> None:
     """Make runs, those without a hook in this process."""
     torch.set_num_threads(1)
     for job in jobs:
@@ -196,70 +185,22 @@ def make(jobs: list[tuple[str, float, int]], out: Path, steps: int, deal: str) -
             append(out, packsaddle.simulate(lambda _, job=job: train(*job, steps, deal), WORKERS)[0])
 
 
-def append(out: Path, row: dict[str, object]) -> None:
-    new = not out.exists()
-    with out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    print(row, flush=True)
-
-
-def read(out: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(out.open())) if out.exists() else []
-
-
-def best_rate(rows: list[dict[str, str]], method: str) -> float:
-    """Return the rate of the least validation loss of seed 0."""
-    mine = [row for row in rows if row["method"] == method and row["seed"] == "0"]
-    return float(min(mine, key=lambda row: float(row["validation_loss"]))["rate"])
-
-
-def table(rows: list[dict[str, str]]) -> str:
-    """Return the Markdown table: seed 0 by rate, and mean and range over seeds at the rate whose mean is least."""
-    lines = [
-        "| method | sent, kB a step | "
-        + " | ".join(f"{rate:g}" for rate in RATES)
-        + " | best rate: mean, range, seeds |",
-        "| --- " * (len(RATES) + 3) + "|",
-    ]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        mine = [row for row in rows if row["method"] == method]
-        by_rate = {
-            rate: [float(row["validation_loss"]) for row in mine if float(row["rate"]) == rate] for rate in RATES
-        }
-        first = {float(row["rate"]): float(row["validation_loss"]) for row in mine if row["seed"] == "0"}
-        most = max(map(len, by_rate.values()))
-        best = min((rate for rate in RATES if len(by_rate[rate]) == most), key=lambda r: statistics.fmean(by_rate[r]))
-        losses = by_rate[best]
-        spread = f"{best:g}: {statistics.fmean(losses):.3f}, {min(losses):.3f} to {max(losses):.3f}, {len(losses)}"
-        cells = [f"{first[rate]:.3f}" if rate in first else "-" for rate in RATES]
-        lines.append(f"| {method} | {mine[0]['sent_kB_a_step']} | {' | '.join(cells)} | {spread} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=("search", "seeds", "table"))
-    parser.add_argument("--out", type=Path, default=Path("experiments/local-updates/runs.csv"))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--rates", nargs="+", type=float, help="by default all, and for seeds each method's best")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--shard", choices=("iid", "class"), default="iid", help="class: a stretch of the text each")
-    options = parser.parse_args()
-    rows = read(options.out)
-    if options.command == "table":
-        print(table(rows))
-        return
-    done = {(row["method"], float(row["rate"]), int(row["seed"])) for row in rows}
-    if options.command == "search":
-        jobs = [(method, rate, 0) for method in options.methods for rate in options.rates or RATES]
-    else:
-        rates = {method: options.rates or [best_rate(rows, method)] for method in options.methods}
-        jobs = [(method, rate, seed) for method in options.methods for rate in rates[method] for seed in (1, 2)]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    make([job for job in jobs if job not in done], options.out, options.steps, options.shard)
+    assert __doc__
+    search = RateSearch(
+        __doc__,
+        METHODS,
+        (0.001, 0.002, 0.004),
+        ("sent_kB_a_step", "sent, kB a step"),
+        Path("experiments/local-updates/runs.csv"),
+        steps=800,
+    )
+    search.main(
+        lambda jobs, options: make(jobs, options.out, options.steps, options.shard),
+        lambda parser: parser.add_argument(
+            "--shard", choices=("iid", "class"), default="iid", help="class: a stretch of the text each"
+        ),
+    )
 
 
 if __name__ == "__main__":

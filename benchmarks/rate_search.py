@@ -1,0 +1,103 @@
+"""A search over learning rates: one grid and one schedule for all methods, more seeds at each one's best, a table.
+
+Rows go to a CSV file as runs finish, and a run that is in it is not made again. `search` makes every method and rate
+with seed 0, `seeds` makes seeds 1 and 2 at each method's best rate, `table` prints what the runs say.
+"""
+
+import argparse
+import csv
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+WARM_UP = 50
+Job = tuple[str, float, int]  # method, rate, seed
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Return the share of the peak rate: linear warm-up, then a cosine to a tenth."""
+    if step < WARM_UP:
+        return (step + 1) / WARM_UP
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
+
+
+def append(out: Path, row: dict[str, object]) -> None:
+    """Add a run to the file, and print it."""
+    new = not out.exists()
+    with out.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row), lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(row, flush=True)
+
+
+@dataclass(frozen=True)
+class RateSearch:
+    """Methods by name, the grid of rates, and `sent`: the column of the bytes, with its heading in the table."""
+
+    description: str
+    methods: Iterable[str]
+    rates: tuple[float, ...]
+    sent: tuple[str, str]
+    out: Path
+    steps: int
+
+    def main(
+        self, make: Callable[[list[Job], argparse.Namespace], None], add: Callable[[argparse.ArgumentParser], object]
+    ) -> None:
+        """Have the command line's runs made by `make`; `add` adds further options."""
+        parser = argparse.ArgumentParser(description=self.description.split("\n")[0])
+        parser.add_argument("command", choices=("search", "seeds", "table"))
+        parser.add_argument("--out", type=Path, default=self.out)
+        parser.add_argument("--methods", nargs="+", choices=list(self.methods), default=list(self.methods))
+        parser.add_argument("--rates", nargs="+", type=float, help="by default all, and for seeds each method's best")
+        parser.add_argument("--steps", type=int, default=self.steps)
+        add(parser)
+        options = parser.parse_args()
+        rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
+        if options.command == "table":
+            print(self.table(rows))
+            return
+        if options.command == "search":
+            jobs = [(method, rate, 0) for method in options.methods for rate in options.rates or self.rates]
+        else:
+            rates = {method: options.rates or [best_rate(rows, method)] for method in options.methods}
+            jobs = [(method, rate, seed) for method in options.methods for rate in rates[method] for seed in (1, 2)]
+        done = {(row["method"], float(row["rate"]), int(row["seed"])) for row in rows}
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        make([job for job in jobs if job not in done], options)
+
+    def table(self, rows: list[dict[str, str]]) -> str:
+        """Return the Markdown table: seed 0 by rate, and mean and range over seeds at the rate whose mean is least."""
+        column, heading = self.sent
+        lines = [
+            f"| method | {heading} | "
+            + " | ".join(f"{rate:g}" for rate in self.rates)
+            + " | best rate: mean, range, seeds |",
+            "| --- " * (len(self.rates) + 3) + "|",
+        ]
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] == method]
+            cells = {float(row["rate"]): f"{float(row['validation_loss']):.3f}" for row in mine if row["seed"] == "0"}
+            by_rate = [cells.get(rate, "-") for rate in self.rates]
+            lines.append(f"| {method} | {mine[0][column]} | {' | '.join(by_rate)} | {self._best(mine)} |")
+        return "\n".join(lines)
+
+    def _best(self, rows: list[dict[str, str]]) -> str:
+        """The rate of the least mean loss among those with the most seeds, with mean, range and number of seeds."""
+        losses = {r: [float(row["validation_loss"]) for row in rows if float(row["rate"]) == r] for r in self.rates}
+        most = max(map(len, losses.values()))
+        best = min(
+            (rate for rate in self.rates if len(losses[rate]) == most), key=lambda r: statistics.fmean(losses[r])
+        )
+        found = losses[best]
+        return f"{best:g}: {statistics.fmean(found):.3f}, {min(found):.3f} to {max(found):.3f}, {len(found)}"
+
+
+def best_rate(rows: list[dict[str, str]], method: str) -> float:
+    """Return the rate of the least validation loss of seed 0."""
+    mine = [row for row in rows if row["method"] == method and row["seed"] == "0"]
+    return float(min(mine, key=lambda row: float(row["validation_loss"]))["rate"])
