@@ -184,6 +184,20 @@ def test_moving_without_noise_costs_what_it_must() -> None:
     assert improve_or_localise(uphill, smoothness=3.0).constant == math.inf
 
 
+def test_without_error_feedback_it_is_plain_compressed_sgd() -> None:
+    """x <- x - C(eta (grad + xi)), written out; what is not sent is lost."""
+    problem, start = QuadraticQuartic(6), torch.linspace(-1, 1, 6, dtype=torch.float64)
+    run = follow(Oracle(problem, sigma=0.1), Method(0.05, TopK(k=2), 0.02, error_feedback=False), start, steps=40)
+    x, noise = start.clone(), Perturbation(0.02)
+    for t in range(40):
+        xi = noise.draw(x, seed=0, step=t)
+        assert xi is not None
+        x -= TopK(k=2)(0.05 * (run.gradients[t] + xi))
+        assert torch.allclose(run.x[t + 1], x, rtol=0, atol=1e-12)
+    assert not run.e.any()
+    assert torch.equal(run.x, run.y)
+
+
 def test_localisation_is_its_formula() -> None:
     problem, method = QuadraticQuartic(6), Method(0.05, RandomK(k=2), 0.02)
     run = follow(Oracle(problem, sigma=0.1), method, zeros(6), steps=50)

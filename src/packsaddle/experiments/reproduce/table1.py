@@ -34,7 +34,7 @@ def shares(runs: list[Run]) -> list[Run]:
     """The share of epsilon-SOSPs among x_0 ... x_T for the planned T, a row per setting."""
     groups = defaultdict(list)
     for run in runs:
-        if run["question"] == "share":
+        if run["question"] == "share" and not run["quiet"]:
             groups[run["constants"], run["problem"], run["epsilon"], run["d"], run["compressor"]].append(run)
     rows = []
     for (constants, problem, epsilon, d, compressor), group in sorted(groups.items()):
@@ -54,6 +54,27 @@ def shares(runs: list[Run]) -> list[Run]:
             }
         )
     return rows
+
+
+def saddles(runs: list[Run]) -> list[Run]:
+    """The same for runs that only xi_t can bring off the saddle, by variant, and the first epsilon-SOSP's step."""
+    groups = defaultdict(list)
+    for run in runs:
+        if run["quiet"]:
+            groups[run["compressor"], run["variant"]].append(run)
+    return [
+        {
+            "compressor": compressor,
+            "variant": variant,
+            "T": group[0]["planned_steps"],
+            "seeds": len(group),
+            "smallest_share": min(run["share"] for run in group),
+            "largest_share": max(run["share"] for run in group),
+            "first": median(math.inf if run["first"] is None else run["first"] for run in group),
+            "rolled_back": sum(run["rolled_back"] for run in group),
+        }
+        for (compressor, variant), group in groups.items()
+    ]
 
 
 def steps(runs: list[Run]) -> list[Run]:
@@ -208,7 +229,12 @@ def _tabulated(
     rows = steps(lines)
     RunFolder(folder).write_json("environment.json", {**environment(version, 1, "cpu"), "scale": scale})
     RunFolder(folder).write_json("table1.json", table(rows))
-    for name, content in (("shares", shares(lines)), ("steps", rows), ("exponents", exponents(rows))):
+    for name, content in (
+        ("shares", shares(lines)),
+        ("saddles", saddles(lines)),
+        ("steps", rows),
+        ("exponents", exponents(rows)),
+    ):
         _write(content, folder / f"{name}.csv")
     draw(rows, list(COMPRESSORS)).savefig(folder / "figure.png", dpi=130)
     return exponents(rows)

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -27,11 +27,16 @@ COMPRESSORS: dict[str, Compressor] = {
 CONSTANTS = {"practical": PRACTICAL, "iota = 1": Constants("theory", 1.0)}
 WIDTH = 1.25  # of the cosine's saddle, in units of sqrt(epsilon): its curvature over the threshold's
 LOOKS = 4000  # iterates looked at, evenly spaced over the planned steps
+Variant = Literal["Algorithm 1", "no noise", "interval / 100", "no error feedback"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run. `question` is "share" (all planned steps) or "half" (until half of the iterates are epsilon-SOSPs)."""
+    """One run. `question` is "share" (all planned steps) or "half" (until half of the iterates are epsilon-SOSPs).
+
+    Only Algorithm 1 has the theorems' promise; its variants are there to see what breaks it. With `quiet` the oracle is
+    silent along the direction in which the cosine's saddle is left.
+    """
 
     question: str
     problem: str
@@ -42,9 +47,13 @@ class Job:
     factor: float = 1.0  # eta is the planned one times this, and I is shortened as much
     lipschitz: bool = True  # Assumption C
     constants: str = "practical"
+    variant: Variant = "Algorithm 1"
+    quiet: bool = False
 
     def __str__(self) -> str:
-        of = f"{self.problem}, epsilon {self.epsilon:g}, d {self.d}, {self.compressor}, seed {self.seed}"
+        of = (
+            f"{self.problem}, epsilon {self.epsilon:g}, d {self.d}, {self.compressor}, {self.variant}, seed {self.seed}"
+        )
         return f"run ({of}, step size x {self.factor:g})"
 
 
@@ -77,6 +86,14 @@ def all_jobs() -> Iterator[Job]:
                 for name in COMPRESSORS:
                     if epsilon > 0.05 or seed == 0:
                         yield Job("half", "cosine", epsilon, d, name, seed, factor)
+    yield from saddle_jobs(3)
+
+
+def saddle_jobs(seeds: int) -> Iterator[Job]:
+    """Runs from a saddle that only xi_t can leave, of Algorithm 1 and its variants; one seed where they are long."""
+    for seed in range(seeds):
+        for name in ("Identity", "RandomK", "AdaptiveTopK")[: 2 if seed else 3]:
+            yield from (Job("share", "cosine", 0.4, 64, name, seed, variant=v, quiet=True) for v in get_args(Variant))
 
 
 def setting(job: Job) -> tuple[Problem, torch.Tensor, Assumptions]:
@@ -117,19 +134,24 @@ def measure(job: Job) -> dict[str, Any]:
     planned = plan(a, COMPRESSORS[job.compressor], constants=CONSTANTS[job.constants])
     eta, interval = planned.eta * job.factor, max(1, math.ceil(planned.interval / job.factor))
     steps = min(math.ceil(planned.steps / job.factor), 10_000_000)
-    oracle = Oracle(problem, SIGMA, lipschitz=job.lipschitz, seed=1000 + job.seed)
-    method = Method(eta, planned.compressor, planned.noise)
+    oracle = Oracle(problem, SIGMA, lipschitz=job.lipschitz, seed=1000 + job.seed, quiet=int(job.quiet))
+    if job.variant == "interval / 100":
+        interval = max(1, interval // 100)
+    noise = 0.0 if job.variant == "no noise" else planned.noise
+    method = Method(eta, planned.compressor, noise, error_feedback=job.variant != "no error feedback")
     run = Run(oracle, method, start, seed=job.seed, segment=(interval, planned.radius))
     limit = steps if job.question == "share" else min(steps, 4 * interval)
     stride = max(1, (limit if job.question == "share" else 4 * interval) // LOOKS)
     seen = good = 0
-    half = None
+    first = half = None
     for t in range(limit + 1):
         if t % stride == 0:
             x = run.x
             if not bool(torch.isfinite(x).all()):
                 break
             seen, good = seen + 1, good + stationary(problem, x, a)
+            if first is None and good:
+                first = t
             if half is None and 2 * good >= seen and good > 10:
                 half = t
                 if job.question == "half":
@@ -148,6 +170,7 @@ def measure(job: Job) -> dict[str, Any]:
         "planned_steps_f1": plan_for_unit_fall(a, planned).steps,
         "steps": run.optimizer.steps,
         "share": good / seen,
+        "first": first,
         "half": half,
         "committed": sum(r.committed for r in resets),
         "rolled_back": sum(not r.committed for r in resets),

@@ -21,11 +21,13 @@ from packsaddle.theory.problems import Oracle
 @dataclass(frozen=True)
 class Method:
     """How the optimizer is set up: step size eta, compressor C, and r, the std of each coordinate of xi_t (or a
-    function of the step that gives it). Raises ValueError unless `lr` is positive and finite."""
+    function of the step that gives it). Without `error_feedback` line 12 leaves e = 0, for comparison. Raises
+    ValueError unless `lr` is positive and finite."""
 
     lr: float
     compressor: Compressor = field(default_factory=Identity)
     noise: float | Callable[[int], float] = 0.0
+    error_feedback: bool = True
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -64,7 +66,7 @@ class Run:
     ) -> None:
         if start.shape != (oracle.problem.d,):
             raise ValueError(f"start must have shape ({oracle.problem.d},), got {tuple(start.shape)}")
-        self._oracle = oracle
+        self._oracle, self._forgets = oracle, not method.error_feedback
         self._parameter = nn.Parameter(start.detach().to(torch.float64, copy=True))
         escape = None if segment is None else Escape(*segment, lambda: oracle.problem(self.x))
         self.optimizer = CompressedSGD(
@@ -90,6 +92,8 @@ class Run:
         gradient = self._oracle.gradient(self.x, step=self.optimizer.steps, worker=self._rank)
         self._parameter.grad = gradient if disturbance is None else gradient + disturbance
         self.optimizer.step()
+        if self._forgets:
+            self.optimizer.state[self._parameter]["pending"].zero_()
         return gradient
 
 

@@ -51,8 +51,9 @@ class Oracle:
 
     The noise is Gaussian with E||noise||^2 = sigma^2 (Assumption B with equality). It does not depend on x, so
     Assumption C holds with the constant L of f; with `lipschitz=False` each noise is multiplied by
-    sign(sin(x_1 / 1e-3)), which keeps mean and variance and breaks Assumption C. `heterogeneity` is the norm of
-    b_i, and sum_i b_i = 0.
+    sign(sin(x_1 / 1e-3)), which keeps mean and variance and breaks Assumption C. The first `quiet` coordinates have no
+    noise, and the others have all of it: from a saddle whose way out is among the former only xi_t leads. The norm of
+    b_i is `heterogeneity`, and sum_i b_i = 0. Raises ValueError unless some coordinate has noise.
     """
 
     problem: Problem
@@ -61,11 +62,17 @@ class Oracle:
     heterogeneity: float = 0.0
     workers: int = 1
     seed: int = 0
+    quiet: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.quiet < self.problem.d:
+            raise ValueError(f"quiet of Oracle must be 0 or more and below d = {self.problem.d}, got {self.quiet}")
 
     def gradient(self, x: Tensor, *, step: int, worker: int = 0) -> Tensor:
         """Return one stochastic gradient of a worker at a step, float[d], a pure function of (seed, step, worker)."""
         rng = generator(self.seed, step, Stream.BATCH, worker=worker)
-        noise: Tensor = torch.randn(len(x), generator=rng, dtype=x.dtype) * (self.sigma / len(x) ** 0.5)
+        noise: Tensor = torch.randn(len(x), generator=rng, dtype=x.dtype) * (self.sigma / (len(x) - self.quiet) ** 0.5)
+        noise[: self.quiet] = 0.0
         if not self.lipschitz:
             noise = noise * torch.where(torch.sin(x[0] / 1e-3) >= 0, 1.0, -1.0)
         return self.problem.gradient(x) + noise + self._shift(worker, x)
