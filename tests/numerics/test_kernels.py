@@ -18,6 +18,7 @@ from packsaddle.compressors import wire
 from packsaddle.compressors.selection import as_integers, holding, largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells
 from packsaddle.compressors.testing import nasty_vectors
+from packsaddle.numerics.finite import add_if_finite
 from packsaddle.numerics.kernels import SlowKernelsWarning, compiler, kernel, torch_only
 from packsaddle.numerics.seeds import sample_without_replacement
 
@@ -261,6 +262,30 @@ print([w.category.__name__ for w in caught], str(caught[0].message))
     assert done.stdout.startswith("['SlowKernelsWarning'] numba is not installed")
     assert "pip install 'packsaddle[fast]'" in done.stdout
     assert issubclass(SlowKernelsWarning, UserWarning)
+
+
+@by_long_vector
+@by_dtype
+def test_sums_that_are_finite(v: Tensor, dtype: torch.dtype) -> None:
+    """Bit for bit torch's sum, with a bound on its norm; where something is not finite all is as it was."""
+    base, more = torch.linspace(-1, 1, D, dtype=dtype), v.to(dtype)
+    whole = torch.add(base, more, alpha=0.3)
+    finite = bool(torch.isfinite(more).all() and torch.isfinite(more.square().sum()))
+
+    def added() -> tuple[Tensor, Tensor | None]:
+        out = base.clone()
+        return out, add_if_finite(out, more, 0.3)
+
+    for out, norm in both(added):
+        assert (norm is not None) == finite
+        if norm is not None:
+            assert torch.equal(out, whole)
+            exact = float(torch.linalg.vector_norm(whole.double()))
+            assert exact * (1 - 1e-4) <= float(norm)
+            assert float(norm) <= 1.01 * (2 * (float(base.norm()) ** 2 + float((0.3 * more).norm()) ** 2)) ** 0.5
+        else:
+            assert torch.isfinite(out).all()
+            torch.testing.assert_close(out, base, rtol=1e-5, atol=1e-5)
 
 
 def test_sketched_supports_are_the_same() -> None:

@@ -1,9 +1,12 @@
 """Gradients that can be used at all: finite, and small enough that nothing overflows which is computed from them."""
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+
+from packsaddle.numerics.kernels import kernel
 
 _PART = 1 << 18  # coordinates: 1 MiB of float32
 _ROOM = 64.0
@@ -77,6 +80,40 @@ def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Te
         b, m, o = (line[start : start + _PART] for line in lines)
         total += torch.linalg.vector_norm(torch.add(b, m, alpha=alpha, out=o))
     return total
+
+
+def add_if_finite(out: Tensor, more: Tensor, alpha: float) -> Tensor | None:
+    """Add alpha more to out, tensors of one shape, in place, and return at least the norm of the sum, float64[].
+
+    None if a square of out's or of alpha more's is not finite: then out is as before, up to rounding. Each part is read
+    and written once; what was added to parts before is subtracted again.
+    """
+    n = out.numel()
+    if out.stride() == more.stride():  # without gaps in memory
+        out, more = (t.as_strided((n,), (1,)) for t in (out, more))
+    else:
+        out, more = out.unsqueeze(0), more.unsqueeze(0)
+    add = kernel("add_finite", out, more) or _add_finite
+    added, squares = add(out, more, alpha)
+    if math.isfinite(squares):
+        return torch.tensor(math.sqrt(2 * squares), dtype=torch.float64)  # |a + b|^2 <= 2 |a|^2 + 2 |b|^2
+    for start, stop in added:
+        out[start:stop].sub_(more[start:stop], alpha=alpha)
+    return None
+
+
+def _add_finite(out: Tensor, more: Tensor, alpha: float) -> tuple[list[tuple[int, int]], float]:
+    """`kernels.numba_loops.add_finite` in torch."""
+    total = 0.0
+    for start in range(0, len(out), _PART):
+        o, m = out[start : start + _PART], more[start : start + _PART]
+        norms = [float(torch.linalg.vector_norm(part, dtype=out.dtype)) for part in (o, m)]
+        squares = norms[0] ** 2 + (alpha * norms[1]) ** 2
+        if not squares <= torch.finfo(out.dtype).max:  # NaN is not either
+            return [(0, start)], math.inf
+        o.add_(m, alpha=alpha)
+        total += squares
+    return [(0, len(out))], total
 
 
 def spoil(vector: Tensor, bad: Tensor, value: float) -> None:

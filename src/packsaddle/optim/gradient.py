@@ -3,14 +3,14 @@
 What is sent of u, and what becomes of the rest, is the memory's part. `GradientUpdate` is the u of one step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from packsaddle.numerics.finite import add_and_measure, first_bad
+from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_bad
 from packsaddle.optim.layout import FlatParameters, Shaped
 from packsaddle.optim.stages.noise import Noise
 
@@ -39,6 +39,7 @@ class Gradient:
 
     kind = "gradient"  # in saved states
     started = True
+    keeps = False  # whether it has a vector of its own, which a step changes
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
@@ -64,6 +65,33 @@ class Gradient:
         """Add scale (xi + weight_decay x) to out, float[d]."""
         self._add_decay(out, scales, extras.decays)
         self._add_noise(out, scales, extras)
+
+    def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
+        """Add scale u to out, float[d], in place, unless that is not finite; then out is as before, up to rounding."""
+        squares = out.flat.new_zeros((), dtype=torch.float64)
+        for number, (view, grad, alpha) in enumerate(steps := list(self._steps(out, scales, extras))):
+            norm = add_if_finite(view, grad, alpha)
+            if norm is None:
+                for done, more, factor in steps[:number]:
+                    done.sub_(more, alpha=factor)
+                return False
+            squares += norm**2
+        self.norm = squares.sqrt()
+        self.perturb(out.flat, scales, extras)
+        return True
+
+    def take_back(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
+        """Subtract scale u from out, float[d], while gradients and x are as they were when it was added."""
+        self.perturb(out.flat, [-scale for scale in scales], extras)
+        for view, grad, alpha in self._steps(out, scales, extras):
+            view.sub_(grad, alpha=alpha)
+
+    def _steps(self, out: Shaped, scales: Sequence[float], extras: Extras) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """A parameter's view of out, its gradient, and the factor of that, for every parameter that has a gradient."""
+        for members, scale in zip(self._flat.members, scales, strict=True):
+            for i in members:
+                if (grad := self._flat.parameters[i].grad) is not None:
+                    yield out.views[i], grad, scale / extras.scale
 
     def first_bad(self) -> str | None:
         """Return the name of the first parameter whose gradient cannot be used."""
@@ -126,6 +154,8 @@ class _Gathered(Gradient):
 
     The step that is tried makes another, `_next`; in the same memory if no step is to be left out (not `spare`).
     """
+
+    keeps = True
 
     def __init__(self, flat: FlatParameters, *, spare: bool) -> None:
         super().__init__(flat)
@@ -253,10 +283,19 @@ class GradientUpdate:
     direction: Gradient
     scales: Sequence[float]
     extras: Extras
+    bounded: bool = True  # whether weight decay and noise are small enough for gradients alone to tell if it is finite
 
     def add(self, base: Shaped, out: Shaped) -> None:
         """Set out to base + scale u, both float[d]; out may be base."""
         self.direction.add(base, out, self.scales, self.extras)
+
+    def add_if_finite(self, out: Shaped) -> bool:
+        """Add scale u to out, float[d], in place, unless that may not be finite: see `Gradient.add_if_finite`."""
+        return self.bounded and self.direction.add_if_finite(out, self.scales, self.extras)
+
+    def take_back(self, out: Shaped) -> None:
+        """Subtract scale u from out, float[d], within the same step."""
+        self.direction.take_back(out, self.scales, self.extras)
 
     def perturb(self, out: Tensor) -> None:
         """Add scale u to out, float[d], which has its gradient already."""

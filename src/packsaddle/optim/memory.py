@@ -3,6 +3,7 @@
 All kinds have the contract of `ErrorMemory`: `correct` makes v of the memory and an update (line 10), `apply` moves x
 by the mean of what was sent (line 11), `absorb` keeps what was not sent (line 12), `settle` takes the step or forgets
 it, and `reset` clears the memory (line 7).
+`InPlaceMemory` is the same for large vectors, without a second one.
 
 `ErrorMemory` stands for eta e^(i), the pending update, rather than e^(i), where updates have eta in them. For a
 constant step size the two are the same algorithm for every compressor with C(c v) = c C(v). When eta changes, keeping
@@ -30,6 +31,7 @@ from packsaddle.numerics.finite import magnitude as measured
 from packsaddle.optim.layout import FlatParameters, Shaped
 
 Memory = Literal["buffer", "gradient", "ef21"]
+_LARGE = 1 << 20  # coordinates: a smaller vector's other one fits a cache, and keeps a step that is left out exactly
 
 
 class Update(Protocol):
@@ -40,6 +42,16 @@ class Update(Protocol):
 
     def perturb(self, out: Tensor) -> None:
         """Add u to out, float[n], which has u's gradient already."""
+
+
+class RevocableUpdate(Update, Protocol):
+    """An update that can be added in place and taken back in the same step, up to rounding."""
+
+    def add_if_finite(self, out: Shaped) -> bool:
+        """Add u to out, float[n], in place, and return True; unless that may not be finite, then leave it as it was."""
+
+    def take_back(self, out: Shaped) -> None:
+        """Subtract u from out, float[n]."""
 
 
 class Layout(Protocol):
@@ -172,6 +184,34 @@ class ErrorMemory:
         """Frozen parameters have no error: they take neither noise nor what a compressor makes of zeros."""
         for view in self._layout.frozen(vector):
             view.zero_()
+
+
+class InPlaceMemory(ErrorMemory):
+    """The error of a large vector, float[n]: a step is tried in the memory itself, and there is no other vector.
+
+    To leave a step out its update is subtracted again, from gradients that are still there; so the memory is then as
+    before up to rounding. An update that may not be finite, which could not be taken back, is tried beside it.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        self._tried: RevocableUpdate | None = None  # what the memory has in it that may be taken back
+
+    def correct(self, update: RevocableUpdate) -> Tensor:  # type: ignore[override]
+        if update.add_if_finite(self._now):
+            self._tried = update
+            self._forget_frozen(self._now.flat)
+        else:
+            self._next = self._layout.zeros()
+            super().correct(update)
+        return self._next.flat
+
+    def settle(self, *, taken: bool) -> None:
+        if self._tried is not None and not taken:
+            self._tried.take_back(self._now)
+            self._forget_frozen(self._now.flat)
+        super().settle(taken=taken)
+        self._tried, self._next = None, self._now
 
 
 _HOLD = 'with memory="gradient" the gradients hold what has not been sent yet'
@@ -373,8 +413,13 @@ def make_memory(
     rates: Callable[[], Sequence[float]],
     *,
     spare: bool,
+    revocable: bool,
 ) -> ErrorMemory:
-    """Return the memory of this kind, with a `spare` vector if it is to leave steps out and needs one."""
+    """Return the memory of this kind, with a `spare` vector if it is to leave steps out and needs one.
+
+    A large one on a CPU, where time is reading and writing, does without if its updates are `revocable`.
+    """
     if kind == "buffer":
-        return ErrorMemory(flat, spare=spare)
+        in_place = spare and revocable and flat.d >= _LARGE and flat.x.device.type == "cpu"
+        return InPlaceMemory(flat) if in_place else ErrorMemory(flat, spare=spare)
     return GradientMemory(flat, rates) if kind == "gradient" else EstimateMemory(flat, rates)

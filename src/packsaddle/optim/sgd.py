@@ -109,7 +109,7 @@ class CompressedSGD(Optimizer):
         spare = spec.max_skipped is not None
         self._direction = make_direction(self._flat, momentum, nesterov, storm, spec.memory, spare=spare)
         rates = partial(self._each, "lr")
-        self._memory = make_memory(spec.memory, self._flat, rates, spare=spare)
+        self._memory = make_memory(spec.memory, self._flat, rates, spare=spare, revocable=not self._direction.keeps)
         self.choice = choose(
             self.compressor,
             spec.exchange,
@@ -228,7 +228,8 @@ class CompressedSGD(Optimizer):
             by_group = zip(lrs, decays, strict=True)
             self._rates.add([noise.std if noise else 0.0, *(rate for group in by_group for rate in group)])
         extras = Extras(decays, noise, noisy_from, scale=self._scale())
-        return GradientUpdate(self._direction, self._memory.scales(lrs), extras)
+        bounded = not (self.guard.overflowed or self.guard.x_is_large)
+        return GradientUpdate(self._direction, self._memory.scales(lrs), extras, bounded)
 
     def _scale(self) -> float:
         """What a GradScaler has multiplied the gradients by; note whether it found an Inf in them."""

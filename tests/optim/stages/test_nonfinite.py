@@ -30,6 +30,7 @@ from packsaddle import (
 )
 from packsaddle.comm.group import resolve
 from packsaddle.numerics.finite import is_finite
+from packsaddle.optim import memory
 
 Gloo = Callable[..., list[Any]]
 Batch = tuple[int, bool]  # its number, and whether one worker's is bad
@@ -165,6 +166,75 @@ def test_nor_behind_a_scaler(way: str, seed: int) -> None:
     for mine, twin, unscaled in zip(runs, twins, plain, strict=True):
         assert differences(mine, twin) == differences(twin, unscaled) == []
         assert mine["skipped"] == 4
+
+
+REVOCABLE = [way for way in WAYS if not any(name in way for name in ("momentum", "nesterov", "storm", "ef21", "QSGD"))]
+
+
+@pytest.mark.filterwarnings("ignore:.*has nothing to do:UserWarning", "ignore:.*compress.*:UserWarning")
+@pytest.mark.parametrize("way", REVOCABLE)
+def test_in_a_large_memory_it_leaves_rounding(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large vectors have no second one: a bad batch is subtracted again. Without bad batches the bits are the same."""
+    batches = plan(0)
+    without = [batch for batch in batches if not batch[1]]
+    beside = simulate(lambda rank: run(without, **WAYS[way]), WORKERS)
+    monkeypatch.setattr(memory, "_LARGE", 0)
+    twins = simulate(lambda rank: run(without, **WAYS[way]), WORKERS)
+    assert [differences(mine, twin) for mine, twin in zip(twins, beside, strict=True)] == [[]] * WORKERS
+    runs = simulate(lambda rank: run(batches, **WAYS[way]), WORKERS)
+    for mine, twin in zip(runs, twins, strict=True):
+        assert mine["skipped"] == 4
+        assert mine["steps"] == twin["steps"]
+        assert mine["skips"] == runs[0]["skips"]
+        tolerance = 1e-2 if way == "bfloat16" else 1e-5  # a last bit of x in 16 bits may fall the other way
+        vectors = [name for name, value in mine.items() if isinstance(value, Tensor)]
+        assert vectors
+        for a, b in [(mine[name], twin[name]) for name in vectors] + list(zip(mine["x"], twin["x"], strict=True)):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        assert [equal(a, b) for a, b in zip(mine["x"], runs[0]["x"], strict=True)] == [True] * 4  # on all workers
+
+
+def leaves_out_a_step_of_a_million(rank: int) -> dict[str, Any]:
+    """One good step, then one that is bad on worker 1, of 2^20 + 9 coordinates in three tensors."""
+    rng = torch.Generator().manual_seed(rank)
+    weights = [nn.Parameter(torch.zeros(n, 3)) for n in (300_000, 49_000)] + [nn.Parameter(torch.zeros(1585))]
+    opt = CompressedSGD(weights, 0.1, Compression(TopK(k=5), dense_below=0), noise=0.01, weight_decay=0.1, seed=4)
+    for step in range(2):
+        for w in weights:
+            w.grad = torch.randn(w.shape, generator=rng)
+        if step == 1:
+            before = [w.detach().clone() for w in weights], [opt.state[w]["pending"].clone() for w in weights]
+            if rank == 1:
+                weights[1].grad[41_000, 2] = math.nan  # type: ignore[index]
+        opt.step()
+    after = [w.detach().clone() for w in weights], [opt.state[w]["pending"].clone() for w in weights]
+    assert opt.skips[0].parameter == "parameter 1"
+    return {"skipped": opt.skipped, "spare": opt.spare_bytes, "before": before, "after": after}
+
+
+def test_a_million_coordinates_have_no_second_vector() -> None:
+    for found in simulate(leaves_out_a_step_of_a_million, 2):
+        assert (found["skipped"], found["spare"]) == (1, 0)
+        assert equal(found["before"][0], found["after"][0])
+        for a, b in zip(found["before"][1], found["after"][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-7)  # of gradients times 0.1
+
+
+@pytest.mark.parametrize("size", [1e15, 1e25, 3e38])
+def test_what_is_huge_is_tried_beside_the_memory(size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Squares of it overflow, but nothing else need to: the step is taken, with the bits of a small vector's."""
+
+    def two_steps() -> list[Tensor]:
+        p = nn.Parameter(torch.zeros(40, 40))
+        opt = CompressedSGD([p], 1e-3, Compression(TopK(k=9), dense_below=0))
+        for seed in range(2):
+            p.grad = torch.rand(40, 40, generator=torch.Generator().manual_seed(seed)) * size
+            opt.step()
+        return [p.detach(), opt.state[p]["pending"].clone(), torch.tensor(opt.skipped)]
+
+    beside = two_steps()
+    monkeypatch.setattr(memory, "_LARGE", 0)
+    assert equal(two_steps(), beside)
 
 
 def of_three(batches: list[Batch], way: str) -> dict[str, Any]:

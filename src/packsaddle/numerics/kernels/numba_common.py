@@ -19,6 +19,8 @@ _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 compiled_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
 compiled_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # sums in any order
+# Sums in any order, and a product and a sum rounded once, as torch's `add` with an alpha has it.
+compiled_fma = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 T = TypeVar("T")
 
 

@@ -1,7 +1,8 @@
 """Inner loops compiled by numba, each of which reads and writes memory once; `kernels.kernel` returns them by name.
 
 For sparse vectors: runs of b coordinates (cells), keyed permutations, selection by magnitude. For quantized vectors:
-signs, levels and packed numbers. The loops that draw random numbers are in `numba_random`.
+signs, levels and packed numbers. For error memories: a sum that is taken only where it is finite. The loops that draw
+random numbers are in `numba_random`.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from packsaddle.numerics.kernels.numba_common import (
     MAGNITUDE,
     Array,
     bits_of,
+    compiled_fma,
     compiled_loop,
     compiled_sum,
     in_parts,
@@ -25,6 +27,7 @@ from packsaddle.numerics.kernels.numba_random import add_cell_gaussians, add_gau
 __all__ = [
     "add_cell_gaussians",
     "add_cells",
+    "add_finite",
     "add_gaussians",
     "add_levels",
     "add_signs",
@@ -405,3 +408,40 @@ def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts:
         x = np.float64(v[i]) / top
         counts[0, b] += 1
         energy[0, b] += x * x
+
+
+def add_finite(out: Tensor, more: Tensor, alpha: float) -> tuple[list[tuple[int, int]], float]:
+    """Add alpha more to out, float[n], in place, up to the first block in which a square overflows or is NaN.
+
+    Returns the stretches that were added to, and the sum of the squares that out and alpha more had there; infinite if
+    a block was left out.
+    """
+    o, m = out.numpy(), more.numpy()
+    factor = scalar(alpha, o)
+
+    def part(start: int, stop: int) -> tuple[int, int, float]:
+        added, squares = _add_finite(o[start:stop], m[start:stop], factor)
+        return start, start + added, squares
+
+    parts = in_parts(len(out), _LINE, part)
+    return [(start, stop) for start, stop, _ in parts], sum(squares for *_, squares in parts)
+
+
+_LINE = 2048  # elements of both vectors that stay in the first cache
+
+
+@compiled_fma
+def _add_finite(out: Array, more: Array, factor: Any) -> Any:
+    total = 0.0
+    for start in range(0, len(out), _LINE):
+        o, m = out[start : start + _LINE], more[start : start + _LINE]
+        squares = o.dtype.type(0)
+        for i in range(len(o)):
+            u = factor * m[i]
+            squares += o[i] * o[i] + u * u
+        if not np.isfinite(squares):
+            return start, np.inf
+        for i in range(len(o)):
+            o[i] = o[i] + factor * m[i]
+        total += squares
+    return len(out), total
