@@ -1,7 +1,7 @@
 """Gradients that can be used at all: finite, and small enough that nothing overflows which is computed from them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -82,38 +82,50 @@ def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Te
     return total
 
 
-def add_if_finite(out: Tensor, more: Tensor, alpha: float) -> Tensor | None:
-    """Add alpha more to out, tensors of one shape, in place, and return at least the norm of the sum, float64[].
+Sum = tuple[Tensor, Tensor, float]  # out, more, alpha: alpha more is to be added to out, tensors of one shape, in place
 
-    None if a square of out's or of alpha more's is not finite: then out is as before, up to rounding. Each part is read
-    and written once; what was added to parts before is subtracted again.
+
+def add_if_finite(sums: Iterable[Sum]) -> float | None:
+    """Do all sums, and return at least the squared norm of all that they give.
+
+    None if a square of an out or of an alpha more is not finite: then all are as before, up to rounding. Each part is
+    read and written once; what was added before is subtracted again.
     """
-    n = out.numel()
-    if out.stride() == more.stride():  # without gaps in memory
-        out, more = (t.as_strided((n,), (1,)) for t in (out, more))
-    else:
-        out, more = out.unsqueeze(0), more.unsqueeze(0)
-    add = kernel("add_finite", out, more) or _add_finite
-    added, squares = add(out, more, alpha)
+    lines = [(*_lines(out, more), alpha) for out, more, alpha in sums]
+    add = kernel("add_finite", *(line for out, more, _ in lines for line in (out, more))) or _add_finite
+    added, squares = add(lines)
     if math.isfinite(squares):
-        return torch.tensor(math.sqrt(2 * squares), dtype=torch.float64)  # |a + b|^2 <= 2 |a|^2 + 2 |b|^2
-    for start, stop in added:
+        return 2 * squares  # |a + b|^2 <= 2 |a|^2 + 2 |b|^2
+    for i, start, stop in added:
+        out, more, alpha = lines[i]
         out[start:stop].sub_(more[start:stop], alpha=alpha)
     return None
 
 
-def _add_finite(out: Tensor, more: Tensor, alpha: float) -> tuple[list[tuple[int, int]], float]:
+def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors as vectors of the same order, or with a first dimension of 1 where there is no such view."""
+    if out.is_contiguous() and more.is_contiguous():
+        return out.view(-1), more.view(-1)
+    if out.stride() == more.stride():  # channels last; without gaps in memory
+        return out.as_strided((out.numel(),), (1,)), more.as_strided((out.numel(),), (1,))
+    return out.unsqueeze(0), more.unsqueeze(0)
+
+
+def _add_finite(sums: Sequence[Sum]) -> tuple[list[tuple[int, int, int]], float]:
     """`kernels.numba_loops.add_finite` in torch."""
+    added: list[tuple[int, int, int]] = []
     total = 0.0
-    for start in range(0, len(out), _PART):
-        o, m = out[start : start + _PART], more[start : start + _PART]
-        norms = [float(torch.linalg.vector_norm(part, dtype=out.dtype)) for part in (o, m)]
-        squares = norms[0] ** 2 + (alpha * norms[1]) ** 2
-        if not squares <= torch.finfo(out.dtype).max:  # NaN is not either
-            return [(0, start)], math.inf
-        o.add_(m, alpha=alpha)
-        total += squares
-    return [(0, len(out))], total
+    for i, (out, more, alpha) in enumerate(sums):
+        for start in range(0, len(out), _PART):
+            o, m = out[start : start + _PART], more[start : start + _PART]
+            norms = [float(torch.linalg.vector_norm(part, dtype=out.dtype)) for part in (o, m)]
+            squares = norms[0] ** 2 + (alpha * norms[1]) ** 2
+            if not squares <= torch.finfo(out.dtype).max:  # NaN is not either
+                return added, math.inf
+            o.add_(m, alpha=alpha)
+            added.append((i, start, start + len(o)))
+            total += squares
+    return added, total
 
 
 def spoil(vector: Tensor, bad: Tensor, value: float) -> None:

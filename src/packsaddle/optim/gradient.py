@@ -68,25 +68,20 @@ class Gradient:
 
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
         """Add scale u to out, float[d], in place, unless that is not finite; then out is as before, up to rounding."""
-        squares = out.flat.new_zeros((), dtype=torch.float64)
-        for number, (view, grad, alpha) in enumerate(steps := list(self._steps(out, scales, extras))):
-            norm = add_if_finite(view, grad, alpha)
-            if norm is None:
-                for done, more, factor in steps[:number]:
-                    done.sub_(more, alpha=factor)
-                return False
-            squares += norm**2
-        self.norm = squares.sqrt()
+        squares = add_if_finite(self._sums(out, scales, extras))
+        if squares is None:
+            return False
+        self.norm = out.flat.new_tensor(squares, dtype=torch.float64).sqrt()
         self.perturb(out.flat, scales, extras)
         return True
 
     def take_back(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
         """Subtract scale u from out, float[d], while gradients and x are as they were when it was added."""
         self.perturb(out.flat, [-scale for scale in scales], extras)
-        for view, grad, alpha in self._steps(out, scales, extras):
+        for view, grad, alpha in self._sums(out, scales, extras):
             view.sub_(grad, alpha=alpha)
 
-    def _steps(self, out: Shaped, scales: Sequence[float], extras: Extras) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def _sums(self, out: Shaped, scales: Sequence[float], extras: Extras) -> Iterator[tuple[Tensor, Tensor, float]]:
         """A parameter's view of out, its gradient, and the factor of that, for every parameter that has a gradient."""
         for members, scale in zip(self._flat.members, scales, strict=True):
             for i in members:

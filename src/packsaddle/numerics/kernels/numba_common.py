@@ -14,7 +14,7 @@ from torch import Tensor
 Array = np.ndarray
 MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}  # all bits but the sign
 BLOCK = 64  # elements that are looked at together
-_WORTH_THREADS = 1 << 18  # elements of a part that are worth a thread
+WORTH_THREADS = 1 << 18  # elements of a part that are worth a thread
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 compiled_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -29,7 +29,7 @@ def in_parts(n: int, multiple: int, work: Callable[[int, int], T]) -> list[T]:
 
     So the two never ask for more cores than torch was given.
     """
-    parts = max(1, min(torch.get_num_threads(), n // _WORTH_THREADS))
+    parts = max(1, min(torch.get_num_threads(), n // WORTH_THREADS))
     if parts == 1:
         return [work(0, n)]
     edges = [min(n, i * n // parts // multiple * multiple) for i in range(parts)] + [n]

@@ -5,6 +5,7 @@ signs, levels and packed numbers. For error memories: a sum that is taken only w
 random numbers are in `numba_random`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from packsaddle.numerics.kernels.numba_common import (
     BLOCK,
     MAGNITUDE,
+    WORTH_THREADS,
     Array,
     bits_of,
     compiled_fma,
@@ -410,24 +412,40 @@ def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts:
         energy[0, b] += x * x
 
 
-def add_finite(out: Tensor, more: Tensor, alpha: float) -> tuple[list[tuple[int, int]], float]:
-    """Add alpha more to out, float[n], in place, up to the first block in which a square overflows or is NaN.
+def add_finite(sums: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple[int, int, int]], float]:
+    """Add alpha more to out, in place, for every (out, more, alpha), both float[n], until a square is not finite.
 
-    Returns the stretches that were added to, and the sum of the squares that out and alpha more had there; infinite if
-    a block was left out.
+    Returns the stretches that were added to, as numbers of the sum, start and stop, and the sum of the squares that
+    out and alpha more had there; infinite if a block was left out. All arrays are made before the first is touched:
+    little is left in a cache after that.
     """
-    o, m = out.numpy(), more.numpy()
-    factor = scalar(alpha, o)
+    arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
+    ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
+    added, total = [], 0.0
+    for i, (o, m, factor) in enumerate(ready):
+        if len(o) < WORTH_THREADS:
+            stop, squares = _add_finite(o, m, factor)
+            added.append((i, 0, stop))
+        else:
+            squares = 0.0
+            for start, stop, more in _in_threads(o, m, factor):
+                added.append((i, start, stop))
+                squares += more
+        total += squares
+        if squares == np.inf:
+            break
+    return added, total
 
+
+def _in_threads(out: Array, more: Array, factor: Any) -> list[tuple[int, int, float]]:
     def part(start: int, stop: int) -> tuple[int, int, float]:
-        added, squares = _add_finite(o[start:stop], m[start:stop], factor)
+        added, squares = _add_finite(out[start:stop], more[start:stop], factor)
         return start, start + added, squares
 
-    parts = in_parts(len(out), _LINE, part)
-    return [(start, stop) for start, stop, _ in parts], sum(squares for *_, squares in parts)
+    return in_parts(len(out), _LINE, part)
 
 
-_LINE = 2048  # elements of both vectors that stay in the first cache
+_LINE = 128  # elements: few enough for the next ones to be read from memory while these are added
 
 
 @compiled_fma
