@@ -26,6 +26,12 @@ torch.set_num_threads(1)
 processes.watch()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more pytest process than cores: some tests wait for links, timeouts and processes that end."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that start processes, and keep those that make hosts on one of several pytest processes."""
     for item in items:
