@@ -194,6 +194,7 @@ def main() -> None:
         ("sent_kB_a_step", "sent, kB a step"),
         Path("experiments/local-updates/runs.csv"),
         steps=800,
+        colours=(("local", "#d1495b"), ("DiLoCo", "#2e6f95"), ("hook", "#6a994e")),
     )
     search.main(
         lambda jobs, options: make(jobs, options.out, options.steps, options.shard),

@@ -1,7 +1,8 @@
 """A search over learning rates: one grid and one schedule for all methods, more seeds at each one's best, a table.
 
 Rows go to a CSV file as runs finish, and a run that is in it is not made again. `search` makes every method and rate
-with seed 0, `seeds` makes seeds 1 and 2 at each method's best rate, `table` prints what the runs say.
+with seed 0, `seeds` makes seeds 1 and 2 at each method's best rate, `table` prints the results, and `figure` draws loss
+against bytes.
 """
 
 import argparse
@@ -44,13 +45,14 @@ class RateSearch:
     sent: tuple[str, str]
     out: Path
     steps: int
+    colours: tuple[tuple[str, str], ...] = ()  # of the methods that begin so
 
     def main(
         self, make: Callable[[list[Job], argparse.Namespace], None], add: Callable[[argparse.ArgumentParser], object]
     ) -> None:
         """Have the command line's runs made by `make`; `add` adds further options."""
         parser = argparse.ArgumentParser(description=self.description.split("\n")[0])
-        parser.add_argument("command", choices=("search", "seeds", "table"))
+        parser.add_argument("command", choices=("search", "seeds", "table", "figure"))
         parser.add_argument("--out", type=Path, default=self.out)
         parser.add_argument("--methods", nargs="+", choices=list(self.methods), default=list(self.methods))
         parser.add_argument("--rates", nargs="+", type=float, help="by default all, and for seeds each method's best")
@@ -60,6 +62,9 @@ class RateSearch:
         rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
         if options.command == "table":
             print(self.table(rows))
+            return
+        if options.command == "figure":
+            self.draw([row for row in rows if row["method"] in options.methods], options.out.with_name("figure.png"))
             return
         if options.command == "search":
             jobs = [(method, rate, 0) for method in options.methods for rate in options.rates or self.rates]
@@ -87,14 +92,46 @@ class RateSearch:
         return "\n".join(lines)
 
     def _best(self, rows: list[dict[str, str]]) -> str:
-        """The rate of the least mean loss among those with the most seeds, with mean, range and number of seeds."""
+        """The best rate with mean, range and number of seeds."""
+        best, found = self._losses(rows)
+        return f"{best:g}: {statistics.fmean(found):.3f}, {min(found):.3f} to {max(found):.3f}, {len(found)}"
+
+    def _losses(self, rows: list[dict[str, str]]) -> tuple[float, list[float]]:
+        """The rate of the least mean loss among those with the most seeds, and the losses of its seeds."""
         losses = {r: [float(row["validation_loss"]) for row in rows if float(row["rate"]) == r] for r in self.rates}
         most = max(map(len, losses.values()))
         best = min(
             (rate for rate in self.rates if len(losses[rate]) == most), key=lambda r: statistics.fmean(losses[r])
         )
-        found = losses[best]
-        return f"{best:g}: {statistics.fmean(found):.3f}, {min(found):.3f} to {max(found):.3f}, {len(found)}"
+        return best, losses[best]
+
+    def draw(self, rows: list[dict[str, str]], path: Path) -> None:
+        """Draw mean and range of the loss over seeds, at each method's best rate, against the bytes of a worker."""
+        import matplotlib.pyplot as plt
+
+        plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+        figure, axes = plt.subplots(figsize=(8.5, 4.2), layout="constrained")
+        points = {}
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] == method]
+            points[method] = float(mine[0][self.sent[0]]), self._losses(mine)[1]
+        means = {method: (sent, statistics.fmean(losses)) for method, (sent, losses) in points.items()}
+        for method, (sent, losses) in points.items():
+            mean = means[method][1]
+            colour = next((c for start, c in self.colours if method.startswith(start)), "0.35")
+            spread = [[mean - min(losses)], [max(losses) - mean]]
+            axes.errorbar([sent], [mean], spread, fmt="o", color=colour, capsize=3)
+            # The name stands above its point, or below where another point is there.
+            others = [point for name, point in means.items() if name != method]
+            crowded = any(abs(math.log(x / sent)) < 1 and 0 <= y - mean < 0.1 for x, y in others)
+            place = {"xytext": (0, -13 if crowded else 11), "textcoords": "offset points"}
+            axes.annotate(method, (sent, mean), **place, ha="center", va="center", color=colour)
+        axes.set_xscale("log")
+        axes.set_xlabel("kB that a worker sends in a step")
+        axes.set_ylabel("validation loss at equal tokens")
+        axes.grid(alpha=0.25)
+        axes.margins(x=0.2)
+        figure.savefig(path, dpi=130)
 
 
 def best_rate(rows: list[dict[str, str]], method: str) -> float:
