@@ -21,6 +21,7 @@ def compressors(ratio: float) -> list[Compressor]:
         RandomK(ratio, values="bfloat16"),
         TopK(ratio),
         TopK(ratio, values="int8"),
+        TopK(ratio, values="int2", chunk=4096),
         AdaptiveTopK(_SHARE),
         SketchTopK(ratio),
         LinearSketch(ratio),

@@ -31,11 +31,14 @@ __all__ = [
     "energy_histogram",
     "feistel_sample",
     "gather_cells",
+    "largest_of_chunks",
+    "pack_gaps",
     "pack_levels",
     "pack_numbers",
     "pack_signs",
     "reaching",
     "sum_of_magnitudes",
+    "unpack_gaps",
     "unpack_numbers",
 ]
 
@@ -245,6 +248,72 @@ def _pack_numbers(numbers: Array, width: int, out: Array) -> None:
         out[place] = np.uint8((accumulator << np.uint64(8 - held)) & np.uint64(255))
 
 
+def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
+    """Code int64[k] indices by their gaps, `kept` after each multiple of `size`, uint8[...]. See `wire.pack_gaps`."""
+    k = len(index)
+    unary = torch.zeros((k + (-(-k // kept) * size >> b)) // 8 + 1, dtype=torch.uint8)
+    remainders = torch.empty(-(-k * b // 8), dtype=torch.uint8)
+    used = _pack_gaps(index.numpy(), kept, size, b, unary.numpy(), remainders.numpy())
+    return torch.cat([unary[: -(-used // 8)], remainders])
+
+
+@compiled_loop
+def _pack_gaps(index: Array, kept: int, size: int, b: int, unary: Array, remainders: Array) -> Any:
+    mask, accumulator = np.uint64((1 << b) - 1), np.uint64(0)
+    held, place, last = 0, 0, np.int64(-1)
+    bit: Any = 0
+    for i in range(len(index)):
+        if i % kept == 0:
+            last = np.int64(i // kept) * size - 1
+        gap = np.uint64(index[i] - last - 1)
+        last = index[i]
+        bit += np.int64(gap >> np.uint64(b))
+        unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
+        bit += 1
+        accumulator = (accumulator << np.uint64(b)) | (gap & mask)
+        held += b
+        while held >= 8:
+            held -= 8
+            remainders[place] = np.uint8((accumulator >> np.uint64(held)) & np.uint64(255))
+            place += 1
+    if held:
+        remainders[place] = np.uint8((accumulator << np.uint64(8 - held)) & np.uint64(255))
+    return bit
+
+
+def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor:
+    """Return the int64[k] indices that `pack_gaps` coded."""
+    out = torch.empty(k, dtype=torch.int64)
+    split = len(packed) - -(-k * b // 8)
+    _unpack_gaps(packed.numpy()[:split], packed.numpy()[split:], kept, size, b, out.numpy())
+    return out
+
+
+@compiled_loop
+def _unpack_gaps(unary: Array, remainders: Array, kept: int, size: int, b: int, out: Array) -> None:
+    ends, mask, accumulator = np.empty(9, np.int64), np.uint64((1 << b) - 1), np.uint64(0)
+    held, place, m, before, last = 0, 0, 0, np.int64(-1), np.int64(-1)
+    for j in range(len(unary)):
+        byte = unary[j]
+        found: Any = 0
+        for i in range(8):  # no branch to mispredict: where there is no one, what is written is written over
+            ends[found] = 8 * j + i
+            found += np.int64((byte >> (7 - i)) & 1)
+        for i in range(min(found, len(out) - m)):
+            while held < b:
+                accumulator = (accumulator << np.uint64(8)) | np.uint64(remainders[place])
+                held += 8
+                place += 1
+            held -= b
+            if m % kept == 0:
+                last = np.int64(m // kept) * size - 1
+            quotient = np.uint64(ends[i] - before - 1)
+            before = ends[i]
+            last += np.int64((quotient << np.uint64(b)) | ((accumulator >> np.uint64(held)) & mask)) + 1
+            out[m] = last
+            m += 1
+
+
 def unpack_numbers(packed: Tensor, width: int, n: int) -> Tensor:
     """Return the int64[n] numbers that `pack_numbers` packed."""
     out = torch.empty(n, dtype=torch.int64)
@@ -375,6 +444,102 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
                 out[m] = offset + i
             m += 1
     return m
+
+
+def largest_of_chunks(v: Tensor, chunk: int, kept: int, kept_of_last: int) -> Tensor:
+    """Return the `kept` largest magnitudes' indices of each chunk, and of one that is cut short `kept_of_last`'s,
+    increasing int64[...]; of equal ones the first."""
+    d = len(v)
+    out = torch.empty(d // chunk * kept + (kept_of_last if d % chunk else 0), dtype=torch.int64)
+    bits, o = bits_of(v), out.numpy()
+    mask, step = bits.dtype.type(MAGNITUDE[v.dtype]), 1 << (22 if v.dtype == torch.float32 else 51)
+
+    def part(start: int, stop: int) -> None:
+        _largest_of_chunks(bits[start:stop], mask, step, chunk, kept, kept_of_last, start, o[start // chunk * kept :])
+
+    in_parts(d, chunk, part)
+    return out
+
+
+@compiled_loop
+def _largest_of_chunks(
+    bits: Array, mask: int, step: int, chunk: int, kept: int, kept_of_last: int, offset: int, out: Array
+) -> None:
+    room = min(chunk, len(bits))
+    scratch, found = np.empty(room, bits.dtype), np.empty(room + 1, np.int32)
+    done, guess = 0, np.int64(0)
+    for start in range(0, len(bits), chunk):
+        block = bits[start : start + chunk]
+        k = kept if len(block) == chunk else kept_of_last
+        # Somewhat less than what the chunk before reached; where too few do that, all are ranked.
+        m = _reached_places(block, mask, block.dtype.type(guess), found)
+        if m < k:
+            m = _reached_places(block, mask, block.dtype.type(0), found)
+        magnitudes = scratch[:m]
+        for i in range(len(magnitudes)):
+            magnitudes[i] = block[found[i]] & mask
+        least = _least_of_largest(magnitudes, k, step)
+        guess = max(np.int64(0), least - step // 4)
+        _write_reached(magnitudes, block.dtype.type(least), k, found, offset + start, out[done : done + k])
+        done += k
+
+
+@compiled_loop
+def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
+    """List where a limit is reached, and return how many there are; `found` has a place more, for what is not."""
+    m: Any = 0
+    for i in range(len(bits)):
+        found[m] = i
+        m += np.int64((bits[i] & mask) >= limit)
+    return m
+
+
+@compiled_loop
+def _least_of_largest(magnitudes: Array, k: int, step: int) -> Any:
+    """Return an integer that k magnitudes reach, or the k-th largest of equal ones, which more do.
+
+    From the largest on downwards in growing steps, about half a power of two at first, then by bisection.
+    """
+    most = magnitudes.dtype.type(0)
+    for i in range(len(magnitudes)):
+        most = max(most, magnitudes[i])
+    high = np.int64(most)
+    low, reached = high, _count_reaching(magnitudes, most)
+    while reached < k:
+        high, low = low, max(np.int64(0), low - step)
+        step = min(2 * step, 1 << 61)
+        reached = _count_reaching(magnitudes, magnitudes.dtype.type(low))
+    while reached > k and high - low > 1:
+        middle = low + (high - low) // 2
+        c = _count_reaching(magnitudes, magnitudes.dtype.type(middle))
+        if c >= k:
+            low, reached = middle, c
+        else:
+            high = middle
+    return low
+
+
+@compiled_loop
+def _count_reaching(magnitudes: Array, limit: Any) -> Any:
+    c: Any = np.int32(0)
+    for i in range(len(magnitudes)):
+        c += np.int32(magnitudes[i] >= limit)
+    return np.int64(c)
+
+
+@compiled_loop
+def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: int, out: Array) -> None:
+    """Write offset + found where the limit is reached; of those equal to it the first, so that there are k."""
+    equal: Any = k
+    for i in range(len(magnitudes)):
+        equal -= np.int64(magnitudes[i] > limit)
+    m = 0
+    for i in range(len(magnitudes)):
+        is_equal = magnitudes[i] == limit
+        if magnitudes[i] > limit or (is_equal and equal > 0):
+            out[m] = offset + np.int64(found[i])
+            m += 1
+            equal -= np.int64(is_equal)
 
 
 def energy_histogram(v: Tensor, top: float, first_bits: int) -> tuple[Tensor, Tensor]:
