@@ -2,7 +2,19 @@
 
 import torch
 
-from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    Sign,
+    SketchTopK,
+    Stages,
+    TopK,
+)
 
 COMPRESSORS: list[Compressor] = [
     Identity(),
@@ -47,4 +59,9 @@ COMPRESSORS: list[Compressor] = [
     LinearSketch(0.3, sketch="gaussian"),
     LowRank(),
     LowRank(2),
+    Stages(Sign()),
+    Stages(QSGD(levels=2, bucket=7), 3),
+    Stages(LowRank(), 2),
+    Stages(TopK(0.1, values="int2"), 2),
+    Stages(RandomK(0.3, values="int8"), 2),
 ]
