@@ -51,6 +51,7 @@ COMPRESSORS: list[Compressor] = [
     Sign(),
     Sign(per_tensor=True),
     QSGD(),
+    QSGD(coded=False),
     QSGD(levels=1, bucket=16),
     QSGD(levels=127),
     QSGD(levels=2, bucket=7),

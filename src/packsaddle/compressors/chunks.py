@@ -88,7 +88,7 @@ class Chunks:
 
     @property
     def _rice_parameter(self) -> int:
-        return _rice_parameter(self.size, self.kept) if self.whole else _rice_parameter(self.rest, self.kept_of_rest)
+        return wire.shortest_rice(*((self.size, self.kept) if self.whole else (self.rest, self.kept_of_rest)))
 
 
 def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
@@ -101,14 +101,6 @@ def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
     above, equal = magnitudes > least, magnitudes == least
     kept = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
     return kept.view(-1).nonzero().squeeze(1)
-
-
-def _rice_parameter(n: int, k: int) -> int:
-    """The b that makes Rice codes of k random indices of n shortest (Kiely 2004, "Selecting the Golomb Parameter")."""
-    if 2 * k >= n:
-        return 0
-    golden = (5**0.5 - 1) / 2
-    return max(0, 1 + math.floor(math.log2(math.log(golden) / math.log1p(-k / n))))
 
 
 @cache

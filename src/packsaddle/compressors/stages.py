@@ -9,8 +9,6 @@ from torch import Tensor
 from packsaddle.compressors.base import Compressor, Message
 from packsaddle.numerics.seeds import mix
 
-_PART = 1 << 20  # coordinates that are compressed to predict the bytes of a message of many
-
 
 @dataclass(frozen=True)
 class Stages(Compressor):
@@ -103,8 +101,7 @@ class Stages(Compressor):
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         if self.fixed_size:
             return self.passes * self.compressor.message_bytes(d, itemsize)
-        part = min(d, _PART)  # what is left after a pass has another distribution: only passing can tell
-        return Compressor.message_bytes(self.restrict(part, d), part, itemsize) * (d / part if d else 1)
+        return super().message_bytes(d, itemsize)  # what a pass leaves has another distribution: only passing can tell
 
     def _split(self, parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """The parts of each pass."""

@@ -160,3 +160,11 @@ def _rice_parameter(d: int, k: int) -> int:
     """The b that makes 2^b nearest above the mean gap times log 2 (Golomb 1966), known to both ends."""
     mean_gap = (d - k) / k
     return max(0, math.ceil(math.log2(mean_gap * math.log(2)))) if mean_gap > 1 else 0
+
+
+def shortest_rice(n: int, k: int) -> int:
+    """The b that makes Rice codes of k random indices of n shortest (Kiely 2004, "Selecting the Golomb Parameter")."""
+    if 2 * k >= n:
+        return 0
+    golden = (5**0.5 - 1) / 2
+    return max(0, 1 + math.floor(math.log2(math.log(golden) / math.log1p(-k / n))))
