@@ -15,6 +15,7 @@ from packsaddle.compressors import (
     RandomK,
     Sign,
     SketchTopK,
+    Stages,
     TopK,
 )
 from packsaddle.compressors.base import RatioRamp
@@ -65,6 +66,7 @@ __all__ = [
     "SketchTopK",
     "Skip",
     "Span",
+    "Stages",
     "TopK",
     "Verdict",
     "attach",

@@ -98,6 +98,7 @@ SELECTING = [
     RandomK(0.013, block_size=7),
     TopK(0.001),
     TopK(0.1),
+    TopK(1 / 64, chunk=4096, values="int2"),
     AdaptiveTopK(0.3),
     AdaptiveTopK(1.0),
     Sign(),
@@ -118,7 +119,7 @@ def check_bit_for_bit(compressor: Compressor, v: Tensor) -> None:
 
 
 @by_long_vector
-@pytest.mark.parametrize("compressor", [QSGD(), QSGD(levels=127, bucket=100)], ids=repr)
+@pytest.mark.parametrize("compressor", [QSGD(coded=False), QSGD(levels=127, bucket=100, coded=False)], ids=repr)
 def test_rounding_of_long_vectors(compressor: QSGD, v: Tensor) -> None:
     check_rounding(compressor, v)
 
@@ -138,7 +139,7 @@ def check_rounding(compressor: QSGD, v: Tensor) -> None:
 def test_threads_and_double_precision(compressor: Compressor) -> None:
     for name in ("normal", "sparse", "layers"):
         check_bit_for_bit(compressor, LONG[name].double())
-    check_rounding(QSGD(), LONG["normal"].double())
+    check_rounding(QSGD(coded=False), LONG["normal"].double())
 
 
 @by_long_vector

@@ -25,6 +25,7 @@ from packsaddle import (
     RandomK,
     Sign,
     SketchTopK,
+    Stages,
     TopK,
     simulate,
 )
@@ -37,7 +38,9 @@ FAMILIES: list[Compressor] = [
     TopK(0.1),
     TopK(0.2, values="int8"),
     AdaptiveTopK(0.5),
+    TopK(0.2, chunk=16, values="int2"),
     Sign(),
+    Stages(Sign()),
     QSGD(),
     LinearSketch(0.4),
 ]

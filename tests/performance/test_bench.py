@@ -12,7 +12,7 @@ from commandline import command
 from torch.nn.utils import parameters_to_vector
 
 from packsaddle.comm.group import resolve
-from packsaddle.compressors import Sign, TopK
+from packsaddle.compressors import Sign, TopK, compressors
 from packsaddle.performance.bench import race
 from packsaddle.performance.bench.contenders import parse, parse_all
 from packsaddle.performance.bench.peers import enter, uint8_hook
@@ -50,7 +50,7 @@ def test_exchange(capsys: pytest.CaptureFixture[str]) -> None:
         assert row["floor ms"] == pytest.approx(1000 * row["bytes"] / rate, rel=1e-3)
         assert row["/ floor"] * row["floor ms"] == pytest.approx(row["ms"])
         assert row["dense / it"] * row["ms"] == pytest.approx(dense["ms"])
-    assert len(rows) == 14
+    assert len(rows) == 2 + len(compressors(0.01))  # and two of torch
     assert (dense["bytes"], rows["float16 all-reduce"]["bytes"]) == (4 * d, 2 * d)
     assert (rows["Identity()"]["bytes"], rows["RandomK(ratio=0.01)"]["bytes"]) == (4 * d, 4 * d // 100)
 
@@ -220,6 +220,7 @@ def test_contenders_are_read() -> None:
     assert parse("TopK(0.01) hook=model noise=0.1", 0.1).hook == "model"
     assert (parse("local-sgd-8 lr=0.2", 0.1).period, parse("powersgd-8", 0.1).period) == (8, 1)
     assert [c.text for c in parse_all(("ddp", "powersgd-1", "ddp"), 0.1)] == ["ddp", "powersgd-1"]
+    assert len(parse_all(("Stages(Sign(), 3)", "Stages(TopK(0.1, chunk=64), passes=2)"), 0.1)) == 2
 
 
 @pytest.mark.parametrize(
@@ -230,6 +231,9 @@ def test_contenders_are_read() -> None:
         (("train", "--contenders", "TopJ(0.01)"), "no compressor TopJ (did you mean TopK?)"),
         (("train", "--contenders", "TopK(2)"), "contender 'TopK(2)': "),
         (("train", "--contenders", "TopK(open('x'))"), "must look like RandomK(0.01)"),
+        (("train", "--contenders", "Stages(open('x'))"), "must look like RandomK(0.01)"),
+        (("train", "--contenders", "Stages(Sign(2, 3, 4))"), "contender 'Stages(Sign(2, 3, 4))': "),
+        (("train", "--contenders", "Stages(RandomK(0.1))"), "must not be linear"),
         (("train", "--contenders", "ddp noise=0.1"), "noise is for packsaddle's compressors"),
         (("train", "--contenders", "ddp lr=fast"), "lr must be a positive number, got 'fast'"),
         (("train", "--contenders", "powersgd-0"), "N must be at least 1, got 0"),

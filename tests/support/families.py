@@ -2,7 +2,19 @@
 
 import torch
 
-from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    Sign,
+    SketchTopK,
+    Stages,
+    TopK,
+)
 
 COMPRESSORS: list[Compressor] = [
     Identity(),
@@ -22,7 +34,12 @@ COMPRESSORS: list[Compressor] = [
     TopK(0.3, values="int8"),
     TopK(0.3, values="int4"),
     TopK(0.3, values="int2"),
+    TopK(0.3, values="int3"),
+    TopK(0.3, values="int1"),
     RandomK(0.3, values="int2"),
+    TopK(0.3, chunk=16),
+    TopK(0.1, chunk=8, values="int2"),
+    TopK(0.3, chunk=4096, values="int1"),
     TopK(0.3, values="float32"),
     AdaptiveTopK(0.5),
     AdaptiveTopK(1.0),
@@ -34,6 +51,7 @@ COMPRESSORS: list[Compressor] = [
     Sign(),
     Sign(per_tensor=True),
     QSGD(),
+    QSGD(coded=False),
     QSGD(levels=1, bucket=16),
     QSGD(levels=127),
     QSGD(levels=2, bucket=7),
@@ -42,4 +60,9 @@ COMPRESSORS: list[Compressor] = [
     LinearSketch(0.3, sketch="gaussian"),
     LowRank(),
     LowRank(2),
+    Stages(Sign()),
+    Stages(QSGD(levels=2, bucket=7), 3),
+    Stages(LowRank(), 2),
+    Stages(TopK(0.1, values="int2"), 2),
+    Stages(RandomK(0.3, values="int8"), 2),
 ]

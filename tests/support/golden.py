@@ -33,10 +33,13 @@ COMPRESSORS = {
     "RandomK bfloat16": packsaddle.RandomK(0.05, values="bfloat16"),
     "TopK": packsaddle.TopK(0.05),
     "TopK int8 per tensor": packsaddle.TopK(0.05, values="int8", per_tensor=True),
+    "TopK by chunks": packsaddle.TopK(0.05, values="int2", chunk=256),
     "AdaptiveTopK": packsaddle.AdaptiveTopK(0.3),
     "SketchTopK": packsaddle.SketchTopK(0.02),
     "Sign": packsaddle.Sign(),
+    "Stages": packsaddle.Stages(packsaddle.Sign()),
     "QSGD": packsaddle.QSGD(),
+    "QSGD of fixed width": packsaddle.QSGD(coded=False),
     "LinearSketch": packsaddle.LinearSketch(0.1),
     "LowRank": packsaddle.LowRank(2),
 }

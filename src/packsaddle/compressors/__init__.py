@@ -6,6 +6,7 @@ from packsaddle.compressors.quantized import QSGD, Sign
 from packsaddle.compressors.registry import compressors, describe, identify
 from packsaddle.compressors.sketched import LinearSketch, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
+from packsaddle.compressors.stages import Stages
 
 __all__ = [
     "QSGD",
@@ -19,6 +20,7 @@ __all__ = [
     "RatioRamp",
     "Sign",
     "SketchTopK",
+    "Stages",
     "TopK",
     "compressors",
     "describe",

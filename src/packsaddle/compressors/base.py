@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+_PART = 1 << 20  # coordinates that are compressed to predict the bytes of a message of many
+
 
 @dataclass(frozen=True)
 class Message:
@@ -134,11 +136,11 @@ class Compressor(ABC):
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         """Predict the bytes of the message of a vector of d coordinates of `itemsize` bytes.
 
-        By default a Gaussian vector is compressed and its message weighed.
+        By default a Gaussian vector, or as much of it as a million coordinates, is compressed and its message weighed.
         """
-        dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize]
-        v = torch.randn(d, generator=torch.Generator().manual_seed(0)).to(dtype)
-        return self.encode(v, seed=0, step=0).nbytes
+        dtype, part = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize], min(d, _PART)
+        v = torch.randn(part, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return self.restrict(part, d).encode(v, seed=0, step=0).nbytes * (d / part if d else 1)
 
     def __call__(self, v: Tensor, seed: int = 0, step: int = 0) -> Tensor:
         """Return the dense C(v), float[d], for a flat floating tensor v; raises ValueError on any other input.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message
+from packsaddle.compressors.levels import MOST_BITS, add_coded_levels, decode_levels, encode_levels
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
 
@@ -83,22 +84,34 @@ class QSGD(Compressor):
 
     The rounded Q(v) is unbiased with E||Q(v) - v||^2 <= omega ||v||^2, omega = min(b / s^2, sqrt(b) / s) for s
     levels and buckets of b coordinates that share a norm; so Q(v) / (1 + omega) is a mu-compressor with
-    mu = 1 / (1 + omega), and that is C. A level and its sign take ceil(log2(2 s + 1)) bits.
+    mu = 1 / (1 + omega), and that is C. A level and its sign take ceil(log2(2 s + 1)) bits, and `coded` about
+    their entropy, as most levels are 0 (see `compressors.levels`).
     """
 
     private: ClassVar[bool] = True
-    fixed_size: ClassVar[bool] = True
     levels: int = 7  # s, of a magnitude; a coordinate takes ceil(log2(2 s + 1)) bits
     bucket: int = 512  # b, coordinates that share a norm
+    coded: bool = True  # levels travel in about as many bits as their entropy, if up to 127; then sizes vary
 
     def __post_init__(self) -> None:
         for name in ("levels", "bucket"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name} of QSGD must be a positive integer, got {getattr(self, name)!r}")
 
+        if not isinstance(self.coded, bool):
+            raise ValueError(f"coded of QSGD must be true or false, got {self.coded!r}")
+
+    @property
+    def fixed_size(self) -> bool:  # type: ignore[override]
+        return not self._codes_levels
+
+    @property
+    def _codes_levels(self) -> bool:
+        return self.coded and self.bits <= MOST_BITS
+
     @property
     def bits(self) -> int:
-        """Bits of one coordinate."""
+        """Bits of one coordinate that is not coded."""
         return (2 * self.levels).bit_length()
 
     def omega(self, d: int) -> float:
@@ -115,7 +128,7 @@ class QSGD(Compressor):
         precise = v.to(torch.promote_types(v.dtype, torch.float32))
         if len(v) and self.bits <= 8 and (loop := kernel("pack_levels", precise)):
             packed, norms = loop(precise, self.levels, self.bits, b, key)
-            return Message({"levels": packed, "scales": norms})
+            return self._message(packed, norms, len(v))
         packed, norms = [], []
         size = _slab(b)
         for start, slab in zip(range(0, max(1, len(v)), size), torch.split(precise, size), strict=True):
@@ -123,7 +136,11 @@ class QSGD(Compressor):
             codes, scales = self._codes(buckets, start, key)
             packed.append(wire.pack(codes.view(-1)[: len(slab)], self.bits))
             norms.append(scales)
-        return Message({"levels": torch.cat(packed), "scales": torch.cat(norms)})
+        return self._message(torch.cat(packed), torch.cat(norms), len(v))
+
+    def _message(self, packed: Tensor, norms: Tensor, d: int) -> Message:
+        levels = encode_levels(packed, d, self.levels, self.bits) if self._codes_levels else packed
+        return Message({"levels": levels, "scales": norms})
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
         """Return the codes, int64[n, b], and norms, float[n], of buckets whose first coordinate is number `first`."""
@@ -140,6 +157,10 @@ class QSGD(Compressor):
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         packed, norms, b = message.parts["levels"], message.parts["scales"], self._width(len(out))
         scale = alpha / (self.levels * (1 + self.omega(len(out))))
+        if self._codes_levels:
+            if add_coded_levels(packed, self.levels, b, norms, out, scale):
+                return
+            packed = decode_levels(packed, len(out), self.levels, self.bits)
         if self.bits <= 8 and (loop := kernel("add_levels", out, norms)):
             loop(packed, self.levels, self.bits, b, norms, out, scale)
             return
@@ -154,6 +175,8 @@ class QSGD(Compressor):
         return max(1, min(d, self.bucket))
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        if self._codes_levels:
+            return super().message_bytes(d, itemsize)
         b = self._width(d)
         return math.ceil(d * self.bits / 8) + itemsize * math.ceil(d / b)
 

@@ -8,6 +8,7 @@ from packsaddle.compressors.low_rank import LowRank
 from packsaddle.compressors.quantized import QSGD, Sign
 from packsaddle.compressors.sketched import LinearSketch, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
+from packsaddle.compressors.stages import Stages
 
 _SHARE = 0.5
 
@@ -21,10 +22,12 @@ def compressors(ratio: float) -> list[Compressor]:
         RandomK(ratio, values="bfloat16"),
         TopK(ratio),
         TopK(ratio, values="int8"),
+        TopK(ratio, values="int2", chunk=4096),
         AdaptiveTopK(_SHARE),
         SketchTopK(ratio),
         LinearSketch(ratio),
         Sign(),
+        Stages(Sign()),
         QSGD(),
         LowRank(),
     ]
@@ -35,8 +38,14 @@ def describe(compressor: Compressor) -> str:
     assert is_dataclass(compressor)
     changed = [f for f in fields(compressor) if getattr(compressor, f.name) != f.default]
     values = [getattr(compressor, f.name) for f in changed]
-    shown = [f"{value:.4g}" if isinstance(value, float) else repr(value) for value in values]
-    return f"{type(compressor).__name__}({', '.join(f'{f.name}={s}' for f, s in zip(changed, shown, strict=True))})"
+    shown = [f"{f.name}={_described(value)}" for f, value in zip(changed, values, strict=True)]
+    return f"{type(compressor).__name__}({', '.join(shown)})"
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Compressor):
+        return describe(value)
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 def identify(compressor: Compressor) -> dict[str, Any]:

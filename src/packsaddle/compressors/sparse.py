@@ -1,7 +1,6 @@
 """Compressors that send some coordinates (nearly) exactly and none of the others.
 
 A vector is laid out as a grid of cells, runs of consecutive coordinates, so that memory is read and written in runs.
-Where the largest coordinates are chosen among several sections, a sample of each section tells its share of them.
 """
 
 import math
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, check_share
+from packsaddle.compressors.chunks import Chunks
+from packsaddle.compressors.sections import counts_among_largest, shared_out, shares_of_support
 from packsaddle.compressors.selection import holding, largest
 from packsaddle.compressors.values import (
     FORMATS,
@@ -28,67 +29,7 @@ from packsaddle.compressors.values import (
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import mix, sample_without_replacement
 
-_FEWEST = 64  # sampled coordinates that shares rest on; fewer would make them jump
-
-
-def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int) -> list[float]:
-    """Estimate how many of the k largest magnitudes of all sections each section has.
-
-    `samples` are coordinates of each section, float[m], of its `sizes`, in about the same proportion everywhere. Where
-    they are all the coordinates it is exact for k of 64 or more; below, it is in proportion to the 64 largest.
-    """
-    pooled = torch.cat(list(samples))
-    rank = min(len(pooled), max(_FEWEST, round(k * len(pooled) / sum(sizes))))
-    found = _by_section(largest(pooled, rank), torch.ones_like(pooled[:rank]), samples)
-    return [count * size / len(sample) for count, sample, size in zip(found, samples, sizes, strict=True)]
-
-
-def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
-    """Estimate what share of its own energy each section has in the smallest support that holds `share` of all energy.
-
-    `samples` are as in `counts_among_largest`. Each is from 1e-6 to 1; all are `share` if the samples are zero.
-    """
-    pooled = torch.cat(list(samples)).double()
-    energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
-    index = holding(pooled, share)
-    kept = _by_section(index, energies[index], samples)
-    totals = _by_section(torch.arange(len(pooled), device=pooled.device), energies, samples)
-    return [min(1.0, max(1e-6, k / t if t else share)) for k, t in zip(kept, totals, strict=True)]
-
-
-def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> list[float]:
-    """Sum the values of the pooled coordinates at increasing indices by the section whose sample has them."""
-    ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
-    section = torch.bucketize(index, ends, right=True)
-    sums = torch.zeros(len(samples), dtype=torch.float64, device=index.device)
-    found: list[float] = sums.index_add_(0, section, values.double()).tolist()
-    return found
-
-
-def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Return whole numbers in proportion to `weights` that add up to `total`, each from 1 to its size.
-
-    Where bounds hold some back, or lift them, the others are in proportion; largest remainders decide on rounding.
-    `total` is raised to the number of sizes, if it is below, and lowered to their sum; sizes are at least 1.
-    """
-    total = min(max(total, len(sizes)), sum(sizes))
-    # A little by size, so that weights of zero do not keep the total from being met.
-    lifted = [w + 1e-9 * (sum(weights) or 1.0) * n / sum(sizes) for w, n in zip(weights, sizes, strict=True)]
-
-    def exact(scale: float) -> list[float]:
-        return [min(max(scale * w, 1.0), float(n)) for w, n in zip(lifted, sizes, strict=True)]
-
-    # The scale at which they add up to the total, by bisection: the sum grows with it.
-    low, high = 0.0, max(n / w for w, n in zip(lifted, sizes, strict=True))
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(exact(middle)) <= total else (low, middle)
-    parts = exact(low)
-    counts = [int(part) for part in parts]
-    by_remainder = sorted(range(len(parts)), key=lambda i: counts[i] - parts[i])
-    for i in by_remainder[: total - sum(counts)]:
-        counts[i] += 1
-    return counts
+_LONGEST_CHUNK = 1 << 30  # coordinates
 
 
 @dataclass(frozen=True)
@@ -371,31 +312,68 @@ class _CodedSupport(Compressor):
 class TopK(_CodedSupport, _OfEachTensor):
     """Keep the k coordinates of largest magnitude. mu >= k/d, not linear; values and coded indices travel.
 
-    `values` rounds the values to fewer bits; the rounding error stays in the error memory.
+    With `chunk` n the ratio of each n consecutive coordinates of the vector is kept, rounded and at least one, and of
+    fewer at its end in proportion. The largest k_j of n_j coordinates have at least k_j / n_j of their energy; added up
+    over chunks, so for every v, mu is the least k_j / n_j. Nothing then depends on the whole vector, and each part
+    of it is sent at its own scale.
+
+    `values` rounds the values to fewer bits, which multiplies mu by `value_retention`; the rounding error stays in the
+    error memory.
     """
 
     values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
+    chunk: int | None = None  # of each so many coordinates the ratio is kept; by default of all together
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_values(self, self.values)
+        if self.chunk is None:
+            return
+        if type(self.chunk) is not int or not 1 <= self.chunk <= _LONGEST_CHUNK:
+            raise ValueError(f"chunk of TopK must be an integer from 1 to {_LONGEST_CHUNK:,}, got {self.chunk!r}")
+        if self.ratio is None:
+            raise ValueError(f"chunk of TopK needs a ratio, got k={self.k}; k of each chunk is a ratio of k / chunk")
+        if self.per_tensor:
+            raise ValueError("chunk of TopK is of the whole vector, it cannot be used with per_tensor")
+
+    def chunks(self, d: int) -> Chunks | None:
+        """Return the chunks of a vector of d coordinates; None if it is chosen among all of them."""
+        return None if self.chunk is None else Chunks.of(d, self.chunk, lambda n: KOfD.count(self, n))
+
+    def count(self, d: int) -> int:
+        chunks = self.chunks(d)
+        return super().count(d) if chunks is None else chunks.total
 
     def mu(self, d: int) -> float:
-        return super().mu(d) * value_retention(self.values)
+        chunks = self.chunks(d)
+        return (super().mu(d) if chunks is None else chunks.share) * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Give a section its share of the k largest; with `per_tensor` every tensor keeps its own k."""
-        if self.per_tensor:
+        """Give a section its share of the k largest; with `per_tensor` or `chunk` every part keeps its own k."""
+        if self.per_tensor or self.chunk is not None:
             return None
         k = self.count(sum(sizes))
         counts = shared_out(counts_among_largest(samples, sizes, k), sizes, k)
         return [replace(self, ratio=None, k=count) for count in counts]
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        if (chunks := self.chunks(len(v))) is not None:
+            index = chunks.largest(v)
+            return Message(
+                {"indices": chunks.encode(index), **encode_values(v.index_select(0, index), self.values)}, index
+            )
         parts = [largest(v[at : at + n], KOfD.count(self, n)) + at for at, n in self.tensors(v.numel())]
         return self._message(v, torch.cat(parts) if len(parts) > 1 else parts[0] if parts else largest(v, 0))
 
+    def support_of(self, message: Message, d: int) -> Tensor:
+        chunks = self.chunks(d)
+        if chunks is None or message.context is not None:
+            return super().support_of(message, d)
+        return chunks.decode(message.parts["indices"])
+
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        if (chunks := self.chunks(d)) is not None:
+            return chunks.bits() / 8 + value_bytes(chunks.total, self.values, itemsize)
         return self._bytes(d, self.count(d), itemsize)
 
 

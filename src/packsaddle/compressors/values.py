@@ -1,8 +1,10 @@
 """Values in fewer bits: formats to which what is sent of a vector is rounded, in blocks that share a scale.
 
 In units of its block's largest magnitude no value overflows a format or sinks below it, whatever its scale. Rounding is
-to nearest, but for "int2": a sign, and a bit that says whether the magnitude is above its block's mean; it stands for
-the mean of the magnitudes on its side, as in the first step of Lloyd's algorithm.
+to nearest, but for "int1", "int2" and "int3": a sign, and which of 1, 2 or 4 levels the magnitude has. Magnitudes are
+parted at their block's mean, "int3"'s once more at the means of both sides, and a level is the mean of its magnitudes.
+
+The scales of formats that are packed in bytes (4 bits and fewer) travel in 16 bits, in units of the largest.
 """
 
 import math
@@ -14,67 +16,103 @@ from torch import Tensor
 
 from packsaddle.compressors.wire import pack, unpack
 
-ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int2"]
+ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "int1"]
 FORMATS = get_args(ValueFormat)
 VALUE_BLOCK = 256  # values that share a scale
 _LARGEST = {"int8": 127, "int4": 7}
-_PACKED = {"int4": 4, "int2": 2}  # bits of what is packed in bytes; a last byte has the number of values modulo 4
+_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits; a last byte has the number of values modulo 8
+_HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # partings at a mean, of which two levels each come
+_SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
+_SCALE_UNIT = 2.0**126  # what the largest scale is then, so that all exponents are used
 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
-    """Round float[k] values to a format (None: as they are): "values", and "scales" shared by blocks."""
+    """Round float[k] values to a format (None: as they are): "values", and "scales" shared by blocks.
+
+    Scales in 16 bits have a "unit", float[1].
+    """
     if how is None:
         return {"values": values}
     if not len(values):
-        return {"values": values.to(torch.uint8 if how in _PACKED else _dtype(how)), "scales": values}
+        coded = values.to(torch.uint8 if how in _PACKED else _dtype(how))
+        return {"values": coded, **(_scales_to_16_bits(values, values.dtype) if how in _PACKED else {"scales": values})}
     blocks = torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
-    if how == "int2":
-        return _two_levels(values, blocks)
+    if how in _HALVINGS:
+        return _to_levels(values, blocks, how)
     scales = blocks.abs().amax(1)
+    parts = {"scales": scales}
+    if how in _PACKED:
+        parts = _scales_to_16_bits(scales, values.dtype)
+        scales = _scales_of(parts, values.dtype)
     unit = torch.where(scales[:, None] > 0, blocks / scales[:, None], blocks).view(-1)[: len(values)]
     if how not in _LARGEST:
-        return {"values": unit.to(_dtype(how)), "scales": scales}
-    rounded = (unit * _LARGEST[how]).round()
+        return {"values": unit.to(_dtype(how)), **parts}
+    rounded = (unit * _LARGEST[how]).round().clamp_(-_LARGEST[how], _LARGEST[how])
     if how == "int8":
-        return {"values": rounded.to(torch.int8), "scales": scales}
-    return {"values": _packed((rounded + 8).to(torch.int64), 4), "scales": scales}
+        return {"values": rounded.to(torch.int8), **parts}
+    return {"values": _packed((rounded + 8).to(torch.int64), 4), **parts}
 
 
-def _two_levels(values: Tensor, blocks: Tensor) -> dict[str, Tensor]:
-    """A sign and a level each, and two levels a block. The padding of the last block is in neither level."""
-    magnitudes = blocks.abs().double()
+def _to_levels(values: Tensor, blocks: Tensor, how: ValueFormat) -> dict[str, Tensor]:
+    """A sign and a level each, and a block's levels. The padding of the last block is in no level."""
     there = torch.ones_like(values, dtype=torch.bool)
     there = torch.nn.functional.pad(there, (0, blocks.numel() - len(values))).view_as(blocks)
-    mean = magnitudes.sum(1, keepdim=True) / there.sum(1, keepdim=True)
+    codes, levels = _parted(blocks.abs().double(), there, _HALVINGS[how])
+    codes += (blocks < 0).to(torch.uint8) << _HALVINGS[how]
+    parts = _scales_to_16_bits(torch.cat(levels, 1).view(-1), values.dtype)
+    return {"values": _packed(codes.view(-1)[: len(values)].to(torch.int64), _PACKED[how]), **parts}
+
+
+def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor, list[Tensor]]:
+    """Return the level of each member, uint8[n, b], and the means of levels, float64[n, 1] each, in rising order."""
+    count = members.sum(1, keepdim=True)
+    mean = torch.where(members, magnitudes, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
+    if not halvings:
+        return torch.zeros_like(magnitudes, dtype=torch.uint8), [mean]
     above = magnitudes > mean
-    levels = []
-    for side in (there & ~above, above):
-        levels.append((magnitudes * side).sum(1) / side.sum(1).clamp_min(1))
-    codes = 2 * (blocks < 0).to(torch.int64) + above
-    scales = torch.stack(levels, 1).view(-1).to(values.dtype)
-    return {"values": _packed(codes.view(-1)[: len(values)], 2), "scales": scales}
+    low, lows = _parted(magnitudes, members & ~above, halvings - 1)
+    high, highs = _parted(magnitudes, members & above, halvings - 1)
+    return torch.where(above, high + (1 << (halvings - 1)), low), lows + highs
+
+
+def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Code float[m] scales, none negative, to within 2^-9 of each: "scales", int16[m], and the largest as "unit".
+
+    Below 2^-252 of the largest they are 0. In its own dtype the unit says whether all are finite.
+    """
+    unit = scales.amax(0, keepdim=True).to(dtype) if len(scales) else scales.to(dtype)
+    ratio = torch.where(unit > 0, scales.double() / unit.double(), 0.0) if len(scales) else scales.double()
+    bits = (ratio * _SCALE_UNIT).to(torch.float32).view(torch.int32)
+    return {"scales": ((bits + (1 << (_SCALE_SHIFT - 1))) >> _SCALE_SHIFT).to(torch.int16), "unit": unit}
+
+
+def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the scales, float[m]."""
+    if "unit" not in parts:
+        return parts["scales"].to(dtype)
+    bits = (parts["scales"].to(torch.int32) & 0xFFFF) << _SCALE_SHIFT
+    return (bits.view(torch.float32).double() / _SCALE_UNIT * parts["unit"].double()).to(dtype)
 
 
 def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype) -> Tensor:
     """Return the float[k] values of `encode_values`."""
     if how is None:
         return parts["values"].to(dtype)
-    k, scales = value_count(parts, how), parts["scales"].to(dtype)
-    if how == "int2":
-        return _of_two_levels(unpack(parts["values"][:-1], 2, k).to(torch.uint8), scales)
-    whole = unpack(parts["values"][:-1], 4, k) - 8 if how == "int4" else parts["values"]
-    values = whole.to(dtype)
+    k, scales = value_count(parts, how), _scales_of(parts, dtype)
+    whole = unpack(parts["values"][:-1], _PACKED[how], k) if how in _PACKED else parts["values"]
+    if how in _HALVINGS:
+        return _of_levels(whole, scales, _HALVINGS[how])
+    values = (whole - 8 if how == "int4" else whole).to(dtype)
     if how in _LARGEST:
         values = values / _LARGEST[how]
     return values * scales.repeat_interleave(VALUE_BLOCK)[:k]
 
 
-def _of_two_levels(codes: Tensor, scales: Tensor) -> Tensor:
-    """The values of uint8[k] codes."""
+def _of_levels(codes: Tensor, levels: Tensor, halvings: int) -> Tensor:
+    """The values of int64[k] codes."""
     blocks = torch.nn.functional.pad(codes, (0, -len(codes) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
-    low, high = scales.view(-1, 2).unbind(1)
-    found = torch.where((blocks & 1).bool(), high[:, None], low[:, None])
-    return torch.where(blocks >= 2, -found, found).view(-1)[: len(codes)]
+    signed = torch.cat([levels.view(-1, 1 << halvings), -levels.view(-1, 1 << halvings)], 1)
+    return signed.gather(1, blocks).view(-1)[: len(codes)]
 
 
 def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
@@ -82,13 +120,13 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
     coded = parts["values"]
     if how not in _PACKED or not len(coded):
         return len(coded)
-    whole = (len(coded) - 1) * (8 // _PACKED[how])
-    return whole - (whole - int(coded[-1])) % 4
+    most = (len(coded) - 1) * 8 // _PACKED[how]
+    return most - (most - int(coded[-1])) % 8
 
 
 def _packed(numbers: Tensor, width: int) -> Tensor:
-    """Pack numbers, and how many there are modulo 4."""
-    return torch.cat([pack(numbers, width), numbers.new_tensor([len(numbers) % 4]).to(torch.uint8)])
+    """Pack numbers, and how many there are modulo 8."""
+    return torch.cat([pack(numbers, width), numbers.new_tensor([len(numbers) % 8]).to(torch.uint8)])
 
 
 def _dtype(how: ValueFormat) -> torch.dtype:
@@ -100,19 +138,23 @@ def value_retention(how: ValueFormat | None) -> float:
     """A lower bound on 1 - ||v - round(v)||^2 / ||v||^2.
 
     int8 and int4: in a block with largest magnitude m, errors are at most m / (2 l) for l levels and never above the
-    value, so the share lost is at most (b - 1) / (4 l^2 + b - 1) for b values. bfloat16 has a unit roundoff of 2^-8,
-    float16 of 2^-11 and float32 of 2^-24; the room left is for subnormals and the rounding of the scaling itself. int2:
-    above the mean a, magnitudes of mean m_a keep S_a m_a of at most S_a M; those below have at most b a^2, which a mean
-    of all would keep. The worst found is 8 / b, one magnitude of b / 2 means among as many at the mean; half of it is
-    stated. (Gaussian tails keep 0.97.)
+    value, so the share lost is at most (b - 1) / (4 l^2 + b - 1) for b values; a scale within 2^-9 of m costs int4 less
+    than 2^-7 of that. bfloat16 has a unit roundoff of 2^-8, float16 of 2^-11 and float32 of 2^-24; the room left is for
+    subnormals and the rounding of the scaling itself.
+
+    int1: with the mean magnitude a as the scale, ||v||^2 - b a^2 is lost, and (b a)^2 = ||v||_1^2 >= ||v||^2, so 1 / b
+    is kept at least; a scale that is off by a share of 2^-9 costs 2^-18 of it. int2: above the mean a, magnitudes of
+    mean m_a keep S_a m_a of at most S_a M; those below have at most b a^2, which a mean of all would keep. The worst
+    found is 8 / b, one magnitude of b / 2 means among as many at the mean; half of it is stated. int3: its levels part
+    int2's, and a mean for each part loses no more than one for both. (Gaussian tails keep 0.97 and more.)
     """
     if how is None:
         return 1.0
-    if how == "int2":
-        return 4 / VALUE_BLOCK
+    if how in _HALVINGS:
+        return (1 - 2.0**-18) / VALUE_BLOCK if how == "int1" else 4 / VALUE_BLOCK
     if how in _LARGEST:
         twice = (2 * _LARGEST[how]) ** 2
-        return twice / (twice + VALUE_BLOCK - 1)
+        return twice / (twice + VALUE_BLOCK - 1) * (1 if how == "int8" else 1 - 2.0**-7)
     return 1 - (2.0**-16 if how == "bfloat16" else 2.0**-20)
 
 
@@ -122,5 +164,6 @@ def value_bytes(k: int, how: ValueFormat | None, itemsize: int) -> int:
         return itemsize * k
     blocks = math.ceil(k / VALUE_BLOCK)
     if how in _PACKED:
-        return (math.ceil(k * _PACKED[how] / 8) + 1 if k else 0) + blocks * itemsize * (2 if how == "int2" else 1)
+        scales = 2 * blocks * (1 << _HALVINGS.get(how, 0))
+        return math.ceil(k * _PACKED[how] / 8) + 1 + scales + itemsize if k else 0
     return {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[how] * k + blocks * itemsize

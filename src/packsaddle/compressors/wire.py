@@ -73,6 +73,39 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
     return ((packed[:, None] >> shifts) & 1).view(-1)[:n].to(torch.bool)
 
 
+def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
+    """Pack increasing int64[k] indices by their gaps in Rice codes, uint8[...]; k, `kept`, `size` and b are not coded.
+
+    The i-th lies in [c size, (c + 1) size) for c = floor(i / kept): gaps begin anew there. The quotients of all gaps by
+    2^b come first, each as that many zeros and a one, then the remainders, of b bits.
+    """
+    if b <= _COMPILED_WIDTH and (loop := kernel("pack_gaps", device=index.device)):
+        packed: Tensor = loop(index, kept, size, b)
+        return packed
+    gaps = torch.diff(index, prepend=index.new_tensor([-1])) - 1
+    first = index[::kept]
+    gaps[::kept] = first - torch.arange(len(first), device=index.device) * size
+    ends = torch.cumsum((gaps >> b) + 1, 0)
+    unary = torch.zeros(int(ends[-1]) if len(ends) else 0, dtype=torch.bool, device=index.device)
+    unary[ends - 1] = True
+    return torch.cat([pack_bits(unary), pack(gaps & ((1 << b) - 1), b)])
+
+
+def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor:
+    """Return the int64[k] indices that `pack_gaps` packed."""
+    if b <= _COMPILED_WIDTH and (loop := kernel("unpack_gaps", device=packed.device)):
+        index: Tensor = loop(packed, k, kept, size, b)
+        return index
+    split = len(packed) - math.ceil(k * b / 8)
+    ends = unpack_bits(packed[:split], split * 8).nonzero().squeeze(1)[:k]
+    quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
+    steps = ((quotients << b) | unpack(packed[split:], b, k)) + 1
+    edge = k // kept * kept
+    starts = torch.arange(0, k, kept, device=packed.device) // kept * size - 1
+    whole = steps[:edge].view(-1, kept).cumsum(1) + starts[: edge // kept, None]
+    return torch.cat([whole.view(-1), steps[edge:].cumsum(0) + starts[edge // kept :]])
+
+
 def encode_indices(index: Tensor, d: int) -> Tensor:
     """Code an increasing int64[k] of [0, d) in the fewest bytes, uint8[...]; k is not coded.
 
@@ -83,27 +116,15 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
     k = len(index)
     if k in (0, d):
         return torch.empty(0, dtype=torch.uint8, device=index.device)
-    gaps = torch.diff(index, prepend=index.new_tensor([-1])) - 1
-    b = _rice_parameter(d, k)
-    quotients = gaps >> b
-    width = _width(d)
-    sizes = {
-        _BITMAP: math.ceil(d / 8),
-        _FIXED: math.ceil(k * width / 8),
-        _RICE: math.ceil((int(quotients.sum()) + k) / 8) + math.ceil(k * b / 8),
-    }
+    width, rice = _width(d), pack_gaps(index, k, d, _rice_parameter(d, k))
+    sizes = {_BITMAP: math.ceil(d / 8), _FIXED: math.ceil(k * width / 8), _RICE: len(rice)}
     code = min(sizes, key=lambda c: sizes[c])
     if code == _BITMAP:
         bits = torch.zeros(d, dtype=torch.bool, device=index.device)
         bits[index] = True
         body = pack_bits(bits)
-    elif code == _FIXED:
-        body = pack(index, width)
     else:
-        ends = torch.cumsum(quotients + 1, 0)  # each quotient in unary: that many zeros and a one
-        unary = torch.zeros(int(ends[-1]), dtype=torch.bool, device=index.device)
-        unary[ends - 1] = True
-        body = torch.cat([pack_bits(unary), pack(gaps & ((1 << b) - 1), b)])
+        body = pack(index, width) if code == _FIXED else rice
     return torch.cat([torch.tensor([code], dtype=torch.uint8, device=index.device), body])
 
 
@@ -116,13 +137,7 @@ def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
         return unpack_bits(body, d).nonzero().squeeze(1)
     if code == _FIXED:
         return unpack(body, _width(d), k)
-    b = _rice_parameter(d, k)
-    remainders = math.ceil(k * b / 8)  # the remainders' bytes, at the end
-    split = len(body) - remainders
-    ends = unpack_bits(body[:split], split * 8).nonzero().squeeze(1)[:k]
-    quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
-    gaps = (quotients << b) | unpack(body[split:], b, k)
-    return torch.cumsum(gaps + 1, 0) - 1
+    return unpack_gaps(body, k, k, d, _rice_parameter(d, k))
 
 
 def index_bits(d: int, k: int) -> float:
@@ -145,3 +160,11 @@ def _rice_parameter(d: int, k: int) -> int:
     """The b that makes 2^b nearest above the mean gap times log 2 (Golomb 1966), known to both ends."""
     mean_gap = (d - k) / k
     return max(0, math.ceil(math.log2(mean_gap * math.log(2)))) if mean_gap > 1 else 0
+
+
+def shortest_rice(n: int, k: int) -> int:
+    """The b that makes Rice codes of k random indices of n shortest (Kiely 2004, "Selecting the Golomb Parameter")."""
+    if 2 * k >= n:
+        return 0
+    golden = (5**0.5 - 1) / 2
+    return max(0, 1 + math.floor(math.log2(math.log(golden) / math.log1p(-k / n))))

@@ -1,0 +1,119 @@
+"""The largest coordinates of each chunk of a vector: how many, which, and how their indices travel.
+
+Chunks are runs of so many consecutive coordinates, the last of them perhaps shorter. As every chunk keeps a number that
+both ends know, nothing looks at the whole vector, and no lengths travel. An index is coded by its gap from the one
+before it in its chunk: a Rice code takes log2(n / k) + 1.5 bits for k of n, and at most 2 log2(e) more where the
+support is not random, since gaps add up to less than n.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from packsaddle.compressors import wire
+from packsaddle.compressors.selection import as_integers
+from packsaddle.numerics.kernels import kernel
+
+_SLAB = 1 << 20  # coordinates at a time, so that scratch memory does not grow with d
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """`kept` coordinates of each whole chunk of `size`, and `kept_of_rest` of the `rest` that is left of d."""
+
+    whole: int  # chunks
+    size: int
+    kept: int
+    rest: int  # coordinates of the chunk that is cut short, below `size`
+    kept_of_rest: int
+
+    @classmethod
+    def of(cls, d: int, size: int, count: Callable[[int], int]) -> "Chunks":
+        """Cut d coordinates in chunks, of which those of n coordinates keep count(n)."""
+        whole, rest = divmod(d, size)
+        return cls(whole, size, count(size), rest, count(rest) if rest else 0)
+
+    @property
+    def total(self) -> int:
+        """How many coordinates are kept."""
+        return self.whole * self.kept + self.kept_of_rest
+
+    @property
+    def share(self) -> float:
+        """The least share of its coordinates that a chunk keeps; 1 of none."""
+        shares = [self.kept / self.size] * bool(self.whole) + [self.kept_of_rest / max(1, self.rest)] * bool(self.rest)
+        return min(shares, default=1.0)
+
+    def largest(self, v: Tensor) -> Tensor:
+        """Return the indices of the largest magnitudes of each chunk of v, increasing int64[total].
+
+        NaN is the largest; of equal ones the first are taken, but elsewhere than on the CPU it is torch.topk's choice.
+        """
+        if loop := kernel("largest_of_chunks", v):
+            index: Tensor = loop(v, self.size, self.kept, self.kept_of_rest)
+            return index
+        edge, rows = self.whole * self.size, max(1, _SLAB // self.size)
+        found = [
+            _largest_of_rows(slab.view(-1, self.size), self.kept) + i * rows * self.size
+            for i, slab in enumerate(torch.split(v[:edge], rows * self.size))
+            if self.whole
+        ]
+        if self.rest:
+            found.append(_largest_of_rows(v[edge:].view(1, -1), self.kept_of_rest) + edge)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=v.device)
+
+    def encode(self, index: Tensor) -> Tensor:
+        """Code what `largest` returned, uint8[...]."""
+        if self.total == self.whole * self.size + self.rest:
+            return torch.empty(0, dtype=torch.uint8, device=index.device)
+        return wire.pack_gaps(index, self.kept, self.size, self._rice_parameter)
+
+    def decode(self, coded: Tensor) -> Tensor:
+        """Return the indices that `encode` coded."""
+        if self.total == self.whole * self.size + self.rest:
+            return torch.arange(self.total, device=coded.device)
+        return wire.unpack_gaps(coded, self.total, self.kept, self.size, self._rice_parameter)
+
+    def bits(self) -> float:
+        """Predict the bits of `encode` for random supports."""
+        if self.total == self.whole * self.size + self.rest:
+            return 0.0
+        b = self._rice_parameter
+        quotients = self.whole * _quotients(self.size, self.kept, b) + _quotients(self.rest, self.kept_of_rest, b)
+        return 8 * (math.ceil((quotients + self.total) / 8) + math.ceil(self.total * b / 8))
+
+    @property
+    def _rice_parameter(self) -> int:
+        return wire.shortest_rice(*((self.size, self.kept) if self.whole else (self.rest, self.kept_of_rest)))
+
+
+def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
+    """Return the indices, in the flat vector, of the k largest magnitudes of each row, increasing int64[n k]."""
+    if rows.device.type != "cpu":
+        places = torch.topk(rows.abs(), k, dim=1, sorted=False).indices.sort(1).values
+        return (places + torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]).view(-1)
+    magnitudes = as_integers(rows)
+    least = torch.topk(magnitudes, k, dim=1).values[:, -1:]
+    above, equal = magnitudes > least, magnitudes == least
+    kept = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return kept.view(-1).nonzero().squeeze(1)
+
+
+@cache
+def _quotients(n: int, k: int, b: int) -> float:
+    """The expected sum of the quotients by 2^b of the gaps of k random indices of n.
+
+    Each of the k gaps is m or more with probability C(n - m, k) / C(n, k).
+    """
+    total, m = 0.0, 1 << b
+    while m <= n - k:
+        log = sum(s * math.lgamma(x) for s, x in ((1, n - m + 1), (-1, n - m - k + 1), (-1, n + 1), (1, n - k + 1)))
+        total += math.exp(log)
+        if log < -30:
+            break
+        m += 1 << b
+    return k * total

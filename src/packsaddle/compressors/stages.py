@@ -1,0 +1,122 @@
+"""Stages: a compressor again on what it has left of a vector, in one message."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from packsaddle.compressors.base import Compressor, Message
+from packsaddle.numerics.seeds import mix
+
+
+@dataclass(frozen=True)
+class Stages(Compressor):
+    """C(v) = C_1(r_0) + ... + C_p(r_{p-1}), r_0 = v and r_i = r_{i-1} - C_i(r_{i-1}), each C_i one compressor.
+
+    v - C(v) = r_p, and r_i has at most the share 1 - mu of the energy of r_{i-1} in the mean over what is random in
+    pass i, which is independent of what was random before: so C is a (1 - (1 - mu)^p)-compressor if C_1 is a
+    mu-compressor. That of pass i is a function of (seed, step, i); the first is as without Stages. A message has the
+    parts of all passes, "1 signs", "2 signs", ...
+
+    For compressors that are not linear: a linear one sends the same with a larger ratio, in one part and by all-reduce.
+    Messages are gathered, also of those that would have an exchange of their own (LowRank, SketchTopK).
+    """
+
+    compressor: Compressor  # of each pass
+    passes: int = 2  # p
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.compressor, Compressor):
+            raise ValueError(f"compressor of Stages must be a Compressor, got {self.compressor!r}")
+        if self.compressor.lossless:
+            raise ValueError(f"compressor of Stages must leave something, and {self.compressor!r} is lossless")
+        if self.compressor.linear:
+            raise ValueError(
+                f"compressor of Stages must not be linear, and {self.compressor!r} is: a larger ratio sends as much"
+            )
+        if type(self.passes) is not int or self.passes < 1:
+            raise ValueError(f"passes of Stages must be a positive integer, got {self.passes!r}")
+
+    @property
+    def private(self) -> bool:  # type: ignore[override]
+        return self.compressor.private
+
+    @property
+    def fixed_size(self) -> bool:  # type: ignore[override]
+        return self.compressor.fixed_size
+
+    def mu(self, d: int) -> float:
+        return 1 - (1 - self.compressor.mu(d)) ** self.passes
+
+    def validate(self, d: int) -> None:
+        self.compressor.validate(d)
+
+    def restrict(self, part: int, d: int) -> "Stages":
+        return replace(self, compressor=self.compressor.restrict(part, d))
+
+    def for_tensors(self, shapes: Sequence[torch.Size]) -> "Stages":
+        return replace(self, compressor=self.compressor.for_tensors(shapes))
+
+    def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
+        """Give a section in each pass what it would have in the first."""
+        allotted = self.compressor.apportion(samples, sizes)
+        return None if allotted is None else [replace(self, compressor=compressor) for compressor in allotted]
+
+    def rates(self, d: int) -> list[tuple[int, float]] | None:
+        """Return how often one pass at least sends a coordinate."""
+        rates = self.compressor.rates(d)
+        return None if rates is None else [(n, 1 - (1 - rate) ** self.passes) for n, rate in rates]
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        rest, messages = v.clone(), []
+        for i in range(self.passes):
+            message = self.compressor.encode(rest, seed=_seed_of(i, seed), step=step)
+            messages.append(message)
+            if i + 1 < self.passes:
+                self.compressor.add_decoded(message, rest, -1.0)
+        parts = {f"{i} {name}": part for i, m in enumerate(messages, 1) for name, part in m.parts.items()}
+        return Message(parts, tuple(m.context for m in messages))
+
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        messages = [
+            self.compressor.receive(p, d, seed=_seed_of(i, seed), step=step) for i, p in enumerate(self._split(parts))
+        ]
+        return Message(parts, tuple(m.context for m in messages))
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        for one in self._messages(message):
+            self.compressor.add_decoded(one, out, alpha)
+
+    def support_of(self, message: Message, d: int) -> Tensor | None:
+        supports = [self.compressor.support_of(one, d) for one in self._messages(message)]
+        sent: Tensor | None = None
+        for support in supports:
+            if support is None:
+                return None
+            sent = support.new_zeros(d, dtype=torch.bool) if sent is None else sent
+            sent[support] = True
+        return None if sent is None else sent.nonzero().squeeze(1)
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        if self.fixed_size:
+            return self.passes * self.compressor.message_bytes(d, itemsize)
+        return super().message_bytes(d, itemsize)  # what a pass leaves has another distribution: only passing can tell
+
+    def _split(self, parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The parts of each pass."""
+        split: list[dict[str, Tensor]] = [{} for _ in range(self.passes)]
+        for name, part in parts.items():
+            number, _, of_pass = name.partition(" ")
+            split[int(number) - 1][of_pass] = part
+        return split
+
+    def _messages(self, message: Message) -> list[Message]:
+        """The message of each pass; one whose context is not known knows none of them."""
+        contexts = message.context or (None,) * self.passes
+        return [Message(parts, context) for parts, context in zip(self._split(message.parts), contexts, strict=True)]
+
+
+def _seed_of(i: int, seed: int) -> int:
+    """The seed of a pass, from 0."""
+    return mix(seed, i, i) if i else seed

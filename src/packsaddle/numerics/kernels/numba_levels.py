@@ -1,0 +1,309 @@
+"""Compiled loops of levels coded in layers; see `compressors.levels`, which has the same in torch."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.kernels.numba_codes import unpack_codes
+from packsaddle.numerics.kernels.numba_common import Array, compiled_loop, scalar
+
+Table = list[tuple[int, int, int, bool]]  # of each layer: members, how many are coded, the Rice parameter, inverted
+_GROUP = 4096  # coordinates that are looked at together, a multiple of 8
+_NEVER = 1 << 62
+
+
+def count_levels(packed: Tensor, d: int, top: int, bits: int) -> list[int]:
+    """Return how many levels have each magnitude from 0 to top."""
+    counts = np.zeros(256, np.int64)
+    if 8 % bits == 0:  # whole codes in a byte
+        of_bytes = np.zeros((4, 256), np.int64)
+        _count_bytes(packed.numpy(), of_bytes)
+        for shift in range(0, 8, bits):
+            np.add.at(counts, (np.arange(256) >> shift) & ((1 << bits) - 1), of_bytes.sum(0))
+        counts[0] -= len(packed) * 8 // bits - d  # what fills the last byte
+    else:
+        _count_codes(packed.numpy(), d, bits, counts)
+    return [int(counts[top])] + [int(counts[top - m] + counts[top + m]) for m in range(1, top + 1)]
+
+
+@compiled_loop
+def _count_bytes(values: Array, table: Array) -> None:
+    for i in range(0, len(values) // 4 * 4, 4):  # four tables, so that equal ones do not wait for each other's sum
+        for j in range(4):
+            table[j, values[i + j]] += 1
+    for i in range(len(values) // 4 * 4, len(values)):
+        table[0, values[i]] += 1
+
+
+@compiled_loop
+def _count_codes(packed: Array, d: int, bits: int, counts: Array) -> None:
+    codes, table = np.empty(_GROUP, np.uint8), np.zeros((4, 256), np.int64)
+    for group in range(0, d, _GROUP):
+        held = codes[: min(_GROUP, d - group)]
+        unpack_codes(packed[group * bits // 8 :], bits, codes[: -(-len(held) // 8) * 8])
+        _count_bytes(held, table)
+    for j in range(4):
+        for code in range(256):
+            counts[code] += table[j, code]
+
+
+def code_levels(packed: Tensor, d: int, top: int, bits: int, layers: Table) -> tuple[list[Tensor], Tensor]:
+    """Return the gaps of each layer, uint8[...] each, and the signs of what is not 0."""
+    table = np.array(layers, np.int64).reshape(-1, 4)
+    unary_bytes = [(coded + (members >> b)) // 8 + 1 for members, coded, b, _ in layers]
+    rest_bytes = [-(-coded * b // 8) for _, coded, b, _ in layers]
+    unary, rest = torch.zeros(sum(unary_bytes), dtype=torch.uint8), torch.empty(sum(rest_bytes), dtype=torch.uint8)
+    going_on = layers[0][0] - layers[0][1] if layers and layers[0][3] else layers[0][1] if layers else 0
+    signs = torch.zeros(-(-going_on // 8), dtype=torch.uint8)
+    starts = np.cumsum([0, *unary_bytes])[:-1] * 8
+    used = starts.copy()
+    if layers:
+        _code_levels(
+            packed.numpy(), d, top, bits, table, unary.numpy(), used, rest.numpy(), _starts(rest_bytes), signs.numpy()
+        )
+    lengths = -(-(used - starts) // 8)
+    cut = zip(torch.split(unary, unary_bytes), lengths.tolist(), torch.split(rest, rest_bytes), strict=True)
+    return [torch.cat([u[:length], r]) for u, length, r in cut], signs
+
+
+def _starts(lengths: list[int]) -> Array:
+    return np.cumsum([0, *lengths])[:-1].astype(np.int64)
+
+
+@compiled_loop
+def _code_levels(
+    packed: Array,
+    d: int,
+    top: int,
+    bits: int,
+    table: Array,
+    unary: Array,
+    used: Array,
+    rest: Array,
+    place: Array,
+    signs: Array,
+) -> None:
+    layers = len(table)
+    waiting, accumulators, held_bits = (
+        np.zeros(layers, np.int64),
+        np.zeros(layers, np.uint64),
+        np.zeros(layers, np.int64),
+    )
+    codes, coded, others = np.empty(_GROUP, np.uint8), np.empty(_GROUP + 1, np.int32), np.empty(_GROUP + 1, np.int32)
+    last: Any = np.int64(-1)
+    sign = 0
+    for group in range(0, d, _GROUP):
+        held = codes[: min(_GROUP, d - group)]
+        unpack_codes(packed[group * bits // 8 :], bits, codes[: -(-len(held) // 8) * 8])
+        m: Any = 0
+        for i in range(len(held)):  # no branch to mispredict: what is 0 is written over
+            coded[m] = i
+            m += np.int64(held[i] != top)
+        members = coded[:m]
+        if table[0, 3]:
+            zeros: Any = 0
+            for i in range(len(held)):
+                others[zeros] = i
+                zeros += np.int64(held[i] == top)
+            last = _append_gaps(
+                others[:zeros], group, last, table[0, 2], unary, used, rest, place, accumulators, held_bits
+            )
+        else:
+            last = _append_gaps(members, group, last, table[0, 2], unary, used, rest, place, accumulators, held_bits)
+        for i in range(len(members)):
+            level: Any = np.int64(held[members[i]]) - top
+            signs[sign >> 3] |= np.uint8(np.uint8(level < 0) << (7 - (sign & 7)))
+            sign += 1
+            magnitude = abs(level)
+            for j in range(1, min(magnitude + 1, layers)):
+                if (magnitude > j) != (table[j, 3] != 0):
+                    _append(j, waiting[j], table[j, 2], unary, used, rest, place, accumulators, held_bits)
+                    waiting[j] = 0
+                else:
+                    waiting[j] += 1
+    for j in range(layers):
+        if held_bits[j]:
+            rest[place[j]] = np.uint8((accumulators[j] << np.uint64(8 - held_bits[j])) & np.uint64(255))
+
+
+@compiled_loop
+def _append_gaps(
+    places: Array,
+    group: int,
+    last: int,
+    b: int,
+    unary: Array,
+    used: Array,
+    rest: Array,
+    place: Array,
+    accumulators: Array,
+    held_bits: Array,
+) -> Any:
+    """Append the gaps of the first layer between places of a group, and return the last one's number."""
+    bit, at, accumulator, held = used[0], place[0], accumulators[0], held_bits[0]
+    mask = np.uint64((1 << b) - 1)
+    before: Any = last - group
+    for i in range(len(places)):
+        gap = np.uint64(places[i] - before - 1)
+        before = places[i]
+        bit += np.int64(gap >> np.uint64(b))
+        unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
+        bit += 1
+        accumulator = (accumulator << np.uint64(b)) | (gap & mask)
+        held += b
+        while held >= 8:
+            held -= 8
+            rest[at] = np.uint8((accumulator >> np.uint64(held)) & np.uint64(255))
+            at += 1
+    used[0], place[0], accumulators[0], held_bits[0] = bit, at, accumulator, held
+    return before + group
+
+
+@compiled_loop
+def _append(
+    j: int,
+    gap: int,
+    b: int,
+    unary: Array,
+    used: Array,
+    rest: Array,
+    place: Array,
+    accumulators: Array,
+    held_bits: Array,
+) -> None:
+    used[j] += gap >> b
+    unary[used[j] >> 3] |= np.uint8(128 >> (used[j] & 7))
+    used[j] += 1
+    accumulators[j] = (accumulators[j] << np.uint64(b)) | np.uint64(gap & ((1 << b) - 1))
+    held_bits[j] += b
+    while held_bits[j] >= 8:
+        held_bits[j] -= 8
+        rest[place[j]] = np.uint8((accumulators[j] >> np.uint64(held_bits[j])) & np.uint64(255))
+        place[j] += 1
+
+
+def add_coded_levels(
+    layers: Table, bodies: list[Tensor], signs: Tensor, top: int, bucket: int, norms: Tensor, out: Tensor, alpha: float
+) -> None:
+    """Add alpha level norm to out, float[d], for what `code_levels` returned and a norm for each bucket."""
+    table = np.array(layers, np.int64).reshape(-1, 4)
+    rest_bytes = [-(-coded * b // 8) for _, coded, b, _ in layers]
+    unary_bytes = [len(body) - n for body, n in zip(bodies, rest_bytes, strict=True)]
+    stream = torch.cat(bodies).numpy() if bodies else np.zeros(0, np.uint8)
+    ends = _starts([len(body) for body in bodies])
+    unary_at, rest_at = ends * 8, (ends + np.array(unary_bytes, np.int64)) * 8
+    o = out.numpy()
+    _add_coded_levels(table, stream, unary_at, rest_at, signs.numpy(), top, bucket, norms.numpy(), o, scalar(alpha, o))
+
+
+@compiled_loop
+def _add_coded_levels(
+    table: Array,
+    stream: Array,
+    unary_at: Array,
+    rest_at: Array,
+    signs: Array,
+    top: int,
+    bucket: int,
+    norms: Array,
+    out: Array,
+    alpha: float,
+) -> None:
+    d, layers = len(out), len(table)
+    size = bucket * max(1, _GROUP // bucket)
+    codes, hits = np.empty(size, np.uint8), np.empty(size + 16, np.int64)
+    places, marks, ends = np.empty(size + 1, np.int64), np.empty(size, np.uint8), np.empty(9, np.int64)
+    waiting, left = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
+    for j in range(layers):
+        left[j] = table[j, 1]
+        if j:
+            waiting[j] = _next_gap(j, table[j, 2], left, stream, unary_at, rest_at)
+    unary, rest = stream[unary_at[0] >> 3 : rest_at[0] >> 3], stream[rest_at[0] >> 3 :]
+    b, mask, accumulator = table[0, 2], np.uint64((1 << table[0, 2]) - 1), np.uint64(0)
+    held, at, byte_at, before = 0, 0, 0, np.int64(-1)
+    last, pending, sign = np.int64(-1), 0, 0
+    for group in range(0, d, size):
+        n = min(size, d - group)
+        # The coded members of the first layer, up to one beyond this group.
+        while left[0] > 0 and (pending == 0 or hits[pending - 1] < group + n):
+            byte = unary[byte_at]
+            ones: Any = 0
+            for i in range(8):
+                ends[ones] = 8 * byte_at + i
+                ones += np.int64((byte >> (7 - i)) & 1)
+            byte_at += 1
+            ones = min(ones, left[0])
+            for i in range(ones):
+                while held < b:
+                    accumulator = (accumulator << np.uint64(8)) | np.uint64(rest[at])
+                    held += 8
+                    at += 1
+                held -= b
+                quotient = np.uint64(ends[i] - before - 1)
+                before = ends[i]
+                last += np.int64((quotient << np.uint64(b)) | ((accumulator >> np.uint64(held)) & mask)) + 1
+                hits[pending] = last
+                pending += 1
+            left[0] -= ones
+        inside = pending
+        while inside > 0 and hits[inside - 1] >= group + n:
+            inside -= 1
+        # Which are not 0.
+        if table[0, 3]:
+            marks[:n] = 1
+            for i in range(inside):
+                marks[hits[i] - group] = 0
+            m: Any = 0
+            for i in range(n):
+                places[m] = i
+                m += np.int64(marks[i])
+        else:
+            m = inside
+            for i in range(inside):
+                places[i] = hits[i] - group
+        for i in range(inside, pending):
+            hits[i - inside] = hits[i]
+        pending -= inside
+        # Their levels.
+        codes[:n] = top
+        for i in range(m):
+            magnitude = 1
+            for j in range(1, layers):
+                if waiting[j] == 0:
+                    waiting[j] = _next_gap(j, table[j, 2], left, stream, unary_at, rest_at)
+                    goes_on = table[j, 3] == 0
+                else:
+                    waiting[j] -= 1
+                    goes_on = table[j, 3] != 0
+                if not goes_on:
+                    break
+                magnitude += 1
+            negative = (signs[sign >> 3] >> (7 - (sign & 7))) & 1
+            sign += 1
+            codes[places[i]] = np.uint8(top - magnitude if negative else top + magnitude)
+        for start in range(0, n, bucket):
+            x, c = out[group + start : group + min(n, start + bucket)], codes[start : start + bucket]
+            norm = norms[(group + start) // bucket]
+            for i in range(len(x)):
+                x[i] += alpha * (out.dtype.type(np.int32(c[i]) - np.int32(top)) * norm)
+
+
+@compiled_loop
+def _next_gap(j: int, b: int, left: Array, stream: Array, unary_at: Array, rest_at: Array) -> Any:
+    """Read a layer's next gap, bit by bit."""
+    if left[j] == 0:
+        return np.int64(_NEVER)
+    left[j] -= 1
+    quotient, bit = np.int64(0), unary_at[j]
+    while not (stream[bit >> 3] >> (7 - (bit & 7))) & 1:
+        quotient += 1
+        bit += 1
+    unary_at[j] = bit + 1
+    remainder, bit = np.int64(0), rest_at[j]
+    for _ in range(b):
+        remainder = (remainder << 1) | np.int64((stream[bit >> 3] >> (7 - (bit & 7))) & 1)
+        bit += 1
+    rest_at[j] = bit
+    return (quotient << b) | remainder

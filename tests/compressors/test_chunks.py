@@ -1,0 +1,234 @@
+"""TopK by chunks against sorts of each chunk, bit by bit in plain Python; what it keeps, and what it costs."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from packsaddle import CompressedSGD, Compression, Compressor, TopK, simulate
+from packsaddle.compressors import wire
+from packsaddle.compressors.testing import nasty_vectors
+from packsaddle.compressors.values import ValueFormat, value_retention
+from packsaddle.numerics.kernels import torch_only
+
+
+def both(work: Callable[[], Any]) -> tuple[Any, Any]:
+    """What the compiled loops give, and what torch gives."""
+    with torch_only():
+        plain = work()
+    return work(), plain
+
+
+def chosen(v: Tensor, ratio: float, chunk: int) -> list[int]:
+    """The k largest of each chunk by a stable sort of a list."""
+    values, found = v.double().abs().tolist(), []
+    for start in range(0, len(values), chunk):
+        places = range(start, min(start + chunk, len(values)))
+        order = sorted(places, key=lambda i: -math.inf if math.isnan(values[i]) else -values[i])
+        found += sorted(order[: min(len(order), max(1, round(ratio * len(order))))])
+    return found
+
+
+def rice_bits(index: list[int], ratio: float, d: int, chunk: int) -> str:
+    """The code of `Chunks.encode` in a string of bits, and the parameter that makes expected lengths least."""
+    n = min(d, chunk)
+    k = min(n, max(1, round(ratio * n)))
+    b = min(range(40), key=lambda b: expected_length(k / n, b)) if k < n else 0
+    unary, remainders, last = "", "", -1
+    for before, i in pairwise([-chunk, *index]):
+        last = i // chunk * chunk - 1 if i // chunk != before // chunk else before
+        gap = i - last - 1
+        unary += "0" * (gap >> b) + "1"
+        remainders += format(gap & ((1 << b) - 1), f"0{b}b") if b else ""
+    return unary + "0" * (-len(unary) % 8) + remainders + "0" * (-len(remainders) % 8)
+
+
+def expected_length(p: float, b: int) -> float:
+    q = (1 - p) ** (1 << b)
+    return b + 1 / (1 - q)
+
+
+@given(
+    st.integers(0, 400),
+    st.sampled_from([0.001, 0.02, 0.1, 0.3, 0.6, 1.0]),
+    st.sampled_from([1, 2, 7, 64, 100, 1000]),
+    st.integers(0, 2**31),
+    st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_against_sorts_and_strings_of_bits(d: int, ratio: float, chunk: int, seed: int, dtype: torch.dtype) -> None:
+    """Few distinct values, so that there are ties, at scales that differ from chunk to chunk."""
+    rng = torch.Generator().manual_seed(seed)
+    v = ((torch.randn(d, generator=rng) * 2).round() * 10.0 ** -(torch.arange(d) // 50)).to(dtype)
+    c, expected = TopK(ratio, chunk=chunk), chosen(v, ratio, chunk)
+    assert c.count(d) == len(expected)
+    for message in both(lambda: c.encode(v, seed=0, step=0)):
+        assert message.context.tolist() == expected
+        coded, bits = message.parts["indices"], rice_bits(expected, ratio, d, chunk)
+        if len(expected) == d:
+            assert len(coded) == 0
+        else:
+            assert "".join(format(byte, "08b") for byte in coded.tolist()) == bits
+        for index in both(lambda m=message: c.support_of(c.receive(m.parts, d, seed=0, step=0), d)):  # type: ignore[misc]
+            assert index.tolist() == expected
+    kept = torch.zeros_like(v)
+    kept[expected] = v[expected]
+    assert torch.equal(c(v), kept)
+
+
+D = 300_007  # whole chunks, threads, and a rest
+
+
+def long_vectors() -> dict[str, Tensor]:
+    normal = torch.randn(D, generator=torch.Generator().manual_seed(0))
+    return {
+        "normal": normal,
+        "heavy tails": normal * normal.roll(1).exp() ** 5,
+        "layers": normal * 10.0 ** -(torch.arange(D) // 20_000),
+        "rising layers": normal * 10.0 ** (torch.arange(D) // 10_000),
+        "equal": torch.full((D,), -0.25),
+        "few values": normal.round(),
+        "zeros": torch.zeros(D),
+        "sparse": torch.where(normal.roll(7) > 3, normal, 0.0),
+        "denormal": normal * 1e-42,
+        "huge": normal.clamp(-3, 3) * 1e38,
+        "not finite": torch.where(torch.arange(D) % 5003 == 7, math.nan, torch.where(normal > 4, -math.inf, normal)),
+    }
+
+
+@pytest.mark.parametrize("v", long_vectors().values(), ids=long_vectors().keys())
+@pytest.mark.parametrize(("ratio", "chunk"), [(1 / 64, 4096), (1 / 32, 4096), (0.3, 1000), (0.001, 100_000)])
+def test_long_vectors(v: Tensor, ratio: float, chunk: int) -> None:
+    """Compiled loops and torch agree with sorts in all bits, in both precisions."""
+    c, expected = TopK(ratio, chunk=chunk), chosen(v, ratio, chunk)
+    for w in (v, v.double()):
+        compiled, plain = both(lambda w=w: c.encode(w, seed=0, step=0))  # type: ignore[misc]
+        assert compiled.context.tolist() == plain.context.tolist() == expected
+        assert torch.equal(compiled.parts["indices"], plain.parts["indices"])
+        decoded = both(lambda m=compiled: c.support_of(c.receive(m.parts, D, seed=0, step=0), D))  # type: ignore[misc]
+        assert all(torch.equal(index, compiled.context) for index in decoded)
+
+
+def test_threads_choose_the_same() -> None:
+    v = torch.randn(1 << 20, generator=torch.Generator().manual_seed(3))
+    c = TopK(1 / 64, chunk=4000)
+    alone = c.encode(v, seed=0, step=0)
+    torch.set_num_threads(2)
+    try:
+        together = c.encode(v, seed=0, step=0)
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(alone.context, together.context)
+    assert torch.equal(alone.parts["indices"], together.parts["indices"])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "values", "most"),
+    [
+        (1 / 64, "int2", 9.7),
+        (1 / 32, "int2", 8.7),
+        (1 / 64, "int1", 8.7),
+        (1 / 64, "int3", 10.9),
+        (1 / 64, "int4", 11.8),
+    ],
+)
+def test_bits_of_a_kept_coordinate(ratio: float, values: ValueFormat, most: float) -> None:
+    """All that travels, as the ledger of two workers counts it, with the 8 bytes that announce each part's size."""
+    d = 1 << 20
+
+    def worker(rank: int) -> int:
+        p = torch.nn.Parameter(torch.zeros(1024, 1024))
+        spec = Compression(TopK(ratio, chunk=4096, values=values), dense_below=0)
+        opt = CompressedSGD([p], 0.1, spec, seed=0)
+        p.grad = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(rank))
+        opt.step()
+        purposes = ("indices", "values", "scales", "unit", "sizes", "padding")
+        return sum(moved.sent for purpose, moved in opt.ledger.by_purpose.items() if purpose in purposes)
+
+    for sent in simulate(worker, 2):
+        assert 8 * sent / TopK(ratio, chunk=4096).count(d) <= most
+
+
+def test_bits_are_near_log_2_of_the_supports_there_are() -> None:
+    """Of a chunk there are C(n, k), so indices take log2 of it; the Rice code at most 4% more, as predicted."""
+    v = torch.randn(1 << 20, generator=torch.Generator().manual_seed(1))
+    for k in (4, 16, 41, 64, 128, 512, 1500):
+        c = TopK(k / 4096, chunk=4096)
+        assert c.count(1 << 20) == 256 * k
+        entropy = 256 * (math.lgamma(4097) - math.lgamma(k + 1) - math.lgamma(4097 - k)) / math.log(2)
+        found = 8 * len(c.encode(v, seed=0, step=0).parts["indices"])
+        assert entropy * 0.998 <= found <= (1.11 if k < 64 else 1.041 if k < 512 else 1.08) * entropy
+        assert found == pytest.approx(8 * c.message_bytes(1 << 20) - 32 * 256 * k, rel=0.005)
+
+
+def test_no_support_costs_much_more() -> None:
+    """Gaps of a chunk add up to less than n, so their quotients by 2^b to less than n / 2^b, however they lie."""
+    for place in (slice(0, 64), slice(4032, 4096), slice(0, 4096, 64), slice(63, 4096, 64)):
+        v = torch.zeros(40, 4096)
+        v[:, place] = 1.0
+        c = TopK(1 / 64, chunk=4096)
+        assert 8 * len(c.encode(v.view(-1), seed=0, step=0).parts["indices"]) / (40 * 64) <= 6 + 4096 / 32 / 64
+
+
+@pytest.mark.parametrize("values", [None, "int1", "int2", "int3", "int4", "int8"])
+@pytest.mark.parametrize("v", nasty_vectors().values(), ids=nasty_vectors().keys())
+def test_each_chunk_keeps_its_share(values: ValueFormat | None, v: Tensor) -> None:
+    """mu holds of the whole because k_j / n_j of each chunk's energy is kept, which is what is looked at here."""
+    c = TopK(0.3, chunk=8)
+    assert c.mu(len(v)) * value_retention(values) == TopK(0.3, chunk=8, values=values).mu(len(v))
+    kept = c(v).double()
+    for chunk, found in zip(v.double().split(8), kept.split(8), strict=True):
+        k, n = max(1, round(0.3 * len(chunk))), len(chunk)
+        assert float(found.square().sum()) >= k / n * float(chunk.square().sum()) * (1 - 1e-12)
+
+
+def test_mu_is_the_least_share() -> None:
+    assert TopK(1 / 64, chunk=4096).mu(40_960) == 1 / 64
+    assert TopK(1 / 64, chunk=4096).mu(40_970) == 1 / 64  # one of the last ten
+    assert TopK(1 / 64, chunk=4096).mu(41_050) == 1 / 90  # one of the last ninety
+    assert TopK(0.3, chunk=10).mu(14) == 1 / 4
+    assert TopK(0.3, chunk=10).mu(0) == 1.0
+    flat = torch.ones(14)  # where nothing is larger, no more is kept
+    flat[:10] = 0
+    assert float(TopK(0.3, chunk=10)(flat).square().sum()) == 1.0
+
+
+def test_chunks_do_not_know_of_each_other() -> None:
+    """Unlike TopK of all, which gives a layer of small coordinates nothing."""
+    v = torch.cat([torch.randn(4096, generator=torch.Generator().manual_seed(i)) * s for i, s in enumerate((1, 1e-6))])
+    assert [int(part.count_nonzero()) for part in TopK(1 / 64)(v).split(4096)] == [128, 0]
+    assert [int(part.count_nonzero()) for part in TopK(1 / 64, chunk=4096)(v).split(4096)] == [64, 64]
+    assert TopK(1 / 64, chunk=4096).apportion([v[:4096], v[4096:]], [4096, 4096]) is None
+
+
+REFUSALS: dict[str, Callable[[], Compressor]] = {
+    "chunk of TopK must be an integer from 1 to 1,073,741,824, got 0": lambda: TopK(0.1, chunk=0),
+    "chunk of TopK must be an integer .* got True": lambda: TopK(0.1, chunk=True),
+    "chunk of TopK must be an integer .* got 4096.0": lambda: TopK(0.1, chunk=4096.0),  # type: ignore[arg-type]
+    "chunk of TopK must be an integer .* got 2147483648": lambda: TopK(0.1, chunk=2**31),
+    "chunk of TopK needs a ratio, got k=64": lambda: TopK(k=64, chunk=4096),
+    "chunk of TopK .* cannot be used with per_tensor": lambda: TopK(0.1, chunk=4096, per_tensor=True),
+}
+
+
+@pytest.mark.parametrize(("message", "make"), REFUSALS.items())
+def test_refusals(message: str, make: Callable[[], Compressor]) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@given(st.integers(1, 9), st.integers(0, 60), st.integers(0, 12), st.integers(0, 2**31))
+def test_gaps_that_begin_anew_round_trip(kept: int, k: int, b: int, seed: int) -> None:
+    size = 50
+    rng = torch.Generator().manual_seed(seed)
+    rows = [torch.randperm(size, generator=rng)[:kept].sort().values + i * size for i in range(-(-k // kept))]
+    index = torch.cat(rows)[:k] if rows else torch.zeros(0, dtype=torch.int64)
+    packed, plain = both(lambda: wire.pack_gaps(index, kept, size, b))
+    assert torch.equal(packed, plain)
+    for found in both(lambda: wire.unpack_gaps(packed, k, kept, size, b)):
+        assert torch.equal(found, index)

@@ -1,0 +1,183 @@
+"""QSGD's levels coded in layers: against a coder in strings of bits, their entropy, and codes of a fixed width."""
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from packsaddle import QSGD, CompressedSGD, Compression, Stages, simulate
+from packsaddle.compressors import wire
+from packsaddle.compressors.levels import add_coded_levels, decode_levels, encode_levels
+from packsaddle.compressors.testing import nasty_vectors
+from packsaddle.numerics.kernels import kernel, torch_only
+
+
+def bits_of(top: int) -> int:
+    return (2 * top).bit_length()
+
+
+def as_bytes(bits: str) -> list[int]:
+    bits += "0" * (-len(bits) % 8)
+    return [int(bits[i : i + 8], 2) for i in range(0, len(bits), 8)]
+
+
+def layered(levels: list[int]) -> list[int]:
+    """The code of `encode_levels` in layers, as the module says it, with the best Rice parameter by expected length."""
+    members, layers, j = [abs(x) for x in levels], [], 0
+    width = (len(levels) + 16).bit_length()
+    while any(m > j for m in members):
+        on = [m > j for m in members]
+        coded = [i for i, goes in enumerate(on) if goes != (2 * sum(on) > len(on))]
+        p = len(coded) / len(on)
+        b = 0 if not coded or p >= 0.5 else min(range(40), key=lambda b: b + 1 / (1 - (1 - p) ** (1 << b)))
+        gaps = [i - before - 1 for before, i in zip([-1, *coded], coded, strict=False)]
+        unary = as_bytes("".join("0" * (g >> b) + "1" for g in gaps))
+        rest = as_bytes("".join(format(g & ((1 << b) - 1), f"0{b}b") for g in gaps) if b else "")
+        layers.append((sum(on), unary + rest))
+        members = [m for m, goes in zip(members, on, strict=True) if goes]
+        j += 1
+    head = as_bytes("".join(format(n, f"0{width}b") for k, body in layers for n in (k, len(body))))
+    signs = as_bytes("".join(str(int(x < 0)) for x in levels if x))
+    return [1, len(layers), *head, *(byte for _, body in layers for byte in body), *signs]
+
+
+@given(
+    st.integers(0, 300),
+    st.sampled_from([1, 2, 3, 5, 7, 20, 127]),
+    st.floats(0.0, 1.0),
+    st.floats(0.0, 0.99),
+    st.integers(0, 2**31),
+)
+def test_against_strings_of_bits(d: int, top: int, zeros: float, decay: float, seed: int) -> None:
+    """Levels that are 0 and not in any proportion; what comes back is what went in, in both implementations."""
+    rng = torch.Generator().manual_seed(seed)
+    magnitudes = (torch.rand(d, generator=rng).log() / math.log(decay + 1e-9)).floor().long().clamp(0, top - 1) + 1
+    levels = magnitudes * (torch.rand(d, generator=rng) >= zeros) * (torch.randint(2, (d,), generator=rng) * 2 - 1)
+    bits = bits_of(top)
+    packed = wire.pack(levels + top, bits)
+    coded = encode_levels(packed, d, top, bits)
+    with torch_only():
+        assert torch.equal(encode_levels(packed, d, top, bits), coded)
+    if d:
+        assert len(coded) <= 1 + len(packed)
+        assert coded.tolist() == (layered(levels.tolist()) if coded[0] else [0, *packed.tolist()])
+    assert torch.equal(decode_levels(coded, d, top, bits), packed)
+
+
+def entropy(levels: Tensor) -> float:
+    """Bits of a level, if each were drawn from how often they occur."""
+    counts = Counter(levels.tolist())
+    return -sum(c / len(levels) * math.log2(c / len(levels)) for c in counts.values())
+
+
+D = 200_000
+VECTORS = {
+    "gaussian": torch.randn(D, generator=torch.Generator().manual_seed(0)),
+    "heavy": torch.randn(D, generator=torch.Generator().manual_seed(1)).sinh() ** 3,
+    "sparse": torch.where(torch.arange(D) % 97 == 3, torch.randn(D, generator=torch.Generator().manual_seed(2)), 0.0),
+    "flat": torch.randn(D, generator=torch.Generator().manual_seed(3)).sign(),
+}
+
+
+@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("c", [QSGD(), QSGD(1), QSGD(3), QSGD(7, 64), QSGD(15), QSGD(31)], ids=repr)
+def test_bytes_are_near_the_entropy(c: QSGD, name: str) -> None:
+    """Within 3% and 0.02 bits a coordinate; where a fixed width is less, that and a byte."""
+    v = VECTORS[name]
+    levels = wire.unpack(QSGD(c.levels, c.bucket, coded=False).encode(v, seed=1, step=2).parts["levels"], c.bits, D)
+    coded = c.encode(v, seed=1, step=2).parts["levels"]
+    assert 8 * len(coded) / D <= min(1.03 * entropy(levels) + 0.02, c.bits + 8 / D)
+    assert 8 * len(coded) / D >= 0.99 * entropy(levels)  # buckets differ, so that a little less is possible
+
+
+def test_bits_of_a_gaussian_at_the_defaults() -> None:
+    """1.06 bits a level and 1/16 for norms, where 4 and 1/16 were sent; by the ledger, with sizes announced."""
+    d = 1 << 18
+
+    def worker(rank: int) -> int:
+        p = torch.nn.Parameter(torch.zeros(512, 512))
+        opt = CompressedSGD([p], 0.1, Compression(QSGD(), dense_below=0), seed=0)
+        p.grad = torch.randn(512, 512, generator=torch.Generator().manual_seed(rank))
+        opt.step()
+        purposes = ("levels", "scales", "sizes", "padding")
+        return sum(moved.sent for purpose, moved in opt.ledger.by_purpose.items() if purpose in purposes)
+
+    for sent in simulate(worker, 2):
+        assert 1.0 < 8 * sent / d < 1.15
+
+
+@pytest.mark.parametrize("c", [QSGD(), QSGD(1, 16), QSGD(2, 7), QSGD(127), QSGD(127, 3), QSGD(9, 5000)], ids=repr)
+@pytest.mark.parametrize("v", nasty_vectors().values(), ids=nasty_vectors().keys())
+def test_coding_changes_no_number(c: QSGD, v: Tensor) -> None:
+    """What is decoded is bit for bit what codes of a fixed width say, compiled and not."""
+    fixed = QSGD(c.levels, c.bucket, coded=False)
+    expected, found, plain = torch.zeros_like(v), torch.zeros_like(v), torch.zeros_like(v)
+    fixed.add_decoded(fixed.encode(v, seed=3, step=4), expected, 0.5)
+    message = c.encode(v, seed=3, step=4)
+    c.add_decoded(message, found, 0.5)
+    assert torch.equal(found, expected)
+    with torch_only():
+        c.add_decoded(message, plain, 0.5)
+    assert torch.allclose(plain, expected, rtol=8 * torch.finfo(v.dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.parametrize("c", [QSGD(), QSGD(3, 100), QSGD(127, 4), QSGD(1, D)], ids=repr)
+def test_long_vectors_change_no_number(c: QSGD, name: str) -> None:
+    fixed = QSGD(c.levels, c.bucket, coded=False)
+    v, (expected, found) = VECTORS[name], torch.zeros(2, D)
+    fixed.add_decoded(fixed.encode(v, seed=3, step=4), expected)
+    message = c.encode(v, seed=3, step=4)
+    c.add_decoded(message, found)
+    assert torch.equal(found, expected)
+    packed = fixed.encode(v, seed=3, step=4).parts["levels"]
+    with torch_only():
+        assert torch.equal(encode_levels(packed, D, c.levels, c.bits), message.parts["levels"])
+        assert torch.equal(decode_levels(message.parts["levels"], D, c.levels, c.bits), packed)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_reaches_its_bucket(bad: float) -> None:
+    """All levels are 0 there, and the norm says so: in a vector of zeros, which has no layers, and in another."""
+    for v in (torch.zeros(2000), torch.randn(2000, generator=torch.Generator().manual_seed(0))):
+        v[700] = bad
+        found = QSGD()(v)
+        assert not found[512:1024].isfinite().any()
+        assert found[:512].isfinite().all()
+        assert found[1024:].isfinite().all()
+
+
+def test_a_vector_of_zeros_has_no_layers() -> None:
+    """Two bytes; the loop over layers has nothing to begin with, and must not be called."""
+    message = QSGD().encode(torch.zeros(2000), seed=0, step=0)
+    assert message.parts["levels"].tolist() == [1, 0]
+    out = torch.ones(2000)
+    assert not add_coded_levels(message.parts["levels"], 7, 512, message.parts["scales"], out, 1.0)
+    QSGD().add_decoded(message, out)
+    assert torch.equal(out, torch.ones(2000))
+
+
+def test_when_sizes_are_fixed() -> None:
+    assert not QSGD().fixed_size
+    assert QSGD(coded=False).fixed_size
+    assert QSGD(levels=128).fixed_size  # 9 bits are not coded
+    assert not Stages(QSGD()).fixed_size
+    v = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    assert QSGD(levels=128).encode(v, seed=0, step=0).nbytes == QSGD(levels=128).message_bytes(1000) == 1125 + 8
+    with pytest.raises(ValueError, match="coded of QSGD must be true or false, got 1"):
+        QSGD(coded=1)  # type: ignore[arg-type]
+
+
+def test_bytes_are_predicted_at_any_length() -> None:
+    for d in (1000, 100_003, (1 << 21) + 5):
+        v = torch.randn(d, generator=torch.Generator().manual_seed(9))
+        assert QSGD().encode(v, seed=0, step=0).nbytes == pytest.approx(QSGD().message_bytes(d), rel=0.03)
+
+
+def test_loops_are_compiled() -> None:
+    pytest.importorskip("numba")
+    assert all(kernel(name) is not None for name in ("count_levels", "code_levels", "add_coded_levels"))
