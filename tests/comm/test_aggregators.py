@@ -52,6 +52,7 @@ CASES: list[tuple[Compressor, str, Compressor | None]] = [
     (AdaptiveTopK(0.6), "direct", None),
     (AdaptiveTopK(0.6), "two-way", Sign()),
     (SketchTopK(k=3), "direct", None),
+    (SketchTopK(k=1, rows=3, columns=4, half=False), "direct", None),
     (Sign(), "direct", None),
     (Sign(per_tensor=True), "direct", None),
     (Sign(), "two-way", None),

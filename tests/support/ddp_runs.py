@@ -18,7 +18,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "TopK": TopK(0.05),
     "TopK k": TopK(k=200),
     "AdaptiveTopK": AdaptiveTopK(0.3),
-    "SketchTopK": SketchTopK(0.05),
+    "SketchTopK": SketchTopK(0.05, rows=3, columns=64),
     "Sign": Sign(),
     "QSGD": QSGD(),
     "LinearSketch": LinearSketch(0.2),

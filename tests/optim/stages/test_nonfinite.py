@@ -109,7 +109,7 @@ COMPRESSORS: dict[str, Compressor] = {
     "AdaptiveTopK": AdaptiveTopK(0.5),
     "Sign": Sign(),
     "QSGD": QSGD(),
-    "SketchTopK": SketchTopK(k=3),
+    "SketchTopK": SketchTopK(k=1, rows=3, columns=4),
     "LinearSketch": LinearSketch(0.5),
     "LowRank": LowRank(),
 }
