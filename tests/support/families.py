@@ -2,7 +2,19 @@
 
 import torch
 
-from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    SharedTopK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
 
 COMPRESSORS: list[Compressor] = [
     Identity(),
@@ -27,6 +39,10 @@ COMPRESSORS: list[Compressor] = [
     AdaptiveTopK(0.5),
     AdaptiveTopK(1.0),
     AdaptiveTopK(0.9, values="bfloat16"),
+    SharedTopK(0.1),
+    SharedTopK(0.3, block_size=4),
+    SharedTopK(k=1, projections=1),
+    SharedTopK(0.5, block_size=3, projections=1, half=False),
     SketchTopK(0.1),
     SketchTopK(k=1),
     SketchTopK(k=1, rows=1, columns=3, oversample=1),

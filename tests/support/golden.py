@@ -34,6 +34,7 @@ COMPRESSORS = {
     "TopK": packsaddle.TopK(0.05),
     "TopK int8 per tensor": packsaddle.TopK(0.05, values="int8", per_tensor=True),
     "AdaptiveTopK": packsaddle.AdaptiveTopK(0.3),
+    "SharedTopK": packsaddle.SharedTopK(0.05),
     "SketchTopK": packsaddle.SketchTopK(0.02, rows=3, columns=64),
     "Sign": packsaddle.Sign(),
     "QSGD": packsaddle.QSGD(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.cost_model import Collective, RingAllGather, RingAllReduce
 from packsaddle.comm.ledger import Bytes
-from packsaddle.compressors import Compressor, LowRank, Message, SketchTopK
+from packsaddle.compressors import Compressor, LowRank, Message, SharedTopK, SketchTopK
 from packsaddle.compressors.low_rank import orthonormal, scaled
 from packsaddle.numerics.finite import magnitude
 from packsaddle.numerics.seeds import mix
@@ -221,6 +221,32 @@ class SketchedAllReduce(Aggregator):
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         values = self.compressor.shape(d)[2] * itemsize
         return [RingAllReduce((self.compressor.sketch_bytes(d, itemsize),)), RingAllReduce((values, dense * itemsize))]
+
+
+class ProjectedAllReduce(Aggregator):
+    """After ARC-TopK: projections of blocks are all-reduced, then the exact mean of the blocks of largest energy.
+
+    Workers keep the same blocks because an all-reduce leaves them the same bits.
+    """
+
+    compressor: SharedTopK
+
+    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        d, compressor = len(v), self.compressor
+        if not d:
+            return Averaged((), (), mean_of_dense(channel, dense))
+        projected = compressor.project(v, seed=seed, step=step)
+        if len(projected):
+            projected = channel.mean(projected, "sketch")
+        cells = compressor.choose(projected, d, seed=seed, step=step)
+        own = cells.gather(v)
+        mean = channel.mean(torch.cat([own, dense]), {"values": len(own), "dense": len(dense)})
+        sent, reduced = (Message({"values": values}, cells) for values in (own, mean[: len(own)]))
+        return Averaged(self._terms(sent, d), self._terms(reduced, d), mean[len(own) :])
+
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        projected, values = self.compressor.payloads(d, itemsize)
+        return [RingAllReduce((projected,)), RingAllReduce((values, dense * itemsize))]
 
 
 class LowRankAllReduce(Aggregator):
