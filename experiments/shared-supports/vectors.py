@@ -11,15 +11,16 @@ from packsaddle.experiments import DataConfig, ModelConfig
 from packsaddle.experiments.tasks import load_data, make_task
 
 MODELS = {
-    "MNIST autoencoder": (ModelConfig(name="mnist-autoencoder"), DataConfig(name="mnist"), 0.1, 16),
-    "ResNet-18, 16 channels": (ModelConfig(name="resnet18", width=16), DataConfig(name="folder"), 0.05, 8),
+    "MNIST autoencoder": (ModelConfig(name="mnist-autoencoder"), DataConfig(name="mnist"), 0.1, 16, 300),
+    "ResNet-18, 8 channels": (ModelConfig(name="resnet18", width=8), DataConfig(name="folder"), 0.05, 8, 100),
     "char transformer": (
         ModelConfig(name="char-transformer", width=64, depth=2, heads=2),
         DataConfig(name="text", context=64),
         0.3,
         4,
+        200,
     ),
-}  # model, data, learning rate, a worker's batch
+}  # model, data, learning rate, a worker's batch, steps before gradients are taken
 
 
 def gradients(
@@ -27,9 +28,11 @@ def gradients(
 ) -> Iterator[tuple[Tensor, float]]:
     """Yield every worker's gradient, float[W, d], and the learning rate, along `steps` steps of uncompressed SGD.
 
+    They begin after some steps of Adam on batches of four workers, since first gradients are hardly spread.
+
     `by_class`: worker i has images of class i mod 10 alone, or the i-th stretch of the text; else all have all of it.
     """
-    model_config, data_config, lr, batch = MODELS[name]
+    model_config, data_config, lr, batch, before = MODELS[name]
     data = load_data(data_config, folders[data_config.name], train=True)
     task = make_task(model_config, data.shape, data.classes, seed)
     parameters = list(task.parameters())
@@ -37,6 +40,12 @@ def gradients(
     owner = data.owners(classes)
     shards = [(owner == i).nonzero().squeeze(1) for i in range(classes)] if by_class else [torch.arange(len(data))]
     rng = torch.Generator().manual_seed(seed)
+    adam = torch.optim.Adam(parameters, 1e-3)
+    for _ in range(before):
+        adam.zero_grad()
+        index = torch.randint(len(data), (4 * batch,), generator=rng)
+        task(*data.batch(index, torch.device("cpu"))).backward()
+        adam.step()
     for _ in range(steps):
         found = []
         for worker in range(workers):
