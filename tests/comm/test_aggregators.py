@@ -20,6 +20,7 @@ from packsaddle import (
     LowRank,
     Message,
     RandomK,
+    SharedTopK,
     Sign,
     SketchTopK,
     TopK,
@@ -51,7 +52,10 @@ CASES: list[tuple[Compressor, str, Compressor | None]] = [
     (TopK(0.25, values="int8"), "coordinator", TopK(0.5)),
     (AdaptiveTopK(0.6), "direct", None),
     (AdaptiveTopK(0.6), "two-way", Sign()),
+    (SharedTopK(k=3, projections=1, half=False), "direct", None),
+    (SharedTopK(0.2, block_size=4, projections=1, half=False), "direct", None),
     (SketchTopK(k=3), "direct", None),
+    (SketchTopK(k=1, rows=3, columns=4, half=False), "direct", None),
     (Sign(), "direct", None),
     (Sign(per_tensor=True), "direct", None),
     (Sign(), "two-way", None),
@@ -146,7 +150,7 @@ def test_any_size(
     compressor: Compressor, exchange: str, back: Compressor | None, workers: int, d: int, dense: int
 ) -> None:
     """W from 1 to 8 and any d: workers agree, mean of own + residual conserve, the dense part is averaged."""
-    if d and isinstance(compressor, RandomK | TopK | SketchTopK):
+    if d and isinstance(compressor, RandomK | TopK | SketchTopK | SharedTopK):
         d = max(d, compressor.k or 0)  # k > d is refused at construction
     results = exchange_once(compressor, exchange, back, d, dense, workers)
     sent = sum(r["own"] for r in results) / workers
@@ -332,6 +336,7 @@ def test_choice() -> None:
     assert pick(TopK(0.01), 8) == "two-way"
     assert pick(Sign(), 8) == "two-way"
     assert pick(SketchTopK(0.01), 8) == "sketched all-reduce"
+    assert pick(SharedTopK(0.01), 8) == "projected all-reduce"
     assert pick(LowRank(), 8) == "low-rank all-reduce"
     assert pick(TopK(0.01), 8, "direct") == "all-gather"
     assert pick(TopK(k=1), 8, d=3) == "all-gather"

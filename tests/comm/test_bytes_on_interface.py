@@ -10,7 +10,7 @@ from packsaddle.performance.bench.hosts import Hosts
 
 WORKER = """
 import json, sys, torch, torch.distributed as dist
-from packsaddle import Identity, Ledger, QSGD, RandomK, SketchTopK, TopK
+from packsaddle import Identity, Ledger, QSGD, RandomK, SharedTopK, SketchTopK, TopK
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.group import TorchGroup
@@ -29,7 +29,8 @@ for name, compressor, exchange, steps in (
     ("RandomK all-reduce", RandomK(0.1), "direct", 20),
     ("TopK all-gather", TopK(0.1), "direct", 18),
     ("QSGD two-way", QSGD(levels=7), "two-way", 16),
-    ("SketchTopK", SketchTopK(0.02), "direct", 8),
+    ("SketchTopK", SketchTopK(0.01), "direct", 8),
+    ("SharedTopK", SharedTopK(0.05), "direct", 30),
     ("coordinator", TopK(0.1), "coordinator", 2),
 ):
     attempts = []

@@ -23,6 +23,7 @@ from packsaddle import (
     LowRank,
     Message,
     RandomK,
+    SharedTopK,
     Sign,
     SketchTopK,
     TopK,
@@ -116,7 +117,16 @@ def test_the_suite_finds_what_is_broken(wrong: str, message: str) -> None:
     check_compressor(Broken("nothing"))
 
 
-NOT_LINEAR = [TopK(k=1), Sign(), QSGD(), AdaptiveTopK(0.5), SketchTopK(k=1), LowRank(), RandomK(0.9, values="int8")]
+NOT_LINEAR = [
+    TopK(k=1),
+    Sign(),
+    QSGD(),
+    AdaptiveTopK(0.5),
+    SketchTopK(k=1),
+    SharedTopK(k=10, projections=1),
+    LowRank(),
+    RandomK(0.9, values="int8"),
+]
 
 
 @pytest.mark.parametrize("c", NOT_LINEAR, ids=repr)
@@ -317,7 +327,8 @@ def test_planted_heavy_hitters_are_recovered() -> None:
         spike = 6 * (d / (c - 36 * k)) ** 0.5 if c > 36 * k else 0.0
         v[heavy] = spike * 1.0
         assert spike >= 6 * float(v.norm()) / c**0.5 * 0.9
-        support = SketchTopK(k=k, rows=7, columns=c).encode(v, seed=seed, step=0).context
+        compressor = SketchTopK(k=k, rows=7, columns=c, oversample=1)
+        support = compressor.support_of(compressor.encode(v, seed=seed, step=0), d)
         found += set(support.tolist()) == set(heavy.tolist())
     assert found == 200
 
@@ -327,7 +338,7 @@ def test_planted_heavy_hitters_are_recovered() -> None:
 def test_a_lone_spike_is_sent_wherever_it_is(d: int) -> None:
     """The worst case for a small sketch: every coordinate that shares its counters ties with it. At least k/d."""
     for columns in (None, 1):
-        c = SketchTopK(k=1, rows=1 if columns else 3, columns=columns)
+        c = SketchTopK(k=1, rows=1 if columns else 3, columns=columns or 4, oversample=1)
         for position in (0, d // 3, d - 1):
             v = torch.zeros(d)
             v[position] = 1.0
@@ -438,8 +449,8 @@ def test_mu_of_the_others() -> None:
     assert LinearSketch(columns=10, sketch="gaussian").mu(40) == pytest.approx(10 / (10 + 41))
 
 
-@pytest.mark.parametrize("kind", [RandomK, TopK, SketchTopK])
-def test_bad_arguments_are_named(kind: type[RandomK | TopK | SketchTopK]) -> None:
+@pytest.mark.parametrize("kind", [RandomK, TopK, SketchTopK, SharedTopK])
+def test_bad_arguments_are_named(kind: type[RandomK | TopK | SketchTopK | SharedTopK]) -> None:
     for ratio in (0.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match=rf"ratio of {kind.__name__} must be in \(0, 1\], got {ratio}"):
             kind(ratio)
@@ -480,6 +491,11 @@ REFUSALS: dict[str, Callable[[], Compressor]] = {
     "rows of SketchTopK must be a positive integer, got 0": lambda: SketchTopK(0.1, rows=0),
     "rows of SketchTopK must be at most 100, got 1000000000000": lambda: SketchTopK(0.1, rows=10**12),
     "rows of SketchTopK must be a positive integer, got True": lambda: SketchTopK(0.1, rows=True),
+    "oversample of SketchTopK must be a positive integer, got 0": lambda: SketchTopK(0.1, oversample=0),
+    "half of SketchTopK must be True or False, got 1": lambda: SketchTopK(0.1, half=1),  # type: ignore[arg-type]
+    "block_size of SharedTopK must be a positive integer, got 0": lambda: SharedTopK(0.1, block_size=0),
+    "projections of SharedTopK must be a positive integer, got True": lambda: SharedTopK(0.1, projections=True),
+    "half of SharedTopK must be True or False, got None": lambda: SharedTopK(0.1, half=None),  # type: ignore[arg-type]
     "columns of SketchTopK must be a positive integer, got True": lambda: SketchTopK(0.1, columns=True),
     "columns of LinearSketch must be a positive integer, got True": lambda: LinearSketch(columns=True),
     "block_size of RandomK must be a positive integer or None, got True": lambda: RandomK(0.1, block_size=True),

@@ -20,7 +20,7 @@ def planted(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_what_sketch_topk_finds() -> None:
-    """compressors.md says how few of planted heavy hitters it finds, and choosing.md does not recommend it."""
+    """compressors.md says how many of planted heavy hitters it finds, and choosing.md does not recommend it."""
     said = re.search(r"`SketchTopK\(k=50\)` finds (\d+) to (\d+) \(20 seeds", (DOCS / "compressors.md").read_text())
     assert said, "compressors.md says how many are found"
     found = []

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packsaddle import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, SharedTopK, Sign, SketchTopK, TopK
 from packsaddle.compressors import identify
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config, EscapeConfig, configure, load
@@ -203,6 +203,7 @@ def test_anything_builds_or_is_a_config_error(data: dict[str, Any]) -> None:
         TopK(k=3),
         AdaptiveTopK(0.5),
         SketchTopK(0.1),
+        SharedTopK(0.1, block_size=64),
         LinearSketch(0.1, sketch="gaussian"),
         Sign(),
         QSGD(),

@@ -19,6 +19,7 @@ from packsaddle import (
     Identity,
     LowRank,
     RandomK,
+    SharedTopK,
     Sign,
     SketchTopK,
     TopK,
@@ -136,7 +137,9 @@ def test_what_a_step_goes_by_is_saved() -> None:
 
 
 @pytest.mark.parametrize(
-    "compressor", [RandomK(0.1), TopK(0.1, per_tensor=True), SketchTopK(0.01), QSGD(), Sign(), LowRank(1)], ids=repr
+    "compressor",
+    [RandomK(0.1), TopK(0.1, per_tensor=True), SketchTopK(0.01), SharedTopK(0.01), QSGD(), Sign(), LowRank(1)],
+    ids=repr,
 )
 def test_where_magnitudes_elsewhere_do_not_count_nothing_is_allotted(compressor: Compressor) -> None:
     assert compressor.apportion(sections(), SIZES) is None

@@ -23,6 +23,7 @@ from packsaddle import (
     LocalUpdates,
     LowRank,
     RandomK,
+    SharedTopK,
     Sign,
     SketchTopK,
     Stages,
@@ -148,7 +149,7 @@ def one_vector(worker: int, compressor: Compressor, exchange: str, every: int) -
 
 
 PAIRS = [
-    *[(c, "direct") for c in (*FAMILIES, SketchTopK(0.2), LowRank(1))],
+    *[(c, "direct") for c in (*FAMILIES, SketchTopK(0.2), SharedTopK(0.2), LowRank(1))],
     *[(c, "two-way") for c in (TopK(0.2), Sign(), QSGD())],
     (TopK(0.2), "coordinator"),
 ]

@@ -27,6 +27,7 @@ from packsaddle import (
     Ramp,
     RandomK,
     RatioRamp,
+    SharedTopK,
     Sign,
     SketchTopK,
     TopK,
@@ -229,10 +230,12 @@ def test_frozen_later_stays_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("exchange", ["direct", "two-way"])
-@pytest.mark.parametrize("c", [Sign(), LinearSketch(0.5), QSGD(), LowRank(), TopK(k=1), SketchTopK(k=2)], ids=repr)
+@pytest.mark.parametrize(
+    "c", [Sign(), LinearSketch(0.5), QSGD(), LowRank(), TopK(k=1), SketchTopK(k=2), SharedTopK(k=4)], ids=repr
+)
 def test_no_compressor_moves_what_is_frozen(c: Compressor, exchange: str) -> None:
     """Sign makes something of zeros, sketches leak between coordinates, an owner may hold an error back."""
-    if exchange == "two-way" and isinstance(c, LowRank | SketchTopK):
+    if exchange == "two-way" and isinstance(c, LowRank | SketchTopK | SharedTopK):
         exchange = "direct"
     a, b = nn.Parameter(torch.ones(5, 4)), nn.Parameter(torch.ones(5, 4))
     opt = CompressedSGD([a, b], 0.1, Compression(c, dense_below=0, exchange=exchange), noise=0.5)
@@ -533,6 +536,7 @@ def test_a_nan_is_seen() -> None:
         Sign(),
         QSGD(),
         SketchTopK(k=2),
+        SharedTopK(k=12, block_size=2),
         LinearSketch(0.5),
         LowRank(),
     ):

@@ -7,7 +7,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
-from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    SharedTopK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
 from packsaddle.comm.group import resolve
 
 SEVERAL = 0.02  # MiB: the network below then has several buckets
@@ -18,7 +30,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "TopK": TopK(0.05),
     "TopK k": TopK(k=200),
     "AdaptiveTopK": AdaptiveTopK(0.3),
-    "SketchTopK": SketchTopK(0.05),
+    "SharedTopK": SharedTopK(0.05),
+    "SketchTopK": SketchTopK(0.05, rows=3, columns=64),
     "Sign": Sign(),
     "QSGD": QSGD(),
     "LinearSketch": LinearSketch(0.2),

@@ -21,6 +21,7 @@ from packsaddle import (
     Identity,
     LinearSketch,
     RandomK,
+    SharedTopK,
     Sign,
     SketchTopK,
     TopK,
@@ -223,7 +224,11 @@ def test_steps_fall_with_easier_problems(a: Assumptions, c: Constants, compresso
 
 
 @given(
-    problems, modes, st.sampled_from(["RandomK", "TopK", "SketchTopK", "LinearSketch"]), st.integers(2, 9), st.data()
+    problems,
+    modes,
+    st.sampled_from(["RandomK", "TopK", "SketchTopK", "SharedTopK", "LinearSketch"]),
+    st.integers(2, 9),
+    st.data(),
 )
 def test_no_k_beats_the_best_plan(a: Assumptions, c: Constants, family: str, workers: int, data: st.DataObject) -> None:
     """Tolerance: bytes on the wire are rounded (half a byte of at least 4), and LinearSketch's mu goes in jumps."""
@@ -252,7 +257,9 @@ def test_best_is_balanced_where_corollary_3_3_applies_and_clipped_elsewhere() ->
     assert best.total < plan(a, RandomK(k=balanced)).total
 
 
-@pytest.mark.parametrize("compressor", [RandomK(0.1), TopK(0.1), SketchTopK(0.1), QSGD(), Identity()], ids=repr)
+@pytest.mark.parametrize(
+    "compressor", [RandomK(0.1), TopK(0.1), SketchTopK(0.1), SharedTopK(0.1), QSGD(), Identity()], ids=repr
+)
 def test_bytes_are_those_of_a_run(compressor: Any) -> None:
     """One step of three workers on 3000 coordinates; tolerance: coded indices and padding vary."""
 

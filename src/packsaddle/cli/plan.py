@@ -18,6 +18,7 @@ from packsaddle.compressors import (
     LinearSketch,
     LowRank,
     RandomK,
+    SharedTopK,
     Sign,
     SketchTopK,
     TopK,
@@ -36,6 +37,7 @@ _WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
     "randomk": RandomK,
     "topk": TopK,
     "sketchtopk": SketchTopK,
+    "sharedtopk": SharedTopK,
     "linearsketch": LinearSketch,
     "adaptivetopk": AdaptiveTopK,
 }
@@ -94,8 +96,8 @@ def plan(
         sigma: Standard deviation of the stochastic gradient, as a norm.
         f_max: How far f can fall.
         lipschitz_gradient: The Lipschitz constant of every stochastic gradient (Assumption C), if there is one.
-        compressor: "best" (RandomK, TopK, SketchTopK and LinearSketch, each at its best k), or one of these,
-            AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case.
+        compressor: "best" (RandomK, TopK, SketchTopK, SharedTopK and LinearSketch, each at its best k), or one of
+            these, AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case.
         ratio: Share of the coordinates that are sent, in (0, 1], for one compressor by name; without it the best
             (with --link, 0.01).
         mode: "theory" has the constants and logarithms of a proof, "practical" some that can be run.

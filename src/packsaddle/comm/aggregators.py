@@ -12,7 +12,7 @@ from torch import Tensor
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.cost_model import Collective, RingAllGather, RingAllReduce
 from packsaddle.comm.ledger import Bytes
-from packsaddle.compressors import Compressor, LowRank, Message, SketchTopK
+from packsaddle.compressors import Compressor, LowRank, Message, SharedTopK, SketchTopK
 from packsaddle.compressors.low_rank import orthonormal, scaled
 from packsaddle.numerics.finite import magnitude
 from packsaddle.numerics.seeds import mix
@@ -196,7 +196,7 @@ class AllGather(Aggregator):
 
 
 class SketchedAllReduce(Aggregator):
-    """Ivkin et al. 2019: sketches are all-reduced, then the exact mean at the heavy hitters they show.
+    """Ivkin et al. 2019: sketches are all-reduced, then the exact mean at the candidates they show, of which k stay.
 
     Workers find the same support because an all-reduce leaves them the same bits.
     """
@@ -208,16 +208,45 @@ class SketchedAllReduce(Aggregator):
         if not d:
             return Averaged((), (), mean_of_dense(channel, dense))
         hashes = compressor.hashes(d, seed=seed, step=step)
-        tables = channel.mean(torch.stack([h.sketch(v) for h in hashes]), "sketch")
-        support = compressor.heavy_hitters(tables, hashes, d, seed=seed, step=step)
-        own = v[support]
+        counters = compressor.sketch(v, hashes)
+        if hashes:
+            counters = channel.mean(counters, "sketch")
+        index = compressor.candidates(counters, hashes, d, seed=seed, step=step)
+        own = v[index]
         mean = channel.mean(torch.cat([own, dense]), {"values": len(own), "dense": len(dense)})
-        sent, reduced = (Message({"values": values}, support) for values in (own, mean[: len(own)]))
+        chosen = compressor.keep(index, mean[: len(own)], d)
+        sent, reduced = (Message({"values": values}, chosen) for values in (own, mean[: len(own)]))
         return Averaged(self._terms(sent, d), self._terms(reduced, d), mean[len(own) :])
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
-        counters, k = (self.compressor.rows * self.compressor.width(d), self.compressor.count(d)) if d else (0, 0)
-        return [RingAllReduce((counters * itemsize,)), RingAllReduce((k * itemsize, dense * itemsize))]
+        values = self.compressor.shape(d)[2] * itemsize
+        return [RingAllReduce((self.compressor.sketch_bytes(d, itemsize),)), RingAllReduce((values, dense * itemsize))]
+
+
+class ProjectedAllReduce(Aggregator):
+    """After ARC-TopK: projections of blocks are all-reduced, then the exact mean of the blocks of largest energy.
+
+    Workers keep the same blocks because an all-reduce leaves them the same bits.
+    """
+
+    compressor: SharedTopK
+
+    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
+        d, compressor = len(v), self.compressor
+        if not d:
+            return Averaged((), (), mean_of_dense(channel, dense))
+        projected = compressor.project(v, seed=seed, step=step)
+        if len(projected):
+            projected = channel.mean(projected, "sketch")
+        cells = compressor.choose(projected, d, seed=seed, step=step)
+        own = cells.gather(v)
+        mean = channel.mean(torch.cat([own, dense]), {"values": len(own), "dense": len(dense)})
+        sent, reduced = (Message({"values": values}, cells) for values in (own, mean[: len(own)]))
+        return Averaged(self._terms(sent, d), self._terms(reduced, d), mean[len(own) :])
+
+    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
+        projected, values = self.compressor.payloads(d, itemsize)
+        return [RingAllReduce((projected,)), RingAllReduce((values, dense * itemsize))]
 
 
 class LowRankAllReduce(Aggregator):

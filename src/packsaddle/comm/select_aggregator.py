@@ -5,7 +5,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce, LowRankAllReduce, SketchedAllReduce
+from packsaddle.comm.aggregators import (
+    Aggregator,
+    AllGather,
+    AllReduce,
+    LowRankAllReduce,
+    ProjectedAllReduce,
+    SketchedAllReduce,
+)
 from packsaddle.comm.owner_aggregators import Coordinator, TwoWay
 from packsaddle.compressors import Compressor
 
@@ -14,6 +21,7 @@ _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "all-reduce": AllReduce,
     "all-gather": AllGather,
     "sketched all-reduce": SketchedAllReduce,
+    "projected all-reduce": ProjectedAllReduce,
     "low-rank all-reduce": LowRankAllReduce,
 }
 
@@ -60,8 +68,8 @@ def choose(
     """Return the aggregator for d compressed and `dense` dense coordinates.
 
     "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (or brings its
-    own two rounds: SketchTopK, LowRank), else an all-gather. "auto" takes the aggregator whose busiest worker
-    sends the fewest predicted bytes; "two-way" and "coordinator" may compress the mean again, with `back`.
+    own two rounds: SketchTopK, SharedTopK, LowRank), else an all-gather. "auto" takes the aggregator whose busiest
+    worker sends the fewest predicted bytes; "two-way" and "coordinator" may compress the mean again, with `back`.
     Raises ValueError if the exchange is unknown or impossible for the compressor, or a compressor for d.
     """
     choice = _choose(compressor, exchange, d, dense, workers, itemsize, back)

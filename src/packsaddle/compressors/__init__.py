@@ -4,6 +4,7 @@ from packsaddle.compressors.base import Compressor, Message, RatioRamp
 from packsaddle.compressors.low_rank import LowRank
 from packsaddle.compressors.quantized import QSGD, Sign
 from packsaddle.compressors.registry import compressors, describe, identify
+from packsaddle.compressors.shared import SharedTopK
 from packsaddle.compressors.sketched import LinearSketch, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 from packsaddle.compressors.stages import Stages
@@ -18,6 +19,7 @@ __all__ = [
     "Message",
     "RandomK",
     "RatioRamp",
+    "SharedTopK",
     "Sign",
     "SketchTopK",
     "Stages",

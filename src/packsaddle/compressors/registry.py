@@ -6,6 +6,7 @@ from typing import Any
 from packsaddle.compressors.base import Compressor
 from packsaddle.compressors.low_rank import LowRank
 from packsaddle.compressors.quantized import QSGD, Sign
+from packsaddle.compressors.shared import SharedTopK
 from packsaddle.compressors.sketched import LinearSketch, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 from packsaddle.compressors.stages import Stages
@@ -24,6 +25,7 @@ def compressors(ratio: float) -> list[Compressor]:
         TopK(ratio, values="int8"),
         TopK(ratio, values="int2", chunk=4096),
         AdaptiveTopK(_SHARE),
+        SharedTopK(ratio),
         SketchTopK(ratio),
         LinearSketch(ratio),
         Sign(),

@@ -1,37 +1,66 @@
 """Compressors from linear sketches: SketchTopK, which finds TopK's support of a mean, and LinearSketch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Compressor, Message, check_share
-from packsaddle.compressors.selection import largest_of_blocks
+from packsaddle.compressors.selection import largest, largest_of_blocks
 from packsaddle.compressors.sparse import KOfD
 from packsaddle.numerics.seeds import Stream, generator, mix
 from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
 _MOST_ROWS = 100  # beyond some ten a median hardly gains
+_COUNTERS = 16  # columns of a row for each kept coordinate
+_OVERSAMPLE = 4  # candidates for each kept coordinate
+
+
+class Candidates(NamedTuple):
+    """The coordinates whose exact values travel, and which of them stay."""
+
+    coordinates: Tensor  # int64[m], increasing
+    kept: Tensor  # int64[k], increasing places in `coordinates`
 
 
 @dataclass(frozen=True)
 class SketchTopK(KOfD):
-    """The k coordinates of largest estimated magnitude, from a count sketch (Ivkin et al. 2019).
+    """The k largest of the P k coordinates of largest estimated magnitude, from a count sketch (Ivkin et al. 2019).
 
-    Over workers (`comm.aggregators.SketchedAllReduce`): the sketches are all-reduced, every worker finds the same k
-    heavy hitters of the *mean*, and a second all-reduce carries their exact values; so one support serves all
-    and the mean is compressed, as Theorem 3.1 wants. Called on one vector it does the same by itself.
+    Over workers (`comm.aggregators.SketchedAllReduce`): the sketches are all-reduced, every worker finds the same P k
+    candidates in the *mean*, a second all-reduce carries their exact values, and the k of largest exact mean
+    magnitude stay; so one support serves all and the mean is compressed, as Theorem 3.1 wants. Called on one vector
+    it does the same by itself. P is `oversample`, 4 by default.
 
-    `rows` x `columns` counters, columns 4 k by default. A coordinate's estimate has variance at most
-    ||v||^2 / columns in each row (see `numerics.sketches`), and the median over rows is taken. mu is about k/d; it
-    is stated as k/d. With these defaults few of planted heavy hitters are found (2 to 9 of 50; docs/compressors.md), so
-    it is not what to train with.
+    *Sketch.* `rows` R x `columns` c counters. A coordinate's estimate has variance at most ||v||^2 / c in each row (see
+    `numerics.sketches`), and the median over rows is taken. Charikar et al. (2002) need c of order k and R of order
+    log d; here are the constants. c = 16 k, so that the noise of a row is a quarter of a heavy hitter whose energy is
+    1/k of all, and the median's for R = 5 a seventh. What is left are coordinates that *look* heavy. One heavy hitter
+    lies in a light coordinate's counter, with a given sign, with probability at most k / (2 c) = 1/32, so the median
+    of R = 2 m + 1 rows is a heavy hitter's value with probability at most
+    2 C(R, m + 1) 32^-(m + 1) <= 2 4^m 32^-(m + 1) = 8^-m / 16. However large the heavy ones are, all d light
+    coordinates make in the mean at most d 8^-m / 16 that tie with them. They are to be at most half of the (P - 1) k
+    candidates to spare, 3 k / 2 at P = 4, so m is the least with 8^m >= d / (24 k) and at least 1: R = 3 up to
+    d / k = 192, 5 up to 1,536, 7 up to 12,288, ...
+
+    *Bytes.* R c counters and P k values. Counters travel in bfloat16 (`half`; 2 bytes): a worker's rounding, and
+    that of each of W hops of the all-reduce, moves a counter by at most 2^-8 of itself, at random, and counters are
+    of mean square ||v||^2 / c, so the variance of an estimate grows from ||v||^2 / c by a factor of about
+    1 + (W + 1) 2^-16; where partial sums cancel (workers that disagree) by their mean square over ||v||^2 more.
+    What is kept are exact values. float16 would be no fewer bytes, needs a scale that all know, which is a round
+    more, and rounds nothing that matters less. Where R c + P k would be d or more no sketch is made: all values travel
+    and the k largest stay, which is TopK of the mean.
+
+    mu is stated as k/d.
     """
 
-    rows: int = 3  # of counters, over which the median is taken
-    columns: int | None = None  # counters of a row; by default 4 k
+    rows: int | None = None  # R, over which the median is taken; by default of order log(d / k), odd
+    columns: int | None = None  # c, counters of a row; by default 16 k
+    oversample: int = _OVERSAMPLE  # P, candidates by kept coordinate; their exact values travel
+    half: bool = True  # counters travel in bfloat16, else in the vector's format
 
     @property
     def aggregation(self) -> str:
@@ -39,60 +68,92 @@ class SketchTopK(KOfD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rows", "columns"):
+        for name in ("rows", "columns", "oversample"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} of SketchTopK must be a positive integer, got {value!r}")
-        if self.rows > _MOST_ROWS:
+        if self.rows is not None and self.rows > _MOST_ROWS:
             raise ValueError(f"rows of SketchTopK must be at most {_MOST_ROWS}, got {self.rows}: each is a sketch more")
+        if type(self.half) is not bool:
+            raise ValueError(f"half of SketchTopK must be True or False, got {self.half!r}")
 
     def restrict(self, part: int, d: int) -> "SketchTopK":
         columns = None if self.columns is None else max(1, round(self.columns * part / d))
         return replace(self, columns=columns, k=super().restrict(part, d).k)
 
-    def width(self, d: int) -> int:
-        """Return the number of columns for d coordinates; more than d would serve nothing."""
-        return max(1, min(d, self.columns or 4 * self.count(d)))
+    def shape(self, d: int) -> tuple[int, int, int]:
+        """Return rows and columns of the sketch of d coordinates, and the number of candidates.
+
+        (0, 0, d) if no sketch is made, since the values themselves are as few numbers.
+        """
+        if not d:
+            return 0, 0, 0
+        k = self.count(d)
+        tied = d / (8 * (_OVERSAMPLE - 1) * k)
+        rows = self.rows or 2 * max(1, math.ceil(math.log(tied, 8))) + 1
+        columns = min(d, self.columns or _COUNTERS * k)
+        candidates = min(d, self.oversample * k)
+        return (rows, columns, candidates) if rows * columns + candidates < d else (0, 0, d)
 
     def hashes(self, d: int, *, seed: int, step: int) -> list[RowHash]:
         """Return the rows' hashes."""
-        return [RowHash.draw(d, self.width(d), seed=seed, step=step, row=r) for r in range(self.rows)]
+        rows, columns, _ = self.shape(d)
+        return [RowHash.draw(d, columns, seed=seed, step=step, row=r) for r in range(rows)]
 
-    def heavy_hitters(self, tables: Tensor, hashes: list[RowHash], d: int, *, seed: int, step: int) -> Tensor:
-        """Return the k coordinates of largest estimated magnitude, increasing int64[k]; tables float[rows, columns].
+    def sketch(self, v: Tensor, hashes: list[RowHash]) -> Tensor:
+        """Return the counters of v, as they travel, [rows * columns]."""
+        counters = [h.sketch(v) for h in hashes] or [v[:0]]
+        return torch.cat(counters).to(torch.bfloat16 if self.half else v.dtype)
+
+    def candidates(self, counters: Tensor, hashes: list[RowHash], d: int, *, seed: int, step: int) -> Tensor:
+        """Return the coordinates of largest estimated magnitude, increasing int64[m]; counters [rows * columns].
 
         Coordinates that share a counter with a much larger one tie with it in that row, so ties must not be
         broken by position, but from a random place on.
         """
+        if not hashes:
+            return torch.arange(d, device=counters.device)
+        tables = counters.view(len(hashes), -1).to(torch.promote_types(counters.dtype, torch.float32))
         return largest_of_blocks(
             lambda: median_estimates(hashes, tables, d),
             lambda index: estimates_at(hashes, tables, index),
             d,
-            self.count(d),
+            self.shape(d)[2],
             first=mix(seed, step, int(Stream.SKETCH)) % d,
         )
 
+    def keep(self, index: Tensor, values: Tensor, d: int) -> Candidates:
+        """Return the candidates, of which those stay that have the k largest of the exact values, float[m]."""
+        return Candidates(index, largest(values, min(len(index), self.count(d) if d else 0)))
+
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         d = len(v)
-        if not d:
-            return Message({"sketch": v, "values": v}, torch.empty(0, dtype=torch.int64, device=v.device))
         hashes = self.hashes(d, seed=seed, step=step)
-        tables = torch.stack([h.sketch(v) for h in hashes])
-        support = self.heavy_hitters(tables, hashes, d, seed=seed, step=step)
-        return Message({"sketch": tables.view(-1), "values": v[support]}, support)
+        counters = self.sketch(v, hashes)
+        index = self.candidates(counters, hashes, d, seed=seed, step=step)
+        values = v[index]
+        return Message({"sketch": counters, "values": values}, self.keep(index, values, d))
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        if not d:
-            return Message(parts, torch.empty(0, dtype=torch.int64, device=parts["values"].device))
         hashes = self.hashes(d, seed=seed, step=step)
-        tables = parts["sketch"].view(self.rows, -1)
-        return Message(parts, self.heavy_hitters(tables, hashes, d, seed=seed, step=step))
+        index = self.candidates(parts["sketch"], hashes, d, seed=seed, step=step)
+        return Message(parts, self.keep(index, parts["values"], d))
+
+    def support_of(self, message: Message, d: int) -> Tensor:
+        chosen: Candidates = message.context
+        return chosen.coordinates[chosen.kept]
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        out.index_add_(0, message.context, message.parts["values"].to(out.dtype), alpha=alpha)
+        index, kept = message.context
+        out.index_add_(0, index[kept], message.parts["values"][kept].to(out.dtype), alpha=alpha)
+
+    def sketch_bytes(self, d: int, itemsize: int) -> int:
+        """Return the bytes of the counters; a vector's coordinate has `itemsize`."""
+        rows, columns, _ = self.shape(d)
+        return rows * columns * (2 if self.half else itemsize)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        return (self.rows * self.width(d) + self.count(d)) * itemsize if d else 0
+        return self.sketch_bytes(d, itemsize) + self.shape(d)[2] * itemsize
 
 
 @dataclass(frozen=True)

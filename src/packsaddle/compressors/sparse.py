@@ -120,7 +120,7 @@ class Identity(Compressor):
 
 @dataclass(frozen=True)
 class KOfD(Compressor):
-    """What RandomK, TopK and SketchTopK share: k coordinates of d, given as a ratio k/d or as k itself."""
+    """What compressors that keep k coordinates of d share: these are given as a ratio k/d or as k itself."""
 
     # k/d, the share of the coordinates that is sent, in (0, 1]; no integer, which may be meant as k.
     ratio: float | None = field(default=None, metadata={"share": True})

@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packsaddle.comm.select_aggregator import Exchange
-from packsaddle.compressors import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle.compressors import (
+    QSGD,
+    AdaptiveTopK,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    SharedTopK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
 from packsaddle.curvature.lanczos import check_probability
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.schema import build, is_too_deep, line_of, syntax_error
@@ -23,7 +34,9 @@ from packsaddle.optim.stages.drift import OnDrift
 _EPOCHS = (1e-9, 1e9)  # the least and the most that a number of epochs may be
 _WIDEST = 2**20  # units of a layer
 
-AnyCompressor = Identity | RandomK | TopK | AdaptiveTopK | SketchTopK | Sign | QSGD | LinearSketch | LowRank
+AnyCompressor = (
+    Identity | RandomK | TopK | AdaptiveTopK | SharedTopK | SketchTopK | Sign | QSGD | LinearSketch | LowRank
+)
 
 
 @dataclass(frozen=True)

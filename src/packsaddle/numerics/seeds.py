@@ -41,6 +41,7 @@ class Stream(IntEnum):
     ITERATES = 9  # which iterates of a run are certified
     OUTSTANDING = 10  # noise drawn when it reaches x
     SETTLED = 11  # all of that noise, where e or y is wanted
+    PROJECTION = 12  # the projections of blocks
 
 
 def mix(*words: int) -> int:

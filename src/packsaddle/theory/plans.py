@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import Compressor, Identity, LinearSketch, RandomK, SketchTopK, TopK
+from packsaddle.compressors import Compressor, Identity, LinearSketch, RandomK, SharedTopK, SketchTopK, TopK
 from packsaddle.compressors.registry import describe
 from packsaddle.compressors.sparse import KOfD
 from packsaddle.theory.bounds import (
@@ -34,6 +34,7 @@ FAMILIES: Mapping[str, Family] = {
     "RandomK": lambda k: RandomK(k=k),
     "TopK": lambda k: TopK(k=k),
     "SketchTopK": lambda k: SketchTopK(k=k),
+    "SharedTopK": lambda k: SharedTopK(k=k),
     "LinearSketch": lambda k: LinearSketch(columns=k),
 }
 

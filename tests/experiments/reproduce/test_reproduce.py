@@ -18,7 +18,7 @@ import torch
 from commandline import command, refused
 from PIL import Image
 
-from packsaddle.compressors import QSGD, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle.compressors import QSGD, Identity, LinearSketch, LowRank, RandomK, SharedTopK, Sign, SketchTopK, TopK
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config, NoiseConfig
 from packsaddle.experiments.job import How, Job, can_be_fused
@@ -123,7 +123,14 @@ def test_simulated_autoencoders_are_processes(mnist: Path, tmp_path: Path, compr
 
 @pytest.mark.parametrize(
     "compressor",
-    [Identity(), SketchTopK(0.01), LinearSketch(0.05), LowRank(2), RandomK(0.01, per_tensor=True)],
+    [  # sums of bfloat16 in another order may choose another support
+        Identity(),
+        SketchTopK(0.01, half=False),
+        SharedTopK(0.01, half=False),
+        LinearSketch(0.05),
+        LowRank(2),
+        RandomK(0.01, per_tensor=True),
+    ],
     ids=lambda c: type(c).__name__,
 )
 def test_whatever_is_fused_is_the_workers_apart(mnist: Path, tmp_path: Path, compressor: Any) -> None:
@@ -185,6 +192,7 @@ def test_what_can_be_fused() -> None:
         (Identity(), True),
         (RandomK(0.01), True),
         (SketchTopK(0.01), True),
+        (SharedTopK(0.01), True),
         (LowRank(), True),
         (TopK(0.01), False),
         (Sign(), False),

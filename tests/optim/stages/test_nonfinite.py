@@ -23,6 +23,7 @@ from packsaddle import (
     LowRank,
     NonFiniteError,
     RandomK,
+    SharedTopK,
     Sign,
     SketchTopK,
     TopK,
@@ -110,7 +111,8 @@ COMPRESSORS: dict[str, Compressor] = {
     "AdaptiveTopK": AdaptiveTopK(0.5),
     "Sign": Sign(),
     "QSGD": QSGD(),
-    "SketchTopK": SketchTopK(k=3),
+    "SharedTopK": SharedTopK(0.2, block_size=2),
+    "SketchTopK": SketchTopK(k=1, rows=3, columns=4),
     "LinearSketch": LinearSketch(0.5),
     "LowRank": LowRank(),
 }

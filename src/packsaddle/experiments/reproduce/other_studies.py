@@ -4,7 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from packsaddle.compressors import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, Sign, SketchTopK, TopK
+from packsaddle.compressors import (
+    QSGD,
+    AdaptiveTopK,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    SharedTopK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
 from packsaddle.experiments.config import (
     AnyCompressor,
     Config,
@@ -65,6 +76,7 @@ _OTHERS: dict[str, tuple[str, AnyCompressor]] = {
     "randomk": ("RandomK 1%", RandomK(0.01)),
     "topk": ("TopK 1%", TopK(0.01)),
     "adaptive": ("AdaptiveTopK 50%", AdaptiveTopK(0.5)),
+    "shared": ("SharedTopK 1%", SharedTopK(0.01)),
     "sketch": ("SketchTopK 1%", SketchTopK(0.01)),
     "linear-sketch": ("LinearSketch 1%", LinearSketch(0.01)),
     "sign": ("Sign", Sign()),

@@ -1,0 +1,128 @@
+"""SharedTopK: one support of blocks for all workers, found by all-reduce from projections of the blocks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from packsaddle.compressors.base import Message
+from packsaddle.compressors.selection import largest
+from packsaddle.compressors.sparse import Cells, KOfD
+from packsaddle.numerics.projections import project_blocks
+from packsaddle.numerics.seeds import Stream, keys, mix
+
+
+@dataclass(frozen=True)
+class SharedTopK(KOfD):
+    """The blocks of largest estimated energy, the same on every worker; no index travels (after ARC-TopK, 2025).
+
+    The vector is cut in B blocks of `block_size` b coordinates. Over workers (`comm.aggregators.ProjectedAllReduce`)
+    `projections` r random numbers G_j v_j of each block, G_j float[r, b] of independent N(0, 1), equal on all workers,
+    are all-reduced; every worker keeps the same K blocks of largest ||G_j v_j||^2, v the mean; a second all-reduce
+    carries their exact values (ARC-TopK, arXiv 2510.26709, does so with the rows of each matrix). Given the support C
+    is linear, so the mean of C(v_i) is C(mean v_i): Algorithm 1 on the mean, which is what Theorem 3.1 speaks of, at
+    any W and at a cost that does not depend on W. Called on one vector it does the same by itself.
+
+    *mu = K / B >= k/d, in expectation, for every v.* Let e_1, ..., e_B be the blocks' energies. A Gaussian matrix has
+    the same law in all directions, so ||G_j v_j||^2 = e_j X_j with X_j independent and of one law (chi squared of r
+    degrees), whatever v_j is and however short the last block. Let e_i >= e_j, and fix all X but X_i and X_j. If j is
+    kept and i is not, e_j X_j >= e_i X_i, so X_j >= X_i. Exchange the two: i now has e_i X_j, no less than j had, and j
+    has e_j X_i, no more than i had, so i is kept and j is not. Exchanging preserves probability, hence
+    P(i is kept) >= P(j is kept). These probabilities are ordered as the energies are and add up to K, so by Chebyshev's
+    sum inequality E[energy kept] = sum_j e_j P(j is kept) >= (1 / B) sum_j e_j sum_j P(j is kept) = (K / B) ||v||^2.
+    Rounding one vector's projections (`half`) changes nothing, being monotone in e_j. In an all-reduce the bound holds
+    up to what rounding between hops does: it adds a relative variance of about (W + 1) 2^-14 to an estimate that has
+    2 / r, where workers do not cancel. Random signs instead of Gaussians would be cheaper, but the law of X_j would
+    depend on the direction of v_j, and the bound fails: of two blocks of energies 1.5 (spread) and 1 (one spike), with
+    K = r = 1, 0.483 of the energy is kept in the mean.
+
+    *Bytes.* B r numbers of 2 bytes (`half`: bfloat16) and K b values. By default r is 2, and b the one nearest to
+    2 r d / k for which whole blocks make k coordinates; then the projections have a quarter of the bytes of float32
+    values, or more where k is below sqrt(2 r d), since b is at most about k. On gradients shares from a tenth to a half
+    do about as well, and r from 1 to 8 (experiments/shared-supports). Where B r + K b is d or more nothing is projected
+    and all blocks are kept, which is exact.
+    """
+
+    fixed_size: ClassVar[bool] = True
+    block_size: int | None = None  # b, consecutive coordinates kept together; by default about 2 r d / k and at most k
+    projections: int = 2  # r, numbers a block is judged by
+    half: bool = True  # projections travel in bfloat16, else in the vector's format
+
+    @property
+    def aggregation(self) -> str:
+        return "projected all-reduce"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("block_size", "projections"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} of SharedTopK must be a positive integer, got {value!r}")
+        if type(self.half) is not bool:
+            raise ValueError(f"half of SharedTopK must be True or False, got {self.half!r}")
+
+    def block(self, d: int) -> int:
+        """Return b for vectors of d coordinates."""
+        k = max(1, self.count(d))
+        if self.block_size is not None:
+            return min(k, self.block_size)
+        nearest = self.projections * (2 if self.half else 4) * d / k
+        kept = max(1, round(k / max(1, nearest)))
+        return -(-d // max(1, d * kept // k))  # the most blocks of which `kept` are k/d
+
+    def grid(self, d: int) -> tuple[int, int, int]:
+        """Return how many blocks there are, how many are kept, and how many numbers each is judged by (0: all kept)."""
+        if not d:
+            return 0, 0, 0
+        b, r = self.block(d), self.projections
+        blocks = -(-d // b)
+        kept = -(-self.count(d) * blocks // d)
+        return (blocks, kept, r) if blocks * r + kept * b < d else (blocks, blocks, 0)
+
+    def mu(self, d: int) -> float:
+        """Return the share of the blocks that is kept, K / B, at least k/d."""
+        blocks, kept, _ = self.grid(d)
+        return kept / blocks if d else 1.0
+
+    def project(self, v: Tensor, *, seed: int, step: int) -> Tensor:
+        """Return the projections of v's blocks, as they travel, [blocks * rows]."""
+        rows = self.grid(len(v))[2]
+        sent = torch.bfloat16 if self.half else v.dtype
+        if not rows:
+            return v.new_empty(0, dtype=sent)
+        return project_blocks(v, self.block(len(v)), rows, keys(seed, step, Stream.PROJECTION)).to(sent)
+
+    def choose(self, projected: Tensor, d: int, *, seed: int, step: int) -> Cells:
+        """Return the blocks of largest energy in their projections, [blocks * rows]; of equal ones from a random on."""
+        blocks, kept, rows = self.grid(d)
+        if not rows:
+            return Cells(torch.arange(blocks, device=projected.device), self.block(d))
+        energies = projected.view(blocks, rows).double().square().sum(1)
+        first = mix(seed, step, int(Stream.PROJECTION)) % blocks
+        index = (largest(energies.roll(-first), kept) + first).remainder_(blocks)
+        return Cells(index.sort().values, self.block(d))
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        projected = self.project(v, seed=seed, step=step)
+        cells = self.choose(projected, len(v), seed=seed, step=step)
+        return Message({"sketch": projected, "values": cells.gather(v)}, cells)
+
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        return Message(parts, self.choose(parts["sketch"], d, seed=seed, step=step))
+
+    def support_of(self, message: Message, d: int) -> Tensor:
+        cells: Cells = message.context
+        return cells.coordinates(d)
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        message.context.add_to(out, message.parts["values"].to(out.dtype), alpha)
+
+    def payloads(self, d: int, itemsize: int) -> tuple[int, int]:
+        """Return the bytes of the projections and of the values; a vector's coordinate has `itemsize`."""
+        blocks, kept, rows = self.grid(d)
+        return blocks * rows * (2 if self.half else itemsize), kept * self.block(d) * itemsize
+
+    def message_bytes(self, d: int, itemsize: int = 4) -> float:
+        return sum(self.payloads(d, itemsize))
