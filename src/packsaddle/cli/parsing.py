@@ -20,7 +20,26 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from packsaddle.errors import ConfigError
+from packsaddle.experiments.numerals import real, whole
 from packsaddle.experiments.schema import nearest
+
+# Numbers may be written 1e6, 25M or 1%.
+NUMBERS = tyro.constructors.ConstructorRegistry()
+
+
+@NUMBERS.primitive_rule
+def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    if info.type not in (int, float):
+        return None
+    read: Callable[[str], Any] = whole if info.type is int else real
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT" if info.type is int else "FLOAT",
+        instance_from_str=lambda words: read(words[0]),
+        is_instance=lambda value: isinstance(value, info.type),
+        str_from_instance=lambda value: [str(value)],
+    )
+
 
 Command = Callable[..., Any]  # a function, or a class whose instances are called
 
@@ -84,7 +103,12 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
     try:
         with redirect_stderr(said), _one_line_errors(command, words, name):
             call: Callable[[], Any] = tyro.cli(
-                deferred(command), prog=name, description=_description(command), args=words, config=MARKERS
+                deferred(command),
+                prog=name,
+                description=_description(command),
+                args=words,
+                config=MARKERS,
+                registry=NUMBERS,
             )
             return call
     except SystemExit as stop:

@@ -24,6 +24,7 @@ from packsaddle.compressors import (
     TopK,
 )
 from packsaddle.compressors.registry import compressors
+from packsaddle.compressors.registry import parse as parse_compressor
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.progress import megabytes
 from packsaddle.experiments.schema import nearest
@@ -97,7 +98,7 @@ def plan(
         f_max: How far f can fall.
         lipschitz_gradient: The Lipschitz constant of every stochastic gradient (Assumption C), if there is one.
         compressor: "best" (RandomK, TopK, SketchTopK, SharedTopK and LinearSketch, each at its best k), or one of
-            these, AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case.
+            these, AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
         ratio: Share of the coordinates that are sent, in (0, 1], for one compressor by name; without it the best
             (with --link, 0.01).
         mode: "theory" has the constants and logarithms of a proof, "practical" some that can be run.
@@ -127,9 +128,7 @@ def plan(
     if link is not None or up is not None or down is not None:
         given = {"epsilon": epsilon, "lipschitz_gradient": lipschitz_gradient, "table": table or None}
         _refuse(given, "is for a plan by the theorems, not for the time of a step: leave out --link, or it")
-        plan_link(
-            _rate(options, link), options, _candidates(compressor.lower(), ratio, optimizer), workers, optimizer, json
-        )
+        plan_link(_rate(options, link), options, _candidates(compressor, ratio, optimizer), workers, optimizer, json)
         return
     given = {n: value for n, value in asdict(options).items() if n != "d"} | {"optimizer": optimizer}
     _refuse(given, "is for the time of a step: it needs --link")
@@ -144,7 +143,7 @@ def plan(
         a = Assumptions(d, epsilon, smoothness, hessian_lipschitz, sigma, f_max, lipschitz_gradient)
         constants = Constants.theory(a) if mode == "theory" else PRACTICAL
         plans = [plan_with(a, Identity(), constants=constants, workers=workers)]
-        plans += _asked_for(a, constants, workers, compressor.lower(), ratio)
+        plans += _asked_for(a, constants, workers, compressor, ratio)
         reached = reach(a, constants)
     except ValueError as error:
         raise ConfigError(str(error)) from None
@@ -167,6 +166,9 @@ def _rate(options: LinkOptions, link: str | None) -> str:
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:
     """The plans beside the uncompressed one."""
+    if "(" in name:
+        return [plan_with(a, _written(name, ratio), constants=constants, workers=workers)]
+    name = name.lower()
     _check_name(name)
     if ratio is not None and name not in _WITH_RATIO:
         raise ConfigError(f"ratio is for one of {', '.join(_WITH_RATIO)}, got compressor {name!r}")
@@ -180,6 +182,16 @@ def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ra
     if name not in _FIXED:
         raise ConfigError(f"compressor {name!r} needs --ratio")
     return [plan_with(a, _FIXED[name], constants=constants, workers=workers)]
+
+
+def _written(text: str, ratio: float | None) -> Compressor:
+    """The compressor of a call such as TopK(0.01)."""
+    if ratio is not None:
+        raise ConfigError(f"ratio is for a compressor by name, got compressor {text!r}")
+    try:
+        return parse_compressor(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _check_name(name: str) -> None:
@@ -196,6 +208,9 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 
 def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
     """The compressors to compare on a link: all ("best"), or one; identity is what dense training sends anyway."""
+    if "(" in name:
+        return [_written(name, ratio)]
+    name = name.lower()
     _check_name(name)
     if optimizer is not None and name == "best" and ratio is None:
         return list(MEASURED[optimizer])

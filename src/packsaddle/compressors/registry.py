@@ -1,6 +1,8 @@
-"""The list of all compressors, and a compressor in short and in plain types."""
+"""The list of all compressors; a compressor from and to text, and in plain types."""
 
+import ast
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from packsaddle.compressors.base import Compressor
@@ -33,6 +35,49 @@ def compressors(ratio: float) -> list[Compressor]:
         QSGD(),
         LowRank(),
     ]
+
+
+def parse(text: str) -> Compressor:
+    """Return the compressor of a constructor call, whose arguments are literals or such calls: Stages(Sign(), 3).
+
+    A name alone is a call without arguments. Raises ValueError.
+    """
+    try:
+        call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
+        return _called(call)
+    except (SyntaxError, AssertionError):
+        raise ValueError(f"a compressor must look like RandomK(0.01), got {text!r}") from None
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def classes() -> dict[str, type[Compressor]]:
+    """Return every compressor's class by its name."""
+    from packsaddle import compressors
+
+    found = {name: getattr(compressors, name) for name in compressors.__all__}
+    return {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, Compressor) and c is not Compressor}
+
+
+def _called(call: ast.expr) -> Compressor:
+    assert isinstance(call, ast.Call)
+    assert isinstance(call.func, ast.Name)
+    known = classes()
+    if call.func.id not in known:
+        near = get_close_matches(call.func.id, known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else f"; there is {', '.join(known)}"
+        raise ValueError(f"no compressor {call.func.id}{hint}")
+    named = {k.arg or "": _argument(k.value) for k in call.keywords}
+    return known[call.func.id](*map(_argument, call.args), **named)
+
+
+def _argument(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes():
+        return _called(node)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise AssertionError from None
 
 
 def describe(compressor: Compressor) -> str:

@@ -11,11 +11,13 @@ import tomllib
 import types
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from packsaddle.errors import ConfigError
+from packsaddle.experiments.numerals import real, whole
 from packsaddle.messages import shortened, shown
 
 T = TypeVar("T")
@@ -122,13 +124,23 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
         return build(hint, value, where)  # type: ignore[arg-type]
     if isinstance(value, int) and value not in _INT64:
         raise _about(where, f"{_dotted(where)} must fit in 64 bits, got {shown(value)}")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint in (int, float) and not isinstance(value, bool):
+        value = _number(hint, value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise _about(where, f"{_dotted(where)} must be of type {hint.__name__}, got {shown(value)}")
     if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):  # an argument that is not UTF-8
         raise _about(where, f"{_dotted(where)} must be UTF-8, got {value!a}")
     return value
+
+
+def _number(hint: type, value: Any) -> Any:
+    """A number for a count or a rate, also written as people do ("25M", "1%", 1e3); what is none stays as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return whole(value) if hint is int else real(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return whole(repr(value))
+    return float(value) if hint is float and isinstance(value, int) else value
 
 
 def _convert_choice(kinds: tuple[Any, ...], value: Any, where: Place) -> Any:

@@ -1,12 +1,11 @@
 """Who takes part in a race: packsaddle's compressors and torch's own ways to exchange gradients, by name."""
 
-import ast
 import re
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from packsaddle import compressors
 from packsaddle.compressors import Compressor
+from packsaddle.compressors.registry import parse as parse_compressor
 from packsaddle.experiments.schema import nearest
 from packsaddle.optim.hook import Scope
 from packsaddle.optim.memory import Memory
@@ -124,38 +123,7 @@ def _value(option: str, written: str, text: str) -> float | int | str:
 
 
 def _compressor(text: str) -> Compressor:
-    """Read a compressor's constructor call, such as TopK(0.01, values="int8") or Stages(Sign(), 3)."""
     try:
-        call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
-        return _called(call)
-    except (SyntaxError, AssertionError):
-        raise ValueError(f"contender {text!r} must look like RandomK(0.01)") from None
-    except (TypeError, ValueError) as error:
+        return parse_compressor(text)
+    except ValueError as error:
         raise ValueError(f"contender {text!r}: {error}") from None
-
-
-def _called(call: ast.expr) -> Compressor:
-    """Make what a call of a compressor's class says, whose arguments are literals or such calls."""
-    assert isinstance(call, ast.Call)
-    assert isinstance(call.func, ast.Name)
-    known = _classes()
-    if call.func.id not in known:
-        raise ValueError(f"no compressor {call.func.id}{nearest(call.func.id, known)}")
-    named = {k.arg or "": _argument(k.value) for k in call.keywords}
-    return known[call.func.id](*map(_argument, call.args), **named)
-
-
-def _classes() -> dict[str, type[Compressor]]:
-    classes = {name: getattr(compressors, name) for name in compressors.__all__}
-    return {
-        n: c for n, c in classes.items() if isinstance(c, type) and issubclass(c, Compressor) and c is not Compressor
-    }
-
-
-def _argument(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _classes():
-        return _called(node)
-    try:
-        return ast.literal_eval(node)
-    except ValueError:
-        raise AssertionError from None
