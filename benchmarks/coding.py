@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from packsaddle import QSGD, Compressor, Sign, Stages, TopK
-from packsaddle.compressors.registry import describe
+from packsaddle.compressors import describe
 
 COMPRESSORS: list[Compressor] = [
     TopK(1 / 64, values="int2"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle import Compressor, TopK
-from packsaddle.compressors.registry import describe
+from packsaddle.compressors import describe
 
 CONTEXT, WIDTH, STEPS, BATCH = 64, 128, 8, 8
 LAST = 10  # rounds that the mean is over
