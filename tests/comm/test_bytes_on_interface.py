@@ -28,7 +28,7 @@ for name, compressor, exchange, steps in (
     ("dense all-reduce", Identity(), "direct", 2),
     ("RandomK all-reduce", RandomK(0.1), "direct", 20),
     ("TopK all-gather", TopK(0.1), "direct", 18),
-    ("QSGD two-way", QSGD(levels=7), "two-way", 16),
+    ("QSGD two-way", QSGD(coded=False), "two-way", 16),
     ("SketchTopK", SketchTopK(0.01), "direct", 8),
     ("SharedTopK", SharedTopK(0.05), "direct", 30),
     ("coordinator", TopK(0.1), "coordinator", 2),
