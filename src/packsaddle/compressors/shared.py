@@ -69,7 +69,9 @@ class SharedTopK(KOfD):
 
     def block(self, d: int) -> int:
         """Return b for vectors of d coordinates."""
-        k = max(1, self.count(d))
+        if not d:
+            return 1
+        k = self.count(d)
         if self.block_size is not None:
             return min(k, self.block_size)
         nearest = self.projections * (2 if self.half else 4) * d / k
