@@ -124,6 +124,9 @@ def test_shapes_by_default() -> None:
             assert k / d <= c.mu(d) == kept / blocks <= 1
             for itemsize in (2, 4, 8):
                 assert c.message_bytes(d, itemsize) < (d + b) * itemsize
+            if r:  # fewer coordinates never cost more, but for what whole blocks round
+                assert c.message_bytes(d) <= SharedTopK(min(1.0, 2 * ratio)).message_bytes(d) * 1.05 + 100
+                assert c.message_bytes(d) >= 4 * 1.9 * d**0.5
             if r and k > 50 and k * k > 40 * d:
                 projected, values = c.payloads(d, 4)
                 assert values <= 4 * k * 1.03

@@ -30,8 +30,9 @@ COMPRESSORS: dict[str, Compressor] = {
     "TopK": TopK(0.05),
     "TopK k": TopK(k=200),
     "AdaptiveTopK": AdaptiveTopK(0.3),
-    "SharedTopK": SharedTopK(0.05),
-    "SketchTopK": SketchTopK(0.05, rows=3, columns=64),
+    # Counters in bfloat16 are rounded otherwise in eta g than in g, so the hook and the optimizer may choose otherwise.
+    "SharedTopK": SharedTopK(0.05, half=False),
+    "SketchTopK": SketchTopK(0.05, rows=3, columns=64, half=False),
     "Sign": Sign(),
     "QSGD": QSGD(),
     "LinearSketch": LinearSketch(0.2),

@@ -1,5 +1,6 @@
 """SharedTopK: one support of blocks for all workers, found by all-reduce from projections of the blocks."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,13 +41,16 @@ class SharedTopK(KOfD):
 
     *Bytes.* B r numbers of 2 bytes (`half`: bfloat16) and K b values. By default r is 2, and b the one nearest to
     2 r d / k for which whole blocks make k coordinates; then the projections have a quarter of the bytes of float32
-    values, or more where k is below sqrt(2 r d), since b is at most about k. On gradients shares from a tenth to a half
-    do about as well, and r from 1 to 8 (experiments/shared-supports). Where B r + K b is d or more nothing is projected
-    and all blocks are kept, which is exact.
+    values. Where k is below sqrt(2 r d) one block of k is kept, and they have more. A k below sqrt(r d / 2) would make
+    them cost more than is saved: one block of sqrt(r d / 2) is sent instead, twice as many numbers in all, the fewest
+    there can be. On gradients shares from a tenth to a half do about as well, and r from 1 to 8
+    (experiments/shared-supports). Where B r + K b is d or more nothing is projected and all blocks are kept, exactly.
     """
 
     fixed_size: ClassVar[bool] = True
-    block_size: int | None = None  # b, consecutive coordinates kept together; by default about 2 r d / k and at most k
+    block_size: int | None = (
+        None  # b, consecutive coordinates kept together; by default about 2 r d / k
+    )
     projections: int = 2  # r, numbers a block is judged by
     half: bool = True  # projections travel in bfloat16, else in the vector's format
 
@@ -65,11 +69,15 @@ class SharedTopK(KOfD):
 
     def block(self, d: int) -> int:
         """Return b for vectors of d coordinates."""
-        k = max(1, self.count(d))
+        if not d:
+            return 1
+        k = self.count(d)
         if self.block_size is not None:
             return min(k, self.block_size)
         nearest = self.projections * (2 if self.half else 4) * d / k
         kept = max(1, round(k / max(1, nearest)))
+        if kept == 1:
+            k = min(d, max(k, math.isqrt(round(nearest * k / 4))))
         return -(-d // max(1, d * kept // k))  # the most blocks of which `kept` are k/d
 
     def grid(self, d: int) -> tuple[int, int, int]:
