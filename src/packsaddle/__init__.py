@@ -82,3 +82,8 @@ __all__ = [
     "simulate",
     "suggest_noise",
 ]
+
+
+def __dir__() -> list[str]:
+    """List the public names alone: modules that importing has brought are not of the API."""
+    return sorted([*__all__, "__version__"])

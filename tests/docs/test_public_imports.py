@@ -68,3 +68,7 @@ def test_names_that_are_imported_lazily_are_all_declared_for_type_checkers(packa
     }
     assert declared == {(name, f"{package}.{home}") for name, home in module._HOMES.items()}
     assert {name for name, _ in declared} == set(module.__all__)
+
+
+def test_the_package_lists_its_public_names_alone() -> None:
+    assert set(dir(packsaddle)) == {*packsaddle.__all__, "__version__"}

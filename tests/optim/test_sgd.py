@@ -23,6 +23,7 @@ from packsaddle import (
     Escape,
     Identity,
     LinearSketch,
+    LocalUpdates,
     LowRank,
     Ramp,
     RandomK,
@@ -630,3 +631,13 @@ def test_scalars_travel_with_the_step() -> None:
 def test_an_exchange_is_chosen_where_nothing_is_compressed(compressor: Compressor) -> None:
     opt = CompressedSGD([nn.Parameter(torch.zeros(5))], 0.1, Compression(compressor, exchange="auto"))
     assert opt.choice.reason
+
+
+def test_what_it_is_can_be_read() -> None:
+    model = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64))
+    opt = CompressedSGD(model.parameters(), 0.1, RandomK(0.01))
+    of = "RandomK(ratio=0.01) on 32,768 of 33,088 coordinates"
+    assert repr(opt) == f"CompressedSGD(lr=0.1, {of}, exchange=all-reduce, workers=1, steps=0)"
+    local = LocalUpdates(torch.optim.AdamW(model.parameters()), every=8, compressor=TopK(0.5))
+    about = "every=8, TopK(ratio=0.5), outer=mean, fragments=1, workers=1, steps=0, rounds=0"
+    assert repr(local) == f"LocalUpdates(AdamW, {about})"

@@ -48,9 +48,7 @@ class SharedTopK(KOfD):
     """
 
     fixed_size: ClassVar[bool] = True
-    block_size: int | None = (
-        None  # b, consecutive coordinates kept together; by default about 2 r d / k
-    )
+    block_size: int | None = None  # b, consecutive coordinates kept together; by default about 2 r d / k
     projections: int = 2  # r, numbers a block is judged by
     half: bool = True  # projections travel in bfloat16, else in the vector's format
 

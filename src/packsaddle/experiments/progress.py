@@ -40,13 +40,18 @@ def live(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
             task = bar.add_task(escape(label), total=total, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
-        tenths = 0
+        tenths, last, begin = 0, "", time.monotonic()
 
         def report(step: int, text: str) -> None:
-            nonlocal tenths
+            nonlocal tenths, last
             if step * 10 // total > tenths:
                 tenths = step * 10 // total
-                console.print(f"{label}: {tenths * 10:3d}%  {text}", highlight=False, soft_wrap=True, markup=False)
+                left = (time.monotonic() - begin) / step * (total - step)
+                said = [text] * (text != last) + [_left(left)] * (step < total)  # what was measured is said once
+                console.print(
+                    f"{label}: {tenths * 10:3d}%  {'  '.join(said)}", highlight=False, soft_wrap=True, markup=False
+                )
+                last = text
 
         yield report
 

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Ledger
-from packsaddle.compressors import Compressor, Identity
+from packsaddle.compressors import Compressor, Identity, describe
 from packsaddle.errors import is_below
 from packsaddle.numerics.finite import first_bad, is_finite, is_usable, spoil
 from packsaddle.optim.allocation import Allocation
@@ -265,6 +265,10 @@ class GradientHook:
         self._bad: list[Tensor] = []  # what `GradientSlice.exchange` has returned
         self._bad_name = ""  # the first parameter of which this worker's vector was not finite
         self._complete = False
+
+    def __repr__(self) -> str:  # without waiting for what is under way
+        compressor, workers = describe(self._rules.at(self._steps)), self.channel.group.size
+        return f"{type(self).__name__}({compressor}, scope={self._rules.scope}, {workers=}, steps={self._steps})"
 
     @property
     def ledger(self) -> Ledger:

@@ -27,7 +27,7 @@ from packsaddle.comm.communicator import Communicator, check_agreement, ring_all
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import warn_of_nothing
-from packsaddle.compressors import Compressor, Identity, TopK
+from packsaddle.compressors import Compressor, Identity, TopK, describe
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim.background import Background
@@ -174,6 +174,14 @@ class LocalUpdates:
             self.optimizer.register_step_post_hook(outside(self._after_step))
         else:
             self._count_attempts_of(scaler)
+
+    def __repr__(self) -> str:
+        compressor = describe(self._compression.at(self.rounds))
+        outer = type(self.outer).__name__ if self.outer else "mean"
+        return (
+            f"LocalUpdates({type(self.optimizer).__name__}, every={self.every}, {compressor}, outer={outer}, fragments="
+            f"{len(self._fragments)}, workers={self._channel.group.size}, steps={self.steps}, rounds={self.rounds})"
+        )
 
     def _cut(self, fragments: int, device: torch.device) -> list[Fragment]:
         """Cut the parameters in fragments by their order; replicated DTensors are compressed apart from sharded ones.

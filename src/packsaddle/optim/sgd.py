@@ -20,7 +20,7 @@ from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
-from packsaddle.compressors import Compressor, RandomK
+from packsaddle.compressors import Compressor, RandomK, describe
 from packsaddle.numerics.finite import unnoticed
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
@@ -148,6 +148,14 @@ class CompressedSGD(Optimizer):
             self.channel.broadcast(self._flat.x, "start")
         self._escape = EscapeCheck(escape, self._flat, self.channel, self.seed) if escape else None
         self._publish_state()
+
+    def __repr__(self) -> str:
+        of, workers = f"{self.compressed_numel:,} of {self.numel:,} coordinates", self.channel.group.size
+        rates = ", ".join(f"{lr:g}" for lr in self._each("lr"))
+        return (
+            f"CompressedSGD(lr={rates}, {describe(self.compressor)} on {of}, exchange={self.choice.name}, "
+            f"workers={workers}, steps={self._step})"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse groups after construction: the flat vector, its error memory and its anchor are fixed by then."""
