@@ -2,14 +2,16 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from packsaddle.cli.console import print_runs
+from packsaddle.cli.report import report
 from packsaddle.cli.run import remarks
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, MissingExtraError
 from packsaddle.experiments.report import write_report
 from packsaddle.experiments.report.curves import curve
 from packsaddle.experiments.report.page import charts_of
@@ -178,3 +180,16 @@ def test_the_end_of_a_run_tells_of_a_loss_that_stands_still(
     assert [said.startswith("noise: noise.std = 0.003 would") for said in first] == [True] * (noise is not None)
     falling = make_run(tmp_path / "b", "b", LINES)
     assert remarks(read_runs([falling])[0]) == []
+
+
+def test_the_table_needs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
+    run = make_run(tmp_path / "a", "a", [line(i / 10, 0.5) for i in range(1, 4)])
+    with pytest.raises(
+        MissingExtraError, match=r"the report's page needs matplotlib: pip install 'packsaddle\[plot\]'"
+    ):
+        report((run,))
+    assert "final loss" in capsys.readouterr().out
+    assert not (run / "report").exists()
