@@ -47,7 +47,7 @@ def budgets(axes: Any, rows: list[Row], title: str, workers: str) -> None:
         )
     for name, style in STYLE.items():
         curve(axes, select(rows, contender=name, workers=workers), label=name, **style)
-    axes.set(xscale="log", yscale="log", ylim=(1e-3, 1.3))
+    axes.set(xscale="log", yscale="log", xlim=(0.004, 0.13), ylim=(1e-3, 1.3))
     axes.set_title(title, fontsize=8)
 
 
@@ -91,13 +91,13 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.set_title(f"{vector}, one vector", fontsize=8)
     for row in grid:
         row[0].set_ylabel("energy of the mean kept")
-    grid[0, 0].legend(fontsize=6)
+    grid[1, 0].legend(fontsize=6)
     grid[3, 1].legend(fontsize=6)
     figure.savefig(path, dpi=80)
     second, pair = plt.subplots(1, 2, figsize=(13, 4), layout="constrained")
     for axes, family in zip(pair, ("SketchTopK", "SharedTopK"), strict=True):
         settings(axes, rows, family)
-    pair[0].legend(fontsize=6)
+    pair[1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     second.savefig(path.with_name("settings.png"), dpi=80)
 
 

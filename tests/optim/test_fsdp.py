@@ -19,6 +19,7 @@ from packsaddle import (
     LowRank,
     NonFiniteError,
     RandomK,
+    SharedTopK,
     TopK,
     attach,
     register_fsdp_hook,
@@ -110,7 +111,13 @@ def compressed(compressor: Compressor, exchange: str) -> dict[str, Any]:
     }
 
 
-CASES = [(TopK(0.05), "direct"), (RandomK(0.1), "direct"), (QSGD(), "direct"), (TopK(0.05), "two-way")]
+CASES = [
+    (TopK(0.05), "direct"),
+    (RandomK(0.1), "direct"),
+    (SharedTopK(0.1), "direct"),
+    (QSGD(), "direct"),
+    (TopK(0.05), "two-way"),
+]
 
 
 @pytest.mark.parametrize(("compressor", "exchange"), CASES, ids=lambda c: str(c).split("(")[0])
