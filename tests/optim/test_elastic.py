@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from elastic import COMPRESSION, FakeManager, Worker
+from elastic_fakes import COMPRESSION, FakeManager, Worker
 from torch import Tensor
 
 from packsaddle import Compression, Elastic, Escape, Identity, LocalUpdates, LowRank, RandomK, TopK, simulate
@@ -361,13 +361,37 @@ def test_a_checkpoint_goes_on_bit_for_bit() -> None:
                 p.data.copy_(old)
             worker.local.load_state_dict(saved[0])
             worker.local.join()
-            worker.local.membership._since = 8 % 3  # type: ignore[union-attr]
             assert worker.local.position == position
         worker.train(7)
         return worker.everything()
 
     for mine, theirs in zip(simulate(lambda r: run(r, True), 2), simulate(lambda r: run(r, False), 2), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_checkpoint_of_what_has_been_sent_since_is_not_sent_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Others have gone on with this worker after it was saved: its memory counts as lost. If without it, it goes on."""
+    for gone_on in (True, False):
+        worker, back = Worker(), Worker()
+        worker.local.join()
+        worker.train(8)
+        saved, x, pending = worker.local.state_dict(), worker.x(), worker.local.pending()
+        norm = float(worker.local._fragments[0].feedback.memory.vector.norm())
+        others = worker.manager.save()
+        if gone_on:
+            worker.train(1)
+            others = worker.manager.save()
+        for p, old in zip(back.parameters, x.split([24, 6]), strict=True):
+            p.data.copy_(old.view(p.shape))
+        back.local.load_state_dict(saved)
+        back.manager.before_quorum = lambda back=back, others=others: back.manager.load(others)
+        back.local.join()
+        assert torch.equal(back.anchor(), worker.anchor())
+        assert back.local.lost == (pytest.approx(norm) if gone_on else 0.0)
+        if gone_on:
+            assert not back.local.pending().any()
+        else:
+            torch.testing.assert_close(back.local.pending(), pending, rtol=1e-12, atol=1e-12)
 
 
 # What is refused.

@@ -51,6 +51,7 @@ FORMAT = 1  # of what a newcomer is sent
 _PAUSE = 0.05  # seconds between two attempts at a round
 _REMEMBERED = 256  # workers
 _PAST = 64  # rounds
+_OWN = ("attempts", "included", "since", "ahead", "counted", "last_weight", "norm", "found_lost")  # of saved states
 
 Weight = Literal["steps"] | Callable[[], float]
 
@@ -191,8 +192,8 @@ class Membership:
         self.exchanged = False  # whether there was a round after the last inner step
         self.steps = 0  # inner ones; of a worker that has just come, those of the one that it has its state from
         self._attempts = self._included = 0  # at rounds; the last of them that is in the anchor
-        self._since = 0  # inner steps since then
-        self._target = self.period  # inner steps before the next round
+        self._since = self._ahead = 0  # inner steps since then; since the last round
+        self._target = self.period  # inner steps from one round to the next
         self._counted, self._last_weight = 0.0, 1.0  # of the weight: what earlier rounds have; that in the last one
         self._norm = self._found_lost = 0.0
         self._resumed = time.monotonic()  # when the last round ended
@@ -232,6 +233,7 @@ class Membership:
     def join(self) -> None:
         """Take part in a round without an update of one's own, and have the others' state after it."""
         self.round(dense=False)
+        self._ahead = self._since  # what a worker that was restored had done of its next round
         self._take_up()
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
 
@@ -239,9 +241,10 @@ class Membership:
         """Count an inner step, after which there are so many, and do what is due: leave if asked to, else a round."""
         self.steps, self.exchanged = steps, False
         self._since += 1
+        self._ahead += 1
         if self._asked:
             self._exit()
-        if self._since >= self._target:
+        if self._ahead >= self._target:
             self.round(dense=False)
 
     def round(self, *, dense: bool, patience: float | None = None) -> bool:
@@ -251,7 +254,7 @@ class Membership:
         fit the others.
         """
         arrived, until = time.monotonic(), patience or self.settings.patience
-        seconds = (arrived - self._resumed) / self._since if self._since else 0.0
+        seconds = (arrived - self._resumed) / self._ahead if self._ahead else 0.0
         while True:
             reason = ""
             try:
@@ -264,7 +267,7 @@ class Membership:
                 self._forget()
                 raise
             if taken is not None:
-                self._resumed, self.exchanged = time.monotonic(), True
+                self._resumed, self._ahead, self.exchanged = time.monotonic(), 0, True
                 return taken
             if time.monotonic() - arrived > until:
                 self._forget()
@@ -353,7 +356,7 @@ class Membership:
             steps=self._since,
             dense=int(dense),
             keeps=int(self.settings.memory is not None),
-            weight=self._weight(),
+            weight=self._weight() if self.joined else 0.0,
             idle_weight=self._last_weight if self._norm else 0.0,
             seconds=seconds,
             lost=self._found_lost,
@@ -494,7 +497,7 @@ class Membership:
                 for part in self._fragments
             ],
             "outer": None if self._outer is None else self._outer.state_dict(),
-            **self.state_dict(),
+            **self._common(),
         }
 
     @torch.no_grad()
@@ -502,18 +505,25 @@ class Membership:
         """Take the state of a worker that is ahead.
 
         What this worker has moved and not sent stays: x moves with the anchor. One that has never been in a round
-        begins at the anchor.
+        begins at the anchor, and so does one that was restored to what it has sent since.
         """
         self._check_fits(state)
-        mine_in = state["taken"].get(self.worker, 0) == self._attempts
-        had = bool(self._doubt) and mine_in
+        included = state["taken"].get(self.worker, 0)
+        had = bool(self._doubt) and included == self._attempts
         was = [(part, [s.to(x, copy=True) for s, x in zip(part.starts(), part.tensors(), strict=True)])
                for part in self._fragments]  # fmt: skip
         sent = {part for part in self._doubt if had}
         taken = self._settle_doubt(committed=had)
         if had:
             self._included = self._attempts
-        if self.joined and self.history not in (*state["past"], state["history"]):
+        stale = included != self._included
+        if stale:
+            self._found_lost += self._norm
+            _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", self.worker, self._norm)
+            for part in self._fragments:
+                part.feedback.reset()
+            self._start_count(self._weight())
+        elif self._past and self.history not in (*state["past"], state["history"]):
             self._found_lost += self._norm
             _log.warning(
                 "worker %x was in rounds that the others do not have: what it sent in them is lost", self.worker
@@ -523,7 +533,7 @@ class Membership:
             part.rounds = saved["rounds"]
             for place, view in part.named(part.anchor.flat):
                 view.copy_(saved["anchor"][place.name])
-            if (part in sent and taken) or not self.joined:
+            if (part in sent and taken) or stale or not self._past:
                 part.restart()
             else:
                 part.follow(before)
@@ -531,9 +541,9 @@ class Membership:
             self._outer.load_state_dict(state["outer"])
         if had and taken:
             self._start_count(self._weight())
-        if not self.joined:
+        if not self._past:
             self.steps = state["steps"]
-        self.load_state_dict(state)
+        self._load_shared(state)
 
     def _check_fits(self, state: Mapping[str, Any]) -> None:
         if state.get("format") != FORMAT:
@@ -547,7 +557,7 @@ class Membership:
                 except ValueError as error:
                     raise ConfigError(str(error)) from None
 
-    def state_dict(self) -> dict[str, Any]:
+    def _common(self) -> dict[str, Any]:
         """Return what all workers know of the run's rounds, plain types."""
         return {
             "run": self.run,
@@ -559,12 +569,22 @@ class Membership:
             "members": {worker: astuple(member) for worker, member in self._members.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
+    def _load_shared(self, state: Mapping[str, Any]) -> None:
         self.run, self.position, self.gone = state["run"], state["position"], state["gone"]
         self.history, self._taken = state["history"], dict(state["taken"])
         self._past = deque(state["past"], maxlen=_PAST)
         self._members = {worker: Member(*member) for worker, member in state["members"].items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what all workers know of the rounds, and what this one does of its own, plain types."""
+        return self._common() | {name: getattr(self, f"_{name}") for name in _OWN} | {"worker": self.worker}
+
+    def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
+        """Restore `state_dict`, of a worker after so many inner steps."""
+        self._load_shared(state)
+        for name in _OWN:
+            setattr(self, f"_{name}", state[name])
+        self.worker, self.steps = state["worker"], steps
 
     # Memories on disk, and those that go.
 
@@ -631,7 +651,10 @@ class Membership:
         self.settings.manager.shutdown(wait=False)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        """Take note of SIGTERM; while this worker waits for others, and has a file, leave at once."""
+        """Take note of SIGTERM; a worker that waits for others, and has a file, leaves at once. A second one kills."""
+        if self._asked:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
         self._asked = True
         if self._waiting and self.settings.memory is not None:
             self._waiting = False

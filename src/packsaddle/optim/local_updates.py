@@ -636,7 +636,7 @@ class LocalUpdates:
         self.resets = [Reset(**reset) for reset in state["resets"]]
         self._drift.found = [Drift(**drift) for drift in state["drifts"]]
         if self.membership is not None:
-            self.membership.load_state_dict(state["membership"])
+            self.membership.load_state_dict(state["membership"], self.steps)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same where a state is loaded as where it was saved."""
