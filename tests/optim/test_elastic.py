@@ -14,7 +14,7 @@ from packsaddle import Compression, Elastic, Escape, Identity, LocalUpdates, Low
 from packsaddle.comm import Group, PeerLostError, Solo, connect
 from packsaddle.comm.managed import lighthouse_place
 from packsaddle.errors import ConfigError, MissingExtraError
-from packsaddle.optim.elastic import share
+from packsaddle.optim.hello import share
 from packsaddle.optim.memory_file import MemoryFile
 
 
@@ -106,12 +106,12 @@ def test_a_worker_in_doubt_learns_from_the_others_what_came_of_its_round(committ
         assert membership is not None
         if committed:
             state["taken"] = {membership.worker: membership._attempts}
-        state["past"] = [membership.history]
+        state["past"] = [membership.roster.history]
         state["history"], state["fragments"][0]["rounds"] = 17, 1
         for anchor in state["fragments"][0]["anchor"].values():
             anchor.add_(1.0)  # what the round did to it, say
         worker.manager.load(state)
-        assert membership.history == 17
+        assert membership.roster.history == 17
 
     worker.manager.before_quorum = recover
     start = worker.anchor()
@@ -136,6 +136,22 @@ def test_a_worker_that_is_behind_takes_its_steps_along() -> None:
     assert torch.equal(worker.anchor(), other.anchor())
     torch.testing.assert_close(worker.local.pending(), pending, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(worker.x(), other.anchor() - pending, rtol=1e-12, atol=1e-12)
+
+
+def test_a_round_that_others_do_not_have_is_counted_as_lost(caplog: pytest.LogCaptureFixture) -> None:
+    """One alone committed it, and others went on from before: what it sent is lost, and what it kept is not."""
+    worker, other = Worker(), Worker()
+    for w in (worker, other):
+        w.local.join()
+        w.train(4)
+    pending = worker.local.pending()
+    sent = float((worker.moved - pending).norm())
+    worker.manager.load(other.manager.save())
+    assert torch.equal(worker.anchor(), other.anchor())
+    torch.testing.assert_close(worker.local.pending(), pending, rtol=1e-12, atol=1e-12)
+    worker.train(2)
+    assert worker.local.membership.roster.gone == pytest.approx(sent)  # type: ignore[union-attr]
+    assert "was in a round that the others do not have" in caplog.text
 
 
 def test_a_newcomer_begins_at_the_anchor_with_the_steps_and_the_position_of_the_others() -> None:
@@ -199,7 +215,7 @@ def test_a_slower_worker_does_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> No
         for _ in range(40):
             clock[0] += 3.0 if rank else 1.0
             membership._resumed, now = 0.0, clock[0]
-            monkeypatch.setattr("packsaddle.optim.elastic.time.monotonic", lambda now=now: now)
+            monkeypatch.setattr("packsaddle.optim.membership.time.monotonic", lambda now=now: now)
             worker.train(1)
             if worker.local.exchanging:
                 at.append(worker.local.steps)

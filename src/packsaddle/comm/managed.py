@@ -25,6 +25,7 @@ from packsaddle.errors import ConfigError, require
 
 LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # the environment variable, which torchft reads too
 _dist: Any = dist  # whose types lack what is used
+_AGAIN = 3.0  # seconds after which a lighthouse that does not answer is asked again
 _c10d: Any = dist.distributed_c10d
 
 
@@ -112,6 +113,7 @@ def connect(
             replica_id=name,
             hostname=here,
             checkpoint_transport=_transport(here, timeout),
+            quorum_retries=max(1, int(quorum_timeout / _AGAIN)),  # else one failure costs all of quorum_timeout
         )
     except RuntimeError as error:
         raise ConfigError(_absent(address, str(error))) from None

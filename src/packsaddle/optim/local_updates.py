@@ -34,7 +34,7 @@ from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim.background import Background
 from packsaddle.optim.compression import Compression, Schedule
-from packsaddle.optim.elastic import Elastic, Membership
+from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fragment import Flight, Fragment, Reduction
 from packsaddle.optim.inner_optimizer import (
     Shards,
@@ -47,6 +47,7 @@ from packsaddle.optim.inner_optimizer import (
     trained_parameters,
 )
 from packsaddle.optim.layout import places
+from packsaddle.optim.membership import Membership
 from packsaddle.optim.saved_state import check_identity, check_shape
 from packsaddle.optim.stages.drift import Drift, DriftGuard, fingerprint
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
@@ -316,8 +317,8 @@ class LocalUpdates:
         if not self.delay:
             self._land(part)
 
-    def _send_to_members(self, part: Fragment, dense: bool, share: float) -> None:
-        """Make a fragment's update and exchange it, for a round that is not committed yet."""
+    def _send_to_members(self, part: Fragment, dense: bool, share: float) -> float:
+        """Make a fragment's update and exchange it, for a round that is not committed yet; return ||v||^2."""
         t = part.rounds
         compressor, noise = (
             (Identity(), None) if dense else (self._compression.at(t), self._noise.at(seed=self.seed, step=t))
@@ -325,8 +326,10 @@ class LocalUpdates:
         before = [s.to(x, copy=True) for s, x in zip(part.starts(), part.tensors(), strict=True)] if not share else []
         flight = part.start(compressor, noise, self.decay, self.steps, self._agree, later=False)
         flight.share, flight.before = share, before
+        energy = float(flight.v.double().square().sum())
         part.send(flight, max(0, self.steps - 1), reduction=self.reduction, dense=self.outer is not None)
         part.name_bad(flight)
+        return energy
 
     @torch.no_grad()
     def join(self) -> None:
@@ -479,7 +482,7 @@ class LocalUpdates:
     @property
     def position(self) -> int:
         """How many inner steps the anchor has, of all workers together, those that are gone too."""
-        return self.steps * self._channel.group.size if self.membership is None else self.membership.position
+        return self.steps * self._channel.group.size if self.membership is None else self.membership.roster.position
 
     @property
     def contraction(self) -> float | None:
