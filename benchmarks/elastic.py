@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -501,85 +501,95 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
 # What it costs.
 
 
-def replaced(seed: int, method: str, disturbed: bool, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Four workers; if `disturbed`, one of them is killed every ten rounds, and another takes its place."""
-    rng = random.Random(f"{seed} {method}")
+def replaced(seed: int, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Disturbed and undisturbed crews of each method, all at once, so that they have the same share of the machine."""
     position = 4 * arguments.every * arguments.rounds
-    with lighthouse() as address:
-        first = Spec(
-            "", address, "", arguments.every, None, position, arguments.step, seed, method=method, dtype="float32"
-        )
-        crew, kills = Crew(folder, first), 0
-        for i in range(4):
-            crew.start(f"w{i}")
-        begin = time.monotonic()
-        try:
-            while crew.alive() and time.monotonic() - begin < 20 * arguments.rounds * arguments.every * arguments.step:
+    crews: dict[tuple[str, bool], Crew] = {}
+    kills: dict[tuple[str, bool], int] = {}
+    with ExitStack() as stack:
+        for method in arguments.methods:
+            for disturbed in (False, True):
+                address = stack.enter_context(lighthouse())
+                inside = folder / f"{method}-{disturbed}"
+                inside.mkdir()
+                first = Spec("", address, "", arguments.every, None, position, arguments.step, seed)
+                first = replace(first, method=method, dtype="float32")
+                crews[method, disturbed], kills[method, disturbed] = Crew(inside, first), 0
+        stack.callback(lambda: [crew.end() for crew in crews.values()])
+        for crew in crews.values():
+            for i in range(4):
+                crew.start(f"w{i}")
+        rng, begin = random.Random(seed), time.monotonic()
+        left = set(crews)
+        while left and time.monotonic() - begin < 10 * arguments.rounds * arguments.every * arguments.step:
+            for key in sorted(left):
+                crew = crews[key]
                 if any(line["event"] == "loss" for lines in crew.read() for line in lines):
-                    _until(lambda: not crew.alive(), 10)
-                    break
-                if disturbed and crew.newest("round") >= 10 * (kills + 1):
+                    left.discard(key)
+                elif key[1] and crew.newest("round") >= 10 * (kills[key] + 1):
                     victim = f"w{rng.randrange(4)}"
                     crew.signal(victim, signal.SIGKILL)
                     crew.processes[victim].join()
                     crew.start(victim)
-                    kills += 1
-                time.sleep(0.05)
-        finally:
-            crew.end()
-    lines = [line for lines in crew.read() for line in lines]
-    losses = [line["loss"] for line in lines if line["event"] == "loss"]
+                    kills[key] += 1
+            time.sleep(0.1)
+        time.sleep(3 * arguments.step)
+    found: dict[str, Any] = {method: {} for method in arguments.methods}
+    for (method, disturbed), crew in crews.items():
+        told = {"kills": kills[method, disturbed], **speed(crew, position)}
+        found[method]["killed" if disturbed else "alone"] = told
+    return found
+
+
+def speed(crew: Crew, position: int) -> dict[str, Any]:
+    """How fast a crew came to a position, from the first round that all were in, and with what loss."""
+    logs = crew.read()
+    lines = [line for found in logs for line in found]
     rounds = sorted((line["t"], line["position"]) for line in lines if line["event"] == "round")
-    start = next((t, p) for t, p in rounds if p >= 4 * arguments.every)
+    start = next(((t, p) for t, p in rounds if p >= 4 * crew.first.every), rounds[0])
     end = next(((t, p) for t, p in rounds if p >= position), rounds[-1])
-    errors = [line["error"] for line in lines if line["event"] == "error"]
-    lost = max((line["lost"] for line in lines if line["event"] == "loss"), default=0.0)
+    losses = [line["loss"] for line in lines if line["event"] == "loss"]
     return {
-        "kills": kills,
         "rate": (end[1] - start[1]) / (end[0] - start[0]),
         "loss": statistics.mean(losses) if losses else None,
         "position": end[1],
-        "lost": lost,
-        "errors": errors,
+        "lost": max((line["lost"] for line in lines if line["event"] == "loss"), default=0.0),
+        "errors": [line["error"] for line in lines if line["event"] == "error"],
     }
 
 
-def slow(seed: int, case: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Four workers, the last of which is slow but in the case "none"; what the others do in a second."""
-    weight = "steps" if case == "weights" else None
-    with lighthouse() as address:
-        first = Spec(
-            "",
-            address,
-            "",
-            arguments.every,
-            arguments.rounds,
-            None,
-            arguments.step,
-            seed,
-            dtype="float32",
-            weight=weight,
-        )
-        crew = Crew(folder, first)
-        for i in range(4):
-            crew.start(f"w{i}", slow=3.0 if i == 3 and case != "none" else 1.0)
-        try:
-            _until(lambda: not crew.alive(), 20 * arguments.rounds * arguments.every * arguments.step)
-        finally:
-            crew.end()
-    logs = crew.read()
-    rounds = [[line for line in lines if line["event"] == "round"] for lines in logs]
-    rates = []
-    for lines in rounds[:3]:
-        first_line, last = lines[2], lines[-2]  # the second round is the first with a pace; the last is the flush
-        rates.append((last["steps"] - first_line["steps"]) / (last["t"] - first_line["t"]))
-    return {
-        "rate": statistics.mean(rates),
-        "loss": statistics.mean(line["loss"] for lines in logs for line in lines if line["event"] == "loss"),
-        "slow_in": sum(line["workers"] == 4 for line in rounds[0]) / len(rounds[0]),
-        "slow_steps": rounds[3][-1]["steps"] if rounds[3] else 0,
-        "errors": [line["error"] for lines in logs for line in lines if line["event"] == "error"],
-    }
+def slow(seed: int, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Crews of four whose last worker is slow but in "none", all at once; what the other three do in a second."""
+    crews: dict[str, Crew] = {}
+    with ExitStack() as stack:
+        for case in ("none", "weights", "alike"):
+            address, inside = stack.enter_context(lighthouse()), folder / case
+            inside.mkdir()
+            first = Spec("", address, "", arguments.every, arguments.rounds, None, arguments.step, seed)
+            first = replace(first, weight="steps" if case == "weights" else None, dtype="float32")
+            crews[case] = Crew(inside, first)
+        stack.callback(lambda: [crew.end() for crew in crews.values()])
+        for case, crew in crews.items():
+            for i in range(4):
+                crew.start(f"w{i}", slow=3.0 if i == 3 and case != "none" else 1.0)
+        longest = 10 * arguments.rounds * arguments.every * arguments.step
+        _until(lambda: not any(crew.alive() for crew in crews.values()), longest)
+    found = {}
+    for case, crew in crews.items():
+        logs = crew.read()
+        rounds = [[line for line in lines if line["event"] == "round"] for lines in logs]
+        rates = []
+        for lines in rounds[:3]:
+            first_line, last = lines[2], lines[-2]  # before them paces are not known; the last is the flush
+            rates.append((last["steps"] - first_line["steps"]) / (last["t"] - first_line["t"]))
+        found[case] = {
+            "rate": statistics.mean(rates),
+            "loss": statistics.mean(line["loss"] for lines in logs for line in lines if line["event"] == "loss"),
+            "slow_in": sum(line["workers"] == 4 for line in rounds[0]) / len(rounds[0]),
+            "slow_steps": rounds[3][-1]["steps"] if rounds[3] else 0,
+            "errors": [line["error"] for lines in logs for line in lines if line["event"] == "error"],
+        }
+    return found
 
 
 def cut(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -647,16 +657,13 @@ def plan(arguments: argparse.Namespace) -> list[tuple[Key, Callable[[Path], dict
         ]
     if arguments.case == "replaced":
         return [
-            (("replaced", s, m, d), lambda folder, s=s, m=m, d=d: replaced(s, m, d, folder, arguments))  # type: ignore[misc]
+            (("replaced", s), lambda folder, s=s: replaced(s, folder, arguments))  # type: ignore[misc]
             for s in arguments.seeds
-            for m in arguments.methods
-            for d in (False, True)
         ]
     if arguments.case == "slow":
         return [
-            (("slow", s, c), lambda folder, s=s, c=c: slow(s, c, folder, arguments))  # type: ignore[misc]
+            (("slow", s), lambda folder, s=s: slow(s, folder, arguments))  # type: ignore[misc]
             for s in arguments.seeds
-            for c in ("none", "weights", "alike")
         ]
     return [(("cut",), lambda folder: cut(arguments, folder))]
 
@@ -678,17 +685,15 @@ def summary(found: dict[Key, dict[str, Any]]) -> bool:
         print(f"  {sum(f['rounds'] for f in trials)} rounds, {sum(f['accounted'] for f in trials)} accounted for")
         good &= not bad
     for method in ("packsaddle", "diloco"):
-        seeds = [key[1] for key in found if key[0] == "replaced" and key[2] == method and key[3]]
-        pairs = [(found["replaced", s, method, False], found["replaced", s, method, True]) for s in seeds]
+        pairs = [f[method] for key, f in found.items() if key[0] == "replaced" and method in f]
         if pairs:
-            goodput = [f["rate"] / base["rate"] for base, f in pairs]
-            loss = [f["loss"] / base["loss"] - 1 for base, f in pairs if f["loss"] and base["loss"]]
+            goodput = [f["killed"]["rate"] / f["alone"]["rate"] for f in pairs]
+            loss = [f["killed"]["loss"] / f["alone"]["loss"] - 1 for f in pairs]
             print(f"replaced, {method}: goodput {_spread(goodput)}, loss beside undisturbed {_spread(loss)}")
             good &= method != "packsaddle" or (min(goodput) >= 0.85 and max(loss) <= 0.02)
     for case in ("weights", "alike"):
-        seeds = [key[1] for key in found if key[0] == "slow" and key[2] == case and ("slow", key[1], "none") in found]
-        if seeds:
-            cost = [1 - found["slow", s, case]["rate"] / found["slow", s, "none"]["rate"] for s in seeds]
+        cost = [1 - f[case]["rate"] / f["none"]["rate"] for key, f in found.items() if key[0] == "slow"]
+        if cost:
             print(f"slow, {case}: costs the others {_spread(cost)}")
             good &= case != "weights" or max(cost) <= 0.1
     if ("cut",) in found:
@@ -719,9 +724,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 3, 4, 5, 6])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=["packsaddle", "diloco"])
-    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--step", type=float, default=0.1)
+    parser.add_argument("--step", type=float, default=0.2)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle", "torchft", "torchft.local_sgd"])
