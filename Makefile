@@ -22,10 +22,11 @@ quick: .venv/.installed
 	$(BIN)/mypy
 	$(BIN)/pytest -q -n auto --dist loadgroup -m "not process and not slow"
 
-# With the real Lightning, transformers, accelerate and trackers, which `make test` does without (700 MB, some minutes).
+# With the real Lightning, transformers, accelerate, torchft and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,track]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,track,torchft]'
 	$(BIN)/pytest -q tests/integrations/test_frameworks.py tests/experiments/test_trackers.py
+	$(BIN)/pytest -q tests/optim/test_elastic_workers.py tests/comm/test_network_faults.py
 
 lint: .venv/.installed
 	$(BIN)/ruff check --fix .

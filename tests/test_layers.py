@@ -14,7 +14,7 @@ ALLOWED: dict[str, set[str]] = {
     "comm": {"numerics", "compressors"},
     "checkpoint": {"numerics", "comm"},
     "curvature": {"numerics", "comm"},
-    "optim": {"numerics", "compressors", "comm"},
+    "optim": {"numerics", "compressors", "comm", "checkpoint"},
     "theory": {"numerics", "compressors", "comm", "optim"},
     "integrations": {"numerics", "compressors", "comm", "optim", "checkpoint", "curvature"},
     "experiments": {"numerics", "compressors", "comm", "optim", "checkpoint", "curvature", "theory", "integrations"},

@@ -26,6 +26,7 @@ from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
 from packsaddle.numerics.sketches import NormSketch
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
+from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fsdp import register_fsdp_hook
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.sgd import CompressedSGD
@@ -49,6 +50,7 @@ __all__ = [
     "Compressor",
     "Drift",
     "DriftError",
+    "Elastic",
     "Escape",
     "GradientNoise",
     "Identity",

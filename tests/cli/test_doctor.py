@@ -300,3 +300,25 @@ def test_a_torch_without_gloo_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(doctor, "backends", lambda: {"gloo": False, "nccl": True})
     assert found(doctor.built_with(), "gloo").verdict == "problem"
     assert found(doctor.built_with(), "nccl").verdict == "ok"
+
+
+def test_whether_workers_can_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without torchft, without a lighthouse that is named, with one that is not there, and with one that answers."""
+    monkeypatch.delenv("TORCHFT_LIGHTHOUSE", raising=False)
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    (fact,) = doctor.elastic()
+    assert (fact.verdict, fact.advice) == ("note", "pip install 'packsaddle[torchft]'")
+    monkeypatch.setattr(doctor, "_version", lambda package: "0.2.0")
+    monkeypatch.setitem(sys.modules, "torchft", SimpleNamespace())
+    (fact,) = doctor.elastic()
+    assert (fact.value, fact.verdict) == ("torchft 0.2.0, and no lighthouse is named", "note")
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        monkeypatch.setenv("TORCHFT_LIGHTHOUSE", f"http://localhost:{listener.getsockname()[1]}")
+        (fact,) = doctor.elastic()
+        assert fact.value.startswith("fails: no lighthouse at http://localhost:")
+        assert fact.verdict == "warning"
+        listener.listen()
+        (fact,) = doctor.elastic()
+        assert fact.value.endswith("is reached from 127.0.0.1")
+        assert fact.verdict == "ok"

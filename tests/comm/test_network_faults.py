@@ -1,5 +1,6 @@
 """Between hosts, with a cable pulled: training goes on, or ends and says why; benchmarks/network_faults.py has more."""
 
+import importlib.util
 import json
 import runpy
 import subprocess
@@ -41,3 +42,17 @@ def test_a_pulled_cable(tmp_path: Path) -> None:
     stays, gone = (worker["lost"] for worker in cut["workers"])
     assert "rank 0 of 2 lost the others in a collective: no answer from rank 1: died, hangs, or is cut off (or" in stays
     assert "it reaches neither the others nor their meeting place" in gone
+
+
+@pytest.mark.usefixtures("hosts_here")
+@pytest.mark.skipif(importlib.util.find_spec("torchft") is None, reason="torchft is not installed")
+def test_a_pulled_cable_among_workers_that_come_and_go(tmp_path: Path) -> None:
+    """Rounds go on without the one behind it; when it is back, it is in them again, and has lost nothing."""
+    script = SCRIPT.with_name("elastic.py")
+    command = [sys.executable, str(script), "cut", "--out", str(tmp_path / "cut")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "cut").read_text())
+    assert found["wrong"] == []
+    assert found["rounds_during"] > 0
+    assert found["rounds_of_all"] > 0

@@ -4,6 +4,7 @@ Its facts include the machine's network interfaces and which of them gloo would 
 report is None.
 """
 
+import importlib
 import importlib.util
 import ipaddress
 import json as json_format
@@ -31,6 +32,8 @@ import packsaddle
 from packsaddle.cli.console import is_first, print_table
 from packsaddle.comm.group import backends
 from packsaddle.comm.launch import launch, process_group, under_launcher
+from packsaddle.comm.managed import LIGHTHOUSE, lighthouse_place, reach
+from packsaddle.messages import one_line
 from packsaddle.numerics import kernels
 
 _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
@@ -150,10 +153,12 @@ _PURPOSES = {
     "docs": "building the documentation as a site",
     "lightning": "packsaddle.integrations.lightning",
     "hf": "packsaddle.integrations.huggingface",
+    "torchft": "LocalUpdates(..., manager=): workers that come and go",
     "track": "run --track",
 }
 _OURS = ("dev", "docs")  # extras for working on packsaddle
 _VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
+_VARIABLES |= {"TORCHFT_LIGHTHOUSE", "TORCHFT_TIMEOUT_SEC", "TORCHFT_QUORUM_TIMEOUT_SEC"}
 _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES", "TORCH_DISTRIBUTED_DEBUG"}
 
 
@@ -171,6 +176,7 @@ class Fact:
 def examine(*, try_processes: bool = True) -> list[Fact]:
     """Return what is found; `try_processes` starts two workers that exchange something (under torchrun, its own do)."""
     facts = [*versions(), *machine(), *devices(), *loops(), *extras(), *network(), *variables(), *built_with()]
+    facts += elastic()
     return [*facts, all_reduce()] if try_processes else facts
 
 
@@ -262,6 +268,30 @@ def built_with() -> Iterator[Fact]:
         yield Fact("exchange", "nccl", f"available, {used}")
     else:
         yield Fact("exchange", "nccl", "not in this torch: workers on GPUs would exchange by gloo", "note")
+
+
+_REACH = 3.0  # seconds to reach a lighthouse
+
+
+def elastic() -> Iterator[Fact]:
+    """Whether workers may come and go here: torchft, and the lighthouse that the environment names."""
+    if _version("torchft") is None:
+        advice = "pip install 'packsaddle[torchft]'"
+        yield Fact("exchange", "elastic", "workers cannot come and go: there is no torchft", "note", advice)
+        return
+    try:
+        importlib.import_module("torchft")
+        place = lighthouse_place()
+        if place is None:
+            advice = f"export {LIGHTHOUSE}=http://HOST:29510, where torchft_lighthouse runs"
+            value = f"torchft {_version('torchft')}, and no lighthouse is named"
+            yield Fact("exchange", "elastic", value, "note", advice)
+            return
+        here = reach(*place, _REACH)
+    except Exception as error:  # whatever stops it is what was asked for
+        yield Fact("exchange", "elastic", f"fails: {one_line(str(error))}", "warning")
+        return
+    yield Fact("exchange", "elastic", f"the lighthouse at {place[0]}:{place[1]} is reached from {here}")
 
 
 def loops() -> Iterator[Fact]:

@@ -2,9 +2,9 @@
 
 Read `group` first (four collectives, and which group `resolve` finds), then `communicator` (the same with bytes
 counted in a `ledger`) and `aggregators` (one class for each way to average messages, chosen by `select_aggregator`).
-`simulation` runs W workers in one process, `machines` has one of each machine's processes send for all; `cost_model`
-predicts bytes. torch.distributed is imported here, and
-otherwise only in `optim.ddp` and by the benchmarks' peers.
+`simulation` runs W workers in one process, `machines` has one of each machine's processes send for all, and the workers
+of a `managed` group come and go; `cost_model` predicts bytes. torch.distributed is imported here, and otherwise only in
+`optim.ddp` and by the benchmarks' peers.
 """
 
 from packsaddle.comm.aggregators import Aggregator
@@ -15,6 +15,7 @@ from packsaddle.comm.group import Group, Solo, resolve
 from packsaddle.comm.launch import process_group
 from packsaddle.comm.ledger import Bytes, Ledger, Span
 from packsaddle.comm.machines import MachineGroup, machine_group
+from packsaddle.comm.managed import ManagedGroup, connect
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import simulate
 
@@ -28,6 +29,7 @@ __all__ = [
     "Group",
     "Ledger",
     "MachineGroup",
+    "ManagedGroup",
     "PeerLostError",
     "RingAllGather",
     "RingAllReduce",
@@ -36,6 +38,7 @@ __all__ = [
     "TerminatedError",
     "WorkerFailedError",
     "choose",
+    "connect",
     "machine_group",
     "process_group",
     "resolve",

@@ -179,12 +179,16 @@ def check_agreement(channel: Communicator, arguments: Mapping[str, object], devi
     """Raise ValueError on every worker, naming the first argument that differs and the workers; collective."""
     if channel.group.size == 1:
         return
-    arguments = {"packsaddle": sys.modules["packsaddle"].__version__, **arguments}
-    text = "\n".join(f"{name}={value!r}" for name, value in arguments.items())
-    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # where an object lies is each process's own matter
-    texts = [t.split("\n") for t in channel.gather_text(text, device, "start")]
+    texts = [t.split("\n") for t in channel.gather_text(as_text(arguments), device, "start")]
     for lines in zip_longest(*texts, fillvalue="nothing more"):
         for worker, line in enumerate(lines):
             if line != lines[0]:
                 ours, theirs = f"worker 0 has {lines[0]}", f"worker {worker} has {line}"
                 raise ValueError(f"workers must be given the same arguments, but {ours} and {theirs}")
+
+
+def as_text(arguments: Mapping[str, object]) -> str:
+    """Return arguments as lines of text that are the same on workers which have the same."""
+    arguments = {"packsaddle": sys.modules["packsaddle"].__version__, **arguments}
+    text = "\n".join(f"{name}={value!r}" for name, value in arguments.items())
+    return re.sub(r" at 0x[0-9a-f]+", "", text)  # where an object lies is each process's own matter

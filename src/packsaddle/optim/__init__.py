@@ -1,12 +1,12 @@
 """Training with compressed gradients and error feedback: an optimizer, hooks, local updates.
 
 Read `sgd` first: `CompressedSGD.step` is Algorithm 1, with its line numbers. Then `error_feedback`, the round that the
-optimizer and the hooks share: v = e + u is made, exchanged and absorbed, and the step is taken or forgotten as a
-whole. `compression` is what all of them are told of compressing and exchanging. `memory` has the kinds of e,
-`gradient` those of u (momentum, STORM), `layout` how parameters make one vector, or slices of it. `hook` is error
-feedback on slices of a backward pass, and `ddp` and `fsdp` bring it to torch's wrappers. `local_updates` exchanges
-what any optimizer has moved, `fragment` by fragment. What may be added to a step (noise, guards, drift, the escape
-check) is in `stages`.
+optimizer and the hooks share: v = e + u is made, exchanged and absorbed, and the step is taken or forgotten as a whole.
+`compression` is what all of them are told of compressing and exchanging. `memory` has the kinds of e, `gradient` those
+of u (momentum, STORM), `layout` how parameters make one vector, or slices of it. `hook` is error feedback on slices of
+a backward pass, and `ddp` and `fsdp` bring it to torch's wrappers. `local_updates` exchanges what any optimizer has
+moved, `fragment` by fragment, and `membership` has the rounds of workers that come and go. What may be added to a step
+(noise, guards, drift, the escape check) is in `stages`.
 """
 
 from importlib import import_module
@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from packsaddle.optim.compression import Compression, Schedule
     from packsaddle.optim.ddp import DDPHook, attach, keep_gradients_local, register_ddp_hook
+    from packsaddle.optim.elastic import Elastic
     from packsaddle.optim.fsdp import FSDPHook, register_fsdp_hook
     from packsaddle.optim.local_updates import LocalUpdates
+    from packsaddle.optim.membership import Membership
     from packsaddle.optim.sgd import CompressedSGD
     from packsaddle.optim.stages.drift import Drift, DriftError, fingerprint
     from packsaddle.optim.stages.escape import Escape, Reset
@@ -29,9 +31,11 @@ __all__ = [
     "DDPHook",
     "Drift",
     "DriftError",
+    "Elastic",
     "Escape",
     "FSDPHook",
     "LocalUpdates",
+    "Membership",
     "NonFiniteError",
     "Ramp",
     "Reset",
@@ -46,8 +50,10 @@ __all__ = [
 _FILES = {
     "compression": "Compression Schedule",
     "ddp": "DDPHook attach keep_gradients_local register_ddp_hook",
+    "elastic": "Elastic",
     "fsdp": "FSDPHook register_fsdp_hook",
     "local_updates": "LocalUpdates",
+    "membership": "Membership",
     "sgd": "CompressedSGD",
     "stages.drift": "Drift DriftError fingerprint",
     "stages.escape": "Escape Reset",

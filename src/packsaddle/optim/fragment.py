@@ -6,7 +6,7 @@ next steps, and lands.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,7 @@ class Flight:
     names: list[str] = field(default_factory=list)  # by worker, of what could not be used
     taken: bool | None = None  # whether all take it, once known
     promise: Promise | None = None  # of the exchange, where it is carried out in the background
+    share: float = 1.0  # what v was multiplied by where it was sent; 0: this worker only listens, and keeps its update
 
 
 @dataclass(frozen=True)
@@ -166,25 +167,32 @@ class Fragment(Slice):
         return self.flight
 
     def send(self, flight: Flight, step: int, *, reduction: Reduction, dense: bool) -> None:
-        """Exchange C(v) and absorb what it leaves; collective, and perhaps in another thread.
+        """Exchange C(share v) and absorb what it leaves; collective, and perhaps in another thread.
 
         `dense` has the mean made as a vector, which "senders" needs anyway.
         """
         r, channel = flight.round, self.feedback.channel
         assert r is not None
         channel.step = step
-        g, (share,) = r.exchange(flight.v, [flight.bad.reshape(1).to(flight.v)])
+        v = flight.v if flight.share == 1.0 else flight.v * flight.share
+        g, (share,) = r.exchange(v, [flight.bad.reshape(1).to(v)])
         flight.verdict = torch.stack([share[0].double(), g.magnitude()])
-        r.absorb(g)
+        if flight.share not in (0.0, 1.0):
+            g = replace(g, own=tuple(replace(term, weight=term.weight / flight.share) for term in g.own))
+        if flight.share:
+            r.absorb(g)
         self.monitor.measure(r.step, flight.v)
         flight.averaged = g
         if dense or reduction == "senders":
             flight.mean = self._mean(g, reduction)
-        if flight.v.device.type == "cpu" and share[0] > 0:
-            self._exchange_names(flight)
+        if flight.v.device.type == "cpu":
+            self.name_bad(flight)
 
-    def _exchange_names(self, flight: Flight) -> None:
-        flight.names = self.feedback.channel.gather_text(flight.name, flight.v.device, "guard")
+    def name_bad(self, flight: Flight) -> None:
+        """Learn whose v was of no use, if anyone's was and it is not known yet; collective."""
+        assert flight.verdict is not None
+        if flight.verdict[0] > 0 and not flight.names:
+            flight.names = self.feedback.channel.gather_text(flight.name, flight.v.device, "guard")
 
     def _mean(self, g: Averaged, reduction: Reduction) -> Tensor:
         """The mean over workers, float[n]; with "senders" a coordinate's mean over those that sent it."""
@@ -209,12 +217,21 @@ class Fragment(Slice):
             assert flight.round is not None
             share, magnitude = flight.verdict.tolist()
             flight.taken = share == 0 and magnitude < float("inf")
-            if share > 0 and not flight.names:
-                self._exchange_names(flight)
-            flight.round.settle(taken=flight.taken)
-            self.monitor.settle(flight.round.step, taken=flight.taken)
-            flight.round = None
+            self.name_bad(flight)
+            self._settle(flight, taken=flight.taken and flight.share > 0)
         return flight.taken
+
+    def _settle(self, flight: Flight, *, taken: bool) -> None:
+        assert flight.round is not None
+        flight.round.settle(taken=taken)
+        self.monitor.settle(flight.round.step, taken=taken)
+        flight.round = None
+
+    def forget(self) -> None:
+        """Be as before the exchange that was begun, if there is one that has not been taken."""
+        flight, self.flight = self.flight, None
+        if flight is not None and flight.round is not None:
+            self._settle(flight, taken=False)
 
     def land(self, outer: Optimizer | None, blend: float | None) -> Flight:
         """Move the anchor by what came of the exchange, and x with it. Returns the flight, which has ended.
@@ -256,6 +273,10 @@ class Fragment(Slice):
                 x.copy_((x.to(start.dtype) - s).add_(start))
             else:
                 x.copy_(torch.lerp(start, x.to(start.dtype), blend))
+
+    def follow(self, before: Sequence[Tensor]) -> None:
+        """Have x as far from where it begins as it was from `before`, where it began earlier."""
+        self._move(before, None)
 
     def restart(self) -> None:
         """Have x where it begins after an exchange."""

@@ -23,15 +23,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.communicator import Communicator, check_agreement, ring_all_reduce
+from packsaddle.comm.aggregators import AllGather, AllReduce
+from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_of_nothing
 from packsaddle.compressors import Compressor, Identity, TopK, describe
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim.background import Background
 from packsaddle.optim.compression import Compression, Schedule
+from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fragment import Flight, Fragment, Reduction
 from packsaddle.optim.inner_optimizer import (
     Shards,
@@ -44,6 +47,7 @@ from packsaddle.optim.inner_optimizer import (
     trained_parameters,
 )
 from packsaddle.optim.layout import places
+from packsaddle.optim.membership import Membership
 from packsaddle.optim.saved_state import check_identity, check_shape
 from packsaddle.optim.stages.drift import Drift, DriftGuard, fingerprint
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
@@ -91,13 +95,16 @@ class LocalUpdates:
         scaler: the GradScaler that steps the optimizer, so that a step which it leaves out on one worker is counted
             there too.
         process_group: the workers that exchange; None is the default group if there is one, else this process alone.
+        manager: a torchft Manager, or an `Elastic` with more about it: workers come and go, and a round is committed by
+            those that are there. No delay, escape, "senders" or DTensors; exchanges that average messages directly.
 
     A round in which a worker's x is not finite is left out by all: that worker goes back to the anchor, and forgets
     the inner optimizer's state of tensors of which it is not finite; the others keep what they have moved for the next
     round. It is entered in `skips`.
 
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
-    step, on every worker. Raises ValueError or TypeError for bad arguments, also if workers differ in them, and
+    step, on every worker. With a manager it is not: the first step, or `join`, waits for the others, and gives a worker
+    that comes later their anchor. Raises ValueError or TypeError for bad arguments, also if workers differ in them, and
     RuntimeError at the first step if gradients are equal on all workers, since then they have been exchanged.
     """
 
@@ -120,6 +127,7 @@ class LocalUpdates:
         seed: int = 0,
         scaler: torch.amp.GradScaler | None = None,
         process_group: Any = None,
+        manager: Any = None,
     ) -> None:
         self.optimizer = innermost(optimizer)
         if hasattr(self.optimizer, "channel"):
@@ -138,7 +146,8 @@ class LocalUpdates:
         self.resets: list[Reset] = []
 
         # Workers, and where exchanges are carried out: beside the steps if they may take a while and can.
-        group = resolve(process_group)
+        elastic = None if manager is None else Elastic.of(manager)
+        group = resolve(process_group) if elastic is None else _managed(elastic, process_group)
         home = local_part(next(iter(self._parameters.values()))).device
         device = torch.device("cpu") if offload else home
         beside = group.beside(device) if delay and group.size > 1 else None
@@ -148,7 +157,7 @@ class LocalUpdates:
 
         # x, the same on all workers; its fragments.
         with torch.no_grad():
-            for p in self._parameters.values():
+            for p in self._parameters.values() if elastic is None else ():
                 self._channel.broadcast(local_part(p), "start")
             self._fragments = self._cut(fragments, device)
         d = sum(part.compressed_d for part in self._fragments)
@@ -163,9 +172,15 @@ class LocalUpdates:
             raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(self.outer).__name__}")
         self._noise = Perturbation(noise)
         self._skips = Skips(self._compression.max_skipped, self._channel.group.rank)
-        self._drift = DriftGuard(self._compression.compare_every, self._compression.on_drift, self._channel)
+        compared = self._compression.compare_every
+        self._drift = DriftGuard(0 if elastic else compared, self._compression.on_drift, self._channel)
         self._escape = self._escape_check(escape)
-        self._check_same(noise, escape, fragments)
+        same = self._same(noise, escape, fragments)
+        self.membership: Membership | None = None  # with a manager: who is there, and this worker's part
+        if elastic is None:
+            check_agreement(self._channel, same, device)
+        else:
+            self.membership = self._member(elastic, as_text(same), compared)
 
         # The optimizer's steps; nothing of this belongs in the graph of one that is compiled.
         outside: Any = torch.compiler.disable
@@ -229,7 +244,22 @@ class LocalUpdates:
         x = _Anchor(whole.anchor.flat, whole.compressed_d)
         return EscapeCheck(replace(rule, objective=objective), x, self._channel, self.seed)
 
-    def _check_same(self, noise: object, escape: object, fragments: int) -> None:
+    def _member(self, elastic: Elastic, arguments: str, compare_every: int) -> Membership:
+        _check_elastic(self, len(self._fragments))
+        return Membership(
+            elastic,
+            self._channel,
+            self._fragments,
+            self.outer,
+            every=self.every,
+            compare_every=compare_every,
+            arguments=arguments,
+            send=self._send_to_members,
+            land=self._land,
+        )
+
+    def _same(self, noise: object, escape: object, fragments: int) -> dict[str, object]:
+        """What must be the same on all workers."""
         same: dict[str, object] = {"every": self.every, "compressor": self._compression, "decay": self.decay}
         same |= {"fragments": fragments, "delay": self.delay, "blend": self.blend, "noise": noise, "escape": escape}
         same |= {
@@ -241,7 +271,7 @@ class LocalUpdates:
         same |= {
             f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(self._parameters.items())
         }
-        check_agreement(self._channel, same, self._fragments[0].anchor.flat.device)
+        return same
 
     def _count_attempts_of(self, scaler: torch.amp.GradScaler) -> None:
         """Count what a GradScaler is asked to do, so that workers stay in step when one of them leaves a step out."""
@@ -259,10 +289,14 @@ class LocalUpdates:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Before the first step weights may have been loaded."""
-        if self.steps == 0:
+        """Before the first step weights may have been loaded; a worker that comes then has no gradient at its x."""
+        if self.steps == 0 and (self.membership is None or not self.membership.joined):
             for part in self._fragments:
                 part.meet()
+        if self.membership is not None and not self.membership.joined:
+            self.join()
+            for p in self._parameters.values():
+                p.grad = None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._attempted()
@@ -271,6 +305,9 @@ class LocalUpdates:
     def _attempted(self) -> None:
         """Count an inner step, taken or left out by a scaler, and do what is due after it."""
         self.steps += 1
+        if self.membership is not None:
+            self.membership.stepped(self.steps)
+            return
         if self.steps == 1:
             self._check_start()
         for part in self._fragments:
@@ -287,6 +324,47 @@ class LocalUpdates:
         self._depart(part, compressor, noise, due)
         if not self.delay:
             self._land(part)
+
+    def _send_to_members(self, part: Fragment, dense: bool, share: float) -> float:
+        """Make a fragment's update and exchange it, for a round that is not committed yet; return ||v||^2."""
+        t = part.rounds
+        compressor, noise = (
+            (Identity(), None) if dense else (self._compression.at(t), self._noise.at(seed=self.seed, step=t))
+        )
+        before = [s.to(x, copy=True) for s, x in zip(part.starts(), part.tensors(), strict=True)] if not share else []
+        flight = part.start(compressor, noise, self.decay, self.steps, self._agree, later=False)
+        flight.share, flight.before = share, before
+        energy = float(flight.v.double().square().sum())
+        part.send(flight, max(0, self.steps - 1), reduction=self.reduction, dense=self.outer is not None)
+        part.name_bad(flight)
+        return energy
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Wait for the other workers' next round, and have their anchor after it; with a manager, before training.
+
+        The first step does it otherwise, and its gradient, which was taken elsewhere, is dropped. A worker that was
+        here before goes on with the memory in its file.
+        """
+        if self.membership is None:
+            raise RuntimeError("join is for workers that come and go: LocalUpdates(..., manager=)")
+        if self.membership.joined:
+            return
+        if self.steps == 0:
+            for part in self._fragments:
+                part.meet()
+        self.membership.join()
+        self.steps = max(self.steps, self.membership.steps)
+
+    def leave(self) -> None:
+        """Hand this worker's memory over and take no part any more; with a manager, before the process ends early.
+
+        It goes to the file that `Elastic` names, or with one more round, uncompressed.
+        """
+        if self.membership is None:
+            raise RuntimeError("leave is for workers that come and go: LocalUpdates(..., manager=)")
+        with torch.no_grad():
+            self.membership.leave()
 
     def _depart(self, part: Fragment, compressor: Compressor, noise: Any, due: int) -> None:
         later = due > self.steps
@@ -405,6 +483,16 @@ class LocalUpdates:
         return self._drift.found
 
     @property
+    def lost(self) -> float:
+        """The sum of the norms of error memories that nobody has any more; with a manager, else 0."""
+        return 0.0 if self.membership is None else self.membership.lost
+
+    @property
+    def position(self) -> int:
+        """How many inner steps the anchor has, of all workers together, those that are gone too."""
+        return self.steps * self._channel.group.size if self.membership is None else self.membership.roster.position
+
+    @property
     def contraction(self) -> float | None:
         """The share of its energy that this worker's v kept when last measured (see `Compression.monitor_every`)."""
         found = [part.monitor.whole for part in self._fragments if part.monitor.whole is not None]
@@ -418,6 +506,8 @@ class LocalUpdates:
     @property
     def exchanging(self) -> bool:
         """Whether an exchange began after the last inner step; the same on all workers."""
+        if self.membership is not None:
+            return self.membership.exchanged
         return any(part.is_due(self.steps) for part in self._fragments)
 
     def forgive(self) -> None:
@@ -437,14 +527,23 @@ class LocalUpdates:
 
         That is e, what was moved since the last exchange, and what is under way: without an outer optimizer
         y = a - error() moves as in training without compression. Collective; waits for exchanges under way. d counts
-        this process's shards.
+        this process's shards. Raises RuntimeError with a manager, whose workers meet in rounds only: see `pending`.
         """
+        if self.membership is not None:
+            raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
         found: dict[str, Tensor] = {}
         self.wait()
         for part in self._fragments:
             pending = part.unapplied()
             self._beside(partial(self._channel.mean, pending, "inspection"))
             found |= {place.name: view for place, view in part.named(pending)}
+        return torch.cat([found[name].reshape(-1) for name in self._parameters])
+
+    @torch.no_grad()
+    def pending(self) -> Tensor:
+        """Return what the anchor has not received of this worker, float[d], in the optimizer's order."""
+        self.wait()
+        found = {place.name: view for part in self._fragments for place, view in part.named(part.unapplied())}
         return torch.cat([found[name].reshape(-1) for name in self._parameters])
 
     def anchor(self) -> dict[str, Tensor]:
@@ -472,8 +571,11 @@ class LocalUpdates:
         """Exchange all that is pending, uncompressed, so that all workers have the anchor and no errors; collective.
 
         For the end of training. What is under way lands first; then each fragment has a round with C(v) = v, without
-        noise. Returns whether all of it was taken.
+        noise. Returns whether all of it was taken. With a manager the round is one of all that are there, whether or
+        not they have come to their end.
         """
+        if self.membership is not None:
+            return self.membership.round(dense=True)
         taken = True
         for part in self._fragments:
             if part.flight is not None:
@@ -501,6 +603,7 @@ class LocalUpdates:
             "ledger": self.ledger.state_dict(),
             "resets": [asdict(reset) for reset in self.resets],
             "drifts": [asdict(drift) for drift in self.drifts],
+            **({} if self.membership is None else {"membership": self.membership.state_dict()}),
         }
 
     def _escape_state(self) -> dict[str, Any]:
@@ -543,18 +646,16 @@ class LocalUpdates:
         self.ledger.load_state_dict(state["ledger"])
         self.resets = [Reset(**reset) for reset in state["resets"]]
         self._drift.found = [Drift(**drift) for drift in state["drifts"]]
+        if self.membership is not None:
+            self.membership.load_state_dict(state["membership"], self.steps)
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same where a state is loaded as where it was saved."""
         group = self._channel.group
-        return {
-            "seed": self.seed,
-            "rank": group.rank,
-            "workers": group.size,
-            "every": self.every,
-            "fragments": len(self._fragments),
-            "delay": self.delay,
-        }
+        same = {"seed": self.seed, "every": self.every, "fragments": len(self._fragments), "delay": self.delay}
+        if self.membership is not None:
+            return same | {"elastic": True}
+        return same | {"rank": group.rank, "workers": group.size}
 
     trains_apart = True  # between rounds each worker has parameters and an inner optimizer's state of its own
 
@@ -607,6 +708,32 @@ class _Anchor:
 
     def __init__(self, x: Tensor, compressed_d: int) -> None:
         self.x, self.compressed_d = x, compressed_d
+
+
+def _managed(elastic: Elastic, process_group: Any) -> ManagedGroup:
+    """The group of a Manager's workers."""
+    if process_group is not None and not isinstance(process_group, ManagedGroup):
+        raise ValueError("process_group is the manager's own where there is a manager: leave it out")
+    return process_group or ManagedGroup(elastic.manager)
+
+
+def _check_elastic(local: LocalUpdates, fragments: int) -> None:
+    """Raise ValueError for what does not go with workers that come and go."""
+    if local.delay:
+        raise ValueError(f"delay must be 0 with a manager, whose rounds end before the next step, got {local.delay}")
+    if local._escape is not None:
+        raise ValueError("escape must be None with a manager: its checks are of workers that are all there")
+    if local.reduction != "mean":
+        raise ValueError(f'reduction must be "mean" with a manager, got {local.reduction!r}')
+    if any(hasattr(p, "device_mesh") for p in local._parameters.values()):
+        raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
+    for part in local._fragments:
+        if not isinstance(part.feedback.aggregator, AllReduce | AllGather):
+            name = type(part.feedback.aggregator).__name__
+            raise ValueError(
+                f"compressor and exchange must average messages directly with a manager (TopK, RandomK, QSGD, Sign, "
+                f"Identity, LinearSketch, not what {name} needs): others keep state that fits one set of workers"
+            )
 
 
 def _check_compression(compression: Compression) -> None:

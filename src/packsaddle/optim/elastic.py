@@ -1,0 +1,53 @@
+"""What a worker of local updates is told of a run whose workers come and go; `membership` has its rounds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+Weight = Literal["steps"] | Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """How a worker takes part in a run whose workers come and go.
+
+    A Manager alone stands for `Elastic(manager)` wherever one is taken.
+
+    Args:
+        manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`).
+        memory: a file of this worker's own in which its error memory waits while it is away; one that is there when it
+            joins is taken up. It is written after every round, and on leaving.
+        weight: of a worker in the mean. None: all that have moved count alike; "steps": its inner steps since its last
+            round; or a function that returns what it has trained on in all so far, tokens say, of which the growth
+            counts. With a weight a slower worker does fewer inner steps before a round, to come when the fastest does.
+        patience: seconds in which a round must come about, or PeerLostError is raised.
+        leave_on_sigterm: on SIGTERM hand over the memory and end the process, by SystemExit out of the inner step or
+            out of waiting for the others. Without a file the memory goes with one more round, uncompressed.
+        grace: seconds that leaving may take.
+    """
+
+    manager: Any
+    memory: str | Path | None = None
+    weight: Weight | None = None
+    patience: float = 3600.0
+    leave_on_sigterm: bool = True
+    grace: float = 25.0
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.manager, "start_quorum"):
+            raise TypeError(f"manager must be a torchft Manager, got {type(self.manager).__name__}")
+        if getattr(self.manager, "_use_async_quorum", False):
+            raise ValueError("manager must have use_async_quorum=False: state must not change between two rounds")
+        if not (self.weight is None or self.weight == "steps" or callable(self.weight)):
+            raise ValueError(f'weight must be None, "steps" or a function, got {self.weight!r}')
+        if self.memory is not None:
+            object.__setattr__(self, "memory", Path(self.memory))
+        for name in ("patience", "grace"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)!r}")
+
+    @classmethod
+    def of(cls, given: Any) -> "Elastic":
+        """Return what was given, a Manager with everything else at its default."""
+        return given if isinstance(given, Elastic) else cls(given)

@@ -1,0 +1,558 @@
+"""Local updates of workers that come and go: the rounds that a torchft Manager commits, and who is in them.
+
+A round of local updates is a transaction of `error_feedback` anyway. Here it is tried by those that are in torchft's
+quorum, and the vote decides:
+
+    quorum     who is there; a worker that is behind gets the state of one that is not (`_recover`)
+    hello      who they are, and whether they agree: one all-gather of some numbers
+    exchange   C(share v) of the fragment whose turn it is, averaged; share = W w_i / sum_j w_j, 1 without weights
+    confirm    an all-gather, which ends on one worker only if all have what was exchanged
+    vote       Manager.should_commit: all is taken, or all is as before and tried again with whoever is left
+
+A worker whose confirmation fails does not know whether another has committed the round. It keeps what it tried until
+the next quorum: if others are ahead, their state says which of this worker's attempts is in the anchor, and what was
+tried is taken or forgotten accordingly. So nothing is applied twice, and nothing is dropped.
+
+A worker's first round is one in which it only listens (w_i = 0), as is any of one that has not moved.
+"""
+
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.failures import PeerLostError
+from packsaddle.comm.managed import ManagedGroup
+from packsaddle.errors import ConfigError
+from packsaddle.numerics.seeds import mix
+from packsaddle.optim.elastic import Elastic
+from packsaddle.optim.fragment import Fragment
+from packsaddle.optim.hello import Hello, most, share
+from packsaddle.optim.memory_file import MemoryFile, set_aside
+from packsaddle.optim.roster import Roster
+from packsaddle.optim.saved_state import check_shape
+from packsaddle.optim.stages.drift import fingerprint
+
+_log = logging.getLogger("packsaddle")
+FORMAT = 1  # of what a newcomer is sent
+_PAUSE = 0.05  # seconds between two attempts at a round
+_OWN = [
+    "attempts",
+    "included",
+    "since",
+    "ahead",
+    "counted",
+    "last_weight",
+    "norm",
+    "sent",
+    "found_lost",
+]  # what a saved state has
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A round that has been exchanged, and waits for the vote."""
+
+    hellos: Sequence[Hello]  # by rank
+    weights: Sequence[float]  # by rank
+    norms: Sequence[float]  # by rank, of the memories afterwards
+    parts: Sequence[Fragment]  # with their flights
+
+
+class RoundFailedError(RuntimeError):
+    """A round could not be tried to its end, and is tried again."""
+
+
+class _LeavingError(Exception):
+    """SIGTERM came while this worker waited for others."""
+
+
+class Membership:
+    """This worker's part in the rounds of a Manager.
+
+    `send(part, dense, share)` makes a fragment's flight, exchanges it, and returns ||v||^2; `land(part)` ends one that
+    was committed. Both are `LocalUpdates`'s. `arguments` is the text of all that workers must have been given alike.
+    """
+
+    def __init__(
+        self,
+        settings: Elastic,
+        channel: Communicator,
+        fragments: Sequence[Fragment],
+        outer: Optimizer | None,
+        *,
+        every: int,
+        compare_every: int,
+        arguments: str,
+        send: Callable[[Fragment, bool, float], float],
+        land: Callable[[Fragment], bool],
+    ) -> None:
+        assert isinstance(channel.group, ManagedGroup)
+        self.settings, self._channel, self._group = settings, channel, channel.group
+        self._fragments, self._outer, self._send, self._land = fragments, outer, send, land
+        self._arguments = mix(*arguments.encode()) >> 1
+        self._compare_every = compare_every
+        self._path = None if settings.memory is None else Path(settings.memory)
+        self._device = fragments[0].anchor.flat.device
+        self.period = max(1, every // len(fragments))  # inner steps of the fastest worker between two rounds
+
+        # Of this worker.
+        self.worker = _new_name()
+        self.joined = False
+        self.exchanged = False  # whether there was a round after the last inner step
+        self.steps = 0  # inner ones; of a worker that has just come, those of the one that it has its state from
+        self._attempts = self._included = 0  # at rounds; the last of them that is in the anchor
+        self._since = self._ahead = 0  # inner steps since then; since the last round
+        self._target = self.period  # inner steps from one round to the next
+        self._counted, self._last_weight = 0.0, 1.0  # of the weight: what earlier rounds have; that in the last one
+        self._norm = self._sent = self._found_lost = 0.0  # norms: of its memory; of what it sent in its last round
+        self._resumed = time.monotonic()  # when the last round ended
+        self._energy = 0.0  # of what it has tried to send: ||v||^2
+        self._doubt: Sequence[Fragment] = ()  # whose flights may have been committed by others
+        self._asked = self._waiting = self._leaving = False  # to leave, by SIGTERM; for others; on the way out
+
+        self.roster = Roster()  # the same on all workers, after a round
+        settings.manager.register_state_dict_fn("packsaddle", self._recover, self._shared)
+        if settings.leave_on_sigterm and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._hear)
+
+    @property
+    def workers(self) -> int:
+        """How many were in the last round."""
+        return sum(member.here for member in self.roster.members.values())
+
+    @property
+    def lost(self) -> float:
+        """The sum of the norms of memories that nobody has any more."""
+        return self.roster.gone + self.roster.absent(keeps=False)
+
+    @property
+    def waiting(self) -> float:
+        """The sum of the norms of memories that wait in files of absent workers."""
+        return self.roster.absent(keeps=True)
+
+    # Rounds.
+
+    def join(self) -> None:
+        """Take part in a round without an update of one's own, and have the others' state after it."""
+        self.round(dense=False)
+        self._ahead = self._since  # what a worker that was restored had done of its next round
+        self._take_up()
+        _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
+
+    def stepped(self, steps: int) -> None:
+        """Count an inner step, after which there are so many, and do what is due: leave if asked to, else a round."""
+        self.steps, self.exchanged = steps, False
+        self._since += 1
+        self._ahead += 1
+        if self._asked:
+            self._exit()
+        if self._ahead >= self._target:
+            self.round(dense=False)
+
+    def round(self, *, dense: bool, patience: float | None = None) -> bool:
+        """Try a round until it is committed; whether all of it was taken. `dense`: all that is pending is sent.
+
+        Raises PeerLostError if it does not come about in `patience` seconds, and ConfigError if this worker does not
+        fit the others.
+        """
+        arrived, until = time.monotonic(), patience or self.settings.patience
+        seconds = (arrived - self._resumed) / self._ahead if self._ahead else 0.0
+        while True:
+            reason = ""
+            try:
+                taken = self._once(dense, seconds)
+            except _LeavingError:
+                self._exit()
+            except RoundFailedError as error:
+                taken, reason = None, str(error)
+            except BaseException:
+                self._forget()
+                raise
+            if taken is not None:
+                self._resumed, self._ahead, self.exchanged = time.monotonic(), 0, True
+                return taken
+            if time.monotonic() - arrived > until:
+                self._forget()
+                why = f": {' '.join(reason.split())[:200]}" if reason else ""
+                raise PeerLostError(f"no round has come about in {until:g} s{why}")
+            if self._asked and not self._leaving:
+                self._exit()
+            time.sleep(_PAUSE)
+
+    def _once(self, dense: bool, seconds: float) -> bool | None:
+        """Try a round; whether it was taken, None if it was not committed."""
+        self._quorum()
+        self._settle_doubt(committed=False)  # others that are ahead have said otherwise in `_recover`
+        manager = self.settings.manager
+        attempt, reason = None, ""
+        if manager.errored() is None:
+            try:
+                attempt = self._try(dense, seconds)
+            except (ConfigError, _LeavingError):
+                self._break()
+                raise
+            except (RuntimeError, AssertionError) as error:  # of torch's backends, and of groups that are not there
+                reason = str(error)
+                manager.report_error(error)
+                self._break()
+        if not manager.should_commit():
+            if not self._doubt:
+                self._forget()
+            if attempt is None:
+                raise RoundFailedError(reason or str(manager.errored()))
+            return None
+        assert attempt is not None
+        return self._commit(attempt)
+
+    def _quorum(self) -> None:
+        """Wait for others; a worker that is behind has the others' state afterwards."""
+        manager = self.settings.manager
+        self._waiting = True
+        try:
+            if self._asked and self._path is not None:
+                raise _LeavingError
+            manager.start_quorum(timeout=timedelta(seconds=self.settings.grace) if self._leaving else None)
+        except (ConfigError, _LeavingError):
+            raise
+        except Exception as error:  # torchft's own are of several types
+            # torchft 0.2.0 would raise it again at every later quorum.
+            manager._quorum_future = None
+            raise RoundFailedError(str(error)) from error
+        finally:
+            self._waiting = False
+
+    def _break(self) -> None:
+        """Let the others know at once: what they wait for in a collective will not come."""
+        with suppress(RuntimeError):
+            self._group.abort()
+
+    def _try(self, dense: bool, seconds: float) -> Attempt:
+        """Exchange a round with those that are there."""
+        self._group.renew()
+        self._channel.step = max(0, self.steps - 1)
+        self._attempts += 1
+        mine = self._hello(dense, seconds)
+        hellos = self._greet(mine)
+        self._check(hellos, mine)
+        dense = any(hello.dense for hello in hellos)
+        weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
+        parts = list(self._fragments) if dense else [self._fragments[self._rounds % len(self._fragments)]]
+        if not any(weights):
+            parts = []
+        self._energy = sum(self._send(part, dense, share(weights, self._group.rank)) for part in parts)
+        norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
+        self._doubt = parts
+        confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
+        return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
+
+    def _hello(self, dense: bool, seconds: float) -> Hello:
+        compared = self._compare_every > 0 and self._rounds % self._compare_every == 0
+        return Hello(
+            worker=self.worker,
+            arguments=self._arguments,
+            history=self.roster.history,
+            anchor=self._fingerprint() if compared else 0,
+            run=self.roster.run,
+            attempt=self._attempts,
+            steps=self._since,
+            dense=int(dense),
+            keeps=int(self._path is not None),
+            weight=self._weight() if self.joined else 0.0,
+            idle_weight=self._last_weight if self._norm else 0.0,
+            seconds=seconds,
+            lost=self._found_lost,
+        )
+
+    def _greet(self, mine: Hello) -> list[Hello]:
+        gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
+        return [Hello.unpacked(parts["hello"]) for parts in gathered]
+
+    def _weight(self) -> float:
+        if not self._since:
+            return 0.0
+        weight = self.settings.weight
+        if weight is None:
+            return 1.0
+        found = float(self._since) if weight == "steps" else float(weight()) - self._counted
+        if not (math.isfinite(found) and found >= 0):
+            raise ConfigError(f"weight must return a total that is finite and does not fall, got {found:+g} more")
+        return found
+
+    def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
+        """See that workers have the same arguments and anchors: what most have, else what the first has."""
+        if mine.arguments != (usual := most([h.arguments for h in hellos])):
+            raise ConfigError(
+                "workers must be given the same arguments and parameters, and this one differs from the others in "
+                "every, compressor, outer, decay, fragments, noise, seed, kernels, or the parameters' names and shapes"
+            )
+        if any(h.arguments != usual for h in hellos):
+            raise RoundFailedError("a worker was given other arguments")
+        where = [(h.history, h.anchor) for h in hellos]
+        if len(set(where)) == 1:
+            return
+        if not self.roster.past:
+            raise ConfigError("workers must begin at the same parameters: a Manager with init_sync=True sees to it")
+        if (mine.history, mine.anchor) != most(where):
+            _log.warning("worker %x has an anchor of its own, and takes that of the others", self.worker)
+            self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # so it is behind
+        raise RoundFailedError("workers have different anchors")
+
+    def _norm_after(self) -> float:
+        """Return the norm of this worker's memory if the round is committed."""
+        squares = 0.0
+        for part in self._fragments:
+            flight = part.flight
+            e = flight.v if flight is not None and flight.share else part.feedback.memory.vector
+            squares += _energy(e)
+        return math.sqrt(squares)
+
+    def _commit(self, attempt: Attempt) -> bool:
+        """Take a round that has been voted for."""
+        taken = self._settle_doubt(committed=True)
+        self._tell(attempt)
+        self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
+        mine, weight = attempt.hellos[self._group.rank], attempt.weights[self._group.rank]
+        self._found_lost -= mine.lost
+        kept = sum(_energy(part.feedback.memory.vector) for part in attempt.parts)
+        self._norm = attempt.norms[self._group.rank]
+        self.joined = True
+        if weight:
+            self._included, self._sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
+            if taken:
+                self._start_count(mine.weight)
+        self._set_pace(attempt.hellos, mine)
+        landed = [self._land(part) for part in attempt.parts]
+        self._save()
+        return all(landed)
+
+    def _start_count(self, weight: float) -> None:
+        self._since, self._counted, self._last_weight = 0, self._counted + weight, weight or self._last_weight
+
+    def _tell(self, attempt: Attempt) -> None:
+        """Say on one of the workers who is not here any more, and what becomes of its memory."""
+        for worker, member in self.roster.missed(attempt.hellos).items():
+            if self._group.rank == 0 and member.norm:
+                fate = "waits in its file" if member.keeps else "is lost"
+                _log.warning(
+                    "worker %x is gone after %d rounds: its error memory, of norm %.3g, %s",
+                    *(worker, self._rounds, member.norm, fate),
+                )
+
+    def _set_pace(self, hellos: Sequence[Hello], mine: Hello) -> None:
+        """Have a slower worker do fewer steps before the next round, so that the others need not wait for it."""
+        if self.settings.weight is None or not mine.seconds:
+            return
+        fastest = min(h.seconds for h in hellos if h.seconds)
+        self._target = max(1, min(self.period, round(self.period * fastest / mine.seconds)))
+
+    def _settle_doubt(self, *, committed: bool) -> bool:
+        """Take what was tried, or forget it; whether it was taken by all."""
+        parts, self._doubt = self._doubt, ()
+        if not committed:
+            for part in parts:
+                part.forget()
+            return False
+        flights = [(part, part.flight) for part in parts if part.flight is not None]
+        taken = [part.finish(flight) for part, flight in flights]  # each of them
+        return all(taken)
+
+    def _forget(self) -> None:
+        """Be as before the round that was tried."""
+        self._doubt = ()
+        for part in self._fragments:
+            part.forget()
+
+    @property
+    def _rounds(self) -> int:
+        return sum(part.rounds for part in self._fragments)
+
+    def _fingerprint(self) -> int:
+        return int(torch.stack([fingerprint(part.anchor.flat) for part in self._fragments]).sum())
+
+    # Those that come.
+
+    def _shared(self) -> dict[str, Any]:
+        """Return what is the same on all workers, tensors and plain types, for one that is behind."""
+        return {
+            "format": FORMAT,
+            "steps": self.steps,
+            "fragments": [
+                {"rounds": part.rounds, "anchor": {place.name: v.clone() for place, v in part.named(part.anchor.flat)}}
+                for part in self._fragments
+            ],
+            "outer": None if self._outer is None else self._outer.state_dict(),
+            **self.roster.state_dict(),
+        }
+
+    @torch.no_grad()
+    def _recover(self, state: Mapping[str, Any]) -> None:
+        """Take the state of a worker that is ahead.
+
+        What this worker has moved and not sent stays: x moves with the anchor. One that has never been in a round
+        begins at the anchor, and so does one that was restored to what it has sent since.
+        """
+        self._waiting = False  # SIGTERM waits until this is done
+        self._check_fits(state)
+        included = state["taken"].get(self.worker, 0)
+        had = bool(self._doubt) and included == self._attempts
+        was = [(part, [s.to(x, copy=True) for s, x in zip(part.starts(), part.tensors(), strict=True)])
+               for part in self._fragments]  # fmt: skip
+        sent = {part for part in self._doubt if had}
+        taken = self._settle_doubt(committed=had)
+        if had:
+            self._included = self._attempts
+        stale = included > self._included
+        if stale:
+            self._found_lost += self._norm
+            _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", self.worker, self._norm)
+            for part in self._fragments:
+                part.feedback.reset()
+            self._start_count(self._weight())
+        elif self.roster.past and self.roster.history not in (*state["past"], state["history"]):
+            self._found_lost += self._sent
+            _log.warning(
+                "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
+                *(self.worker, self._sent),
+            )
+        for (part, before), saved in zip(was, state["fragments"], strict=True):
+            part.flight = None
+            part.rounds = saved["rounds"]
+            for place, view in part.named(part.anchor.flat):
+                view.copy_(saved["anchor"][place.name])
+            if (part in sent and taken) or stale or not self.roster.past:
+                part.restart()
+            else:
+                part.follow(before)
+        if self._outer is not None:
+            self._outer.load_state_dict(state["outer"])
+        if had and taken:
+            self._start_count(self._weight())
+        if not self.roster.past:
+            self.steps = state["steps"]
+        self.roster.load_state_dict(state)
+
+    def _check_fits(self, state: Mapping[str, Any]) -> None:
+        if state.get("format") != FORMAT:
+            raise ConfigError(f"the others' state has format {state.get('format')!r}, and this one reads {FORMAT}")
+        if len(state["fragments"]) != len(self._fragments) or (state["outer"] is None) != (self._outer is None):
+            raise ConfigError("workers must be given the same fragments and outer, and the others' state differs")
+        for part, saved in zip(self._fragments, state["fragments"], strict=True):
+            for place in part.places:
+                try:
+                    check_shape(f"the others' {place.name}", saved["anchor"].get(place.name), place.parameter.shape)
+                except ValueError as error:
+                    raise ConfigError(str(error)) from None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what all workers know of the rounds, and what this one does of its own, plain types."""
+        return self.roster.state_dict() | {name: getattr(self, f"_{name}") for name in _OWN} | {"worker": self.worker}
+
+    def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
+        """Restore `state_dict`, of a worker after so many inner steps."""
+        self.roster.load_state_dict(state)
+        for name in _OWN:
+            setattr(self, f"_{name}", state[name])
+        self.worker, self.steps = state["worker"], steps
+
+    # Memories on disk, and those that go.
+
+    def _take_up(self) -> None:
+        """Go on with the memory that waits in this worker's file, if it has not been sent since it was written."""
+        path = self._path
+        if path is None or not path.exists():
+            return
+        shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
+        try:
+            found = MemoryFile.read(path, shapes)
+        except ConfigError as error:
+            _log.warning("%s; it is set aside as %s", error, set_aside(path))
+            return
+        if found.run != self.roster.run or self.roster.taken.get(found.worker, 0) != found.attempt:
+            why = "of another run" if found.run != self.roster.run else "older than what its worker has sent since"
+            norm = math.sqrt(sum(map(_energy, found.pending.values())))
+            self._found_lost += norm if found.run == self.roster.run else 0.0
+            _log.warning(
+                "the memory in %s, of norm %.3g, is %s; it is set aside as %s", path, norm, why, set_aside(path)
+            )
+            return
+        self.worker, self._attempts, self._included = found.worker, found.attempt, found.attempt
+        for part in self._fragments:
+            for place, view in part.named(part.feedback.memory.vector):
+                view.copy_(found.pending[place.name])
+            part.restart()
+        self._norm = self._norm_after()
+        _log.info("worker %x goes on with its memory in %s, of norm %.3g", self.worker, path, self._norm)
+
+    def pending(self) -> dict[str, Tensor]:
+        """Return what this worker has moved and not sent, by parameter."""
+        return {place.name: view for part in self._fragments for place, view in part.named(part.unapplied())}
+
+    def _save(self) -> None:
+        path = self._path
+        if path is None or not self._has_run():
+            return
+        try:
+            MemoryFile(self.roster.run, self.worker, self._included, self.pending()).write(path)
+        except OSError as error:
+            _log.warning("the memory cannot be written to %s: %s", path, error.strerror)
+
+    def _has_run(self) -> bool:
+        """Whether there is anything to keep: a worker that has only listened has nothing, and may find a file yet."""
+        return self._included > 0 or self._since > 0
+
+    def leave(self) -> None:
+        """Hand the memory over, to the file or with one more round, and end this worker's part.
+
+        Within `grace` seconds if others come to a round by then; else it is lost, which is said.
+        """
+        self._leaving = True
+        if self._path is not None:
+            self._forget()
+            self._save()
+        elif self.joined and self._has_run():
+            try:
+                self.round(dense=True, patience=self.settings.grace)
+            except (PeerLostError, ConfigError) as error:
+                _log.warning(
+                    "worker %x leaves without handing its memory over, of norm %.3g: %s", self.worker, self._norm, error
+                )
+        self.settings.manager.shutdown(wait=False)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        """Take note of SIGTERM; a worker that waits for others, and has a file, leaves at once. A second one kills."""
+        if self._asked:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self._asked = True
+        if self._waiting and self._path is not None:
+            self._waiting = False
+            raise _LeavingError
+
+    def _exit(self) -> None:
+        """Leave, and end the process."""
+        self.leave()
+        sys.exit(0)
+
+
+def _new_name() -> int:
+    return int.from_bytes(os.urandom(8), "little") >> 1
+
+
+def _energy(vector: Tensor) -> float:
+    return float(vector.double().square().sum())

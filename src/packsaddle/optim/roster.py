@@ -1,0 +1,94 @@
+"""What all workers know of a run whose workers come and go: its rounds, who was in them, what became of memories.
+
+It changes when a round is committed, by what workers said in it, so it is the same on all that were in the round; a
+newcomer gets it with the anchor.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from packsaddle.numerics.seeds import mix
+from packsaddle.optim.hello import Hello
+
+_log = logging.getLogger("packsaddle")
+_REMEMBERED = 256  # workers
+_PAST = 64  # rounds
+
+
+@dataclass(frozen=True)
+class Member:
+    """What is remembered of a worker."""
+
+    norm: float  # of its memory after the last round that it was in
+    keeps: bool  # has a file for it
+    here: bool  # was in the last round
+
+
+class Roster:
+    """The run's name, its rounds as one hash, how many inner steps are in the anchor, and its workers."""
+
+    def __init__(self) -> None:
+        self.run = 0  # 0: none has been committed
+        self.position = 0  # inner steps
+        self.gone = 0.0  # the sum of the norms of memories that nobody has
+        self.history = 0
+        self.past: deque[int] = deque(maxlen=_PAST)  # histories
+        self.taken: dict[int, int] = {}  # by worker: its last attempt at a round that is in the anchor
+        self.members: dict[int, Member] = {}  # in the order of when they were here last
+
+    def knows(self, history: int) -> bool:
+        """Whether a history is one of the last of this run's."""
+        return history == self.history or history in self.past
+
+    def absent(self, *, keeps: bool) -> float:
+        """Return the sum of the norms of absent workers' memories, of those that have a file, or of the others."""
+        return sum(m.norm for m in self.members.values() if not m.here and m.keeps == keeps)
+
+    def commit(self, hellos: Sequence[Hello], weights: Sequence[float], norms: Sequence[float], *, taken: bool) -> None:
+        """Enter a round, by rank; `taken`: it moved the anchor."""
+        names = {hello.worker for hello in hellos}
+        self.run = self.run or next((h.run for h in hellos if h.run), 0) or mix(*sorted(names)) >> 1
+        for hello, weight in zip(hellos, weights, strict=True):
+            if weight:
+                self.taken[hello.worker] = hello.attempt
+                self.position += hello.steps if taken else 0
+            self.gone += hello.lost
+        self.history = mix(self.history, *(word for h in hellos for word in (h.worker, h.attempt))) >> 1
+        self.past.append(self.history)
+        for worker, member in self.members.items():
+            if worker not in names:
+                self.members[worker] = Member(member.norm, member.keeps, False)
+        for hello, norm in zip(hellos, norms, strict=True):
+            self.members.pop(hello.worker, None)
+            self.members[hello.worker] = Member(norm, bool(hello.keeps), True)
+        while len(self.members) > max(_REMEMBERED, len(names)):
+            oldest = next(iter(self.members))
+            self.gone += self.members.pop(oldest).norm
+            self.taken.pop(oldest, None)
+
+    def missed(self, hellos: Sequence[Hello]) -> dict[int, Member]:
+        """Return who was in the last round and is not in this one, by name."""
+        names = {hello.worker for hello in hellos}
+        return {worker: m for worker, m in self.members.items() if m.here and worker not in names}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return it as plain types."""
+        return {
+            "run": self.run,
+            "position": self.position,
+            "gone": self.gone,
+            "history": self.history,
+            "past": list(self.past),
+            "taken": dict(self.taken),
+            "members": {worker: astuple(member) for worker, member in self.members.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        self.run, self.position, self.gone = state["run"], state["position"], state["gone"]
+        self.history, self.taken = state["history"], dict(state["taken"])
+        self.past = deque(state["past"], maxlen=_PAST)
+        self.members = {worker: Member(*member) for worker, member in state["members"].items()}

@@ -1,0 +1,505 @@
+"""Workers that come and go, without torchft: failed rounds, weights, memories on disk, and what is refused."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from elastic_fakes import COMPRESSION, FakeManager, Worker
+from torch import Tensor
+
+from packsaddle import Compression, Elastic, Escape, Identity, LocalUpdates, LowRank, RandomK, TopK, simulate
+from packsaddle.comm import Group, PeerLostError, Solo, connect
+from packsaddle.comm.managed import lighthouse_place
+from packsaddle.errors import ConfigError, MissingExtraError
+from packsaddle.optim.hello import share
+from packsaddle.optim.memory_file import MemoryFile
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.05)
+
+
+def nesterov(anchors: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(anchors, lr=0.7, momentum=0.9, nesterov=True)
+
+
+def result(worker: Worker, steps: int = 30) -> list[Tensor]:
+    if worker.local.membership is not None:
+        worker.local.join()
+    worker.train(steps)
+    return worker.everything()
+
+
+CASES: list[dict[str, Any]] = [
+    {"inner": adamw, "outer": nesterov},
+    {"inner": adamw, "compressor": Compression(TopK(0.2, values="int8"), dense_below=10), "keep_unsent": False},
+    {"compressor": Compression(RandomK(0.3), dense_below=0), "noise": 0.01, "decay": 0.9},
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_undisturbed_it_is_local_updates_bit_for_bit(case: dict[str, Any]) -> None:
+    here = simulate(lambda rank: result(Worker(_group(), **case)), 3)
+    static = simulate(lambda rank: result(Worker(_group(), elastic=False, **case)), 3)
+    for mine, theirs in zip(here, static, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def _group() -> Group:
+    from packsaddle.comm import resolve
+
+    return resolve(None)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("fault", ["vote", "hello", "exchange", "confirm"])
+def test_a_failed_round_leaves_all_as_it_was_and_is_tried_again(case: dict[str, Any], fault: str) -> None:
+    """At the second attempt that sends something; in the end nothing tells that there was a failure."""
+
+    def run(rank: int) -> tuple[list[Tensor], int]:
+        worker = Worker(_group(), **case)
+        worker.local.join()
+        worker.train(5)
+        group, manager = worker.local._channel.group, worker.manager
+        before: list[list[Tensor]] = []
+
+        def look() -> None:
+            before.append(worker.everything())
+
+        calls = group.calls - 2  # of one attempt, the join's two left out
+        if fault == "vote":
+            manager.refused = {manager.votes}
+        else:
+            at = {"hello": 0, "exchange": 1, "confirm": calls - 1}[fault]
+            group.broken = {group.calls + at}
+        manager.before_quorum = look
+        worker.train(25)
+        for a, b in zip(before[0], before[1], strict=True):
+            assert torch.equal(a, b)
+        return worker.everything(), manager.votes
+
+    undisturbed = simulate(lambda rank: result(Worker(_group(), **case)), 2)
+    for (mine, votes), theirs in zip(simulate(run, 2), undisturbed, strict=True):
+        assert votes == 12  # a join, ten rounds, and one again
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_a_worker_in_doubt_learns_from_the_others_what_came_of_its_round(committed: bool) -> None:
+    """Its confirmation broke. If others have committed, what it sent is in their anchor, and else it sends it again."""
+    worker, other = Worker(), Worker()
+    for w in (worker, other):
+        w.local.join()
+        w.train(2)
+    state = other.manager.save()  # as before the round
+    group = worker.local._channel.group
+    group.broken = {group.calls + 4}  # after the hello, the dense part, the sizes and the messages
+
+    def recover() -> None:
+        if group.calls < max(group.broken) + 1:
+            return
+        worker.manager.before_quorum = lambda: None
+        membership = worker.local.membership
+        assert membership is not None
+        if committed:
+            state["taken"] = {membership.worker: membership._attempts}
+        state["past"] = [membership.roster.history]
+        state["history"], state["fragments"][0]["rounds"] = 17, 1
+        for anchor in state["fragments"][0]["anchor"].values():
+            anchor.add_(1.0)  # what the round did to it, say
+        worker.manager.load(state)
+        assert membership.roster.history == 17
+
+    worker.manager.before_quorum = recover
+    start = worker.anchor()
+    worker.train(1)
+    sent = start + 1.0 - worker.anchor()  # after the other's round, by the one that was tried again
+    kept = worker.local.pending()
+    if committed:  # the second attempt had nothing to send: it only listened
+        assert torch.equal(sent, torch.zeros_like(sent))
+        assert 0 < float(kept.norm()) < float(worker.moved.norm())
+    else:
+        torch.testing.assert_close(sent + kept, worker.moved, rtol=1e-12, atol=1e-12)
+
+
+def test_a_worker_that_is_behind_takes_its_steps_along() -> None:
+    worker, other = Worker(), Worker()
+    for w in (worker, other):
+        w.local.join()
+    other.train(3)
+    worker.train(2)
+    pending = worker.local.pending()
+    worker.manager.load(other.manager.save())
+    assert torch.equal(worker.anchor(), other.anchor())
+    torch.testing.assert_close(worker.local.pending(), pending, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(worker.x(), other.anchor() - pending, rtol=1e-12, atol=1e-12)
+
+
+def test_a_round_that_others_do_not_have_is_counted_as_lost(caplog: pytest.LogCaptureFixture) -> None:
+    """One alone committed it, and others went on from before: what it sent is lost, and what it kept is not."""
+    worker, other = Worker(), Worker()
+    for w in (worker, other):
+        w.local.join()
+        w.train(4)
+    pending = worker.local.pending()
+    sent = float((worker.moved - pending).norm())
+    worker.manager.load(other.manager.save())
+    assert torch.equal(worker.anchor(), other.anchor())
+    torch.testing.assert_close(worker.local.pending(), pending, rtol=1e-12, atol=1e-12)
+    worker.train(2)
+    assert worker.local.membership.roster.gone == pytest.approx(sent)  # type: ignore[union-attr]
+    assert "was in a round that the others do not have" in caplog.text
+
+
+def test_a_newcomer_begins_at_the_anchor_with_the_steps_and_the_position_of_the_others() -> None:
+    other, newcomer = Worker(outer=nesterov), Worker(outer=nesterov)
+    other.local.join()
+    other.train(7)
+    newcomer.manager.before_quorum = lambda: newcomer.manager.load(other.manager.save())
+    with torch.no_grad():
+        newcomer.parameters[0].add_(3.0)  # from another start
+    newcomer.train(1)  # whose gradient is dropped
+    assert torch.equal(newcomer.x(), other.anchor())
+    assert newcomer.local.steps == 8
+    assert newcomer.local.position == other.local.position == 6
+    states = [w.local.outer.state_dict()["state"] for w in (other, newcomer)]
+    assert all(torch.equal(states[0][i]["momentum_buffer"], states[1][i]["momentum_buffer"]) for i in (0, 1))
+
+
+@pytest.mark.parametrize("compressor", [Identity(), COMPRESSION, Compression(RandomK(0.3), dense_below=0)])
+@pytest.mark.parametrize("weight", ["steps", "function"])
+def test_weighted_by_what_workers_have_trained_on(compressor: Any, weight: str) -> None:
+    """The anchor moves by sum_i w_i (moved_i - pending_i) / sum_i w_i, as weights 3 to 1 stay what they are."""
+    tokens = [10, 30]
+
+    def run(rank: int) -> tuple[Tensor, Tensor, int]:
+        worker = Worker(_group(), compressor=compressor, settings={"weight": "steps"})
+        membership = worker.local.membership
+        assert membership is not None
+        total = [0]
+        if weight == "function":
+            membership.settings = Elastic(worker.manager, weight=lambda: float(total[0]), leave_on_sigterm=False)
+        worker.local.join()
+        start = worker.anchor()
+        for _ in range(6):
+            steps = 3 if weight == "function" or rank else 1
+            membership._target = steps
+            for _ in range(steps):
+                total[0] += tokens[rank]
+                worker.train(1)
+        sent = worker.moved - worker.local.pending()
+        return start - worker.anchor(), sent, worker.local.position
+
+    (moved, first, position), (also, second, _) = simulate(run, 2)
+    assert torch.equal(moved, also)
+    torch.testing.assert_close(moved, (first + 3 * second) / 4, rtol=1e-12, atol=1e-12)
+    assert position == (36 if weight == "function" else 24)
+
+
+def test_shares() -> None:
+    assert [share([0.1] * 7, i) for i in range(7)] == [1.0] * 7  # exactly, so that equal weights change no bit
+    assert [share([1.0, 3.0], i) for i in (0, 1)] == [0.5, 1.5]
+    assert [share([0.0, 3.0], i) for i in (0, 1)] == [0.0, 2.0]
+
+
+def test_a_slower_worker_does_fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(rank: int) -> list[int]:
+        worker = Worker(_group(), every=12, settings={"weight": "steps"})
+        worker.local.join()
+        membership, at = worker.local.membership, []
+        assert membership is not None
+        clock = [0.0]
+        for _ in range(40):
+            clock[0] += 3.0 if rank else 1.0
+            membership._resumed, now = 0.0, clock[0]
+            monkeypatch.setattr("packsaddle.optim.membership.time.monotonic", lambda now=now: now)
+            worker.train(1)
+            if worker.local.exchanging:
+                at.append(worker.local.steps)
+                clock[0] = 0.0
+            if worker.local.rounds == 3:
+                break
+        return at
+
+    assert simulate(run, 2) == [[12, 24, 36], [12, 16, 20]]
+
+
+def test_all_that_is_pending_goes_with_flush() -> None:
+    def run(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        worker = Worker(_group())
+        worker.local.join()
+        start = worker.anchor()
+        worker.train(10)
+        assert worker.local.flush()
+        assert not worker.local.pending().any()
+        assert torch.equal(worker.x(), worker.anchor())
+        return start - worker.anchor(), worker.moved, worker.x()
+
+    (moved, first, x), (_, second, y) = simulate(run, 2)
+    assert torch.equal(x, y)
+    torch.testing.assert_close(moved, (first + second) / 2, rtol=1e-12, atol=1e-12)
+
+
+def test_a_bad_update_is_left_out_by_all() -> None:
+    def run(rank: int) -> tuple[list[Any], Tensor]:
+        worker = Worker(_group())
+        worker.local.join()
+        worker.train(2)
+        if rank:
+            worker.parameters[0].data[0, 0] = float("nan")
+        worker.train(1)
+        return worker.local.skips, worker.anchor()
+
+    (skips, anchor), (same, _) = simulate(run, 2)
+    assert skips == same
+    assert skips[0].workers == (1,)
+    assert anchor.isfinite().all()
+
+
+# Memories on disk.
+
+
+def gone(path: Path, steps: int = 7) -> tuple[Worker, Any]:
+    """A worker that has left its memory in a file, and what others know."""
+    worker = Worker(settings={"memory": path})
+    worker.local.join()
+    worker.train(steps)
+    worker.local.leave()
+    return worker, worker.manager.save()
+
+
+def test_a_memory_waits_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And goes on in another process: what it had moved since the last round is in it."""
+    path = tmp_path / "memory.pt"
+    left, state = gone(path)
+    pending = left.local.pending()
+    back = Worker(settings={"memory": path})
+    back.manager.before_quorum = lambda: back.manager.load(state)
+    back.local.join()
+    assert torch.equal(back.local.pending(), pending)
+    assert back.local.membership.worker == left.local.membership.worker  # type: ignore[union-attr]
+    torch.testing.assert_close(back.x(), back.anchor() - pending, rtol=1e-12, atol=1e-12)
+    back.manager.before_quorum = lambda: None
+    back.train(3)  # after which the file is that of the new round
+    assert MemoryFile.read(path, _shapes(back)).attempt > MemoryFile.read(path, _shapes(back)).format
+    again = Worker(settings={"memory": path})
+    again.manager.before_quorum = lambda: again.manager.load(back.manager.save())
+    again.local.join()
+    assert torch.equal(again.local.pending(), back.local.pending())
+
+
+def _shapes(worker: Worker) -> dict[str, torch.Size]:
+    return {name: a.shape for name, a in worker.local.anchor().items()}
+
+
+@pytest.mark.parametrize("why", ["sent", "run", "damaged", "format", "shapes"])
+def test_a_memory_that_cannot_be_used_is_set_aside(why: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "memory.pt"
+    left, state = gone(path)
+    expected = {"sent": "older than what its worker has sent since", "run": "of another run"}
+    if why == "sent":
+        state["taken"][left.local.membership.worker] += 1  # type: ignore[union-attr]
+    elif why == "run":
+        state["run"] += 1
+    elif why == "damaged":
+        path.write_bytes(path.read_bytes()[:100])
+        expected[why] = "cannot be read"
+    else:
+        found = torch.load(path, weights_only=True)
+        found |= {"format": 2} if why == "format" else {"pending": {"w": torch.ones(1)}}
+        torch.save(found, path)
+        expected |= {"format": "has format 2", "shapes": "is of other parameters"}
+    back = Worker(settings={"memory": path})
+    back.manager.before_quorum = lambda: back.manager.load(state)
+    back.local.join()
+    assert not back.local.pending().any()
+    assert expected[why] in caplog.text
+    assert path.with_name("memory.pt.unusable").exists()
+    assert not path.exists()
+    back.manager.before_quorum = lambda: None
+    back.train(3)
+    assert (back.local.lost > 0) == (why == "sent")
+
+
+def test_what_is_lost_is_counted_and_said(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """A worker that is in no round any more, with and without a file; the file's counts as waiting."""
+    for keeps in (False, True):
+        caplog.clear()
+        settings = {"memory": tmp_path / "memory.pt"} if keeps else {}
+        left = Worker(settings=settings)
+        left.local.join()
+        left.train(6)
+        stays = Worker()
+        stays.manager.load(left.manager.save())
+        assert stays.local.lost == 0.0
+        stays.local.join()
+        membership = stays.local.membership
+        assert membership is not None
+        norm = float(left.local.pending().norm())
+        assert norm > 0
+        found = (membership.waiting, stays.local.lost) if keeps else (stays.local.lost, membership.waiting)
+        assert found == (pytest.approx(norm), 0.0)
+        assert ("waits in its file" if keeps else "is lost") in caplog.text
+
+
+def test_leaving_without_a_file_is_a_round_of_all_that_is_pending() -> None:
+    def run(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        worker = Worker(_group())
+        worker.local.join()
+        start = worker.anchor()
+        worker.train(5)
+        if rank:
+            worker.local.leave()
+        else:
+            worker.train(1)  # the next round, which the other has asked to be dense
+        return start - worker.anchor(), worker.moved, worker.local.pending()
+
+    (moved, first, rest), (_, second, none) = simulate(run, 2)
+    assert not rest.any()
+    assert not none.any()
+    torch.testing.assert_close(moved, (first + second) / 2, rtol=1e-12, atol=1e-12)
+
+
+def test_a_checkpoint_goes_on_bit_for_bit() -> None:
+    def run(rank: int, stop: bool) -> list[Tensor]:
+        worker = Worker(_group(), inner=adamw, outer=nesterov)
+        worker.local.join()
+        worker.train(8)
+        if stop:
+            saved = worker.local.state_dict(), worker.optimizer.state_dict(), [p.detach() for p in worker.parameters]
+            position = worker.local.position
+            worker = Worker(_group(), inner=adamw, outer=nesterov)
+            worker.optimizer.load_state_dict(saved[1])
+            for p, old in zip(worker.parameters, saved[2], strict=True):
+                p.data.copy_(old)
+            worker.local.load_state_dict(saved[0])
+            worker.local.join()
+            assert worker.local.position == position
+        worker.train(7)
+        return worker.everything()
+
+    for mine, theirs in zip(simulate(lambda r: run(r, True), 2), simulate(lambda r: run(r, False), 2), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_checkpoint_of_what_has_been_sent_since_is_not_sent_again(caplog: pytest.LogCaptureFixture) -> None:
+    """Others have gone on with this worker after it was saved: its memory counts as lost. If without it, it goes on."""
+    for gone_on in (True, False):
+        worker, back = Worker(), Worker()
+        worker.local.join()
+        worker.train(8)
+        saved, x, pending = worker.local.state_dict(), worker.x(), worker.local.pending()
+        norm = float(worker.local._fragments[0].feedback.memory.vector.norm())
+        others = worker.manager.save()
+        if gone_on:
+            worker.train(1)
+            others = worker.manager.save()
+        for p, old in zip(back.parameters, x.split([24, 6]), strict=True):
+            p.data.copy_(old.view(p.shape))
+        back.local.load_state_dict(saved)
+        back.manager.before_quorum = lambda back=back, others=others: back.manager.load(others)
+        back.local.join()
+        assert torch.equal(back.anchor(), worker.anchor())
+        assert back.local.lost == (pytest.approx(norm) if gone_on else 0.0)
+        if gone_on:
+            assert not back.local.pending().any()
+        else:
+            torch.testing.assert_close(back.local.pending(), pending, rtol=1e-12, atol=1e-12)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"delay": 1}, "delay must be 0 with a manager"),
+        ({"reduction": "senders"}, 'reduction must be "mean" with a manager'),
+        ({"escape": Escape(3, 1.0, lambda: 0.0)}, "escape must be None with a manager"),
+        ({"compressor": Compression(LowRank(1), dense_below=0)}, "average messages directly with a manager"),
+        ({"compressor": Compression(TopK(0.1), exchange="two-way", dense_below=0)}, "average messages directly"),
+    ],
+)
+def test_what_does_not_go_with_a_manager(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Worker(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight": "tokens"}, 'weight must be None, "steps" or a function'),
+        ({"patience": 0}, "patience must be above 0 seconds"),
+        ({"grace": -1}, "grace must be above 0 seconds"),
+    ],
+)
+def test_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Elastic(FakeManager(Solo()), **settings)
+
+
+def test_a_manager_must_be_one_and_synchronous() -> None:
+    with pytest.raises(TypeError, match="manager must be a torchft Manager, got int"):
+        Elastic(3)
+    asynchronous = FakeManager(Solo())
+    asynchronous._use_async_quorum = True  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="use_async_quorum=False"):
+        Elastic(asynchronous)
+
+
+def test_what_is_of_a_manager_alone() -> None:
+    static, elastic = Worker(elastic=False).local, Worker().local
+    for call in (static.join, static.leave):
+        with pytest.raises(RuntimeError, match="is for workers that come and go"):
+            call()
+    with pytest.raises(RuntimeError, match=r"with a manager, pending\(\)"):
+        elastic.error()
+    assert (static.lost, static.position) == (0.0, 0)
+
+
+@pytest.mark.parametrize("difference", ["arguments", "start"])
+def test_a_worker_that_does_not_fit_is_told(difference: str) -> None:
+    def run(rank: int) -> None:
+        worker = Worker(_group(), every=3 + (difference == "arguments") * rank)
+        if difference == "start" and rank:
+            worker.parameters[0].data.add_(1.0)
+        worker.local.join()
+
+    with pytest.raises(ConfigError, match=f"workers must (be given the same {difference}|begin at the same)"):
+        simulate(run, 2)
+
+
+def test_patience_ends() -> None:
+    worker = Worker(refused=range(10**6), settings={"patience": 0.2})
+    with pytest.raises(PeerLostError, match=r"no round has come about in 0\.2 s"):
+        worker.local.join()
+
+
+def test_weights_that_fall_are_refused() -> None:
+    worker = Worker(settings={"weight": lambda: -1.0})
+    worker.local.join()
+    with pytest.raises(ConfigError, match=r"weight must return a total that is finite and does not fall, got -1 more"):
+        worker.train(3)
+
+
+def test_without_torchft(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchft", None)
+    monkeypatch.setitem(sys.modules, "torchft.process_group", None)
+    line = r"needs torchft: pip install 'packsaddle\[torchft\]'"
+    calls: list[Callable[[], object]] = [
+        lambda: connect("http://localhost:1"),
+        lambda: LocalUpdates(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), manager=FakeManager(Solo())),
+    ]
+    for call in calls:
+        with pytest.raises(MissingExtraError, match=line):
+            call()
+
+
+@pytest.mark.parametrize("address", ["localhost:29510", "http://localhost", "https://a:1", "http://[a:1", "http://a:b"])
+def test_an_address_that_is_none(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHFT_LIGHTHOUSE", address)
+    with pytest.raises(ConfigError, match="the lighthouse must be http://HOST:PORT, got"):
+        lighthouse_place()

@@ -1,0 +1,185 @@
+"""Real workers under torchft that are killed, stopped, told to leave and added, as benchmarks/elastic.py has them."""
+
+import contextlib
+import importlib.util
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked_python import environment, python
+
+ROOT = Path(__file__).parents[2]
+needs_torchft = pytest.mark.skipif(importlib.util.find_spec("torchft") is None, reason="torchft is not installed")
+pytestmark = pytest.mark.process
+
+
+@contextlib.contextmanager
+def crew(folder: Path, workers: int, **spec: Any) -> Iterator[tuple[Any, Any]]:
+    """The benchmark, and workers of it under a lighthouse of their own."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import elastic
+
+        elastic.CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle"])
+        with elastic.lighthouse() as address:
+            first = elastic.Spec("", address, "", 4, 10**6, None, step=0.03, seed=0, until=str(folder / "over"))
+            found = elastic.Crew(folder, elastic.replace(first, **spec))
+            for i in range(workers):
+                found.start(f"w{i}")
+            try:
+                yield elastic, found
+            finally:
+                found.end()
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def reached(benchmark: Any, workers: Any, log: int, more: int) -> None:
+    """Wait until a worker, by the number of its log, has been in so many more rounds."""
+    at = len(rounds(workers.read()[log])) + more
+    assert benchmark._until(lambda: len(rounds(workers.read()[log])) >= at, 90), workers.read()
+
+
+def ended(benchmark: Any, workers: Any) -> list[list[dict[str, Any]]]:
+    """What the workers have said, once all that are alive have ended; nobody may be at odds with another."""
+    (workers.folder / "over").touch()
+    assert benchmark._until(lambda: not workers.alive(), 90), workers.read()
+    logs: list[list[dict[str, Any]]] = workers.read()
+    assert [line for lines in logs for line in lines if line["event"] == "error"] == []
+    found = benchmark.account(logs)
+    assert found["wrong"] == []
+    assert found["accounted"] >= 5
+    return logs
+
+
+def rounds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if line["event"] == "round"]
+
+
+@needs_torchft
+def test_one_is_killed_and_one_comes(tmp_path: Path) -> None:
+    """Rounds go on with two; the newcomer has the others' anchor, step and position, and what is lost is counted."""
+    with crew(tmp_path, 3) as (benchmark, workers):
+        for log in range(3):
+            reached(benchmark, workers, log, 1)
+        workers.signal("w1", signal.SIGKILL)
+        reached(benchmark, workers, 0, 2)
+        workers.start("w3")
+        reached(benchmark, workers, 3, 2)
+        logs = ended(benchmark, workers)
+    seen = [line["workers"] for line in rounds(logs[0])]
+    gap = seen.index(2, seen.index(3))
+    assert 3 in seen[gap:]
+    join = logs[3][0]
+    (same,) = [line for line in rounds(logs[0]) if line["history"] == join["history"]]
+    assert {key: join[key] for key in ("hash", "position", "round")} == {
+        key: same[key] for key in ("hash", "position", "round")
+    }
+    assert join["steps"] >= 8
+    assert not any(join["pending"])
+    assert rounds(logs[0])[-1]["lost"] > 0
+
+
+@needs_torchft
+def test_one_is_told_to_leave_and_comes_back(tmp_path: Path) -> None:
+    """On SIGTERM it ends at once with its memory on disk, and goes on with it to the last bit."""
+    with crew(tmp_path, 3, step=0.05) as (benchmark, workers):
+        workers.processes["w2"].kill()
+        workers.start("w2", memory=str(tmp_path / "memory"))
+        reached(benchmark, workers, 3, 2)
+        workers.signal("w2", signal.SIGTERM)
+        workers.processes["w2"].join(20)
+        assert workers.processes["w2"].exitcode == 0
+        workers.start("w2", memory=str(tmp_path / "memory"))
+        reached(benchmark, workers, 4, 2)
+        logs = ended(benchmark, workers)
+    leave, left = logs[3][-2:]
+    assert (leave["event"], left["event"]) == ("leave", "left")
+    back = logs[4][0]
+    assert back["worker"] == leave["worker"]
+    assert back["pending"] == leave["pending"]
+    assert any(back["pending"])
+
+
+@needs_torchft
+def test_one_is_stopped_for_a_while(tmp_path: Path) -> None:
+    """The others go on without it, and what it had moved is in a later round."""
+    with crew(tmp_path, 3) as (benchmark, workers):
+        for log in range(3):
+            reached(benchmark, workers, log, 1)
+        workers.signal("w2", signal.SIGSTOP)
+        reached(benchmark, workers, 0, 3)
+        workers.signal("w2", signal.SIGCONT)
+        reached(benchmark, workers, 2, 2)
+        logs = ended(benchmark, workers)
+    seen = [line["workers"] for line in rounds(logs[0])]
+    gap = seen.index(2, seen.index(3))
+    assert 3 in seen[gap:]
+
+
+@needs_torchft
+def test_a_confirmation_that_breaks_on_one_worker(tmp_path: Path) -> None:
+    """The other commits the round. What was sent is in its anchor, once: the mean of both workers' own accounts."""
+    with crew(tmp_path, 1) as (benchmark, workers):
+        workers.start("w1", fault=3)
+        reached(benchmark, workers, 1, 4)
+        logs = ended(benchmark, workers)
+    told = {line["history"] for line in rounds(logs[1])}
+    fault = next(i for i, line in enumerate(rounds(logs[1])) if not line["sends"])
+    late = rounds(logs[1])[fault]  # it only listened in this round, having sent in the one before
+    (before,) = [i for i, line in enumerate(rounds(logs[0])) if line["history"] in late["past"]]
+    silent, sooner = rounds(logs[0])[before], rounds(logs[0])[before - 1]
+    assert silent["history"] not in told
+    assert silent["workers"] == 2
+    for i in range(benchmark.DIRECTIONS):
+        moved = sooner["anchor"][i] - silent["anchor"][i]
+        assert moved == pytest.approx((silent["sent"][i] + late["sent"][i]) / 2, abs=1e-9)
+
+
+@needs_torchft
+def test_the_example(tmp_path: Path) -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import elastic
+
+    with elastic.lighthouse(2) as address:
+        command = [python(), str(ROOT / "examples" / "elastic.py"), "--lighthouse", address, "--rounds", "4"]
+        command += ["--min-workers", "2"]
+        env = environment(RUST_LOG="error")
+        started = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+            for _ in range(2)
+        ]
+        printed = [process.communicate(timeout=100) for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    weights = {out.split("weights ")[1] for out, _ in printed}
+    assert len(weights) == 1
+    assert all("round 4: loss" in out and "2 workers" in out for out, _ in printed)
+
+
+@pytest.mark.parametrize(
+    ("torchft", "line"),
+    [
+        (False, "elastic training needs torchft: pip install 'packsaddle[torchft]'"),
+        pytest.param(True, "no lighthouse at http://localhost:1 (Connection refused)", marks=needs_torchft),
+    ],
+)
+def test_what_is_missing_is_one_line(
+    torchft: bool, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torchft:
+        monkeypatch.setitem(sys.modules, "torchft", None)
+    monkeypatch.setattr(sys, "argv", ["elastic.py", "--lighthouse", "http://localhost:1"])
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "examples" / "elastic.py"), run_name="__main__")
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"elastic.py: error: {line}")
+    assert said.count("\n") == 1
+    os.environ.pop("TORCHFT_LIGHTHOUSE", None)

@@ -1,0 +1,144 @@
+"""Workers that come and go without torchft: a Manager of simulated workers whose rounds fail where a test says so."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle import Compression, Elastic, LocalUpdates, TopK
+from packsaddle.comm import Group, ManagedGroup, Solo
+
+COMPRESSION = Compression(TopK(0.25), dense_below=0, compare_every=1)
+
+
+class FakeManager:
+    """torchft's Manager for workers that are always there; of the votes those in `refused`, from 0, say no."""
+
+    def __init__(self, group: Group, refused: Collection[int] = ()) -> None:
+        self.group, self.refused = group, refused
+        self.votes = self.step = 0
+        self.error: Exception | None = None
+        self.load: Callable[[Any], None] = lambda _: None
+        self.save: Callable[[], Any] = dict
+        self.before_quorum: Callable[[], None] = lambda: None
+
+    def register_state_dict_fn(self, key: str, load: Callable[[Any], None], save: Callable[[], Any]) -> None:
+        self.load, self.save = load, save
+
+    def start_quorum(self, timeout: Any = None) -> None:
+        self.error = None
+        self.before_quorum()
+
+    def participating_rank(self) -> int:
+        return self.group.rank
+
+    def num_participants(self) -> int:
+        return self.group.size
+
+    def report_error(self, error: Exception) -> None:
+        self.error = error
+
+    def errored(self) -> Exception | None:
+        return self.error
+
+    def should_commit(self) -> bool:
+        self.votes += 1
+        agreed = self.error is None and self.votes - 1 not in self.refused
+        self.step += agreed
+        return agreed
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+    def shutdown(self, wait: bool = True) -> None:
+        pass
+
+
+class FakeGroup(ManagedGroup):
+    """A group's collectives, of which those in `broken`, from 0, raise on all workers after they were carried out."""
+
+    def __init__(self, manager: FakeManager, broken: Collection[int] = ()) -> None:
+        self.manager, self.broken, self.calls = manager, broken, 0
+        self.renew()
+
+    def abort(self) -> None:
+        pass
+
+    def _called(self) -> None:
+        self.calls += 1
+        if self.calls - 1 in self.broken:
+            raise RuntimeError("Connection closed by peer")
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        self.manager.group.all_reduce(tensor)
+        self._called()
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        found = self.manager.group.all_gather(tensor)
+        self._called()
+        return found
+
+    def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        raise AssertionError("no round needs it")
+
+    def broadcast(self, tensor: Tensor) -> None:
+        raise AssertionError("no round needs it")
+
+
+class Worker:
+    """A linear model in float64, and one inner step of it whose gradient is a function of the worker and the step."""
+
+    def __init__(
+        self,
+        group: Group | None = None,
+        *,
+        refused: Collection[int] = (),
+        broken: Collection[int] = (),
+        inner: Callable[[Any], torch.optim.Optimizer] = lambda params: torch.optim.SGD(params, lr=0.1),
+        settings: dict[str, Any] | None = None,
+        elastic: bool = True,
+        **arguments: Any,
+    ) -> None:
+        group = group or Solo()
+        self.rank = group.rank
+        self.parameters = [torch.nn.Parameter(torch.linspace(-1, 1, 24, dtype=torch.float64).view(4, 6))]
+        self.parameters.append(torch.nn.Parameter(torch.ones(2, 3, dtype=torch.float64)))
+        self.optimizer = inner(self.parameters)
+        arguments = {"every": 3, "compressor": COMPRESSION} | arguments
+        self.manager = FakeManager(group, refused)
+        if elastic:
+            own = Elastic(self.manager, leave_on_sigterm=False, **(settings or {}))
+            arguments |= {"manager": own, "process_group": FakeGroup(self.manager, broken)}
+        else:
+            arguments |= {"process_group": group}
+        self.local = LocalUpdates(self.optimizer, **arguments)
+        self.moved = torch.zeros(30, dtype=torch.float64)  # the sum of what the inner optimizer has done
+
+    def x(self) -> Tensor:
+        return torch.cat([p.detach().reshape(-1).clone() for p in self.parameters])
+
+    def anchor(self) -> Tensor:
+        return torch.cat([a.reshape(-1) for a in self.local.anchor().values()])
+
+    def gradients(self) -> None:
+        """Set the gradients of the next step."""
+        rng = torch.Generator().manual_seed(1000 * self.rank + self.local.steps)
+        for p in self.parameters:
+            p.grad = torch.randn(p.shape, generator=rng, dtype=p.dtype) + p.detach()
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            self.gradients()
+            flat = torch.cat([p.grad.reshape(-1) for p in self.parameters if p.grad is not None])
+            self.moved += 0.1 * flat  # of plain SGD
+            self.optimizer.step()
+
+    def everything(self) -> list[Tensor]:
+        """Return all state that a failed round must leave alone."""
+        found = [self.x(), self.anchor()]
+        found += [part.feedback.memory.vector.clone() for part in self.local._fragments]
+        for optimizer in (self.optimizer, self.local.outer):
+            for state in [] if optimizer is None else optimizer.state.values():
+                found += [t.clone() for t in state.values() if isinstance(t, Tensor)]
+        return found
