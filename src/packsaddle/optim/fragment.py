@@ -120,6 +120,10 @@ class Fragment(Slice):
         """Whether an exchange begins after inner step n, from 1: where (n + offset) % every = 0."""
         return (step + self._offset) % self._every == 0
 
+    def until_due(self, step: int) -> int:
+        """Return how many inner steps after n an exchange begins, from 1."""
+        return self._every - (step + self._offset) % self._every
+
     def tensors(self) -> list[Tensor]:
         """Return this process's part of each parameter; not copies."""
         return [local_part(p) for p in self.parameters]
@@ -149,9 +153,15 @@ class Fragment(Slice):
         due: int,
         agree: Callable[[Tensor], Tensor],
         *,
-        later: bool,
+        later: bool = False,
+        share: float = 1.0,
     ) -> Flight:
-        """Make v = decay e + a - x + xi; zeros if it is of no use, as `agree` says on all shards of this worker."""
+        """Make v = decay e + a - x + xi; zeros if it is of no use, as `agree` says on all shards of this worker.
+
+        `later` the exchange ends at another step, and with a `share` of 0 the worker keeps its update: then x is to go
+        on from where it is.
+        """
+        began = [] if share else [s.to(x, copy=True) for s, x in zip(self.starts(), self.tensors(), strict=True)]
         self.feedback.prepare(compressor)
         r = self.feedback.round(self.rounds)
         v = r.correct(PseudoGradient(self, decay, noise))
@@ -162,8 +172,8 @@ class Fragment(Slice):
             name = first_bad((place.name, view) for place, view in self.named(v)) or "another shard"
         spoil(v, bad, 0.0)
         self.monitor.measure(self.rounds, v)
-        before = [x.clone() for x in self.tensors()] if later else []
-        self.flight = Flight(due, r, v, bad, name, before)
+        before = [x.clone() for x in self.tensors()] if later else began
+        self.flight = Flight(due, r, v, bad, name, before, share=share)
         return self.flight
 
     def send(self, flight: Flight, step: int, *, reduction: Reduction, dense: bool) -> None:

@@ -48,6 +48,7 @@ from packsaddle.optim.inner_optimizer import (
 )
 from packsaddle.optim.layout import places
 from packsaddle.optim.membership import Membership
+from packsaddle.optim.participation import Participation
 from packsaddle.optim.saved_state import check_identity, check_shape
 from packsaddle.optim.stages.drift import Drift, DriftGuard, fingerprint
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
@@ -91,6 +92,11 @@ class LocalUpdates:
         keep_unsent: x begins again not at a, as in Algorithm 1 and DiLoCo, but at a - e, so that what this worker has
             moved and not sent yet stays in its own x, as in CSER (Xie et al. 2020). It trains better.
         offload: keep anchor and error memory, and so the outer optimizer's state, on the CPU.
+        weight: w_i of this worker in the mean, which is sum_i w_i C(v_i) / sum_i w_i: its number of examples, say. None
+            on all workers has them count alike.
+        sample: the share of the workers that are in a round, drawn anew for each, as in federated averaging. A worker
+            that is not in it keeps what it has moved, or sits the round out (see `sampled`). No delay, and exchanges
+            that average messages directly.
         seed: of all shared randomness; the same on every worker.
         scaler: the GradScaler that steps the optimizer, so that a step which it leaves out on one worker is counted
             there too.
@@ -124,6 +130,8 @@ class LocalUpdates:
         reduction: Reduction = "mean",
         keep_unsent: bool = True,
         offload: bool = False,
+        weight: float | None = None,
+        sample: float = 1.0,
         seed: int = 0,
         scaler: torch.amp.GradScaler | None = None,
         process_group: Any = None,
@@ -155,6 +163,9 @@ class LocalUpdates:
         self._channel = Communicator(beside or group, self.ledger)
         self._background = Background(device) if beside is not None else None
 
+        self._participation = Participation(weight, sample, group.size, group.rank, self.seed)
+        self._sample = sample
+
         # x, the same on all workers; its fragments.
         with torch.no_grad():
             for p in self._parameters.values() if elastic is None else ():
@@ -175,10 +186,13 @@ class LocalUpdates:
         compared = self._compression.compare_every
         self._drift = DriftGuard(0 if elastic else compared, self._compression.on_drift, self._channel)
         self._escape = self._escape_check(escape)
-        same = self._same(noise, escape, fragments)
+        _check_participation(self, elastic is not None)
+        same = self._same(noise, escape, fragments) | {"weight": "given" if weight is not None else None}
+        same |= {"sample": sample}
         self.membership: Membership | None = None  # with a manager: who is there, and this worker's part
         if elastic is None:
             check_agreement(self._channel, same, device)
+            self._participation.exchange(self._channel, device)
         else:
             self.membership = self._member(elastic, as_text(same), compared)
 
@@ -321,9 +335,29 @@ class LocalUpdates:
         """Begin a round of a fragment; without a delay it ends at once."""
         noise = self._noise.at(seed=self.seed, step=part.rounds)
         due, compressor = self.steps + self.delay, self._compression.at(part.rounds)
-        self._depart(part, compressor, noise, due)
+        self._depart(part, compressor, noise, due, self._share(self.steps))
         if not self.delay:
             self._land(part)
+
+    def _share(self, step: int) -> float:
+        """What this worker's update counts in an exchange that begins after inner step n; 0: it is not in it."""
+        who = self._participation
+        return who.share(who.members(step)) if who.samples else who.share()
+
+    @property
+    def sampled(self) -> bool:
+        """Whether this worker is in the next exchange (see `sample`); one that is not may train, or `sit_out`."""
+        return self._share(self.steps + min(part.until_due(self.steps) for part in self._fragments)) > 0
+
+    def sit_out(self) -> None:
+        """Stand in for the inner steps up to the next exchange, and take part in it without an update; collective."""
+        if self.membership is not None:
+            raise RuntimeError(
+                "sit_out is for a fixed set of workers; with a manager, a worker that is away is left out"
+            )
+        self._attempted()
+        while not self.exchanging:
+            self._attempted()
 
     def _send_to_members(self, part: Fragment, dense: bool, share: float) -> float:
         """Make a fragment's update and exchange it, for a round that is not committed yet; return ||v||^2."""
@@ -331,9 +365,7 @@ class LocalUpdates:
         compressor, noise = (
             (Identity(), None) if dense else (self._compression.at(t), self._noise.at(seed=self.seed, step=t))
         )
-        before = [s.to(x, copy=True) for s, x in zip(part.starts(), part.tensors(), strict=True)] if not share else []
-        flight = part.start(compressor, noise, self.decay, self.steps, self._agree, later=False)
-        flight.share, flight.before = share, before
+        flight = part.start(compressor, noise, self.decay, self.steps, self._agree, share=share)
         energy = float(flight.v.double().square().sum())
         part.send(flight, max(0, self.steps - 1), reduction=self.reduction, dense=self.outer is not None)
         part.name_bad(flight)
@@ -366,9 +398,9 @@ class LocalUpdates:
         with torch.no_grad():
             self.membership.leave()
 
-    def _depart(self, part: Fragment, compressor: Compressor, noise: Any, due: int) -> None:
+    def _depart(self, part: Fragment, compressor: Compressor, noise: Any, due: int, share: float) -> None:
         later = due > self.steps
-        flight = part.start(compressor, noise, self.decay, due, self._agree, later=later)
+        flight = part.start(compressor, noise, self.decay, due, self._agree, later=later, share=share)
         send = partial(
             part.send, flight, self.steps - 1, reduction=self.reduction, dense=later or self.outer is not None
         )
@@ -525,6 +557,8 @@ class LocalUpdates:
     def error(self) -> Tensor:
         """Return the mean over workers of what the anchor has not received yet, float[d], in the optimizer's order.
 
+        A mean by `weight`, if there is one.
+
         That is e, what was moved since the last exchange, and what is under way: without an outer optimizer
         y = a - error() moves as in training without compression. Collective; waits for exchanges under way. d counts
         this process's shards. Raises RuntimeError with a manager, whose workers meet in rounds only: see `pending`.
@@ -534,7 +568,7 @@ class LocalUpdates:
         found: dict[str, Tensor] = {}
         self.wait()
         for part in self._fragments:
-            pending = part.unapplied()
+            pending = part.unapplied().mul_(self._participation.share())
             self._beside(partial(self._channel.mean, pending, "inspection"))
             found |= {place.name: view for place, view in part.named(pending)}
         return torch.cat([found[name].reshape(-1) for name in self._parameters])
@@ -581,7 +615,7 @@ class LocalUpdates:
             if part.flight is not None:
                 taken &= self._land(part)
         for part in self._fragments:
-            self._depart(part, Identity(), None, self.steps)
+            self._depart(part, Identity(), None, self.steps, self._participation.share())
             taken &= self._land(part)
         return taken
 
@@ -652,7 +686,10 @@ class LocalUpdates:
     def _identity(self) -> dict[str, Any]:
         """What must be the same where a state is loaded as where it was saved."""
         group = self._channel.group
-        same = {"seed": self.seed, "every": self.every, "fragments": len(self._fragments), "delay": self.delay}
+        same: dict[str, Any] = {"seed": self.seed, "every": self.every, "delay": self.delay}
+        same["fragments"] = len(self._fragments)
+        if self._participation.samples:
+            same["sample"] = self._sample
         if self.membership is not None:
             return same | {"elastic": True}
         return same | {"rank": group.rank, "workers": group.size}
@@ -717,6 +754,23 @@ def _managed(elastic: Elastic, process_group: Any) -> ManagedGroup:
     return process_group or ManagedGroup(elastic.manager)
 
 
+def _check_participation(local: LocalUpdates, managed: bool) -> None:
+    """Raise ValueError for what does not go with weights, or with a sample of workers in each round."""
+    who = local._participation
+    if who.is_even:
+        return
+    if managed:
+        raise ValueError("weight and sample are for a fixed set of workers; with a manager, Elastic has a weight")
+    if local._escape is not None:
+        raise ValueError("escape must be None with weight or sample: its checks are of the plain mean of all workers")
+    if local.reduction != "mean":
+        raise ValueError(f'reduction must be "mean" with weight or sample, got {local.reduction!r}')
+    if who.samples and local.delay:
+        raise ValueError(f"delay must be 0 with sample below 1, got {local.delay}")
+    if who.samples:
+        _check_direct(local, "with sample below 1")
+
+
 def _check_elastic(local: LocalUpdates, fragments: int) -> None:
     """Raise ValueError for what does not go with workers that come and go."""
     if local.delay:
@@ -727,11 +781,15 @@ def _check_elastic(local: LocalUpdates, fragments: int) -> None:
         raise ValueError(f'reduction must be "mean" with a manager, got {local.reduction!r}')
     if any(hasattr(p, "device_mesh") for p in local._parameters.values()):
         raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
+    _check_direct(local, "with a manager")
+
+
+def _check_direct(local: LocalUpdates, where: str) -> None:
     for part in local._fragments:
         if not isinstance(part.feedback.aggregator, AllReduce | AllGather):
             name = type(part.feedback.aggregator).__name__
             raise ValueError(
-                f"compressor and exchange must average messages directly with a manager (TopK, RandomK, QSGD, Sign, "
+                f"compressor and exchange must average messages directly {where} (TopK, RandomK, QSGD, Sign, "
                 f"Identity, LinearSketch, not what {name} needs): others keep state that fits one set of workers"
             )
 
