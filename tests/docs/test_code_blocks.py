@@ -48,7 +48,7 @@ def test_the_documented_configuration_has_every_key() -> None:
     build(Config, documented)
     documented |= local
     config = plain(build(Config, {key: value for key, value in documented.items() if key != "storm"}))
-    sparse = {"k", "block_size", "values", "per_tensor"}
+    sparse = {"k", "block_size", "values", "per_tensor", "chunk"}
     optional = {"compressor": sparse, "back": sparse, "model": {"widths"}}
     for name, value in config.items():
         assert name in documented
