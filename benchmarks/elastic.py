@@ -287,6 +287,7 @@ class DiLoCo:
             self.model.load_state_dict(state)
 
         self.manager.register_state_dict_fn("model", load, self.model.state_dict)
+        self.manager.register_state_dict_fn("inner", self.optimizer.load_state_dict, self.optimizer.state_dict)
         self.diloco = torchft.local_sgd.DiLoCo(self.manager, [self.model], self.optimizer, outer, sync_every=spec.every)
 
     def train(self) -> None:
