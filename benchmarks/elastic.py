@@ -287,6 +287,7 @@ class DiLoCo:
             self.model.load_state_dict(state)
 
         self.manager.register_state_dict_fn("model", load, self.model.state_dict)
+        self.manager.register_state_dict_fn("inner", self.optimizer.load_state_dict, self.optimizer.state_dict)
         self.diloco = torchft.local_sgd.DiLoCo(self.manager, [self.model], self.optimizer, outer, sync_every=spec.every)
 
     def train(self) -> None:
@@ -518,7 +519,7 @@ def replaced(seed: int, folder: Path, arguments: argparse.Namespace) -> dict[str
         stack.callback(lambda: [crew.end() for crew in crews.values()])
         for crew in crews.values():
             for i in range(4):
-                crew.start(f"w{i}")
+                crew.start(f"w{i}", memory=_file(crew, i, arguments))
         rng, begin = random.Random(seed), time.monotonic()
         left = set(crews)
         while left and time.monotonic() - begin < 10 * arguments.rounds * arguments.every * arguments.step:
@@ -527,10 +528,10 @@ def replaced(seed: int, folder: Path, arguments: argparse.Namespace) -> dict[str
                 if any(line["event"] == "loss" for lines in crew.read() for line in lines):
                     left.discard(key)
                 elif key[1] and crew.newest("round") >= 10 * (kills[key] + 1):
-                    victim = f"w{rng.randrange(4)}"
-                    crew.signal(victim, signal.SIGKILL)
-                    crew.processes[victim].join()
-                    crew.start(victim)
+                    i = rng.randrange(4)
+                    crew.signal(f"w{i}", signal.SIGKILL)
+                    crew.processes[f"w{i}"].join()
+                    crew.start(f"w{i}", memory=_file(crew, i, arguments))
                     kills[key] += 1
             time.sleep(0.1)
         time.sleep(3 * arguments.step)
@@ -539,6 +540,10 @@ def replaced(seed: int, folder: Path, arguments: argparse.Namespace) -> dict[str
         told = {"kills": kills[method, disturbed], **speed(crew, position)}
         found[method]["killed" if disturbed else "alone"] = told
     return found
+
+
+def _file(crew: Crew, i: int, arguments: argparse.Namespace) -> str | None:
+    return str(crew.folder / f"w{i}.memory") if arguments.keep else None
 
 
 def speed(crew: Crew, position: int) -> dict[str, Any]:
@@ -657,7 +662,7 @@ def plan(arguments: argparse.Namespace) -> list[tuple[Key, Callable[[Path], dict
         ]
     if arguments.case == "replaced":
         return [
-            (("replaced", s), lambda folder, s=s: replaced(s, folder, arguments))  # type: ignore[misc]
+            (("replaced", s, arguments.keep), lambda folder, s=s: replaced(s, folder, arguments))  # type: ignore[misc]
             for s in arguments.seeds
         ]
     if arguments.case == "slow":
@@ -685,11 +690,14 @@ def summary(found: dict[Key, dict[str, Any]]) -> bool:
         print(f"  {sum(f['rounds'] for f in trials)} rounds, {sum(f['accounted'] for f in trials)} accounted for")
         good &= not bad
     for method in ("packsaddle", "diloco"):
-        pairs = [f[method] for key, f in found.items() if key[0] == "replaced" and method in f]
-        if pairs:
+        for keep in (False, True):
+            pairs = [f[method] for k, f in found.items() if k[0] == "replaced" and k[2] == keep and method in f]
+            if not pairs:
+                continue
             goodput = [f["killed"]["rate"] / f["alone"]["rate"] for f in pairs]
             loss = [f["killed"]["loss"] / f["alone"]["loss"] - 1 for f in pairs]
-            print(f"replaced, {method}: goodput {_spread(goodput)}, loss beside undisturbed {_spread(loss)}")
+            how = "its memory kept" if keep else "its memory lost"
+            print(f"replaced, {method}, {how}: goodput {_spread(goodput)}, loss over undisturbed {_spread(loss)}")
             good &= method != "packsaddle" or (min(goodput) >= 0.85 and max(loss) <= 0.02)
     for case in ("weights", "alike"):
         cost = [1 - f[case]["rate"] / f["none"]["rate"] for key, f in found.items() if key[0] == "slow"]
@@ -727,6 +735,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--step", type=float, default=0.2)
+    parser.add_argument("--keep", action="store_true", help="replaced: the one that takes its place has its file")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle", "torchft", "torchft.local_sgd"])

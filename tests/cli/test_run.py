@@ -264,3 +264,40 @@ def test_demo_plateau_is_the_best_constant() -> None:
     images = load_images(DataConfig("digits"), None, train=True)
     pixels = images.pixels(torch.arange(len(images)))
     assert float((pixels - pixels.mean(0)).square().mean()) == pytest.approx(PLATEAU, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--memory", "m"), "--memory goes with --elastic"),
+        (("--elastic", "http://localhost:1", "--workers", "2"), "--workers does not go with --elastic"),
+        (("--elastic", "http://localhost:1", "--serial"), "--serial or --fused does not go with --elastic"),
+        (
+            ("--elastic", "http://localhost:1", "--checkpoint-every", "5"),
+            "--checkpoint-every does not go with --elastic",
+        ),
+        (("--elastic", "http://localhost:1"), "--elastic needs [local] in the file"),
+        (
+            ("--elastic", "http://localhost:1", "--set", "local={every=4, delay=1}"),
+            "local.delay does not go with --elastic",
+        ),
+    ],
+)
+def test_what_does_not_go_with_workers_that_come_and_go(
+    flags: tuple[str, ...], line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "plain.toml"
+    config.write_text(PLAIN)
+    refused(capsys, line, "run", config, *flags, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_elastic_without_torchft(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchft", None)
+    config = tmp_path / "local.toml"
+    config.write_text(PLAIN + "[local]\nevery = 4\n")
+    line = "elastic training needs torchft: pip install 'packsaddle[torchft]'"
+    refused(capsys, line, "run", config, "--elastic", "http://localhost:1", "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -154,8 +154,10 @@ def test_a_round_that_others_do_not_have_is_counted_as_lost(caplog: pytest.LogCa
     assert "was in a round that the others do not have" in caplog.text
 
 
-def test_a_newcomer_begins_at_the_anchor_with_the_steps_and_the_position_of_the_others() -> None:
-    other, newcomer = Worker(outer=nesterov), Worker(outer=nesterov)
+@pytest.mark.parametrize("inner", [True, False])
+def test_a_newcomer_begins_at_the_anchor_with_the_steps_and_the_position_of_the_others(inner: bool) -> None:
+    """The inner optimizer's state too, unless it is not wanted."""
+    other, newcomer = (Worker(inner=adamw, outer=nesterov, settings={"inner": inner}) for _ in range(2))
     other.local.join()
     other.train(7)
     newcomer.manager.before_quorum = lambda: newcomer.manager.load(other.manager.save())
@@ -167,6 +169,9 @@ def test_a_newcomer_begins_at_the_anchor_with_the_steps_and_the_position_of_the_
     assert newcomer.local.position == other.local.position == 6
     states = [w.local.outer.state_dict()["state"] for w in (other, newcomer)]
     assert all(torch.equal(states[0][i]["momentum_buffer"], states[1][i]["momentum_buffer"]) for i in (0, 1))
+    theirs, mine = (w.optimizer.state_dict()["state"] for w in (other, newcomer))
+    assert mine.keys() == (theirs.keys() if inner else set())
+    assert all(torch.equal(mine[i]["exp_avg_sq"], theirs[i]["exp_avg_sq"]) for i in mine)
 
 
 @pytest.mark.parametrize("compressor", [Identity(), COMPRESSION, Compression(RandomK(0.3), dense_below=0)])

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import runpy
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked_python import environment, python
 
 ROOT = Path(__file__).parents[2]
@@ -19,25 +21,27 @@ needs_torchft = pytest.mark.skipif(importlib.util.find_spec("torchft") is None, 
 pytestmark = pytest.mark.process
 
 
+@pytest.fixture(autouse=True)
+def benchmarks_are_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`import elastic` is benchmarks/elastic.py, also in the processes that it starts."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
 @contextlib.contextmanager
 def crew(folder: Path, workers: int, **spec: Any) -> Iterator[tuple[Any, Any]]:
     """The benchmark, and workers of it under a lighthouse of their own."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import elastic
+    import elastic
 
-        elastic.CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle"])
-        with elastic.lighthouse() as address:
-            first = elastic.Spec("", address, "", 4, 10**6, None, step=0.03, seed=0, until=str(folder / "over"))
-            found = elastic.Crew(folder, elastic.replace(first, **spec))
-            for i in range(workers):
-                found.start(f"w{i}")
-            try:
-                yield elastic, found
-            finally:
-                found.end()
-    finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+    elastic.CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle"])
+    with elastic.lighthouse() as address:
+        first = elastic.Spec("", address, "", 4, 10**6, None, step=0.03, seed=0, until=str(folder / "over"))
+        found = elastic.Crew(folder, elastic.replace(first, **spec))
+        for i in range(workers):
+            found.start(f"w{i}")
+        try:
+            yield elastic, found
+        finally:
+            found.end()
 
 
 def reached(benchmark: Any, workers: Any, log: int, more: int) -> None:
@@ -144,7 +148,6 @@ def test_a_confirmation_that_breaks_on_one_worker(tmp_path: Path) -> None:
 
 @needs_torchft
 def test_the_example(tmp_path: Path) -> None:
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import elastic
 
     with elastic.lighthouse(2) as address:
@@ -160,6 +163,52 @@ def test_the_example(tmp_path: Path) -> None:
     weights = {out.split("weights ")[1] for out, _ in printed}
     assert len(weights) == 1
     assert all("round 4: loss" in out and "2 workers" in out for out, _ in printed)
+
+
+@needs_torchft
+def test_configured_runs(tmp_path: Path) -> None:
+    """Two commands train one model, each into a folder of its own, with steps and epochs of both together."""
+    import elastic
+
+    config = tmp_path / "local.toml"
+    config.write_text(LOCAL)
+    with elastic.lighthouse(2) as address:
+        command = [python(), "-m", "packsaddle.cli", "run", str(config), "--elastic", address, "--out"]
+        env = environment(RUST_LOG="error")
+        folders = [tmp_path / name for name in "ab"]
+        started = [
+            subprocess.Popen([*command, str(f)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+            for f in folders
+        ]
+        printed = [process.communicate(timeout=150) for process in started]
+    assert [process.returncode for process in started] == [0, 0], printed
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    assert summaries[0]["test_loss"] == summaries[1]["test_loss"]
+    assert summaries[0]["elastic"]["workers"] == 2
+    lines = [json.loads(line) for line in (folders[0] / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == summaries[0]["steps"] == 74
+    weights = [torch.load(folder / "checkpoint" / "model.pt", weights_only=True) for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+LOCAL = """
+lr = 0.01
+epochs = 2
+batch_size = 16
+log_every = 5
+[data]
+name = "digits"
+limit = 600
+[model]
+name = "autoencoder"
+widths = [64, 16]
+[compressor]
+kind = "TopK"
+ratio = 0.1
+[local]
+every = 4
+optimizer = "adamw"
+"""
 
 
 @pytest.mark.parametrize(

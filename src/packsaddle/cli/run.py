@@ -12,6 +12,7 @@ import tyro
 
 from packsaddle.cli.console import dated, is_first, print_runs, require_plots
 from packsaddle.comm.launch import check_interface, under_launcher
+from packsaddle.comm.managed import check_lighthouse
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config, load
 from packsaddle.experiments.run_folder import Run, make_new, read_runs
@@ -76,6 +77,8 @@ def run(
     checkpoint_every: int | None = None,
     timeout: float | None = None,
     track: tuple[TrackerName, ...] = (),
+    elastic: str | None = None,
+    memory: Path | None = None,
 ) -> None:
     """Train as a TOML file says, with one process or several.
 
@@ -87,6 +90,7 @@ def run(
         packsaddle run config.toml --serial --workers 10 --out runs/a
         packsaddle run --resume runs/a
         torchrun --nproc-per-node 4 --max-restarts 3 -m packsaddle.cli run config.toml --resume runs/b
+        packsaddle run local.toml --elastic http://10.0.0.1:29510 --memory worker.memory
 
     Args:
         config: The TOML file; packsaddle init writes one with every key.
@@ -101,6 +105,8 @@ def run(
         checkpoint_every: Steps between checkpoints; by default about an epoch, at least half a minute; 0: none.
         timeout: Seconds that a worker process waits for the others before it gives up; by default 1800 with gloo.
         track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
+        elastic: Be one of the workers, which come and go, under this torchft_lighthouse; the file must have [local].
+        memory: With --elastic, the file in which this worker's error memory waits while it is away.
     """
     from packsaddle.experiments.job import How, Job, train_under_launcher
 
@@ -109,11 +115,19 @@ def run(
     if timeout is not None and (serial or fused):
         raise ConfigError("--timeout is of worker processes, and --serial and --fused start none")
     patience = _patience(timeout)
+    if elastic is None and memory is not None:
+        raise ConfigError("--memory goes with --elastic")
+    if elastic is not None:
+        _check_alone(workers, serial or fused, resume, checkpoint_every)
     loaded = _configured(config, set, workers, resume, out)
+    if elastic is not None:
+        loaded = _one_of_many(loaded)
+        check_lighthouse(elastic)
     folder = resume or out or dated(config.stem if config else "run")
     how: How = "fused" if fused else "serial" if serial else "processes"
-    saving = _saving(checkpoint_every, _going_on(folder, how, workers, data_dir))
+    saving = _saving(0 if elastic else checkpoint_every, _going_on(folder, how, workers, data_dir))
     job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=patience)
+    job = replace(job, lighthouse=elastic, memory=memory)
     job = replace(job, resume=resume is not None)
     if under_launcher():
         done = train_under_launcher(job)
@@ -173,6 +187,23 @@ def _configured(
             raise ConfigError("--out is needed under torchrun")
         loaded = replace(loaded, workers=int(os.environ["WORLD_SIZE"]))
     return (loaded,)
+
+
+def _check_alone(workers: int | None, simulated: bool, resume: Path | None, every: int | None) -> None:
+    """Raise ConfigError for flags that are of workers which are all there."""
+    flags = {"--workers": workers, "--serial or --fused": simulated or None, "--resume": resume}
+    flags |= {"--checkpoint-every": every}
+    for flag, given in flags.items():
+        if given is not None:
+            raise ConfigError(f"{flag} does not go with --elastic: each worker is started by itself")
+    if under_launcher():
+        raise ConfigError("--elastic needs no torchrun: each worker is started by itself")
+
+
+def _one_of_many(loaded: tuple[Config, ...]) -> tuple[Config, ...]:
+    from packsaddle.experiments.elastic_run import check_elastic
+
+    return tuple(map(check_elastic, loaded))
 
 
 def _saving(every: int | None, hint: str) -> "CheckpointPolicy":

@@ -121,6 +121,12 @@ def connect(
     return manager
 
 
+def check_lighthouse(address: str, seconds: float = 10.0) -> None:
+    """Raise MissingExtraError without torchft, and ConfigError if there is no lighthouse at http://HOST:PORT."""
+    require("torchft", "torchft", "elastic training")
+    reach(*_place(address), seconds)
+
+
 def reach(host: str, port: int, seconds: float) -> str:
     """Return the address of this machine from which a lighthouse is reached. Raises ConfigError if it is not there."""
     try:

@@ -17,6 +17,7 @@ from packsaddle.comm.cost_model import RingAllReduce
 from packsaddle.comm.failures import TerminatedError
 from packsaddle.comm.group import Solo, ambient_group, resolve
 from packsaddle.comm.launch import hearing_sigterm, launch, process_group
+from packsaddle.comm.managed import connect
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import FusedGroup, simulate
 from packsaddle.errors import ConfigError
@@ -36,9 +37,11 @@ from packsaddle.experiments.schema import build, plain
 from packsaddle.experiments.tasks.sharding import shard
 from packsaddle.experiments.trackers import TrackerName, require_tracker, tracked
 from packsaddle.experiments.trainer import Trainer
+from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.stages.drift import DriftError
 from packsaddle.optim.stages.nonfinite import NonFiniteError
 
+_ELASTIC_TIMEOUT = 60.0  # seconds of a collective of workers that come and go
 # How W workers are had: as processes, one after the other in this process, or as one that holds their mean.
 How = Literal["processes", "serial", "fused"]
 AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
@@ -69,6 +72,8 @@ class Job:
     saving: CheckpointPolicy = NEVER
     resume: bool = False  # there is one folder, which may have been begun, and then `configs` may be empty
     timeout: timedelta | None = None  # of a collective of worker processes; by default torch's
+    lighthouse: str | None = None  # of workers that come and go, of which this process is one
+    memory: Path | None = None  # the file of this one's error memory
 
     def check(self, workers: int, how: How = "processes") -> None:
         """Raise ConfigError for whatever would stop a worker at its start; in one process, before any is launched."""
@@ -156,7 +161,7 @@ class Job:
     def train(self) -> bool:
         """Do the runs in the present group (see `comm.group.resolve`); collective. False if told to stop."""
         for config, path in zip(self.configs, self.folders, strict=True):
-            trainer = Trainer(config, self.data_dir, self.download)
+            trainer = self._trainer(config)
             is_first = trainer.group.rank == 0
             with written(path):
                 if is_first:
@@ -166,6 +171,16 @@ class Job:
                     if not trainer.run(folder, quiet=self.quiet, saving=self.saving):
                         return False
         return True
+
+    def _trainer(self, config: Config) -> Trainer:
+        if self.lighthouse is None:
+            return Trainer(config, self.data_dir, self.download)
+        # Its import is left to those that need it.
+        from packsaddle.experiments.elastic_run import ElasticTrainer
+
+        seconds = self.timeout.total_seconds() if self.timeout is not None else _ELASTIC_TIMEOUT
+        elastic = Elastic(connect(self.lighthouse, timeout=seconds), memory=self.memory, weight="steps")
+        return ElasticTrainer(config, self.data_dir, self.download, elastic)
 
     def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:
         """Write what is run and on what; of a run that goes on, add the latter."""

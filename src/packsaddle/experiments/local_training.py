@@ -20,6 +20,7 @@ from packsaddle.experiments.inner_optimizers import make_inner
 from packsaddle.experiments.schema import plain
 from packsaddle.experiments.tasks.sharding import Calendar
 from packsaddle.experiments.training import Closure, Training, noise_schedule, noisy, ramp_of
+from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.layout import goes_dense
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.stages.drift import Drift
@@ -35,7 +36,14 @@ class LocalTraining(Training):
     beside it in another thread.
     """
 
-    def __init__(self, config: Config, model: nn.Module, calendar: Calendar, escape: Escape | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        calendar: Calendar,
+        escape: Escape | None,
+        elastic: Elastic | None = None,
+    ) -> None:
         assert config.local is not None
         self._config, self._local, self._calendar = config, config.local, calendar
         self._noise = noise_schedule(config.noise, calendar, self._local.every)
@@ -49,7 +57,7 @@ class LocalTraining(Training):
         )
         by_round = replace(config.compression(), monitor_every=max(1, config.log_every // self._local.every))
         try:
-            self._updates = LocalUpdates(
+            self.updates = LocalUpdates(
                 self._inner,
                 every=self._local.every,
                 compressor=by_round,
@@ -62,6 +70,7 @@ class LocalTraining(Training):
                 reduction=self._local.reduction,
                 keep_unsent=self._local.keep_unsent,
                 seed=config.seed,
+                manager=elastic,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -70,18 +79,22 @@ class LocalTraining(Training):
 
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
         """See `Training`; the norm is that before clipping."""
-        self.channel.step = self._updates.steps
+        self.channel.step = self.updates.steps
         loss = closure()
         norm = self._clipped()
         measured = torch.stack([loss, norm])
         self.took = bool(measured.isfinite().all())
         for group in self._inner.param_groups:
-            group["lr"] = self.rate(self._updates.steps)
+            group["lr"] = self.rate(self._done())
         self._inner.step()
         self.scalars = None
-        if scalars is not None and self._updates.exchanging:
+        if scalars is not None and self.updates.exchanging:
             self.scalars = self.channel.mean(scalars.clone(), "metrics")
         return measured
+
+    def _done(self) -> int:
+        """Steps so far, by the calendar: with workers that come and go, those that the anchor has of all of them."""
+        return self.updates.steps if self.updates.membership is None else self.updates.position
 
     def _clipped(self) -> Tensor:
         """Clip the gradients, if they are to be; return what their norm was, float[]."""
@@ -112,29 +125,29 @@ class LocalTraining(Training):
     def finish(self) -> None:
         """Exchange all that is pending, and again what others have moved if one worker's x was of no use."""
         self._mu = self.contraction()  # all of it is sent now, which would be measured too
-        if not self._updates.flush():
-            self._updates.flush()
+        if not self.updates.flush():
+            self.updates.flush()
 
     def at_anchor(self) -> AbstractContextManager[None]:
         """See `Training`."""
-        return self._updates.at_anchor()
+        return self.updates.at_anchor()
 
     def parts(self) -> dict[str, Any]:
         """See `Training`; schedules are functions of the step, and have no state."""
-        return {"optimizer": self._inner, "local": self._updates, "ledger": self.channel.ledger}
+        return {"optimizer": self._inner, "local": self.updates, "ledger": self.channel.ledger}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Training`."""
-        return {"optimizer": self._inner.state_dict(), "local": self._updates.state_dict()}
+        return {"optimizer": self._inner.state_dict(), "local": self.updates.state_dict()}
 
     def forgive(self) -> None:
         """See `Training`."""
-        self._updates.forgive()
+        self.updates.forgive()
 
     def moved(self) -> Mapping[str, Bytes]:
         """See `Training`."""
-        self._updates.wait()
-        found = dict(self._updates.ledger.by_purpose)
+        self.updates.wait()
+        found = dict(self.updates.ledger.by_purpose)
         for purpose, moved in self.channel.ledger.by_purpose.items():
             found[purpose] = found.get(purpose, Bytes()) + moved
         return found
@@ -145,7 +158,7 @@ class LocalTraining(Training):
 
     def contraction(self) -> dict[str, Any]:
         """See `Training`."""
-        return self._mu or {"mu": self._updates.contraction, "mu_by_tensor": {}}
+        return self._mu or {"mu": self.updates.contraction, "mu_by_tensor": {}}
 
     def summary(self) -> dict[str, Any]:
         """See `Training`; the exchange is that of all fragments together."""
@@ -160,7 +173,12 @@ class LocalTraining(Training):
             "exchange": choice.name,
             "exchange_reason": choice.reason,
             "local": plain(self._local),
+            **self._elastic_summary(),
         }
+
+    def _elastic_summary(self) -> dict[str, Any]:
+        there = self.updates.membership
+        return {} if there is None else {"elastic": {"workers": there.workers, "lost": there.lost}}
 
     def _choice(self, shapes: list[torch.Size], d: int, n: int) -> Choice:
         """How the compressed part is averaged, n coordinates of d in tensors of these shapes."""
@@ -179,19 +197,19 @@ class LocalTraining(Training):
     @property
     def rounds(self) -> int:
         """See `Training`; of fragments."""
-        return self._updates.rounds
+        return self.updates.rounds
 
     @property
     def skipped(self) -> int:
         """See `Training`."""
-        return self._updates.skipped
+        return self.updates.skipped
 
     @property
     def resets(self) -> list[Reset]:
         """See `Training`."""
-        return self._updates.resets
+        return self.updates.resets
 
     @property
     def drifts(self) -> list[Drift]:
         """See `Training`."""
-        return self._updates.drifts
+        return self.updates.drifts

@@ -33,7 +33,7 @@ from packsaddle.experiments.run_folder import RunFolder
 from packsaddle.experiments.tasks.images import load_data
 from packsaddle.experiments.tasks.models import Task, average_buffers, connect, make_task
 from packsaddle.experiments.tasks.sharding import Calendar, deal, shard
-from packsaddle.experiments.training import CompressedTraining, plain_guards
+from packsaddle.experiments.training import CompressedTraining, Training, plain_guards
 from packsaddle.numerics.seeds import Stream, mix
 from packsaddle.optim.stages.escape import Escape
 from packsaddle.optim.stages.nonfinite import NonFiniteError
@@ -115,14 +115,18 @@ class Trainer:
         # Convolutions on a CPU are a quarter faster with channels last, where their gradients are right.
         layout = torch.contiguous_format if has_narrow_convolutions(task) else torch.channels_last
         self.task: Task = task.to(memory_format=layout)  # type: ignore[call-overload]
-        calendar, kind = self.calendar, CompressedTraining if config.local is None else LocalTraining
-        self.training = kind(config, self.task, calendar, self._escape())
+        calendar = self.calendar
+        self.training = self._training()
         connect(self.task, self.training.channel)
         self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
         self.footing = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
         self.tally = RunCounters()
+
+    def _training(self) -> Training:
+        kind = CompressedTraining if self.config.local is None else LocalTraining
+        return kind(self.config, self.task, self.calendar, self._escape())
 
     def _check_data(self) -> None:
         """Raise ConfigError if workers have read unlike data."""
@@ -308,7 +312,10 @@ class Trainer:
     def _step(self, step: int, scalars: Tensor | None) -> Tensor:
         """One step of the algorithm, `scalars` exchanged with it; returns this worker's loss and gradient norm,
         float64[2]."""
-        index = torch.cat([batches[step] for batches in self.batches])
+        return self._step_on(torch.cat([batches[step] for batches in self.batches]), scalars)
+
+    def _step_on(self, index: Tensor, scalars: Tensor | None) -> Tensor:
+        """The same on the examples that are given."""
 
         def closure() -> Tensor:
             self.task.zero_grad()
@@ -345,8 +352,7 @@ class Trainer:
 
     def _finish(self, folder: RunFolder, tally: RunCounters) -> None:
         """Save the checkpoint before anything that could still fail, then evaluate and summarise."""
-        final = tally.final / max(1, min(self.calendar.steps, self.calendar.per_epoch) - tally.left_out_last)
-        final_loss = self.training.channel.mean(final, "metrics").item()
+        final_loss = self._final_loss(tally)
         folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.training.state_dict())
         with self.training.at_anchor():
             average_buffers(self.task, self.training.channel)
@@ -357,6 +363,11 @@ class Trainer:
         if self.group.rank == 0:
             self._summarise(folder, test, final_loss)
         self._own_group().all_reduce(torch.zeros(1))  # the run is done, whoever ends now
+
+    def _final_loss(self, tally: RunCounters) -> float:
+        """The mean loss of the last epoch."""
+        final = tally.final / max(1, min(self.calendar.steps, self.calendar.per_epoch) - tally.left_out_last)
+        return self.training.channel.mean(final, "metrics").item()
 
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
         said, moved = self.training.summary(), self.training.moved()

@@ -21,6 +21,7 @@ class Elastic:
         weight: of a worker in the mean. None: all that have moved count alike; "steps": its inner steps since its last
             round; or a function that returns what it has trained on in all so far, tokens say, of which the growth
             counts. With a weight a slower worker does fewer inner steps before a round, to come when the fastest does.
+        inner: a newcomer begins with the inner optimizer's state of the worker that it has the anchor from.
         patience: seconds in which a round must come about, or PeerLostError is raised.
         leave_on_sigterm: on SIGTERM hand over the memory and end the process, by SystemExit out of the inner step or
             out of waiting for the others. Without a file the memory goes with one more round, uncompressed.
@@ -30,6 +31,7 @@ class Elastic:
     manager: Any
     memory: str | Path | None = None
     weight: Weight | None = None
+    inner: bool = True
     patience: float = 3600.0
     leave_on_sigterm: bool = True
     grace: float = 25.0

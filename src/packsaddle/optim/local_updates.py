@@ -264,6 +264,7 @@ class LocalUpdates:
             elastic,
             self._channel,
             self._fragments,
+            self.optimizer,
             self.outer,
             every=self.every,
             compare_every=compare_every,

@@ -94,6 +94,7 @@ class Membership:
         settings: Elastic,
         channel: Communicator,
         fragments: Sequence[Fragment],
+        inner: Optimizer,
         outer: Optimizer | None,
         *,
         every: int,
@@ -104,7 +105,8 @@ class Membership:
     ) -> None:
         assert isinstance(channel.group, ManagedGroup)
         self.settings, self._channel, self._group = settings, channel, channel.group
-        self._fragments, self._outer, self._send, self._land = fragments, outer, send, land
+        self._fragments, self._send, self._land = fragments, send, land
+        self._inner, self._outer = inner, outer
         self._arguments = mix(*arguments.encode()) >> 1
         self._compare_every = compare_every
         self._path = None if settings.memory is None else Path(settings.memory)
@@ -397,6 +399,7 @@ class Membership:
                 for part in self._fragments
             ],
             "outer": None if self._outer is None else self._outer.state_dict(),
+            "inner": self._inner.state_dict() if self.settings.inner else None,
             **self.roster.state_dict(),
         }
 
@@ -445,7 +448,16 @@ class Membership:
             self._start_count(self._weight())
         if not self.roster.past:
             self.steps = state["steps"]
+            self._take_inner(state["inner"])
         self.roster.load_state_dict(state)
+
+    def _take_inner(self, state: dict[str, Any] | None) -> None:
+        """Begin with another worker's inner optimizer's state: estimates from nothing would make wild first steps."""
+        if state is not None and self.settings.inner:
+            try:
+                self._inner.load_state_dict(state)
+            except ValueError as error:
+                raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None
 
     def _check_fits(self, state: Mapping[str, Any]) -> None:
         if state.get("format") != FORMAT:
