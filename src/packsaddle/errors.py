@@ -1,6 +1,6 @@
 """Errors that users meet as one line, and the import of optional packages.
 
-Every layer may raise them, so they stand beside no algorithm. The command line prints a ConfigError and exits with
+Every layer may raise them, so they are apart from all algorithms. The command line prints a ConfigError and exits with
 code 2, and a GuardError with code 1.
 """
 
@@ -28,7 +28,7 @@ class MissingExtraError(ConfigError):
 
 
 def is_below(value: float, least: int) -> bool:
-    """Whether a value is no count of at least so many: True and False are none."""
+    """Return whether a value is not an integer of at least `least`; True and False are not."""
     return isinstance(value, bool) or value < least
 
 

@@ -66,7 +66,7 @@ def test_without_a_command_there_is_an_overview(capsys: pytest.CaptureFixture[st
         assert command(*arguments) == 0
         assert capsys.readouterr().out == shown
     assert command("bench") == 0
-    assert "\n  exchange  What does one exchange cost" in capsys.readouterr().out
+    assert "\n  exchange  Time one exchange" in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

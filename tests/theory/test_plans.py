@@ -261,7 +261,7 @@ def test_best_is_balanced_where_corollary_3_3_applies_and_clipped_elsewhere() ->
     "compressor", [RandomK(0.1), TopK(0.1), SketchTopK(0.1), SharedTopK(0.1), QSGD(), Identity()], ids=repr
 )
 def test_bytes_are_those_of_a_run(compressor: Any) -> None:
-    """One step of three workers on 3000 coordinates; tolerance: coded indices and padding vary."""
+    """One step of three workers on 3000 coordinates; tolerance: coded indices and levels and padding vary."""
 
     def step(rank: int) -> int:
         x = torch.nn.Parameter(torch.zeros(3000))
@@ -273,7 +273,7 @@ def test_bytes_are_those_of_a_run(compressor: Any) -> None:
 
     sent = max(simulate(step, 3))
     expected = plan(Assumptions(3000, 0.1), compressor, workers=3).sent
-    assert expected == pytest.approx(sent, rel=0.02 if isinstance(compressor, TopK) else 1e-3)
+    assert expected == pytest.approx(sent, rel=0.02 if isinstance(compressor, TopK | QSGD) else 1e-3)
 
 
 @pytest.mark.parametrize(("sigma", "epsilon", "k"), [(0.5, 0.8, 1), (2.0, 1.0, 2), (2.0, 1.0, 4)])
@@ -352,9 +352,9 @@ def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert text in out
     assert "sigma = 1 or more, and is." in out
     assert "No guarantee goes with it" in out
-    assert "Nobody" not in out
+    assert "Out of reach" not in out
     assert command("plan", "--d", 1_000_000, "--epsilon", 0.1, "--mode", "theory") == 0
-    assert "Nobody can take so many steps" in capsys.readouterr().out
+    assert "Out of reach: at a million steps a second" in capsys.readouterr().out
     for name in ("identity", "sign", "qsgd", "lowrank", "RandomK"):
         assert command("plan", "--d", 500, "--epsilon", 0.5, "--compressor", name) == 0
         assert name.lower() in capsys.readouterr().out.lower()

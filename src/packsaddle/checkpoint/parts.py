@@ -80,7 +80,7 @@ def check_names(parts: Parts, state: Mapping[str, Any]) -> None:
 
 
 def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the states fit, as far as can be told without loading."""
+    """Raise CheckpointError unless the states fit, as far as that shows without loading."""
     check_names(parts, state)
     for name, part in parts.items():
         try:

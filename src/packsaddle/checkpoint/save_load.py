@@ -66,7 +66,7 @@ def save_checkpoint(
     """Write this worker's files of a step, to FOLDER/step-STEP/, and remove those of all but the `keep` newest steps.
 
     Collective: every worker calls it between the same two steps. Tensors that are equal to worker 0's, by their
-    sha256, are written by worker 0 alone; nothing else travels, and nobody waits for another's writing. Workers may
+    sha256, are written by worker 0 alone; nothing else travels, and no worker waits for another's writing. Workers may
     have one folder or each its own. `parts` maps names to whatever has a state_dict and a load_state_dict; `extra` is
     what else the run needs: tensors and plain types. Returns the step's folder.
 

@@ -53,7 +53,7 @@ COMMANDS = Group(
 def main() -> None:
     """Entry point of the console script: bad input is one line on stderr and exit code 2.
 
-    Where nobody reads what it prints any more (`| head`), it ends with code 1 and without a word, as Python's
+    Where the reader of its output has left (`| head`), it ends quietly with code 1, as Python's
     documentation of SIGPIPE has it.
     """
     _open_streams()
@@ -114,7 +114,7 @@ def _obey() -> None:
             print(f"packsaddle: {error}", file=sys.stderr)
         sys.exit(1)
     except WorkerFailedError as error:
-        if not error.trace and _is_unread(sys.stdout):  # a worker that prints found that nobody reads
+        if not error.trace and _is_unread(sys.stdout):  # a worker that prints found that its reader has left
             raise BrokenPipeError from None
         print(error.trace, end="", file=sys.stderr)
         print(f"packsaddle: {one_line(str(error))}", file=sys.stderr)
@@ -127,7 +127,7 @@ def _obey() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     if under_launcher():
-        # The work is done and on disk. Interpreters that take themselves apart beside gloo's threads abort now and
+        # The work is done and on disk. Interpreters that take themselves apart while gloo's threads run abort now and
         # then, which the launcher would report as a failed run.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Question(ABC):
-    """A question that calling it answers, in tables."""
+    """A benchmark, printed as tables."""
 
     json: Annotated[bool, UNSAID] = False
     """Print one JSON document."""
@@ -43,7 +43,7 @@ class Question(ABC):
 
 @dataclass(frozen=True)
 class Step(Question):
-    """What does an optimizer step cost, beside torch.optim.SGD's, and beside the memory it must move?
+    """Time an optimizer step, next to torch.optim.SGD's and to the memory traffic that it needs.
 
     Examples:
         packsaddle bench step
@@ -65,7 +65,7 @@ class Step(Question):
 
 @dataclass(frozen=True)
 class Compress(Question):
-    """What do packing and unpacking cost, beside copying the vector once?
+    """Time packing and unpacking by each compressor, next to one copy of the vector.
 
     Examples:
         packsaddle bench compress --ratio 0.001
@@ -87,7 +87,7 @@ class Compress(Question):
 
 @dataclass(frozen=True)
 class Exchange(Question):
-    """What does one exchange cost, beside a dense all-reduce, and beside its bytes at the rate of this machine?
+    """Time one exchange, next to a dense all-reduce and to its bytes over this machine's rate.
 
     Examples:
         packsaddle bench exchange --workers 4
@@ -110,14 +110,14 @@ class Exchange(Question):
 
 @dataclass(frozen=True)
 class _Training(Question):
-    """What the benchmarks of whole training steps share."""
+    """Options of the benchmarks of whole training steps."""
 
     model: Literal["mnist-autoencoder", "resnet18"] = "mnist-autoencoder"
     """The network."""
     batch: Annotated[int | None, UNSAID] = None
     """Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18."""
     contenders: tuple[str, ...] = FIELD
-    """Who takes part: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ..., powersgd-N, local-sgd-N).
+    """The contenders: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ..., powersgd-N, local-sgd-N).
     Each may say its own step size, as in 'ddp lr=0.2', and a compressor its noise, momentum and memory, as in
     'TopK(0.01) noise=0.01', or hook=bucket (hook=model) to go behind DDP, or every=8 for local updates of SGD, with
     delay, fragments and outer=nesterov (DiLoCo's), as in 'TopK(0.03) every=8 delay=2'."""
@@ -143,7 +143,7 @@ class _Training(Question):
 
 @dataclass(frozen=True)
 class Train(_Training):
-    """What does a whole training step cost on local processes, beside every way to exchange that torch has?
+    """Time a training step on local processes, next to every exchange that torch has.
 
     Examples:
         packsaddle bench train --model resnet18
@@ -161,7 +161,7 @@ class Train(_Training):
 
 @dataclass(frozen=True)
 class Link(_Training):
-    """What does training cost over a real slow link, and what do its bytes allow? (Needs root and iproute2.)
+    """Time training over a shaped link, and compare it with what its bytes allow. (Needs root and iproute2.)
 
     Hosts are network namespaces on this machine, whose links are held to a rate.
 
@@ -171,13 +171,13 @@ class Link(_Training):
     """
 
     hosts: int = 2
-    """How many; each runs one worker under torchrun."""
+    """Number of hosts; each runs one worker under torchrun."""
     rate: float = 100.0
     """Mbit/s of every host's link, in either direction."""
     target_loss: Annotated[float | None, UNSAID] = None
     """Train each contender until the training loss is down to this, instead of timing steps (needs --data-dir)."""
     max_seconds: float = 300.0
-    """When to give up on a contender that does not reach the target."""
+    """Time limit for a contender that does not reach the target."""
 
     def run(self) -> list[Result]:
         from packsaddle.performance.bench import train
@@ -187,7 +187,7 @@ class Link(_Training):
 
 
 bench = Group(
-    "Measure, side by side in one run: packsaddle, its peers, and the floor below which nobody can go.",
+    "Measure packsaddle, its peers and the floor of each task, side by side in one run.",
     {"step": Step, "compress": Compress, "exchange": Exchange, "train": Train, "link": Link},
 )
 

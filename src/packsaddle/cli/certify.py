@@ -60,7 +60,7 @@ def certify(
         max_hvps: Hessian-vector products at most. By default the run's, else 200.
         tolerance: Go on after a saddle is found until the residual of its direction is so much of its curvature, for a
             better direction; by default the search stops with the verdict.
-        examples: A random sample of so many training examples, or "all"; by default 512, or all if there are fewer.
+        examples: Size of the random sample of training examples, or "all"; by default 512, or all if there are fewer.
         batch_size: Examples read at once; by default 64, and 500 if they are all.
         double: Compute the products in float64.
         distance: How far to each side the picture follows the escape direction.

@@ -81,4 +81,4 @@ def dated(name: str) -> Path:
 def is_first() -> bool:
     """Whether this process speaks to the user: under a launcher, only rank 0 does."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # nonsense is to be told
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # nonsense must be shown

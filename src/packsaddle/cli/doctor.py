@@ -181,7 +181,7 @@ def examine(*, try_processes: bool = True) -> list[Fact]:
 
 
 def versions() -> Iterator[Fact]:
-    """packsaddle, Python, and what packsaddle cannot do without, beside the oldest versions that it is tested with."""
+    """Versions of packsaddle, Python and required packages, with the oldest that are tested."""
     yield Fact("versions", "packsaddle", f"{packsaddle.__version__}, {Path(packsaddle.__file__).parent}")
     yield Fact("versions", "Python", f"{platform.python_version()}, {sys.executable}, {platform.platform()}")
     for package, least, extra in _requirements():
@@ -394,7 +394,7 @@ _LEGEND = "- not there, or not used   ! may fail in some uses   X training fails
 
 
 def doctor(no_try: bool = False, json: bool = False) -> None:
-    """Say what training would use on this machine, what it would not, and why.
+    """Check what training can use on this machine, and explain what it cannot.
 
     Versions, cores, GPUs, compiled loops, optional packages, network interfaces and which of them gloo listens on,
     and the variables that matter; then two processes exchange a number. Under torchrun its workers do, on all hosts.

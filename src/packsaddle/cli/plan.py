@@ -118,7 +118,7 @@ def plan(
         up: With --down instead of --link: the rate at which each worker can send, where that differs. Every exchange
             receives as much as it sends, so the slower direction counts.
         down: The rate at which each worker can receive.
-        local: Plan local updates too: how rarely to exchange, what of it, in how many fragments, beside how many steps.
+        local: Plan local updates too: their period, compressor, fragments and overlap.
         most_steps: Leave out local updates that need more than this multiple of dense training's steps.
         json: Print one JSON document.
     """
@@ -165,7 +165,7 @@ def _rate(options: LinkOptions, link: str | None) -> str:
 
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:
-    """The plans beside the uncompressed one."""
+    """Return the plans other than the uncompressed one."""
     if "(" in name:
         return [plan_with(a, _written(name, ratio), constants=constants, workers=workers)]
     name = name.lower()
@@ -252,7 +252,7 @@ def _show(plans: list[Plan]) -> None:
 
 
 def _out_of_reach(reached: Reach, a: Assumptions) -> str:
-    """The verdict on a plan that nobody can follow, and what would have to change."""
+    """Return the verdict on a plan that is out of reach, and what would have to change."""
     days = MOST_STEPS / _PACE / 86400
     lines = [
         f"OUT OF REACH: the fewest steps here are {reached.steps:.1e}, and a plan of more than {MOST_STEPS:.0e} "
@@ -312,7 +312,7 @@ def _how_far_to_trust(plans: list[Plan]) -> str:
     lines = ["~ Order of magnitude: the theorems hide their constants."]
     if c.mode == "theory":
         years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
-        verdict = "Nobody can take so many steps: at" if years > 1 else "At"
+        verdict = "Out of reach: at" if years > 1 else "At"
         lines += [
             f"  Here stand Jin et al.'s (2021) for uncompressed SGD, with iota = {c.iota:.3g} for their logarithm.",
             f"  {verdict} a million steps a second, the fewest here take {years:.1e} years.",

@@ -183,7 +183,8 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
     print_table(table)
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
     waiting = f" and {1e3 * fleet.waiting:,.4g} ms of waiting for the slowest worker" if fleet.waiting else ""
-    print(f"In every step: {1e3 * fleet.compute:,.4g} ms of computing{waiting}. Dense sends beside the backward pass.")
+    print(f"In every step: {1e3 * fleet.compute:,.4g} ms of computing{waiting}.")
+    print("Dense gradients travel during the backward pass.")
     print(
         f"Coding includes {1e3 * asked.update:,.3g} ms of error memory (and noise, if asked for) beyond plain SGD's "
         f"update."
@@ -197,7 +198,7 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
 
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
-    """The table of local updates, and the best of them beside dense training, seconds a step."""
+    """Print the table of local updates, and the best of them compared with dense training, in seconds a step."""
     table = Table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
     table.columns[0].no_wrap = True
     for column in table.columns[1:]:

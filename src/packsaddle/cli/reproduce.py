@@ -49,7 +49,7 @@ def reproduce(
         packsaddle reproduce table1 --scale smoke
 
     Args:
-        what: The paper's fig1, fig2 or table1, or a study beside them (docs/reproducing.md says of what).
+        what: The paper's fig1, fig2 or table1, or another study (docs/reproducing.md lists them).
         scale: paper: the paper's setting; cpu: the largest that two cores do in about 90 minutes; smoke: a minute.
         data_dir: Folder of the dataset: MNIST or CIFAR-10 as torchvision keeps them, or an image folder.
         download: Fetch the dataset into --data-dir if it is not there.

@@ -80,7 +80,7 @@ def run(
     elastic: str | None = None,
     memory: Path | None = None,
 ) -> None:
-    """Train as a TOML file says, with one process or several.
+    """Train from a TOML configuration, on one process or several.
 
     Under torchrun the world it made is used; otherwise this command starts its own workers. A run that was killed, or
     told to stop by SIGTERM, goes on from its last checkpoint with --resume, bit for bit.
@@ -216,7 +216,7 @@ def _saving(every: int | None, hint: str) -> "CheckpointPolicy":
 
 
 def _going_on(folder: Path, how: str, workers: int | None, data_dir: Path | None) -> str:
-    """The command that goes on with a run that is stopped."""
+    """Return the command that resumes a stopped run."""
     if under_launcher():
         return "the same command, with --resume instead of --out" if "--out" in sys.argv else "the same command again"
     words = ["packsaddle", "run", "--resume", str(folder)]
@@ -261,7 +261,7 @@ What is commented out is at its default, or an example of what is off."""
 def init(
     file: Annotated[Path, tyro.conf.Positional] = Path("config.toml"), task: TaskName = "char-transformer"
 ) -> None:
-    """Write a configuration to start from, with a comment beside every key.
+    """Write a configuration to start from, with a comment for every key.
 
     Examples:
         packsaddle init

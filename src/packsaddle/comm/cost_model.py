@@ -17,7 +17,7 @@ class Cost:
     """What lies between the start of an exchange and its end on the last worker; costs of what follows add up."""
 
     hops: int = 0  # messages that wait for one another
-    fan: int = 0  # messages of one worker beside those: they leave, or arrive, together with another
+    fan: int = 0  # further messages of one worker: they leave, or arrive, together with another
     bytes: float = 0.0  # one after another through the busiest link
 
     def __add__(self, other: "Cost") -> "Cost":

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
 
 ProcessGroup = dist.ProcessGroup
-_NO_TAG = 7_654_321  # of messages that nobody sends
+_NO_TAG = 7_654_321  # of messages that are never sent
 
 
 class Group(ABC):
@@ -47,9 +47,9 @@ class Group(ABC):
         """Replace the tensor by rank 0's, in place."""
 
     def beside(self, device: torch.device) -> "Group | None":
-        """Return a new group of the same workers, whose collectives may go on beside those of this one; collective.
+        """Return a new group of the same workers, whose collectives may overlap those of this one; collective.
 
-        None where workers cannot do anything beside a collective.
+        None where workers cannot do anything during a collective.
         """
         return None
 
@@ -124,7 +124,7 @@ class TorchGroup(Group):
         assert group is not None
         backend: Any = group._get_backend(torch.device("cpu"))
         for peer in range(self.size):
-            # A receive that nobody answers: when it times out gloo closes the group's connections, so that workers
+            # A receive that is never answered: when it times out gloo closes the group's connections, so that workers
             # which wait for this one fail too, and answer the roll call.
             with suppress(RuntimeError):
                 if peer != self.rank:

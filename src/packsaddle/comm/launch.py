@@ -101,7 +101,7 @@ class Store(Protocol):
 
 
 def agree_on_prefix(store: Store, rank: int, size: int, seconds: float) -> str:
-    """Return the word; collective. Raises RuntimeError after so many seconds.
+    """Return the word; collective. Raises RuntimeError after `seconds`.
 
     Rank 0 makes it, lists the workers that have answered to it, by what each has called itself, and waits until each
     has found itself in the list: an answer may be an earlier worker's last word.
@@ -200,7 +200,7 @@ def short_shutdown_grace() -> Iterator[None]:
 def exit_after_sigterm(entry: Callable[..., Any], *args: Any) -> Any:
     """Return entry(*args), in a worker; if SIGTERM was what ended it, the process ends a moment later.
 
-    Workers wait to be told that all have returned. A launcher that was sent SIGTERM no longer tells them, and would
+    Workers wait for the news that all have returned. A launcher that was sent SIGTERM no longer tells them, and would
     kill them after 30 s: as long as SLURM and Kubernetes give it itself.
     """
     result = entry(*args)

@@ -58,7 +58,7 @@ class MachineGroup(Group):
 
 
 def machine_group(processes: int | None = None) -> MachineGroup:
-    """Return the group of machines with so many processes each, of consecutive ranks; collective over all processes.
+    """Return the group of machines with this many processes each, of consecutive ranks; collective over all processes.
 
     None takes torchrun's LOCAL_WORLD_SIZE. Raises ValueError unless the number of all processes is a multiple of it.
     """

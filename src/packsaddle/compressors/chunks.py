@@ -1,9 +1,9 @@
 """The largest coordinates of each chunk of a vector: how many, which, and how their indices travel.
 
-Chunks are runs of so many consecutive coordinates, the last of them perhaps shorter. As every chunk keeps a number that
-both ends know, nothing looks at the whole vector, and no lengths travel. An index is coded by its gap from the one
-before it in its chunk: a Rice code takes log2(n / k) + 1.5 bits for k of n, and at most 2 log2(e) more where the
-support is not random, since gaps add up to less than n.
+Chunks are runs of consecutive coordinates of one length, the last of them perhaps shorter. As every chunk keeps a
+number that both ends know, nothing looks at the whole vector, and no lengths travel. An index is coded by its gap from
+the one before it in its chunk: a Rice code takes log2(n / k) + 1.5 bits for k of n, and at most 2 log2(e) more where
+the support is not random, since gaps add up to less than n.
 """
 
 import math

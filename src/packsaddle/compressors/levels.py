@@ -51,7 +51,7 @@ class Layer:
 
 
 def encode_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Code d levels from -top to top, which are `packed` as numbers level + top of so many bits, uint8[...]."""
+    """Code d levels from -top to top, which are `packed` as numbers level + top of `bits` bits, uint8[...]."""
     if not d:
         return packed
     loop = kernel("code_levels", device=packed.device)
@@ -99,7 +99,7 @@ def add_coded_levels(coded: Tensor, top: int, bucket: int, norms: Tensor, out: T
 
 
 def _layers(counts: Sequence[int]) -> list[Layer]:
-    """The layers of levels whose magnitudes 0, 1, ... are so many."""
+    """The layers of levels, from the counts of the magnitudes 0, 1, ...."""
     members, layers = sum(counts), []
     for count in counts:
         if members == count:

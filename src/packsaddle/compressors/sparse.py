@@ -322,7 +322,7 @@ class TopK(_CodedSupport, _OfEachTensor):
     """
 
     values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
-    chunk: int | None = None  # of each so many coordinates the ratio is kept; by default of all together
+    chunk: int | None = None  # the ratio is kept of each chunk of this many coordinates; by default of all together
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -58,7 +58,7 @@ class Audit:
     failure_probability: float = 1e-3
     max_hvps: int = 200
     tolerance: float = math.inf
-    examples: int | None = None  # a random sample of so many in all; None: all training examples, or `at_most` of them
+    examples: int | None = None  # size of a random sample; None: all training examples, or `at_most` of them
     at_most: int | None = None
     batch_size: int | None = None  # None: 500, and of a sample 64, so that a standard error has batches to come from
     double: bool = False  # products in float64

@@ -1,6 +1,6 @@
 """The configuration of a run: typed, frozen, read from TOML, and saved resolved with every run.
 
-The comment beside a field is what `packsaddle init` says of its key (see `templates`).
+The comment on a field is what `packsaddle init` says of its key (see `templates`).
 """
 
 import math
@@ -46,7 +46,7 @@ class DataConfig:
     name: Literal["digits", "mnist", "cifar10", "folder", "text"]  # folder: train/CLASS/* and test/CLASS/* images
     # class: worker i gets the classes c with c mod W = i; of text, the i-th of W stretches
     shard: Literal["iid", "class"] = "iid"
-    limit: int | None = None  # use so many training examples only; by default all
+    limit: int | None = None  # use only this many training examples; by default all
     context: int = 64  # of text: characters of a window, which is an example
 
     def __post_init__(self) -> None:
@@ -169,7 +169,7 @@ class LocalConfig:
     outer_nesterov: bool = False  # Nesterov's momentum in it
     decay: float = 1.0  # what the error memory is multiplied by in each round, in (0, 1]
     fragments: int = 1  # parts of the model that are exchanged at different steps, every / fragments apart
-    delay: int = 0  # steps that an exchange goes on beside, below every
+    delay: int = 0  # steps that an exchange overlaps, below every
     keep_unsent: bool = True  # after a round a worker begins at the anchor less its own error, not at the anchor
     reduction: Reduction = "mean"  # over workers; senders: over those that sent a coordinate
 

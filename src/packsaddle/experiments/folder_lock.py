@@ -68,7 +68,7 @@ def locked(folder: Path) -> Iterator[FolderLock | None]:
 
 def check_free(folder: Path) -> None:
     """Raise ConfigError, naming the holder, if another process has a folder's lock now."""
-    with suppress(OSError):  # nobody has ever had it, or no locks here
+    with suppress(OSError):  # it was never taken, or there are no locks here
         number = os.open(folder / LOCK, os.O_RDWR)
         try:
             if not _lock(number, shared=True):
@@ -128,7 +128,7 @@ def _sign(number: int) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove a lock's file if nobody has it: neither a worker that is left, nor whoever came next."""
+    """Remove a lock's file unless it is held, by a worker that is left or by the next run."""
     with suppress(OSError):
         number = os.open(path, os.O_RDWR)
         try:

@@ -33,7 +33,7 @@ class LocalTraining(Training):
     """Local updates of a configuration's [local].
 
     What else workers average goes through the main group and has a ledger of its own, as an exchange may be under way
-    beside it in another thread.
+    meanwhile in another thread.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ _COSTS = 50  # times as long as saving the last one took, too: so saving takes a
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """How often a run saves: every so many steps; None: about once an epoch, at most every half minute; 0: never.
+    """How often a run saves: every N steps; None: about once an epoch, at most every half minute; 0: never.
 
     Where a run does not `stop` on SIGTERM nothing need be agreed on, and None is every epoch.
     """
@@ -43,7 +43,7 @@ class CheckpointPolicy:
     every: int | None = None
     resume: bool = False  # go on from what the folder has
     stops: bool = True
-    hint: str = ""  # the command that goes on with a run that was stopped
+    hint: str = ""  # the command that resumes a stopped run
 
     def __post_init__(self) -> None:
         if self.every is not None and self.every < 0:
@@ -69,7 +69,7 @@ class StopAndSaveVote:
         self._saved, self._since, self._cost = step, time.monotonic(), 0.0
 
     def scalars(self, step: int) -> Tensor | None:
-        """What this worker has to say in step `step`, float[1], or None if nobody ever has."""
+        """What this worker has to say in step `step`, float[1], or None if no worker ever has any."""
         if not (self._saving.on and self._saving.stops):
             return None
         due = self._rank == 0 and self._by_the_clock(step + 1)
@@ -81,7 +81,7 @@ class StopAndSaveVote:
         return time.monotonic() - self._since >= max(_SECONDS, _COSTS * self._cost)
 
     def heard(self, steps: int, means: Tensor | None) -> tuple[bool, bool]:
-        """Return whether to save and whether to stop when so many steps are done, from the means of the scalars; None
+        """Return whether to save and whether to stop after a number of steps, from the means of the scalars; None
         after a step without an exchange, where there is saving by the number of steps alone."""
         if not self._saving.on:
             return False, False
@@ -147,7 +147,7 @@ class RunCheckpoints:
                 raise CheckpointError(str(error)) from error
 
     def say_stopped(self, step: int, steps: int, *, quiet: bool) -> None:
-        """Record that the run was stopped at a step of so many, when all have saved, and tell how to go on."""
+        """Record that the run was stopped at a step of its total, when all have saved, and say how to resume."""
         self._group.all_reduce(torch.zeros(1))  # all have saved
         if self._group.rank == 0:
             hint = self.policy.hint

@@ -155,7 +155,7 @@ class Inspector:
 
 
 def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]:
-    """The steps of a run's certificates: every so many epochs, at chosen epochs within the run, and then at its end."""
+    """The steps of a run's certificates: every N epochs, at chosen epochs within the run, and then at its end."""
     due = {round(epoch * per_epoch) for epoch in rule.at}
     if rule.every is not None:
         stride = max(1, round(rule.every * per_epoch))

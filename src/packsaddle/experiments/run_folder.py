@@ -264,13 +264,13 @@ class Run:
         return printable(str(self.config.get("label") or inner))
 
 
-_DEPTHS = ("*", "*/*", "*/*/*")  # of runs in a folder: beside each other, by setting and seed, in a study's runs/
+_DEPTHS = ("*", "*/*", "*/*/*")  # of runs in a folder: side by side, by setting and seed, in a study's runs/
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read run folders, or folders that hold run folders, up to a study's runs/SETTING/seed-N.
 
-    Runs beside each other in a folder come in order of time, those further down by path, seed 2 before seed 10.
+    Runs side by side in a folder come in order of time, those further down by path, seed 2 before seed 10.
     Raises ConfigError that names what is not a run folder and holds none.
     """
     runs = []

@@ -1,6 +1,6 @@
 """Configurations to start from: the presets of `packsaddle init`, the demo's four runs, and their TOML text.
 
-A preset is written as a commented TOML file: values from a Config, words from the comments beside its fields. The demo
+A preset is written as a commented TOML file: values from a Config, words from the comments on its fields. The demo
 is a deep autoencoder on digits, from a start where plain SGD stalls at a saddle.
 """
 

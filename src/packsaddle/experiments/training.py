@@ -53,7 +53,7 @@ class Training(ABC):
 
     @abstractmethod
     def parts(self) -> dict[str, Any]:
-        """Return what a checkpoint has beside the model, by name."""
+        """Return what a checkpoint has in addition to the model, by name."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

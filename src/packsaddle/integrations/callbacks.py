@@ -136,7 +136,7 @@ def attach_local_updates(
 
 
 def monitored(compressor: Compressor | Schedule | Compression, every: int) -> Compression:
-    """Return how to compress, the contraction measured every so many steps; a `Compression` as it is."""
+    """Return how to compress, the contraction measured every `every` steps; a `Compression` as it is."""
     return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 
 

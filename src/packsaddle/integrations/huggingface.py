@@ -49,7 +49,7 @@ class _Attached(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Log beside the training loss, and only there."""
+        """Log with the training loss, and only then."""
         if self._exchange is not None and logs is not None and "loss" in logs:
             self._trainer.log({f"packsaddle/{name}": value for name, value in measures(self._exchange).items()})
 
@@ -68,7 +68,7 @@ class PacksaddleCallback(_Attached):
 
     Every worker keeps its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A run that goes on
     (`train(resume_from_checkpoint=...)`) takes it from the folder of its step in `output_dir`, or from `resume_from`.
-    With one worker a warning is all that happens. `hook` is the DDPHook, which another call of `train` goes on with.
+    With one worker a warning is all that happens. `hook` is the DDPHook, which another call of `train` keeps.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class LocalUpdatesCallback(_Attached):
 
     Every worker keeps its own state, parameters and optimizer's state among it, in the trainer's checkpoint folders, as
     packsaddle-RANK.pt; a run that goes on takes it as `PacksaddleCallback` does. With one worker a warning is all that
-    happens. `local` is the LocalUpdates, which another call of `train` goes on with.
+    happens. `local` is the LocalUpdates, which another call of `train` keeps.
     """
 
     def __init__(

@@ -37,11 +37,11 @@ from packsaddle.optim.local_updates import LocalUpdates
 
 
 class _Attached(Callback):
-    """Attaches an exchange when training starts, logs its measures and keeps its state beside checkpoints."""
+    """Attaches an exchange when training starts, logs its measures and keeps its state with checkpoints."""
 
     def __init__(self) -> None:
         self._exchange: DDPHook | WorkerState | None = None
-        self._saved = False  # whether the checkpoint that is being loaded has workers' states beside it
+        self._saved = False  # whether the checkpoint that is being loaded has workers' states next to it
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> DDPHook | WorkerState | None:
         raise NotImplementedError
@@ -56,7 +56,7 @@ class _Attached(Callback):
         """Attach, and restore; raises what attaching raises."""
         self._exchange = self._attach(trainer, pl_module)
         if self._exchange is not None and self._saved:
-            load_state(self._exchange, beside(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
+            load_state(self._exchange, folder_of(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
         self._saved = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -67,7 +67,7 @@ class _Attached(Callback):
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Mark a checkpoint that has workers' states beside it."""
+        """Mark a checkpoint that has workers' states next to it."""
         return {} if self._exchange is None else {"steps": self._exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -94,8 +94,8 @@ class PacksaddleCallback(_Attached):
     Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. The contraction
     is measured every `log_every_n_steps`; a `Compression` says itself when.
 
-    Every worker keeps its own state beside the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which goes when
-    the checkpoint goes; `Trainer.fit(ckpt_path=...)` restores it. With one worker a warning is all that happens.
+    Every worker keeps its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which goes
+    when the checkpoint goes; `Trainer.fit(ckpt_path=...)` restores it. With one worker a warning is all that happens.
     `hook` is the DDPHook while there is one.
     """
 
@@ -128,7 +128,7 @@ class LocalUpdatesCallback(_Attached):
     Validation during `fit` sees the anchor, which is the same on all workers, and checkpoints have it. At the end all
     that is pending is exchanged, and every worker has the anchor.
 
-    Every worker keeps its own state, parameters and optimizer's state among it, beside the checkpoint, as
+    Every worker keeps its own state, parameters and optimizer's state among it, next to the checkpoint, as
     `PacksaddleCallback` does. With one worker a warning is all that happens. `local` is the LocalUpdates while there is
     one.
     """
@@ -194,7 +194,7 @@ class LocalUpdatesCallback(_Attached):
             self._evaluation.enter_context(self.together())
 
 
-def beside(checkpoint: str | Path) -> Path:
+def folder_of(checkpoint: str | Path) -> Path:
     """Return the folder of workers' states that belongs to a checkpoint."""
     path = Path(checkpoint)
     return path.with_name(path.name + ".packsaddle")
@@ -224,19 +224,19 @@ class _Files:
                 warnings.warn(f"{filepath} is not on a disk: packsaddle's state is not saved", stacklevel=2)
             else:
                 with self._callback.apart():
-                    save_state(exchange, beside(filepath))
+                    save_state(exchange, folder_of(filepath))
         with self._callback.together():  # the checkpoint has the parameters themselves, not copies
             self._save(checkpoint, filepath, *args, **options)
 
     def remove(self, filepath: str | Path) -> None:
         """Remove this worker's state too."""
         if self._callback.exchange is not None:
-            shutil.rmtree(beside(filepath), ignore_errors=True)
+            shutil.rmtree(folder_of(filepath), ignore_errors=True)
         self._remove(filepath)
 
 
 class CertificateCallback(Callback):
-    """Certifies the model every so many epochs or steps (is it at a saddle?) and logs certificate/grad_norm and so on.
+    """Certifies the model every N epochs or steps (is it at a saddle?) and logs certificate/grad_norm and so on.
 
     loss_fn(pl_module, batch) is a batch's mean loss, without calls of `log`; `batches` are this worker's, the same each
     time; `options` are those of `packsaddle.certify`. `certificate` is the last one. With a LocalUpdatesCallback in the

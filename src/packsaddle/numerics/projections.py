@@ -1,7 +1,7 @@
 """Random Gaussian projections of the blocks of a vector, whose squares tell which blocks have the most energy.
 
 The numbers are a function of a key and of block, row and place (see `numerics.seeds`), so all workers project alike and
-nobody stores a matrix. Projections of different blocks are independent.
+no matrix is stored. Projections of different blocks are independent.
 """
 
 import torch

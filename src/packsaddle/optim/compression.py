@@ -32,11 +32,11 @@ class Compression:
             then must not be cleared, clipped or scaled between steps (see `GradientMemory`); "ef21" is a running
             estimate of the gradient instead (see `EstimateMemory`). Hooks and local updates take "buffer" only.
         max_skipped: a step in which a worker's vector is not finite is left out on all of them, and counted; after
-            more than so many in a row NonFiniteError is raised. None takes vectors as they come.
-        compare_every: every so many steps workers compare fingerprints of the parameters and of what
+            more than this many in a row NonFiniteError is raised. None takes vectors as they come.
+        compare_every: every this many steps workers compare fingerprints of the parameters and of what
             they have stepped by (rates, noise), 16 bytes; 0 never does.
         on_drift: what to do where fingerprints differ: "stop" raises DriftError, "repair" has all take worker 0's.
-        monitor_every: measure the contraction every so many steps; 0 never does.
+        monitor_every: measure the contraction every this many steps; 0 never does.
 
     Raises ValueError for bad arguments.
     """

@@ -1,7 +1,7 @@
 """A fragment: some parameters whose local updates are exchanged together, with their anchor and error memory.
 
 The anchor a, float[n] in at least single precision, is where all workers last agreed to be. A worker's pseudo-gradient
-is what it has moved since, a - x. One exchange of it is a `Flight`: it starts, is carried out at once or beside the
+is what it has moved since, a - x. One exchange of it is a `Flight`: it starts, is carried out at once or during the
 next steps, and lands.
 """
 

@@ -109,7 +109,8 @@ class ErrorMemory:
     def rates_of_x(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
         """Return what this worker multiplies x's change by itself, so that it must be equal on all of them.
 
-        `grown` is the noise that is left outstanding if `lazy`. Unless `can_wait` nobody is to read numbers, in a step.
+        `grown` is the noise that is left outstanding if `lazy`. Unless `can_wait`, a step must not read numbers from a
+        device.
         """
         return [self.unit, grown] if lazy and can_wait else []
 
@@ -174,7 +175,7 @@ class ErrorMemory:
         self.reload()
 
     def vectors(self) -> dict[str, Tensor]:
-        """Return what is kept from step to step beside the memory itself, float[n] each, by name."""
+        """Return what is kept from step to step in addition to the memory itself, float[n] each, by name."""
         return {}
 
     def reload(self, unit: float | None = None) -> None:
@@ -190,7 +191,7 @@ class InPlaceMemory(ErrorMemory):
     """The error of a large vector, float[n]: a step is tried in the memory itself, and there is no other vector.
 
     To leave a step out its update is subtracted again, from gradients that are still there; so the memory is then as
-    before up to rounding. An update that may not be finite, which could not be taken back, is tried beside it.
+    before up to rounding. An update that may not be finite, which could not be taken back, is tried in another vector.
     """
 
     def __init__(self, layout: Layout) -> None:

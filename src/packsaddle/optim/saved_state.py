@@ -16,7 +16,7 @@ from packsaddle.optim.layout import FlatParameters
 FORMAT = 1  # of optimizers' and hooks' states
 Path = tuple[Any, ...]  # where something is in a state: keys from the outermost
 _AVERAGED = ("pending", "momentum", "storm")  # of an optimizer's vectors; the others are the same everywhere
-_ITS_OWN = ("state", "ledger", "monitor", "guard")  # of one worker, beside the groups: not carried over as they are
+_ITS_OWN = ("state", "ledger", "monitor", "guard")  # of one worker, apart from the groups: not carried over as they are
 
 
 def parameter_ids(state_dict: Mapping[str, Any]) -> list[Any]:

@@ -1,6 +1,6 @@
-"""The plan for local updates on a link: how rarely to exchange, how much of what was moved, and beside how many steps.
+"""The plan for local updates on a link: their period, compressor and overlap.
 
-A round comes every H inner steps, and its exchange may go on beside the next `delay` of them. How many steps it takes
+A round comes every H inner steps, and its exchange may overlap the next `delay` of them. How many steps it takes
 to the loss of dense training was measured (experiments/local-updates); a setting that was not is not planned with.
 """
 
@@ -33,7 +33,7 @@ MEASURED: Mapping[Setting, float] = {
     Setting(8, TopK(1 / 48, values="int2"), keep_unsent=True): 2.1,
     Setting(30, TopK(1 / 48, values="int2"), keep_unsent=True): 2.4,
 }
-_STALE = 4  # an exchange goes on beside at most this part of H, where fragments can make it so short
+_STALE = 4  # an exchange overlaps at most this part of H, where fragments can make it so short
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LocalForecast:
     """What a setting takes. Seconds are of an inner step in the mean; `sent` is of the busiest worker, bytes a step."""
 
     setting: Setting
-    delay: int  # inner steps beside which the exchange goes on
+    delay: int  # inner steps that the exchange overlaps
     fragments: int
     sent: float
     compute: float  # with waiting for the slowest worker, once a round

@@ -143,7 +143,7 @@ class Compressed(Step):
 
 @dataclass(frozen=True)
 class Dense(Step):
-    """DistributedDataParallel: `nbytes` bytes all-reduced in buckets, beside the backward pass or after it."""
+    """DistributedDataParallel: `nbytes` bytes all-reduced in buckets, during the backward pass or after it."""
 
     nbytes: int
     overlap: bool = True
@@ -153,7 +153,7 @@ class Dense(Step):
     def time(self, link: Link, fleet: Fleet) -> StepTime:
         """Buckets become ready evenly along the backward pass and are sent one after another.
 
-        So what is waited for is the last bucket or, on a slow link, all but what fitted beside the backward pass.
+        So what is waited for is the last bucket or, on a slow link, all but what fitted into the backward pass.
         """
         buckets = max(1, math.ceil(self.nbytes / self.bucket))
         latency, bandwidth = link.parts(RingAllReduce((self.nbytes,)).cost(fleet.workers))

@@ -1,9 +1,9 @@
 """The random walk on which artificial noise takes x, and the r that it suggests.
 
 xi_t moves x by eta xi_t, so that T steps of it, where nothing pulls back, move a coordinate by eta r sqrt(T) and x by
-eta r sqrt(d T). That beside ||x_0|| tells what noise does: three autoencoders left their plateaus with 2.4 to 5.4 times
-that, at learning rates from 0.1 to 1; the one for which r was varied gained less with 1 and nothing with 0.3 times, and
-was kept from learning by 10 (experiments/noise-rule).
+eta r sqrt(d T). Its ratio to ||x_0|| tells what noise does: three autoencoders left their plateaus at ratios from 2.4
+to 5.4, at learning rates from 0.1 to 1; the one for which r was varied gained less at 1 and nothing at 0.3, and was
+kept from learning at 10 (experiments/noise-rule).
 The mini-batches' own noise is no such measure: good ones were 104 and 3,400 times that.
 """
 
@@ -18,7 +18,7 @@ FAR = 8.0
 
 @dataclass(frozen=True)
 class Walk:
-    """A run's walk with noise of r = 1: how far, beside where it begins."""
+    """A run's walk with noise of r = 1: its length, and the norm of where it begins."""
 
     lr: float  # eta
     steps: float  # sum_t (r_t / r)^2: T, less where r falls
@@ -30,7 +30,7 @@ class Walk:
         return length / self.rms if self.rms else (math.inf if length else 0.0)
 
     def suggested(self, times: float = GOOD) -> float | None:
-        """Return the r whose walk is so many times ||x_0||; None if x does not move, or is zero."""
+        """Return the r whose walk is `times` times ||x_0||; None if x does not move, or is zero."""
         unit = self.times(1.0)
         return times / unit if 0 < unit < math.inf else None
 

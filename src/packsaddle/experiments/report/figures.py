@@ -103,7 +103,7 @@ def _plain(label: str) -> str:
 
 
 def _add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """As many columns as fit: some 130 letters beside each other. matplotlib fills column by column."""
+    """As many columns as fit: some 130 letters in a line. matplotlib fills column by column."""
 
     def letters(columns: int) -> int:
         height = -(-len(labels) // columns)

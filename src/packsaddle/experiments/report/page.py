@@ -146,7 +146,7 @@ def for_script(data: Any) -> str:
 
 
 def _described(i: int, setting: Setting) -> dict[str, Any]:
-    """What the page says of a setting beside numbers."""
+    """Return the page's text on a setting."""
     environments = [{k: v for k, v in run.environment.items() if k != "command"} for run in setting.runs]
     return {
         "label": setting.label,

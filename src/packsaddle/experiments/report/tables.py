@@ -163,7 +163,7 @@ def _shown(rows: Sequence[Row | SettingRow]) -> list[str]:
 
 
 def _progress(r: SettingRow) -> str:
-    """What of a setting's seeds is to be said beside its name."""
+    """Return what the name of a setting is followed by, on its seeds."""
     counts = {"unfinished": r.unfinished, "standing still": r.still}
     said = [what if n == r.seeds else f"{n} of {r.seeds} {what}" for what, n in counts.items() if n]
     return f" ({', '.join(said)})" if said else ""

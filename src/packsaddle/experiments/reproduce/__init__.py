@@ -1,4 +1,4 @@
-"""The paper's figures and table from real data, and studies beside them: configurations, runs, summaries, figures."""
+"""The paper's figures and table from real data, and further studies: configurations, runs, summaries, figures."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -66,7 +66,7 @@ def config(scale: Scale, data: Data, compressor: AnyCompressor, label: str) -> C
 
 
 def findings(summary: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
-    """RandomK beside all of the gradient, paired by seed: loss of the last epoch, test accuracy, bytes."""
+    """RandomK compared with the whole gradient, paired by seed: loss of the last epoch, test accuracy, bytes."""
     entries = by_setting(summary)
     whole = entries["100%"]
     lines = []

@@ -55,7 +55,7 @@ def config(
 
 
 def findings(summary: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
-    """How much noise shortens the plateau, paired by seed, and where compressed runs end beside uncompressed ones.
+    """Return how much noise shortens the plateau, paired by seed, and where compressed and uncompressed runs end.
 
     A run still on the plateau at its end counts with the epochs it had, so that differences are at least those given.
     """

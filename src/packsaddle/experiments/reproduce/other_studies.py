@@ -1,4 +1,4 @@
-"""Questions beside the paper's, on its two tasks: what it leaves open, other compressors, other k, escape checks."""
+"""Further questions on the paper's two tasks: what it leaves open, other compressors, other k, escape checks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -164,7 +164,7 @@ BUDGETS = (2.0, 10.0, 50.0, 250.0, 1000.0)  # megabytes
 
 
 def equal_bytes(_: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
-    """Which setting has the lowest loss once so many megabytes are spent, among those that get as far."""
+    """Return the setting of lowest loss at a number of megabytes, among those that get as far."""
     lines = []
     for budget in BUDGETS:
         reached = {curve.setting: loss for curve in curves if (loss := _loss_at(curve, budget)) is not None}

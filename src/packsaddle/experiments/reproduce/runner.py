@@ -78,7 +78,7 @@ def _do_item(work: Callable[[Item], Result], item: Item, place: int) -> Result:
 
 
 def _lost(items: Sequence[object], doing: Sequence[int], processes: Sequence[BaseProcess]) -> str:
-    """Say which item's process has died, and of what; all that were under way, if that cannot be told.
+    """Say which item's process has died, and of what; all that were under way, if that is unknown.
 
     The executor ends the other processes by SIGTERM.
     """

@@ -22,7 +22,7 @@ class Calendar:
     """Steps of the present number of workers: an epoch is a pass of all workers together over the data."""
 
     per_epoch: int  # steps in an epoch
-    start: int  # since when there are so many workers
+    start: int  # the step since which there is this number of workers
     done: float  # epochs by then
     steps: int  # of the whole run
 
@@ -37,7 +37,7 @@ class Calendar:
         return cls(per_epoch, start, done, start + max(1, round((epochs - done) * per_epoch)))
 
     def position(self, step: int) -> float:
-        """The step that it would be if there had always been so many workers."""
+        """Return the step that it would be had the number of workers always been the present one."""
         return step - self.start + self.done * self.per_epoch
 
     def epoch(self, step: int) -> float:
@@ -45,7 +45,7 @@ class Calendar:
         return self.position(step) / self.per_epoch
 
     def step_at(self, epoch: float) -> int:
-        """The step at which so many epochs are done, or when there came to be so many workers, if that was later."""
+        """Return the step at which a number of epochs is done, at the earliest that of the last change of workers."""
         return self.start + max(0, round(epoch * self.per_epoch - self.done * self.per_epoch))
 
 
@@ -109,7 +109,7 @@ class Batches:
         return left, number + 1
 
     def _from(self, position: int) -> tuple[Tensor, int]:
-        """What follows in a pass after so many examples, and the pass's number."""
+        """Return what follows in a pass after a number of examples, and the pass's number."""
         if position < len(self._rest):
             return self._rest[position:], self._first - 1
         number, offset = divmod(position - len(self._rest), len(self._indices))

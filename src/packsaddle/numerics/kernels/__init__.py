@@ -1,7 +1,7 @@
 """Which implementation of the inner loops is used: compiled ones where they can be, torch's otherwise.
 
 On the CPU numba (the extra `packsaddle[fast]`) compiles `numerics.kernels.numba_loops`; on CUDA Triton, which comes
-with torch there, compiles `numerics.kernels.triton_loops`. Whoever calls one has the same thing in torch beside it,
+with torch there, compiles `numerics.kernels.triton_loops`. Every caller of one has a twin of it in torch,
 with the same results, and takes that where `kernel` returns None: also if `PACKSADDLE_KERNELS=torch`.
 """
 

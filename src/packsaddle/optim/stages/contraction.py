@@ -10,7 +10,7 @@ from packsaddle.optim.layout import FlatParameters
 
 
 class Every:
-    """Falls due every so many steps, and stays so until it is done: not every step may exchange. Never, if 0."""
+    """Falls due every N steps, and stays due until it is done: not every step exchanges. Never, if N is 0."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -21,11 +21,11 @@ class Every:
         return self.steps > 0 and (step + 1) // self.steps > self._done // self.steps
 
     def done(self, step: int) -> None:
-        """Take it for done in this step."""
+        """Mark it as done in this step."""
         self.finished(step + 1)
 
     def finished(self, steps: int) -> None:
-        """Take it for done when there were so many steps."""
+        """Mark it as done at a number of steps."""
         self._done = steps
 
     @property

@@ -49,7 +49,7 @@ class Racer:
     task: Task
     forward: nn.Module  # called with a batch, gives its mean loss
     optimizer: torch.optim.Optimizer
-    moved: Callable[[int], Bytes]  # bytes of this worker in its first so many steps: counted (ours), or arithmetic
+    moved: Callable[[int], Bytes]  # bytes of this worker in its first n steps: counted (ours), or arithmetic
     steps: int = 0
 
     def step(self, batch: Batch) -> None:
@@ -190,7 +190,7 @@ def _local(contender: Contender, task: Task, model: DistributedDataParallel, sgd
     averager = PeriodicModelAverager(contender.number, warmup_steps=0)
     optimizer = PostLocalSGDOptimizer(sgd, averager)
     once = _reduced(task, 4)
-    # It averages at the first of every N steps.
+    # It averages in the first of every N steps.
     return Racer(task, model, optimizer, lambda steps: once(-(-steps // contender.number)))
 
 

@@ -56,7 +56,7 @@ class Outcome:
 
 
 def step_rows(laps: Sequence[Lap], rate: float | None) -> list[dict[str, Any]]:
-    """Rows of step times: beside dense DDP and, if the link's rate in bytes a second is known, beside the floor.
+    """Return rows of step times over dense DDP's and, if the link's rate in bytes a second is known, over the floor.
 
     "kB" are the ledger's 1,000 bytes, in the fuller direction; the floor is the time to compute a step alone plus these
     bytes at that rate; "allowed" is dense DDP's floor over the contender's; "counted" is what the interface sent.
@@ -131,7 +131,7 @@ class Race:
             raise ValueError("contenders must be at least one")
 
     def field(self) -> list[Contender]:
-        """Return who takes part: step times are always measured beside ALONE and DENSE."""
+        """Return the contenders: step times are always measured together with ALONE and DENSE."""
         baselines = (ALONE, DENSE) if self.target_loss is None else ()
         return parse_all((*baselines, *self.contenders), self.lr)
 
