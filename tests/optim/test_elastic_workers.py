@@ -8,6 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,21 @@ def test_one_is_told_to_leave_and_comes_back(tmp_path: Path) -> None:
     assert back["worker"] == leave["worker"]
     assert back["pending"] == leave["pending"]
     assert any(back["pending"])
+
+
+@needs_torchft
+def test_one_leaves_while_it_waits_for_others(tmp_path: Path) -> None:
+    """At once, not when the others come to their round: the grace of spot machines is short."""
+    with crew(tmp_path, 1, memory=str(tmp_path / "memory")) as (benchmark, workers):
+        workers.start("w1", step=4.0, memory=str(tmp_path / "other"))
+        reached(benchmark, workers, 0, 1)
+        time.sleep(2.0)  # in which it has done its steps, and the other not its first
+        start = time.monotonic()
+        workers.signal("w0", signal.SIGTERM)
+        workers.processes["w0"].join(60)
+        assert workers.processes["w0"].exitcode == 0
+        assert time.monotonic() - start < 10
+    assert (tmp_path / "memory").exists()
 
 
 @needs_torchft
