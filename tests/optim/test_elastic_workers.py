@@ -3,11 +3,8 @@
 import contextlib
 import importlib.util
 import json
-import os
-import runpy
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -234,17 +231,13 @@ optimizer = "adamw"
         pytest.param(True, "no lighthouse at http://localhost:1 (Connection refused)", marks=needs_torchft),
     ],
 )
-def test_what_is_missing_is_one_line(
-    torchft: bool, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not torchft:
-        monkeypatch.setitem(sys.modules, "torchft", None)
-    monkeypatch.setattr(sys, "argv", ["elastic.py", "--lighthouse", "http://localhost:1"])
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(ROOT / "examples" / "elastic.py"), run_name="__main__")
-    assert end.value.code == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"elastic.py: error: {line}")
-    assert said.count("\n") == 1
-    os.environ.pop("TORCHFT_LIGHTHOUSE", None)
+def test_what_is_missing_is_one_line(torchft: bool, line: str) -> None:
+    example = ROOT / "examples" / "elastic.py"
+    hidden = "" if torchft else "sys.modules['torchft'] = None; "
+    code = f"import runpy, sys; {hidden}sys.path.insert(0, {str(example.parent)!r}); "
+    code += f"sys.argv[:] = ['elastic.py', '--lighthouse', 'http://localhost:1']; runpy.run_path({str(example)!r}, "
+    code += "run_name='__main__')"
+    done = subprocess.run([python(), "-c", code], capture_output=True, text=True, check=False, env=environment())
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"elastic.py: error: {line}")
+    assert done.stderr.count("\n") == 1
