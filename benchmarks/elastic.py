@@ -739,6 +739,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle", "torchft", "torchft.local_sgd"])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what has been started is ended
     found = done(arguments.out)
     for key, run in [] if arguments.case == "summary" else plan(arguments):
         if key in found:

@@ -280,6 +280,7 @@ def test_a_memory_waits_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFix
     """And goes on in another process: what it had moved since the last round is in it."""
     path = tmp_path / "memory.pt"
     left, state = gone(path)
+    assert path.stat().st_size < 4000  # the vector, of 240 bytes, once
     pending = left.local.pending()
     back = Worker(settings={"memory": path})
     back.manager.before_quorum = lambda: back.manager.load(state)

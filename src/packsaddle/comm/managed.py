@@ -6,6 +6,7 @@ then discards what was tried. The Manager's own all-reduce would not do: it know
 need, and it scales and zeroes what it is given.
 """
 
+import logging
 import os
 import socket
 import urllib.parse
@@ -90,7 +91,9 @@ def connect(
     What other workers send is read with weights_only=True, so it is tensors and plain types. Raises MissingExtraError
     without torchft, and ConfigError if there is no lighthouse.
     """
+    os.environ.setdefault("RUST_LOG", "warn")  # torchft's servers say several lines in every round
     torchft: Any = require("torchft", "torchft", "elastic training")
+    logging.getLogger("torchft.manager").addFilter(_is_of_use)
     address = lighthouse or os.environ.get(LIGHTHOUSE, "")
     host, port = _place(address)
     here = hostname or reach(host, port, connect_timeout)
@@ -119,6 +122,11 @@ def connect(
         raise ConfigError(_absent(address, str(error))) from None
     weakref.finalize(manager, lambda _: None, store)  # other workers meet there as long as the Manager lives
     return manager
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    """Whether a line of torchft's log is: not what it says at every quorum of workers without NCCL."""
+    return "NCCL flight recorder" not in record.getMessage()
 
 
 def check_lighthouse(address: str, seconds: float = 10.0) -> None:

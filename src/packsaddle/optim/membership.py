@@ -51,6 +51,7 @@ from packsaddle.optim.stages.drift import fingerprint
 _log = logging.getLogger("packsaddle")
 FORMAT = 1  # of what a newcomer is sent
 _PAUSE = 0.05  # seconds between two attempts at a round
+_MOMENT = 3.0  # seconds that the interpreter has for its end, on SIGTERM
 _OWN = [
     "attempts",
     "included",
@@ -557,8 +558,11 @@ class Membership:
             raise _LeavingError
 
     def _exit(self) -> None:
-        """Leave, and end the process."""
+        """Leave, and end the process: the interpreter would wait for torchft's thread, which may wait for others."""
         self.leave()
+        end = threading.Timer(_MOMENT, os._exit, (0,))
+        end.daemon = True
+        end.start()
         sys.exit(0)
 
 

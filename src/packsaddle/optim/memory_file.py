@@ -6,7 +6,7 @@ at a round it was written; whoever reads it compares that with what the others r
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class MemoryFile:
 
     def write(self, path: Path) -> None:
         """Write it in place of what was there. Raises OSError."""
-        write_whole(path, lambda file: torch.save(asdict(self), file))
+        write_whole(path, lambda file: torch.save(vars(self), file))
 
     @classmethod
     def read(cls, path: Path, shapes: Mapping[str, torch.Size]) -> "MemoryFile":
