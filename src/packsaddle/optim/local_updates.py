@@ -12,18 +12,16 @@ With every=1, x <- a, plain SGD inside and no outer optimizer that is Algorithm 
 Algorithm 1).
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from packsaddle.comm.aggregators import AllGather, AllReduce
 from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
@@ -47,6 +45,7 @@ from packsaddle.optim.inner_optimizer import (
     trained_parameters,
 )
 from packsaddle.optim.layout import places
+from packsaddle.optim.local_rules import LocalRules
 from packsaddle.optim.membership import Membership
 from packsaddle.optim.participation import Participation
 from packsaddle.optim.saved_state import check_identity, check_shape
@@ -144,8 +143,10 @@ class LocalUpdates:
         self._compression = Compression.of(compressor)
         self.every, self.delay, self.decay, self.blend = every, delay, decay, blend
         self.reduction, self.keep_unsent, self.seed = reduction, keep_unsent, as_seed(seed)
-        _check_numbers(self, fragments)
-        _check_compression(self._compression)
+        self._rules = LocalRules(every, fragments, delay, decay, blend, reduction)
+        if self._compression.memory != "buffer":
+            raise ValueError(f'memory must be "buffer" for local updates, got {self._compression.memory!r}')
+        self._compression.at(0)
         self._parameters = trained_parameters(self.optimizer)
         check_parameters(self._parameters)
         self._bytes = sum(local_part(p).nbytes for p in self._parameters.values())
@@ -186,7 +187,9 @@ class LocalUpdates:
         compared = self._compression.compare_every
         self._drift = DriftGuard(0 if elastic else compared, self._compression.on_drift, self._channel)
         self._escape = self._escape_check(escape)
-        _check_participation(self, elastic is not None)
+        averaged = [part.feedback.aggregator for part in self._fragments]
+        escapes = escape is not None
+        self._rules.check_participation(self._participation, averaged, escapes=escapes, managed=elastic is not None)
         same = self._same(noise, escape, fragments) | {"weight": "given" if weight is not None else None}
         same |= {"sample": sample}
         self.membership: Membership | None = None  # with a manager: who is there, and this worker's part
@@ -259,7 +262,11 @@ class LocalUpdates:
         return EscapeCheck(replace(rule, objective=objective), x, self._channel, self.seed)
 
     def _member(self, elastic: Elastic, arguments: str, compare_every: int) -> Membership:
-        _check_elastic(self, len(self._fragments))
+        self._rules.check_elastic(
+            [part.feedback.aggregator for part in self._fragments],
+            escapes=self._escape is not None,
+            sharded=any(hasattr(p, "device_mesh") for p in self._parameters.values()),
+        )
         return Membership(
             elastic,
             self._channel,
@@ -753,69 +760,3 @@ def _managed(elastic: Elastic, process_group: Any) -> ManagedGroup:
     if process_group is not None and not isinstance(process_group, ManagedGroup):
         raise ValueError("process_group is the manager's own where there is a manager: leave it out")
     return process_group or ManagedGroup(elastic.manager)
-
-
-def _check_participation(local: LocalUpdates, managed: bool) -> None:
-    """Raise ValueError for what does not go with weights, or with a sample of workers in each round."""
-    who = local._participation
-    if who.is_even:
-        return
-    if managed:
-        raise ValueError("weight and sample are for a fixed set of workers; with a manager, Elastic has a weight")
-    if local._escape is not None:
-        raise ValueError("escape must be None with weight or sample: its checks are of the plain mean of all workers")
-    if local.reduction != "mean":
-        raise ValueError(f'reduction must be "mean" with weight or sample, got {local.reduction!r}')
-    if who.samples and local.delay:
-        raise ValueError(f"delay must be 0 with sample below 1, got {local.delay}")
-    if who.samples:
-        _check_direct(local, "with sample below 1")
-
-
-def _check_elastic(local: LocalUpdates, fragments: int) -> None:
-    """Raise ValueError for what does not go with workers that come and go."""
-    if local.delay:
-        raise ValueError(f"delay must be 0 with a manager, whose rounds end before the next step, got {local.delay}")
-    if local._escape is not None:
-        raise ValueError("escape must be None with a manager: its checks are of workers that are all there")
-    if local.reduction != "mean":
-        raise ValueError(f'reduction must be "mean" with a manager, got {local.reduction!r}')
-    if any(hasattr(p, "device_mesh") for p in local._parameters.values()):
-        raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
-    _check_direct(local, "with a manager")
-
-
-def _check_direct(local: LocalUpdates, where: str) -> None:
-    for part in local._fragments:
-        if not isinstance(part.feedback.aggregator, AllReduce | AllGather):
-            name = type(part.feedback.aggregator).__name__
-            raise ValueError(
-                f"compressor and exchange must average messages directly {where} (TopK, RandomK, QSGD, Sign, "
-                f"Identity, LinearSketch, not what {name} needs): others keep state that fits one set of workers"
-            )
-
-
-def _check_compression(compression: Compression) -> None:
-    if compression.memory != "buffer":
-        raise ValueError(f'memory must be "buffer" for local updates, got {compression.memory!r}')
-    compression.at(0)
-
-
-def _check_numbers(local: LocalUpdates, fragments: int) -> None:
-    for name, value, least in (("every", local.every, 1), ("fragments", fragments, 1), ("delay", local.delay, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if fragments > local.every:
-        raise ValueError(f"fragments must be at most every = {local.every}, so that each has a step, got {fragments}")
-    if local.delay >= local.every:
-        raise ValueError(
-            f"delay must be below every = {local.every} steps, so that rounds do not meet, got {local.delay}"
-        )
-    if not (isinstance(local.decay, int | float) and math.isfinite(local.decay) and 0 < local.decay <= 1):
-        raise ValueError(f"decay must be in (0, 1], got {local.decay!r}")
-    if local.blend is not None and not 0 <= local.blend <= 1:
-        raise ValueError(f"blend must be None or in [0, 1], got {local.blend!r}")
-    if local.blend is not None and not local.delay:
-        raise ValueError("blend needs a delay above 0: without one there is nothing to blend with")
-    if local.reduction not in get_args(Reduction):
-        raise ValueError(f'reduction must be "mean" or "senders", got {local.reduction!r}')
