@@ -65,6 +65,7 @@ HOMES = {
     r"`HARDLY WORTH IT`": "docs/slow-links.md",
     r"model\.join\(\)": "docs/ddp.md",
     r"download\.pytorch\.org/whl/cpu": "docs/start.md",
+    r"38%\s+at\s+1,024": "docs/scale.md",
     r"28%\s+at\s+1%": "docs/compressors.md",
     r"bias\s+is\s+sent\s+every\s+1000\s+steps": "docs/departures.md",
     r"\b0\.19\.6\b": "docs/comparison.md",
