@@ -62,7 +62,14 @@ def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path:
         assert (summaries[name]["exchange"], summaries[name]["exchange_reason"]) == ("all-gather", "asked for")
         assert len(summaries[name]["resets"]) >= 2
         saved = json.loads((folder / "config.json").read_text())
-        assert saved["compressor"] == {"kind": "TopK", "ratio": 0.1, "k": None, "per_tensor": False, "values": None}
+        assert saved["compressor"] == {
+            "kind": "TopK",
+            "ratio": 0.1,
+            "k": None,
+            "per_tensor": False,
+            "values": None,
+            "chunk": None,
+        }
         assert json.loads((folder / "environment.json").read_text())["torch"] == torch.__version__
         for part in ("model", "worker-0", "worker-1"):
             torch.load(folder / "checkpoint" / f"{part}.pt", weights_only=True)
