@@ -78,7 +78,8 @@ Path("dense.toml").write_text(CONFIG.replace("TopK", "Identity").replace("ratio 
 shell("packsaddle run topk.toml --out runs/topk")
 
 # %% [markdown]
-# - `final loss` is the mean squared error over the last lines of metrics, `test loss` that of digits never trained on.
+# - `final loss` is the mean squared error over the steps of the last epoch, `test loss` that of digits never trained
+#   on.
 # - `MB per worker` is what one worker sent in the whole run, without the model at the start.
 # - `compression` says how many times fewer bytes these are than uncompressed gradients.
 # - The line about noise is a suggestion for runs that stand still. The next tutorial is about that.
@@ -139,7 +140,7 @@ print(*sorted(p.name for p in Path("report").iterdir()))
 #
 # ![Loss and gradient norm of both runs, against epochs and against megabytes](01_first_run.png)
 #
-# Compare the two columns. On the left, against epochs, the compressed run is at most an epoch behind. On the right,
+# Compare the two columns. On the left, against epochs, the compressed run is about an epoch behind. On the right,
 # against megabytes, the curves are far apart: at each loss the uncompressed run has sent about 30 times as much. The
 # axis is logarithmic.
 #

@@ -9,9 +9,9 @@
 # 3. start four hosts, all on this machine, kill one and start again;
 # 4. see the commands for four machines.
 #
-# You need a clone of the repository and `pip install .` in it. Run it with `python
-# examples/tutorials/04_one_machine_to_four_hosts.py`; it takes one to two minutes, mostly to start Python processes.
-# The files go to `runs/tutorial-4`.
+# You need a clone of the repository and `pip install .` in it. Run this page with
+# `python examples/tutorials/04_one_machine_to_four_hosts.py`. It takes one to two minutes, most of it to start Python
+# processes. The files go to `runs/tutorial-4`.
 
 # %%
 import os
@@ -71,7 +71,7 @@ parts = {"model": model, "optimizer": optimizer, "local": local}
 folder = sys.argv[1]
 found = packsaddle.load_checkpoint(folder, parts)
 if found and rank == 0:
-    print(f"goes on from step {found.step}")
+    print(f"resumes from step {found.step}")
 
 for step in range(found.step if found else 0, 100):
     if step == int(os.environ.get("DIE_AT", -1)) and rank == workers - 1:
@@ -162,7 +162,7 @@ for folder in sorted(Path("checkpoints/four").iterdir()):
 #
 # ## Start again
 #
-# Start the same commands again, and the training goes on from there:
+# Start the same commands again, and the training resumes at step 50:
 
 # %% tags=["varies"]
 resumed = four_hosts()
@@ -193,12 +193,16 @@ print("the weights are those of the run on one machine:", digests[0] == digests[
 #
 #     torchrun --nnodes 4 --node-rank 0 --master-addr 10.0.0.1 train.py checkpoints/four
 #
-# If it waits for ever at the start, a firewall is between the machines. `nc -vz 10.0.0.1 29500` on the second machine
-# tells. The machines must trust each other: whoever can reach these ports can join
+# If it waits forever at the start, a firewall may be between the machines: try `nc -vz 10.0.0.1 29500` on the second
+# machine. The machines must trust each other: whoever can reach these ports can join
 # ([ports, and who may connect](docs/multi-node.md#ports-and-who-may-connect)).
 #
 # A checkpoint folder need not be shared while the number of machines stays: each worker reads its own file. To go on
 # with fewer machines, put it on a disk that all can read.
+#
+# To try slow links between hosts without a second machine you need Linux and root:
+# `packsaddle bench link --hosts 4 --rate 50` makes four hosts out of network namespaces, with links of 50 Mbit/s, and
+# measures training steps between them.
 #
 # ## Next
 #
