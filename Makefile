@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick test-integrations lint docs picture shape audit clean
+.PHONY: demo test quick test-integrations lint docs tutorials picture shape audit clean
 
 demo: .venv/.installed
 	$(BIN)/packsaddle demo
@@ -36,6 +36,10 @@ lint: .venv/.installed
 docs: .venv/.installed
 	$(BIN)/python -m sphinx -W -n --keep-going -q -c docs . build/docs
 	@echo "site: build/docs/index.html"
+
+# The pages of docs/tutorials, from the scripts of examples/tutorials, which it runs (some minutes).
+tutorials: .venv/.installed
+	$(BIN)/python docs/tutorials.py
 
 # The picture of docs/architecture.md, from the imports in the code.
 picture: .venv/.installed

@@ -65,7 +65,7 @@ def test_experiment_configs_load(path: Path) -> None:
 def test_links_exist() -> None:
     for page in [
         ROOT / "README.md",
-        *(p for where in ("docs", "examples", "experiments/*") for p in ROOT.glob(f"{where}/*.md")),
+        *(p for where in ("docs", "docs/tutorials", "examples", "experiments/*") for p in ROOT.glob(f"{where}/*.md")),
     ]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

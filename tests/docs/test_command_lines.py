@@ -13,7 +13,7 @@ from packsaddle.cli.parsing import parse
 from packsaddle.experiments.config import load
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/tutorials/*.md"))]
 PAGES += [*sorted(ROOT.glob("experiments/*/README.md")), *sorted(ROOT.glob("benchmarks/*.md"))]
 COMMAND = re.compile(r"(?:^|\s)packsaddle(?: |$)|-m packsaddle\.cli ")
 

@@ -1,0 +1,153 @@
+# %% [markdown]
+# # A first run
+#
+# packsaddle trains PyTorch models on several workers that exchange compressed gradients. In this tutorial you
+#
+# 1. write a configuration and train a small network on two worker processes;
+# 2. read the ledger, which says what each worker sent;
+# 3. train once more without compression, and compare the two runs on a page.
+#
+# You write no training loop here; to put packsaddle into your own loop, see [start](docs/start.md). You need a clone
+# of the repository and `pip install '.[plot,digits]'` in it. The data are the 8 x 8 digits of scikit-learn. Run this
+# page with `python examples/tutorials/01_first_run.py`; it takes less than a minute.
+#
+# The function `shell` below runs a command as your terminal would. The files go to `runs/tutorial-1`.
+
+# %%
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path("runs/tutorial-1")
+shutil.rmtree(FOLDER, ignore_errors=True)
+FOLDER.mkdir(parents=True)
+os.chdir(FOLDER)
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where packsaddle is installed
+
+
+def shell(command: str) -> None:
+    done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=False)
+    print(done.stdout)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+
+
+# %% [markdown]
+# ## A configuration
+#
+# A run is described by a TOML file. This one trains an autoencoder: it squeezes an image of 64 pixels into 10 numbers
+# and restores it. The table `[compressor]` is the point: each worker sends 1% of the coordinates of its gradient in a
+# step, the largest ones. It keeps the rest in memory, and adds it to the next gradient.
+#
+# We write two files. The second is for a comparison later: it has the compressor `Identity`, which sends everything.
+# `packsaddle init config.toml --task digits` writes a longer file, with a comment beside every key there is.
+
+# %%
+CONFIG = """
+lr = 1.0
+epochs = 10
+batch_size = 16       # examples per worker and step
+workers = 2
+log_every = 25        # steps averaged in one line of metrics
+
+[data]
+name = "digits"
+
+[model]
+name = "autoencoder"
+widths = [256, 10]    # the encoder; the decoder mirrors it
+
+[compressor]
+kind = "TopK"
+ratio = 0.01
+"""
+Path("topk.toml").write_text(CONFIG)
+Path("dense.toml").write_text(CONFIG.replace("TopK", "Identity").replace("ratio = 0.01\n", ""))
+
+# %% [markdown]
+# ## Train
+#
+# `packsaddle run` starts the two worker processes on this machine, trains, and writes everything into a new folder.
+# It prints its progress, and at the end a table sums the run up.
+
+# %% tags=["varies"]
+shell("packsaddle run topk.toml --out runs/topk")
+
+# %% [markdown]
+# - `final loss` is the mean squared error over the steps of the last epoch, `test loss` that of digits never trained
+#   on.
+# - `MB per worker` is what one worker sent in the whole run, without the model at the start.
+# - `compression` says how many times fewer bytes these are than uncompressed gradients.
+# - The line about noise is a suggestion for runs that stand still. The next tutorial is about that.
+#
+# ## The ledger
+#
+# packsaddle counts the bytes of every exchange by purpose. For a run the counts are in `summary.json`; in your own
+# script `print(optimizer.ledger)` shows the same.
+
+
+# %%
+def show_ledger(folder: str) -> None:
+    summary = json.loads(Path(folder, "summary.json").read_text())
+    print(f"{folder}: test loss {summary['test_loss']:.4f} after {summary['steps']} steps")
+    for purpose, moved in summary["bytes_by_purpose"].items():
+        if moved["sent"] > summary["sent"] / 1000:
+            print(f"  {purpose:8} {moved['sent']:12,} bytes")
+    print(f"  {'total':8} {summary['sent']:12,} bytes")
+
+
+show_ledger("runs/topk")
+
+# %% [markdown]
+# - `values` are the numbers that TopK kept, and `indices` say where in the gradient they belong.
+# - `dense` are the biases. They are vectors, and vectors are sent whole.
+# - `start` is the model, sent once, so that both workers begin alike.
+# - `sizes` announce how long each message is: TopK's messages differ in length from step to step.
+# - We left out what is below a thousandth: the losses for the log, and a check that both workers still have the same
+#   model.
+#
+# ## The same without compression
+#
+# To change one key for one run you need no second file: `--set lr=0.5` overrides it.
+
+# %% tags=["varies"]
+shell("packsaddle run dense.toml --out runs/dense")
+
+# %%
+show_ledger("runs/dense")
+
+# %% [markdown]
+# The compressed run sent 33 times fewer bytes. Half of what it did send are the biases. Its loss is a little higher
+# after the same number of steps. How much higher depends on the network, the compressor and the learning rate;
+# [choosing](docs/choosing.md) has what was measured.
+#
+# ## A page of both
+#
+# `packsaddle report` compares runs. It prints their table and writes one HTML page with interactive charts, the
+# settings that differ, and the numbers as CSV.
+
+# %% tags=["varies"]
+shell("packsaddle report runs/topk runs/dense --out report")
+
+# %%
+shutil.copy("report/figure.png", "01_first_run.png")
+print(*sorted(p.name for p in Path("report").iterdir()))
+
+# %% [markdown]
+# Open `runs/tutorial-1/report/index.html` in a browser. This is the figure in it:
+#
+# ![Loss and gradient norm of both runs, against epochs and against megabytes](01_first_run.png)
+#
+# Compare the two columns. On the left, against epochs, the compressed run is about an epoch behind. On the right,
+# against megabytes, the curves are far apart: at each loss the uncompressed run has sent about 30 times as much. The
+# axis is logarithmic.
+#
+# ## Next
+#
+# - Is a run that stands still at a minimum? [Leave a saddle, and prove it](docs/tutorials/02_leave_a_saddle.md).
+# - AdamW, and an exchange every 8 steps: [AdamW over a slow link](docs/tutorials/03_adamw_over_a_slow_link.md).
+# - Every key of the file: [configuration](docs/configuration.md). Every command: [command line](docs/command-line.md).

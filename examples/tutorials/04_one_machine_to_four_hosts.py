@@ -1,0 +1,211 @@
+# %% [markdown]
+# # From one machine to four hosts
+#
+# One training script runs on one process, on several processes of a machine, and on several machines. Only the command
+# that starts it changes. In this tutorial you
+#
+# 1. write such a script, with local updates and a checkpoint, and start four workers on this machine;
+# 2. look at the network with `packsaddle doctor`;
+# 3. start four hosts, all on this machine, kill one and start again;
+# 4. see the commands for four machines.
+#
+# You need a clone of the repository and `pip install .` in it. Run this page with
+# `python examples/tutorials/04_one_machine_to_four_hosts.py`. It takes one to two minutes, most of it to start Python
+# processes. The files go to `runs/tutorial-4`.
+
+# %%
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path("runs/tutorial-4")
+shutil.rmtree(FOLDER, ignore_errors=True)
+FOLDER.mkdir(parents=True)
+os.chdir(FOLDER)
+# The folder of torchrun and packsaddle, and one thread for each worker.
+os.environ |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def start(command: str, **variables: str) -> subprocess.Popen[str]:
+    """Start a command as a terminal would, with more environment variables."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(shlex.split(command), stdout=pipe, stderr=pipe, text=True, env=os.environ | variables)
+
+
+# %% [markdown]
+# ## The script
+#
+# `train.py` is an ordinary loop with AdamW. Four things make it ready for several workers:
+#
+# - `init_process_group("gloo")` joins the workers. torchrun tells each one its number in environment variables.
+# - Each worker takes its own part of the data, by `rank`.
+# - `LocalUpdates` exchanges what the workers have moved every 10 steps.
+# - `load_checkpoint` and `save_checkpoint` are called by all workers. Each writes its own file, since each has its own
+#   optimizer state and its own memory of what it has not sent. Without a checkpoint `load_checkpoint` returns None.
+#
+# The variable `DIE_AT` lets the last worker kill itself at a step. It stands for a machine that fails.
+
+# %%
+Path("train.py").write_text("""\
+import hashlib, os, signal, sys
+from datetime import timedelta
+import torch
+import packsaddle
+
+torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=5))
+rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.ReLU(), torch.nn.Linear(256, 64))
+data = torch.randn(2048, 8) @ torch.randn(8, 64)
+mine = data[rank::workers]
+
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+local = packsaddle.LocalUpdates(optimizer, every=10)
+parts = {"model": model, "optimizer": optimizer, "local": local}
+folder = sys.argv[1]
+found = packsaddle.load_checkpoint(folder, parts)
+if found and rank == 0:
+    print(f"resumes from step {found.step}")
+
+for step in range(found.step if found else 0, 100):
+    if step == int(os.environ.get("DIE_AT", -1)) and rank == workers - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    batch = mine[torch.randint(len(mine), (32,), generator=torch.Generator().manual_seed(step))]
+    optimizer.zero_grad()
+    torch.nn.functional.mse_loss(model(batch), batch).backward()
+    optimizer.step()
+    if (step + 1) % 25 == 0:
+        packsaddle.save_checkpoint(folder, parts, step=step + 1)
+
+local.flush()  # all workers have one model
+if rank == 0:
+    with torch.no_grad():
+        loss = torch.nn.functional.mse_loss(model(data), data).item()
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()]).numpy().tobytes()
+    print(f"{workers} workers, loss {loss:.3f}, weights {hashlib.sha256(weights).hexdigest()[:12]}")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+""")
+
+# %% [markdown]
+# ## Four workers on this machine
+#
+# torchrun starts the workers, and `--standalone` says that no other machine takes part.
+
+# %% tags=["varies"]
+whole, errors = start("torchrun --standalone --nproc-per-node 4 train.py checkpoints/one").communicate()
+print(whole or errors)
+
+# %% [markdown]
+# The line has a digest of the weights, which we need later.
+#
+# ## Look at the network
+#
+# On several machines most first runs fail for one reason: the workers cannot find each other. A worker of gloo tells
+# the others an address at which it listens. Without help it takes the address that the machine's own name leads to,
+# and on many systems that is 127.0.0.1, where no other machine can reach it. `packsaddle doctor` shows what it would
+# be:
+
+# %% tags=["varies"]
+report, _ = start("packsaddle doctor").communicate()
+lines = report.splitlines()
+first, last = (next(i for i, line in enumerate(lines) if line[4:].startswith(w)) for w in ("network", "environment"))
+print("\n".join(lines[first:last]))
+
+# %% [markdown]
+# A `!` before `gloo` says that workers on other machines could not reach this one. The cure is the variable
+# `GLOO_SOCKET_IFNAME`. Set it on each machine to the name of the card of the network that you want to use. The names
+# are in the list.
+#
+# ## Four hosts, on one machine
+#
+# With several machines you start torchrun once on each. The commands differ in `--node-rank` alone. `--master-addr` is
+# the address of the first machine. You can try the commands on one machine, in four terminals, with its loopback card
+# `lo` and the address 127.0.0.1. The function below does that.
+
+
+# %%
+def four_hosts(**variables: str) -> list[tuple[str, str]]:
+    """Start four hosts and wait; return what each printed, and its errors."""
+    with socket.socket() as free:  # a port that nobody uses
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = f"torchrun --nnodes 4 --master-addr 127.0.0.1 --master-port {port}"
+    variables["GLOO_SOCKET_IFNAME"] = "lo"
+    hosts = [start(f"{command} --node-rank {node} train.py checkpoints/four", **variables) for node in range(4)]
+    return [host.communicate() for host in hosts]
+
+
+# %% [markdown]
+# ## A host dies
+#
+# The last host gets SIGKILL at step 60. This is what the other three say, and what is in the checkpoint's folder:
+
+# %% tags=["varies"]
+for node, (_, errors) in enumerate(four_hosts(DIE_AT="60")):
+    found = re.search(r"PeerLostError: .*? are there|exitcode .*SIGKILL.*", errors)
+    print(f"host {node}:", found[0] if found else errors)
+for folder in sorted(Path("checkpoints/four").iterdir()):
+    print(folder, *sorted(path.name for path in folder.glob("*.pt")))
+
+# %% [markdown]
+# At their next exchange the others get no answer. Their `PeerLostError` names the rank that is gone, and all end
+# within seconds. No worker trains on alone without noticing.
+#
+# The checkpoint of step 50 is whole, with one file for each worker.
+#
+# ## Start again
+#
+# Start the same commands again, and the training resumes at step 50:
+
+# %% tags=["varies"]
+resumed = four_hosts()
+for node, (output, errors) in enumerate(resumed):
+    print(f"host {node}:", output.replace("\n", "; ") or errors or "done")
+
+# %%
+digests = [re.findall(r"weights (\w+)", text) for text in (whole, resumed[0][0])]
+print("the weights are those of the run on one machine:", digests[0] == digests[1] != [])
+
+# %% [markdown]
+# Four workers on one machine without a failure, and four hosts with a failure and a second start: the weights are
+# the same, bit for bit.
+#
+# torchrun can start the workers again by itself, with `--max-restarts 3`. What that needs is in
+# [several machines](docs/multi-node.md#when-a-machine-is-late-or-gone).
+#
+# ## Four machines
+#
+# Now the same on four machines, where 10.0.0.1 is the first machine's address and `eth0` the card. Each has the
+# script, and the same versions of Python, torch and packsaddle. Check the network first, with this on all four, and
+# `--node-rank` 0 to 3:
+#
+#     export GLOO_SOCKET_IFNAME=eth0
+#     torchrun --nnodes 4 --node-rank 0 --master-addr 10.0.0.1 -m packsaddle.cli doctor
+#
+# Then train:
+#
+#     torchrun --nnodes 4 --node-rank 0 --master-addr 10.0.0.1 train.py checkpoints/four
+#
+# If it waits forever at the start, a firewall may be between the machines: try `nc -vz 10.0.0.1 29500` on the second
+# machine. The machines must trust each other: whoever can reach these ports can join
+# ([ports, and who may connect](docs/multi-node.md#ports-and-who-may-connect)).
+#
+# A checkpoint folder need not be shared while the number of machines stays: each worker reads its own file. To go on
+# with fewer machines, put it on a disk that all can read.
+#
+# To try slow links between hosts without a second machine you need Linux and root:
+# `packsaddle bench link --hosts 4 --rate 50` makes four hosts out of network namespaces, with links of 50 Mbit/s, and
+# measures training steps between them.
+#
+# ## Next
+#
+# - Cards, ports, timeouts and rendezvous in full: [several machines](docs/multi-node.md).
+# - Machines that come and go while the others train on: [elastic workers](docs/elastic.md).
+# - Does it pay on your link? [AdamW over a slow link](docs/tutorials/03_adamw_over_a_slow_link.md).

@@ -1,0 +1,72 @@
+"""The tutorials: each page has its script's prose and code, and the script still prints what the page says."""
+
+import importlib.util
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from forked_python import environment, python
+
+ROOT = Path(__file__).parents[2]
+MAKER = ROOT / "docs" / "tutorials.py"
+
+
+def _maker() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("tutorial_pages", MAKER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+maker = _maker()
+SCRIPTS: list[Path] = maker.SCRIPTS
+
+NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?!\w)")
+TIME = re.compile(r"[\d.,]+ (s|ms)\b")
+
+
+def same(new: str, old: str) -> bool:
+    """Tell if two texts have the same words and about the same numbers, but for times and what aligns columns."""
+    new, old = (re.sub(r" +", " ", TIME.sub(r"T \1", text)) for text in (new, old))
+    if NUMBER.sub("N", new) != NUMBER.sub("N", old):
+        return False
+    numbers = ([float(n.replace(",", "")) for n in NUMBER.findall(text)] for text in (new, old))
+    return all(math.isclose(a, b, rel_tol=0.1, abs_tol=0.005) for a, b in zip(*numbers, strict=True))
+
+
+def test_which_texts_are_the_same() -> None:
+    assert same("saddle  loss 0.501, 1,000 bytes in 2.0 s", "saddle loss 0.502, 1,001 bytes in 33 s")
+    assert not same("saddle, loss 0.5", "undecided, loss 0.5")
+    assert not same("loss 0.5", "loss 0.6")
+    assert not same("1,000 bytes", "2,000 bytes")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_pages_have_the_prose_and_code_of_their_scripts(script: Path) -> None:
+    text = (maker.PAGES / f"{script.stem}.md").read_text()
+    assert maker.page(script, maker.printed_in(script, text)) == text, "run `make tutorials`, or with --prose"
+    for name in maker.pictures(script):
+        assert (maker.PAGES / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
+def test_scripts_print_what_their_pages_say(script: Path, tmp_path: Path) -> None:
+    words = [python(), str(MAKER), "--out", str(tmp_path), str(script)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment(), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    new, old = (
+        maker.printed_in(script, (where / f"{script.stem}.md").read_text()) for where in (tmp_path, maker.PAGES)
+    )
+    code = [cell for cell in maker.cells(script) if not cell.is_prose]
+    for cell, printed, said in zip(code, new, old, strict=True):
+        assert bool(printed) == bool(said), cell.text
+        assert cell.varies or same(printed, said), f"{cell.text}\nprints\n{printed}\nand not\n{said}"
+    assert {p.name for p in tmp_path.glob("*.png")} == set(maker.pictures(script))
