@@ -79,7 +79,12 @@ class Certificate:
     examples: int
     sample_of: int | None  # how many examples these were drawn from; None: they are all there are
     precision: str  # of the products; recurrences are in double precision
+    hvp: str  # how products were taken: "double backward" or "differences of gradients"
+    hvp_reason: str | None  # what torch said where double backward was tried and there is none
+    hvp_error: float  # what a product of a unit vector may be wrong by, supposed and measured; taken off both bounds
+    hvp_step: float | None  # h of the differences, the last one
     hvps: int
+    backward_passes: int  # over the examples; two a product by double backward
     bytes_sent: int  # by this worker
     seconds: float
     lr: float | None = None  # of SGD that may go on from here, for `escape_steps`
@@ -111,6 +116,14 @@ class Certificate:
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
     @property
+    def _how(self) -> str:
+        """The error of differences, and why they were taken."""
+        if self.hvp_step is None:
+            return ""
+        why = "" if self.hvp_reason is None else f"; no double backward: {self.hvp_reason}"
+        return f" (h = {self.hvp_step:.1e}; off by {self.hvp_error:.1e}, in both bounds{why})"
+
+    @property
     def _whence(self) -> str:
         """Which epsilon was taken and why, where none was given."""
         if not self.epsilon_proposed:
@@ -136,7 +149,8 @@ class Certificate:
             f"{1 - self.failure_probability:g}, residual {self.residual:.1e}",
             f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({rho})",
             f"  loss {self.loss:.6f}; the Hessian is that of {self.whose}",
-            f"  {self.hvps} products in {self.precision}, {self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
+            f"  {self.hvps} products in {self.precision} by {self.hvp}{self._how}, {self.bytes_sent:,} bytes sent, "
+            f"{self.seconds:.1f} s",
         ]
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss

@@ -19,6 +19,11 @@ Products that round, as in single precision, leave noise where the process would
 the next vector is noise too, so betas are taken as no smaller than `Ritz.rounding`. This is measured beside supposed:
 A q_k has no part along q_0 ... q_{k-2}, and beta_k along q_{k-1}; what is found there instead is the products' error.
 
+Products that are wrong by a known tau, as differences of gradients are, are those of a matrix within tau of A if they
+are linear, and its eigenvalues are within tau of A's (Weyl): `Ritz.rounding` is no less than tau, and both bounds are
+moved by it. The lower bound supposes in addition that what is wrong does not depend on <b, v>, as rounding and the
+third derivatives of a loss do not: an error that knew the start could hide v.
+
 Without stored vectors orthogonality is lost to rounding, but each q_j still has norm 1, so p_j(lambda_min)^2 <= 1 / w
 for each j alone: beyond the memory limit the largest term takes the place of the sum.
 """
@@ -106,9 +111,10 @@ class Lanczos:
     """The Lanczos process on a symmetric A, one product a `step`.
 
     `matvec` maps float64[n] to A v, float64[n]; `start`, float64[n], is Gaussian, fresh for every certificate (and the
-    same on every worker); `precision` is the unit roundoff of the products. Recurrences are in double precision; the
-    first `max_vectors` vectors (None: all) are kept, and while they all are, each new one is orthogonalised against
-    them twice. Beyond, three vectors are in memory and the rest is found again when a Ritz vector is asked for.
+    same on every worker); `precision` is the unit roundoff of the products, and `error` returns what one of a unit
+    vector may be wrong by otherwise, as far as is known now. Recurrences are in double precision; the first
+    `max_vectors` vectors (None: all) are kept, and while they all are, each new one is orthogonalised against them
+    twice. Beyond, three vectors are in memory and the rest is found again when a Ritz vector is asked for.
     """
 
     def __init__(
@@ -118,11 +124,13 @@ class Lanczos:
         *,
         max_vectors: int | None = None,
         precision: float = torch.finfo(torch.float64).eps,
+        error: Callable[[], float] = lambda: 0.0,
     ) -> None:
         if max_vectors is not None and max_vectors < 2:
             raise ValueError(f"max_vectors must be at least 2, got {max_vectors}")
         n = len(start)
         self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
+        self._known_error = error
         self._error = 0.0  # the largest found of what should have been nothing
         self.products = 0  # all of them, also those for Ritz vectors
         self._basis = [start / start.norm()]
@@ -170,7 +178,7 @@ class Lanczos:
             tuple(thetas.tolist()),
             tuple(vectors[0].square().tolist()),
             beta * abs(float(vectors[-1, 0])),
-            max(_ROUNDING * self._precision * scale, 2 * self._error),
+            max(_ROUNDING * self._precision * scale, 2 * self._error, self._spread_error()),
             exhausted,
             orthogonal,
         )
@@ -188,6 +196,11 @@ class Lanczos:
                 before, q = q, w.div_(self._betas[j])
                 v.add_(q, alpha=weights[j + 1])
         return v.div_(v.norm())
+
+    def _spread_error(self) -> float:
+        """The norm of n x k numbers whose columns are independent, with the norm of one product's error (Marchenko and
+        Pastur): what k products' errors are as a matrix, hardly more than one's unless k is near n."""
+        return self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
 
     def _product(self, q: Tensor) -> Tensor:
         self.products += 1
