@@ -98,11 +98,11 @@ def test_a_products_error_is_at_most_what_is_measured(kind: str) -> None:
 def test_both_bounds_are_covered(kind: str, products: int) -> None:
     """From above always; from below but for the failure probability over the start, 150 networks and starts a case."""
     dtype, loss, _ = KINDS[kind]
-    runs, delta, failures = 150, 0.05, 0
+    runs, delta, failures, above = 150, 0.05, 0, 0
     for seed in range(runs):
         model, batch = network(seed, dtype)
         exact = torch.linalg.eigvalsh(dense_hessian(model, batch))
-        smallest, rounding = float(exact[0]), 1e-12 * float(exact.abs().max())
+        smallest, largest, rounding = float(exact[0]), float(exact[-1]), 1e-12 * float(exact.abs().max())
         certificate = certify(
             model,
             loss,
@@ -116,7 +116,9 @@ def test_both_bounds_are_covered(kind: str, products: int) -> None:
         )
         assert certificate.lambda_min_upper >= smallest - rounding, seed
         failures += certificate.lambda_min_lower > smallest + rounding
-    assert failures <= runs * delta + 3 * math.sqrt(runs * delta * (1 - delta))
+        assert certificate.lambda_max_lower <= largest + rounding, seed
+        above += certificate.lambda_max_upper < largest - rounding
+    assert max(failures, above) <= runs * delta + 3 * math.sqrt(runs * delta * (1 - delta))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

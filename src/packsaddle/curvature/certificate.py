@@ -64,6 +64,8 @@ class Certificate:
     grad_norm_error: float | None  # standard error of the gradient, if the examples are a sample of more
     lambda_min_upper: float  # lambda_min is at most this: the escape direction's Rayleigh quotient, and rounding
     lambda_min_lower: float  # and at least this, less rounding, but for the failure probability
+    lambda_max_lower: float  # lambda_max is at least this: the largest Ritz value, less rounding
+    lambda_max_upper: float  # and at most this, but for the failure probability, which is each bound's own
     residual: float  # ||H v - lambda v|| for the escape direction v
     failure_probability: float
     threshold: float  # -sqrt(rho epsilon)
@@ -147,6 +149,7 @@ class Certificate:
             f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
             f"  lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with probability "
             f"{1 - self.failure_probability:g}, residual {self.residual:.1e}",
+            f"  lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with as much",
             f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({rho})",
             f"  loss {self.loss:.6f}; the Hessian is that of {self.whose}",
             f"  {self.hvps} products in {self.precision} by {self.hvp}{self._how}, {self.bytes_sent:,} bytes sent, "
@@ -156,12 +159,12 @@ class Certificate:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
             bend = "" if self.escape_bend > 0 else "; their mean does not fall (kinks? finite steps see no saddle)"
-            lines.insert(4, f"  a step of {self.escape_distance:.3g} along v: the loss {found}{bend}")
+            lines.insert(5, f"  a step of {self.escape_distance:.3g} along v: the loss {found}{bend}")
         elif self.verdict is Verdict.UNDECIDED:
             gap = self.lambda_min_upper - self.lambda_min_lower
-            lines.insert(4, f"  more products may settle it: the bounds are {gap:.1e} apart")
+            lines.insert(5, f"  more products may settle it: the bounds are {gap:.1e} apart")
         elif self.verdict is Verdict.SECOND_ORDER_STATIONARY:
-            lines[4:4] = self._caveats()
+            lines[5:5] = self._caveats()
         return "\n".join(lines)
 
     def _caveats(self) -> list[str]:

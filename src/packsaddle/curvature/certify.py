@@ -18,7 +18,7 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Certificate, Verdict, judge, proposed_epsilon
 from packsaddle.curvature.hessian import Curvature, LossFn, rank_0_buffers
-from packsaddle.curvature.lanczos import Lanczos, Ritz, check_probability, random_start
+from packsaddle.curvature.lanczos import Lanczos, Ritz, check_probability
 from packsaddle.curvature.products import Differences, Hvp, Products, choose_products
 
 _LONGEST_WALK = 12
@@ -52,7 +52,7 @@ def certify(
             passes (`curvature.certificate.proposed_epsilon`), for a verdict on the curvature; state one to compare
             points.
         hessian_lipschitz: rho; None measures ||H(x + h v) v - H(x - h v) v|| / (2 h) along the escape direction v.
-        failure_probability: of the lower bound, over the random start.
+        failure_probability: of the lower bound on lambda_min over the random start, and of the upper on lambda_max.
         max_hvps: Hessian-vector products at most for the bounds; a verdict needs a few more (see `Certificate.hvps`).
         tolerance: go on after a saddle is found until ||H v - lambda v|| <= tolerance |lambda|, or `max_hvps` are done,
             for a better escape direction; by default the search stops with the verdict.
@@ -92,7 +92,7 @@ def certify(
             products,
             Lanczos(
                 products,
-                _start(curvature, channel, generator),
+                curvature.random_vector(generator),
                 max_vectors=max(2, memory_limit // (8 * curvature.d)),
                 precision=products.precision,
                 error=lambda: products.error,
@@ -114,6 +114,8 @@ def certify(
         grad_norm_error=grad_norm_error,
         lambda_min_upper=search.upper,
         lambda_min_lower=search.lower,
+        lambda_max_lower=ritz.theta_max - ritz.rounding,
+        lambda_max_upper=ritz.upper_bound(failure_probability),
         residual=search.residual,
         failure_probability=failure_probability,
         threshold=-math.sqrt(rho * epsilon),
@@ -242,16 +244,6 @@ def _settling(ritz: Ritz) -> bool:
 def _finite_population(error: float, examples: int, population: int) -> float:
     """The standard error of a mean of examples drawn without replacement."""
     return error * math.sqrt(max(0.0, 1 - examples / population))
-
-
-def _start(curvature: Curvature, channel: Communicator, generator: torch.Generator | None) -> Tensor:
-    """Rank 0's random start, float64[d], on every worker; its generator's, or seeded by the operating system."""
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    start = random_start(curvature.d, generator).to(curvature.device)
-    channel.broadcast(start, "certificate")
-    return start
 
 
 def _check(

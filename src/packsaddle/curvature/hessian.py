@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.curvature.lanczos import random_start
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 from packsaddle.numerics.seeds import Stream, generator
 
@@ -158,6 +159,16 @@ class Curvature:
         self._displaced += 1
         with self.moved(direction, distance, dither=self._displaced):
             return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, allow_unused=True))
+
+    def random_vector(self, generator: torch.Generator | None) -> Tensor:
+        """Return rank 0's Gaussian vector, float64[d], on every worker: its generator's, or seeded by the operating
+        system; collective."""
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        vector = random_start(self.d, generator).to(self.device)
+        self._channel.broadcast(vector, "certificate")
+        return vector
 
     def dot(self, a: Tensor, b: Tensor) -> float:
         """Return <a, b> of two vectors, float64[d]."""

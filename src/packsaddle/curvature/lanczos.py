@@ -11,6 +11,7 @@ smallest Ritz value the sum grows as lambda falls, so with probability 1 - delta
 
     lambda_min >= the lambda at which sum_{j <= k} p_j(lambda)^2 = 1 / w.
 
+The Lanczos polynomials of -A from b are p_j turned about 0, so that the same bound of -A is an upper one on lambda_max.
 (van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, use the last polynomial alone; the
 sum is never worse. Kuczynski and Wozniakowski's bound of 1992 supposes the worst of all spectra instead of the one that
 was met, and is weaker.) The event is the same for every k, so whoever stops when the bound suffices pays nothing.
@@ -30,7 +31,7 @@ for each j alone: beyond the memory limit the largest term takes the place of th
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,6 +90,13 @@ class Ritz:
             else:
                 high = middle
         return self.theta_min - math.exp(high) - self.rounding
+
+    def upper_bound(self, failure_probability: float) -> float:
+        """Return an upper bound on lambda_max, with a failure probability of its own: the lower bound of -A, turned."""
+        turned = replace(
+            self, alphas=tuple(-a for a in self.alphas), thetas=tuple(-theta for theta in reversed(self.thetas))
+        )
+        return -turned.lower_bound(failure_probability)
 
     def _log_growth(self, below: float, scale: float) -> float:
         """log of sum_j p_j(lambda)^2, or of its largest term, at a lambda below theta_min.
