@@ -1,9 +1,9 @@
 """Second-order information: Hessian-vector products, Lanczos, certificates of stationarity, stability of step sizes.
 
-Read `certify` first: the certificate, from `hessian` (derivatives on one worker or many), `products` (of the Hessian
-and a vector, with or without double backward) and `lanczos` (bounds on the extreme eigenvalues). `certificate` has the
-verdict and its evidence, and draws the iterates to certify; `spectral_density` is that of all eigenvalues;
-`step_stability` finds steps that are too long for the curvature.
+Read `certify` first: the certificate, from `hessian` (derivatives on one worker or many; `sharded`, of a model of which
+each has a part), `products` (of the Hessian and a vector, with or without double backward) and `lanczos` (bounds on the
+extreme eigenvalues). `certificate` has the verdict and its evidence, and draws the iterates to certify;
+`spectral_density` is that of all eigenvalues; `step_stability` finds steps that are too long for the curvature.
 """
 
 from packsaddle.curvature.certificate import Certificate, Share, Verdict, draw_iterates

@@ -71,7 +71,7 @@ class Certificate:
     threshold: float  # -sqrt(rho epsilon)
     hessian_lipschitz: float  # rho
     hessian_lipschitz_estimated: bool  # rho was measured along v, not given: an estimate from below
-    escape_direction: Tensor  # unit v, float64[d]
+    escape_direction: Tensor  # unit v, float64[d]; of a sharded model this worker's part
     slope: float  # <grad f, v>
     escape_distance: float | None  # of a saddle: s for which f(x + s v) is the lowest that was found
     escape_loss: float | None  # f(x + s v)

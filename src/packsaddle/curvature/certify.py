@@ -20,6 +20,7 @@ from packsaddle.curvature.certificate import Certificate, Verdict, judge, propos
 from packsaddle.curvature.hessian import Curvature, LossFn, rank_0_buffers
 from packsaddle.curvature.lanczos import Lanczos, Ritz, check_probability
 from packsaddle.curvature.products import Differences, Hvp, Products, choose_products
+from packsaddle.curvature.sharded import derivatives
 
 _LONGEST_WALK = 12
 
@@ -45,7 +46,8 @@ def certify(
     """Certify the model's present parameters; collective, with each worker's own batches.
 
     Args:
-        model: a network; put in eval mode meanwhile. Only trainable parameters count.
+        model: a network; put in eval mode meanwhile. Only trainable parameters count. Where FSDP2 has sharded it over
+            the workers, every vector is sharded too.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: batches that can be read again and are the same every time.
         epsilon: the gradient's threshold; the curvature's is -sqrt(rho epsilon). None takes the least that the gradient
@@ -77,7 +79,7 @@ def certify(
         raise ValueError(f"lr must be finite and not negative, got {lr}")
     channel = Communicator(resolve(process_group), Ledger())
     with rank_0_buffers(model, channel):
-        curvature = Curvature(model, loss_fn, batches, channel)
+        curvature = derivatives(model, loss_fn, batches, channel)
         if sample_of is not None and sample_of < curvature.examples:
             raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
         if sample_of == curvature.examples:
@@ -93,9 +95,11 @@ def certify(
             Lanczos(
                 products,
                 curvature.random_vector(generator),
-                max_vectors=max(2, memory_limit // (8 * curvature.d)),
+                max_vectors=max(2, memory_limit // (8 * curvature.held)),
                 precision=products.precision,
                 error=lambda: products.error,
+                n=curvature.d,
+                dot=curvature.dot,
             ),
             grad_norm,
             epsilon,

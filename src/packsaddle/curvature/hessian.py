@@ -37,12 +37,16 @@ class Curvature:
     read or to train; NotFiniteError if the loss is not finite. A worker may have no batches if another has some.
     """
 
+    has_double_backward = True
+
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("model has no trainable parameters")
         self.d = sum(p.numel() for p in self.parameters)
+        self.held = self.d  # numbers of a vector on the worker that has most of it
+        self._tensors = [_local(p.detach()) for p in self.parameters]  # this worker's part of x
         self.device = self.parameters[0].device
         self.products = 0  # Hessian-vector products so far
         self.passes = 0  # backward passes over the examples so far
@@ -80,11 +84,15 @@ class Curvature:
         """This worker's sum of losses over examples, and its number of examples."""
         total, examples = 0.0, 0
         with torch.no_grad(), evaluating(self._model):
-            for batch in self._batches:
-                n = batch_size(batch)
+            for batch, n in self._read():
                 total += float(self._loss_fn(self._model, batch).double()) * n
                 examples += n
         return total, examples
+
+    def _read(self) -> Iterator[tuple[Any, int]]:
+        """This worker's batches and their examples."""
+        for batch in self._batches:
+            yield batch, batch_size(batch)
 
     def gradient(self) -> tuple[Tensor, float]:
         """Return grad f, float64[d], and its standard error if the examples are a sample; collective.
@@ -161,14 +169,19 @@ class Curvature:
             return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
-        """Return rank 0's Gaussian vector, float64[d], on every worker: its generator's, or seeded by the operating
-        system; collective."""
+        """Return a Gaussian vector, float64[d], equal on every worker, from rank 0's generator; None takes a seed from
+        the operating system; collective."""
+        rng = self._shared_generator(generator)
+        return torch.cat([random_start(p.numel(), rng) for p in self.parameters]).to(self.device)
+
+    def _shared_generator(self, generator: torch.Generator | None) -> torch.Generator:
+        """A generator on the CPU, seeded on every worker by what rank 0's draws."""
         if generator is None:
             generator = torch.Generator()
             generator.seed()
-        vector = random_start(self.d, generator).to(self.device)
-        self._channel.broadcast(vector, "certificate")
-        return vector
+        seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device).to(self.device)
+        self._channel.broadcast(seed, "certificate")
+        return torch.Generator().manual_seed(int(seed))
 
     def dot(self, a: Tensor, b: Tensor) -> float:
         """Return <a, b> of two vectors, float64[d]."""
@@ -186,8 +199,7 @@ class Curvature:
         """Sum a derivative of every batch's total loss, and average over all examples of all workers."""
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
-            for batch in self._batches:
-                n = batch_size(batch)
+            for batch, n in self._read():
                 parts = derivative(self._loss_fn(self._model, batch), n)
                 flat = [
                     torch.zeros_like(p).reshape(-1) if g is None else g.detach().reshape(-1)
@@ -206,11 +218,11 @@ class Curvature:
         With a seed `dither`, parameters of 16 bits are rounded to a neighbour by chance, so that they are in the mean
         where they should be: a displacement below their last place would else be lost.
         """
-        before = [p.detach().clone() for p in self.parameters]
-        pieces = torch.split(direction, [p.numel() for p in self.parameters])
+        before = [t.clone() for t in self._tensors]
+        pieces = torch.split(direction, [t.numel() for t in self._tensors])
         try:
             with torch.no_grad():
-                for i, (p, piece) in enumerate(zip(self.parameters, pieces, strict=True)):
+                for i, (p, piece) in enumerate(zip(self._tensors, pieces, strict=True)):
                     shift = (piece * distance).view(p.shape).to(p.device)
                     if dither is None or p.element_size() > 2:
                         p.add_(shift.to(p.dtype))
@@ -223,7 +235,7 @@ class Curvature:
             yield
         finally:
             with torch.no_grad():
-                for p, old in zip(self.parameters, before, strict=True):
+                for p, old in zip(self._tensors, before, strict=True):
                     p.copy_(old)
 
     def loss_at(self, direction: Tensor, distance: float) -> float:
@@ -231,6 +243,12 @@ class Curvature:
         with self.moved(direction, distance):
             total = torch.tensor([self._totals()[0]], dtype=torch.float64, device=self.device)
         return float(self._channel.mean(total, "certificate")) * self._channel.group.size / self.examples
+
+
+def _local(p: Any) -> Tensor:
+    """A tensor, or this worker's shard of a DTensor, in the same memory."""
+    shard: Tensor = p.to_local() if hasattr(p, "to_local") else p
+    return shard
 
 
 def _has_node(outputs: Iterable[Tensor | None], name: str) -> bool:

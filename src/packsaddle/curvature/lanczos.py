@@ -120,9 +120,10 @@ class Lanczos:
 
     `matvec` maps float64[n] to A v, float64[n]; `start`, float64[n], is Gaussian, fresh for every certificate (and the
     same on every worker); `precision` is the unit roundoff of the products, and `error` returns what one of a unit
-    vector may be wrong by otherwise, as far as is known now. Recurrences are in double precision; the first
-    `max_vectors` vectors (None: all) are kept, and while they all are, each new one is orthogonalised against them
-    twice. Beyond, three vectors are in memory and the rest is found again when a Ritz vector is asked for.
+    vector may be wrong by otherwise, as far as is known now. Vectors may be a worker's parts of longer ones, of `n`
+    numbers in all, with a collective `dot`. Recurrences are in double precision; the first `max_vectors` vectors (None:
+    all) are kept, and while they all are, each new one is orthogonalised against them twice. Beyond, three vectors are
+    in memory and the rest is found again when a Ritz vector is asked for.
     """
 
     def __init__(
@@ -133,15 +134,17 @@ class Lanczos:
         max_vectors: int | None = None,
         precision: float = torch.finfo(torch.float64).eps,
         error: Callable[[], float] = lambda: 0.0,
+        n: int | None = None,
+        dot: Callable[[Tensor, Tensor], float] = lambda a, b: float(a @ b),
     ) -> None:
         if max_vectors is not None and max_vectors < 2:
             raise ValueError(f"max_vectors must be at least 2, got {max_vectors}")
-        n = len(start)
+        n = len(start) if n is None else n
         self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
-        self._known_error = error
+        self._known_error, self._dot = error, dot
         self._error = 0.0  # the largest found of what should have been nothing
         self.products = 0  # all of them, also those for Ritz vectors
-        self._basis = [start / start.norm()]
+        self._basis = [start / self._norm(start)]
         self._pair = (torch.zeros(0), self._basis[0])  # the last two vectors
         self._alphas: list[float] = []
         self._betas: list[float] = []
@@ -158,18 +161,18 @@ class Lanczos:
             raise RuntimeError("the Krylov space is exhausted; there is no further step")
         before, q = self._pair
         w = self._product(q)
-        alpha = float(w @ q)
+        alpha = self._dot(w, q)
         w = self._recur(w, alpha, q, before)
         orthogonal = len(self._alphas) < self._limit
         if orthogonal:
             for sweep in range(2):
                 for p in self._basis:
-                    found = float(w @ p)
+                    found = self._dot(w, p)
                     w.sub_(p, alpha=found)
                     if sweep == 0 and p is not q:  # along q it is alpha's own rounding
                         self._error = max(self._error, abs(found))
         self._alphas.append(alpha)
-        beta = float(w.norm())
+        beta = self._norm(w)
         thetas, vectors = torch.linalg.eigh(self._tridiagonal())
         self._weights = vectors[:, 0]
         scale = max(abs(float(thetas[0])), abs(float(thetas[-1])), beta)
@@ -203,12 +206,15 @@ class Lanczos:
                 w = self._recur(self._product(q), self._alphas[j], q, before, j)
                 before, q = q, w.div_(self._betas[j])
                 v.add_(q, alpha=weights[j + 1])
-        return v.div_(v.norm())
+        return v.div_(self._norm(v))
 
     def _spread_error(self) -> float:
         """The norm of n x k numbers whose columns are independent, with the norm of one product's error (Marchenko and
         Pastur): what k products' errors are as a matrix, hardly more than one's unless k is near n."""
         return self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
+
+    def _norm(self, v: Tensor) -> float:
+        return math.sqrt(self._dot(v, v))
 
     def _product(self, q: Tensor) -> Tensor:
         self.products += 1

@@ -170,4 +170,6 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
         return Differences(curvature)
     if hvp == "auto" and (reason := curvature.why_no_double_backward()) is not None:
         return Differences(curvature, reason)
+    if hvp == "double-backward" and not curvature.has_double_backward:
+        raise ValueError("hvp must be 'differences' or 'auto' for a sharded model: it has no double backward")
     return DoubleBackward(curvature)

@@ -22,9 +22,10 @@ from torch import nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.hessian import Curvature, LossFn, rank_0_buffers
+from packsaddle.curvature.hessian import LossFn, rank_0_buffers
 from packsaddle.curvature.lanczos import Lanczos, Ritz
 from packsaddle.curvature.products import Hvp, Products, choose_products
+from packsaddle.curvature.sharded import derivatives
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,9 @@ def spectral_density(
         raise ValueError(f"width must be positive and finite, got {width}")
     channel = Communicator(resolve(process_group), Ledger())
     with rank_0_buffers(model, channel):
-        curvature = Curvature(model, loss_fn, batches, channel)
+        curvature = derivatives(model, loss_fn, batches, channel)
         products = choose_products(curvature, hvp)
-        limit = max(2, memory_limit // (8 * curvature.d))
+        limit = max(2, memory_limit // (8 * curvature.held))
         ritzes = [_quadrature(products, generator, steps, limit, progress) for _ in range(probes)]
     nodes, weights = tuple(r.thetas for r in ritzes), tuple(r.shares for r in ritzes)
     low, high = min(n[0] for n in nodes), max(n[-1] for n in nodes)
@@ -161,6 +162,8 @@ def _quadrature(
         max_vectors=max_vectors,
         precision=products.precision,
         error=lambda: products.error,
+        n=products.curvature.d,
+        dot=products.curvature.dot,
     )
     for _ in range(steps):
         ritz = lanczos.step()
