@@ -326,6 +326,10 @@ def test_a_real_plateau_is_a_saddle() -> None:
     certificate = certify(model, loss_of, everything, **settings)
     assert certificate.loss == pytest.approx(PLATEAU, rel=0.02)
     assert certificate.verdict == Verdict.SADDLE, str(certificate)
+    settings["generator"].manual_seed(1)
+    differences = certify(model, loss_of, everything, **settings, hvp="differences")
+    assert (differences.verdict, differences.hvps - 1) == (Verdict.SADDLE, certificate.hvps), str(differences)
+    assert differences.lambda_min_upper == pytest.approx(certificate.lambda_min_upper, abs=2 * differences.hvp_error)
     curvature = Curvature(model, loss_of, everything, Communicator(resolve(None), Ledger()))
     s, bend = 0.02, certificate.lambda_min_upper
     sides = [curvature.loss_at(certificate.escape_direction, step) for step in (-s, s)]

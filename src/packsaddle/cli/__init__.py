@@ -8,7 +8,7 @@ from typing import Annotated, TextIO
 import tyro
 
 import packsaddle
-from packsaddle.cli import bench, certify, doctor, plan, report, reproduce, run
+from packsaddle.cli import bench, certify, certify_script, doctor, plan, report, reproduce, run
 from packsaddle.cli.console import is_first
 from packsaddle.cli.parsing import Group, Shell, parse, script
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
@@ -40,6 +40,7 @@ COMMANDS = Group(
         "run": run.run,
         "reproduce": reproduce.reproduce,
         "certify": certify.certify,
+        "certify-script": certify_script.certify_script,
         "report": report.report,
         "compressors": report.compressors,
         "plan": plan.plan,

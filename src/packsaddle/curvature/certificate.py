@@ -64,12 +64,14 @@ class Certificate:
     grad_norm_error: float | None  # standard error of the gradient, if the examples are a sample of more
     lambda_min_upper: float  # lambda_min is at most this: the escape direction's Rayleigh quotient, and rounding
     lambda_min_lower: float  # and at least this, less rounding, but for the failure probability
+    lambda_max_lower: float  # lambda_max is at least this: the largest Ritz value, less rounding
+    lambda_max_upper: float  # and at most this, but for the failure probability, which is each bound's own
     residual: float  # ||H v - lambda v|| for the escape direction v
     failure_probability: float
     threshold: float  # -sqrt(rho epsilon)
     hessian_lipschitz: float  # rho
     hessian_lipschitz_estimated: bool  # rho was measured along v, not given: an estimate from below
-    escape_direction: Tensor  # unit v, float64[d]
+    escape_direction: Tensor  # unit v, float64[d]; of a sharded model this worker's part
     slope: float  # <grad f, v>
     escape_distance: float | None  # of a saddle: s for which f(x + s v) is the lowest that was found
     escape_loss: float | None  # f(x + s v)
@@ -79,7 +81,12 @@ class Certificate:
     examples: int
     sample_of: int | None  # how many examples these were drawn from; None: they are all there are
     precision: str  # of the products; recurrences are in double precision
+    hvp: str  # how products were taken: "double backward" or "differences of gradients"
+    hvp_reason: str | None  # what torch said where double backward was tried and there is none
+    hvp_error: float  # what a product of a unit vector may be wrong by, supposed and measured; taken off both bounds
+    hvp_step: float | None  # h of the differences, the last one
     hvps: int
+    backward_passes: int  # over the examples; two a product by double backward
     bytes_sent: int  # by this worker
     seconds: float
     lr: float | None = None  # of SGD that may go on from here, for `escape_steps`
@@ -111,6 +118,14 @@ class Certificate:
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
     @property
+    def _how(self) -> str:
+        """The error of differences, and why they were taken."""
+        if self.hvp_step is None:
+            return ""
+        why = "" if self.hvp_reason is None else f"; no double backward: {self.hvp_reason}"
+        return f" (h = {self.hvp_step:.1e}; off by {self.hvp_error:.1e}, in both bounds{why})"
+
+    @property
     def _whence(self) -> str:
         """Which epsilon was taken and why, where none was given."""
         if not self.epsilon_proposed:
@@ -134,20 +149,22 @@ class Certificate:
             f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
             f"  lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with probability "
             f"{1 - self.failure_probability:g}, residual {self.residual:.1e}",
+            f"  lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with as much",
             f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({rho})",
             f"  loss {self.loss:.6f}; the Hessian is that of {self.whose}",
-            f"  {self.hvps} products in {self.precision}, {self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
+            f"  {self.hvps} products in {self.precision} by {self.hvp}{self._how}, {self.bytes_sent:,} bytes sent, "
+            f"{self.seconds:.1f} s",
         ]
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
             bend = "" if self.escape_bend > 0 else "; their mean does not fall (kinks? finite steps see no saddle)"
-            lines.insert(4, f"  a step of {self.escape_distance:.3g} along v: the loss {found}{bend}")
+            lines.insert(5, f"  a step of {self.escape_distance:.3g} along v: the loss {found}{bend}")
         elif self.verdict is Verdict.UNDECIDED:
             gap = self.lambda_min_upper - self.lambda_min_lower
-            lines.insert(4, f"  more products may settle it: the bounds are {gap:.1e} apart")
+            lines.insert(5, f"  more products may settle it: the bounds are {gap:.1e} apart")
         elif self.verdict is Verdict.SECOND_ORDER_STATIONARY:
-            lines[4:4] = self._caveats()
+            lines[5:5] = self._caveats()
         return "\n".join(lines)
 
     def _caveats(self) -> list[str]:

@@ -7,7 +7,7 @@ negative curvature is claimed with a failure probability (see `lanczos`); and ot
 import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Certificate, Verdict, judge, proposed_epsilon
 from packsaddle.curvature.hessian import Curvature, LossFn, rank_0_buffers
-from packsaddle.curvature.lanczos import Lanczos, Ritz, check_probability, random_start
+from packsaddle.curvature.lanczos import Lanczos, Ritz, check_probability
+from packsaddle.curvature.products import Differences, Hvp, Products, choose_products
+from packsaddle.curvature.sharded import derivatives
 
 _LONGEST_WALK = 12
 
@@ -35,6 +37,7 @@ def certify(
     tolerance: float = math.inf,
     sample_of: int | None = None,
     lr: float | None = None,
+    hvp: Hvp = "auto",
     memory_limit: int = 4 * 2**30,
     generator: torch.Generator | None = None,
     process_group: Any = None,
@@ -43,20 +46,24 @@ def certify(
     """Certify the model's present parameters; collective, with each worker's own batches.
 
     Args:
-        model: a network; put in eval mode meanwhile. Only trainable parameters count.
-        loss_fn: loss_fn(model, batch) is the batch's mean loss, twice differentiable.
+        model: a network; put in eval mode meanwhile. Only trainable parameters count. Where FSDP2 has sharded it over
+            the workers, every vector is sharded too.
+        loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: batches that can be read again and are the same every time.
         epsilon: the gradient's threshold; the curvature's is -sqrt(rho epsilon). None takes the least that the gradient
             passes (`curvature.certificate.proposed_epsilon`), for a verdict on the curvature; state one to compare
             points.
         hessian_lipschitz: rho; None measures ||H(x + h v) v - H(x - h v) v|| / (2 h) along the escape direction v.
-        failure_probability: of the lower bound, over the random start.
+        failure_probability: of the lower bound on lambda_min over the random start, and of the upper on lambda_max.
         max_hvps: Hessian-vector products at most for the bounds; a verdict needs a few more (see `Certificate.hvps`).
         tolerance: go on after a saddle is found until ||H v - lambda v|| <= tolerance |lambda|, or `max_hvps` are done,
             for a better escape direction; by default the search stops with the verdict.
         sample_of: how many examples the batches of all workers were drawn from; if those are more, the gradient
             norm then comes with its standard error, from how batches differ.
         lr: the step size of SGD that may go on from here, for `Certificate.escape_steps`; over 1 - momentum.
+        hvp: how Hessian-vector products are taken: by "double-backward"; by central "differences" of gradients, whose
+            measured error is taken off both bounds; "auto" tries double backward on a batch of every worker, and takes
+            differences where torch has none (fused attention, compiled networks), saying so in the certificate.
         memory_limit: bytes of Lanczos vectors kept, of 8 d bytes each. Beyond, vectors are not kept, so that the
             bounds need a few more products, and the escape direction a second pass over those left out.
         generator: of the start, which is rank 0's; fresh for every certificate. None takes a seed from the operating
@@ -72,23 +79,27 @@ def certify(
         raise ValueError(f"lr must be finite and not negative, got {lr}")
     channel = Communicator(resolve(process_group), Ledger())
     with rank_0_buffers(model, channel):
-        curvature = Curvature(model, loss_fn, batches, channel)
+        curvature = derivatives(model, loss_fn, batches, channel)
         if sample_of is not None and sample_of < curvature.examples:
             raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
         if sample_of == curvature.examples:
             sample_of = None
+        products = choose_products(curvature, hvp)
         gradient, error = curvature.gradient()
-        grad_norm = float(gradient.norm())
+        grad_norm = curvature.norm(gradient)
         grad_norm_error = None if sample_of is None else _finite_population(error, curvature.examples, sample_of)
         precision = torch.finfo(curvature.parameters[0].dtype).eps
         given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm, grad_norm_error, precision)
         search = _Search(
-            curvature,
+            products,
             Lanczos(
-                curvature.hessian_vector,
-                _start(curvature, channel, generator),
-                max_vectors=max(2, memory_limit // (8 * curvature.d)),
-                precision=precision,
+                products,
+                curvature.random_vector(generator),
+                max_vectors=max(2, memory_limit // (8 * curvature.held)),
+                precision=products.precision,
+                error=lambda: products.error,
+                n=curvature.d,
+                dot=curvature.dot,
             ),
             grad_norm,
             epsilon,
@@ -107,13 +118,15 @@ def certify(
         grad_norm_error=grad_norm_error,
         lambda_min_upper=search.upper,
         lambda_min_lower=search.lower,
+        lambda_max_lower=ritz.theta_max - ritz.rounding,
+        lambda_max_upper=ritz.upper_bound(failure_probability),
         residual=search.residual,
         failure_probability=failure_probability,
         threshold=-math.sqrt(rho * epsilon),
         hessian_lipschitz=rho,
         hessian_lipschitz_estimated=hessian_lipschitz is None,
         escape_direction=search.v.cpu(),
-        slope=float(gradient @ search.v),
+        slope=curvature.dot(gradient, search.v),
         escape_distance=distance,
         escape_loss=lowest,
         escape_bend=bend,
@@ -122,7 +135,12 @@ def certify(
         examples=curvature.examples,
         sample_of=sample_of,
         precision=str(curvature.parameters[0].dtype).removeprefix("torch."),
+        hvp=products.name,
+        hvp_reason=products.reason,
+        hvp_error=ritz.rounding,
+        hvp_step=products.step if isinstance(products, Differences) else None,
         hvps=curvature.products,
+        backward_passes=curvature.passes,
         bytes_sent=channel.ledger.total.sent,
         seconds=time.perf_counter() - begin,
         lr=lr,
@@ -133,7 +151,7 @@ def certify(
 class _Search:
     """The steps of the Lanczos process until the verdict is settled; after `run`, what is known by then."""
 
-    curvature: Curvature
+    products: Products
     lanczos: Lanczos
     grad_norm: float
     epsilon: float
@@ -153,20 +171,21 @@ class _Search:
         for k in range(1, max_hvps + 1):
             self.ritz = self.lanczos.step()
             progress(k)
-            self.lower = max(self.lower, self.ritz.lower_bound(self.failure_probability))
+            self.lower = self.ritz.lower_bound(self.failure_probability)  # never below an earlier one but by its error
             last = k == max_hvps or self.lanczos.exhausted
             if self.given_rho is None and not measured_at:
                 if not (last or self.grad_norm > self.epsilon or _settling(self.ritz)):
                     continue
-                self.rho, measured_at = _measure_rho(self.curvature, self.lanczos.ritz_vector()), k
+                self.rho, measured_at = self._measure_rho(), k
             if not (last or self._settled(tolerance)):
                 continue
             if self.given_rho is None and measured_at < k:  # rho is that of the final v at least
-                self.rho = max(self.rho, _measure_rho(self.curvature, self.lanczos.ritz_vector()))
+                self.rho = max(self.rho, self._measure_rho())
                 measured_at = k
             if last or self._settled(tolerance):
-                break
-        self._measure_direction()
+                self._measure_direction()
+                if last or self.verdict is not Verdict.UNDECIDED or not self.ritz.orthogonal:
+                    break
 
     def _settled(self, tolerance: float) -> bool:
         verdict = self._verdict(self.ritz.theta_min + self.ritz.rounding)
@@ -174,16 +193,27 @@ class _Search:
             return False
         return verdict is not Verdict.UNDECIDED
 
+    def _measure_rho(self) -> float:
+        return max(self.products.change(self.lanczos.ritz_vector()), torch.finfo(torch.float64).tiny)
+
     def _measure_direction(self) -> None:
-        """v, its Rayleigh quotient and its residual: known from the recurrence if the basis is orthonormal, else
-        measured, and then the verdict is what the measurement says."""
+        """v, its Rayleigh quotient and its residual: known from the recurrence if the basis is orthonormal and products
+        are exact, else measured, and then the verdict is what the measurement says."""
         self.v, quotient, self.residual = self.lanczos.ritz_vector(), self.ritz.theta_min, self.ritz.residual
-        if not self.ritz.orthogonal:
-            product = self.curvature.hessian_vector(self.v)
-            quotient = float(self.v @ product)
-            self.residual = float(product.sub_(self.v, alpha=quotient).norm())
+        if not self.ritz.orthogonal or self.products.error:
+            product, error = self.products.checked(self.v)
+            if error > self.ritz.rounding:
+                self.ritz = replace(self.ritz, rounding=error)
+                self.lower = self.ritz.lower_bound(self.failure_probability)
+            quotient = self.curvature.dot(self.v, product)
+            self.residual = self.curvature.norm(product.sub_(self.v, alpha=quotient))
         self.upper = quotient + self.ritz.rounding
         self.verdict = self._verdict(self.upper)
+
+    @property
+    def curvature(self) -> Curvature:
+        """The derivatives that products come from."""
+        return self.products.curvature
 
     def walk(self) -> tuple[float, float, float]:
         """Follow v both ways, from ||x|| / 1000 or less, each step four times the last, while the loss falls on a side.
@@ -192,7 +222,7 @@ class _Search:
         slope cannot do: with rho true, |lambda|^3 / (10 rho^2) at least, at any s from |lambda| / (2 rho) to four times
         that.
         """
-        reach = max(1.0, math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.curvature.parameters)))
+        reach = max(1.0, self.curvature.size_of_parameters())
         s = min(abs(self.upper) / (2 * self.rho), 1e-3 * reach)
         here = self.curvature.loss
         best, bend, last = (s, math.inf), -math.inf, (here, here)
@@ -215,29 +245,9 @@ def _settling(ritz: Ritz) -> bool:
     return ritz.residual <= 0.1 * abs(ritz.theta_min)
 
 
-def _measure_rho(curvature: Curvature, v: Tensor) -> float:
-    """||H(x + h v) v - H(x - h v) v|| / (2 h): what the Hessian changes by along v, so no more than rho."""
-    h = 1e-2
-    with curvature.moved(v, h):
-        ahead = curvature.hessian_vector(v)
-    with curvature.moved(v, -h):
-        behind = curvature.hessian_vector(v)
-    return max(float((ahead - behind).norm()) / (2 * h), torch.finfo(torch.float64).tiny)
-
-
 def _finite_population(error: float, examples: int, population: int) -> float:
     """The standard error of a mean of examples drawn without replacement."""
     return error * math.sqrt(max(0.0, 1 - examples / population))
-
-
-def _start(curvature: Curvature, channel: Communicator, generator: torch.Generator | None) -> Tensor:
-    """Rank 0's random start, float64[d], on every worker; its generator's, or seeded by the operating system."""
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    start = random_start(curvature.d, generator).to(curvature.device)
-    channel.broadcast(start, "certificate")
-    return start
 
 
 def _check(

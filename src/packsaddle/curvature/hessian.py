@@ -14,9 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.curvature.lanczos import random_start
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
+from packsaddle.numerics.seeds import Stream, generator
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+# What torch says where a gradient cannot be differentiated: fused kernels and compiled graphs.
+_NO_DOUBLE_BACKWARD = ("is not implemented", "double backward")
+_UNDIFFERENTIABLE = "torch::autograd::Error"  # the node of a function marked so
 
 
 class NotFiniteError(ValueError):
@@ -32,14 +37,20 @@ class Curvature:
     read or to train; NotFiniteError if the loss is not finite. A worker may have no batches if another has some.
     """
 
+    has_double_backward = True
+
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("model has no trainable parameters")
         self.d = sum(p.numel() for p in self.parameters)
+        self.held = self.d  # numbers of a vector on the worker that has most of it
+        self._tensors = [_local(p.detach()) for p in self.parameters]  # this worker's part of x
         self.device = self.parameters[0].device
         self.products = 0  # Hessian-vector products so far
+        self.passes = 0  # backward passes over the examples so far
+        self._displaced = 0  # gradients at other points so far, for the seed of dithering
         first, second = self._totals(), self._totals()
         problems = [float(repr(first) != repr(second)), float(self._differs_from_rank_0())]
         total = torch.tensor([*first, *problems], dtype=torch.float64, device=self.device)
@@ -73,11 +84,15 @@ class Curvature:
         """This worker's sum of losses over examples, and its number of examples."""
         total, examples = 0.0, 0
         with torch.no_grad(), evaluating(self._model):
-            for batch in self._batches:
-                n = batch_size(batch)
+            for batch, n in self._read():
                 total += float(self._loss_fn(self._model, batch).double()) * n
                 examples += n
         return total, examples
+
+    def _read(self) -> Iterator[tuple[Any, int]]:
+        """This worker's batches and their examples."""
+        for batch in self._batches:
+            yield batch, batch_size(batch)
 
     def gradient(self) -> tuple[Tensor, float]:
         """Return grad f, float64[d], and its standard error if the examples are a sample; collective.
@@ -93,6 +108,7 @@ class Curvature:
             spread[1] += 1
             return grads
 
+        self.passes += 1
         mean = self._mean(derivative)
         squares, batches = self._channel.mean(spread, "certificate").mul_(self._channel.group.size).tolist()
         if batches == 1:
@@ -103,25 +119,87 @@ class Curvature:
     def hessian_vector(self, v: Tensor) -> Tensor:
         """Return H v, float64[d], for v float64[d], by double backward; collective."""
         self.products += 1
+        self.passes += 2
+        vs = self._shaped(v)
+        return self._mean(lambda loss, _: self._differentiate_twice(loss, vs))
+
+    def _differentiate_twice(self, loss: Tensor, vs: list[Tensor]) -> tuple[Tensor | None, ...]:
+        grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        pairs = [(g, u) for g, u in zip(grads, vs, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return tuple(None for _ in self.parameters)
+        inputs, outputs = [g for g, _ in pairs], [u for _, u in pairs]
+        return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, allow_unused=True)
+
+    def _shaped(self, v: Tensor) -> list[Tensor]:
+        """A flat vector as pieces of the parameters' shapes and dtypes."""
         pieces = torch.split(v, [p.numel() for p in self.parameters])
-        vs = [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)]
+        return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)]
 
-        def product(loss: Tensor, _: int) -> tuple[Tensor | None, ...]:
-            grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-            pairs = [(g, u) for g, u in zip(grads, vs, strict=True) if g is not None and g.requires_grad]
-            if not pairs:
-                return tuple(None for _ in self.parameters)
-            inputs, outputs = [g for g, _ in pairs], [u for _, u in pairs]
-            return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, allow_unused=True)
+    def why_no_double_backward(self) -> str | None:
+        """Return what torch says if a worker's first batch has no double backward, None if all have; collective."""
+        reason = self._try_double_backward()
+        missing = torch.tensor([float(reason is not None)], dtype=torch.float64, device=self.device)
+        if not float(self._channel.mean(missing, "certificate")):
+            return None
+        return reason or "another worker's batch has no double backward"
 
-        return self._mean(product)
+    def _try_double_backward(self) -> str | None:
+        ones = [torch.ones_like(p) for p in self.parameters]
+        with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
+            for batch in self._batches:
+                try:
+                    loss = self._loss_fn(self._model, batch)
+                    grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+                    if _has_node(grads, _UNDIFFERENTIABLE):  # torch would leave it out without a word
+                        return "a function is marked once_differentiable"
+                    self._differentiate_twice(self._loss_fn(self._model, batch), ones)
+                except RuntimeError as error:
+                    if not any(text in str(error) for text in _NO_DOUBLE_BACKWARD):
+                        raise
+                    return str(error).splitlines()[0]
+                return None
+        return None
+
+    def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
+        """Return grad f(x + distance * direction), float64[d]; parameters of 16 bits are dithered; collective."""
+        self.passes += 1
+        self._displaced += 1
+        with self.moved(direction, distance, dither=self._displaced):
+            return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, allow_unused=True))
+
+    def random_vector(self, generator: torch.Generator | None) -> Tensor:
+        """Return a Gaussian vector, float64[d], equal on every worker, from rank 0's generator; None takes a seed from
+        the operating system; collective."""
+        rng = self._shared_generator(generator)
+        return torch.cat([random_start(p.numel(), rng) for p in self.parameters]).to(self.device)
+
+    def _shared_generator(self, generator: torch.Generator | None) -> torch.Generator:
+        """A generator on the CPU, seeded on every worker by what rank 0's draws."""
+        if generator is None:
+            generator = torch.Generator()
+            generator.seed()
+        seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device).to(self.device)
+        self._channel.broadcast(seed, "certificate")
+        return torch.Generator().manual_seed(int(seed))
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """Return <a, b> of two vectors, float64[d]."""
+        return float(a @ b)
+
+    def norm(self, a: Tensor) -> float:
+        """Return ||a||, float64[d]."""
+        return math.sqrt(self.dot(a, a))
+
+    def size_of_parameters(self) -> float:
+        """Return ||x||."""
+        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters))
 
     def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor | None, ...]]) -> Tensor:
         """Sum a derivative of every batch's total loss, and average over all examples of all workers."""
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
-            for batch in self._batches:
-                n = batch_size(batch)
+            for batch, n in self._read():
                 parts = derivative(self._loss_fn(self._model, batch), n)
                 flat = [
                     torch.zeros_like(p).reshape(-1) if g is None else g.detach().reshape(-1)
@@ -134,18 +212,30 @@ class Curvature:
         return mean
 
     @contextmanager
-    def moved(self, direction: Tensor, distance: float) -> Iterator[None]:
-        """Within, the parameters are x + distance * direction, direction float64[d]; afterwards x, to the bit."""
-        before = [p.detach().clone() for p in self.parameters]
-        pieces = torch.split(direction, [p.numel() for p in self.parameters])
+    def moved(self, direction: Tensor, distance: float, dither: int | None = None) -> Iterator[None]:
+        """Within, the parameters are x + distance * direction, direction float64[d]; afterwards x, to the bit.
+
+        With a seed `dither`, parameters of 16 bits are rounded to a neighbour by chance, so that they are in the mean
+        where they should be: a displacement below their last place would else be lost.
+        """
+        before = [t.clone() for t in self._tensors]
+        pieces = torch.split(direction, [t.numel() for t in self._tensors])
         try:
             with torch.no_grad():
-                for p, piece in zip(self.parameters, pieces, strict=True):
-                    p.add_((piece * distance).view(p.shape).to(p.device, p.dtype))
+                for i, (p, piece) in enumerate(zip(self._tensors, pieces, strict=True)):
+                    shift = (piece * distance).view(p.shape).to(p.device)
+                    if dither is None or p.element_size() > 2:
+                        p.add_(shift.to(p.dtype))
+                    else:
+                        p.copy_(
+                            _dithered(
+                                p.double() + shift, p.dtype, generator(dither, i, Stream.ROUNDING, device=p.device)
+                            )
+                        )
             yield
         finally:
             with torch.no_grad():
-                for p, old in zip(self.parameters, before, strict=True):
+                for p, old in zip(self._tensors, before, strict=True):
                     p.copy_(old)
 
     def loss_at(self, direction: Tensor, distance: float) -> float:
@@ -153,6 +243,32 @@ class Curvature:
         with self.moved(direction, distance):
             total = torch.tensor([self._totals()[0]], dtype=torch.float64, device=self.device)
         return float(self._channel.mean(total, "certificate")) * self._channel.group.size / self.examples
+
+
+def _local(p: Any) -> Tensor:
+    """A tensor, or this worker's shard of a DTensor, in the same memory."""
+    shard: Tensor = p.to_local() if hasattr(p, "to_local") else p
+    return shard
+
+
+def _has_node(outputs: Iterable[Tensor | None], name: str) -> bool:
+    """Whether the graphs that tensors were computed by have a node of a name."""
+    waiting: list[Any] = [t.grad_fn for t in outputs if t is not None and t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == name:
+            return True
+        new = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= new
+        waiting += new
+    return False
+
+
+def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
+    """Round doubles to a dtype of fewer bits, up or down by chance, so that the mean is x (where it is normal)."""
+    place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)  # the last one's unit
+    return (x + place * (torch.rand(x.shape, generator=rng, dtype=x.dtype, device=x.device) - 0.5)).to(dtype)
 
 
 @contextmanager

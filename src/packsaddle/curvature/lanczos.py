@@ -11,6 +11,7 @@ smallest Ritz value the sum grows as lambda falls, so with probability 1 - delta
 
     lambda_min >= the lambda at which sum_{j <= k} p_j(lambda)^2 = 1 / w.
 
+The Lanczos polynomials of -A from b are p_j turned about 0, so that the same bound of -A is an upper one on lambda_max.
 (van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, use the last polynomial alone; the
 sum is never worse. Kuczynski and Wozniakowski's bound of 1992 supposes the worst of all spectra instead of the one that
 was met, and is weaker.) The event is the same for every k, so whoever stops when the bound suffices pays nothing.
@@ -19,13 +20,18 @@ Products that round, as in single precision, leave noise where the process would
 the next vector is noise too, so betas are taken as no smaller than `Ritz.rounding`. This is measured beside supposed:
 A q_k has no part along q_0 ... q_{k-2}, and beta_k along q_{k-1}; what is found there instead is the products' error.
 
+Products that are wrong by a known tau, as differences of gradients are, are those of a matrix within tau of A if they
+are linear, and its eigenvalues are within tau of A's (Weyl): `Ritz.rounding` is no less than tau, and both bounds are
+moved by it. The lower bound supposes in addition that what is wrong does not depend on <b, v>, as rounding and the
+third derivatives of a loss do not: an error that knew the start could hide v.
+
 Without stored vectors orthogonality is lost to rounding, but each q_j still has norm 1, so p_j(lambda_min)^2 <= 1 / w
 for each j alone: beyond the memory limit the largest term takes the place of the sum.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,6 +91,13 @@ class Ritz:
                 high = middle
         return self.theta_min - math.exp(high) - self.rounding
 
+    def upper_bound(self, failure_probability: float) -> float:
+        """Return an upper bound on lambda_max, with a failure probability of its own: the lower bound of -A, turned."""
+        turned = replace(
+            self, alphas=tuple(-a for a in self.alphas), thetas=tuple(-theta for theta in reversed(self.thetas))
+        )
+        return -turned.lower_bound(failure_probability)
+
     def _log_growth(self, below: float, scale: float) -> float:
         """log of sum_j p_j(lambda)^2, or of its largest term, at a lambda below theta_min.
 
@@ -106,9 +119,11 @@ class Lanczos:
     """The Lanczos process on a symmetric A, one product a `step`.
 
     `matvec` maps float64[n] to A v, float64[n]; `start`, float64[n], is Gaussian, fresh for every certificate (and the
-    same on every worker); `precision` is the unit roundoff of the products. Recurrences are in double precision; the
-    first `max_vectors` vectors (None: all) are kept, and while they all are, each new one is orthogonalised against
-    them twice. Beyond, three vectors are in memory and the rest is found again when a Ritz vector is asked for.
+    same on every worker); `precision` is the unit roundoff of the products, and `error` returns what one of a unit
+    vector may be wrong by otherwise, as far as is known now. Vectors may be a worker's parts of longer ones, of `n`
+    numbers in all, with a collective `dot`. Recurrences are in double precision; the first `max_vectors` vectors (None:
+    all) are kept, and while they all are, each new one is orthogonalised against them twice. Beyond, three vectors are
+    in memory and the rest is found again when a Ritz vector is asked for.
     """
 
     def __init__(
@@ -118,14 +133,18 @@ class Lanczos:
         *,
         max_vectors: int | None = None,
         precision: float = torch.finfo(torch.float64).eps,
+        error: Callable[[], float] = lambda: 0.0,
+        n: int | None = None,
+        dot: Callable[[Tensor, Tensor], float] = lambda a, b: float(a @ b),
     ) -> None:
         if max_vectors is not None and max_vectors < 2:
             raise ValueError(f"max_vectors must be at least 2, got {max_vectors}")
-        n = len(start)
+        n = len(start) if n is None else n
         self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
+        self._known_error, self._dot = error, dot
         self._error = 0.0  # the largest found of what should have been nothing
         self.products = 0  # all of them, also those for Ritz vectors
-        self._basis = [start / start.norm()]
+        self._basis = [start / self._norm(start)]
         self._pair = (torch.zeros(0), self._basis[0])  # the last two vectors
         self._alphas: list[float] = []
         self._betas: list[float] = []
@@ -142,18 +161,18 @@ class Lanczos:
             raise RuntimeError("the Krylov space is exhausted; there is no further step")
         before, q = self._pair
         w = self._product(q)
-        alpha = float(w @ q)
+        alpha = self._dot(w, q)
         w = self._recur(w, alpha, q, before)
         orthogonal = len(self._alphas) < self._limit
         if orthogonal:
             for sweep in range(2):
                 for p in self._basis:
-                    found = float(w @ p)
+                    found = self._dot(w, p)
                     w.sub_(p, alpha=found)
                     if sweep == 0 and p is not q:  # along q it is alpha's own rounding
                         self._error = max(self._error, abs(found))
         self._alphas.append(alpha)
-        beta = float(w.norm())
+        beta = self._norm(w)
         thetas, vectors = torch.linalg.eigh(self._tridiagonal())
         self._weights = vectors[:, 0]
         scale = max(abs(float(thetas[0])), abs(float(thetas[-1])), beta)
@@ -170,7 +189,7 @@ class Lanczos:
             tuple(thetas.tolist()),
             tuple(vectors[0].square().tolist()),
             beta * abs(float(vectors[-1, 0])),
-            max(_ROUNDING * self._precision * scale, 2 * self._error),
+            max(_ROUNDING * self._precision * scale, 2 * self._error, self._spread_error()),
             exhausted,
             orthogonal,
         )
@@ -187,7 +206,15 @@ class Lanczos:
                 w = self._recur(self._product(q), self._alphas[j], q, before, j)
                 before, q = q, w.div_(self._betas[j])
                 v.add_(q, alpha=weights[j + 1])
-        return v.div_(v.norm())
+        return v.div_(self._norm(v))
+
+    def _spread_error(self) -> float:
+        """The norm of n x k numbers whose columns are independent, with the norm of one product's error (Marchenko and
+        Pastur): what k products' errors are as a matrix, hardly more than one's unless k is near n."""
+        return self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
+
+    def _norm(self, v: Tensor) -> float:
+        return math.sqrt(self._dot(v, v))
 
     def _product(self, q: Tensor) -> Tensor:
         self.products += 1

@@ -1,0 +1,177 @@
+"""Hessian-vector products and what they may be wrong by: by double backward, or by central differences of gradients.
+
+`choose_products` decides. Double backward differentiates the gradient exactly, to rounding. Fused attention and
+compiled networks have no second derivative in torch, and `Differences` takes (g(x + h v) - g(x - h v)) / (2 h) in its
+place, which asks for nothing but gradients. For a unit vector v it is wrong by
+
+    rounding / h + h^2 M_3 / 6,    M_3 the norm of the third derivative of g along v,
+
+and both terms are measured at the point and along the vector. Products at h and at 17 h / 16 differ by rounding, at h
+and at 2 h by rounding and by h^2 M_3 / 2, three times the second term: so h is chosen where the first is twice the
+second XX"""
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from packsaddle.curvature.hessian import Curvature
+
+Hvp = Literal["auto", "double-backward", "differences"]
+
+_NEARBY = 17 / 16  # steps so close give products that differ by rounding alone, nearly
+_ROUNDS = 6  # of looking for a step
+_LONGEST = 1 / 16  # of ||x||: h; farther out M_3 at two steps says little of the error
+_FARTHEST = 64.0  # from one round's step to the next one's
+_CHECK_EVERY = 2  # products number 1, 2, 4, 8, ... are checked: the second is the first of a curved direction
+_RHO_DISTANCE = 1e-2  # along v to each side
+
+
+class Products(ABC):
+    """H v for float64[d] vectors v, collective; `error` bounds ||H v - product|| for a unit v, beside rounding."""
+
+    name: str
+    reason: str | None = None  # why not by double backward, where that was tried
+    precision: float  # unit roundoff of what `error` does not contain
+    error: float = 0.0
+
+    def __init__(self, curvature: Curvature) -> None:
+        self.curvature = curvature
+
+    @abstractmethod
+    def __call__(self, v: Tensor) -> Tensor:
+        """Return H v, float64[d], for a unit vector v, float64[d]."""
+
+    @abstractmethod
+    def checked(self, v: Tensor) -> tuple[Tensor, float]:
+        """Return H v for a unit vector and what this one may be wrong by, which `error` is raised to."""
+
+    @abstractmethod
+    def change(self, v: Tensor) -> float:
+        """Return ||d/ds H(x + s v) v|| as measured over |s| <= 0.01 or more: an estimate of rho from below."""
+
+
+class DoubleBackward(Products):
+    """The derivative of <grad f, v>."""
+
+    name = "double backward"
+
+    def __init__(self, curvature: Curvature) -> None:
+        super().__init__(curvature)
+        self.precision = torch.finfo(curvature.parameters[0].dtype).eps
+
+    def __call__(self, v: Tensor) -> Tensor:
+        return self.curvature.hessian_vector(v)
+
+    def checked(self, v: Tensor) -> tuple[Tensor, float]:
+        return self.curvature.hessian_vector(v), 0.0
+
+    def change(self, v: Tensor) -> float:
+        h = _RHO_DISTANCE
+        with self.curvature.moved(v, h):
+            ahead = self.curvature.hessian_vector(v)
+        with self.curvature.moved(v, -h):
+            behind = self.curvature.hessian_vector(v)
+        return self.curvature.norm(ahead - behind) / (2 * h)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A product at one step, and what was measured of its error."""
+
+    step: float
+    product: Tensor  # float64[d]
+    noise: float  # rounding / h
+    apart: float  # from the product at 2 h
+    error: float
+
+
+class Differences(Products):
+    """(g(x + h v) - g(x - h v)) / (2 h), two gradients a product and six or more where its error is measured.
+
+    Parameters of 16 bits are displaced to neighbours drawn at random, so that they move by h v in the mean.
+    """
+
+    name = "differences of gradients"
+    precision = torch.finfo(torch.float64).eps
+
+    def __init__(self, curvature: Curvature, reason: str | None = None) -> None:
+        super().__init__(curvature)
+        self.reason = reason
+        self._eps = max(torch.finfo(p.dtype).eps for p in curvature.parameters)
+        reach = max(1.0, curvature.size_of_parameters())
+        self._longest = _LONGEST * reach
+        self.step = min(math.cbrt(self._eps) * reach, self._longest)  # h; a first guess
+        self._rounding = 0.0  # of one gradient, in norm
+        self._count, self._next_check = 0, 1
+
+    def __call__(self, v: Tensor) -> Tensor:
+        self._count += 1
+        if self._count == self._next_check:
+            self._next_check *= _CHECK_EVERY
+            return self.checked(v)[0]
+        self.curvature.products += 1
+        return self._difference(v, self.step)
+
+    def checked(self, v: Tensor) -> tuple[Tensor, float]:
+        self.curvature.products += 1
+        best = self._trial(v, self.step)
+        for _ in range(_ROUNDS - 1):
+            step = min(self.step * self._better(best), self._longest)
+            if 0.5 <= step / self.step <= 2:
+                break
+            self.step = step
+            tried = self._trial(v, step)
+            if tried.error > best.error > 0:
+                break
+            best = tried
+        self.step, self._rounding = best.step, best.noise * best.step
+        self.error = max(self.error, best.error)
+        return best.product, best.error
+
+    def _trial(self, v: Tensor, h: float) -> _Trial:
+        product = self._difference(v, h)
+        noise = self.curvature.norm(self._difference(v, _NEARBY * h) - product)
+        noise = max(noise, self._eps * self.curvature.norm(product))
+        apart = self.curvature.norm(self._difference(v, 2 * h) - product)
+        return _Trial(h, product, noise, apart, max(noise + apart / 3, 2 * apart))
+
+    @staticmethod
+    def _better(trial: _Trial) -> float:
+        """The factor from a trial's step to the one where rounding / h is twice h^2 M_3 / 6."""
+        if trial.noise == 0.0:  # nothing moved: a step that 16 bits do not see, or a gradient that is constant
+            return _FARTHEST
+        # Of independent errors e / h and e / (2 h) beside e / h and 16 e / (17 h): squares are as 5/4 to 1.89.
+        squares = trial.apart**2 - 0.66 * trial.noise**2
+        curved = math.sqrt(max(squares, (trial.noise / 64) ** 2)) / 3
+        # h^2 M_3 / 6 changes by 0.129 of it between h and 17 h / 16.
+        noise = max(trial.noise - 0.043 * trial.apart, trial.noise / 8)
+        return min(max(math.cbrt(noise / (2 * curved)), 1 / _FARTHEST), _FARTHEST)
+
+    def _difference(self, v: Tensor, h: float) -> Tensor:
+        ahead = self.curvature.gradient_at(v, h)
+        return ahead.sub_(self.curvature.gradient_at(v, -h)).div_(2 * h)
+
+    def change(self, v: Tensor) -> float:
+        """The second difference of the gradient, less what rounding adds to its square."""
+        s = max(_RHO_DISTANCE, 2 * self.step)
+        second = self.curvature.gradient_at(v, s).add_(self.curvature.gradient_at(v, -s))
+        second.sub_(self.curvature.gradient_at(v, 0.0), alpha=2.0)
+        square = self.curvature.norm(second) ** 2 - 6 * self._rounding**2
+        return math.sqrt(max(square, 0.0)) / (s * s)
+
+
+def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
+    """Return how products are taken; "auto" tries double backward on one batch; collective. Raises ValueError."""
+    if hvp not in get_args(Hvp):
+        raise ValueError(f"hvp must be one of {', '.join(get_args(Hvp))}, got {hvp!r}")
+    if hvp == "differences":
+        return Differences(curvature)
+    if hvp == "auto" and (reason := curvature.why_no_double_backward()) is not None:
+        return Differences(curvature, reason)
+    if hvp == "double-backward" and not curvature.has_double_backward:
+        raise ValueError("hvp must be 'differences' or 'auto' for a sharded model: it has no double backward")
+    return DoubleBackward(curvature)

@@ -1,0 +1,180 @@
+"""The spectral density of the Hessian by stochastic Lanczos quadrature, with standard errors over probe vectors.
+
+For b uniform on the sphere E[b^T f(H) b] = tr f(H) / d, and k steps of Lanczos from b give a Gauss quadrature of
+b^T f(H) b: Ritz values theta_j with weights tau_j, exact for polynomials of degree 2 k - 1 (Golub and Meurant 1994;
+Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017). With f a Gaussian about t, the mean over probes is the
+density at t, smoothed by the Gaussian's width. How probes differ gives its standard error, which the quadrature's own
+error is not part of; that is small where the width is no less than the spread of the spectrum over k.
+
+Shares of eigenvalues below t need no smoothing: Chebyshev, Markov and Stieltjes's inequalities bound each probe's from
+both sides by sums of its weights.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature.hessian import LossFn, rank_0_buffers
+from packsaddle.curvature.lanczos import Lanczos, Ritz
+from packsaddle.curvature.products import Hvp, Products, choose_products
+from packsaddle.curvature.sharded import derivatives
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over probe vectors and its standard error; inf with one probe."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        """The mean of independent values."""
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+        return cls(statistics.fmean(values), error)
+
+
+@dataclass(frozen=True)
+class SpectralDensity:
+    """Where the Hessian's eigenvalues lie, as a probability density."""
+
+    values: tuple[float, ...]  # t, in rising order
+    density: tuple[float, ...]  # at each, smoothed by a Gaussian of `width`
+    error: tuple[float, ...]  # its standard error over probes
+    width: float  # standard deviation of the Gaussian
+    nodes: tuple[tuple[float, ...], ...]  # Ritz values of each probe, in rising order
+    weights: tuple[tuple[float, ...], ...]  # of each, adding up to 1
+    d: int  # coordinates
+    examples: int
+    hvp: str  # how products were taken
+    hvp_error: float  # what one of a unit vector may be wrong by: no eigenvalue is known better
+    hvps: int
+
+    @property
+    def trace(self) -> Estimate:
+        """tr H."""
+        pairs = zip(self.nodes, self.weights, strict=True)
+        return Estimate.of([self.d * sum(t * w for t, w in zip(*pair, strict=True)) for pair in pairs])
+
+    def share_below(self, t: float) -> tuple[Estimate, Estimate]:
+        """Return bounds on the share of eigenvalues below t, the lower and the upper one, each with its standard
+        error: the sum of a probe's weights of Ritz values below t, without and with its neighbours'."""
+        least, most = [], []
+        for nodes, weights in zip(self.nodes, self.weights, strict=True):
+            below = sum(theta < t for theta in nodes)
+            least.append(sum(weights[: max(below - 1, 0)]))
+            most.append(sum(weights[: below + 1]))
+        return Estimate.of(least), Estimate.of(most)
+
+    def __str__(self) -> str:
+        least, most = self.share_below(0.0)
+        trace = self.trace
+        return (
+            f"spectral density of {self.d:,} eigenvalues from {len(self.nodes)} probes, {self.hvps} products by "
+            f"{self.hvp}\n"
+            f"  Ritz values from {min(n[0] for n in self.nodes):.3e} to {max(n[-1] for n in self.nodes):.3e}, each "
+            f"within {self.hvp_error:.1e}\n"
+            f"  trace {trace.mean:.4g} (standard error {trace.error:.1e})\n"
+            f"  below 0: {least.mean:.2%} to {most.mean:.2%} of eigenvalues (standard errors {least.error:.1%} and "
+            f"{most.error:.1%})"
+        )
+
+
+def spectral_density(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    probes: int = 8,
+    steps: int = 40,
+    width: float | None = None,
+    points: int = 400,
+    hvp: Hvp = "auto",
+    memory_limit: int = 4 * 2**30,
+    generator: torch.Generator | None = None,
+    process_group: Any = None,
+    progress: Callable[[int], None] = lambda products: None,
+) -> SpectralDensity:
+    """Estimate the density of the Hessian's eigenvalues at the model's present parameters; collective.
+
+    Args:
+        model, loss_fn, batches, hvp, memory_limit, generator, process_group: as for `certify`.
+        probes: random vectors; standard errors fall as the inverse square root of their number.
+        steps: Hessian-vector products a probe, at most; fewer where its Krylov space ends.
+        width: standard deviation of the smoothing Gaussian; None takes the spread of Ritz values over `steps`.
+        points: at which the density is given, from four widths below the least Ritz value to as far above the largest.
+        progress: called with the number of products so far, of probes * steps at most.
+
+    Raises ValueError for bad arguments and for losses that are not a function of the parameters.
+    """
+    for name, count in (("probes", probes), ("steps", steps), ("points", points)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if width is not None and not 0 < width < math.inf:
+        raise ValueError(f"width must be positive and finite, got {width}")
+    channel = Communicator(resolve(process_group), Ledger())
+    with rank_0_buffers(model, channel):
+        curvature = derivatives(model, loss_fn, batches, channel)
+        products = choose_products(curvature, hvp)
+        limit = max(2, memory_limit // (8 * curvature.held))
+        ritzes = [_quadrature(products, generator, steps, limit, progress) for _ in range(probes)]
+    nodes, weights = tuple(r.thetas for r in ritzes), tuple(r.shares for r in ritzes)
+    low, high = min(n[0] for n in nodes), max(n[-1] for n in nodes)
+    narrowest = max(*(r.rounding for r in ritzes), torch.finfo(torch.float64).tiny)
+    spread = max((high - low) / steps, narrowest) if width is None else width
+    grid = torch.linspace(low - 4 * spread, high + 4 * spread, points, dtype=torch.float64)
+    smoothed = torch.stack([_smooth(grid, n, w, spread) for n, w in zip(nodes, weights, strict=True)])
+    found = [Estimate.of(column) for column in smoothed.T.tolist()]
+    return SpectralDensity(
+        values=tuple(grid.tolist()),
+        density=tuple(f.mean for f in found),
+        error=tuple(f.error for f in found),
+        width=spread,
+        nodes=nodes,
+        weights=weights,
+        d=curvature.d,
+        examples=curvature.examples,
+        hvp=products.name,
+        hvp_error=max(r.rounding for r in ritzes),
+        hvps=curvature.products,
+    )
+
+
+def _quadrature(
+    products: Products,
+    generator: torch.Generator | None,
+    steps: int,
+    max_vectors: int,
+    progress: Callable[[int], None],
+) -> Ritz:
+    """The Lanczos process from a new probe; its Ritz values and shares are the quadrature."""
+    lanczos = Lanczos(
+        products,
+        products.curvature.random_vector(generator),
+        max_vectors=max_vectors,
+        precision=products.precision,
+        error=lambda: products.error,
+        n=products.curvature.d,
+        dot=products.curvature.dot,
+    )
+    for _ in range(steps):
+        ritz = lanczos.step()
+        progress(products.curvature.products)
+        if lanczos.exhausted:
+            break
+    return ritz
+
+
+def _smooth(grid: torch.Tensor, nodes: Sequence[float], weights: Sequence[float], width: float) -> torch.Tensor:
+    """A probe's density, float64[points]."""
+    at = torch.tensor(nodes, dtype=torch.float64)
+    bells = torch.exp(-((grid[:, None] - at) ** 2) / (2 * width**2)) / (width * math.sqrt(2 * math.pi))
+    return bells @ torch.tensor(weights, dtype=torch.float64)

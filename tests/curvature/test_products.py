@@ -1,0 +1,278 @@
+"""Hessian-vector products by differences of gradients: their errors, and certificates, against dense Hessians."""
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from scipy.special import betaincinv
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from packsaddle import Verdict, certify, simulate
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature.hessian import Curvature
+from packsaddle.curvature.lanczos import Lanczos, random_start
+from packsaddle.curvature.products import Differences, choose_products
+
+Batch = tuple[Tensor, Tensor]
+
+
+def network(seed: int, dtype: torch.dtype, widths: tuple[int, ...] = (3, 4, 2)) -> tuple[nn.Module, Batch]:
+    """A tanh network far from its minimum, with a batch of 16; 26 parameters."""
+    rng = torch.Generator().manual_seed(seed)
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    model = nn.Sequential(*layers[:-1]).to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.7 * torch.randn(p.shape, generator=rng))
+    x, y = torch.randn(16, widths[0], generator=rng), 2 * torch.randn(16, widths[-1], generator=rng)
+    return model, (x.to(dtype), y.to(dtype))
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+def under_autocast(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(batch[0])
+    return nn.functional.mse_loss(output.float(), batch[1])
+
+
+def dense_hessian(model: nn.Module, batch: Batch) -> Tensor:
+    """The Hessian, float64[d, d], at the parameters that the model has, in double precision."""
+    model = copy.deepcopy(model).double()
+    parameters = dict(model.named_parameters())
+    x, y = batch[0].double(), batch[1].double()
+
+    def f(theta: Tensor) -> Tensor:
+        pieces = torch.split(theta, [p.numel() for p in parameters.values()])
+        named = {n: piece.view(p.shape) for (n, p), piece in zip(parameters.items(), pieces, strict=True)}
+        return nn.functional.mse_loss(torch.func.functional_call(model, named, (x,)), y)
+
+    return torch.autograd.functional.hessian(f, torch.cat([p.detach().reshape(-1) for p in parameters.values()]))
+
+
+def derivatives(model: nn.Module, batch: Batch, loss: Callable[..., Tensor] = loss_fn) -> Curvature:
+    return Curvature(model, loss, [batch], Communicator(resolve(None), Ledger()))
+
+
+KINDS = {
+    "float64": (torch.float64, loss_fn, 1e-8),
+    "float32": (torch.float32, loss_fn, 2e-3),
+    "bfloat16": (torch.bfloat16, loss_fn, 1.0),
+    "autocast": (torch.float32, under_autocast, 2.0),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_products_error_is_at_most_what_is_measured(kind: str) -> None:
+    """Along random directions and along the extreme eigenvectors; and it is small enough to be of use."""
+    dtype, loss, useful = KINDS[kind]
+    for seed in range(40):
+        model, batch = network(seed, dtype)
+        before = [p.clone() for p in model.parameters()]
+        hessian = dense_hessian(model, batch)
+        eigenvalues, vectors = torch.linalg.eigh(hessian)
+        differences = Differences(derivatives(model, batch, loss))
+        random = random_start(len(hessian), torch.Generator().manual_seed(seed))
+        for v in (random / random.norm(), vectors[:, 0], vectors[:, -1]):
+            product, error = differences.checked(v)
+            assert float((product - hessian @ v).norm()) <= error <= differences.error
+        assert differences.error <= useful * float(eigenvalues.abs().max())
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("products", [5, 100], ids=["few", "all"])
+def test_both_bounds_are_covered(kind: str, products: int) -> None:
+    """From above always; from below but for the failure probability over the start, 150 networks and starts a case."""
+    dtype, loss, _ = KINDS[kind]
+    runs, delta, failures, above = 150, 0.05, 0, 0
+    for seed in range(runs):
+        model, batch = network(seed, dtype)
+        exact = torch.linalg.eigvalsh(dense_hessian(model, batch))
+        smallest, largest, rounding = float(exact[0]), float(exact[-1]), 1e-12 * float(exact.abs().max())
+        certificate = certify(
+            model,
+            loss,
+            [batch],
+            epsilon=1e3,
+            hessian_lipschitz=smallest**2 / 1e3,  # a threshold that takes all products
+            failure_probability=delta,
+            max_hvps=products,
+            hvp="differences",
+            generator=torch.Generator().manual_seed(seed),
+        )
+        assert certificate.lambda_min_upper >= smallest - rounding, seed
+        failures += certificate.lambda_min_lower > smallest + rounding
+        assert certificate.lambda_max_lower <= largest + rounding, seed
+        above += certificate.lambda_max_upper < largest - rounding
+    assert max(failures, above) <= runs * delta + 3 * math.sqrt(runs * delta * (1 - delta))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_failure_probabilities_are_kept(dtype: torch.dtype) -> None:
+    """At 1e-4 by importance sampling: <b, v> is below its quantile w in size with that probability, so of starts for
+    which it is uniform within 3 w a third may fail; errors of products, far above w here, must not add to them."""
+    delta, runs, failures = 1e-4, 60, 0
+    for seed in range(runs):
+        model, batch = network(seed, dtype)
+        eigenvalues, vectors = torch.linalg.eigh(dense_hessian(model, batch))
+        v, n = vectors[:, 0], len(vectors)
+        along = 3 * seed / runs * math.sqrt(float(betaincinv(0.5, (n - 1) / 2, delta)))
+        across = random_start(n, torch.Generator().manual_seed(seed))
+        across -= (across @ v) * v
+        differences = Differences(derivatives(model, batch))
+        lanczos = Lanczos(
+            differences,
+            along * v + math.sqrt(1 - along**2) * across / across.norm(),
+            precision=differences.precision,
+            error=lambda of=differences: of.error,
+        )
+        while not lanczos.exhausted and lanczos.products < 20:
+            ritz = lanczos.step()
+        failures += ritz.lower_bound(delta) > float(eigenvalues[0])
+    assert failures <= runs / 3 + 2 * math.sqrt(runs * 2 / 9)
+
+
+def test_the_error_at_kinks_is_measured() -> None:
+    """f = |x_1 - s| for s within h of x_1 = 0: the gradient jumps by 2, and products are wrong by 1 / h."""
+
+    class Kink(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+
+    def kinked(model: nn.Module, batch: Tensor) -> Tensor:
+        x = model.x
+        return (x[0] - 1e-7).abs() + x.square().sum() / 2 + (x[1] ** 4) / 24
+
+    certificate = certify(
+        Kink(), kinked, [torch.zeros(1)], epsilon=2.0, hessian_lipschitz=1e-9, hvp="differences", max_hvps=2
+    )
+    assert certificate.lambda_min_lower <= 1.0 <= certificate.lambda_min_upper
+
+
+class Attention(nn.Module):
+    """A block of fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        self.inward, self.outward = nn.Linear(6, 18), nn.Linear(6, 6)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.normal_(0, 0.5, generator=rng)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.view(*t.shape[:2], 2, 3).transpose(1, 2) for t in self.inward(x).chunk(3, -1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.outward(mixed.transpose(1, 2).flatten(2))
+
+
+def test_fused_attention_is_certified_by_differences() -> None:
+    """Flash attention has no double backward; the same network with plain attention has, and agrees."""
+    rng = torch.Generator().manual_seed(1)
+    x, y = torch.randn(4, 5, 6, generator=rng), torch.randn(4, 5, 6, generator=rng)
+    found = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with sdpa_kernel(backend):
+            found[backend] = certify(
+                Attention(),
+                loss_fn,
+                [(x, y)],
+                epsilon=1e3,
+                hessian_lipschitz=1e-6,
+                generator=torch.Generator().manual_seed(2),
+            )
+    fused, plain = found.values()
+    assert (fused.hvp, plain.hvp) == ("differences of gradients", "double backward")
+    assert fused.verdict == plain.verdict == Verdict.SADDLE
+    assert fused.lambda_min_upper - fused.hvp_error == pytest.approx(plain.lambda_min_upper, abs=2 * fused.hvp_error)
+    text = str(fused)
+    assert re.search(r"products in float32 by differences of gradients \(h = .*; off by .*, in both bounds;", text)
+    assert "no double backward: derivative for aten::_scaled_dot_product_flash_attention_for_cpu_backward is" in text
+    assert plain.hvp_step is None
+    assert "by double backward, " in str(plain)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="is not implemented"):
+        certify(Attention(), loss_fn, [(x, y)], epsilon=1e3, hvp="double-backward")
+
+
+@pytest.mark.slow
+def test_compiled_networks_are_certified_by_differences() -> None:
+    model, batch = network(0, torch.float32)
+    settings: dict[str, Any] = {"epsilon": 1e3, "hessian_lipschitz": 1e-6}
+    plain = certify(model, loss_fn, [batch], **settings, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, backend="aot_eager")
+    certificate = certify(compiled, loss_fn, [batch], **settings, generator=torch.Generator().manual_seed(0))
+    assert certificate.verdict == plain.verdict == Verdict.SADDLE
+    assert "does not currently support double backward" in str(certificate.hvp_reason)
+    assert certificate.lambda_min_upper == pytest.approx(plain.lambda_min_upper, abs=2 * certificate.hvp_error)
+
+
+def test_rho_by_differences_is_rho_by_double_backward() -> None:
+    for dtype, within in ((torch.float64, 1e-3), (torch.float32, 0.05)):
+        model, batch = network(3, dtype)
+        v = random_start(26, torch.Generator().manual_seed(0))
+        curvature = derivatives(model, batch)
+        differences = Differences(curvature)
+        differences.checked(v / v.norm())
+        exact = choose_products(curvature, "double-backward").change(v / v.norm())
+        assert differences.change(v / v.norm()) == pytest.approx(exact, rel=within)
+
+
+def test_workers_choose_alike_and_certify_the_union() -> None:
+    """A batch without double backward on one worker makes all of them take differences; the last has no batches."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor, bool]) -> Tensor:
+        if batch[2]:
+            raise_twice = _Once.apply(model(batch[0]))
+            return nn.functional.mse_loss(raise_twice, batch[1])
+        return loss_fn(model, batch[:2])
+
+    def worker(rank: int) -> Any:
+        model, (x, y) = network(0, torch.float64)
+        mine: list[Any] = [[(x[:10], y[:10], False)], [(x[10:], y[10:], True)], []][rank]
+        return certify(
+            model, loss, mine, epsilon=1e3, hessian_lipschitz=1e-6, generator=torch.Generator().manual_seed(0)
+        )
+
+    model, batch = network(0, torch.float64)
+    settings: dict[str, Any] = {"epsilon": 1e3, "hessian_lipschitz": 1e-6, "hvp": "differences"}
+    alone = certify(model, loss_fn, [batch], **settings, generator=torch.Generator().manual_seed(0))
+    found = simulate(worker, 3)
+    assert [c.hvp_reason for c in found[::2]] == ["another worker's batch has no double backward"] * 2
+    assert found[1].hvp_reason == "a function is marked once_differentiable"
+    for certificate in found:
+        assert (certificate.verdict, certificate.hvps) == (alone.verdict, alone.hvps)
+        assert certificate.lambda_min_upper == pytest.approx(alone.lambda_min_upper, abs=2 * alone.hvp_error)
+
+
+class _Once(torch.autograd.Function):
+    """The identity, whose derivative cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+
+def test_a_wrong_hvp_is_named() -> None:
+    model, batch = network(0, torch.float64)
+    with pytest.raises(ValueError, match="hvp must be one of auto, double-backward, differences, got 'exact'"):
+        certify(model, loss_fn, [batch], epsilon=1.0, hvp="exact")  # type: ignore[arg-type]

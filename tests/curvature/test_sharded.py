@@ -1,0 +1,111 @@
+"""Certificates of models that FSDP2 shards, on gloo processes, against those of the whole model in one."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from packsaddle import certify
+from packsaddle.curvature import spectral_density
+
+EXACT = ("verdict", "examples", "hvps", "backward_passes")
+MEASURED = ("loss", "grad_norm", "lambda_min_upper", "lambda_min_lower", "lambda_max_upper", "escape_loss")
+
+
+def network() -> tuple[nn.Sequential, list[Tensor]]:
+    """A network whose rows do not divide evenly, and batches of unequal sizes."""
+    rng = torch.Generator().manual_seed(0)
+    widths = (3, 5, 1, 3)
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.Tanh())]
+    model = nn.Sequential(*layers[:-1]).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.7, generator=rng)
+    data = torch.randn(25, 3, generator=rng, dtype=torch.float64)
+    return model, list(data.split([5, 4, 3, 6, 7]))
+
+
+def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+    return (model(batch) - batch).square().mean()
+
+
+def certificate(model: nn.Module, batches: list[Tensor], **options: Any) -> Any:
+    return certify(
+        model,
+        loss_fn,
+        batches,
+        epsilon=1e3,
+        hessian_lipschitz=1e-6,
+        hvp="differences",
+        tolerance=1e-3,
+        generator=torch.Generator().manual_seed(3),
+        **options,
+    )
+
+
+def sharded(shape: tuple[int, ...]) -> tuple[nn.Module, list[Tensor]]:
+    """The network, sharded, and this worker's batches."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    model, batches = network()
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, batches[dist.get_rank() :: dist.get_world_size()]
+
+
+def certify_sharded(shape: tuple[int, ...]) -> dict[str, Any]:
+    model, batches = sharded(shape)
+    before = [p.to_local().clone() for p in model.parameters()]
+    found = certificate(model, batches)
+    direction = found.escape_direction
+    held = sum(p.to_local().numel() for p in model.parameters())
+    assert direction.shape == (held,)
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.to_local(), old)
+        assert p.grad is None
+    assert found.hvp_reason is None
+    assert certificate(model, batches, max_hvps=1).hvps > 0  # once more, of the same objects
+    spectrum = spectral_density(model, loss_fn, batches, probes=1, steps=4, generator=torch.Generator().manual_seed(1))
+    result = {name: getattr(found, name) for name in (*EXACT, *MEASURED)}
+    return {**result, "held": held, "nodes": spectrum.nodes[0], "why": str(spectrum), "bytes": found.bytes_sent}
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (2, 2)], ids=str)
+def test_a_sharded_model_has_the_whole_ones_certificate(gloo: Callable[..., list[Any]], shape: tuple[int, ...]) -> None:
+    """Of 2 and 4 shards, and of 2 shards on 2 replicas; vectors have d / R numbers a worker."""
+    model, batches = network()
+    alone = certificate(model, batches)
+    nodes = spectral_density(
+        model, loss_fn, batches, probes=1, steps=4, hvp="differences", generator=torch.Generator().manual_seed(1)
+    ).nodes[0]
+    d = sum(p.numel() for p in model.parameters())
+    many = gloo(certify_sharded, torch.Size(shape).numel(), shape)
+    assert sum(m["held"] for m in many) == d * (2 if shape == (2, 2) else 1)
+    for found in many:
+        assert [found[name] for name in EXACT] == [getattr(alone, name) for name in EXACT]
+        for name in MEASURED:  # gradients are summed in another order, of which products keep 1 / h
+            assert found[name] == pytest.approx(getattr(alone, name), abs=2 * alone.hvp_error)
+        assert found["nodes"] == pytest.approx(nodes, abs=2 * alone.hvp_error)
+
+
+def refuse() -> list[str]:
+    model, batches = sharded((2,))
+    told = []
+    for options in ({"hvp": "double-backward"}, {"hvp": "auto"}):
+        mine = batches if options["hvp"] == "double-backward" or dist.get_rank() == 0 else []
+        with pytest.raises(ValueError, match="sharded model") as caught:
+            certify(model, loss_fn, mine, epsilon=1.0, **options)  # type: ignore[arg-type]
+        told.append(str(caught.value))
+    return told
+
+
+def test_what_a_sharded_model_cannot_do_is_refused_by_all(gloo: Callable[..., list[Any]]) -> None:
+    first, second = gloo(refuse, 2)
+    assert first == second
+    assert first[1] == "every worker of a sharded model needs batches, worker 1 has none"
