@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from packsaddle import AdaptiveTopK, Identity, LowRank, RandomK, Sign, TopK
+from packsaddle.cli.plan_link import ms
 from packsaddle.comm.group import Solo
 from packsaddle.experiments.tasks.images import load_data
 from packsaddle.experiments.tasks.models import make_task
@@ -368,3 +369,13 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
     for words, message in refused.items():
         assert command(*asked, *words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_milliseconds_have_no_powers_of_ten() -> None:
+    assert [ms(s) for s in (0.0, 1.23456e-6, 0.0123456, 0.9994, 12.345)] == [
+        "0",
+        "0.001235",
+        "12.35",
+        "999.4",
+        "12,345",
+    ]

@@ -130,6 +130,12 @@ def plan_link(
         show(verdict, _Asked(workload, link, source, fleet, update, optimizer, local))
 
 
+def ms(seconds: float) -> str:
+    """Return milliseconds with four digits, never in powers of ten."""
+    number = 1e3 * seconds
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
+
+
 def _workers(asked: int | None) -> int:
     """torchrun's, if it runs; else as many as asked for."""
     if not under_launcher():
@@ -176,14 +182,14 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
     for column in table.columns[2:]:
         column.justify = "right"
     for f in verdict.forecasts:
-        cells = [f"{1e3 * part:,.4g}" for part in (f.time.total, f.time.compression, f.time.exchange)]
+        cells = [ms(part) for part in (f.time.total, f.time.compression, f.time.exchange)]
         cells += [_steps(f)] * len(steps)
         name, style = ("none: dense (DDP)", "bold") if f.is_dense else (f.compressor, None)
         table.add_row(name, f.exchange, megabytes(f.sent), *cells, _pays_below(f, verdict), style=style)
     print_table(table)
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
-    waiting = f" and {1e3 * fleet.waiting:,.4g} ms of waiting for the slowest worker" if fleet.waiting else ""
-    print(f"In every step: {1e3 * fleet.compute:,.4g} ms of computing{waiting}.")
+    waiting = f" and {ms(fleet.waiting)} ms of waiting for the slowest worker" if fleet.waiting else ""
+    print(f"In every step: {ms(fleet.compute)} ms of computing{waiting}.")
     print("Dense gradients travel during the backward pass.")
     print(
         f"Coding includes {1e3 * asked.update:,.3g} ms of error memory (and noise, if asked for) beyond plain SGD's "
@@ -205,11 +211,11 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
         column.justify = "right"
     for f in forecasts:
         name = describe(f.setting.compressor) + (", kept" if f.setting.keep_unsent else "")
-        cells = [str(f.setting.every), str(f.fragments), str(f.delay), megabytes(f.sent), f"{1e3 * f.step:,.4g}"]
+        cells = [str(f.setting.every), str(f.fragments), str(f.delay), megabytes(f.sent), ms(f.step)]
         table.add_row(name, *cells, f"{f.computing:.0%}", f"{f.steps:.3g}")
     print_table(table)
     best = forecasts[0]
-    took = f"{1e3 * best.seconds:,.4g} ms for the progress of one dense step, which takes {1e3 * dense:,.4g}"
+    took = f"{ms(best.seconds)} ms for the progress of one dense step, which takes {ms(dense)}"
     setting = f"every={best.setting.every}, compressor={describe(best.setting.compressor)}"
     setting += f", fragments={best.fragments}, delay={best.delay}"
     times = dense / best.seconds
@@ -241,9 +247,9 @@ def _sentence(verdict: Verdict, link: Link) -> str:
         return f"DO NOT COMPRESS: nothing is known to be quicker than dense training. {where}"
     how = f"{verdict.best.compressor} by {verdict.best.exchange}"
     factor = verdict.best.steps.factor if verdict.best.steps else 1.0
-    shown = f"{1e3 * best:,.4g} ms"
+    shown = f"{ms(best)} ms"
     took = f"a step of {shown}" if factor == 1 else f"{shown} for the progress of one dense step ({factor:.3g} steps)"
-    gain = f"{took} instead of {1e3 * dense:,.4g}, {dense / best:.3g} times as fast"
+    gain = f"{took} instead of {ms(dense)}, {dense / best:.3g} times as fast"
     doubt = "; that is within the error of this model, so HARDLY WORTH IT" if dense / best < 1 + _ERROR else ""
     until = f" Compression pays below {_line(equal)}." if equal is not None and equal > link.rate else ""
     return f"Best: {how}: {gain}{doubt}.{until}"

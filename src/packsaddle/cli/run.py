@@ -152,8 +152,10 @@ def remarks(run: Run) -> list[str]:
     suggested = noise.get("suggested")
     if suggested is not None:
         times = noise.get("times")
-        own = f"; it was {noise['r']:g}, {times:,.3g} times the gradient's own noise" if times and noise["r"] else ""
-        said.append(f"noise: noise.std = {suggested:.1g} would carry x {GOOD:g} times ||x_0|| over this run{own}")
+        own = f", {times:,.3g} times the gradient's own noise" if times else ""
+        was = f"noise.std was {noise['r']:g}{own}" if noise["r"] else "none was added"
+        walk = f"noise.std = {suggested:.1g} would move x by {GOOD:g} times ||x_0|| over this run"
+        said.append(f"noise: {was}; {walk}, which helps against plateaus")
     if still is not None:
         remedy = ""
         if suggested is not None and noise["r"] < suggested / 2:
