@@ -509,3 +509,15 @@ def test_a_minimum_is_not_called_a_plateau() -> None:
 def test_a_bad_lr_is_named(lr: float) -> None:
     with pytest.raises(ValueError, match="lr must be finite and not negative"):
         certify_point(Bowl(), torch.zeros(5).double(), lr=lr)
+
+
+def test_a_large_gradient_is_all_that_is_said() -> None:
+    """Its one product says little of curvature, and one batch nothing of the gradient's standard error."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(6, 6), 100 * torch.randn(50, 6)
+    found = certify(model, lambda m, batch: m(batch).square().mean(), [x], epsilon=1e-2, sample_of=1000)
+    text = str(found)
+    assert text.startswith("gradient too large\n")
+    assert "curvature was not looked at: the gradient decides" in text
+    assert "lambda" not in text
+    assert ("standard error unknown: one batch" in text) == math.isinf(found.grad_norm_error or 0.0)

@@ -143,14 +143,22 @@ class Certificate:
 
     def __str__(self) -> str:
         rho = "estimated along v, from below" if self.hessian_lipschitz_estimated else "given"
-        error = "" if self.grad_norm_error is None else f" (standard error {self.grad_norm_error:.1e})"
-        lines = [
-            f"{self.verdict}",
-            f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
+        error = ""
+        if self.grad_norm_error is not None:
+            known = math.isfinite(self.grad_norm_error)
+            error = f" (standard error {f'{self.grad_norm_error:.1e}' if known else 'unknown: one batch'})"
+        curvature = [
             f"  lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with probability "
             f"{1 - self.failure_probability:g}, residual {self.residual:.1e}",
             f"  lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with as much",
             f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({rho})",
+        ]
+        if self.verdict is Verdict.GRADIENT_TOO_LARGE:  # one product, for the record
+            curvature = ["  curvature was not looked at: the gradient decides"]
+        lines = [
+            f"{self.verdict}",
+            f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
+            *curvature,
             f"  loss {self.loss:.6f}; the Hessian is that of {self.whose}",
             f"  {self.hvps} products in {self.precision} by {self.hvp}{self._how}, {self.bytes_sent:,} bytes sent, "
             f"{self.seconds:.1f} s",
