@@ -100,19 +100,19 @@ def twin(
 
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("idle", [False, True])
-@pytest.mark.parametrize("sample", [0.4, 0.75, 1.0])
-@pytest.mark.parametrize("weights", [WEIGHTS, (2.0,) * 4, None])
+@pytest.mark.parametrize("sample", [0.4, 1.0])
+@pytest.mark.parametrize("weights", [WEIGHTS, None])
 def test_it_is_the_algorithm(weights: tuple[float, ...] | None, sample: float, idle: bool, keep: bool) -> None:
     def run(rank: int) -> dict[str, Any]:
         mine = None if weights is None else weights[rank]
-        return worker_run(rank, 30, idle, mine, compressor=TopK(k=7), sample=sample, keep_unsent=keep)
+        return worker_run(rank, 18, idle, mine, compressor=TopK(k=7), sample=sample, keep_unsent=keep)
 
     found = simulate(run, 4)
     sampled = [each["sampled"] for each in found]
-    assert {sum(inside) for inside in zip(*sampled, strict=True)} == {{0.4: 2, 0.75: 3, 1.0: 4}[sample]}
+    assert {sum(inside) for inside in zip(*sampled, strict=True)} == {{0.4: 2, 1.0: 4}[sample]}
     anchors, *xs = twin(sampled, weights or (1.0,) * 4, 7, keep=keep, idle=idle)
     for each, mine in zip(found, xs, strict=True):
-        assert each["steps"] == 30
+        assert each["steps"] == 18
         for here, there in zip(each["anchors"] + each["x"], [*anchors, *mine], strict=True):
             torch.testing.assert_close(here, there, rtol=1e-10, atol=1e-12)
 

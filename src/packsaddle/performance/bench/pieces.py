@@ -48,8 +48,8 @@ def time_compressors(d: int, ratio: float, repeats: int) -> list[Result]:
         rows.append({"compressor": name, **milliseconds, "/ copy": (pack + unpack) / copy})
     setting = {"d": d, "copy GB/s": bandwidth / 1e9, "copy ms": 1000 * copy, **machine()}
     return [
-        Result("Packing and unpacking, next to one copy of the vector", setting, rows),
-        Result("Their parts, next to the usual way", setting, _parts(v, repeats)),
+        Result("What do packing and unpacking cost, next to one copy of the vector?", setting, rows),
+        Result("What do their parts cost, next to the usual way?", setting, _parts(v, repeats)),
     ]
 
 
@@ -146,7 +146,9 @@ def time_exchanges(d: int, workers: int, ratio: float, repeats: int) -> list[Res
         "bytes: by the ledger, in the fuller direction",
         "a compressor's time includes encoding, and applying the mean to a vector",
     ]
-    return [Result("One exchange, next to a dense all-reduce and to its own bytes", setting, rows, notes)]
+    return [
+        Result("What does one exchange cost, next to a dense all-reduce and to its own bytes?", setting, rows, notes)
+    ]
 
 
 def exchange_in_process_group(d: int, ratio: float, repeats: int) -> tuple[float, list[ExchangeTime]]:
@@ -268,7 +270,7 @@ def time_steps(d: int, repeats: int, layers: int = 1) -> list[Result]:
         "max_skipped=None: gradients are not looked at, and no step can be left out",
         'with memory="gradient" backward() adds to the gradients where it would have put them, which is its cost',
     )
-    return [Result("step() and zero_grad() of optimizers", setting, rows, notes)]
+    return [Result("step() and zero_grad(): what does an optimizer's own work cost?", setting, rows, notes)]
 
 
 class Stepper:
