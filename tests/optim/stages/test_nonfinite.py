@@ -141,7 +141,7 @@ WAYS |= {
 
 
 @pytest.mark.filterwarnings("ignore:.*has nothing to do:UserWarning", "ignore:.*compress.*:UserWarning")
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("way", WAYS)
 def test_a_bad_batch_leaves_no_trace(way: str, seed: int) -> None:
     batches = plan(seed)
