@@ -96,7 +96,7 @@ def test_a_products_error_is_at_most_what_is_measured(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("products", [5, 100], ids=["few", "all"])
 def test_both_bounds_are_covered(kind: str, products: int) -> None:
-    """From above always; from below but for the failure probability over the start, 150 networks and starts a case (80 to the end)."""
+    """From above always; from below but for the failure probability over the start: 150 networks a case, or 80."""
     dtype, loss, _ = KINDS[kind]
     runs, delta, failures, above = 150 if products == 5 else 80, 0.05, 0, 0
     for seed in range(runs):
