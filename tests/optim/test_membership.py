@@ -14,8 +14,8 @@ from packsaddle import Compression, Elastic, Escape, Identity, LocalUpdates, Low
 from packsaddle.comm import Group, PeerLostError, Solo, connect
 from packsaddle.comm.managed import lighthouse_place
 from packsaddle.errors import ConfigError, MissingExtraError
-from packsaddle.optim.hello import share
 from packsaddle.optim.memory_file import MemoryFile
+from packsaddle.optim.participation import share
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:

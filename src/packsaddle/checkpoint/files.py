@@ -40,7 +40,7 @@ class DamagedError(CheckpointError):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a worker says of its file of a step."""
+    """A worker's description of its file of a step."""
 
     step: int
     rank: int
@@ -55,7 +55,7 @@ class Manifest:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the files of a step lie."""
+    """The paths of a step's files."""
     return folder / f"step-{step:08d}"
 
 

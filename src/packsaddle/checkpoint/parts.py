@@ -12,7 +12,7 @@ from packsaddle.comm.communicator import Together
 
 
 class Part(Protocol):
-    """What a checkpoint saves: a model, an optimizer, a hook, a scheduler, a GradScaler."""
+    """A part of a checkpoint: a model, an optimizer, a hook, a scheduler, a GradScaler."""
 
     def state_dict(self) -> Any:
         """Return it as tensors and plain types."""
@@ -46,7 +46,7 @@ def shapes(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def device_of(parts: Parts) -> torch.device:
-    """Where workers exchange: where the first part that has tensors has them."""
+    """Return the device on which workers exchange: that of the first part that has tensors."""
     for part in parts.values():
         held = [p for g in part.param_groups for p in g["params"]] if isinstance(part, Optimizer) else part.state_dict()
         for tensor in _tensors(held):

@@ -46,7 +46,7 @@ Contents = dict[int, dict[str, Any]]  # what was read, by the worker that had sa
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was loaded."""
+    """The checkpoint that was loaded."""
 
     step: int
     extra: dict[str, Any]  # as it was saved
@@ -219,7 +219,7 @@ class _Restoring:
         return contents[self._rank]
 
     def _carried(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
-        """What this worker gets of what another number of workers saved."""
+        """Return this worker's share of what another number of workers saved."""
         template = self._together.send(contents.get(0), holders[0])
         on_all(self._together, lambda: check_names(self._parts, template["parts"]))
         return carried(self._parts, template, list(contents.values()), len(holders), self._together)

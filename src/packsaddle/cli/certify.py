@@ -1,5 +1,6 @@
 """packsaddle certify."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from json import dumps
 from math import inf
@@ -195,7 +196,15 @@ def _check(
     distance: float | None,
     tolerance: float | None,
 ) -> None:
-    positive = {"epsilon": epsilon, "hessian-lipschitz": rho, "distance": distance, "tolerance": tolerance}
+    check_numbers(
+        {"epsilon": epsilon, "hessian-lipschitz": rho, "distance": distance, "tolerance": tolerance},
+        probability,
+        {"max-hvps": max_hvps, "batch-size": batch_size, "workers": workers},
+    )
+
+
+def check_numbers(positive: Mapping[str, float | None], probability: float, counts: Mapping[str, int | None]) -> None:
+    """Raise ConfigError, naming the flag, for numbers that no certificate can have; None is not given."""
     for name, value in positive.items():
         if value is not None and not 0 < value < inf:
             raise ConfigError(f"--{name} must be positive and finite, got {value}")
@@ -203,6 +212,6 @@ def _check(
         check_probability(probability)
     except ValueError as error:
         raise ConfigError(f"--{error}".replace("_", "-")) from None
-    for option, count in (("max-hvps", max_hvps), ("batch-size", batch_size), ("workers", workers)):
+    for option, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"--{option} must be at least 1, got {count}")

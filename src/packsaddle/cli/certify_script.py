@@ -1,17 +1,17 @@
 """packsaddle certify-script."""
 
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 from json import dumps
-from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
+from packsaddle.cli.certify import check_numbers
 from packsaddle.cli.console import is_first
-from packsaddle.comm.launch import under_launcher
-from packsaddle.curvature.lanczos import check_probability
+from packsaddle.comm.launch import process_group, under_launcher
 from packsaddle.errors import ConfigError
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scripts keep weights
@@ -50,15 +50,9 @@ def certify_script(
         seed: Of the random start.
         json: Print one JSON document instead.
     """
-    _check(epsilon, hessian_lipschitz, failure_probability, max_hvps)
-    if under_launcher():
-        from packsaddle.comm.launch import process_group
-
-        with process_group():
-            certificate = _certify(
-                function, checkpoint, epsilon, hessian_lipschitz, failure_probability, max_hvps, hvp, seed
-            )
-    else:
+    positive = {"epsilon": epsilon, "hessian-lipschitz": hessian_lipschitz}
+    check_numbers(positive, failure_probability, {"max-hvps": max_hvps})
+    with process_group() if under_launcher() else nullcontext():
         certificate = _certify(
             function, checkpoint, epsilon, hessian_lipschitz, failure_probability, max_hvps, hvp, seed
         )
@@ -98,7 +92,7 @@ def _certify(
 
 
 def _problem(function: str) -> tuple[Any, Any, Any]:
-    """What the function returns. Raises ConfigError for what is not there, and is not three things."""
+    """Return the function's model, loss and batches. Raises ConfigError if it is absent, fails or returns others."""
     module, colon, name = function.partition(":")
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")
@@ -141,15 +135,3 @@ def _load(model: Any, checkpoint: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def _check(epsilon: float | None, rho: float | None, probability: float, max_hvps: int) -> None:
-    for name, value in (("epsilon", epsilon), ("hessian-lipschitz", rho)):
-        if value is not None and not 0 < value < inf:
-            raise ConfigError(f"--{name} must be positive and finite, got {value}")
-    try:
-        check_probability(probability)
-    except ValueError as error:
-        raise ConfigError(f"--{error}".replace("_", "-")) from None
-    if max_hvps < 1:
-        raise ConfigError(f"--max-hvps must be at least 1, got {max_hvps}")

@@ -213,10 +213,10 @@ class SketchedAllReduce(Aggregator):
             counters = channel.mean(counters, "sketch")
         index = compressor.candidates(counters, hashes, d, seed=seed, step=step)
         own = v[index]
-        mean = channel.mean(torch.cat([own, dense]), {"values": len(own), "dense": len(dense)})
-        chosen = compressor.keep(index, mean[: len(own)], d)
-        sent, reduced = (Message({"values": values}, chosen) for values in (own, mean[: len(own)]))
-        return Averaged(self._terms(sent, d), self._terms(reduced, d), mean[len(own) :])
+        mean, mean_dense = mean_with_dense(channel, own, "values", dense)
+        chosen = compressor.keep(index, mean, d)
+        sent, reduced = (Message({"values": values}, chosen) for values in (own, mean))
+        return Averaged(self._terms(sent, d), self._terms(reduced, d), mean_dense)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         values = self.compressor.shape(d)[2] * itemsize
@@ -240,9 +240,9 @@ class ProjectedAllReduce(Aggregator):
             projected = channel.mean(projected, "sketch")
         cells = compressor.choose(projected, d, seed=seed, step=step)
         own = cells.gather(v)
-        mean = channel.mean(torch.cat([own, dense]), {"values": len(own), "dense": len(dense)})
-        sent, reduced = (Message({"values": values}, cells) for values in (own, mean[: len(own)]))
-        return Averaged(self._terms(sent, d), self._terms(reduced, d), mean[len(own) :])
+        mean, mean_dense = mean_with_dense(channel, own, "values", dense)
+        sent, reduced = (Message({"values": values}, cells) for values in (own, mean))
+        return Averaged(self._terms(sent, d), self._terms(reduced, d), mean_dense)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         projected, values = self.compressor.payloads(d, itemsize)
@@ -277,10 +277,10 @@ class LowRankAllReduce(Aggregator):
             products = [piece.view(p.shape) for piece, p in zip(pieces, products, strict=True)]
         own = compressor.message(matrices, [orthonormal(scaled(p)) for p in products])
         right = own.parts["right"] if d else dense[:0]
-        mean = channel.mean(torch.cat([right, dense]), {"right": len(right), "dense": len(dense)})
-        message = Message({"left": own.parts["left"], "right": mean[: len(right)]}) if d else own
+        mean, mean_dense = mean_with_dense(channel, right, "right", dense)
+        message = Message({"left": own.parts["left"], "right": mean}) if d else own
         self._qs = self._next_qs(message, qs)
-        return Averaged(self._terms(own, d), self._terms(message, d), mean[len(right) :])
+        return Averaged(self._terms(own, d), self._terms(message, d), mean_dense)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
         left, right = self.compressor.factor_sizes(d)
@@ -338,3 +338,9 @@ def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
 def mean_of_dense(channel: Communicator, dense: Tensor) -> Tensor:
     """All-reduce the dense part, if there is one."""
     return channel.mean(dense.clone(), "dense") if len(dense) else dense
+
+
+def mean_with_dense(channel: Communicator, part: Tensor, name: str, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """All-reduce a part of messages, counted by its name, together with the dense part; return both means."""
+    mean = channel.mean(torch.cat([part, dense]), {name: len(part), "dense": len(dense)})
+    return mean[: len(part)], mean[len(part) :]

@@ -125,7 +125,7 @@ def connect(
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    """Whether a line of torchft's log is: not what it says at every quorum of workers without NCCL."""
+    """Leave out of torchft's log what it says at every quorum of workers without NCCL."""
     return "NCCL flight recorder" not in record.getMessage()
 
 

@@ -45,6 +45,12 @@ def check_share(name: str, value: Any, hint: str) -> None:
         raise ValueError(f"{name} must be in (0, 1], got {value}{f'; {hint}' if float(value) > 1 else ''}")
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless a value is a positive integer, and not True."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
 class Compressor(ABC):
     """A (possibly random) map C of flat vectors, written as `encode` to a message and `add_decoded` from it.
 

@@ -39,7 +39,7 @@ class Chunks:
 
     @property
     def total(self) -> int:
-        """How many coordinates are kept."""
+        """The number of kept coordinates."""
         return self.whole * self.kept + self.kept_of_rest
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Compressor, Message
+from packsaddle.compressors.base import Compressor, Message, check_count
 from packsaddle.numerics.seeds import Stream, generator
 
 
@@ -31,8 +31,7 @@ class LowRank(Compressor):
         return "low-rank all-reduce"
 
     def __post_init__(self) -> None:
-        if type(self.matrix_rank) is not int or self.matrix_rank < 1:
-            raise ValueError(f"matrix_rank of LowRank must be a positive integer, got {self.matrix_rank!r}")
+        check_count("matrix_rank of LowRank", self.matrix_rank)
 
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "LowRank":
         return replace(self, shapes=tuple((s[0], math.prod(s[1:])) if len(s) > 1 else (s.numel(), 1) for s in shapes))

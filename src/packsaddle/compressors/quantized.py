@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message
+from packsaddle.compressors.base import Compressor, Message, check_count
 from packsaddle.compressors.levels import MOST_BITS, add_coded_levels, decode_levels, encode_levels
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
@@ -95,8 +95,7 @@ class QSGD(Compressor):
 
     def __post_init__(self) -> None:
         for name in ("levels", "bucket"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} of QSGD must be a positive integer, got {getattr(self, name)!r}")
+            check_count(f"{name} of QSGD", getattr(self, name))
 
         if not isinstance(self.coded, bool):
             raise ValueError(f"coded of QSGD must be true or false, got {self.coded!r}")

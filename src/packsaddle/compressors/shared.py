@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Message
+from packsaddle.compressors.base import Message, check_count
 from packsaddle.compressors.selection import largest
 from packsaddle.compressors.sparse import Cells, KOfD
 from packsaddle.numerics.projections import project_blocks
@@ -60,9 +60,8 @@ class SharedTopK(KOfD):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("block_size", "projections"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} of SharedTopK must be a positive integer, got {value!r}")
+            if getattr(self, name) is not None:
+                check_count(f"{name} of SharedTopK", getattr(self, name))
         if type(self.half) is not bool:
             raise ValueError(f"half of SharedTopK must be True or False, got {self.half!r}")
 

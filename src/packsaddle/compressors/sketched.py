@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Compressor, Message, check_share
+from packsaddle.compressors.base import Compressor, Message, check_count, check_share
 from packsaddle.compressors.selection import largest, largest_of_blocks
 from packsaddle.compressors.sparse import KOfD
 from packsaddle.numerics.seeds import Stream, generator, mix
@@ -69,9 +69,8 @@ class SketchTopK(KOfD):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("rows", "columns", "oversample"):
-            value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} of SketchTopK must be a positive integer, got {value!r}")
+            if getattr(self, name) is not None:
+                check_count(f"{name} of SketchTopK", getattr(self, name))
         if self.rows is not None and self.rows > _MOST_ROWS:
             raise ValueError(f"rows of SketchTopK must be at most {_MOST_ROWS}, got {self.rows}: each is a sketch more")
         if type(self.half) is not bool:
@@ -177,8 +176,8 @@ class LinearSketch(Compressor):
             raise ValueError(f"LinearSketch takes exactly one of ratio and columns, got {self.ratio}, {self.columns}")
         if self.ratio is not None:
             check_share("ratio of LinearSketch", self.ratio, "for a number of counters pass columns=, and for 1% 0.01")
-        if self.columns is not None and (type(self.columns) is not int or self.columns < 1):
-            raise ValueError(f"columns of LinearSketch must be a positive integer, got {self.columns!r}")
+        if self.columns is not None:
+            check_count("columns of LinearSketch", self.columns)
         if self.sketch not in ("count", "gaussian"):
             raise ValueError(f'sketch of LinearSketch must be "count" or "gaussian", got {self.sketch!r}')
 

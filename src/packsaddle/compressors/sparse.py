@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, check_share
+from packsaddle.compressors.base import Compressor, Message, check_count, check_share
 from packsaddle.compressors.chunks import Chunks
 from packsaddle.compressors.sections import counts_among_largest, shared_out, shares_of_support
 from packsaddle.compressors.selection import holding, largest
@@ -132,8 +132,8 @@ class KOfD(Compressor):
             raise ValueError(f"{name} takes exactly one of ratio and k, got ratio={self.ratio}, k={self.k}")
         if self.ratio is not None:
             check_share(f"ratio of {name}", self.ratio, "for a number of coordinates pass k=, and for 1% 0.01")
-        if self.k is not None and (type(self.k) is not int or self.k < 1):
-            raise ValueError(f"k of {name} must be a positive integer, got {self.k!r}")
+        if self.k is not None:
+            check_count(f"k of {name}", self.k)
 
     def validate(self, d: int) -> None:
         if self.k is not None and self.k > d > 0:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Compressor, Message
+from packsaddle.compressors.base import Compressor, Message, check_count
 from packsaddle.numerics.seeds import mix
 
 
@@ -35,8 +35,7 @@ class Stages(Compressor):
             raise ValueError(
                 f"compressor of Stages must not be linear, and {self.compressor!r} is: a larger ratio sends as much"
             )
-        if type(self.passes) is not int or self.passes < 1:
-            raise ValueError(f"passes of Stages must be a positive integer, got {self.passes!r}")
+        check_count("passes of Stages", self.passes)
 
     @property
     def private(self) -> bool:  # type: ignore[override]

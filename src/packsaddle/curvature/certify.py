@@ -19,7 +19,7 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Certificate, Verdict, judge, proposed_epsilon
 from packsaddle.curvature.hessian import Curvature, LossFn, rank_0_buffers
 from packsaddle.curvature.lanczos import Lanczos, Ritz, check_probability
-from packsaddle.curvature.products import Differences, Hvp, Products, choose_products
+from packsaddle.curvature.products import Differences, Hvp, Products, choose_products, lanczos_over
 from packsaddle.curvature.sharded import derivatives
 
 _LONGEST_WALK = 12
@@ -92,15 +92,7 @@ def certify(
         given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm, grad_norm_error, precision)
         search = _Search(
             products,
-            Lanczos(
-                products,
-                curvature.random_vector(generator),
-                max_vectors=max(2, memory_limit // (8 * curvature.held)),
-                precision=products.precision,
-                error=lambda: products.error,
-                n=curvature.d,
-                dot=curvature.dot,
-            ),
+            lanczos_over(products, generator, memory_limit),
             grad_norm,
             epsilon,
             failure_probability,

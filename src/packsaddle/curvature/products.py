@@ -8,7 +8,8 @@ place, which asks for nothing but gradients. For a unit vector v it is wrong by
 
 and both terms are measured at the point and along the vector. Products at h and at 17 h / 16 differ by rounding, at h
 and at 2 h by rounding and by h^2 M_3 / 2, three times the second term: so h is chosen where the first is twice the
-second XX"""
+second.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.curvature.hessian import Curvature
+from packsaddle.curvature.lanczos import Lanczos
 
 Hvp = Literal["auto", "double-backward", "differences"]
 
@@ -162,6 +164,20 @@ class Differences(Products):
         second.sub_(self.curvature.gradient_at(v, 0.0), alpha=2.0)
         square = self.curvature.norm(second) ** 2 - 6 * self._rounding**2
         return math.sqrt(max(square, 0.0)) / (s * s)
+
+
+def lanczos_over(products: Products, generator: torch.Generator | None, memory_limit: int) -> Lanczos:
+    """Return a Lanczos process of products from a random start; vectors are kept up to `memory_limit` bytes."""
+    curvature = products.curvature
+    return Lanczos(
+        products,
+        curvature.random_vector(generator),
+        max_vectors=max(2, memory_limit // (8 * curvature.held)),
+        precision=products.precision,
+        error=lambda: products.error,
+        n=curvature.d,
+        dot=curvature.dot,
+    )
 
 
 def choose_products(curvature: Curvature, hvp: Hvp) -> Products:

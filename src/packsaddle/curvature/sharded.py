@@ -162,7 +162,7 @@ def derivatives(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], chann
 
 
 def _copies(p: Any) -> int:
-    """How many workers have the same shard. Raises ValueError if two dimensions of the mesh share one of the tensor."""
+    """Return the number of workers with the same shard. Raises ValueError if two mesh dimensions share a tensor's."""
     dims = [placement.dim for placement in p.placements if placement.is_shard()]
     if len(set(dims)) < len(dims):
         raise ValueError("model must not have a dimension of a parameter sharded along two dimensions of its mesh")

@@ -23,8 +23,8 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import LossFn, rank_0_buffers
-from packsaddle.curvature.lanczos import Lanczos, Ritz
-from packsaddle.curvature.products import Hvp, Products, choose_products
+from packsaddle.curvature.lanczos import Ritz
+from packsaddle.curvature.products import Hvp, Products, choose_products, lanczos_over
 from packsaddle.curvature.sharded import derivatives
 
 
@@ -44,7 +44,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class SpectralDensity:
-    """Where the Hessian's eigenvalues lie, as a probability density."""
+    """The distribution of the Hessian's eigenvalues, as a probability density."""
 
     values: tuple[float, ...]  # t, in rising order
     density: tuple[float, ...]  # at each, smoothed by a Gaussian of `width`
@@ -124,8 +124,7 @@ def spectral_density(
     with rank_0_buffers(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)
         products = choose_products(curvature, hvp)
-        limit = max(2, memory_limit // (8 * curvature.held))
-        ritzes = [_quadrature(products, generator, steps, limit, progress) for _ in range(probes)]
+        ritzes = [_quadrature(products, generator, steps, memory_limit, progress) for _ in range(probes)]
     nodes, weights = tuple(r.thetas for r in ritzes), tuple(r.shares for r in ritzes)
     low, high = min(n[0] for n in nodes), max(n[-1] for n in nodes)
     narrowest = max(*(r.rounding for r in ritzes), torch.finfo(torch.float64).tiny)
@@ -152,19 +151,11 @@ def _quadrature(
     products: Products,
     generator: torch.Generator | None,
     steps: int,
-    max_vectors: int,
+    memory_limit: int,
     progress: Callable[[int], None],
 ) -> Ritz:
     """The Lanczos process from a new probe; its Ritz values and shares are the quadrature."""
-    lanczos = Lanczos(
-        products,
-        products.curvature.random_vector(generator),
-        max_vectors=max_vectors,
-        precision=products.precision,
-        error=lambda: products.error,
-        n=products.curvature.d,
-        dot=products.curvature.dot,
-    )
+    lanczos = lanczos_over(products, generator, memory_limit)
     for _ in range(steps):
         ritz = lanczos.step()
         progress(products.curvature.products)

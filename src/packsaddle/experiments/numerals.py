@@ -2,7 +2,7 @@
 
 import re
 
-_SUFFIXES = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "%": 0.01}
+_SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 _NUMBER = re.compile(r"([+-]?(?:\d[\d_]*)?\.?[\d_]*(?:[eE][+-]?\d+)?)\s?([kKMGB%]?)")
 _EXACT = 2.0**53  # whole numbers above need not be what was written
 

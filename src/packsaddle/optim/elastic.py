@@ -1,4 +1,4 @@
-"""What a worker of local updates is told of a run whose workers come and go; `membership` has its rounds."""
+"""Settings of a worker in a run whose workers come and go; `membership` has its rounds."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ Weight = Literal["steps"] | Callable[[], float]
 
 @dataclass(frozen=True)
 class Elastic:
-    """How a worker takes part in a run whose workers come and go.
+    """The part of a worker in a run whose workers come and go.
 
     A Manager alone stands for `Elastic(manager)` wherever one is taken.
 

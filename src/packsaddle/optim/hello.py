@@ -1,4 +1,4 @@
-"""What workers that come and go say to each other at the start of a round, and what follows from it for all of them."""
+"""The greeting of workers that come and go, at the start of a round."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Hello:
-    """What a worker says of itself at the start of a round; whole numbers below 2^63, and reals."""
+    """A worker's account of itself at the start of a round; whole numbers below 2^63, and reals."""
 
     worker: int  # its name
     arguments: int  # a hash of what all must have been given
@@ -39,13 +39,6 @@ class Hello:
         here = packed.cpu()
         whole = len(fields(cls)) - 4
         return cls(*here[:whole].tolist(), *here[whole:].clone().view(torch.float64).tolist())
-
-
-def share(weights: Sequence[float], rank: int) -> float:
-    """Return what a worker multiplies its v by, W w_i / sum_j w_j, so that the plain mean is the weighted one."""
-    if len(set(weights)) == 1:
-        return 1.0
-    return len(weights) * weights[rank] / sum(weights)
 
 
 def most(values: Sequence[Any]) -> Any:

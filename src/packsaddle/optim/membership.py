@@ -42,8 +42,9 @@ from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import mix
 from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fragment import Fragment
-from packsaddle.optim.hello import Hello, most, share
+from packsaddle.optim.hello import Hello, most
 from packsaddle.optim.memory_file import MemoryFile, set_aside
+from packsaddle.optim.participation import share
 from packsaddle.optim.roster import Roster
 from packsaddle.optim.saved_state import check_shape
 from packsaddle.optim.stages.drift import fingerprint
@@ -136,7 +137,7 @@ class Membership:
 
     @property
     def workers(self) -> int:
-        """How many were in the last round."""
+        """The number of workers in the last round."""
         return sum(member.here for member in self.roster.members.values())
 
     @property
@@ -526,7 +527,7 @@ class Membership:
             _log.warning("the memory cannot be written to %s: %s", path, error.strerror)
 
     def _has_run(self) -> bool:
-        """Whether there is anything to keep: a worker that has only listened has nothing, and may find a file yet."""
+        """Return whether there is anything to keep: a worker that has only listened has nothing yet."""
         return self._included > 0 or self._since > 0
 
     def leave(self) -> None:

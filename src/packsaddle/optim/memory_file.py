@@ -21,7 +21,7 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class MemoryFile:
-    """What a worker has moved and not sent, by parameter."""
+    """A worker's error memory on disk: what it has moved and not sent, by parameter."""
 
     run: int  # of which run
     worker: int  # whose

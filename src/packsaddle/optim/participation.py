@@ -1,4 +1,4 @@
-"""Who counts in a round of local updates, and how much: weights of workers, and a sample of them for each round.
+"""Participation in rounds of local updates: weights of workers, and a sample of them for each round.
 
 Federated averaging (McMahan et al. 2017, Algorithm 1): a round is one of m = ceil(C W) clients, drawn at random, and
 their mean is weighted by n_k, the number of examples of client k.
@@ -40,7 +40,7 @@ class Participation:
 
     @property
     def is_even(self) -> bool:
-        """Whether all workers count alike in every round."""
+        """True if all workers count alike in every round."""
         return not self.samples and self._mine is None
 
     def members(self, step: int) -> list[int]:
@@ -50,13 +50,16 @@ class Participation:
 
     def share(self, members: Sequence[int] | None = None) -> float:
         """Return this worker's share among members, by default all workers; 0 if it is none of them."""
-        among = range(len(self.weights)) if members is None else members
-        if self.rank not in among:
-            return 0.0
-        weights = [self.weights[i] for i in among]
-        if len(among) == len(self.weights) and len(set(weights)) == 1:
-            return 1.0
-        return len(self.weights) * self.weights[self.rank] / sum(weights)
+        if members is None:
+            return share(self.weights, self.rank)
+        return share([w if i in members else 0.0 for i, w in enumerate(self.weights)], self.rank)
+
+
+def share(weights: Sequence[float], rank: int) -> float:
+    """Return what a worker multiplies its v by, W w_i / sum_j w_j, so that the plain mean is the weighted one."""
+    if len(set(weights)) == 1:
+        return 1.0
+    return len(weights) * weights[rank] / sum(weights)
 
 
 def _is_number(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""What all workers know of a run whose workers come and go: its rounds, who was in them, what became of memories.
+"""The common knowledge of a run whose workers come and go: its rounds, their workers, the fate of memories.
 
 It changes when a round is committed, by what workers said in it, so it is the same on all that were in the round; a
 newcomer gets it with the anchor.
@@ -20,7 +20,7 @@ _PAST = 64  # rounds
 
 @dataclass(frozen=True)
 class Member:
-    """What is remembered of a worker."""
+    """A worker, as it was in its last round."""
 
     norm: float  # of its memory after the last round that it was in
     keeps: bool  # has a file for it
@@ -38,10 +38,6 @@ class Roster:
         self.past: deque[int] = deque(maxlen=_PAST)  # histories
         self.taken: dict[int, int] = {}  # by worker: its last attempt at a round that is in the anchor
         self.members: dict[int, Member] = {}  # in the order of when they were here last
-
-    def knows(self, history: int) -> bool:
-        """Whether a history is one of the last of this run's."""
-        return history == self.history or history in self.past
 
     def absent(self, *, keeps: bool) -> float:
         """Return the sum of the norms of absent workers' memories, of those that have a file, or of the others."""

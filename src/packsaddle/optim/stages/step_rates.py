@@ -1,4 +1,4 @@
-"""What each worker steps by on its own, a digest of all of it so far, and what to say where workers' digests differ.
+"""Rates that each worker steps by on its own, a digest of all so far, and the difference where digests differ.
 
 Learning rates, weight decays and the noise's r are never sent. Where every worker makes its own part of v = e + u of
 them, x stays equal when they differ, and the algorithm is another one without a word: e is in units of the worker's own
