@@ -77,7 +77,7 @@ def test_train(capsys: pytest.CaptureFixture[str]) -> None:
 def train(contenders: tuple[str, ...]) -> dict[str, Any]:
     """Losses and parameters of contenders; 13 steps end where local-sgd-4 averages."""
     group = resolve(None)
-    images = WORKLOAD.images()
+    images = WORKLOAD.examples()
     batches = WORKLOAD.batches(images, group.rank, group.size)
     fixed = images.batch(torch.arange(64), torch.device("cpu"))
     found = {}

@@ -1,4 +1,4 @@
-"""packsaddle bench step | compress | exchange | train | link."""
+"""packsaddle bench step | compress | exchange | train | link | race."""
 
 import json as json_format
 from abc import ABC, abstractmethod
@@ -173,7 +173,9 @@ class Link(_Training):
     hosts: int = 2
     """Number of hosts; each runs one worker under torchrun."""
     rate: float = 100.0
-    """Mbit/s of every host's link, in either direction."""
+    """Mbit/s of every host's link: of what it receives, and without --up also of what it sends."""
+    up: Annotated[float | None, UNSAID] = None
+    """Mbit/s of what a host sends, where that is another rate."""
     target_loss: Annotated[float | None, UNSAID] = None
     """Train each contender until the training loss is down to this, instead of timing steps (needs --data-dir)."""
     max_seconds: float = 300.0
@@ -183,12 +185,90 @@ class Link(_Training):
         from packsaddle.performance.bench import train
 
         race = self.race(target_loss=self.target_loss, max_seconds=self.max_seconds)
-        return train.race_on_hosts(race, self.hosts, self.rate)
+        return train.race_on_hosts(race, self.hosts, self.rate, self.up)
+
+
+_PEERS_OF_A_RACE = ("ddp", "ddp-fp16", "powersgd-1", "powersgd-4", "local-sgd-32", "diloco-32", "sparseloco-32")
+_OURS_IN_A_RACE = (
+    "TopK(0.1) hook=bucket",
+    "TopK(0.01) hook=bucket",
+    'TopK(1/16, values="int2") every=2',
+    'TopK(1/16, values="int2") every=8',
+    'TopK(1/48, values="int2") every=32',
+)
+
+
+@dataclass(frozen=True)
+class RaceToLoss(Question):
+    """Race to a validation loss: every contender's curve once, its step on every link, and the time that follows.
+
+    Step sizes are searched for on one grid, with seed 0; the best of each contender has more seeds. What is in the
+    folder is not made again. (Steps need root and iproute2; diloco-N needs torchft.)
+
+    Examples:
+        packsaddle bench race --out race
+        packsaddle bench race --out race --only curves --workers 2 --contenders ddp diloco-32 'TopK(1/48) every=32'
+        packsaddle bench race --out race --only tables
+    """
+
+    out: Path = Path("race")
+    """Folder of curves.csv and steps.csv, which are added to."""
+    only: Literal["all", "curves", "steps", "tables"] = "all"
+    """One part: the training curves, the steps on links, or the tables of what is there."""
+    model: Literal["gpt", "resnet18"] = "gpt"
+    """nanoGPT's small network with AdamW, or ResNet-18 with SGD and momentum."""
+    data_dir: Annotated[Path | None, UNSAID] = None
+    """Folder of text, by default the source of Python's standard library; or of CIFAR-10 or an image folder."""
+    workers: tuple[int, ...] = (2,)
+    """Numbers of workers, each with a race of its own; in steps each is a host."""
+    contenders: tuple[str, ...] = (*_PEERS_OF_A_RACE, *_OURS_IN_A_RACE)
+    """As for bench link. One may train for another number of steps, as in 'TopK(1/48) every=32 steps=1600', and one
+    that names its lr is listed once for each."""
+    lrs: tuple[float, ...] = (0.001, 0.002, 0.004)
+    """The grid of step sizes."""
+    seeds: int = 3
+    """Seeds of each contender at its best step size."""
+    steps: int = 1000
+    """Steps of a training."""
+    every: int = 50
+    """Steps between evaluations."""
+    batch: int = 8
+    """Examples per worker and step."""
+    rates: tuple[str, ...] = ("10", "50", "200", "1000")
+    """Mbit/s of the links; 10/100 is 10 up and 100 down."""
+    rounds: int = 3
+    """How many times each contender has its turn on a link."""
+    block: int = 2
+    """Consecutive steps in one turn, at least; whole periods."""
+
+    def run(self) -> list[Result]:
+        from packsaddle.performance.bench.curves import Training
+        from packsaddle.performance.bench.full_race import FullRace, Link
+        from packsaddle.performance.bench.workload import TrainingWorkload
+
+        workload = TrainingWorkload(self.model, self.batch, None if self.data_dir is None else str(self.data_dir))
+        training = Training(workload, "adamw" if self.model == "gpt" else "momentum", self.steps, self.every)
+        links = tuple(map(Link.parse, self.rates))
+        race = FullRace(
+            self.out,
+            training,
+            self.workers,
+            self.contenders,
+            self.lrs,
+            self.seeds,
+            links,
+            rounds=self.rounds,
+            block=self.block,
+        )
+        results = race.run(self.only)
+        if not results:
+            raise ValueError(f"out {self.out} has no curves of ddp and no steps yet")
+        return results
 
 
 bench = Group(
     "Measure packsaddle, its peers and the floor of each task, side by side in one run.",
-    {"step": Step, "compress": Compress, "exchange": Exchange, "train": Train, "link": Link},
+    {"step": Step, "compress": Compress, "exchange": Exchange, "train": Train, "link": Link, "race": RaceToLoss},
 )
 
 

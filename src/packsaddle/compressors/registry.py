@@ -38,9 +38,9 @@ def compressors(ratio: float) -> list[Compressor]:
 
 
 def parse(text: str) -> Compressor:
-    """Return the compressor of a constructor call, whose arguments are literals or such calls: Stages(Sign(), 3).
+    """Return the compressor of a constructor call, whose arguments are literals, ratios or such calls.
 
-    A name alone is a call without arguments. Raises ValueError.
+    Examples are TopK(1/32) and Stages(Sign(), 3); a name alone is a call without arguments. Raises ValueError.
     """
     try:
         call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
@@ -74,6 +74,11 @@ def _called(call: ast.expr) -> Compressor:
 def _argument(node: ast.expr) -> Any:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in classes():
         return _called(node)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+        over, under = _argument(node.left), _argument(node.right)
+        assert all(isinstance(part, int | float) for part in (over, under))
+        assert under != 0
+        return over / under
     try:
         return ast.literal_eval(node)
     except ValueError:

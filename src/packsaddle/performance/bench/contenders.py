@@ -21,6 +21,9 @@ PEERS = {
     "own-uint8": "a uint8 per-bucket quantising hook of this benchmark's own, for torch's does not run on gloo",
     "powersgd-N": "torch's powerSGD_hook of rank N, from the third step on; in one bucket, for gloo mixes up several",
     "local-sgd-N": "torch's PostLocalSGDOptimizer, parameters averaged every N steps",
+    "diloco-N": "torchft's DiLoCo, every N steps; Nesterov momentum outside",
+    "sparseloco-N": "SparseLoCo's published algorithm, run by LocalUpdates every N steps: TopK 64 of 4,096 in 2 bits, "
+    "error feedback with decay 0.95, outer SGD of rate 1",
 }
 FIELD = (
     DENSE,
@@ -34,22 +37,24 @@ FIELD = (
     "powersgd-4",
     "local-sgd-4",
 )
-_OPTION = re.compile(r"\s+(lr|noise|momentum|memory|hook|every|delay|fragments|outer)=(\S+)$")
+_OPTION = re.compile(r"\s+(lr|steps|noise|momentum|memory|hook|every|delay|fragments|outer)=(\S+)$")
 _WORDS = {"memory": get_args(Memory), "hook": get_args(Scope), "outer": ("none", "nesterov")}
-_WHOLE = ("every", "delay", "fragments")
-_NUMBERED = re.compile(r"^(powersgd|local-sgd)-(\d+)$")
+_WHOLE = ("steps", "every", "delay", "fragments")
+_NUMBERED = re.compile(r"^(powersgd|local-sgd|diloco|sparseloco)-(\d+)$")
+_PERIODIC = ("local-sgd-N", "diloco-N", "sparseloco-N")
 
 
 @dataclass(frozen=True)
 class Contender:
     """One way to train. Exactly one of `peer` and `compressor` is set.
 
-    A compressor is CompressedSGD's, or with `hook` one behind DDP, or with `every` that of local updates of SGD, where
+    A compressor is CompressedSGD's, or with `hook` one behind DDP, or with `every` that of local updates, where
     `outer="nesterov"` is DiLoCo's outer optimizer.
     """
 
     text: str  # as the user wrote it
     lr: float
+    steps: int | None = None  # of its training, where they are not the race's
     noise: float = 0.0  # packsaddle's only, as all up to `outer`
     momentum: float = 0.0
     memory: Memory = "buffer"
@@ -65,7 +70,12 @@ class Contender:
     @property
     def period(self) -> int:
         """After how many steps its exchanges repeat."""
-        return self.number if self.peer == "local-sgd-N" else self.every or 1
+        return self.number if self.peer in _PERIODIC else self.every or 1
+
+    @property
+    def method(self) -> str:
+        """Its text without step size and steps: what is compared by its best setting of these."""
+        return " ".join(word for word in self.text.split() if not word.startswith(("lr=", "steps=")))
 
 
 def parse(text: str, lr: float) -> Contender:
@@ -76,7 +86,7 @@ def parse(text: str, lr: float) -> Contender:
     name, options = text.strip(), dict[str, Any]()
     while match := _OPTION.search(name):
         name, options[match[1]] = name[: match.start()], _value(match[1], match[2], text)
-    lr = options.pop("lr", lr)
+    lr, steps = options.pop("lr", lr), options.pop("steps", None)
     if name[:1].isupper():
         if "hook" in options and not options.keys() <= {"hook", "noise"}:
             raise ValueError(f"contender {text!r}: a hook has noise, and of momentum, memory and every none")
@@ -84,19 +94,19 @@ def parse(text: str, lr: float) -> Contender:
             raise ValueError(f"contender {text!r}: local updates have no memory=")
         if "every" not in options and (lacking := options.keys() & {"delay", "fragments", "outer"}):
             raise ValueError(f"contender {text!r}: {min(lacking)} is of local updates, which need every=")
-        return Contender(text, lr, compressor=_compressor(name), **options)
+        return Contender(text, lr, steps, compressor=_compressor(name), **options)
     if options:
         raise ValueError(f"contender {text!r}: {min(options)} is for packsaddle's compressors, torch's peers have none")
     if match := _NUMBERED.match(name):
         if int(match[2]) < 1:
             raise ValueError(f"contender {text!r}: N must be at least 1, got {match[2]}")
-        return Contender(text, lr, peer=f"{match[1]}-N", number=int(match[2]))
+        return Contender(text, lr, steps, peer=f"{match[1]}-N", number=int(match[2]))
     if name not in PEERS or name.endswith("-N"):
         raise ValueError(
             f"contender must be a compressor such as RandomK(0.01), or one of {', '.join(PEERS)}, got {text!r}"
             f"{nearest(name, PEERS)}"
         )
-    return Contender(text, lr, peer=name)
+    return Contender(text, lr, steps, peer=name)
 
 
 def parse_all(texts: tuple[str, ...], lr: float) -> list[Contender]:

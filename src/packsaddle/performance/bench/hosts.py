@@ -47,20 +47,23 @@ def available() -> str | None:
 
 
 class Hosts:
-    """`count` hosts, each linked to the others at `rate_mbit` Mbit/s in either direction, while the context lasts.
+    """`count` hosts, each linked to the others at `rate_mbit` Mbit/s, while the context lasts.
 
+    That is what a host receives and, without `up_mbit`, also what it sends.
     Leaving it, also by an exception, Ctrl-C or a TERM signal, ends what runs on the hosts and removes them. Raises
     ValueError for bad arguments, and RuntimeError where `available` would have said why.
     """
 
     interface = "eth0"
 
-    def __init__(self, count: int, rate_mbit: float) -> None:
+    def __init__(self, count: int, rate_mbit: float, up_mbit: float | None = None) -> None:
         if not 1 <= count <= 64:
             raise ValueError(f"hosts must be 1 to 64, got {count}")
-        _check_rate(rate_mbit)
         self.count = count
-        self.rate_mbit = rate_mbit
+        self.down_mbit = rate_mbit
+        self.up_mbit = rate_mbit if up_mbit is None else up_mbit
+        for rate in (self.down_mbit, self.up_mbit):
+            _check_rate(rate)
         self.name = f"packsaddle-{os.getpid()}-{next(_serial)}"
         self._made = ExitStack()
 
@@ -110,7 +113,7 @@ class Hosts:
     def throttle(self, host: int, rate_mbit: float) -> None:
         """Hold a host's link, both ways, to another rate from now on. Raises ValueError for one out of range."""
         _check_rate(rate_mbit)
-        for namespace, link in self._ends(host):
+        for (namespace, link), _ in self._ends(host):
             _call("tc", "-n", namespace, "qdisc", "change", "dev", link, "root", "tbf", *_bucket(rate_mbit))
 
     def torchrun(self, arguments: Sequence[str]) -> list[str]:
@@ -135,12 +138,12 @@ class Hosts:
         _ip("-n", host, "addr", "add", f"{self.address(number)}/24", "dev", self.interface)
         for link in ("lo", self.interface):
             _ip("-n", host, "link", "set", link, "up")
-        for namespace, link in self._ends(number):
-            _call("tc", "-n", namespace, "qdisc", "add", "dev", link, "root", "tbf", *_bucket(self.rate_mbit))
+        for (namespace, link), rate in self._ends(number):
+            _call("tc", "-n", namespace, "qdisc", "add", "dev", link, "root", "tbf", *_bucket(rate))
 
-    def _ends(self, host: int) -> tuple[tuple[str, str], tuple[str, str]]:
-        """The namespace and interface of either end of a host's link."""
-        return (f"{self.name}-{host}", self.interface), (self._bridge, f"port{host}")
+    def _ends(self, host: int) -> tuple[tuple[tuple[str, str], float], tuple[tuple[str, str], float]]:
+        """The namespace and interface of either end of a host's link, with the rate of what leaves there."""
+        return ((f"{self.name}-{host}", self.interface), self.up_mbit), ((self._bridge, f"port{host}"), self.down_mbit)
 
     def _start(self, host: int, command: Sequence[str], folder: Path, env: dict[str, str]) -> "subprocess.Popen[bytes]":
         inside = ["ip", "netns", "exec", f"{self.name}-{host}", *command]

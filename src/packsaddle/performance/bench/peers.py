@@ -22,12 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from packsaddle.comm.communicator import ring_all_gather, ring_all_reduce
 from packsaddle.comm.ledger import Bytes
+from packsaddle.compressors import TopK
+from packsaddle.errors import MissingExtraError
 from packsaddle.experiments.tasks.models import Task
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp import register_ddp_hook
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.performance.bench.contenders import ALONE, DENSE, Contender
+from packsaddle.performance.bench.recipe import CONSTANT, Recipe
 from packsaddle.performance.bench.workload import Batch
 
 # DDP makes its buckets anew after the first step, so torch's hook lets no error feedback begin before the third.
@@ -51,21 +54,37 @@ class Racer:
     optimizer: torch.optim.Optimizer
     moved: Callable[[int], Bytes]  # bytes of this worker in its first n steps: counted (ours), or arithmetic
     steps: int = 0
+    clip: float | None = None
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    end: Callable[[], None] = lambda: None  # ends what runs beside the training; collective
 
     def step(self, batch: Batch) -> None:
         """Forward, backward, exchange, update."""
         self.optimizer.zero_grad()
         self.forward(*batch).backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.task.parameters(), self.clip)
         self.optimizer.step()
+        if self.schedule is not None:
+            self.schedule.step()
         self.steps += 1
 
 
-def enter(contender: Contender, task: Task) -> Racer:
+def enter(contender: Contender, task: Task, recipe: Recipe = CONSTANT) -> Racer:
     """Make a contender ready to train `task`; collective. Raises CannotRunError if torch says it cannot."""
+    racer = _enter(contender, task, recipe)
+    racer.clip = recipe.clip
+    inner = getattr(racer.optimizer, "optim", racer.optimizer)  # torch's local SGD wraps one
+    racer.schedule = recipe.schedule(inner)
+    return racer
+
+
+def _enter(contender: Contender, task: Task, recipe: Recipe) -> Racer:
+    """Make a contender ready, its rate constant."""
     if contender.hook:
-        return _hooked(contender, task)
+        return _hooked(contender, task, recipe)
     if contender.every:
-        return _local_updates(contender, task)
+        return _local_updates(contender, task, recipe)
     if contender.compressor is not None:
         ours = CompressedSGD(
             task.parameters(),
@@ -76,9 +95,13 @@ def enter(contender: Contender, task: Task) -> Racer:
         )
         start = ours.ledger.total  # the parameters of rank 0
         return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start))
-    sgd = torch.optim.SGD(task.parameters(), contender.lr)
+    sgd = recipe.make(task.parameters(), contender.lr)
     if contender.peer == ALONE:
         return Racer(task, task, sgd, lambda _: Bytes())
+    if contender.peer == "diloco-N":
+        return _diloco(contender, task, sgd)
+    if contender.peer == "sparseloco-N":
+        return _sparseloco(contender, task, sgd)
     model = _wrapped(task, _ONE_BUCKET if contender.peer in _CHAINED else None)
     try:
         return _MAKERS[contender.peer](contender, task, model, sgd)
@@ -93,21 +116,22 @@ def _wrapped(task: Task, bucket: float | None) -> DistributedDataParallel:
         return DistributedDataParallel(task, broadcast_buffers=False, bucket_cap_mb=bucket)
 
 
-def _hooked(contender: Contender, task: Task) -> Racer:
-    """packsaddle's hook behind DistributedDataParallel, with torch's SGD."""
+def _hooked(contender: Contender, task: Task, recipe: Recipe) -> Racer:
+    """packsaddle's hook behind DistributedDataParallel, with torch's optimizer."""
     assert contender.compressor is not None
     assert contender.hook is not None
-    sgd, model = torch.optim.SGD(task.parameters(), contender.lr), _wrapped(task, None)
-    hook = register_ddp_hook(model, contender.compressor, noise=contender.noise, scope=contender.hook)
+    sgd, model = recipe.make(task.parameters(), contender.lr), _wrapped(task, None)
+    compressor, scope = contender.compressor, contender.hook
+    hook = register_ddp_hook(model, compressor, noise=contender.noise, scope=scope, optimizer=sgd)
     start = hook.ledger.total
     return Racer(task, model, sgd, lambda _: _since(hook.ledger.total, start))
 
 
-def _local_updates(contender: Contender, task: Task) -> Racer:
-    """packsaddle's local updates of torch's SGD."""
+def _local_updates(contender: Contender, task: Task, recipe: Recipe) -> Racer:
+    """packsaddle's local updates of torch's optimizer."""
     assert contender.compressor is not None
     assert contender.every is not None
-    sgd = torch.optim.SGD(task.parameters(), contender.lr, momentum=contender.momentum)
+    sgd = recipe.make(task.parameters(), contender.lr, momentum=contender.momentum)
     diloco = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
     local = LocalUpdates(
         sgd,
@@ -118,13 +142,37 @@ def _local_updates(contender: Contender, task: Task) -> Racer:
         delay=contender.delay,
         noise=contender.noise,
     )
+    return Racer(task, task, sgd, _counted(local))
+
+
+def _counted(local: LocalUpdates) -> Callable[[int], Bytes]:
+    """The bytes of local updates since now, those of exchanges under way included."""
     start = local.ledger.total
 
     def moved(_: int) -> Bytes:
         local.wait()
         return _since(local.ledger.total, start)
 
-    return Racer(task, task, sgd, moved)
+    return moved
+
+
+def _sparseloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) -> Racer:
+    """SparseLoCo (Sarfi et al. 2025, algorithm 1): e <- 0.95 e + (a - x), its largest entries in 2 bits are sent."""
+    compressor = TopK(64 / 4096, chunk=4096, values="int2")
+    outer = partial(torch.optim.SGD, lr=1.0)
+    local = LocalUpdates(sgd, every=contender.number, compressor=compressor, outer=outer, decay=0.95, keep_unsent=False)
+    return Racer(task, task, sgd, _counted(local))
+
+
+def _diloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) -> Racer:
+    from packsaddle.performance.bench.torchft_diloco import attach
+
+    try:
+        end = attach(task, sgd, contender.number)
+    except MissingExtraError as error:
+        raise CannotRunError(str(error)) from None
+    once = _reduced(task, 4)
+    return Racer(task, task, sgd, lambda steps: once(steps // contender.number), end=end)
 
 
 def probe(racer: Racer, contender: Contender, batch: Batch) -> None:
@@ -155,21 +203,21 @@ def _reduced(task: Task, itemsize: int) -> Callable[[int], Bytes]:
     return lambda steps: Bytes(one.payload * steps, one.sent * steps, one.received * steps)
 
 
-def _dense(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+def _dense(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.Optimizer) -> Racer:
     return Racer(task, model, sgd, _reduced(task, 4))
 
 
-def _fp16(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+def _fp16(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.Optimizer) -> Racer:
     model.register_comm_hook(None, fp16_compress_hook)
     return Racer(task, model, sgd, _reduced(task, 2))
 
 
-def _bf16(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+def _bf16(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.Optimizer) -> Racer:
     model.register_comm_hook(None, bf16_compress_hook)
     return Racer(task, model, sgd, _reduced(task, 2))
 
 
-def _powersgd(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+def _powersgd(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.Optimizer) -> Racer:
     state = PowerSGDState(None, contender.number, start_powerSGD_iter=_POWERSGD_FROM)
     model.register_comm_hook(state, powerSGD_hook)
     dense = _size(task)
@@ -181,7 +229,7 @@ def _powersgd(contender: Contender, task: Task, model: DistributedDataParallel, 
     return Racer(task, model, sgd, moved)
 
 
-def _local(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+def _local(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.Optimizer) -> Racer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's, of its own torch.jit.script on import
         from torch.distributed.optim import PostLocalSGDOptimizer
@@ -194,17 +242,17 @@ def _local(contender: Contender, task: Task, model: DistributedDataParallel, sgd
     return Racer(task, model, optimizer, lambda steps: once(-(-steps // contender.number)))
 
 
-def _torch_uint8(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+def _torch_uint8(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.Optimizer) -> Racer:
     model.register_comm_hook(None, quantization_pertensor_hook)
     return _quantised(task, model, sgd)
 
 
-def _own_uint8(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+def _own_uint8(contender: Contender, task: Task, model: DistributedDataParallel, sgd: torch.optim.Optimizer) -> Racer:
     model.register_comm_hook(None, uint8_hook)
     return _quantised(task, model, sgd)
 
 
-def _quantised(task: Task, model: DistributedDataParallel, sgd: torch.optim.SGD) -> Racer:
+def _quantised(task: Task, model: DistributedDataParallel, sgd: torch.optim.Optimizer) -> Racer:
     d, workers = _size(task), dist.get_world_size()
     return Racer(task, model, sgd, lambda steps: ring_all_gather(d * steps, workers))
 
@@ -232,7 +280,7 @@ def uint8_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[T
     return future
 
 
-_MAKERS: dict[str, Callable[[Contender, Task, DistributedDataParallel, torch.optim.SGD], Racer]] = {
+_MAKERS: dict[str, Callable[[Contender, Task, DistributedDataParallel, torch.optim.Optimizer], Racer]] = {
     DENSE: _dense,
     "ddp-fp16": _fp16,
     "ddp-bf16": _bf16,

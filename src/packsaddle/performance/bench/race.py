@@ -4,6 +4,7 @@
 """
 
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -15,10 +16,11 @@ import torch
 
 from packsaddle.comm.group import Group, resolve
 from packsaddle.comm.launch import process_group
-from packsaddle.experiments.tasks.images import Images
+from packsaddle.experiments.tasks.images import Dataset
 from packsaddle.experiments.tasks.models import Task
 from packsaddle.performance.bench.contenders import ALONE, DENSE, Contender, parse_all
 from packsaddle.performance.bench.peers import CannotRunError, Racer, enter, probe
+from packsaddle.performance.bench.recipe import CONSTANT, Recipe
 from packsaddle.performance.bench.workload import Batch, TrainingWorkload
 from packsaddle.performance.timing import Timing
 
@@ -55,15 +57,16 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-def step_rows(laps: Sequence[Lap], rate: float | None) -> list[dict[str, Any]]:
-    """Return rows of step times over dense DDP's and, if the link's rate in bytes a second is known, over the floor.
+def step_rows(laps: Sequence[Lap], up: float | None, down: float | None = None) -> list[dict[str, Any]]:
+    """Return rows of step times over dense DDP's and, if the link's rates in bytes a second are known, over the floor.
 
-    "kB" are the ledger's 1,000 bytes, in the fuller direction; the floor is the time to compute a step alone plus these
-    bytes at that rate; "allowed" is dense DDP's floor over the contender's; "counted" is what the interface sent.
+    "kB" are the ledger's 1,000 bytes, in the fuller direction; the floor is the time to compute a step alone plus that
+    of its bytes in the slower direction (`down` is `up` if it is not given); "allowed" is dense DDP's floor over the
+    contender's; "counted" is what the interface sent.
     """
     times = {lap.contender: Timing.of(list(lap.seconds)) for lap in laps}
     compute = times[ALONE].median
-    floors = {lap.contender: compute + max(lap.sent, lap.received) / rate for lap in laps} if rate else {}
+    floors = {lap.contender: compute + max(lap.sent / up, lap.received / (down or up)) for lap in laps} if up else {}
     rows = []
     for lap in laps:
         t = times[lap.contender]
@@ -73,14 +76,14 @@ def step_rows(laps: Sequence[Lap], rate: float | None) -> list[dict[str, Any]]:
             "low": 1000 * t.low,
             "high": 1000 * t.high,
         }
-        if rate:
+        if up:
             row["floor ms"] = 1000 * floors[lap.contender]
             row["/ floor"] = t.median / floors[lap.contender]
         row["dense / it"] = times[DENSE].median / t.median
-        if rate:
+        if up:
             row["allowed"] = floors[DENSE] / floors[lap.contender]
         row["kB"] = max(lap.sent, lap.received) / 1000
-        if rate:
+        if up:
             row["counted kB"] = None if lap.interface_sent is None else lap.interface_sent / 1000
         rows.append(row)
     return rows
@@ -115,6 +118,7 @@ class Race:
     lr: float = 0.1
     rounds: int = 5
     block: int = 4  # consecutive steps per contender and round, at least
+    recipe: Recipe = CONSTANT
     interface: str | None = None  # whose counted bytes are read
     target_loss: float | None = None  # then it is a race to this loss
     max_seconds: float = 300.0  # of training, for each contender
@@ -125,7 +129,7 @@ class Race:
         for name in ("rounds", "block", "max_seconds"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name.replace('_', '-')} must be positive, got {getattr(self, name)}")
-        if self.target_loss is not None and self.workload.data_dir is None:
+        if self.target_loss is not None and not self.workload.is_real:
             raise ValueError("target-loss needs data-dir: synthetic images say nothing about a time to a loss")
         if not self.field():
             raise ValueError("contenders must be at least one")
@@ -138,7 +142,8 @@ class Race:
 
 def in_process_group(race: Race) -> Outcome:
     """Join the launcher's world, run the race there, and leave it."""
-    with process_group():
+    with process_group() as group:
+        settle(group)
         return run(race)
 
 
@@ -146,12 +151,20 @@ def run(race: Race) -> Outcome:
     """Run a race; collective."""
     torch.set_num_threads(1)
     group = resolve(None)
-    images = race.workload.images()
-    batches = race.workload.batches(images, group.rank, group.size)
+    examples = race.workload.examples()
+    batches = race.workload.batches(examples, group.rank, group.size)
     contenders = race.field()
     if race.target_loss is None:
         return _step_times(race, contenders, batches, group)
-    return _times_to_target(race, contenders, batches, images, group)
+    return _times_to_target(race, contenders, batches, examples, group)
+
+
+def settle(group: Group) -> None:
+    """Have this worker compute in one thread, on a core that is its own as long as there are enough of them."""
+    torch.set_num_threads(1)
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[group.rank % len(cores)]})
 
 
 def _step_times(race: Race, contenders: list[Contender], batches: Callable[[int], Batch], group: Group) -> Outcome:
@@ -159,7 +172,7 @@ def _step_times(race: Race, contenders: list[Contender], batches: Callable[[int]
     notes = []
     for contender in contenders:
         try:
-            racers[contender.text] = _ready(contender, race.workload.task(), batches)
+            racers[contender.text] = _ready(contender, race, batches)
         except CannotRunError as error:
             notes.append(f"{contender.text} cannot run here: {error}")
     taken: dict[str, list[Lap]] = {text: [] for text in racers}
@@ -168,12 +181,14 @@ def _step_times(race: Race, contenders: list[Contender], batches: Callable[[int]
             if contender.text in racers:
                 lap = _block(racers[contender.text], contender, race, batches, group)
                 taken[contender.text].append(lap)
+    for racer in racers.values():
+        racer.end()
     return Outcome(laps=tuple(_merged(laps) for laps in taken.values()), notes=tuple(notes))
 
 
-def _ready(contender: Contender, task: Task, batches: Callable[[int], Batch]) -> Racer:
+def _ready(contender: Contender, race: Race, batches: Callable[[int], Batch]) -> Racer:
     """Make a racer and warm it up, to the end of a period. Raises CannotRunError."""
-    racer = enter(contender, task)
+    racer = enter(contender, race.workload.task(), race.recipe)
     probe(racer, contender, batches(0))
     while racer.steps < _WARM_UP or racer.steps % contender.period:
         racer.step(batches(racer.steps))
@@ -217,16 +232,16 @@ def _merged(laps: list[Lap]) -> Lap:
 
 
 def _times_to_target(
-    race: Race, contenders: list[Contender], batches: Callable[[int], Batch], images: Images, group: Group
+    race: Race, contenders: list[Contender], batches: Callable[[int], Batch], examples: Dataset, group: Group
 ) -> Outcome:
-    spaced = torch.arange(0, len(images), max(1, len(images) // _EVALUATED))[:_EVALUATED]
-    fixed = images.batch(spaced, torch.device("cpu"))
+    spaced = torch.arange(0, len(examples), max(1, len(examples) // _EVALUATED))[:_EVALUATED]
+    fixed = examples.batch(spaced, torch.device("cpu"))
     finishes, notes = [], []
     for contender in contenders:
         try:
-            racer = enter(contender, race.workload.task())
+            racer = enter(contender, race.workload.task(), race.recipe)
             probe(racer, contender, batches(0))
-            racer = enter(contender, race.workload.task())
+            racer = enter(contender, race.workload.task(), race.recipe)
         except CannotRunError as error:
             notes.append(f"{contender.text} cannot run here: {error}")
             continue

@@ -22,7 +22,7 @@ def race_on_workers(race: Race, workers: int) -> list[Result]:
     """Race contenders on `workers` local processes, without a slow link. Raises ValueError, WorkerFailedError."""
     if not 1 <= workers <= 64:
         raise ValueError(f"workers must be 1 to 64, got {workers}")
-    race.workload.images()  # what cannot be read is said here, not by a worker
+    race.workload.examples()  # what cannot be read is said here, not by a worker
     outcome = launch(in_process_group, (race,), workers)
     question = "Forward, backward, exchange, update: what does a training step cost without a slow link?"
     setting = {"workers": workers, **described(race), **machine()}
@@ -51,20 +51,23 @@ def legend(race: Race) -> list[str]:
     return [*named, "DDP overlaps its exchange with backward, and sends no batch statistics, as packsaddle does not"]
 
 
-def race_on_hosts(race: Race, hosts: int, rate_mbit: float) -> list[Result]:
-    """Race contenders on hosts whose links have this rate. Raises ValueError if it is bad or hosts cannot be made,
-    WorkerFailedError if one fails."""
+def race_on_hosts(race: Race, hosts: int, rate_mbit: float, up_mbit: float | None = None) -> list[Result]:
+    """Race contenders on hosts whose links have this rate, or `up_mbit` for what they send.
+
+    Raises ValueError if it is bad or hosts cannot be made, WorkerFailedError if one fails.
+    """
     if not 2 <= hosts <= 16:
         raise ValueError(f"hosts must be 2 to 16, got {hosts}")
     if reason := available():
         raise ValueError(f"bench link {reason}")
-    race.workload.images()  # what cannot be read is said here, not by a worker
-    with Hosts(hosts, rate_mbit) as network:
+    race.workload.examples()  # what cannot be read is said here, not by a worker
+    with Hosts(hosts, rate_mbit, up_mbit) as network:
         outcome = hold(race, network)
-    setting = {"hosts": hosts, "rate Mbit/s": rate_mbit, **described(race), **machine()}
+    rates = {"rate Mbit/s": rate_mbit} if up_mbit is None else {"down Mbit/s": rate_mbit, "up Mbit/s": up_mbit}
+    setting = {"hosts": hosts, **rates, **described(race), **machine()}
     if race.target_loss is None:
         question = "What does a training step cost over this link, and what do its bytes allow?"
-        rows = step_rows(outcome.laps, rate_mbit * 1e6 / 8)
+        rows = step_rows(outcome.laps, (up_mbit or rate_mbit) * 1e6 / 8, rate_mbit * 1e6 / 8)
         columns = [
             "kB: per step, by the ledger (peers: by arithmetic), of the fuller direction; counted: by the interface",
             "floor: a step of alone, then the bytes at the link's rate; allowed: the floor of ddp over the contender's",

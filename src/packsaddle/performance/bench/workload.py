@@ -1,4 +1,8 @@
-"""The networks that training benchmarks train, and their batches of real or synthetic images."""
+"""The networks that training benchmarks train, and their batches of real or synthetic images, or of text.
+
+"gpt" is nanoGPT's network for a CPU (4 layers, 4 heads, width 128, 64 characters: 0.83 million parameters). Its text is
+a folder's, or the source of Python's standard library, 11 million characters that every CPython has.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,24 +13,28 @@ import torch
 from torch import Tensor
 
 from packsaddle.experiments.config import DataConfig, ModelConfig
-from packsaddle.experiments.tasks.images import Images, load_images
+from packsaddle.experiments.tasks.images import Dataset, Images, load_images
 from packsaddle.experiments.tasks.models import Task, make_task
 from packsaddle.experiments.tasks.sharding import Batches, shard
+from packsaddle.experiments.tasks.text import load_library, load_text
 
-Network = Literal["mnist-autoencoder", "resnet18"]
-Batch = tuple[Tensor, Tensor]  # float32[b, channels, height, width] in [0, 1], int64[b]
+Network = Literal["mnist-autoencoder", "resnet18", "gpt"]
+Batch = tuple[Tensor, Tensor]  # float32[b, channels, height, width] in [0, 1], int64[b]; or int64[b, context] both
 
 _SHAPES: dict[str, tuple[int, int, int]] = {"mnist-autoencoder": (1, 28, 28), "resnet18": (3, 32, 32)}
 _SYNTHETIC = 2048
+_GPT = ModelConfig("char-transformer", width=128, depth=4, heads=4)
+_TEXT = DataConfig("text")
 
 
 @dataclass(frozen=True)
 class TrainingWorkload:
-    """A network and its data. `batch` is per worker; without `data_dir` the images are synthetic."""
+    """A network and its data. `batch` is per worker; without `data_dir` the images are synthetic, and the text is the
+    source of the standard library."""
 
     network: Network
     batch: int
-    data_dir: str | None = None  # MNIST's, CIFAR-10's, or an image folder's of 32 x 32
+    data_dir: str | None = None  # MNIST's, CIFAR-10's, an image folder's of 32 x 32, or a folder of text
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -37,8 +45,15 @@ class TrainingWorkload:
         if self.data_dir is not None and not Path(self.data_dir).is_dir():
             raise ValueError(f"data-dir must be a folder, got {self.data_dir}")
 
+    @property
+    def is_real(self) -> bool:
+        """Whether a loss on it tells something: it is no synthetic pattern."""
+        return self.network == "gpt" or self.data_dir is not None
+
     def source(self) -> str:
-        """Say where the images come from."""
+        """Say where the examples come from."""
+        if self.network == "gpt":
+            return "Python's standard library" if self.data_dir is None else "text folder"
         if self.data_dir is None:
             return "synthetic images"
         return {"mnist": "MNIST", "cifar10": "CIFAR-10", "folder": "image folder"}[self._dataset()]
@@ -48,21 +63,27 @@ class TrainingWorkload:
             return "mnist"
         return "folder" if (Path(self.data_dir or "") / "train").is_dir() else "cifar10"
 
-    def images(self) -> Images:
-        """Return the training images. Raises ConfigError if they cannot be read."""
+    def examples(self, *, train: bool = True) -> Dataset:
+        """Return the examples to train on, or those held out. Raises ConfigError if they cannot be read."""
+        if self.network == "gpt":
+            folder = None if self.data_dir is None else Path(self.data_dir)
+            return load_library(_TEXT, train=train) if folder is None else load_text(_TEXT, folder, train=train)
         if self.data_dir is not None:
-            return load_images(DataConfig(self._dataset()), Path(self.data_dir), train=True)
+            return load_images(DataConfig(self._dataset()), Path(self.data_dir), train=train)
         return _synthetic(_SHAPES[self.network])
 
     def task(self) -> Task:
         """Return a new network, the same every time."""
+        if self.network == "gpt":
+            data = self.examples()
+            return make_task(_GPT, data.shape, data.classes, self.seed)
         return make_task(ModelConfig(self.network), torch.Size(_SHAPES[self.network]), 10, self.seed)
 
-    def batches(self, images: Images, worker: int, workers: int) -> Callable[[int], Batch]:
+    def batches(self, examples: Dataset, worker: int, workers: int) -> Callable[[int], Batch]:
         """Return this worker's batch as a function of the step."""
-        mine = shard(images, "iid", worker=worker, workers=workers, seed=self.seed)
+        mine = shard(examples, "iid", worker=worker, workers=workers, seed=self.seed)
         order = Batches(mine, self.batch, worker=worker, seed=self.seed)
-        return lambda step: images.batch(order[step], torch.device("cpu"))
+        return lambda step: examples.batch(order[step], torch.device("cpu"))
 
 
 def _synthetic(shape: tuple[int, int, int]) -> Images:

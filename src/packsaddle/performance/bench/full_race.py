@@ -1,0 +1,152 @@
+"""`packsaddle bench race`: curves of every contender, its step on every link, and the time to a loss that follows.
+
+The folder of a race has `curves.csv` and `steps.csv`. Both are added to, so that a race that was cut off goes on and a
+contender can be added later; the tables and figures are made of them alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal, get_args
+
+from packsaddle.performance.bench.contenders import ALONE, DENSE, parse
+from packsaddle.performance.bench.curves import Curve, Training, load
+from packsaddle.performance.bench.hosts import Hosts, available
+from packsaddle.performance.bench.race import Race
+from packsaddle.performance.bench.recipe import Recipe
+from packsaddle.performance.bench.result import Result, machine
+from packsaddle.performance.bench.search import Search
+from packsaddle.performance.bench.time_to_loss import (
+    StepOnLink,
+    computing,
+    entries,
+    load_steps,
+    rows,
+    save_steps,
+    target_of,
+    verdicts,
+)
+from packsaddle.performance.bench.train import hold
+
+Part = Literal["all", "curves", "steps", "tables"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Mbit/s of what a host sends and of what it receives."""
+
+    up: float
+    down: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Link":
+        """Read "50", or "10/100" for 10 up and 100 down. Raises ValueError."""
+        words = text.split("/")
+        try:
+            rates = [float(word) for word in words]
+        except ValueError:
+            rates = []
+        if len(rates) not in (1, 2) or not all(0.1 <= rate <= 100_000 for rate in rates):
+            raise ValueError(f"rate must be Mbit/s of 0.1 to 100,000, as 50, or 10/100 for up and down, got {text!r}")
+        return cls(rates[0], rates[-1])
+
+
+@dataclass(frozen=True)
+class FullRace:
+    """The settings of a race, for each number of workers the same."""
+
+    folder: Path
+    training: Training
+    workers: tuple[int, ...]
+    contenders: tuple[str, ...]
+    grid: tuple[float, ...]
+    seeds: int
+    links: tuple[Link, ...]
+    rounds: int = 3
+    block: int = 2
+
+    def run(self, part: Part) -> list[Result]:
+        """Make what is missing of a part, and return the tables. Raises ValueError, WorkerFailedError."""
+        if part not in get_args(Part):
+            raise ValueError(f"only must be one of {', '.join(get_args(Part))}, got {part!r}")
+        searches = [Search(self.training, w, self.contenders, self.grid, self.seeds) for w in self.workers]
+        if part in ("all", "steps") and (reason := available()):
+            raise ValueError(f"bench race {reason}; --only curves makes what needs no link")
+        self.training.workload.examples()  # what cannot be read is said here, not by a worker
+        if part in ("all", "curves"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for search in searches:
+                search.run(self.folder / "curves.csv")
+        if part in ("all", "steps"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for workers in self.workers:
+                self._time_steps(workers)
+        return self._tables()
+
+    def _time_steps(self, workers: int) -> None:
+        """Time on every link the contenders that were not timed there, all in turns."""
+        path = self.folder / "steps.csv"
+        for link in self.links:
+            done = {s.contender for s in load_steps(path) if s.workers == workers and s.link == (link.up, link.down)}
+            missing = tuple(text for text in _once(self.contenders) if text not in done)
+            if not missing:
+                continue
+            recipe = Recipe(self.training.optimizer, self.training.steps)
+            race = Race(self.training.workload, missing, self.grid[0], self.rounds, self.block, recipe)
+            with Hosts(workers, link.down, link.up) as network:
+                outcome = hold(race, network)
+            laps = [lap for lap in outcome.laps if lap.contender not in done]
+            save_steps(path, [StepOnLink.of(workers, link.up, link.down, lap) for lap in laps])
+
+    def _tables(self) -> list[Result]:
+        """The tables of the files, two or three for each number of workers; with matplotlib also the figures."""
+        curves, steps = load(self.folder / "curves.csv"), load_steps(self.folder / "steps.csv")
+        found = []
+        for workers in self.workers:
+            mine = [curve for curve in curves if curve.workers == workers]
+            timed = [step for step in steps if step.workers == workers]
+            found += tables(self, workers, mine, timed)
+            if (mine or timed) and find_spec("matplotlib"):
+                from packsaddle.performance.bench.race_figures import draw
+
+                draw(self.folder, workers, mine, timed)
+        return found
+
+
+def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOnLink]) -> list[Result]:
+    """Return the tables of one number of workers: losses and times, the best on each link, shares of computing."""
+    workload = race.training.workload
+    setting = {
+        "workers": workers,
+        "model": workload.network,
+        "d": sum(p.numel() for p in workload.task().parameters()),
+        "data": workload.source(),
+        "batch per worker": workload.batch,
+        "steps": race.training.steps,
+        "optimizer": race.training.optimizer,
+        "lrs": ", ".join(f"{rate:g}" for rate in race.grid),
+        **machine(),
+    }
+    found = []
+    if any(entry.method == DENSE for entry in entries(curves)):
+        table = rows(curves, steps)
+        target = target_of(next(entry for entry in entries(curves) if entry.method == DENSE))
+        notes = [
+            f"target: {target:.4f}, the loss of {DENSE} at nine tenths of its tokens; times are steps to it (mean over "
+            "seeds) times the step's median on the link; inf: a seed did not reach it",
+            "loss: of the mean of the workers' models on 512 held-out examples; mean, low and high over seeds, at the "
+            "best step size of the grid; tokens: of ddp's; kB: sent by a worker in a step",
+        ]
+        found.append(Result("How good is each method, and how long to the target loss?", setting, table, notes))
+        if steps:
+            found.append(Result("Who is first at the target loss on each link?", setting, verdicts(table, steps)))
+    if shares := computing(steps):
+        note = f"{ALONE}'s step over the contender's; hosts are network namespaces that share this machine's cores"
+        found.append(Result("Which share of the time do workers compute?", setting, shares, [note]))
+    return found
+
+
+def _once(contenders: Iterable[str]) -> list[str]:
+    """Contenders whose steps take different times: each method once, whatever its step size and steps."""
+    return list(dict.fromkeys(parse(text, 1.0).method for text in (ALONE, DENSE, *contenders)))

@@ -1,0 +1,112 @@
+"""Figures of a race: losses by tokens and by bytes, time to the target by link, share of computing by link."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from packsaddle.errors import require
+from packsaddle.performance.bench.contenders import ALONE, DENSE
+from packsaddle.performance.bench.curves import Curve
+from packsaddle.performance.bench.time_to_loss import Entry, StepOnLink, computing, entries, rows, target_of
+
+_OURS = ("#d1495b", "#e8871e", "#8f2d56", "#b5651d", "#f25f5c", "#c9184a", "#ff9f1c")
+_PEERS = ("#2e6f95", "#6a994e", "#577590", "#43aa8b", "#277da1", "#90be6d", "#4d908e", "#5e60ce")
+_STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.fontsize": 7.5}
+
+
+def draw(folder: Path, workers: int, curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[Path]:
+    """Write the figures that the curves and steps of one number of workers allow, and return their files.
+
+    Raises MissingExtraError without matplotlib.
+    """
+    plt: Any = require("matplotlib.pyplot", "plot", "figures of a race")
+    found = entries(curves)
+    dense = next((entry for entry in found if entry.method == DENSE), None)
+    files = []
+    with plt.rc_context(_STYLE):
+        if dense is not None:
+            figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+            _losses(axes, found, target_of(dense))
+            files.append(_saved(figure, folder / f"losses-{workers}-workers.png"))
+            if steps:
+                figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+                _times(axes, rows(curves, steps), found)
+                files.append(_saved(figure, folder / f"times-{workers}-workers.png"))
+        if steps:
+            figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")
+            _computing(axes, steps)
+            files.append(_saved(figure, folder / f"computing-{workers}-workers.png"))
+        plt.close("all")
+    return files
+
+
+def _saved(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=130)
+    return path
+
+
+def _colours(found: Sequence[Entry]) -> dict[str, str]:
+    """A colour for each method: warm ones are packsaddle's, cold ones its peers', black is dense training."""
+    ours = dict.fromkeys(entry.method for entry in found if entry.is_ours)
+    peers = dict.fromkeys(entry.method for entry in found if not entry.is_ours and entry.method != DENSE)
+    colours = {method: _OURS[i % len(_OURS)] for i, method in enumerate(ours)}
+    return colours | {method: _PEERS[i % len(_PEERS)] for i, method in enumerate(peers)} | {DENSE: "0.1"}
+
+
+def _losses(axes: Any, found: Sequence[Entry], target: float) -> None:
+    """Mean and range of the loss over seeds, by steps and by bytes; longer trainings are dashed."""
+    colours, short = _colours(found), min(entry.curves[0].steps for entry in found)
+    for entry in found:
+        first = entry.curves[0]
+        losses = [[math.nan if loss is None else loss for loss in curve.losses] for curve in entry.curves]
+        n = min(map(len, losses))
+        at = [(i + 1) * first.every for i in range(n)]
+        by_step = list(zip(*(mine[:n] for mine in losses), strict=True))
+        mean, low, high = ([f(step) for step in by_step] for f in (statistics.fmean, min, max))
+        style = {"color": colours[entry.method], "linestyle": "-" if first.steps == short else "--", "linewidth": 1.3}
+        name = entry.method if first.steps == short else f"{entry.method}, {first.steps} steps"
+        axes[0].plot(at, mean, label=name, **style)
+        axes[0].fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        axes[1].plot([step * first.sent / 1e6 for step in at], mean, **style)
+    for panel, label in zip(axes, ("steps", "MB that a worker has sent"), strict=True):
+        panel.axhline(target, color="0.5", linewidth=0.8, linestyle=":")
+        panel.set_xlabel(label)
+        panel.set_ylabel("validation loss")
+        panel.grid(alpha=0.2)
+        panel.set_ylim(top=min(3.2, panel.get_ylim()[1]))
+    axes[1].set_xscale("log")
+    axes[0].legend(frameon=False)
+
+
+def _times(axes: Any, table: Sequence[dict[str, Any]], found: Sequence[Entry]) -> None:
+    """Seconds to the target by the slower direction's rate: for each method its quickest training length."""
+    colours = _colours(found)
+    links = [name for name in table[0] if name.endswith(("Mbit/s", "down"))]
+    for method in dict.fromkeys(row["method"] for row in table):
+        mine = [row for row in table if row["method"] == method]
+        best = [min((row[link] for row in mine if row[link] is not None), default=math.nan) for link in links]
+        if all(math.isfinite(seconds) for seconds in best):
+            axes.plot(range(len(links)), best, marker="o", markersize=4, color=colours[method], label=method)
+    axes.set_xticks(range(len(links)), links)
+    axes.set_yscale("log")
+    axes.set_ylabel("seconds to the target loss")
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _computing(axes: Any, steps: Sequence[StepOnLink]) -> None:
+    """The share of the time in which workers compute, by link."""
+    table = [row for row in computing(steps) if row["contender"] != ALONE]
+    links = [name for name in table[0] if name != "contender"]
+    for row in table:
+        shares = [math.nan if row[link] is None else 100 * row[link] for link in links]
+        is_ours = row["contender"][:1].isupper()
+        style = {"marker": "o", "markersize": 4, "linestyle": "-" if is_ours else "--"}
+        axes.plot(range(len(links)), shares, label=row["contender"], **style)
+    axes.set_xticks(range(len(links)), links)
+    axes.set_ylabel("share of the time computing, %")
+    axes.set_ylim(0, 103)
+    axes.grid(alpha=0.2)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

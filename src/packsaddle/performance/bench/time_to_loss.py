@@ -1,0 +1,196 @@
+"""The time that training to a loss takes on a link: steps to the loss, from curves, times the seconds of a step there.
+
+The loss is that which dense training has at nine tenths of its tokens. Steps and their times are measured apart, see
+`curves` and `race`, and multiplied here: one curve serves every link.
+"""
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from packsaddle.performance.bench.contenders import ALONE, DENSE, PEERS, parse
+from packsaddle.performance.bench.curves import Curve
+from packsaddle.performance.bench.race import Lap
+from packsaddle.performance.timing import Timing
+
+_TARGET = 0.9  # of dense training's tokens
+
+
+@dataclass(frozen=True)
+class StepOnLink:
+    """A contender's step on a link of `up` and `down` Mbit/s; milliseconds of the slowest worker."""
+
+    workers: int
+    up: float
+    down: float
+    contender: str
+    ms: float  # the median over turns, and their range
+    low: float
+    high: float
+    kb: float  # ledger's kB a step, of the fuller direction
+    counted_kb: float  # what the interface sent
+
+    @classmethod
+    def of(cls, workers: int, up: float, down: float, lap: Lap) -> "StepOnLink":
+        """Return it from a race's lap."""
+        time = Timing.of(list(lap.seconds))
+        ms, low, high = (round(1000 * seconds, 3) for seconds in (time.median, time.low, time.high))
+        counted = (lap.interface_sent or 0.0) / 1000
+        kb = max(lap.sent, lap.received) / 1000
+        return cls(workers, up, down, lap.contender, ms, low, high, round(kb, 3), round(counted, 3))
+
+    @property
+    def link(self) -> tuple[float, float]:
+        """Mbit/s up and down."""
+        return self.up, self.down
+
+
+def save_steps(path: Path, steps: Iterable[StepOnLink]) -> None:
+    """Add rows to the file."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(StepOnLink)], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(map(asdict, steps))
+
+
+def load_steps(path: Path) -> list[StepOnLink]:
+    """Return the rows of a file, none where there is no file. Raises ValueError for a bad one."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        try:
+            return [_step(row) for row in csv.DictReader(file)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} has a row that is no step on a link: {error}") from None
+
+
+def _step(row: Mapping[str, Any]) -> StepOnLink:
+    numbers = {name: float(row[name]) for name in ("up", "down", "ms", "low", "high", "kb", "counted_kb")}
+    return StepOnLink(int(row["workers"]), contender=row["contender"], **numbers)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method with a number of steps: its curves at the best step size of seed 0, one for each seed."""
+
+    method: str
+    curves: tuple[Curve, ...]
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is packsaddle's, and no peer."""
+        return not parse(self.method, 1.0).peer
+
+    @property
+    def losses(self) -> list[float]:
+        """The last losses, one for each seed."""
+        return [curve.final for curve in self.curves]
+
+    def steps_to(self, loss: float) -> list[float] | None:
+        """Return the steps to a loss, one for each seed, or None if a seed does not reach it."""
+        found = [curve.steps_to(loss) for curve in self.curves]
+        return None if None in found else [steps for steps in found if steps is not None]
+
+
+def entries(curves: Sequence[Curve]) -> list[Entry]:
+    """Return the methods of the curves of one number of workers, each with each number of steps that it trained for."""
+    groups: dict[tuple[str, int], list[Curve]] = {}
+    for curve in curves:
+        groups.setdefault((parse(curve.contender, curve.lr).method, curve.steps), []).append(curve)
+    return [Entry(method, tuple(_best(group))) for (method, _), group in groups.items()]
+
+
+def _best(group: list[Curve]) -> list[Curve]:
+    """The curves at the step size of the least last loss: of the mean over seeds, among those with the most seeds."""
+    by_rate: dict[tuple[str, float], list[Curve]] = {}
+    for curve in group:
+        by_rate.setdefault((curve.contender, curve.lr), []).append(curve)
+    most = max(map(len, by_rate.values()))
+    full = [mine for mine in by_rate.values() if len(mine) == most]
+    return sorted(min(full, key=lambda mine: statistics.fmean(c.final for c in mine)), key=lambda c: c.seed)
+
+
+def target_of(dense: Entry) -> float:
+    """Return the mean over seeds of dense training's loss at nine tenths of its tokens."""
+    at = max(0, math.floor(_TARGET * dense.curves[0].steps / dense.curves[0].every) - 1)
+    return statistics.fmean(math.inf if (loss := c.losses[at]) is None else loss for c in dense.curves)
+
+
+def rows(curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
+    """Return one row for each method and training length of one number of workers: losses, kB, times to the target.
+
+    Raises ValueError without dense training. The time on a link is empty where the step was not timed there, and
+    infinite where the loss was not reached. Of a method's training lengths each has its row.
+    """
+    found = entries(curves)
+    dense = next((entry for entry in found if entry.method == DENSE), None)
+    if dense is None:
+        raise ValueError(f"curves must include {DENSE}, by which the target is set")
+    target, links = target_of(dense), list(dict.fromkeys(step.link for step in steps))
+    timed = {(parse(s.contender, 1.0).method, s.link): s for s in steps}
+    table = []
+    for entry in found:
+        reached = entry.steps_to(target)
+        row: dict[str, Any] = {
+            "method": entry.method,
+            "lr": entry.curves[0].lr,
+            "tokens": entry.curves[0].steps / dense.curves[0].steps,
+            "seeds": len(entry.curves),
+            "loss": statistics.fmean(entry.losses),
+            "low": min(entry.losses),
+            "high": max(entry.losses),
+            "kB": entry.curves[0].sent / 1000,
+            "steps": None if reached is None else statistics.fmean(reached),
+        }
+        for link in links:
+            step = timed.get((entry.method, link))
+            seconds = None if step is None else math.inf
+            if step is not None and reached is not None:
+                seconds = statistics.fmean(reached) * step.ms / 1000
+            row[_named(link)] = seconds
+        table.append(row)
+    return table
+
+
+def verdicts(table: Sequence[Mapping[str, Any]], steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
+    """Return for each link the quickest of packsaddle and of its peers to the target, and the ratio of their times."""
+    found = []
+    for link in dict.fromkeys(step.link for step in steps):
+        name = _named(link)
+        timed = [row for row in table if row[name] is not None and row[name] < math.inf]
+        ours = min((r for r in timed if not parse(r["method"], 1.0).peer), key=lambda r: r[name], default=None)
+        peer = min((r for r in timed if parse(r["method"], 1.0).peer in PEERS), key=lambda r: r[name], default=None)
+        found.append(
+            {
+                "link": name,
+                "packsaddle": "none" if ours is None else ours["method"],
+                "s": None if ours is None else ours[name],
+                "best peer": "none" if peer is None else peer["method"],
+                "peer s": None if peer is None else peer[name],
+                "ratio": None if ours is None or peer is None else ours[name] / peer[name],
+            }
+        )
+    return found
+
+
+def computing(steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
+    """Return for each contender the share of the time in which it computes, by link."""
+    alone = {step.link: step.ms for step in steps if step.contender == ALONE}
+    table: dict[str, dict[str, Any]] = {}
+    for step in steps:
+        if step.contender != ALONE and step.link in alone:
+            row = table.setdefault(step.contender, {"contender": step.contender})
+            row[_named(step.link)] = min(1.0, alone[step.link] / step.ms)
+    names = [_named(link) for link in alone]
+    return [{"contender": name} | {link: row.get(link) for link in names} for name, row in table.items()]
+
+
+def _named(link: tuple[float, float]) -> str:
+    up, down = link
+    return f"{up:g} Mbit/s" if up == down else f"{up:g} up, {down:g} down"
