@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick test-integrations lint docs tutorials picture shape audit clean
+.PHONY: demo test quick test-integrations lint docs tutorials picture shape gpu audit clean
 
 demo: .venv/.installed
 	$(BIN)/packsaddle demo
@@ -49,6 +49,10 @@ picture: .venv/.installed
 # Sizes, imports, and how many files one step runs.
 shape: .venv/.installed
 	$(BIN)/python benchmarks/shape.py
+
+# Tests, times and runs that need a GPU (at most nine minutes, no network); writes gpu.json. TORCH: a venv's python with CUDA.
+gpu:
+	$(or $(TORCH),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))) benchmarks/gpu.py --out gpu.json
 
 # Known vulnerabilities of what is installed, in an environment of its own; asks pypi.org. Offline: pip check alone.
 audit: .venv/.installed

@@ -345,6 +345,10 @@ def test_local_updates_hide_their_exchange(capsys: pytest.CaptureFixture[str]) -
             assert f.exchange == pytest.approx((total - every * 0.1) / every, rel=1e-3)
             assert f.computing == pytest.approx(0.1 / (0.1 + f.exchange))
         assert f.seconds == pytest.approx(f.steps * f.step)
+        alone = {f.setting: 1.0}
+        (plain,) = forecast_local(size, link, fleet, lambda compressor, d: free, measured=alone, overlap=False)
+        assert (plain.delay, plain.fragments, plain.steps) == (0, 1, 1.0)
+        assert plain.exchange == pytest.approx((hops * 1e-3 + seconds) / every, rel=1e-3)
     with pytest.raises(ValueError, match=r"most-steps must be at least [0-9.]+, the least measured, got 1"):
         forecast_local(size, link, fleet, lambda compressor, d: free, most_steps=1.0)
     few = forecast_local(size, link, fleet, lambda compressor, d: free, most_steps=min(LOCAL.values()))

@@ -55,7 +55,7 @@ def check_signs() -> None:
 
 
 def check_levels() -> None:
-    for compressor in (QSGD(), QSGD(levels=1, bucket=16), QSGD(levels=127, bucket=100)):
+    for compressor in (QSGD(coded=False), QSGD(1, 16, coded=False), QSGD(127, 100, coded=False)):
         for d in (1, 33, 3000):
             v = vector(d)
             if d == 3000:

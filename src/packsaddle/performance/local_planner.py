@@ -5,7 +5,7 @@ to the loss of dense training was measured (experiments/local-updates); a settin
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,23 +88,24 @@ def forecast_local(
     *,
     update: float = 0.0,
     most_steps: float = math.inf,
-    settings: Sequence[Setting] = tuple(MEASURED),
+    measured: Mapping[Setting, float] = MEASURED,
+    overlap: bool = True,
 ) -> tuple[LocalForecast, ...]:
     """Predict the settings that need at most `most_steps` times dense training's steps, the quickest first.
 
     `pace(compressor, d)` says how fast one codes, `update` what making v and absorbing takes besides, in seconds a
     round. There are as many fragments as bring the exchange of one below a quarter of H, and the delay is the least
-    that hides it. Raises ValueError for fewer than two workers, and if no setting
-    is left.
+    that hides it; without `overlap` steps wait for all of it. Raises ValueError for fewer than two workers, and if no
+    setting is left.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
-    chosen = [setting for setting in settings if MEASURED[setting] <= most_steps]
+    chosen = {setting: steps for setting, steps in measured.items() if steps <= most_steps}
     if not chosen:
         raise ValueError(
-            f"most-steps must be at least {min(MEASURED.values()):g}, the least measured, got {most_steps:g}"
+            f"most-steps must be at least {min(measured.values()):g}, the least measured, got {most_steps:g}"
         )
-    found = [_forecast(setting, workload, link, fleet, pace, update) for setting in chosen]
+    found = [_forecast(s, steps, workload, link, fleet, pace, update, overlap) for s, steps in chosen.items()]
     return tuple(sorted(found, key=lambda f: f.seconds))
 
 
@@ -118,11 +119,13 @@ def check_most_steps(most_steps: float) -> None:
 
 def _forecast(
     setting: Setting,
+    steps: float,
     workload: ModelSize,
     link: Link,
     fleet: Fleet,
     pace: Callable[[Compressor, int], Pace],
     update: float,
+    overlap: bool,
 ) -> LocalForecast:
     bound = workload.bind(setting.compressor)
     choice = choose(bound, "direct", d=workload.d, dense=workload.dense + 1, workers=fleet.workers)
@@ -133,12 +136,14 @@ def _forecast(
     compute = fleet.compute + fleet.waiting / math.sqrt(setting.every)
     within = max(1, setting.every // _STALE) * compute
     fragments = min(setting.every, max(1, math.ceil(bandwidth / (within - latency)))) if within > latency else 1
+    fragments = fragments if overlap else 1
     exchange = fragments * latency + bandwidth
     delay = min(setting.every - 1, math.ceil(exchange / fragments / compute)) if compute else setting.every - 1
+    delay = delay if overlap else 0
     hidden = setting.every * compute if fragments > 1 else delay * compute
     waited = max(0.0, exchange - hidden)
     sent = choice.aggregator.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4).sent
     coding = (coded.compression + update) / setting.every
     return LocalForecast(
-        setting, delay, fragments, sent / setting.every, compute, coding, waited / setting.every, MEASURED[setting]
+        setting, delay, fragments, sent / setting.every, compute, coding, waited / setting.every, steps
     )

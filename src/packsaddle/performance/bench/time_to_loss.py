@@ -153,7 +153,7 @@ def rows(curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[dict[str,
             seconds = None if step is None else math.inf
             if step is not None and reached is not None:
                 seconds = statistics.fmean(reached) * step.ms / 1000
-            row[_named(link)] = seconds
+            row[named(link)] = seconds
         table.append(row)
     return table
 
@@ -162,7 +162,7 @@ def verdicts(table: Sequence[Mapping[str, Any]], steps: Sequence[StepOnLink]) ->
     """Return for each link the quickest of packsaddle and of its peers to the target, and the ratio of their times."""
     found = []
     for link in dict.fromkeys(step.link for step in steps):
-        name = _named(link)
+        name = named(link)
         timed = [row for row in table if row[name] is not None and row[name] < math.inf]
         ours = min((r for r in timed if not parse(r["method"], 1.0).peer), key=lambda r: r[name], default=None)
         peer = min((r for r in timed if parse(r["method"], 1.0).peer in PEERS), key=lambda r: r[name], default=None)
@@ -186,11 +186,12 @@ def computing(steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
     for step in steps:
         if step.contender != ALONE and step.link in alone:
             row = table.setdefault(step.contender, {"contender": step.contender})
-            row[_named(step.link)] = min(1.0, alone[step.link] / step.ms)
-    names = [_named(link) for link in alone]
+            row[named(step.link)] = min(1.0, alone[step.link] / step.ms)
+    names = [named(link) for link in alone]
     return [{"contender": name} | {link: row.get(link) for link in names} for name, row in table.items()]
 
 
-def _named(link: tuple[float, float]) -> str:
+def named(link: tuple[float, float]) -> str:
+    """Return a link in words."""
     up, down = link
     return f"{up:g} Mbit/s" if up == down else f"{up:g} up, {down:g} down"
