@@ -41,7 +41,7 @@ AnyCompressor = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which examples, and how they are dealt to the workers."""
+    """The examples, and their distribution to the workers."""
 
     name: Literal["digits", "mnist", "cifar10", "folder", "text"]  # folder: train/CLASS/* and test/CLASS/* images
     # class: worker i gets the classes c with c mod W = i; of text, the i-th of W stretches
@@ -57,7 +57,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network."""
+    """The network."""
 
     # mnist-autoencoder: the paper's; autoencoder: of the widths below
     name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34", "char-transformer"]
@@ -194,7 +194,7 @@ class LocalConfig:
 
     @property
     def has_outer(self) -> bool:
-        """Whether an optimizer moves the anchor."""
+        """True if an optimizer moves the anchor."""
         return (self.outer_lr, self.outer_momentum) != (1.0, 0.0)
 
 
@@ -226,7 +226,7 @@ class Config:
     # steps in a row that may be left out, since a worker's gradient was not finite; with [local] rounds
     max_skipped: int = 20
     compare_every: int = 100  # steps between comparisons of x over workers, with [local] rounds; 0: never
-    on_drift: OnDrift = "stop"  # stop: with an error, where x is not equal; repair: go on from worker 0's
+    on_drift: OnDrift = "stop"  # stop: with an error, where x is not equal; repair: continue from worker 0's
     seed: int = 0  # of everything random
     workers: int = 1  # W; --workers overrides
     log_every: int = 100  # steps that one line of metrics averages
@@ -310,8 +310,8 @@ def configure(
         return build(Config, data)
     except ConfigError as error:
         where = _origin(error.key, given) or origin(error.key)
-        beside = [text for k, text in given.items() if k[:1] == error.key[:1] and text != where]
-        also = f" (with {beside[-1]})" if beside else ""  # a value in the file may be wrong because of an override
+        same = [text for k, text in given.items() if k[:1] == error.key[:1] and text != where]
+        also = f" (with {same[-1]})" if same else ""  # a value in the file may be wrong because of an override
         raise ConfigError(f"{where}{also}: {error}" if where else str(error), error.key) from None
 
 
