@@ -12,7 +12,7 @@ _D, _WORKERS, _RATIO = 1_000_000, 4, 0.01
 
 
 def markdown() -> str:
-    """Return the table: what each is called with, its bound, its message, its exchange, and its bytes in one setting."""
+    """Return the table: arguments, bound, message, exchange, and bytes in one setting."""
     rows = []
     for cls, about in SUMMARIES.items():
         c = _example(cls)

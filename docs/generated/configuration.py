@@ -1,4 +1,4 @@
-"""The keys of a configuration, from the dataclasses of packsaddle.experiments.config and the comments on their fields."""
+"""The keys of a configuration, from the dataclasses of packsaddle.experiments.config and their comments."""
 
 import dataclasses
 import json

@@ -63,7 +63,7 @@ SUMMARY = (
     _of("local", "the settings of [local]", optional=True),
     _of(
         "elastic",
-        "with --elastic, where each worker has a summary and losses of its own: `workers` of the last round, and `lost`, "
+        "with --elastic, where each worker has its own summary and losses: `workers` of the last round, and `lost`, "
         "the sum of the norms of lost error memories; steps and epochs are those of all workers that there were",
         optional=True,
     ),
