@@ -234,10 +234,10 @@ def judge(found: dict[str, Any], case: Case, undisturbed: dict[str, Any] | None,
 def _what(message: str, victim: int) -> str:
     """In short what a worker said whom it lost, or the whole of it."""
     shorts = {
-        f"no answer from rank {victim}:": _NAMED,
-        "neither the others nor their meeting place": _GONE,
-        f"(or rank {victim} itself is)": _ALONE,
-        "answer now, so one was later": _LATE,
+        f"lost rank {victim} (": _NAMED,
+        "lost the others and rank 0's store": _GONE,
+        f"or rank {victim} itself is cut off": _ALONE,
+        "answer now: one was late": _LATE,
     }
     return next((short for sign, short in shorts.items() if sign in message), message)
 

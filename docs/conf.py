@@ -8,14 +8,14 @@ from pathlib import Path
 
 from packsaddle import __version__
 
-sys.path.insert(0, str(Path(__file__).parent))  # where the extension is
+sys.path.insert(0, str(Path(__file__).parent))  # where the extensions are
 
 project = "packsaddle"
 author = "the packsaddle authors"
 copyright = "the packsaddle authors, Apache 2.0"
 release = version = __version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "generated"]
 root_doc = "docs/index"
 include_patterns = [
     "README.md",

@@ -149,7 +149,7 @@ def four_hosts(**variables: str) -> list[tuple[str, str]]:
 
 # %% tags=["varies"]
 for node, (_, errors) in enumerate(four_hosts(DIE_AT="60")):
-    found = re.search(r"PeerLostError: .*? are there|exitcode .*SIGKILL.*", errors)
+    found = re.search(r"PeerLostError: .*?\)|exitcode .*SIGKILL.*", errors)
     print(f"host {node}:", found[0] if found else errors)
 for folder in sorted(Path("checkpoints/four").iterdir()):
     print(folder, *sorted(path.name for path in folder.glob("*.pt")))

@@ -55,18 +55,21 @@ def test_words() -> None:
     assert is_network(error)
     assert not is_network(RuntimeError("the size of tensor a must match"))
     said = explanation(Roll((0, 3), (1, 2), True), 0, 4, error, timedelta(seconds=90))
-    assert "no answer from ranks 1, 2: died, hangs, or is cut off; the other 2 are there" in said
-    assert "with a longer timeout (90 s)" in said
-    assert "gloo: Connection closed by peer [1.2.3.4]:5" in said
+    assert "rank 0 of 4 lost ranks 1, 2 (dead, hung or cut off; the other 2 answer). Read its output and resume" in said
+    assert "raise the timeout of 90 s" in said
+    assert "Reason: Connection closed by peer [1.2.3.4]:5" in said
     alone = explanation(Roll((0,), (1, 2), True), 0, 3, error, None)
-    assert "no answer from ranks 1, 2: died, hangs, or is cut off (or rank 0 itself is). Look" in alone
-    assert "all 2 answer now" in explanation(Roll((0, 1), (), True), 0, 2, error, None)
-    assert "network of rank 1 or of rank 0 is cut" in explanation(Roll((1,), (0,), False), 1, 2, error, None)
+    assert "lost ranks 1, 2 (dead, hung or cut off; or rank 0 itself is cut off). Read" in alone
+    late = explanation(Roll((0, 1), (), True), 0, 2, error, timedelta(seconds=90))
+    assert "all 2 answer now: one was late, or is at another step. Raise the timeout of 90 s" in late
+    cut = explanation(Roll((1,), (0,), False), 1, 2, error, timedelta(minutes=30))
+    assert "network of rank 1 or rank 0 is cut" in cut
+    assert max(map(len, (said, alone, late, cut))) <= 250
 
 
 @pytest.mark.parametrize("how", ["kill", "stop", "held"])
 def test_survivors_name_the_lost_worker(how: str, tmp_path: Path) -> None:
-    """Of three real workers the last is killed, or stopped; or the first, which holds the meeting place, is killed."""
+    """Of three real workers the last is killed, or stopped; or the first, which holds the store, is killed."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     store = f"tcp://127.0.0.1:{port}" if how == "held" else str(tmp_path / "store")
@@ -92,7 +95,5 @@ def test_survivors_name_the_lost_worker(how: str, tmp_path: Path) -> None:
             worker.stdout.close()
     assert [worker.returncode for worker in survivors] == [3, 3]
     for text in said:
-        expected = (
-            "rank 0 is gone" if how == "held" else "no answer from rank 2: died, hangs, or is cut off; the other 2"
-        )
+        expected = "rank 0 is dead" if how == "held" else "lost rank 2 (dead, hung or cut off; the other 2 answer)"
         assert expected in text, text

@@ -40,8 +40,8 @@ def test_a_pulled_cable(tmp_path: Path) -> None:
     assert [worker["digest"] for worker in brief["workers"]] == expected
     assert brief["workers"][0]["longest"] > 1.0  # so the cable was out
     stays, gone = (worker["lost"] for worker in cut["workers"])
-    assert "rank 0 of 2 lost the others in a collective: no answer from rank 1: died, hangs, or is cut off (or" in stays
-    assert "it reaches neither the others nor their meeting place" in gone
+    assert "rank 0 of 2 lost rank 1 (dead, hung or cut off; or rank 0 itself is cut off)" in stays
+    assert "rank 1 of 2 lost the others and rank 0's store" in gone
 
 
 @pytest.mark.usefixtures("hosts_here")

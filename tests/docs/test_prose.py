@@ -1,6 +1,9 @@
-"""Plain prose: no banned phrase, no long line, and each of some facts on one page only."""
+"""Plain prose: no banned phrase, no long line, each of some facts on one page only; plain docstrings in src."""
 
+import ast
 import re
+import tokenize
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "examples/README.md")]
 FOLDERS = ("docs", "docs/api", "experiments/*", "benchmarks")
 PAGES += [page for folder in FOLDERS for page in sorted(ROOT.glob(f"{folder}/*.md"))]
+CODE = [path for path in sorted((ROOT / "src").rglob("*.py")) if not path.match("*/curvature/*.py")]
+CODE = [path for path in CODE if "bench" not in str(path)]
 WIDTH = 140
 BANNED = (
     "what is to be had",
@@ -47,6 +52,7 @@ BANNED = (
     "of what is to be",
     "all told",
 )
+FSTRING = getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING)  # from Python 3.12 on
 # A fact, by words that state it, and the one page that states it; other pages link there.
 HOMES = {
     r"nft add": "docs/security.md",
@@ -104,6 +110,37 @@ def test_what_begins_questions_only(page: Path) -> None:
     text = "\n".join("\n" if line.startswith(("|", "#")) else line for line in prose(page))
     sentences = [s.strip(" *-\n") for s in re.split(r"(?<=[.!?:])\s+|\n\s*\n|\n- ", text)]
     assert not [s for s in sentences if re.match(r"What\b", s) and not s.endswith("?")]
+
+
+def docstrings(source: str) -> list[tuple[int, str]]:
+    """The docstrings of a module, with the number of the line that each describes."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return [(getattr(node, "lineno", 1), ast.get_docstring(node) or "") for node in found]
+
+
+QUESTION = re.compile(r"(What|Whether|How|Which|Who|Whose|Where|When|Why)\b")
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb() -> None:
+    found = [(name(path), line, text) for path in CODE for line, text in docstrings(path.read_text())]
+    assert len(found) > 1000
+    assert not [where for *where, text in found if QUESTION.match(text)]
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in CODE}), ids=name)
+def test_no_banned_phrase_in_code(folder: Path) -> None:
+    """Neither in comments nor in texts, docstrings among them."""
+    phrases = "|".join(phrase.replace(" ", r"\s+(?:#\s+)?") for phrase in BANNED if phrase != "at the first")
+    found = []
+    for path in CODE:
+        if path.parent == folder:
+            tokens = tokenize.generate_tokens(StringIO(path.read_text()).readline)
+            words = [t for t in tokens if t.type in (tokenize.COMMENT, tokenize.STRING, FSTRING)]
+            found += [
+                (name(path), t.start[0], m[0]) for t in words for m in re.finditer(rf"\b(?:{phrases})\b", t.string)
+            ]
+    assert not found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

@@ -29,8 +29,9 @@ ALLOWED = {
 
 
 def sources() -> list[str]:
-    """Return the Python code of pages, examples, benchmarks and experiments."""
+    """Return the Python code of pages, examples, benchmarks and experiments; docs/generated reads the code itself."""
     found = [p for d in ("docs", "examples", "benchmarks", "experiments") for p in (ROOT / d).rglob("*")]
+    found = [p for p in found if p.parent.name != "generated"]
     texts = [p.read_text() for p in found if p.suffix == ".py"]
     for page in [ROOT / "README.md", *(p for p in found if p.suffix == ".md")]:
         texts += re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

@@ -42,6 +42,20 @@ def test_the_front_page_leads_to_the_index(site: Path) -> None:
     assert 'url=docs/index.html"' in (site / "index.html").read_text()
 
 
+def test_generated_tables_are_on_their_pages(site: Path) -> None:
+    """That they are whole, test_generated says; here, that they became tables and headings."""
+    for page, id, word in (
+        ("configuration", "local", "keep_unsent"),
+        ("command-line", "packsaddle-bench-link", "--target-loss"),
+        ("compressors", "compressors-and-exchanges", "SketchTopK(ratio, k, rows"),
+        ("metrics", "summary-json", "exchange_reason"),
+    ):
+        text = (site / "docs" / f"{page}.html").read_text()
+        section = text.partition(f'<section id="{id}">')[2]
+        assert re.search(rf"<td><p><code[^>]*>(<[^>]*>|[^<])*?{re.escape(word[:11])}", section), page
+        assert "| ---" not in text
+
+
 def test_every_export_is_in_the_api(site: Path) -> None:
     pages = "".join(page.read_text() for page in (site / "docs" / "api").glob("*.html"))
     for module in (packsaddle, packsaddle.theory.diagnostics, packsaddle.theory.problems):

@@ -115,7 +115,7 @@ def test_sigterm_stops_a_launched_run_and_torchrun_restarts_a_killed_one(config:
         os.kill(worker_of(restarted, 1), signal.SIGKILL)
         out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
-    assert out.count("goes on from step") == 2
+    assert out.count("continues from step") == 2
     assert differences(result(straight), result(restarted)) == []
 
 

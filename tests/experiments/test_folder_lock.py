@@ -143,7 +143,7 @@ def test_nothing_is_left_of_it(config: Path, tmp_path: Path, capsys: pytest.Capt
     assert LOCK not in result(killed)["files"]
     assert command("report", straight, killed, "--out", tmp_path / "report") == 0
     assert command("run", "--resume", killed) == 0
-    assert "is done: nothing to go on with" in capsys.readouterr().out
+    assert "is done: nothing to continue" in capsys.readouterr().out
 
 
 def test_a_run_that_ends_between_the_look_and_the_lock_is_not_trained_again(

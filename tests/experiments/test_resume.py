@@ -115,7 +115,7 @@ def test_a_run_that_was_cut_off_goes_on(
     (parts / "metrics.jsonl").write_text(whole + '{"step": 99, "lo')  # what a power cut may leave
     capsys.readouterr()
     assert command("run", "--resume", parts, *options) == 0
-    assert f"{parts}: goes on from step 12 of {total}" in capsys.readouterr().out.replace("\n", "")
+    assert f"{parts}: continues from step 12 of {total}" in capsys.readouterr().out.replace("\n", "")
     a, b = result(straight), result(parts)
     assert differences(a, b) == []
     assert len(a["metrics"]) >= 2
@@ -163,7 +163,7 @@ def test_resuming_before_there_is_a_checkpoint_and_when_all_is_done(
     capsys.readouterr()
     for arguments in (again, ("run", "--resume", folder)):
         assert command(*arguments) == 0
-        assert f"{folder} is done: nothing to go on with" in capsys.readouterr().out.replace("\n", "")
+        assert f"{folder} is done: nothing to continue" in capsys.readouterr().out.replace("\n", "")
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
     assert command("run", config, "--out", tmp_path / "straight") == 0
     assert differences(result(tmp_path / "straight"), result(folder)) == []
@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "timeout": (("run", "CONFIG", "--timeout", "0"), "--timeout must be from 1 to 1e+07 seconds, got 0"),
     "workers": (
         ("run", "--resume", "certified", "--workers", "3", "--serial"),
-        "cannot go on with 3 workers, having begun",
+        "cannot continue with 3 workers: it began",
     ),
     "damaged": (("run", "--resume", "damaged"), "damaged/checkpoint has no whole checkpoint: step 12: damaged/checkpo"),
 }

@@ -40,7 +40,7 @@ def sync_folder(folder: Path) -> None:
 class Hashing:
     """A file that is written in order, its size and sha256; for `torch.save`.
 
-    torch may not survive an OSError in the midst of its work, so the first one is kept for `check`.
+    torch may not survive an OSError during its work, so the first one is kept for `check`.
     """
 
     def __init__(self, file: BinaryIO) -> None:

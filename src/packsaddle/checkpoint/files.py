@@ -106,7 +106,7 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
     if found.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} has format {found.get('format')}, written by packsaddle {found.get('packsaddle')}; "
-            f"this one reads format {FORMAT}: go on with that version, or begin again in another folder"
+            f"this one reads format {FORMAT}: use that version, or start again in another folder"
         )
     if found.keys() != {f.name for f in fields(Manifest)} or not all(type(found[n]) is int for n in _NUMBERS):
         raise DamagedError(f"{path} is damaged: not a manifest")
@@ -188,7 +188,7 @@ def remove(step: Path) -> None:
 
 
 def set_aside(folder: Path, step: int) -> None:
-    """Rename what is newer than a step and could not be used, so that it is never taken for this run's."""
+    """Rename what is newer than a step and could not be used, so that this run never reads it."""
     for later in [s for s in steps_in(folder) if s > step]:
         path = step_folder(folder, later)
         aside = path.with_name(path.name + ".unusable")

@@ -121,7 +121,7 @@ def load_checkpoint(
 
     Steps that are newer and not whole are set aside (as step-STEP.unusable), with a warning. On another number of
     workers than it was saved by, x is kept, and each gets the mean of the error memories, with a warning. On the same,
-    training goes on bit for bit. Raises CheckpointError, on every worker and with all parts as they were, if nothing
+    training continues bit for bit. Raises CheckpointError, on every worker and with all parts as they were, if nothing
     is whole, if a part does not fit (another model, another seed, ...), or if it cannot be carried over.
     """
     found = restore(folder, parts, process_group=process_group)
@@ -232,7 +232,7 @@ def _notes(problems: Mapping[int, str]) -> tuple[str, ...]:
 
 
 def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
-    """What a worker sees: by step and rank how many workers there were, or what is wrong with the manifest."""
+    """Return what a worker sees: by step and rank the number of workers, or the fault of the manifest."""
     found: dict[int, dict[int, int | str]] = {}
     for step in steps_in(folder):
         found[step] = {}
@@ -245,7 +245,7 @@ def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
 
 
 def _whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
-    """How many workers saved a step; what is wrong with it, as far as manifests tell ("" if nothing is); and whether
+    """Return the number of workers that saved a step; its fault, as far as manifests tell ("" if none); and whether
     that may be because the run ended while it was being saved. `there` is what each worker sees of the step."""
     ranks: dict[int, set[int]] = {}
     for survey in there:
@@ -266,7 +266,7 @@ def _whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
 
 
 def _holders(workers: int, there: list[dict[str, Any]]) -> list[int]:
-    """Which worker is to read which file: its own where it sees it, else the first that does."""
+    """Return the worker that reads each file: its owner if it sees the file, else the first that does."""
     found = []
     for i in range(workers):
         able = [r for r, survey in enumerate(there) if survey.get(str(i)) == workers]

@@ -1,4 +1,4 @@
-"""What the commands share: tables, names of new folders, and who speaks to the user."""
+"""Helpers of all commands: tables, names of new folders, and the process that prints."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -79,6 +79,6 @@ def dated(name: str) -> Path:
 
 
 def is_first() -> bool:
-    """Whether this process speaks to the user: under a launcher, only rank 0 does."""
+    """Tell if this process prints: under a launcher, only rank 0 does."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # nonsense must be shown

@@ -53,7 +53,7 @@ class Interface:
 
 @dataclass(frozen=True)
 class Listening:
-    """Where gloo listens for the other workers, and why there."""
+    """The address where gloo listens for the other workers, and the reason."""
 
     address: str  # of a host, or the names of interfaces
     why: str
@@ -226,7 +226,7 @@ def machine() -> Iterator[Fact]:
 
 
 def _available() -> str:
-    """What Linux says is left, and a container's limit."""
+    """Return the memory left according to Linux, and a container's limit."""
     said = ""
     if Path("/proc/meminfo").exists():
         kilobytes = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
@@ -274,7 +274,7 @@ _REACH = 3.0  # seconds to reach a lighthouse
 
 
 def elastic() -> Iterator[Fact]:
-    """Whether workers may come and go here: torchft, and the lighthouse that the environment names."""
+    """Support for workers that join and leave: torchft, and the lighthouse that the environment names."""
     if _version("torchft") is None:
         advice = "pip install 'packsaddle[torchft]'"
         yield Fact("exchange", "elastic", "workers cannot come and go: there is no torchft", "note", advice)
@@ -295,7 +295,7 @@ def elastic() -> Iterator[Fact]:
 
 
 def loops() -> Iterator[Fact]:
-    """What compiles the inner loops, by device; torch alone does the same, more slowly."""
+    """The compiler of the inner loops, by device; torch alone gives the same results, more slowly."""
     for where, package in (("cpu", "numba"), ("cuda", "triton")):
         if where == "cuda" and not torch.cuda.is_available():
             yield Fact("loops", where, "not used: there is no GPU", "note")

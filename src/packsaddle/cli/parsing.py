@@ -118,7 +118,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
 
 
 def _description(command: Command) -> str:
-    """What a docstring says before the arguments, with examples."""
+    """Return the part of a docstring before its arguments, with examples."""
     first, *others = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
     width = shutil.get_terminal_size().columns
     # tyro would unwrap lines that begin with a letter, and leave them to the terminal

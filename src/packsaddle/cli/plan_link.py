@@ -44,7 +44,7 @@ _LOCAL_NOTE = (
 
 @dataclass(frozen=True)
 class LinkOptions:
-    """What is known of the model and the workers; None: not given."""
+    """The options about the model and the workers; None: not given."""
 
     d: int | None
     model: str | None

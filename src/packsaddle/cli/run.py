@@ -83,7 +83,7 @@ def run(
     """Train from a TOML configuration, on one process or several.
 
     Under torchrun the world it made is used; otherwise this command starts its own workers. A run that was killed, or
-    told to stop by SIGTERM, goes on from its last checkpoint with --resume, bit for bit.
+    stopped by SIGTERM, continues from its last checkpoint with --resume, bit for bit.
 
     Examples:
         packsaddle run config.toml --workers 2 --set lr=0.05 compressor.ratio=0.001
@@ -101,7 +101,7 @@ def run(
         data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
         download: Fetch the dataset into --data-dir if it is not there.
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
-        resume: The folder of a run to go on with; with CONFIG it may not have begun yet.
+        resume: The folder of a run to continue; with CONFIG it may not have begun yet.
         checkpoint_every: Steps between checkpoints; by default about an epoch, at least half a minute; 0: none.
         timeout: Seconds that a worker process waits for the others before it gives up; by default 1800 with gloo.
         track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
@@ -136,7 +136,7 @@ def run(
         done = None if located is None else _train(located, workers, how)
     if is_first() and done is not False:
         if done is None:
-            print(f"{folder} is done: nothing to go on with")
+            print(f"{folder} is done: nothing to continue")
         (found,) = read_runs([folder])
         print_runs([found])
         for remark in remarks(found):
@@ -145,7 +145,7 @@ def run(
 
 
 def remarks(run: Run) -> list[str]:
-    """What a run's end leaves to be said: how much noise would suit it, and that its loss has stood still."""
+    """Return remarks on a finished run: the noise that would suit it, and a loss that stood still."""
     from packsaddle.experiments.report.curves import standstill
 
     noise, still, said = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
@@ -172,14 +172,14 @@ def remarks(run: Run) -> list[str]:
 def _configured(
     config: Path | None, overrides: tuple[str, ...], workers: int | None, resume: Path | None, out: Path | None
 ) -> tuple[Config, ...]:
-    """The configuration, if the command has one; else the folder to go on with has it."""
+    """Return the configuration of the command; none if the run's folder has it."""
     if resume is not None and out is not None:
         raise ConfigError("--resume names the folder; leave --out out")
     if config is None:
         if resume is None:
             raise ConfigError("run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR")
         if overrides:
-            raise ConfigError("--set goes with CONFIG; a run that goes on has the configuration in its folder")
+            raise ConfigError("--set goes with CONFIG; a run that continues has its configuration in its folder")
         return ()
     loaded = load(config, overrides)
     if workers is not None:

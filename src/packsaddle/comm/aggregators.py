@@ -57,7 +57,7 @@ class Averaged:
 
 @dataclass(frozen=True)
 class Work:
-    """How often a worker does what with messages of `coordinates` coordinates, in one step."""
+    """The number of operations of a worker on messages of `coordinates` coordinates, in one step."""
 
     compressor: Compressor
     coordinates: int
@@ -67,7 +67,7 @@ class Work:
 
 
 class Aggregator(ABC):
-    """How workers average C(v_i), v_i float[d], plus a dense part. May keep state, such as a second error memory."""
+    """A way to average C(v_i), v_i float[d], plus a dense part. May keep state, such as a second error memory."""
 
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
@@ -320,7 +320,7 @@ _PART = 1 << 20  # coordinates that are compressed to learn about the messages o
 
 @cache
 def part_count(compressor: Compressor, d: int) -> int:
-    """How many parts the messages of a compressor have."""
+    """Return the number of parts of a compressor's messages."""
     part = min(d, _PART)
     return len(compressor.restrict(part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 

@@ -14,7 +14,7 @@ from packsaddle.comm.ledger import Bytes
 
 @dataclass(frozen=True)
 class Cost:
-    """What lies between the start of an exchange and its end on the last worker; costs of what follows add up."""
+    """The cost of an exchange, from its start to its end on the last worker; costs in sequence add up."""
 
     hops: int = 0  # messages that wait for one another
     fan: int = 0  # further messages of one worker: they leave, or arrive, together with another

@@ -26,7 +26,7 @@ class PeerLostError(RuntimeError):
 
 
 class Store(Protocol):
-    """What is used of torch.distributed's stores, where workers meet."""
+    """The methods used of torch.distributed's stores, through which workers find each other."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -43,7 +43,7 @@ class Roll:
 
 
 def is_network(error: Exception) -> bool:
-    """Whether a collective's error is about connections or waiting, and not about its arguments."""
+    """Tell if a collective's error is about connections or waiting, and not about its arguments."""
     return any(sign in str(error) for sign in _NETWORK)
 
 
@@ -84,25 +84,21 @@ def _wait(store: Store, word: str, ranks: Sequence[int], seconds: float) -> tupl
 
 
 def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: timedelta | None) -> str:
-    """Return what to tell a user of a failed collective."""
-    reason = " ".join(str(error).split("] ", 1)[-1].split())[:120]
-    waited = "" if timeout is None else f" ({timeout.total_seconds():g} s)"
+    """Return the message for a user, about 200 characters: the lost worker, the remedy, and the backend's reason."""
+    reason = " ".join(str(error).split("] ", 1)[-1].split()).partition(". ")[0][:60]
+    limit = "the timeout" if timeout is None else f"the timeout of {timeout.total_seconds():g} s"
+    advice = f"Read its output and resume from the last checkpoint; if it was late, raise {limit}"
     if not roll.reached:
-        what = (
-            f"it reaches neither the others nor their meeting place, which rank 0 or its launcher holds: rank 0 is "
-            f"gone, or the network of rank {rank} or of rank 0 is cut"
-        )
+        what = f"the others and rank 0's store: rank 0 is dead, or the network of rank {rank} or rank 0 is cut"
     elif roll.absent:
         names = numbered("rank", roll.absent)
-        alone = roll.answered == (rank,)
-        others = f" (or rank {rank} itself is)" if alone else f"; the other {len(roll.answered)} are there"
-        what = f"no answer from {names}: died, hangs, or is cut off{others}"
+        alone = f"or rank {rank} itself is cut off"
+        others = alone if roll.answered == (rank,) else f"the other {len(roll.answered)} answer"
+        what = f"{names} (dead, hung or cut off; {others})"
     else:
-        what = f"all {size} answer now, so one was later than the timeout{waited}, or they are not at the same step"
-    return (
-        f"rank {rank} of {size} lost the others in a collective: {what}. Look at what it printed, and start "
-        f"again from the last checkpoint; if it was only late, with a longer timeout{waited}. gloo: {reason}"
-    )
+        what = f"the others, but all {size} answer now: one was late, or is at another step"
+        advice = f"Raise {limit}, or compare their outputs"
+    return f"rank {rank} of {size} lost {what}. {advice}. Reason: {reason}"
 
 
 class TerminatedError(RuntimeError):

@@ -46,7 +46,7 @@ class Group(ABC):
     def broadcast(self, tensor: Tensor) -> None:
         """Replace the tensor by rank 0's, in place."""
 
-    def beside(self, device: torch.device) -> "Group | None":
+    def background(self, device: torch.device) -> "Group | None":
         """Return a new group of the same workers, whose collectives may overlap those of this one; collective.
 
         None where workers cannot do anything during a collective.
@@ -104,7 +104,7 @@ class TorchGroup(Group):
         with self.told():
             dist.broadcast(tensor, src=source, group=self._group)
 
-    def beside(self, device: torch.device) -> Group:
+    def background(self, device: torch.device) -> Group:
         group = self._group or dist.group.WORLD
         assert group is not None
         return TorchGroup(same_workers(group, device))
@@ -164,8 +164,8 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
     raise TypeError(f"process_group must be a torch ProcessGroup, a packsaddle Group or None, got {process_group!r}")
 
 
-def group_beside(model: DistributedDataParallel) -> Group:
-    """Return a new group of the workers of a model's group, so that other collectives can go on at once; collective.
+def group_like(model: DistributedDataParallel) -> Group:
+    """Return a new group of the workers of a model's group, so that other collectives can overlap its own; collective.
 
     It has the timeout of the model's own group.
     """

@@ -4,8 +4,8 @@ Four subjects, in the order of a run:
 
 - the environment variables that a launcher sets, and what is wrong with them;
 - a store prefix that is unique to this start. torchrun's store outlives a restart (torch 2.13), and in it the
-  addresses of the workers before, which the new ones would try to reach for ever; so the new ones write under a prefix
-  of their own. The number of restarts would not do: with several machines each torchrun counts for itself;
+  addresses of the workers before, which the new ones would try to reach without end; so the new ones write under
+  their own prefix. The number of restarts would not do: with several machines each torchrun counts for itself;
 - SIGTERM as a request to stop at the next opportunity, with everything saved;
 - how launched workers end: those that are left after one has failed, and those that were told to stop.
 """
@@ -36,7 +36,7 @@ from packsaddle.messages import shown
 
 
 def under_launcher() -> bool:
-    """Whether torchrun (or any launcher that sets RANK and WORLD_SIZE) started this process.
+    """Tell if torchrun (or any launcher that sets RANK and WORLD_SIZE) started this process.
 
     Raises ConfigError if the launcher's variables do not make sense.
     """
@@ -72,7 +72,7 @@ def check_interface() -> None:
 
 
 def not_joined(error: Exception) -> str:
-    """What to say and do when the world could not be joined; torch's own first line, which has no more, at its end."""
+    """Return the message and advice for a world that could not be joined; it ends with torch's own first line."""
     place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if "EADDRINUSE" in str(error) or "already in use" in str(error):
@@ -91,7 +91,7 @@ _ROUND = 1.0  # seconds after which what has been heard is looked at again
 
 
 class Store(Protocol):
-    """What is used of torch.distributed's stores."""
+    """The methods used of torch.distributed's stores."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -151,13 +151,13 @@ _asked = threading.Event()
 
 
 def asked_to_stop() -> bool:
-    """Whether this process has been sent SIGTERM in `hearing_sigterm`."""
+    """Tell if this process has received SIGTERM in `hearing_sigterm`."""
     return _asked.is_set()
 
 
 @contextmanager
 def hearing_sigterm() -> Iterator[None]:
-    """Take note of a SIGTERM within; a second one ends the process, as ever. For the main thread."""
+    """Note a SIGTERM in the block; a second one ends the process, as usual. For the main thread."""
     _asked.clear()
     before = signal.getsignal(signal.SIGTERM)
 
@@ -182,7 +182,7 @@ def short_shutdown_grace() -> Iterator[None]:
 
     torch's launcher joins its workers with the default grace period of torch.multiprocessing: SIGTERM at once and 30 s,
     which a worker that is stopped uses up. No setting of the launcher changes that; LaunchConfig's shutdown_timeout is
-    for signals to the launcher, when workers save: 30 s, here as ever.
+    for signals to the launcher, when workers save: 30 s, here too.
     """
     context: Any = ProcessContext
     join = context.join
@@ -239,12 +239,12 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         with group.told():
             dist.barrier()  # a worker that leaves early takes its connections away from the others
     finally:
-        # Without this, interpreters that exit while gloo threads live abort now and then.
+        # Without this, interpreters that exit while gloo threads live sometimes abort.
         dist.destroy_process_group()
 
 
 def _meeting(timeout: timedelta | None) -> dict[str, Any]:
-    """What `init_process_group` needs where torchrun may have started others before in this meeting place."""
+    """Return the arguments of `init_process_group` if torchrun may have used this rendezvous store before."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
         return {}
     rank, size, patience = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout or timedelta(minutes=30)

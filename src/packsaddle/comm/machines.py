@@ -53,7 +53,7 @@ class MachineGroup(Group):
             self._between.broadcast(tensor)
         self._within.broadcast(tensor)
 
-    def beside(self, device: torch.device) -> Group:
+    def background(self, device: torch.device) -> Group:
         return MachineGroup(same_workers(self.within, device), same_workers(self._between_group, device))
 
 

@@ -1,4 +1,4 @@
-"""Which aggregator averages a compressor's messages: the one asked for, or the one that moves the fewest bytes."""
+"""Choice of the aggregator of a compressor's messages: the one asked for, or the one that moves the fewest bytes."""
 
 import warnings
 from collections.abc import Callable, Mapping

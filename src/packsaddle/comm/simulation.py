@@ -22,7 +22,7 @@ class _Aborted(BaseException):
 
 
 class _Turns:
-    """Whose turn it is, and what each worker has put on the table at the current collective."""
+    """The worker whose turn it is, and each worker's input to the current collective."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -50,7 +50,7 @@ class _Turns:
             self._changed.notify_all()
 
     def finish(self, rank: int) -> None:
-        """Let this worker leave. Ranks leave in order of rank, unless some wait in a collective for ever."""
+        """Let this worker leave. Ranks leave in order of rank, unless some wait in a collective without end."""
         if rank != self._finished or any(entry is not None for entry in self._table):
             raise RuntimeError(f"worker {rank} finished while another waits for it in a collective")
         self._finished += 1

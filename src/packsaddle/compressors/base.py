@@ -72,17 +72,17 @@ class Compressor(ABC):
 
     @property
     def linear(self) -> bool:
-        """Whether C(a + b) = C(a) + C(b) for fixed randomness."""
+        """True if C(a + b) = C(a) + C(b) for fixed randomness."""
         return False
 
     @property
     def aggregation(self) -> str:
-        """How the mean of workers' messages is formed exactly, by its name in `comm.select_aggregator`."""
+        """The exact way to average workers' messages, by its name in `comm.select_aggregator`."""
         return "all-reduce" if self.linear else "all-gather"
 
     @property
     def needs_tensors(self) -> bool:
-        """Whether C(v) depends on where the tensors in v begin and end: whether `for_tensors` says anything."""
+        """True if C(v) depends on where the tensors in v begin and end, so that `for_tensors` has an effect."""
         return self.for_tensors([torch.Size([2, 3])]) != self
 
     @abstractmethod

@@ -29,12 +29,12 @@ class Layer:
 
     @property
     def inverted(self) -> bool:
-        """Whether those that do not go on are coded."""
+        """True if those are coded that are not in the next layer."""
         return 2 * self.going_on > self.members
 
     @property
     def coded(self) -> int:
-        """How many are coded."""
+        """The number of coded ones."""
         return self.members - self.going_on if self.inverted else self.going_on
 
     @property
@@ -117,7 +117,7 @@ def _counts(packed: Tensor, d: int, top: int, bits: int) -> list[int]:
 
 
 def _table(layers: Sequence[Layer]) -> list[tuple[int, int, int, bool]]:
-    """What compiled loops want to know: members, how many are coded, the Rice parameter, whether inverted."""
+    """Return the arguments of compiled loops: members, number of coded ones, Rice parameter, inverted or not."""
     return [(layer.members, layer.coded, layer.rice, layer.inverted) for layer in layers]
 
 

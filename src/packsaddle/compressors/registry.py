@@ -1,7 +1,8 @@
 """The list of all compressors; a compressor from and to text, and in plain types."""
 
 import ast
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -14,6 +15,29 @@ from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 from packsaddle.compressors.stages import Stages
 
 _SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A compressor in words: its contraction, and its message."""
+
+    mu: str
+    message: str
+
+
+SUMMARIES: Mapping[type[Compressor], Summary] = {
+    Identity: Summary("1", "d values"),
+    RandomK: Summary("k/d, rounded up to whole cells", "k values in cells; no indices, because the seed is shared"),
+    TopK: Summary(">= k/d; with chunk the least k/n of a chunk", "k values and k coded indices"),
+    AdaptiveTopK: Summary("the share, for every v", "as TopK; k varies"),
+    SharedTopK: Summary("K/B >= k/d, in the mean", "projections of each of B blocks, 2 bytes each; K blocks of values"),
+    SketchTopK: Summary("k/d", "rows x columns counters of 2 bytes; oversample x k values"),
+    Sign: Summary("||v||_1^2 / (d ||v||_2^2)", "a bit for each coordinate, and a scale"),
+    QSGD: Summary("1 / (1 + min(b/s^2, sqrt(b)/s))", "levels, in about their entropy; a norm for each bucket"),
+    LinearSketch: Summary("c/(c + d - 1) or better", "c counters"),
+    LowRank: Summary("matrix_rank / min(n, m), in the mean", "matrix_rank (n + m) values for each matrix"),
+    Stages: Summary("1 - (1 - mu of C)^passes", "C's message of each pass"),
+}
 
 
 def compressors(ratio: float) -> list[Compressor]:

@@ -86,7 +86,7 @@ class Cells:
         return v[: n * self.size].view(n, self.size), v[n * self.size :]
 
     def _is_rest(self, whole: Tensor) -> Tensor:
-        """Which cells are the one that is cut short, bool[m, 1]: asked on the device, which nothing waits for."""
+        """Mark the cell that is cut short, bool[m, 1]; computed on the device, without a wait."""
         return (self.index == len(whole))[:, None]
 
 
@@ -120,7 +120,7 @@ class Identity(Compressor):
 
 @dataclass(frozen=True)
 class KOfD(Compressor):
-    """What compressors that keep k coordinates of d share: these are given as a ratio k/d or as k itself."""
+    """Base of compressors that keep k coordinates of d, given as a ratio k/d or as k itself."""
 
     # k/d, the share of the coordinates that is sent, in (0, 1]; no integer, which may be meant as k.
     ratio: float | None = field(default=None, metadata={"share": True})

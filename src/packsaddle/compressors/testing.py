@@ -87,7 +87,7 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
-    """What another worker decodes from the parts' bytes is what the sender subtracts; alpha scales it; sizes hold."""
+    """Check that workers decode from the parts' bytes the vector that the sender subtracts, with alpha, and sizes."""
     d = len(v)
     scratch = v.clone()
     message = compressor.encode(scratch, seed=8, step=9)

@@ -1,4 +1,4 @@
-"""What crosses the wire, in bits: fixed-width packing, signs, coded index sets.
+"""The bits on the wire: fixed-width packing, signs, coded index sets.
 
 Everything is vectorised torch on the tensor's own device. A set of k indices of [0, d) costs log2 C(d, k) bits
 at least; `encode_indices` takes the cheapest of three codes for it and says which in its first byte.

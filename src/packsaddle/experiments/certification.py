@@ -40,7 +40,7 @@ class Profile:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found at one point."""
+    """The findings at one point."""
 
     file: Path
     certificate: Certificate

@@ -41,7 +41,7 @@ AnyCompressor = (
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which examples, and how they are dealt to the workers."""
+    """The training examples, and their distribution to the workers."""
 
     name: Literal["digits", "mnist", "cifar10", "folder", "text"]  # folder: train/CLASS/* and test/CLASS/* images
     # class: worker i gets the classes c with c mod W = i; of text, the i-th of W stretches
@@ -57,12 +57,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network."""
+    """The network."""
 
     # mnist-autoencoder: the paper's; autoencoder: of the widths below
     name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34", "char-transformer"]
     widths: tuple[int, ...] = ()  # autoencoder: the encoder's layers after the input; the decoder mirrors them
-    output: Literal["sigmoid", "linear"] = "sigmoid"  # what follows an autoencoder's last layer
+    output: Literal["sigmoid", "linear"] = "sigmoid"  # autoencoders: the last activation
     width: int = 64  # resnet: channels of the first stage; char-transformer: numbers per character between the layers
     stem: Literal["small", "imagenet"] = "small"  # resnet: 3 x 3 convolution, or 7 x 7 with stride 2 and max pooling
     norm: Literal["worker", "all", "group"] = "worker"  # resnet: batch norm by worker or over all, or group norm
@@ -94,7 +94,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """r, the standard deviation of each coordinate of xi_t, and when it is lowered to zero."""
+    """Artificial noise: r is the standard deviation of each coordinate of xi_t."""
 
     # r; 0: no noise. packsaddle run says at its end which r would suit, and warns of too much. With [local] it is in
     # the units of x, and there is one xi in each round
@@ -151,26 +151,26 @@ class CertifyConfig:
 
 @dataclass(frozen=True)
 class LocalConfig:
-    """Local updates: workers step apart, and exchange what they have moved (see `packsaddle.LocalUpdates`).
+    """Local updates: workers step separately and exchange their changes (see `packsaddle.LocalUpdates`).
 
     A round is one exchange of a fragment.
     """
 
     every: int = 30  # H, steps between two exchanges
-    # what steps on each worker, with lr and weight_decay, and sgd and muon with momentum and nesterov; muon: matrices
-    # by Muon, its steps as long as AdamW's, and the rest by AdamW
+    # the optimizer of each worker, with lr and weight_decay, and of sgd and muon with momentum and nesterov; muon:
+    # matrices by Muon, its steps as long as AdamW's, and the rest by AdamW
     optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
     betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW
     warm_up: float = 0.0  # epochs in which lr rises linearly at the start
     schedule: Literal["constant", "cosine"] = "constant"  # of lr after that; cosine: down to a tenth at the end
     clip: float | None = None  # the largest norm of a gradient, which is scaled down to it; by default any
-    outer_lr: float = 1.0  # of an SGD that moves the anchor, where workers meet; 1 without momentum: to their mean
+    outer_lr: float = 1.0  # of the SGD that moves the anchor; 1 without momentum: to the workers' mean
     outer_momentum: float = 0.0  # of that SGD
     outer_nesterov: bool = False  # Nesterov's momentum in it
-    decay: float = 1.0  # what the error memory is multiplied by in each round, in (0, 1]
+    decay: float = 1.0  # factor of the error memory in each round, in (0, 1]
     fragments: int = 1  # parts of the model that are exchanged at different steps, every / fragments apart
-    delay: int = 0  # steps that an exchange overlaps, below every
-    keep_unsent: bool = True  # after a round a worker begins at the anchor less its own error, not at the anchor
+    delay: int = 0  # steps during which an exchange overlaps with training, below every
+    keep_unsent: bool = True  # after a round a worker starts at the anchor less its own error, not at the anchor
     reduction: Reduction = "mean"  # over workers; senders: over those that sent a coordinate
 
     def __post_init__(self) -> None:
@@ -194,7 +194,7 @@ class LocalConfig:
 
     @property
     def has_outer(self) -> bool:
-        """Whether an optimizer moves the anchor."""
+        """True if an optimizer moves the anchor."""
         return (self.outer_lr, self.outer_momentum) != (1.0, 0.0)
 
 
@@ -207,26 +207,30 @@ class Config:
     lr: float  # eta, the step size
     epochs: float  # passes of all workers together over the data
     batch_size: int  # examples per worker and step
-    # what each worker sends of its vector in a step; `packsaddle compressors` compares the kinds
+    # the compressor of each worker's vector in a step; `packsaddle compressors` compares the kinds
     compressor: AnyCompressor = field(default_factory=Identity)
     exchange: Exchange = "direct"  # direct: all-reduce if the compressor is linear, else all-gather
-    back: AnyCompressor | None = None  # of the mean on its way back, in the two-way and coordinator exchanges
+    back: AnyCompressor | None = (
+        None  # the compressor of the mean on its way back, in the two-way and coordinator exchanges
+    )
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     escape: EscapeConfig | None = None
     certify: CertifyConfig | None = None
     local: LocalConfig | None = None
-    label: str = ""  # how tables and figures call the run; by default its folder's name
+    label: str = ""  # name in tables and figures; by default the folder's
     weight_decay: float = 0.0  # times x is added to the gradient, before compression; of adamw and muon their own
     momentum: float = 0.0  # of each worker's gradients, before compression
     nesterov: bool = False  # Nesterov's momentum
     memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
-    storm: float | None = None  # the weight of a new gradient in STORM's variance reduction; by default none
-    dense_below: int = 1024  # tensors with fewer elements, and vectors, go dense; 0 compresses everything
+    storm: float | None = (
+        None  # STORM's variance reduction, by two gradients a step: the weight of a new one; by default off
+    )
+    dense_below: int = 1024  # tensors with fewer elements, and vectors, are sent uncompressed; 0: none
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
-    # steps in a row that may be left out, since a worker's gradient was not finite; with [local] rounds
+    # steps in a row (with [local] rounds) that may be skipped because a gradient was not finite
     max_skipped: int = 20
     compare_every: int = 100  # steps between comparisons of x over workers, with [local] rounds; 0: never
-    on_drift: OnDrift = "stop"  # stop: with an error, where x is not equal; repair: go on from worker 0's
+    on_drift: OnDrift = "stop"  # if x differs between workers; stop: with an error; repair: continue from worker 0's
     seed: int = 0  # of everything random
     workers: int = 1  # W; --workers overrides
     log_every: int = 100  # steps that one line of metrics averages
@@ -310,8 +314,8 @@ def configure(
         return build(Config, data)
     except ConfigError as error:
         where = _origin(error.key, given) or origin(error.key)
-        beside = [text for k, text in given.items() if k[:1] == error.key[:1] and text != where]
-        also = f" (with {beside[-1]})" if beside else ""  # a value in the file may be wrong because of an override
+        same = [text for k, text in given.items() if k[:1] == error.key[:1] and text != where]
+        also = f" (with {same[-1]})" if same else ""  # a value in the file may be wrong because of an override
         raise ConfigError(f"{where}{also}: {error}" if where else str(error), error.key) from None
 
 

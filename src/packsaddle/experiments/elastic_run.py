@@ -2,7 +2,7 @@
 
 Every worker is started by itself and writes a folder of its own. Steps, epochs and the learning rate's schedule are
 those of all workers together: the run is over when the anchor has `epochs` passes' worth of steps, whoever made them.
-There are no shards, since nobody knows how many workers there will be: each draws its own order of all the data.
+There are no shards, since the number of workers is unknown: each draws its own order of all the data.
 """
 
 import os

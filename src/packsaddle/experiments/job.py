@@ -42,13 +42,13 @@ from packsaddle.optim.stages.drift import DriftError
 from packsaddle.optim.stages.nonfinite import NonFiniteError
 
 _ELASTIC_TIMEOUT = 60.0  # seconds of a collective of workers that come and go
-# How W workers are had: as processes, one after the other in this process, or as one that holds their mean.
+# The way to W workers: processes, one after the other in this process, or one that holds their mean.
 How = Literal["processes", "serial", "fused"]
 AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
 
 
 def can_be_fused(config: Config) -> bool:
-    """Whether all that a run's workers exchange is means, at points that are the same (see `FusedGroup`)."""
+    """Tell if a run's workers exchange only means, at equal points (see `FusedGroup`)."""
     if config.local is not None:
         return False
     try:
@@ -87,8 +87,10 @@ class Job:
                 shard(trainer.data, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
     def located(self) -> "Job | None":
-        """The job as its folder has it, if it is to be gone on with (`resume`); None if it is done. Raises ConfigError,
-        also if it is under way."""
+        """Return the job as its folder has it, if it is to continue (`resume`); None if it is done.
+
+        Raises ConfigError, also if another command trains in the folder.
+        """
         if not self.resume:
             return self
         config = self.configs[0] if self.configs else None
@@ -100,7 +102,7 @@ class Job:
         return replace(self, configs=(config,), saving=replace(self.saving, resume=state == "begun"))
 
     def make_folders(self) -> None:
-        """Make the folders; those to be gone on with may be there. Raises ConfigError."""
+        """Make the folders; those of a run to continue may be there. Raises ConfigError."""
         for folder in self.folders:
             check_free(folder)
             if not (self.resume and folder.is_dir()):
@@ -183,10 +185,10 @@ class Job:
         return ElasticTrainer(config, self.data_dir, self.download, elastic)
 
     def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:
-        """Write what is run and on what; of a run that goes on, add the latter."""
+        """Write the configuration and the machine; of a run that continues, add the machine."""
         here = environment(packsaddle.__version__, workers, device)
         if not self.saving.resume:
-            folder.write_json("config.json", plain(config))  # first: with it alone a run can be gone on with
+            folder.write_json("config.json", plain(config))  # first: it alone is enough to continue a run
         began = folder.path / "environment.json"
         if self.saving.resume and began.exists():
             found = json.loads(began.read_text())

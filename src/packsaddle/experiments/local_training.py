@@ -32,8 +32,8 @@ _LAST_SHARE = 0.1  # of the learning rate, at the end of a cosine
 class LocalTraining(Training):
     """Local updates of a configuration's [local].
 
-    What else workers average goes through the main group and has a ledger of its own, as an exchange may be under way
-    meanwhile in another thread.
+    Other averages of workers go through the main group and have a ledger of their own, because an exchange may run in
+    another thread at the same time.
     """
 
     def __init__(
@@ -181,7 +181,7 @@ class LocalTraining(Training):
         return {} if there is None else {"elastic": {"workers": there.workers, "lost": there.lost}}
 
     def _choice(self, shapes: list[torch.Size], d: int, n: int) -> Choice:
-        """How the compressed part is averaged, n coordinates of d in tensors of these shapes."""
+        """Return the exchange of the compressed part, n coordinates of d in tensors of these shapes."""
         config, back = self._config, self._config.back
         dense = config.compressor.lossless
         return choose(

@@ -58,7 +58,7 @@ def live(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
 
 @contextmanager
 def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
-    """Show on stderr how much is left at most: a bar on a terminal, elsewhere a line now and then, or nothing."""
+    """Show on stderr how much is left at most: a bar on a terminal, elsewhere lines at intervals, or nothing."""
     console = Console(stderr=True)
     if quiet:
         yield lambda step, text: None
@@ -86,8 +86,8 @@ def _left(seconds: float) -> str:
 
 
 class StudyProgress:
-    """How far many runs are: on a terminal a bar for the whole and one for each under way, elsewhere a line now and
-    then; with the time left at the pace so far."""
+    """The progress of many runs: on a terminal a bar for all and one for each that is running, elsewhere a line
+    from time to time; with the time left at the pace so far."""
 
     def __init__(self, label: str, runs: int) -> None:
         self._label, self._runs = printable(label), runs
@@ -113,7 +113,7 @@ class StudyProgress:
         self._bars.stop()
 
     def show(self, shares: Mapping[str, float], active: Collection[str]) -> None:
-        """`shares` has the share of each run that is done, `active` those under way."""
+        """`shares` has the share of each run that is done, `active` the running ones."""
         done = sum(shares.values())
         self._first = done if self._first is None else self._first
         finished = sum(share == 1 for share in shares.values())

@@ -35,7 +35,7 @@ _COSTS = 50  # times as long as saving the last one took, too: so saving takes a
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """How often a run saves: every N steps; None: about once an epoch, at most every half minute; 0: never.
+    """The interval of a run's checkpoints: N steps; None: about an epoch, at least half a minute; 0: none.
 
     Where a run does not `stop` on SIGTERM nothing need be agreed on, and None is every epoch.
     """
@@ -51,7 +51,7 @@ class CheckpointPolicy:
 
     @property
     def on(self) -> bool:
-        """Whether there are checkpoints."""
+        """True if there are checkpoints."""
         return self.every != 0
 
 
@@ -69,7 +69,7 @@ class StopAndSaveVote:
         self._saved, self._since, self._cost = step, time.monotonic(), 0.0
 
     def scalars(self, step: int) -> Tensor | None:
-        """What this worker has to say in step `step`, float[1], or None if no worker ever has any."""
+        """Return this worker's vote in step `step`, float[1], or None if no worker ever votes."""
         if not (self._saving.on and self._saving.stops):
             return None
         due = self._rank == 0 and self._by_the_clock(step + 1)
@@ -186,7 +186,7 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
 
 
 def state_of(path: Path) -> State:
-    """How far the run in a folder is. Raises ConfigError if there is something else in it."""
+    """Return the progress of the run in a folder. Raises ConfigError if there is something else in it."""
     if (path / "config.json").is_file():
         return "done" if (path / "summary.json").is_file() else "begun"
     others = (

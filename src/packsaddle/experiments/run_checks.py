@@ -51,7 +51,7 @@ class NoiseCheck:
         self._measures = config.local is None and not normalised
 
     def due(self, step: int, steps: int, per_epoch: int) -> bool:
-        """Whether to look before step `step`, or, where it is `steps`, at the end."""
+        """Tell if a check is due before step `step`, or at the end, if that is `steps`."""
         first = max(1, min(per_epoch, steps // 10))
         times, rest = divmod(step, first)
         return step == steps or (rest == 0 and times & (times - 1) == 0)
@@ -118,7 +118,7 @@ class Inspector:
         return torch.randperm(n, generator=generator(self._seed, 0, Stream.CERTIFY, worker=worker))
 
     def due(self, step: int) -> bool:
-        """Whether x_t is to be kept or certified."""
+        """Tell if x_t is to be kept or certified."""
         return self._rule is not None and (step in self._iterates or step in self._due)
 
     def look(self, step: int, folder: RunFolder) -> None:
@@ -149,7 +149,7 @@ class Inspector:
                 generator=generator(self._seed, step, Stream.CERTIFY, device=self._device),
                 process_group=Solo() if isinstance(resolve(None), FusedGroup) else None,
             )
-        except NotFiniteError:  # a run that diverged goes on to its end and tells
+        except NotFiniteError:  # a run that diverged continues to its end and reports it
             return {"verdict": str(Verdict.GRADIENT_TOO_LARGE), "loss": None}
         return certificate.to_dict()
 
@@ -164,7 +164,7 @@ def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]
 
 
 def iterate_name(step: int) -> str:
-    """Where a run keeps the drawn iterate x_t."""
+    """Return the path of the drawn iterate x_t."""
     return f"iterates/step-{step:08d}.pt"
 
 
@@ -200,7 +200,7 @@ class StepSizeCheck:
         self._examples = Examples(data, chosen, first.device, first.dtype)
 
     def due(self, step: int, calendar: Calendar) -> bool:
-        """Whether to look before step `step`."""
+        """Tell if a check is due before step `step`."""
         epochs, rest = divmod(step, calendar.per_epoch)
         return self._concerned and rest == 0 and epochs & (epochs - 1) == 0
 

@@ -56,7 +56,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
 
 
 def _has(data: Any, path: Sequence[str]) -> bool:
-    """Whether nested tables have a key."""
+    """Tell if nested tables have a key."""
     return not path or (isinstance(data, Mapping) and path[0] in data and _has(data[path[0]], path[1:]))
 
 
@@ -176,7 +176,7 @@ _ATOMS = re.compile(r'''"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*
 
 
 def is_too_deep(text: str) -> bool:
-    """Whether a TOML text has brackets in brackets, or dots in a key, that no configuration has; in linear time."""
+    """Tell if a TOML text has more nested brackets, or dots in a key, than any configuration; in linear time."""
     depth = dots = 0
     for mark in re.findall(r"[.\[\]{},=\n]", _ATOMS.sub("", text)):  # without strings and comments
         dots = dots + 1 if mark == "." else 0

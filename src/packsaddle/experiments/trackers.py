@@ -20,7 +20,7 @@ _FINAL = ("final_loss", "test_loss", "test_accuracy")  # what a summary has that
 
 
 class Tracker(Protocol):
-    """Where numbers go, by one process of a run."""
+    """A receiver of one process's numbers of a run."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers of a step; steps do not decrease."""

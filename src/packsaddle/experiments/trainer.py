@@ -87,7 +87,7 @@ class RunCounters:
 
 
 EVAL_BATCH = 512  # examples at once where no gradients are needed
-_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # what bytes are for besides gradients
+_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # purposes of bytes other than gradients
 
 
 class Trainer:
@@ -180,7 +180,7 @@ class Trainer:
         """Train, recording a line of metrics every `log_every` steps, then evaluate and summarise.
 
         Returns False if the run was told to stop; it has saved a checkpoint then. Raises CheckpointError if one cannot
-        be written, or gone on from.
+        be written, or continued from.
         """
         quiet = quiet or self.group.rank != 0
         tally = self.tally
@@ -188,7 +188,7 @@ class Trainer:
         if saving.resume:
             notes = checkpoints.resume(self._go_on_from)
             if not quiet:
-                where = f"goes on from step {tally.step} of {self.calendar.steps}" if tally.step else "begins"
+                where = f"continues from step {tally.step} of {self.calendar.steps}" if tally.step else "begins"
                 print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
         steps, first = self.calendar.steps, tally.step
         vote = StopAndSaveVote(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
@@ -236,8 +236,8 @@ class Trainer:
             return
         if self.config.certify is not None:
             raise CheckpointError(
-                f"a run with [certify] cannot go on with {size} workers, having begun with {history[-1][1]}: the steps "
-                f"that it certifies were counted for those"
+                f"a run with [certify] cannot continue with {size} workers: it began with {history[-1][1]}, and "
+                f"the steps that it certifies were counted for those"
             )
         self._plan()
         self.training.replan(self.calendar)
@@ -260,7 +260,7 @@ class Trainer:
         """Keep what there was before, when a run cannot go on; return the error to raise."""
         if not checkpoints.policy.on:
             return error
-        self.training.forgive()  # who goes on may have mended it
+        self.training.forgive()  # the caller that continues may have mended it
         self._save(checkpoints)
         hint = checkpoints.policy.hint
         return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept; to go on: {hint}")
@@ -326,7 +326,7 @@ class Trainer:
         return self.training.step(closure, scalars).to("cpu", torch.float64)
 
     def _test_due(self, steps: int, since: int) -> bool:
-        """Whether a test fell due since the last line of metrics."""
+        """Tell if a test fell due since the last line of metrics."""
         if self.config.test_every is None:
             return False
         every = self.config.test_every * self.calendar.per_epoch

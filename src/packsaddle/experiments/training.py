@@ -1,4 +1,4 @@
-"""What a trainer steps with, and what it asks of it: CompressedSGD here, local updates in `local_training`."""
+"""The interface between a trainer and its optimizer: CompressedSGD here, local updates in `local_training`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -97,7 +97,7 @@ class Training(ABC):
     @property
     @abstractmethod
     def drifts(self) -> list[Drift]:
-        """Where workers were found apart."""
+        """The comparisons at which workers differed."""
 
     def waits(self) -> list[float] | None:
         """Return the mean number of steps that a coordinate waits to be sent, by parameter, if that is known."""

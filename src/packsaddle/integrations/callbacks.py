@@ -49,7 +49,7 @@ def attach_among_workers(
 
 
 class WorkerState:
-    """What a worker of local updates has of its own, where a framework's checkpoint has worker 0's alone.
+    """The state of one worker of local updates; a framework's checkpoint has worker 0's alone.
 
     That is the state of `local`, of its optimizer and of the GradScaler, and the trained parameters and the buffers of
     `model`. To be loaded after the framework has loaded its checkpoint.
@@ -77,7 +77,7 @@ class WorkerState:
                 self.channel.broadcast(buffer, "buffers")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return it, tensors and plain types; collective where an exchange is under way."""
+        """Return it, tensors and plain types; collective during an exchange."""
         return {
             "steps": self.steps,
             "local": self.local.state_dict(),
@@ -166,8 +166,8 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState) -> dict[str, float]
 def save_state(exchange: DDPHook | WorkerState, folder: str | Path) -> None:
     """Write this worker's `state_dict()` of a hook or of local updates to its own file in a folder, atomically.
 
-    Every worker calls it, and nothing travels but an exchange that is under way: states differ, are as large as the
-    model, and are where they are needed when the run goes on.
+    Every worker calls it, and only an unfinished exchange travels: states differ, are as large as the
+    model, and are in place when the run continues.
     """
     write_whole(Path(folder) / _name(exchange), partial(torch.save, exchange.state_dict()))
 

@@ -39,7 +39,7 @@ class _Attached(TrainerCallback):
         raise NotImplementedError
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach, and restore in a run that goes on; raises what attaching raises."""
+        """Attach, and restore in a run that continues; raises what attaching raises."""
         if self._trainer.model_wrapped is not self._attached:  # it is the same at another call of train()
             self._attached = self._trainer.model_wrapped
             self._exchange = self._attach(state)
@@ -66,7 +66,7 @@ class PacksaddleCallback(_Attached):
     Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. The contraction
     is measured every `logging_steps`; a `Compression` says itself when.
 
-    Every worker keeps its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A run that goes on
+    Every worker keeps its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A run that continues
     (`train(resume_from_checkpoint=...)`) takes it from the folder of its step in `output_dir`, or from `resume_from`.
     With one worker a warning is all that happens. `hook` is the DDPHook, which another call of `train` keeps.
     """
@@ -107,8 +107,8 @@ class LocalUpdatesCallback(_Attached):
     model instead, and another call of `train` raises RuntimeError.
 
     Every worker keeps its own state, parameters and optimizer's state among it, in the trainer's checkpoint folders, as
-    packsaddle-RANK.pt; a run that goes on takes it as `PacksaddleCallback` does. With one worker a warning is all that
-    happens. `local` is the LocalUpdates, which another call of `train` keeps.
+    packsaddle-RANK.pt; a run that continues takes it as `PacksaddleCallback` does. With one worker it only
+    warns. `local` is the LocalUpdates, which another call of `train` keeps.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class LocalUpdatesCallback(_Attached):
         self._compressor, self._options = compressor, options
         self._at_anchor = False  # whether there are workers apart
         self._ended_at_best = False
-        for name in ("evaluate", "predict", "save_model"):  # callbacks are told of these when they are over
+        for name in ("evaluate", "predict", "save_model"):  # callbacks hear of these when they are over
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 
     @property
@@ -147,9 +147,9 @@ class LocalUpdatesCallback(_Attached):
         return inside
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach, and restore in a run that goes on; raises what attaching raises."""
+        """Attach, and restore in a run that continues; raises what attaching raises."""
         if self._ended_at_best and self._trainer.model_wrapped is self._attached:
-            raise RuntimeError("the best model was loaded after the last training: make a new Trainer to go on with it")
+            raise RuntimeError("the best model was loaded after the last training: make a new Trainer to train on")
         super().on_train_begin(args, state, control)
         self._at_anchor = True
 

@@ -76,7 +76,7 @@ class _Attached(Callback):
 
     @property
     def exchange(self) -> DDPHook | WorkerState | None:
-        """What has a state to be kept on every worker."""
+        """The object whose state is kept on every worker."""
         return self._exchange
 
     def apart(self) -> AbstractContextManager[None]:

@@ -29,7 +29,7 @@ def is_usable(vector: Tensor) -> Tensor:
 
     Then the vector is finite, and so is whatever a compressor makes of it: counters of sketches and factors (at most
     ||v||_1 times the largest of some Gaussians, below 7), norms, what is decoded from them (at most 36 ||v||_1), and
-    v - C(v). 16-bit vectors are taken for float32, in which memories are kept.
+    v - C(v). 16-bit vectors count as float32, in which memories are kept.
 
     On a CPU the Euclidean norm, read as fast as a sum (4 ms for 25 million), answers for all but vectors whose squares
     overflow: ||v||_1 <= sqrt(d) ||v||_2.

@@ -4,7 +4,7 @@ A *shared* stream is identical on every worker (Algorithm 1's xi_t and the compr
 also depends on the worker (its batches). Global random state is never read or written.
 
 Counter-based numbers are also functions of a counter and a key: any stretch of a sequence can be computed on any
-device, in any order, so a vector's noise needs no memory besides the vector. Words are 32 bits of the counter, mixed
+device, in any order, so a vector's noise needs no memory but the vector's. Words are 32 bits of the counter, mixed
 twice (a multiply-xorshift permutation with low bias, found by Chris Wellons's search,
 https://github.com/skeeto/hash-prospector) with a key added before each, so that sequences of different keys are not
 stretches of one. Normal numbers are Box and Muller's, in single precision. A sequence repeats after 2^32 words, or
@@ -28,7 +28,7 @@ _SMALL_DOMAIN = 4096
 
 
 class Stream(IntEnum):
-    """What the random numbers are for; two streams of one (seed, step) are independent."""
+    """The purpose of random numbers; two streams of one (seed, step) are independent."""
 
     SUPPORT = 1  # the cells of coordinates that RandomK keeps
     NOISE = 2  # the perturbation xi_t

@@ -2,7 +2,7 @@
 
 Read `sgd` first: `CompressedSGD.step` is Algorithm 1, with its line numbers. Then `error_feedback`, the round that the
 optimizer and the hooks share: v = e + u is made, exchanged and absorbed, and the step is taken or forgotten as a whole.
-`compression` is what all of them are told of compressing and exchanging. `memory` has the kinds of e, `gradient` those
+`compression` has the settings of compression and exchange for all. `memory` has the kinds of e, `gradient` those
 of u (momentum, STORM), `layout` how parameters make one vector, or slices of it. `hook` is error feedback on slices of
 a backward pass, and `ddp` and `fsdp` bring it to torch's wrappers. `local_updates` exchanges what any optimizer has
 moved, `fragment` by fragment, and `membership` has the rounds of workers that come and go. What may be added to a step

@@ -1,4 +1,4 @@
-"""The thread or stream in which exchanges are carried out while training goes on."""
+"""The thread or stream in which exchanges are carried out during training."""
 
 import threading
 import weakref

@@ -1,4 +1,4 @@
-"""Compression: how vectors are compressed, exchanged and watched over, alike for the optimizer and the hooks."""
+"""Compression: compressor, exchange and guards, alike for the optimizer, the hooks and local updates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Schedule = Callable[[int], Compressor]
 
 @dataclass(frozen=True)
 class Compression:
-    """What to send, how to average it, what to keep of the rest, and what to check on the way.
+    """Settings of an exchange: compressor, average, error memory and guards.
 
     A `Compressor` alone stands for `Compression(compressor)` wherever one is taken.
 

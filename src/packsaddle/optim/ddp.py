@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, check_agreement, ring_all_reduce
-from packsaddle.comm.group import group_beside, resolve
+from packsaddle.comm.group import group_like, resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
 from packsaddle.compressors import Compressor, TopK
@@ -36,7 +36,7 @@ from packsaddle.optim.stages.noise import Noise, Perturbation
 
 
 class Stateful(Protocol):
-    """What has a state of its own."""
+    """An object with a state of its own."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return it, tensors and plain types."""
@@ -84,7 +84,7 @@ class DDPHook(GradientHook):
         self._loose: dict[str, Tensor] = {}  # error memory that is in no slice, by parameter
         self.calls = 0  # buckets that DDP has handed over
         self._waiting: list[tuple[Bucket, Promise]] = []
-        self._noise: Noise | None = None  # of the backward pass that is under way, or was last
+        self._noise: Noise | None = None  # of the running backward pass, or of the last
         self._factors: Mapping[str, float] = {}
         self._scaled = 1.0  # what the gradients are multiplied by
         self._failure: Exception | None = None  # of a bucket of that pass
@@ -148,7 +148,7 @@ class DDPHook(GradientHook):
         self._complete = buckets[-1].is_last
 
     def _begin(self) -> None:
-        """Line 9, once what came of the last step is known."""
+        """Line 9, once the outcome of the last step is known."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
@@ -173,7 +173,7 @@ class DDPHook(GradientHook):
 
     @property
     def uncompressed(self) -> Bytes:
-        """What this worker would have moved in as many exchanges without the hook: a ring all-reduce of gradients."""
+        """The bytes of as many exchanges without the hook: ring all-reduces of gradients."""
         exchanges = self.steps + self.skipped
         d = sum(place.size * place.parameter.element_size() for place in self._places)
         return ring_all_reduce(exchanges * d, self.channel.group.size)
@@ -207,8 +207,8 @@ class DDPHook(GradientHook):
         """Return this worker's state: e^(i) by parameter, the step, what the exchange holds, the ledger's totals.
 
         Tensors and plain types only; each worker has its own. With scope="bucket" what a two-way exchange holds back is
-        in the error memory of its owner, since buckets may differ when it is loaded: nothing is lost, but a run goes on
-        bit for bit only with scope="model".
+        in the error memory of its owner, since buckets may differ when it is loaded: nothing is lost, but only
+        with scope="model" does a run continue bit for bit.
         """
         pending, held = self.memory(), dict[str, Any]()
         if self._rules.scope == "model":
@@ -258,7 +258,7 @@ class DDPHook(GradientHook):
             part.load_state_dict(state["parts"][name])
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same where a state is loaded as where it was saved."""
+        """Return what must be equal at loading and at saving."""
         group = self.channel.group
         return {
             "seed": self._rules.seed,
@@ -344,7 +344,7 @@ def register_ddp_hook(
         error_feedback: keep what was not sent and add it to the next gradient.
         start_step: steps to exchange uncompressed first.
         seed: as in `CompressedSGD`.
-        scope: what is compressed as one vector: each of DDP's buckets, while the backward pass goes on, or all of the
+        scope: what is compressed as one vector: each of DDP's buckets, during the backward pass, or all of the
             model at its end, as Algorithm 1 has it.
         optimizer: what steps, to be kept from stepping where an exchange was not taken. If it is plain SGD the error
             memory follows its learning rates, so that y = x - eta e does not jump; with any other it stays as it is.
@@ -372,7 +372,7 @@ def register_ddp_hook(
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
-    channel, rates = Communicator(group_beside(model), Ledger()), Rates(optimizer, found)
+    channel, rates = Communicator(group_like(model), Ledger()), Rates(optimizer, found)
     scale = (lambda: 1.0) if scaler is None else scaler.get_scale
     hook = DDPHook(model.module, channel, rules, found, noise, rates, scale)
     if escape is not None:

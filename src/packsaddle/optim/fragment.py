@@ -117,7 +117,7 @@ class Fragment(Slice):
         self.flight: Flight | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether an exchange begins after inner step n, from 1: where (n + offset) % every = 0."""
+        """Tell if an exchange begins after inner step n, from 1: (n + offset) % every = 0."""
         return (step + self._offset) % self._every == 0
 
     def until_due(self, step: int) -> int:
@@ -221,7 +221,7 @@ class Fragment(Slice):
         return total
 
     def finish(self, flight: Flight) -> bool:
-        """Learn what came of an exchange that has been carried out, and settle the memory; whether all take it."""
+        """Learn the outcome of a finished exchange, and settle the memory; return whether all take it."""
         if flight.taken is None:
             assert flight.verdict is not None
             assert flight.round is not None
@@ -244,7 +244,7 @@ class Fragment(Slice):
             self._settle(flight, taken=False)
 
     def land(self, outer: Optimizer | None, blend: float | None) -> Flight:
-        """Move the anchor by what came of the exchange, and x with it. Returns the flight, which has ended.
+        """Move the anchor by the exchange's outcome, and x with it. Returns the flight, which has ended.
 
         If the exchange was not taken, nothing moves but a worker whose x is of no use, which goes back to the anchor.
         """
@@ -307,7 +307,7 @@ class Fragment(Slice):
                 x.copy_(there)
 
     def unapplied(self) -> Tensor:
-        """Return what the anchor has not received of this worker, float[n], once an exchange under way is finished."""
+        """Return what the anchor has not received of this worker, float[n], after the current exchange."""
         flight, found = self.flight, self.feedback.pending().clone()
         starts: Sequence[Tensor] = self.starts()
         if flight is not None and flight.taken:
@@ -319,7 +319,7 @@ class Fragment(Slice):
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the fragment's state by parameter, tensors and plain types, once an exchange under way is finished."""
+        """Return the fragment's state by parameter, tensors and plain types, after the current exchange."""
         flight = self.flight
         state: dict[str, Any] = {
             "rounds": self.rounds,

@@ -29,7 +29,7 @@ from packsaddle.optim.stages.noise import Perturbation
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model, or a part of it, is sharded by FSDP."""
+    """Tell if a model, or a part of it, is sharded by FSDP."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if it is in use
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     return any(isinstance(m, kinds) for m in model.modules())
@@ -85,7 +85,7 @@ def _mesh(model: nn.Module) -> Any:
 
 
 class FSDPHook(GradientHook):
-    """What `register_fsdp_hook` returns. Every sharded module is a slice of its own, with its error memory.
+    """The hook of `register_fsdp_hook`. Every sharded module is a slice of its own, with its error memory.
 
     The modules of a backward pass are one transaction: where one is not finite on some replica none is taken, and all
     gradients become NaN on all replicas of the shard. Workers that have other shards do not hear of it.
@@ -151,7 +151,7 @@ class FSDPHook(GradientHook):
 
     @property
     def device(self) -> torch.device:
-        """Where gradients are averaged."""
+        """The device where gradients are averaged."""
         return mesh_device(self._model)
 
     def _slice(self, name: str, index: int, gradient: Tensor) -> GradientSlice:
@@ -176,7 +176,7 @@ class FSDPHook(GradientHook):
 
     @property
     def uncompressed(self) -> Bytes:
-        """What this worker would have moved in as many exchanges without compression: a ring all-reduce each time.
+        """The bytes of as many exchanges without compression: ring all-reduces of gradients.
 
         Modules count from the first backward pass on that this hook has seen.
         """
@@ -237,7 +237,7 @@ class FSDPHook(GradientHook):
         self.ledger.load_state_dict(state["ledger"])
 
     def _identity(self) -> dict[str, int]:
-        """What must be the same where a state is loaded as where it was saved."""
+        """Return what must be equal at loading and at saving."""
         group, (shard, shards) = self.channel.group, self._shard
         found = {"seed": self._rules.seed, "replica": group.rank, "replicas": group.size}
         return found | {"shard": shard, "shards": shards}

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Extras:
-    """What is added to gradients: weight decay by parameter group, and xi, left out before coordinate `noisy_from`.
+    """Terms added to gradients: weight decay by parameter group, and xi, left out before coordinate `noisy_from`.
 
     `scale` is what gradients were multiplied by, and nothing else.
     """

@@ -37,7 +37,7 @@ Scope = Literal["bucket", "model"]
 
 @dataclass(frozen=True)
 class Rules:
-    """How a hook is to exchange gradients; see `register_ddp_hook`. Raises ValueError for bad arguments."""
+    """The settings of a hook; see `register_ddp_hook`. Raises ValueError for bad arguments."""
 
     compression: Compression
     scope: Scope
@@ -114,7 +114,7 @@ class Gradients:
         return None if exact else total.flat
 
     def fit(self, g: Averaged) -> Tensor:
-        """Whether gradients can hold the mean times the scale, bool[]; the same on all workers."""
+        """Tell if gradients can hold the mean times the scale, bool[]; the same on all workers."""
         dtypes = {torch.promote_types(out.dtype, torch.float32) for out in self.grads.values()}  # 16 bits: `replace`
         return g.magnitude() * self.scale <= min((torch.finfo(dtype).max for dtype in dtypes), default=0.0)
 
@@ -246,9 +246,9 @@ class GradientSlice:
 
 
 class GradientHook:
-    """The slices that have been tried in the pass under way, or the last one, and the count of passes that were taken.
+    """The slices that have been tried in the running or last pass, and the count of passes that were taken.
 
-    What came of a pass is read when somebody asks or the next one begins, so that a pass waits for no GPU. `d` is the
+    A pass's outcome is read on demand or when the next one begins, so that a pass waits for no GPU. `d` is the
     number of coordinates that all slices compress together.
     """
 
@@ -266,7 +266,7 @@ class GradientHook:
         self._bad_name = ""  # the first parameter of which this worker's vector was not finite
         self._complete = False
 
-    def __repr__(self) -> str:  # without waiting for what is under way
+    def __repr__(self) -> str:  # without waiting for a running pass
         compressor, workers = describe(self._rules.at(self._steps)), self.channel.group.size
         return f"{type(self).__name__}({compressor}, scope={self._rules.scope}, {workers=}, steps={self._steps})"
 
@@ -277,13 +277,13 @@ class GradientHook:
 
     @property
     def steps(self) -> int:
-        """How many exchanges have been taken, so without those that were `skipped`."""
+        """The number of exchanges, without those that were `skipped`."""
         self._settle()
         return self._steps
 
     @property
     def skipped(self) -> int:
-        """How many steps were not taken, since a worker's gradient, or the mean, was not finite."""
+        """The number of steps skipped because a worker's gradient, or the mean, was not finite."""
         self._settle()
         return self._skips.count
 
@@ -314,7 +314,7 @@ class GradientHook:
                 p.grad = None
 
     def _open(self) -> None:
-        """Begin a pass, once what came of the last one is known."""
+        """Begin a pass, once the outcome of the last one is known."""
         self._settle(broken_off=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
@@ -341,7 +341,7 @@ class GradientHook:
     def _settle(self, *, broken_off: bool = False) -> None:
         """Make the last step the state; or forget it, if it was broken off or a worker's gradient was not finite.
 
-        Nothing while a backward pass is under way.
+        Nothing during a backward pass.
         """
         with self._lock:
             if not self._tried or not (self._complete or broken_off):

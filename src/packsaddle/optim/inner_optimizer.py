@@ -55,7 +55,7 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
 
 
 def is_replicated(parameter: Tensor) -> bool:
-    """Whether all processes of a DTensor's mesh have the whole of it."""
+    """Tell if all processes of a DTensor's mesh have the whole of it."""
     placements = getattr(parameter, "placements", ())
     return bool(placements) and all(placement.is_replicate() for placement in placements)
 

@@ -136,7 +136,7 @@ class FlatParameters:
 
     @property
     def has_frozen(self) -> bool:
-        """Whether a parameter has been frozen since construction."""
+        """Tell if a parameter has been frozen since construction."""
         return not all(p.requires_grad for p in self.parameters)
 
     def frozen(self, flat: Tensor) -> list[Tensor]:
@@ -169,7 +169,7 @@ def check_dense_below(dense_below: int) -> None:
 
 
 def goes_dense(p: Tensor, dense_below: int) -> bool:
-    """Whether a tensor is a vector or small, and so not compressed; never if `dense_below` is 0."""
+    """Tell if a tensor is a vector or small, and so not compressed; never if `dense_below` is 0."""
     return dense_below > 0 and (p.ndim < 2 or p.numel() < dense_below)
 
 

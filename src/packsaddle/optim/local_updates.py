@@ -1,4 +1,4 @@
-"""LocalUpdates: workers step apart with any optimizer, and exchange what they have moved, compressed, now and then.
+"""LocalUpdates: workers step separately with any optimizer, and exchange their changes, compressed, at intervals.
 
 Read `LocalUpdates._attempted` first. A fragment's exchange is in `fragment`: every `every` inner steps
 
@@ -79,7 +79,7 @@ class LocalUpdates:
         decay: what the error memory is multiplied by in each round, in (0, 1]; below 1 errors are forgotten in time.
         fragments: P, parts of the model, cut by the order of the parameters and balanced by bytes, that are exchanged
             at different steps, every / P apart.
-        delay: inner steps that an exchange goes on beside, below `every`. It needs a copy of the fragment.
+        delay: inner steps during which an exchange runs, below `every`. It needs a copy of the fragment.
         blend: with a delay, x becomes (1 - blend) a + blend x where an exchange lands, as Streaming DiLoCo has it;
             None has it become a and what was moved meanwhile.
         noise: standard deviation of each coordinate of xi in the units of parameters, the same on every worker, added
@@ -154,15 +154,15 @@ class LocalUpdates:
         self.steps = 0  # n: attempted inner steps
         self.resets: list[Reset] = []
 
-        # Workers, and where exchanges are carried out: beside the steps if they may take a while and can.
+        # Workers, and the place of exchanges: in the background if they have a delay and the group can.
         elastic = None if manager is None else Elastic.of(manager)
         group = resolve(process_group) if elastic is None else _managed(elastic, process_group)
         home = local_part(next(iter(self._parameters.values()))).device
         device = torch.device("cpu") if offload else home
-        beside = group.beside(device) if delay and group.size > 1 else None
+        background = group.background(device) if delay and group.size > 1 else None
         self.ledger = Ledger()
-        self._channel = Communicator(beside or group, self.ledger)
-        self._background = Background(device) if beside is not None else None
+        self._channel = Communicator(background or group, self.ledger)
+        self._background = Background(device) if background is not None else None
 
         self._participation = Participation(weight, sample, group.size, group.rank, self.seed)
         self._sample = sample
@@ -281,7 +281,7 @@ class LocalUpdates:
         )
 
     def _same(self, noise: object, escape: object, fragments: int) -> dict[str, object]:
-        """What must be the same on all workers."""
+        """Return what must be equal on all workers."""
         same: dict[str, object] = {"every": self.every, "compressor": self._compression, "decay": self.decay}
         same |= {"fragments": fragments, "delay": self.delay, "blend": self.blend, "noise": noise, "escape": escape}
         same |= {
@@ -348,13 +348,13 @@ class LocalUpdates:
             self._land(part)
 
     def _share(self, step: int) -> float:
-        """What this worker's update counts in an exchange that begins after inner step n; 0: it is not in it."""
+        """Return the weight of this worker's update in an exchange after inner step n; 0: it takes no part."""
         who = self._participation
         return who.share(who.members(step)) if who.samples else who.share()
 
     @property
     def sampled(self) -> bool:
-        """Whether this worker is in the next exchange (see `sample`); one that is not may train, or `sit_out`."""
+        """True if this worker is in the next exchange (see `sample`); one that is not may train, or `sit_out`."""
         return self._share(self.steps + min(part.until_due(self.steps) for part in self._fragments)) > 0
 
     def sit_out(self) -> None:
@@ -384,7 +384,7 @@ class LocalUpdates:
         """Wait for the other workers' next round, and have their anchor after it; with a manager, before training.
 
         The first step does it otherwise, and its gradient, which was taken elsewhere, is dropped. A worker that was
-        here before goes on with the memory in its file.
+        here before continues with the memory in its file.
         """
         if self.membership is None:
             raise RuntimeError("join is for workers that come and go: LocalUpdates(..., manager=)")
@@ -479,7 +479,7 @@ class LocalUpdates:
             part.restart()
 
     def _check_start(self) -> None:
-        """See that workers began at one x, and that nobody else exchanges gradients."""
+        """Check that workers began at one x, and that nothing else exchanges gradients."""
         if self._channel.group.size == 1:
             return
         anchors = torch.stack([fingerprint(part.anchor.flat) for part in self._fragments]).sum().cpu()
@@ -514,22 +514,22 @@ class LocalUpdates:
 
     @property
     def skipped(self) -> int:
-        """How many rounds were left out, all in all."""
+        """The number of skipped rounds in total."""
         return self._skips.count
 
     @property
     def drifts(self) -> list[Drift]:
-        """Where workers' anchors were found apart (see `Compression.compare_every`)."""
+        """The comparisons at which workers' anchors differed (see `Compression.compare_every`)."""
         return self._drift.found
 
     @property
     def lost(self) -> float:
-        """The sum of the norms of error memories that nobody has any more; with a manager, else 0."""
+        """The sum of the norms of lost error memories; with a manager, else 0."""
         return 0.0 if self.membership is None else self.membership.lost
 
     @property
     def position(self) -> int:
-        """How many inner steps the anchor has, of all workers together, those that are gone too."""
+        """The inner steps of the anchor, of all workers together, including workers that have left."""
         return self.steps * self._channel.group.size if self.membership is None else self.membership.roster.position
 
     @property
@@ -540,23 +540,23 @@ class LocalUpdates:
 
     @property
     def uncompressed(self) -> Bytes:
-        """What this worker would have moved by now had gradients been exchanged at every step: a ring all-reduce."""
+        """The bytes of an exchange of gradients at every step so far: ring all-reduces."""
         return ring_all_reduce(self.steps * self._bytes, self._channel.group.size)
 
     @property
     def exchanging(self) -> bool:
-        """Whether an exchange began after the last inner step; the same on all workers."""
+        """True if an exchange began after the last inner step; the same on all workers."""
         if self.membership is not None:
             return self.membership.exchanged
         return any(part.is_due(self.steps) for part in self._fragments)
 
     def forgive(self) -> None:
-        """Count rounds that were left out in a row anew: whoever goes on after NonFiniteError may have mended it."""
+        """Count skipped rounds in a row from 0: a caller that continues after NonFiniteError may have mended it."""
         self._skips.took()
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait for exchanges under way, so that the ledger has their bytes; they land when they are due."""
+        """Wait for running exchanges, so that the ledger has their bytes; they land when they are due."""
         for part in self._fragments:
             if part.flight is not None:
                 self._finish(part)
@@ -567,8 +567,8 @@ class LocalUpdates:
 
         A mean by `weight`, if there is one.
 
-        That is e, what was moved since the last exchange, and what is under way: without an outer optimizer
-        y = a - error() moves as in training without compression. Collective; waits for exchanges under way. d counts
+        That is e, the changes since the last exchange, and those in a running exchange: without an outer optimizer
+        y = a - error() moves as in training without compression. Collective; waits for running exchanges. d counts
         this process's shards. Raises RuntimeError with a manager, whose workers meet in rounds only: see `pending`.
         """
         if self.membership is not None:
@@ -612,7 +612,7 @@ class LocalUpdates:
     def flush(self) -> bool:
         """Exchange all that is pending, uncompressed, so that all workers have the anchor and no errors; collective.
 
-        For the end of training. What is under way lands first; then each fragment has a round with C(v) = v, without
+        For the end of training. Running exchanges land first; then each fragment has a round with C(v) = v, without
         noise. Returns whether all of it was taken. With a manager the round is one of all that are there, whether or
         not they have come to their end.
         """
@@ -628,10 +628,10 @@ class LocalUpdates:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, tensors and plain types; collective where an exchange is under way.
+        """Return this worker's state, tensors and plain types; collective during an exchange.
 
-        It has anchors, error memories, what is under way, the outer optimizer's state and the counts. The parameters
-        and the inner optimizer's state are each worker's own, and are saved beside it, on every worker.
+        It has anchors, error memories, running exchanges, the outer optimizer's state and the counts. The parameters
+        and the inner optimizer's state are each worker's own, and are saved separately, on every worker.
         """
         self.wait()
         return {
@@ -692,7 +692,7 @@ class LocalUpdates:
             self.membership.load_state_dict(state["membership"], self.steps)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same where a state is loaded as where it was saved."""
+        """Return what must be equal at loading and at saving."""
         group = self._channel.group
         same: dict[str, Any] = {"seed": self.seed, "every": self.every, "delay": self.delay}
         same["fragments"] = len(self._fragments)

@@ -142,7 +142,7 @@ class Membership:
 
     @property
     def lost(self) -> float:
-        """The sum of the norms of memories that nobody has any more."""
+        """The sum of the norms of lost memories."""
         return self.roster.gone + self.roster.absent(keeps=False)
 
     @property
@@ -160,7 +160,7 @@ class Membership:
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
 
     def stepped(self, steps: int) -> None:
-        """Count an inner step, after which there are so many, and do what is due: leave if asked to, else a round."""
+        """Count an inner step, which makes `steps`, and do what is due: leave if asked to, else a round."""
         self.steps, self.exchanged = steps, False
         self._since += 1
         self._ahead += 1
@@ -478,7 +478,7 @@ class Membership:
         return self.roster.state_dict() | {name: getattr(self, f"_{name}") for name in _OWN} | {"worker": self.worker}
 
     def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
-        """Restore `state_dict`, of a worker after so many inner steps."""
+        """Restore `state_dict`, of a worker after this number of inner steps."""
         self.roster.load_state_dict(state)
         for name in _OWN:
             setattr(self, f"_{name}", state[name])
@@ -511,7 +511,7 @@ class Membership:
                 view.copy_(found.pending[place.name])
             part.restart()
         self._norm = self._norm_after()
-        _log.info("worker %x goes on with its memory in %s, of norm %.3g", self.worker, path, self._norm)
+        _log.info("worker %x continues with its memory in %s, of norm %.3g", self.worker, path, self._norm)
 
     def pending(self) -> dict[str, Tensor]:
         """Return what this worker has moved and not sent, by parameter."""

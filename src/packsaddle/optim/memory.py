@@ -55,7 +55,7 @@ class RevocableUpdate(Update, Protocol):
 
 
 class Layout(Protocol):
-    """Which parameters a vector, float[n], is of: the compressed ones first."""
+    """The parameters of a vector, float[n]: the compressed ones first."""
 
     compressed_d: int
 
@@ -94,7 +94,7 @@ class ErrorMemory:
 
     @property
     def unit(self) -> float:
-        """What the vector, and the messages made of it, are to be multiplied by to be updates of x."""
+        """The factor that makes the vector, and its messages, updates of x."""
         return 1.0
 
     @property

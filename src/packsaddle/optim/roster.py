@@ -33,7 +33,7 @@ class Roster:
     def __init__(self) -> None:
         self.run = 0  # 0: none has been committed
         self.position = 0  # inner steps
-        self.gone = 0.0  # the sum of the norms of memories that nobody has
+        self.gone = 0.0  # the sum of the norms of lost memories
         self.history = 0
         self.past: deque[int] = deque(maxlen=_PAST)  # histories
         self.taken: dict[int, int] = {}  # by worker: its last attempt at a round that is in the anchor

@@ -240,7 +240,7 @@ class CompressedSGD(Optimizer):
         return GradientUpdate(self._direction, self._memory.scales(lrs), extras, bounded)
 
     def _scale(self) -> float:
-        """What a GradScaler has multiplied the gradients by; note whether it found an Inf in them."""
+        """Return a GradScaler's factor of the gradients; note if it found an Inf in them."""
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found is not None and self._memory.in_gradients:
             raise RuntimeError('memory="gradient" goes with no GradScaler, which would scale the error memory too')
@@ -267,7 +267,7 @@ class CompressedSGD(Optimizer):
         return g, self.guard.weigh(g, mark)
 
     def _rates_of_x(self, like: Tensor) -> Tensor:
-        """What each worker multiplies x's change by itself, so that it must be equal everywhere: float[2], or nothing.
+        """Return the factors of x's change, which must be equal on all workers: float[2], or [0] if not compared.
 
         Compared in the collective there is; on a GPU not at all, since a step would have to wait to read it.
         """
@@ -318,7 +318,7 @@ class CompressedSGD(Optimizer):
             return
         self.monitor.after(t, rest)
         self.guard.skips.took()
-        # What all workers should have alike is compared now and then.
+        # What all workers should have alike is compared at intervals.
         if self._drift.due(t):
             shared = {"": self._flat.x, **self._shared()}
             self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared), self._rates)
@@ -354,7 +354,7 @@ class CompressedSGD(Optimizer):
 
     @property
     def skipped(self) -> int:
-        """How many steps were left out, all in all."""
+        """The number of skipped steps in total."""
         return self.guard.skips.count
 
     @property
@@ -364,7 +364,7 @@ class CompressedSGD(Optimizer):
 
     @property
     def drifts(self) -> list[Drift]:
-        """Where workers were found apart (see `Compression.compare_every`)."""
+        """The comparisons at which workers differed (see `Compression.compare_every`)."""
         return self._drift.found
 
     @property
@@ -380,7 +380,7 @@ class CompressedSGD(Optimizer):
 
     @property
     def compressed_numel(self) -> int:
-        """How many coordinates are compressed; the other `numel - compressed_numel` go dense."""
+        """The number of compressed coordinates; the other `numel - compressed_numel` are sent uncompressed."""
         return self._flat.compressed_d
 
     @property
@@ -502,7 +502,7 @@ class CompressedSGD(Optimizer):
         self._drift.found = [Drift(**drift) for drift in state_dict.get("drifts", [])]
 
     def _identity(self) -> dict[str, int | str]:
-        """What must be the same where a state is loaded as where it was saved: an error memory is one worker's, and
+        """Return what must be equal at loading and at saving: an error memory is one worker's, and
         an owner's error belongs to its chunk (the other exchanges hold nothing back)."""
         owners = self.choice.name if "residual" in self._flat_state() else "none"
         return {

@@ -1,6 +1,6 @@
 """The speed of compressors on this machine, and the table of all of them.
 
-The time to code a message is measured at two lengths, and taken for others from the line through them. A table's entry
+The time to code a message is measured at two lengths; other lengths follow from the line through them. A table's entry
 is measured on a Gaussian vector: contraction, protocol, bytes, and time.
 """
 

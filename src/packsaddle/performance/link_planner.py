@@ -157,7 +157,7 @@ class Forecast:
 
     @property
     def is_known(self) -> bool:
-        """Whether the steps it needs have been measured to their end."""
+        """True if the steps it needs have been measured to their end."""
         return self.steps is not None and not self.steps.at_least
 
     @property
@@ -182,7 +182,7 @@ class Verdict:
 
     @property
     def compress(self) -> bool:
-        """Whether a compressor beats dense."""
+        """True if a compressor beats dense."""
         return not self.best.is_dense
 
     @property
@@ -208,7 +208,7 @@ def forecast(
 ) -> Verdict:
     """Predict every compressor's step in single precision, each by its fastest exchange, and DDP's.
 
-    `pace(compressor, d)` says how fast one codes, `update` what CompressedSGD takes besides, in seconds (see
+    `pace(compressor, d)` says how fast one codes, `update` the rest of CompressedSGD's time, in seconds (see
     `performance.workload.update_seconds`); both are counted as compression. With an optimizer, times are multiplied by
     the steps that compressors were measured to need behind it. Raises ValueError for fewer than two workers or an
     impossible compressor.

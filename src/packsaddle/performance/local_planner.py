@@ -38,7 +38,7 @@ _STALE = 4  # an exchange overlaps at most this part of H, where fragments can m
 
 @dataclass(frozen=True)
 class LocalForecast:
-    """What a setting takes. Seconds are of an inner step in the mean; `sent` is of the busiest worker, bytes a step."""
+    """The cost of a setting. Seconds are of a mean inner step; `sent` is of the busiest worker, bytes a step."""
 
     setting: Setting
     delay: int  # inner steps that the exchange overlaps
@@ -93,7 +93,7 @@ def forecast_local(
 ) -> tuple[LocalForecast, ...]:
     """Predict the settings that need at most `most_steps` times dense training's steps, the quickest first.
 
-    `pace(compressor, d)` says how fast one codes, `update` what making v and absorbing takes besides, in seconds a
+    `pace(compressor, d)` says how fast one codes, `update` the time to make v and to absorb, in seconds a
     round. There are as many fragments as bring the exchange of one below a quarter of H, and the delay is the least
     that hides it; without `overlap` steps wait for all of it. Raises ValueError for fewer than two workers, and if no
     setting is left.

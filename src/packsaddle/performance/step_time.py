@@ -21,7 +21,7 @@ Tail = Literal["lognormal", "exponential"]
 
 @dataclass(frozen=True)
 class Link:
-    """What joins a worker to the others. Raises ValueError unless rate > 0 and times are not negative."""
+    """The link between a worker and the others. Raises ValueError unless rate > 0 and times are not negative."""
 
     latency: float  # seconds from the start of a small message to its end, software included
     rate: float  # payload bytes a second, each way

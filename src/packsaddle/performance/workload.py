@@ -25,7 +25,7 @@ _DENSE_BELOW = 1024  # elements, as in CompressedSGD
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What one step exchanges."""
+    """The vector that one step exchanges."""
 
     name: str
     d: int  # compressed coordinates

@@ -1,4 +1,4 @@
-"""What the theorems say, with numbers: assumptions, what O-tilde hides, step sizes, steps, first-order plans.
+"""The theorems with numbers: assumptions, the constants that O-tilde hides, step sizes, steps, first-order plans.
 
 Theorems 3.1 and 3.2 hide constants and logarithms in O-tilde. In their place `Constants.theory` has what Jin et al.
 (JACM 2021, Eq. (8)) prove for uncompressed SGD, and `Constants.practical` what can be derived for one saddle at a time.
@@ -18,7 +18,7 @@ _RANGE = (1e-20, 1e20)  # of every constant of a problem: keeps their products, 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What is known of the problem: Assumptions A and B, and C if `lipschitz_gradient` is given."""
+    """The constants of the problem: Assumptions A and B, and C if `lipschitz_gradient` is given."""
 
     d: int
     epsilon: float  # an epsilon-SOSP is wanted: ||grad f|| <= epsilon, lambda_min >= -sqrt(rho epsilon)
@@ -62,7 +62,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Constants:
-    """What O-tilde hides: powers of iota, a logarithm, and factors.
+    """The constants that O-tilde hides: powers of iota, a logarithm, and factors.
 
     The defaults are Jin et al.'s (2021), (8), of the proof of uncompressed SGD; that Algorithm 1 shares them up to
     logarithms is an assumption, and the factors of 1 on the compression's terms of eta are a guess. `practical` has no

@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def proved_for_workers(self) -> bool:
-        """Whether C acts on the workers' mean, as in the proofs; a mean of C's (all-gather) is outside them."""
+        """True if C acts on the workers' mean, as in the proofs; a mean of C's (all-gather) is outside them."""
         return self.protocol != "all-gather"
 
     def plain(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class Reach:
 
     @property
     def out_of_reach(self) -> bool:
-        """Whether even the fewest steps are too many."""
+        """True if even the fewest steps are too many."""
         return self.steps > MOST_STEPS
 
 

@@ -67,11 +67,11 @@ class Row:
 
     @property
     def follows(self) -> bool:
-        """Whether the printed improvement is what the columns give."""
+        """True if the printed improvement follows from the columns."""
         return self.printed is None or self.printed == self.improvement
 
     def possible(self, d: int, epsilon: float) -> bool:
-        """Whether mu = k / d has a k from 1 to d."""
+        """True if mu = k / d has a k from 1 to d."""
         return self.mu is None or 1 <= self.mu(d, epsilon) * d <= d
 
     def plain(self, d: int, epsilon: float) -> dict[str, Any]:

@@ -241,7 +241,7 @@ def test_a_study_goes_on_where_it_stopped(mnist: Path, tmp_path: Path, capsys: p
     (cut / "summary.json").unlink()
     (cut / "metrics.jsonl").write_text(before[cut][: len(before[cut]) // 2])
     untouched = {path: (path / "summary.json").stat().st_mtime_ns for path in runs[:3]}
-    refused(capsys, "exists already; go on with --resume", *resumed(mnist, folder)[:-1])
+    refused(capsys, "exists; continue it with --resume", *resumed(mnist, folder)[:-1])
     assert command(*resumed(mnist, folder)) == 0
     assert {path: (path / "summary.json").stat().st_mtime_ns for path in runs[:3]} == untouched
     again = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]

@@ -177,7 +177,7 @@ class Point:
 
     @property
     def looked(self) -> bool:
-        """Whether curvature was looked into: not so where the gradient was too large."""
+        """True if curvature was looked at: not so if the gradient was too large."""
         return bool(self.certificate["verdict"] != "gradient too large")
 
 
@@ -192,8 +192,8 @@ def points(setting: Setting) -> list[Point]:
 
 
 def _place(run: Run, certificate: dict[str, Any]) -> dict[str, float]:
-    """Where a certificate lies. Bytes and seconds are the last line's before it or else the first's: a logarithmic
-    axis has no zero."""
+    """Return the position of a certificate. Bytes and seconds are the last line's before it, else the first's: a
+    logarithmic axis has no zero."""
     line = next((m for m in reversed(run.metrics) if m["step"] <= certificate["step"]), run.metrics[0])
     exact = {axis: float(certificate[axis]) for axis in ("step", "epoch")}
     return {axis: exact[axis] if axis in exact else position(line, axis) for axis in AXES}
@@ -225,6 +225,6 @@ def plateaus(settings: Sequence[Setting]) -> list[float]:
 
 
 def smallest_threshold(settings: Sequence[Setting]) -> float:
-    """Where the logarithmic part of the curvature's axis begins: at a tenth of the smallest threshold."""
+    """Return the start of the logarithmic part of the curvature's axis: a tenth of the smallest threshold."""
     found = [-p.certificate["threshold"] for s in settings for p in points(s) if p.certificate.get("threshold")]
     return float(min((t for t in found if 0 < t < math.inf), default=1.0)) / 10

@@ -93,7 +93,7 @@ def _draw_stills(row: Any, settings: Sequence[Setting]) -> None:
 
 
 def _positive(*columns: Sequence[float]) -> bool:
-    """Whether a logarithmic axis has data: a line on which all is positive and finite. It has none if all diverged."""
+    """Tell if a logarithmic axis has data: a line that is positive and finite. It has none if all runs diverged."""
     return any(all(0 < v < math.inf for v in line) for line in zip(*columns, strict=True))
 
 

@@ -121,7 +121,7 @@ def _mark(i: int, point: Point) -> dict[str, Any]:
 
 
 def _bar(i: int, still: Still) -> dict[str, Any]:
-    """Where a run's loss stood still: both ends along every axis, since which step, and at which level."""
+    """Return the part in which a run's loss stood still: both ends along every axis, the step and the level."""
     ends = {axis: [_short(x) for x in pair] for axis, pair in still.x.items()}
     identity = {"setting": i, "seed": still.run.config.get("seed", 0), "since": still.found.since}
     return {**identity, **ends, "level": _short(still.found.level)}

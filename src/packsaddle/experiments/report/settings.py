@@ -66,7 +66,7 @@ def settings(runs: Iterable[Run]) -> list[Setting]:
 
 
 def _identity(run: Run) -> str:
-    """What must be equal within a setting: everything but the seed, and certificates, which change no iterate."""
+    """Return the keys that are equal within a setting: all but the seed, and certificates, which change no iterate."""
     return json.dumps({k: v for k, v in run.config.items() if k not in ("seed", "certify")}, sort_keys=True)
 
 
@@ -90,7 +90,7 @@ def band(setting: Setting, quantity: str, axis: Axis) -> Band | None:
 
 
 def position(line: dict[str, Any], axis: Axis) -> float:
-    """Where a line of metrics lies on an axis; megabytes are those a worker sent (with one: of its messages).
+    """Return a line's position on an axis; megabytes are those a worker sent (with one: of its messages).
 
     Rounds are NaN where they were not counted.
     """

@@ -92,7 +92,7 @@ def setting_row(setting: Setting) -> SettingRow:
 def plateau(metrics: Sequence[dict[str, Any]], level: float | None) -> tuple[float | None, bool | None]:
     """Return the epochs spent on a plateau, and whether it was left.
 
-    It is entered at the first line of metrics whose loss is at most 5% above `level` and left at the first
+    It begins with the first line of metrics whose loss is at most 5% above `level` and ends with the first
     later one whose loss is 5% below it; a run that does not leave it stays to its end.
     """
     if level is None:

@@ -29,7 +29,7 @@ def study(scale: Scale, data: Data) -> Study:
 
 
 def norms(scale: Scale, data: Data) -> Study:
-    """What batch normalisation may mean when a worker sees one class, with all of the gradient and 1% of it."""
+    """Compare meanings of batch normalisation if a worker sees one class, with all of the gradient and 1% of it."""
     names: dict[Norm, str] = {"all": "batch norm over all", "worker": "batch norm by worker", "group": "group norm"}
     settings = {}
     for norm, described in names.items():

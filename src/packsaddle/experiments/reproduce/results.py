@@ -1,4 +1,4 @@
-"""What a study's runs show, as plain numbers, small enough to be kept: summary.json and curves.csv."""
+"""The results of a study's runs as plain numbers, small enough to keep: summary.json and curves.csv."""
 
 import hashlib
 import json

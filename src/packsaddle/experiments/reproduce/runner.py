@@ -41,10 +41,10 @@ def default_jobs() -> int:
 def in_parallel(
     work: Callable[[Item], Result], items: Sequence[Item], jobs: int, look: Callable[[Collection[Item]], None]
 ) -> Iterator[tuple[Item, Result]]:
-    """Yield items with work(item) as they get done; `look` is called every second with those under way.
+    """Yield items with work(item) as they get done; `look` is called every second with the running ones.
 
     `work` must be importable by name. Raises ConfigError, GuardError, WorkerFailedError (for a killed process, too)
-    or RuntimeError, naming the item, when the first one fails; what is under way then, or when the caller stops, is
+    or RuntimeError, naming the item, when the first one fails; what is running then, or when the caller stops, is
     ended.
     """
     context = multiprocessing.get_context("forkserver")
@@ -78,7 +78,7 @@ def _do_item(work: Callable[[Item], Result], item: Item, place: int) -> Result:
 
 
 def _lost(items: Sequence[object], doing: Sequence[int], processes: Sequence[BaseProcess]) -> str:
-    """Say which item's process has died, and of what; all that were under way, if that is unknown.
+    """Say which item's process has died, and of what; all that were running, if that is unknown.
 
     The executor ends the other processes by SIGTERM.
     """
@@ -155,7 +155,7 @@ def _result(future: Future[Result], item: object) -> Result:
 
 @dataclass(frozen=True)
 class Means:
-    """Where the data are and how runs are done."""
+    """The folder of the data, and the way to run."""
 
     data_dir: Path | None
     download: bool = False

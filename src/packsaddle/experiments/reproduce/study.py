@@ -33,7 +33,7 @@ class SubRun:
 
 @dataclass(frozen=True)
 class Study:
-    """What is to be run; `settings` gives each setting's folder and configuration, whose seed is replaced."""
+    """The runs of a study; `settings` gives each setting's folder and configuration, whose seed is replaced."""
 
     name: str
     scale: Scale
@@ -75,7 +75,7 @@ class StudyFolder:
 
     @property
     def runs(self) -> Path:
-        """Where the runs lie."""
+        """The folder of the runs."""
         return self.path / "runs"
 
     def run(self, sub_run: SubRun) -> Path:
@@ -83,11 +83,11 @@ class StudyFolder:
         return self.runs / sub_run.name
 
     def check(self, study: Study, *, resume: bool) -> None:
-        """Raise ConfigError if the folder is there, unless it is this study's and is to be gone on with."""
+        """Raise ConfigError if the folder is there, unless it is this study's and is to be continued."""
         if self.path.exists() and resume:
             self._check(study)
         elif self.path.exists():
-            raise ConfigError(f"output folder {self.path} exists already; go on with --resume or choose another --out")
+            raise ConfigError(f"output folder {self.path} exists; continue it with --resume, or choose another --out")
 
     def make(self, study: Study) -> None:
         """Make the folder if it is not there. Raises ConfigError if it cannot be made."""
@@ -116,11 +116,11 @@ class StudyFolder:
             return None
 
     def is_done(self, sub_run: SubRun) -> bool:
-        """Whether a run has been finished (its summary comes last)."""
+        """Tell if a run has been finished (its summary comes last)."""
         return (self.run(sub_run) / "summary.json").is_file()
 
     def is_begun(self, sub_run: SubRun) -> bool:
-        """Whether there is something of this run to go on with."""
+        """Tell if there is something of this run to continue."""
         return self._config_of(sub_run) == sub_run.config
 
     def missing(self, sub_runs: Iterable[SubRun]) -> list[SubRun]:

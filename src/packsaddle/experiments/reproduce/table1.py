@@ -213,7 +213,7 @@ def tabulate(scale: Scale, folder: Path, version: str, *, resume: bool, jobs: in
     """Measure what is missing, write tables and figure, and return the rows of exponents. Raises ConfigError."""
     wanted = list(few_jobs() if scale == "smoke" else all_jobs())
     if folder.exists() and not resume:
-        raise ConfigError(f"output folder {folder} exists already; go on with --resume or choose another --out")
+        raise ConfigError(f"output folder {folder} exists; continue it with --resume, or choose another --out")
     if not folder.exists():
         make_new(folder)
     with locked(folder):

@@ -189,5 +189,5 @@ def plan_for_unit_fall(a: Assumptions, planned: Plan) -> Plan:
 
 
 def bytes_per_step(compressor: Compressor, d: int) -> int:
-    """What one of four workers sends in a step, at single precision."""
+    """Return the bytes that one of four workers sends in a step, at single precision."""
     return choose(compressor, "direct", d=d, dense=0, workers=4).aggregator.wire(d, 0, 1, 4, 4).sent

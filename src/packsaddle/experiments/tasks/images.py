@@ -26,7 +26,7 @@ class Dataset(Protocol):
 
     @property
     def classes(self) -> int:
-        """How many values a target can have."""
+        """The number of values that a target can have."""
 
     def __len__(self) -> int: ...
 

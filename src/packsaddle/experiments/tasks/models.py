@@ -60,8 +60,8 @@ class WorkerBatchNorm2d(nn.Module):
         n, c, h, w = x.shape
         if self.parts == 1:
             return self._local(x, self.weight, self.bias)
-        beside = x.view(self.parts, n // self.parts, c, h, w).transpose(0, 1).reshape(n // self.parts, -1, h, w)
-        y = self._local(beside, self.weight.repeat(self.parts), self.bias.repeat(self.parts))
+        apart = x.view(self.parts, n // self.parts, c, h, w).transpose(0, 1).reshape(n // self.parts, -1, h, w)
+        y = self._local(apart, self.weight.repeat(self.parts), self.bias.repeat(self.parts))
         return y.view(n // self.parts, self.parts, c, h, w).transpose(0, 1).reshape(x.shape)
 
     def _local(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Calendar:
         return step - self.start + self.done * self.per_epoch
 
     def epoch(self, step: int) -> float:
-        """How many epochs are done at a step."""
+        """Return the number of epochs that are done at a step."""
         return self.position(step) / self.per_epoch
 
     def step_at(self, epoch: float) -> int:
@@ -72,7 +72,7 @@ class Batches:
     """This worker's batches, without replacement within a pass over its shard; batch t depends only on t.
 
     They begin at step `start` with what `rest` has, int64[m], if a pass that other workers began is to be ended, and
-    then go on with this worker's own passes, from number `first`.
+    then continue with this worker's own passes, from number `first`.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Batches:
         return torch.cat(picked)
 
     def left(self, step: int) -> tuple[Tensor, int]:
-        """Return what is left of the pass that is under way at a step, int64[m], and the number of the next one."""
+        """Return the rest of the pass at a step, int64[m], and the number of the next one."""
         left, number = self._from((step - self._start) * self._batch_size)
         if number >= self._first and len(left) == len(self._indices):
             return left[:0], number
@@ -127,7 +127,7 @@ def deal(
 ) -> list[Batches]:
     """Return the batches of some of the present workers, in a run whose number of workers changed as `history` says.
 
-    What is left of passes that are under way then is dealt to the new workers by who owns which example, so that none
+    The rest of the unfinished passes is dealt to the new workers by who owns which example, so that none
     is repeated and none dropped. Raises ConfigError if a worker would get nothing.
     """
     rest, first = torch.empty(0, dtype=torch.int64), 0

@@ -1,4 +1,4 @@
-"""Which implementation of the inner loops is used: compiled ones where they can be, torch's otherwise.
+"""Choice of the inner loops: compiled ones if possible, torch's otherwise.
 
 On the CPU numba (the extra `packsaddle[fast]`) compiles `numerics.kernels.numba_loops`; on CUDA Triton, which comes
 with torch there, compiles `numerics.kernels.triton_loops`. Every caller of one has a twin of it in torch,

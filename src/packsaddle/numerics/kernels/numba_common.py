@@ -1,4 +1,4 @@
-"""What compiled loops share: how they are compiled, and how a vector is cut in parts for threads."""
+"""Common parts of compiled loops: the compilation, and the division of a vector among threads."""
 
 import functools
 import os

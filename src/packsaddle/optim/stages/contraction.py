@@ -17,7 +17,7 @@ class Every:
         self._done = 0  # the step count when it was done last
 
     def due(self, step: int) -> bool:
-        """Whether it is, in this step, from 0."""
+        """Tell if a measurement is due in this step, from 0."""
         return self.steps > 0 and (step + 1) // self.steps > self._done // self.steps
 
     def done(self, step: int) -> None:
@@ -30,7 +30,7 @@ class Every:
 
     @property
     def last(self) -> int:
-        """How many steps there were when it was done last."""
+        """The number of steps at the last measurement."""
         return self._done
 
 

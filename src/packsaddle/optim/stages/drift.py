@@ -1,4 +1,4 @@
-"""What must be equal on all workers is compared now and then, by fingerprints: x is never sent, so it could drift.
+"""Comparison of x over workers, at intervals, by fingerprints: x is never sent, so it could drift.
 
 A worker whose memory is faulty, whose processor rounds otherwise or whose script changes its parameters alone would
 train another model without a word.
@@ -47,7 +47,7 @@ class DriftGuard:
         self.found: list[Drift] = []
 
     def due(self, step: int) -> bool:
-        """Whether to compare, once a step with an exchange has been taken, t from 0."""
+        """Tell if a comparison is due after a step with an exchange, t from 0."""
         return self._channel.group.size > 1 and self._every.due(step)
 
     def compare(
@@ -96,7 +96,7 @@ class DriftGuard:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's bits taken for integers, modulo 2^64, int64[]; any single change changes it.
+    """Return the sum of a tensor's bits read as integers, modulo 2^64, int64[]; any single change changes it.
 
     So do all but one in 2^64 of random ones. It is read at the speed of memory: 6 ms for 25 million float32 on a CPU.
     """

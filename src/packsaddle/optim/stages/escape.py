@@ -21,7 +21,7 @@ from packsaddle.optim.stages.learning_rates import Rates, is_plain_sgd
 
 @dataclass(frozen=True)
 class Escape:
-    """When to check for an escape, and how.
+    """The settings of the escape check (Algorithm 1, lines 4-8).
 
     `interval` is I, in steps, and `radius` is R, in the norm of x. `objective()` returns this worker's f_i(x)
     at the parameters' present values, as a float or 0-dim tensor; f = mean_i f_i is formed here. It is called
@@ -152,7 +152,7 @@ class Hook(Protocol):
 
     @property
     def steps(self) -> int:
-        """How many exchanges have been taken."""
+        """The number of exchanges so far."""
 
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's e^(i), in units of a gradient, by parameter."""

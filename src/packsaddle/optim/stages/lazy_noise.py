@@ -1,4 +1,4 @@
-"""How the noise xi_t reaches x: through the error memory, or, where the law is the same, drawn when x receives it."""
+"""The path of the noise xi_t to x: through the error memory, or, if the law is the same, drawn when x receives it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +68,7 @@ class OutstandingNoise:
 
     @property
     def anything(self) -> bool:
-        """Whether noise was added since all was cleared."""
+        """True if noise was added since all was cleared."""
         return self._total != 0
 
     def clear(self) -> None:
@@ -89,7 +89,7 @@ class OutstandingNoise:
         return made
 
     def is_on_grid_of(self, other: "OutstandingNoise") -> bool:
-        """Whether both have the same cells."""
+        """Tell if both have the same cells."""
         return (len(self._kept), self._size) == (len(other._kept), other._size)
 
 
@@ -136,7 +136,7 @@ class Perturber:
 
     @property
     def lazy(self) -> bool:
-        """Whether noise may be left outstanding."""
+        """True if noise may be left outstanding."""
         return self._outstanding is not None
 
     def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[Noise | None, int]:

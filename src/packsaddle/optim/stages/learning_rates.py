@@ -8,12 +8,12 @@ from packsaddle.optim.layout import Place
 
 
 def is_plain_sgd(optimizer: Optimizer | None) -> bool:
-    """Whether an optimizer only subtracts eta times the gradient: then it is known what an error e will do to x."""
+    """Tell if an optimizer only subtracts eta times the gradient: then the effect of an error e on x is known."""
     return type(optimizer) is SGD and not any(g["momentum"] or g["maximize"] for g in optimizer.param_groups)
 
 
 class Rates:
-    """What e is to be multiplied by when plain SGD's rate changes from a to b: a / b, so that y = x - eta e stays.
+    """The factor of e when plain SGD's rate changes from a to b: a / b, so that y = x - eta e stays.
 
     Without an optimizer, or with another one, nothing: momentum and second moments would take what is multiplied for
     gradients. Raises ValueError if the optimizer does not have all of the parameters.

@@ -80,7 +80,7 @@ class Skips:
 
 
 class Source(Protocol):
-    """What gradients come from."""
+    """The source of gradients."""
 
     def first_bad(self) -> str | None:
         """Return the name of the first parameter whose gradient cannot be used."""

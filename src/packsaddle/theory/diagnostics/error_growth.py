@@ -1,4 +1,4 @@
-"""How large the error memory grows: Lemma A.5 against measurement, and what a small change does to it."""
+"""The growth of the error memory: Lemma A.5 against measurement, and the effect of a small change."""
 
 from dataclasses import dataclass, replace
 

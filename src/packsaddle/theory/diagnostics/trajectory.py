@@ -20,7 +20,7 @@ from packsaddle.theory.problems import Oracle
 
 @dataclass(frozen=True)
 class Method:
-    """How the optimizer is set up: step size eta, compressor C, and r, the std of each coordinate of xi_t (or a
+    """The optimizer's setting: step size eta, compressor C, and r, the std of each coordinate of xi_t (or a
     function of the step that gives it). Without `error_feedback` line 12 leaves e = 0, for comparison. Raises
     ValueError unless `lr` is positive and finite."""
 
@@ -40,7 +40,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What happened in T steps from x_0, for all t (the same on every worker, `gradients` excepted)."""
+    """The record of T steps from x_0, for all t (the same on every worker, `gradients` excepted)."""
 
     oracle: Oracle
     method: Method

@@ -44,7 +44,7 @@ class Quadratic(Problem):
     def critical_points(self) -> list[CriticalPoint]:
         a, b = self._coefficients(torch.empty(0, dtype=torch.float64))
         if bool(((a == 0) & (b != 0)).any()):
-            return []  # it slopes for ever
+            return []  # it slopes without end
         x = torch.where(a == 0, 0.0, -b / a)
         return [CriticalPoint(x, min(self.curvatures), sum(value < 0 for value in self.curvatures))]
 

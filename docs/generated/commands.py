@@ -1,0 +1,104 @@
+"""The commands and their options, from the signatures and docstrings of packsaddle.cli."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+from generated import table
+from packsaddle import cli
+from packsaddle.cli.parsing import Command, Group
+
+
+def markdown() -> str:
+    """Return a section for each command: its use, examples, and a table of its arguments."""
+    return "\n\n".join(_group(cli.COMMANDS, "packsaddle"))
+
+
+def _group(group: Group, name: str) -> list[str]:
+    parts: list[str] = []
+    for word, command in group.commands.items():
+        full = f"{name} {word}"
+        if isinstance(command, Group):
+            parts += [f"### {full}", command.about, *_group(command, full)]
+        else:
+            level = "####" if " " in name else "###"
+            parts += [f"{level} {full}", *_about(command), _arguments(command)]
+    return [part for part in parts if part]
+
+
+def _about(command: Command) -> list[str]:
+    """The paragraphs of a docstring up to the arguments; examples become a block of code."""
+    paragraphs = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
+    return [_examples(p) if p.startswith("Examples:") else _quoted(" ".join(p.split())) for p in paragraphs]
+
+
+def _quoted(text: str) -> str:
+    """A text whose options are code: a typographer would make one dash of two."""
+    return re.sub(r"(?<![`\w])--[a-z][\w-]*", lambda found: f"`{found[0]}`", text)
+
+
+def _examples(paragraph: str) -> str:
+    return f"```text\n{textwrap.dedent(paragraph.partition(chr(10))[2])}\n```"
+
+
+def _arguments(command: Command) -> str:
+    hints, said = get_type_hints(command, include_extras=True), _helps(command)
+    if inspect.isclass(command):
+        given = {f.name: f.default for f in dataclasses.fields(command)}
+    else:
+        given = {n: p.default for n, p in inspect.signature(command).parameters.items()}
+    rows = [
+        [_name(n, hints[n], default), _value(hints[n]), _default(default), _quoted(said.get(n, ""))]
+        for n, default in given.items()
+    ]
+    return table(["argument", "value", "default", "meaning"], rows) if rows else ""
+
+
+def _name(name: str, hint: Any, default: Any) -> str:
+    if tyro.conf.Positional in getattr(hint, "__metadata__", ()):
+        return f"`{name.upper()}`"
+    return f"`--{'no-' * (default is True)}{name.replace('_', '-')}`"
+
+
+def _value(hint: Any) -> str:
+    while hasattr(hint, "__metadata__"):
+        hint = get_args(hint)[0]
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(hint))
+    if get_origin(hint) is tuple:
+        return f"any number of: {_value(get_args(hint)[0])}"
+    others = [_value(h) for h in get_args(hint) if h is not type(None)]
+    names = {"int": "integer", "float": "number", "str": "text", "Path": "path", "bool": "flag"}
+    return ", ".join(others) if others else names[hint.__name__]
+
+
+def _default(value: Any) -> str:
+    if value in (inspect.Parameter.empty, dataclasses.MISSING):
+        return "required"
+    return "" if value is None or isinstance(value, bool) or value == () else f"`{value}`"
+
+
+def _helps(command: Command) -> dict[str, str]:
+    """The help of each argument: the section "Args:" of a function, the texts after the fields of a class."""
+    if inspect.isclass(command):
+        return {n: text for base in reversed(command.__mro__[:-1]) for n, text in _field_texts(base).items()}
+    section = (inspect.getdoc(command) or "").partition("\n\nArgs:\n")[2]
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
+
+
+def _field_texts(cls: type) -> dict[str, str]:
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
+    return found
