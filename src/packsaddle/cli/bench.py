@@ -215,8 +215,8 @@ class RaceToLoss(Question):
     """Folder of curves.csv and steps.csv, which are added to."""
     only: Literal["all", "curves", "steps", "tables"] = "all"
     """One part: the training curves, the steps on links, or the tables of what is there."""
-    model: Literal["gpt", "resnet18"] = "gpt"
-    """nanoGPT's small network with AdamW, or ResNet-18 with SGD and momentum."""
+    model: Literal["gpt", "gpt-10m", "resnet18"] = "gpt"
+    """nanoGPT's network of 0.83 or 10.7 million parameters with AdamW, or ResNet-18 with SGD and momentum."""
     data_dir: Annotated[Path | None, UNSAID] = None
     """Folder of text, by default the source of Python's standard library; or of CIFAR-10 or an image folder."""
     workers: tuple[int, ...] = (2,)
@@ -247,7 +247,7 @@ class RaceToLoss(Question):
         from packsaddle.performance.bench.workload import TrainingWorkload
 
         workload = TrainingWorkload(self.model, self.batch, None if self.data_dir is None else str(self.data_dir))
-        training = Training(workload, "adamw" if self.model == "gpt" else "momentum", self.steps, self.every)
+        training = Training(workload, "adamw" if workload.reads_text else "momentum", self.steps, self.every)
         links = tuple(map(Link.parse, self.rates))
         race = FullRace(
             self.out,

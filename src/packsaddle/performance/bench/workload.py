@@ -1,7 +1,8 @@
 """The networks that training benchmarks train, and their batches of real or synthetic images, or of text.
 
-"gpt" is nanoGPT's network for a CPU (4 layers, 4 heads, width 128, 64 characters: 0.83 million parameters). Its text is
-a folder's, or the source of Python's standard library, 11 million characters that every CPython has.
+"gpt" is nanoGPT's network for a CPU (4 layers, 4 heads, width 128, 64 characters: 0.83 million parameters), and
+"gpt-10m" the network of its example for characters (6 layers, 6 heads, width 384: 10.7 million). Their text is a
+folder's, or the source of Python's standard library, 11 million characters that every CPython has.
 """
 
 from collections.abc import Callable
@@ -18,12 +19,16 @@ from packsaddle.experiments.tasks.models import Task, make_task
 from packsaddle.experiments.tasks.sharding import Batches, shard
 from packsaddle.experiments.tasks.text import load_library, load_text
 
-Network = Literal["mnist-autoencoder", "resnet18", "gpt"]
+Network = Literal["mnist-autoencoder", "resnet18", "gpt", "gpt-10m"]
 Batch = tuple[Tensor, Tensor]  # float32[b, channels, height, width] in [0, 1], int64[b]; or int64[b, context] both
 
 _SHAPES: dict[str, tuple[int, int, int]] = {"mnist-autoencoder": (1, 28, 28), "resnet18": (3, 32, 32)}
 _SYNTHETIC = 2048
-_GPT = ModelConfig("char-transformer", width=128, depth=4, heads=4)
+_GPTS = {
+    "gpt": ModelConfig("char-transformer", width=128, depth=4, heads=4),
+    "gpt-10m": ModelConfig("char-transformer", width=384, depth=6, heads=6),
+}
+_IMAGE_MODELS = {"mnist-autoencoder": ModelConfig("mnist-autoencoder"), "resnet18": ModelConfig("resnet18")}
 _TEXT = DataConfig("text")
 
 
@@ -46,13 +51,18 @@ class TrainingWorkload:
             raise ValueError(f"data-dir must be a folder, got {self.data_dir}")
 
     @property
+    def reads_text(self) -> bool:
+        """Whether its examples are windows of text."""
+        return self.network in _GPTS
+
+    @property
     def is_real(self) -> bool:
         """Whether a loss on it tells something: it is no synthetic pattern."""
-        return self.network == "gpt" or self.data_dir is not None
+        return self.reads_text or self.data_dir is not None
 
     def source(self) -> str:
         """Say where the examples come from."""
-        if self.network == "gpt":
+        if self.reads_text:
             return "Python's standard library" if self.data_dir is None else "text folder"
         if self.data_dir is None:
             return "synthetic images"
@@ -65,7 +75,7 @@ class TrainingWorkload:
 
     def examples(self, *, train: bool = True) -> Dataset:
         """Return the examples to train on, or those held out. Raises ConfigError if they cannot be read."""
-        if self.network == "gpt":
+        if self.reads_text:
             folder = None if self.data_dir is None else Path(self.data_dir)
             return load_library(_TEXT, train=train) if folder is None else load_text(_TEXT, folder, train=train)
         if self.data_dir is not None:
@@ -74,10 +84,10 @@ class TrainingWorkload:
 
     def task(self) -> Task:
         """Return a new network, the same every time."""
-        if self.network == "gpt":
+        if self.reads_text:
             data = self.examples()
-            return make_task(_GPT, data.shape, data.classes, self.seed)
-        return make_task(ModelConfig(self.network), torch.Size(_SHAPES[self.network]), 10, self.seed)
+            return make_task(_GPTS[self.network], data.shape, data.classes, self.seed)
+        return make_task(_IMAGE_MODELS[self.network], torch.Size(_SHAPES[self.network]), 10, self.seed)
 
     def batches(self, examples: Dataset, worker: int, workers: int) -> Callable[[int], Batch]:
         """Return this worker's batch as a function of the step."""
