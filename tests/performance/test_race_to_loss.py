@@ -32,7 +32,7 @@ from packsaddle.performance.bench.time_to_loss import (
     load_steps,
     rows,
     save_steps,
-    target_of,
+    targets_of,
     verdicts,
 )
 from packsaddle.performance.bench.workload import TrainingWorkload
@@ -166,6 +166,19 @@ def test_steps_to_a_loss_are_on_straight_lines() -> None:
     assert found.steps_to(1.75) == pytest.approx(450)
     assert found.steps_to(0.5) is None
     assert curve("ddp", (4.0, None)).final == math.inf
+    assert [found.loss_at(step) for step in (0, 100, 150, 420, 500)] == pytest.approx([4.0, 4.0, 3.5, 2.2, 1.0])
+
+
+def test_each_seed_has_its_own_target() -> None:
+    """A seed whose network starts better is compared with dense training from the same start."""
+    losses = (4.0, 3.0, 2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+    worse = tuple(loss + 1 for loss in losses)
+    (dense,) = entries([curve("ddp", losses), curve("ddp", worse, seed=1)])
+    targets = targets_of(dense)
+    assert targets == {0: pytest.approx(0.1), 1: pytest.approx(1.1)}
+    assert dense.steps_to(targets) == pytest.approx([90, 90])
+    (other,) = entries([curve("diloco-8", losses, seed=2)])
+    assert other.steps_to(targets) is None  # dense training did not have that seed
 
 
 def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
@@ -240,7 +253,7 @@ def a_race() -> tuple[list[Curve], list[StepOnLink]]:
 
 def test_times_to_the_target_are_steps_by_seconds() -> None:
     curves, steps = a_race()
-    assert target_of(entries(curves)[0]) == pytest.approx(2.0)
+    assert targets_of(entries(curves)[0]) == {0: pytest.approx(2.0)}
     table = rows(curves, steps)
     named = {(row["method"], row["tokens"]): row for row in table}
     assert list(named) == [("ddp", 1.0), ("diloco-8", 1.0), ("TopK(0.1) every=8", 1.0), ("TopK(0.1) every=8", 2.0)]
@@ -276,7 +289,7 @@ def test_tables_from_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert command("bench", "race", "--out", tmp_path, "--only", "tables", "--json") == 0
     losses, first, shares = json.loads(capsys.readouterr().out)
     assert losses["rows"][3]["10 Mbit/s"] == pytest.approx(0.84)
-    assert "target: 2.0000" in losses["notes"][0]
+    assert "by seed (2.0000)" in losses["notes"][0]
     assert first["rows"][0]["best peer"] == "diloco-8"
     assert shares["rows"][0]["contender"] == "ddp"
     assert (tmp_path / "times-2-workers.png").exists()

@@ -280,7 +280,7 @@ def show(result: Result) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in result.rows:
-        table.add_row(*(shown(row[name]) for name in columns))
+        table.add_row(*(shown(row[name], result.digits) for name in columns))
     print_table(table)
     print("  ".join(f"{name}: {shown(value)}" for name, value in result.setting.items()))
     for note in result.notes:

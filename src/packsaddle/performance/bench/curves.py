@@ -65,6 +65,13 @@ class Curve:
         """The last loss, infinite where it is not finite."""
         return math.inf if self.losses[-1] is None else self.losses[-1]
 
+    def loss_at(self, step: float) -> float:
+        """Return the loss after a number of steps, between evaluations by a straight line, before the first its own."""
+        losses = [math.inf if loss is None else loss for loss in self.losses]
+        place = min(max(step / self.every - 1, 0.0), len(losses) - 1.0)
+        before, share = int(place), place - int(place)
+        return losses[before] if share == 0 else (1 - share) * losses[before] + share * losses[before + 1]
+
     def steps_to(self, loss: float) -> float | None:
         """Return after how many steps the loss was first reached, between evaluations by a straight line, or None."""
         before = (0.0, math.inf)

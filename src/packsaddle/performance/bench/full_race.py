@@ -24,7 +24,7 @@ from packsaddle.performance.bench.time_to_loss import (
     load_steps,
     rows,
     save_steps,
-    target_of,
+    targets_of,
     verdicts,
 )
 from packsaddle.performance.bench.train import hold
@@ -127,18 +127,22 @@ def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOn
         "optimizer": race.training.optimizer,
         "lrs": ", ".join(f"{rate:g}" for rate in race.grid),
         **machine(),
+        "threads": 1,
     }
     found = []
     if any(entry.method == DENSE for entry in entries(curves)):
         table = rows(curves, steps)
-        target = target_of(next(entry for entry in entries(curves) if entry.method == DENSE))
+        targets = targets_of(next(entry for entry in entries(curves) if entry.method == DENSE))
+        target = ", ".join(f"{loss:.4f}" for loss in targets.values())
         notes = [
-            f"target: {target:.4f}, the loss of {DENSE} at nine tenths of its tokens; times are steps to it (mean over "
-            "seeds) times the step's median on the link; inf: a seed did not reach it",
+            f"target: the loss of {DENSE} at nine tenths of its tokens, by seed ({target}); times are steps to it, mean "
+            "over seeds, times the step's median on the link; inf: a seed did not reach it",
             "loss: of the mean of the workers' models on 512 held-out examples; mean, low and high over seeds, at the "
             "best step size of the grid; tokens: of ddp's; kB: sent by a worker in a step",
         ]
-        found.append(Result("How good is each method, and how long to the target loss?", setting, table, notes))
+        found.append(
+            Result("How good is each method, and how long to the target loss?", setting, table, notes, digits=4)
+        )
         if steps:
             found.append(Result("Who is first at the target loss on each link?", setting, verdicts(table, steps)))
     if shares := computing(steps):

@@ -9,7 +9,7 @@ from typing import Any
 from packsaddle.errors import require
 from packsaddle.performance.bench.contenders import ALONE, DENSE
 from packsaddle.performance.bench.curves import Curve
-from packsaddle.performance.bench.time_to_loss import Entry, StepOnLink, computing, entries, rows, target_of
+from packsaddle.performance.bench.time_to_loss import Entry, StepOnLink, computing, entries, rows, targets_of
 
 _OURS = ("#d1495b", "#e8871e", "#8f2d56", "#b5651d", "#f25f5c", "#c9184a", "#ff9f1c")
 _PEERS = ("#2e6f95", "#6a994e", "#577590", "#43aa8b", "#277da1", "#90be6d", "#4d908e", "#5e60ce")
@@ -28,7 +28,7 @@ def draw(folder: Path, workers: int, curves: Sequence[Curve], steps: Sequence[St
     with plt.rc_context(_STYLE):
         if dense is not None:
             figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
-            _losses(axes, found, target_of(dense))
+            _losses(axes, found, statistics.fmean(targets_of(dense).values()))
             files.append(_saved(figure, folder / f"losses-{workers}-workers.png"))
             if steps:
                 figure, axes = plt.subplots(figsize=(8.5, 4.6), layout="constrained")

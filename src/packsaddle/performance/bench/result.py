@@ -11,12 +11,13 @@ import torch
 
 @dataclass(frozen=True)
 class Result:
-    """One table. Cells are strings, integers, floats (shown with three digits) or None (shown empty)."""
+    """One table. Cells are strings, integers, floats or None (shown empty)."""
 
     question: str
     setting: Mapping[str, Any]  # sizes, rates, seeds, and what `machine` says
     rows: Sequence[Mapping[str, Any]]  # all with the same keys, the columns, with units in their names
     notes: Sequence[str] = ()  # what must be known to read the table: floors, what a peer cannot do here
+    digits: int = 3  # of a float, printed
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain types."""
@@ -40,10 +41,10 @@ def _cpu_model() -> str:
     return f"{names[0]}, {len(names)} logical cores" if names else platform.machine()
 
 
-def shown(cell: Any) -> str:
-    """A cell of a printed table."""
+def shown(cell: Any, digits: int = 3) -> str:
+    """Return a cell of a printed table."""
     if cell is None:
         return ""
     if isinstance(cell, float) and abs(cell) < 1000:
-        return f"{cell:.3g}"
+        return f"{cell:.{digits}g}"
     return f"{cell:,.0f}" if isinstance(cell, int | float) else str(cell)

@@ -1,7 +1,8 @@
 """The time that training to a loss takes on a link: steps to the loss, from curves, times the seconds of a step there.
 
-The loss is that which dense training has at nine tenths of its tokens. Steps and their times are measured apart, see
-`curves` and `race`, and multiplied here: one curve serves every link.
+The loss is that which dense training has at nine tenths of its tokens, for each seed its own: seeds differ in network
+and batches, which are the same for all contenders. Steps and their times are measured apart, see `curves` and `race`,
+and multiplied here: one curve serves every link.
 """
 
 import csv
@@ -92,9 +93,9 @@ class Entry:
         """The last losses, one for each seed."""
         return [curve.final for curve in self.curves]
 
-    def steps_to(self, loss: float) -> list[float] | None:
-        """Return the steps to a loss, one for each seed, or None if a seed does not reach it."""
-        found = [curve.steps_to(loss) for curve in self.curves]
+    def steps_to(self, targets: Mapping[int, float]) -> list[float] | None:
+        """Return the steps to the loss of each seed, or None if a seed does not reach its own, or has none."""
+        found = [curve.steps_to(targets.get(curve.seed, -math.inf)) for curve in self.curves]
         return None if None in found else [steps for steps in found if steps is not None]
 
 
@@ -116,10 +117,9 @@ def _best(group: list[Curve]) -> list[Curve]:
     return sorted(min(full, key=lambda mine: statistics.fmean(c.final for c in mine)), key=lambda c: c.seed)
 
 
-def target_of(dense: Entry) -> float:
-    """Return the mean over seeds of dense training's loss at nine tenths of its tokens."""
-    at = max(0, math.floor(_TARGET * dense.curves[0].steps / dense.curves[0].every) - 1)
-    return statistics.fmean(math.inf if (loss := c.losses[at]) is None else loss for c in dense.curves)
+def targets_of(dense: Entry) -> dict[int, float]:
+    """Return dense training's loss at nine tenths of its tokens, by seed."""
+    return {curve.seed: curve.loss_at(_TARGET * curve.steps) for curve in dense.curves}
 
 
 def rows(curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
@@ -132,11 +132,11 @@ def rows(curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[dict[str,
     dense = next((entry for entry in found if entry.method == DENSE), None)
     if dense is None:
         raise ValueError(f"curves must include {DENSE}, by which the target is set")
-    target, links = target_of(dense), list(dict.fromkeys(step.link for step in steps))
+    targets, links = targets_of(dense), list(dict.fromkeys(step.link for step in steps))
     timed = {(parse(s.contender, 1.0).method, s.link): s for s in steps}
     table = []
     for entry in found:
-        reached = entry.steps_to(target)
+        reached = entry.steps_to(targets)
         row: dict[str, Any] = {
             "method": entry.method,
             "lr": entry.curves[0].lr,
