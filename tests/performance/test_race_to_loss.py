@@ -22,7 +22,7 @@ from packsaddle.performance.bench.contenders import parse
 from packsaddle.performance.bench.curves import Curve, Job, Training, append, load, train, validate
 from packsaddle.performance.bench.full_race import Link
 from packsaddle.performance.bench.peers import Racer, enter
-from packsaddle.performance.bench.race_figures import draw
+from packsaddle.performance.bench.race_figures import draw, titled
 from packsaddle.performance.bench.recipe import CONSTANT, Recipe
 from packsaddle.performance.bench.search import Search
 from packsaddle.performance.bench.time_to_loss import (
@@ -279,6 +279,15 @@ def test_figures(tmp_path: Path) -> None:
     assert [file.name for file in files] == ["losses-2-workers.png", "times-2-workers.png", "computing-2-workers.png"]
     assert all(file.stat().st_size > 10_000 for file in files)
     assert draw(tmp_path, 4, [], []) == []
+
+
+def test_legends_name_methods_in_words() -> None:
+    assert titled("ddp") == "DDP, float32"
+    assert titled("diloco-32") == "torchft's DiLoCo, every 32"
+    assert titled('TopK(1/16, values="int2") every=8') == 'LocalUpdates every 8, TopK(1/16, values="int2")'
+    assert titled("TopK(0.1) hook=bucket") == "packsaddle's hook, TopK(0.1)"
+    assert titled("TopK(0.01) momentum=0.9") == "CompressedSGD, TopK(0.01)"
+    assert titled("own-uint8") == "own-uint8"
 
 
 def test_tables_from_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

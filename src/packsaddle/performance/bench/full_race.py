@@ -135,8 +135,8 @@ def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOn
         targets = targets_of(next(entry for entry in entries(curves) if entry.method == DENSE))
         target = ", ".join(f"{loss:.4f}" for loss in targets.values())
         notes = [
-            f"target: the loss of {DENSE} at nine tenths of its tokens, by seed ({target}); times are steps to it, mean "
-            "over seeds, times the step's median on the link; inf: a seed did not reach it",
+            f"target: the loss of {DENSE} at nine tenths of its tokens, by seed ({target}); times are steps to it, the "
+            "mean over seeds, times the step's median on the link; inf: a seed did not reach it",
             "loss: of the mean of the workers' models on 512 held-out examples; mean, low and high over seeds, at the "
             "best step size of the grid; tokens: of ddp's; kB: sent by a worker in a step",
         ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from packsaddle.errors import require
-from packsaddle.performance.bench.contenders import ALONE, DENSE
+from packsaddle.performance.bench.contenders import ALONE, DENSE, parse
 from packsaddle.performance.bench.curves import Curve
 from packsaddle.performance.bench.time_to_loss import Entry, StepOnLink, computing, entries, rows, targets_of
 
@@ -47,6 +47,27 @@ def _saved(figure: Any, path: Path) -> Path:
     return path
 
 
+def titled(method: str) -> str:
+    """Return a method's name for a legend."""
+    contender = parse(method, 1.0)
+    n = contender.number
+    peers = {
+        "ddp": "DDP, float32",
+        "ddp-fp16": "DDP, float16 hook",
+        "powersgd-N": f"torch's PowerSGD, rank {n}",
+        "local-sgd-N": f"torch's local SGD, every {n}",
+        "diloco-N": f"torchft's DiLoCo, every {n}",
+        "sparseloco-N": f"SparseLoCo's algorithm, every {n}",
+    }
+    if contender.compressor is None:
+        return peers.get(contender.peer, method)
+    compressor = method.split(") ")[0] + ")"
+    if contender.hook:
+        return f"packsaddle's hook, {compressor}"
+    every = contender.every
+    return f"LocalUpdates every {every}, {compressor}" if every else f"CompressedSGD, {compressor}"
+
+
 def _colours(found: Sequence[Entry]) -> dict[str, str]:
     """A colour for each method: warm ones are packsaddle's, cold ones its peers', black is dense training."""
     ours = dict.fromkeys(entry.method for entry in found if entry.is_ours)
@@ -66,7 +87,7 @@ def _losses(axes: Any, found: Sequence[Entry], target: float) -> None:
         by_step = list(zip(*(mine[:n] for mine in losses), strict=True))
         mean, low, high = ([f(step) for step in by_step] for f in (statistics.fmean, min, max))
         style = {"color": colours[entry.method], "linestyle": "-" if first.steps == short else "--", "linewidth": 1.3}
-        name = entry.method if first.steps == short else f"{entry.method}, {first.steps} steps"
+        name = titled(entry.method) + ("" if first.steps == short else f", {first.steps} steps")
         axes[0].plot(at, mean, label=name, **style)
         axes[0].fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
         axes[1].plot([step * first.sent / 1e6 for step in at], mean, **style)
@@ -77,6 +98,7 @@ def _losses(axes: Any, found: Sequence[Entry], target: float) -> None:
         panel.grid(alpha=0.2)
         panel.set_ylim(top=min(3.2, panel.get_ylim()[1]))
     axes[1].set_xscale("log")
+    axes[1].xaxis.set_major_formatter(lambda mb, _: f"{mb:g}")
     axes[0].legend(frameon=False)
 
 
@@ -88,9 +110,10 @@ def _times(axes: Any, table: Sequence[dict[str, Any]], found: Sequence[Entry]) -
         mine = [row for row in table if row["method"] == method]
         best = [min((row[link] for row in mine if row[link] is not None), default=math.nan) for link in links]
         if all(math.isfinite(seconds) for seconds in best):
-            axes.plot(range(len(links)), best, marker="o", markersize=4, color=colours[method], label=method)
+            axes.plot(range(len(links)), best, marker="o", markersize=4, color=colours[method], label=titled(method))
     axes.set_xticks(range(len(links)), links)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
     axes.set_ylabel("seconds to the target loss")
     axes.grid(alpha=0.2)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -104,7 +127,7 @@ def _computing(axes: Any, steps: Sequence[StepOnLink]) -> None:
         shares = [math.nan if row[link] is None else 100 * row[link] for link in links]
         is_ours = row["contender"][:1].isupper()
         style = {"marker": "o", "markersize": 4, "linestyle": "-" if is_ours else "--"}
-        axes.plot(range(len(links)), shares, label=row["contender"], **style)
+        axes.plot(range(len(links)), shares, label=titled(row["contender"]), **style)
     axes.set_xticks(range(len(links)), links)
     axes.set_ylabel("share of the time computing, %")
     axes.set_ylim(0, 103)
