@@ -138,7 +138,7 @@ def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOn
             f"target: the loss of {DENSE} at nine tenths of its tokens, by seed ({target}); times are steps to it, the "
             "mean over seeds, times the step's median on the link; inf: a seed did not reach it",
             "loss: of the mean of the workers' models on 512 held-out examples; mean, low and high over seeds, at the "
-            "best step size of the grid; tokens: of ddp's; kB: sent by a worker in a step",
+            "best step size of the grid; tokens: of ddp's; kB: sent by a worker in a step; MB memory: a process's peak",
         ]
         found.append(
             Result("How good is each method, and how long to the target loss?", setting, table, notes, digits=4)

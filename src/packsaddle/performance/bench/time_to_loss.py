@@ -146,6 +146,7 @@ def rows(curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[dict[str,
             "low": min(entry.losses),
             "high": max(entry.losses),
             "kB": entry.curves[0].sent / 1000,
+            "MB memory": min(curve.peak_mb for curve in entry.curves),
             "steps": None if reached is None else statistics.fmean(reached),
         }
         for link in links:
