@@ -215,8 +215,9 @@ class RaceToLoss(Question):
     """Folder of curves.csv and steps.csv, which are added to."""
     only: Literal["all", "curves", "steps", "tables"] = "all"
     """One part: the training curves, the steps on links, or the tables of what is there."""
-    model: Literal["gpt", "gpt-10m", "resnet18"] = "gpt"
-    """nanoGPT's network of 0.83 or 10.7 million parameters with AdamW, or ResNet-18 with SGD and momentum."""
+    model: Literal["gpt", "gpt-10m", "resnet18", "resnet18-16"] = "gpt"
+    """nanoGPT's network of 0.83 or 10.7 million parameters with AdamW, or ResNet-18, also with a quarter of the
+    channels, with SGD and momentum."""
     data_dir: Annotated[Path | None, UNSAID] = None
     """Folder of text, by default the source of Python's standard library; or of CIFAR-10 or an image folder."""
     workers: tuple[int, ...] = (2,)

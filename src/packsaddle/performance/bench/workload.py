@@ -2,7 +2,8 @@
 
 "gpt" is nanoGPT's network for a CPU (4 layers, 4 heads, width 128, 64 characters: 0.83 million parameters), and
 "gpt-10m" the network of its example for characters (6 layers, 6 heads, width 384: 10.7 million). Their text is a
-folder's, or the source of Python's standard library, 11 million characters that every CPython has.
+folder's, or the source of Python's standard library, 11 million characters that every CPython has. "resnet18-16" is
+ResNet-18 with a quarter of the channels.
 """
 
 from collections.abc import Callable
@@ -19,16 +20,24 @@ from packsaddle.experiments.tasks.models import Task, make_task
 from packsaddle.experiments.tasks.sharding import Batches, shard
 from packsaddle.experiments.tasks.text import load_library, load_text
 
-Network = Literal["mnist-autoencoder", "resnet18", "gpt", "gpt-10m"]
+Network = Literal["mnist-autoencoder", "resnet18", "resnet18-16", "gpt", "gpt-10m"]
 Batch = tuple[Tensor, Tensor]  # float32[b, channels, height, width] in [0, 1], int64[b]; or int64[b, context] both
 
-_SHAPES: dict[str, tuple[int, int, int]] = {"mnist-autoencoder": (1, 28, 28), "resnet18": (3, 32, 32)}
+_SHAPES: dict[str, tuple[int, int, int]] = {
+    "mnist-autoencoder": (1, 28, 28),
+    "resnet18": (3, 32, 32),
+    "resnet18-16": (3, 32, 32),
+}
 _SYNTHETIC = 2048
 _GPTS = {
     "gpt": ModelConfig("char-transformer", width=128, depth=4, heads=4),
     "gpt-10m": ModelConfig("char-transformer", width=384, depth=6, heads=6),
 }
-_IMAGE_MODELS = {"mnist-autoencoder": ModelConfig("mnist-autoencoder"), "resnet18": ModelConfig("resnet18")}
+_IMAGE_MODELS = {
+    "mnist-autoencoder": ModelConfig("mnist-autoencoder"),
+    "resnet18": ModelConfig("resnet18"),
+    "resnet18-16": ModelConfig("resnet18", width=16),
+}
 _TEXT = DataConfig("text")
 
 
