@@ -20,7 +20,12 @@ _ARGUMENTS = re.compile(r"    (\w+(?:, \w+)*): (.*)")
 def to_rst(lines: list[str]) -> list[str]:
     """Turn `name` into a reference (or code, where it leads nowhere), keep symbols as they are, and set lists apart."""
     result: list[str] = []
+    example = False  # which stays as it is
     for line in _with_fields(lines):
+        example = bool(line.strip()) and (example or line.lstrip().startswith(">>> "))
+        if example:
+            result.append(line)
+            continue
         if line.lstrip().startswith("- ") and result and result[-1].strip() and not _in_list(result):
             result.append("")
         result.append(line if line.startswith(":") else _escaped(line))

@@ -46,7 +46,16 @@ Contents = dict[int, dict[str, Any]]  # what was read, by the worker that had sa
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint that was loaded."""
+    """The checkpoint that was loaded.
+
+    >>> import tempfile
+    >>> import torch
+    >>> import packsaddle
+    >>> model, folder = torch.nn.Linear(4, 4), tempfile.mkdtemp()
+    >>> _ = packsaddle.save_checkpoint(folder, {"model": model}, step=10)
+    >>> packsaddle.load_checkpoint(folder, {"model": model})
+    Checkpoint(step=10, extra={}, workers=1)
+    """
 
     step: int
     extra: dict[str, Any]  # as it was saved
@@ -72,6 +81,17 @@ def save_checkpoint(
 
     Raises CheckpointError if the files cannot be written, with those of earlier steps as they were; if a state is not
     plain; and if the folder has later steps, which this run cannot have loaded. The latter two on every worker.
+
+    >>> import tempfile
+    >>> import torch
+    >>> import packsaddle
+    >>> model = torch.nn.Linear(64, 64)
+    >>> opt = packsaddle.CompressedSGD(model.parameters(), 0.1)
+    >>> folder = tempfile.mkdtemp()
+    >>> packsaddle.save_checkpoint(folder, {"model": model, "optimizer": opt}, step=10).name
+    'step-00000010'
+    >>> packsaddle.load_checkpoint(folder, {"model": model, "optimizer": opt}).step
+    10
     """
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
@@ -123,6 +143,17 @@ def load_checkpoint(
     workers than it was saved by, x is kept, and each gets the mean of the error memories, with a warning. On the same,
     training continues bit for bit. Raises CheckpointError, on every worker and with all parts as they were, if nothing
     is whole, if a part does not fit (another model, another seed, ...), or if it cannot be carried over.
+
+    >>> import tempfile
+    >>> import torch
+    >>> import packsaddle
+    >>> model = torch.nn.Linear(64, 64)
+    >>> folder = tempfile.mkdtemp()
+    >>> packsaddle.load_checkpoint(folder, {"model": model}) is None
+    True
+    >>> _ = packsaddle.save_checkpoint(folder, {"model": model}, step=10, extra={"epoch": 2})
+    >>> packsaddle.load_checkpoint(folder, {"model": model}).extra
+    {'epoch': 2}
     """
     found = restore(folder, parts, process_group=process_group)
     if found is None:

@@ -10,7 +10,12 @@ _KEPT = 1000  # spans
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of one worker. `payload`: its own messages. `sent`, `received`: on the wire, forwarding included."""
+    """Bytes of one worker. `payload`: its own messages. `sent`, `received`: on the wire, forwarding included.
+
+    >>> from packsaddle import Bytes
+    >>> Bytes(payload=4, sent=8, received=8) + Bytes(sent=1)
+    Bytes(payload=4, sent=9, received=8)
+    """
 
     payload: int = 0
     sent: int = 0
@@ -22,7 +27,17 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive steps, first..last, that moved the same bytes for the same purposes."""
+    """Consecutive steps, first..last, that moved the same bytes for the same purposes.
+
+    >>> from packsaddle import Bytes, Ledger
+    >>> ledger = Ledger()
+    >>> for step in range(3):
+    ...     ledger.add(step, "values", "all-reduce", Bytes(40, 60, 60))
+    >>> ledger.spans[0].first, ledger.spans[0].last
+    (0, 2)
+    >>> ledger.spans[0].by_purpose
+    {'values': Bytes(payload=40, sent=60, received=60)}
+    """
 
     first: int
     last: int
@@ -34,6 +49,23 @@ class Ledger:
 
     Steps that move equal bytes are kept as one `Span`, and of spans the newest 1,000, so that a run of any length needs
     little memory. Totals are of all steps.
+
+    >>> import torch
+    >>> from packsaddle import CompressedSGD, TopK, simulate
+    >>> def work(rank):
+    ...     weight = torch.nn.Parameter(torch.ones(64, 64))
+    ...     opt = CompressedSGD([weight], 0.1, TopK(0.01))
+    ...     weight.grad = torch.full_like(weight, rank + 1.0)
+    ...     opt.step()
+    ...     return opt.ledger
+    >>> print(simulate(work, 2)[0])
+    bytes    payload    sent  received
+    start     16,800  16,800       416
+    dense          4       4         4
+    sizes         16      16        16
+    indices       43      43        43
+    values       164     164       164
+    total     17,027  17,027       643
     """
 
     def __init__(self) -> None:

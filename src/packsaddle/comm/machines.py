@@ -19,6 +19,14 @@ class MachineGroup(Group):
 
     `within` is the process group of this machine, for DistributedDataParallel(model, process_group=group.within).
     Every process of a machine must call the same collectives with the same values.
+
+    >>> import torch.distributed as dist
+    >>> from packsaddle.comm import machine_group
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> group = machine_group(processes=1)
+    >>> dist.get_world_size(group.within)
+    1
+    >>> dist.destroy_process_group()
     """
 
     def __init__(self, within: dist.ProcessGroup, between: dist.ProcessGroup) -> None:
@@ -61,6 +69,14 @@ def machine_group(processes: int | None = None) -> MachineGroup:
     """Return the group of machines with this many processes each, of consecutive ranks; collective over all processes.
 
     None takes torchrun's LOCAL_WORLD_SIZE. Raises ValueError unless the number of all processes is a multiple of it.
+
+    >>> import torch.distributed as dist
+    >>> from packsaddle.comm import machine_group
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> group = machine_group(processes=1)
+    >>> group.rank, group.size
+    (0, 1)
+    >>> dist.destroy_process_group()
     """
     each = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) if processes is None else processes
     rank, world = dist.get_rank(), dist.get_world_size()

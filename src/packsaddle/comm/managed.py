@@ -31,7 +31,12 @@ _c10d: Any = dist.distributed_c10d
 
 
 class ManagedGroup(Group):
-    """The workers of a Manager's latest quorum. `rank` and `size` are those of the last `renew`."""
+    """The workers of a Manager's latest quorum. `rank` and `size` are those of the last `renew`.
+
+    >>> group = ManagedGroup(manager)  # doctest: +SKIP
+    >>> group.renew()  # doctest: +SKIP
+    >>> group.rank, group.size  # doctest: +SKIP
+    """
 
     def __init__(self, manager: Any) -> None:
         managed: Any = require("torchft.process_group", "torchft", "manager=")
@@ -90,6 +95,10 @@ def connect(
 
     What other workers send is read with weights_only=True, so it is tensors and plain types. Raises MissingExtraError
     without torchft, and ConfigError if there is no lighthouse.
+
+    >>> from packsaddle.comm import connect  # doctest: +SKIP
+    >>> manager = connect("http://10.0.0.1:29510", min_workers=2)  # doctest: +SKIP
+    >>> local = packsaddle.LocalUpdates(optimizer, manager=manager)  # doctest: +SKIP
     """
     os.environ.setdefault("RUST_LOG", "warn")  # torchft's servers say several lines in every round
     torchft: Any = require("torchft", "torchft", "elastic training")

@@ -137,6 +137,17 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
 
     Inside, `CompressedSGD(..., process_group=None)` finds the simulated group. Raises ValueError if `workers`
     is below 1, RuntimeError if the workers' collectives do not match, and whatever a worker raises.
+
+    >>> import torch
+    >>> from packsaddle import CompressedSGD, TopK, simulate
+    >>> def work(rank):
+    ...     weight = torch.nn.Parameter(torch.ones(64, 64))
+    ...     opt = CompressedSGD([weight], lr=1.0, compressor=TopK(1.0))
+    ...     weight.grad = torch.full_like(weight, rank + 1.0)
+    ...     opt.step()
+    ...     return round(weight[0, 0].item(), 4)
+    >>> simulate(work, 3)
+    [-1.0, -1.0, -1.0]
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")

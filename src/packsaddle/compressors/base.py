@@ -20,7 +20,16 @@ _PART = 1 << 20  # coordinates that are compressed to predict the bytes of a mes
 
 @dataclass(frozen=True)
 class Message:
-    """C(v) as it travels: `parts` cross the wire; `context` every worker knows without being told."""
+    """C(v) as it travels: `parts` cross the wire; `context` every worker knows without being told.
+
+    >>> import torch
+    >>> from packsaddle import TopK
+    >>> message = TopK(k=2).encode(torch.tensor([1.0, -3.0, 2.0, 0.0]), seed=0, step=0)
+    >>> sorted(message.parts), message.parts["values"]
+    (['indices', 'values'], tensor([-3.,  2.]))
+    >>> message.nbytes
+    10
+    """
 
     parts: Mapping[str, Tensor]  # flat tensors by what they are for: "values", "indices", "scales", ...
     context: Any = None  # from shared randomness, such as RandomK's support; costs no bytes
@@ -64,6 +73,15 @@ class Compressor(ABC):
     - `lossless = True` if C(v) = v for every v, so that nothing is compressed;
     - `aggregation`, if messages are averaged neither by an all-reduce nor by gathering them all;
     - `rates`, and `shared_cells`, if what is sent of v does not depend on its values.
+
+    >>> import torch
+    >>> from packsaddle import Compressor, TopK
+    >>> c = TopK(k=1)
+    >>> isinstance(c, Compressor), c.mu(4), c.linear, c.aggregation
+    (True, 0.25, False, 'all-gather')
+    >>> v = torch.tensor([1.0, -3.0, 2.0, 0.0])
+    >>> c(v)
+    tensor([ 0., -3.,  0.,  0.])
     """
 
     private: ClassVar[bool] = False
@@ -168,6 +186,11 @@ class RatioRamp:
 
     Deep Gradient Compression (Lin et al. 2018, section 3.3) warms up so, from 25% over the first epochs. Raises
     ValueError if the compressor has no ratio, or `first` is below it or above 1.
+
+    >>> from packsaddle import RatioRamp, TopK
+    >>> ramp = RatioRamp(TopK(0.01), stop=100)
+    >>> [round(ramp(step).ratio, 4) for step in (0, 50, 100)]
+    [0.25, 0.05, 0.01]
     """
 
     compressor: Compressor

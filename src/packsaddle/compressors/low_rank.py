@@ -20,6 +20,15 @@ class LowRank(Compressor):
     of `for_tensors`, Q is Gaussian and a vector is seen as a nearly square matrix. A tensor whose factors would
     be no smaller is sent as it is. ||M - P P^T M|| is at most ||M||, and in the mean over random Q at most
     sqrt(1 - matrix_rank / min(n, m)) of it.
+
+    >>> import torch
+    >>> from packsaddle import LowRank
+    >>> M = torch.outer(torch.arange(1.0, 9.0), torch.ones(8))
+    >>> c = LowRank(1).for_tensors([M.shape])
+    >>> torch.allclose(c(M.flatten()), M.flatten(), atol=1e-5)
+    True
+    >>> c.message_bytes(64)
+    64
     """
 
     matrix_rank: int = 1  # of the factors of each tensor

@@ -23,6 +23,13 @@ class Sign(Compressor):
 
     ||v - C(v)||^2 = ||v||^2 - ||v||_1^2 / d, so mu = ||v||_1^2 / (d ||v||_2^2): 2/pi for a Gaussian v, 1/d at
     worst. With `per_tensor` each tensor of the model has its own scale. The sign of 0 is taken as +.
+
+    >>> import torch
+    >>> from packsaddle import Sign
+    >>> Sign()(torch.tensor([1.0, -3.0, 2.0, 0.0]))
+    tensor([ 1.5000, -1.5000,  1.5000,  1.5000])
+    >>> Sign().message_bytes(8000)
+    1004
     """
 
     fixed_size: ClassVar[bool] = True
@@ -86,6 +93,13 @@ class QSGD(Compressor):
     levels and buckets of b coordinates that share a norm; so Q(v) / (1 + omega) is a mu-compressor with
     mu = 1 / (1 + omega), and that is C. A level and its sign take ceil(log2(2 s + 1)) bits, and `coded` about
     their entropy, as most levels are 0 (see `compressors.levels`).
+
+    >>> import torch
+    >>> from packsaddle import QSGD
+    >>> QSGD(levels=1)(torch.tensor([0.0, -3.0, 0.0, 4.0])).unique().numel() <= 3
+    True
+    >>> round(QSGD().mu(10_000), 3)
+    0.236
     """
 
     private: ClassVar[bool] = True

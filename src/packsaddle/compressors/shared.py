@@ -46,6 +46,16 @@ class SharedTopK(KOfD):
     there can be. On gradients r = 2 keeps the most energy at equal bytes of r = 1, 2 and 4, and this b more than 64,
     256 and 1024 (experiments/shared-supports). Where B r + K b is d or more nothing is projected and all blocks are
     kept, exactly.
+
+    >>> import torch
+    >>> from packsaddle import SharedTopK
+    >>> v = torch.zeros(1000)
+    >>> v[500:520] = 1.0
+    >>> kept = SharedTopK(0.1)(v)
+    >>> kept[500:520].count_nonzero()
+    tensor(20)
+    >>> SharedTopK(0.1).aggregation
+    'projected all-reduce'
     """
 
     fixed_size: ClassVar[bool] = True

@@ -55,6 +55,13 @@ class SketchTopK(KOfD):
     and the k largest stay, which is TopK of the mean.
 
     mu is stated as k/d.
+
+    >>> import torch
+    >>> from packsaddle import SketchTopK
+    >>> v = torch.zeros(10_000)
+    >>> v[17] = 5.0
+    >>> SketchTopK(k=1)(v).nonzero()
+    tensor([[17]])
     """
 
     rows: int | None = None  # R, over which the median is taken; by default of order log(d / k), odd
@@ -164,6 +171,15 @@ class LinearSketch(Compressor):
     of a sketch with independent hashes. sketch "gaussian": independent N(0, 1/c) entries, omega = (d + 1) / c,
     at the cost of c d Gaussians a step, so for small problems. S^T S v is unbiased with variance
     omega ||v||^2, and scaling by 1 / (1 + omega) makes it contract.
+
+    >>> import torch
+    >>> from packsaddle import LinearSketch
+    >>> c = LinearSketch(0.5)
+    >>> a, b = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    >>> torch.allclose(c(a + b), c(a) + c(b), atol=1e-6)
+    True
+    >>> c.mu(64)
+    0.5
     """
 
     fixed_size: ClassVar[bool] = True

@@ -96,7 +96,15 @@ _CELLS_KEPT = 1024  # fewer would make the energy that one step keeps vary much
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """C(v) = v: no compression, on the same code path as everything else. mu = 1, linear."""
+    """C(v) = v: no compression, on the same code path as everything else. mu = 1, linear.
+
+    >>> import torch
+    >>> from packsaddle import Identity
+    >>> Identity()(torch.tensor([1.0, -3.0]))
+    tensor([ 1., -3.])
+    >>> Identity().mu(2), Identity().linear
+    (1.0, True)
+    """
 
     fixed_size: ClassVar[bool] = True
     lossless: ClassVar[bool] = True
@@ -201,6 +209,14 @@ class RandomK(_OfEachTensor):
     `values` rounds the values to fewer bits, and then C is not linear: an all-reduce would round the sum again,
     where no error memory sees it. So rounded messages are gathered, still without index bytes, and each
     worker's rounding error stays in its own memory.
+
+    >>> import torch
+    >>> from packsaddle import RandomK
+    >>> c = RandomK(0.25, block_size=1)
+    >>> c(torch.arange(1.0, 9.0), seed=0, step=0).count_nonzero()
+    tensor(2)
+    >>> c.mu(8), c.linear
+    (0.25, True)
     """
 
     fixed_size: ClassVar[bool] = True
@@ -319,6 +335,16 @@ class TopK(_CodedSupport, _OfEachTensor):
 
     `values` rounds the values to fewer bits, which multiplies mu by `value_retention`; the rounding error stays in the
     error memory.
+
+    >>> import torch
+    >>> from packsaddle import TopK
+    >>> v = torch.tensor([1.0, -3.0, 2.0, 0.0])
+    >>> TopK(k=2)(v)
+    tensor([ 0., -3.,  2.,  0.])
+    >>> TopK(0.25).mu(4)
+    0.25
+    >>> TopK(0.5, chunk=2)(v)
+    tensor([ 0., -3.,  2.,  0.])
     """
 
     values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
@@ -382,6 +408,13 @@ class AdaptiveTopK(_CodedSupport):
     """Keep the smallest support that holds a share c of ||v||^2: a c-compressor for every v (Assumption D).
 
     How many coordinates that takes varies from step to step.
+
+    >>> import torch
+    >>> from packsaddle import AdaptiveTopK
+    >>> AdaptiveTopK(0.5)(torch.tensor([1.0, -3.0, 2.0, 0.0]))
+    tensor([ 0., -3.,  0.,  0.])
+    >>> AdaptiveTopK(0.9)(torch.tensor([1.0, -3.0, 2.0, 0.0]))
+    tensor([ 0., -3.,  2.,  0.])
     """
 
     share: float = field(metadata={"share": True})  # c, of ||v||^2 that is sent, in (0, 1]

@@ -21,6 +21,14 @@ class Stages(Compressor):
 
     For compressors that are not linear: a linear one sends the same with a larger ratio, in one part and by all-reduce.
     Messages are gathered, also of those that would have an exchange of their own (LowRank, SketchTopK).
+
+    >>> import torch
+    >>> from packsaddle import Sign, Stages
+    >>> v = torch.tensor([1.0, -3.0, 2.0, 0.0])
+    >>> Sign()(v)
+    tensor([ 1.5000, -1.5000,  1.5000,  1.5000])
+    >>> Stages(Sign(), 2)(v)
+    tensor([ 0.5000, -2.5000,  2.5000,  0.5000])
     """
 
     compressor: Compressor  # of each pass

@@ -15,7 +15,12 @@ STANDARD_ERRORS = 5.0  # a correct random compressor fails a comparison about on
 
 
 def nasty_vectors() -> dict[str, Tensor]:
-    """Return flat vectors by name: zeros, a spike, ties, denormals, 1e+-30 scales, one coordinate, and so on."""
+    """Return flat vectors by name: zeros, a spike, ties, denormals, 1e+-30 scales, one coordinate, and so on.
+
+    >>> from packsaddle.compressors.testing import nasty_vectors
+    >>> sorted(nasty_vectors())[:3]
+    ['all equal', 'denormal', 'double']
+    """
     rng = torch.Generator().manual_seed(0)
     gaussian = torch.randn(50, generator=rng)
     spike = torch.zeros(40)
@@ -46,6 +51,11 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
 
     `vectors` are flat floating tensors, `nasty_vectors()` by default; those that the compressor's own `validate`
     refuses are left out. Expectations are means over `seeds` draws.
+
+    >>> from packsaddle import TopK
+    >>> from packsaddle.compressors.testing import check_compressor
+    >>> import torch
+    >>> check_compressor(TopK(0.1), {"ones": torch.ones(20)}, seeds=2)
     """
     for name, v in (vectors or nasty_vectors()).items():
         try:
@@ -64,7 +74,13 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
 
 
 def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """E||v - C(v)||^2 <= (1 - mu) ||v||^2 with 0 < mu <= 1 (Definition 2.1)."""
+    """E||v - C(v)||^2 <= (1 - mu) ||v||^2 with 0 < mu <= 1 (Definition 2.1).
+
+    >>> import torch
+    >>> from packsaddle import TopK
+    >>> from packsaddle.compressors.testing import check_contraction
+    >>> check_contraction(TopK(0.1), torch.ones(20), "ones")
+    """
     mu, energy = compressor.mu(len(v)), _energy(v)
     assert 0 < mu <= 1, f"{where}: mu must be in (0, 1], got {mu}"
     lost = [_energy(v.double() - compressor(v, seed=s, step=3).double()) for s in range(seeds)]
@@ -78,7 +94,13 @@ def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: i
 
 
 def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """C(v) is a function of (v, seed, step): the same twice, v and the global random state untouched."""
+    """C(v) is a function of (v, seed, step): the same twice, v and the global random state untouched.
+
+    >>> import torch
+    >>> from packsaddle import TopK
+    >>> from packsaddle.compressors.testing import check_purity
+    >>> check_purity(TopK(0.1), torch.ones(20), "ones")
+    """
     before, state = v.clone(), torch.random.get_rng_state()
     first = compressor(v, seed=1, step=2)
     assert torch.equal(torch.random.get_rng_state(), state), f"{where}: uses the global random state"
@@ -87,7 +109,13 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check that workers decode from the parts' bytes the vector that the sender subtracts, with alpha, and sizes."""
+    """Check that workers decode from the parts' bytes the vector that the sender subtracts, with alpha, and sizes.
+
+    >>> import torch
+    >>> from packsaddle import TopK
+    >>> from packsaddle.compressors.testing import check_message
+    >>> check_message(TopK(0.1), torch.ones(20), "ones")
+    """
     d = len(v)
     scratch = v.clone()
     message = compressor.encode(scratch, seed=8, step=9)
@@ -113,14 +141,26 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """C(2 v) = 2 C(v), so that the error memory may hold eta e."""
+    """C(2 v) = 2 C(v), so that the error memory may hold eta e.
+
+    >>> import torch
+    >>> from packsaddle import Sign
+    >>> from packsaddle.compressors.testing import check_homogeneity
+    >>> check_homogeneity(Sign(), torch.ones(20), "ones")
+    """
     doubled, single = compressor(v * 2, seed=4, step=5), compressor(v, seed=4, step=5)
     eps = torch.finfo(v.dtype).eps
     assert torch.allclose(doubled, 2 * single, rtol=8 * eps, atol=_subnormal(v)), f"{where}: C(2 v) is not 2 C(v)"
 
 
 def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """C(a + b) = C(a) + C(b) at fixed randomness (Definition 2.2), to rounding of sums over all coordinates."""
+    """C(a + b) = C(a) + C(b) at fixed randomness (Definition 2.2), to rounding of sums over all coordinates.
+
+    >>> import torch
+    >>> from packsaddle import RandomK
+    >>> from packsaddle.compressors.testing import check_linearity
+    >>> check_linearity(RandomK(0.1), torch.ones(20), "ones")
+    """
     a, b = v, v.flip(0) * 0.5
     whole = compressor(a + b, seed=6, step=7)
     parts = compressor(a, seed=6, step=7) + compressor(b, seed=6, step=7)
@@ -131,7 +171,13 @@ def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """`lossless` is C(v) = v, `aggregation` fits `linear`, `rates` and `shared_cells` say what is sent how often."""
+    """`lossless` is C(v) = v, `aggregation` fits `linear`, `rates` and `shared_cells` say what is sent how often.
+
+    >>> import torch
+    >>> from packsaddle import RandomK
+    >>> from packsaddle.compressors.testing import check_declared
+    >>> check_declared(RandomK(0.1), torch.ones(20), "ones", seeds=20)
+    """
     assert compressor.aggregation != "all-reduce" or compressor.linear, f"{where}: an all-reduce needs a linear C"
     if compressor.lossless:
         assert compressor.mu(len(v)) == 1, f"{where}: is declared lossless, and mu is {compressor.mu(len(v))}"
@@ -158,7 +204,12 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
 
 
 def check_empty(compressor: Compressor) -> None:
-    """A vector of no coordinates makes a message of no values and decodes to nothing."""
+    """A vector of no coordinates makes a message of no values and decodes to nothing.
+
+    >>> from packsaddle import TopK
+    >>> from packsaddle.compressors.testing import check_empty
+    >>> check_empty(TopK(0.1))
+    """
     empty = torch.zeros(0)
     message = compressor.encode(empty, seed=0, step=0)
     out = torch.zeros(0)

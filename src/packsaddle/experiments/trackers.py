@@ -20,7 +20,19 @@ _FINAL = ("final_loss", "test_loss", "test_accuracy")  # what a summary has that
 
 
 class Tracker(Protocol):
-    """A receiver of one process's numbers of a run."""
+    """A receiver of one process's numbers of a run.
+
+    >>> class Printer:
+    ...     def log(self, metrics, step):
+    ...         print(step, dict(metrics))
+    ...     def finish(self):
+    ...         print("done")
+    >>> tracker = Printer()
+    >>> tracker.log({"loss": 0.5}, step=10)
+    10 {'loss': 0.5}
+    >>> tracker.finish()
+    done
+    """
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record numbers of a step; steps do not decrease."""
@@ -30,7 +42,14 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in a folder: `tensorboard --logdir FOLDER`. Raises MissingExtraError without tensorboard."""
+    """Event files in a folder: `tensorboard --logdir FOLDER`. Raises MissingExtraError without tensorboard.
+
+    >>> from pathlib import Path  # doctest: +SKIP
+    >>> from packsaddle.experiments.trackers import TensorBoard  # doctest: +SKIP
+    >>> tracker = TensorBoard(Path("runs/a/tensorboard"))  # doctest: +SKIP
+    >>> tracker.log({"loss": 0.5}, step=10)  # doctest: +SKIP
+    >>> tracker.finish()  # doctest: +SKIP
+    """
 
     def __init__(self, folder: Path) -> None:
         require_tracker("tensorboard")
@@ -52,6 +71,12 @@ class WandB:
     """A run of Weights & Biases, in FOLDER/wandb; offline, to be sent with `wandb sync`, unless WANDB_MODE says other.
 
     Raises MissingExtraError without wandb.
+
+    >>> from pathlib import Path  # doctest: +SKIP
+    >>> from packsaddle.experiments.trackers import WandB  # doctest: +SKIP
+    >>> tracker = WandB(Path("runs/a"), name="a")  # doctest: +SKIP
+    >>> tracker.log({"loss": 0.5}, step=10)  # doctest: +SKIP
+    >>> tracker.finish()  # doctest: +SKIP
     """
 
     def __init__(
@@ -86,6 +111,12 @@ class MLflow:
     """A run of MLflow, in FOLDER/mlflow.db (SQLite), unless MLFLOW_TRACKING_URI names another store.
 
     `mlflow ui --backend-store-uri sqlite:///FOLDER/mlflow.db` shows it. Raises MissingExtraError without mlflow.
+
+    >>> from pathlib import Path  # doctest: +SKIP
+    >>> from packsaddle.experiments.trackers import MLflow  # doctest: +SKIP
+    >>> tracker = MLflow(Path("runs/a/mlflow"), name="a")  # doctest: +SKIP
+    >>> tracker.log({"loss": 0.5}, step=10)  # doctest: +SKIP
+    >>> tracker.finish()  # doctest: +SKIP
     """
 
     def __init__(

@@ -53,6 +53,14 @@ class WorkerState:
 
     That is the state of `local`, of its optimizer and of the GradScaler, and the trained parameters and the buffers of
     `model`. To be loaded after the framework has loaded its checkpoint.
+
+    >>> import torch
+    >>> import packsaddle
+    >>> from packsaddle.integrations import WorkerState
+    >>> model = torch.nn.Linear(64, 64)
+    >>> local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=30)
+    >>> WorkerState(local, model).steps
+    0
     """
 
     def __init__(self, local: LocalUpdates, model: nn.Module, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -145,6 +153,14 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState) -> dict[str, float]
 
     They are bytes on this worker's wire, steps, contraction: `mu` is there once `monitor_every` has measured it. A hook
     has `sent_in_step`, local updates have `rounds`.
+
+    >>> import torch
+    >>> import packsaddle
+    >>> from packsaddle.integrations import measures
+    >>> model = torch.nn.Linear(64, 64)
+    >>> local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=30)
+    >>> measures(local)
+    {'steps': 0.0, 'skipped': 0.0, 'resets': 0.0, 'sent': 0.0, 'received': 0.0, 'reduction': 1.0, 'rounds': 0.0}
     """
     exchange = exchange.local if isinstance(exchange, WorkerState) else exchange
     steps, sent, alone = exchange.steps, exchange.ledger.total.sent, exchange.uncompressed.sent
@@ -168,6 +184,16 @@ def save_state(exchange: DDPHook | WorkerState, folder: str | Path) -> None:
 
     Every worker calls it, and only an unfinished exchange travels: states differ, are as large as the
     model, and are in place when the run continues.
+
+    >>> import pathlib, tempfile, torch
+    >>> import packsaddle
+    >>> from packsaddle.integrations import WorkerState, save_state
+    >>> model = torch.nn.Linear(64, 64)
+    >>> local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=30)
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> save_state(WorkerState(local, model), folder)
+    >>> [path.name for path in folder.iterdir()]
+    ['packsaddle-0.pt']
     """
     write_whole(Path(folder) / _name(exchange), partial(torch.save, exchange.state_dict()))
 
@@ -177,6 +203,16 @@ def load_state(exchange: DDPHook | WorkerState, folder: str | Path) -> bool:
 
     Raises ValueError, with nothing changed, if only some workers have a file, if these are of different steps, or if
     they do not fit (another number of workers, another seed, ...).
+
+    >>> import tempfile
+    >>> import torch
+    >>> import packsaddle
+    >>> from packsaddle.integrations import WorkerState, load_state, save_state
+    >>> model, folder = torch.nn.Linear(64, 64), tempfile.mkdtemp()
+    >>> state = WorkerState(packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=30), model)
+    >>> save_state(state, folder)
+    >>> load_state(state, folder)
+    True
     """
     path = Path(folder) / _name(exchange)
     state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None

@@ -164,6 +164,13 @@ class NormSketch:
     different chunks meet with probability 1/columns, and signs are independent; so each row's energy Z has
     E Z = ||v||^2 and Var Z = 2 sum_{i != j} v_i^2 v_j^2 P(i meets j) <= (2 / columns) ||v||^4. The estimate
     is the median of Z over rows. A vector no longer than the sketch is sent as it is, and its norm is exact.
+
+    >>> import torch
+    >>> from packsaddle import NormSketch
+    >>> sketch = NormSketch(rows=5, columns=128)
+    >>> v = torch.ones(10_000)
+    >>> 0.8 < sketch.norm(sketch.encode(v, seed=0, step=0)) / v.norm() < 1.2
+    tensor(True)
     """
 
     rows: int = 5

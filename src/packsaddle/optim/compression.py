@@ -39,6 +39,13 @@ class Compression:
         monitor_every: measure the contraction every this many steps; 0 never does.
 
     Raises ValueError for bad arguments.
+
+    >>> import torch
+    >>> from packsaddle import Compression, CompressedSGD, TopK
+    >>> spec = Compression(TopK(0.01), exchange="two-way", dense_below=0)
+    >>> opt = CompressedSGD([torch.nn.Parameter(torch.zeros(64))], 0.1, spec)
+    >>> opt.compressed_numel
+    64
     """
 
     compressor: Compressor | Schedule

@@ -60,6 +60,19 @@ class DDPHook(GradientHook):
     """A communication hook that has been registered: it exchanges the buckets of one backward pass after another.
 
     `places` are the parameters of `module`, the model; `scale()` is what gradients are multiplied by when they come.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> import packsaddle
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+    >>> hook = packsaddle.register_ddp_hook(model, packsaddle.TopK(0.1))
+    >>> model(torch.rand(8, 64)).square().mean().backward()
+    >>> hook.steps, hook.skipped, hook.ledger.total.sent
+    (1, 0, 0)
+    >>> sorted(hook.memory())
+    ['bias', 'weight']
+    >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -359,6 +372,19 @@ def register_ddp_hook(
     `model.module(x)`), the next forward pass raises RuntimeError.
 
     Raises TypeError or ValueError for bad arguments, also if workers differ in them, RuntimeError for a second hook.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> import packsaddle
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> hook = packsaddle.register_ddp_hook(model, packsaddle.TopK(0.1), optimizer=optimizer)
+    >>> model(torch.rand(8, 64)).square().mean().backward()
+    >>> optimizer.step()
+    >>> hook.steps
+    1
+    >>> dist.destroy_process_group()
     """
     if not isinstance(model, DistributedDataParallel):
         raise TypeError(
@@ -394,6 +420,15 @@ def keep_gradients_local(model: nn.Module) -> None:
     For frameworks that wrap each model: backward passes leave each worker's own gradient, and forward passes its own
     buffers, such as running statistics. A model without one is left as it is. Raises RuntimeError for a
     DistributedDataParallel that has a communication hook already.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> import packsaddle
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+    >>> packsaddle.keep_gradients_local(model)
+    >>> local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=30)
+    >>> dist.destroy_process_group()
     """
 
     def own(bucket: Bucket) -> Future[Tensor]:
@@ -433,6 +468,12 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     The one DistributedDataParallel in `model` is found, through torch.compile and other wrappers. If there is none and
     one worker, there is nothing to exchange, and None is returned.
     Raises TypeError if there is no DistributedDataParallel, or more than one, among several workers.
+
+    >>> import torch
+    >>> import packsaddle
+    >>> hook = packsaddle.attach(torch.nn.Linear(4, 4), packsaddle.TopK(0.1))
+    >>> hook is None
+    True
     """
     found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
     if not found and is_sharded(model):

@@ -26,6 +26,11 @@ class Elastic:
         leave_on_sigterm: on SIGTERM hand over the memory and end the process, by SystemExit out of the inner step or
             out of waiting for the others. Without a file the memory goes with one more round, uncompressed.
         grace: seconds that leaving may take.
+
+    >>> from packsaddle import Elastic, LocalUpdates  # doctest: +SKIP
+    >>> from packsaddle.comm import connect  # doctest: +SKIP
+    >>> elastic = Elastic(connect("http://10.0.0.1:29510"), memory="worker-3.memory", weight="steps")  # doctest: +SKIP
+    >>> local = LocalUpdates(optimizer, manager=elastic)  # doctest: +SKIP
     """
 
     manager: Any

@@ -89,6 +89,18 @@ class FSDPHook(GradientHook):
 
     The modules of a backward pass are one transaction: where one is not finite on some replica none is taken, and all
     gradients become NaN on all replicas of the shard. Workers that have other shards do not hear of it.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> import packsaddle
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    >>> model = dist.fsdp.fully_shard(torch.nn.Linear(64, 64), mesh=mesh["shard"])
+    >>> hook = packsaddle.register_fsdp_hook(model, mesh.get_group("replicate"))
+    >>> model(torch.rand(8, 64)).square().mean().backward()
+    >>> hook.steps, hook.skipped
+    (1, 0)
+    >>> dist.destroy_process_group()
     """
 
     def __init__(
@@ -273,6 +285,18 @@ def register_fsdp_hook(
     all skip the step, but where a shard knew nothing its error memory has taken part. `hook.protect(optimizer)` keeps
     an optimizer without a scaler from the NaNs. Every sharded module must take part in every backward pass that
     exchanges. Raises ValueError or TypeError for what is bad.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> import packsaddle
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    >>> model = dist.fsdp.fully_shard(torch.nn.Linear(64, 64), mesh=mesh["shard"])
+    >>> hook = packsaddle.register_fsdp_hook(model, mesh.get_group("replicate"), packsaddle.TopK(0.1))
+    >>> model(torch.rand(8, 64)).square().mean().backward()
+    >>> hook.steps
+    1
+    >>> dist.destroy_process_group()
     """
     modules = sharded_modules(model)
     if not modules:

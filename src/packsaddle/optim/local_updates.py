@@ -111,6 +111,20 @@ class LocalUpdates:
     step, on every worker. With a manager it is not: the first step, or `join`, waits for the others, and gives a worker
     that comes later their anchor. Raises ValueError or TypeError for bad arguments, also if workers differ in them, and
     RuntimeError at the first step if gradients are equal on all workers, since then they have been exchanged.
+
+    >>> import torch
+    >>> from packsaddle import LocalUpdates
+    >>> model = torch.nn.Linear(64, 64)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> local = LocalUpdates(optimizer, every=2)
+    >>> for batch in torch.rand(4, 8, 64):
+    ...     optimizer.zero_grad()
+    ...     (model(batch) - batch).square().mean().backward()
+    ...     optimizer.step()
+    >>> local.rounds
+    2
+    >>> local.flush()
+    True
     """
 
     def __init__(

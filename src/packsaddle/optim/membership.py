@@ -89,6 +89,10 @@ class Membership:
 
     `send(part, dense, share)` makes a fragment's flight, exchanges it, and returns ||v||^2; `land(part)` ends one that
     was committed. Both are `LocalUpdates`'s. `arguments` is the text of all that workers must have been given alike.
+
+    >>> local = packsaddle.LocalUpdates(optimizer, manager=manager)  # doctest: +SKIP
+    >>> local.join()  # doctest: +SKIP
+    >>> local.membership.workers, local.membership.lost  # doctest: +SKIP
     """
 
     def __init__(

@@ -68,6 +68,19 @@ class CompressedSGD(Optimizer):
     were left out (with x, memories and t as they were), `drifts` where workers were found apart.
 
     A parameter without a gradient counts as one with gradient zero: noise and weight decay still apply.
+
+    >>> import torch
+    >>> from packsaddle import CompressedSGD, TopK
+    >>> model = torch.nn.Linear(64, 64)
+    >>> opt = CompressedSGD(model.parameters(), lr=0.1, compressor=TopK(0.01), noise=0.001)
+    >>> for batch in torch.rand(3, 8, 64):
+    ...     opt.zero_grad()
+    ...     (model(batch) - batch).square().mean().backward()
+    ...     opt.step()
+    >>> opt.steps, opt.compressed_numel
+    (3, 4096)
+    >>> opt.error().shape
+    torch.Size([4160])
     """
 
     def __init__(

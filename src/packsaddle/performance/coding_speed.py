@@ -58,6 +58,12 @@ def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.d
     """Time a compressor on Gaussian vectors of d coordinates and of a few, with the threads that torch has.
 
     Medians of `repeats`, with few-coordinate versions of it for short vectors. Raises ValueError if it cannot act on d.
+
+    >>> from packsaddle import TopK
+    >>> from packsaddle.performance.coding_speed import measure
+    >>> pace = measure(TopK(0.01), 10_000, repeats=3)
+    >>> pace.encode.at(10_000) > 0
+    True
     """
     compressor.validate(d)
     lengths = (min(d, _SHORT), min(d, _LONG))

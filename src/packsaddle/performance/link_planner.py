@@ -33,6 +33,12 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
     """Measure the link between the workers of a group; collective, and the same on every worker.
 
     Both ends of the fit are medians, so a worker that is late once does not count. Raises ValueError for one worker.
+
+    >>> from packsaddle import simulate
+    >>> from packsaddle.comm.group import resolve
+    >>> from packsaddle.performance.link_planner import probe
+    >>> simulate(lambda rank: probe(resolve(None)).rate > 0, 2)
+    [True, True]
     """
     if group.size < 2:
         raise ValueError(f"measuring a link needs at least 2 workers, got {group.size}")
@@ -142,7 +148,16 @@ DENSE = "none"
 
 @dataclass(frozen=True)
 class Forecast:
-    """One contender. `sent` is bytes of the busiest worker a step; `break_even` a payload rate, bytes a second."""
+    """One contender. `sent` is bytes of the busiest worker a step; `break_even` a payload rate, bytes a second.
+
+    >>> from functools import partial
+    >>> from packsaddle import TopK
+    >>> from packsaddle.performance import Fleet, Link, ModelSize, forecast, measure
+    >>> link, size = Link.nominal(100e6, 1e-4), ModelSize.of_size(1_000_000)
+    >>> verdict = forecast(size, link, Fleet(2, 0.1), [TopK(0.01)], partial(measure, repeats=3))
+    >>> [(f.compressor, f.exchange, f.sent) for f in verdict.forecasts]
+    [('TopK(ratio=0.01)', 'all-gather', 50495), ('none', 'all-reduce', 4000000)]
+    """
 
     compressor: str  # "none" for DistributedDataParallel
     exchange: str
@@ -168,7 +183,16 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Every contender, the quickest first, those whose steps are not known last."""
+    """Every contender, the quickest first, those whose steps are not known last.
+
+    >>> from functools import partial
+    >>> from packsaddle import TopK
+    >>> from packsaddle.performance import Fleet, Link, ModelSize, forecast, measure
+    >>> link, size = Link.nominal(100e6, 1e-4), ModelSize.of_size(1_000_000)
+    >>> verdict = forecast(size, link, Fleet(2, 0.1), [TopK(0.01)], partial(measure, repeats=3))
+    >>> verdict.dense.sent, verdict.best.seconds < verdict.dense.seconds
+    (4000000, True)
+    """
 
     forecasts: tuple[Forecast, ...]
 
@@ -212,6 +236,14 @@ def forecast(
     `performance.workload.update_seconds`); both are counted as compression. With an optimizer, times are multiplied by
     the steps that compressors were measured to need behind it. Raises ValueError for fewer than two workers or an
     impossible compressor.
+
+    >>> from functools import partial
+    >>> from packsaddle import TopK
+    >>> from packsaddle.performance import Fleet, Link, ModelSize, forecast, measure
+    >>> link, size = Link.nominal(100e6, 1e-4), ModelSize.of_size(1_000_000)
+    >>> verdict = forecast(size, link, Fleet(2, 0.1), [TopK(0.01)], partial(measure, repeats=3))
+    >>> verdict.best.compressor, verdict.compress
+    ('TopK(ratio=0.01)', True)
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")

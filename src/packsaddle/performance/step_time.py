@@ -21,7 +21,13 @@ Tail = Literal["lognormal", "exponential"]
 
 @dataclass(frozen=True)
 class Link:
-    """The link between a worker and the others. Raises ValueError unless rate > 0 and times are not negative."""
+    """The link between a worker and the others. Raises ValueError unless rate > 0 and times are not negative.
+
+    >>> from packsaddle.performance import Link
+    >>> link = Link.nominal(100e6, latency=1e-4)
+    >>> round(link.rate / 1e6, 2)
+    11.96
+    """
 
     latency: float  # seconds from the start of a small message to its end, software included
     rate: float  # payload bytes a second, each way
@@ -54,6 +60,10 @@ class Fleet:
     """W workers that compute independently, for `compute` seconds in the mean with standard deviation spread x compute.
 
     Raises ValueError for anything that cannot be.
+
+    >>> from packsaddle.performance import Fleet
+    >>> round(Fleet(workers=8, compute=0.1, spread=0.2).waiting, 4)
+    0.031
     """
 
     workers: int
@@ -84,6 +94,10 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
 
     "exponential": 1 - spread + an exponential time; its maximum is spread * H_W above the least (Renyi 1953).
     "lognormal": by quadrature over the normal score of the slowest.
+
+    >>> from packsaddle.performance.step_time import expected_maximum
+    >>> round(expected_maximum(8, 0.2), 3), expected_maximum(8, 0.0)
+    (1.31, 1.0)
     """
     if workers == 1 or spread == 0:
         return 1.0
@@ -104,7 +118,12 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, by what they go to; `total` is their sum."""
+    """Seconds of one step, by what they go to; `total` is their sum.
+
+    >>> from packsaddle.performance import StepTime
+    >>> round(StepTime(compute=0.1, waiting=0.0, compression=0.01, latency=0.001, bandwidth=0.02).total, 3)
+    0.131
+    """
 
     compute: float
     waiting: float  # for the slowest worker

@@ -25,7 +25,13 @@ _DENSE_BELOW = 1024  # elements, as in CompressedSGD
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The vector that one step exchanges."""
+    """The vector that one step exchanges.
+
+    >>> from packsaddle.performance import ModelSize
+    >>> size = ModelSize.of_model("mnist-autoencoder")
+    >>> size.d, size.dense
+    (209920, 449)
+    """
 
     name: str
     d: int  # compressed coordinates

@@ -18,7 +18,13 @@ _RANGE = (1e-20, 1e20)  # of every constant of a problem: keeps their products, 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """The constants of the problem: Assumptions A and B, and C if `lipschitz_gradient` is given."""
+    """The constants of the problem: Assumptions A and B, and C if `lipschitz_gradient` is given.
+
+    >>> from packsaddle.theory import Assumptions
+    >>> a = Assumptions(d=1_000_000, epsilon=0.2, lipschitz_gradient=1.0)
+    >>> round(a.curvature, 3)
+    0.447
+    """
 
     d: int
     epsilon: float  # an epsilon-SOSP is wanted: ||grad f|| <= epsilon, lambda_min >= -sqrt(rho epsilon)
@@ -67,6 +73,11 @@ class Constants:
     The defaults are Jin et al.'s (2021), (8), of the proof of uncompressed SGD; that Algorithm 1 shares them up to
     logarithms is an assumption, and the factors of 1 on the compression's terms of eta are a guess. `practical` has no
     proof and no failure probability, but it can be run.
+
+    >>> from packsaddle.theory import Assumptions, Constants
+    >>> c = Constants.theory(Assumptions(d=1000, epsilon=0.1))
+    >>> c.mode, c.iota > 1
+    ('theory', True)
     """
 
     mode: Mode
@@ -193,7 +204,13 @@ def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants 
 
 @dataclass(frozen=True)
 class FirstOrderPlan:
-    """A step size and steps after which the mean of E||grad f(x_t)||^2 over t is at most epsilon^2."""
+    """A step size and steps after which the mean of E||grad f(x_t)||^2 over t is at most epsilon^2.
+
+    >>> from packsaddle.theory import Assumptions, first_order_plan
+    >>> found = first_order_plan(Assumptions(d=1000, epsilon=0.1), mu=1.0)
+    >>> found.steps, found.bound_by
+    (640000, 'gradient noise')
+    """
 
     eta: float
     steps: int
@@ -208,6 +225,10 @@ def first_order_plan(assumptions: Assumptions, mu: float, *, noise: float = 0.0)
     mean ||grad f||^2 <= 4 f_max / (eta T) + 2 chi^2 (L eta + 4 L^2 eta^2 (1 - mu) / mu^2):
     T makes the first half of epsilon^2, the last two bounds on eta a quarter each of the rest. C must act on the
     workers' mean.
+
+    >>> from packsaddle.theory import Assumptions, first_order_plan
+    >>> first_order_plan(Assumptions(d=1000, epsilon=0.1), mu=0.01)
+    FirstOrderPlan(eta=0.00017766726362967536, steps=4502800, bound_by='first-order')
     """
     a, smooth, lost = assumptions, assumptions.smoothness, 1 - mu
     chi = math.hypot(a.sigma, math.sqrt(a.d) * noise)

@@ -43,6 +43,13 @@ def suggest_noise(model: nn.Module, *, lr: float, steps: float, times: float = G
     as xi_t is added after it.
 
     Raises ValueError if lr, steps or times are not positive and finite, or if all parameters are zero.
+
+    >>> import torch
+    >>> import packsaddle
+    >>> _ = torch.manual_seed(0)
+    >>> model = torch.nn.Linear(64, 64)
+    >>> round(packsaddle.suggest_noise(model, lr=0.1, steps=10_000), 3)
+    0.022
     """
     for name, value in (("lr", lr), ("steps", steps), ("times", times)):
         if not 0 < value < math.inf:

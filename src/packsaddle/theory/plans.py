@@ -45,6 +45,15 @@ class Plan:
 
     Orders of magnitude, but for mu, k and `sent`. Bytes are one worker's, up; the escape check's and its resets'
     are not in them (a dense all-reduce per commit, so at most d / I values a step).
+
+    >>> from packsaddle import RandomK
+    >>> from packsaddle.theory import Assumptions
+    >>> from packsaddle.theory.plans import plan
+    >>> found = plan(Assumptions(d=10_000, epsilon=0.2), RandomK(0.01))
+    >>> found.name, found.sent
+    ('RandomK(ratio=0.01)', 600)
+    >>> f"{found.eta:.1e}", found.noise_suffices
+    ('6.2e-08', True)
     """
 
     assumptions: Assumptions
@@ -101,6 +110,13 @@ def plan(
 
     The compressor acts on all d coordinates, in single precision, over the direct exchange. Raises ValueError if it
     cannot, or if there are fewer than two workers, which send nothing.
+
+    >>> from packsaddle import TopK
+    >>> from packsaddle.theory import Assumptions
+    >>> from packsaddle.theory.plans import plan
+    >>> found = plan(Assumptions(d=10_000, epsilon=0.2), TopK(0.01))
+    >>> found.theorem, found.k, found.steps > 1000
+    ('3.1', 100, True)
     """
     a, c, d = assumptions, constants, assumptions.d
     if workers < 2:
@@ -153,7 +169,14 @@ def _steps(a: Assumptions, c: Constants, compressor: Compressor) -> int:
 
 
 def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL) -> int:
-    """Return Corollary 3.3's k, from 1 to d: the coordinates of balanced mu = k / d."""
+    """Return Corollary 3.3's k, from 1 to d: the coordinates of balanced mu = k / d.
+
+    >>> from packsaddle import TopK
+    >>> from packsaddle.theory import Assumptions
+    >>> from packsaddle.theory.plans import balanced_k
+    >>> balanced_k(Assumptions(d=10_000, epsilon=0.2), lambda k: TopK(k=k))
+    367
+    """
     mu = balanced_mu(assumptions, linear=family(1).linear, constants=constants)
     return min(assumptions.d, max(1, math.ceil(mu * assumptions.d)))
 
@@ -166,6 +189,12 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
     `balanced_k`, unless the first-order term, which Corollary 3.3 leaves out, binds longer, or whole steps and
     coordinates round. (For a LinearSketch, whose mu is 1 / ceil(d / k), rounding can hide a better k: by a few percent,
     by 13% at d = 7.)
+
+    >>> from packsaddle import RandomK
+    >>> from packsaddle.theory import Assumptions
+    >>> from packsaddle.theory.plans import best_plan
+    >>> best_plan(Assumptions(d=10_000, epsilon=0.2), lambda k: RandomK(k=k)).k
+    4
     """
     a, d = assumptions, assumptions.d
     least = _steps(a, constants, family(d))

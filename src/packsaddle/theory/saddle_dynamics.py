@@ -24,6 +24,10 @@ def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
     x_1 <- (1 + eta gamma T) x_1. So the rate is exactly mu E ln(1 + eta gamma T), which is ln(1 + eta gamma) up to a
     factor 1 - O(eta gamma / mu): the slowdown vanishes as eta -> 0, as Theorem 3.2 predicts.
     Raises ValueError unless eta and gamma are positive and mu in (0, 1].
+
+    >>> from packsaddle.theory.diagnostics import growth_rate
+    >>> round(growth_rate(0.1, 1.0), 4), round(growth_rate(0.1, 1.0, mu=0.1), 4)
+    (0.0953, 0.0606)
     """
     _check_positive(eta=eta, gamma=gamma)
     if not 0 < mu <= 1:
@@ -42,6 +46,10 @@ def coupling_std(steps: int, *, eta: float, gamma: float, noise: float | Callabl
     The difference obeys delta_{t+1} = (1 + eta gamma) delta_t - 2 eta <v_1, xi_t> exactly, so its variance obeys
     V_{t+1} = (1 + eta gamma)^2 V_t + (2 eta r)^2. For eta gamma << 1 << eta gamma t its root is about
     2 r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, the signal q_p of Jin et al. 2021.
+
+    >>> from packsaddle.theory.diagnostics import coupling_std
+    >>> coupling_std(3, eta=0.1, gamma=1.0, noise=0.01)
+    tensor([0.0000, 0.0020, 0.0030, 0.0038], dtype=torch.float64)
     """
     perturbation, variance = Perturbation(noise), [0.0]
     for t in range(steps):
@@ -55,6 +63,10 @@ def predicted_escape_time(eta: float, gamma: float, noise: float, radius: float,
     The unstable coordinate is Gaussian with std r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, and 0.6745 is the median
     of |N(0, 1)|. It assumes one unstable direction, eta gamma << 1, and R well above the first steps' noise. `noise`
     is r per coordinate; `mu` slows the rate as in `growth_rate`. Raises ValueError unless all are positive.
+
+    >>> from packsaddle.theory.diagnostics import predicted_escape_time
+    >>> round(predicted_escape_time(0.1, 1.0, noise=0.01, radius=0.5), 1)
+    60.9
     """
     _check_positive(eta=eta, gamma=gamma, noise=noise, radius=radius)
     amplification = radius * math.sqrt(2 * gamma / eta) / (_MEDIAN_OF_ABSOLUTE_NORMAL * noise)

@@ -22,12 +22,40 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 class DriftError(GuardError):
-    """Workers' parameters, or the rates and the noise that they step by, are no longer equal."""
+    """Workers' parameters, or the rates and the noise that they step by, are no longer equal.
+
+    >>> import torch
+    >>> from packsaddle import Compression, CompressedSGD, DriftError, TopK, simulate
+    >>> def work(rank):
+    ...     weight = torch.nn.Parameter(torch.ones(64, 64))
+    ...     opt = CompressedSGD([weight], 0.1, Compression(TopK(1.0), compare_every=1))
+    ...     weight.data += rank
+    ...     weight.grad = torch.zeros_like(weight)
+    ...     try:
+    ...         opt.step()
+    ...     except DriftError:
+    ...         return "stopped"
+    >>> simulate(work, 2)
+    ['stopped', 'stopped']
+    """
 
 
 @dataclass(frozen=True)
 class Drift:
-    """A comparison that failed."""
+    """A comparison that failed.
+
+    >>> import torch
+    >>> from packsaddle import Compression, CompressedSGD, TopK, simulate
+    >>> def work(rank):
+    ...     weight = torch.nn.Parameter(torch.ones(64, 64))
+    ...     opt = CompressedSGD([weight], 0.1, Compression(TopK(1.0), compare_every=1, on_drift="repair"))
+    ...     weight.data += rank  # as faulty memory would
+    ...     weight.grad = torch.zeros_like(weight)
+    ...     opt.step()
+    ...     return opt.drifts
+    >>> simulate(work, 3)[0]
+    [Drift(step=0, name='parameter 0', workers=(1, 2))]
+    """
 
     step: int  # t, after which it was made
     name: str  # the first tensor that differs

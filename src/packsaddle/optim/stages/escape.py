@@ -30,6 +30,14 @@ class Escape:
     `compare="x"` is line 6 to the letter, f(x_t) < f(x_t'); `compare="y"` tests the point that would be
     accepted, f(x_t - eta e_t) < f(x_t'), at the cost of a dense all-reduce per check. `every` spaces the norm
     test (the interval is tested at every step). With several workers the norm comes from `sketches`.
+
+    >>> import torch
+    >>> from packsaddle import CompressedSGD, Escape, TopK
+    >>> x = torch.nn.Parameter(torch.zeros(64, 64))
+    >>> escape = Escape(interval=100, radius=1.0, objective=lambda: x.square().sum())
+    >>> opt = CompressedSGD([x], 0.1, TopK(0.1), noise=0.01, escape=escape)
+    >>> opt.resets
+    []
     """
 
     interval: int
@@ -53,7 +61,18 @@ class Escape:
 
 @dataclass(frozen=True)
 class Reset:
-    """One firing of the check: why, what was compared, and what was decided."""
+    """One firing of the check: why, what was compared, and what was decided.
+
+    >>> import torch
+    >>> from packsaddle import CompressedSGD, Escape, TopK
+    >>> x = torch.nn.Parameter(torch.ones(64, 64))
+    >>> opt = CompressedSGD([x], 0.1, TopK(1.0), escape=Escape(2, 100.0, lambda: x.square().sum()))
+    >>> for _ in range(3):
+    ...     x.grad = 2 * x.detach()
+    ...     opt.step()
+    >>> [(reset.step, reset.reason, reset.committed) for reset in opt.resets]
+    [(3, 'interval', True)]
+    """
 
     step: int  # t, the new t'
     reason: Literal["interval", "radius"]

@@ -18,6 +18,11 @@ class Ramp:
     """r is `std` until step `start`, then falls linearly to `final` at step `stop` and stays there.
 
     The paper lowers its noise late in Figure 2 so that the gradient converges.
+
+    >>> from packsaddle import Ramp
+    >>> noise = Ramp(0.01, start=100, stop=200)
+    >>> noise(0), noise(150), noise(200)
+    (0.01, 0.005, 0.0)
     """
 
     std: float

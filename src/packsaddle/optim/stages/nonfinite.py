@@ -24,12 +24,34 @@ THE_MEAN = "a mean of finite gradients"
 
 
 class NonFiniteError(GuardError):
-    """Too many steps in a row had a gradient that is not finite. What was there before the first of them still is."""
+    """Too many steps in a row had a gradient that is not finite. What was there before the first of them still is.
+
+    >>> import torch
+    >>> from packsaddle import Compression, CompressedSGD, NonFiniteError, TopK
+    >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+    >>> opt = CompressedSGD([weight], 0.1, Compression(TopK(1.0), max_skipped=0))
+    >>> weight.grad = torch.full((64, 64), float("nan"))
+    >>> try:
+    ...     opt.step()
+    ... except NonFiniteError:
+    ...     print("stopped")
+    stopped
+    """
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A step that was not taken."""
+    """A step that was not taken.
+
+    >>> import torch
+    >>> from packsaddle import CompressedSGD, TopK
+    >>> weight = torch.nn.Parameter(torch.ones(64, 64))
+    >>> opt = CompressedSGD([weight], 0.1, TopK(1.0))
+    >>> weight.grad = torch.full((64, 64), float("nan"))
+    >>> opt.step()
+    >>> opt.skips
+    [Skip(step=0, workers=(0,), parameter='parameter 0')]
+    """
 
     step: int  # t, which the next step has again
     workers: tuple[int, ...]  # whose gradients were not finite, as far as is known here

@@ -12,7 +12,17 @@ from packsaddle.theory.problems import Oracle
 
 @dataclass(frozen=True)
 class ErrorGrowth:
-    """E||e_t||^2 for every t, measured over seeds, and Lemma A.5's bound, in the units of a squared gradient."""
+    """E||e_t||^2 for every t, measured over seeds, and Lemma A.5's bound, in the units of a squared gradient.
+
+    >>> import torch
+    >>> from packsaddle import RandomK
+    >>> from packsaddle.theory.diagnostics import Method, error_growth
+    >>> from packsaddle.theory.problems import Oracle, Quadratic
+    >>> oracle, start = Oracle(Quadratic((1.0,) * 8), sigma=0.1), torch.ones(8, dtype=torch.float64)
+    >>> growth = error_growth(oracle, Method(0.01, RandomK(0.25, block_size=1)), start, steps=5, seeds=8)
+    >>> growth.seeds, bool((growth.mean <= growth.bound + 1e-9).all())
+    (8, True)
+    """
 
     mean: Tensor  # float64[T + 1], the mean of ||e_t||^2 over seeds
     standard_error: Tensor  # float64[T + 1], of that mean
@@ -24,6 +34,11 @@ def accumulate(energy: Tensor, mu: float) -> Tensor:
     """Return (2 (1 - mu) / mu) sum_{i < t} (1 - mu/2)^(t - i) energy_i for t = 0 .. T, float64[T + 1].
 
     Lemma A.5 with energy_i = E||grad f(x_i)||^2 + chi^2, float[T]. Raises ValueError unless mu is in (0, 1].
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import accumulate
+    >>> accumulate(torch.ones(3, dtype=torch.float64), mu=0.5)
+    tensor([0.0000, 1.5000, 2.6250, 3.4688], dtype=torch.float64)
     """
     _check_mu(mu)
     bound = [0.0]
@@ -37,6 +52,10 @@ def random_k_limit(mu: float) -> float:
 
     A coordinate of e_t is g_i times the number A of steps since it was last sent, and P(A = a) = mu (1 - mu)^a; this
     is E A^2. Lemma A.5's bound tends to twice that. Raises ValueError unless mu is in (0, 1].
+
+    >>> from packsaddle.theory.diagnostics import random_k_limit
+    >>> round(random_k_limit(0.1), 3), random_k_limit(1.0)
+    (171.0, 0.0)
     """
     _check_mu(mu)
     return (1 - mu) * (2 - mu) / mu**2
@@ -50,6 +69,14 @@ def error_growth(
     `mu` is the compressor's contraction for every vector, `compressor.mu(d)`, unless a larger one is known to hold.
     E||grad f(x_i)||^2 in the bound is the mean over the same runs. Run s of `seeds` uses seed s for the optimizer and
     the oracle's seed plus s. Raises ValueError if `seeds` is below 2 (no standard error), and see `follow`.
+
+    >>> import torch
+    >>> from packsaddle import RandomK
+    >>> from packsaddle.theory.diagnostics import Method, error_growth
+    >>> from packsaddle.theory.problems import Oracle, Quadratic
+    >>> oracle, start = Oracle(Quadratic((1.0,) * 8), sigma=0.1), torch.ones(8, dtype=torch.float64)
+    >>> error_growth(oracle, Method(0.01, RandomK(0.25)), start, steps=5, seeds=4).mean.shape
+    torch.Size([6])
     """
     if seeds < 2:
         raise ValueError(f"seeds must be at least 2, got {seeds}")
@@ -74,6 +101,12 @@ def residual_gap(compressor: Compressor, v: Tensor, change: Tensor, *, seed: int
 
     What one step makes of a small difference. Linear compressors shrink it in expectation, to sqrt(1 - mu) ||change||
     at most; TopK of a vector of ones can turn any change, however small, into sqrt(2 k) (section 3.1).
+
+    >>> import torch
+    >>> from packsaddle import TopK
+    >>> from packsaddle.theory.diagnostics import residual_gap
+    >>> round(residual_gap(TopK(k=1), torch.tensor([1.0, 0.99]), torch.tensor([0.0, 0.02])), 3)
+    1.407
     """
     disturbed = v + change
     residuals = [u - compressor(u, seed=seed, step=step) for u in (v, disturbed)]

@@ -20,7 +20,16 @@ from packsaddle.theory.saddle_dynamics import coupling_std
 @dataclass(frozen=True)
 class Coupling:
     """Two runs from one point with the same theta_t and compressor randomness and, at `scale` 1, opposite noise
-    along v_1. Gaps are norms of differences between the two."""
+    along v_1. Gaps are norms of differences between the two.
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import Method, couple
+    >>> from packsaddle.theory.problems import Oracle, QuadraticQuartic
+    >>> start = torch.zeros(3, dtype=torch.float64)
+    >>> coupled = couple(Oracle(QuadraticQuartic(3)), Method(0.1, noise=0.01), start, steps=10)
+    >>> coupled.gamma, coupled.along.shape
+    (1.0, torch.Size([11]))
+    """
 
     first: Trajectory
     second: Trajectory
@@ -63,6 +72,13 @@ def negative_curvature(problem: Problem, x: Tensor) -> tuple[float, Tensor]:
     """Return (gamma, v_1): -lambda_min of the Hessian at x, float[d], and its unit eigenvector, float64[d].
 
     The Hessian is made densely, so for small d. Raises ValueError if no eigenvalue is negative.
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import negative_curvature
+    >>> from packsaddle.theory.problems import QuadraticQuartic
+    >>> gamma, v = negative_curvature(QuadraticQuartic(3), torch.zeros(3, dtype=torch.float64))
+    >>> gamma, v.abs()
+    (1.0, tensor([1., 0., 0.], dtype=torch.float64))
     """
     eigenvalues, vectors = torch.linalg.eigh(_hessian(problem, x))
     if not float(eigenvalues[0]) < 0:
@@ -71,7 +87,13 @@ def negative_curvature(problem: Problem, x: Tensor) -> tuple[float, Tensor]:
 
 
 def reflect(xi: Tensor, direction: Tensor, scale: float = 1.0) -> Tensor:
-    """Return xi - 2 scale <v, xi> v, float[d], for a unit vector v; at scale 1 it has the law of xi."""
+    """Return xi - 2 scale <v, xi> v, float[d], for a unit vector v; at scale 1 it has the law of xi.
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import reflect
+    >>> reflect(torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0]))
+    tensor([-3.,  4.])
+    """
     return xi - 2 * scale * (direction @ xi) * direction
 
 
@@ -92,6 +114,14 @@ def couple(
     Algorithm 1; less, a smaller perturbation of the same shape, to see whether gaps scale with it. Raises ValueError
     for a direction of the wrong shape or norm zero, at a point without negative curvature if there is no
     `direction`, and see `follow`.
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import Method, couple
+    >>> from packsaddle.theory.problems import Oracle, QuadraticQuartic
+    >>> start = torch.zeros(3, dtype=torch.float64)
+    >>> coupled = couple(Oracle(QuadraticQuartic(3)), Method(0.1, noise=0.01), start, steps=50)
+    >>> coupled.along[-1].abs() > coupled.along[10].abs()
+    tensor(True)
     """
     v = _unit(oracle.problem, start, direction)
     perturbation = Perturbation(method.noise)
@@ -143,7 +173,13 @@ def _gap(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EscapeTimes:
-    """Steps until the run had left the ball, one per seed, in the order of seeds."""
+    """Steps until the run had left the ball, one per seed, in the order of seeds.
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import EscapeTimes
+    >>> EscapeTimes(torch.tensor([10.0, 12.0, 20.0]), improved=3).median
+    12.0
+    """
 
     times: Tensor  # float64[seeds]; inf where it had not within the limit
     improved: int  # of the escapes, how many line 6 accepted: f(x_t) < f(x_0)
@@ -165,6 +201,16 @@ def escape_times(
 
     Run s of `seeds` uses seed s for the optimizer and the oracle's seed plus s. Raises ValueError unless `seeds` and
     `limit`, in steps, are at least 1, and see `Run` and `Escape`.
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import Method, escape_times
+    >>> from packsaddle.theory.problems import Oracle, QuadraticQuartic
+    >>> start = torch.zeros(3, dtype=torch.float64)
+    >>> found = escape_times(
+    ...     Oracle(QuadraticQuartic(3)), Method(0.1, noise=0.1), start, radius=0.5, limit=200, seeds=2
+    ... )
+    >>> found.times.shape
+    torch.Size([2])
     """
     for name, value in (("seeds", seeds), ("limit", limit)):
         if value < 1:
@@ -185,6 +231,13 @@ def octopus_escapes(problem: Octopus, points: Tensor) -> list[int]:
 
     A leg entered twice counts twice, so "exactly d escapes" says that no saddle was visited again. Raises ValueError
     where the trajectory leaves the domain of the function.
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import octopus_escapes
+    >>> from packsaddle.theory.problems import Octopus
+    >>> f = Octopus(2)
+    >>> octopus_escapes(f, torch.tensor([[0.1, 0.1], [3.0, 0.1], [6.0, 3.0]], dtype=torch.float64))
+    [2]
     """
     for x in points:
         problem(x)

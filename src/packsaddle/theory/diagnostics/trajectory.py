@@ -22,7 +22,13 @@ from packsaddle.theory.problems import Oracle
 class Method:
     """The optimizer's setting: step size eta, compressor C, and r, the std of each coordinate of xi_t (or a
     function of the step that gives it). Without `error_feedback` line 12 leaves e = 0, for comparison. Raises
-    ValueError unless `lr` is positive and finite."""
+    ValueError unless `lr` is positive and finite.
+
+    >>> from packsaddle import TopK
+    >>> from packsaddle.theory.diagnostics import Method
+    >>> Method(0.1, TopK(0.5), noise=0.01).lr
+    0.1
+    """
 
     lr: float
     compressor: Compressor = field(default_factory=Identity)
@@ -40,7 +46,16 @@ class Method:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The record of T steps from x_0, for all t (the same on every worker, `gradients` excepted)."""
+    """The record of T steps from x_0, for all t (the same on every worker, `gradients` excepted).
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import Method, follow
+    >>> from packsaddle.theory.problems import Oracle, Quadratic
+    >>> start = torch.ones(2, dtype=torch.float64)
+    >>> run = follow(Oracle(Quadratic((1.0, 2.0))), Method(0.1), start, steps=3)
+    >>> run.x.shape, run.e.abs().max()
+    (torch.Size([4, 2]), tensor(0., dtype=torch.float64))
+    """
 
     oracle: Oracle
     method: Method
@@ -110,6 +125,15 @@ def follow(
 
     The gradients' randomness is the oracle's; xi_t and the compressor's are functions of (seed, t). `disturbance(t)`,
     float64[d], is added to the gradient at step t. Raises ValueError if `steps` is below 1, and see `Run`.
+
+    >>> import torch
+    >>> from packsaddle import TopK
+    >>> from packsaddle.theory.diagnostics import Method, follow
+    >>> from packsaddle.theory.problems import Oracle, Quadratic
+    >>> start = torch.ones(2, dtype=torch.float64)
+    >>> run = follow(Oracle(Quadratic((1.0, 2.0))), Method(0.1, TopK(k=1)), start, steps=2)
+    >>> run.x[-1]
+    tensor([0.8000, 0.8000], dtype=torch.float64)
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -126,7 +150,16 @@ def follow(
 
 @dataclass(frozen=True)
 class Localisation:
-    """Both sides of the lemma for tau = 0 .. t."""
+    """Both sides of the lemma for tau = 0 .. t.
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import Method, follow, improve_or_localise
+    >>> from packsaddle.theory.problems import Oracle, Quadratic
+    >>> run = follow(Oracle(Quadratic((1.0, 2.0))), Method(0.1), torch.ones(2, dtype=torch.float64), steps=5)
+    >>> lemma = improve_or_localise(run, smoothness=2.0)
+    >>> lemma.moved.shape, lemma.bound.shape
+    (torch.Size([6]), torch.Size([6]))
+    """
 
     moved: Tensor  # ||y_{t0 + tau} - y_{t0}||^2, float64[t + 1]
     bound: Tensor  # eta t [f(x_t0) - f(x_{t0 + tau}) + eta chi^2 (eta l t + iota)], the bound for c = 1, float64[t + 1]
@@ -149,6 +182,13 @@ def improve_or_localise(
     default the rest of the trajectory; l is `smoothness` and s^2 `noise_variance`, by default chi^2 of the trajectory's
     method at t0, sigma^2 + d r^2. Both sides are in squared units of x. Raises ValueError for a horizon outside the
     trajectory, and unless smoothness and iota are positive.
+
+    >>> import torch
+    >>> from packsaddle.theory.diagnostics import Method, follow, improve_or_localise
+    >>> from packsaddle.theory.problems import Oracle, Quadratic
+    >>> run = follow(Oracle(Quadratic((1.0, 2.0))), Method(0.1), torch.ones(2, dtype=torch.float64), steps=5)
+    >>> improve_or_localise(run, smoothness=2.0).moved.shape
+    torch.Size([6])
     """
     last = len(trajectory.x) - 1
     t = last - begin if horizon is None else horizon

@@ -16,7 +16,12 @@ from packsaddle.numerics.seeds import Stream, generator
 
 @dataclass(frozen=True)
 class CriticalPoint:
-    """A point where the gradient vanishes."""
+    """A point where the gradient vanishes.
+
+    >>> from packsaddle.theory.problems import QuadraticQuartic
+    >>> [(point.index, point.lambda_min) for point in QuadraticQuartic(3).critical_points()]
+    [(1, -1.0), (0, 1.0)]
+    """
 
     x: Tensor  # float64[d]
     lambda_min: float  # the smallest eigenvalue of the Hessian at x
@@ -24,7 +29,19 @@ class CriticalPoint:
 
 
 class Problem(ABC):
-    """An objective f on R^d. `d` is its dimension."""
+    """An objective f on R^d. `d` is its dimension.
+
+    >>> import torch
+    >>> from packsaddle.theory.problems import Problem, QuadraticQuartic
+    >>> f = QuadraticQuartic(3)
+    >>> isinstance(f, Problem), f.d
+    (True, 3)
+    >>> x = torch.tensor([0.5, 0.0, 0.0], dtype=torch.float64)
+    >>> f(x), f.gradient(x)
+    (tensor(-0.1094, dtype=torch.float64), tensor([-0.3750,  0.0000,  0.0000], dtype=torch.float64))
+    >>> f.constants(1.0)
+    (2.0, 6.0)
+    """
 
     d: int
 
@@ -54,6 +71,15 @@ class Oracle:
     sign(sin(x_1 / 1e-3)), which keeps mean and variance and breaks Assumption C. The first `quiet` coordinates have no
     noise, and the others have all of it: from a saddle whose way out is among the former only xi_t leads. The norm of
     b_i is `heterogeneity`, and sum_i b_i = 0. Raises ValueError unless some coordinate has noise.
+
+    >>> import torch
+    >>> from packsaddle.theory.problems import Oracle, Quadratic
+    >>> oracle = Oracle(Quadratic((1.0, -1.0)), sigma=0.1, workers=2)
+    >>> x = torch.zeros(2, dtype=torch.float64)
+    >>> oracle.gradient(x, step=0, worker=1).shape
+    torch.Size([2])
+    >>> torch.equal(oracle.gradient(x, step=0), oracle.gradient(x, step=0))
+    True
     """
 
     problem: Problem

@@ -17,6 +17,10 @@ class RankOnePCA(Problem):
 
     Critical: 0 with lambda_min = -lambda_1, and +-sqrt(lambda_i) e_i with eigenvalues 2 lambda_i and
     lambda_i - lambda_j.
+
+    >>> from packsaddle.theory.problems import RankOnePCA
+    >>> [(point.index, round(point.lambda_min, 3)) for point in RankOnePCA((2.0, 1.0)).critical_points()]
+    [(2, -2.0), (0, 1.0), (1, -1.0)]
     """
 
     eigenvalues: tuple[float, ...]
@@ -56,6 +60,11 @@ class MatrixFactorisation(Problem):
     Eigenvalues decreasing and positive. A critical point that keeps the set S of eigenvalues has
     lambda_min = 2 (min S - max of the rest) if |S| = rank and that is negative, and -2 max of the rest if
     |S| < rank; minima keep the largest, with zero eigenvalues along rotations.
+
+    >>> from packsaddle.theory.problems import MatrixFactorisation
+    >>> f = MatrixFactorisation((2.0, 1.0), rank=1)
+    >>> [(point.index, round(point.lambda_min, 3)) for point in f.critical_points()]
+    [(2, -4.0), (1, -2.0), (0, 2.0)]
     """
 
     eigenvalues: tuple[float, ...]
@@ -111,6 +120,12 @@ class MatrixSensing(Problem):
     A_m are symmetrised Gaussian matrices (`kind="sensing"`; E <A, X>^2 = ||X||_F^2 for symmetric X), or pick single
     entries with weight n (`kind="completion"`, entries drawn uniformly). 0 is a saddle whose Hessian is that of
     -2 sum_m <A_m, M> A_m / samples, once per column; U = V Lambda^(1/2) is a global minimum where rank is enough.
+
+    >>> import torch
+    >>> from packsaddle.theory.problems import MatrixSensing
+    >>> f = MatrixSensing((2.0, 1.0), rank=1, samples=8)
+    >>> f.d, f.gradient(torch.zeros(2, dtype=torch.float64)).norm()
+    (2, tensor(0., dtype=torch.float64))
     """
 
     eigenvalues: tuple[float, ...]
@@ -164,6 +179,11 @@ class DeepLinear(Problem):
 
     0 is critical; for depth 2 it is a strict saddle with lambda_min = -max target, for depth >= 3 its Hessian
     vanishes, a saddle that second-order information does not show.
+
+    >>> from packsaddle.theory.problems import DeepLinear
+    >>> f = DeepLinear((2.0, 1.0))
+    >>> f.d, f.critical_points()[0].lambda_min
+    (8, -2.0)
     """
 
     targets: tuple[float, ...]

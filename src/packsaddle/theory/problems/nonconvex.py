@@ -15,6 +15,10 @@ class PhaseRetrieval(Problem):
 
     Critical: 0, a maximum with lambda_min = -3 ||z||^2; all x orthogonal to z with ||x||^2 = ||z||^2 / 3, saddles
     with -2 ||z||^2; and +-z, the minima.
+
+    >>> from packsaddle.theory.problems import PhaseRetrieval
+    >>> [(point.index, round(point.lambda_min, 3)) for point in PhaseRetrieval(3).critical_points()]
+    [(3, -3.0), (0, 2.0), (1, -2.0)]
     """
 
     d: int
@@ -47,6 +51,10 @@ class OrthogonalTensor(Problem):
 
     Critical: 0, and every m-sparse x with equal magnitudes a^2 = beta / (beta m - 1): exponentially many saddles
     (index m - 1, lambda_min = -2 beta / (beta m - 1)); the 2 d minima have m = 1.
+
+    >>> from packsaddle.theory.problems import OrthogonalTensor
+    >>> [(point.index, round(point.lambda_min, 3)) for point in OrthogonalTensor(3).critical_points()]
+    [(3, -2.0), (0, 2.0), (1, -1.333), (2, -0.8)]
     """
 
     d: int
@@ -80,7 +88,12 @@ class OrthogonalTensor(Problem):
 
 @dataclass(frozen=True)
 class CurvedValley(Problem):
-    """f = (x^2 - 1)^2 / 4 + b (y - x^2)^2 / 2: a saddle at 0 between two minima (+-1, 1) along a curved valley."""
+    """f = (x^2 - 1)^2 / 4 + b (y - x^2)^2 / 2: a saddle at 0 between two minima (+-1, 1) along a curved valley.
+
+    >>> from packsaddle.theory.problems import CurvedValley
+    >>> [(point.index, round(point.lambda_min, 3)) for point in CurvedValley().critical_points()]
+    [(1, -1.0), (0, 0.376)]
+    """
 
     b: float = 5.0
     d: int = 2
@@ -110,6 +123,14 @@ class MonkeySaddle(Problem):
     """f = x^3 - 3 x y^2 + (x^2 + y^2)^2 / 4: at 0 gradient and Hessian vanish, so 0 is second-order stationary.
 
     A negative control: a certificate must accept 0, although it is no minimum. Minima at radius 3, f = -6.75.
+
+    >>> import torch
+    >>> from packsaddle.theory.problems import MonkeySaddle
+    >>> f = MonkeySaddle()
+    >>> f.gradient(torch.zeros(2, dtype=torch.float64)).norm()
+    tensor(0., dtype=torch.float64)
+    >>> f.critical_points()[0].lambda_min
+    0.0
     """
 
     d: int = 2

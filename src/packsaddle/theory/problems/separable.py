@@ -16,6 +16,13 @@ class Quadratic(Problem):
     With curvatures of both signs its critical point is a saddle; with none at all the gradient is constant.
     Unbounded below unless all curvatures are positive. `slopes` are zeros by default. Raises ValueError if their
     numbers differ.
+
+    >>> import torch
+    >>> from packsaddle.theory.problems import Quadratic
+    >>> f = Quadratic((1.0, -1.0))
+    >>> x = torch.tensor([2.0, 1.0], dtype=torch.float64)
+    >>> f(x), f.gradient(x)
+    (tensor(1.5000, dtype=torch.float64), tensor([ 2., -1.], dtype=torch.float64))
     """
 
     curvatures: tuple[float, ...]
@@ -58,6 +65,12 @@ class Cosine(Problem):
 
     L = rho = 1 and f_max = 2 w^3 + 2 (d - 1). Critical: w pi Z times pi Z^(d - 1). The saddle at w pi e_1 has curvature
     -w, so it can be as weak as the theorems allow, and f falls by 2 w^3 from there. Raises ValueError for other w.
+
+    >>> from packsaddle.theory.problems import Cosine
+    >>> Cosine(3).constants(1.0)
+    (1.0, 1.0)
+    >>> sorted(point.index for point in Cosine(3).critical_points())
+    [0, 1, 2, 3]
     """
 
     d: int
@@ -100,7 +113,15 @@ class Cosine(Problem):
 
 @dataclass(frozen=True)
 class DoubleWells(Problem):
-    """f = sum_i (x_i^4 / 4 - x_i^2 / 2): critical {-1, 0, 1}^d, index the number of zeros, 2^d minima of -d / 4."""
+    """f = sum_i (x_i^4 / 4 - x_i^2 / 2): critical {-1, 0, 1}^d, index the number of zeros, 2^d minima of -d / 4.
+
+    >>> import torch
+    >>> from packsaddle.theory.problems import DoubleWells
+    >>> DoubleWells(2)(torch.ones(2, dtype=torch.float64))
+    tensor(-0.5000, dtype=torch.float64)
+    >>> [point.index for point in DoubleWells(2).critical_points()]
+    [0, 1, 2]
+    """
 
     d: int
 
@@ -124,7 +145,13 @@ class DoubleWells(Problem):
 
 @dataclass(frozen=True)
 class QuadraticQuartic(Problem):
-    """f = x_1^4 / 4 - x_1^2 / 2 + ||y||^2 / 2: one strict saddle at 0, two minima at +-e_1 of -1 / 4."""
+    """f = x_1^4 / 4 - x_1^2 / 2 + ||y||^2 / 2: one strict saddle at 0, two minima at +-e_1 of -1 / 4.
+
+    >>> import torch
+    >>> from packsaddle.theory.problems import QuadraticQuartic
+    >>> QuadraticQuartic(3)(torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
+    tensor(-0.2500, dtype=torch.float64)
+    """
 
     d: int
 
@@ -150,6 +177,10 @@ class Octopus(Problem):
     each has one negative curvature -2 gamma. Minima: all |x_i| = 4 tau, f = -d nu. Defined where
     |x_1|, ..., |x_{i-1}| lie in [2 tau, 6 tau] and, for one i, |x_i| <= 2 tau and the later ones in [0, tau];
     raises ValueError elsewhere.
+
+    >>> from packsaddle.theory.problems import Octopus
+    >>> [point.index for point in Octopus(3).critical_points()]
+    [1, 1, 1, 0]
     """
 
     d: int

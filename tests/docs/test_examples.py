@@ -1,0 +1,86 @@
+"""Every public name has an example of a few lines, in its docstring or on its page of docs/api, which runs."""
+
+import doctest
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import packsaddle
+
+API = Path(__file__).parents[2] / "docs" / "api"
+PAGES = sorted(page for page in API.glob("*.md") if page.name != "index.md")
+PARSER = doctest.DocTestParser()
+
+
+def documented(page: Path) -> list[str]:
+    return re.findall(r"\.\. auto(?:function|class|module):: ([\w.]+)", page.read_text())
+
+
+def found(name: str) -> Any:
+    """The object of a dotted name; modules are imported where a package does not have them."""
+    parts = name.split(".")
+    thing = importlib.import_module(parts[0])
+    for i, part in enumerate(parts[1:], 2):
+        if not hasattr(thing, part):
+            importlib.import_module(".".join(parts[:i]))
+        thing = getattr(thing, part)
+    return thing
+
+
+def on_page(page: Path) -> list[str]:
+    """The examples that are on a page of the API rather than in a docstring."""
+    return re.findall(r"```pycon\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def examples(name: str) -> list[doctest.Example]:
+    return PARSER.get_examples(inspect.getdoc(found(name)) or "")
+
+
+def test_every_public_name_has_an_example() -> None:
+    without = []
+    for page in PAGES:
+        shown = "\n".join(on_page(page))
+        for name in documented(page):
+            in_page = re.search(rf"\b{name.rpartition('.')[2]}\b", shown)
+            if not in_page and not examples(name):
+                without.append(name)
+    assert without == []
+    exported = {getattr(packsaddle, name) for name in packsaddle.__all__}
+    assert exported <= {found(name) for page in PAGES for name in documented(page) if not inspect.ismodule(found(name))}
+
+
+def test_examples_are_short() -> None:
+    lengths = {}
+    for page in PAGES:
+        for name in documented(page):
+            if parts := examples(name):
+                lengths[name] = sum(part.source.count("\n") for part in parts)
+    assert len(lengths) > 90
+    assert {name: lines for name, lines in lengths.items() if not 2 <= lines <= 12} == {}
+
+
+@pytest.fixture
+def no_group() -> Iterator[None]:
+    """Examples that fail leave no process group behind."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("no_group")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    texts = {name: inspect.getdoc(found(name)) or "" for name in documented(page)}
+    texts[page.name] = "\n".join(on_page(page))
+    printed: list[str] = []
+    for name, text in texts.items():
+        test = PARSER.get_doctest(text, {}, name, str(page), 0)
+        doctest.DocTestRunner(verbose=False).run(test, out=printed.append)
+    assert not printed, "".join(printed)
