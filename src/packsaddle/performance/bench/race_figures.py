@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from packsaddle.errors import require
-from packsaddle.performance.bench.contenders import ALONE, DENSE, parse
+from packsaddle.performance.bench.contenders import DENSE, parse
 from packsaddle.performance.bench.curves import Curve
 from packsaddle.performance.bench.time_to_loss import Entry, StepOnLink, computing, entries, rows, targets_of
 
@@ -120,16 +120,29 @@ def _times(axes: Any, table: Sequence[dict[str, Any]], found: Sequence[Entry]) -
 
 
 def _computing(axes: Any, steps: Sequence[StepOnLink]) -> None:
-    """The share of the time in which workers compute, by link."""
-    table = [row for row in computing(steps) if row["contender"] != ALONE]
+    """The share of the time in which workers compute, by link: local updates by period, and dense training.
+
+    Uncompressed ones are dashed; shorter periods are lighter.
+    """
+    table = [row for row in computing(steps) if _exchanges_at_intervals(row["contender"])]
     links = [name for name in table[0] if name != "contender"]
-    for row in table:
+    periods = sorted({parse(row["contender"], 1.0).period for row in table})
+    for row in sorted(table, key=lambda row: parse(row["contender"], 1.0).period):
+        contender = parse(row["contender"], 1.0)
         shares = [math.nan if row[link] is None else 100 * row[link] for link in links]
-        is_ours = row["contender"][:1].isupper()
-        style = {"marker": "o", "markersize": 4, "linestyle": "-" if is_ours else "--"}
-        axes.plot(range(len(links)), shares, label=titled(row["contender"]), **style)
+        plain = contender.compressor is None or contender.compressor.lossless
+        strength = 0.35 + 0.65 * (periods.index(contender.period) + 1) / len(periods)
+        style = {"marker": "o", "markersize": 4, "linestyle": "--" if plain else "-", "alpha": strength}
+        colour = "0.1" if contender.peer else "#2e6f95" if plain else "#d1495b"
+        axes.plot(range(len(links)), shares, label=titled(row["contender"]), color=colour, **style)
     axes.set_xticks(range(len(links)), links)
     axes.set_ylabel("share of the time computing, %")
     axes.set_ylim(0, 103)
     axes.grid(alpha=0.2)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _exchanges_at_intervals(text: str) -> bool:
+    """Whether a contender is dense training, or local updates as published here, without overlap."""
+    contender = parse(text, 1.0)
+    return text == DENSE or (contender.every is not None and not contender.delay and contender.outer == "none")
