@@ -20,7 +20,7 @@ from packsaddle.performance.bench.workload import TrainingWorkload
 from packsaddle.performance.coding_speed import Pace, measure
 from packsaddle.performance.link_planner import MEASURED as HOOK
 from packsaddle.performance.link_planner import forecast
-from packsaddle.performance.local_planner import MEASURED, Setting, forecast_local
+from packsaddle.performance.local_planner import Setting, forecast_local, measured_with
 from packsaddle.performance.step_time import Fleet, Link
 from packsaddle.performance.workload import ModelSize, update_seconds
 
@@ -65,7 +65,7 @@ def foreseen(texts: list[str], workload: ModelSize, link: Link, fleet: Fleet, up
     return found
 
 
-def factor(text: str) -> float | None:
+def factor(text: str, workers: int) -> float | None:
     """Return the planner's multiple of dense training's steps, of the nearest measured period; None if unmeasured."""
     contender = parse(text, 1.0)
     if text == DENSE:
@@ -76,7 +76,7 @@ def factor(text: str) -> float | None:
     mine = setting(contender)
     if mine is None:
         return None
-    near = {s: steps for s, steps in MEASURED.items() if s.compressor == mine.compressor}
+    near = {s: steps for s, steps in measured_with(workers).items() if s.compressor == mine.compressor}
     closest = min(near, key=lambda s: abs(math.log(s.every / mine.every)), default=None)
     return None if closest is None or abs(math.log(closest.every / mine.every)) > math.log(1.1) else near[closest]
 
@@ -121,7 +121,7 @@ def _one_link(
         text, seconds_there = str(row["method"]), row[named(link)]
         if text in predicted and isinstance(seconds_there, float):
             times[text] = min(times.get(text, math.inf), seconds_there)
-    scores = {text: predicted[text] * f for text in times if (f := factor(text)) is not None}
+    scores = {text: predicted[text] * f for text in times if (f := factor(text, workers)) is not None}
     choice, best = min(scores, key=scores.__getitem__), min(times, key=times.__getitem__)
     return (
         f"| {named(link)} | {choice} | {times[choice]:.0f} | {best} | {times[best]:.0f} | "

@@ -21,8 +21,7 @@ from packsaddle.experiments.templates import TASKS
 from packsaddle.performance import link_planner, workload
 from packsaddle.performance.coding_speed import Line, Pace
 from packsaddle.performance.link_planner import MEASURED, StepsNeeded, forecast, steps_needed
-from packsaddle.performance.local_planner import MEASURED as LOCAL
-from packsaddle.performance.local_planner import forecast_local
+from packsaddle.performance.local_planner import forecast_local, measured_with
 from packsaddle.performance.step_time import Fleet, Link
 from packsaddle.performance.timing import Timing
 from packsaddle.performance.workload import ModelSize
@@ -342,7 +341,7 @@ def test_local_updates_hide_their_exchange(capsys: pytest.CaptureFixture[str]) -
             assert f.delay * 0.1 >= total / f.fragments - 1e-9
             assert f.delay <= max(1, every // 4) + 1
         else:
-            assert f.exchange == pytest.approx((total - every * 0.1) / every, rel=1e-3)
+            assert f.exchange == pytest.approx((total - every * 0.1) / every, rel=1e-3, abs=1e-3)
             assert f.computing == pytest.approx(0.1 / (0.1 + f.exchange))
         assert f.seconds == pytest.approx(f.steps * f.step)
         alone = {f.setting: 1.0}
@@ -351,8 +350,18 @@ def test_local_updates_hide_their_exchange(capsys: pytest.CaptureFixture[str]) -
         assert plain.exchange == pytest.approx((hops * 1e-3 + seconds) / every, rel=1e-3)
     with pytest.raises(ValueError, match=r"most-steps must be at least [0-9.]+, the least measured, got 1"):
         forecast_local(size, link, fleet, lambda compressor, d: free, most_steps=1.0)
-    few = forecast_local(size, link, fleet, lambda compressor, d: free, most_steps=min(LOCAL.values()))
-    assert [f.steps for f in few] == [min(LOCAL.values())]
+    least = min(measured_with(4).values())
+    few = forecast_local(size, link, fleet, lambda compressor, d: free, most_steps=least)
+    assert [f.steps for f in few] == [least]
+
+
+def test_more_workers_need_more_steps_of_local_updates() -> None:
+    """Dense training gains from a larger batch, which local updates have as workers that drift apart."""
+    two, four = measured_with(2), measured_with(4)
+    assert measured_with(3) is four
+    assert measured_with(100) is four
+    assert two.keys() == four.keys()
+    assert all(four[setting] > two[setting] > 1 for setting in two)
 
 
 def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None:
@@ -360,7 +369,7 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
     assert command(*asked, "--up", "20mbit", "--down", "100mbit", "--local") == 0
     asymmetric = json.loads(capsys.readouterr().out)
     assert asymmetric["link"]["nominal_bits"] == pytest.approx(20e6)
-    assert {f["every"] for f in asymmetric["local"]} == {8, 30}
+    assert {f["every"] for f in asymmetric["local"]} == {2, 8, 32}
     assert command(*asked, "--link", "20mbit") == 0
     assert "local" not in json.loads(capsys.readouterr().out)
     refused = {

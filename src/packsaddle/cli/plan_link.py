@@ -37,8 +37,8 @@ _STEPS_NOTE = (
     "(docs/choosing.md). Try it on yours."
 )
 _LOCAL_NOTE = (
-    "Local updates with AdamW: x steps as measured on a small language model, 4 workers, each setting at its best rate "
-    "(experiments/local-updates). Try it on yours."
+    "Local updates with AdamW: x steps as measured on a small language model, with 2 or 4 workers, each setting at its "
+    "best rate (experiments/race). Try it on yours."
 )
 
 
@@ -108,7 +108,7 @@ def plan_link(
         given = Link.nominal(bits or 1.0, _LATENCY if options.latency is None else options.latency)
         workload = options.workload()
         most = math.inf if options.most_steps is None else options.most_steps
-        check_most_steps(most)
+        check_most_steps(most, workers)
         unmeasured = Fleet(workers, options.compute or 0.0, options.spread or 0.0)  # refused now, not after measuring
         with process_group() if under_launcher() else nullcontext() as group:
             device = torch.device("cpu") if group is None else local_device()
