@@ -32,13 +32,20 @@ from packsaddle.compressors.selection import largest
 from packsaddle.compressors.testing import check_compressor, nasty_vectors
 
 by_vector = pytest.mark.parametrize("v", nasty_vectors().values(), ids=nasty_vectors().keys())
+# Those between which the energy that is lost differs; the others are of another scale, dtype or length.
+TELLING = ("gaussian", "one spike", "all equal", "ties of both signs", "heavy tail", "wide range")
+TELLING += ("negative zero", "two coordinates")
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
 def test_conformance(compressor: Compressor) -> None:
-    """Expectations are means over 200 seeds, or over two where every seed gives the same, which is checked."""
+    """Expectations are means over 200 seeds, or over 20 on vectors that tell less of them, or over two where every seed
+    gives the same, which is checked."""
     same = isinstance(compressor, Identity | TopK | AdaptiveTopK | Sign)
-    check_compressor(compressor, seeds=2 if same else 200)
+    telling = {name: v for name, v in nasty_vectors().items() if name in TELLING}
+    others = {name: v for name, v in nasty_vectors().items() if name not in TELLING}
+    check_compressor(compressor, telling, seeds=2 if same else 200)
+    check_compressor(compressor, others, seeds=2 if same else 20)
     if same:
         v = torch.randn(50, generator=torch.Generator().manual_seed(0))
         assert all(torch.equal(compressor(v, seed=s), compressor(v, seed=0)) for s in range(1, 20))
@@ -334,9 +341,9 @@ def test_planted_heavy_hitters_are_recovered() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("d", [40, 64])
-def test_a_lone_spike_is_sent_wherever_it_is(d: int) -> None:
+def test_a_lone_spike_is_sent_wherever_it_is() -> None:
     """The worst case for a small sketch: every coordinate that shares its counters ties with it. At least k/d."""
+    d = 40
     for columns in (None, 1):
         c = SketchTopK(k=1, rows=1 if columns else 3, columns=columns or 4, oversample=1)
         for position in (0, d // 3, d - 1):

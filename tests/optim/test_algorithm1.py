@@ -1,4 +1,7 @@
-"""CompressedSGD is Algorithm 1: against the paper's text transcribed, its invariants, and its theory."""
+"""CompressedSGD is Algorithm 1: against the paper's text transcribed, and its theory.
+
+Its invariant, the recursion of y, is checked for every compressor and exchange in tests/comm/test_aggregators.py.
+"""
 
 from typing import Any
 
@@ -9,7 +12,6 @@ from algorithm1 import algorithm1
 from torch import nn
 
 from packsaddle import CompressedSGD, Compression, Compressor, Identity, RandomK, TopK, simulate
-from packsaddle.optim.stages.noise import Perturbation
 
 COMPRESSORS: dict[str, Compressor] = {
     "Identity": Identity(),
@@ -24,10 +26,10 @@ ESCAPES = {"no check": {}, "interval": {"interval": 7}, "radius": {"interval": 1
 
 
 @by_compressor
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("escape", ESCAPES.values(), ids=ESCAPES.keys())
 def test_against_the_paper(compressor: Compressor, workers: int, escape: dict[str, Any]) -> None:
-    steps, eta, r, seed = 80, 0.05, 0.02, 5
+    steps, eta, r, seed = 50, 0.05, 0.02, 5
     twin = algorithm1(
         problems.start(),
         [problems.gradient(i) for i in range(workers)],
@@ -52,20 +54,10 @@ def test_the_check_both_commits_and_rolls_back() -> None:
     """The comparison above would be idle if the twin never met both outcomes."""
     outcomes = set()
     for seed in range(5):
-        outcomes |= {c for _, c in problems.run(TopK(k=3), steps=200, noise=1.0, seed=seed, interval=7)["resets"]}
+        outcomes |= {c for _, c in problems.run(TopK(k=3), steps=100, noise=1.0, seed=seed, interval=7)["resets"]}
+        if len(outcomes) == 2:
+            break
     assert outcomes == {True, False}
-
-
-@by_compressor
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_y_recursion(compressor: Compressor, workers: int) -> None:
-    """y_{t+1} = y_t - eta (mean_i grad F_i(x_t) + xi_t): compression never changes y's recursion."""
-    eta, r, steps = 0.05, 0.3, 60
-    for run in simulate(lambda rank: problems.run(compressor, steps=steps, lr=eta, noise=r, seed=9), workers):
-        for t in range(steps):
-            mean_gradient = sum(problems.gradient(i)(run["x"][t]) for i in range(workers)) / workers
-            xi = Perturbation(r).draw(run["x"][t], seed=9, step=t)
-            assert torch.allclose(run["y"][t + 1], run["y"][t] - eta * (mean_gradient + xi), rtol=1e-12, atol=1e-13)
 
 
 def test_identity_is_sgd() -> None:

@@ -81,10 +81,11 @@ def run(case: Case, worker: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     return xs, local.anchor()
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 5])
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_equal_to_the_twin(case: Case, workers: int) -> None:
-    check(case, workers, simulate(lambda worker: run(case, worker), workers))
+def test_equal_to_the_twin(case: Case) -> None:
+    """With 3 workers, and with 1, 2 or 5 by turns."""
+    for workers in (3, (1, 2, 5)[CASES.index(case) % 3]):
+        check(case, workers, simulate(lambda worker: run(case, worker), workers))
 
 
 GLOO = [

@@ -27,27 +27,29 @@ class _Turns:
     def __init__(self, size: int) -> None:
         self.size = size
         self._turn = 0
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = [threading.Condition(self._lock) for _ in range(size)]  # by rank: a turn wakes one thread
         self._table: list[tuple[str, tuple[Tensor, ...]] | None] = [None] * size
         self._result: list[tuple[Tensor, ...]] = []
         self._finished = 0
         self.failure: BaseException | None = None
 
     def wait(self, rank: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._turn == rank or self.failure is not None)
+        with self._lock:
+            self._changed[rank].wait_for(lambda: self._turn == rank or self.failure is not None)
             if self.failure is not None:
                 raise _Aborted
 
     def _pass_on(self, rank: int) -> None:
-        with self._changed:
+        with self._lock:
             self._turn = (rank + 1) % self.size
-            self._changed.notify_all()
+            self._changed[self._turn].notify_all()
 
     def fail(self, failure: BaseException) -> None:
-        with self._changed:
+        with self._lock:
             self.failure = self.failure or failure
-            self._changed.notify_all()
+            for changed in self._changed:
+                changed.notify_all()
 
     def finish(self, rank: int) -> None:
         """Let this worker leave. Ranks leave in order of rank, unless some wait in a collective without end."""

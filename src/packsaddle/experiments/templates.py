@@ -11,6 +11,7 @@ import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from packsaddle.compressors import Identity, RandomK, TopK
@@ -107,6 +108,7 @@ def _toml(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str | bool) else repr(value)
 
 
+@cache
 def comments(cls: type) -> dict[str, str]:
     """Return the comment of each field of a dataclass: on its line, or on the lines above it."""
     found = {}

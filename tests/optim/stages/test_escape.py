@@ -20,7 +20,7 @@ def descend(
     noise: float,
     interval: int,
     radius: float,
-    steps: int = 3000,
+    steps: int = 1200,
     lr: float = 0.02,
     seed: int = 0,
 ) -> tuple[torch.Tensor, list[Reset]]:
@@ -36,7 +36,7 @@ def descend(
 
 @by_compressor
 def test_without_noise_it_ends_at_the_saddle(compressor: Compressor) -> None:
-    x, resets = descend(compressor, noise=0.0, interval=500, radius=0.5)
+    x, resets = descend(compressor, noise=0.0, interval=300, radius=0.5)
     assert x[1] == 0
     assert abs(x[0]) < 1e-6
     # One move of 0.5 towards the saddle by the radius, kept because f fell, the others by the interval.
@@ -46,9 +46,9 @@ def test_without_noise_it_ends_at_the_saddle(compressor: Compressor) -> None:
 
 
 @by_compressor
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_with_noise_it_ends_at_a_minimum(compressor: Compressor, seed: int) -> None:
-    x, resets = descend(compressor, noise=0.05, interval=1000, radius=0.5, seed=seed)
+    x, resets = descend(compressor, noise=0.05, interval=400, radius=0.5, seed=seed)
     # Stationary spread of the noise: lr r^2 / (2 curvature) has a root of 0.005; compression delays it a few times.
     assert float(f(x)) == pytest.approx(-0.25, abs=0.01)
     assert abs(abs(x[1]) - 1) < 0.1
