@@ -90,6 +90,7 @@ def test_drawn_iterates_are_kept(run: Path) -> None:
     assert all(abs(count - 1600) < 5 * math.sqrt(8000 * 0.2 * 0.8) for count in counts), counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.process)])
 def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int) -> None:
     out = tmp_path / f"certificate-{workers}"
@@ -131,6 +132,7 @@ def test_command_under_torchrun(run: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_command_on_drawn_iterates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The configuration's epsilon and rho by default; every draw counts, equal ones as often as they were drawn."""
     assert command("certify", run, "--iterates", "--examples", 100) == 0
@@ -186,6 +188,7 @@ def test_share() -> None:
     assert (none.at_least(), none.surprise) == (0.0, pytest.approx(2**-10))
 
 
+@pytest.mark.slow
 def test_the_report_shows_certificates(run: Path, tmp_path: Path) -> None:
     page = write_report(read_runs([run]), tmp_path / "report").read_text()
     assert "Certificates along the way" in page
@@ -248,6 +251,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.process)])
 def test_where_nothing_states_epsilon_the_gradient_does(
     plain: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
@@ -282,6 +286,7 @@ def test_where_nothing_states_epsilon_the_gradient_does(
         refused(capsys, "--examples must be a whole number or all, got 'some'", "certify", plain, "--examples", "some")
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_sample_unless_told_otherwise(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,6 +309,7 @@ def test_a_proposed_epsilon_by_hand(norm: float, error: float | None, epsilon: f
     assert proposed_epsilon(norm, error, 1e-7) >= norm
 
 
+@pytest.mark.slow
 def test_progress_and_the_time_left_go_to_stderr(
     plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
