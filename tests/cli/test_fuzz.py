@@ -10,6 +10,7 @@ from fuzzing import TARGETS, outcome
 from hypothesis import HealthCheck, given, settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_nothing_but_configuration_errors(name: str, tmp_path: Path) -> None:
     inputs, read = TARGETS[name]

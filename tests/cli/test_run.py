@@ -78,6 +78,7 @@ def test_processes_serial_and_torchrun_give_the_same_run(config: Path, tmp_path:
     assert not torch.equal(errors[0], errors[1])
 
 
+@pytest.mark.slow
 def test_momentum_ef21_storm_and_local_updates(config: Path, tmp_path: Path) -> None:
     """Each key changes the run, and local updates leave out exchanges; fused workers give what serial ones do."""
     linear = ("compressor={kind='RandomK', ratio=0.1}", "precision=float64")
@@ -103,6 +104,7 @@ def test_momentum_ef21_storm_and_local_updates(config: Path, tmp_path: Path) -> 
     assert (sent["local"] - everything) * 4 == sent["plain"] == sent["momentum"]
 
 
+@pytest.mark.slow
 def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, extra in (("a", ()), ("b", ("escape.interval=1000", "noise.lower_from=0.5", "plateau=0.1"))):
         assert command("run", config, "--out", tmp_path / "runs" / name, "--set", f"label={name}", *extra) == 0
@@ -117,6 +119,7 @@ def test_one_worker_and_report(config: Path, tmp_path: Path, capsys: pytest.Capt
     assert command("report", tmp_path / "runs", "--overwrite") == 0
 
 
+@pytest.mark.slow
 def test_classifier_on_an_image_folder(tmp_path: Path) -> None:
     """One class per worker, batch normalisation, test accuracy: the shape of the paper's Figure 1 in miniature."""
     from PIL import Image
@@ -234,6 +237,7 @@ def test_a_run_whose_reader_leaves_ends_without_a_trace(config: Path, tmp_path: 
     assert len(losses(folder)) == 2
 
 
+@pytest.mark.slow
 def test_demo_in_miniature(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The demo's whole path in a second or two; its four runs at full length are `make demo`."""
     assert command("demo", "--serial", "--epochs", "0.5", "--out", tmp_path / "demo") == 0

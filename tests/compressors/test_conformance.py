@@ -26,6 +26,7 @@ from packsaddle import (
     SharedTopK,
     Sign,
     SketchTopK,
+    Stages,
     TopK,
 )
 from packsaddle.compressors.selection import largest
@@ -37,7 +38,11 @@ TELLING = ("gaussian", "one spike", "all equal", "ties of both signs", "heavy ta
 TELLING += ("negative zero", "two coordinates")
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS, ids=repr)
+@pytest.mark.parametrize(
+    "compressor",
+    [pytest.param(c, marks=[pytest.mark.slow] * isinstance(c, SketchTopK | QSGD | Stages)) for c in COMPRESSORS],
+    ids=repr,
+)
 def test_conformance(compressor: Compressor) -> None:
     """Expectations are means over 200 seeds, or over 20 on vectors that tell less of them, or over two where every seed
     gives the same, which is checked."""

@@ -119,6 +119,7 @@ def test_what_is_not_finite_is_seen_in_the_message(how: ValueFormat, bad: float)
     assert not decode_values(parts, how, torch.float32).isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["int2", "int3"])
 def test_no_block_of_levels_loses_more(how: ValueFormat) -> None:
     """Random search for blocks that keep less than is stated: a few large, many at or below the mean."""

@@ -371,6 +371,7 @@ def test_one_workers_trouble_stops_all() -> None:
     assert len(set(simulate(worker, 2))) == 1
 
 
+@pytest.mark.slow
 def test_a_samples_gradient_norm_has_its_error() -> None:
     """A linear model's gradient is a mean of independent vectors: the standard error covers the true one, and its
     square is right on average over samples."""

@@ -63,15 +63,16 @@ def steps(eigenvalues: Tensor, seed: int, **options: Any) -> Iterator[Ritz]:
         yield lanczos.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_vectors", [None, 2], ids=["kept", "not kept"])
 def test_bounds_bracket_the_extreme_eigenvalues(kind: str, max_vectors: int | None) -> None:
-    """Over 500 starts, with every look at the bound counted."""
+    """Over 200 starts, with every look at the bound counted."""
     n, delta = 60, 0.05
     eigenvalues = spectrum(kind, n)
     smallest, largest, scale = float(eigenvalues.min()), float(eigenvalues.max()), float(eigenvalues.abs().max())
     failures, above = 0, 0
-    for seed in range(500):
+    for seed in range(200):
         wrong = False
         for ritz in steps(eigenvalues, seed, max_vectors=max_vectors):
             assert ritz.theta_min >= smallest - 1e-12 * scale
@@ -82,21 +83,22 @@ def test_bounds_bracket_the_extreme_eigenvalues(kind: str, max_vectors: int | No
         failures += wrong
         assert ritz.theta_max <= largest + 1e-12 * scale
         above += ritz.upper_bound(delta) < largest - 1e-12 * scale
-    assert max(failures, above) <= 500 * delta + 4 * math.sqrt(500 * delta * (1 - delta))
+    assert max(failures, above) <= 200 * delta + 4 * math.sqrt(200 * delta * (1 - delta))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["network", "outlier", "clustered", "nearly zero"])
 def test_bounds_bracket_the_smallest_eigenvalue_of_larger_matrices(kind: str) -> None:
-    """Over 500 starts, on a real network's Hessian and on matrices of 2,000."""
+    """Over 200 starts, on a real network's Hessian and on matrices of 2,000."""
     delta = 0.05
     eigenvalues = network_spectrum() if kind == "network" else spectrum(kind, 2000)
     smallest, scale = float(eigenvalues.min()), float(eigenvalues.abs().max())
     failures = 0
-    for seed in range(500):
+    for seed in range(200):
         *_, (ritz, _) = zip(steps(eigenvalues, seed), range(16), strict=False)
         assert ritz.theta_min >= smallest - 1e-12 * scale
         failures += ritz.lower_bound(delta) > smallest + 1e-12 * scale
-    assert failures <= 500 * delta + 4 * math.sqrt(500 * delta * (1 - delta))
+    assert failures <= 200 * delta + 4 * math.sqrt(200 * delta * (1 - delta))
 
 
 def test_the_failure_probability_is_used_up_where_spectra_are_hard() -> None:
@@ -105,7 +107,8 @@ def test_the_failure_probability_is_used_up_where_spectra_are_hard() -> None:
     eigenvalues = torch.cat([torch.tensor([-1.05], dtype=torch.float64), spectrum("chebyshev", n - 1)])
     failures = 0
     for seed in range(200):
-        bounds = [ritz.lower_bound(delta) for ritz, _ in zip(steps(eigenvalues, seed), range(20), strict=False)]
+        looked_at = (ritz for ritz, _ in zip(steps(eigenvalues, seed), range(20), strict=False) if ritz.steps % 5 == 0)
+        bounds = [ritz.lower_bound(delta) for ritz in looked_at]
         failures += max(bounds) > -1.05
     assert 0.02 * 200 < failures <= 200 * delta + 4 * math.sqrt(200 * delta * (1 - delta))
 
@@ -155,9 +158,10 @@ def kuczynski_wozniakowski(ritz: Ritz, delta: float) -> float:
     return ritz.theta_min - s * (ritz.theta_max - ritz.theta_min) / (1 - 2 * s) if s < 0.5 else -math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["chebyshev", "outlier", "positive"])
 def test_never_weaker_than_kuczynski_and_wozniakowski(kind: str) -> None:
-    for seed in range(20):
+    for seed in range(6):
         for ritz in steps(spectrum(kind, 3000), seed):
             assert ritz.lower_bound(1e-3) >= kuczynski_wozniakowski(ritz, 1e-3)
             if ritz.steps == 60:

@@ -90,6 +90,7 @@ def test_drawn_iterates_are_kept(run: Path) -> None:
     assert all(abs(count - 1600) < 5 * math.sqrt(8000 * 0.2 * 0.8) for count in counts), counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.process)])
 def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int) -> None:
     out = tmp_path / f"certificate-{workers}"
@@ -131,6 +132,7 @@ def test_command_under_torchrun(run: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_command_on_drawn_iterates(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The configuration's epsilon and rho by default; every draw counts, equal ones as often as they were drawn."""
     assert command("certify", run, "--iterates", "--examples", 100) == 0
@@ -186,6 +188,7 @@ def test_share() -> None:
     assert (none.at_least(), none.surprise) == (0.0, pytest.approx(2**-10))
 
 
+@pytest.mark.slow
 def test_the_report_shows_certificates(run: Path, tmp_path: Path) -> None:
     page = write_report(read_runs([run]), tmp_path / "report").read_text()
     assert "Certificates along the way" in page
@@ -239,22 +242,24 @@ def test_bad_input_is_one_line_and_code_2(
     refused(capsys, message, "certify", *(names.get(a, a) for a in arguments))
 
 
-@pytest.fixture
-def plain(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short run whose configuration says nothing of certificates."""
-    (tmp_path / "c.toml").write_text(CONFIG.partition("[certify]")[0].replace("epochs = 2", "epochs = 0.5"))
-    assert command("run", tmp_path / "c.toml", "--out", tmp_path / "run") == 0
-    return tmp_path / "run"
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "c.toml").write_text(CONFIG.partition("[certify]")[0].replace("epochs = 2", "epochs = 0.5"))
+    assert command("run", folder / "c.toml", "--out", folder / "run") == 0
+    return folder / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.process)])
 def test_where_nothing_states_epsilon_the_gradient_does(
-    plain: Path, workers: int, capsys: pytest.CaptureFixture[str]
+    plain: Path, tmp_path: Path, workers: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of a sample: the norm and twice the standard error; the same sample and epsilon however many workers."""
     asked = ("certify", plain, "--examples", 200, "--max-hvps", 40, "--workers", workers)
     capsys.readouterr()
-    assert command(*asked, "--json", "--out", plain / "c") == 0
+    assert command(*asked, "--json", "--out", tmp_path / "c") == 0
     captured = capsys.readouterr()
     (point,) = json.loads(captured.out)["points"]
     assert captured.err == ""
@@ -271,24 +276,25 @@ def test_where_nothing_states_epsilon_the_gradient_does(
     norm = torch.cat([p.grad.reshape(-1) for p in task.network.parameters() if p.grad is not None]).norm()
     assert point["grad_norm"] == pytest.approx(float(norm), rel=1e-4)  # single precision, summed in another order
     if workers == 1:
-        assert command(*asked, "--out", plain / "again") == 0
+        assert command(*asked, "--out", tmp_path / "again") == 0
         said = capsys.readouterr().out
         assert (
             "(none was given: the gradient's norm and twice its standard error, so that the curvature decides)" in said
         )
-        assert command("certify", plain, "--examples", "all", "--epsilon", 1, "--out", plain / "all") == 0
+        assert command("certify", plain, "--examples", "all", "--epsilon", 1, "--out", tmp_path / "all") == 0
         assert "(none was given" not in capsys.readouterr().out
         refused(capsys, "--examples must be a whole number or all, got 'some'", "certify", plain, "--examples", "some")
 
 
+@pytest.mark.slow
 def test_the_command_takes_a_sample_unless_told_otherwise(
-    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("packsaddle.cli.certify._SAMPLE", 100)
     found = {}
     for name, words in {"sample": (), "again": (), "all": ("--examples", "all"), "some": ("--examples", 150)}.items():
         capsys.readouterr()
-        assert command("certify", plain, *words, "--max-hvps", 3, "--json", "--out", plain / name) == 0
+        assert command("certify", plain, *words, "--max-hvps", 3, "--json", "--out", tmp_path / name) == 0
         (found[name],) = json.loads(capsys.readouterr().out)["points"]
     assert [found[name]["examples"] for name in found] == [100, 100, 320, 150]
     assert {**found["sample"], "seconds": 0} == {**found["again"], "seconds": 0}
@@ -303,19 +309,20 @@ def test_a_proposed_epsilon_by_hand(norm: float, error: float | None, epsilon: f
     assert proposed_epsilon(norm, error, 1e-7) >= norm
 
 
+@pytest.mark.slow
 def test_progress_and_the_time_left_go_to_stderr(
-    plain: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A line where ten seconds have gone by; by a clock that goes six seconds with every look at it."""
     ticks = itertools.count(0, 6)
     monkeypatch.setattr("packsaddle.experiments.progress.time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     asked = ("certify", plain, "--epsilon", 100, "--hessian-lipschitz", 1e-12, "--max-hvps", 4)
     capsys.readouterr()
-    assert command(*asked, "--out", plain / "loud") == 0
+    assert command(*asked, "--out", tmp_path / "loud") == 0
     captured = capsys.readouterr()
     assert captured.err.splitlines()[0] == "certify: 1 of at most 4 products, about 36 s left"  # 12 s for the first
     assert "certify:" not in captured.out
-    assert command(*asked, "--json", "--out", plain / "quiet") == 0
+    assert command(*asked, "--json", "--out", tmp_path / "quiet") == 0
     assert capsys.readouterr().err == ""
 
 

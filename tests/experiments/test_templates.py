@@ -117,6 +117,7 @@ def test_tasks_are_the_experiments(name: TaskName) -> None:
     assert replace(config, compressor=TASKS[name].config.compressor) == TASKS[name].config
 
 
+@pytest.mark.slow
 def test_digits_trains_as_the_file_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """But for the number of passes, and in one process."""
     monkeypatch.chdir(tmp_path)

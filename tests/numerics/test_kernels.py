@@ -138,11 +138,16 @@ def check_rounding(compressor: QSGD, v: Tensor) -> None:
     assert close(out[codes == plain], plain_out[codes == plain])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("compressor", SELECTING, ids=repr)
 def test_threads_and_double_precision(compressor: Compressor) -> None:
     for name in ("normal", "sparse", "layers"):
         check_bit_for_bit(compressor, LONG[name].double())
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_and_double_precision_of_levels() -> None:
     check_rounding(QSGD(coded=False), LONG["normal"].double())
 
 

@@ -91,6 +91,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_curves_and_settings_equal_numpy(compared: dict[str, dict[str, list[float]]], tmp_path: Path) -> None:
     rows = [r for r in rows_of(tmp_path / "report" / "curves.csv") if r["setting"] == "three"]
     losses = np.array([compared[name]["loss"] for name in ("a0", "a1", "a2")])
@@ -113,6 +114,7 @@ def test_curves_and_settings_equal_numpy(compared: dict[str, dict[str, list[floa
     assert len(rows_of(tmp_path / "report" / "table.csv")) == 4
 
 
+@pytest.mark.slow
 def test_the_page_shows_settings(compared: dict[str, dict[str, list[float]]], tmp_path: Path) -> None:
     text = (tmp_path / "report" / "index.html").read_text()
     data = Page(text).data
@@ -134,6 +136,7 @@ def test_the_page_shows_settings(compared: dict[str, dict[str, list[float]]], tm
         assert str(tmp_path / "runs" / "a" / f"seed-{seed}") in text
 
 
+@pytest.mark.slow
 def test_rounds_are_an_axis_where_a_run_has_local_updates(tmp_path: Path) -> None:
     """Beside a run that has not counted them; others have no such choice."""
     for name in ("plain", "local"):

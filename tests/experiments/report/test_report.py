@@ -58,6 +58,7 @@ def test_plateau() -> None:
     assert plateau(LINES, None) == (None, None)
 
 
+@pytest.mark.slow
 def test_report(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "a", "<b>bold</b> & co", LINES)
     make_run(tmp_path / "runs" / "b", "", LINES[:4], done=False)

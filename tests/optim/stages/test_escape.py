@@ -34,6 +34,7 @@ def descend(
     return x.detach(), opt.resets
 
 
+@pytest.mark.slow
 @by_compressor
 def test_without_noise_it_ends_at_the_saddle(compressor: Compressor) -> None:
     x, resets = descend(compressor, noise=0.0, interval=300, radius=0.5)
@@ -45,6 +46,7 @@ def test_without_noise_it_ends_at_the_saddle(compressor: Compressor) -> None:
     assert {r.reason for r in resets[1:]} == {"interval"}
 
 
+@pytest.mark.slow
 @by_compressor
 @pytest.mark.parametrize("seed", range(3))
 def test_with_noise_it_ends_at_a_minimum(compressor: Compressor, seed: int) -> None:
