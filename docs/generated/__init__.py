@@ -29,6 +29,7 @@ def directive(markdown: Callable[[], str]) -> type[SphinxDirective]:
 
     class Inserted(SphinxDirective):
         def run(self) -> list[nodes.Node]:
+            self.env.note_reread()  # the page follows the code, not its own file
             lines = StringList(markdown().splitlines(), source=markdown.__module__)
             parent = nodes.Element()
             self.state.nested_parse(lines, self.content_offset, parent, match_titles=True)

@@ -178,7 +178,7 @@ figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where packsaddle is installed
 command = "packsaddle plan --link 50mbit --d 10000000 --compute 0.1 --workers 4 --local"
 done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True)
-print(done.stdout[done.stdout.rindex("┏") :])
+print(done.stdout[done.stdout.index("local updates") :])
 
 # %% [markdown]
 # How to read it:

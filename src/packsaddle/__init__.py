@@ -36,7 +36,7 @@ from packsaddle.optim.stages.noise import Ramp
 from packsaddle.optim.stages.nonfinite import NonFiniteError, Skip
 from packsaddle.theory.noise_walk import suggest_noise
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "QSGD",

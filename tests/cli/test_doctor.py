@@ -49,7 +49,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
         Fact("extras", "plot", "plotly missing", "note", "pip install 'packsaddle[plot]'"),
         Fact("exchange", "gloo", "not in this torch", "problem"),
     ]
-    monkeypatch.setattr("packsaddle.cli.doctor.examine", lambda try_processes: made)
+    monkeypatch.setattr("packsaddle.cli.doctor.examine", lambda **given: made)
     assert command("doctor", "--no-try") == 1
     shown = capsys.readouterr().out
     assert "> pip install 'packsaddle[plot]'" in shown

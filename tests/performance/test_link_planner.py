@@ -216,7 +216,7 @@ def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
     assert "x steps" in shown_text
     assert "for the progress of one dense step (" in shown_text
     assert command(*asked, "--optimizer", "adamw", "--compressor", "topk", "--ratio", 0.0123) == 0
-    assert "not measured" in capsys.readouterr().out
+    assert "unknown" in capsys.readouterr().out
     message = "--optimizer is for the time of a step: it needs --link"
     refused(capsys, message, "plan", "--d", 5, "--epsilon", 0.1, "--optimizer", "sgd")
 

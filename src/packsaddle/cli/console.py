@@ -1,18 +1,23 @@
 """Helpers of all commands: tables, names of new folders, and the process that prints."""
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich import box
+from rich.console import Console, RenderableType
+from rich.measure import Measurement
+from rich.table import Column, Table
 from rich.text import Text
 
 from packsaddle.errors import require
 from packsaddle.experiments.run_folder import Run
 from packsaddle.messages import printable
+
+_WIDTH, _UNLIMITED = 80, 10_000
 
 
 def print_runs(runs: Sequence[Run]) -> None:
@@ -20,7 +25,9 @@ def print_runs(runs: Sequence[Run]) -> None:
 
     found = run_table(runs)
     still = any(cell.endswith("+") for cells in found.rows for cell in cells[1:])
-    table = Table(*found.headings, caption="+ still on the plateau at the end of the run" if still else None)
+    caption = "MB per worker: without rank 0's parameters at the start"
+    caption += "; + still on the plateau at the end of the run" if still else ""
+    table = Table(*found.headings, caption=caption, caption_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
     for cells in found.rows:
@@ -61,11 +68,45 @@ def _with_spread(found: Mapping[str, Any] | None, spec: str) -> str:
     return format(found["mean"], spec) + (f" ± {spread:{spec}}" if spread else "")
 
 
-def print_table(table: Table) -> None:
+def print_table(table: Table, uncut: str = "") -> None:
+    """Print a table, as wide as the terminal at most; in a pipe or a file 80 columns, or what its longest words need.
+
+    `uncut` says where its content is whole, for terminals that are too narrow.
+    """
     console = Console()
+    if table.box is None:
+        console.print(table)
+        return
+    table.box, table.pad_edge, table.show_edge, table.padding = box.SIMPLE_HEAD, False, False, (0, 1, 0, 0)
+    wide = console.options.update(width=_UNLIMITED)
+    least, widths = [], []
+    for column in table.columns:
+        sizes = [Measurement.get(console, wide, cell) for cell in _cells(column)]
+        widths.append(max(size.maximum for size in sizes))
+        least.append(widths[-1] if column.no_wrap else max(size.minimum for size in sizes))
+    gaps = 2 * (len(widths) - 1)
+    needed = sum(least) + gaps
     if not console.is_terminal:
-        console = Console(width=120)  # a pipe or a file has no width to fit
+        console = Console(width=max(_WIDTH, needed))
+    while sum(widths) + gaps > console.width and widths != least:
+        widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
+        widths[widest] -= 1
+    for column, width in zip(table.columns, widths, strict=True):
+        column.width = width
     console.print(table)
+    console.print()
+    if uncut and needed > (console.width if console.is_terminal else _WIDTH):
+        print(f"The table is {needed} columns wide; {uncut}.")
+
+
+def _cells(column: Column) -> Iterator[RenderableType]:
+    yield column.header
+    yield from column.cells
+
+
+def brief(compressor: str) -> str:
+    """A compressor as it may be typed, without the name of its first argument: TopK(0.01, values='int8')."""
+    return re.sub(r"\((ratio|share|compressor|matrix_rank)=", "(", compressor)
 
 
 def require_plots(purpose: str) -> None:

@@ -18,7 +18,7 @@ import struct
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -141,6 +141,7 @@ def _usable_address(host: str) -> str | None:
 
 
 Verdict = Literal["ok", "note", "warning", "problem"]
+Topic = Literal["versions", "machine", "devices", "loops", "extras", "network", "environment", "exchange"]
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 _PATIENCE = timedelta(seconds=60)  # for two processes to find each other, where it takes a second
@@ -166,18 +167,29 @@ _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES
 class Fact:
     """One thing found. note: nothing is wrong, but something is not there; problem: training fails."""
 
-    topic: str
+    topic: Topic
     name: str
     value: str
     verdict: Verdict = "ok"
     advice: str = ""
 
 
-def examine(*, try_processes: bool = True) -> list[Fact]:
-    """Return what is found; `try_processes` starts two workers that exchange something (under torchrun, its own do)."""
-    facts = [*versions(), *machine(), *devices(), *loops(), *extras(), *network(), *variables(), *built_with()]
-    facts += elastic()
-    return [*facts, all_reduce()] if try_processes else facts
+def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[Fact]:
+    """Return the facts, of the topics `only` if there are any.
+
+    `try_processes` starts two workers that exchange something (under torchrun, its own do).
+    """
+    found: dict[Topic, list[Callable[[], Iterable[Fact]]]] = {
+        "versions": [versions],
+        "machine": [machine],
+        "devices": [devices],
+        "loops": [loops],
+        "extras": [extras],
+        "network": [network],
+        "environment": [variables],
+        "exchange": [built_with, elastic, *([lambda: [all_reduce()]] if try_processes else [])],
+    }
+    return [fact for topic, parts in found.items() if topic in (only or found) for part in parts for fact in part()]
 
 
 def versions() -> Iterator[Fact]:
@@ -393,7 +405,7 @@ _MARKS = {"ok": "", "note": "-", "warning": "!", "problem": "X"}
 _LEGEND = "- not there, or not used   ! may fail in some uses   X training fails"
 
 
-def doctor(no_try: bool = False, json: bool = False) -> None:
+def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = False) -> None:
     """Check what training can use on this machine, and explain what it cannot.
 
     Versions, cores, GPUs, compiled loops, optional packages, network interfaces and which of them gloo listens on,
@@ -402,14 +414,16 @@ def doctor(no_try: bool = False, json: bool = False) -> None:
 
     Examples:
         packsaddle doctor
+        packsaddle doctor --only network exchange
         packsaddle doctor --json --no-try
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli doctor
 
     Args:
+        only: The topics to check; by default all. Processes are started for "exchange" alone.
         no_try: Start no processes.
         json: Print one JSON document.
     """
-    facts = examine(try_processes=not no_try)
+    facts = examine(try_processes=not no_try, only=only)
     problems = [fact for fact in facts if fact.verdict == "problem"]
     if is_first() and json:
         print(json_format.dumps({"ok": not problems, "facts": [asdict(fact) for fact in facts]}, indent=2))

@@ -44,6 +44,7 @@ _WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
 }
 _FIXED: Mapping[str, Compressor] = {"identity": Identity(), "sign": Sign(), "qsgd": QSGD(), "lowrank": LowRank()}
 _BEST = {name.lower(): family for name, family in FAMILIES.items()}
+_UNCUT = "--json prints it whole"
 _PACE = 1000  # steps a second, of a fast machine and a small network
 _SECONDS_PER_YEAR = 365.25 * 24 * 3600
 
@@ -238,7 +239,7 @@ def _show(plans: list[Plan]) -> None:
         column.justify = "right"
     for label, cell in _ROWS.items():
         table.add_row(label, *map(cell, plans))
-    print_table(table)
+    print_table(table, _UNCUT)
     setting = "Assumption C holds" if a.lipschitz_gradient is not None else "Assumption C is not assumed (alpha = d)"
     print(f"d = {a.d:,}, epsilon = {a.epsilon:g}, {setting}, {first.workers} workers.")
     print(
@@ -300,7 +301,7 @@ _ROWS: Mapping[str, Callable[[Plan], str]] = {
     "~ steps T": lambda p: f"{p.steps:.2e}",
     "~ interval I": lambda p: f"{p.interval:.2e}",
     "sent per step": lambda p: megabytes(p.sent),
-    "~ sent in all": lambda p: f"{p.total / 1e6:.2e} MB",
+    "~ sent in all, MB": lambda p: f"{p.total / 1e6:.2e}",
     "~ uncompressed / this": lambda p: f"{p.improvement:,.3g}",
     "first-order alone: eta": lambda p: f"{_first_order(p)[0]:.2e}",
     "first-order alone: steps": lambda p: f"{_first_order(p)[1]:.2e}",
@@ -344,7 +345,7 @@ def _table_1(d: int, epsilon: float, json: bool) -> None:
         mark = "" if row.possible(d, epsilon) else " !"
         table.add_row(setting, row.compressor + mark, mu, *cells, printed, end_section=row.compressor == "constant")
     table.caption = f"d = {d:,}, eps = {epsilon:g}; orders of magnitude with every constant 1; communication in numbers"
-    print_table(table)
+    print_table(table, _UNCUT)
     print("improvement is what the communication column gives (row one's divided by this one's); printed, the paper's.")
     if any(not row.possible(d, epsilon) for row in TABLE_1):
         print("! mu is not in [1/d, 1] for this d and eps, so there is no such compressor.")

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -11,22 +11,23 @@ from json import dumps
 import torch
 from rich.table import Table
 
-from packsaddle.cli.console import is_first, print_table
+from packsaddle.cli.console import brief, is_first, print_table
 from packsaddle.comm.group import Group
 from packsaddle.comm.launch import local_device, process_group, under_launcher
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import describe
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.progress import megabytes
+from packsaddle.experiments.progress import Report, countdown, megabytes
 from packsaddle.performance import link_planner
-from packsaddle.performance.coding_speed import measure
+from packsaddle.performance.coding_speed import Pace, measure
 from packsaddle.performance.link_planner import Forecast, Optimizer, Verdict, forecast, probe, probe_locally
-from packsaddle.performance.local_planner import LocalForecast, check_most_steps, forecast_local
+from packsaddle.performance.local_planner import MEASURED, LocalForecast, check_most_steps, forecast_local
 from packsaddle.performance.step_time import FRAMING, Fleet, Link
 from packsaddle.performance.workload import ModelSize, compute_seconds, update_seconds
 
 _LATENCY = 1e-4  # seconds, gloo's over a local network
 _BATCH = 32
+_UNCUT = "--json prints it whole"
 _ERROR = 0.1  # of the model, on quiet machines (experiments/scale)
 _NOTE = (
     "This is the time of a step. How many steps a compressor needs depends on the optimizer: --optimizer sgd or adamw "
@@ -114,20 +115,36 @@ def plan_link(
             device = torch.device("cpu") if group is None else local_device()
             link, source = (given, "as given") if bits else _measured(group, workers, device)
             fleet = unmeasured
-            if options.compute is None:
-                batch = _BATCH if options.batch is None else options.batch
-                fleet = replace(fleet, compute=compute_seconds(workload.name, batch, device=device))
-            pace = partial(measure, repeats=3, device=device)
-            update = update_seconds(workload.d, noise=bool(options.noise), device=device)
-            verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
             local: tuple[LocalForecast, ...] = ()
-            if options.local:
-                local = forecast_local(workload, link, fleet, pace, update=update, most_steps=most)
+            total = len(candidates) + len(MEASURED) * bool(options.local) + 1
+            with countdown("plan", total, quiet=not is_first()) as report:
+                report(0, "timing the model and an update")
+                if options.compute is None:
+                    batch = _BATCH if options.batch is None else options.batch
+                    fleet = replace(fleet, compute=compute_seconds(workload.name, batch, device=device))
+                update = update_seconds(workload.d, noise=bool(options.noise), device=device)
+                pace = _reporting(partial(measure, repeats=3, device=device), report)
+                verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
+                if options.local:
+                    local = forecast_local(workload, link, fleet, pace, update=update, most_steps=most)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if is_first():
         show = _print_json if json else _print_tables
         show(verdict, _Asked(workload, link, source, fleet, update, optimizer, local))
+
+
+def _reporting(pace: Callable[[Compressor, int], Pace], report: Report) -> Callable[[Compressor, int], Pace]:
+    """Return `pace`, which reports the compressor that it times."""
+    done = 0
+
+    def reported(compressor: Compressor, d: int) -> Pace:
+        nonlocal done
+        done += 1
+        report(done, f"timing {brief(describe(compressor))}")
+        return pace(compressor, d)
+
+    return reported
 
 
 def ms(seconds: float) -> str:
@@ -177,16 +194,15 @@ def _print_json(verdict: Verdict, asked: _Asked) -> None:
 def _print_tables(verdict: Verdict, asked: _Asked) -> None:
     workload, link, fleet = asked.workload, asked.link, asked.fleet
     steps = ("x steps",) if asked.optimizer else ()
-    table = Table("compressor", "exchange", "sent", "step ms", "coding", "exchange", *steps, "pays below")
-    table.columns[0].no_wrap = True
+    table = Table("compressor", "by", "sent", "step ms", "coding", "exchange", *steps, "pays below")
     for column in table.columns[2:]:
         column.justify = "right"
     for f in verdict.forecasts:
         cells = [ms(part) for part in (f.time.total, f.time.compression, f.time.exchange)]
         cells += [_steps(f)] * len(steps)
-        name, style = ("none: dense (DDP)", "bold") if f.is_dense else (f.compressor, None)
+        name, style = ("none: dense (DDP)", "bold") if f.is_dense else (brief(f.compressor), None)
         table.add_row(name, f.exchange, megabytes(f.sent), *cells, _pays_below(f, verdict), style=style)
-    print_table(table)
+    print_table(table, _UNCUT)
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
     waiting = f" and {ms(fleet.waiting)} ms of waiting for the slowest worker" if fleet.waiting else ""
     print(f"In every step: {ms(fleet.compute)} ms of computing{waiting}.")
@@ -206,14 +222,13 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
 def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
     """Print the table of local updates, and the best of them compared with dense training, in seconds a step."""
     table = Table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
-    table.columns[0].no_wrap = True
     for column in table.columns[1:]:
         column.justify = "right"
     for f in forecasts:
-        name = describe(f.setting.compressor) + (", kept" if f.setting.keep_unsent else "")
+        name = brief(describe(f.setting.compressor)) + (", kept" if f.setting.keep_unsent else "")
         cells = [str(f.setting.every), str(f.fragments), str(f.delay), megabytes(f.sent), ms(f.step)]
         table.add_row(name, *cells, f"{f.computing:.0%}", f"{f.steps:.3g}")
-    print_table(table)
+    print_table(table, _UNCUT)
     best = forecasts[0]
     took = f"{ms(best.seconds)} ms for the progress of one dense step, which takes {ms(dense)}"
     setting = f"every={best.setting.every}, compressor={describe(best.setting.compressor)}"
@@ -226,8 +241,8 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
 
 def _steps(f: Forecast) -> str:
     if f.steps is None:
-        return "not measured"
-    return f"{'at least ' * f.steps.at_least}{f.steps.factor:.3g}"
+        return "unknown"
+    return f"{'>= ' * f.steps.at_least}{f.steps.factor:.3g}"
 
 
 def _pays_below(f: Forecast, verdict: Verdict) -> str:

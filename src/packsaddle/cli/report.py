@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from packsaddle.cli.console import print_runs, print_table, require_plots
+from packsaddle.cli.console import brief, print_runs, print_table, require_plots
 from packsaddle.cli.parsing import UNSAID
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.progress import megabytes
@@ -72,7 +72,14 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
         linear = "yes" if e.linear else "no"
         sent, received = megabytes(e.sent), megabytes(e.received)
         table.add_row(
-            e.compressor, f"{e.mu:.2g}", f"{e.kept:.1%}", linear, e.protocol, sent, received, f"{e.milliseconds:.1f}"
+            brief(e.compressor),
+            f"{e.mu:.2g}",
+            f"{e.kept:.1%}",
+            linear,
+            e.protocol,
+            sent,
+            received,
+            f"{e.milliseconds:.1f}",
         )
     table.caption = f"d = {d:,}, {workers} workers; mu holds for every vector, kept is measured on a Gaussian one"
-    print_table(table)
+    print_table(table, "--json prints it whole")

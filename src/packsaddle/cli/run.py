@@ -94,7 +94,7 @@ def run(
 
     Args:
         config: The TOML file; packsaddle init writes one with every key.
-        set: Overrides of the file, key=value by dotted key; a value is TOML, or a bare word.
+        set: Overrides of the file, key=value by dotted key; a value is TOML, or a bare word; key= drops the key.
         workers: Worker processes, W; by default the file's.
         serial: Simulate the workers in this process, one after the other, instead of starting processes.
         fused: Simulate them as one that holds their mean: faster, for compressors that travel by all-reduce.

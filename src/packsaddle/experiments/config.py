@@ -316,7 +316,8 @@ def configure(
         where = _origin(error.key, given) or origin(error.key)
         same = [text for k, text in given.items() if k[:1] == error.key[:1] and text != where]
         also = f" (with {same[-1]})" if same else ""  # a value in the file may be wrong because of an override
-        raise ConfigError(f"{where}{also}: {error}" if where else str(error), error.key) from None
+        drop = f"; --set {'.'.join(error.key)}= drops it" if same and str(error).startswith("unknown key") else ""
+        raise ConfigError(f"{where}{also}: {error}{drop}" if where else str(error), error.key) from None
 
 
 def _origin(key: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
@@ -326,7 +327,10 @@ def _origin(key: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
 
 
 def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
-    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key. Raises ConfigError."""
+    """Apply one `key=value` by dotted key to nested dictionaries, in place, and return the key; `key=` drops the key.
+
+    Raises ConfigError.
+    """
     name, equals, text = assignment.partition("=")
     if not equals or not name:
         raise ConfigError(f"--set takes key=value, got {shown(assignment)}")
@@ -343,7 +347,10 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {shortened(assignment)}: {shortened(part)} is not a table")
-    data[last] = value
+    if text.strip():
+        data[last] = value
+    else:
+        data.pop(last, None)
     return key
 
 

@@ -1,0 +1,68 @@
+"""Tables of the command line: 80 columns, or a word on where they are whole; nothing of a cell is cut off."""
+
+import json
+import re
+
+import pytest
+from commandline import command, refused
+from rich.table import Table
+
+from packsaddle.cli.console import brief, print_table
+from packsaddle.cli.doctor import examine
+
+
+def test_long_cells_are_wrapped_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("compressor", "exchange", "bytes")
+    table.add_row("TopK(0.01, values='int2', chunk=4096) " * 2, "projected all-reduce " * 2, "1,000,000 " * 3)
+    print_table(table, "--json prints it whole")
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert printed.count("values='int2',") == printed.count("chunk=4096)") == 2
+    assert "…" not in printed
+    assert "--json" not in printed
+
+
+def test_wider_tables_say_where_they_are_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("a", "b")
+    table.add_row("x" * 50, "y" * 50)
+    print_table(table, "--json prints it whole")
+    printed = capsys.readouterr().out
+    assert "x" * 50 + "  " + "y" * 50 in printed
+    assert "The table is 102 columns wide; --json prints it whole." in printed
+
+
+def test_brief_names_may_be_typed() -> None:
+    assert brief("TopK(ratio=0.01, values='int8')") == "TopK(0.01, values='int8')"
+    assert brief("Stages(compressor=LowRank(matrix_rank=2), passes=3)") == "Stages(LowRank(2), passes=3)"
+
+
+def test_a_plan_of_a_link_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--link", "20mbit", "--d", "1e4", "--compute", "0.1", "--optimizer", "adamw", "--local")
+    assert command("plan", *words) == 0
+    printed = capsys.readouterr().out
+    rules = [line for line in printed.splitlines() if set(line) == {"─"}]
+    assert [len(line) for line in rules] == [80, 80]
+    assert re.search(r"TopK\(0\.1\)", printed)
+
+
+def test_an_empty_override_drops_a_key(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
+    from packsaddle.experiments.config import configure
+
+    data = {"lr": 0.1, "epochs": 1.0, "batch_size": 8, "data": {"name": "digits"}, "model": {"name": "resnet18"}}
+    given = {**data, "compressor": {"kind": "TopK", "ratio": 0.1}}
+    config = configure(given, ["compressor.kind=Sign", "compressor.ratio="])
+    assert type(config.compressor).__name__ == "Sign"
+    with pytest.raises(ValueError, match=r"--set compressor.ratio= drops it"):
+        configure(
+            {**data, "compressor": {"kind": "TopK", "ratio": 0.1}},
+            ["compressor.kind=Sign"],
+            lambda key: "config.toml, line 9",
+        )
+
+
+def test_doctor_checks_the_topics_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("doctor", "--only", "machine", "network", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)["facts"]
+    assert {fact["topic"] for fact in facts} == {"machine", "network"}
+    assert {fact.topic for fact in examine(try_processes=False, only=("loops",))} == {"loops"}
+    refused(capsys, "--only must be one of", "doctor", "--only", "moon")
