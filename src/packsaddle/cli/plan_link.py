@@ -21,7 +21,7 @@ from packsaddle.experiments.progress import Report, countdown, megabytes
 from packsaddle.performance import link_planner
 from packsaddle.performance.coding_speed import Pace, measure
 from packsaddle.performance.link_planner import Forecast, Optimizer, Verdict, forecast, probe, probe_locally
-from packsaddle.performance.local_planner import MEASURED, LocalForecast, check_most_steps, forecast_local
+from packsaddle.performance.local_planner import LocalForecast, check_most_steps, forecast_local, measured_with
 from packsaddle.performance.step_time import FRAMING, Fleet, Link
 from packsaddle.performance.workload import ModelSize, compute_seconds, update_seconds
 
@@ -116,7 +116,7 @@ def plan_link(
             link, source = (given, "as given") if bits else _measured(group, workers, device)
             fleet = unmeasured
             local: tuple[LocalForecast, ...] = ()
-            total = len(candidates) + len(MEASURED) * bool(options.local) + 1
+            total = len(candidates) + len(measured_with(workers)) * bool(options.local) + 1
             with countdown("plan", total, quiet=not is_first()) as report:
                 report(0, "timing the model and an update")
                 if options.compute is None:
