@@ -84,7 +84,8 @@ def _table(value: Any, name: str, hint: Any) -> Iterator[str]:
 
 def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str = "") -> Iterator[str]:
     value, required = getattr(owner, f.name), f.default is dataclasses.MISSING
-    about = [comments(type(owner)).get(f.name, "")] + ["needed"] * (required and bool(off))
+    cls: type = type(owner)
+    about = [comments(cls).get(f.name, "")] + ["needed"] * (required and bool(off))
     if options := [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]:
         about.insert(0, f"one of {', '.join(options)}")
     if value is not None and value != f.default and f.default not in (None, (), dataclasses.MISSING):
