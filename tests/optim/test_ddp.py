@@ -42,6 +42,8 @@ Gloo = Callable[..., list[Any]]
 
 # ---- the same run as CompressedSGD, and as its definition
 
+STEPS = 12
+
 
 def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> dict[str, Any]:
     """Train both ways on the same batches, with a learning rate that falls."""
@@ -50,7 +52,7 @@ def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> di
     a = CompressedSGD(ours.parameters(), 0.2, lazy_noise=False, **same)
     b = torch.optim.SGD(theirs.parameters(), 0.2)
     hook = register_ddp_hook(theirs, scope=scope, optimizer=b, **same)
-    for step, batch in enumerate(batches(25)):
+    for step, batch in enumerate(batches(STEPS)):
         for model, optimizer in ((ours, a), (theirs, b)):
             optimizer.param_groups[0]["lr"] = 0.2 * 0.9**step
             optimizer.zero_grad()
@@ -77,7 +79,7 @@ def all_beside_compressed_sgd() -> dict[tuple[str, str], dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 3])
 def test_with_sgd_it_is_compressed_sgd(gloo: Gloo, workers: int) -> None:
     for rank, cases in enumerate(gloo(all_beside_compressed_sgd, workers)):
         for case, run in cases.items():
@@ -85,10 +87,10 @@ def test_with_sgd_it_is_compressed_sgd(gloo: Gloo, workers: int) -> None:
                 a, b = run[quantity]
                 assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), (rank, case, quantity, (a - b).abs().max())
             ours, hooks = run["bytes"]
-            flags = 0 if workers == 1 else 25 * 8 * 2  # one number a step more in the dense part, for finiteness
+            flags = 0 if workers == 1 else STEPS * 8 * 2  # one number a step more in the dense part, for finiteness
             assert {k: v for k, v in hooks.items() if k != "dense"} == {k: v for k, v in ours.items() if k != "dense"}
             assert 0 <= hooks["dense"] - ours["dense"] <= flags, case
-            assert run["steps"] == (0, 25)
+            assert run["steps"] == (0, STEPS)
             assert run["mu"][0] == pytest.approx(run["mu"][1], rel=1e-9), case
 
 
@@ -192,19 +194,22 @@ def value_of(model: nn.Module, batch: Tensor) -> float:
         return float(loss(model, batch))
 
 
-def matrix(optimizer_name: str) -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
+# A compiled model takes long, and only the kind of message matters to it.
+COMPILED = ("Identity", "RandomK", "TopK", "SketchTopK", "QSGD", "LowRank", "two-way")
+
+
+def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
     """Every compressor in every kind of loop: losses before and after, weights, bytes counted and seen.
 
-    A compiled model knows nothing of its optimizer, and takes long: with each, a third of the compressors is tried.
+    Each compressor with every optimizer, and each optimizer in every kind of loop.
     """
     found = {}
     data = batches(1, torch.float32) * 20
     for i, (way, options) in enumerate(WAYS.items()):
-        is_compiled = i % len(OPTIMIZERS) == list(OPTIMIZERS).index(optimizer_name)
-        for kind in ("plain", "accumulation", "scaler", *["compiled"] * is_compiled):
+        for j, kind in enumerate(("plain", "accumulation", "scaler", *["compiled"] * (way in COMPILED))):
             cap = 25 if kind == "compiled" else SEVERAL  # torch.compile cannot have buckets below the first, of 1 MiB
             model = wrapped(network(torch.float32), cap)
-            optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+            optimizer = list(OPTIMIZERS.values())[(i + j) % len(OPTIMIZERS)](model.parameters())
             scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if kind == "scaler" else None
             spec = Compression(**options, dense_below=100)
             hook = register_ddp_hook(model, spec, scaler=scaler, optimizer=optimizer)
@@ -219,9 +224,8 @@ def matrix(optimizer_name: str) -> dict[tuple[str, str], tuple[float, float, Ten
     return found
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_every_compressor_in_every_loop_with_any_optimizer(gloo: Gloo, optimizer: str) -> None:
-    first, second = gloo(matrix, 2, optimizer)
+def test_every_compressor_in_every_loop_with_any_optimizer(gloo: Gloo) -> None:
+    first, second = gloo(matrix, 2)
     for case, (before, after, x, counted, seen) in first.items():
         assert after < 0.9 * before, (case, before, after)
         assert torch.equal(x, second[case][2]), case
@@ -323,12 +327,15 @@ def test_sixteen_bit_gradients_lose_nothing(gloo: Gloo) -> None:
 
 
 def with_and_without_a_bad_batch() -> dict[tuple[str, str], dict[float | None, tuple[Tensor, Tensor]]]:
-    """Worker 1 meets a NaN or Inf in one layer at step 6 of 14; the run of None never had that step."""
+    """Worker 1 meets a NaN or Inf in one layer at step 6 of 10; the run of None never had that step.
+
+    A NaN and an Inf by turns: in one scope the one, in the other scope the other.
+    """
     found = {}
-    for way, options in WAYS.items():
-        for scope in ("bucket", "model"):
+    for i, (way, options) in enumerate(WAYS.items()):
+        for j, scope in enumerate(("bucket", "model")):
             results: dict[float | None, tuple[Tensor, Tensor]] = {}
-            for bad in (None, math.nan, math.inf):
+            for bad in (None, (math.nan, math.inf)[(i + j) % 2]):
                 model = wrapped(network(torch.float32), SEVERAL)
                 optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.5)
                 scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -337,11 +344,11 @@ def with_and_without_a_bad_batch() -> dict[tuple[str, str], dict[float | None, t
                 active: list[float | None] = [None]
                 layer = model.module[2].weight  # in one of the buckets, not in the last
                 layer.register_hook(lambda g, active=active: g if active[0] is None else g * active[0])
-                for step, batch in enumerate(batches(14, torch.float32)):
+                for step, batch in enumerate(batches(10, torch.float32)):
                     active[0] = bad if step == 6 and resolve(None).rank == 1 else None
                     if bad is not None or step != 6:
                         train(model, optimizer, [batch], scaler=scaler)
-                assert (hook.steps, hook.skipped) == (13, int(bad is not None))
+                assert (hook.steps, hook.skipped) == (9, int(bad is not None))
                 assert scaler.get_scale() == (1024.0 if bad is None else 512.0)
                 results[bad] = vector(model), torch.cat([e.reshape(-1) for e in hook.memory().values()])
             found[way, scope] = results
@@ -352,7 +359,7 @@ def test_a_bad_batch_leaves_no_trace(gloo: Gloo) -> None:
     for run in gloo(with_and_without_a_bad_batch, 2):
         for case, results in run.items():
             x, e = results.pop(None)
-            assert len(results) == 2
+            assert len(results) == 1
             for bad, (x_with, e_with) in results.items():
                 assert torch.equal(x_with, x), (case, bad)
                 assert torch.equal(e_with, e), (case, bad)

@@ -84,8 +84,8 @@ def _table(value: Any, name: str, hint: Any) -> Iterator[str]:
 
 def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str = "") -> Iterator[str]:
     value, required = getattr(owner, f.name), f.default is dataclasses.MISSING
-    kind: type = type(owner)
-    about = [comments(kind).get(f.name, "")] + ["needed"] * (required and bool(off))
+    cls: type = type(owner)
+    about = [comments(cls).get(f.name, "")] + ["needed"] * (required and bool(off))
     if options := [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]:
         about.insert(0, f"one of {', '.join(options)}")
     if value is not None and value != f.default and f.default not in (None, (), dataclasses.MISSING):
@@ -96,7 +96,7 @@ def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str =
 
 
 def _line(statement: str, about: str) -> Iterator[str]:
-    """Yield a statement with a comment; a long one continues below."""
+    """A statement with a comment, which goes on below where it is long."""
     at = max(_COLUMN, len(statement) + 1)
     first, *others = textwrap.wrap(about, _WIDTH - at - 2, break_on_hyphens=False) or [""]
     yield f"{statement:<{at}}# {first}" if first else statement
@@ -125,8 +125,8 @@ def comments(cls: type) -> dict[str, str]:
                 above, at = "", node.lineno - 2
                 while lines[at].startswith("    # "):
                     above, at = f"{lines[at].strip(' #')} {above}", at - 1
-                behind = lines[(node.end_lineno or 0) - 1][node.end_col_offset or 0 :].strip(" #")
-                found[node.target.id] = f"{above}{behind}".strip()
+                beside = lines[(node.end_lineno or 0) - 1][node.end_col_offset or 0 :].strip(" #")
+                found[node.target.id] = f"{above}{beside}".strip()
     return found
 
 
