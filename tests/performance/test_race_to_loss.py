@@ -287,6 +287,7 @@ def test_legends_name_methods_in_words() -> None:
     assert titled('TopK(1/16, values="int2") every=8') == 'LocalUpdates every 8, TopK(1/16, values="int2")'
     assert titled("TopK(0.1) hook=bucket") == "packsaddle's hook, TopK(0.1)"
     assert titled("TopK(0.01) momentum=0.9") == "CompressedSGD, TopK(0.01)"
+    assert titled("Identity every=8") == "LocalUpdates every 8, Identity"
     assert titled("own-uint8") == "own-uint8"
 
 

@@ -73,6 +73,14 @@ class Contender:
         return self.number if self.peer in _PERIODIC else self.every or 1
 
     @property
+    def name(self) -> str:
+        """Its text without options."""
+        text = self.text.strip()
+        while match := _OPTION.search(text):
+            text = text[: match.start()]
+        return text
+
+    @property
     def method(self) -> str:
         """Its text without step size and steps: what is compared by its best setting of these."""
         return " ".join(word for word in self.text.split() if not word.startswith(("lr=", "steps=")))

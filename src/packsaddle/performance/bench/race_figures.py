@@ -27,7 +27,7 @@ def draw(folder: Path, workers: int, curves: Sequence[Curve], steps: Sequence[St
     files = []
     with plt.rc_context(_STYLE):
         if dense is not None:
-            figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+            figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
             _losses(axes, found, statistics.fmean(targets_of(dense).values()))
             files.append(_saved(figure, folder / f"losses-{workers}-workers.png"))
             if steps:
@@ -61,7 +61,7 @@ def titled(method: str) -> str:
     }
     if contender.compressor is None:
         return peers.get(contender.peer, method)
-    compressor = method.split(") ")[0] + ")"
+    compressor = contender.name
     if contender.hook:
         return f"packsaddle's hook, {compressor}"
     every = contender.every
@@ -77,29 +77,30 @@ def _colours(found: Sequence[Entry]) -> dict[str, str]:
 
 
 def _losses(axes: Any, found: Sequence[Entry], target: float) -> None:
-    """Mean and range of the loss over seeds, by steps and by bytes; longer trainings are dashed."""
+    """Mean and range of the loss over seeds, by steps and by bytes, of the shortest trainings."""
     colours, short = _colours(found), min(entry.curves[0].steps for entry in found)
-    for entry in found:
+    for entry in sorted(found, key=lambda entry: statistics.fmean(entry.losses)):
         first = entry.curves[0]
+        if first.steps != short:
+            continue
         losses = [[math.nan if loss is None else loss for loss in curve.losses] for curve in entry.curves]
         n = min(map(len, losses))
         at = [(i + 1) * first.every for i in range(n)]
         by_step = list(zip(*(mine[:n] for mine in losses), strict=True))
         mean, low, high = ([f(step) for step in by_step] for f in (statistics.fmean, min, max))
-        style = {"color": colours[entry.method], "linestyle": "-" if first.steps == short else "--", "linewidth": 1.3}
-        name = titled(entry.method) + ("" if first.steps == short else f", {first.steps} steps")
-        axes[0].plot(at, mean, label=name, **style)
+        style = {"color": colours[entry.method], "linewidth": 2.0 if entry.is_ours else 1.2}
+        axes[0].plot(at, mean, **style)
         axes[0].fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        axes[1].plot([step * first.sent / 1e6 for step in at], mean, **style)
+        axes[1].plot([step * first.sent / 1e6 for step in at], mean, label=titled(entry.method), **style)
     for panel, label in zip(axes, ("steps", "MB that a worker has sent"), strict=True):
         panel.axhline(target, color="0.5", linewidth=0.8, linestyle=":")
         panel.set_xlabel(label)
         panel.set_ylabel("validation loss")
         panel.grid(alpha=0.2)
-        panel.set_ylim(top=min(3.2, panel.get_ylim()[1]))
+        panel.set_ylim(top=min(3.0, panel.get_ylim()[1]))
     axes[1].set_xscale("log")
     axes[1].xaxis.set_major_formatter(lambda mb, _: f"{mb:g}")
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def _times(axes: Any, table: Sequence[dict[str, Any]], found: Sequence[Entry]) -> None:
@@ -124,7 +125,7 @@ def _computing(axes: Any, steps: Sequence[StepOnLink]) -> None:
 
     Uncompressed ones are dashed; shorter periods are lighter.
     """
-    table = [row for row in computing(steps) if _exchanges_at_intervals(row["contender"])]
+    table = _by_period([row for row in computing(steps) if _exchanges_at_intervals(row["contender"])])
     links = [name for name in table[0] if name != "contender"]
     periods = sorted({parse(row["contender"], 1.0).period for row in table})
     for row in sorted(table, key=lambda row: parse(row["contender"], 1.0).period):
@@ -140,6 +141,14 @@ def _computing(axes: Any, steps: Sequence[StepOnLink]) -> None:
     axes.set_ylim(0, 103)
     axes.grid(alpha=0.2)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def _by_period(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave of the compressors only the one that was timed with the most periods."""
+    compressors = [parse(row["contender"], 1.0).compressor for row in table]
+    sparse = [c for c in compressors if c is not None and not c.lossless]
+    most = max(sparse, key=sparse.count, default=None)
+    return [row for row, c in zip(table, compressors, strict=True) if c is None or c.lossless or c == most]
 
 
 def _exchanges_at_intervals(text: str) -> bool:
