@@ -96,7 +96,7 @@ def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str =
 
 
 def _line(statement: str, about: str) -> Iterator[str]:
-    """A statement with a comment, which goes on below where it is long."""
+    """Yield a statement with a comment; a long one continues below."""
     at = max(_COLUMN, len(statement) + 1)
     first, *others = textwrap.wrap(about, _WIDTH - at - 2, break_on_hyphens=False) or [""]
     yield f"{statement:<{at}}# {first}" if first else statement
@@ -125,8 +125,8 @@ def comments(cls: type) -> dict[str, str]:
                 above, at = "", node.lineno - 2
                 while lines[at].startswith("    # "):
                     above, at = f"{lines[at].strip(' #')} {above}", at - 1
-                beside = lines[(node.end_lineno or 0) - 1][node.end_col_offset or 0 :].strip(" #")
-                found[node.target.id] = f"{above}{beside}".strip()
+                aside = lines[(node.end_lineno or 0) - 1][node.end_col_offset or 0 :].strip(" #")
+                found[node.target.id] = f"{above}{aside}".strip()
     return found
 
 
