@@ -84,7 +84,7 @@ def process_state(pid: int) -> str:
     """Return the state of a process, a letter; "" if there is none."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter if it ends between open and read
         return ""
 
 

@@ -278,7 +278,7 @@ def test_a_newer_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     save_checkpoint(tmp_path, Small().parts, step=1)
     monkeypatch.undo()
     with pytest.raises(
-        CheckpointError, match=r"has format 3, written by packsaddle .*; this one reads format 2: go on"
+        CheckpointError, match=r"has format 3, written by packsaddle .*; this one reads format 2: use that"
     ):
         load_checkpoint(tmp_path, Small().parts)
 

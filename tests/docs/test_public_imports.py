@@ -25,6 +25,24 @@ ALLOWED = {
     "packsaddle.integrations.lightning": "imports lightning, which is optional",
     "packsaddle.comm.launch": "the function `launch` has the name of its file",
     "packsaddle.compressors.selection": "benchmarks/selection.py measures this internal function",
+    **{
+        f"packsaddle.{name}": "benchmarks/plan_regret.py compares the planners with a race's files"
+        for name in (
+            "performance.bench.contenders",
+            "performance.bench.curves",
+            "performance.bench.time_to_loss",
+            "performance.bench.workload",
+            "performance.coding_speed",
+            "performance.link_planner",
+            "performance.local_planner",
+            "performance.step_time",
+            "performance.workload",
+        )
+    },
+    **{
+        f"packsaddle.{name}": "benchmarks/gpu.py times as the command line does"
+        for name in ("compressors.registry", "performance.bench.result", "performance.timing")
+    },
 }
 
 

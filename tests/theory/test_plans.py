@@ -348,7 +348,7 @@ def test_impossible_plans_are_named() -> None:
 def test_plan_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert command("plan", "--d", 1_000_000, "--epsilon", 0.1) == 0
     out = capsys.readouterr().out
-    for text in ("RandomK", "TopK*", "LinearSketch", "22", "gradient noise", "outside the proofs"):
+    for text in ("RandomK", "TopK*", "LinearSketch", "22", "bound by       gradient", "outside the proofs"):
         assert text in out
     assert "sigma = 1 or more, and is." in out
     assert "No guarantee goes with it" in out

@@ -210,9 +210,8 @@ class Config:
     # the compressor of each worker's vector in a step; `packsaddle compressors` compares the kinds
     compressor: AnyCompressor = field(default_factory=Identity)
     exchange: Exchange = "direct"  # direct: all-reduce if the compressor is linear, else all-gather
-    back: AnyCompressor | None = (
-        None  # the compressor of the mean on its way back, in the two-way and coordinator exchanges
-    )
+    # the compressor of the mean on its way back, in the two-way and coordinator exchanges
+    back: AnyCompressor | None = None
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     escape: EscapeConfig | None = None
     certify: CertifyConfig | None = None
@@ -222,9 +221,8 @@ class Config:
     momentum: float = 0.0  # of each worker's gradients, before compression
     nesterov: bool = False  # Nesterov's momentum
     memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
-    storm: float | None = (
-        None  # STORM's variance reduction, by two gradients a step: the weight of a new one; by default off
-    )
+    # STORM's variance reduction, by two gradients a step: the weight of a new one; by default off
+    storm: float | None = None
     dense_below: int = 1024  # tensors with fewer elements, and vectors, are sent uncompressed; 0: none
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
     # steps in a row (with [local] rounds) that may be skipped because a gradient was not finite

@@ -361,7 +361,7 @@ def test_estimates() -> None:
 def test_a_study_s_folder_is_never_taken_from_the_user(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     study = figure2.study("smoke", "mnist")
-    with pytest.raises(ConfigError, match="exists already"):
+    with pytest.raises(ConfigError, match="exists; continue it with --resume"):
         StudyFolder(tmp_path).check(study, resume=False)
     with pytest.raises(ConfigError, match="is not the folder of a study"):
         StudyFolder(tmp_path).check(study, resume=True)

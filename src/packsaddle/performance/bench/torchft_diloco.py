@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
+from packsaddle.comm.group import Group, resolve
 from packsaddle.comm.managed import connect
 from packsaddle.errors import require
 
@@ -25,15 +25,16 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> Ca
     """
     os.environ.setdefault("RUST_LOG", "warn")  # else its servers say several lines in every round
     torchft: Any = require("torchft.local_sgd", "torchft", "diloco-N")
-    lighthouse, place = _lighthouse(dist.get_rank(), dist.get_world_size())
-    manager = connect(place, name=f"worker-{dist.get_rank()}", min_workers=dist.get_world_size())
+    group = resolve(None)
+    lighthouse, place = _lighthouse(group)
+    manager = connect(place, name=f"worker-{group.rank}", min_workers=group.size)
     outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
     rounds = torchft.DiLoCo(manager, [model], optimizer, outer, sync_every=every, pin_memory=False)
     rounds.__enter__()
 
     def end() -> None:
         rounds.__exit__(None, None, None)
-        dist.barrier()  # no worker leaves while another still needs its Manager
+        group.all_reduce(torch.zeros(1))  # no worker leaves while another still needs its Manager
         manager.shutdown(wait=False)
         if lighthouse is not None:
             lighthouse.shutdown()
@@ -41,13 +42,12 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> Ca
     return end
 
 
-def _lighthouse(rank: int, workers: int) -> tuple[Any, str]:
+def _lighthouse(group: Group) -> tuple[Any, str]:
     """Start the lighthouse on worker 0, which other workers reach as they reach the master; return it and its place."""
-    server, told = None, [""]
-    if rank == 0:
+    server, port = None, torch.zeros(1, dtype=torch.int64)
+    if group.rank == 0:
         coordination: Any = require("torchft.coordination", "torchft", "diloco-N")
-        server = coordination.LighthouseServer(bind="0.0.0.0:0", min_replicas=workers, join_timeout_ms=_JOIN_MS)
-        port = server.address().rsplit(":", 1)[1]
-        told = [f"http://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{port}"]
-    dist.broadcast_object_list(told, src=0)
-    return server, told[0]
+        server = coordination.LighthouseServer(bind="0.0.0.0:0", min_replicas=group.size, join_timeout_ms=_JOIN_MS)
+        port[0] = int(server.address().rsplit(":", 1)[1])
+    group.broadcast(port)
+    return server, f"http://{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{int(port)}"
