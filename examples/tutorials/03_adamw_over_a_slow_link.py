@@ -187,11 +187,11 @@ print(done.stdout[done.stdout.index("local updates") :])
 # - `x steps` is the price: a setting needs so many times the steps of dense training. It was measured on one small
 #   language model, so take it as a rough guide for yours.
 # - The first sentence below the table weighs both. A dense step takes about 10 seconds on this link, nearly all of it
-#   waiting. The best setting makes the same progress in about a quarter of a second.
+#   waiting. The best setting makes the same progress in a fraction of a second.
 # - `kept` means `keep_unsent=True`, which is the default.
 #
-# The answer depends on your numbers. With half a second of computing for each step, an uncompressed exchange every 30
-# steps fits beside it, and the plan then says that `Identity()` is the best. At 10 Gbit/s it may advise against all.
+# The answer depends on your numbers. With half a second of computing for each step, the plan prefers an exchange every 2
+# steps, which needs fewer steps. At 10 Gbit/s it advises against local updates.
 # Run it with your own numbers before you change your training.
 #
 # ## Next
