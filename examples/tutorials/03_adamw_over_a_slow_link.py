@@ -190,8 +190,8 @@ print(done.stdout[done.stdout.index("local updates") :])
 #   waiting. The best setting makes the same progress in a fraction of a second.
 # - `kept` means `keep_unsent=True`, which is the default.
 #
-# The answer depends on your numbers. With half a second of computing for each step, the plan prefers an exchange every 2
-# steps, which needs fewer steps. At 10 Gbit/s it advises against local updates.
+# The answer depends on your numbers. With half a second of computing for each step, the plan prefers an exchange every
+# 2 steps, which needs fewer steps. At 10 Gbit/s it advises against local updates.
 # Run it with your own numbers before you change your training.
 #
 # ## Next
