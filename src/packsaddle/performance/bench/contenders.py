@@ -75,10 +75,7 @@ class Contender:
     @property
     def name(self) -> str:
         """Its text without options."""
-        text = self.text.strip()
-        while match := _OPTION.search(text):
-            text = text[: match.start()]
-        return text
+        return _split(self.text)[0]
 
     @property
     def method(self) -> str:
@@ -91,9 +88,8 @@ def parse(text: str, lr: float) -> Contender:
 
     `lr` is the step size of contenders that name none.
     """
-    name, options = text.strip(), dict[str, Any]()
-    while match := _OPTION.search(name):
-        name, options[match[1]] = name[: match.start()], _value(match[1], match[2], text)
+    name, written = _split(text)
+    options: dict[str, Any] = {option: _value(option, value, text) for option, value in written.items()}
     lr, steps = options.pop("lr", lr), options.pop("steps", None)
     if name[:1].isupper():
         if "hook" in options and not options.keys() <= {"hook", "noise"}:
@@ -120,6 +116,14 @@ def parse(text: str, lr: float) -> Contender:
 def parse_all(texts: tuple[str, ...], lr: float) -> list[Contender]:
     """Read contenders, each once. Raises ValueError."""
     return [parse(text, lr) for text in dict.fromkeys(texts)]
+
+
+def _split(text: str) -> tuple[str, dict[str, str]]:
+    """Return a contender's name and its options as written."""
+    name, options = text.strip(), dict[str, str]()
+    while match := _OPTION.search(name):
+        name, options[match[1]] = name[: match.start()], match[2]
+    return name, options
 
 
 def _value(option: str, written: str, text: str) -> float | int | str:

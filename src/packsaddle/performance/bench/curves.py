@@ -5,12 +5,11 @@ timed on links apart (see `packsaddle.performance.bench.race`). A loss is that o
 method whose workers differ between rounds has no other common model.
 """
 
-import csv
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from packsaddle.performance.bench.contenders import Contender, parse
 from packsaddle.performance.bench.peers import CannotRunError, Racer, enter
 from packsaddle.performance.bench.race import settle
 from packsaddle.performance.bench.recipe import Kind, Recipe
-from packsaddle.performance.bench.workload import TrainingWorkload
+from packsaddle.performance.bench.rows_file import add_rows, read_rows
+from packsaddle.performance.bench.workload import TrainingWorkload, evenly_spaced
 
 _HELD_OUT = 512  # examples, evenly spaced
 _AT_ONCE = 64
@@ -159,7 +159,7 @@ def validate(racer: Racer, held_out: Dataset, group: Group) -> float:
         mean = t.contiguous().clone()
         group.all_reduce(mean)
         t.copy_(mean / group.size)
-    spaced = torch.arange(0, len(held_out), max(1, len(held_out) // _HELD_OUT))[:_HELD_OUT]
+    spaced = evenly_spaced(len(held_out), _HELD_OUT)
     racer.task.eval()
     mine = torch.split(spaced[group.rank :: group.size], _AT_ONCE)
     cpu = torch.device("cpu")
@@ -173,21 +173,13 @@ def validate(racer: Racer, held_out: Dataset, group: Group) -> float:
 
 def load(path: Path) -> list[Curve]:
     """Return the curves of a file, none where there is no file. Raises ValueError for one that is none."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [_curve(row, path) for row in csv.DictReader(file)]
+    return read_rows(path, _curve, "curve")
 
 
 def append(path: Path, curve: Curve) -> None:
     """Add a curve to the file."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Curve)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        losses = " ".join("-" if loss is None else f"{loss:.4f}" for loss in curve.losses)
-        writer.writerow(asdict(curve) | {"losses": losses})
+    losses = " ".join("-" if loss is None else f"{loss:.4f}" for loss in curve.losses)
+    add_rows(path, Curve, [asdict(curve) | {"losses": losses}])
 
 
 def best_rate(curves: Iterable[Curve]) -> float:
@@ -195,14 +187,11 @@ def best_rate(curves: Iterable[Curve]) -> float:
     return min(curves, key=lambda curve: curve.final).lr
 
 
-def _curve(row: dict[str, Any], path: Path) -> Curve:
-    try:
-        losses = tuple(None if word == "-" else float(word) for word in row["losses"].split())
-        whole: dict[str, Any] = {name: int(row[name]) for name in ("workers", "seed", "steps", "every")}
-        real: dict[str, Any] = {name: float(row[name]) for name in ("lr", "sent", "seconds", "peak_mb")}
-        return Curve(contender=row["contender"], losses=losses, **whole, **real)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} has a row that is no curve: {error}") from None
+def _curve(row: Mapping[str, Any]) -> Curve:
+    losses = tuple(None if word == "-" else float(word) for word in row["losses"].split())
+    whole: dict[str, Any] = {name: int(row[name]) for name in ("workers", "seed", "steps", "every")}
+    real: dict[str, Any] = {name: float(row[name]) for name in ("lr", "sent", "seconds", "peak_mb")}
+    return Curve(contender=row["contender"], losses=losses, **whole, **real)
 
 
 def _forget_peak() -> None:

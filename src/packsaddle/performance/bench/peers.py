@@ -29,6 +29,7 @@ from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp import register_ddp_hook
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.sgd import CompressedSGD
+from packsaddle.performance.bench import torchft_diloco
 from packsaddle.performance.bench.contenders import ALONE, DENSE, Contender
 from packsaddle.performance.bench.recipe import CONSTANT, Recipe
 from packsaddle.performance.bench.workload import Batch
@@ -132,12 +133,11 @@ def _local_updates(contender: Contender, task: Task, recipe: Recipe) -> Racer:
     assert contender.compressor is not None
     assert contender.every is not None
     sgd = recipe.make(task.parameters(), contender.lr, momentum=contender.momentum)
-    diloco = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)
     local = LocalUpdates(
         sgd,
         every=contender.every,
         compressor=contender.compressor,
-        outer=diloco if contender.outer == "nesterov" else None,
+        outer=torchft_diloco.outer if contender.outer == "nesterov" else None,
         fragments=contender.fragments,
         delay=contender.delay,
         noise=contender.noise,
@@ -165,10 +165,8 @@ def _sparseloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) ->
 
 
 def _diloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) -> Racer:
-    from packsaddle.performance.bench.torchft_diloco import attach
-
     try:
-        end = attach(task, sgd, contender.number)
+        end = torchft_diloco.attach(task, sgd, contender.number)
     except MissingExtraError as error:
         raise CannotRunError(str(error)) from None
     once = _reduced(task, 4)

@@ -21,7 +21,7 @@ from packsaddle.experiments.tasks.models import Task
 from packsaddle.performance.bench.contenders import ALONE, DENSE, Contender, parse_all
 from packsaddle.performance.bench.peers import CannotRunError, Racer, enter, probe
 from packsaddle.performance.bench.recipe import CONSTANT, Recipe
-from packsaddle.performance.bench.workload import Batch, TrainingWorkload
+from packsaddle.performance.bench.workload import Batch, TrainingWorkload, evenly_spaced
 from packsaddle.performance.timing import Timing
 
 
@@ -234,18 +234,19 @@ def _merged(laps: list[Lap]) -> Lap:
 def _times_to_target(
     race: Race, contenders: list[Contender], batches: Callable[[int], Batch], examples: Dataset, group: Group
 ) -> Outcome:
-    spaced = torch.arange(0, len(examples), max(1, len(examples) // _EVALUATED))[:_EVALUATED]
-    fixed = examples.batch(spaced, torch.device("cpu"))
+    fixed = examples.batch(evenly_spaced(len(examples), _EVALUATED), torch.device("cpu"))
     finishes, notes = [], []
     for contender in contenders:
         try:
             racer = enter(contender, race.workload.task(), race.recipe)
             probe(racer, contender, batches(0))
+            racer.end()
             racer = enter(contender, race.workload.task(), race.recipe)
         except CannotRunError as error:
             notes.append(f"{contender.text} cannot run here: {error}")
             continue
         finishes.append(_train(racer, contender, race, batches, fixed, group))
+        racer.end()
     return Outcome(finishes=tuple(finishes), notes=tuple(notes))
 
 

@@ -39,8 +39,9 @@ class Search:
         """Make what is missing; a launch of workers for each contender. Raises WorkerFailedError."""
         for text in dict.fromkeys(self.contenders):
             for jobs in (self.first, self.more):
-                done = {curve.job for curve in load(out)}
-                if missing := [job for job in jobs(text, load(out)) if job not in done]:
+                curves = load(out)
+                done = {curve.job for curve in curves}
+                if missing := [job for job in jobs(text, curves) if job not in done]:
                     launch(train_all, (self.training, missing, out), self.workers)
 
     def first(self, text: str, curves: Sequence[Curve]) -> list[Job]:

@@ -6,6 +6,7 @@ al. 2023): SGD of rate 0.7 with Nesterov momentum 0.9 on the mean of the workers
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from packsaddle.comm.group import Group, resolve
 from packsaddle.comm.managed import connect
 from packsaddle.errors import require
 
+outer = partial(torch.optim.SGD, lr=0.7, momentum=0.9, nesterov=True)  # of the anchor's tensors
 _JOIN_MS = 30_000  # how long the lighthouse waits for workers that are late
 
 
@@ -28,8 +30,7 @@ def attach(model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> Ca
     group = resolve(None)
     lighthouse, place = _lighthouse(group)
     manager = connect(place, name=f"worker-{group.rank}", min_workers=group.size)
-    outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-    rounds = torchft.DiLoCo(manager, [model], optimizer, outer, sync_every=every, pin_memory=False)
+    rounds = torchft.DiLoCo(manager, [model], optimizer, outer(model.parameters()), sync_every=every, pin_memory=False)
     rounds.__enter__()
 
     def end() -> None:

@@ -105,6 +105,11 @@ class TrainingWorkload:
         return lambda step: examples.batch(order[step], torch.device("cpu"))
 
 
+def evenly_spaced(n: int, most: int) -> Tensor:
+    """Return the indices of at most `most` of n examples, int64, at equal distances."""
+    return torch.arange(0, n, max(1, n // most))[:most]
+
+
 def _synthetic(shape: tuple[int, int, int]) -> Images:
     """Noisy copies of ten random patterns, one per class: something to learn, of a real dataset's shapes."""
     rng = torch.Generator().manual_seed(0)
