@@ -21,25 +21,14 @@ from packsaddle.performance.coding_speed import Pace, measure
 from packsaddle.performance.link_planner import MEASURED as HOOK
 from packsaddle.performance.link_planner import forecast
 from packsaddle.performance.local_planner import Setting, forecast_local, measured_with
-from packsaddle.performance.step_time import Fleet, Link
+from packsaddle.performance.step_time import LATENCY, Fleet, Link
 from packsaddle.performance.workload import ModelSize, update_seconds
-
-_LATENCY = 1e-4
-_DENSE_BELOW = 1024
 
 
 @cache
 def pace(compressor: object, d: int) -> Pace:
     """Return the speed of a compressor, measured once."""
     return measure(compressor, d, repeats=5)  # type: ignore[arg-type]
-
-
-def size() -> ModelSize:
-    """Return what the race's network exchanges."""
-    shapes = [p.shape for p in TrainingWorkload("gpt", 8).task().parameters()]
-    compressed = tuple(shape for shape in shapes if shape.numel() >= _DENSE_BELOW)
-    d = sum(shape.numel() for shape in compressed)
-    return ModelSize("gpt", d, sum(shape.numel() for shape in shapes) - d, compressed)
 
 
 def setting(contender: Contender) -> Setting | None:
@@ -88,7 +77,10 @@ def main() -> None:
     args = parser.parse_args()
     steps = [step for step in load_steps(args.folder / "steps.csv") if step.workers == args.workers]
     curves = [curve for curve in load(args.folder / "curves.csv") if curve.workers == args.workers]
-    table, workload = rows(curves, steps), size()
+    table, workload = (
+        rows(curves, steps),
+        ModelSize.of_parameters("gpt", TrainingWorkload("gpt", 8).task().parameters()),
+    )
     update = update_seconds(workload.d)
     print("| link | contender | predicted ms | measured ms | error |\n| --- | --- | --- | --- | --- |")
     regrets = []
@@ -109,7 +101,7 @@ def _one_link(
 ) -> str:
     """Print predicted and measured steps, and return the row of the regret."""
     fleet = Fleet(workers, here[ALONE].ms / 1000)
-    nominal = Link.nominal(1e6 * min(link), _LATENCY)
+    nominal = Link.nominal(1e6 * min(link), LATENCY)
     predicted = foreseen(list(here), workload, nominal, fleet, update)
     for text, seconds in predicted.items():
         measured = here[text].ms

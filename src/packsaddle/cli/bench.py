@@ -126,7 +126,7 @@ class _Training(Question):
     data_dir: Annotated[Path | None, UNSAID] = None
     """Folder of MNIST, or of CIFAR-10 or an image folder of 32 x 32; without it the images are synthetic."""
     rounds: int = 5
-    """How many times each contender has its turn."""
+    """Turns of each contender."""
     block: int = 4
     """Consecutive steps in one turn."""
     seed: int = 0
@@ -238,7 +238,7 @@ class RaceToLoss(Question):
     rates: tuple[str, ...] = ("10", "50", "200", "1000")
     """Mbit/s of the links; 10/100 is 10 up and 100 down."""
     rounds: int = 3
-    """How many times each contender has its turn on a link."""
+    """Turns of each contender on a link."""
     block: int = 2
     """Consecutive steps in one turn, at least; whole periods."""
 

@@ -22,10 +22,9 @@ from packsaddle.performance import link_planner
 from packsaddle.performance.coding_speed import Pace, measure
 from packsaddle.performance.link_planner import Forecast, Optimizer, Verdict, forecast, probe, probe_locally
 from packsaddle.performance.local_planner import LocalForecast, check_most_steps, forecast_local, measured_with
-from packsaddle.performance.step_time import FRAMING, Fleet, Link
+from packsaddle.performance.step_time import FRAMING, LATENCY, Fleet, Link
 from packsaddle.performance.workload import ModelSize, compute_seconds, update_seconds
 
-_LATENCY = 1e-4  # seconds, gloo's over a local network
 _BATCH = 32
 _UNCUT = "--json prints it whole"
 _ERROR = 0.1  # of the model, on quiet machines (experiments/scale)
@@ -106,7 +105,7 @@ def plan_link(
         workers = _workers(workers)
         if bits is None and options.latency is not None:
             raise ConfigError("--latency is measured by --link auto: leave it out")
-        given = Link.nominal(bits or 1.0, _LATENCY if options.latency is None else options.latency)
+        given = Link.nominal(bits or 1.0, LATENCY if options.latency is None else options.latency)
         workload = options.workload()
         most = math.inf if options.most_steps is None else options.most_steps
         check_most_steps(most, workers)

@@ -16,6 +16,7 @@ from packsaddle.comm.aggregators import Aggregator, Work
 from packsaddle.comm.cost_model import Cost, RingAllReduce
 
 FRAMING = 1448 / 1514  # of an Ethernet frame of 1,514 bytes, what TCP over IP leaves to its user
+LATENCY = 1e-4  # seconds of a small message, gloo's over a local network
 Tail = Literal["lognormal", "exponential"]
 
 

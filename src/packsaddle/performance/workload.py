@@ -1,6 +1,6 @@
 """The size of a model's exchange (compressed and dense coordinates), and the time that its step computes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -52,7 +52,12 @@ class ModelSize:
     @classmethod
     def of_model(cls, name: str) -> "ModelSize":
         """Return what CompressedSGD makes of a model, see `MODELS`. Raises ConfigError."""
-        parameters = list(_build(name).parameters())
+        return cls.of_parameters(name, _build(name).parameters())
+
+    @classmethod
+    def of_parameters(cls, name: str, trained: Iterable[nn.Parameter]) -> "ModelSize":
+        """Return what CompressedSGD makes of parameters."""
+        parameters = list(trained)
         flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)
         shapes = tuple(parameters[i].shape for i in flat.compressed)
         return cls(name, flat.compressed_d, flat.d - flat.compressed_d, shapes)

@@ -1,4 +1,4 @@
-"""Who takes part in a race: packsaddle's compressors and torch's own ways to exchange gradients, by name."""
+"""The contenders of a race: packsaddle's compressors and torch's own ways to exchange gradients, by name."""
 
 import re
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one training found; losses[i] is that after (i + 1) * every steps, None where it is not finite."""
+    """The result of one training; losses[i] is that after (i + 1) * every steps, None where it is not finite."""
 
     workers: int
     contender: str
@@ -86,7 +86,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Training:
-    """What all jobs share."""
+    """The settings that all jobs share."""
 
     workload: TrainingWorkload
     optimizer: Kind

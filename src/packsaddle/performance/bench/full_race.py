@@ -1,7 +1,7 @@
 """`packsaddle bench race`: curves of every contender, its step on every link, and the time to a loss that follows.
 
-The folder of a race has `curves.csv` and `steps.csv`. Both are added to, so that a race that was cut off goes on and a
-contender can be added later; the tables and figures are made of them alone.
+The folder of a race has `curves.csv` and `steps.csv`. Both are added to, so that a race that was cut off is resumed
+and a contender can be added later; the tables and figures are made of them alone.
 """
 
 from collections.abc import Iterable
@@ -20,6 +20,7 @@ from packsaddle.performance.bench.search import Search
 from packsaddle.performance.bench.time_to_loss import (
     StepOnLink,
     computing,
+    dense_of,
     entries,
     load_steps,
     rows,
@@ -130,10 +131,9 @@ def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOn
         "threads": 1,
     }
     found = []
-    if any(entry.method == DENSE for entry in entries(curves)):
+    if (dense := dense_of(entries(curves))) is not None:
         table = rows(curves, steps)
-        targets = targets_of(next(entry for entry in entries(curves) if entry.method == DENSE))
-        target = ", ".join(f"{loss:.4f}" for loss in targets.values())
+        target = ", ".join(f"{loss:.4f}" for loss in targets_of(dense).values())
         notes = [
             f"target: the loss of {DENSE} at nine tenths of its tokens, by seed ({target}); times are steps to it, the "
             "mean over seeds, times the step's median on the link; inf: a seed did not reach it",

@@ -57,7 +57,7 @@ class Racer:
     steps: int = 0
     clip: float | None = None
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None
-    end: Callable[[], None] = lambda: None  # ends what runs beside the training; collective
+    end: Callable[[], None] = lambda: None  # ends what runs along with the training; collective
 
     def step(self, batch: Batch) -> None:
         """Forward, backward, exchange, update."""
@@ -146,7 +146,7 @@ def _local_updates(contender: Contender, task: Task, recipe: Recipe) -> Racer:
 
 
 def _counted(local: LocalUpdates) -> Callable[[int], Bytes]:
-    """The bytes of local updates since now, those of exchanges under way included."""
+    """The bytes of local updates since now, those of running exchanges included."""
     start = local.ledger.total
 
     def moved(_: int) -> Bytes:
@@ -184,7 +184,7 @@ def probe(racer: Racer, contender: Contender, batch: Batch) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    """What torch says, without its wrapping of errors in callbacks."""
+    """torch's message, without its wrapping of errors in callbacks."""
     return re.sub(r"^(Got the following error when running the callback: (\w+: )?)+", "", str(error)).splitlines()[0]
 
 
@@ -256,7 +256,7 @@ def _quantised(task: Task, model: DistributedDataParallel, sgd: torch.optim.Opti
 
 
 def uint8_hook(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """What torch's quantization_pertensor_hook means to do, working on gloo: each bucket as uint8 levels between its
+    """The aim of torch's quantization_pertensor_hook, working on gloo: each bucket as uint8 levels between its
     smallest and largest value, all-gathered; the mean of all workers' is what they apply. No error feedback."""
     v: Tensor = bucket.buffer()
     low = v.min()

@@ -9,7 +9,7 @@ from typing import Any
 from packsaddle.errors import require
 from packsaddle.performance.bench.contenders import DENSE, parse
 from packsaddle.performance.bench.curves import Curve
-from packsaddle.performance.bench.time_to_loss import Entry, StepOnLink, computing, entries, rows, targets_of
+from packsaddle.performance.bench.time_to_loss import Entry, StepOnLink, computing, dense_of, entries, rows, targets_of
 
 _OURS = ("#d1495b", "#e8871e", "#8f2d56", "#b5651d", "#f25f5c", "#c9184a", "#ff9f1c")
 _PEERS = ("#2e6f95", "#6a994e", "#577590", "#43aa8b", "#277da1", "#90be6d", "#4d908e", "#5e60ce")
@@ -23,7 +23,7 @@ def draw(folder: Path, workers: int, curves: Sequence[Curve], steps: Sequence[St
     """
     plt: Any = require("matplotlib.pyplot", "plot", "figures of a race")
     found = entries(curves)
-    dense = next((entry for entry in found if entry.method == DENSE), None)
+    dense = dense_of(found)
     files = []
     with plt.rc_context(_STYLE):
         if dense is not None:
@@ -152,6 +152,6 @@ def _by_period(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _exchanges_at_intervals(text: str) -> bool:
-    """Whether a contender is dense training, or local updates as published here, without overlap."""
+    """Tell if a contender is dense training, or local updates without overlap and outer optimizer."""
     contender = parse(text, 1.0)
     return text == DENSE or (contender.every is not None and not contender.delay and contender.outer == "none")

@@ -1,4 +1,4 @@
-"""How a race trains: the inner optimizer, its learning rate over the steps, and the clipping of gradients.
+"""Recipes of training in a race: the inner optimizer, its learning rate over the steps, and the clipping of gradients.
 
 "adamw" is nanoGPT's recipe: betas 0.9 and 0.99, weight decay 0.1 on matrices, gradients clipped to norm 1. "momentum"
 is the usual one of image networks: SGD with momentum 0.9 and weight decay 5e-4. Both have a linear warm-up and a cosine

@@ -1,4 +1,4 @@
-"""What a benchmark found: a question, the setting, and rows of named figures, printed as a table or as JSON."""
+"""The results of a benchmark: a question, the setting, and rows of named figures, printed as a table or as JSON."""
 
 import platform
 from collections.abc import Mapping, Sequence

@@ -66,6 +66,6 @@ class Search:
         return self.grid if own < 0 else (own,)
 
     def _key(self, text: str) -> tuple[str, int]:
-        """What its step size is searched for: its method and steps."""
+        """The setting that its step size is searched for: its method and steps."""
         contender = parse(text, 1.0)
         return contender.method, contender.steps or self.training.steps

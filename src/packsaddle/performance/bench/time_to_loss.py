@@ -5,17 +5,17 @@ and batches, which are the same for all contenders. Steps and their times are me
 and multiplied here: one curve serves every link.
 """
 
-import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from packsaddle.performance.bench.contenders import ALONE, DENSE, PEERS, parse
+from packsaddle.performance.bench.contenders import ALONE, DENSE, parse
 from packsaddle.performance.bench.curves import Curve
 from packsaddle.performance.bench.race import Lap
+from packsaddle.performance.bench.rows_file import add_rows, read_rows
 from packsaddle.performance.timing import Timing
 
 _TARGET = 0.9  # of dense training's tokens
@@ -52,23 +52,12 @@ class StepOnLink:
 
 def save_steps(path: Path, steps: Iterable[StepOnLink]) -> None:
     """Add rows to the file."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(StepOnLink)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows(map(asdict, steps))
+    add_rows(path, StepOnLink, map(asdict, steps))
 
 
 def load_steps(path: Path) -> list[StepOnLink]:
     """Return the rows of a file, none where there is no file. Raises ValueError for a bad one."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        try:
-            return [_step(row) for row in csv.DictReader(file)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} has a row that is no step on a link: {error}") from None
+    return read_rows(path, _step, "step on a link")
 
 
 def _step(row: Mapping[str, Any]) -> StepOnLink:
@@ -85,8 +74,8 @@ class Entry:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is packsaddle's, and no peer."""
-        return not parse(self.method, 1.0).peer
+        """True if it is packsaddle's, and no peer."""
+        return is_ours(self.method)
 
     @property
     def losses(self) -> list[float]:
@@ -97,6 +86,11 @@ class Entry:
         """Return the steps to the loss of each seed, or None if a seed does not reach its own, or has none."""
         found = [curve.steps_to(targets.get(curve.seed, -math.inf)) for curve in self.curves]
         return None if None in found else [steps for steps in found if steps is not None]
+
+
+def is_ours(method: str) -> bool:
+    """Tell if a method is packsaddle's, and no peer."""
+    return not parse(method, 1.0).peer
 
 
 def entries(curves: Sequence[Curve]) -> list[Entry]:
@@ -117,6 +111,11 @@ def _best(group: list[Curve]) -> list[Curve]:
     return sorted(min(full, key=lambda mine: statistics.fmean(c.final for c in mine)), key=lambda c: c.seed)
 
 
+def dense_of(found: Iterable[Entry]) -> Entry | None:
+    """Return dense training's entry, the first of its training lengths, or None."""
+    return next((entry for entry in found if entry.method == DENSE), None)
+
+
 def targets_of(dense: Entry) -> dict[int, float]:
     """Return dense training's loss at nine tenths of its tokens, by seed."""
     return {curve.seed: curve.loss_at(_TARGET * curve.steps) for curve in dense.curves}
@@ -129,7 +128,7 @@ def rows(curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[dict[str,
     infinite where the loss was not reached. Of a method's training lengths each has its row.
     """
     found = entries(curves)
-    dense = next((entry for entry in found if entry.method == DENSE), None)
+    dense = dense_of(found)
     if dense is None:
         raise ValueError(f"curves must include {DENSE}, by which the target is set")
     targets, links = targets_of(dense), list(dict.fromkeys(step.link for step in steps))
@@ -165,8 +164,8 @@ def verdicts(table: Sequence[Mapping[str, Any]], steps: Sequence[StepOnLink]) ->
     for link in dict.fromkeys(step.link for step in steps):
         name = named(link)
         timed = [row for row in table if row[name] is not None and row[name] < math.inf]
-        ours = min((r for r in timed if not parse(r["method"], 1.0).peer), key=lambda r: r[name], default=None)
-        peer = min((r for r in timed if parse(r["method"], 1.0).peer in PEERS), key=lambda r: r[name], default=None)
+        ours = min((r for r in timed if is_ours(r["method"])), key=lambda r: r[name], default=None)
+        peer = min((r for r in timed if not is_ours(r["method"])), key=lambda r: r[name], default=None)
         found.append(
             {
                 "link": name,

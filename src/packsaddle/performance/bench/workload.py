@@ -61,12 +61,12 @@ class TrainingWorkload:
 
     @property
     def reads_text(self) -> bool:
-        """Whether its examples are windows of text."""
+        """True if its examples are windows of text."""
         return self.network in _GPTS
 
     @property
     def is_real(self) -> bool:
-        """Whether a loss on it tells something: it is no synthetic pattern."""
+        """True if a loss on it tells something: it is no synthetic pattern."""
         return self.reads_text or self.data_dir is not None
 
     def source(self) -> str:
