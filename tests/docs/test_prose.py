@@ -12,8 +12,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "examples/README.md")]
 FOLDERS = ("docs", "docs/api", "experiments/*", "benchmarks")
 PAGES += [page for folder in FOLDERS for page in sorted(ROOT.glob(f"{folder}/*.md"))]
-CODE = [path for path in sorted((ROOT / "src").rglob("*.py")) if not path.match("*/curvature/*.py")]
-CODE = [path for path in CODE if "bench" not in str(path)]
+CODE = sorted((ROOT / "src").rglob("*.py"))
 WIDTH = 140
 BANNED = (
     "what is to be had",

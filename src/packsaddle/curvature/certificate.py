@@ -17,7 +17,7 @@ from packsaddle.numerics.seeds import Stream, generator
 
 
 class Verdict(StrEnum):
-    """What a certificate says."""
+    """The verdict of a certificate."""
 
     SECOND_ORDER_STATIONARY = "second-order stationary"
     SADDLE = "saddle"
@@ -113,7 +113,7 @@ class Certificate:
 
     @property
     def whose(self) -> str:
-        """Whose Hessian it is."""
+        """The function whose Hessian it is."""
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
@@ -127,7 +127,7 @@ class Certificate:
 
     @property
     def _whence(self) -> str:
-        """Which epsilon was taken and why, where none was given."""
+        """The proposed epsilon and its reason, where none was given."""
         if not self.epsilon_proposed:
             return ""
         error = self.grad_norm_error
@@ -176,7 +176,7 @@ class Certificate:
         return "\n".join(lines)
 
     def _caveats(self) -> list[str]:
-        """What second-order stationarity leaves open: Definition 2.4 asks for little where rho is large."""
+        """The remark on a verdict that leaves much open: Definition 2.4 asks for little where rho is large."""
         lines = []
         below = self.saddle_below_rho
         if self.hessian_lipschitz_estimated:
@@ -206,7 +206,7 @@ def draw_iterates(m: int, steps: int, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Share:
-    """What m certificates say about the share of a run's iterates that are second-order stationary."""
+    """Bounds from m certificates on the share of a run's iterates that are second-order stationary."""
 
     drawn: int  # m
     stationary: int  # certified
@@ -227,14 +227,14 @@ class Share:
 
     @property
     def surprise(self) -> float:
-        """If at least half of the iterates are second-order stationary, so few draws are (undecided ones taken for
+        """If at least half of the iterates are second-order stationary, so few draws are (undecided ones counted as
         stationary) with at most this probability: small values speak against the theorem's promise."""
         from scipy.special import bdtr  # slow to import, and only this needs it
 
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))
 
     def at_least(self, confidence: float = 0.95) -> float:
-        """A lower confidence bound on the share (Clopper and Pearson's, one-sided), certificates taken for true: each
+        """A lower confidence bound on the share (Clopper and Pearson's, one-sided), certificates assumed true: each
         may be wrong with its own failure probability."""
         if self.stationary == 0:
             return 0.0

@@ -233,7 +233,7 @@ class _Search:
 
 
 def _settling(ritz: Ritz) -> bool:
-    """Whether v is good enough to measure rho along: a residual of a tenth of the curvature."""
+    """Tell if v is good enough to measure rho along: a residual of a tenth of the curvature."""
     return ritz.residual <= 0.1 * abs(ritz.theta_min)
 
 

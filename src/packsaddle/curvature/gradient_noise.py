@@ -1,4 +1,4 @@
-"""The noise that mini-batches give a gradient, beside which artificial noise r is loud or drowned.
+"""The noise that mini-batches give a gradient, compared with which artificial noise r is loud or drowned.
 
 A worker's gradient is grad f_i plus mini-batch noise of variance tr(Cov) / b for b examples; the mean over W workers
 has a W-th of it, while xi_t is the same on all workers and no mean makes it smaller. Both are multiplied by the same
@@ -22,7 +22,7 @@ from packsaddle.curvature.narrow_convolutions import safe_derivatives
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """What was measured: the variance of an example's gradient, and what that is for the mean of workers' batches."""
+    """The measured noise: the variance of an example's gradient, and what that is for the mean of workers' batches."""
 
     per_example: float  # tr(Cov) of the gradient of one example
     error: float  # its standard error, from how batches differ; inf if a single pair was compared
@@ -56,7 +56,7 @@ class GradientNoise:
         return r * math.sqrt(self.d) / own if own else (math.inf if r else 0.0)
 
     def r(self, times: float, *, momentum: float = 0.0) -> float:
-        """Return the r for which r sqrt(d) is so many times the mini-batch noise."""
+        """Return the r for which r sqrt(d) is that multiple of the mini-batch noise."""
         return times * self.std / (1 - momentum) / math.sqrt(self.d)
 
 

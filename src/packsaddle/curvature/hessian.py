@@ -71,7 +71,7 @@ class Curvature:
         self.loss = loss / examples
 
     def _differs_from_rank_0(self) -> bool:
-        """Whether this worker's parameters are others than rank 0's, by two sums."""
+        """Tell if this worker's parameters differ from rank 0's, by two sums."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for p in self.parameters:
             values = p.detach().double()
@@ -252,7 +252,7 @@ def _local(p: Any) -> Tensor:
 
 
 def _has_node(outputs: Iterable[Tensor | None], name: str) -> bool:
-    """Whether the graphs that tensors were computed by have a node of a name."""
+    """Tell if the graphs that tensors were computed by have a node of a name."""
     waiting: list[Any] = [t.grad_fn for t in outputs if t is not None and t.grad_fn is not None]
     seen = set(waiting)
     while waiting:

@@ -17,7 +17,7 @@ sum is never worse. Kuczynski and Wozniakowski's bound of 1992 supposes the wors
 was met, and is weaker.) The event is the same for every k, so whoever stops when the bound suffices pays nothing.
 
 Products that round, as in single precision, leave noise where the process would end. Once a beta is no more than that,
-the next vector is noise too, so betas are taken as no smaller than `Ritz.rounding`. This is measured beside supposed:
+the next vector is noise too, so betas are taken as no smaller than `Ritz.rounding`. It is measured, not supposed:
 A q_k has no part along q_0 ... q_{k-2}, and beta_k along q_{k-1}; what is found there instead is the products' error.
 
 Products that are wrong by a known tau, as differences of gradients are, are those of a matrix within tau of A if they
@@ -43,11 +43,11 @@ _LEAST_PROBABILITY = 1e-100  # the quantile underflows some way below
 
 @dataclass(frozen=True)
 class Ritz:
-    """What k steps know of a symmetric n x n matrix A."""
+    """The knowledge of k steps about a symmetric n x n matrix A."""
 
     n: int
     alphas: tuple[float, ...]  # k, the tridiagonal's diagonal
-    betas: tuple[float, ...]  # k, beside it; the last one is the norm of what the k-th step left over
+    betas: tuple[float, ...]  # k, off it; the last one is the norm of what the k-th step left over
     thetas: tuple[float, ...]  # k Ritz values in rising order
     shares: tuple[float, ...]  # k, how much of ||b||^2 = 1 lies along each Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min
@@ -152,7 +152,7 @@ class Lanczos:
 
     @property
     def exhausted(self) -> bool:
-        """Whether no further step is possible."""
+        """True if no further step is possible."""
         return bool(self._betas) and self._betas[-1] == 0.0
 
     def step(self) -> Ritz:

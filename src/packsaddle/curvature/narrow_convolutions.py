@@ -20,7 +20,7 @@ _Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 
 
 def has_narrow_convolutions(model: nn.Module) -> bool:
-    """Whether a network has a convolution that is not to be trusted on a CPU with channels last."""
+    """Tell if a network has a convolution that is not to be trusted on a CPU with channels last."""
     return any(isinstance(module, _Convolution) and _is_narrow(module) for module in model.modules())
 
 

@@ -33,7 +33,7 @@ _RHO_DISTANCE = 1e-2  # along v to each side
 
 
 class Products(ABC):
-    """H v for float64[d] vectors v, collective; `error` bounds ||H v - product|| for a unit v, beside rounding."""
+    """H v for float64[d] vectors v, collective; `error` bounds ||H v - product|| for a unit v, rounding aside."""
 
     name: str
     reason: str | None = None  # why not by double backward, where that was tried
@@ -146,7 +146,7 @@ class Differences(Products):
         """The factor from a trial's step to the one where rounding / h is twice h^2 M_3 / 6."""
         if trial.noise == 0.0:  # nothing moved: a step that 16 bits do not see, or a gradient that is constant
             return _FARTHEST
-        # Of independent errors e / h and e / (2 h) beside e / h and 16 e / (17 h): squares are as 5/4 to 1.89.
+        # Of independent errors e / h and e / (2 h) against e / h and 16 e / (17 h): squares are as 5/4 to 1.89.
         squares = trial.apart**2 - 0.66 * trial.noise**2
         curved = math.sqrt(max(squares, (trial.noise / 64) ** 2)) / 3
         # h^2 M_3 / 6 changes by 0.129 of it between h and 17 h / 16.

@@ -1,7 +1,7 @@
 """Is the effective step past what the curvature allows? Asked of single coordinates, where RandomK makes it so.
 
 A coordinate that is sent with probability mu a step waits T steps, 1 / mu in the mean, and then moves by all the
-gradients of that time at once: x_j <- (1 - eta T H_jj) x_j on a quadratic, T geometric. That grows for ever where
+gradients of that time at once: x_j <- (1 - eta T H_jj) x_j on a quadratic, T geometric. That grows without bound where
 E ln|1 - eta T H_jj| > 0: for small mu, with T mu exponential, where (eta / mu) H_jj > 2.68; for mu = 1 where it is > 2.
 Directions that are spread over many coordinates are not concerned: of them only a few coordinates move at a time.
 """
@@ -26,7 +26,7 @@ class CoordinateStep:
 
     @property
     def effective(self) -> float:
-        """What a gradient is multiplied by when it comes to x at last, with all that has gathered: eta / mu."""
+        """The factor of a gradient that reaches x at last, with all that has gathered: eta / mu."""
         return self.lr * self.wait
 
 
@@ -45,7 +45,7 @@ class Overshoot:
 
     @property
     def is_unstable(self) -> bool:
-        """Whether it grows for ever on a quadratic."""
+        """True if it grows without bound on a quadratic."""
         return self.gain > LIMIT
 
     def advice(self) -> str:
