@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from packsaddle.experiments.schedule import share_of_peak
+
 WARM_UP = 50
 Job = tuple[str, float, int]  # method, rate, seed
 
 
 def rate_at(step: int, steps: int) -> float:
     """Return the share of the peak rate: linear warm-up, then a cosine to a tenth."""
-    if step < WARM_UP:
-        return (step + 1) / WARM_UP
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARM_UP) / max(1, steps - WARM_UP)))
+    return share_of_peak(step, WARM_UP, steps)
 
 
 def append(out: Path, row: dict[str, object]) -> None:

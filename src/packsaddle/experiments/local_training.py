@@ -1,6 +1,5 @@
 """Training by local updates: an optimizer on each worker, and LocalUpdates between them."""
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,6 +16,7 @@ from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config
 from packsaddle.experiments.inner_optimizers import make_inner
+from packsaddle.experiments.schedule import share_of_peak
 from packsaddle.experiments.schema import plain
 from packsaddle.experiments.tasks.sharding import Calendar
 from packsaddle.experiments.training import Closure, Training, noise_schedule, noisy, ramp_of
@@ -25,8 +25,6 @@ from packsaddle.optim.layout import goes_dense
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.stages.drift import Drift
 from packsaddle.optim.stages.escape import Escape, Reset
-
-_LAST_SHARE = 0.1  # of the learning rate, at the end of a cosine
 
 
 class LocalTraining(Training):
@@ -113,8 +111,7 @@ class LocalTraining(Training):
             return self._config.lr * (done + 1) / rising
         if self._local.schedule == "constant":
             return self._config.lr
-        share = min(1.0, (done - rising) / max(1.0, end - rising)) if done > rising else 0.0
-        return self._config.lr * (_LAST_SHARE + (1 - _LAST_SHARE) * (1 + math.cos(math.pi * share)) / 2)
+        return self._config.lr * share_of_peak(done, rising, end)
 
     def replan(self, calendar: Calendar) -> None:
         """See `Training`."""

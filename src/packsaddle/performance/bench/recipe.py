@@ -5,7 +5,6 @@ is the usual one of image networks: SGD with momentum 0.9 and weight decay 5e-4.
 to a tenth. "sgd" is the paper's: one step size.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,10 +12,11 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
+from packsaddle.experiments.schedule import share_of_peak
+
 Kind = Literal["sgd", "momentum", "adamw"]
 _WARM_UP = 0.1  # of the steps, and at most _LONGEST of them
 _LONGEST = 100
-_LEAST = 0.1  # of the peak rate, at the end
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,7 @@ class Recipe:
 
     def share(self, step: int) -> float:
         """Return the share of the peak rate at a step."""
-        warm_up = max(1, min(_LONGEST, round(_WARM_UP * self.steps)))
-        if step < warm_up:
-            return (step + 1) / warm_up
-        done = min(1.0, (step - warm_up) / max(1, self.steps - warm_up))
-        return _LEAST + (1 - _LEAST) / 2 * (1 + math.cos(math.pi * done))
+        return share_of_peak(step, max(1, min(_LONGEST, round(_WARM_UP * self.steps))), self.steps)
 
 
 CONSTANT = Recipe()  # the paper's
