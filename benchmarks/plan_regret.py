@@ -15,7 +15,7 @@ from pathlib import Path
 
 from packsaddle.performance.bench.contenders import ALONE, DENSE, Contender, parse
 from packsaddle.performance.bench.curves import load
-from packsaddle.performance.bench.time_to_loss import StepOnLink, load_steps, named, rows
+from packsaddle.performance.bench.time_to_loss import Rates, StepOnLink, load_steps, rows
 from packsaddle.performance.bench.workload import TrainingWorkload
 from packsaddle.performance.coding_speed import Pace, measure
 from packsaddle.performance.link_planner import MEASURED as HOOK
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def _one_link(
-    link: tuple[float, float],
+    link: Rates,
     here: dict[str, StepOnLink],
     workers: int,
     workload: ModelSize,
@@ -101,23 +101,20 @@ def _one_link(
 ) -> str:
     """Print predicted and measured steps, and return the row of the regret."""
     fleet = Fleet(workers, here[ALONE].ms / 1000)
-    nominal = Link.nominal(1e6 * min(link), LATENCY)
+    nominal = Link.nominal(1e6 * min(link.up, link.down), LATENCY)
     predicted = foreseen(list(here), workload, nominal, fleet, update)
     for text, seconds in predicted.items():
         measured = here[text].ms
-        print(
-            f"| {named(link)} | {text} | {1000 * seconds:.1f} | {measured:.1f} | {1000 * seconds / measured - 1:+.0%} |"
-        )
+        print(f"| {link} | {text} | {1000 * seconds:.1f} | {measured:.1f} | {1000 * seconds / measured - 1:+.0%} |")
     times: dict[str, float] = {}
     for row in table:
-        text, seconds_there = str(row["method"]), row[named(link)]
+        text, seconds_there = str(row["method"]), row[str(link)]
         if text in predicted and isinstance(seconds_there, float):
             times[text] = min(times.get(text, math.inf), seconds_there)
     scores = {text: predicted[text] * f for text in times if (f := factor(text, workers)) is not None}
     choice, best = min(scores, key=scores.__getitem__), min(times, key=times.__getitem__)
     return (
-        f"| {named(link)} | {choice} | {times[choice]:.0f} | {best} | {times[best]:.0f} | "
-        f"{times[choice] / times[best]:.2f} |"
+        f"| {link} | {choice} | {times[choice]:.0f} | {best} | {times[best]:.0f} | {times[choice] / times[best]:.2f} |"
     )
 
 

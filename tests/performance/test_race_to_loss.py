@@ -20,12 +20,12 @@ from packsaddle.performance.bench import curves as curves_module
 from packsaddle.performance.bench import search as search_module
 from packsaddle.performance.bench.contenders import parse
 from packsaddle.performance.bench.curves import Curve, Job, Training, append, load, train, validate
-from packsaddle.performance.bench.full_race import Link
 from packsaddle.performance.bench.peers import Racer, enter
 from packsaddle.performance.bench.race_figures import draw, titled
 from packsaddle.performance.bench.recipe import CONSTANT, Recipe
 from packsaddle.performance.bench.search import Search
 from packsaddle.performance.bench.time_to_loss import (
+    Rates,
     StepOnLink,
     computing,
     entries,
@@ -376,7 +376,7 @@ def test_bad_settings_of_a_race(
 
 
 def test_links_are_read() -> None:
-    assert (Link.parse("50"), Link.parse("10/100")) == (Link(50, 50), Link(10, 100))
+    assert (Rates.parse("50"), Rates.parse("10/100")) == (Rates(50, 50), Rates(10, 100))
 
 
 def test_methods_are_named_without_step_size_and_steps() -> None:

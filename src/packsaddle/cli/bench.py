@@ -244,12 +244,13 @@ class RaceToLoss(Question):
 
     def run(self) -> list[Result]:
         from packsaddle.performance.bench.curves import Training
-        from packsaddle.performance.bench.full_race import FullRace, Link
+        from packsaddle.performance.bench.full_race import FullRace
+        from packsaddle.performance.bench.time_to_loss import Rates
         from packsaddle.performance.bench.workload import TrainingWorkload
 
         workload = TrainingWorkload(self.model, self.batch, None if self.data_dir is None else str(self.data_dir))
         training = Training(workload, "adamw" if workload.reads_text else "momentum", self.steps, self.every)
-        links = tuple(map(Link.parse, self.rates))
+        links = tuple(map(Rates.parse, self.rates))
         race = FullRace(
             self.out,
             training,

@@ -18,6 +18,7 @@ from packsaddle.performance.bench.recipe import Recipe
 from packsaddle.performance.bench.result import Result, machine
 from packsaddle.performance.bench.search import Search
 from packsaddle.performance.bench.time_to_loss import (
+    Rates,
     StepOnLink,
     computing,
     dense_of,
@@ -34,26 +35,6 @@ Part = Literal["all", "curves", "steps", "tables"]
 
 
 @dataclass(frozen=True)
-class Link:
-    """Mbit/s of what a host sends and of what it receives."""
-
-    up: float
-    down: float
-
-    @classmethod
-    def parse(cls, text: str) -> "Link":
-        """Read "50", or "10/100" for 10 up and 100 down. Raises ValueError."""
-        words = text.split("/")
-        try:
-            rates = [float(word) for word in words]
-        except ValueError:
-            rates = []
-        if len(rates) not in (1, 2) or not all(0.1 <= rate <= 100_000 for rate in rates):
-            raise ValueError(f"rate must be Mbit/s of 0.1 to 100,000, as 50, or 10/100 for up and down, got {text!r}")
-        return cls(rates[0], rates[-1])
-
-
-@dataclass(frozen=True)
 class FullRace:
     """The settings of a race, for each number of workers the same."""
 
@@ -63,7 +44,7 @@ class FullRace:
     contenders: tuple[str, ...]
     grid: tuple[float, ...]
     seeds: int
-    links: tuple[Link, ...]
+    links: tuple[Rates, ...]
     rounds: int = 3
     block: int = 2
 
@@ -89,7 +70,7 @@ class FullRace:
         """Time on every link the contenders that were not timed there, all in turns."""
         path = self.folder / "steps.csv"
         for link in self.links:
-            done = {s.contender for s in load_steps(path) if s.workers == workers and s.link == (link.up, link.down)}
+            done = {s.contender for s in load_steps(path) if s.workers == workers and s.link == link}
             missing = tuple(text for text in _once(self.contenders) if text not in done)
             if not missing:
                 continue
@@ -98,7 +79,7 @@ class FullRace:
             with Hosts(workers, link.down, link.up) as network:
                 outcome = hold(race, network)
             laps = [lap for lap in outcome.laps if lap.contender not in done]
-            save_steps(path, [StepOnLink.of(workers, link.up, link.down, lap) for lap in laps])
+            save_steps(path, [StepOnLink.of(workers, link, lap) for lap in laps])
 
     def _tables(self) -> list[Result]:
         """The tables of the files, two or three for each number of workers; with matplotlib also the figures."""

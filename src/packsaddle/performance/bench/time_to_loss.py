@@ -22,6 +22,29 @@ _TARGET = 0.9  # of dense training's tokens
 
 
 @dataclass(frozen=True)
+class Rates:
+    """Mbit/s of what a host sends and of what it receives."""
+
+    up: float
+    down: float
+
+    @classmethod
+    def parse(cls, text: str) -> "Rates":
+        """Read "50", or "10/100" for 10 up and 100 down. Raises ValueError."""
+        words = text.split("/")
+        try:
+            rates = [float(word) for word in words]
+        except ValueError:
+            rates = []
+        if len(rates) not in (1, 2) or not all(0.1 <= rate <= 100_000 for rate in rates):
+            raise ValueError(f"rate must be Mbit/s of 0.1 to 100,000, as 50, or 10/100 for up and down, got {text!r}")
+        return cls(rates[0], rates[-1])
+
+    def __str__(self) -> str:
+        return f"{self.up:g} Mbit/s" if self.up == self.down else f"{self.up:g} up, {self.down:g} down"
+
+
+@dataclass(frozen=True)
 class StepOnLink:
     """A contender's step on a link of `up` and `down` Mbit/s; milliseconds of the slowest worker."""
 
@@ -36,18 +59,18 @@ class StepOnLink:
     counted_kb: float  # what the interface sent
 
     @classmethod
-    def of(cls, workers: int, up: float, down: float, lap: Lap) -> "StepOnLink":
+    def of(cls, workers: int, link: Rates, lap: Lap) -> "StepOnLink":
         """Return it from a race's lap."""
         time = Timing.of(list(lap.seconds))
         ms, low, high = (round(1000 * seconds, 3) for seconds in (time.median, time.low, time.high))
         counted = (lap.interface_sent or 0.0) / 1000
         kb = max(lap.sent, lap.received) / 1000
-        return cls(workers, up, down, lap.contender, ms, low, high, round(kb, 3), round(counted, 3))
+        return cls(workers, link.up, link.down, lap.contender, ms, low, high, round(kb, 3), round(counted, 3))
 
     @property
-    def link(self) -> tuple[float, float]:
-        """Mbit/s up and down."""
-        return self.up, self.down
+    def link(self) -> Rates:
+        """The link that it was timed on."""
+        return Rates(self.up, self.down)
 
 
 def save_steps(path: Path, steps: Iterable[StepOnLink]) -> None:
@@ -153,7 +176,7 @@ def rows(curves: Sequence[Curve], steps: Sequence[StepOnLink]) -> list[dict[str,
             seconds = None if step is None else math.inf
             if step is not None and reached is not None:
                 seconds = statistics.fmean(reached) * step.ms / 1000
-            row[named(link)] = seconds
+            row[str(link)] = seconds
         table.append(row)
     return table
 
@@ -162,7 +185,7 @@ def verdicts(table: Sequence[Mapping[str, Any]], steps: Sequence[StepOnLink]) ->
     """Return for each link the quickest of packsaddle and of its peers to the target, and the ratio of their times."""
     found = []
     for link in dict.fromkeys(step.link for step in steps):
-        name = named(link)
+        name = str(link)
         timed = [row for row in table if row[name] is not None and row[name] < math.inf]
         ours = min((r for r in timed if is_ours(r["method"])), key=lambda r: r[name], default=None)
         peer = min((r for r in timed if not is_ours(r["method"])), key=lambda r: r[name], default=None)
@@ -186,12 +209,6 @@ def computing(steps: Sequence[StepOnLink]) -> list[dict[str, Any]]:
     for step in steps:
         if step.contender != ALONE and step.link in alone:
             row = table.setdefault(step.contender, {"contender": step.contender})
-            row[named(step.link)] = min(1.0, alone[step.link] / step.ms)
-    names = [named(link) for link in alone]
+            row[str(step.link)] = min(1.0, alone[step.link] / step.ms)
+    names = [str(link) for link in alone]
     return [{"contender": name} | {link: row.get(link) for link in names} for name, row in table.items()]
-
-
-def named(link: tuple[float, float]) -> str:
-    """Return a link in words."""
-    up, down = link
-    return f"{up:g} Mbit/s" if up == down else f"{up:g} up, {down:g} down"
