@@ -108,8 +108,7 @@ def tables(race: FullRace, workers: int, curves: list[Curve], steps: list[StepOn
         "steps": race.training.steps,
         "optimizer": race.training.optimizer,
         "lrs": ", ".join(f"{rate:g}" for rate in race.grid),
-        **machine(),
-        "threads": 1,
+        **machine(threads=1),
     }
     found = []
     if (dense := dense_of(entries(curves))) is not None:

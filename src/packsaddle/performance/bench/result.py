@@ -24,9 +24,10 @@ class Result:
         return asdict(self)
 
 
-def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """The hardware and versions that a figure depends on."""
-    where: dict[str, Any] = {"cpu": _cpu_model(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+def machine(device: torch.device | str = "cpu", *, threads: int | None = None) -> dict[str, Any]:
+    """Return the hardware and versions that a figure depends on; `threads` are those of workers, if others measure."""
+    threads = torch.get_num_threads() if threads is None else threads
+    where: dict[str, Any] = {"cpu": _cpu_model(), "threads": threads, "torch": torch.__version__}
     if torch.device(device).type == "cuda":
         where["gpu"] = torch.cuda.get_device_name(device)
     return where

@@ -25,7 +25,7 @@ def race_on_workers(race: Race, workers: int) -> list[Result]:
     race.workload.examples()  # what cannot be read is said here, not by a worker
     outcome = launch(in_process_group, (race,), workers)
     question = "Forward, backward, exchange, update: what does a training step cost without a slow link?"
-    setting = {"workers": workers, **described(race), **machine()}
+    setting = {"workers": workers, **described(race), **machine(threads=1)}
     return [Result(question, setting, step_rows(outcome.laps, None), [*legend(race), *outcome.notes])]
 
 
@@ -64,7 +64,7 @@ def race_on_hosts(race: Race, hosts: int, rate_mbit: float, up_mbit: float | Non
     with Hosts(hosts, rate_mbit, up_mbit) as network:
         outcome = hold(race, network)
     rates = {"rate Mbit/s": rate_mbit} if up_mbit is None else {"down Mbit/s": rate_mbit, "up Mbit/s": up_mbit}
-    setting = {"hosts": hosts, **rates, **described(race), **machine()}
+    setting = {"hosts": hosts, **rates, **described(race), **machine(threads=1)}
     if race.target_loss is None:
         question = "What does a training step cost over this link, and what do its bytes allow?"
         rows = step_rows(outcome.laps, (up_mbit or rate_mbit) * 1e6 / 8, rate_mbit * 1e6 / 8)
