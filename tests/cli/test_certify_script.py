@@ -1,12 +1,18 @@
 """packsaddle certify-script: any script's checkpoint, and errors in one line."""
 
 import json
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commandline import command, refused
+from forked_python import environment, torchrun
+
+from packsaddle.curvature.sharded import load_whole
 
 SCRIPT = """
 import torch
@@ -15,6 +21,17 @@ from torch import nn
 def problem():
     data = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
     return nn.Linear(4, 4), lambda model, x: (model(model(x)) - x).square().mean(), list(data.split(8))
+
+def mine():
+    import torch.distributed as dist
+    model, loss_fn, batches = problem()
+    return model, loss_fn, batches[dist.get_rank()::2]
+
+def sharded():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    model, loss_fn, batches = mine()
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2,))), loss_fn, batches
 
 def two():
     return 1, 2
@@ -49,6 +66,82 @@ def test_a_scripts_checkpoint_is_certified(folder: Path, capsys: pytest.CaptureF
     assert found[0]["lambda_min_upper"] == found[1]["lambda_min_upper"]
     assert command("certify-script", "script_of_mine:problem", "zero.pt") == 0
     assert "lambda_max in [" in capsys.readouterr().out
+
+
+def test_weights_of_wrapped_models_are_those_of_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = torch.load(folder / "zero.pt")
+    for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
+        torch.save({prefix + name: value for name, value in weights.items()}, folder / "named.pt")
+        assert command("certify-script", "script_of_mine:problem", "named.pt", "--json", "--epsilon", 10) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(1.0, rel=0.3)
+
+
+def test_findings_are_written_to_a_new_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("certify-script", "script_of_mine:problem", "zero.pt", "--epsilon", 10, "--sharpness", 0.1, "--spectrum")
+    assert command(*words, "--out", "found") == 0
+    told = capsys.readouterr().out
+    assert "spectral density of 20 eigenvalues" in told
+    assert told.endswith("certificate: found\n")
+    (point,) = json.loads((folder / "found" / "certificates.json").read_text())["points"]
+    assert point["lambda_max_upper"] - point["lambda_max_lower"] <= 0.1 * abs(point["lambda_max_upper"])
+    assert len(point["spectrum"]["density"]) == len(point["spectrum"]["values"])
+    assert len(point["sharpest_profile"]["losses"]) == 41
+    directions = torch.load(folder / "found" / "certificate.direction.pt")
+    assert {name: v.shape for name, v in directions.items()} == {
+        "escape_direction": (20,),
+        "sharpest_direction": (20,),
+    }
+    assert (folder / "found" / "certificate.png").stat().st_size > 10_000
+    refused(capsys, "output folder found exists already", *words, "--out", "found")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("function", ["mine", "sharded"])
+def test_workers_under_torchrun_certify_the_union(folder: Path, function: str) -> None:
+    """Each has half of the batches; the model is whole on both, or sharded by FSDP2."""
+    words = ("--epsilon", "10", "--hessian-lipschitz", "1e-4", "--hvp", "differences", "--json")
+    call = torchrun("-m", "packsaddle.cli", "certify-script", f"script_of_mine:{function}", "zero.pt", *words)
+    done = subprocess.run(call, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert command("certify-script", "script_of_mine:problem", "zero.pt", *words, "--out", "alone") == 0
+    (alone,) = json.loads((folder / "alone" / "certificates.json").read_text())["points"]
+    assert (found["verdict"], found["examples"]) == ("saddle", 32)
+    for name in ("loss", "lambda_min_upper", "grad_norm"):
+        assert found[name] == pytest.approx(alone[name], abs=1e-3 * abs(alone["lambda_min_upper"]))
+
+
+def refuse_other_weights() -> list[str]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(torch.nn.Linear(4, 4), mesh=init_device_mesh("cpu", (2,)))
+    whole = torch.nn.Linear(4, 4).state_dict()
+    told = []
+    for weights in (
+        {"weight": whole["weight"]},
+        whole | {"weight": torch.zeros(2, 2)},
+        whole | {"more": torch.zeros(1)},
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            load_whole(model, weights)
+        told.append(str(caught.value))
+    load_whole(model, {name: torch.full(value.shape, 3.0) for name, value in whole.items()})
+    assert all((p.to_local() == 3.0).all() for p in model.parameters())
+    return told
+
+
+def test_weights_that_do_not_fit_a_sharded_model_are_refused(gloo: Callable[..., list[Any]]) -> None:
+    first, second = gloo(refuse_other_weights, 2)
+    assert (
+        first
+        == second
+        == [
+            "bias must have the shape (4,), got None",
+            "weight must have the shape (4, 4), got (2, 2)",
+            "the model has no more",
+        ]
+    )
 
 
 def test_mistakes_are_told_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

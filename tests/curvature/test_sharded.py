@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from packsaddle import certify
 from packsaddle.curvature import spectral_density
+from packsaddle.curvature.sharded import part_of
 
 EXACT = ("verdict", "examples", "hvps")  # the search for a step depends on rounding, and so do backward passes
 MEASURED = ("loss", "grad_norm", "lambda_min_upper", "lambda_min_lower", "lambda_max_upper", "escape_loss")
@@ -109,3 +110,60 @@ def test_what_a_sharded_model_cannot_do_is_refused_by_all(gloo: Callable[..., li
     first, second = gloo(refuse, 2)
     assert first == second
     assert first[1] == "every worker of a sharded model needs batches, worker 1 has none"
+
+
+class Mlp(nn.Module):
+    """Two layers, sharded by columns and rows, between layers that tensor parallelism leaves alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = torch.Generator().manual_seed(1)
+        self.inward, self.up, self.down = nn.Linear(3, 4), nn.Linear(4, 6), nn.Linear(6, 3)
+        self.norm = nn.LayerNorm(3)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(0.7 * torch.randn(p.shape, generator=rng))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.down(torch.tanh(self.up(torch.tanh(self.inward(x))))))
+        return y
+
+
+def certify_in_tensor_parallel(shape: tuple[int, int], fsdp: bool) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "model"))
+    model = Mlp().double()
+    whole = [p.detach().clone() for p in model.parameters()]
+    parallelize_module(model, mesh["model"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    if fsdp:
+        fully_shard(model, mesh=mesh["data"])
+    for p, value in zip(model.parameters(), whole, strict=True):
+        assert torch.equal(part_of(value, p), p.to_local() if hasattr(p, "to_local") else p)
+    _, batches = network()
+    mine = batches[mesh["data"].get_local_rank() :: shape[0]]
+    told: list[str] = []
+    if fsdp:
+        for options in ({}, {"tensor_parallel": mesh["data"]}):
+            with pytest.raises(ValueError, match="must be sharded over the") as caught:
+                certificate(model, mine, **options)
+            told.append(str(caught.value))
+    found = certificate(model, mine, tensor_parallel=mesh["model"])
+    return {**{name: getattr(found, name) for name in (*EXACT, *MEASURED)}, "told": told}
+
+
+@pytest.mark.parametrize(("shape", "fsdp"), [((1, 2), False), ((2, 2), True)], ids=["tensor", "both"])
+def test_tensor_parallelism_changes_no_certificate(
+    gloo: Callable[..., list[Any]], shape: tuple[int, int], fsdp: bool
+) -> None:
+    """Alone, with parameters that are whole on both workers, and with FSDP2 along the same dimension (strided shards):
+    workers of one tensor-parallel group go through the same examples, which count once."""
+    _, batches = network()
+    alone = certificate(Mlp().double(), batches)
+    for found in gloo(certify_in_tensor_parallel, shape[0] * shape[1], shape, fsdp):
+        assert [found[name] for name in EXACT] == [getattr(alone, name) for name in EXACT]
+        for name in MEASURED:
+            assert found[name] == pytest.approx(getattr(alone, name), abs=2 * alone.hvp_error)
+        assert len(found["told"]) == (2 if fsdp else 0)

@@ -320,7 +320,9 @@ def test_progress_and_the_time_left_go_to_stderr(
     capsys.readouterr()
     assert command(*asked, "--out", tmp_path / "loud") == 0
     captured = capsys.readouterr()
-    assert captured.err.splitlines()[0] == "certify: 1 of at most 4 products, about 36 s left"  # 12 s for the first
+    first = captured.err.splitlines()[0]
+    assert first.startswith("certify: 1 of at most 4 products: lambda_min in [-")
+    assert first.endswith(" of 320 examples, threshold -1.0e-05, about 36 s left")  # 12 s for the first
     assert "certify:" not in captured.out
     assert command(*asked, "--json", "--out", tmp_path / "quiet") == 0
     assert capsys.readouterr().err == ""

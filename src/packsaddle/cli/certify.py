@@ -14,7 +14,7 @@ from packsaddle.comm.launch import under_launcher
 from packsaddle.curvature.lanczos import check_probability
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config
-from packsaddle.experiments.run_folder import RunFolder, make_new, read_runs
+from packsaddle.experiments.run_folder import read_runs
 
 _SAMPLE = 512  # training examples, where the command does not say: a minute or so of a small network on a processor
 
@@ -28,8 +28,12 @@ def certify(
     failure_probability: float | None = None,
     max_hvps: int | None = None,
     tolerance: float | None = None,
+    sharpness: float | None = None,
+    spectrum: bool = False,
+    population: bool = False,
     examples: int | Literal["all"] | None = None,
     batch_size: int | None = None,
+    hvp: Literal["auto", "double-backward", "differences"] = "auto",
     double: bool = False,
     distance: float | None = None,
     data_dir: Path | None = None,
@@ -41,11 +45,13 @@ def certify(
     """Certify that a run's last point is a saddle, or second-order stationary, or say that it is undecided.
 
     Prints the certificate, of a random sample of the training examples unless --examples says other; writes it, the
-    escape direction and a picture of the loss along it into a new folder. Under torchrun the world it made is used.
+    extreme directions and a picture of the loss along them into a new folder. Under torchrun the world it made is used.
 
     Examples:
         packsaddle certify runs/a
         packsaddle certify runs/a --epsilon 0.01 --examples all
+        packsaddle certify runs/a --sharpness 0.01 --spectrum
+        packsaddle certify runs/a --examples 4096 --population
         packsaddle certify runs/a --iterates --workers 2 --data-dir MNIST
         packsaddle certify runs/a --checkpoint other.pt --epsilon 0.01 --hessian-lipschitz 0.001 --json
 
@@ -61,8 +67,13 @@ def certify(
         max_hvps: Hessian-vector products at most. By default the run's, else 200.
         tolerance: Go on after a saddle is found until the residual of its direction is so much of its curvature, for a
             better direction; by default the search stops with the verdict.
+        sharpness: Go on until the bounds on the largest eigenvalue are apart by so much of it, as 0.01.
+        spectrum: Estimate the density of all eigenvalues too, with 4 probes of 40 products.
+        population: Certify also the loss of the population that the examples are drawn from; costs some 100 products.
         examples: Size of the random sample of training examples, or "all"; by default 512, or all if there are fewer.
         batch_size: Examples read at once; by default 64, and 500 if they are all.
+        hvp: How Hessian-vector products are taken; auto takes differences of gradients where there is no double
+            backward.
         double: Compute the products in float64.
         distance: How far to each side the picture follows the escape direction.
         data_dir: Folder of the dataset, as the run had it (not needed for digits, nor for Python's own text).
@@ -73,6 +84,7 @@ def certify(
     """
     from packsaddle.errors import require
     from packsaddle.experiments.certification import Audit, certify_in_process_group, read_config
+    from packsaddle.experiments.findings import write
 
     config = read_config(run)
     stated = config.certify
@@ -84,7 +96,17 @@ def certify(
         failure_probability = 1e-3 if stated is None else stated.failure_probability
     if max_hvps is None:
         max_hvps = 200 if stated is None else stated.max_hvps
-    _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, batch_size, workers, distance, tolerance)
+    check_numbers(
+        {
+            "epsilon": epsilon,
+            "hessian-lipschitz": hessian_lipschitz,
+            "distance": distance,
+            "tolerance": tolerance,
+            "sharpness": sharpness,
+        },
+        failure_probability,
+        {"max-hvps": max_hvps, "batch-size": batch_size, "workers": workers},
+    )
     require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
     drawn = _drawn(run, config) if iterates else []
     folder = out or _numbered(run / "certificate")
@@ -98,8 +120,12 @@ def certify(
         failure_probability,
         max_hvps,
         inf if tolerance is None else tolerance,
+        inf if sharpness is None else sharpness,
+        spectrum,
+        population,
         None if examples == "all" else examples,
         _SAMPLE if examples is None else None,
+        hvp,
         batch_size,
         double,
         distance,
@@ -111,12 +137,12 @@ def certify(
     if is_first():
         share = _share(findings, drawn) if drawn else None
         document = _document(findings, share)
-        _write(findings, document, folder)
+        write(findings, document, folder)
         if json:
             print(dumps({**document, "folder": str(folder)}, indent=2, allow_nan=False))
             return
         for finding in findings:
-            print(f"{finding.file}: {finding.certificate}")
+            print(finding)
         if share:
             print(share)
         print(f"certificate: {folder}")
@@ -150,20 +176,8 @@ def _drawn(run: Path, config: Config) -> list[str]:
     return names
 
 
-def _write(findings: list[Any], document: dict[str, Any], folder: Path) -> None:
-    from packsaddle.experiments.report import figures
-
-    make_new(folder)
-    writer = RunFolder(folder)
-    writer.write_json("certificates.json", document)
-    for finding, point in zip(findings, document["points"], strict=True):
-        name = "certificate" if len(findings) == 1 else finding.file.stem
-        writer.save_tensors(f"{name}.direction.pt", {"escape_direction": finding.certificate.escape_direction})
-        figures.save(figures.draw_certificate(point, point["profile"]), folder, name)
-
-
 def _document(findings: list[Any], share: Any) -> dict[str, Any]:
-    points = [{"file": str(f.file), **f.certificate.to_dict(), "profile": asdict(f.profile)} for f in findings]
+    points = [finding.to_dict() for finding in findings]
     if share is None:
         return {"points": points}
     derived = {"at_least": share.at_least(), "all_fail": share.all_fail, "surprise": share.surprise}
@@ -184,23 +198,6 @@ def _numbered(folder: Path) -> Path:
         number += 1
         chosen = folder.with_name(f"{folder.name}-{number}")
     return chosen
-
-
-def _check(
-    epsilon: float | None,
-    rho: float | None,
-    probability: float,
-    max_hvps: int,
-    batch_size: int | None,
-    workers: int,
-    distance: float | None,
-    tolerance: float | None,
-) -> None:
-    check_numbers(
-        {"epsilon": epsilon, "hessian-lipschitz": rho, "distance": distance, "tolerance": tolerance},
-        probability,
-        {"max-hvps": max_hvps, "batch-size": batch_size, "workers": workers},
-    )
 
 
 def check_numbers(positive: Mapping[str, float | None], probability: float, counts: Mapping[str, int | None]) -> None:

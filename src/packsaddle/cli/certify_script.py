@@ -4,6 +4,7 @@ import sys
 from contextlib import nullcontext
 from importlib import import_module
 from json import dumps
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +13,14 @@ import tyro
 from packsaddle.cli.certify import check_numbers
 from packsaddle.cli.console import is_first
 from packsaddle.comm.launch import process_group, under_launcher
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, require
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scripts keep weights
+_PREFIXES = (
+    "_orig_mod.",
+    "module.",
+    "_orig_mod.",
+)  # of names: compiled, DistributedDataParallel, or both
 
 
 def certify_script(
@@ -24,69 +30,99 @@ def certify_script(
     hessian_lipschitz: float | None = None,
     failure_probability: float = 1e-3,
     max_hvps: int = 200,
+    sharpness: float | None = None,
     hvp: Literal["auto", "double-backward", "differences"] = "auto",
+    spectrum: bool = False,
+    population: bool = False,
+    out: Path | None = None,
     seed: int = 0,
     json: bool = False,
 ) -> None:
     """Certify a checkpoint of any script: is it a saddle, second-order stationary, or undecided.
 
     The function, found from the present folder, takes nothing and returns a model, a loss of (model, batch), and the
-    batches, which can be read again. Under torchrun every worker calls it, and returns its own.
+    batches, which can be read again. Under torchrun every worker calls it, and returns its own batches; it may shard
+    the model by FSDP2.
 
     Examples:
         packsaddle certify-script train:problem checkpoint.pt
         packsaddle certify-script train:problem checkpoint.pt --epsilon 0.01 --hvp differences --json
+        packsaddle certify-script train:problem checkpoint.pt --sharpness 0.01 --spectrum --out certificate
+        torchrun --nproc-per-node 2 -m packsaddle.cli certify-script train:problem checkpoint.pt
 
     Args:
         function: module:function.
         checkpoint: A file by torch.save: the model's state_dict, or a dict that has it as "model", "state_dict" or
-            "model_state_dict".
+            "model_state_dict"; of the model itself, of its DistributedDataParallel or compiled.
         epsilon: The gradient's threshold; the curvature's is -sqrt(rho epsilon). By default the gradient's norm at the
             point: then the curvature decides.
         hessian_lipschitz: rho. By default measured along the direction found.
         failure_probability: Of the lower bound on the smallest eigenvalue.
         max_hvps: Hessian-vector products at most.
+        sharpness: Go on until the bounds on the largest eigenvalue are apart by so much of it, as 0.01.
         hvp: How they are taken; auto takes differences of gradients where there is no double backward.
+        spectrum: Estimate the density of all eigenvalues too, with 4 probes of 40 products.
+        population: Certify also the loss of the population that the examples are drawn from; costs some 100 products.
+        out: A new folder for the certificate, its directions, and a picture of the loss along them.
         seed: Of the random start.
         json: Print one JSON document instead.
     """
-    positive = {"epsilon": epsilon, "hessian-lipschitz": hessian_lipschitz}
+    positive = {"epsilon": epsilon, "hessian-lipschitz": hessian_lipschitz, "sharpness": sharpness}
     check_numbers(positive, failure_probability, {"max-hvps": max_hvps})
+    if out is not None:
+        require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
+        if out.exists():
+            raise ConfigError(f"output folder {out} exists already; choose another with --out")
+    options = {
+        "epsilon": epsilon,
+        "hessian_lipschitz": hessian_lipschitz,
+        "failure_probability": failure_probability,
+        "max_hvps": max_hvps,
+        "sharpness": inf if sharpness is None else sharpness,
+        "hvp": hvp,
+    }
     with process_group() if under_launcher() else nullcontext():
-        certificate = _certify(
-            function, checkpoint, epsilon, hessian_lipschitz, failure_probability, max_hvps, hvp, seed
-        )
+        finding = _certify(function, checkpoint, options, seed, spectrum, population, quiet=json)
     if is_first():
-        print(dumps(certificate.to_dict(), indent=2, allow_nan=False) if json else certificate)
+        if out is not None:
+            from packsaddle.experiments.findings import write
+
+            write([finding], {"points": [finding.to_dict()]}, out)
+        print(dumps(finding.to_dict(), indent=2, allow_nan=False) if json else finding)
+        if out is not None and not json:
+            print(f"certificate: {out}")
 
 
 def _certify(
     function: str,
     checkpoint: Path,
-    epsilon: float | None,
-    rho: float | None,
-    probability: float,
-    max_hvps: int,
-    hvp: Literal["auto", "double-backward", "differences"],
+    options: dict[str, Any],
     seed: int,
+    spectrum: bool,
+    population: bool,
+    *,
+    quiet: bool,
 ) -> Any:
     from packsaddle.curvature.certify import certify
+    from packsaddle.experiments.findings import Further
+    from packsaddle.experiments.progress import countdown
     from packsaddle.numerics.seeds import Stream, generator
 
     model, loss_fn, batches = _problem(function)
     _load(model, checkpoint)
+    quiet = quiet or not is_first()
     try:
-        return certify(
-            model,
-            loss_fn,
-            batches,
-            epsilon=epsilon,
-            hessian_lipschitz=rho,
-            failure_probability=probability,
-            max_hvps=max_hvps,
-            hvp=hvp,
-            generator=generator(seed, 1, Stream.CERTIFY),
-        )
+        with countdown("certify", options["max_hvps"], quiet=quiet) as progress:
+            certificate = certify(
+                model,
+                loss_fn,
+                batches,
+                **options,
+                generator=generator(seed, 1, Stream.CERTIFY),
+                progress=lambda b: progress(b.products, f"{b.products} of at most {b.most} products: {b}"),
+            )
+        further = Further(spectrum, population, options["hvp"], options["epsilon"], None, seed, quiet=quiet)
+        return further.look(checkpoint, model, loss_fn, batches, certificate)
     except ValueError as error:  # what certify says of the model, the loss and the batches
         raise ConfigError(f"{function}: {error}") from None
 
@@ -118,6 +154,8 @@ def _problem(function: str) -> tuple[Any, Any, Any]:
 def _load(model: Any, checkpoint: Path) -> None:
     import torch
 
+    from packsaddle.curvature.sharded import load_whole
+
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -126,8 +164,12 @@ def _load(model: Any, checkpoint: Path) -> None:
         raise ConfigError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from None
     if isinstance(weights, dict):
         weights = next((weights[key] for key in _WRAPPERS if isinstance(weights.get(key), dict)), weights)
+        for prefix in _PREFIXES:
+            if all(isinstance(name, str) and name.startswith(prefix) for name in weights):
+                weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     try:
-        model.load_state_dict(weights)
+        load_whole(model, weights)
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ConfigError(f"{checkpoint} does not hold the weights of this model: {reason}") from None

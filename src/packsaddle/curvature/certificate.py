@@ -63,8 +63,8 @@ class Certificate:
     grad_norm: float
     grad_norm_error: float | None  # standard error of the gradient, if the examples are a sample of more
     lambda_min_upper: float  # lambda_min is at most this: the escape direction's Rayleigh quotient, and rounding
-    lambda_min_lower: float  # and at least this, less rounding, but for the failure probability
-    lambda_max_lower: float  # lambda_max is at least this: the largest Ritz value, less rounding
+    lambda_min_lower: float  # and at least this, less rounding, but for the failure probability; -inf after a pilot
+    lambda_max_lower: float  # lambda_max is at least this: the largest Ritz value, less rounding; -inf after a pilot
     lambda_max_upper: float  # and at most this, but for the failure probability, which is each bound's own
     residual: float  # ||H v - lambda v|| for the escape direction v
     failure_probability: float
@@ -72,6 +72,7 @@ class Certificate:
     hessian_lipschitz: float  # rho
     hessian_lipschitz_estimated: bool  # rho was measured along v, not given: an estimate from below
     escape_direction: Tensor  # unit v, float64[d]; of a sharded model this worker's part
+    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, as the escape direction; None if not kept
     slope: float  # <grad f, v>
     escape_distance: float | None  # of a saddle: s for which f(x + s v) is the lowest that was found
     escape_loss: float | None  # f(x + s v)
@@ -80,13 +81,15 @@ class Certificate:
     ritz_shares: tuple[float, ...]  # of the random start along each Ritz vector: a spectral density
     examples: int
     sample_of: int | None  # how many examples these were drawn from; None: they are all there are
+    pilot_examples: int | None  # on which v was found, and Ritz values are of these; None: the search was on all
+    pilot_hvps: int  # products over them
     precision: str  # of the products; recurrences are in double precision
     hvp: str  # how products were taken: "double backward" or "differences of gradients"
     hvp_reason: str | None  # what torch said where double backward was tried and there is none
     hvp_error: float  # what a product of a unit vector may be wrong by, supposed and measured; taken off both bounds
     hvp_step: float | None  # h of the differences, the last one
     hvps: int
-    backward_passes: int  # over the examples; two a product by double backward
+    backward_passes: int  # over the examples, a pilot's by its share; two a product by double backward
     bytes_sent: int  # by this worker
     seconds: float
     lr: float | None = None  # of SGD that may go on from here, for `escape_steps`
@@ -135,8 +138,9 @@ class Certificate:
         return f" (none was given: the gradient's norm{more}, so that the curvature decides)"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the escape direction as plain types, for JSON, which has no infinity: None."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "escape_direction"}
+        """Return everything but the directions as plain types, for JSON, which has no infinity: None."""
+        directions = ("escape_direction", "sharpest_direction")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in directions}
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "whose": self.whose}
         values |= {"saddle_below_rho": self.saddle_below_rho, "escape_steps": self.escape_steps}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
@@ -147,32 +151,40 @@ class Certificate:
         if self.grad_norm_error is not None:
             known = math.isfinite(self.grad_norm_error)
             error = f" (standard error {f'{self.grad_norm_error:.1e}' if known else 'unknown: one batch'})"
-        curvature = [
+        bounds = [
             f"  lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with probability "
             f"{1 - self.failure_probability:g}, residual {self.residual:.1e}",
             f"  lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with as much",
+        ]
+        if self.pilot_examples is not None:
+            bounds = [
+                f"  lambda_min is at most {self.lambda_min_upper:.3e}, by a direction found on {self.pilot_examples:,} "
+                f"examples with {self.pilot_hvps} products"
+            ]
+        curvature = [
+            *bounds,
             f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({rho})",
         ]
-        if self.verdict is Verdict.GRADIENT_TOO_LARGE:  # one product, for the record
+        if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # for the record
             curvature = ["  curvature was not looked at: the gradient decides"]
         lines = [
             f"{self.verdict}",
             f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
             *curvature,
             f"  loss {self.loss:.6f}; the Hessian is that of {self.whose}",
-            f"  {self.hvps} products in {self.precision} by {self.hvp}{self._how}, {self.bytes_sent:,} bytes sent, "
-            f"{self.seconds:.1f} s",
+            f"  {self.hvps} product{'' if self.hvps == 1 else 's'} in {self.precision} by {self.hvp}{self._how}, "
+            f"{self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
         ]
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
             bend = "" if self.escape_bend > 0 else "; their mean does not fall (kinks? finite steps see no saddle)"
-            lines.insert(5, f"  a step of {self.escape_distance:.3g} along v: the loss {found}{bend}")
+            lines.insert(2 + len(curvature), f"  a step of {self.escape_distance:.3g} along v: the loss {found}{bend}")
         elif self.verdict is Verdict.UNDECIDED:
             gap = self.lambda_min_upper - self.lambda_min_lower
-            lines.insert(5, f"  more products may settle it: the bounds are {gap:.1e} apart")
+            lines.insert(2 + len(curvature), f"  more products may settle it: the bounds are {gap:.1e} apart")
         elif self.verdict is Verdict.SECOND_ORDER_STATIONARY:
-            lines[5:5] = self._caveats()
+            lines[2 + len(curvature) : 2 + len(curvature)] = self._caveats()
         return "\n".join(lines)
 
     def _caveats(self) -> list[str]:

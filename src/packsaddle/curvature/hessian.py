@@ -38,6 +38,7 @@ class Curvature:
     """
 
     has_double_backward = True
+    _alike = 1  # workers that go through the same batch together
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
@@ -46,15 +47,16 @@ class Curvature:
             raise ValueError("model has no trainable parameters")
         self.d = sum(p.numel() for p in self.parameters)
         self.held = self.d  # numbers of a vector on the worker that has most of it
-        self._tensors = [_local(p.detach()) for p in self.parameters]  # this worker's part of x
+        self._tensors = [local_part(p.detach()) for p in self.parameters]  # this worker's part of x
         self.device = self.parameters[0].device
         self.products = 0  # Hessian-vector products so far
-        self.passes = 0  # backward passes over the examples so far
+        self.passes = 0.0  # backward passes over the examples so far; a pass over a part of them is so much less
+        self._sizes_of_batches: list[int] = []  # of this worker's
         self._displaced = 0  # gradients at other points so far, for the seed of dithering
         first, second = self._totals(), self._totals()
         problems = [float(repr(first) != repr(second)), float(self._differs_from_rank_0())]
         total = torch.tensor([*first, *problems], dtype=torch.float64, device=self.device)
-        loss, examples, differ, apart = self._channel.mean(total, "certificate").mul_(channel.group.size).tolist()
+        loss, examples, differ, apart = self.sum(total).tolist()
         if apart:
             raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
         if differ:  # on any worker, so that all of them stop
@@ -67,7 +69,7 @@ class Curvature:
             raise NotFiniteError(f"the loss is {loss} at the present parameters; there is nothing to certify")
         if not examples:
             raise ValueError("batches is empty on every worker")
-        self.examples = int(examples)
+        self.examples = int(examples) // self._alike
         self.loss = loss / examples
 
     def _differs_from_rank_0(self) -> bool:
@@ -82,17 +84,28 @@ class Curvature:
 
     def _totals(self) -> tuple[float, int]:
         """This worker's sum of losses over examples, and its number of examples."""
-        total, examples = 0.0, 0
+        total, sizes = 0.0, []
         with torch.no_grad(), evaluating(self._model):
-            for batch, n in self._read():
-                total += float(self._loss_fn(self._model, batch).double()) * n
-                examples += n
-        return total, examples
+            for batch, n in self.read():
+                total += float(whole(self._loss_fn(self._model, batch)).double()) * n
+                sizes.append(n)
+        self._sizes_of_batches = sizes
+        return total, sum(sizes)
 
-    def _read(self) -> Iterator[tuple[Any, int]]:
-        """This worker's batches and their examples."""
+    def read(self) -> Iterator[tuple[Any, int]]:
+        """Yield this worker's batches and their examples."""
         for batch in self._batches:
             yield batch, batch_size(batch)
+
+    def examples_of_every(self, n: int) -> int:
+        """Return the number of examples in every n-th batch of every worker; collective."""
+        mine = torch.tensor([sum(self._sizes_of_batches[::n])], dtype=torch.float64)
+        return round(float(self.sum(mine))) // self._alike
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum over workers, float64; collective."""
+        values = values.to(self.device, torch.float64)
+        return self._channel.mean(values, "certificate").mul_(self._channel.group.size)
 
     def gradient(self) -> tuple[Tensor, float]:
         """Return grad f, float64[d], and its standard error if the examples are a sample; collective.
@@ -110,7 +123,7 @@ class Curvature:
 
         self.passes += 1
         mean = self._mean(derivative)
-        squares, batches = self._channel.mean(spread, "certificate").mul_(self._channel.group.size).tolist()
+        squares, batches = self.sum(spread).tolist()
         if batches == 1:
             return mean, math.inf
         within = max(0.0, squares - self.examples * float(mean.square().sum())) / (batches - 1)
@@ -131,6 +144,25 @@ class Curvature:
         inputs, outputs = [g for g, _ in pairs], [u for _, u in pairs]
         return torch.autograd.grad(inputs, self.parameters, grad_outputs=outputs, allow_unused=True)
 
+    def product_of_batch(self, batch: Any, v: Tensor) -> Tensor:
+        """Return H_b v, float64[d], of one batch's mean loss by double backward; not collective."""
+        with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
+            return self._flat(self._differentiate_twice(self._loss_fn(self._model, batch), self._shaped(v)))
+
+    def gradient_of_batch(self, batch: Any) -> Tensor:
+        """Return the gradient of one batch's mean loss, float64[d]; not collective."""
+        with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
+            loss = self._loss_fn(self._model, batch)
+            return self._flat(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+
+    def _flat(self, parts: tuple[Tensor | None, ...]) -> Tensor:
+        """Derivatives by the parameters as one vector, float64[d]."""
+        flat = [
+            torch.zeros_like(p).reshape(-1) if g is None else g.detach().reshape(-1)
+            for g, p in zip(parts, self.parameters, strict=True)
+        ]
+        return torch.cat(flat).double()
+
     def _shaped(self, v: Tensor) -> list[Tensor]:
         """A flat vector as pieces of the parameters' shapes and dtypes."""
         pieces = torch.split(v, [p.numel() for p in self.parameters])
@@ -139,8 +171,7 @@ class Curvature:
     def why_no_double_backward(self) -> str | None:
         """Return what torch says if a worker's first batch has no double backward, None if all have; collective."""
         reason = self._try_double_backward()
-        missing = torch.tensor([float(reason is not None)], dtype=torch.float64, device=self.device)
-        if not float(self._channel.mean(missing, "certificate")):
+        if not float(self.sum(torch.tensor([float(reason is not None)]))):
             return None
         return reason or "another worker's batch has no double backward"
 
@@ -199,13 +230,9 @@ class Curvature:
         """Sum a derivative of every batch's total loss, and average over all examples of all workers."""
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
-            for batch, n in self._read():
+            for batch, n in self.read():
                 parts = derivative(self._loss_fn(self._model, batch), n)
-                flat = [
-                    torch.zeros_like(p).reshape(-1) if g is None else g.detach().reshape(-1)
-                    for g, p in zip(parts, self.parameters, strict=True)
-                ]
-                total.add_(torch.cat(flat), alpha=n)
+                total.add_(self._flat(parts), alpha=n)
         mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
         if not torch.isfinite(mean).all():  # on all workers
             raise NotFiniteError("a derivative of the loss is not finite at the present parameters")
@@ -241,11 +268,17 @@ class Curvature:
     def loss_at(self, direction: Tensor, distance: float) -> float:
         """Return f(x + distance * direction); collective."""
         with self.moved(direction, distance):
-            total = torch.tensor([self._totals()[0]], dtype=torch.float64, device=self.device)
-        return float(self._channel.mean(total, "certificate")) * self._channel.group.size / self.examples
+            total = torch.tensor([self._totals()[0]], dtype=torch.float64)
+        return float(self.sum(total)) / self._alike / self.examples
 
 
-def _local(p: Any) -> Tensor:
+def whole(loss: Any) -> Tensor:
+    """Return a loss, which tensor parallelism may have made a DTensor, as a plain tensor."""
+    plain: Tensor = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
+    return plain
+
+
+def local_part(p: Any) -> Tensor:
     """A tensor, or this worker's shard of a DTensor, in the same memory."""
     shard: Tensor = p.to_local() if hasattr(p, "to_local") else p
     return shard

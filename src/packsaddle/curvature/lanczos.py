@@ -148,7 +148,7 @@ class Lanczos:
         self._pair = (torch.zeros(0), self._basis[0])  # the last two vectors
         self._alphas: list[float] = []
         self._betas: list[float] = []
-        self._weights = torch.ones(1, dtype=torch.float64)  # the Ritz vector of theta_min in the basis
+        self._ends = torch.ones(1, 2, dtype=torch.float64)  # Ritz vectors of theta_min and theta_max in the basis
 
     @property
     def exhausted(self) -> bool:
@@ -174,7 +174,7 @@ class Lanczos:
         self._alphas.append(alpha)
         beta = self._norm(w)
         thetas, vectors = torch.linalg.eigh(self._tridiagonal())
-        self._weights = vectors[:, 0]
+        self._ends = vectors[:, [0, -1]]
         scale = max(abs(float(thetas[0])), abs(float(thetas[-1])), beta)
         exhausted = len(self._alphas) == self._n or beta <= _rounding(self._n) * scale
         self._betas.append(0.0 if exhausted else beta)
@@ -194,10 +194,11 @@ class Lanczos:
             orthogonal,
         )
 
-    def ritz_vector(self) -> Tensor:
-        """Return the unit Ritz vector v of theta_min, float64[n]; vectors not kept cost one product each."""
+    def ritz_vector(self, *, largest: bool = False) -> Tensor:
+        """Return the unit Ritz vector v of theta_min, or of theta_max, float64[n]; vectors not kept cost one product
+        each."""
         v = torch.zeros_like(self._basis[0])
-        weights = self._weights.tolist()
+        weights = self._ends[:, int(largest)].tolist()
         for weight, q in zip(weights, self._basis, strict=False):
             v.add_(q, alpha=weight)
         if len(weights) > len(self._basis):

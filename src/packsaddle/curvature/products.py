@@ -14,7 +14,7 @@ second.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ _NEARBY = 17 / 16  # steps so close give products that differ by rounding alone,
 _ROUNDS = 6  # of looking for a step
 _LONGEST = 1 / 16  # of ||x||: h; farther out M_3 at two steps says little of the error
 _FARTHEST = 64.0  # from one round's step to the next one's
+_KINKED = 1e-3  # of a product: an error that a smooth function has in no double precision
+_ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff
+_SHORTEST = 64  # of ||x||'s last place
 _CHECK_EVERY = 2  # products number 1, 2, 4, 8, ... are checked: the second is the first of a curved direction
 _RHO_DISTANCE = 1e-2  # along v to each side
 
@@ -52,6 +55,17 @@ class Products(ABC):
         """Return H v for a unit vector and what this one may be wrong by, which `error` is raised to."""
 
     @abstractmethod
+    def of_batch(self, batch: Any, v: Tensor) -> Tensor:
+        """Return H_b v of one batch's mean loss for a unit vector v, float64[d]; not collective."""
+
+    @abstractmethod
+    def of(self, curvature: Curvature) -> "Products":
+        """Return products of other examples, taken in the same way."""
+
+    def learn(self, other: "Products") -> None:  # noqa: B027 -- most have nothing to learn
+        """Begin with what products of other examples have found."""
+
+    @abstractmethod
     def change(self, v: Tensor) -> float:
         """Return ||d/ds H(x + s v) v|| as measured over |s| <= 0.01 or more: an estimate of rho from below."""
 
@@ -70,6 +84,12 @@ class DoubleBackward(Products):
 
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
         return self.curvature.hessian_vector(v), 0.0
+
+    def of_batch(self, batch: Any, v: Tensor) -> Tensor:
+        return self.curvature.product_of_batch(batch, v)
+
+    def of(self, curvature: Curvature) -> "DoubleBackward":
+        return DoubleBackward(curvature)
 
     def change(self, v: Tensor) -> float:
         h = _RHO_DISTANCE
@@ -105,10 +125,11 @@ class Differences(Products):
         self.reason = reason
         self._eps = max(torch.finfo(p.dtype).eps for p in curvature.parameters)
         reach = max(1.0, curvature.size_of_parameters())
-        self._longest = _LONGEST * reach
+        self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
         self.step = min(math.cbrt(self._eps) * reach, self._longest)  # h; a first guess
         self._rounding = 0.0  # of one gradient, in norm
         self._count, self._next_check = 0, 1
+        self._dithers = 0  # seeds of dithering for batches so far
 
     def __call__(self, v: Tensor) -> Tensor:
         self._count += 1
@@ -122,17 +143,32 @@ class Differences(Products):
         self.curvature.products += 1
         best = self._trial(v, self.step)
         for _ in range(_ROUNDS - 1):
-            step = min(self.step * self._better(best), self._longest)
-            if 0.5 <= step / self.step <= 2:
+            step = min(best.step * self._better(best), self._longest)
+            if 0.5 <= step / best.step <= 2:
                 break
-            self.step = step
             tried = self._trial(v, step)
             if tried.error > best.error > 0:
                 break
             best = tried
+        best = self._between_kinks(v, best)
         self.step, self._rounding = best.step, best.noise * best.step
         self.error = max(self.error, best.error)
         return best.product, best.error
+
+    def _between_kinks(self, v: Tensor, best: _Trial) -> _Trial:
+        """Look for a step that crosses no kink, where rounding leaves room for one: in double precision.
+
+        Among kinks, as those of ReLU, neighbouring steps differ by which they cross, and errors grow with shorter steps
+        until none is crossed. A trial at such a step sees the Hessian that double backward has.
+        """
+        step = best.step
+        while self._eps < _ROOM_FOR_SHORT_STEPS and best.error > _KINKED * self.curvature.norm(best.product):
+            step /= _FARTHEST
+            if step < self._shortest:
+                break
+            tried = self._trial(v, step)
+            best = tried if tried.error < best.error else best
+        return best
 
     def _trial(self, v: Tensor, h: float) -> _Trial:
         product = self._difference(v, h)
@@ -152,6 +188,24 @@ class Differences(Products):
         # h^2 M_3 / 6 changes by 0.129 of it between h and 17 h / 16.
         noise = max(trial.noise - 0.043 * trial.apart, trial.noise / 8)
         return min(max(math.cbrt(noise / (2 * curved)), 1 / _FARTHEST), _FARTHEST)
+
+    def of_batch(self, batch: Any, v: Tensor) -> Tensor:
+        self._dithers += 2
+        with self.curvature.moved(v, self.step, dither=self._dithers):
+            ahead = self.curvature.gradient_of_batch(batch)
+        with self.curvature.moved(v, -self.step, dither=self._dithers + 1):
+            behind = self.curvature.gradient_of_batch(batch)
+        return ahead.sub_(behind).div_(2 * self.step)
+
+    def of(self, curvature: Curvature) -> "Differences":
+        other = Differences(curvature, self.reason)
+        other.learn(self)
+        return other
+
+    def learn(self, other: Products) -> None:
+        """Begin with the other's step."""
+        assert isinstance(other, Differences)
+        self.step = other.step
 
     def _difference(self, v: Tensor, h: float) -> Tensor:
         ahead = self.curvature.gradient_at(v, h)

@@ -1,45 +1,50 @@
-"""Derivatives of a network that FSDP2 shards: vectors are this worker's part, and no worker holds a whole one.
+"""Derivatives of a network that FSDP2 or tensor parallelism shards: vectors are this worker's part.
 
 A vector is float64[n], the concatenation of the local shards of the trainable parameters (`DTensor.to_local()`); of R
 shards each has about d / R numbers. Dot products are one all-reduce of one double, replicas counted once. Gradients
 come from `backward`, in which FSDP averages over workers, and Hessian-vector products from differences of them: FSDP
 has no double backward. As its passes are collective, workers with fewer batches go through their last one again, with
-weight 0.
+weight 0. Workers of one tensor-parallel group go through equal batches, which count once.
 
 Whether a parameter is sharded is asked without importing torch.distributed.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.curvature.hessian import Curvature, LossFn, NotFiniteError, batch_size, evaluating
+from packsaddle.curvature.hessian import Curvature, LossFn, NotFiniteError, batch_size, evaluating, local_part, whole
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 
 
 class ShardedCurvature(Curvature):
-    """`Curvature` of a model whose trainable parameters are all DTensors on one mesh, that of the process group.
+    """`Curvature` of a model whose trainable parameters FSDP2 has sharded, or tensor parallelism, or both.
 
-    The mesh may replicate (HSDP). Raises ValueError, on all workers, where some parameters are not sharded, where the
-    mesh is not the whole group, where two of its dimensions share a tensor's, and for a worker without batches.
+    Meshes may replicate (HSDP). `tensor_parallel` is the mesh of the workers that get the same batch; parameters that
+    it leaves alone may be whole. Raises ValueError, on all workers, where another parameter is not sharded over all
+    workers, for a placement that is not a shard or a copy, and for a worker without batches.
     """
 
     has_double_backward = False
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Any],
+        channel: Communicator,
+        tensor_parallel: Any = None,
+    ) -> None:
+        self._alike = 1 if tensor_parallel is None else tensor_parallel.size()
         parameters: list[Any] = [p for p in model.parameters() if p.requires_grad]
-        if not all(hasattr(p, "placements") for p in parameters):
-            raise ValueError("model must have all trainable parameters sharded, or none: some are not DTensors")
-        if any(p.device_mesh.size() != channel.group.size for p in parameters):
-            raise ValueError(
-                f"model must be sharded over the {channel.group.size} workers of the process group, got a mesh of "
-                f"{parameters[0].device_mesh.size()}"
-            )
-        self._copies = [_copies(p) for p in parameters]
+        workers = channel.group.size
+        for p in parameters:
+            _check_mesh(p, workers, tensor_parallel)
+        self._copies = [_copies(p, workers) for p in parameters]
         mine = torch.tensor([sum(1 for _ in batches)], device=parameters[0].device)
         counts = [int(count) for count in channel.group.all_gather(mine)]
         if not min(counts):
@@ -59,7 +64,7 @@ class ShardedCurvature(Curvature):
         total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
         for part, examples in self._backward():
             total += part
-            seen = self._sum(examples)
+            seen = self._sum(examples) / self._alike
             spread += self.dot(part, part) / seen
             rounds += 1
         mean = self._finite(total.div_(self.examples))
@@ -101,13 +106,12 @@ class ShardedCurvature(Curvature):
         rng = self._shared_generator(generator)
         parts = []
         for p in self.parameters:
-            whole = torch.randn(p.shape.numel(), generator=rng, dtype=torch.float64).view(p.shape)
-            parts.append(_part(whole, p).reshape(-1).to(self.device))
+            vector = torch.randn(p.shape.numel(), generator=rng, dtype=torch.float64).view(p.shape)
+            parts.append(part_of(vector, p).reshape(-1).to(self.device))
         return torch.cat(parts)
 
     def _sum(self, value: float) -> float:
-        total = torch.tensor([value], dtype=torch.float64, device=self.device)
-        return float(self._channel.mean(total, "certificate")) * self._channel.group.size
+        return float(self.sum(torch.tensor([value], dtype=torch.float64)))
 
     def _finite(self, vector: Tensor) -> Tensor:
         if not math.isfinite(self.dot(vector, vector)):
@@ -121,20 +125,21 @@ class ShardedCurvature(Curvature):
         before = [p.grad for p in parameters]
         try:
             with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
-                for batch, n in self._read():
+                for batch, n in self.read():
                     for p in parameters:
                         p.grad = None
-                    torch.autograd.backward(self._loss_fn(self._model, batch) * n)
+                    torch.autograd.backward(whole(self._loss_fn(self._model, batch)) * n)
                     flat = [
-                        (torch.zeros_like(t) if p.grad is None else p.grad.to_local()).reshape(-1).double()
+                        _local_gradient(p, t).reshape(-1).double()
                         for p, t in zip(parameters, self._tensors, strict=True)
                     ]
-                    yield torch.cat(flat).mul_(self._channel.group.size), n  # FSDP took the mean
+                    # FSDP took the mean over workers with other batches.
+                    yield torch.cat(flat).mul_(self._channel.group.size / self._alike), n
         finally:
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
 
-    def _read(self) -> Iterator[tuple[Any, int]]:
+    def read(self) -> Iterator[tuple[Any, int]]:
         read = 0
         for batch in self._batches:
             read += 1
@@ -155,27 +160,98 @@ class ShardedCurvature(Curvature):
         return False  # every worker has another part
 
 
-def derivatives(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> Curvature:
+def derivatives(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    channel: Communicator,
+    tensor_parallel: Any = None,
+) -> Curvature:
     """Return the derivatives of a model, sharded or not; collective."""
-    sharded = any(p.requires_grad and hasattr(p, "placements") for p in model.parameters())
-    return (ShardedCurvature if sharded else Curvature)(model, loss_fn, batches, channel)
+    if any(p.requires_grad and hasattr(p, "placements") for p in model.parameters()):
+        return ShardedCurvature(model, loss_fn, batches, channel, tensor_parallel)
+    if tensor_parallel is not None:
+        raise ValueError("tensor_parallel must be None for a model without sharded parameters")
+    return Curvature(model, loss_fn, batches, channel)
 
 
-def _copies(p: Any) -> int:
-    """Return the number of workers with the same shard. Raises ValueError if two mesh dimensions share a tensor's."""
-    dims = [placement.dim for placement in p.placements if placement.is_shard()]
-    if len(set(dims)) < len(dims):
-        raise ValueError("model must not have a dimension of a parameter sharded along two dimensions of its mesh")
-    sizes = [p.device_mesh.size(i) for i, placement in enumerate(p.placements) if not placement.is_shard()]
-    return math.prod(sizes)
+def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
+    """Raise ValueError unless FSDP averages a parameter's gradient over all workers that have other batches."""
+    if hasattr(p, "placements"):
+        size = p.device_mesh.size()
+        if size == workers:
+            return
+        if tensor_parallel is None:
+            raise ValueError(
+                f"model must be sharded over the {workers} workers of the process group, got a mesh of {size}; name "
+                f"the mesh of tensor parallelism as tensor_parallel"
+            )
+        shared = set(p.device_mesh.mesh.flatten().tolist()) & set(tensor_parallel.mesh.flatten().tolist())
+        if size * tensor_parallel.size() == workers and len(shared) == 1:
+            return
+        raise ValueError(
+            f"model must be sharded over the {workers // tensor_parallel.size()} workers with other batches, got a "
+            f"mesh of {size} workers, {len(shared)} of them in this worker's tensor_parallel"
+        )
+    if tensor_parallel is None or tensor_parallel.size() != workers:
+        raise ValueError("model must have all trainable parameters sharded, or none: some are not DTensors")
 
 
-def _part(whole: Tensor, p: Any) -> Tensor:
-    """This worker's shard of a tensor that is laid out like a DTensor p."""
-    place = p.device_mesh.get_coordinate()
-    for i, placement in enumerate(p.placements):
-        if placement.is_shard():
-            chunks = whole.chunk(p.device_mesh.size(i), placement.dim)
-            nothing = whole.narrow(placement.dim, 0, 0)
-            whole = chunks[place[i]] if place[i] < len(chunks) else nothing
-    return whole
+def _copies(p: Any, workers: int) -> int:
+    """Return the number of workers with the same shard. Raises ValueError for other placements than shards."""
+    shards = 1
+    for i, placement in enumerate(getattr(p, "placements", ())):
+        if placement.is_partial():
+            raise ValueError("model must not have parameters that are partial sums")
+        if _dim(placement) is not None:
+            shards *= p.device_mesh.size(i)
+    return workers // shards
+
+
+def _dim(placement: Any) -> int | None:
+    """The dimension of a tensor that a placement shards."""
+    found: int | None = getattr(placement, "dim", None)
+    return found
+
+
+def part_of(tensor: Tensor, p: Any) -> Tensor:
+    """Return this worker's shard of a tensor that is laid out like a parameter, which may be a DTensor.
+
+    A strided shard, FSDP's of what tensor parallelism has sharded along the same dimension, is cut after the others.
+    """
+    placements = list(enumerate(getattr(p, "placements", ())))
+    for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
+        dim = _dim(placement)
+        if dim is not None:
+            chunks = tensor.chunk(p.device_mesh.size(i), dim)
+            place = p.device_mesh.get_coordinate()[i]
+            tensor = chunks[place] if place < len(chunks) else tensor.narrow(dim, 0, 0)
+    return tensor
+
+
+def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load whole tensors into a model that may be sharded. Raises RuntimeError if they do not fit, as torch does."""
+    own: dict[str, Any] = model.state_dict()
+    if not any(hasattr(tensor, "placements") for tensor in own.values()):
+        model.load_state_dict(weights)
+        return
+    for name, tensor in own.items():
+        found = getattr(weights.get(name), "shape", None)
+        if found != tensor.shape:
+            raise RuntimeError(f"{name} must have the shape {tuple(tensor.shape)}, got {found and tuple(found)}")
+    if unknown := sorted(set(weights) - set(own)):
+        raise RuntimeError(f"the model has no {unknown[0]}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            local_part(tensor).copy_(part_of(weights[name], tensor))
+
+
+def _local_gradient(p: Any, local: Tensor) -> Tensor:
+    """This worker's part of a parameter's gradient, laid out as the parameter is."""
+    if p.grad is None:
+        return torch.zeros_like(local)
+    if not hasattr(p, "placements"):
+        plain: Tensor = p.grad
+        return plain
+    part: Tensor = p.grad.redistribute(placements=p.placements).to_local()
+    return part

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.launch import launch, local_device, process_group
-from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
-from packsaddle.curvature.hessian import Curvature, NotFiniteError
+from packsaddle.curvature.hessian import NotFiniteError
+from packsaddle.curvature.products import Hvp
+from packsaddle.curvature.search import Bounds
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config
+from packsaddle.experiments.findings import Finding, Further
 from packsaddle.experiments.progress import Report, countdown
 from packsaddle.experiments.run_folder import damaged, read_object
 from packsaddle.experiments.schema import build
@@ -27,24 +28,6 @@ from packsaddle.experiments.tasks.sharding import Examples
 from packsaddle.numerics.seeds import Stream, generator
 
 _AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
-_POINTS = 20  # of the profile, to each side
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The loss along the escape direction: f(x + s v)."""
-
-    distances: tuple[float, ...]  # s
-    losses: tuple[float | None, ...]  # None: not finite
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The findings at one point."""
-
-    file: Path
-    certificate: Certificate
-    profile: Profile
 
 
 @dataclass(frozen=True)
@@ -58,11 +41,15 @@ class Audit:
     failure_probability: float = 1e-3
     max_hvps: int = 200
     tolerance: float = math.inf
+    sharpness: float = math.inf
+    spectrum: bool = False  # estimate the density of all eigenvalues
+    population: bool = False  # certify the loss that the examples are drawn from
     examples: int | None = None  # size of a random sample; None: all training examples, or `at_most` of them
     at_most: int | None = None
+    hvp: Hvp = "auto"
     batch_size: int | None = None  # None: 500, and of a sample 64, so that a standard error has batches to come from
     double: bool = False  # products in float64
-    distance: float | None = None  # of the profile to each side; None: as far as the certificate suggests
+    distance: float | None = None  # of the profiles to each side; None: as far as the certificate suggests
     data_dir: Path | None = None
     seed: int = 0  # of the sample and of the start
     quiet: bool = True  # else rank 0 shows progress on stderr
@@ -98,24 +85,35 @@ class Audit:
         task, data, weights = self.load()
         examples = self._examples(data)
         task.to(examples.device, examples.dtype)
-        findings = []
+        certificates = []
         quiet = self.quiet or resolve(None).rank != 0
         with countdown("certify", len(self.files) * self.max_hvps, quiet=quiet) as progress:
             for i, (file, tensors) in enumerate(zip(self.files, weights, strict=True)):
                 task.network.load_state_dict(tensors)
                 told = partial(self._tell, progress, i)
-                told(0)
+                told()
                 try:
-                    certificate = self._certify(task, examples, len(data), told)
+                    certificates.append(self._certify(task, examples, len(data), told))
                 except NotFiniteError as error:
                     raise ConfigError(f"{file}: {error}") from None
-                findings.append(Finding(file, certificate, self._profile(task, examples, certificate)))
+        findings = []
+        for file, tensors, certificate in zip(self.files, weights, certificates, strict=True):
+            task.network.load_state_dict(tensors)
+            further = Further(
+                self.spectrum, self.population, self.hvp, self.epsilon, self.distance, self.seed, quiet=quiet
+            )
+            findings.append(further.look(file, task, task_loss, examples, certificate))
         return findings
 
-    def _tell(self, progress: Report, point: int, products: int) -> None:
-        """Show how far the certificates are; most need fewer products than they may take."""
+    def _tell(self, progress: Report, point: int, bounds: Bounds | None = None) -> None:
+        """Show how far the certificates are, and the bounds as they close in; most need fewer products than they may
+        take."""
         which = f"point {point + 1} of {len(self.files)}, " if len(self.files) > 1 else ""
-        progress(point * self.max_hvps + products, f"{which}{products} of at most {self.max_hvps} products")
+        done = 0 if bounds is None else round(self.max_hvps * bounds.products / bounds.most)
+        told = "" if bounds is None else f": {bounds}"
+        products = 0 if bounds is None else bounds.products
+        most = self.max_hvps if bounds is None else bounds.most
+        progress(point * self.max_hvps + done, f"{which}{products} of at most {most} products{told}")
 
     def prepare(self) -> tuple[Task, Examples]:
         """Return the network with the last file's weights, and this worker's examples."""
@@ -133,7 +131,9 @@ class Audit:
         batch_size = self.batch_size or (_AUDIT_BATCH if len(chosen) == n else _BATCH_OF_SAMPLE)
         return Examples(data, mine, local_device(), dtype, batch_size)
 
-    def _certify(self, task: Task, examples: Examples, population: int, progress: Callable[[int], None]) -> Certificate:
+    def _certify(
+        self, task: Task, examples: Examples, population: int, progress: Callable[[Bounds], None]
+    ) -> Certificate:
         config = read_config(self.run)
         return certify(
             task,
@@ -144,19 +144,13 @@ class Audit:
             failure_probability=self.failure_probability,
             max_hvps=self.max_hvps,
             tolerance=self.tolerance,
+            sharpness=self.sharpness,
+            hvp=self.hvp,
             sample_of=population,
             lr=config.sgd_lr(),
             generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
             progress=progress,
         )
-
-    def _profile(self, task: Task, examples: Examples, certificate: Certificate) -> Profile:
-        """The loss along v on a grid, to twice where a saddle's was found lowest, or to 1."""
-        reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
-        curvature = Curvature(task, task_loss, examples, Communicator(resolve(None), Ledger()))
-        distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
-        losses = [curvature.loss_at(certificate.escape_direction, s) for s in distances]
-        return Profile(tuple(distances), tuple(f if math.isfinite(f) else None for f in losses))
 
 
 def certify_in_process_group(audit: Audit) -> list[Finding]:

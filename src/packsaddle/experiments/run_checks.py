@@ -144,6 +144,7 @@ class Inspector:
                 hessian_lipschitz=rule.hessian_lipschitz,
                 failure_probability=rule.failure_probability,
                 max_hvps=rule.max_hvps,
+                pilot_examples=0,  # curves have both bounds
                 sample_of=self._population,
                 lr=self._lr,
                 generator=generator(self._seed, step, Stream.CERTIFY, device=self._device),

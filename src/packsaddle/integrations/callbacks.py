@@ -15,6 +15,7 @@ from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Compressor
+from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp import DDPHook, attach, keep_gradients_local
 from packsaddle.optim.local_updates import LocalUpdates
@@ -241,3 +242,9 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[prefix + name] = float(value)
     return found
+
+
+def certificate_scalars(certificate: Certificate) -> dict[str, float]:
+    """Return a certificate's numbers for a logger, as certificate/grad_norm; certificate/saddle is 0 or 1."""
+    found = scalars(certificate.to_dict(), "certificate/")
+    return found | {"certificate/saddle": float(certificate.verdict is Verdict.SADDLE)}

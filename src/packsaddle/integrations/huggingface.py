@@ -1,22 +1,28 @@
-"""Hugging Face's Trainer: callbacks that compress what its workers exchange, gradients or local updates.
+"""Hugging Face's Trainer: callbacks that compress what its workers exchange, and certify the model.
 
 The Trainer makes DistributedDataParallel itself and has no argument for a communication hook. Both callbacks log
 `measures` and keep every worker's own state in the checkpoints. Needs transformers 5: pip install 'packsaddle[hf]'.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from packsaddle.compressors import Compressor, TopK
+from packsaddle.curvature.certificate import Certificate
+from packsaddle.curvature.certify import certify
+from packsaddle.curvature.hessian import LossFn
 from packsaddle.integrations.callbacks import (
     WorkerState,
     attach_among_workers,
     attach_local_updates,
+    certificate_scalars,
     load_state,
     measures,
     monitored,
@@ -159,6 +165,48 @@ class LocalUpdatesCallback(_Attached):
         self._ended_at_best = bool(args.load_best_model_at_end and state.best_model_checkpoint is not None)
         if isinstance(self._exchange, WorkerState) and not self._ended_at_best:
             self._exchange.finish()
+
+
+class CertificateCallback(TrainerCallback):
+    """Certifies the model every `every_n_steps` (is it at a saddle?) and logs certificate/grad_norm and so on.
+
+    To be added to the trainer it is given. loss_fn(model, batch) is a batch's mean loss, by default the `loss` of
+    `model(**batch)`; `batches` are this worker's, the same each time; `options` are those of `packsaddle.certify`.
+    `certificate` is the last one. With a `LocalUpdatesCallback` in the trainer it certifies the anchor.
+    Raises ValueError for an interval below 1.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        batches: Iterable[Any],
+        loss_fn: LossFn | None = None,
+        *,
+        every_n_steps: int,
+        epsilon: float | None = None,
+        **options: Any,
+    ) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.certificate: Certificate | None = None
+        self._trainer, self._batches, self._loss_fn = trainer, batches, loss_fn
+        self._every, self._options = every_n_steps, {"epsilon": epsilon, **options}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Certify if the step is due."""
+        if state.global_step % self._every:
+            return
+        with ExitStack() as stack:
+            for callback in self._trainer.callback_handler.callbacks:
+                if isinstance(callback, LocalUpdatesCallback) and callback.local is not None:
+                    stack.enter_context(callback.local.at_anchor())
+            self.certificate = certify(self._trainer.model, self._loss, self._batches, **self._options)
+        self._trainer.log(certificate_scalars(self.certificate))
+
+    def _loss(self, model: nn.Module, batch: Any) -> Tensor:
+        batch = self._trainer._prepare_inputs(batch)  # on the device
+        loss: Tensor = model(**batch).loss if self._loss_fn is None else self._loss_fn(model, batch)
+        return loss
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -18,18 +18,18 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
 from packsaddle.compressors import Compressor, TopK
-from packsaddle.curvature.certificate import Certificate, Verdict
+from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
 from packsaddle.integrations.callbacks import (
     WorkerState,
     attach_among_workers,
     attach_local_updates,
+    certificate_scalars,
     load_state,
     measures,
     monitored,
     save_state,
-    scalars,
 )
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp import DDPHook
@@ -249,7 +249,7 @@ class CertificateCallback(Callback):
         loss_fn: LossFn,
         batches: Iterable[Any],
         *,
-        epsilon: float,
+        epsilon: float | None = None,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         **options: Any,
@@ -283,7 +283,5 @@ class CertificateCallback(Callback):
                 if isinstance(callback, _Attached):
                     stack.enter_context(callback.together())
             self.certificate = certify(pl_module, loss_fn, self._batches, **self._options)
-        found = scalars(self.certificate.to_dict(), "certificate/")
-        found["certificate/saddle"] = float(self.certificate.verdict is Verdict.SADDLE)
         for logger in trainer.loggers:
-            logger.log_metrics(found, step=trainer.global_step)
+            logger.log_metrics(certificate_scalars(self.certificate), step=trainer.global_step)

@@ -1,4 +1,4 @@
-"""Pictures on paper: settings over seeds, against epochs and against bytes sent, and what a certificate saw."""
+"""Pictures on paper: settings over seeds, against epochs and against bytes sent."""
 
 import math
 from collections.abc import Sequence
@@ -143,57 +143,6 @@ def _draw_certified(axes: Any, point: Point, x: float, colour: str) -> None:
     # Where curvature was not looked into, the mark lies on the threshold.
     height = c["lambda_min_upper"] if point.looked else c["threshold"]
     axes.plot(x, height, _MARKERS[c["verdict"]], color=colour, markersize=7, label=c["verdict"])
-
-
-def draw_certificate(certificate: dict[str, Any], profile: dict[str, Any]) -> Any:
-    """Return a figure of a certificate (`Certificate.to_dict`): the loss along the escape direction (`distances` and
-    `losses`), and the Ritz spectrum with the bounds on the smallest eigenvalue."""
-    require("matplotlib", "plot", "drawing figures")
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10.5, 4.2), layout="constrained")
-        along, spectrum = figure.subplots(1, 2)
-        _draw_profile(along, certificate, profile)
-        _draw_spectrum(spectrum, certificate)
-        figure.suptitle(f"{certificate['verdict']} (gradient norm {certificate['grad_norm']:.2e})", fontsize=11)
-        return figure
-
-
-def _draw_profile(axis: Any, certificate: dict[str, Any], profile: dict[str, Any]) -> None:
-    s, losses = profile["distances"], profile["losses"]
-    finite = [loss for loss in losses if loss is not None]
-    slope, bend = certificate["slope"], certificate["lambda_min_upper"]
-    model = [certificate["loss"] + slope * x + bend * x**2 / 2 for x in s]
-    measured = [float("nan") if loss is None else loss for loss in losses]
-    axis.plot(s, measured, color=COLOURS[1], label="measured")
-    axis.plot(s, model, color="grey", linestyle="--", linewidth=1.2, label="gradient and curvature at x")
-    low, high = min(finite), max(finite)
-    room = 0.25 * (high - low) or abs(high) or 1.0
-    axis.set_ylim(low - room, high + room)  # the model may leave the picture
-    axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")
-    axis.set_xlabel("distance s along the escape direction v")
-    axis.set_ylabel("loss f(x + s v)")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-
-
-def _draw_spectrum(axis: Any, certificate: dict[str, Any]) -> None:
-    """Ritz values with the start's share along each, a spectral density: shares add up to 1."""
-    values, shares = certificate["ritz_values"], [max(share, 1e-9) for share in certificate["ritz_shares"]]
-    axis.vlines(values, 1e-9, shares, color=COLOURS[1], linewidth=1.8)
-    axis.plot(values, shares, "o", color=COLOURS[1], markersize=4, label="Ritz values")
-    bounds = certificate["lambda_min_lower"], certificate["lambda_min_upper"]
-    axis.axvspan(*bounds, color=COLOURS[5], alpha=0.35, linewidth=0, label="smallest eigenvalue lies here")
-    axis.axvline(certificate["threshold"], color=COLOURS[2], linestyle="--", label="threshold of a saddle")
-    axis.set_yscale("log")
-    axis.set_ylim(bottom=min(*shares, 0.1) / 3)
-    widest = max(values[-1] - values[0], abs(certificate["threshold"]))
-    if widest > 20 * abs(values[0]):  # the interesting end would be a point
-        axis.set_xscale("symlog", linthresh=max(abs(values[0]), abs(certificate["threshold"])))
-    axis.set_xlabel("eigenvalue of the Hessian")
-    axis.set_ylabel("share of a random direction")
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def save(figure: Any, folder: Path, name: str = "figure") -> None:

@@ -1,0 +1,305 @@
+"""A certificate of the population's loss, f(x) = E f(x, z), from n examples that were drawn from it.
+
+Batches are independent draws; n_b examples of batch b have the mean gradient g_b and Hessian H_b, B batches have n. The
+mean over the examples is (g_n, H_n), and what is said of (g, H) of the population follows from how batches differ:
+
+gradient    ||g_n - g|| <= s (1 + sqrt(2 log(1 / delta))) for a Gaussian vector of covariance C with s^2 = tr C
+            (Borell's inequality, and ||C|| <= tr C); s^2 = sum_b n_b ||g_b - g_n||^2 / ((B - 1) n), as measured.
+above       v is found on every second batch and measured on the others, which know nothing of it: their quotients
+            v^T H_b v have the mean v^T H v >= lambda_min(H), so lambda_min(H) is at most their mean and Student's
+            t-quantile of B' - 1 degrees times its standard error.
+below       lambda_min(H) >= lambda_min(H_n) - lambda_max(H_n - H), and for a symmetric Gaussian matrix Z of mean 0 the
+            largest eigenvalue exceeds t with probability d exp(-t^2 / (2 ||E Z^2||)) at most (Tropp, Found. Comput.
+            Math. 12, 2012, theorem 4.1), so it is at most sqrt(2 ||E Z^2|| log(d / delta)).
+            E Z^2 = sum_b n_b (H_b - H_n)^2 / ((B - 1) n), as measured, its norm bounded from above by Lanczos.
+
+Assumed: batches are independent draws from the population (drawn without replacement they vary less), means over them
+are near Gaussian (many batches), and variances are as measured. Each of five statements fails with a fifth of the
+failure probability, so all hold together but for it.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature.certificate import Verdict, proposed_epsilon
+from packsaddle.curvature.hessian import LossFn, rank_0_buffers
+from packsaddle.curvature.lanczos import Lanczos, check_probability
+from packsaddle.curvature.products import Hvp, Products, choose_products, lanczos_over
+from packsaddle.curvature.sharded import derivatives
+
+_STATEMENTS = 5
+_FEWEST_BATCHES = 8
+_STEPS = 40  # of each search on the examples
+_VARIANCE_STEPS = 24
+_CLOSE = 1.5  # bounds on the variance's norm apart by so much are good enough
+MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # about
+
+
+@dataclass(frozen=True)
+class PopulationCertificate:
+    """Bounds for the loss that n examples were drawn from; all hold together but for `failure_probability`."""
+
+    verdict: Verdict
+    epsilon: float
+    epsilon_proposed: bool  # none was given: the least that the bound on the gradient passes
+    hessian_lipschitz: float  # rho
+    hessian_lipschitz_estimated: bool  # measured along v on the examples
+    threshold: float  # -sqrt(rho epsilon)
+    grad_norm: float  # ||g_n||
+    grad_norm_lower: float  # of ||g||
+    grad_norm_upper: float
+    quotient: float  # v^T H v over the batches that v was not found on
+    quotient_error: float  # its standard error
+    lambda_min_upper: float  # of H
+    lambda_min_lower: float  # of H; -inf where the verdict did not need it
+    sample_lower: float  # of H_n
+    deviation: float  # lambda_max(H_n - H) is at most this
+    escape_direction: Tensor  # v, float64[d]
+    failure_probability: float
+    examples: int  # n
+    batches: int  # B
+    hvp: str
+    backward_passes: int  # over the examples
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the escape direction as plain types, for JSON, which has no infinity: None."""
+        values = {k: v for k, v in asdict(self).items() if k != "escape_direction"} | {"verdict": str(self.verdict)}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+    def __str__(self) -> str:
+        lower = f"[{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}]"
+        below = f"lambda_min in {lower}: of the examples at least {self.sample_lower:.3e}, less {self.deviation:.1e}"
+        if math.isinf(self.lambda_min_lower):
+            below = f"lambda_min at most {self.lambda_min_upper:.3e}"
+        given = "estimated along v" if self.hessian_lipschitz_estimated else "given"
+        proposed = " (none was given: the least that passes)" if self.epsilon_proposed else ""
+        return "\n".join(
+            [
+                f"of the population: {self.verdict}",
+                f"  gradient norm in [{self.grad_norm_lower:.3e}, {self.grad_norm_upper:.3e}], epsilon "
+                f"{self.epsilon:.3e}{proposed}",
+                f"  {below}",
+                f"  v^T H v = {self.quotient:.3e} (standard error {self.quotient_error:.1e}) over batches that v was "
+                f"not found on",
+                f"  threshold {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({given})",
+                f"  from {self.examples:,} examples in {self.batches} batches, all with probability "
+                f"{1 - self.failure_probability:g} if means of batches are near Gaussian and vary as measured",
+            ]
+        )
+
+
+def certify_population(
+    model: nn.Module,
+    loss_fn: LossFn,
+    batches: Iterable[Any],
+    *,
+    epsilon: float | None = None,
+    hessian_lipschitz: float | None = None,
+    failure_probability: float = 0.05,
+    hvp: Hvp = "auto",
+    memory_limit: int = 4 * 2**30,
+    generator: torch.Generator | None = None,
+    process_group: Any = None,
+    progress: Callable[[int], None] = lambda products: None,
+) -> PopulationCertificate:
+    """Certify the model's present parameters for the population that the batches were drawn from; collective.
+
+    Takes what `certify` takes. Batches are independent draws, eight or more and better many small ones; a product of
+    the variance costs three over the examples. `progress` is called with the products so far.
+
+    Raises ValueError for bad arguments, for fewer than eight batches, for a sharded model (whose workers see no batch's
+    Hessian) and for losses that are not a function of the parameters.
+
+    >>> import torch
+    >>> from packsaddle.curvature import certify_population
+    >>> model = torch.nn.Linear(4, 1)
+    >>> x = torch.randn(512, 4, generator=torch.Generator().manual_seed(0))
+    >>> loss = lambda model, batch: (model(batch) - batch[:, :1]).square().mean()
+    >>> str(certify_population(model, loss, x.split(8)).verdict)
+    'second-order stationary'
+    """
+    for name, value in (("epsilon", epsilon), ("hessian_lipschitz", hessian_lipschitz)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    check_probability(failure_probability)
+    channel = Communicator(resolve(process_group), Ledger())
+    delta = failure_probability / _STATEMENTS
+    with rank_0_buffers(model, channel):
+        curvature = derivatives(model, loss_fn, batches, channel)
+        if not curvature.has_double_backward:
+            raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
+        count = int(curvature.sum(torch.tensor([float(sum(1 for _ in curvature.read()))])))
+        if count < _FEWEST_BATCHES:
+            raise ValueError(f"batches must be {_FEWEST_BATCHES} or more, on all workers together, got {count}")
+        products = choose_products(curvature, hvp)
+        # The gradient.
+        gradient, spread = curvature.gradient()
+        grad_norm = curvature.norm(gradient)
+        off = spread * (1 + math.sqrt(2 * math.log(1 / delta)))
+        given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm + off, None, torch.finfo(torch.float32).eps)
+        # A direction from every second batch, measured on the others.
+        seen = products.of(derivatives(model, loss_fn, _Half(batches, 0), channel))
+        fresh = products.of(derivatives(model, loss_fn, _Half(batches, 1), channel))
+        v = _lowest_direction(seen, generator, memory_limit, progress)
+        products.learn(seen)
+        fresh.learn(seen)
+        rho = hessian_lipschitz or max(products.change(v), torch.finfo(torch.float64).tiny)
+        threshold = -math.sqrt(rho * epsilon)
+        quotient, error, degrees = _quotient(fresh, v)
+        upper = quotient + _student(1 - delta, degrees) * error + products.error
+        # The examples' own lower bound, less what their Hessian may be off by.
+        lower = sample_lower = -math.inf
+        deviation = math.inf
+        if grad_norm - off <= epsilon and upper >= threshold:
+            sample_lower = _lower_bound(products, delta, threshold, generator, memory_limit, progress)
+            norm = _variance_norm(products, delta, generator, memory_limit, progress)
+            deviation = math.sqrt(2 * norm * math.log(curvature.d / delta))
+            lower = sample_lower - deviation
+        passes = sum(p.curvature.passes * p.curvature.examples for p in (products, seen, fresh)) / curvature.examples
+    return PopulationCertificate(
+        verdict=_judge(max(0.0, grad_norm - off), grad_norm + off, epsilon, threshold, upper, lower),
+        epsilon=epsilon,
+        epsilon_proposed=given is None,
+        hessian_lipschitz=rho,
+        hessian_lipschitz_estimated=hessian_lipschitz is None,
+        threshold=threshold,
+        grad_norm=grad_norm,
+        grad_norm_lower=max(0.0, grad_norm - off),
+        grad_norm_upper=grad_norm + off,
+        quotient=quotient,
+        quotient_error=error,
+        lambda_min_upper=upper,
+        lambda_min_lower=lower,
+        sample_lower=sample_lower,
+        deviation=deviation,
+        escape_direction=v.cpu(),
+        failure_probability=failure_probability,
+        examples=curvature.examples,
+        batches=count,
+        hvp=products.name,
+        backward_passes=math.ceil(passes),
+    )
+
+
+@dataclass(frozen=True)
+class _Half:
+    """Every second batch."""
+
+    batches: Iterable[Any]
+    first: int
+
+    def __iter__(self) -> Any:
+        return (batch for i, batch in enumerate(self.batches) if i % 2 == self.first)
+
+
+def _judge(least: float, most: float, epsilon: float, threshold: float, upper: float, lower: float) -> Verdict:
+    """Compare bounds on ||g|| and on lambda_min(H) with Definition 2.4."""
+    if least > epsilon:
+        return Verdict.GRADIENT_TOO_LARGE
+    if most > epsilon:
+        return Verdict.UNDECIDED
+    if upper < threshold:
+        return Verdict.SADDLE
+    return Verdict.SECOND_ORDER_STATIONARY if lower >= threshold else Verdict.UNDECIDED
+
+
+def _lowest_direction(
+    products: Products, generator: torch.Generator | None, memory_limit: int, progress: Callable[[int], None]
+) -> Tensor:
+    """The Ritz vector of lambda_min, with a residual of a tenth of it or after all steps; any vector would be valid."""
+    lanczos = lanczos_over(products, generator, memory_limit)
+    for k in range(1, _STEPS + 1):
+        ritz = lanczos.step()
+        progress(k)
+        if lanczos.exhausted or ritz.residual <= 0.1 * abs(ritz.theta_min):
+            break
+    return lanczos.ritz_vector()
+
+
+def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
+    """v^T H v over batches, its standard error and degrees of freedom; collective."""
+    curvature = products.curvature
+    sums = torch.zeros(3, dtype=torch.float64)  # n_b q_b, n_b q_b^2, batches
+    for batch, n in curvature.read():
+        q = curvature.dot(v, products.of_batch(batch, v))
+        sums += torch.tensor([n * q, n * q * q, 1.0], dtype=torch.float64)
+    curvature.passes += 2
+    total, squares, count = curvature.sum(sums).tolist()
+    mean, n = total / curvature.examples, curvature.examples
+    if count < 2:
+        raise ValueError("batches must be such that at least two are left to measure v on")
+    within = max(0.0, squares - n * mean * mean) / (count - 1)
+    return mean, math.sqrt(within / n), int(count) - 1
+
+
+def _student(probability: float, degrees: int) -> float:
+    from scipy.special import stdtrit  # slow to import, and only certificates need it
+
+    return float(stdtrit(degrees, probability))
+
+
+def _lower_bound(
+    products: Products,
+    delta: float,
+    threshold: float,
+    generator: torch.Generator | None,
+    memory_limit: int,
+    progress: Callable[[int], None],
+) -> float:
+    """lambda_min of the examples from below, with steps until more would gain little, or they have a saddle."""
+    lanczos, lower = lanczos_over(products, generator, memory_limit), -math.inf
+    for k in range(1, _STEPS + 1):
+        ritz = lanczos.step()
+        progress(_STEPS + k)
+        lower = ritz.lower_bound(delta)
+        room = ritz.theta_min - threshold
+        if lanczos.exhausted or room < 0 or ritz.theta_min - lower <= 0.1 * room:
+            break
+    return lower
+
+
+def _variance_norm(
+    products: Products,
+    delta: float,
+    generator: torch.Generator | None,
+    memory_limit: int,
+    progress: Callable[[int], None],
+) -> float:
+    """An upper bound on the norm of the variance of H_n, sum_b n_b (H_b - H_n)^2 / ((B - 1) n); collective."""
+    curvature = products.curvature
+    count = int(curvature.sum(torch.tensor([float(sum(1 for _ in curvature.read()))])))
+
+    def variance(u: Tensor) -> Tensor:
+        """sum_b n_b H_b (H_b - H_n) u over (B - 1) n, which is that: sum_b n_b (H_b - H_n) is 0."""
+        mean = products(u)
+        total = torch.zeros_like(u)
+        for batch, n in curvature.read():
+            apart = products.of_batch(batch, u).sub_(mean)
+            length = float(apart.norm())
+            if length:
+                total.add_(products.of_batch(batch, apart / length), alpha=n * length)
+        curvature.passes += 4
+        return curvature.sum(total).div_((count - 1) * curvature.examples)
+
+    lanczos = Lanczos(
+        variance,
+        curvature.random_vector(generator),
+        max_vectors=max(2, memory_limit // (8 * curvature.held)),
+        precision=products.precision,
+    )
+    upper = math.inf
+    for k in range(1, _VARIANCE_STEPS + 1):
+        ritz = lanczos.step()
+        progress(2 * _STEPS + 3 * k)
+        upper = ritz.upper_bound(delta)
+        if lanczos.exhausted or upper <= _CLOSE * ritz.theta_max:
+            break
+    return max(upper, 0.0)

@@ -1,0 +1,244 @@
+"""The search for curvature below the threshold: Lanczos steps until the verdict is settled.
+
+A saddle is proved by one Rayleigh quotient over all examples, whatever its direction came from. So `pilot` looks for a
+direction on a part of the examples first, where a product costs a fraction, and `Search.proves` takes one product over
+all of them. Only the absence of negative curvature needs the whole process over all examples.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.curvature.certificate import Verdict, judge
+from packsaddle.curvature.hessian import Curvature
+from packsaddle.curvature.lanczos import Lanczos, Ritz
+from packsaddle.curvature.products import Products, lanczos_over
+
+_LONGEST_WALK = 12
+_PILOT_SHARE = 8  # all examples are at least this multiple of a pilot's
+_PILOT_COST = 2  # products over all examples that a pilot may cost
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The knowledge of a search after `products`, as its progress is told."""
+
+    products: int
+    most: int  # products at most
+    examples: int  # over which they are
+    lambda_min: tuple[float, float]  # lower and upper bound
+    lambda_max: tuple[float, float]
+    threshold: float | None  # of lambda_min for a saddle; None: rho is not measured yet
+
+    def __str__(self) -> str:
+        low, high = self.lambda_min
+        asked = "" if self.threshold is None else f", threshold {self.threshold:.1e}"
+        return f"lambda_min in [{low:.1e}, {high:.1e}] of {self.examples:,} examples{asked}"
+
+
+Told = Callable[[Bounds], None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The question of a search, and when it has been answered."""
+
+    grad_norm: float
+    epsilon: float
+    rho: float | None  # None: measured along the direction found
+    failure_probability: float
+    max_hvps: int
+    tolerance: float  # of a saddle's direction: ||H v - lambda v|| <= tolerance |lambda|
+    sharpness: float  # of lambda_max: its bounds apart by at most this share of it
+
+
+@dataclass
+class Search:
+    """Steps of the Lanczos process until the goal is reached; after `run` or `proves`, the knowledge then."""
+
+    products: Products
+    goal: Goal
+    told: Told
+    rho: float = field(init=False)
+    lower: float = -math.inf
+    lambda_max: tuple[float, float] = (-math.inf, math.inf)
+    lanczos: Lanczos | None = None
+    ritz: Ritz | None = None
+    v: Tensor = field(init=False)
+    upper: float = math.inf
+    residual: float = math.inf
+    verdict: Verdict = Verdict.UNDECIDED
+
+    def __post_init__(self) -> None:
+        self.rho = self.goal.rho or 0.0
+
+    @property
+    def curvature(self) -> Curvature:
+        """The derivatives that products come from."""
+        return self.products.curvature
+
+    def run(self, generator: torch.Generator | None, memory_limit: int) -> None:
+        """Do steps from a random start until the verdict is settled, v and lambda_max good enough, `max_hvps` are done,
+        or there are no more."""
+        goal, measured_at = self.goal, 0
+        self.rho = goal.rho or 0.0
+        self.lanczos = lanczos = lanczos_over(self.products, generator, memory_limit)
+        for k in range(1, goal.max_hvps + 1):
+            self.ritz = ritz = lanczos.step()
+            self._bound(ritz)  # never worse than an earlier bound but by its error
+            self._tell(k, measured_at > 0 or goal.rho is not None)
+            last = k == goal.max_hvps or lanczos.exhausted
+            if goal.rho is None and not measured_at:
+                if not (last or goal.grad_norm > goal.epsilon or _settling(ritz)):
+                    continue
+                self.rho, measured_at = self._measure_rho(lanczos.ritz_vector()), k
+            if not (last or self._settled(ritz)):
+                continue
+            if goal.rho is None and measured_at < k:  # rho is that of the final v at least
+                self.rho = max(self.rho, self._measure_rho(lanczos.ritz_vector()))
+                measured_at = k
+            if last or self._settled(ritz):
+                self._measure_direction(ritz, lanczos.ritz_vector())
+                if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:
+                    break
+
+    def proves(self, v: Tensor) -> bool:
+        """Measure v's Rayleigh quotient, and rho along it where it is not given; tell if they prove a saddle."""
+        product, error = self.products.checked(v)
+        quotient = self.curvature.dot(v, product)
+        self.v, self.upper = v, quotient + error
+        self.residual = self.curvature.norm(product.sub_(v, alpha=quotient))
+        if self.goal.rho is None:
+            self.rho = self._measure_rho(v)
+        self.verdict = self._judged(self.upper)
+        return self.verdict is Verdict.SADDLE
+
+    @property
+    def sharpest(self) -> Tensor | None:
+        """The unit Ritz vector of lambda_max, float64[d]; None where vectors were not all kept."""
+        if self.lanczos is None or self.ritz is None or not self.ritz.orthogonal:
+            return None
+        return self.lanczos.ritz_vector(largest=True)
+
+    def walk(self, scout: "Search | None") -> tuple[float, float, float]:
+        """Follow v both ways, from ||x|| / 1000 or less, each step four times the last, while the loss falls on a side.
+
+        A scout follows it on its own examples, and the two steps that its losses choose are measured on all. Returns s
+        and f(x + s v) with the lowest loss found, and the most that the mean of both sides fell, which a slope cannot
+        do: with rho true, |lambda|^3 / (10 rho^2) at least, at any s from |lambda| / (2 rho) to four times that.
+        """
+        losses = (scout or self)._follow(self.v, self.upper, self.rho)
+        if scout is not None:
+            chosen = {min(losses, key=lambda s: min(losses[s])), min(losses, key=lambda s: sum(losses[s]))}
+            losses = {s: self._on_both_sides(self.v, s) for s in sorted(chosen)}
+        sides = [(loss, s * sign) for s, pair in losses.items() for loss, sign in zip(pair, (1, -1), strict=True)]
+        lowest, distance = min(sides, key=lambda side: side[0])
+        return distance, lowest, max(self.curvature.loss - sum(pair) / 2 for pair in losses.values())
+
+    def _follow(self, v: Tensor, upper: float, rho: float) -> dict[float, tuple[float, float]]:
+        """The losses ahead and behind at every distance looked at."""
+        reach = max(1.0, self.curvature.size_of_parameters())
+        s = min(abs(upper) / (2 * rho), 1e-3 * reach)
+        losses: dict[float, tuple[float, float]] = {}
+        last = (self.curvature.loss, self.curvature.loss)
+        for _ in range(_LONGEST_WALK):
+            losses[s] = ahead, behind = self._on_both_sides(v, s)
+            # Shorter steps may rise by rounding alone.
+            if s >= 1e-2 * reach and not (ahead < last[0] or behind < last[1]):
+                break
+            last, s = (ahead, behind), 4 * s
+        return losses
+
+    def _on_both_sides(self, v: Tensor, s: float) -> tuple[float, float]:
+        return self.curvature.loss_at(v, s), self.curvature.loss_at(v, -s)
+
+    def _bound(self, ritz: Ritz) -> None:
+        probability = self.goal.failure_probability
+        self.lower = ritz.lower_bound(probability)
+        self.lambda_max = ritz.theta_max - ritz.rounding, ritz.upper_bound(probability)
+
+    def _tell(self, k: int, known: bool) -> None:
+        assert self.ritz is not None
+        threshold = -math.sqrt(self.rho * self.goal.epsilon) if known else None
+        bounds = self.lower, self.ritz.theta_min + self.ritz.rounding
+        self.told(Bounds(k, self.goal.max_hvps, self.curvature.examples, bounds, self.lambda_max, threshold))
+
+    def _settled(self, ritz: Ritz) -> bool:
+        low, high = self.lambda_max
+        if high - low > self.goal.sharpness * max(abs(low), abs(high)):
+            return False
+        verdict = self._judged(ritz.theta_min + ritz.rounding)
+        if verdict is Verdict.SADDLE and ritz.residual > self.goal.tolerance * abs(ritz.theta_min):
+            return False
+        return verdict is not Verdict.UNDECIDED
+
+    def _measure_rho(self, v: Tensor) -> float:
+        return max(self.products.change(v), torch.finfo(torch.float64).tiny)
+
+    def _measure_direction(self, ritz: Ritz, v: Tensor) -> None:
+        """v, its Rayleigh quotient and its residual: known from the recurrence if the basis is orthonormal and products
+        are exact, else measured, and then the verdict is what the measurement says."""
+        self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
+        if not ritz.orthogonal or self.products.error:
+            product, error = self.products.checked(v)
+            if error > ritz.rounding:
+                self.ritz = ritz = replace(ritz, rounding=error)
+                self._bound(ritz)
+            quotient = self.curvature.dot(v, product)
+            self.residual = self.curvature.norm(product.sub_(v, alpha=quotient))
+        self.upper = quotient + ritz.rounding
+        self.verdict = self._judged(self.upper)
+
+    def _judged(self, upper: float) -> Verdict:
+        goal = self.goal
+        return judge(goal.grad_norm, goal.epsilon, -math.sqrt(self.rho * goal.epsilon), upper, self.lower)
+
+
+@dataclass(frozen=True)
+class EveryNth:
+    """Every n-th batch, the first one among them; can be read as often as the batches."""
+
+    batches: Iterable[Any]
+    n: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.batches), 0, None, self.n)
+
+
+def pilot(
+    full: Products,
+    goal: Goal,
+    examples: int,
+    batches: Iterable[Any],
+    derivatives: Callable[[Iterable[Any]], Curvature],
+    generator: torch.Generator | None,
+    memory_limit: int,
+    told: Told,
+) -> Search | None:
+    """Search on about `examples` examples, evenly spaced batches of them; collective.
+
+    Returns the search if it has found a saddle of theirs. None if it has not, or if there are not eight times as many
+    examples, or batches are too large to leave out seven of eight. Products are taken as `full` takes them, and cost
+    at most about two over all examples.
+    """
+    curvature = full.curvature
+    stride = curvature.examples // examples if examples else 0
+    if stride < _PILOT_SHARE or _PILOT_SHARE * curvature.examples_of_every(stride) > curvature.examples:
+        return None
+    part = derivatives(EveryNth(batches, stride))
+    most = max(1, _PILOT_COST * curvature.examples // part.examples)
+    search = Search(full.of(part), replace(goal, max_hvps=min(goal.max_hvps, most)), told)
+    search.run(generator, memory_limit)
+    full.learn(search.products)
+    curvature.passes += part.passes * part.examples / curvature.examples
+    return search if search.verdict is Verdict.SADDLE else None
+
+
+def _settling(ritz: Ritz) -> bool:
+    """Tell if v is good enough to measure rho along: a residual of a tenth of the curvature."""
+    return ritz.residual <= 0.1 * abs(ritz.theta_min)

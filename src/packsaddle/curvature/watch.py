@@ -1,0 +1,81 @@
+"""Certificates of a training as it goes, at equal intervals of steps."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from packsaddle.curvature.certificate import Certificate
+from packsaddle.curvature.certify import certify
+from packsaddle.curvature.hessian import LossFn
+
+
+class CertifyEvery:
+    """Certifies the model's parameters after every `every` steps of a training loop; collective.
+
+    Args:
+        model, loss_fn, batches: as for `certify`; batches are this worker's, the same every time.
+        every: steps between two certificates.
+        at: where to certify: a function that returns a context within which all workers have one model, as
+            `LocalUpdates.at_anchor`; by default the parameters as they are.
+        told: called with each certificate, on every worker.
+        options: those of `certify`, as `epsilon` and `hessian_lipschitz`. State both to compare points.
+
+    `certificates` has the step and the certificate of each. Raises ValueError for `every` below 1, and what `certify`
+    raises. One certificate costs as much as its products: two backward passes over the batches each.
+
+    >>> import torch
+    >>> from packsaddle.curvature import CertifyEvery
+    >>> model = torch.nn.Linear(4, 4)
+    >>> x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    >>> loss_fn = lambda model, batch: (model(batch) - batch).square().mean()
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    >>> watch = CertifyEvery(model, loss_fn, x.split(16), every=50, epsilon=0.1, hessian_lipschitz=1.0)
+    >>> for step in range(100):
+    ...     optimizer.zero_grad()
+    ...     loss_fn(model, x).backward()
+    ...     optimizer.step()
+    ...     certificate = watch.step()  # None between two certificates
+    >>> [(step, str(c.verdict)) for step, c in watch.certificates]
+    [(50, 'second-order stationary'), (100, 'second-order stationary')]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        batches: Iterable[Any],
+        *,
+        every: int,
+        at: Callable[[], AbstractContextManager[None]] = nullcontext,
+        told: Callable[[Certificate], None] = lambda certificate: None,
+        **options: Any,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, got {every}")
+        self.every = every
+        self.steps = 0  # so far
+        self.certificates: list[tuple[int, Certificate]] = []
+        self._certify: Callable[[], Certificate] = partial(certify, model, loss_fn, batches, **options)
+        self._at, self._told = at, told
+
+    def step(self) -> Certificate | None:
+        """Count a step, and return the certificate if one is due."""
+        self.steps += 1
+        if self.steps % self.every:
+            return None
+        with self._at():
+            certificate = self._certify()
+        self.certificates.append((self.steps, certificate))
+        self._told(certificate)
+        return certificate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps so far, for a checkpoint."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue to count from a checkpoint's steps."""
+        self.steps = int(state["steps"])

@@ -1,0 +1,208 @@
+"""A pilot's search for a direction: what it finds is proved on all examples, and what it does not is searched there."""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from packsaddle import Verdict, certify, simulate
+from packsaddle.curvature import Bounds
+from packsaddle.curvature.search import EveryNth
+
+D, N = 12, 512
+
+
+class Point(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = nn.Parameter(torch.zeros(D, dtype=torch.float64))
+
+
+def quadratic(model: nn.Module, batch: Tensor) -> Tensor:
+    """A mean of x^T diag(z) x / 2 over rows z: the Hessian of a batch is the diagonal of its mean row."""
+    x = model.x
+    return (batch * x.square()).sum(1).mean() / 2  # type: ignore[operator, union-attr, no-any-return]
+
+
+def rows(last: float, spread: float = 0.3) -> Tensor:
+    """N rows about (2, ..., 2, last)."""
+    rng = torch.Generator().manual_seed(0)
+    means = torch.full((D,), 2.0, dtype=torch.float64)
+    means[-1] = last
+    return means + spread * torch.randn(N, D, generator=rng, dtype=torch.float64)
+
+
+def certificate(data: Tensor, **options: Any) -> Any:
+    options = {"epsilon": 1.0, "hessian_lipschitz": 0.25, "pilot_examples": 64, **options}
+    return certify(Point(), quadratic, list(data.split(8)), generator=torch.Generator().manual_seed(1), **options)
+
+
+@pytest.mark.parametrize("hvp", ["double-backward", "differences"])
+def test_a_pilots_direction_is_measured_on_all_examples(hvp: str) -> None:
+    data = rows(-1.0)
+    found = certificate(data, hvp=hvp)
+    alone = certificate(data, hvp=hvp, pilot_examples=0)
+    v = found.escape_direction
+    exact = float(v @ (data.mean(0) * v))
+    assert found.verdict is alone.verdict is Verdict.SADDLE
+    assert found.lambda_min_upper == pytest.approx(exact, abs=2 * found.hvp_error + 1e-12)
+    assert found.lambda_min_upper >= float(data.mean(0).min()) - 1e-12
+    assert (found.pilot_examples, alone.pilot_examples) == (64, None)
+    assert found.hvps == 1
+    assert found.backward_passes < alone.backward_passes
+    # Of the other side nothing is claimed.
+    assert found.lambda_min_lower == -math.inf
+    assert (found.lambda_max_lower, found.lambda_max_upper) == (-math.inf, math.inf)
+    assert found.to_dict()["lambda_max_upper"] is None
+    assert "found on 64 examples" in str(found)
+    assert alone.lambda_min_lower > -math.inf
+
+
+def test_passes_over_the_pilots_examples_count_by_their_share() -> None:
+    """One gradient and one product over all, and of 64 of 512 examples one eighth for two passes a product."""
+    found = certificate(rows(-1.0), hvp="double-backward")
+    assert found.backward_passes == math.ceil(1 + 2 + found.pilot_hvps * 2 / 8)
+
+
+def test_a_pilots_saddle_that_is_none_of_all_examples_is_not_believed() -> None:
+    """Every eighth batch bends down, all together up: the search over all decides."""
+    data = rows(2.0, spread=0.1)
+    misleading = data.clone().view(-1, 8, D)
+    misleading[::8, :, -1] = -1.0
+    found = certificate(misleading.view(N, D))
+    assert found.verdict is Verdict.SECOND_ORDER_STATIONARY
+    assert found.pilot_examples is None
+    assert found.lambda_min_lower <= float(misleading.view(N, D).mean(0).min())
+
+
+def test_a_saddle_that_the_pilot_does_not_see_is_found() -> None:
+    data = rows(-1.0, spread=0.0).view(-1, 8, D)
+    data[::8, :, -1] = 2.0
+    found = certificate(data.view(N, D))
+    assert found.verdict is Verdict.SADDLE
+    assert found.pilot_examples is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"pilot_examples": 0}, {"tolerance": 1e-2}, {"sharpness": 1e-2}, {"pilot_examples": N // 4}], ids=str
+)
+def test_there_is_no_pilot_where_it_gains_nothing(options: dict[str, Any]) -> None:
+    found = certificate(rows(-1.0), **options)
+    assert found.pilot_examples is None
+    assert found.lambda_min_lower > -math.inf
+
+
+def test_batches_too_large_for_a_pilot_are_all_read() -> None:
+    found = certify(Point(), quadratic, list(rows(-1.0).split(N // 4)), epsilon=1.0, hessian_lipschitz=0.25)
+    assert found.pilot_examples is None
+
+
+def test_workers_pilot_alike() -> None:
+    """Each takes every n-th of its own batches; one has no batch at all."""
+    data = rows(-1.0)
+    batches = list(data.split(8))
+
+    def work(rank: int) -> Any:
+        mine = batches[: 3 * len(batches) // 4] if rank == 0 else batches[3 * len(batches) // 4 :] if rank == 1 else []
+        return certify(
+            Point(),
+            quadratic,
+            mine,
+            epsilon=1.0,
+            hessian_lipschitz=0.25,
+            pilot_examples=64,
+            generator=torch.Generator().manual_seed(1),
+        )
+
+    found = simulate(work, 3)
+    assert {c.verdict for c in found} == {Verdict.SADDLE}
+    assert {c.pilot_examples for c in found} == {64}
+    assert len({c.lambda_min_upper for c in found}) == 1
+
+
+def test_sharpness_bounds_the_largest_eigenvalue() -> None:
+    rng = torch.Generator().manual_seed(3)
+    data = torch.rand(N, D, generator=rng, dtype=torch.float64) + torch.arange(D)
+    exact = float(data.mean(0).max())
+    rough, sharp = (certificate(data, sharpness=s, failure_probability=0.01) for s in (math.inf, 1e-3))
+    assert sharp.hvps > rough.hvps
+    assert sharp.lambda_max_upper - sharp.lambda_max_lower <= 1e-3 * exact
+    assert sharp.lambda_max_lower - 1e-9 <= exact <= sharp.lambda_max_upper + 1e-9
+    w = sharp.sharpest_direction
+    assert float(w @ (data.mean(0) * w)) == pytest.approx(sharp.lambda_max_lower, abs=1e-9)
+
+
+def test_sharpness_is_asked_for_where_the_gradient_is_too_large() -> None:
+    data = rows(-1.0)
+
+    def sloped(model: nn.Module, batch: Tensor) -> Tensor:
+        return quadratic(model, batch) + 10 * model.x.sum()  # type: ignore[operator, union-attr]
+
+    found = certify(Point(), sloped, list(data.split(8)), epsilon=1.0, hessian_lipschitz=0.25, sharpness=0.1)
+    assert found.verdict is Verdict.GRADIENT_TOO_LARGE
+    assert found.lambda_max_upper - found.lambda_max_lower <= 0.1 * found.lambda_max_upper
+    assert "lambda_max" in str(found)
+
+
+def test_progress_tells_bounds_that_close_in() -> None:
+    told: list[Bounds] = []
+    data = rows(-1.0)
+    certificate(data, progress=told.append)
+    exact = float(data.view(-1, 8, D)[::8].mean((0, 1)).min())  # of the pilot's examples
+    assert [b.products for b in told] == list(range(1, len(told) + 1))
+    assert all(b.lambda_min[0] <= exact + 1e-9 for b in told)
+    assert all(b.lambda_min[1] >= exact - 1e-9 for b in told)
+    assert all(later.lambda_min[1] <= earlier.lambda_min[1] + 1e-9 for earlier, later in pairwise(told))
+    assert {(b.examples, b.threshold) for b in told} == {(64, -0.5)}
+    assert str(told[-1]).startswith("lambda_min in [")
+
+
+def test_every_nth_batch_can_be_read_again() -> None:
+    every = EveryNth([1, 2, 3, 4, 5], 2)
+    assert [list(every), list(every)] == [[1, 3, 5], [1, 3, 5]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pilot_examples": -1}, r"pilot_examples must not be negative, got -1"),
+        ({"sharpness": 0.0}, r"sharpness must be positive, got 0\.0"),
+    ],
+    ids=["pilot", "sharpness"],
+)
+def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        certificate(rows(-1.0), **options)
+
+
+def test_differences_in_double_precision_are_double_backward_at_kinks() -> None:
+    """ReLU's kinks are further from a point than the steps that double precision allows; a first step crosses many."""
+    rng = torch.Generator().manual_seed(5)
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 6)).double()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=rng))
+        model[0].bias.mul_(1e-2)  # type: ignore[operator, union-attr]
+    x = 1e-3 * torch.randn(256, 6, generator=rng, dtype=torch.float64)
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) - 1).square().mean()
+
+    found: dict[str, Any] = {}
+    for hvp in ("double-backward", "differences"):
+        found[hvp] = certify(
+            model,
+            loss_fn,
+            [x],
+            epsilon=10.0,
+            hessian_lipschitz=1e-4,
+            hvp=hvp,  # type: ignore[arg-type]
+            generator=torch.Generator().manual_seed(0),
+        )
+    exact, differences = found["double-backward"], found["differences"]
+    assert differences.verdict is exact.verdict
+    assert differences.hvp_error < 1e-6
+    assert differences.lambda_min_upper == pytest.approx(exact.lambda_min_upper, abs=1e-5)
