@@ -482,7 +482,7 @@ class Membership:
         return self.roster.state_dict() | {name: getattr(self, f"_{name}") for name in _OWN} | {"worker": self.worker}
 
     def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
-        """Restore `state_dict`, of a worker after this number of inner steps."""
+        """Restore `state`, from `state_dict`, of a worker after this number of inner `steps`."""
         self.roster.load_state_dict(state)
         for name in _OWN:
             setattr(self, f"_{name}", state[name])

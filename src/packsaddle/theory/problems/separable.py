@@ -34,6 +34,7 @@ class Quadratic(Problem):
 
     @property
     def d(self) -> int:  # type: ignore[override]
+        """The dimension of x."""
         return len(self.curvatures)
 
     def _coefficients(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,7 +146,7 @@ class DoubleWells(Problem):
 
 @dataclass(frozen=True)
 class QuadraticQuartic(Problem):
-    """f = x_1^4 / 4 - x_1^2 / 2 + ||y||^2 / 2: one strict saddle at 0, two minima at +-e_1 of -1 / 4.
+    """One strict saddle at 0 and two minima at +-e_1 of -1 / 4: f = x_1^4 / 4 - x_1^2 / 2 + ||y||^2 / 2, y of d - 1.
 
     >>> import torch
     >>> from packsaddle.theory.problems import QuadraticQuartic
@@ -213,7 +214,7 @@ class Octopus(Problem):
         return float(4 * self.big * self.tau**2 - self._bridge(end))
 
     def stage(self, x: Tensor) -> int:
-        """Return how many legs have been passed: the number of leading coordinates with |x_i| >= 2 tau."""
+        """Return how many legs x, float[d], has passed: the number of leading coordinates with |x_i| >= 2 tau."""
         passed = (x.abs() >= 2 * self.tau).tolist()
         return passed.index(False) if False in passed else self.d
 
@@ -261,6 +262,9 @@ class Octopus(Problem):
         return points
 
     def constants(self, ball: float) -> tuple[float, float]:
-        """L and rho wherever f is defined: the largest second and third derivatives of g_1 and of g_2 x^2, added up."""
+        """Return L and rho, wherever f is defined, whatever `ball`.
+
+        They are the largest second and third derivatives of g_1 and of g_2 x^2, added up.
+        """
         s = self.big + self.gamma
         return 2 * self.big + 20 * s, 200 * s / self.tau
