@@ -517,7 +517,7 @@ class LocalUpdates:
             raise RuntimeError(
                 f"gradients are equal bit for bit on all {len(prints)} workers at the first step: either they are "
                 f"exchanged as well (by DistributedDataParallel, say; see packsaddle.keep_gradients_local), or all "
-                f"workers have the same batch (DistributedSampler?)"
+                f"workers have the same batch: give each its own, by a DistributedSampler or as data[rank::workers]"
             )
 
     @property
