@@ -117,6 +117,7 @@ class QSGD(Compressor):
 
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
+        """True if levels travel in a fixed width."""
         return not self._codes_levels
 
     @property

@@ -49,10 +49,12 @@ class Stages(Compressor):
 
     @property
     def private(self) -> bool:  # type: ignore[override]
+        """True if the compressor's randomness differs between workers."""
         return self.compressor.private
 
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
+        """True if the sizes of the compressor's parts depend on d alone."""
         return self.compressor.fixed_size
 
     def mu(self, d: int) -> float:

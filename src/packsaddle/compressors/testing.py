@@ -15,7 +15,7 @@ STANDARD_ERRORS = 5.0  # a correct random compressor fails a comparison about on
 
 
 def nasty_vectors() -> dict[str, Tensor]:
-    """Return flat vectors by name: zeros, a spike, ties, denormals, 1e+-30 scales, one coordinate, and so on.
+    """Return flat vectors, float[n], by name: zeros, a spike, ties, denormals, scales of 1e+-30, one coordinate, ....
 
     >>> from packsaddle.compressors.testing import nasty_vectors
     >>> sorted(nasty_vectors())[:3]

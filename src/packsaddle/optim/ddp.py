@@ -195,7 +195,8 @@ class DDPHook(GradientHook):
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's e^(i), in units of a gradient, by parameter, with its share of what the exchange holds.
 
-        The mean over workers is all that has not been applied yet. In a backward pass it is that of the step before.
+        Each is shaped as its parameter, in float32 or wider. The mean over workers is all that has not been
+        applied yet. In a backward pass it is that of the step before.
         """
         self._settle()
         found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}

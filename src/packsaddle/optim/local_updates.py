@@ -607,7 +607,10 @@ class LocalUpdates:
         return torch.cat([found[name].reshape(-1) for name in self._parameters])
 
     def anchor(self) -> dict[str, Tensor]:
-        """Return copies of the anchor, the same on all workers, by parameter; of this process's shards."""
+        """Return copies of the anchor a by parameter, float32 or wider and shaped as this process's shard of it.
+
+        The anchor is the same on all workers.
+        """
         found = {place.name: v.clone() for part in self._fragments for place, v in part.named(part.anchor.flat)}
         return {name: found[name] for name in self._parameters}
 

@@ -518,7 +518,7 @@ class Membership:
         _log.info("worker %x continues with its memory in %s, of norm %.3g", self.worker, path, self._norm)
 
     def pending(self) -> dict[str, Tensor]:
-        """Return what this worker has moved and not sent, by parameter."""
+        """Return what this worker has moved and not sent, by parameter and shaped as it."""
         return {place.name: view for part in self._fragments for place, view in part.named(part.unapplied())}
 
     def _save(self) -> None:

@@ -358,7 +358,7 @@ class CompressedSGD(Optimizer):
 
     @property
     def steps(self) -> int:
-        """t, the number of steps taken."""
+        """The number of steps taken, t."""
         return self._step
 
     @property
@@ -399,7 +399,7 @@ class CompressedSGD(Optimizer):
 
     @property
     def numel(self) -> int:
-        """d, the number of coordinates."""
+        """The number of coordinates, d."""
         return self._flat.d
 
     def waits(self) -> list[float] | None:
@@ -465,9 +465,12 @@ class CompressedSGD(Optimizer):
                 self.state[p][name] = view
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state: per parameter "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor"
-        (x_t'); format, t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding
-        noise; the ledger's totals; resets. Tensors and plain types only. Each worker has its own."""
+        """Return this worker's state, of tensors and plain types only; each worker has its own.
+
+        It has "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor" (x_t') of each parameter, shaped as
+        it; format, t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding
+        noise; the ledger's totals; resets.
+        """
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update(self._identity(), format=FORMAT, step=self._step, unit=self._memory.unit)

@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def noise_norm(self) -> float:
-        """r sqrt(d). Compression errors stay below what the noise starts only if this is about sigma or more."""
+        """The norm of xi, r sqrt(d): compression errors stay below the noise only if it is about sigma or more."""
         return self.noise * math.sqrt(self.assumptions.d)
 
     @property

@@ -11,7 +11,7 @@ from packsaddle.theory.problems.base import CriticalPoint, Problem
 
 @dataclass(frozen=True)
 class Quadratic(Problem):
-    """f = sum_i (curvatures_i x_i^2 / 2 + slopes_i x_i), where linear recursions are exact: rho = 0.
+    """A quadratic, f = sum_i (curvatures_i x_i^2 / 2 + slopes_i x_i), where linear recursions are exact: rho = 0.
 
     With curvatures of both signs its critical point is a saddle; with none at all the gradient is constant.
     Unbounded below unless all curvatures are positive. `slopes` are zeros by default. Raises ValueError if their
@@ -62,10 +62,11 @@ class Quadratic(Problem):
 
 @dataclass(frozen=True)
 class Cosine(Problem):
-    """f = w^3 (1 - cos(x_1 / w)) + sum_{i > 1} (1 - cos x_i), w = `width` in (0, 1]: Assumption A globally.
+    """A sum of cosines, f = w^3 (1 - cos(x_1 / w)) + sum_{i > 1} (1 - cos x_i), w = `width` in (0, 1].
 
-    L = rho = 1 and f_max = 2 w^3 + 2 (d - 1). Critical: w pi Z times pi Z^(d - 1). The saddle at w pi e_1 has curvature
-    -w, so it can be as weak as the theorems allow, and f falls by 2 w^3 from there. Raises ValueError for other w.
+    Assumption A holds everywhere: L = rho = 1 and f_max = 2 w^3 + 2 (d - 1). Critical: w pi Z times pi Z^(d - 1). The
+    saddle at w pi e_1 has curvature -w, so it can be as weak as the theorems allow, and f falls by 2 w^3 from there.
+    Raises ValueError for other w.
 
     >>> from packsaddle.theory.problems import Cosine
     >>> Cosine(3).constants(1.0)
@@ -114,7 +115,9 @@ class Cosine(Problem):
 
 @dataclass(frozen=True)
 class DoubleWells(Problem):
-    """f = sum_i (x_i^4 / 4 - x_i^2 / 2): critical {-1, 0, 1}^d, index the number of zeros, 2^d minima of -d / 4.
+    """A sum of double wells, f = sum_i (x_i^4 / 4 - x_i^2 / 2), with 2^d minima of -d / 4.
+
+    Critical: {-1, 0, 1}^d, whose index is the number of zeros.
 
     >>> import torch
     >>> from packsaddle.theory.problems import DoubleWells
