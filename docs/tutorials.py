@@ -76,7 +76,7 @@ def page(script: Path, outputs: Sequence[str]) -> str:
         if output := next(printed):
             blocks.append(f"```text\n{output}\n```")
     name = script.relative_to(ROOT)
-    blocks.append(f"*This page is [{name}](../../{name}) with what it printed and drew; `make tutorials` writes it.*")
+    blocks.append(f"*`make tutorials` writes this page from the script and its output:\n[{name}](../../{name}).*")
     return "\n\n".join(blocks) + "\n"
 
 

@@ -39,12 +39,12 @@ def shell(command: str) -> None:
 # %% [markdown]
 # ## A configuration
 #
-# A run is described by a TOML file. This one trains an autoencoder: it squeezes an image of 64 pixels into 10 numbers
-# and restores it. The table `[compressor]` is the point: each worker sends 1% of the coordinates of its gradient in a
+# A TOML file describes a run. This one trains an autoencoder, which encodes an image of 64 pixels in 10 numbers and
+# restores it. By the table `[compressor]` each worker sends 1% of the coordinates of its gradient in a
 # step, the largest ones. It keeps the rest in memory, and adds it to the next gradient.
 #
 # We write two files. The second is for a comparison later: it has the compressor `Identity`, which sends everything.
-# `packsaddle init config.toml --task digits` writes a longer file, with a comment beside every key there is.
+# `packsaddle init config.toml --task digits` writes a longer file, with a comment on every key.
 
 # %%
 CONFIG = """
@@ -72,7 +72,7 @@ Path("dense.toml").write_text(CONFIG.replace("TopK", "Identity").replace("ratio 
 # ## Train
 #
 # `packsaddle run` starts the two worker processes on this machine, trains, and writes everything into a new folder.
-# It prints its progress, and at the end a table sums the run up.
+# It prints its progress, and at the end a summary.
 
 # %% tags=["varies"]
 shell("packsaddle run topk.toml --out runs/topk")

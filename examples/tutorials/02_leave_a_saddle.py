@@ -151,8 +151,8 @@ figure.savefig("runs/02_leave_a_saddle.png", dpi=120)
 # weights move a little at random, and the negative curvature multiplies that little movement at every step. Both runs
 # end at the best loss that this network can have.
 #
-# The compressed run leaves the saddle as well, with a 14th of the bytes. What TopK does not send in a step it keeps
-# for later steps, noise included. It needs longer: the two steps in its curve are further saddles, at which the
+# The compressed run leaves the saddle as well, with a 14th of the bytes. TopK's error memory keeps the rest of a
+# step, noise included, for later steps. It needs longer: the two steps in its curve are further saddles, at which the
 # network has found some of the four directions and not yet the others.
 #
 # ## Certify the end
@@ -175,6 +175,6 @@ for name in ("no noise", "noise, TopK 5%"):
 #
 # ## Next
 #
-# - What each line of a certificate means, and which rho to take: [certificates](docs/certificates.md).
+# - The lines of a certificate, and which rho to take: [certificates](docs/certificates.md).
 # - How much noise: [choosing](docs/choosing.md).
 # - The paper's own figure with this effect, on MNIST: [Figure 2](experiments/figure2/README.md).

@@ -3,7 +3,7 @@
 #
 # Data-parallel training exchanges gradients at every step. A model of a million parameters has 4 MB of them, and a
 # link of 50 Mbit/s carries 6 MB in a second: the workers wait for the network, and not for the processor.
-# `LocalUpdates` lets each worker step alone. After some steps the workers exchange what they have moved, compressed.
+# `LocalUpdates` lets each worker step alone. After some steps the workers exchange their changes, compressed.
 # In this tutorial you
 #
 # 1. train the same model by both methods, with four simulated workers in one process;
@@ -61,9 +61,8 @@ print(f"{sum(p.numel() for p in new_model().parameters()):,} parameters")
 # %% [markdown]
 # ## Gradients at every step
 #
-# `packsaddle.simulate(worker, workers=4)` calls `worker(rank)` for each rank, in one process. What the workers
-# exchange inside is what four processes would exchange, and the bytes are those of four processes. So you can try
-# methods without a cluster.
+# `packsaddle.simulate(worker, workers=4)` calls `worker(rank)` for each rank, in one process. The workers
+# exchange the same messages and bytes as four processes. So you can try methods without a cluster.
 #
 # The first worker function does what DistributedDataParallel does: it averages the gradients at every step. In the
 # simulation we write that out. A `Communicator` averages a tensor over the workers and counts the bytes.
@@ -184,8 +183,8 @@ print(done.stdout[done.stdout.index("local updates") :])
 # How to read it:
 #
 # - `step ms` is the time of one step, `computes` the share of it in which the worker does not wait.
-# - `x steps` is the price: a setting needs so many times the steps of dense training. It was measured on one small
-#   language model, so take it as a rough guide for yours.
+# - `x steps` is the price: the steps that a setting needs over those of dense training. It was measured on one small
+#   language model, so it is a rough guide for yours.
 # - The first sentence below the table weighs both. A dense step takes about 10 seconds on this link, nearly all of it
 #   waiting. The best setting makes the same progress in a fraction of a second.
 # - `kept` means `keep_unsent=True`, which is the default.

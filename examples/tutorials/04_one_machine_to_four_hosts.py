@@ -44,7 +44,7 @@ def start(command: str, **variables: str) -> subprocess.Popen[str]:
 #
 # - `init_process_group("gloo")` joins the workers. torchrun tells each one its number in environment variables.
 # - Each worker takes its own part of the data, by `rank`.
-# - `LocalUpdates` exchanges what the workers have moved every 10 steps.
+# - `LocalUpdates` exchanges the changes of the workers every 10 steps.
 # - `load_checkpoint` and `save_checkpoint` are called by all workers. Each writes its own file, since each has its own
 #   optimizer state and its own memory of what it has not sent. Without a checkpoint `load_checkpoint` returns None.
 #
@@ -177,8 +177,8 @@ print("the weights are those of the run on one machine:", digests[0] == digests[
 # Four workers on one machine without a failure, and four hosts with a failure and a second start: the weights are
 # the same, bit for bit.
 #
-# torchrun can start the workers again by itself, with `--max-restarts 3`. What that needs is in
-# [several machines](docs/multi-node.md#when-a-machine-is-late-or-gone).
+# torchrun can start the workers again by itself, with `--max-restarts 3`
+# ([how](docs/multi-node.md#when-a-machine-is-late-or-gone)).
 #
 # ## Four machines
 #
@@ -197,7 +197,7 @@ print("the weights are those of the run on one machine:", digests[0] == digests[
 # machine. The machines must trust each other: whoever can reach these ports can join
 # ([ports, and who may connect](docs/multi-node.md#ports-and-who-may-connect)).
 #
-# A checkpoint folder need not be shared while the number of machines stays: each worker reads its own file. To go on
+# A checkpoint folder need not be shared while the number of machines stays: each worker reads its own file. To continue
 # with fewer machines, put it on a disk that all can read.
 #
 # To try slow links between hosts without a second machine you need Linux and root:

@@ -1,36 +1,18 @@
 """Every public name has an example of a few lines, in its docstring or on its page of docs/api, which runs."""
 
 import doctest
-import importlib
 import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
+from api_pages import PAGES, documented, found
 
 import packsaddle
 
-API = Path(__file__).parents[2] / "docs" / "api"
-PAGES = sorted(page for page in API.glob("*.md") if page.name != "index.md")
 PARSER = doctest.DocTestParser()
-
-
-def documented(page: Path) -> list[str]:
-    return re.findall(r"\.\. auto(?:function|class|module):: ([\w.]+)", page.read_text())
-
-
-def found(name: str) -> Any:
-    """The object of a dotted name; modules are imported where a package does not have them."""
-    parts = name.split(".")
-    thing = importlib.import_module(parts[0])
-    for i, part in enumerate(parts[1:], 2):
-        if not hasattr(thing, part):
-            importlib.import_module(".".join(parts[:i]))
-        thing = getattr(thing, part)
-    return thing
 
 
 def on_page(page: Path) -> list[str]:

@@ -31,7 +31,7 @@ _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, t
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint cannot be written, read, or used here; the message is one line.
+    """The error of a checkpoint that cannot be written, read, or used here; the message is one line.
 
     >>> import tempfile
     >>> import torch

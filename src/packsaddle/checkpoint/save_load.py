@@ -57,7 +57,7 @@ class Checkpoint:
     Checkpoint(step=10, extra={}, workers=1)
     """
 
-    step: int
+    step: int  # after which it was saved
     extra: dict[str, Any]  # as it was saved
     workers: int  # how many saved it
     notes: tuple[str, ...] = field(default=(), repr=False)  # what a user should know, a line each
@@ -72,15 +72,17 @@ def save_checkpoint(
     extra: Mapping[str, Any] | None = None,
     process_group: Group | ProcessGroup | None = None,
 ) -> Path:
-    """Write this worker's files of a step, to FOLDER/step-STEP/, and remove those of all but the `keep` newest steps.
+    """Write this worker's files of a step, to FOLDER/step-STEP/, and remove all but those of the `keep` newest steps.
 
     Collective: every worker calls it between the same two steps. Tensors that are equal to worker 0's, by their
     sha256, are written by worker 0 alone; nothing else travels, and no worker waits for another's writing. Workers may
     have one folder or each its own. `parts` maps names to whatever has a state_dict and a load_state_dict; `extra` is
-    what else the run needs: tensors and plain types. Returns the step's folder.
+    what else the run needs: tensors and plain types. `process_group` has the workers; None is the default group if
+    there is one, else this process alone. Returns the step's folder.
 
-    Raises CheckpointError if the files cannot be written, with those of earlier steps as they were; if a state is not
-    plain; and if the folder has later steps, which this run cannot have loaded. The latter two on every worker.
+    Raises CheckpointError if the files cannot be written, with those of earlier steps as they were; and on every worker
+    if `keep` is below 2 or `step` below 0, if a state is not plain, or if the folder has later steps, which this run
+    cannot have loaded.
 
     >>> import tempfile
     >>> import torch
@@ -137,12 +139,13 @@ def _unwritable(folder: Path, step: int, error: OSError) -> CheckpointError:
 def load_checkpoint(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:
-    """Restore the newest step of which every worker's files are whole; collective. None if there is none yet.
+    """Restore the newest step in `folder` of which every worker's files are whole; collective. None if there is none.
 
     Steps that are newer and not whole are set aside (as step-STEP.unusable), with a warning. On another number of
     workers than it was saved by, x is kept, and each gets the mean of the error memories, with a warning. On the same,
     training continues bit for bit. Raises CheckpointError, on every worker and with all parts as they were, if nothing
-    is whole, if a part does not fit (another model, another seed, ...), or if it cannot be carried over.
+    is whole, if a part does not fit (another model, another seed, ...), or if it cannot be carried over. `parts` and
+    `process_group` are as in `save_checkpoint`.
 
     >>> import tempfile
     >>> import torch

@@ -10,7 +10,9 @@ _KEPT = 1000  # spans
 
 @dataclass(frozen=True)
 class Bytes:
-    """Bytes of one worker. `payload`: its own messages. `sent`, `received`: on the wire, forwarding included.
+    """Numbers of bytes of one worker: `payload` is its own messages; `sent` and `received` cross the wire.
+
+    In a ring all-reduce a worker also forwards the messages of others, which `sent` and `received` include.
 
     >>> from packsaddle import Bytes
     >>> Bytes(payload=4, sent=8, received=8) + Bytes(sent=1)
@@ -41,11 +43,11 @@ class Span:
 
     first: int
     last: int
-    by_purpose: Mapping[str, Bytes]
+    by_purpose: Mapping[str, Bytes]  # bytes of each of these steps
 
 
 class Ledger:
-    """Counts every collective.
+    """The record of one worker's bytes, of every collective by step and purpose.
 
     Steps that move equal bytes are kept as one `Span`, and of spans the newest 1,000, so that a run of any length needs
     little memory. Totals are of all steps.
@@ -140,6 +142,6 @@ class Ledger:
         return [[*key, b.payload, b.sent, b.received] for key, b in self._totals.items()]
 
     def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
-        """Restore totals saved by `state_dict`."""
+        """Restore the totals in `state`, from `state_dict`."""
         self._totals = {(purpose, collective): Bytes(*counts) for purpose, collective, *counts in state}
         self._spans.clear()

@@ -15,7 +15,7 @@ from packsaddle.comm.group import Group, TorchGroup, same_workers
 
 
 class MachineGroup(Group):
-    """Machines as the workers: `rank` is this process's machine, `size` their number.
+    """The group whose workers are machines: `rank` is this process's machine, `size` their number.
 
     `within` is the process group of this machine, for DistributedDataParallel(model, process_group=group.within).
     Every process of a machine must call the same collectives with the same values.

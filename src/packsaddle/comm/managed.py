@@ -31,7 +31,9 @@ _c10d: Any = dist.distributed_c10d
 
 
 class ManagedGroup(Group):
-    """The workers of a Manager's latest quorum. `rank` and `size` are those of the last `renew`.
+    """The group of the workers in a Manager's latest quorum. `rank` and `size` are those of the last `renew`.
+
+    Raises MissingExtraError without torchft.
 
     >>> group = ManagedGroup(manager)  # doctest: +SKIP
     >>> group.renew()  # doctest: +SKIP

@@ -135,10 +135,11 @@ class FusedGroup(Group):
 
 
 def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
-    """Run worker(rank) for each rank of a simulated world, one at a time, and return the results by rank.
+    """Run worker(rank) for each rank of a simulated group of `workers`, and return the results by rank.
 
-    Inside, `CompressedSGD(..., process_group=None)` finds the simulated group. Raises ValueError if `workers`
-    is below 1, RuntimeError if the workers' collectives do not match, and whatever a worker raises.
+    Workers run one at a time, in this process. Inside, `CompressedSGD(..., process_group=None)` finds the simulated
+    group. Raises ValueError if `workers` is below 1, RuntimeError if the workers' collectives do not match, and
+    whatever a worker raises.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, TopK, simulate

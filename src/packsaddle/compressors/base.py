@@ -20,7 +20,7 @@ _PART = 1 << 20  # coordinates that are compressed to predict the bytes of a mes
 
 @dataclass(frozen=True)
 class Message:
-    """C(v) as it travels: `parts` cross the wire; `context` every worker knows without being told.
+    """The message of a vector: `parts` cross the wire; `context` every worker computes for itself.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -31,7 +31,7 @@ class Message:
     10
     """
 
-    parts: Mapping[str, Tensor]  # flat tensors by what they are for: "values", "indices", "scales", ...
+    parts: Mapping[str, Tensor]  # flat tensors [n], of any dtype, by content: "values", "indices", "scales", ...
     context: Any = None  # from shared randomness, such as RandomK's support; costs no bytes
 
     @property
@@ -63,8 +63,9 @@ def check_count(name: str, value: Any) -> None:
 class Compressor(ABC):
     """A (possibly random) map C of flat vectors, written as `encode` to a message and `add_decoded` from it.
 
-    A subclass is a frozen dataclass that writes `mu`, `encode` and `add_decoded`; `check_compressor` of
-    `packsaddle.compressors.testing` tries it. It also overrides
+    It satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 (Definition 2.1 of the paper). A subclass is a frozen dataclass
+    that writes `mu`, `encode` and `add_decoded`; `check_compressor` of `packsaddle.compressors.testing` tries it. It
+    also overrides
     - `linear`, to return True, if it is; then `encode` makes one floating part, linear in v, whose length v does
       not change;
     - `receive` if its messages have a context;
@@ -113,10 +114,10 @@ class Compressor(ABC):
 
     @abstractmethod
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        """Add alpha * C(v) to out, float[d], in place."""
+        """Add alpha * C(v) to out, float[d], in place; `message` is from `encode` or `receive`."""
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        """Return the message whose parts another worker sent; `seed` and `step` are those of its `encode`."""
+        """Return another worker's message of d coordinates from its parts; `seed`, `step` are those of its `encode`."""
         return Message(parts)
 
     def support_of(self, message: Message, d: int) -> Tensor | None:
@@ -138,9 +139,9 @@ class Compressor(ABC):
         return [(d, 1.0)] if self.lossless else None
 
     def shared_cells(self, d: int) -> tuple[int, int] | None:
-        """Return number and size of the cells of v if messages are the values at some of them; else None.
+        """Return number and size of the cells of v, float[d], if messages are the values at some of them; else None.
 
-        Which cells these are all workers know, and v's values do not matter; the message's context is the
+        All workers know which cells these are, and v's values do not matter; the message's context is the
         `sparse.Cells`, and "values" its one part.
         """
         return None
@@ -185,7 +186,7 @@ class RatioRamp:
     """The compressor for a step: its ratio falls geometrically from `first` to the compressor's own at step `stop`.
 
     Deep Gradient Compression (Lin et al. 2018, section 3.3) warms up so, from 25% over the first epochs. Raises
-    ValueError if the compressor has no ratio, or `first` is below it or above 1.
+    ValueError if the compressor has no ratio, if `first` is below it or above 1, or if `stop` is below 1.
 
     >>> from packsaddle import RatioRamp, TopK
     >>> ramp = RatioRamp(TopK(0.01), stop=100)
@@ -193,9 +194,9 @@ class RatioRamp:
     [0.25, 0.05, 0.01]
     """
 
-    compressor: Compressor
-    stop: int
-    first: float = 0.25
+    compressor: Compressor  # with a ratio: TopK, RandomK, SharedTopK, SketchTopK, LinearSketch
+    stop: int  # step from which on the compressor's own ratio holds, at least 1
+    first: float = 0.25  # ratio of step 0, in (0, 1]
 
     def __post_init__(self) -> None:
         ratio = getattr(self.compressor, "ratio", None)

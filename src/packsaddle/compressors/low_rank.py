@@ -13,13 +13,15 @@ from packsaddle.numerics.seeds import Stream, generator
 
 @dataclass(frozen=True)
 class LowRank(Compressor):
-    """Each tensor, seen as a matrix M, becomes P P^T M with P an orthonormal basis of M Q, Q of `matrix_rank` columns.
+    """The compressor of PowerSGD: low-rank factors of each tensor (Vogels et al. 2019, Algorithm 1).
 
-    Over workers (`comm.aggregators.LowRankAllReduce`) P comes from an all-reduce of M Q and P^T M from a second one,
-    and Q is the last step's P^T M: a step of power iteration each time. Called on one vector, or without the shapes
-    of `for_tensors`, Q is Gaussian and a vector is seen as a nearly square matrix. A tensor whose factors would
-    be no smaller is sent as it is. ||M - P P^T M|| is at most ||M||, and in the mean over random Q at most
-    sqrt(1 - matrix_rank / min(n, m)) of it.
+    A tensor, seen as a matrix M, float[n, m], becomes P P^T M with P, float[n, matrix_rank], an orthonormal basis of M
+    Q and Q float[m, matrix_rank]. Over workers (`comm.aggregators.LowRankAllReduce`) P comes from an all-reduce of M Q
+    and P^T M from a second one, and Q is the last step's P^T M: a step of power iteration each time. Called on one
+    vector, or without the shapes of `for_tensors`, Q is Gaussian and a vector is seen as a nearly square matrix. A
+    tensor whose factors would be no smaller is sent as it is. ||M - P P^T M|| is at most ||M||, and in the mean over
+    random Q at most sqrt(1 - matrix_rank / min(n, m)) of it. Raises ValueError unless matrix_rank is a positive
+    integer.
 
     >>> import torch
     >>> from packsaddle import LowRank
@@ -49,22 +51,22 @@ class LowRank(Compressor):
         return self if part == d else replace(self, shapes=())
 
     def matrices(self, v: Tensor) -> list[Tensor]:
-        """Return v's tensors as matrices, views where v allows it."""
+        """Return the tensors in v, float[d], as matrices float[n, m]: views."""
         tensors = torch.split(v, self._sizes(len(v)))
         return [t.view(shape) for t, shape in zip(tensors, self._shapes(len(v)), strict=True)]
 
     def rank(self, shape: tuple[int, int]) -> int:
-        """Return the rank used for a matrix: 0 if it is sent as it is."""
+        """Return the rank used for a matrix of this shape: 0 if it is sent as it is."""
         n, m = shape
         return self.matrix_rank if self.matrix_rank * (n + m) < n * m else 0
 
     def mu(self, d: int) -> float:
-        """Return the least share matrix_rank / min(n, m) over tensors (an expectation over random Q)."""
+        """Return the least matrix_rank / min(n, m) over the tensors of d coordinates (expected over random Q)."""
         shares = [self.rank(s) / min(s) for s in self._shapes(d) if self.rank(s)]
         return min([1.0, *shares])
 
     def gaussian(self, v: Tensor, *, seed: int, step: int) -> list[Tensor]:
-        """Return a random Q, float[m, rank], for each matrix."""
+        """Return a random Q, float[m, rank], for each matrix in v, float[d], a function of seed and step."""
         rng = generator(seed, step, Stream.SKETCH, device=v.device)
         qs = []
         for shape in self._shapes(len(v)):
@@ -78,7 +80,7 @@ class LowRank(Compressor):
         return self.message(matrices, ps)
 
     def message(self, matrices: list[Tensor], ps: list[Tensor]) -> Message:
-        """Return the message of P and P^T M (of M itself where the rank is 0)."""
+        """Return the message of `ps`, P float[n, rank], and P^T M of `matrices` (of M itself where the rank is 0)."""
         rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
         return Message({"left": _join(ps), "right": _join(rows)})
 
@@ -95,7 +97,7 @@ class LowRank(Compressor):
         return itemsize * sum(self.factor_sizes(d))
 
     def factor_sizes(self, d: int) -> tuple[int, int]:
-        """Return how many numbers the left factors have, and the right ones (with matrices sent as they are)."""
+        """Return how many numbers the left and right factors of d coordinates have; matrices sent whole are right."""
         shapes = self._shapes(d)
         left = sum(n * self.rank((n, m)) for n, m in shapes)
         return left, sum(self.rank((n, m)) * m if self.rank((n, m)) else n * m for n, m in shapes)

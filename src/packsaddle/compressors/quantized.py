@@ -19,7 +19,7 @@ _SLAB = 1 << 18  # coordinates at a time, so that scratch memory does not grow w
 
 @dataclass(frozen=True)
 class Sign(Compressor):
-    """C(v) = (||v||_1 / d) sign(v), one bit a coordinate and a scale (Karimireddy et al. 2019).
+    """The compressor C(v) = (||v||_1 / d) sign(v): one bit a coordinate and a scale (Karimireddy et al. 2019).
 
     ||v - C(v)||^2 = ||v||^2 - ||v||_1^2 / d, so mu = ||v||_1^2 / (d ||v||_2^2): 2/pi for a Gaussian v, 1/d at
     worst. With `per_tensor` each tensor of the model has its own scale. The sign of 0 is taken as +.
@@ -87,12 +87,13 @@ def _add_signs(signs: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
 
 @dataclass(frozen=True)
 class QSGD(Compressor):
-    """Stochastic rounding of |v| / ||v|| to `levels` levels, with signs and the norm (Alistarh et al. 2017).
+    """The compressor that rounds |v| / ||v|| at random to `levels` levels, with signs (Alistarh et al. 2017).
 
     The rounded Q(v) is unbiased with E||Q(v) - v||^2 <= omega ||v||^2, omega = min(b / s^2, sqrt(b) / s) for s
     levels and buckets of b coordinates that share a norm; so Q(v) / (1 + omega) is a mu-compressor with
     mu = 1 / (1 + omega), and that is C. A level and its sign take ceil(log2(2 s + 1)) bits, and `coded` about
-    their entropy, as most levels are 0 (see `compressors.levels`).
+    their entropy, as most levels are 0 (see `compressors.levels`). Raises ValueError unless levels and bucket are
+    positive integers and coded is True or False.
 
     >>> import torch
     >>> from packsaddle import QSGD
@@ -116,6 +117,7 @@ class QSGD(Compressor):
 
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
+        """True if levels travel in a fixed width."""
         return not self._codes_levels
 
     @property
@@ -128,7 +130,7 @@ class QSGD(Compressor):
         return (2 * self.levels).bit_length()
 
     def omega(self, d: int) -> float:
-        """Return the variance bound of the unscaled Q (Alistarh et al. 2017, Lemma 3.1)."""
+        """Return the variance bound of the unscaled Q on d coordinates (Alistarh et al. 2017, Lemma 3.1)."""
         b = min(d, self.bucket)
         return min(b / self.levels**2, math.sqrt(b) / self.levels)
 

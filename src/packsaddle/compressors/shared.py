@@ -17,9 +17,10 @@ from packsaddle.numerics.seeds import Stream, keys, mix
 
 @dataclass(frozen=True)
 class SharedTopK(KOfD):
-    """The blocks of largest estimated energy, the same on every worker; no index travels (after ARC-TopK, 2025).
+    """The compressor that keeps the blocks of largest estimated energy, the same on all workers (after ARC-TopK, 2025).
 
-    The vector is cut in B blocks of `block_size` b coordinates. Over workers (`comm.aggregators.ProjectedAllReduce`)
+    No index travels. k is `ratio` * d, rounded and at least 1, or given. The vector is cut in B blocks of `block_size`
+    b coordinates. Over workers (`comm.aggregators.ProjectedAllReduce`)
     `projections` r random numbers G_j v_j of each block, G_j float[r, b] of independent N(0, 1), equal on all workers,
     are all-reduced; every worker keeps the same K blocks of largest ||G_j v_j||^2, v the mean; a second all-reduce
     carries their exact values (ARC-TopK, arXiv 2510.26709, does so with the rows of each matrix). Given the support C
@@ -46,6 +47,9 @@ class SharedTopK(KOfD):
     there can be. On gradients r = 2 keeps the most energy at equal bytes of r = 1, 2 and 4, and this b more than 64,
     256 and 1024 (experiments/shared-supports). Where B r + K b is d or more nothing is projected and all blocks are
     kept, exactly.
+
+    Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and the others are in
+    range.
 
     >>> import torch
     >>> from packsaddle import SharedTopK
@@ -89,7 +93,7 @@ class SharedTopK(KOfD):
         return -(-d // max(1, d * kept // k))  # the most blocks of which `kept` are k/d
 
     def grid(self, d: int) -> tuple[int, int, int]:
-        """Return how many blocks there are, how many are kept, and how many numbers each is judged by (0: all kept)."""
+        """Return the number of blocks of d coordinates, of kept blocks, and of projections of each (0: all kept)."""
         if not d:
             return 0, 0, 0
         b, r = self.block(d), self.projections
@@ -103,7 +107,7 @@ class SharedTopK(KOfD):
         return kept / blocks if d else 1.0
 
     def project(self, v: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return the projections of v's blocks, as they travel, [blocks * rows]."""
+        """Return the projections of v's blocks, bfloat16 or float[blocks * rows], a function of v, seed and step."""
         rows = self.grid(len(v))[2]
         sent = torch.bfloat16 if self.half else v.dtype
         if not rows:
@@ -111,7 +115,10 @@ class SharedTopK(KOfD):
         return project_blocks(v, self.block(len(v)), rows, keys(seed, step, Stream.PROJECTION)).to(sent)
 
     def choose(self, projected: Tensor, d: int, *, seed: int, step: int) -> Cells:
-        """Return the blocks of largest energy in their projections, [blocks * rows]; of equal ones from a random on."""
+        """Return the blocks of d coordinates of largest energy in `projected`, [blocks * rows].
+
+        Ties go to the first from a random block on, a function of seed and step.
+        """
         blocks, kept, rows = self.grid(d)
         if not rows:
             return Cells(torch.arange(blocks, device=projected.device), self.block(d))
@@ -136,7 +143,7 @@ class SharedTopK(KOfD):
         message.context.add_to(out, message.parts["values"].to(out.dtype), alpha)
 
     def payloads(self, d: int, itemsize: int) -> tuple[int, int]:
-        """Return the bytes of the projections and of the values; a vector's coordinate has `itemsize`."""
+        """Return the bytes of the projections and of the values of d coordinates of `itemsize` bytes."""
         blocks, kept, rows = self.grid(d)
         return blocks * rows * (2 if self.half else itemsize), kept * self.block(d) * itemsize
 

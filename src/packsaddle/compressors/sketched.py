@@ -28,12 +28,13 @@ class Candidates(NamedTuple):
 
 @dataclass(frozen=True)
 class SketchTopK(KOfD):
-    """The k largest of the P k coordinates of largest estimated magnitude, from a count sketch (Ivkin et al. 2019).
+    """The compressor that finds the k largest coordinates of a mean by a count sketch (Ivkin et al. 2019).
 
-    Over workers (`comm.aggregators.SketchedAllReduce`): the sketches are all-reduced, every worker finds the same P k
-    candidates in the *mean*, a second all-reduce carries their exact values, and the k of largest exact mean
-    magnitude stay; so one support serves all and the mean is compressed, as Theorem 3.1 wants. Called on one vector
-    it does the same by itself. P is `oversample`, 4 by default.
+    It keeps the k largest of the P k coordinates of largest estimated magnitude; k is `ratio` * d, rounded and at least
+    1, or given. Over workers (`comm.aggregators.SketchedAllReduce`): the sketches are all-reduced, every worker finds
+    the same P k candidates in the *mean*, a second all-reduce carries their exact values, and the k of largest exact
+    mean magnitude stay; so one support serves all and the mean is compressed, as Theorem 3.1 wants. Called on one
+    vector it does the same by itself. P is `oversample`, 4 by default.
 
     *Sketch.* `rows` R x `columns` c counters. A coordinate's estimate has variance at most ||v||^2 / c in each row (see
     `numerics.sketches`), and the median over rows is taken. Charikar et al. (2002) need c of order k and R of order
@@ -54,7 +55,8 @@ class SketchTopK(KOfD):
     more, and rounds nothing that matters less. Where R c + P k would be d or more no sketch is made: all values travel
     and the k largest stay, which is TopK of the mean.
 
-    mu is stated as k/d.
+    mu is stated as k/d. Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and
+    the others are in range.
 
     >>> import torch
     >>> from packsaddle import SketchTopK
@@ -90,7 +92,7 @@ class SketchTopK(KOfD):
     def shape(self, d: int) -> tuple[int, int, int]:
         """Return rows and columns of the sketch of d coordinates, and the number of candidates.
 
-        (0, 0, d) if no sketch is made, since the values themselves are as few numbers.
+        (0, 0, d) if no sketch is made, since the values themselves are no more numbers.
         """
         if not d:
             return 0, 0, 0
@@ -102,20 +104,20 @@ class SketchTopK(KOfD):
         return (rows, columns, candidates) if rows * columns + candidates < d else (0, 0, d)
 
     def hashes(self, d: int, *, seed: int, step: int) -> list[RowHash]:
-        """Return the rows' hashes."""
+        """Return the hash of each row of the sketch of d coordinates, a function of seed and step."""
         rows, columns, _ = self.shape(d)
         return [RowHash.draw(d, columns, seed=seed, step=step, row=r) for r in range(rows)]
 
     def sketch(self, v: Tensor, hashes: list[RowHash]) -> Tensor:
-        """Return the counters of v, as they travel, [rows * columns]."""
+        """Return the counters of v by the rows' `hashes`, bfloat16 or float[rows * columns]."""
         counters = [h.sketch(v) for h in hashes] or [v[:0]]
         return torch.cat(counters).to(torch.bfloat16 if self.half else v.dtype)
 
     def candidates(self, counters: Tensor, hashes: list[RowHash], d: int, *, seed: int, step: int) -> Tensor:
-        """Return the coordinates of largest estimated magnitude, increasing int64[m]; counters [rows * columns].
+        """Return the coordinates of largest estimated magnitude of d, increasing int64[m].
 
-        Coordinates that share a counter with a much larger one tie with it in that row, so ties must not be
-        broken by position, but from a random place on.
+        The counters are [rows * columns], by `hashes` of the same seed and step. Coordinates that share one with a much
+        larger one tie with it in that row, so ties must not be broken by position, but from a random place on.
         """
         if not hashes:
             return torch.arange(d, device=counters.device)
@@ -129,7 +131,7 @@ class SketchTopK(KOfD):
         )
 
     def keep(self, index: Tensor, values: Tensor, d: int) -> Candidates:
-        """Return the candidates, of which those stay that have the k largest of the exact values, float[m]."""
+        """Return the candidates `index`, int64[m], of d, and which k of them have the largest values, float[m]."""
         return Candidates(index, largest(values, min(len(index), self.count(d) if d else 0)))
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -154,7 +156,7 @@ class SketchTopK(KOfD):
         out.index_add_(0, index[kept], message.parts["values"][kept].to(out.dtype), alpha=alpha)
 
     def sketch_bytes(self, d: int, itemsize: int) -> int:
-        """Return the bytes of the counters; a vector's coordinate has `itemsize`."""
+        """Return the bytes of the counters of d coordinates of `itemsize` bytes."""
         rows, columns, _ = self.shape(d)
         return rows * columns * (2 if self.half else itemsize)
 
@@ -164,13 +166,16 @@ class SketchTopK(KOfD):
 
 @dataclass(frozen=True)
 class LinearSketch(Compressor):
-    """C(v) = S^T S v / (1 + omega) for a random sketch S of c rows: linear, all-reduced, no support to choose.
+    """The linear compressor C(v) = S^T S v / (1 + omega) of a random sketch S of c rows.
 
-    sketch "count": one row of a count sketch, omega = (d - n) / c with n the size of the last chunk of c
+    Messages are all-reduced, and no support is chosen (Charikar et al. 2002; the paper's Definition 2.2). The
+    sketch "count" is one row of a count sketch, omega = (d - n) / c with n the size of the last chunk of c
     (see `numerics.sketches`), so mu = 1 / (1 + omega) is c / d if c divides d, and never below the c / (c + d - 1)
-    of a sketch with independent hashes. sketch "gaussian": independent N(0, 1/c) entries, omega = (d + 1) / c,
+    of a sketch with independent hashes. The sketch "gaussian" has independent N(0, 1/c) entries, omega = (d + 1) / c,
     at the cost of c d Gaussians a step, so for small problems. S^T S v is unbiased with variance
     omega ||v||^2, and scaling by 1 / (1 + omega) makes it contract.
+
+    Raises ValueError unless exactly one of ratio and columns is given, in range, and the sketch is one of the two.
 
     >>> import torch
     >>> from packsaddle import LinearSketch
@@ -201,11 +206,11 @@ class LinearSketch(Compressor):
         return self if self.columns is None else replace(self, columns=max(1, round(self.columns * part / d)))
 
     def width(self, d: int) -> int:
-        """Return c for d coordinates."""
+        """Return c, the counters for d coordinates."""
         return max(1, min(d, self.columns if self.columns is not None else round((self.ratio or 0) * d)))
 
     def omega(self, d: int) -> float:
-        """Return the relative variance of S^T S v."""
+        """Return the variance of S^T S v over ||v||^2, for d coordinates."""
         if not d:
             return 0.0
         c = self.width(d)

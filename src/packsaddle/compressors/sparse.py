@@ -96,7 +96,7 @@ _CELLS_KEPT = 1024  # fewer would make the energy that one step keeps vary much
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """C(v) = v: no compression, on the same code path as everything else. mu = 1, linear.
+    """The compressor C(v) = v, which sends everything. mu = 1, linear.
 
     >>> import torch
     >>> from packsaddle import Identity
@@ -196,9 +196,10 @@ class _OfEachTensor(KOfD):
 
 @dataclass(frozen=True)
 class RandomK(_OfEachTensor):
-    """Keep k random coordinates, the same on every worker. mu = k/d, linear, no index bytes.
+    """The compressor that keeps k random coordinates, the same on every worker. mu = k/d, linear, no index bytes.
 
-    Not rescaled by d/k: under error feedback the kept part must be a contraction, not unbiased.
+    k is `ratio` * d, rounded and at least 1, or given (Stich et al. 2018). Values are not rescaled by d/k: under error
+    feedback the kept part must be a contraction, not unbiased.
 
     The vector is cut in cells of `block_size` b consecutive coordinates, of which the share k/d is kept (rounded
     up), each with the same probability; so each coordinate is kept with at least probability k/d, and memory is
@@ -209,6 +210,9 @@ class RandomK(_OfEachTensor):
     `values` rounds the values to fewer bits, and then C is not linear: an all-reduce would round the sum again,
     where no error memory sees it. So rounded messages are gathered, still without index bytes, and each
     worker's rounding error stays in its own memory.
+
+    Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and the others are in
+    range.
 
     >>> import torch
     >>> from packsaddle import RandomK
@@ -264,7 +268,7 @@ class RandomK(_OfEachTensor):
         return (self.grid(d)[0], self.block(d)) if self.linear else None
 
     def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
-        """Return the kept cells, a pure function of (seed, step)."""
+        """Return the kept cells of d coordinates on `device`, a pure function of (seed, step)."""
         if not self.per_tensor:
             n, m = self.grid(d)
             return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))
@@ -275,7 +279,7 @@ class RandomK(_OfEachTensor):
         return Cells(torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=device), 1)
 
     def support(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
-        """Return the kept coordinates, int64[...], a pure function of (seed, step)."""
+        """Return the kept coordinates of d, int64[...] on `device`, a pure function of (seed, step)."""
         return self.cells(d, seed=seed, step=step, device=device).coordinates(d)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -326,7 +330,9 @@ class _CodedSupport(Compressor):
 
 @dataclass(frozen=True)
 class TopK(_CodedSupport, _OfEachTensor):
-    """Keep the k coordinates of largest magnitude. mu >= k/d, not linear; values and coded indices travel.
+    """The compressor that keeps the k coordinates of largest magnitude. mu >= k/d, not linear.
+
+    k is `ratio` * d, rounded and at least 1, or given (Stich et al. 2018). Values and coded indices travel.
 
     With `chunk` n the ratio of each n consecutive coordinates of the vector is kept, rounded and at least one, and of
     fewer at its end in proportion. The largest k_j of n_j coordinates have at least k_j / n_j of their energy; added up
@@ -335,6 +341,9 @@ class TopK(_CodedSupport, _OfEachTensor):
 
     `values` rounds the values to fewer bits, which multiplies mu by `value_retention`; the rounding error stays in the
     error memory.
+
+    Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and the others are in
+    range.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -375,7 +384,10 @@ class TopK(_CodedSupport, _OfEachTensor):
         return (super().mu(d) if chunks is None else chunks.share) * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Give a section its share of the k largest; with `per_tensor` or `chunk` every part keeps its own k."""
+        """Give each section its share of the k largest, by `samples` float[1 or more] of `sizes` coordinates.
+
+        None with `per_tensor` or `chunk`, where every part keeps its own k.
+        """
         if self.per_tensor or self.chunk is not None:
             return None
         k = self.count(sum(sizes))
@@ -405,9 +417,10 @@ class TopK(_CodedSupport, _OfEachTensor):
 
 @dataclass(frozen=True)
 class AdaptiveTopK(_CodedSupport):
-    """Keep the smallest support that holds a share c of ||v||^2: a c-compressor for every v (Assumption D).
+    """The compressor that keeps the smallest support with a share c of ||v||^2: a c-compressor for every v.
 
-    How many coordinates that takes varies from step to step.
+    It is the paper's Assumption D made true. The number of coordinates sent varies from step to step. Raises
+    ValueError unless share is a float in (0, 1] and values is a format.
 
     >>> import torch
     >>> from packsaddle import AdaptiveTopK
@@ -428,7 +441,7 @@ class AdaptiveTopK(_CodedSupport):
         return self.share * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Give a section what the smallest support of all sections holds of its energy."""
+        """Give each section the share of its energy in the smallest support of all, by `samples`, whatever `sizes`."""
         return [replace(self, share=share) for share in shares_of_support(samples, self.share)]
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:

@@ -12,15 +12,17 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class Stages(Compressor):
-    """C(v) = C_1(r_0) + ... + C_p(r_{p-1}), r_0 = v and r_i = r_{i-1} - C_i(r_{i-1}), each C_i one compressor.
+    """The composition of `passes` passes of one compressor, each on the residual of the pass before.
 
-    v - C(v) = r_p, and r_i has at most the share 1 - mu of the energy of r_{i-1} in the mean over what is random in
-    pass i, which is independent of what was random before: so C is a (1 - (1 - mu)^p)-compressor if C_1 is a
-    mu-compressor. That of pass i is a function of (seed, step, i); the first is as without Stages. A message has the
-    parts of all passes, "1 signs", "2 signs", ...
+    C(v) = C_1(r_0) + ... + C_p(r_{p-1}) with r_0 = v and r_i = r_{i-1} - C_i(r_{i-1}). v - C(v) = r_p, and r_i has at
+    most the share 1 - mu of the energy of r_{i-1} in the mean over what is random in pass i, which is independent of
+    what was random before: so C is a (1 - (1 - mu)^p)-compressor if C_1 is a mu-compressor. That of pass i is a
+    function of (seed, step, i); the first is as without Stages. A message has the parts of all passes, "1 signs", "2
+    signs", ...
 
     For compressors that are not linear: a linear one sends the same with a larger ratio, in one part and by all-reduce.
-    Messages are gathered, also of those that would have an exchange of their own (LowRank, SketchTopK).
+    Messages are gathered, also of those that would have an exchange of their own (LowRank, SketchTopK). Raises
+    ValueError if the compressor is none, linear or lossless, or if passes is not a positive integer.
 
     >>> import torch
     >>> from packsaddle import Sign, Stages
@@ -47,10 +49,12 @@ class Stages(Compressor):
 
     @property
     def private(self) -> bool:  # type: ignore[override]
+        """True if the compressor's randomness differs between workers."""
         return self.compressor.private
 
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
+        """True if the sizes of the compressor's parts depend on d alone."""
         return self.compressor.fixed_size
 
     def mu(self, d: int) -> float:
@@ -66,12 +70,12 @@ class Stages(Compressor):
         return replace(self, compressor=self.compressor.for_tensors(shapes))
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Give a section in each pass what it would have in the first."""
+        """Give each section in every pass the compressor of its first, by `samples` and `sizes` as there."""
         allotted = self.compressor.apportion(samples, sizes)
         return None if allotted is None else [replace(self, compressor=compressor) for compressor in allotted]
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
-        """Return how often one pass at least sends a coordinate."""
+        """Return the share of the steps in which one pass at least sends a coordinate, for stretches of d."""
         rates = self.compressor.rates(d)
         return None if rates is None else [(n, 1 - (1 - rate) ** self.passes) for n, rate in rates]
 

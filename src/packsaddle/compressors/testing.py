@@ -15,7 +15,7 @@ STANDARD_ERRORS = 5.0  # a correct random compressor fails a comparison about on
 
 
 def nasty_vectors() -> dict[str, Tensor]:
-    """Return flat vectors by name: zeros, a spike, ties, denormals, 1e+-30 scales, one coordinate, and so on.
+    """Return flat vectors, float[n], by name: zeros, a spike, ties, denormals, scales of 1e+-30, one coordinate, ....
 
     >>> from packsaddle.compressors.testing import nasty_vectors
     >>> sorted(nasty_vectors())[:3]
@@ -47,10 +47,11 @@ def nasty_vectors() -> dict[str, Tensor]:
 
 
 def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | None = None, *, seeds: int = 200) -> None:
-    """Raise AssertionError, naming the property and the vector, unless `compressor` keeps its contract.
+    """Check a compressor against its contract, with every check of this module.
 
     `vectors` are flat floating tensors, `nasty_vectors()` by default; those that the compressor's own `validate`
-    refuses are left out. Expectations are means over `seeds` draws.
+    refuses are left out. Expectations are means over `seeds` draws. Raises AssertionError, which names the property
+    and the vector.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.compressors.testing import check_compressor
@@ -74,7 +75,9 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
 
 
 def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """E||v - C(v)||^2 <= (1 - mu) ||v||^2 with 0 < mu <= 1 (Definition 2.1).
+    """Check that E||v - C(v)||^2 <= (1 - mu) ||v||^2 with 0 < mu <= 1 (Definition 2.1).
+
+    `compressor` acts on v, float[d]; the mean is over `seeds` draws. Raises AssertionError, which begins with `where`.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -94,7 +97,9 @@ def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: i
 
 
 def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """C(v) is a function of (v, seed, step): the same twice, v and the global random state untouched.
+    """Check that C(v) is a function of (v, seed, step), and that v and the global random state stay as they are.
+
+    `compressor` acts on v, float[d]. Raises AssertionError, which begins with `where`.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -109,7 +114,9 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check that workers decode from the parts' bytes the vector that the sender subtracts, with alpha, and sizes.
+    """Check that a receiver decodes the vector that the sender subtracts, that alpha is a factor, and sizes.
+
+    `compressor` acts on v, float[d]. Raises AssertionError, which begins with `where`.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -141,7 +148,9 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """C(2 v) = 2 C(v), so that the error memory may hold eta e.
+    """Check that C(2 v) = 2 C(v), so that the error memory may hold eta e.
+
+    `compressor` acts on v, float[d]. Raises AssertionError, which begins with `where`.
 
     >>> import torch
     >>> from packsaddle import Sign
@@ -154,7 +163,9 @@ def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """C(a + b) = C(a) + C(b) at fixed randomness (Definition 2.2), to rounding of sums over all coordinates.
+    """Check that C(a + b) = C(a) + C(b) at fixed randomness (Definition 2.2), to rounding.
+
+    `compressor` acts on v, float[d], and its reverse. Raises AssertionError, which begins with `where`.
 
     >>> import torch
     >>> from packsaddle import RandomK
@@ -171,7 +182,10 @@ def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """`lossless` is C(v) = v, `aggregation` fits `linear`, `rates` and `shared_cells` say what is sent how often.
+    """Check the declared `lossless`, `aggregation`, `rates` and `shared_cells` against C(v).
+
+    `compressor` acts on v, float[d]; rates are means over `seeds` draws. Raises AssertionError, which begins with
+    `where`.
 
     >>> import torch
     >>> from packsaddle import RandomK
@@ -204,7 +218,7 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
 
 
 def check_empty(compressor: Compressor) -> None:
-    """A vector of no coordinates makes a message of no values and decodes to nothing.
+    """Check that the message of an empty vector decodes to one; raises AssertionError, naming the `compressor`.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.compressors.testing import check_empty

@@ -35,14 +35,16 @@ class Tracker(Protocol):
     """
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers of a step; steps do not decrease."""
+        """Record the `metrics` of a step, by name; steps do not decrease."""
 
     def finish(self) -> None:
         """Write what is left, and close."""
 
 
 class TensorBoard:
-    """Event files in a folder: `tensorboard --logdir FOLDER`. Raises MissingExtraError without tensorboard.
+    """A tracker that writes event files to a folder: `tensorboard --logdir FOLDER`.
+
+    Raises MissingExtraError without tensorboard.
 
     >>> from pathlib import Path  # doctest: +SKIP
     >>> from packsaddle.experiments.trackers import TensorBoard  # doctest: +SKIP
@@ -58,7 +60,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record scalars."""
+        """Record the `metrics` of a step as scalars."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
@@ -68,9 +70,10 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases, in FOLDER/wandb; offline, to be sent with `wandb sync`, unless WANDB_MODE says other.
+    """A tracker that records a run of Weights & Biases, in `folder`/wandb.
 
-    Raises MissingExtraError without wandb.
+    It is offline, to be sent with `wandb sync`, unless WANDB_MODE says other. `project`, `name` and `config` are those
+    of `wandb.init`. Raises MissingExtraError without wandb.
 
     >>> from pathlib import Path  # doctest: +SKIP
     >>> from packsaddle.experiments.trackers import WandB  # doctest: +SKIP
@@ -99,7 +102,7 @@ class WandB:
         )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record one row."""
+        """Record the `metrics` of a step as one row."""
         self._run.log(dict(metrics), step=step)
 
     def finish(self) -> None:
@@ -108,9 +111,10 @@ class WandB:
 
 
 class MLflow:
-    """A run of MLflow, in FOLDER/mlflow.db (SQLite), unless MLFLOW_TRACKING_URI names another store.
+    """A tracker that records a run of MLflow, in `folder`/mlflow.db (SQLite) or in the store of MLFLOW_TRACKING_URI.
 
-    `mlflow ui --backend-store-uri sqlite:///FOLDER/mlflow.db` shows it. Raises MissingExtraError without mlflow.
+    `mlflow ui --backend-store-uri sqlite:///FOLDER/mlflow.db` shows it. `experiment` and `name` are the experiment's
+    and the run's, `config` becomes its parameters. Raises MissingExtraError without mlflow.
 
     >>> from pathlib import Path  # doctest: +SKIP
     >>> from packsaddle.experiments.trackers import MLflow  # doctest: +SKIP
@@ -140,7 +144,7 @@ class MLflow:
             self._client.log_param(self._run_id, key, value)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record one batch of metrics."""
+        """Record the `metrics` of a step as one batch."""
         now = int(time.time() * 1000)
         found = [self._metric(name, value, now, step) for name, value in metrics.items()]
         self._client.log_batch(self._run_id, metrics=found)

@@ -52,8 +52,8 @@ def attach_among_workers(
 class WorkerState:
     """The state of one worker of local updates; a framework's checkpoint has worker 0's alone.
 
-    That is the state of `local`, of its optimizer and of the GradScaler, and the trained parameters and the buffers of
-    `model`. To be loaded after the framework has loaded its checkpoint.
+    That is the state of `local`, of its optimizer and of the GradScaler `scaler`, and the trained parameters and the
+    buffers of `model`. To be loaded after the framework has loaded its checkpoint.
 
     >>> import torch
     >>> import packsaddle
@@ -96,7 +96,7 @@ class WorkerState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
         if "local" not in state:
             raise ValueError("the state has no local updates; was it saved by a hook?")
         self.local.check_state_dict(state["local"])
@@ -150,10 +150,10 @@ def monitored(compressor: Compressor | Schedule | Compression, every: int) -> Co
 
 
 def measures(exchange: DDPHook | LocalUpdates | WorkerState) -> dict[str, float]:
-    """Return the numbers so far of a hook or of local updates, for a logger (docs/metrics.md).
+    """Return the numbers so far of an `exchange`, a hook or local updates, for a logger (docs/metrics.md).
 
     They are bytes on this worker's wire, steps, contraction: `mu` is there once `monitor_every` has measured it. A hook
-    has `sent_in_step`, local updates have `rounds`.
+    has `sent_in_step`, in bytes, local updates have `rounds`.
 
     >>> import torch
     >>> import packsaddle
@@ -200,10 +200,10 @@ def save_state(exchange: DDPHook | WorkerState, folder: str | Path) -> None:
 
 
 def load_state(exchange: DDPHook | WorkerState, folder: str | Path) -> bool:
-    """Restore what `save_state` wrote; collective. Without any file, warn, leave all as it is and return False.
+    """Restore an `exchange` from the files of `save_state` in a `folder`; collective. Return False if there is none.
 
-    Raises ValueError, with nothing changed, if only some workers have a file, if these are of different steps, or if
-    they do not fit (another number of workers, another seed, ...).
+    Then it warns, and all stays as it is. Raises ValueError, with nothing changed, if only some workers have a file, if
+    these are of different steps, or if they do not fit (another number of workers, another seed, ...).
 
     >>> import tempfile
     >>> import torch

@@ -157,13 +157,14 @@ _SLAB = 1 << 20  # coordinates hashed at a time, so that scratch memory does not
 
 @dataclass(frozen=True)
 class NormSketch:
-    """`rows` independent count sketches of `columns` counters: rows x columns floats stand for d.
+    """The estimate of a norm from `rows` independent count sketches of `columns` counters (Charikar et al. 2002).
 
-    Structure instead of tables: v is cut in chunks of `columns` coordinates, each chunk is rotated at random
-    and given random signs, and the chunks are summed. Two coordinates of one chunk never meet, two of
-    different chunks meet with probability 1/columns, and signs are independent; so each row's energy Z has
-    E Z = ||v||^2 and Var Z = 2 sum_{i != j} v_i^2 v_j^2 P(i meets j) <= (2 / columns) ||v||^4. The estimate
-    is the median of Z over rows. A vector no longer than the sketch is sent as it is, and its norm is exact.
+    rows x columns floats stand for d. Structure instead of tables: v is cut in chunks of `columns` coordinates, each
+    chunk is rotated at random and given random signs, and the chunks are summed. Two coordinates of one chunk never
+    meet, two of different chunks meet with probability 1/columns, and signs are independent; so each row's energy Z has
+    E Z = ||v||^2 and Var Z = 2 sum_{i != j} v_i^2 v_j^2 P(i meets j) <= (2 / columns) ||v||^4. The estimate is the
+    median of Z over rows. A vector no longer than the sketch is sent as it is, and its norm is exact. Raises ValueError
+    unless rows and columns are at least 1.
 
     >>> import torch
     >>> from packsaddle import NormSketch
@@ -214,7 +215,7 @@ class NormSketch:
         return counters
 
     def norm(self, sketch: Tensor) -> float:
-        """Return the estimate of ||v|| from S v."""
+        """Return the estimate of ||v|| from its `sketch` S v, float[rows, columns], or v itself if it is shorter."""
         if sketch.ndim == 1:
             return float(torch.linalg.vector_norm(sketch, dtype=torch.float64))
         energies = sketch.to(torch.float64).square().sum(1).sort().values

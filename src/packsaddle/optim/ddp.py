@@ -57,7 +57,7 @@ class Bucket:
 
 
 class DDPHook(GradientHook):
-    """A communication hook that has been registered: it exchanges the buckets of one backward pass after another.
+    """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
     `places` are the parameters of `module`, the model; `scale()` is what gradients are multiplied by when they come.
 
@@ -195,7 +195,8 @@ class DDPHook(GradientHook):
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's e^(i), in units of a gradient, by parameter, with its share of what the exchange holds.
 
-        The mean over workers is all that has not been applied yet. In a backward pass it is that of the step before.
+        Each is shaped as its parameter, in float32 or wider. The mean over workers is all that has not been
+        applied yet. In a backward pass it is that of the step before.
         """
         self._settle()
         found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
@@ -207,7 +208,7 @@ class DDPHook(GradientHook):
 
     @torch.no_grad()
     def forget(self, lost: Mapping[str, Tensor]) -> None:
-        """Set e to zero (line 7), or to what is given by parameter, in units of a gradient."""
+        """Set e to zero (line 7), or to `lost`, by parameter and shaped as it, in units of a gradient."""
         self._settle()
         self._loose = {name: error.clone() for name, error in lost.items()}
         for part in self._slices.values():
@@ -243,7 +244,7 @@ class DDPHook(GradientHook):
         }
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state`."""
         check_format(state, "register_ddp_hook")
         check_identity(state["identity"], self._identity())
         pending = state["pending"]
@@ -253,7 +254,7 @@ class DDPHook(GradientHook):
             raise ValueError(f"the state is of {len(pending)} parameters, and there are {len(self._places)}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
         self.check_state_dict(state)
         pending = state["pending"]
         self._settle()
@@ -285,7 +286,7 @@ class DDPHook(GradientHook):
     def split_state(
         self, state: Mapping[str, Any], workers: int
     ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
-        """Return what another number of workers is to have the mean of, by its place, and what all must have."""
+        """Return what of a `state` of `workers` others get the mean of, by place, and what they all get."""
         pending = {name: error.double() for name, error in state["pending"].items()}
         held = state["held"].get("vectors", {})
         for vector in held.values():  # owners' errors of the mean, on the compressed coordinates
@@ -463,11 +464,12 @@ def _check_sizes(found: list[Place], rules: Rules, workers: int) -> None:
 
 
 def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
-    """`register_ddp_hook` for what a framework made of a model, and a guard against a hook that is never called.
+    """Register the hook on the DistributedDataParallel in what a framework made of a model.
 
-    The one DistributedDataParallel in `model` is found, through torch.compile and other wrappers. If there is none and
-    one worker, there is nothing to exchange, and None is returned.
-    Raises TypeError if there is no DistributedDataParallel, or more than one, among several workers.
+    It is found through torch.compile and other wrappers. `arguments` and `options` are those of `register_ddp_hook`.
+    If there is no DistributedDataParallel and one worker, there is nothing to exchange, and None is returned.
+    Raises TypeError if there is none, or more than one, among several workers, or if the model is sharded by FSDP; and
+    what `register_ddp_hook` raises.
 
     >>> import torch
     >>> import packsaddle

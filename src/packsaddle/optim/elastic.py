@@ -27,6 +27,8 @@ class Elastic:
             out of waiting for the others. Without a file the memory goes with one more round, uncompressed.
         grace: seconds that leaving may take.
 
+    Raises TypeError if the manager is none, and ValueError for a setting that is out of range.
+
     >>> from packsaddle import Elastic, LocalUpdates  # doctest: +SKIP
     >>> from packsaddle.comm import connect  # doctest: +SKIP
     >>> elastic = Elastic(connect("http://10.0.0.1:29510"), memory="worker-3.memory", weight="steps")  # doctest: +SKIP

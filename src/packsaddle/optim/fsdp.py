@@ -96,10 +96,13 @@ class FSDPHook(GradientHook):
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
     >>> model = dist.fsdp.fully_shard(torch.nn.Linear(64, 64), mesh=mesh["shard"])
-    >>> hook = packsaddle.register_fsdp_hook(model, mesh.get_group("replicate"))
+    >>> hook = packsaddle.register_fsdp_hook(model, mesh.get_group("replicate"), packsaddle.TopK(0.1))
     >>> model(torch.rand(8, 64)).square().mean().backward()
-    >>> hook.steps, hook.skipped
-    (1, 0)
+    >>> int((hook.memory()[""] == 0).sum())  # of the root module's 4,160 coordinates 10% were sent
+    416
+    >>> model(torch.full((8, 64), torch.nan)).square().mean().backward()  # a pass that no replica takes
+    >>> hook.steps, hook.skipped, bool(model.weight.grad.to_local().isnan().all())
+    (1, 1, True)
     >>> dist.destroy_process_group()
     """
 
@@ -132,7 +135,10 @@ class FSDPHook(GradientHook):
 
     @torch.no_grad()
     def take(self, name: str, index: int, gradient: Tensor) -> None:
-        """Average a module's shard, float[n], over the replicas, in place; called by FSDP in the backward pass."""
+        """Average the `gradient` of a module's shard, float[n], over the replicas, in place.
+
+        FSDP calls it in the backward pass, with the `name` of the module and its `index` among the sharded ones.
+        """
         if not self._tried or name in self._seen:  # the pass before is over
             self._open()
             self._seen = set()
@@ -217,7 +223,7 @@ class FSDPHook(GradientHook):
         }
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state`."""
         check_format(state, "register_fsdp_hook")
         saved, mine = state["identity"], self._identity()
         for what in ("replicas", "shards"):
@@ -237,7 +243,7 @@ class FSDPHook(GradientHook):
             raise ValueError(f"the state has an error of {unknown[0]}, which is no sharded module of this model")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
         self.check_state_dict(state)
         self._settle(broken_off=True)
         self._slices, self._seeds, self._seen = {}, {}, set()
@@ -284,7 +290,10 @@ def register_fsdp_hook(
     Other shards are not told: clip gradients by their norm, which goes over shards, or use a GradScaler on top, and
     all skip the step, but where a shard knew nothing its error memory has taken part. `hook.protect(optimizer)` keeps
     an optimizer without a scaler from the NaNs. Every sharded module must take part in every backward pass that
-    exchanges. Raises ValueError or TypeError for what is bad.
+    exchanges.
+
+    Raises TypeError if the model is not sharded, and ValueError if its mesh has two dimensions, for an argument that is
+    out of range or one that differs between workers.
 
     >>> import torch
     >>> import torch.distributed as dist

@@ -372,7 +372,10 @@ class LocalUpdates:
         return self._share(self.steps + min(part.until_due(self.steps) for part in self._fragments)) > 0
 
     def sit_out(self) -> None:
-        """Stand in for the inner steps up to the next exchange, and take part in it without an update; collective."""
+        """Stand in for the inner steps up to the next exchange, and take part in it without an update; collective.
+
+        Raises RuntimeError with a manager.
+        """
         if self.membership is not None:
             raise RuntimeError(
                 "sit_out is for a fixed set of workers; with a manager, a worker that is away is left out"
@@ -398,7 +401,7 @@ class LocalUpdates:
         """Wait for the other workers' next round, and have their anchor after it; with a manager, before training.
 
         The first step does it otherwise, and its gradient, which was taken elsewhere, is dropped. A worker that was
-        here before continues with the memory in its file.
+        here before continues with the memory in its file. Raises RuntimeError without a manager.
         """
         if self.membership is None:
             raise RuntimeError("join is for workers that come and go: LocalUpdates(..., manager=)")
@@ -413,7 +416,8 @@ class LocalUpdates:
     def leave(self) -> None:
         """Hand this worker's memory over and take no part any more; with a manager, before the process ends early.
 
-        It goes to the file that `Elastic` names, or with one more round, uncompressed.
+        It goes to the file that `Elastic` names, or with one more round, uncompressed. Raises RuntimeError without a
+        manager.
         """
         if self.membership is None:
             raise RuntimeError("leave is for workers that come and go: LocalUpdates(..., manager=)")
@@ -513,7 +517,7 @@ class LocalUpdates:
             raise RuntimeError(
                 f"gradients are equal bit for bit on all {len(prints)} workers at the first step: either they are "
                 f"exchanged as well (by DistributedDataParallel, say; see packsaddle.keep_gradients_local), or all "
-                f"workers have the same batch (DistributedSampler?)"
+                f"workers have the same batch: give each its own, by a DistributedSampler or as data[rank::workers]"
             )
 
     @property
@@ -603,7 +607,10 @@ class LocalUpdates:
         return torch.cat([found[name].reshape(-1) for name in self._parameters])
 
     def anchor(self) -> dict[str, Tensor]:
-        """Return copies of the anchor, the same on all workers, by parameter; of this process's shards."""
+        """Return copies of the anchor a by parameter, float32 or wider and shaped as this process's shard of it.
+
+        The anchor is the same on all workers.
+        """
         found = {place.name: v.clone() for part in self._fragments for place, v in part.named(part.anchor.flat)}
         return {name: found[name] for name in self._parameters}
 
@@ -669,7 +676,7 @@ class LocalUpdates:
         return {"anchor": anchor, "anchor_step": self._escape.anchor_step}
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state`."""
         if state.get("format") != FORMAT:
             raise ValueError(f"the state must have format {FORMAT} of LocalUpdates, found {state.get('format')!r}")
         check_identity(state["identity"], self._identity())
@@ -686,7 +693,7 @@ class LocalUpdates:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
         self.check_state_dict(state)
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
             part.load_state_dict(saved, self._compression.at(max(0, saved["rounds"] - 1)))
@@ -721,7 +728,7 @@ class LocalUpdates:
     def split_state(
         self, state: Mapping[str, Any], workers: int
     ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
-        """Return what another number of workers is to have the mean of, by its place, and what all must have.
+        """Return what of a `state` of `workers` others get the mean of, by place, and what they all get.
 
         What an owner of a two-way exchange holds back is an error of the mean, so it counts once for every worker.
         """

@@ -482,7 +482,7 @@ class Membership:
         return self.roster.state_dict() | {name: getattr(self, f"_{name}") for name in _OWN} | {"worker": self.worker}
 
     def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
-        """Restore `state_dict`, of a worker after this number of inner steps."""
+        """Restore `state`, from `state_dict`, of a worker after this number of inner `steps`."""
         self.roster.load_state_dict(state)
         for name in _OWN:
             setattr(self, f"_{name}", state[name])
@@ -518,7 +518,7 @@ class Membership:
         _log.info("worker %x continues with its memory in %s, of norm %.3g", self.worker, path, self._norm)
 
     def pending(self) -> dict[str, Tensor]:
-        """Return what this worker has moved and not sent, by parameter."""
+        """Return what this worker has moved and not sent, by parameter and shaped as it."""
         return {place.name: view for part in self._fragments for place, view in part.named(part.unapplied())}
 
     def _save(self) -> None:

@@ -62,7 +62,8 @@ class CompressedSGD(Optimizer):
             this process alone.
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
-    collective: every worker starts from rank 0's parameters. Raises ValueError for bad arguments.
+    collective: every worker starts from rank 0's parameters. Raises ValueError for an argument that is out of
+    range or differs between workers, and TypeError for a process_group of another type.
 
     `choice` says why messages are averaged as they are, `monitor` has the measured contraction, `skips` the steps that
     were left out (with x, memories and t as they were), `drifts` where workers were found apart.
@@ -171,13 +172,13 @@ class CompressedSGD(Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse groups after construction: the flat vector, its error memory and its anchor are fixed by then."""
+        """Refuse a `param_group` after construction, by RuntimeError: the flat vector and its memory are fixed then."""
         if hasattr(self, "_flat"):
             raise RuntimeError("CompressedSGD takes all its parameters at construction; make a new optimizer")
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear gradients, as with any optimizer. Raises RuntimeError with memory="gradient"."""
+        """Clear gradients, to None or with set_to_none=False to zero. Raises RuntimeError with memory="gradient"."""
         if self._memory.in_gradients:
             raise RuntimeError('with memory="gradient" zero_grad() would throw away the error memory; leave it out')
         super().zero_grad(set_to_none)
@@ -357,7 +358,7 @@ class CompressedSGD(Optimizer):
 
     @property
     def steps(self) -> int:
-        """t, the number of steps taken."""
+        """The number of steps taken, t."""
         return self._step
 
     @property
@@ -398,7 +399,7 @@ class CompressedSGD(Optimizer):
 
     @property
     def numel(self) -> int:
-        """d, the number of coordinates."""
+        """The number of coordinates, d."""
         return self._flat.d
 
     def waits(self) -> list[float] | None:
@@ -464,9 +465,12 @@ class CompressedSGD(Optimizer):
                 self.state[p][name] = view
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state: per parameter "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor"
-        (x_t'); format, t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding
-        noise; the ledger's totals; resets. Tensors and plain types only. Each worker has its own."""
+        """Return this worker's state, of tensors and plain types only; each worker has its own.
+
+        It has "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor" (x_t') of each parameter, shaped as
+        it; format, t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding
+        noise; the ledger's totals; resets.
+        """
         state = super().state_dict()
         for group in state["param_groups"]:
             group.update(self._identity(), format=FORMAT, step=self._step, unit=self._memory.unit)
@@ -482,14 +486,14 @@ class CompressedSGD(Optimizer):
         return state
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, if `load_state_dict` would not take this."""
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state_dict`."""
         if not isinstance(state_dict.get("param_groups"), list):
             raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
         check_fits(state_dict, self._flat, self._flat_state(), self._identity())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` saved on this worker; raises ValueError, changing nothing, if it does not fit."""
+        """Restore this worker's `state_dict`; raises ValueError, changing nothing, if it does not fit."""
         self.check_state_dict(state_dict)
         first = state_dict["param_groups"][0]
         step, anchor_step, unit = first["step"], first["anchor_step"], first["unit"]
@@ -534,7 +538,7 @@ class CompressedSGD(Optimizer):
     def split_state(
         self, state: Mapping[str, Any], workers: int
     ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
-        """Return what another number of workers is to have the mean of, by its place, and what all must have."""
+        """Return what of a `state` of `workers` others get the mean of, by place, and what they all get."""
         return split_state(state, workers)
 
     def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:

@@ -55,9 +55,10 @@ class Pace:
 
 
 def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> Pace:
-    """Time a compressor on Gaussian vectors of d coordinates and of a few, with the threads that torch has.
+    """Time a compressor on Gaussian vectors of d coordinates and of a few on a `device`, with the threads of torch.
 
-    Medians of `repeats`, with few-coordinate versions of it for short vectors. Raises ValueError if it cannot act on d.
+    Return its pace: seconds of encoding, decoding and adding, as lines in the number of coordinates, through medians of
+    `repeats`. Raises ValueError if the compressor cannot act on d coordinates.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.performance.coding_speed import measure

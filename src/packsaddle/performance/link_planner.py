@@ -30,9 +30,10 @@ _LARGE = 5  # all-reduces of the largest message
 
 
 def probe(group: Group, device: torch.device | str = "cpu") -> Link:
-    """Measure the link between the workers of a group; collective, and the same on every worker.
+    """Measure the link between the workers of a group, by tensors on `device`; collective, the same on every worker.
 
-    Both ends of the fit are medians, so a worker that is late once does not count. Raises ValueError for one worker.
+    Both ends of the fit are medians, so a worker that is late once does not count. Raises ValueError for one worker,
+    and RuntimeError if a large message takes no longer than a small one, so that there is no rate to read.
 
     >>> from packsaddle import simulate
     >>> from packsaddle.comm.group import resolve
@@ -148,7 +149,7 @@ DENSE = "none"
 
 @dataclass(frozen=True)
 class Forecast:
-    """One contender. `sent` is bytes of the busiest worker a step; `break_even` a payload rate, bytes a second.
+    """The forecast of one contender.
 
     >>> from functools import partial
     >>> from packsaddle import TopK
@@ -160,14 +161,15 @@ class Forecast:
     """
 
     compressor: str  # "none" for DistributedDataParallel
-    exchange: str
-    sent: int
-    time: StepTime
-    break_even: float | None  # below it this is quicker than dense training; None: on every link, or on none
+    exchange: str  # "all-reduce", "all-gather", "two-way", ...
+    sent: int  # bytes of the busiest worker a step
+    time: StepTime  # of one step
+    break_even: float | None  # payload bytes a second, below which this beats dense training; None: always, or never
     steps: StepsNeeded | None  # for the progress of one dense step; None: not measured
 
     @property
     def is_dense(self) -> bool:
+        """True of DistributedDataParallel without compression."""
         return self.compressor == DENSE
 
     @property
@@ -183,7 +185,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Every contender, the quickest first, those whose steps are not known last.
+    """The forecasts of all contenders, the quickest first, those whose steps are not known last.
 
     >>> from functools import partial
     >>> from packsaddle import TopK
@@ -194,14 +196,16 @@ class Verdict:
     (4000000, True)
     """
 
-    forecasts: tuple[Forecast, ...]
+    forecasts: tuple[Forecast, ...]  # dense training among them
 
     @property
     def best(self) -> Forecast:
+        """The quickest."""
         return self.forecasts[0]
 
     @property
     def dense(self) -> Forecast:
+        """DistributedDataParallel without compression."""
         return next(f for f in self.forecasts if f.is_dense)
 
     @property
@@ -232,10 +236,11 @@ def forecast(
 ) -> Verdict:
     """Predict every compressor's step in single precision, each by its fastest exchange, and DDP's.
 
-    `pace(compressor, d)` says how fast one codes, `update` the rest of CompressedSGD's time, in seconds (see
-    `performance.workload.update_seconds`); both are counted as compression. With an optimizer, times are multiplied by
-    the steps that compressors were measured to need behind it. Raises ValueError for fewer than two workers or an
-    impossible compressor.
+    `workload` is exchanged over `link` by the workers of `fleet`; with `overlap` DDP's exchange runs during the
+    backward pass. `pace(compressor, d)` says how fast one codes, `update` the rest of CompressedSGD's time, in seconds
+    (see `performance.workload.update_seconds`); both are counted as compression. With an optimizer, times are
+    multiplied by the steps that compressors were measured to need behind it. Raises ValueError for fewer than two
+    workers or an impossible compressor.
 
     >>> from functools import partial
     >>> from packsaddle import TopK

@@ -43,7 +43,7 @@ class Link:
 
     @classmethod
     def nominal(cls, bits: float, latency: float) -> "Link":
-        """A link of a nominal rate in bits a second, of which headers take their share."""
+        """Return the link of a nominal rate in bits a second, less its headers, and a `latency` in seconds."""
         return cls(latency, bits / 8 * FRAMING)
 
     @property
@@ -58,19 +58,20 @@ class Link:
 
 @dataclass(frozen=True)
 class Fleet:
-    """W workers that compute independently, for `compute` seconds in the mean with standard deviation spread x compute.
+    """The workers, which compute independently, for `compute` seconds in the mean, standard deviation spread x compute.
 
-    Raises ValueError for anything that cannot be.
+    Raises ValueError unless workers is at least 1, compute and spread are finite and not negative, and spread is at
+    most 1 with the tail "exponential".
 
     >>> from packsaddle.performance import Fleet
     >>> round(Fleet(workers=8, compute=0.1, spread=0.2).waiting, 4)
     0.031
     """
 
-    workers: int
-    compute: float  # forward and backward
-    spread: float = 0.0
-    tail: Tail = "lognormal"
+    workers: int  # W
+    compute: float  # seconds of forward and backward pass, the mean
+    spread: float = 0.0  # standard deviation of that time over its mean
+    tail: Tail = "lognormal"  # the distribution of that time: "lognormal" or "exponential"
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -91,10 +92,10 @@ class Fleet:
 
 @cache
 def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> float:
-    """Return the expected maximum of W independent times of mean 1 and standard deviation `spread`.
+    """Return the expected maximum of `workers` independent times of mean 1 and standard deviation `spread`.
 
-    "exponential": 1 - spread + an exponential time; its maximum is spread * H_W above the least (Renyi 1953).
-    "lognormal": by quadrature over the normal score of the slowest.
+    The `tail` "exponential": 1 - spread + an exponential time; its maximum is spread * H_W above the least (Renyi
+    1953). "lognormal": by quadrature over the normal score of the slowest.
 
     >>> from packsaddle.performance.step_time import expected_maximum
     >>> round(expected_maximum(8, 0.2), 3), expected_maximum(8, 0.0)
@@ -126,9 +127,9 @@ class StepTime:
     0.131
     """
 
-    compute: float
+    compute: float  # forward and backward pass
     waiting: float  # for the slowest worker
-    compression: float
+    compression: float  # coding, and the optimizer's other work
     latency: float  # the exchange: messages that wait for one another
     bandwidth: float  # the exchange: bytes through the busiest link
 
@@ -139,6 +140,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
+        """Seconds of the step."""
         return self.compute + self.waiting + self.compression + self.exchange
 
 

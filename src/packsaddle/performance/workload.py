@@ -25,7 +25,7 @@ _DENSE_BELOW = 1024  # elements, as in CompressedSGD
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The vector that one step exchanges.
+    """The size of the vector that one step exchanges.
 
     >>> from packsaddle.performance import ModelSize
     >>> size = ModelSize.of_model("mnist-autoencoder")
@@ -33,7 +33,7 @@ class ModelSize:
     (209920, 449)
     """
 
-    name: str
+    name: str  # of the model
     d: int  # compressed coordinates
     dense: int  # coordinates that are sent as they are
     shapes: tuple[torch.Size, ...] = ()  # of the compressed tensors, one after the other, if they are known
@@ -51,12 +51,12 @@ class ModelSize:
 
     @classmethod
     def of_model(cls, name: str) -> "ModelSize":
-        """Return what CompressedSGD makes of a model, see `MODELS`. Raises ConfigError."""
+        """Return the size of a model by its `name` in `MODELS`. Raises ConfigError for another name."""
         return cls.of_parameters(name, _build(name).parameters())
 
     @classmethod
     def of_parameters(cls, name: str, trained: Iterable[nn.Parameter]) -> "ModelSize":
-        """Return what CompressedSGD makes of parameters."""
+        """Return the size of the `trained` parameters of a model called `name`."""
         parameters = list(trained)
         flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)
         shapes = tuple(parameters[i].shape for i in flat.compressed)

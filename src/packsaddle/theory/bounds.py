@@ -20,13 +20,15 @@ _RANGE = (1e-20, 1e20)  # of every constant of a problem: keeps their products, 
 class Assumptions:
     """The constants of the problem: Assumptions A and B, and C if `lipschitz_gradient` is given.
 
+    Raises ValueError for a constant that is out of range, and unless L >= sqrt(rho epsilon).
+
     >>> from packsaddle.theory import Assumptions
     >>> a = Assumptions(d=1_000_000, epsilon=0.2, lipschitz_gradient=1.0)
     >>> round(a.curvature, 3)
     0.447
     """
 
-    d: int
+    d: int  # coordinates of x
     epsilon: float  # an epsilon-SOSP is wanted: ||grad f|| <= epsilon, lambda_min >= -sqrt(rho epsilon)
     smoothness: float = 1.0  # L, of f
     hessian_lipschitz: float = 1.0  # rho
@@ -72,7 +74,7 @@ class Constants:
 
     The defaults are Jin et al.'s (2021), (8), of the proof of uncompressed SGD; that Algorithm 1 shares them up to
     logarithms is an assumption, and the factors of 1 on the compression's terms of eta are a guess. `practical` has no
-    proof and no failure probability, but it can be run.
+    proof and no failure probability, but it can be run. Raises ValueError unless all are positive and finite.
 
     >>> from packsaddle.theory import Assumptions, Constants
     >>> c = Constants.theory(Assumptions(d=1000, epsilon=0.1))
@@ -80,8 +82,8 @@ class Constants:
     ('theory', True)
     """
 
-    mode: Mode
-    iota: float
+    mode: Mode  # "theory" or "practical"
+    iota: float  # the logarithm
     failure_probability: float | None = None  # delta, that iota is for
     eta_power: float = 9.0  # eta carries iota^-9
     gradient_noise_factor: float = 1.0  # of eta's first term
@@ -91,11 +93,11 @@ class Constants:
     interval_power: float = 1.0  # I = iota^1 / (eta sqrt(rho epsilon)), unless `patience` is given
     patience: float | None = None  # I = patience * the median escape time predicted for curvature -sqrt(rho eps)
     radius_power: float = 2.0  # R = 2 iota^-2 sqrt(epsilon / rho)
-    radius_factor: float = 2.0
+    radius_factor: float = 2.0  # of R
     decrease_power: float = 5.0  # F = 1 iota^-5 sqrt(epsilon^3 / rho)
-    decrease_factor: float = 1.0
+    decrease_factor: float = 1.0  # of F
     escape_factor: float = 100.0  # T = f_max max(100 I / F, 100 / (eta epsilon^2))
-    descent_factor: float = 100.0
+    descent_factor: float = 100.0  # of T's second term
 
     def __post_init__(self) -> None:
         for f in fields(self)[1:]:
@@ -105,10 +107,11 @@ class Constants:
 
     @classmethod
     def theory(cls, a: Assumptions, failure_probability: float = 0.1, log_factor: float = 1.0) -> "Constants":
-        """Return iota = log_factor * log(d L f_max N / (rho epsilon delta)).
+        """Return the constants of the proof, with iota = log_factor * log(d L f_max N / (rho epsilon delta)).
 
-        The printed argument has units, so its logarithm can be small or negative; below 1 it is replaced by that of
-        d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, which has none, and by 1 at least.
+        `a` are the assumptions, N is `a.noise_ratio` and delta `failure_probability`, in (0, 1); any other raises
+        ValueError. The printed argument has units, so its logarithm can be small or negative; below 1 it is replaced by
+        that of d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, which has none, and by 1 at least.
         `log_factor` is the proof's absolute constant, "sufficiently large" there: 1 is the least that can be hoped for.
         """
         if not 0 < failure_probability < 1:
@@ -212,8 +215,8 @@ class FirstOrderPlan:
     (640000, 'gradient noise')
     """
 
-    eta: float
-    steps: int
+    eta: float  # step size
+    steps: int  # T
     bound_by: str  # "smoothness", "error feedback", "gradient noise" or "first-order"
 
 
@@ -224,7 +227,7 @@ def first_order_plan(assumptions: Assumptions, mu: float, *, noise: float = 0.0)
     eta <= 1/(4L) and eta <= mu / (4 L sqrt(1 - mu)),
     mean ||grad f||^2 <= 4 f_max / (eta T) + 2 chi^2 (L eta + 4 L^2 eta^2 (1 - mu) / mu^2):
     T makes the first half of epsilon^2, the last two bounds on eta a quarter each of the rest. C must act on the
-    workers' mean.
+    workers' mean. `assumptions` have d, L, sigma, f_max and epsilon; `mu` is C's contraction, in (0, 1].
 
     >>> from packsaddle.theory import Assumptions, first_order_plan
     >>> first_order_plan(Assumptions(d=1000, epsilon=0.1), mu=0.01)

@@ -42,7 +42,8 @@ def suggest_noise(model: nn.Module, *, lr: float, steps: float, times: float = G
     sum_t (r_t / r)^2, about the steps before it falls and a third of those while it does. Momentum changes nothing,
     as xi_t is added after it.
 
-    Raises ValueError if lr, steps or times are not positive and finite, or if all parameters are zero.
+    Without gradients the noise would move x by `times` ||x_0|| in root mean square. Raises ValueError if lr, steps or
+    times are not positive and finite, or if all parameters are zero.
 
     >>> import torch
     >>> import packsaddle

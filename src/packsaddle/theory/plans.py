@@ -56,15 +56,15 @@ class Plan:
     ('6.2e-08', True)
     """
 
-    assumptions: Assumptions
-    constants: Constants
-    workers: int
-    compressor: Compressor
+    assumptions: Assumptions  # of the problem
+    constants: Constants  # in place of O-tilde
+    workers: int  # W
+    compressor: Compressor  # C
     theorem: str  # "3.2" for a linear compressor, else "3.1"
-    protocol: str
-    mu: float
+    protocol: str  # the exchange: "all-reduce", "all-gather", ...
+    mu: float  # of C on d coordinates
     k: int | None  # coordinates (or counters) sent, where the compressor has such a number
-    eta: float
+    eta: float  # step size
     bound_by: str  # the term of eta that is least: "gradient noise", "first-order" or "second-order"
     steps: int  # T
     interval: int  # I
@@ -82,11 +82,12 @@ class Plan:
 
     @property
     def noise_norm(self) -> float:
-        """r sqrt(d). Compression errors stay below what the noise starts only if this is about sigma or more."""
+        """The norm of xi, r sqrt(d): compression errors stay below the noise only if it is about sigma or more."""
         return self.noise * math.sqrt(self.assumptions.d)
 
     @property
     def noise_suffices(self) -> bool:
+        """True if the norm of xi is at least sigma."""
         return self.noise_norm >= self.assumptions.sigma
 
     @property
@@ -108,8 +109,9 @@ def plan(
 ) -> Plan:
     """Plan a run with this compressor: Theorem 3.2 if it is linear, else Theorem 3.1.
 
-    The compressor acts on all d coordinates, in single precision, over the direct exchange. Raises ValueError if it
-    cannot, or if there are fewer than two workers, which send nothing.
+    `assumptions` are those of the problem, `constants` what O-tilde hides. The compressor acts on all d coordinates, in
+    single precision, over the direct exchange. Raises ValueError if it cannot, or if there are fewer than two workers,
+    which send nothing.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.theory import Assumptions
@@ -171,6 +173,8 @@ def _steps(a: Assumptions, c: Constants, compressor: Compressor) -> int:
 def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL) -> int:
     """Return Corollary 3.3's k, from 1 to d: the coordinates of balanced mu = k / d.
 
+    `assumptions` and `constants` are those of `plan`; `family(k)` is the compressor of k coordinates.
+
     >>> from packsaddle import TopK
     >>> from packsaddle.theory import Assumptions
     >>> from packsaddle.theory.plans import balanced_k
@@ -184,8 +188,9 @@ def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants
 def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL, workers: int = 4) -> Plan:
     """Plan with the k of least total bytes: about the smallest k that takes no more steps than k = d.
 
-    With fewer coordinates a compression's term of eta binds, and k T grows as k falls; with more, T stays and each
-    step costs more. So the least is at this k, at the next smaller mu, or at k = d, which needs no indices. It is
+    `family(k)` is the compressor of k coordinates; `assumptions`, `constants`, `workers` and ValueError are as in
+    `plan`. With fewer coordinates a compression's term of eta binds, and k T grows as k falls; with more, T stays and
+    each step costs more. So the least is at this k, at the next smaller mu, or at k = d, which needs no indices. It is
     `balanced_k`, unless the first-order term, which Corollary 3.3 leaves out, binds longer, or whole steps and
     coordinates round. (For a LinearSketch, whose mu is 1 / ceil(d / k), rounding can hide a better k: by a few percent,
     by 13% at d = 7.)

@@ -43,9 +43,10 @@ def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
 def coupling_std(steps: int, *, eta: float, gamma: float, noise: float | Callable[[int], float]) -> Tensor:
     """Return the std of <v_1, x_t - x'_t> of coupled, uncompressed runs on a quadratic, float64[steps + 1].
 
-    The difference obeys delta_{t+1} = (1 + eta gamma) delta_t - 2 eta <v_1, xi_t> exactly, so its variance obeys
-    V_{t+1} = (1 + eta gamma)^2 V_t + (2 eta r)^2. For eta gamma << 1 << eta gamma t its root is about
-    2 r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, the signal q_p of Jin et al. 2021.
+    `eta` is the step size, `gamma` = -lambda_min and `noise` r. The difference obeys delta_{t+1} = (1 + eta gamma)
+    delta_t - 2 eta <v_1, xi_t> exactly, so its variance obeys V_{t+1} = (1 + eta gamma)^2 V_t + (2 eta r)^2. For eta
+    gamma << 1 << eta gamma t its root is about 2 r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, the signal q_p of Jin et
+    al. 2021.
 
     >>> from packsaddle.theory.diagnostics import coupling_std
     >>> coupling_std(3, eta=0.1, gamma=1.0, noise=0.01)
@@ -62,7 +63,7 @@ def predicted_escape_time(eta: float, gamma: float, noise: float, radius: float,
 
     The unstable coordinate is Gaussian with std r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, and 0.6745 is the median
     of |N(0, 1)|. It assumes one unstable direction, eta gamma << 1, and R well above the first steps' noise. `noise`
-    is r per coordinate; `mu` slows the rate as in `growth_rate`. Raises ValueError unless all are positive.
+    is r per coordinate, `radius` R; `mu` slows the rate as in `growth_rate`. Raises ValueError unless all are positive.
 
     >>> from packsaddle.theory.diagnostics import predicted_escape_time
     >>> round(predicted_escape_time(0.1, 1.0, noise=0.01, radius=0.5), 1)

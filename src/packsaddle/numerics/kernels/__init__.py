@@ -91,7 +91,7 @@ def _announce() -> None:
     if os.environ.get("PACKSADDLE_KERNELS") != "torch" and importlib.util.find_spec("numba") is None:
         warnings.warn(
             "numba is not installed, so large vectors are compressed by torch alone, some of them several times "
-            "slower; pip install 'packsaddle[fast]', or set PACKSADDLE_KERNELS=torch to be content with it",
+            "slower; pip install 'packsaddle[fast]', or set PACKSADDLE_KERNELS=torch to silence this warning",
             SlowKernelsWarning,
             stacklevel=4,
         )

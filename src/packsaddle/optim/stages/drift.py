@@ -22,7 +22,7 @@ Named = Sequence[tuple[str, Tensor]]
 
 
 class DriftError(GuardError):
-    """Workers' parameters, or the rates and the noise that they step by, are no longer equal.
+    """The error where workers' parameters, or the rates and the noise that they step by, are no longer equal.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, DriftError, TopK, simulate
@@ -42,7 +42,7 @@ class DriftError(GuardError):
 
 @dataclass(frozen=True)
 class Drift:
-    """A comparison that failed.
+    """A comparison of the workers' parameters, rates and noise that failed.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, TopK, simulate

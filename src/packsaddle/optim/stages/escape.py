@@ -28,8 +28,9 @@ class Escape:
     without gradient, at x_t and at x_t', and should be the same function both times.
 
     `compare="x"` is line 6 to the letter, f(x_t) < f(x_t'); `compare="y"` tests the point that would be
-    accepted, f(x_t - eta e_t) < f(x_t'), at the cost of a dense all-reduce per check. `every` spaces the norm
-    test (the interval is tested at every step). With several workers the norm comes from `sketches`.
+    accepted, f(x_t - eta e_t) < f(x_t'), at the cost of a dense all-reduce per check. `every` is the number of steps
+    from one norm test to the next (the interval is tested at every step). With several workers the norm is estimated
+    by `sketch`. Raises ValueError for a value that is out of range.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, Escape, TopK
@@ -61,7 +62,7 @@ class Escape:
 
 @dataclass(frozen=True)
 class Reset:
-    """One firing of the check: why, what was compared, and what was decided.
+    """One firing of the escape check, with its reason, the compared values and the decision (lines 5-8).
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, Escape, TopK
@@ -75,7 +76,7 @@ class Reset:
     """
 
     step: int  # t, the new t'
-    reason: Literal["interval", "radius"]
+    reason: Literal["interval", "radius"]  # I steps have passed, or ||x_t' - y_t|| > R
     distance: float | None  # ||x_t' - y_t||, estimated if there are several workers; None if not measured
     candidate: float  # f(x_t), or f(y_t) with compare="y"
     anchor: float  # f(x_t')

@@ -15,9 +15,10 @@ from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys
 
 @dataclass(frozen=True)
 class Ramp:
-    """r is `std` until step `start`, then falls linearly to `final` at step `stop` and stays there.
+    """The noise r that is `std` until step `start`, then falls linearly to `final` at step `stop` and stays there.
 
-    The paper lowers its noise late in Figure 2 so that the gradient converges.
+    `std` and `final` are standard deviations of a coordinate, in units of a gradient. The paper lowers its noise late
+    in Figure 2 so that the gradient converges. Raises ValueError for a negative std or final, or stop before start.
 
     >>> from packsaddle import Ramp
     >>> noise = Ramp(0.01, start=100, stop=200)

@@ -24,7 +24,9 @@ THE_MEAN = "a mean of finite gradients"
 
 
 class NonFiniteError(GuardError):
-    """Too many steps in a row had a gradient that is not finite. What was there before the first of them still is.
+    """The error after more than `max_skipped` steps in a row in which a gradient was not finite.
+
+    Parameters and error memories are as they were before the first of them.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, NonFiniteError, TopK

@@ -12,7 +12,7 @@ from packsaddle.theory.problems import Oracle
 
 @dataclass(frozen=True)
 class ErrorGrowth:
-    """E||e_t||^2 for every t, measured over seeds, and Lemma A.5's bound, in the units of a squared gradient.
+    """The growth of E||e_t||^2, measured over seeds, and Lemma A.5's bound, in the units of a squared gradient.
 
     >>> import torch
     >>> from packsaddle import RandomK
@@ -26,14 +26,15 @@ class ErrorGrowth:
 
     mean: Tensor  # float64[T + 1], the mean of ||e_t||^2 over seeds
     standard_error: Tensor  # float64[T + 1], of that mean
-    bound: Tensor  # float64[T + 1]
-    seeds: int
+    bound: Tensor  # float64[T + 1], of Lemma A.5
+    seeds: int  # runs
 
 
 def accumulate(energy: Tensor, mu: float) -> Tensor:
     """Return (2 (1 - mu) / mu) sum_{i < t} (1 - mu/2)^(t - i) energy_i for t = 0 .. T, float64[T + 1].
 
-    Lemma A.5 with energy_i = E||grad f(x_i)||^2 + chi^2, float[T]. Raises ValueError unless mu is in (0, 1].
+    It is Lemma A.5's bound with `energy`, energy_i = E||grad f(x_i)||^2 + chi^2, float[T]. Raises ValueError unless mu
+    is in (0, 1].
 
     >>> import torch
     >>> from packsaddle.theory.diagnostics import accumulate
@@ -64,8 +65,9 @@ def random_k_limit(mu: float) -> float:
 def error_growth(
     oracle: Oracle, method: Method, start: Tensor, *, steps: int, seeds: int, mu: float | None = None
 ) -> ErrorGrowth:
-    """Measure E||e_t||^2 over runs from `start`, float[d], that share nothing but the problem, and bound it.
+    """Measure E||e_t||^2 over runs of T = `steps` from `start`, float[d], and bound it by Lemma A.5.
 
+    Runs of the `method` share nothing but the problem.
     `mu` is the compressor's contraction for every vector, `compressor.mu(d)`, unless a larger one is known to hold.
     E||grad f(x_i)||^2 in the bound is the mean over the same runs. Run s of `seeds` uses seed s for the optimizer and
     the oracle's seed plus s. Raises ValueError if `seeds` is below 2 (no standard error), and see `follow`.
@@ -99,7 +101,8 @@ def error_growth(
 def residual_gap(compressor: Compressor, v: Tensor, change: Tensor, *, seed: int = 0, step: int = 0) -> float:
     """Return ||(v + change - C(v + change)) - (v - C(v))|| for one draw of C's randomness; v and change float[d].
 
-    What one step makes of a small difference. Linear compressors shrink it in expectation, to sqrt(1 - mu) ||change||
+    It is the effect of one step on a small difference; C is the `compressor`, its randomness that of (`seed`, `step`).
+    Linear compressors shrink it in expectation, to sqrt(1 - mu) ||change||
     at most; TopK of a vector of ones can turn any change, however small, into sqrt(2 k) (section 3.1).
 
     >>> import torch

@@ -19,8 +19,10 @@ from packsaddle.theory.saddle_dynamics import coupling_std
 
 @dataclass(frozen=True)
 class Coupling:
-    """Two runs from one point with the same theta_t and compressor randomness and, at `scale` 1, opposite noise
-    along v_1. Gaps are norms of differences between the two.
+    """The coupling sequences of the proof: two runs from one point, with opposite noise along v_1 at `scale` 1.
+
+    theta_t and the compressor's randomness are the same in both. Gaps are norms of differences between the two
+    (section 3.2; Jin et al. 2021).
 
     >>> import torch
     >>> from packsaddle.theory.diagnostics import Method, couple
@@ -31,8 +33,8 @@ class Coupling:
     (1.0, torch.Size([11]))
     """
 
-    first: Trajectory
-    second: Trajectory
+    first: Trajectory  # x_t
+    second: Trajectory  # x'_t
     direction: Tensor  # v_1, float64[d], of norm 1
     gamma: float  # -v_1^T H v_1 at x_0
     along: Tensor  # <v_1, x_t - x'_t>, float64[T + 1], with its sign
@@ -61,17 +63,17 @@ class Coupling:
     def e_gap_bound(self, mu: float) -> Tensor:
         """Return the bound on E||e_t - e'_t||^2 for linear compressors, float64[T + 1] (section 3.2, Lemma B.17).
 
-        For linear C, e - e' is the error memory of the difference of the two gradients, so Lemma A.5 holds with
-        ||grad F - grad F' + xi - xi'||^2, at most (gradient_gap + noise_gap)^2, in place of ||grad f||^2 + chi^2. It is
-        about means: average both sides over seeds. Other compressors need not obey it.
+        `mu` is C's contraction. For linear C, e - e' is the error memory of the difference of the two gradients, so
+        Lemma A.5 holds with ||grad F - grad F' + xi - xi'||^2, at most (gradient_gap + noise_gap)^2, in place of ||grad
+        f||^2 + chi^2. It is about means: average both sides over seeds. Other compressors need not obey it.
         """
         return accumulate((self.gradient_gap + self.noise_gap).square(), mu)
 
 
 def negative_curvature(problem: Problem, x: Tensor) -> tuple[float, Tensor]:
-    """Return (gamma, v_1): -lambda_min of the Hessian at x, float[d], and its unit eigenvector, float64[d].
+    """Return (gamma, v_1): -lambda_min of a problem's Hessian at x, float[d], and its unit eigenvector, float64[d].
 
-    The Hessian is made densely, so for small d. Raises ValueError if no eigenvalue is negative.
+    The Hessian of `problem` is made densely, so for small d. Raises ValueError if no eigenvalue is negative.
 
     >>> import torch
     >>> from packsaddle.theory.diagnostics import negative_curvature
@@ -87,7 +89,7 @@ def negative_curvature(problem: Problem, x: Tensor) -> tuple[float, Tensor]:
 
 
 def reflect(xi: Tensor, direction: Tensor, scale: float = 1.0) -> Tensor:
-    """Return xi - 2 scale <v, xi> v, float[d], for a unit vector v; at scale 1 it has the law of xi.
+    """Return xi - 2 scale <v, xi> v, float[d], for a unit vector v, the `direction`; at scale 1 it has the law of xi.
 
     >>> import torch
     >>> from packsaddle.theory.diagnostics import reflect
@@ -107,13 +109,13 @@ def couple(
     seed: int = 0,
     scale: float = 1.0,
 ) -> Coupling:
-    """Run the coupling sequences from `start`, float[d], for T = `steps`.
+    """Run the coupling sequences of a `method` on an `oracle` from `start`, float[d], for T = `steps`.
 
-    `direction`, float[d], is v_1 up to scale; None is the eigenvector of lambda_min at `start`. The second run's
-    noise is `reflect(xi_t, v_1, scale)`: 1 gives the proof's coupling, in which both runs have the law of
-    Algorithm 1; less, a smaller perturbation of the same shape, to see whether gaps scale with it. Raises ValueError
-    for a direction of the wrong shape or norm zero, at a point without negative curvature if there is no
-    `direction`, and see `follow`.
+    `seed` is that of xi_t and of the compressor. `direction`, float[d], is v_1 up to scale; None is the eigenvector of
+    lambda_min at `start`. The second run's noise is `reflect(xi_t, v_1, scale)`: 1 gives the proof's coupling, in which
+    both runs have the law of Algorithm 1; less, a smaller perturbation of the same shape, to see whether gaps scale
+    with it. Raises ValueError for a direction of the wrong shape or norm zero, at a point without negative curvature if
+    there is no `direction`, and see `follow`.
 
     >>> import torch
     >>> from packsaddle.theory.diagnostics import Method, couple
@@ -173,7 +175,7 @@ def _gap(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EscapeTimes:
-    """Steps until the run had left the ball, one per seed, in the order of seeds.
+    """The numbers of steps until runs had left the ball, one per seed, in the order of seeds.
 
     >>> import torch
     >>> from packsaddle.theory.diagnostics import EscapeTimes
@@ -197,7 +199,7 @@ class EscapeTimes:
 def escape_times(
     oracle: Oracle, method: Method, start: Tensor, *, radius: float, limit: int, seeds: int
 ) -> EscapeTimes:
-    """Run from `start`, float[d], until Algorithm 1's own check (line 5) finds ||y_t - x_0|| > R = `radius`.
+    """Run a `method` from `start`, float[d], until Algorithm 1's check (line 5) finds ||y_t - x_0|| > R = `radius`.
 
     Run s of `seeds` uses seed s for the optimizer and the oracle's seed plus s. Raises ValueError unless `seeds` and
     `limit`, in steps, are at least 1, and see `Run` and `Escape`.
@@ -227,10 +229,11 @@ def escape_times(
 
 
 def octopus_escapes(problem: Octopus, points: Tensor) -> list[int]:
-    """Return the steps at which a trajectory, float[T + 1, d], enters the next leg: one per saddle that it leaves.
+    """Return the steps at which a trajectory enters the next leg of an Octopus: one per saddle that it leaves.
 
-    A leg entered twice counts twice, so "exactly d escapes" says that no saddle was visited again. Raises ValueError
-    where the trajectory leaves the domain of the function.
+    `points` are the trajectory, float[T + 1, d], on the `problem`. A leg entered twice counts twice, so "exactly d
+    escapes" says that no saddle was visited again. Raises ValueError where the trajectory leaves the domain of the
+    function.
 
     >>> import torch
     >>> from packsaddle.theory.diagnostics import octopus_escapes

@@ -20,9 +20,9 @@ from packsaddle.theory.problems import Oracle
 
 @dataclass(frozen=True)
 class Method:
-    """The optimizer's setting: step size eta, compressor C, and r, the std of each coordinate of xi_t (or a
-    function of the step that gives it). Without `error_feedback` line 12 leaves e = 0, for comparison. Raises
-    ValueError unless `lr` is positive and finite.
+    """The settings of the optimizer of a diagnostic: those of Algorithm 1 without resets.
+
+    Raises ValueError unless `lr` is positive and finite.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.theory.diagnostics import Method
@@ -30,17 +30,20 @@ class Method:
     0.1
     """
 
-    lr: float
-    compressor: Compressor = field(default_factory=Identity)
-    noise: float | Callable[[int], float] = 0.0
-    error_feedback: bool = True
+    lr: float  # the step size eta
+    compressor: Compressor = field(default_factory=Identity)  # C
+    noise: float | Callable[[int], float] = 0.0  # r, the std of each coordinate of xi_t, or a function of the step
+    error_feedback: bool = True  # False: line 12 leaves e = 0, for comparison
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise ValueError(f"lr of Method must be positive and finite, got {self.lr}")
 
     def chi_squared(self, oracle: Oracle, d: int, step: int) -> float:
-        """Return chi^2 = sigma^2 + E||xi_t||^2 = sigma^2 + d r^2, in the units of a squared gradient."""
+        """Return chi^2 = sigma^2 + E||xi_t||^2 = sigma^2 + d r^2 at a `step`, with sigma the `oracle`'s.
+
+        It is in the units of a squared gradient (Lemma A.5).
+        """
         return oracle.sigma**2 + d * Perturbation(self.noise).std(step) ** 2
 
 
@@ -57,8 +60,8 @@ class Trajectory:
     (torch.Size([4, 2]), tensor(0., dtype=torch.float64))
     """
 
-    oracle: Oracle
-    method: Method
+    oracle: Oracle  # of the gradients
+    method: Method  # that stepped
     x: Tensor  # float64[T + 1, d]
     y: Tensor  # float64[T + 1, d], x_t - eta e_t
     e: Tensor  # float64[T + 1, d], the error memory, the mean over workers
@@ -121,7 +124,7 @@ def follow(
     seed: int = 0,
     disturbance: Callable[[int], Tensor | None] | None = None,
 ) -> Trajectory:
-    """Run T = `steps` iterations from `start`, float[d], without resets, and record them.
+    """Run T = `steps` iterations of a `method` from `start`, float[d], without resets, and record them.
 
     The gradients' randomness is the oracle's; xi_t and the compressor's are functions of (seed, t). `disturbance(t)`,
     float64[d], is added to the gradient at step t. Raises ValueError if `steps` is below 1, and see `Run`.
@@ -150,7 +153,7 @@ def follow(
 
 @dataclass(frozen=True)
 class Localisation:
-    """Both sides of the lemma for tau = 0 .. t.
+    """Both sides of the lemma of `improve_or_localise` for tau = 0 .. t.
 
     >>> import torch
     >>> from packsaddle.theory.diagnostics import Method, follow, improve_or_localise

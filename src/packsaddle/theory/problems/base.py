@@ -29,7 +29,7 @@ class CriticalPoint:
 
 
 class Problem(ABC):
-    """An objective f on R^d. `d` is its dimension.
+    """The objective f on R^d of a test problem, with its derivatives in closed form.
 
     >>> import torch
     >>> from packsaddle.theory.problems import Problem, QuadraticQuartic
@@ -43,7 +43,7 @@ class Problem(ABC):
     (2.0, 6.0)
     """
 
-    d: int
+    d: int  # the dimension of x
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -64,13 +64,14 @@ class Problem(ABC):
 
 @dataclass(frozen=True)
 class Oracle:
-    """grad F_i(x, theta_t) = grad f(x) + b_i + noise: unbiased for f_i = f + <b_i, x>, whose mean over workers is f.
+    """The stochastic gradient oracle of a problem, grad F_i(x, theta_t) = grad f(x) + b_i + noise (Assumption B).
 
-    The noise is Gaussian with E||noise||^2 = sigma^2 (Assumption B with equality). It does not depend on x, so
-    Assumption C holds with the constant L of f; with `lipschitz=False` each noise is multiplied by
-    sign(sin(x_1 / 1e-3)), which keeps mean and variance and breaks Assumption C. The first `quiet` coordinates have no
-    noise, and the others have all of it: from a saddle whose way out is among the former only xi_t leads. The norm of
-    b_i is `heterogeneity`, and sum_i b_i = 0. Raises ValueError unless some coordinate has noise.
+    It is unbiased for f_i = f + <b_i, x>, whose mean over workers is f. The noise is Gaussian with E||noise||^2 =
+    sigma^2 (Assumption B with equality). It does not depend on x, so Assumption C holds with the constant L of f; with
+    `lipschitz=False` each noise is multiplied by sign(sin(x_1 / 1e-3)), which keeps mean and variance and breaks
+    Assumption C. The first `quiet` coordinates have no noise, and the others have all of it: from a saddle whose way
+    out is among the former only xi_t leads. The norm of b_i is `heterogeneity`, and sum_i b_i = 0. Raises ValueError
+    unless some coordinate has noise.
 
     >>> import torch
     >>> from packsaddle.theory.problems import Oracle, Quadratic
@@ -82,20 +83,20 @@ class Oracle:
     True
     """
 
-    problem: Problem
-    sigma: float = 0.0
-    lipschitz: bool = True
-    heterogeneity: float = 0.0
-    workers: int = 1
-    seed: int = 0
-    quiet: int = 0
+    problem: Problem  # f
+    sigma: float = 0.0  # root of E||noise||^2
+    lipschitz: bool = True  # Assumption C holds
+    heterogeneity: float = 0.0  # ||b_i||
+    workers: int = 1  # W
+    seed: int = 0  # of noise and b_i
+    quiet: int = 0  # leading coordinates without noise, below d
 
     def __post_init__(self) -> None:
         if not 0 <= self.quiet < self.problem.d:
             raise ValueError(f"quiet of Oracle must be 0 or more and below d = {self.problem.d}, got {self.quiet}")
 
     def gradient(self, x: Tensor, *, step: int, worker: int = 0) -> Tensor:
-        """Return one stochastic gradient of a worker at a step, float[d], a pure function of (seed, step, worker)."""
+        """Return a worker's stochastic gradient at x, float[d], a pure function of (x, seed, step, worker)."""
         rng = generator(self.seed, step, Stream.BATCH, worker=worker)
         noise: Tensor = torch.randn(len(x), generator=rng, dtype=x.dtype) * (self.sigma / (len(x) - self.quiet) ** 0.5)
         noise[: self.quiet] = 0.0

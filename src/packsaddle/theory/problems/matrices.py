@@ -13,10 +13,10 @@ from packsaddle.theory.problems.base import CriticalPoint, Problem
 
 @dataclass(frozen=True)
 class RankOnePCA(Problem):
-    """f = ||x x^T - diag(eigenvalues)||_F^2 / 4, eigenvalues decreasing and positive: a chain of ordered saddles.
+    """Principal component analysis of rank 1, a chain of ordered saddles: f = ||x x^T - diag(eigenvalues)||_F^2 / 4.
 
-    Critical: 0 with lambda_min = -lambda_1, and +-sqrt(lambda_i) e_i with eigenvalues 2 lambda_i and
-    lambda_i - lambda_j.
+    Eigenvalues are decreasing and positive. Critical: 0 with lambda_min = -lambda_1, and +-sqrt(lambda_i) e_i with
+    eigenvalues 2 lambda_i and lambda_i - lambda_j.
 
     >>> from packsaddle.theory.problems import RankOnePCA
     >>> [(point.index, round(point.lambda_min, 3)) for point in RankOnePCA((2.0, 1.0)).critical_points()]
@@ -27,6 +27,7 @@ class RankOnePCA(Problem):
 
     @property
     def d(self) -> int:  # type: ignore[override]
+        """The dimension of x."""
         return len(self.eigenvalues)
 
     def _matrix(self, x: Tensor) -> Tensor:
@@ -55,11 +56,12 @@ class RankOnePCA(Problem):
 
 @dataclass(frozen=True)
 class MatrixFactorisation(Problem):
-    """f = ||U U^T - diag(eigenvalues)||_F^2 / 2 over U, n x rank: no spurious minima, saddles V_S Lambda_S^(1/2).
+    """Symmetric low-rank factorisation, f = ||U U^T - diag(eigenvalues)||_F^2 / 2 over U, n x rank.
 
-    Eigenvalues decreasing and positive. A critical point that keeps the set S of eigenvalues has
-    lambda_min = 2 (min S - max of the rest) if |S| = rank and that is negative, and -2 max of the rest if
-    |S| < rank; minima keep the largest, with zero eigenvalues along rotations.
+    There are no spurious minima (Ge et al. 2017), and the saddles are V_S Lambda_S^(1/2). Eigenvalues decreasing and
+    positive. A critical point that keeps the set S of eigenvalues has lambda_min = 2 (min S - max of the rest) if |S| =
+    rank and that is negative, and -2 max of the rest if |S| < rank; minima keep the largest, with zero eigenvalues
+    along rotations.
 
     >>> from packsaddle.theory.problems import MatrixFactorisation
     >>> f = MatrixFactorisation((2.0, 1.0), rank=1)
@@ -72,6 +74,7 @@ class MatrixFactorisation(Problem):
 
     @property
     def d(self) -> int:  # type: ignore[override]
+        """The dimension of x."""
         return len(self.eigenvalues) * self.rank
 
     def _residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,11 +118,12 @@ class MatrixFactorisation(Problem):
 
 @dataclass(frozen=True)
 class MatrixSensing(Problem):
-    """f = sum_m (<A_m, U U^T> - <A_m, M>)^2 / (2 samples), M = diag(eigenvalues) of n x n, U of n x rank.
+    """Matrix sensing and completion, f = sum_m (<A_m, U U^T> - <A_m, M>)^2 / (2 samples), U of n x rank.
 
-    A_m are symmetrised Gaussian matrices (`kind="sensing"`; E <A, X>^2 = ||X||_F^2 for symmetric X), or pick single
-    entries with weight n (`kind="completion"`, entries drawn uniformly). 0 is a saddle whose Hessian is that of
-    -2 sum_m <A_m, M> A_m / samples, once per column; U = V Lambda^(1/2) is a global minimum where rank is enough.
+    M = diag(eigenvalues) is n x n. A function of `seed`, A_m are symmetrised Gaussian matrices (`kind="sensing"`; E <A,
+    X>^2 = ||X||_F^2 for symmetric X), or pick single entries with weight n (`kind="completion"`, entries drawn
+    uniformly). 0 is a saddle whose Hessian is that of -2 sum_m <A_m, M> A_m / samples, once per column; U = V
+    Lambda^(1/2) is a global minimum where rank is enough.
 
     >>> import torch
     >>> from packsaddle.theory.problems import MatrixSensing
@@ -136,6 +140,7 @@ class MatrixSensing(Problem):
 
     @property
     def d(self) -> int:  # type: ignore[override]
+        """The dimension of x."""
         return len(self.eigenvalues) * self.rank
 
     def _measurements(self, dtype: torch.dtype) -> Tensor:
@@ -175,10 +180,10 @@ class MatrixSensing(Problem):
 
 @dataclass(frozen=True)
 class DeepLinear(Problem):
-    """f = ||W_depth ... W_1 - diag(targets)||_F^2 / 2 for square matrices: a linear network on whitened data.
+    """A deep linear network on whitened data, f = ||W_depth ... W_1 - diag(targets)||_F^2 / 2 for square matrices.
 
-    0 is critical; for depth 2 it is a strict saddle with lambda_min = -max target, for depth >= 3 its Hessian
-    vanishes, a saddle that second-order information does not show.
+    (Kawaguchi 2016.) 0 is critical; for depth 2 it is a strict saddle with lambda_min = -max target, for depth >= 3 its
+    Hessian vanishes, a saddle that second-order information does not show.
 
     >>> from packsaddle.theory.problems import DeepLinear
     >>> f = DeepLinear((2.0, 1.0))
@@ -191,6 +196,7 @@ class DeepLinear(Problem):
 
     @property
     def d(self) -> int:  # type: ignore[override]
+        """The dimension of x."""
         return self.depth * len(self.targets) ** 2
 
     def _product(self, ws: list[Tensor], like: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from packsaddle.theory.problems.base import CriticalPoint, Problem
 
 @dataclass(frozen=True)
 class PhaseRetrieval(Problem):
-    """f = E((a^T x)^2 - (a^T z)^2)^2 / 4 for Gaussian a, z = scale e_1: the population loss of phase retrieval.
+    """The population loss of phase retrieval, f = E((a^T x)^2 - (a^T z)^2)^2 / 4 for Gaussian a and z = scale e_1.
 
-    Critical: 0, a maximum with lambda_min = -3 ||z||^2; all x orthogonal to z with ||x||^2 = ||z||^2 / 3, saddles
-    with -2 ||z||^2; and +-z, the minima.
+    x has d coordinates (Sun et al. 2016). Critical: 0, a maximum with lambda_min = -3 ||z||^2; all x orthogonal to z
+    with ||x||^2 = ||z||^2 / 3, saddles with -2 ||z||^2; and +-z, the minima.
 
     >>> from packsaddle.theory.problems import PhaseRetrieval
     >>> [(point.index, round(point.lambda_min, 3)) for point in PhaseRetrieval(3).critical_points()]
@@ -47,10 +47,11 @@ class PhaseRetrieval(Problem):
 
 @dataclass(frozen=True)
 class OrthogonalTensor(Problem):
-    """f = beta / 4 (||x||^2 - 1)^2 - sum_i x_i^4 / 4: an orthogonal fourth-order tensor, unconstrained, beta > 1.
+    """An orthogonal fourth-order tensor, unconstrained: f = beta / 4 (||x||^2 - 1)^2 - sum_i x_i^4 / 4, beta > 1.
 
-    Critical: 0, and every m-sparse x with equal magnitudes a^2 = beta / (beta m - 1): exponentially many saddles
-    (index m - 1, lambda_min = -2 beta / (beta m - 1)); the 2 d minima have m = 1.
+    Ge et al. (2015) decompose it on the sphere. Raises ValueError for other beta. Critical: 0, and every m-sparse x
+    with equal magnitudes a^2 = beta / (beta m - 1): exponentially many saddles (index m - 1, lambda_min = -2 beta /
+    (beta m - 1)); the 2 d minima have m = 1.
 
     >>> from packsaddle.theory.problems import OrthogonalTensor
     >>> [(point.index, round(point.lambda_min, 3)) for point in OrthogonalTensor(3).critical_points()]
@@ -88,7 +89,7 @@ class OrthogonalTensor(Problem):
 
 @dataclass(frozen=True)
 class CurvedValley(Problem):
-    """f = (x^2 - 1)^2 / 4 + b (y - x^2)^2 / 2: a saddle at 0 between two minima (+-1, 1) along a curved valley.
+    """A saddle at 0 between two minima (+-1, 1) in a curved valley: f = (x^2 - 1)^2 / 4 + b (y - x^2)^2 / 2, d = 2.
 
     >>> from packsaddle.theory.problems import CurvedValley
     >>> [(point.index, round(point.lambda_min, 3)) for point in CurvedValley().critical_points()]
@@ -120,7 +121,9 @@ class CurvedValley(Problem):
 
 @dataclass(frozen=True)
 class MonkeySaddle(Problem):
-    """f = x^3 - 3 x y^2 + (x^2 + y^2)^2 / 4: at 0 gradient and Hessian vanish, so 0 is second-order stationary.
+    """The monkey saddle, f = x^3 - 3 x y^2 + (x^2 + y^2)^2 / 4 with d = 2: gradient and Hessian vanish at 0.
+
+    So 0 is second-order stationary.
 
     A negative control: a certificate must accept 0, although it is no minimum. Minima at radius 3, f = -6.75.
 

@@ -11,7 +11,7 @@ from packsaddle.theory.problems.base import CriticalPoint, Problem
 
 @dataclass(frozen=True)
 class Quadratic(Problem):
-    """f = sum_i (curvatures_i x_i^2 / 2 + slopes_i x_i), where linear recursions are exact: rho = 0.
+    """A quadratic, f = sum_i (curvatures_i x_i^2 / 2 + slopes_i x_i), where linear recursions are exact: rho = 0.
 
     With curvatures of both signs its critical point is a saddle; with none at all the gradient is constant.
     Unbounded below unless all curvatures are positive. `slopes` are zeros by default. Raises ValueError if their
@@ -34,6 +34,7 @@ class Quadratic(Problem):
 
     @property
     def d(self) -> int:  # type: ignore[override]
+        """The dimension of x."""
         return len(self.curvatures)
 
     def _coefficients(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,10 +62,11 @@ class Quadratic(Problem):
 
 @dataclass(frozen=True)
 class Cosine(Problem):
-    """f = w^3 (1 - cos(x_1 / w)) + sum_{i > 1} (1 - cos x_i), w = `width` in (0, 1]: Assumption A globally.
+    """A sum of cosines, f = w^3 (1 - cos(x_1 / w)) + sum_{i > 1} (1 - cos x_i), w = `width` in (0, 1].
 
-    L = rho = 1 and f_max = 2 w^3 + 2 (d - 1). Critical: w pi Z times pi Z^(d - 1). The saddle at w pi e_1 has curvature
-    -w, so it can be as weak as the theorems allow, and f falls by 2 w^3 from there. Raises ValueError for other w.
+    Assumption A holds everywhere: L = rho = 1 and f_max = 2 w^3 + 2 (d - 1). Critical: w pi Z times pi Z^(d - 1). The
+    saddle at w pi e_1 has curvature -w, so it can be as weak as the theorems allow, and f falls by 2 w^3 from there.
+    Raises ValueError for other w.
 
     >>> from packsaddle.theory.problems import Cosine
     >>> Cosine(3).constants(1.0)
@@ -113,7 +115,9 @@ class Cosine(Problem):
 
 @dataclass(frozen=True)
 class DoubleWells(Problem):
-    """f = sum_i (x_i^4 / 4 - x_i^2 / 2): critical {-1, 0, 1}^d, index the number of zeros, 2^d minima of -d / 4.
+    """A sum of double wells, f = sum_i (x_i^4 / 4 - x_i^2 / 2), with 2^d minima of -d / 4.
+
+    Critical: {-1, 0, 1}^d, whose index is the number of zeros.
 
     >>> import torch
     >>> from packsaddle.theory.problems import DoubleWells
@@ -145,7 +149,7 @@ class DoubleWells(Problem):
 
 @dataclass(frozen=True)
 class QuadraticQuartic(Problem):
-    """f = x_1^4 / 4 - x_1^2 / 2 + ||y||^2 / 2: one strict saddle at 0, two minima at +-e_1 of -1 / 4.
+    """One strict saddle at 0 and two minima at +-e_1 of -1 / 4: f = x_1^4 / 4 - x_1^2 / 2 + ||y||^2 / 2, y of d - 1.
 
     >>> import torch
     >>> from packsaddle.theory.problems import QuadraticQuartic
@@ -213,7 +217,7 @@ class Octopus(Problem):
         return float(4 * self.big * self.tau**2 - self._bridge(end))
 
     def stage(self, x: Tensor) -> int:
-        """Return how many legs have been passed: the number of leading coordinates with |x_i| >= 2 tau."""
+        """Return how many legs x, float[d], has passed: the number of leading coordinates with |x_i| >= 2 tau."""
         passed = (x.abs() >= 2 * self.tau).tolist()
         return passed.index(False) if False in passed else self.d
 
@@ -261,6 +265,9 @@ class Octopus(Problem):
         return points
 
     def constants(self, ball: float) -> tuple[float, float]:
-        """L and rho wherever f is defined: the largest second and third derivatives of g_1 and of g_2 x^2, added up."""
+        """Return L and rho, wherever f is defined, whatever `ball`.
+
+        They are the largest second and third derivatives of g_1 and of g_2 x^2, added up.
+        """
         s = self.big + self.gamma
         return 2 * self.big + 20 * s, 200 * s / self.tau
