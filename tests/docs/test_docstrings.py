@@ -15,7 +15,6 @@ import pytest
 from api_pages import PAGES, found
 
 DIRECTIVE = re.compile(r"\.\. auto(function|class|module):: ([\w.]+)(\(\))?")
-UNCHECKED = ("packsaddle.curvature",)
 
 
 def listed(page: Path) -> Iterator[tuple[str, Any, bool]]:
@@ -100,10 +99,9 @@ def missing(name: str, thing: Any, *, is_called: bool = True) -> list[str]:
 def test_docstrings_name_parameters_and_errors(page: Path) -> None:
     lacking = []
     for name, thing, is_called in listed(page):
-        if not getattr(thing, "__module__", "").startswith(UNCHECKED):
-            lacking += missing(name, thing, is_called=is_called)
-            for method, function in members(name, thing) if inspect.isclass(thing) and is_called else ():
-                lacking += missing(method, function)
+        lacking += missing(name, thing, is_called=is_called)
+        for method, function in members(name, thing) if inspect.isclass(thing) and is_called else ():
+            lacking += missing(method, function)
     assert lacking == []
 
 

@@ -56,18 +56,18 @@ def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float
 class Certificate:
     """The evidence at one point; the Hessian is that of the mean loss over `examples` examples, in eval mode."""
 
-    verdict: Verdict
-    epsilon: float
+    verdict: Verdict  # on the point
+    epsilon: float  # the gradient's threshold
     epsilon_proposed: bool  # none was given: the gradient's norm and twice its standard error, to two digits upwards
     loss: float
-    grad_norm: float
+    grad_norm: float  # ||grad f||
     grad_norm_error: float | None  # standard error of the gradient, if the examples are a sample of more
     lambda_min_upper: float  # lambda_min is at most this: the escape direction's Rayleigh quotient, and rounding
     lambda_min_lower: float  # and at least this, less rounding, but for the failure probability; -inf after a pilot
     lambda_max_lower: float  # lambda_max is at least this: the largest Ritz value, less rounding; -inf after a pilot
     lambda_max_upper: float  # and at most this, but for the failure probability, which is each bound's own
     residual: float  # ||H v - lambda v|| for the escape direction v
-    failure_probability: float
+    failure_probability: float  # of each bound that rests on the random start
     threshold: float  # -sqrt(rho epsilon)
     hessian_lipschitz: float  # rho
     hessian_lipschitz_estimated: bool  # rho was measured along v, not given: an estimate from below
@@ -88,10 +88,10 @@ class Certificate:
     hvp_reason: str | None  # what torch said where double backward was tried and there is none
     hvp_error: float  # what a product of a unit vector may be wrong by, supposed and measured; taken off both bounds
     hvp_step: float | None  # h of the differences, the last one
-    hvps: int
+    hvps: int  # Hessian-vector products over the examples
     backward_passes: int  # over the examples, a pilot's by its share; two a product by double backward
     bytes_sent: int  # by this worker
-    seconds: float
+    seconds: float  # for all of it
     lr: float | None = None  # of SGD that may go on from here, for `escape_steps`
 
     @property
@@ -212,7 +212,10 @@ class Certificate:
 
 
 def draw_iterates(m: int, steps: int, seed: int) -> list[int]:
-    """Return m independent uniform draws from 0 ... T for T = `steps`, in rising order (some may be equal)."""
+    """Return m independent uniform draws from 0 ... T for T = `steps`, in rising order (some may be equal).
+
+    The same for the same `seed`.
+    """
     return sorted(torch.randint(steps + 1, (m,), generator=generator(seed, 0, Stream.ITERATES)).tolist())
 
 

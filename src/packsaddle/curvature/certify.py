@@ -74,6 +74,7 @@ def certify(
             bounds need a few more products, and the escape direction a second pass over those left out.
         generator: of the start, which is rank 0's; fresh for every certificate. None takes a seed from the operating
             system.
+        process_group: the workers; None for the default group, or this process alone.
         tensor_parallel: the DeviceMesh of the workers that tensor parallelism gives the same batches, if any.
         progress: called after each of the search's products with the bounds then (`curvature.search.Bounds`).
 

@@ -56,7 +56,7 @@ class GradientNoise:
         return r * math.sqrt(self.d) / own if own else (math.inf if r else 0.0)
 
     def r(self, times: float, *, momentum: float = 0.0) -> float:
-        """Return the r for which r sqrt(d) is that multiple of the mini-batch noise."""
+        """Return the r for which r sqrt(d) is `times` the mini-batch noise, with the momentum that SGD has."""
         return times * self.std / (1 - momentum) / math.sqrt(self.d)
 
 
@@ -79,6 +79,7 @@ def gradient_noise(
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
         batches: at least two on every worker, drawn as in training; eight give the deviation to about a tenth.
         workers: W, if not the process group's: how many workers' batches are averaged in a step.
+        process_group: the workers; None for the default group, or this process alone.
 
     Raises ValueError for bad arguments, NotFiniteError if a gradient is not finite.
     """

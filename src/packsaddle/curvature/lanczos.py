@@ -71,7 +71,8 @@ class Ritz:
         return self.thetas[-1]
 
     def lower_bound(self, failure_probability: float) -> float:
-        """Return a lower bound on lambda_min that holds, for all k at once, but with this probability over the start.
+        """Return a lower bound on lambda_min that holds, for all k at once, but with `failure_probability` over the
+        start.
 
         Less `rounding`. Raises ValueError unless the probability is in [1e-100, 1).
         """
@@ -92,7 +93,7 @@ class Ritz:
         return self.theta_min - math.exp(high) - self.rounding
 
     def upper_bound(self, failure_probability: float) -> float:
-        """Return an upper bound on lambda_max, with a failure probability of its own: the lower bound of -A, turned."""
+        """Return an upper bound on lambda_max, with its own `failure_probability`: the lower bound of -A, turned."""
         turned = replace(
             self, alphas=tuple(-a for a in self.alphas), thetas=tuple(-theta for theta in reversed(self.thetas))
         )
@@ -123,7 +124,7 @@ class Lanczos:
     vector may be wrong by otherwise, as far as is known now. Vectors may be a worker's parts of longer ones, of `n`
     numbers in all, with a collective `dot`. Recurrences are in double precision; the first `max_vectors` vectors (None:
     all) are kept, and while they all are, each new one is orthogonalised against them twice. Beyond, three vectors are
-    in memory and the rest is found again when a Ritz vector is asked for.
+    in memory and the rest is found again when a Ritz vector is asked for. Raises ValueError for `max_vectors` below 2.
     """
 
     def __init__(
@@ -195,8 +196,8 @@ class Lanczos:
         )
 
     def ritz_vector(self, *, largest: bool = False) -> Tensor:
-        """Return the unit Ritz vector v of theta_min, or of theta_max, float64[n]; vectors not kept cost one product
-        each."""
+        """Return the unit Ritz vector v of theta_min, or with `largest` of theta_max, float64[n]; vectors not kept cost
+        one product each."""
         v = torch.zeros_like(self._basis[0])
         weights = self._ends[:, int(largest)].tolist()
         for weight, q in zip(weights, self._basis, strict=False):

@@ -55,7 +55,7 @@ class PopulationCertificate:
     threshold: float  # -sqrt(rho epsilon)
     grad_norm: float  # ||g_n||
     grad_norm_lower: float  # of ||g||
-    grad_norm_upper: float
+    grad_norm_upper: float  # of the same
     quotient: float  # v^T H v over the batches that v was not found on
     quotient_error: float  # its standard error
     lambda_min_upper: float  # of H
@@ -63,10 +63,10 @@ class PopulationCertificate:
     sample_lower: float  # of H_n
     deviation: float  # lambda_max(H_n - H) is at most this
     escape_direction: Tensor  # v, float64[d]
-    failure_probability: float
+    failure_probability: float  # of all bounds together
     examples: int  # n
     batches: int  # B
-    hvp: str
+    hvp: str  # how products were taken
     backward_passes: int  # over the examples
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,8 +112,16 @@ def certify_population(
 ) -> PopulationCertificate:
     """Certify the model's present parameters for the population that the batches were drawn from; collective.
 
-    Takes what `certify` takes. Batches are independent draws, eight or more and better many small ones; a product of
-    the variance costs three over the examples. `progress` is called with the products so far.
+    Batches are independent draws, eight or more on all workers together, and better many small ones.
+
+    Args:
+        model, loss_fn, hvp, memory_limit, generator, process_group: as for `certify`.
+        batches: as for `certify`; each an independent draw from the population.
+        epsilon: the gradient's threshold; None takes the least that the bound on the gradient passes.
+        hessian_lipschitz: rho; None measures it along the direction found, over the examples.
+        failure_probability: of all bounds together.
+        progress: called with the number of products so far, of `MOST_PRODUCTS` at most, about; a product of the
+            variance costs three over the examples.
 
     Raises ValueError for bad arguments, for fewer than eight batches, for a sharded model (whose workers see no batch's
     Hessian) and for losses that are not a function of the parameters.

@@ -32,7 +32,7 @@ class Bounds:
     most: int  # products at most
     examples: int  # over which they are
     lambda_min: tuple[float, float]  # lower and upper bound
-    lambda_max: tuple[float, float]
+    lambda_max: tuple[float, float]  # the same
     threshold: float | None  # of lambda_min for a saddle; None: rho is not measured yet
 
     def __str__(self) -> str:

@@ -53,10 +53,10 @@ class SpectralDensity:
     nodes: tuple[tuple[float, ...], ...]  # Ritz values of each probe, in rising order
     weights: tuple[tuple[float, ...], ...]  # of each, adding up to 1
     d: int  # coordinates
-    examples: int
+    examples: int  # whose mean loss it is
     hvp: str  # how products were taken
     hvp_error: float  # what one of a unit vector may be wrong by: no eigenvalue is known better
-    hvps: int
+    hvps: int  # Hessian-vector products
 
     @property
     def trace(self) -> Estimate:

@@ -20,9 +20,9 @@ LIMIT = 2.684  # E ln|1 - a U| = 0 for U exponential
 class CoordinateStep:
     """A parameter's learning rate, and the mean number of steps that its coordinates wait to be sent."""
 
-    name: str
-    lr: float
-    wait: float
+    name: str  # the parameter's
+    lr: float  # its learning rate, eta
+    wait: float  # 1 / mu, in steps
 
     @property
     def effective(self) -> float:
@@ -34,7 +34,7 @@ class CoordinateStep:
 class Overshoot:
     """The coordinate found for which (eta / mu) H_jj is largest."""
 
-    step: CoordinateStep
+    step: CoordinateStep  # of the parameter that has it
     index: tuple[int, ...]  # in its parameter
     curvature: float  # H_jj, exact
 

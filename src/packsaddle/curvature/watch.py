@@ -31,13 +31,9 @@ class CertifyEvery:
     >>> model = torch.nn.Linear(4, 4)
     >>> x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     >>> loss_fn = lambda model, batch: (model(batch) - batch).square().mean()
-    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    >>> watch = CertifyEvery(model, loss_fn, x.split(16), every=50, epsilon=0.1, hessian_lipschitz=1.0)
+    >>> watch = CertifyEvery(model, loss_fn, x.split(16), every=50, epsilon=10.0, hessian_lipschitz=1.0)
     >>> for step in range(100):
-    ...     optimizer.zero_grad()
-    ...     loss_fn(model, x).backward()
-    ...     optimizer.step()
-    ...     certificate = watch.step()  # None between two certificates
+    ...     certificate = watch.step()  # after the optimizer's; None between two certificates
     >>> [(step, str(c.verdict)) for step, c in watch.certificates]
     [(50, 'second-order stationary'), (100, 'second-order stationary')]
     """
@@ -77,5 +73,5 @@ class CertifyEvery:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue to count from a checkpoint's steps."""
+        """Continue to count from the steps of a `state_dict`, `state`."""
         self.steps = int(state["steps"])

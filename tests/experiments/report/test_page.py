@@ -47,6 +47,21 @@ def measured(values: dict[str, list[float]], i: int) -> dict[str, float]:
     return {name: v[i] for name, v in values.items() if not (name.startswith("test") and math.isnan(v[i]))}
 
 
+def test_pictures_of_certified_points_are_in_the_page(tmp_path: Path) -> None:
+    """Those that `packsaddle certify` has written, whole and by name; a folder of another kind is left alone."""
+    make_run(tmp_path / "run", "a", 0)
+    for name, data in (("certificate", b"one"), ("certificate-2", b"two"), ("certificate-of-birth", b"three")):
+        (tmp_path / "run" / name).mkdir()
+        (tmp_path / "run" / name / "certificate.png").write_bytes(data)
+        if name != "certificate-of-birth":
+            (tmp_path / "run" / name / "certificates.json").write_text("{}")
+    page = Page(write_report(read_runs([tmp_path / "run"]), tmp_path / "report").read_text())
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert [image["alt"] for image in images] == ["a: certificate/certificate.png", "a: certificate-2/certificate.png"]
+    prefix = "data:image/png;base64,"
+    assert [base64.b64decode((image["src"] or "").removeprefix(prefix)) for image in images] == [b"one", b"two"]
+
+
 class Page(HTMLParser):
     """What a browser would take from a page: tags, attributes, and the texts of scripts."""
 

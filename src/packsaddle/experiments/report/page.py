@@ -24,6 +24,7 @@ from packsaddle.experiments.report.curves import (
 )
 from packsaddle.experiments.report.figures import COLOURS, line_style
 from packsaddle.experiments.report.settings import Setting
+from packsaddle.experiments.run_folder import Run
 from packsaddle.messages import printable
 
 # Axis x of every chart: its name, and whether it is logarithmic, as compressed and dense runs are far apart in bytes.
@@ -58,6 +59,7 @@ def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
         setting_table=tables.setting_table(settings),
         run_table=tables.run_table(runs),
         certificates=tables.certificate_table(runs),
+        pictures=[picture for run in runs for picture in _pictures(run)],
         tolerance=tables.PLATEAU_TOLERANCE,
         data=for_script(data),
         plotly=plotly,
@@ -65,6 +67,18 @@ def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
         hashes=[_hash(plotly), _hash(script)],
     )
     return page
+
+
+def _pictures(run: Run) -> list[dict[str, str]]:
+    """The pictures that `packsaddle certify` has left in a run's folder."""
+    found = sorted(png for png in run.path.glob("certificate*/*.png") if (png.parent / "certificates.json").is_file())
+    return [
+        {
+            "name": f"{run.label}: {printable(png.parent.name)}/{printable(png.name)}",
+            "data": base64.b64encode(png.read_bytes()).decode(),
+        }
+        for png in found
+    ]
 
 
 def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str, Any]:
