@@ -18,7 +18,14 @@ import socket
 import sys
 import time
 
-MODULES = ("torch", "torch._dynamo", "torch.distributed.run", "packsaddle.cli", "packsaddle.experiments.job", "numba")
+MODULES = (
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.run",
+    "packsaddle.cli",
+    "packsaddle.experiments.job",
+    "packsaddle.numerics.kernels.preloaded",
+)
 
 
 def python() -> str:
