@@ -163,15 +163,15 @@ def quadratics(steps: int, lr: float, noise: float = 0.0, seed: int = 0, **optio
 
 def test_ef21_converges_where_error_feedback_hovers() -> None:
     """Where workers disagree, error feedback with a constant step keeps a distance; EF21 has none (its Theorem 1)."""
-    assert quadratics(1200, 0.05, memory="ef21") < 1e-7
-    assert quadratics(1200, 0.05, memory="buffer") > 1e-3
+    assert quadratics(250, 0.1, memory="ef21") < 1e-7
+    assert quadratics(250, 0.1, memory="buffer") > 1e-3
 
 
 def test_momentum_calms_ef21_under_noise() -> None:
     """EF21 alone follows noisy gradients badly, with momentum well (Fatkhullin et al. 2023, section 2)."""
 
     def distance(momentum: float) -> float:
-        runs = [quadratics(400, 0.03, noise=10.0, seed=s, memory="ef21", momentum=momentum) for s in range(4)]
+        runs = [quadratics(100, 0.03, noise=10.0, seed=s, memory="ef21", momentum=momentum) for s in range(4)]
         return sum(runs) / len(runs)
 
     calm, alone = distance(0.95), distance(0.0)
@@ -289,14 +289,14 @@ def variant(name: str, stop: int | None = None) -> tuple[Tensor, int]:
     return run.x, len(run.opt.resets)
 
 
-@pytest.mark.parametrize("stop", [1, 13, 14])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_resumed_is_never_stopped(name: str, stop: int) -> None:
+def test_resumed_is_never_stopped(name: str) -> None:
     whole = simulate(lambda rank: variant(name), WORKERS)
-    resumed = simulate(lambda rank: variant(name, stop), WORKERS)
-    for (x, resets), (again, _) in zip(whole, resumed, strict=True):
-        assert torch.equal(x, again)
-        assert bool(resets) == ("escape" in name)
+    for stop in (1, 13, 14):
+        resumed = simulate(lambda rank, stop=stop: variant(name, stop), WORKERS)
+        for (x, resets), (again, _) in zip(whole, resumed, strict=True):
+            assert torch.equal(x, again), stop
+            assert bool(resets) == ("escape" in name)
 
 
 def variants() -> dict[str, Tensor]:
