@@ -82,8 +82,8 @@ class Ritz:
         from scipy.special import betaincinv  # slow to import, and only certificates need it
 
         limit = -math.log(float(betaincinv(0.5, (self.n - 1) / 2, failure_probability)))
-        # In s = log(theta_min - lambda) each log p_j^2 is a sum of log(e^s + distance to a root), so the growth is convex,
-        # and secants through points where it is above the limit end at one where it is, too, but for rounding.
+        # In s = log(theta_min - lambda) each log p_j^2 is a sum of log(e^s + distance to a root), so the growth is
+        # convex, and secants through points where it is above the limit end at one where it is, too, but for rounding.
         least, s = math.log(scale) - 45.0, math.log(scale) + limit
         before, last, back = s + 1.0, self._log_growth(self.theta_min - math.exp(s + 1.0), scale), 0.0
         for _ in range(_EVALUATIONS):
