@@ -21,7 +21,7 @@ from packsaddle.performance.bench.workload import TrainingWorkload
 
 PEERS = ("ddp", "ddp-fp16", "own-uint8", "powersgd-1", "powersgd-4", "local-sgd-4")
 WORKLOAD = TrainingWorkload("mnist-autoencoder", 4)
-real = pytest.mark.usefixtures("hosts_here")
+real = pytest.mark.usefixtures("forks_on_hosts")
 
 
 def tables(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:

@@ -243,7 +243,7 @@ def test_constant_gradients_meet_the_exact_error() -> None:
 )
 def test_lemma_a5_holds_at_every_step(compressor: Compressor) -> None:
     oracle, start = Oracle(Cosine(16), sigma=0.5), torch.full((16,), 2.0)
-    growth = error_growth(oracle, Method(ETA, compressor, 0.1), start, steps=80, seeds=10)
+    growth = error_growth(oracle, Method(ETA, compressor, 0.1), start, steps=50, seeds=10)
     assert bool((growth.mean - 3 * growth.standard_error <= growth.bound).all())
     assert float(growth.mean[-1]) > 0
     too_good = error_growth(oracle, Method(ETA, compressor, 0.1), start, steps=5, seeds=10, mu=1.0)
@@ -284,7 +284,7 @@ def test_without_noise_a_saddle_is_for_ever() -> None:
 @pytest.mark.parametrize("compressor", [Identity(), RandomK(k=2), TopK(k=1)])
 def test_the_octopus_is_escaped_d_times(compressor: Compressor) -> None:
     problem = Octopus(4)
-    run = follow(Oracle(problem), Method(0.02, compressor, 0.02), torch.full((4,), 1e-3), steps=1500)
+    run = follow(Oracle(problem), Method(0.04, compressor, 0.02), torch.full((4,), 1e-3), steps=750)
     times = octopus_escapes(problem, run.x)
     assert len(times) == 4
     later = [b - a for a, b in pairwise(times)]
@@ -294,7 +294,7 @@ def test_the_octopus_is_escaped_d_times(compressor: Compressor) -> None:
 def test_gradient_descent_pays_more_for_every_leg() -> None:
     """Without noise each leg takes some 3.7 = (L + gamma) / gamma times the one before (Du et al. 2017)."""
     problem = Octopus(3)
-    run = follow(Oracle(problem), Method(0.02), torch.full((3,), 1e-3), steps=4600)
+    run = follow(Oracle(problem), Method(0.04), torch.full((3,), 1e-3), steps=2700)
     first, second, third = octopus_escapes(problem, run.x)
     assert 3 < (second - first) / first < 5
     assert 3 < (third - second) / (second - first) < 5
