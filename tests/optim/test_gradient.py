@@ -161,12 +161,14 @@ def quadratics(steps: int, lr: float, noise: float = 0.0, seed: int = 0, **optio
     return simulate(worker, WORKERS)[0]
 
 
+@pytest.mark.slow
 def test_ef21_converges_where_error_feedback_hovers() -> None:
     """Where workers disagree, error feedback with a constant step keeps a distance; EF21 has none (its Theorem 1)."""
     assert quadratics(250, 0.1, memory="ef21") < 1e-7
     assert quadratics(250, 0.1, memory="buffer") > 1e-3
 
 
+@pytest.mark.slow
 def test_momentum_calms_ef21_under_noise() -> None:
     """EF21 alone follows noisy gradients badly, with momentum well (Fatkhullin et al. 2023, section 2)."""
 
@@ -225,6 +227,7 @@ def estimate_error(**options: Any) -> float:
     return simulate(worker, WORKERS)[0]
 
 
+@pytest.mark.slow
 def test_storm_reduces_the_variance() -> None:
     plain, storm = estimate_error(), estimate_error(storm=0.05)
     assert storm < 0.25 * plain, (storm, plain)

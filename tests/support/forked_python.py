@@ -204,7 +204,7 @@ def _spawned(path: str, words: list[str], passed: list[int]) -> int:
 
 
 def _enter_network_of(program: int) -> None:
-    """Go where `ip netns exec` has started the program, if that is elsewhere: to its network, and its /sys (setns(2))."""
+    """Go where `ip netns exec` has started the program, if it has: to its network, and to its /sys (setns(2))."""
     import ctypes
 
     for kind in ("net", "mnt"):

@@ -130,6 +130,7 @@ def test_random_k_grows_at_its_rate() -> None:
     assert torch.equal(coupling.direction.abs(), torch.eye(20, dtype=torch.float64)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compressor", [RandomK(k=4), LinearSketch(columns=4), LinearSketch(columns=4, sketch="gaussian")]
 )
@@ -291,6 +292,7 @@ def test_the_octopus_is_escaped_d_times(compressor: Compressor) -> None:
     assert max(later) < 2 * min(later)  # every leg takes about as long as another
 
 
+@pytest.mark.slow
 def test_gradient_descent_pays_more_for_every_leg() -> None:
     """Without noise each leg takes some 3.7 = (L + gamma) / gamma times the one before (Du et al. 2017)."""
     problem = Octopus(3)
