@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import forked_python
 import processes
 import pytest
 import torch
@@ -39,6 +40,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.process)
         if item.path.stem in processes.HOSTS:
             item.add_marker(pytest.mark.xdist_group("hosts"))
+    # The long ones first, so that pytest's processes end at about the same time.
+    items.sort(key=lambda item: not any(map(item.get_closest_marker, ("process", "slow"))))
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,13 @@ def hosts_here() -> None:
 
     if reason := available():
         pytest.skip(f"a slow link {reason}")
+
+
+@pytest.fixture
+def forks_on_hosts(hosts_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On hosts, start forks of the python that has torch; skip where there are no hosts."""
+    monkeypatch.setattr(sys, "executable", forked_python.python())
+    monkeypatch.setenv("PYTHON_EXEC", forked_python.python())
 
 
 @pytest.fixture

@@ -47,34 +47,35 @@ def test_that_says_it():
 """
 
 
-def run(folder: Path, *arguments: str) -> list[str]:
-    """Run these tests with the conftest of ours, as if they were among ours; return the names of those that pass."""
-    path = folder / "test_inner.py"
-    path.write_text(TESTS)
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "conftest",
-        "-c",
-        str(HERE.parent / "pyproject.toml"),
-        "-v",
-        *arguments,
-    ]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
-    command = [*words, "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={folder}", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
-    assert done.returncode in (0, 1), done.stdout + done.stderr
-    lines = [line for line in done.stdout.splitlines() if "::" in line and "[" in line]
+BOTH = """
+import sys
+import pytest
+codes = []
+for marked in ("not process", "process"):
+    print("selected:", marked, flush=True)
+    codes.append(pytest.main([*sys.argv[1:], "-m", marked]))
+sys.exit(max(codes))
+"""
+
+
+def passed(printed: str) -> list[str]:
+    """Return the names of the tests that passed, by pytest's lines."""
+    lines = [line for line in printed.splitlines() if "::" in line and "[" in line]
     errors = {line.split("::")[1].split()[0] for line in lines if " ERROR" in line or " FAILED" in line}
-    passed = [line.split("::")[1].split()[0] for line in lines if " PASSED" in line]
-    return [name for name in passed if name not in errors]
+    names = [line.split("::")[1].split()[0] for line in lines if " PASSED" in line]
+    return [name for name in names if name not in errors]
 
 
 def test_marks_are_set_where_a_start_can_be_seen_and_missed_where_it_cannot(tmp_path: Path) -> None:
-    (tmp_path / "tests").mkdir()
-    quick = run(tmp_path / "tests", "-m", "not process")
-    assert quick == ["test_alone", "test_that_asks_git"]
-    others = run(tmp_path / "tests", "-m", "process")
-    assert others == ["test_by_a_helper", "test_by_a_fixture", "test_of_workers", "test_that_says_it"]
+    """These tests with the conftest of ours, as if they were among ours."""
+    folder = tmp_path / "tests"
+    folder.mkdir()
+    (folder / "test_inner.py").write_text(TESTS)
+    words = ["-p", "conftest", "-c", str(HERE.parent / "pyproject.toml"), "-v", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-c", BOTH, *words, "-p", "no:xdist", f"--rootdir={folder}", "test_inner.py"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    quick, others = done.stdout.split("selected: process")
+    assert passed(quick) == ["test_alone", "test_that_asks_git"]
+    assert passed(others) == ["test_by_a_helper", "test_by_a_fixture", "test_of_workers", "test_that_says_it"]

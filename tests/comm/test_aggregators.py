@@ -90,7 +90,7 @@ def test_y_recursion(compressor: Compressor, exchange: str, back: Compressor | N
 
     With 3 workers; one case of each aggregator with 1 and with 8 as well.
     """
-    eta, r, steps = 0.02, 0.1, 12
+    eta, r, steps = 0.02, 0.1, 8
     arguments: dict[str, Any] = {"steps": steps, "lr": eta, "noise": r, "seed": 4, "exchange": exchange, "back": back}
     for workers in (1, 3, 8) if (compressor, exchange) in ONE_OF_EACH.values() else (3,):
         runs = simulate(lambda rank: problems.run(compressor, **arguments), workers)
@@ -109,7 +109,7 @@ def test_y_recursion(compressor: Compressor, exchange: str, back: Compressor | N
 
 def all_toys() -> list[dict[str, Any]]:
     """Every case, with resets, in the present group."""
-    return [problems.run(c, steps=10, noise=0.2, lr=0.02, interval=5, exchange=e, back=b) for c, e, b in CASES]
+    return [problems.run(c, steps=6, noise=0.2, lr=0.02, interval=3, exchange=e, back=b) for c, e, b in CASES]
 
 
 def test_processes_equal_the_simulation(gloo: Callable[..., list[Any]]) -> None:

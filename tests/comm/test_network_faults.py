@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_python import environment, python
 
 from packsaddle.comm.simulation import simulate
 
@@ -22,12 +23,13 @@ def test_a_pulled_cable(tmp_path: Path) -> None:
     started = [
         subprocess.Popen(
             [
-                *(sys.executable, str(SCRIPT), "--hosts", "2", "--steps", str(STEPS), "--patience", "600"),
+                *(python(), str(SCRIPT), "--hosts", "2", "--steps", str(STEPS), "--patience", "600"),
                 *("--cases", case, "--out", str(tmp_path / case), *own),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=environment(),
         )
         for case, own in settings.items()
     ]

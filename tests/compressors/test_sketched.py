@@ -63,15 +63,15 @@ def test_candidates_are_looked_at_again() -> None:
 
 @pytest.mark.parametrize("magnitude", [1.0, 100.0, 1e4, "mixed"])
 def test_defaults_find_planted_heavy_hitters(magnitude: float | str) -> None:
-    """95% of 50 in 20,011 in the mean over 200 seeds; at 1 the heavy have the noise's energy."""
+    """95% of 50 in 20,011 in the mean over 80 seeds; at 1 the heavy have the noise's energy."""
     d, k, found = 20_011, 50, 0
-    for seed in range(200):
+    for seed in range(80):
         rng = torch.Generator().manual_seed(seed)
         v, at = torch.randn(d, generator=rng), torch.randperm(d, generator=rng)[:k]
         c = torch.full((k,), magnitude) if isinstance(magnitude, float) else 10 ** (4 * torch.rand(k, generator=rng))
         v[at] += c * float(v.norm()) / math.sqrt(k) * torch.where(torch.rand(k, generator=rng) < 0.5, -1.0, 1.0)
         found += int((SketchTopK(k=k)(v, seed=seed)[at] != 0).sum())
-    assert found >= 0.95 * 200 * k
+    assert found >= 0.95 * 80 * k
 
 
 def test_bytes_at_a_thousandth() -> None:

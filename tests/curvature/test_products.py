@@ -136,6 +136,7 @@ def uncovered(kind: str, seeds: range, products: int, delta: float) -> tuple[int
     return failures, above
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_small_failure_probabilities_are_kept(dtype: torch.dtype) -> None:
     """At 1e-4 by importance sampling: <b, v> is below its quantile w in size with that probability, so of starts for

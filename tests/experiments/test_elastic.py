@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -78,20 +77,8 @@ def test_sigterm_stops_a_launched_run_and_torchrun_restarts_a_killed_one(config:
     straight, launched, restarted = (tmp_path / name for name in ("straight", "launched", "restarted"))
     serial = ("--workers", 2, "--serial")
     assert command("run", config, *serial, "--out", straight) == 0
-    arguments = (
-        sys.executable,
-        "-W",
-        "error",
-        "-m",
-        "packsaddle.cli",
-        "run",
-        config,
-        "--workers",
-        2,
-        "--out",
-        launched,
-    )
-    with started(*arguments) as process:
+    program = (python(), "-W", "error", "-m", "packsaddle.cli")
+    with started(*program, "run", config, "--workers", 2, "--out", launched) as process:
         until(lambda: lines(launched), process)
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=PATIENCE)
@@ -179,7 +166,7 @@ def worker_of(folder: Path, rank: int) -> int:
 
 
 def test_workers_killed_at_random_moments() -> None:
-    words = [sys.executable, ROOT / "benchmarks" / "chaos.py", "--runs", "3", "--workers", "2", "--seed", "1"]
+    words = [python(), ROOT / "benchmarks" / "chaos.py", "--runs", "3", "--workers", "2", "--seed", "1"]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     workers, runs, kills, stops, _, _, equal, _ = done.stdout.splitlines()[-1].split("|")

@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ddp_runs import COMPRESSORS, SEVERAL, WAYS, batches, loss, network, train, vector, wrapped
+from forked_python import environment, python
 from specs import folded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +42,7 @@ Gloo = Callable[..., list[Any]]
 
 # ---- the same run as CompressedSGD, and as its definition
 
-STEPS = 12
+STEPS = 8
 
 
 def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> dict[str, Any]:
@@ -71,11 +71,12 @@ def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> di
 
 
 def all_beside_compressed_sgd() -> dict[tuple[str, str], dict[str, Any]]:
-    cases = {("one bucket", "bucket", 1000.0), ("many buckets, model", "model", SEVERAL)}
+    """Every way in one bucket and in many; alone, by turns."""
+    cases = [("many buckets, model", "model", SEVERAL), ("one bucket", "bucket", 1000.0)]
     return {
         (way, name): beside_compressed_sgd(options, scope, cap)
-        for way, options in WAYS.items()
-        for name, scope, cap in sorted(cases)
+        for i, (way, options) in enumerate(WAYS.items())
+        for name, scope, cap in (cases if resolve(None).size > 1 else cases[i % 2 : i % 2 + 1])
     }
 
 
@@ -195,7 +196,7 @@ def value_of(model: nn.Module, batch: Tensor) -> float:
 
 
 # A compiled model takes long, and only the kind of message matters to it.
-COMPILED = ("Identity", "RandomK", "TopK", "SketchTopK", "QSGD", "LowRank", "two-way")
+COMPILED = ("Identity", "TopK", "SketchTopK", "LowRank", "two-way")
 
 
 def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
@@ -204,7 +205,7 @@ def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
     Each compressor with every optimizer, and each optimizer in every kind of loop.
     """
     found = {}
-    data = batches(1, torch.float32) * 20
+    data = batches(1, torch.float32) * 14
     for i, (way, options) in enumerate(WAYS.items()):
         for j, kind in enumerate(("plain", "accumulation", "scaler", *["compiled"] * (way in COMPILED))):
             cap = 25 if kind == "compiled" else SEVERAL  # torch.compile cannot have buckets below the first, of 1 MiB
@@ -218,7 +219,7 @@ def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
             before = value_of(model, data[0])
             train(run, optimizer, data, scaler=scaler, accumulate=kind == "accumulation", clip=1.0)
             after = value_of(model, data[0])
-            assert hook.steps == 20, (way, kind, hook.steps, hook.skipped)
+            assert hook.steps == len(data), (way, kind, hook.steps, hook.skipped)
             counted = sum(b.sent for purpose, b in hook.ledger.by_purpose.items() if purpose != "start")
             found[way, kind] = (before, after, vector(model), counted, seen[0])
     return found
@@ -327,7 +328,7 @@ def test_sixteen_bit_gradients_lose_nothing(gloo: Gloo) -> None:
 
 
 def with_and_without_a_bad_batch() -> dict[tuple[str, str], dict[float | None, tuple[Tensor, Tensor]]]:
-    """Worker 1 meets a NaN or Inf in one layer at step 6 of 10; the run of None never had that step.
+    """Worker 1 meets a NaN or Inf in one layer at step 4 of 7; the run of None never had that step.
 
     A NaN and an Inf by turns: in one scope the one, in the other scope the other.
     """
@@ -344,11 +345,11 @@ def with_and_without_a_bad_batch() -> dict[tuple[str, str], dict[float | None, t
                 active: list[float | None] = [None]
                 layer = model.module[2].weight  # in one of the buckets, not in the last
                 layer.register_hook(lambda g, active=active: g if active[0] is None else g * active[0])
-                for step, batch in enumerate(batches(10, torch.float32)):
-                    active[0] = bad if step == 6 and resolve(None).rank == 1 else None
-                    if bad is not None or step != 6:
+                for step, batch in enumerate(batches(7, torch.float32)):
+                    active[0] = bad if step == 4 and resolve(None).rank == 1 else None
+                    if bad is not None or step != 4:
                         train(model, optimizer, [batch], scaler=scaler)
-                assert (hook.steps, hook.skipped) == (9, int(bad is not None))
+                assert (hook.steps, hook.skipped) == (6, int(bad is not None))
                 assert scaler.get_scale() == (1024.0 if bad is None else 512.0)
                 results[bad] = vector(model), torch.cat([e.reshape(-1) for e in hook.memory().values()])
             found[way, scope] = results
@@ -684,13 +685,15 @@ def test_attach_without_workers_has_nothing_to_do() -> None:
 
 def test_a_worker_that_fails_ends_though_its_exchange_cannot(tmp_path: Path) -> None:
     """Its process must not wait for a collective that will not come about: a launcher would not see that it failed."""
-    command = [sys.executable, str(Path(__file__).parents[1] / "support" / "failing_worker.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = str(Path(__file__).parents[1] / "support" / "failing_worker.py")
     workers = [
         subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True, env=environment
+            [interpreter, script, str(rank), str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
         )
-        for rank in (0, 1)
+        for rank, interpreter in enumerate((sys.executable, python()))
     ]
     try:
         _, error = workers[0].communicate(timeout=120)

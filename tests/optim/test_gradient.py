@@ -161,17 +161,19 @@ def quadratics(steps: int, lr: float, noise: float = 0.0, seed: int = 0, **optio
     return simulate(worker, WORKERS)[0]
 
 
+@pytest.mark.slow
 def test_ef21_converges_where_error_feedback_hovers() -> None:
     """Where workers disagree, error feedback with a constant step keeps a distance; EF21 has none (its Theorem 1)."""
-    assert quadratics(1200, 0.05, memory="ef21") < 1e-7
-    assert quadratics(1200, 0.05, memory="buffer") > 1e-3
+    assert quadratics(250, 0.1, memory="ef21") < 1e-7
+    assert quadratics(250, 0.1, memory="buffer") > 1e-3
 
 
+@pytest.mark.slow
 def test_momentum_calms_ef21_under_noise() -> None:
     """EF21 alone follows noisy gradients badly, with momentum well (Fatkhullin et al. 2023, section 2)."""
 
     def distance(momentum: float) -> float:
-        runs = [quadratics(400, 0.03, noise=10.0, seed=s, memory="ef21", momentum=momentum) for s in range(4)]
+        runs = [quadratics(100, 0.03, noise=10.0, seed=s, memory="ef21", momentum=momentum) for s in range(4)]
         return sum(runs) / len(runs)
 
     calm, alone = distance(0.95), distance(0.0)
@@ -211,20 +213,21 @@ def test_storm_is_its_definition(weight_decay: float) -> None:
 
 
 def estimate_error(**options: Any) -> float:
-    """Mean squared distance of x's movement to the true gradient, over the last half of a run."""
+    """Mean squared distance of x's movement to the true gradient, over a run."""
 
     def worker(rank: int) -> float:
         run, total = Run(sampled, compressor=Identity(), noise=0.0, lr=0.003, **options), 0.0
-        for t in range(400):
+        for t in range(200):
             before = run.x
             run.step(t)
             moved = (before - run.x) / 0.003
             total += float((moved - sum(problems.gradient(w)(before) for w in range(WORKERS)) / WORKERS).square().sum())
-        return total / 400
+        return total / 200
 
     return simulate(worker, WORKERS)[0]
 
 
+@pytest.mark.slow
 def test_storm_reduces_the_variance() -> None:
     plain, storm = estimate_error(), estimate_error(storm=0.05)
     assert storm < 0.25 * plain, (storm, plain)
@@ -289,14 +292,14 @@ def variant(name: str, stop: int | None = None) -> tuple[Tensor, int]:
     return run.x, len(run.opt.resets)
 
 
-@pytest.mark.parametrize("stop", [1, 13, 14])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_resumed_is_never_stopped(name: str, stop: int) -> None:
+def test_resumed_is_never_stopped(name: str) -> None:
     whole = simulate(lambda rank: variant(name), WORKERS)
-    resumed = simulate(lambda rank: variant(name, stop), WORKERS)
-    for (x, resets), (again, _) in zip(whole, resumed, strict=True):
-        assert torch.equal(x, again)
-        assert bool(resets) == ("escape" in name)
+    for stop in (1, 13, 14):
+        resumed = simulate(lambda rank, stop=stop: variant(name, stop), WORKERS)
+        for (x, resets), (again, _) in zip(whole, resumed, strict=True):
+            assert torch.equal(x, again), stop
+            assert bool(resets) == ("escape" in name)
 
 
 def variants() -> dict[str, Tensor]:

@@ -75,6 +75,7 @@ def make_run(folder: Path, text: str) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's font lacks some of the characters
 def test_reports_of_hostile_strings(tmp_path: Path) -> None:
     """A browser sees the same tags and attributes as for a harmless label, and no spreadsheet sees a formula."""

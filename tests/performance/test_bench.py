@@ -21,7 +21,7 @@ from packsaddle.performance.bench.workload import TrainingWorkload
 
 PEERS = ("ddp", "ddp-fp16", "own-uint8", "powersgd-1", "powersgd-4", "local-sgd-4")
 WORKLOAD = TrainingWorkload("mnist-autoencoder", 4)
-real = pytest.mark.usefixtures("hosts_here")
+real = pytest.mark.usefixtures("forks_on_hosts")
 
 
 def tables(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def test_a_race_to_a_loss(gloo: Callable[..., list[Any]], tmp_path: Path) -> Non
 @real
 def test_link(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("ddp-fp16", "own-uint8", "powersgd-4", "local-sgd-2", "RandomK(0.01)", "TopK(0.01)", "Sign")
-    arguments = ("--rate", 500, "--batch", 2, "--rounds", 2, "--block", 2, "--contenders", *names)
+    arguments = ("--rate", 500, "--batch", 2, "--rounds", 2, "--block", 1, "--contenders", *names)
     (table,) = tables(capsys, "link", *arguments)
     rows = {row["contender"]: row for row in table["rows"]}
     assert list(rows) == ["alone", "ddp", *names]

@@ -84,7 +84,7 @@ def test_a_failing_command_says_why_and_ends_the_others(monkeypatch: pytest.Monk
     assert hosts.name not in namespaces()
 
 
-@real
+@pytest.mark.usefixtures("forks_on_hosts")
 def test_a_failing_worker_under_torchrun_says_why(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(

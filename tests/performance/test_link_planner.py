@@ -204,6 +204,7 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     assert dense["time"]["bandwidth"] == pytest.approx(4 / 3 * 200_000 / (1e6 / 8 * 1448 / 1514))
 
 
+@pytest.mark.slow
 def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
     """RandomK's steps are the shortest; behind AdamW it is not what is recommended."""
     asked = ("plan", "--d", 5_000_000, "--compute", 0.01, "--workers", 2, "--link", "10mbit")

@@ -306,10 +306,10 @@ def test_tables_from_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path
 
 
 @pytest.mark.process
-@pytest.mark.usefixtures("hosts_here")
+@pytest.mark.usefixtures("forks_on_hosts")
 def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Two contenders, two steps each, on a link that is slow upwards; a second call makes nothing again."""
-    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 200)
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 50)
     arguments: tuple[Any, ...] = (
         "race",
         "--out",

@@ -3,8 +3,8 @@
 To import torch and torch._dynamo takes seconds of computing in every process that tests start; a fork takes none. What
 a test gives to subprocess is a small program in place of `sys.executable`: it hands its arguments, its folder, its
 environment and its standard streams to the server, passes signals on, and ends as the fork ends; where it is killed,
-so is the fork. A fork has a process id and a session of its own (`fork_of`). Tests of what importing does, or of how
-the interpreter ends, start real ones.
+so is the fork. A fork has a process id and a session of its own (`fork_of`), the network of that program, and as its
+`sys.executable` what `PYTHON_EXEC` says. Tests of what importing does, or of how the interpreter ends, start real ones.
 
 This file is the server (`python forked_python.py serve SOCKET`), that small program (`... SOCKET ARGUMENTS`), and the
 functions for tests.
@@ -18,7 +18,14 @@ import socket
 import sys
 import time
 
-MODULES = ("torch", "torch._dynamo", "torch.distributed.run", "packsaddle.cli", "packsaddle.experiments.job", "numba")
+MODULES = (
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.run",
+    "packsaddle.cli",
+    "packsaddle.experiments.job",
+    "packsaddle.numerics.kernels.preloaded",
+)
 
 
 def python() -> str:
@@ -32,7 +39,10 @@ def python() -> str:
         folder = tempfile.TemporaryDirectory(prefix="python-")
         place, program = Path(folder.name) / "socket", Path(folder.name) / "python-forked"
         program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {place} "$@"\n')
-        program.chmod(0o755)
+        command = Path(folder.name) / "packsaddle"  # where scripts look for it: beside python
+        command.write_text(f'#!/bin/sh\nexec {program} -m packsaddle.cli "$@"\n')
+        for made in (program, command):
+            made.chmod(0o755)
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(place))
         listener.listen(64)
@@ -86,7 +96,7 @@ def _ask(place: str, words: list[str]) -> None:
     """Have the server fork, and end as the fork does."""
     server = socket.socket(socket.AF_UNIX)
     server.connect(place)
-    request = json.dumps([words, os.getcwd(), dict(os.environ)]).encode()
+    request = json.dumps([words, os.getcwd(), dict(os.environ), os.getpid()]).encode()
     streams = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))]
     server.sendmsg([f"{len(request):>16}".encode()], streams)
     server.sendall(request)
@@ -145,12 +155,12 @@ def _serve(listener: socket.socket) -> None:
         if listener in ready:
             client = listener.accept()[0]
             size, streams, _, _ = socket.recv_fds(client, 16, 3)
-            words, folder, variables = json.loads(_received(client, int(size)))
+            words, folder, variables, program = json.loads(_received(client, int(size)))
             fork = os.fork()
             if fork == 0:
                 for other in (listener, heard, woken, client, *clients.values()):
                     other.close()
-                _become(words, folder, variables, streams)
+                _become(words, folder, variables, streams, program)
             for stream in streams:
                 os.close(stream)
             client.sendall(f"{fork}\n".encode())
@@ -193,7 +203,20 @@ def _spawned(path: str, words: list[str], passed: list[int]) -> int:
     os._exit(1)
 
 
-def _become(words: list[str], folder: str, variables: dict[str, str], streams: list[int]) -> None:
+def _enter_network_of(program: int) -> None:
+    """Go where `ip netns exec` has started the program, if it has: to its network, and to its /sys (setns(2))."""
+    import ctypes
+
+    for kind in ("net", "mnt"):
+        place = f"/proc/{program}/ns/{kind}"
+        if os.stat(place).st_ino != os.stat(f"/proc/self/ns/{kind}").st_ino:
+            there = os.open(place, os.O_RDONLY)
+            if ctypes.CDLL(None, use_errno=True).setns(there, 0):
+                raise OSError(ctypes.get_errno(), f"setns to {place}")
+            os.close(there)
+
+
+def _become(words: list[str], folder: str, variables: dict[str, str], streams: list[int], program: int) -> None:
     """In a fork: run what python would run with these arguments, and end as it would, but for the destructors."""
     import atexit
     import multiprocessing.util
@@ -211,9 +234,11 @@ def _become(words: list[str], folder: str, variables: dict[str, str], streams: l
             os.close(stream)
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        _enter_network_of(program)
         os.chdir(folder)
         os.environ.clear()
         os.environ.update(variables)
+        sys.executable = os.environ.get("PYTHON_EXEC", sys.executable)
         code = _run(words)
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()

@@ -28,8 +28,11 @@ _GRACE = 5.0  # seconds for the others to say what they make of a worker that fa
 _KEPT = 4  # workers at most that stay
 # Clean children that do not import torch again, whatever threads the test process has by now.
 _CONTEXT = multiprocessing.get_context("forkserver")
-# The first optimizer of a process imports torch._dynamo, which takes as long as torch.
-_CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle"])
+# The first optimizer of a process imports torch._dynamo, which takes as long as torch; so does numba's first loop. The
+# processes that commands start in tests are of this server too.
+_CONTEXT.set_forkserver_preload(
+    ["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", "packsaddle.experiments.job", "pytest"]
+)
 
 
 def run_in_processes(

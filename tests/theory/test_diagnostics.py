@@ -124,12 +124,13 @@ def test_the_rate_of_random_k_is_that_of_one_coordinate_sent_at_random() -> None
 
 @pytest.mark.slow
 def test_random_k_grows_at_its_rate() -> None:
-    """One run's slope over 3,000 steps varies by about 1% (see experiments/diagnostics)."""
-    coupling = couple(Oracle(SADDLE), Method(ETA, RandomK(k=5), R), zeros(20), steps=3200)
+    """One run's slope over 1,500 steps varies by some 1.5% (see experiments/diagnostics)."""
+    coupling = couple(Oracle(SADDLE), Method(ETA, RandomK(k=5), R), zeros(20), steps=1700)
     assert coupling.growth_rate(200) == pytest.approx(growth_rate(ETA, GAMMA, 5 / 20), rel=0.03)
     assert torch.equal(coupling.direction.abs(), torch.eye(20, dtype=torch.float64)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compressor", [RandomK(k=4), LinearSketch(columns=4), LinearSketch(columns=4, sketch="gaussian")]
 )
@@ -243,7 +244,7 @@ def test_constant_gradients_meet_the_exact_error() -> None:
 )
 def test_lemma_a5_holds_at_every_step(compressor: Compressor) -> None:
     oracle, start = Oracle(Cosine(16), sigma=0.5), torch.full((16,), 2.0)
-    growth = error_growth(oracle, Method(ETA, compressor, 0.1), start, steps=80, seeds=10)
+    growth = error_growth(oracle, Method(ETA, compressor, 0.1), start, steps=50, seeds=10)
     assert bool((growth.mean - 3 * growth.standard_error <= growth.bound).all())
     assert float(growth.mean[-1]) > 0
     too_good = error_growth(oracle, Method(ETA, compressor, 0.1), start, steps=5, seeds=10, mu=1.0)
@@ -253,14 +254,15 @@ def test_lemma_a5_holds_at_every_step(compressor: Compressor) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("compressor", "slack"), [(Identity(), 1.1), (RandomK(k=2), 1.5), (TopK(k=2), 1.5)])
 def test_escapes_take_the_predicted_time(compressor: Compressor, slack: float) -> None:
-    measured = escape_times(Oracle(SADDLE), Method(ETA, compressor, R), zeros(20), radius=1.0, limit=2000, seeds=20)
-    predicted = predicted_escape_time(ETA, GAMMA, R, 1.0)
-    assert predicted == pytest.approx(356, abs=1)
+    eta, r = 0.1, 1e-2
+    measured = escape_times(Oracle(SADDLE), Method(eta, compressor, r), zeros(20), radius=1.0, limit=700, seeds=20)
+    predicted = predicted_escape_time(eta, GAMMA, r, 1.0)
+    assert predicted == pytest.approx(126, abs=1)
     assert predicted / slack <= measured.median <= predicted * slack
     assert measured.improved == 20
     assert measured.quantile(0.1) < measured.median < measured.quantile(0.9)
     if isinstance(compressor, RandomK):  # its own rate explains the slowdown
-        assert measured.median == pytest.approx(predicted_escape_time(ETA, GAMMA, R, 1.0, mu=0.1), rel=0.1)
+        assert measured.median == pytest.approx(predicted_escape_time(eta, GAMMA, r, 1.0, mu=0.1), rel=0.1)
 
 
 @pytest.mark.parametrize("compressor", [RandomK(k=3), TopK(k=2)])
@@ -283,17 +285,18 @@ def test_without_noise_a_saddle_is_for_ever() -> None:
 @pytest.mark.parametrize("compressor", [Identity(), RandomK(k=2), TopK(k=1)])
 def test_the_octopus_is_escaped_d_times(compressor: Compressor) -> None:
     problem = Octopus(4)
-    run = follow(Oracle(problem), Method(0.02, compressor, 0.02), torch.full((4,), 1e-3), steps=1500)
+    run = follow(Oracle(problem), Method(0.04, compressor, 0.02), torch.full((4,), 1e-3), steps=750)
     times = octopus_escapes(problem, run.x)
     assert len(times) == 4
     later = [b - a for a, b in pairwise(times)]
     assert max(later) < 2 * min(later)  # every leg takes about as long as another
 
 
+@pytest.mark.slow
 def test_gradient_descent_pays_more_for_every_leg() -> None:
     """Without noise each leg takes some 3.7 = (L + gamma) / gamma times the one before (Du et al. 2017)."""
     problem = Octopus(3)
-    run = follow(Oracle(problem), Method(0.02), torch.full((3,), 1e-3), steps=4600)
+    run = follow(Oracle(problem), Method(0.04), torch.full((3,), 1e-3), steps=2700)
     first, second, third = octopus_escapes(problem, run.x)
     assert 3 < (second - first) / first < 5
     assert 3 < (third - second) / (second - first) < 5

@@ -262,8 +262,9 @@ def local_device() -> torch.device:
 
 def import_once(module: str) -> None:
     """Have processes of multiprocessing's forkserver, if it has not been started, find the module and torch imported;
-    and torch._dynamo, which the first optimizer of a process imports, and which takes as long as torch."""
-    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", module])
+    the compiled loops; and torch._dynamo, which the first optimizer of a process imports, and which takes as long as
+    torch."""
+    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", module])
 
 
 def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:

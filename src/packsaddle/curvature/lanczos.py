@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_BISECTIONS = 60
+_EVALUATIONS = 100  # at most, of which a dozen are usual
 _ROUNDING = 16  # of a product, in units of the last place of ||A||: roughly what long sums lose
 _LEAST_PROBABILITY = 1e-100  # the quantile underflows some way below
 
@@ -83,14 +83,21 @@ class Ritz:
         from scipy.special import betaincinv  # slow to import, and only certificates need it
 
         limit = -math.log(float(betaincinv(0.5, (self.n - 1) / 2, failure_probability)))
-        low, high = math.log(scale) - 45.0, math.log(scale) + limit  # of log(theta_min - lambda)
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            if self._log_growth(self.theta_min - math.exp(middle), scale) < limit:
-                low = middle
-            else:
-                high = middle
-        return self.theta_min - math.exp(high) - self.rounding
+        # In s = log(theta_min - lambda) each log p_j^2 is a sum of log(e^s + distance to a root), so the growth is
+        # convex, and secants through points where it is above the limit end at one where it is, too, but for rounding.
+        least, s = math.log(scale) - 45.0, math.log(scale) + limit
+        before, last, back = s + 1.0, self._log_growth(self.theta_min - math.exp(s + 1.0), scale), 0.0
+        for _ in range(_EVALUATIONS):
+            growth = self._log_growth(self.theta_min - math.exp(s), scale)
+            if growth < limit:
+                back = 4 * back or 1e-15 * max(1.0, abs(s))
+                s += back
+                continue
+            step = (growth - limit) * (before - s) / (last - growth) if growth < last else 0.0
+            if back or s == least or step < 1e-15 * max(1.0, abs(s)):
+                break
+            before, last, s = s, growth, max(least, s - step)
+        return self.theta_min - math.exp(s) - self.rounding
 
     def upper_bound(self, failure_probability: float) -> float:
         """Return an upper bound on lambda_max, with its own `failure_probability`: the lower bound of -A, turned."""
@@ -104,14 +111,14 @@ class Ritz:
 
         -p_{j+1} / p_j = d_j / beta_{j+1} with the pivots d_j of the tridiagonal minus lambda, all positive there.
         """
-        floor = max(self.rounding, _rounding(self.n) * scale)
+        floor, least = max(self.rounding, _rounding(self.n) * scale), math.ulp(scale)
         pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # log p_j^2, and of the sum
         for alpha, beta in zip(self.alphas, self.betas, strict=True):
             pivot = alpha - below - (before * before / pivot if before else 0.0)
-            pivot = max(pivot, math.ulp(scale))
+            pivot = pivot if pivot > least else least
             before = beta
-            term += 2 * math.log(pivot / max(beta, floor))
-            high, low = max(total, term), min(total, term)
+            term += 2 * math.log(pivot / (beta if beta > floor else floor))
+            low, high = (total, term) if total < term else (term, total)
             total = high + math.log1p(math.exp(low - high)) if self.orthogonal else high
         return total
 

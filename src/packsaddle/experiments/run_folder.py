@@ -214,8 +214,9 @@ def commit() -> str | None:
     here = Path(__file__)
 
     def git(*arguments: str) -> str | None:
+        call = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]  # a run that is killed leaves no lock
         try:
-            answer = subprocess.run(["git", "-C", here.parent, *arguments], capture_output=True, text=True, check=True)
+            answer = subprocess.run(call, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
             return None
         return answer.stdout.strip()

@@ -74,8 +74,8 @@ def run(config: Config, how: How, data_dir: Path, path: Path) -> dict[str, Any]:
 def ae_config(**changes: Any) -> Config:
     """Figure 2's smoke setting, with fewer images, smaller batches and certificates left out."""
     config = figure2.study("smoke", "mnist").settings["randomk-noise"]
-    few = replace(config.data, limit=160)
-    base = replace(config, data=few, batch_size=16, certify=None, log_every=5, epochs=2.0)
+    few = replace(config.data, limit=80)
+    base = replace(config, data=few, batch_size=8, certify=None, log_every=5, epochs=2.0)
     return replace(base, **changes)
 
 
@@ -85,9 +85,9 @@ def resnet_config() -> Config:
     Rounding to float32 would grow until it is seen.
     """
     config = figure1.study("smoke", "folder").settings["randomk-1"]
-    few = replace(config.data, limit=160)
+    few = replace(config.data, limit=60)
     shallow = replace(config.model, name="resnet18")
-    return replace(config, data=few, model=shallow, precision="float64", workers=2, epochs=0.4, test_every=0.2)
+    return replace(config, data=few, model=shallow, precision="float64", workers=2, epochs=1.0, test_every=0.5)
 
 
 @pytest.mark.parametrize("width", [4, 16])
@@ -176,7 +176,7 @@ def test_fused_workers_certify_and_check_escapes_as_others_do(mnist: Path, tmp_p
         workers=2,
         escape=EscapeConfig(interval=3, radius=100.0, examples=100),
         noise=NoiseConfig(0.01),
-        certify=CertifyConfig(epsilon=1.0, hessian_lipschitz=1.0, at=(1.0,), examples=50, max_hvps=5),
+        certify=CertifyConfig(epsilon=1.0, hessian_lipschitz=1.0, at=(1.0,), examples=20, max_hvps=5),
     )
     fused, serial = (run(config, how, mnist, tmp_path / how) for how in ("fused", "serial"))
     assert [(r["step"], r["committed"]) for r in fused["summary"]["resets"]] == [
@@ -185,7 +185,7 @@ def test_fused_workers_certify_and_check_escapes_as_others_do(mnist: Path, tmp_p
     assert len(fused["summary"]["resets"]) > 1
     assert [c["epoch"] for c in fused["certificates"]] == [1.0, 2.0]
     for ours, theirs in zip(fused["certificates"], serial["certificates"], strict=True):
-        assert ours["examples"] == theirs["examples"] == 100
+        assert ours["examples"] == theirs["examples"] == 40
         assert ours["verdict"] == theirs["verdict"]
         for name in ("loss", "grad_norm", "lambda_min_upper"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
@@ -223,7 +223,7 @@ def test_fusing_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], tm
 # Studies.
 
 
-FEW = ("--set", "data.limit=160", "batch_size=16", "epochs=1", "certify.examples=64", "certify.max_hvps=8")
+FEW = ("--set", "data.limit=80", "batch_size=8", "epochs=1", "certify.examples=32", "certify.max_hvps=4")
 
 
 def small_study(mnist: Path, folder: Path, *arguments: Any) -> int:
@@ -298,7 +298,7 @@ def test_figure_2_from_the_command_line(mnist: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.process
 def test_figure_1_from_the_command_line(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "study"
-    arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, "--set", "data.limit=160", "epochs=1")
+    arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, "--set", "data.limit=80", "epochs=1")
     assert command("reproduce", "fig1", *arguments) == 0
     assert "RandomK 0.1%: final loss" in capsys.readouterr().out
     entries = by_setting(json.loads((folder / "summary.json").read_text()))

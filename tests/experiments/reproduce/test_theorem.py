@@ -8,6 +8,7 @@ from packsaddle.experiments.reproduce.theorem import Job, measure, saddle_jobs
 SHORT = {"question": "share", "problem": "cosine", "epsilon": 0.4, "d": 64, "seed": 0, "quiet": True, "factor": 64.0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "least", "most"),
     [("Algorithm 1", 0.9, 1.0), ("no noise", 0.0, 0.0), ("interval / 100", 0.0, 0.0)],

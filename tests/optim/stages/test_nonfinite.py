@@ -35,7 +35,7 @@ from packsaddle.optim import memory
 
 Gloo = Callable[..., list[Any]]
 Batch = tuple[int, bool]  # its number, and whether one worker's is bad
-WORKERS, STEPS = 3, 14
+WORKERS, STEPS = 3, 10
 BAD = float("nan"), float("inf"), -float("inf")
 
 

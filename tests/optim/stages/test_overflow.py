@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -112,24 +113,24 @@ def hook_run(kind: str, scope: Any, *, has_them: bool, **options: Any) -> dict[s
 
 
 def hook_runs(kind: str, scopes: tuple[str, ...]) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Every way, in these scopes by turns."""
     ways = {name: {"compressor": c} for name, c in COMPRESSORS.items()}
     ways |= {name: VARIANTS[name] for name in ("two-way", "coordinator, random back", "int8")}
     return {
         f"{scope}, {name}": tuple(  # type: ignore[misc]
             hook_run(kind, scope, has_them=has_them, **options) for has_them in (True, False)
         )
-        for scope in scopes
-        for name, options in ways.items()
+        for (name, options), scope in zip(ways.items(), cycle(scopes), strict=False)
     }
 
 
 @pytest.mark.parametrize(
     ("kind", "scopes", "workers"),
     [
-        (KINDS[0], ("model",), 2),
+        (KINDS[0], ("model", "bucket"), 2),
         (KINDS[1], ("bucket",), 2),
         (KINDS[2], ("bucket", "model"), 2),
-        (KINDS[1], ("bucket",), 1),
+        (KINDS[1], ("bucket", "model"), 1),
     ],
 )
 def test_nor_behind_the_hook(kind: str, scopes: tuple[str, ...], workers: int, gloo: Gloo) -> None:
