@@ -145,7 +145,7 @@ def certified(case: str, model: nn.Module, batches: list[Tensor]) -> dict[str, A
         model,
         loss_fn,
         mine,
-        hessian_lipschitz=1.0,
+        hessian_lipschitz=1e-2,
         tolerance=RESIDUAL,
         max_hvps=100,
         hvp="double-backward" if case == "double-backward" else "auto",

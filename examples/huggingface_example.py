@@ -4,9 +4,11 @@
     torchrun --nproc-per-node 2 examples/huggingface_example.py
     torchrun --nproc-per-node 2 examples/huggingface_example.py --resume --steps 120
     torchrun --nproc-per-node 2 examples/huggingface_example.py --local-updates --out runs/huggingface-local
+    torchrun --nproc-per-node 2 examples/huggingface_example.py --certify --out runs/huggingface-certified
 
 A small GPT-2 from a configuration, so that nothing is downloaded, on counts modulo 64 with random starts and strides.
 With --local-updates workers step by themselves and exchange what they have moved, compressed, after every 8 steps.
+With --certify every 20 steps a certificate says whether the point is a saddle of the loss over 64 sequences.
 """
 
 import argparse
@@ -14,11 +16,11 @@ from pathlib import Path
 
 import torch
 from common import report
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
 import packsaddle
-from packsaddle.integrations.huggingface import LocalUpdatesCallback, PacksaddleCallback
+from packsaddle.integrations.huggingface import CertificateCallback, LocalUpdatesCallback, PacksaddleCallback
 
 
 class Counting(Dataset[dict[str, torch.Tensor]]):
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/huggingface"))
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--local-updates", action="store_true")
+    parser.add_argument("--certify", action="store_true")
     arguments = parser.parse_args()
 
     set_seed(0)
@@ -63,6 +66,10 @@ def main() -> None:
     else:
         callback = PacksaddleCallback(trainer, packsaddle.TopK(0.02))
     trainer.add_callback(callback)
+    if arguments.certify:
+        mine = range(training.process_index, 64, training.world_size)
+        batches = [default_collate([trainer.train_dataset[16 * i] for i in mine])]  # this worker's, the same every time
+        trainer.add_callback(CertificateCallback(trainer, batches, every_n_steps=20, max_hvps=20))
     trainer.train(resume_from_checkpoint=arguments.resume or None)
 
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

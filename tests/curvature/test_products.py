@@ -180,6 +180,33 @@ def test_the_error_at_kinks_is_measured() -> None:
     assert certificate.lambda_min_lower <= 1.0 <= certificate.lambda_min_upper
 
 
+@pytest.mark.parametrize("w", [8.0, 100.0])
+def test_a_sharp_valley_is_measured_from_far_beyond_it(w: float) -> None:
+    """f = -cos(w u^T x) / w^2 for a unit u: H = u u^T. Of a flat direction the best step is many periods of u's long,
+    and products of u differ little there, as all are nearly 0."""
+
+    class Far(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.x = nn.Parameter(torch.zeros(200))
+            with torch.no_grad():
+                self.x[0] = 100.0  # across u, for a long first step
+
+    u = nn.functional.normalize(torch.cat([torch.zeros(1), torch.ones(199)]), dim=0)
+
+    def valley(model: nn.Module, batch: Tensor) -> Tensor:
+        x = model.x
+        return -torch.cos(w * (u @ x)) / w**2 + 1e-6 * x[0] ** 2  # type: ignore[operator, index, no-any-return]
+
+    differences = Differences(Curvature(Far(), valley, [torch.zeros(1)], Communicator(resolve(None), Ledger())))
+    flat = torch.zeros(200, dtype=torch.float64)
+    flat[0] = 1.0
+    differences.checked(flat)
+    assert differences.step > 1.0 / w
+    product, error = differences.checked(u.double())
+    assert float((product - u.double()).norm()) <= error < 1e-3
+
+
 class Attention(nn.Module):
     """A block of fused attention."""
 

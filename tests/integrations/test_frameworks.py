@@ -142,6 +142,21 @@ def test_the_trainer_logs_bytes(folder: Path) -> None:
     assert sum("loss" in line for line in state["log_history"]) == len(found)
 
 
+def test_the_trainer_certifies_the_anchor(tmp_path: Path) -> None:
+    """Certificates are logged when due; 20 and 60 steps are within a round of 8, where workers differ."""
+    needs("transformers")
+    run(torchrun(EXAMPLES / "huggingface_example.py", "--local-updates", "--certify", "--out", "c"), tmp_path)
+    history = json.loads((tmp_path / "c" / "checkpoint-80" / "trainer_state.json").read_text())["log_history"]
+    found = [line for line in history if "certificate/grad_norm" in line]
+    assert [line["step"] for line in found] == [20, 40, 60, 80]
+    losses = [line["certificate/loss"] for line in found]
+    assert losses[-1] < losses[0] / 2
+    for line in found:
+        assert line["certificate/examples"] == 64
+        assert line["certificate/lambda_min_upper"] < line["certificate/lambda_max_upper"]
+        assert line["certificate/saddle"] in (0.0, 1.0)
+
+
 def test_frameworks_log_local_updates(folder: Path) -> None:
     needs("lightning")
     needs("transformers")

@@ -28,6 +28,10 @@ _NEARBY = 17 / 16  # steps so close give products that differ by rounding alone,
 _ROUNDS = 6  # of looking for a step
 _LONGEST = 1 / 16  # of ||x||: h; farther out M_3 at two steps says little of the error
 _FARTHEST = 64.0  # from one round's step to the next one's
+_FAR = 0.1  # of a product: an error beyond which a step says little of shorter ones
+_SHORTEN = 1 / 16  # at least, from there
+_SHRUNK = 0.9
+_LOUD = 16  # times the least rounding measured: more is none
 _KINKED = 1e-3  # of a product: an error that a smooth function has in no double precision
 _ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff
 _SHORTEST = 64  # of ||x||'s last place
@@ -128,6 +132,7 @@ class Differences(Products):
         self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
         self.step = min(math.cbrt(self._eps) * reach, self._longest)  # h; a first guess
         self._rounding = 0.0  # of one gradient, in norm
+        self._quietest = math.inf  # the least that was measured of it
         self._count, self._next_check = 0, 1
         self._dithers = 0  # seeds of dithering for batches so far
 
@@ -141,19 +146,33 @@ class Differences(Products):
 
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
         self.curvature.products += 1
-        best = self._trial(v, self.step)
+        best = last = self._trial(v, self.step)
         for _ in range(_ROUNDS - 1):
-            step = min(best.step * self._better(best), self._longest)
-            if 0.5 <= step / best.step <= 2:
+            far = self._is_far(last, best)
+            step = min(last.step * min(self._better(last), _SHORTEN if far else math.inf), self._longest)
+            if 0.5 <= step / last.step <= 2:
                 break
             tried = self._trial(v, step)
-            if tried.error > best.error > 0:
+            worse = tried.error > best.error > 0
+            if (worse and not far) or (far and not tried.noise):  # a step that nothing moves by
                 break
-            best = tried
+            # Products of a valley grow with shorter steps; those of a step that moves only some numbers shrink.
+            shrunk = far and self.curvature.norm(tried.product) < _SHRUNK * self.curvature.norm(best.product)
+            best, last = best if worse or shrunk else tried, tried
         best = self._between_kinks(v, best)
         self.step, self._rounding = best.step, best.noise * best.step
+        self._quietest = min(self._quietest, self._rounding) if self._rounding else self._quietest
         self.error = max(self.error, best.error)
         return best.product, best.error
+
+    def _is_far(self, last: _Trial, best: _Trial) -> bool:
+        """Tell if the last step is far beyond what bends the loss, as that of a flat direction is for a sharp valley.
+
+        There a product is mostly error, and not of rounding, which no direction changes much; third derivatives say
+        nothing yet, and errors may rise before they fall.
+        """
+        rounds = last.noise * last.step <= _LOUD * self._quietest
+        return best.error > _FAR * self.curvature.norm(best.product) and (last.noise < last.apart or not rounds)
 
     def _between_kinks(self, v: Tensor, best: _Trial) -> _Trial:
         """Look for a step that crosses no kink, where rounding leaves room for one: in double precision.
