@@ -64,8 +64,8 @@ def test_bounds_hold_for_the_population(last: float) -> None:
         failures += not (found.lambda_min_lower <= last <= found.lambda_min_upper and found.grad_norm_lower <= 1e-12)
         gaps.append(found.lambda_min_upper - last)
         wrong = Verdict.SECOND_ORDER_STATIONARY if last < -0.5 else Verdict.SADDLE
-        assert found.verdict is not wrong or failures
-    assert failures <= 0.2 * runs + 3 * math.sqrt(runs * 0.2 * 0.8)
+        failures += found.verdict is wrong
+    assert failures <= 0.2 * runs
     assert sorted(gaps)[runs // 2] < 1.0
 
 
@@ -118,6 +118,45 @@ def test_the_upper_bound_is_students() -> None:
     assert str(found).startswith("of the population: saddle")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_error_of_differences_is_in_the_upper_bound(dtype: torch.dtype) -> None:
+    """Of equal batches the standard error is 0, and all that the bound allows for is what differences are wrong by."""
+    rng = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.7 * torch.randn(p.shape, generator=rng))
+    x = torch.randn(16, 3, generator=rng)
+
+    def mse(model: nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) - 1).square().mean()
+
+    found = certify_population(
+        model.to(dtype),
+        mse,
+        [x.to(dtype)] * 8,
+        epsilon=10.0,
+        hessian_lipschitz=1e-6,
+        hvp="differences",
+        generator=torch.Generator().manual_seed(1),
+    )
+    v, error = found.escape_direction, found.lambda_min_upper - found.quotient
+    curvature = Curvature(model.double(), mse, [x.double()], Communicator(Solo(), Ledger()))
+    assert found.quotient_error == pytest.approx(0.0, abs=0.2 if dtype is torch.bfloat16 else 1e-4)
+    assert abs(found.quotient - float(v @ curvature.hessian_vector(v))) <= error
+
+
+def test_a_gradient_of_the_population_may_be_too_large() -> None:
+    rows = draw(512, 0, 0.5)
+    rows[:, :-1] = rows[:, :-1].abs()  # E g = 0.05 E a
+    found = certificate(rows, epsilon=1e-3)
+    assert found.verdict is Verdict.GRADIENT_TOO_LARGE
+    assert found.lambda_min_lower == -math.inf
+    parts = torch.stack([0.05 * batch[:, :-1].mean(0) for batch in rows.split(8)])
+    spread = math.sqrt(float(parts.var(0).sum()) / len(parts))
+    assert found.grad_norm_upper - found.grad_norm == pytest.approx(spread * (1 + math.sqrt(2 * math.log(25))))
+
+
 def test_many_examples_settle_a_minimum() -> None:
     found = certificate(draw(8192, 1, 0.5), batch=32)
     assert found.verdict is Verdict.SECOND_ORDER_STATIONARY
@@ -131,7 +170,6 @@ def test_a_gradient_that_the_sample_cannot_settle_is_undecided() -> None:
     rows = draw(512, 0, 0.5)
     norm = certificate(rows).grad_norm
     assert certificate(rows, epsilon=norm).verdict is Verdict.UNDECIDED
-    assert certificate(rows, epsilon=norm / 100, failure_probability=0.9).verdict is not Verdict.SADDLE
     proposed = certificate(rows, epsilon=None)
     assert proposed.epsilon >= proposed.grad_norm_upper
     assert proposed.epsilon_proposed
@@ -143,8 +181,9 @@ def test_workers_have_the_union(hvp: str) -> None:
     batches = list(rows.split(8))
 
     def work(rank: int) -> Any:
-        # Halves are those of each worker's batches, so worker 0 has the even ones of both.
-        mine = [b for pair in zip(batches[rank * 2 :: 4], batches[rank * 2 + 1 :: 4], strict=True) for b in pair]
+        # Worker 0 searches on its even batches, and worker 1 on its odd ones.
+        even, odd = batches[rank * 2 :: 4], batches[rank * 2 + 1 :: 4]
+        mine = [b for pair in zip(*((even, odd) if rank == 0 else (odd, even)), strict=True) for b in pair]
         return certify_population(
             Point(),
             loss_fn,
@@ -160,6 +199,15 @@ def test_workers_have_the_union(hvp: str) -> None:
         assert found.verdict is alone.verdict
         for name in ("quotient", "quotient_error", "deviation", "grad_norm_upper", "sample_lower"):
             assert getattr(found, name) == pytest.approx(getattr(alone, name), rel=1e-5), name
+
+
+def test_workers_with_one_batch_each_have_both_halves() -> None:
+    batches = list(draw(512, 2, -1.0).split(64))
+
+    def work(rank: int) -> Any:
+        return certify_population(Point(), loss_fn, [batches[rank]], epsilon=1.0, hessian_lipschitz=0.25)
+
+    assert {found.batches for found in simulate(work, 8)} == {8}
 
 
 @pytest.mark.parametrize(

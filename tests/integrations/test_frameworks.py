@@ -150,7 +150,7 @@ def test_the_trainer_certifies_the_anchor(tmp_path: Path) -> None:
     found = [line for line in history if "certificate/grad_norm" in line]
     assert [line["step"] for line in found] == [20, 40, 60, 80]
     losses = [line["certificate/loss"] for line in found]
-    assert losses[-1] < losses[0] / 2
+    assert losses[-1] < 0.7 * losses[0]
     for line in found:
         assert line["certificate/examples"] == 64
         assert line["certificate/lambda_min_upper"] < line["certificate/lambda_max_upper"]

@@ -69,7 +69,7 @@ def certify(
             better direction; by default the search stops with the verdict.
         sharpness: Go on until the bounds on the largest eigenvalue are apart by so much of it, as 0.01.
         spectrum: Estimate the density of all eigenvalues too, with 4 probes of 40 products.
-        population: Certify also the loss of the population that the examples are drawn from; costs some 100 products.
+        population: Certify also the loss of the population that the examples are drawn from; costs some 150 products.
         examples: Size of the random sample of training examples, or "all"; by default 512, or all if there are fewer.
         batch_size: Examples read at once; by default 64, and 500 if they are all.
         hvp: How Hessian-vector products are taken; auto takes differences of gradients where there is no double

@@ -62,7 +62,7 @@ def certify_script(
         sharpness: Go on until the bounds on the largest eigenvalue are apart by so much of it, as 0.01.
         hvp: How they are taken; auto takes differences of gradients where there is no double backward.
         spectrum: Estimate the density of all eigenvalues too, with 4 probes of 40 products.
-        population: Certify also the loss of the population that the examples are drawn from; costs some 100 products.
+        population: Certify also the loss of the population that the examples are drawn from; costs some 150 products.
         out: A new folder for the certificate, its directions, and a picture of the loss along them.
         seed: Of the random start.
         json: Print one JSON document instead.
@@ -104,14 +104,24 @@ def _certify(
     quiet: bool,
 ) -> Any:
     from packsaddle.curvature.certify import certify
+    from packsaddle.curvature.population import check_population
     from packsaddle.experiments.findings import Further
     from packsaddle.experiments.progress import countdown
     from packsaddle.numerics.seeds import Stream, generator
 
-    model, loss_fn, batches = _problem(function)
+    model, given, batches = _problem(function)
     _load(model, checkpoint)
+
+    def loss_fn(model: Any, batch: Any) -> Any:
+        try:
+            return given(model, batch)
+        except Exception as error:
+            raise ConfigError(f"the loss function of {function} failed: {_first_line(error)}") from None
+
     quiet = quiet or not is_first()
     try:
+        if population:
+            check_population(model, batches)  # before the work, not after
         with countdown("certify", options["max_hvps"], quiet=quiet) as progress:
             certificate = certify(
                 model,
@@ -121,7 +131,17 @@ def _certify(
                 generator=generator(seed, 1, Stream.CERTIFY),
                 progress=lambda b: progress(b.products, f"{b.products} of at most {b.most} products: {b}"),
             )
-        further = Further(spectrum, population, options["hvp"], options["epsilon"], None, seed, quiet=quiet)
+        further = Further(
+            spectrum,
+            population,
+            options["hvp"],
+            options["epsilon"],
+            options["hessian_lipschitz"],
+            options["failure_probability"],
+            None,
+            seed,
+            quiet=quiet,
+        )
         return further.look(checkpoint, model, loss_fn, batches, certificate)
     except ValueError as error:  # what certify says of the model, the loss and the batches
         raise ConfigError(f"{function}: {error}") from None

@@ -72,7 +72,7 @@ class Certificate:
     hessian_lipschitz: float  # rho
     hessian_lipschitz_estimated: bool  # rho was measured along v, not given: an estimate from below
     escape_direction: Tensor  # unit v, float64[d]; of a sharded model this worker's part
-    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, as the escape direction; None if not kept
+    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, or of a pilot's; None if not kept
     slope: float  # <grad f, v>
     escape_distance: float | None  # of a saddle: s for which f(x + s v) is the lowest that was found
     escape_loss: float | None  # f(x + s v)

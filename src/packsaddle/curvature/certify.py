@@ -107,7 +107,7 @@ def certify(
         search, scout = Search(products, goal, progress), None
         if grad_norm <= epsilon and math.isinf(tolerance) and math.isinf(sharpness):
             scout = pilot(products, goal, pilot_examples, batches, of, generator, memory_limit, progress)
-        if scout is None or not search.proves(scout.v):
+        if scout is None or not search.proves(scout.v, scout.error):
             scout = None
             search.run(generator, memory_limit)
         distance, lowest, bend = search.walk(scout) if search.verdict is Verdict.SADDLE else (None, None, None)
@@ -145,7 +145,7 @@ def certify(
         precision=str(curvature.parameters[0].dtype).removeprefix("torch."),
         hvp=products.name,
         hvp_reason=products.reason,
-        hvp_error=products.error if search.ritz is None else search.ritz.rounding,
+        hvp_error=search.error,
         hvp_step=products.step if isinstance(products, Differences) else None,
         hvps=curvature.products,
         backward_passes=math.ceil(curvature.passes),

@@ -6,12 +6,13 @@ Hessians; the network is used as it is, not through DistributedDataParallel, who
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.curvature.lanczos import random_start
@@ -21,6 +22,7 @@ from packsaddle.numerics.seeds import Stream, generator
 LossFn = Callable[[nn.Module, Any], Tensor]
 # What torch says where a gradient cannot be differentiated: fused kernels and compiled graphs.
 _NO_DOUBLE_BACKWARD = ("is not implemented", "double backward")
+_SHORT = (torch.float32, torch.float16, torch.bfloat16)
 _UNDIFFERENTIABLE = "torch::autograd::Error"  # the node of a function marked so
 
 
@@ -53,10 +55,14 @@ class Curvature:
         self.passes = 0.0  # backward passes over the examples so far; a pass over a part of them is so much less
         self._sizes_of_batches: list[int] = []  # of this worker's
         self._displaced = 0  # gradients at other points so far, for the seed of dithering
-        first, second = self._totals(), self._totals()
+        watch = _Precision()
+        with watch if self.parameters[0].dtype is torch.float64 else nullcontext():
+            first = self._totals()
+        second = self._totals()
         problems = [float(repr(first) != repr(second)), float(self._differs_from_rank_0())]
-        total = torch.tensor([*first, *problems], dtype=torch.float64, device=self.device)
-        loss, examples, differ, apart = self.sum(total).tolist()
+        found = [*first, *problems, *(float(dtype in watch.dtypes) for dtype in _SHORT)]
+        total = torch.tensor(found, dtype=torch.float64, device=self.device)
+        loss, examples, differ, apart, *short = self.sum(total).tolist()
         if apart:
             raise ValueError("model has other parameters on some workers than on rank 0; broadcast them first")
         if differ:  # on any worker, so that all of them stop
@@ -69,6 +75,8 @@ class Curvature:
             raise NotFiniteError(f"the loss is {loss} at the present parameters; there is nothing to certify")
         if not examples:
             raise ValueError("batches is empty on every worker")
+        used = [p.dtype for p in self.parameters] + [dtype for dtype, n in zip(_SHORT, short, strict=True) if n]
+        self.precision = max(torch.finfo(dtype).eps for dtype in used)  # the unit roundoff of what the loss computes
         self.examples = int(examples) // self._alike
         self.loss = loss / examples
 
@@ -272,6 +280,21 @@ class Curvature:
         return float(self.sum(total)) / self._alike / self.examples
 
 
+class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the floating dtypes of operations' results: a loss may round what its parameters do not."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(t, Tensor) and t.is_floating_point():
+                self.dtypes.add(t.dtype)
+        return result
+
+
 def whole(loss: Any) -> Tensor:
     """Return a loss, which tensor parallelism may have made a DTensor, as a plain tensor."""
     plain: Tensor = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
@@ -334,7 +357,7 @@ def batch_size(batch: Any) -> int:
     """Return the number of examples of a batch: the first dimension of its first tensor. Raises ValueError."""
     if isinstance(batch, Tensor) and batch.ndim:
         return len(batch)
-    parts = list(batch.values()) if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else []
+    parts = list(batch.values()) if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else []
     if not parts:
         raise ValueError(f"a batch must be a tensor, or a list, tuple or dict that starts with one, got {type(batch)}")
     return batch_size(parts[0])

@@ -142,11 +142,7 @@ def certify_population(
     delta = failure_probability / _STATEMENTS
     with rank_0_buffers(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)
-        if not curvature.has_double_backward:
-            raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
-        count = int(curvature.sum(torch.tensor([float(sum(1 for _ in curvature.read()))])))
-        if count < _FEWEST_BATCHES:
-            raise ValueError(f"batches must be {_FEWEST_BATCHES} or more, on all workers together, got {count}")
+        count = check_population(model, batches, process_group)
         products = choose_products(curvature, hvp)
         # The gradient.
         gradient, spread = curvature.gradient()
@@ -154,19 +150,22 @@ def certify_population(
         off = spread * (1 + math.sqrt(2 * math.log(1 / delta)))
         given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm + off, None, torch.finfo(torch.float32).eps)
         # A direction from every second batch, measured on the others.
-        seen = products.of(derivatives(model, loss_fn, _Half(batches, 0), channel))
-        fresh = products.of(derivatives(model, loss_fn, _Half(batches, 1), channel))
+        rank = channel.group.rank
+        seen, fresh = (
+            products.of(derivatives(model, loss_fn, _Half(batches, (rank + half) % 2), channel)) for half in (0, 1)
+        )
         v = _lowest_direction(seen, generator, memory_limit, progress)
         products.learn(seen)
         fresh.learn(seen)
+        _, off_by = fresh.checked(v)
         rho = hessian_lipschitz or max(products.change(v), torch.finfo(torch.float64).tiny)
         threshold = -math.sqrt(rho * epsilon)
         quotient, error, degrees = _quotient(fresh, v)
-        upper = quotient + _student(1 - delta, degrees) * error + products.error
+        upper = quotient + _student(1 - delta, degrees) * error + off_by
         # The examples' own lower bound, less what their Hessian may be off by.
         lower = sample_lower = -math.inf
         deviation = math.inf
-        if grad_norm - off <= epsilon and upper >= threshold:
+        if grad_norm + off <= epsilon and upper >= threshold:
             sample_lower = _lower_bound(products, delta, threshold, generator, memory_limit, progress)
             norm = _variance_norm(products, delta, generator, memory_limit, progress)
             deviation = math.sqrt(2 * norm * math.log(curvature.d / delta))
@@ -197,9 +196,22 @@ def certify_population(
     )
 
 
+def check_population(model: nn.Module, batches: Iterable[Any], process_group: Any = None) -> int:
+    """Return the number of batches of all workers; raises ValueError, on all of them, if `certify_population` would."""
+    if any(hasattr(p, "placements") for p in model.parameters()):
+        raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
+    channel = Communicator(resolve(process_group), Ledger())
+    device = next(model.parameters()).device
+    mine = torch.tensor([float(sum(1 for _ in batches))], dtype=torch.float64, device=device)
+    count = round(float(channel.mean(mine, "certificate")) * channel.group.size)
+    if count < _FEWEST_BATCHES:
+        raise ValueError(f"batches must be {_FEWEST_BATCHES} or more, on all workers together, got {count}")
+    return count
+
+
 @dataclass(frozen=True)
 class _Half:
-    """Every second batch."""
+    """Every second batch; workers begin with either half in turn, so that both have about as many."""
 
     batches: Iterable[Any]
     first: int
@@ -242,8 +254,6 @@ def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
     curvature.passes += 2
     total, squares, count = curvature.sum(sums).tolist()
     mean, n = total / curvature.examples, curvature.examples
-    if count < 2:
-        raise ValueError("batches must be such that at least two are left to measure v on")
     within = max(0.0, squares - n * mean * mean) / (count - 1)
     return mean, math.sqrt(within / n), int(count) - 1
 

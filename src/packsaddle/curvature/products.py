@@ -81,7 +81,7 @@ class DoubleBackward(Products):
 
     def __init__(self, curvature: Curvature) -> None:
         super().__init__(curvature)
-        self.precision = torch.finfo(curvature.parameters[0].dtype).eps
+        self.precision = curvature.precision
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.curvature.hessian_vector(v)
@@ -127,7 +127,7 @@ class Differences(Products):
     def __init__(self, curvature: Curvature, reason: str | None = None) -> None:
         super().__init__(curvature)
         self.reason = reason
-        self._eps = max(torch.finfo(p.dtype).eps for p in curvature.parameters)
+        self._eps = curvature.precision
         reach = max(1.0, curvature.size_of_parameters())
         self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
         self.step = min(math.cbrt(self._eps) * reach, self._longest)  # h; a first guess
@@ -186,7 +186,7 @@ class Differences(Products):
             if step < self._shortest:
                 break
             tried = self._trial(v, step)
-            best = tried if tried.error < best.error else best
+            best = tried if tried.noise and tried.error < best.error else best
         return best
 
     def _trial(self, v: Tensor, h: float) -> _Trial:
@@ -222,9 +222,9 @@ class Differences(Products):
         return other
 
     def learn(self, other: Products) -> None:
-        """Begin with the other's step."""
+        """Begin with the other's step, and what it has found of rounding."""
         assert isinstance(other, Differences)
-        self.step = other.step
+        self.step, self._rounding, self._quietest = other.step, other._rounding, other._quietest
 
     def _difference(self, v: Tensor, h: float) -> Tensor:
         ahead = self.curvature.gradient_at(v, h)

@@ -70,6 +70,7 @@ class Search:
     lanczos: Lanczos | None = None
     ritz: Ritz | None = None
     v: Tensor = field(init=False)
+    error: float = 0.0  # what a product may be wrong by, taken off the bounds
     upper: float = math.inf
     residual: float = math.inf
     verdict: Verdict = Verdict.UNDECIDED
@@ -107,11 +108,15 @@ class Search:
                 if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:
                     break
 
-    def proves(self, v: Tensor) -> bool:
-        """Measure v's Rayleigh quotient, and rho along it where it is not given; tell if they prove a saddle."""
+    def proves(self, v: Tensor, rounding: float) -> bool:
+        """Measure v's Rayleigh quotient, and rho along it where it is not given; tell if they prove a saddle.
+
+        `rounding` is what products of other examples were found to be wrong by, and no less is allowed for here.
+        """
         product, error = self.products.checked(v)
+        self.error = max(error, rounding)
         quotient = self.curvature.dot(v, product)
-        self.v, self.upper = v, quotient + error
+        self.v, self.upper = v, quotient + self.error
         self.residual = self.curvature.norm(product.sub_(v, alpha=quotient))
         if self.goal.rho is None:
             self.rho = self._measure_rho(v)
@@ -120,8 +125,8 @@ class Search:
 
     @property
     def sharpest(self) -> Tensor | None:
-        """The unit Ritz vector of lambda_max, float64[d]; None where vectors were not all kept."""
-        if self.lanczos is None or self.ritz is None or not self.ritz.orthogonal:
+        """The unit Ritz vector of lambda_max, float64[d]; None after one product, and where vectors were not kept."""
+        if self.lanczos is None or self.ritz is None or not self.ritz.orthogonal or self.ritz.steps == 1:
             return None
         return self.lanczos.ritz_vector(largest=True)
 
@@ -191,7 +196,8 @@ class Search:
                 self._bound(ritz)
             quotient = self.curvature.dot(v, product)
             self.residual = self.curvature.norm(product.sub_(v, alpha=quotient))
-        self.upper = quotient + ritz.rounding
+        self.error = ritz.rounding
+        self.upper = quotient + self.error
         self.verdict = self._judged(self.upper)
 
     def _judged(self, upper: float) -> Verdict:

@@ -45,8 +45,11 @@ class ShardedCurvature(Curvature):
         for p in parameters:
             _check_mesh(p, workers, tensor_parallel)
         self._copies = [_copies(p, workers) for p in parameters]
-        mine = torch.tensor([sum(1 for _ in batches)], device=parameters[0].device)
-        counts = [int(count) for count in channel.group.all_gather(mine)]
+        mine = torch.tensor([sum(1 for _ in batches) for _ in range(2)], device=parameters[0].device)
+        first, second = torch.stack(channel.group.all_gather(mine)).T.tolist()
+        if first != second:
+            raise ValueError("batches must be a list or a DataLoader, which can be read again, got an iterator")
+        counts = first
         if not min(counts):
             raise ValueError(f"every worker of a sharded model needs batches, worker {counts.index(0)} has none")
         self._rounds = max(counts)

@@ -127,7 +127,7 @@ def spectral_density(
         ritzes = [_quadrature(products, generator, steps, memory_limit, progress) for _ in range(probes)]
     nodes, weights = tuple(r.thetas for r in ritzes), tuple(r.shares for r in ritzes)
     low, high = min(n[0] for n in nodes), max(n[-1] for n in nodes)
-    narrowest = max(*(r.rounding for r in ritzes), torch.finfo(torch.float64).tiny)
+    narrowest = max(*(r.rounding for r in ritzes), 1e-12 * max(abs(low), abs(high)), 1e-30)
     spread = max((high - low) / steps, narrowest) if width is None else width
     grid = torch.linspace(low - 4 * spread, high + 4 * spread, points, dtype=torch.float64)
     smoothed = torch.stack([_smooth(grid, n, w, spread) for n, w in zip(nodes, weights, strict=True)])

@@ -14,6 +14,7 @@ from packsaddle.comm.launch import launch, local_device, process_group
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import NotFiniteError
+from packsaddle.curvature.population import check_population
 from packsaddle.curvature.products import Hvp
 from packsaddle.curvature.search import Bounds
 from packsaddle.errors import ConfigError
@@ -28,6 +29,7 @@ from packsaddle.experiments.tasks.sharding import Examples
 from packsaddle.numerics.seeds import Stream, generator
 
 _AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
+_BATCHES_OF_POPULATION = 32  # or more: how they differ is what its bounds come from
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,11 @@ class Audit:
         task, data, weights = self.load()
         examples = self._examples(data)
         task.to(examples.device, examples.dtype)
+        if self.population:
+            try:
+                check_population(task, examples)
+            except ValueError as error:
+                raise ConfigError(f"{error}; --batch-size makes them smaller") from None
         certificates = []
         quiet = self.quiet or resolve(None).rank != 0
         with countdown("certify", len(self.files) * self.max_hvps, quiet=quiet) as progress:
@@ -100,7 +107,15 @@ class Audit:
         for file, tensors, certificate in zip(self.files, weights, certificates, strict=True):
             task.network.load_state_dict(tensors)
             further = Further(
-                self.spectrum, self.population, self.hvp, self.epsilon, self.distance, self.seed, quiet=quiet
+                self.spectrum,
+                self.population,
+                self.hvp,
+                self.epsilon,
+                self.hessian_lipschitz,
+                self.failure_probability,
+                self.distance,
+                self.seed,
+                quiet=quiet,
             )
             findings.append(further.look(file, task, task_loss, examples, certificate))
         return findings
@@ -129,6 +144,8 @@ class Audit:
         chosen = order[: self.examples or self.at_most]
         mine = chosen[group.rank :: group.size]
         batch_size = self.batch_size or (_AUDIT_BATCH if len(chosen) == n else _BATCH_OF_SAMPLE)
+        if self.population and self.batch_size is None:
+            batch_size = max(1, min(batch_size, len(chosen) // _BATCHES_OF_POPULATION))
         return Examples(data, mine, local_device(), dtype, batch_size)
 
     def _certify(

@@ -48,6 +48,7 @@ class Finding:
     sharpest: Profile | None  # along the sharpest direction; None where it is not known
     spectrum: SpectralDensity | None
     population: PopulationCertificate | None
+    sharded: bool  # the model was, and directions are a worker's part
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the directions as plain types, for JSON."""
@@ -73,6 +74,8 @@ class Further:
     population: bool
     hvp: Hvp
     epsilon: float | None  # the population's; None: the least that its gradient passes
+    hessian_lipschitz: float | None  # the population's; None: measured
+    failure_probability: float  # the population's
     distance: float | None  # of the profiles to each side; None: as far as the certificate suggests
     seed: int
     quiet: bool  # else rank 0 shows progress on stderr
@@ -95,12 +98,14 @@ class Further:
                     loss_fn,
                     batches,
                     epsilon=self.epsilon,
-                    hessian_lipschitz=certificate.hessian_lipschitz,
+                    hessian_lipschitz=self.hessian_lipschitz,
+                    failure_probability=self.failure_probability,
                     hvp=self.hvp,
                     generator=generator(self.seed, 3, Stream.CERTIFY),
                     progress=lambda products: progress(products, f"{products} of at most {MOST_PRODUCTS} products"),
                 )
-        return Finding(file, certificate, escape, sharpest, spectrum, population)
+        sharded = any(hasattr(p, "placements") for p in model.parameters())
+        return Finding(file, certificate, escape, sharpest, spectrum, population, sharded)
 
     def _density(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> SpectralDensity:
         most = _PROBES * _STEPS
@@ -128,7 +133,10 @@ def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], directio
 
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
-    """Write certificates.json, and the directions and the picture of every point, into a new folder."""
+    """Write certificates.json, and the directions and the picture of every point, into a new folder.
+
+    Directions of a sharded model are not written: each worker has a part of them.
+    """
     make_new(folder)
     writer = RunFolder(folder)
     writer.write_json("certificates.json", document)
@@ -137,6 +145,7 @@ def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -
         directions = {"escape_direction": finding.certificate.escape_direction}
         if finding.certificate.sharpest_direction is not None:
             directions["sharpest_direction"] = finding.certificate.sharpest_direction
-        writer.save_tensors(f"{name}.direction.pt", directions)
+        if not finding.sharded:
+            writer.save_tensors(f"{name}.direction.pt", directions)
         figure = draw_certificate(point, point["profile"], point["sharpest_profile"], point["spectrum"])
         figures.save(figure, folder, name)

@@ -25,18 +25,22 @@ def draw_certificate(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    panels = 2 + (sharpest is not None)
+    random = len(certificate["ritz_values"]) == 1  # one product: v is the start, and the spectrum was not looked at
+    panels = 1 + (sharpest is not None) + (spectrum is not None or not random)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
-        axes = figure.subplots(1, panels)
+        axes = figure.subplots(1, panels, squeeze=False)[0]
         bend = certificate["lambda_min_upper"]
-        _draw_profile(axes[0], certificate, escape, "escape direction v", certificate["slope"], bend)
+        name = "a random direction v" if random else "the escape direction v"
+        _draw_profile(axes[0], certificate, escape, name, certificate["slope"], bend)
         if sharpest is not None:
-            _draw_profile(axes[1], certificate, sharpest, "sharpest direction w")
-        if spectrum is None:
-            _draw_ritz_values(axes[-1], certificate)
-        else:
+            pilot = certificate["pilot_examples"]
+            whose = "" if pilot is None else f", of {pilot:,} examples"
+            _draw_profile(axes[1], certificate, sharpest, f"the sharpest direction w{whose}")
+        if spectrum is not None:
             _draw_density(axes[-1], certificate, spectrum)
+        elif not random:
+            _draw_ritz_values(axes[-1], certificate)
         figure.suptitle(f"{certificate['verdict']} (gradient norm {certificate['grad_norm']:.2e})", fontsize=11)
         return figure
 
@@ -50,7 +54,7 @@ def _draw_profile(
     bend: float | None = None,
 ) -> None:
     s, losses = profile["distances"], profile["losses"]
-    letter = along[-1]
+    letter = along.split("direction ")[1][0]
     finite = [loss for loss in losses if loss is not None]
     measured = [float("nan") if loss is None else loss for loss in losses]
     examples = profile["examples"]
@@ -64,7 +68,7 @@ def _draw_profile(
     room = 0.25 * (high - low) or abs(high) or 1.0
     axis.set_ylim(low - room, high + room)  # the model may leave the picture
     axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")
-    axis.set_xlabel(f"distance s along the {along}")
+    axis.set_xlabel(f"distance s along {along}")
     axis.set_ylabel(f"loss f(x + s {letter})")
     _legend(axis)
 
@@ -74,7 +78,7 @@ def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
     values = certificate["ritz_values"]
     shares = [max(share, _LEAST_SHARE) for share in certificate["ritz_shares"]]
     axis.vlines(values, _LEAST_SHARE, shares, color=COLOURS[1], linewidth=1.8)
-    pilot = certificate.get("pilot_examples")
+    pilot = certificate["pilot_examples"]
     whose = "Ritz values" if pilot is None else f"Ritz values of {pilot:,} examples"
     axis.plot(values, shares, "o", color=COLOURS[1], markersize=4, label=whose)
     axis.set_yscale("log")
@@ -105,12 +109,14 @@ def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: 
     for end, colour in (("min", COLOURS[5]), ("max", COLOURS[3])):
         low, high = certificate[f"lambda_{end}_lower"], certificate[f"lambda_{end}_upper"]
         if low is not None and high is not None:
-            axis.axvspan(low, high, color=colour, alpha=0.35, linewidth=0, label=f"lambda_{end} lies here")
+            axis.axvspan(low, high, color=colour, alpha=0.35, linewidth=1, label=f"lambda_{end} lies here")
         elif end == "min":
             axis.axvline(high, color=colour, label="lambda_min is at most this")
     axis.axvline(threshold, color=COLOURS[2], linestyle="--", label="threshold of a saddle")
     if max(largest - least, abs(threshold)) > 20 * abs(least):  # the interesting end would be a point
-        axis.set_xscale("symlog", linthresh=max(abs(least), abs(threshold)))
+        axis.set_xscale("symlog", linthresh=max(abs(least), abs(threshold)), linscale=0.5)
+        axis.margins(x=0.08)
+        axis.xaxis.get_major_locator().set_params(numticks=7)
     axis.set_xlabel("eigenvalue of the Hessian")
     _legend(axis)
 
