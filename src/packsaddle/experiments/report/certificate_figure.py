@@ -68,6 +68,7 @@ def _draw_profile(
     room = 0.25 * (high - low) or abs(high) or 1.0
     axis.set_ylim(low - room, high + room)  # the model may leave the picture
     axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")
+    axis.locator_params(axis="x", nbins=6)
     axis.set_xlabel(f"distance s along {along}")
     axis.set_ylabel(f"loss f(x + s {letter})")
     _legend(axis)
