@@ -41,7 +41,7 @@ python_maximum_signature_line_length = 88
 
 # Types of other packages have their documentation elsewhere, and inventories would need a network.
 nitpick_ignore_regex = [
-    ("py:.*", r"(torch|collections|typing|pathlib|nn|Tensor|T)(\..*)?"),
+    ("py:.*", r"(torch|collections|contextlib|typing|pathlib|nn|Tensor|T)(\..*)?"),
 ]
 
 html_theme = "furo"

@@ -125,6 +125,10 @@ CERTIFICATE = (
         "the step size, over 1 - momentum, and the steps in which SGD's distance along v grows tenfold",
     ),
     _of("smallest_epsilon", "the smallest epsilon for which the point would be certified with this rho"),
+    _of(
+        "pilot_examples pilot_hvps",
+        "on which v was found first, and the products over them; null and 0 without a pilot",
+    ),
     _of("examples sample_of whose", "the examples of the Hessian, the number they were drawn from, and both in words"),
     _of(
         "precision hvp hvp_reason hvp_error hvp_step",
