@@ -5,8 +5,8 @@ optimizer and the hooks share: v = e + u is made, exchanged and absorbed, and th
 `compression` has the settings of compression and exchange for all. `memory` has the kinds of e, `gradient` those
 of u (momentum, STORM), `layout` how parameters make one vector, or slices of it. `hook` is error feedback on slices of
 a backward pass, and `ddp` and `fsdp` bring it to torch's wrappers. `local_updates` exchanges what any optimizer has
-moved, `fragment` by fragment, and `membership` has the rounds of workers that come and go. What may be added to a step
-(noise, guards, drift, the escape check) is in `stages`.
+moved, `fragment` by fragment, in `local_rounds`, and `membership` has the rounds of workers that come and go. What may
+be added to a step (noise, guards, drift, the escape check) is in `stages`.
 """
 
 from importlib import import_module
