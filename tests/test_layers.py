@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
 ROOT_MODULES = {"errors", "messages"}
 # Modules of packsaddle that a report may import; it never imports torch.
 REPORT = ("errors", "messages", "checkpoint.atomic_files", "experiments.run_folder", "experiments.report")
-DISTRIBUTED = ("comm.", "optim.ddp", "performance.bench.peers")
+DISTRIBUTED = ("comm.", "optim.ddp.", "performance.bench.peers.")
 
 
 def module_name(path: Path) -> str:

@@ -105,7 +105,7 @@ def test_a_worker_in_doubt_learns_from_the_others_what_came_of_its_round(committ
         membership = worker.local.membership
         assert membership is not None
         if committed:
-            state["taken"] = {membership.worker: membership._attempts}
+            state["taken"] = {membership.worker: membership.account.attempts}
         state["past"] = [membership.roster.history]
         state["history"], state["fragments"][0]["rounds"] = 17, 1
         for anchor in state["fragments"][0]["anchor"].values():

@@ -17,7 +17,8 @@ from packsaddle.comm.group import resolve
 from packsaddle.compressors import Compressor
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.optim.compression import Compression, Schedule
-from packsaddle.optim.ddp import DDPHook, attach, keep_gradients_local
+from packsaddle.optim.ddp import attach, keep_gradients_local
+from packsaddle.optim.ddp_hook import DDPHook
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.saved_state import check_shape
 

@@ -29,7 +29,7 @@ from packsaddle.integrations.callbacks import (
     save_state,
 )
 from packsaddle.optim.compression import Compression, Schedule
-from packsaddle.optim.ddp import DDPHook
+from packsaddle.optim.ddp_hook import DDPHook
 from packsaddle.optim.local_updates import LocalUpdates
 
 

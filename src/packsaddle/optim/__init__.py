@@ -4,9 +4,10 @@ Read `sgd` first: `CompressedSGD.step` is Algorithm 1, with its line numbers. Th
 optimizer and the hooks share: v = e + u is made, exchanged and absorbed, and the step is taken or forgotten as a whole.
 `compression` has the settings of compression and exchange for all. `memory` has the kinds of e, `gradient` those
 of u (momentum, STORM), `layout` how parameters make one vector, or slices of it. `hook` is error feedback on slices of
-a backward pass, and `ddp` and `fsdp` bring it to torch's wrappers. `local_updates` exchanges what any optimizer has
-moved, `fragment` by fragment, and `membership` has the rounds of workers that come and go. What may be added to a step
-(noise, guards, drift, the escape check) is in `stages`.
+a backward pass, `ddp_hook` has DistributedDataParallel's buckets for slices, and `ddp` and `fsdp` register hooks with
+torch's wrappers. `local_updates` exchanges what any optimizer has moved, `fragment` by fragment, in `local_rounds`, and
+`membership` has the rounds of workers that come and go. What may be added to a step (noise, guards, drift, the escape
+check) is in `stages`.
 """
 
 from importlib import import_module
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from packsaddle.optim.compression import Compression, Schedule
-    from packsaddle.optim.ddp import DDPHook, attach, keep_gradients_local, register_ddp_hook
+    from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
+    from packsaddle.optim.ddp_hook import DDPHook
     from packsaddle.optim.elastic import Elastic
     from packsaddle.optim.fsdp import FSDPHook, register_fsdp_hook
     from packsaddle.optim.local_updates import LocalUpdates
@@ -49,7 +51,8 @@ __all__ = [
 ]
 _FILES = {
     "compression": "Compression Schedule",
-    "ddp": "DDPHook attach keep_gradients_local register_ddp_hook",
+    "ddp": "attach keep_gradients_local register_ddp_hook",
+    "ddp_hook": "DDPHook",
     "elastic": "Elastic",
     "fsdp": "FSDPHook register_fsdp_hook",
     "local_updates": "LocalUpdates",

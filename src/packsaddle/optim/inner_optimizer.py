@@ -1,6 +1,6 @@
-"""The inner optimizer of local updates: its parameters by name, their shards, how they are cut, what is forgotten."""
+"""The inner optimizer of local updates: its parameters by name, their shards, its steps, what is forgotten of it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,28 +54,6 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
             raise ValueError(f"parameters must not share memory, but {seen[part.data_ptr()]} and {name} do")
 
 
-def is_replicated(parameter: Tensor) -> bool:
-    """Tell if all processes of a DTensor's mesh have the whole of it."""
-    placements = getattr(parameter, "placements", ())
-    return bool(placements) and all(placement.is_replicate() for placement in placements)
-
-
-def balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[list[str]]:
-    """Cut a list in consecutive parts of about equal total size, none of them empty."""
-    if parts > len(names):
-        raise ValueError(f"fragments must be at most the number of parameters, {len(names)}, got {parts}")
-    total, done, found = sum(sizes), 0, [list[str]() for _ in range(parts)]
-    at = 0
-    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
-        middle = (done + size / 2) / total if total else 0.0
-        left = len(names) - i
-        while at < parts - 1 and found[at] and (middle >= (at + 1) / parts or left <= parts - 1 - at):
-            at += 1
-        found[at].append(name)
-        done += size
-    return found
-
-
 class Shards:
     """Agreement of the processes that have shards of one worker's parameters, by the meshes of DTensors."""
 
@@ -99,3 +77,33 @@ def forget_nonfinite(optimizer: Optimizer) -> None:
         tensors = [t for t in optimizer.state[p].values() if isinstance(t, Tensor) and t.is_floating_point()]
         if not all(bool(local_part(t).isfinite().all()) for t in tensors):
             del optimizer.state[p]
+
+
+def on_attempts(
+    inner: Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    before: Callable[[], None],
+    after: Callable[[], None],
+) -> None:
+    """Call `before` ahead of each step of an optimizer, and `after` once it was attempted.
+
+    With a GradScaler an attempt is what the scaler is asked to do, so that workers stay in step when one of them leaves
+    a step out; then `before` is called for steps that are taken alone. Neither is put in the graph of an optimizer
+    that is compiled. Raises TypeError if the scaler is none.
+    """
+    outside: Any = torch.compiler.disable
+    inner.register_step_pre_hook(outside(lambda optimizer, args, kwargs: before()))
+    if scaler is None:
+        inner.register_step_post_hook(outside(lambda optimizer, args, kwargs: after()))
+        return
+    if not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    step = scaler.step
+
+    def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        result = step(optimizer, *args, **kwargs)
+        if innermost(optimizer) is inner:
+            after()
+        return result
+
+    scaler.step = attempt  # type: ignore[method-assign]

@@ -1,6 +1,7 @@
 """LocalUpdates: workers step separately with any optimizer, and exchange their changes, compressed, at intervals.
 
-Read `LocalUpdates._attempted` first. A fragment's exchange is in `fragment`: every `every` inner steps
+Read `LocalUpdates._attempted` first. What follows an inner step is in `local_rounds`, and a fragment's exchange in
+`fragment`: every `every` inner steps
 
     v = decay e + (a - x) + xi              a: the anchor, where workers last agreed to be; x: this worker's parameters
     e <- v - C(v)                           what is not sent waits
@@ -14,8 +15,6 @@ Algorithm 1).
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,35 +26,35 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_of_nothing
-from packsaddle.compressors import Compressor, Identity, TopK, describe
+from packsaddle.compressors import Compressor, TopK, describe
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
+from packsaddle.optim import local_state
 from packsaddle.optim.background import Background
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.elastic import Elastic
-from packsaddle.optim.fragment import Flight, Fragment, Reduction
+from packsaddle.optim.fragment import Reduction
 from packsaddle.optim.inner_optimizer import (
     Shards,
-    balanced,
     check_parameters,
-    forget_nonfinite,
     innermost,
-    is_replicated,
     local_part,
+    on_attempts,
     trained_parameters,
 )
-from packsaddle.optim.layout import places
+from packsaddle.optim.local_rounds import LocalRounds
 from packsaddle.optim.local_rules import LocalRules
 from packsaddle.optim.membership import Membership
 from packsaddle.optim.participation import Participation
-from packsaddle.optim.saved_state import check_identity, check_shape
-from packsaddle.optim.stages.drift import Drift, DriftGuard, fingerprint
-from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
+from packsaddle.optim.partition import partition
+from packsaddle.optim.stages.anchor_escape import AnchorEscape
+from packsaddle.optim.stages.drift import Drift, DriftGuard
+from packsaddle.optim.stages.escape import Escape, Reset
+from packsaddle.optim.stages.first_step import check_first_step
 from packsaddle.optim.stages.noise import Perturbation
-from packsaddle.optim.stages.nonfinite import THE_MEAN, Skip, Skips
+from packsaddle.optim.stages.nonfinite import Skip
 
 Outer = Callable[[list[Any]], Optimizer]
-FORMAT = 1  # of saved states
 
 
 class LocalUpdates:
@@ -157,69 +156,85 @@ class LocalUpdates:
         self._compression = Compression.of(compressor)
         self.every, self.delay, self.decay, self.blend = every, delay, decay, blend
         self.reduction, self.keep_unsent, self.seed = reduction, keep_unsent, as_seed(seed)
-        self._rules = LocalRules(every, fragments, delay, decay, blend, reduction)
+        rules = LocalRules(every, fragments, delay, decay, blend, reduction)
         if self._compression.memory != "buffer":
             raise ValueError(f'memory must be "buffer" for local updates, got {self._compression.memory!r}')
         self._compression.at(0)
         self._parameters = trained_parameters(self.optimizer)
         check_parameters(self._parameters)
         self._bytes = sum(local_part(p).nbytes for p in self._parameters.values())
-        self._agree = Shards(self._parameters.values())
         self.steps = 0  # n: attempted inner steps
-        self.resets: list[Reset] = []
 
         # Workers, and the place of exchanges: in the background if they have a delay and the group can.
         elastic = None if manager is None else Elastic.of(manager)
         group = resolve(process_group) if elastic is None else _managed(elastic, process_group)
         home = local_part(next(iter(self._parameters.values()))).device
         device = torch.device("cpu") if offload else home
-        background = group.background(device) if delay and group.size > 1 else None
+        apart = group.background(device) if delay and group.size > 1 else None
         self.ledger = Ledger()
-        self._channel = Communicator(background or group, self.ledger)
-        self._background = Background(device) if background is not None else None
-
-        self._participation = Participation(weight, sample, group.size, group.rank, self.seed)
-        self._sample = sample
+        self._channel = Communicator(apart or group, self.ledger)
+        background = Background(device) if apart is not None else None
+        participation = Participation(weight, sample, group.size, group.rank, self.seed)
+        self._participation, self._sample = participation, sample
 
         # x, the same on all workers; its fragments.
         with torch.no_grad():
             for p in self._parameters.values() if elastic is None else ():
                 self._channel.broadcast(local_part(p), "start")
-            self._fragments = self._cut(fragments, device)
+            self._fragments = partition(
+                *(self._parameters, rules, self._compression, self._channel, device), seed=self.seed, keep=keep_unsent
+            )
         d = sum(part.compressed_d for part in self._fragments)
         warn_of_nothing(self._compression.at(0), d, self._compression.dense_below, stacklevel=2)
         self._compression.at(0).validate(d)
         for part in self._fragments:
             part.feedback.prepare(self._compression.at(0))
 
-        # Stages of a round.
+        # A round and its stages.
         self.outer = outer(self._leaves()) if outer is not None else None
         if self.outer is not None and not isinstance(self.outer, Optimizer):
             raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(self.outer).__name__}")
-        self._noise = Perturbation(noise)
-        self._skips = Skips(self._compression.max_skipped, self._channel.group.rank)
         compared = self._compression.compare_every
-        self._drift = DriftGuard(0 if elastic else compared, self._compression.on_drift, self._channel)
-        self._escape = self._escape_check(escape)
-        averaged = [part.feedback.aggregator for part in self._fragments]
-        escapes = escape is not None
-        self._rules.check_participation(self._participation, averaged, escapes=escapes, managed=elastic is not None)
-        same = self._same(noise, escape, fragments) | {"weight": "given" if weight is not None else None}
-        same |= {"sample": sample}
+        self._rounds = LocalRounds(
+            self._fragments,
+            rules,
+            self._compression,
+            self._channel,
+            background,
+            inner=self.optimizer,
+            outer=self.outer,
+            noise=Perturbation(noise),
+            seed=self.seed,
+            agree=Shards(self._parameters.values()),
+            participation=participation,
+            drift=DriftGuard(0 if elastic else compared, self._compression.on_drift, self._channel),
+            escape=AnchorEscape(escape, self._fragments, self._channel, self.seed, delay=delay) if escape else None,
+        )
+
+        # What does not go together, and what all workers must have been given alike.
+        averaged, escapes = [part.feedback.aggregator for part in self._fragments], escape is not None
+        rules.check_participation(participation, averaged, escapes=escapes, managed=elastic is not None)
+        same = self._same(noise, escape, fragments, weight)
         self.membership: Membership | None = None  # with a manager: who is there, and this worker's part
         if elastic is None:
             check_agreement(self._channel, same, device)
-            self._participation.exchange(self._channel, device)
+            participation.exchange(self._channel, device)
         else:
-            self.membership = self._member(elastic, as_text(same), compared)
-
-        # The optimizer's steps; nothing of this belongs in the graph of one that is compiled.
-        outside: Any = torch.compiler.disable
-        self.optimizer.register_step_pre_hook(outside(self._before_step))
-        if scaler is None:
-            self.optimizer.register_step_post_hook(outside(self._after_step))
-        else:
-            self._count_attempts_of(scaler)
+            sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
+            rules.check_elastic(averaged, escapes=escapes, sharded=sharded)
+            self.membership = Membership(
+                elastic,
+                self._channel,
+                self._fragments,
+                self.optimizer,
+                self.outer,
+                every=every,
+                compare_every=compared,
+                arguments=as_text(same),
+                send=lambda part, dense, share: self._rounds.try_out(part, self.steps, share, dense=dense),
+                land=self._rounds.land,
+            )
+        on_attempts(self.optimizer, scaler, self._before_step, self._attempted)
 
     def __repr__(self) -> str:
         compressor = describe(self._compression.at(self.rounds))
@@ -229,113 +244,36 @@ class LocalUpdates:
             f"{len(self._fragments)}, workers={self._channel.group.size}, steps={self.steps}, rounds={self.rounds})"
         )
 
-    def _cut(self, fragments: int, device: torch.device) -> list[Fragment]:
-        """Cut the parameters in fragments by their order; replicated DTensors are compressed apart from sharded ones.
-
-        What is replicated over shards must come out alike on all of them, so its choice of coordinates must not depend
-        on what only one shard has.
-        """
-        by_name = {p.name: p for p in places(self._parameters.items(), self._compression.dense_below, local_part)}
-        names = list(self._parameters)
-        make = partial(
-            Fragment,
-            parameters=self._parameters,
-            device=device,
-            every=self.every,
-            compression=self._compression,
-            channel=self._channel,
-            d=sum(place.size for place in by_name.values() if not place.dense),
-            seed=self.seed,
-            keep=self.keep_unsent,
-        )
-        found = []
-        for i, members in enumerate(balanced(names, [by_name[name].size for name in names], fragments)):
-            for replicated in (False, True):
-                mine = [by_name[n] for n in members if is_replicated(self._parameters[n]) == replicated]
-                if mine:
-                    found.append(make(mine, offset=i * self.every // fragments))
-        return found
-
     def _leaves(self) -> list[Any]:
         """The anchor's tensors, in the optimizer's order."""
         by_name = {p.name: leaf for part in self._fragments for p, leaf in zip(part.places, part.leaves, strict=True)}
         return [by_name[name] for name in self._parameters]
 
-    def _escape_check(self, rule: Escape | None) -> EscapeCheck | None:
-        if rule is None:
-            return None
-        if len(self._fragments) > 1 or self.delay:
-            raise ValueError("escape needs fragments=1, delay=0 and no tensor parallelism: it compares whole anchors")
-        (whole,) = self._fragments
-
-        def objective() -> float | Tensor:
-            whole.go_to(whole.anchor.views)
-            return rule.objective()
-
-        x = _Anchor(whole.anchor.flat, whole.compressed_d)
-        return EscapeCheck(replace(rule, objective=objective), x, self._channel, self.seed)
-
-    def _member(self, elastic: Elastic, arguments: str, compare_every: int) -> Membership:
-        self._rules.check_elastic(
-            [part.feedback.aggregator for part in self._fragments],
-            escapes=self._escape is not None,
-            sharded=any(hasattr(p, "device_mesh") for p in self._parameters.values()),
-        )
-        return Membership(
-            elastic,
-            self._channel,
-            self._fragments,
-            self.optimizer,
-            self.outer,
-            every=self.every,
-            compare_every=compare_every,
-            arguments=arguments,
-            send=self._send_to_members,
-            land=self._land,
-        )
-
-    def _same(self, noise: object, escape: object, fragments: int) -> dict[str, object]:
+    def _same(self, noise: object, escape: object, fragments: int, weight: float | None) -> dict[str, object]:
         """Return what must be equal on all workers."""
+        outer = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
         same: dict[str, object] = {"every": self.every, "compressor": self._compression, "decay": self.decay}
         same |= {"fragments": fragments, "delay": self.delay, "blend": self.blend, "noise": noise, "escape": escape}
-        same |= {
-            "reduction": self.reduction,
-            "seed": self.seed,
-            "kernels": compiler(self._fragments[0].anchor.flat.device),
-        }
-        same |= {"outer": None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)}
-        same |= {
-            f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(self._parameters.items())
-        }
-        return same
-
-    def _count_attempts_of(self, scaler: torch.amp.GradScaler) -> None:
-        """Count what a GradScaler is asked to do, so that workers stay in step when one of them leaves a step out."""
-        if not isinstance(scaler, torch.amp.GradScaler):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
-        step = scaler.step
-
-        def counted(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-            result = step(optimizer, *args, **kwargs)
-            if innermost(optimizer) is self.optimizer:
-                self._attempted()
-            return result
-
-        scaler.step = counted  # type: ignore[method-assign]
+        same |= {"reduction": self.reduction, "seed": self.seed}
+        same |= {"kernels": compiler(self._fragments[0].anchor.flat.device), "outer": outer}
+        for i, (name, p) in enumerate(self._parameters.items()):
+            same[f"params[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
+        return same | {"weight": "given" if weight is not None else None, "sample": self._sample}
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self) -> None:
         """Before the first step weights may have been loaded; a worker that comes then has no gradient at its x."""
         if self.steps == 0 and (self.membership is None or not self.membership.joined):
-            for part in self._fragments:
-                part.meet()
+            self._meet()
         if self.membership is not None and not self.membership.joined:
             self.join()
             for p in self._parameters.values():
                 p.grad = None
 
-    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._attempted()
+    def _meet(self) -> None:
+        """Take x as it is for where all workers have met."""
+        for part in self._fragments:
+            part.meet()
 
     @torch.no_grad()
     def _attempted(self) -> None:
@@ -345,31 +283,15 @@ class LocalUpdates:
             self.membership.stepped(self.steps)
             return
         if self.steps == 1:
-            self._check_start()
-        for part in self._fragments:
-            if part.flight is not None and part.flight.due == self.steps:
-                self._land(part)
-        for part in self._fragments:
-            if part.is_due(self.steps):
-                self._start(part)
-
-    def _start(self, part: Fragment) -> None:
-        """Begin a round of a fragment; without a delay it ends at once."""
-        noise = self._noise.at(seed=self.seed, step=part.rounds)
-        due, compressor = self.steps + self.delay, self._compression.at(part.rounds)
-        self._depart(part, compressor, noise, due, self._share(self.steps))
-        if not self.delay:
-            self._land(part)
-
-    def _share(self, step: int) -> float:
-        """Return the weight of this worker's update in an exchange after inner step n; 0: it takes no part."""
-        who = self._participation
-        return who.share(who.members(step)) if who.samples else who.share()
+            anchors = [part.anchor.flat for part in self._fragments]
+            gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
+            check_first_step(self._channel, anchors, gradients, self._rounds.in_turn)
+        self._rounds.after(self.steps)
 
     @property
     def sampled(self) -> bool:
         """True if this worker is in the next exchange (see `sample`); one that is not may train, or `sit_out`."""
-        return self._share(self.steps + min(part.until_due(self.steps) for part in self._fragments)) > 0
+        return self._participation.share_after(self._rounds.next_after(self.steps)) > 0
 
     def sit_out(self) -> None:
         """Stand in for the inner steps up to the next exchange, and take part in it without an update; collective.
@@ -384,18 +306,6 @@ class LocalUpdates:
         while not self.exchanging:
             self._attempted()
 
-    def _send_to_members(self, part: Fragment, dense: bool, share: float) -> float:
-        """Make a fragment's update and exchange it, for a round that is not committed yet; return ||v||^2."""
-        t = part.rounds
-        compressor, noise = (
-            (Identity(), None) if dense else (self._compression.at(t), self._noise.at(seed=self.seed, step=t))
-        )
-        flight = part.start(compressor, noise, self.decay, self.steps, self._agree, share=share)
-        energy = float(flight.v.double().square().sum())
-        part.send(flight, max(0, self.steps - 1), reduction=self.reduction, dense=self.outer is not None)
-        part.name_bad(flight)
-        return energy
-
     @torch.no_grad()
     def join(self) -> None:
         """Wait for the other workers' next round, and have their anchor after it; with a manager, before training.
@@ -408,8 +318,7 @@ class LocalUpdates:
         if self.membership.joined:
             return
         if self.steps == 0:
-            for part in self._fragments:
-                part.meet()
+            self._meet()
         self.membership.join()
         self.steps = max(self.steps, self.membership.steps)
 
@@ -424,121 +333,30 @@ class LocalUpdates:
         with torch.no_grad():
             self.membership.leave()
 
-    def _depart(self, part: Fragment, compressor: Compressor, noise: Any, due: int, share: float) -> None:
-        later = due > self.steps
-        flight = part.start(compressor, noise, self.decay, due, self._agree, later=later, share=share)
-        send = partial(
-            part.send, flight, self.steps - 1, reduction=self.reduction, dense=later or self.outer is not None
-        )
-        if self._background is None or not later:
-            self._beside(send)
-        else:
-            flight.promise = self._background.promise()
-            self._background.submit(send, [(flight.promise, flight.v)])
-
-    def _beside(self, work: Callable[[], object]) -> None:
-        """Do what is collective, after all that was begun in the background."""
-        if self._background is None:
-            work()
-            return
-        promise = self._background.promise()
-        self._background.submit(work, [(promise, torch.zeros(0))])
-        promise.future.wait()
-
-    def _finish(self, part: Fragment) -> bool:
-        """Wait for a fragment's exchange; whether it is taken."""
-        flight = part.flight
-        assert flight is not None
-        if flight.promise is not None:
-            flight.promise.future.wait()
-            flight.promise = None
-        return part.finish(flight)
-
-    def _land(self, part: Fragment) -> bool:
-        """End a round of a fragment; whether it was taken."""
-        self._finish(part)
-        t, flight = part.rounds, part.land(self.outer, self.blend)
-        if not flight.taken:
-            self._leave_out(t, flight)
-            return False
-        self._skips.took()
-        if self._drift.due(t) and part is self._fragments[-1]:
-            self._beside(partial(self._compare, t))
-        self._check_escape(part)
-        return True
-
-    def _leave_out(self, t: int, flight: Flight) -> None:
-        """Enter a round that was not taken."""
-        workers = tuple(worker for worker, name in enumerate(flight.names) if name)
-        name = flight.names[workers[0]] if workers else THE_MEAN
-        if bool(flight.bad):
-            forget_nonfinite(self.optimizer)
-        self._skips.enter(Skip(t, workers, f"the local update of {name}" if workers else name))
-        self._skips.check(self._skips.in_a_row)
-
-    def _compare(self, t: int) -> None:
-        """Compare anchors of all fragments, which must be equal on all workers."""
-
-        def named() -> list[tuple[str, Tensor]]:
-            return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
-
-        self._drift.compare(t, [part.anchor.flat for part in self._fragments], named)
-
-    def _check_escape(self, part: Fragment) -> None:
-        """Lines 4-8, on the anchor."""
-        if self._escape is None:
-            return
-        try:
-            reset, lost = self._escape.run(part.rounds, part.feedback.pending())
-            if reset is not None:
-                part.feedback.reset(lost)
-                self.resets.append(reset)
-        finally:
-            part.restart()
-
-    def _check_start(self) -> None:
-        """Check that workers began at one x, and that nothing else exchanges gradients."""
-        if self._channel.group.size == 1:
-            return
-        anchors = torch.stack([fingerprint(part.anchor.flat) for part in self._fragments]).sum().cpu()
-        grads = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
-        whole = torch.stack([fingerprint(g) for g in grads]).sum().cpu() if grads else anchors.new_zeros(())
-        device, gathered = self._fragments[0].anchor.flat.device, list[Any]()
-        mine = {"prints": torch.stack([anchors, whole]).to(device)}
-        self._beside(lambda: gathered.extend(self._channel.gather(mine, fixed_size=True, purpose="start")))
-        prints = [parts["prints"].tolist() for parts in gathered]
-        others = [worker for worker, (anchor, _) in enumerate(prints) if anchor != prints[0][0]]
-        if others:
-            raise RuntimeError(
-                f"workers must begin at the same parameters, but worker {others[0]} differs from worker 0: load "
-                f"weights on all workers, or before LocalUpdates is made"
-            )
-        if grads and any(bool(g.any()) for g in grads) and all(grad == prints[0][1] for _, grad in prints):
-            raise RuntimeError(
-                f"gradients are equal bit for bit on all {len(prints)} workers at the first step: either they are "
-                f"exchanged as well (by DistributedDataParallel, say; see packsaddle.keep_gradients_local), or all "
-                f"workers have the same batch: give each its own, by a DistributedSampler or as data[rank::workers]"
-            )
-
     @property
     def rounds(self) -> int:
         """Exchanges of fragments that have landed and were taken."""
-        return sum(part.rounds for part in self._fragments)
+        return self._rounds.count
 
     @property
     def skips(self) -> list[Skip]:
         """The rounds that were left out since this was made or loaded."""
-        return self._skips.list
+        return self._rounds.skips.list
 
     @property
     def skipped(self) -> int:
         """The number of skipped rounds in total."""
-        return self._skips.count
+        return self._rounds.skips.count
 
     @property
     def drifts(self) -> list[Drift]:
         """The comparisons at which workers' anchors differed (see `Compression.compare_every`)."""
-        return self._drift.found
+        return self._rounds.drifts
+
+    @property
+    def resets(self) -> list[Reset]:
+        """The firings of the escape check."""
+        return self._rounds.resets
 
     @property
     def lost(self) -> float:
@@ -566,18 +384,16 @@ class LocalUpdates:
         """True if an exchange began after the last inner step; the same on all workers."""
         if self.membership is not None:
             return self.membership.exchanged
-        return any(part.is_due(self.steps) for part in self._fragments)
+        return self._rounds.is_due(self.steps)
 
     def forgive(self) -> None:
         """Count skipped rounds in a row from 0: a caller that continues after NonFiniteError may have mended it."""
-        self._skips.took()
+        self._rounds.skips.took()
 
     @torch.no_grad()
     def wait(self) -> None:
         """Wait for running exchanges, so that the ledger has their bytes; they land when they are due."""
-        for part in self._fragments:
-            if part.flight is not None:
-                self._finish(part)
+        self._rounds.wait()
 
     @torch.no_grad()
     def error(self) -> Tensor:
@@ -591,19 +407,14 @@ class LocalUpdates:
         """
         if self.membership is not None:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
-        found: dict[str, Tensor] = {}
-        self.wait()
-        for part in self._fragments:
-            pending = part.unapplied().mul_(self._participation.share())
-            self._beside(partial(self._channel.mean, pending, "inspection"))
-            found |= {place.name: view for place, view in part.named(pending)}
-        return torch.cat([found[name].reshape(-1) for name in self._parameters])
+        return self._flat(self._rounds.error())
 
     @torch.no_grad()
     def pending(self) -> Tensor:
         """Return what the anchor has not received of this worker, float[d], in the optimizer's order."""
-        self.wait()
-        found = {place.name: view for part in self._fragments for place, view in part.named(part.unapplied())}
+        return self._flat(self._rounds.pending())
+
+    def _flat(self, found: Mapping[str, Tensor]) -> Tensor:
         return torch.cat([found[name].reshape(-1) for name in self._parameters])
 
     def anchor(self) -> dict[str, Tensor]:
@@ -611,7 +422,7 @@ class LocalUpdates:
 
         The anchor is the same on all workers.
         """
-        found = {place.name: v.clone() for part in self._fragments for place, v in part.named(part.anchor.flat)}
+        found = self._rounds.anchor()
         return {name: found[name] for name in self._parameters}
 
     @contextmanager
@@ -639,14 +450,7 @@ class LocalUpdates:
         """
         if self.membership is not None:
             return self.membership.round(dense=True)
-        taken = True
-        for part in self._fragments:
-            if part.flight is not None:
-                taken &= self._land(part)
-        for part in self._fragments:
-            self._depart(part, Identity(), None, self.steps, self._participation.share())
-            taken &= self._land(part)
-        return taken
+        return self._rounds.flush(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, tensors and plain types; collective during an exchange.
@@ -654,61 +458,26 @@ class LocalUpdates:
         It has anchors, error memories, running exchanges, the outer optimizer's state and the counts. The parameters
         and the inner optimizer's state are each worker's own, and are saved separately, on every worker.
         """
-        self.wait()
         return {
-            "format": FORMAT,
+            "format": local_state.FORMAT,
             "identity": self._identity(),
             "steps": self.steps,
-            "fragments": [part.state_dict() for part in self._fragments],
-            "outer": None if self.outer is None else self.outer.state_dict(),
-            "escape": None if self._escape is None else self._escape_state(),
-            "skips": self._skips.state_dict(),
+            **self._rounds.state_dict(),
             "ledger": self.ledger.state_dict(),
-            "resets": [asdict(reset) for reset in self.resets],
-            "drifts": [asdict(drift) for drift in self.drifts],
             **({} if self.membership is None else {"membership": self.membership.state_dict()}),
         }
 
-    def _escape_state(self) -> dict[str, Any]:
-        assert self._escape is not None
-        (whole,) = self._fragments
-        anchor = {place.name: view.clone() for place, view in whole.named(self._escape.anchor)}
-        return {"anchor": anchor, "anchor_step": self._escape.anchor_step}
-
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state`."""
-        if state.get("format") != FORMAT:
-            raise ValueError(f"the state must have format {FORMAT} of LocalUpdates, found {state.get('format')!r}")
-        check_identity(state["identity"], self._identity())
-        for part, saved in zip(self._fragments, state["fragments"], strict=True):
-            for place in part.places:
-                for key in ("anchor", "pending"):
-                    check_shape(f"{key} of {place.name}", saved[key].get(place.name), place.parameter.shape)
-        for name, here in (("outer", self.outer), ("escape", self._escape)):
-            if (state[name] is None) != (here is None):
-                have = ["none", "one"]
-                raise ValueError(
-                    f"{name}: there is {have[here is not None]} here, and {have[here is None]} in the state"
-                )
+        local_state.check_fits(state, self._fragments, self._identity(), self._rounds.optional())
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
         self.check_state_dict(state)
-        for part, saved in zip(self._fragments, state["fragments"], strict=True):
-            part.load_state_dict(saved, self._compression.at(max(0, saved["rounds"] - 1)))
-        if self.outer is not None:
-            self.outer.load_state_dict(state["outer"])
-        if self._escape is not None:
-            (whole,) = self._fragments
-            for place, view in whole.named(self._escape.anchor):
-                view.copy_(state["escape"]["anchor"][place.name])
-            self._escape.anchor_step = state["escape"]["anchor_step"]
         self.steps = state["steps"]
-        self._skips.load_state_dict(state["skips"])
+        self._rounds.load_state_dict(state)
         self.ledger.load_state_dict(state["ledger"])
-        self.resets = [Reset(**reset) for reset in state["resets"]]
-        self._drift.found = [Drift(**drift) for drift in state["drifts"]]
         if self.membership is not None:
             self.membership.load_state_dict(state["membership"], self.steps)
 
@@ -728,52 +497,16 @@ class LocalUpdates:
     def split_state(
         self, state: Mapping[str, Any], workers: int
     ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
-        """Return what of a `state` of `workers` others get the mean of, by place, and what they all get.
-
-        What an owner of a two-way exchange holds back is an error of the mean, so it counts once for every worker.
-        """
-        means: dict[tuple[Any, ...], Tensor] = {}
-        rest = {k: v for k, v in state.items() if k not in ("fragments", "ledger", "skips")}
-        rest["identity"] = {k: v for k, v in state["identity"].items() if k != "rank"}
-        rest["fragments"] = []
-        for i, (part, saved) in enumerate(zip(self._fragments, state["fragments"], strict=True)):
-            pending = {name: error.double() for name, error in saved["pending"].items()}
-            for vector in saved["held"].get("vectors", {}).values():
-                padded = torch.nn.functional.pad(vector.double(), (0, part.d - part.compressed_d))
-                for place, view in part.named(padded):
-                    pending[place.name] = pending[place.name] + workers * view
-            means |= {("fragments", i, "pending", name): error for name, error in pending.items()}
-            flight = saved["flight"]
-            if flight is not None:
-                means |= {("fragments", i, "flight", "before", name): x for name, x in flight["before"].items()}
-                flight = {k: v for k, v in flight.items() if k != "before"}
-            equal = {k: v for k, v in saved.items() if k not in ("pending", "held", "monitor")}
-            rest["fragments"].append(equal | {"flight": flight})
-        return means, rest
+        """Return what of a `state` of `workers` others get the mean of, by place, and what they all get."""
+        return local_state.split_state(state, self._fragments, workers)
 
     def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
         """Put means in a state, in place, and make it this worker's."""
-        for (*path, name), mean in means.items():
-            place: Any = state
-            for key in path:
-                place = place[key]
-            place[name] = mean.to(place[name].dtype)
-        for saved in state["fragments"]:
-            for vector in saved["held"].get("vectors", {}).values():  # the means of the memories have it
-                vector.zero_()
-        here = self._identity()
-        state["identity"] |= {name: here[name] for name in ("rank", "workers")}
+        local_state.put_means(state, means, self._identity())
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse copying and pickling: optimizer, anchor and group belong together. Use `state_dict`."""
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")
-
-
-class _Anchor:
-    """The anchor as the escape check sees it: a flat vector, float[d], its first coordinates compressed."""
-
-    def __init__(self, x: Tensor, compressed_d: int) -> None:
-        self.x, self.compressed_d = x, compressed_d
 
 
 def _managed(elastic: Elastic, process_group: Any) -> ManagedGroup:

@@ -19,17 +19,13 @@ A worker's first round is one in which it only listens (w_i = 0), as is any of o
 import logging
 import math
 import os
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -40,30 +36,19 @@ from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import mix
+from packsaddle.optim.account import Account
 from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fragment import Fragment
 from packsaddle.optim.hello import Hello, most
-from packsaddle.optim.memory_file import MemoryFile, set_aside
+from packsaddle.optim.memory_file import MemoryFile, claim
 from packsaddle.optim.participation import share
 from packsaddle.optim.roster import Roster
-from packsaddle.optim.saved_state import check_shape
+from packsaddle.optim.shared_state import check_shared, shared_state, take_anchor, take_inner
+from packsaddle.optim.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.optim.stages.drift import fingerprint
 
 _log = logging.getLogger("packsaddle")
-FORMAT = 1  # of what a newcomer is sent
 _PAUSE = 0.05  # seconds between two attempts at a round
-_MOMENT = 3.0  # seconds that the interpreter has for its end, on SIGTERM
-_OWN = [
-    "attempts",
-    "included",
-    "since",
-    "ahead",
-    "counted",
-    "last_weight",
-    "norm",
-    "sent",
-    "found_lost",
-]  # what a saved state has
 
 
 @dataclass(frozen=True)
@@ -78,10 +63,6 @@ class Attempt:
 
 class RoundFailedError(RuntimeError):
     """A round could not be tried to its end, and is tried again."""
-
-
-class _LeavingError(Exception):
-    """SIGTERM came while this worker waited for others."""
 
 
 class Membership:
@@ -124,20 +105,18 @@ class Membership:
         self.joined = False
         self.exchanged = False  # whether there was a round after the last inner step
         self.steps = 0  # inner ones; of a worker that has just come, those of the one that it has its state from
-        self._attempts = self._included = 0  # at rounds; the last of them that is in the anchor
-        self._since = self._ahead = 0  # inner steps since then; since the last round
+        self.account = Account()
         self._target = self.period  # inner steps from one round to the next
-        self._counted, self._last_weight = 0.0, 1.0  # of the weight: what earlier rounds have; that in the last one
-        self._norm = self._sent = self._found_lost = 0.0  # norms: of its memory; of what it sent in its last round
         self._resumed = time.monotonic()  # when the last round ended
         self._energy = 0.0  # of what it has tried to send: ||v||^2
         self._doubt: Sequence[Fragment] = ()  # whose flights may have been committed by others
-        self._asked = self._waiting = self._leaving = False  # to leave, by SIGTERM; for others; on the way out
+        self._leaving = False  # on the way out
 
         self.roster = Roster()  # the same on all workers, after a round
         settings.manager.register_state_dict_fn("packsaddle", self._recover, self._shared)
-        if settings.leave_on_sigterm and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._hear)
+        self._sigterm = Sigterm(interrupts=self._path is not None)
+        if settings.leave_on_sigterm:
+            self._sigterm.listen()
 
     @property
     def workers(self) -> int:
@@ -159,18 +138,17 @@ class Membership:
     def join(self) -> None:
         """Take part in a round without an update of one's own, and have the others' state after it."""
         self.round(dense=False)
-        self._ahead = self._since  # what a worker that was restored had done of its next round
+        self.account.ahead = self.account.since  # what a worker that was restored had done of its next round
         self._take_up()
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
 
     def stepped(self, steps: int) -> None:
         """Count an inner step, which makes `steps`, and do what is due: leave if asked to, else a round."""
         self.steps, self.exchanged = steps, False
-        self._since += 1
-        self._ahead += 1
-        if self._asked:
+        self.account.step()
+        if self._sigterm.asked:
             self._exit()
-        if self._ahead >= self._target:
+        if self.account.ahead >= self._target:
             self.round(dense=False)
 
     def round(self, *, dense: bool, patience: float | None = None) -> bool:
@@ -180,12 +158,13 @@ class Membership:
         fit the others.
         """
         arrived, until = time.monotonic(), patience or self.settings.patience
-        seconds = (arrived - self._resumed) / self._ahead if self._ahead else 0.0
+        ahead = self.account.ahead
+        seconds = (arrived - self._resumed) / ahead if ahead else 0.0
         while True:
             reason = ""
             try:
                 taken = self._once(dense, seconds)
-            except _LeavingError:
+            except LeavingError:
                 self._exit()
             except RoundFailedError as error:
                 taken, reason = None, str(error)
@@ -193,13 +172,13 @@ class Membership:
                 self._forget()
                 raise
             if taken is not None:
-                self._resumed, self._ahead, self.exchanged = time.monotonic(), 0, True
+                self._resumed, self.account.ahead, self.exchanged = time.monotonic(), 0, True
                 return taken
             if time.monotonic() - arrived > until:
                 self._forget()
                 why = f": {' '.join(reason.split())[:200]}" if reason else ""
                 raise PeerLostError(f"no round has come about in {until:g} s{why}")
-            if self._asked and not self._leaving:
+            if self._sigterm.asked and not self._leaving:
                 self._exit()
             time.sleep(_PAUSE)
 
@@ -212,7 +191,7 @@ class Membership:
         if manager.errored() is None:
             try:
                 attempt = self._try(dense, seconds)
-            except (ConfigError, _LeavingError):
+            except (ConfigError, LeavingError):
                 self._break()
                 raise
             except (RuntimeError, AssertionError) as error:  # of torch's backends, and of groups that are not there
@@ -231,19 +210,15 @@ class Membership:
     def _quorum(self) -> None:
         """Wait for others; a worker that is behind has the others' state afterwards."""
         manager = self.settings.manager
-        self._waiting = True
-        try:
-            if self._asked and self._path is not None:
-                raise _LeavingError
-            manager.start_quorum(timeout=timedelta(seconds=self.settings.grace) if self._leaving else None)
-        except (ConfigError, _LeavingError):
-            raise
-        except Exception as error:  # torchft's own are of several types
-            # torchft 0.2.0 would raise it again at every later quorum.
-            manager._quorum_future = None
-            raise RoundFailedError(str(error)) from error
-        finally:
-            self._waiting = False
+        with self._sigterm.waiting():
+            try:
+                manager.start_quorum(timeout=timedelta(seconds=self.settings.grace) if self._leaving else None)
+            except (ConfigError, LeavingError):
+                raise
+            except Exception as error:  # torchft's own are of several types
+                # torchft 0.2.0 would raise it again at every later quorum.
+                manager._quorum_future = None
+                raise RoundFailedError(str(error)) from error
 
     def _break(self) -> None:
         """Let the others know at once: what they wait for in a collective will not come."""
@@ -254,7 +229,7 @@ class Membership:
         """Exchange a round with those that are there."""
         self._group.renew()
         self._channel.step = max(0, self.steps - 1)
-        self._attempts += 1
+        self.account.attempts += 1
         mine = self._hello(dense, seconds)
         hellos = self._greet(mine)
         self._check(hellos, mine)
@@ -277,14 +252,14 @@ class Membership:
             history=self.roster.history,
             anchor=self._fingerprint() if compared else 0,
             run=self.roster.run,
-            attempt=self._attempts,
-            steps=self._since,
+            attempt=self.account.attempts,
+            steps=self.account.since,
             dense=int(dense),
             keeps=int(self._path is not None),
             weight=self._weight() if self.joined else 0.0,
-            idle_weight=self._last_weight if self._norm else 0.0,
+            idle_weight=self.account.last_weight if self.account.norm else 0.0,
             seconds=seconds,
-            lost=self._found_lost,
+            lost=self.account.found_lost,
         )
 
     def _greet(self, mine: Hello) -> list[Hello]:
@@ -292,15 +267,7 @@ class Membership:
         return [Hello.unpacked(parts["hello"]) for parts in gathered]
 
     def _weight(self) -> float:
-        if not self._since:
-            return 0.0
-        weight = self.settings.weight
-        if weight is None:
-            return 1.0
-        found = float(self._since) if weight == "steps" else float(weight()) - self._counted
-        if not (math.isfinite(found) and found >= 0):
-            raise ConfigError(f"weight must return a total that is finite and does not fall, got {found:+g} more")
-        return found
+        return self.account.weight(self.settings.weight)
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
         """See that workers have the same arguments and anchors: what most have, else what the first has."""
@@ -336,21 +303,19 @@ class Membership:
         self._tell(attempt)
         self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
         mine, weight = attempt.hellos[self._group.rank], attempt.weights[self._group.rank]
-        self._found_lost -= mine.lost
+        own = self.account
+        own.found_lost -= mine.lost
         kept = sum(_energy(part.feedback.memory.vector) for part in attempt.parts)
-        self._norm = attempt.norms[self._group.rank]
+        own.norm = attempt.norms[self._group.rank]
         self.joined = True
         if weight:
-            self._included, self._sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
+            own.included, own.sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
             if taken:
-                self._start_count(mine.weight)
+                own.start_count(mine.weight)
         self._set_pace(attempt.hellos, mine)
         landed = [self._land(part) for part in attempt.parts]
         self._save()
         return all(landed)
-
-    def _start_count(self, weight: float) -> None:
-        self._since, self._counted, self._last_weight = 0, self._counted + weight, weight or self._last_weight
 
     def _tell(self, attempt: Attempt) -> None:
         """Say on one of the workers who is not here any more, and what becomes of its memory."""
@@ -396,18 +361,9 @@ class Membership:
     # Those that come.
 
     def _shared(self) -> dict[str, Any]:
-        """Return what is the same on all workers, tensors and plain types, for one that is behind."""
-        return {
-            "format": FORMAT,
-            "steps": self.steps,
-            "fragments": [
-                {"rounds": part.rounds, "anchor": {place.name: v.clone() for place, v in part.named(part.anchor.flat)}}
-                for part in self._fragments
-            ],
-            "outer": None if self._outer is None else self._outer.state_dict(),
-            "inner": self._inner.state_dict() if self.settings.inner else None,
-            **self.roster.state_dict(),
-        }
+        """Return what is the same on all workers, for one that is behind."""
+        inner = self._inner if self.settings.inner else None
+        return shared_state(self.steps, self._fragments, self._outer, inner, self.roster)
 
     @torch.no_grad()
     def _recover(self, state: Mapping[str, Any]) -> None:
@@ -416,34 +372,32 @@ class Membership:
         What this worker has moved and not sent stays: x moves with the anchor. One that has never been in a round
         begins at the anchor, and so does one that was restored to what it has sent since.
         """
-        self._waiting = False  # SIGTERM waits until this is done
-        self._check_fits(state)
+        self._sigterm.hold()  # SIGTERM waits until this is done
+        check_shared(state, self._fragments, self._outer)
+        own = self.account
         included = state["taken"].get(self.worker, 0)
-        had = bool(self._doubt) and included == self._attempts
+        had = bool(self._doubt) and included == own.attempts
         was = [(part, [s.to(x, copy=True) for s, x in zip(part.starts(), part.tensors(), strict=True)])
                for part in self._fragments]  # fmt: skip
         sent = {part for part in self._doubt if had}
         taken = self._settle_doubt(committed=had)
         if had:
-            self._included = self._attempts
-        stale = included > self._included
+            own.included = own.attempts
+        stale = included > own.included
         if stale:
-            self._found_lost += self._norm
-            _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", self.worker, self._norm)
+            own.found_lost += own.norm
+            _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", self.worker, own.norm)
             for part in self._fragments:
                 part.feedback.reset()
-            self._start_count(self._weight())
+            own.start_count(self._weight())
         elif self.roster.past and self.roster.history not in (*state["past"], state["history"]):
-            self._found_lost += self._sent
+            own.found_lost += own.sent
             _log.warning(
                 "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
-                *(self.worker, self._sent),
+                *(self.worker, own.sent),
             )
         for (part, before), saved in zip(was, state["fragments"], strict=True):
-            part.flight = None
-            part.rounds = saved["rounds"]
-            for place, view in part.named(part.anchor.flat):
-                view.copy_(saved["anchor"][place.name])
+            take_anchor(part, saved)
             if (part in sent and taken) or stale or not self.roster.past:
                 part.restart()
             else:
@@ -451,71 +405,44 @@ class Membership:
         if self._outer is not None:
             self._outer.load_state_dict(state["outer"])
         if had and taken:
-            self._start_count(self._weight())
+            own.start_count(self._weight())
         if not self.roster.past:
             self.steps = state["steps"]
-            self._take_inner(state["inner"])
+            if state["inner"] is not None and self.settings.inner:
+                take_inner(self._inner, state["inner"])
         self.roster.load_state_dict(state)
-
-    def _take_inner(self, state: dict[str, Any] | None) -> None:
-        """Begin with another worker's inner optimizer's state: estimates from nothing would make wild first steps."""
-        if state is not None and self.settings.inner:
-            try:
-                self._inner.load_state_dict(state)
-            except ValueError as error:
-                raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None
-
-    def _check_fits(self, state: Mapping[str, Any]) -> None:
-        if state.get("format") != FORMAT:
-            raise ConfigError(f"the others' state has format {state.get('format')!r}, and this one reads {FORMAT}")
-        if len(state["fragments"]) != len(self._fragments) or (state["outer"] is None) != (self._outer is None):
-            raise ConfigError("workers must be given the same fragments and outer, and the others' state differs")
-        for part, saved in zip(self._fragments, state["fragments"], strict=True):
-            for place in part.places:
-                try:
-                    check_shape(f"the others' {place.name}", saved["anchor"].get(place.name), place.parameter.shape)
-                except ValueError as error:
-                    raise ConfigError(str(error)) from None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what all workers know of the rounds, and what this one does of its own, plain types."""
-        return self.roster.state_dict() | {name: getattr(self, f"_{name}") for name in _OWN} | {"worker": self.worker}
+        return self.roster.state_dict() | self.account.state_dict() | {"worker": self.worker}
 
     def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
         """Restore `state`, from `state_dict`, of a worker after this number of inner `steps`."""
         self.roster.load_state_dict(state)
-        for name in _OWN:
-            setattr(self, f"_{name}", state[name])
+        self.account = Account.of(state)
         self.worker, self.steps = state["worker"], steps
 
     # Memories on disk, and those that go.
 
     def _take_up(self) -> None:
         """Go on with the memory that waits in this worker's file, if it has not been sent since it was written."""
-        path = self._path
-        if path is None or not path.exists():
+        if self._path is None:
             return
         shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
-        try:
-            found = MemoryFile.read(path, shapes)
-        except ConfigError as error:
-            _log.warning("%s; it is set aside as %s", error, set_aside(path))
+        found, lost = claim(self._path, shapes, self.roster)
+        self.account.found_lost += lost
+        if found is None:
             return
-        if found.run != self.roster.run or self.roster.taken.get(found.worker, 0) != found.attempt:
-            why = "of another run" if found.run != self.roster.run else "older than what its worker has sent since"
-            norm = math.sqrt(sum(map(_energy, found.pending.values())))
-            self._found_lost += norm if found.run == self.roster.run else 0.0
-            _log.warning(
-                "the memory in %s, of norm %.3g, is %s; it is set aside as %s", path, norm, why, set_aside(path)
-            )
-            return
-        self.worker, self._attempts, self._included = found.worker, found.attempt, found.attempt
+        self.worker = found.worker
+        self.account.attempts = self.account.included = found.attempt
         for part in self._fragments:
             for place, view in part.named(part.feedback.memory.vector):
                 view.copy_(found.pending[place.name])
             part.restart()
-        self._norm = self._norm_after()
-        _log.info("worker %x continues with its memory in %s, of norm %.3g", self.worker, path, self._norm)
+        self.account.norm = self._norm_after()
+        _log.info(
+            "worker %x continues with its memory in %s, of norm %.3g", *(self.worker, self._path, self.account.norm)
+        )
 
     def pending(self) -> dict[str, Tensor]:
         """Return what this worker has moved and not sent, by parameter and shaped as it."""
@@ -523,16 +450,12 @@ class Membership:
 
     def _save(self) -> None:
         path = self._path
-        if path is None or not self._has_run():
+        if path is None or not self.account.has_moved:
             return
         try:
-            MemoryFile(self.roster.run, self.worker, self._included, self.pending()).write(path)
+            MemoryFile(self.roster.run, self.worker, self.account.included, self.pending()).write(path)
         except OSError as error:
             _log.warning("the memory cannot be written to %s: %s", path, error.strerror)
-
-    def _has_run(self) -> bool:
-        """Return whether there is anything to keep: a worker that has only listened has nothing yet."""
-        return self._included > 0 or self._since > 0
 
     def leave(self) -> None:
         """Hand the memory over, to the file or with one more round, and end this worker's part.
@@ -543,32 +466,20 @@ class Membership:
         if self._path is not None:
             self._forget()
             self._save()
-        elif self.joined and self._has_run():
+        elif self.joined and self.account.has_moved:
             try:
                 self.round(dense=True, patience=self.settings.grace)
             except (PeerLostError, ConfigError) as error:
                 _log.warning(
-                    "worker %x leaves without handing its memory over, of norm %.3g: %s", self.worker, self._norm, error
+                    "worker %x leaves without handing its memory over, of norm %.3g: %s",
+                    *(self.worker, self.account.norm, error),
                 )
         self.settings.manager.shutdown(wait=False)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        """Take note of SIGTERM; a worker that waits for others, and has a file, leaves at once. A second one kills."""
-        if self._asked:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGTERM)
-        self._asked = True
-        if self._waiting and self._path is not None:
-            self._waiting = False
-            raise _LeavingError
-
-    def _exit(self) -> None:
-        """Leave, and end the process: the interpreter would wait for torchft's thread, which may wait for others."""
+    def _exit(self) -> NoReturn:
+        """Leave, and end the process."""
         self.leave()
-        end = threading.Timer(_MOMENT, os._exit, (0,))
-        end.daemon = True
-        end.start()
-        sys.exit(0)
+        end_process()
 
 
 def _new_name() -> int:

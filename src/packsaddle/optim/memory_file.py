@@ -2,9 +2,11 @@
 
 It is written whole or not at all, and read with weights_only=True. A memory may be used once: what has been sent since
 it was written must not be sent again. So it says whose it is, of which run, and after which of that worker's attempts
-at a round it was written; whoever reads it compares that with what the others remember.
+at a round it was written, and `claim` compares that with what the others remember.
 """
 
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.errors import ConfigError
+from packsaddle.optim.roster import Roster
 
+_log = logging.getLogger("packsaddle")
 FORMAT = 1
 
 
@@ -28,6 +32,11 @@ class MemoryFile:
     attempt: int  # the last of its attempts that was committed
     pending: Mapping[str, Tensor]  # float, shaped as the parameters
     format: int = FORMAT
+
+    @property
+    def norm(self) -> float:
+        """The norm of the whole memory."""
+        return math.sqrt(sum(float(error.double().square().sum()) for error in self.pending.values()))
 
     def write(self, path: Path) -> None:
         """Write it in place of what was there. Raises OSError."""
@@ -57,3 +66,24 @@ def set_aside(path: Path) -> Path:
     aside = path.with_name(path.name + ".unusable")
     path.replace(aside)
     return aside
+
+
+def claim(path: Path, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
+    """Return the memory that waits in a file, if it has not been sent since it was written, and the norm of a lost one.
+
+    A file that cannot be used, is of another run, or is older than what its worker has sent since, is set aside with a
+    line in the log. Only the last of these is a loss of this run's.
+    """
+    if not path.exists():
+        return None, 0.0
+    try:
+        found = MemoryFile.read(path, shapes)
+    except ConfigError as error:
+        _log.warning("%s; it is set aside as %s", error, set_aside(path))
+        return None, 0.0
+    if found.run == roster.run and roster.taken.get(found.worker, 0) == found.attempt:
+        return found, 0.0
+    why = "of another run" if found.run != roster.run else "older than what its worker has sent since"
+    aside = set_aside(path)
+    _log.warning("the memory in %s, of norm %.3g, is %s; it is set aside as %s", path, found.norm, why, aside)
+    return None, found.norm if found.run == roster.run else 0.0

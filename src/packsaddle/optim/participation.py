@@ -54,6 +54,10 @@ class Participation:
             return share(self.weights, self.rank)
         return share([w if i in members else 0.0 for i, w in enumerate(self.weights)], self.rank)
 
+    def share_after(self, step: int) -> float:
+        """Return this worker's share in an exchange after an inner step; 0 if it takes no part."""
+        return self.share(self.members(step)) if self.samples else self.share()
+
 
 def share(weights: Sequence[float], rank: int) -> float:
     """Return what a worker multiplies its v by, W w_i / sum_j w_j, so that the plain mean is the weighted one."""

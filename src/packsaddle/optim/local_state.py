@@ -1,0 +1,80 @@
+"""Saved states of local updates: whether one fits, and carrying one over to another number of workers.
+
+A state is tensors and plain types. Anchors and the outer optimizer's state are the same on all workers; error memories
+and running exchanges are each worker's own, so another number of workers gets their means.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.optim.fragment import Fragment
+from packsaddle.optim.saved_state import check_identity, check_shape
+
+FORMAT = 1  # of saved states
+Path = tuple[Any, ...]  # where something is in a state: keys from the outermost
+
+
+def check_fits(
+    state: Mapping[str, Any],
+    fragments: Sequence[Fragment],
+    identity: Mapping[str, Any],
+    optional: Mapping[str, object],
+) -> None:
+    """Raise ValueError, naming the first difference, unless a state fits these fragments and values.
+
+    `optional` are the parts, by name, that the state has where they are not None here, and must not have else.
+    """
+    if state.get("format") != FORMAT:
+        raise ValueError(f"the state must have format {FORMAT} of LocalUpdates, found {state.get('format')!r}")
+    check_identity(state["identity"], identity)
+    for part, saved in zip(fragments, state["fragments"], strict=True):
+        for place in part.places:
+            for key in ("anchor", "pending"):
+                check_shape(f"{key} of {place.name}", saved[key].get(place.name), place.parameter.shape)
+    for name, here in optional.items():
+        if (state[name] is None) != (here is None):
+            have = ["none", "one"]
+            raise ValueError(f"{name}: there is {have[here is not None]} here, and {have[here is None]} in the state")
+
+
+def split_state(
+    state: Mapping[str, Any], fragments: Sequence[Fragment], workers: int
+) -> tuple[dict[Path, Tensor], dict[str, Any]]:
+    """Return what another number of workers is to have the mean of, by its place, and what all must have.
+
+    What an owner of a two-way exchange holds back is an error of the mean, so it counts once for every worker.
+    """
+    means: dict[Path, Tensor] = {}
+    rest = {k: v for k, v in state.items() if k not in ("fragments", "ledger", "skips")}
+    rest["identity"] = {k: v for k, v in state["identity"].items() if k != "rank"}
+    rest["fragments"] = []
+    for i, (part, saved) in enumerate(zip(fragments, state["fragments"], strict=True)):
+        pending = {name: error.double() for name, error in saved["pending"].items()}
+        for vector in saved["held"].get("vectors", {}).values():
+            padded = torch.nn.functional.pad(vector.double(), (0, part.d - part.compressed_d))
+            for place, view in part.named(padded):
+                pending[place.name] = pending[place.name] + workers * view
+        means |= {("fragments", i, "pending", name): error for name, error in pending.items()}
+        flight = saved["flight"]
+        if flight is not None:
+            means |= {("fragments", i, "flight", "before", name): x for name, x in flight["before"].items()}
+            flight = {k: v for k, v in flight.items() if k != "before"}
+        equal = {k: v for k, v in saved.items() if k not in ("pending", "held", "monitor")}
+        rest["fragments"].append(equal | {"flight": flight})
+    return means, rest
+
+
+def put_means(state: dict[str, Any], means: Mapping[Path, Tensor], identity: Mapping[str, Any]) -> None:
+    """Put means in a state, in place, and make it that of the worker with this identity."""
+    for (*path, name), mean in means.items():
+        place: Any = state
+        for key in path:
+            place = place[key]
+        place[name] = mean.to(place[name].dtype)
+    for saved in state["fragments"]:
+        for vector in saved["held"].get("vectors", {}).values():  # the means of the memories have it
+            vector.zero_()
+    state["identity"] |= {name: identity[name] for name in ("rank", "workers")}

@@ -1,0 +1,77 @@
+"""The partition of a model into fragments: consecutive parameters of about equal total size.
+
+Replicated DTensors are in fragments apart from sharded ones. What is replicated over shards must come out alike on all
+of them, so its choice of coordinates must not depend on what only one shard has.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.optim.compression import Compression
+from packsaddle.optim.fragment import Fragment
+from packsaddle.optim.inner_optimizer import local_part
+from packsaddle.optim.layout import places
+from packsaddle.optim.local_rules import LocalRules
+
+
+def partition(
+    parameters: Mapping[str, Tensor],
+    rules: LocalRules,
+    compression: Compression,
+    channel: Communicator,
+    device: torch.device,
+    *,
+    seed: int,
+    keep: bool,
+) -> list[Fragment]:
+    """Cut the parameters into fragments by their order, each due `every` / `fragments` steps before the next.
+
+    Anchors and memories are on `device`; `keep` has x begin again at a - e. Raises ValueError for more fragments than
+    parameters.
+    """
+    by_name = {p.name: p for p in places(parameters.items(), compression.dense_below, local_part)}
+    names = list(parameters)
+    make = partial(
+        Fragment,
+        parameters=parameters,
+        device=device,
+        every=rules.every,
+        compression=compression,
+        channel=channel,
+        d=sum(place.size for place in by_name.values() if not place.dense),
+        seed=seed,
+        keep=keep,
+    )
+    found = []
+    for i, members in enumerate(balanced(names, [by_name[name].size for name in names], rules.fragments)):
+        for replicated in (False, True):
+            mine = [by_name[n] for n in members if is_replicated(parameters[n]) == replicated]
+            if mine:
+                found.append(make(mine, offset=i * rules.every // rules.fragments))
+    return found
+
+
+def balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[list[str]]:
+    """Cut a list in consecutive parts of about equal total size, none of them empty."""
+    if parts > len(names):
+        raise ValueError(f"fragments must be at most the number of parameters, {len(names)}, got {parts}")
+    total, done, found = sum(sizes), 0, [list[str]() for _ in range(parts)]
+    at = 0
+    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        middle = (done + size / 2) / total if total else 0.0
+        left = len(names) - i
+        while at < parts - 1 and found[at] and (middle >= (at + 1) / parts or left <= parts - 1 - at):
+            at += 1
+        found[at].append(name)
+        done += size
+    return found
+
+
+def is_replicated(parameter: Tensor) -> bool:
+    """Tell if all processes of a DTensor's mesh have the whole of it."""
+    placements = getattr(parameter, "placements", ())
+    return bool(placements) and all(placement.is_replicate() for placement in placements)
