@@ -55,9 +55,9 @@ def certificate(rows: Tensor, seed: int = 0, batch: int = 8, **options: Any) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("last", [-1.0, 0.5])
 def test_bounds_hold_for_the_population(last: float) -> None:
-    """E H = diag(1, ..., 1, last), E g = 0; in 30 samples all four bounds hold together but for the failure
+    """E H = diag(1, ..., 1, last), E g = 0; in 20 samples all four bounds hold together but for the failure
     probability of 20%, with room for three standard deviations; the gap to the truth is not what makes them hold."""
-    runs, failures, gaps = 30, 0, []
+    runs, failures, gaps = 20, 0, []
     for seed in range(runs):
         found = certificate(draw(256, seed, last), seed)
         assert found.grad_norm_lower <= found.grad_norm <= found.grad_norm_upper
@@ -74,13 +74,13 @@ def test_a_samples_least_eigenvalue_is_no_bound_of_the_populations() -> None:
     """lambda_min of few examples is below the population's in the mean, which a search over directions makes worse; a
     direction measured where it was not found does not say so."""
     below = above = 0
-    for seed in range(20):
+    for seed in range(10):
         rows = draw(512, seed, 1.0)
         plain = certify(Point(), loss_fn, list(rows.split(8)), epsilon=1.0, hessian_lipschitz=1e-6)
         below += plain.lambda_min_upper < 1.0
         above += certificate(rows, seed, batch=16).lambda_min_upper >= 1.0
-    assert below == 20
-    assert above >= 18
+    assert below == 10
+    assert above >= 9
 
 
 def curvature(rows: Tensor, batch: int) -> Curvature:

@@ -93,7 +93,7 @@ def test_a_products_error_is_at_most_what_is_measured(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("products", "runs"), [(5, 40), (100, 20)], ids=["few", "all"])
+@pytest.mark.parametrize(("products", "runs"), [(5, 25), (100, 12)], ids=["few", "all"])
 def test_both_bounds_are_covered(products: int, runs: int) -> None:
     """From above always; from below but for the failure probability over the start: for each kind of products, and for
     all together, which have networks of their own."""
