@@ -1,6 +1,7 @@
 """A pilot's search for a direction: what it finds is proved on all examples, and what it does not is searched there."""
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle import Verdict, certify, simulate
-from packsaddle.curvature import Bounds
+from packsaddle.comm import Communicator, Ledger, Solo
+from packsaddle.curvature import Bounds, Curvature
 from packsaddle.curvature.search import EveryNth
 
 D, N = 12, 512
@@ -221,6 +223,20 @@ def test_no_short_steps_are_taken_where_the_loss_rounds(dtype: torch.dtype) -> N
     assert found.verdict is not Verdict.SADDLE
     assert found.lambda_min_lower <= exact <= found.lambda_max_upper
     assert found.lambda_max_lower <= exact <= found.lambda_min_upper + 2 * found.hvp_error
+
+
+def test_examples_read_in_single_precision_do_not_shorten_a_loss_in_double() -> None:
+    """Data that become float64 as they are read, and constants of other dtypes, are no rounding of the parameters."""
+
+    class Batches:
+        def __iter__(self) -> Iterator[Tensor]:
+            yield (torch.ones(4, D) / 3).double()
+
+    def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
+        return quadratic(model, batch) * torch.ones(1, dtype=torch.float32).item()
+
+    curvature = Curvature(Point(), loss_fn, Batches(), Communicator(Solo(), Ledger()))
+    assert curvature.precision == torch.finfo(torch.float64).eps
 
 
 def test_differences_in_double_precision_are_double_backward_at_kinks() -> None:

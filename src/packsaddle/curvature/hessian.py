@@ -7,7 +7,7 @@ Hessians; the network is used as it is, not through DistributedDataParallel, who
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from packsaddle.numerics.seeds import Stream, generator
 LossFn = Callable[[nn.Module, Any], Tensor]
 # What torch says where a gradient cannot be differentiated: fused kernels and compiled graphs.
 _NO_DOUBLE_BACKWARD = ("is not implemented", "double backward")
+_UNWATCHED = nullcontext()
 _SHORT = (torch.float32, torch.float16, torch.bfloat16)
 _UNDIFFERENTIABLE = "torch::autograd::Error"  # the node of a function marked so
 
@@ -56,8 +57,7 @@ class Curvature:
         self._sizes_of_batches: list[int] = []  # of this worker's
         self._displaced = 0  # gradients at other points so far, for the seed of dithering
         watch = _Precision()
-        with watch if self.parameters[0].dtype is torch.float64 else nullcontext():
-            first = self._totals()
+        first = self._totals(watch if self.parameters[0].dtype is torch.float64 else nullcontext())
         second = self._totals()
         problems = [float(repr(first) != repr(second)), float(self._differs_from_rank_0())]
         found = [*first, *problems, *(float(dtype in watch.dtypes) for dtype in _SHORT)]
@@ -90,12 +90,14 @@ class Curvature:
         self._channel.broadcast(theirs, "certificate")
         return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())
 
-    def _totals(self) -> tuple[float, int]:
-        """This worker's sum of losses over examples, and its number of examples."""
+    def _totals(self, watch: AbstractContextManager[Any] = _UNWATCHED) -> tuple[float, int]:
+        """This worker's sum of losses over examples, and its number of examples; `watch` is entered for each loss."""
         total, sizes = 0.0, []
         with torch.no_grad(), evaluating(self._model):
             for batch, n in self.read():
-                total += float(whole(self._loss_fn(self._model, batch)).double()) * n
+                with watch:
+                    loss = whole(self._loss_fn(self._model, batch))
+                total += float(loss.double()) * n
                 sizes.append(n)
         self._sizes_of_batches = sizes
         return total, sum(sizes)
@@ -281,7 +283,7 @@ class Curvature:
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the floating dtypes of operations' results: a loss may round what its parameters do not."""
+    """Notes the dtypes to which operations shorten float64 numbers: a loss may round what its parameters do not."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -289,9 +291,9 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for t in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(t, Tensor) and t.is_floating_point():
-                self.dtypes.add(t.dtype)
+        if any(isinstance(a, Tensor) and a.dtype is torch.float64 for a in args):
+            results = result if isinstance(result, list | tuple) else [result]
+            self.dtypes |= {t.dtype for t in results if isinstance(t, Tensor) and t.dtype in _SHORT}
         return result
 
 

@@ -11,13 +11,23 @@ Whether a parameter is sharded is asked without importing torch.distributed.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.curvature.hessian import Curvature, LossFn, NotFiniteError, batch_size, evaluating, local_part, whole
+from packsaddle.curvature.hessian import (
+    _UNWATCHED,
+    Curvature,
+    LossFn,
+    NotFiniteError,
+    batch_size,
+    evaluating,
+    local_part,
+    whole,
+)
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 
 
@@ -150,9 +160,9 @@ class ShardedCurvature(Curvature):
         for _ in range(self._rounds - read):
             yield batch, 0
 
-    def _totals(self) -> tuple[float, int]:
+    def _totals(self, watch: AbstractContextManager[Any] = _UNWATCHED) -> tuple[float, int]:
         try:
-            return super()._totals()
+            return super()._totals(watch)
         finally:  # FSDP keeps the outermost parameters whole after a forward pass alone, and would use them again
             modules: Iterable[Any] = self._model.modules()
             for module in modules:
