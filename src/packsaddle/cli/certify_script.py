@@ -16,11 +16,8 @@ from packsaddle.comm.launch import process_group, under_launcher
 from packsaddle.errors import ConfigError, require
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scripts keep weights
-_PREFIXES = (
-    "_orig_mod.",
-    "module.",
-    "_orig_mod.",
-)  # of names: compiled, DistributedDataParallel, or both
+# Of names: a compiled model's, a DistributedDataParallel's, or both, in either order.
+_PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 
 
 def certify_script(

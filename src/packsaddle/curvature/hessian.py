@@ -22,7 +22,7 @@ from packsaddle.numerics.seeds import Stream, generator
 LossFn = Callable[[nn.Module, Any], Tensor]
 # What torch says where a gradient cannot be differentiated: fused kernels and compiled graphs.
 _NO_DOUBLE_BACKWARD = ("is not implemented", "double backward")
-_UNWATCHED = nullcontext()
+UNWATCHED = nullcontext()
 _SHORT = (torch.float32, torch.float16, torch.bfloat16)
 _UNDIFFERENTIABLE = "torch::autograd::Error"  # the node of a function marked so
 
@@ -90,7 +90,7 @@ class Curvature:
         self._channel.broadcast(theirs, "certificate")
         return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())
 
-    def _totals(self, watch: AbstractContextManager[Any] = _UNWATCHED) -> tuple[float, int]:
+    def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[float, int]:
         """This worker's sum of losses over examples, and its number of examples; `watch` is entered for each loss."""
         total, sizes = 0.0, []
         with torch.no_grad(), evaluating(self._model):
@@ -106,6 +106,10 @@ class Curvature:
         """Yield this worker's batches and their examples."""
         for batch in self._batches:
             yield batch, batch_size(batch)
+
+    def batches(self) -> int:
+        """Return the number of batches of all workers; collective."""
+        return round(float(self.sum(torch.tensor([len(self._sizes_of_batches)], dtype=torch.float64))))
 
     def examples_of_every(self, n: int) -> int:
         """Return the number of examples in every n-th batch of every worker; collective."""

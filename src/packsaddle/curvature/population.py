@@ -293,7 +293,7 @@ def _variance_norm(
 ) -> float:
     """An upper bound on the norm of the variance of H_n, sum_b n_b (H_b - H_n)^2 / ((B - 1) n); collective."""
     curvature = products.curvature
-    count = int(curvature.sum(torch.tensor([float(sum(1 for _ in curvature.read()))])))
+    count = curvature.batches()
 
     def variance(u: Tensor) -> Tensor:
         """sum_b n_b H_b (H_b - H_n) u over (B - 1) n, which is that: sum_b n_b (H_b - H_n) is 0."""

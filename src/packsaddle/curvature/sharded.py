@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.curvature.hessian import (
-    _UNWATCHED,
+    UNWATCHED,
     Curvature,
     LossFn,
     NotFiniteError,
@@ -160,7 +160,7 @@ class ShardedCurvature(Curvature):
         for _ in range(self._rounds - read):
             yield batch, 0
 
-    def _totals(self, watch: AbstractContextManager[Any] = _UNWATCHED) -> tuple[float, int]:
+    def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[float, int]:
         try:
             return super()._totals(watch)
         finally:  # FSDP keeps the outermost parameters whole after a forward pass alone, and would use them again
