@@ -32,6 +32,7 @@ from packsaddle import (
     Sign,
     SketchTopK,
     TopK,
+    attach,
     simulate,
 )
 
@@ -279,8 +280,26 @@ def test_global_random_state_is_untouched() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def train_compressed(model: nn.Module) -> Any:
+    return CompressedSGD(model.parameters(), 0.1)
+
+
+def train_locally(model: nn.Module) -> Any:
+    return LocalUpdates(torch.optim.AdamW(model.parameters()))
+
+
+def attach_to_nothing(model: nn.Module) -> Any:
+    return attach(model)
+
+
 def test_refusals() -> None:
     w = nn.Parameter(torch.ones(40, 40))
+    module: Any = torch.nn.Linear(1, 1)
+    with pytest.raises(TypeError, match=r"params must be parameters, got the module Linear: pass \.parameters\(\)"):
+        CompressedSGD(module, 0.1)
+    for rate in (TopK(0.1), "0.1", None, True):
+        with pytest.raises(TypeError, match="lr must be a number, got "):
+            CompressedSGD([w], rate)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"lr must be finite and not negative, got -0\.1"):
         CompressedSGD([w], -0.1)
     with pytest.raises(ValueError, match="weight_decay must be finite and not negative, got nan"):
@@ -310,6 +329,18 @@ def test_refusals() -> None:
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match="weight has a sparse gradient"):
         opt.step()
+
+
+@pytest.mark.parametrize("make", [train_compressed, train_locally, attach_to_nothing])
+def test_a_process_of_several_that_would_train_alone_is_warned(
+    make: Callable[[nn.Module], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.warns(UserWarning, match=r"WORLD_SIZE is 4, but torch\.distributed has no process group") as warned:
+        make(nn.Linear(40, 40))
+    assert warned[0].filename == __file__
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    make(nn.Linear(40, 40))
 
 
 def test_nothing_to_compress_is_said() -> None:

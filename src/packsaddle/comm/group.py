@@ -5,6 +5,8 @@
 `communicator`; processes are started in `launch`.
 """
 
+import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -162,6 +164,21 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
     if isinstance(process_group, dist.ProcessGroup):
         return TorchGroup(process_group)
     raise TypeError(f"process_group must be a torch ProcessGroup, a packsaddle Group or None, got {process_group!r}")
+
+
+def training_group(process_group: Group | dist.ProcessGroup | None, *, stacklevel: int = 2) -> Group:
+    """Return the group to train in, as `resolve` does.
+
+    A process that a launcher started as one of several and that has no default group would train alone: it is warned.
+    """
+    group = resolve(process_group)
+    if process_group is None and isinstance(group, Solo) and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        warnings.warn(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but torch.distributed has no process group, so this process "
+            "trains alone; call torch.distributed.init_process_group() before, or unset WORLD_SIZE",
+            stacklevel=stacklevel + 1,
+        )
+    return group
 
 
 def group_like(model: DistributedDataParallel) -> Group:

@@ -231,10 +231,6 @@ def check_empty(compressor: Compressor) -> None:
     assert len(out) == 0, f"{compressor!r}: changes an empty vector"
 
 
-def _through_bytes(part: Tensor) -> Tensor:
-    return part.clone(memory_format=torch.contiguous_format).view(torch.uint8).clone().view(part.dtype)
-
-
 def _energy(v: Tensor) -> float:
     """||v||^2 in double precision, where neither 1e30 nor a denormal over- or underflows."""
     return float(v.double().square().sum())

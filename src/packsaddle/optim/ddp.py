@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, check_agreement
-from packsaddle.comm.group import group_like, resolve
+from packsaddle.comm.group import group_like, training_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
 from packsaddle.compressors import Compressor, TopK
@@ -137,7 +137,7 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
             "model is sharded by FSDP, whose gradients are already reduced over workers when its hooks see them; "
             "see packsaddle.register_fsdp_hook"
         )
-    if not found and resolve(None).size == 1:
+    if not found and training_group(None).size == 1:
         if options.get("noise") or options.get("escape") is not None:
             warnings.warn("there is one worker and no exchange, so no noise and no escape check either", stacklevel=2)
         return None

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
-from packsaddle.comm.group import resolve
+from packsaddle.comm.group import training_group
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_of_nothing
@@ -167,7 +167,7 @@ class LocalUpdates:
 
         # Workers, and the place of exchanges: in the background if they have a delay and the group can.
         elastic = None if manager is None else Elastic.of(manager)
-        group = resolve(process_group) if elastic is None else _managed(elastic, process_group)
+        group = training_group(process_group) if elastic is None else _managed(elastic, process_group)
         home = local_part(next(iter(self._parameters.values()))).device
         device = torch.device("cpu") if offload else home
         apart = group.background(device) if delay and group.size > 1 else None

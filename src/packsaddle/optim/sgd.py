@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
+from numbers import Real
 from typing import Any, TypeVar, overload
 
 import torch
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, check_agreement
-from packsaddle.comm.group import resolve
+from packsaddle.comm.group import training_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
 from packsaddle.compressors import Compressor, RandomK, describe
@@ -63,7 +64,7 @@ class CompressedSGD(Optimizer):
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
     collective: every worker starts from rank 0's parameters. Raises ValueError for an argument that is out of
-    range or differs between workers, and TypeError for a process_group of another type.
+    range or differs between workers, and TypeError for one of another type.
 
     `choice` says why messages are averaged as they are, `monitor` has the measured contraction, `skips` the steps that
     were left out (with x, memories and t as they were), `drifts` where workers were found apart.
@@ -103,6 +104,8 @@ class CompressedSGD(Optimizer):
         spec = Compression.of(compressor)
         given = spec.fixed()
         self.seed = as_seed(seed)
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(f"params must be parameters, got the module {type(params).__name__}: pass .parameters()")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._check_rates()
         self._step = 0
@@ -117,7 +120,7 @@ class CompressedSGD(Optimizer):
         shapes = [self._flat.parameters[i].shape for i in self._flat.compressed]
         self.compressor = given.for_tensors(shapes)
         self.ledger = Ledger()
-        self.channel = Communicator(resolve(process_group), self.ledger)
+        self.channel = Communicator(training_group(process_group), self.ledger)
 
         # What is made of gradients, what is kept of it, and how it is averaged.
         spare = spec.max_skipped is not None
@@ -214,8 +217,11 @@ class CompressedSGD(Optimizer):
         return loss
 
     def _check_rates(self) -> None:
-        """Raise ValueError for a learning rate or weight decay that is none: a script may set them at any time."""
+        """Raise TypeError or ValueError for a rate or weight decay that is none: a script may set them at any time."""
         for name in ("lr", "weight_decay"):
+            for value in (group[name] for group in self.param_groups):
+                if not isinstance(value, Real | Tensor) or isinstance(value, bool):
+                    raise TypeError(f"{name} must be a number, got {value!r}")
             for i, value in enumerate(self._each(name)):
                 if not (math.isfinite(value) and value >= 0):
                     of = f" of parameter group {i}" if len(self.param_groups) > 1 else ""
