@@ -15,7 +15,7 @@ test: .venv/.installed
 	$(BIN)/python -m pip check
 	$(BIN)/pytest -q -n auto --dist loadgroup
 
-# Lint, types, and the tests that start no process and take no more than a second: to be run while working.
+# Lint, types, and the tests that start no process and take no more than half a second: to be run while working.
 quick: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -31,6 +31,7 @@ METHODS = {
     "TopK 1%, model scope": (packsaddle.TopK(0.01), "model"),
     "RandomK 10%": (packsaddle.RandomK(0.1), "bucket"),
     "QSGD": (packsaddle.QSGD(), "bucket"),
+    "QSGD 127": (packsaddle.QSGD(127), "bucket"),
     "Sign": (packsaddle.Sign(), "bucket"),
 }
 WORKERS, BATCH = 2, 16

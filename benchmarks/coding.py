@@ -20,6 +20,8 @@ COMPRESSORS: list[Compressor] = [
     TopK(1 / 64, values="int2", chunk=4096),
     TopK(1 / 32, values="int2", chunk=4096),
     QSGD(),
+    QSGD(127),
+    QSGD(127, coded=False),
     QSGD(coded=False),
     Sign(),
     Stages(Sign()),

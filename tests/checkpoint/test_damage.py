@@ -60,6 +60,7 @@ def outcome(folder: Path) -> str:
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["worker-0.pt", "worker-0.json"])
 def test_truncations_and_flipped_bits(name: str, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, {"part": State()}, step=1)

@@ -76,6 +76,7 @@ def test_weights_of_wrapped_models_are_those_of_the_model(folder: Path, capsys: 
         assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(1.0, rel=0.3)
 
 
+@pytest.mark.slow
 def test_findings_are_written_to_a_new_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("certify-script", "script_of_mine:problem", "zero.pt", "--epsilon", 10, "--sharpness", 0.1, "--spectrum")
     assert command(*words, "--out", "found") == 0

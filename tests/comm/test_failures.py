@@ -44,6 +44,7 @@ def test_roll_call() -> None:
     assert found == dict.fromkeys((0, 1, 3), Roll((0, 1, 3), (2,), True))
 
 
+@pytest.mark.slow
 def test_a_store_that_does_not_answer() -> None:
     store = Board(hangs=True)
     assert roll_call(store, 1, [0, 1], grace=0.1) == Roll((1,), (0,), False)

@@ -40,6 +40,7 @@ def met(place: Place, size: int, order: Callable[[int], float] = lambda rank: 0.
     return words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "first"), list(product((1, 2, 4), (0, 1))))
 def test_start_after_start_all_have_one_word_that_is_new(size: int, first: int) -> None:
     place, seen = Place(), set()
@@ -50,6 +51,7 @@ def test_start_after_start_all_have_one_word_that_is_new(size: int, first: int) 
         seen.add(words[0])
 
 
+@pytest.mark.slow
 def test_the_last_word_of_a_worker_of_before_does_not_keep_the_new_one_out() -> None:
     """An old rank 1 answers to the new rank 0 and is killed; the new rank 1 comes later."""
     place = Place()

@@ -61,6 +61,7 @@ def test_candidates_are_looked_at_again() -> None:
     assert set(index[kept].tolist()) == set(index[torch.topk(v[index].abs(), 20).indices].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("magnitude", [1.0, 100.0, 1e4, "mixed"])
 def test_defaults_find_planted_heavy_hitters(magnitude: float | str) -> None:
     """95% of 50 in 20,011 in the mean over 80 seeds; at 1 the heavy have the noise's energy."""

@@ -101,6 +101,7 @@ def test_bounds_bracket_the_smallest_eigenvalue_of_larger_matrices(kind: str) ->
     assert failures <= 200 * delta + 4 * math.sqrt(200 * delta * (1 - delta))
 
 
+@pytest.mark.slow
 def test_the_failure_probability_is_used_up_where_spectra_are_hard() -> None:
     """A bound that never failed would be needlessly loose: of one far outlier only the start's share is known."""
     n, delta = 400, 0.2

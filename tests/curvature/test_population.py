@@ -157,6 +157,7 @@ def test_a_gradient_of_the_population_may_be_too_large() -> None:
     assert found.grad_norm_upper - found.grad_norm == pytest.approx(spread * (1 + math.sqrt(2 * math.log(25))))
 
 
+@pytest.mark.slow
 def test_many_examples_settle_a_minimum() -> None:
     found = certificate(draw(8192, 1, 0.5), batch=32)
     assert found.verdict is Verdict.SECOND_ORDER_STATIONARY
@@ -175,6 +176,7 @@ def test_a_gradient_that_the_sample_cannot_settle_is_undecided() -> None:
     assert proposed.epsilon_proposed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hvp", ["double-backward", "differences"])
 def test_workers_have_the_union(hvp: str) -> None:
     rows = draw(512, 2, 0.5)

@@ -74,6 +74,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_products_error_is_at_most_what_is_measured(kind: str) -> None:
     """Along random directions and along the extreme eigenvectors; and it is small enough to be of use."""

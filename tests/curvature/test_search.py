@@ -63,6 +63,7 @@ def test_a_pilots_direction_is_measured_on_all_examples(hvp: str) -> None:
     assert alone.lambda_min_lower > -math.inf
 
 
+@pytest.mark.slow
 def test_a_pilots_proof_allows_for_rounding() -> None:
     """Curvature of 1e4 leaves products in single precision wrong by more than lambda_min, which is positive."""
     verdicts = []

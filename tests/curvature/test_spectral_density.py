@@ -36,6 +36,7 @@ def smoothed(at: tuple[float, ...], width: float) -> Tensor:
     return (torch.exp(-(apart**2) / (2 * width**2)) / (width * math.sqrt(2 * math.pi))).mean(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hvp", ["double-backward", "differences"])
 def test_standard_errors_are_those_of_the_estimates(hvp: str) -> None:
     """Deviations in units of their standard errors have variance 1; of 12 probes Student's t has 11 / 9."""

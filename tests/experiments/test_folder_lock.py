@@ -131,6 +131,7 @@ def test_workers_whose_launcher_was_killed_hold_the_folder(config: Path, tmp_pat
     until(lambda: is_free(folder))
 
 
+@pytest.mark.slow
 def test_nothing_is_left_of_it(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Neither by a run that ends, nor by one that was killed and goes on; a folder with a lock's file alone is new."""
     killed, straight = tmp_path / "killed", tmp_path / "straight"

@@ -247,6 +247,7 @@ def test_refusals(
     assert command("run", "--resume", "run") == 0
 
 
+@pytest.mark.slow
 def test_another_number_of_workers(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -292,6 +292,7 @@ def variant(name: str, stop: int | None = None) -> tuple[Tensor, int]:
     return run.x, len(run.opt.resets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_resumed_is_never_stopped(name: str) -> None:
     whole = simulate(lambda rank: variant(name), WORKERS)

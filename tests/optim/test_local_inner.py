@@ -190,6 +190,7 @@ def test_autocast_and_closures() -> None:
     assert not bool((one == 0.1).any())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_compiled_step_is_counted() -> None:
     x = nn.Parameter(torch.zeros(4, 4))

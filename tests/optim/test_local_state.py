@@ -104,6 +104,7 @@ def resumed(rank: int, folder: str, options: dict[str, Any], stops: Sequence[int
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     found = simulate(lambda rank: resumed(rank, str(tmp_path), dict(VARIANTS[name]), (0, 5, 6, 7), 13), 3)

@@ -85,6 +85,7 @@ def test_a_racer_clips_and_follows_the_schedule() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_text_of_the_library_is_the_same_everywhere_and_does_not_repeat() -> None:
     whole = load_library(DataConfig("text"), train=True)
     assert len(whole) > 50_000  # windows of 64
@@ -291,6 +292,7 @@ def test_legends_name_methods_in_words() -> None:
     assert titled("own-uint8") == "own-uint8"
 
 
+@pytest.mark.slow
 def test_tables_from_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     curves, steps = a_race()
     for one in curves:

@@ -282,6 +282,7 @@ def test_without_noise_a_saddle_is_for_ever() -> None:
     assert measured.improved == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compressor", [Identity(), RandomK(k=2), TopK(k=1)])
 def test_the_octopus_is_escaped_d_times(compressor: Compressor) -> None:
     problem = Octopus(4)

@@ -276,6 +276,7 @@ def test_bytes_are_those_of_a_run(compressor: Any) -> None:
     assert expected == pytest.approx(sent, rel=0.02 if isinstance(compressor, TopK | QSGD) else 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sigma", "epsilon", "k"), [(0.5, 0.8, 1), (2.0, 1.0, 2), (2.0, 1.0, 4)])
 def test_the_first_order_plan_keeps_its_promise(sigma: float, epsilon: float, k: int) -> None:
     """Cosine from near its maximum with RandomK, averaged over seeds; f_max is what f can fall by from there."""

@@ -170,6 +170,7 @@ def test_assumption_c_holds_or_fails_as_declared() -> None:
         assert float((rough.gradient(x, step=t) - rough.gradient(y, step=t)).norm()) > 100 * float((x - y).norm())
 
 
+@pytest.mark.slow
 def test_octopus_is_escaped_leg_by_leg() -> None:
     """Perturbed, compressed SGD from near 0 passes every saddle in order and ends at a minimum."""
     problem = Octopus(4)

@@ -1,22 +1,25 @@
 """Levels of a quantizer in about as many bits as their entropy.
 
-Most of them are 0, and the larger the fewer. So they are coded in layers: which coordinates are not 0, which of these
-are above 1 in magnitude, which of those above 2, and so on; each layer is a set among the members of the one before,
-coded by the gaps between those that go on, or that do not, whichever are fewer. Signs of what is not 0 follow, a bit
-each. Where codes of a fixed width take fewer bytes, they are sent. The first byte says which.
+Where there are few, most are 0, and the larger the fewer. So they are coded in layers: which coordinates are not 0,
+which of these are above 1 in magnitude, which of those above 2, and so on; each layer is a set among the members of the
+one before, coded by the gaps between those that go on, or that do not, whichever are fewer. Signs of what is not 0
+follow, a bit each. Where there are many levels, Rice codes of the levels, folded into 0, 1, -1, 2, -2, ... -> 0, 1, 2,
+3, 4, ..., are shorter, and much faster; or else codes of a fixed width. The first byte says which.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
 from packsaddle.numerics.kernels import kernel
 
-_FIXED, _LAYERS = 0, 1
+_FIXED, _LAYERS, _RICE = 0, 1, 2
+_FOR_SPEED = 1.04  # layers of many levels may be so much shorter than Rice codes, which are ten times as fast
 MOST_BITS = 8  # of a code of fixed width that can be coded in layers
 
 
@@ -50,27 +53,112 @@ class Layer:
         return self.coded * (self.rice + 1 / (1 - (1 - self.coded / self.members) ** (1 << self.rice)))
 
 
+@dataclass(frozen=True)
+class Rice:
+    """Rice codes of `members` levels: `unary` bits of quotients by 2^b, and remainders of b bits."""
+
+    members: int
+    unary: int
+    b: int
+
+    @property
+    def bits(self) -> int:
+        """The bits of all."""
+        return self.unary + self.members * self.b
+
+
 def encode_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
     """Code d levels from -top to top, which are `packed` as numbers level + top of `bits` bits, uint8[...]."""
     if not d:
         return packed
-    loop = kernel("code_levels", device=packed.device)
-    codes = None if loop else wire.unpack(packed, bits, d) - top
-    layers = _layers(_counts(packed, d, top, bits) if codes is None else torch.bincount(codes.abs()).tolist())
-    going_on = layers[0].going_on if layers else 0
-    if sum(layer.bits for layer in layers) + going_on >= 8 * len(packed):
+    levels: Tensor | None = None
+    if loop := kernel("count_levels", device=packed.device):
+        counts = loop(packed, d, top, bits)
+    else:
+        codes = wire.unpack(packed, bits, d)
+        levels, counts = codes - top, torch.bincount(codes, minlength=2 * top + 1).tolist()
+    layers, rice = _layers(_of_magnitudes(counts, top)), _shortest_rice(counts, top)
+    in_layers = sum(layer.bits + 2 * _width(d) for layer in layers) + (layers[0].going_on if layers else 0)
+    coded = None
+    if rice.bits < min(_FOR_SPEED * in_layers, 8 * len(packed)):
+        coded = _in_rice(packed, levels, d, top, bits, rice)
+    elif in_layers < 8 * len(packed):
+        coded = _in_layers(packed, levels, d, top, bits, layers)
+    if coded is None or len(coded) > len(packed):
         return torch.cat([packed.new_tensor([_FIXED]), packed])
-    bodies, signs = loop(packed, d, top, bits, _table(layers)) if loop else _bodies(codes, layers)
-    sizes = [number for layer, body in zip(layers, bodies, strict=True) for number in (layer.going_on, len(body))]
-    head = wire.pack(torch.tensor(sizes, dtype=torch.int64, device=packed.device), _width(d))
-    coded = torch.cat([packed.new_tensor([_LAYERS, len(layers)]), head, *bodies, signs])
-    return coded if len(coded) <= len(packed) else torch.cat([packed.new_tensor([_FIXED]), packed])
+    return coded
 
 
 def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
     """Return the levels that `encode_levels` coded, packed as they were given to it."""
     if not d or int(coded[0]) == _FIXED:
         return coded[1:]
+    levels = _from_rice(coded, d) if int(coded[0]) == _RICE else _from_layers(coded, d)
+    return wire.pack(levels + top, bits)
+
+
+def add_coded_levels(coded: Tensor, top: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
+    """Add alpha level norm to out, float[d], by a compiled loop; return False where there is none, or nothing coded."""
+    loops = kernel("add_coded_levels", out, norms), kernel("add_rice_levels", out, norms)
+    if None in loops or not len(out) or int(coded[0]) == _FIXED or (int(coded[0]) == _LAYERS and not int(coded[1])):
+        return False
+    of_layers, of_rice = loops
+    assert of_layers is not None
+    assert of_rice is not None
+    if int(coded[0]) == _RICE:
+        of_rice(coded[2:], int(coded[1]), bucket, norms, out, alpha)
+        return True
+    layers, bodies, signs = _taken_apart(coded, len(out))
+    of_layers(_table(layers), bodies, signs, top, bucket, norms, out, alpha)
+    return True
+
+
+def _of_magnitudes(counts: Sequence[int], top: int) -> list[int]:
+    """Return the counts of magnitudes 0 to top, of the counts of levels from -top on."""
+    return [counts[top]] + [counts[top - m] + counts[top + m] for m in range(1, top + 1)]
+
+
+def _shortest_rice(counts: Sequence[int], top: int) -> Rice:
+    """The Rice codes of fewest bits, of levels of which there are counts[level + top]."""
+    members = np.array(counts)
+    folded = _folded(torch.arange(-top, top + 1)).numpy()
+    d = int(members.sum())
+    codes = [Rice(d, int((members * ((folded >> b) + 1)).sum()), b) for b in range(MOST_BITS)]
+    return min(codes, key=lambda code: code.bits)
+
+
+def _folded(levels: Tensor) -> Tensor:
+    """Return 0, 1, 2, 3, 4, ... for levels 0, 1, -1, 2, -2, ..., int64[n]."""
+    return torch.where(levels > 0, 2 * levels - 1, -2 * levels)
+
+
+def _in_rice(packed: Tensor, levels: Tensor | None, d: int, top: int, bits: int, rice: Rice) -> Tensor:
+    if loop := kernel("rice_levels", device=packed.device):
+        body = loop(packed, d, top, bits, rice.b, rice.unary)
+    else:
+        assert levels is not None
+        ends = torch.cumsum(_folded(levels) + 1, 0)  # as if they were gaps between these places
+        body = wire.pack_gaps(ends - 1, d, int(ends[-1]), rice.b)
+    return torch.cat([packed.new_tensor([_RICE, rice.b]), body])
+
+
+def _from_rice(coded: Tensor, d: int) -> Tensor:
+    """The levels, int64[d]."""
+    places = wire.unpack_gaps(coded[2:], d, d, 0, int(coded[1]))
+    folded = torch.diff(places, prepend=places.new_tensor([-1])) - 1
+    return torch.where(folded % 2 == 1, (folded + 1) // 2, -(folded // 2))
+
+
+def _in_layers(packed: Tensor, levels: Tensor | None, d: int, top: int, bits: int, layers: Sequence[Layer]) -> Tensor:
+    loop = kernel("code_levels", device=packed.device)
+    bodies, signs = loop(packed, d, top, bits, _table(layers)) if loop else _bodies(levels, layers)
+    sizes = [number for layer, body in zip(layers, bodies, strict=True) for number in (layer.going_on, len(body))]
+    head = wire.pack(torch.tensor(sizes, dtype=torch.int64, device=packed.device), _width(d))
+    return torch.cat([packed.new_tensor([_LAYERS, len(layers)]), head, *bodies, signs])
+
+
+def _from_layers(coded: Tensor, d: int) -> Tensor:
+    """The levels, int64[d]."""
     layers, bodies, signs = _taken_apart(coded, d)
     levels = torch.zeros(d, dtype=torch.int64, device=coded.device)
     members = None
@@ -85,17 +173,7 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
     if layers:
         negative = wire.unpack_bits(signs, layers[0].going_on)
         levels[levels > 0] *= torch.where(negative, -1, 1)
-    return wire.pack(levels + top, bits)
-
-
-def add_coded_levels(coded: Tensor, top: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
-    """Add alpha level norm to out, float[d], by a compiled loop; return False where there is no loop or no layer."""
-    loop = kernel("add_coded_levels", out, norms)
-    if loop is None or not len(out) or int(coded[0]) != _LAYERS or not int(coded[1]):
-        return False
-    layers, bodies, signs = _taken_apart(coded, len(out))
-    loop(_table(layers), bodies, signs, top, bucket, norms, out, alpha)
-    return True
+    return levels
 
 
 def _layers(counts: Sequence[int]) -> list[Layer]:
@@ -107,13 +185,6 @@ def _layers(counts: Sequence[int]) -> list[Layer]:
         layers.append(Layer(members, members - count))
         members -= count
     return layers
-
-
-def _counts(packed: Tensor, d: int, top: int, bits: int) -> list[int]:
-    loop = kernel("count_levels", device=packed.device)
-    assert loop is not None
-    counts: list[int] = loop(packed, d, top, bits)
-    return counts
 
 
 def _table(layers: Sequence[Layer]) -> list[tuple[int, int, int, bool]]:

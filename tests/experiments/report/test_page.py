@@ -47,6 +47,7 @@ def measured(values: dict[str, list[float]], i: int) -> dict[str, float]:
     return {name: v[i] for name, v in values.items() if not (name.startswith("test") and math.isnan(v[i]))}
 
 
+@pytest.mark.slow
 def test_pictures_of_certified_points_are_in_the_page(tmp_path: Path) -> None:
     """Those that `packsaddle certify` has written, whole and by name; a folder of another kind is left alone."""
     make_run(tmp_path / "run", "a", 0)
@@ -236,6 +237,7 @@ def _one_line(seed: int, loss: float) -> Any:
     return Run(Path(f"seed-{seed}"), {"seed": seed}, {}, [{"step": 1, "epoch": 1.0, "loss": loss}], None, [])
 
 
+@pytest.mark.slow
 def test_many_settings(tmp_path: Path) -> None:
     """Beyond eight settings colours come again in another line style, on paper and on the page."""
     for i in range(12):

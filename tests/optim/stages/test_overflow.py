@@ -157,6 +157,7 @@ def in_crowds(rank: int) -> tuple[Tensor, list[tuple[tuple[int, ...], str]], Ten
     return p.detach().clone(), [(s.workers, s.parameter) for s in opt.skips], opt.state_dict()["state"][0]["pending"]
 
 
+@pytest.mark.slow
 def test_a_sum_over_workers_that_overflows_is_left_out_by_all() -> None:
     """Of 70 workers with 5e36 each the sum is 3.5e38, and the mean is made of the sum."""
     for x, skips, pending in simulate(in_crowds, 70):

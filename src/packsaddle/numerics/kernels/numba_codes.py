@@ -120,7 +120,7 @@ def _pack_levels(
                 x, x_bits, mask, unit[: len(x)], v.dtype.type(levels), first, second, np.uint32(place), c
             )
         codes[len(held) :] = 0
-        _pack_codes(codes[: -(-len(held) // 8) * 8], bits, out[group * bits // 8 :])
+        pack_codes(codes[: -(-len(held) // 8) * 8], bits, out[group * bits // 8 :])
 
 
 @compiled_loop
@@ -158,7 +158,8 @@ def _sum_of_squares(v: Array) -> float:
 
 
 @compiled_loop
-def _pack_codes(codes: Array, bits: int, out: Array) -> None:
+def pack_codes(codes: Array, bits: int, out: Array) -> None:
+    """Pack a multiple of 8 codes, uint8[n], of at most 8 bits each."""
     for k in range(len(codes) // 8):
         word = np.uint64(0)
         for j in range(8):

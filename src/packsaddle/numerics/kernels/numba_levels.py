@@ -15,7 +15,7 @@ _NEVER = 1 << 62
 
 
 def count_levels(packed: Tensor, d: int, top: int, bits: int) -> list[int]:
-    """Return how many levels have each magnitude from 0 to top."""
+    """Return how many levels there are of each from -top to top."""
     counts = np.zeros(256, np.int64)
     if 8 % bits == 0:  # whole codes in a byte
         of_bytes = np.zeros((4, 256), np.int64)
@@ -25,7 +25,7 @@ def count_levels(packed: Tensor, d: int, top: int, bits: int) -> list[int]:
         counts[0] -= len(packed) * 8 // bits - d  # what fills the last byte
     else:
         _count_codes(packed.numpy(), d, bits, counts)
-    return [int(counts[top])] + [int(counts[top - m] + counts[top + m]) for m in range(1, top + 1)]
+    return [int(count) for count in counts[: 2 * top + 1]]
 
 
 @compiled_loop

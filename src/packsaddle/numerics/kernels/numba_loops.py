@@ -1,8 +1,8 @@
 """Inner loops compiled by numba, each of which reads and writes memory once; `kernels.kernel` returns them by name.
 
 For sparse vectors: runs of b coordinates (cells), keyed permutations, selection by magnitude. For error memories: a sum
-that is taken only where it is finite. The loops that pack are in `numba_codes` and `numba_levels`, those that draw
-random numbers in `numba_random`.
+that is taken only where it is finite. The loops that pack are in `numba_codes`, `numba_levels` and `numba_rice`,
+those that draw random numbers in `numba_random`.
 """
 
 from collections.abc import Sequence
@@ -36,6 +36,7 @@ from packsaddle.numerics.kernels.numba_common import (
 )
 from packsaddle.numerics.kernels.numba_levels import add_coded_levels, code_levels, count_levels
 from packsaddle.numerics.kernels.numba_random import add_cell_gaussians, add_gaussians
+from packsaddle.numerics.kernels.numba_rice import add_rice_levels, rice_levels
 
 __all__ = [
     "add_cell_gaussians",
@@ -44,6 +45,7 @@ __all__ = [
     "add_finite",
     "add_gaussians",
     "add_levels",
+    "add_rice_levels",
     "add_signs",
     "code_levels",
     "count_levels",
@@ -56,6 +58,7 @@ __all__ = [
     "pack_numbers",
     "pack_signs",
     "reaching",
+    "rice_levels",
     "sum_of_magnitudes",
     "unpack_gaps",
     "unpack_numbers",
