@@ -13,7 +13,6 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.numerics.projections import project_blocks
 from packsaddle.numerics.seeds import Stream, add_gaussians, keys
 
 
@@ -56,11 +55,12 @@ def test_the_support_is_that_of_the_definition(d: int, c: SharedTopK) -> None:
 
 
 def test_projections_do_not_depend_on_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from packsaddle.numerics import projections
+    from packsaddle.compressors import shared
+    from packsaddle.compressors.shared import project_blocks
 
     v, key = torch.randn(1000, generator=torch.Generator().manual_seed(0)), keys(1, 2, Stream.PROJECTION)
     whole = project_blocks(v, 7, 3, key)
-    monkeypatch.setattr(projections, "_SLAB", 50)
+    monkeypatch.setattr(shared, "_SLAB", 50)
     assert torch.allclose(project_blocks(v, 7, 3, key), whole, rtol=1e-5, atol=1e-5)
     assert len(whole) == 3 * 143
 

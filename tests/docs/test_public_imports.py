@@ -39,7 +39,7 @@ ALLOWED = {
             "performance.workload",
         )
     },
-    "packsaddle.experiments.schedule": "benchmarks/rate_search.py has the schedule of the race and of [local]",
+    "packsaddle.experiments.inner_optimizers": "benchmarks/rate_search.py has the schedule of the race and of [local]",
     **{
         f"packsaddle.{name}": "benchmarks/gpu.py times as the command line does"
         for name in ("compressors.registry", "performance.bench.result", "performance.timing")

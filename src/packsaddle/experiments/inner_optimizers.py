@@ -1,5 +1,6 @@
-"""Inner optimizers: what steps on each worker between the exchanges of local updates."""
+"""Inner optimizers, which step on each worker between the exchanges of local updates, and their rate's schedule."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.optim import Optimizer
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config, LocalConfig
 
+_LAST_SHARE = 0.1  # of the peak rate
 Named = Iterable[tuple[str, Tensor]]
 
 
@@ -68,3 +70,11 @@ class Joined(Optimizer):
         """Restore what `state_dict` saved."""
         super().load_state_dict(state_dict)
         self._share()
+
+
+def share_of_peak(step: float, warm_up: float, end: float) -> float:
+    """Return the share of the peak rate at a step, from 0: a linear warm-up, then half a cosine to a tenth at `end`."""
+    if step + 1 < warm_up:
+        return (step + 1) / warm_up
+    done = min(1.0, (step - warm_up) / max(1.0, end - warm_up)) if step > warm_up else 0.0
+    return _LAST_SHARE + (1 - _LAST_SHARE) * (1 + math.cos(math.pi * done)) / 2

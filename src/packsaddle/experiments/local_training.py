@@ -15,8 +15,7 @@ from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import Config
-from packsaddle.experiments.inner_optimizers import make_inner
-from packsaddle.experiments.schedule import share_of_peak
+from packsaddle.experiments.inner_optimizers import make_inner, share_of_peak
 from packsaddle.experiments.schema import plain
 from packsaddle.experiments.tasks.sharding import Calendar
 from packsaddle.experiments.training import Closure, Training, noise_schedule, noisy, ramp_of

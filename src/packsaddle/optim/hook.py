@@ -27,10 +27,9 @@ from packsaddle.optim.compression import Compression
 from packsaddle.optim.error_feedback import Round, SliceFeedback
 from packsaddle.optim.layout import Place, Shaped, Slice
 from packsaddle.optim.stages.contraction import SlicedMonitor
-from packsaddle.optim.stages.drift import DriftGuard
+from packsaddle.optim.stages.drift import DriftGuard, StepRates
 from packsaddle.optim.stages.noise import Noise
 from packsaddle.optim.stages.nonfinite import THE_MEAN, THE_SUM, Skip, Skips
-from packsaddle.optim.stages.step_rates import StepRates
 
 Scope = Literal["bucket", "model"]
 

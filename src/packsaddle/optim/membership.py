@@ -39,10 +39,9 @@ from packsaddle.numerics.seeds import mix
 from packsaddle.optim.account import Account
 from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fragment import Fragment
-from packsaddle.optim.hello import Hello, most
 from packsaddle.optim.memory_file import MemoryFile, claim
 from packsaddle.optim.participation import share
-from packsaddle.optim.roster import Roster
+from packsaddle.optim.roster import Hello, Roster, most
 from packsaddle.optim.shared_state import check_shared, shared_state, take_anchor, take_inner
 from packsaddle.optim.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.optim.stages.drift import fingerprint

@@ -1,21 +1,60 @@
 """The common knowledge of a run whose workers come and go: its rounds, their workers, the fate of memories.
 
 It changes when a round is committed, by what workers said in it, so it is the same on all that were in the round; a
-newcomer gets it with the anchor.
+newcomer gets it with the anchor. A worker's `Hello` is its greeting at the start of a round.
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from packsaddle.numerics.seeds import mix
-from packsaddle.optim.hello import Hello
 
 _log = logging.getLogger("packsaddle")
 _REMEMBERED = 256  # workers
 _PAST = 64  # rounds
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A worker's account of itself at the start of a round; whole numbers below 2^63, and reals."""
+
+    worker: int  # its name
+    arguments: int  # a hash of what all must have been given
+    history: int  # a hash of the rounds that made its anchor
+    anchor: int  # its fingerprint, where that is compared in this round
+    run: int
+    attempt: int
+    steps: int  # inner steps since the last round that has its update
+    dense: int  # 1: asks for a round in which all that is pending is sent
+    keeps: int  # 1: has a file for its memory
+    weight: float
+    idle_weight: float  # in a dense round, if it has not moved
+    seconds: float  # of an inner step; 0: unknown
+    lost: float  # a norm, of what it has found to be lost
+
+    def packed(self, device: torch.device) -> Tensor:
+        """Return it as int64[13]."""
+        *whole, a, b, c, d = astuple(self)
+        reals = torch.tensor([a, b, c, d], dtype=torch.float64).view(torch.int64)
+        return torch.cat([torch.tensor(whole, dtype=torch.int64), reals]).to(device)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> "Hello":
+        """Return what int64[13] says."""
+        here = packed.cpu()
+        whole = len(fields(cls)) - 4
+        return cls(*here[:whole].tolist(), *here[whole:].clone().view(torch.float64).tolist())
+
+
+def most(values: Sequence[Any]) -> Any:
+    """Return the value that most have; of several, the one that comes first."""
+    return Counter(values).most_common(1)[0][0]
 
 
 @dataclass(frozen=True)

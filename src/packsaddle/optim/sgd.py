@@ -32,11 +32,10 @@ from packsaddle.optim.layout import FlatParameters
 from packsaddle.optim.memory import make_memory
 from packsaddle.optim.saved_state import FORMAT, check_fits, fill, put_means, split_state
 from packsaddle.optim.stages.contraction import ContractionMonitor
-from packsaddle.optim.stages.drift import Drift, DriftGuard
+from packsaddle.optim.stages.drift import Drift, DriftGuard, StepRates
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
 from packsaddle.optim.stages.lazy_noise import Perturber
 from packsaddle.optim.stages.nonfinite import NonFiniteError, NonFiniteGuard, Skip
-from packsaddle.optim.stages.step_rates import StepRates
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
 

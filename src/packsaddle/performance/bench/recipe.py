@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from packsaddle.experiments.schedule import share_of_peak
+from packsaddle.experiments.inner_optimizers import share_of_peak
 
 Kind = Literal["sgd", "momentum", "adamw"]
 _WARM_UP = 0.1  # of the steps, and at most _LONGEST of them
