@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from packsaddle.compressors import Compressor, TopK
+from packsaddle.compressors import QSGD, Compressor, TopK
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
@@ -68,7 +68,7 @@ class _Attached(TrainerCallback):
 class PacksaddleCallback(_Attached):
     """Exchanges gradients compressed from the start of training, and logs `measures` as packsaddle/sent and so on.
 
-    To be added to the trainer it is given: `trainer.add_callback(PacksaddleCallback(trainer, TopK(0.1)))`.
+    To be added to the trainer it is given: `trainer.add_callback(PacksaddleCallback(trainer, QSGD(127)))`.
     Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. The contraction
     is measured every `logging_steps`; a `Compression` says itself when.
 
@@ -80,7 +80,7 @@ class PacksaddleCallback(_Attached):
     def __init__(
         self,
         trainer: Trainer,
-        compressor: Compressor | Schedule | Compression = TopK(0.1),  # noqa: B008 -- immutable
+        compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
         *,
         resume_from: str | Path | None = None,
         **options: Any,

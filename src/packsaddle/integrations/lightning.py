@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from packsaddle.compressors import Compressor, TopK
+from packsaddle.compressors import QSGD, Compressor, TopK
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
@@ -101,7 +101,7 @@ class PacksaddleCallback(_Attached):
 
     def __init__(
         self,
-        compressor: Compressor | Schedule | Compression = TopK(0.1),  # noqa: B008 -- immutable
+        compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
         super().__init__()

@@ -19,7 +19,7 @@ from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import group_like, training_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
-from packsaddle.compressors import Compressor, TopK
+from packsaddle.compressors import QSGD, Compressor
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp_hook import Bucket, DDPHook
@@ -33,7 +33,7 @@ from packsaddle.optim.stages.learning_rates import Rates
 
 def register_ddp_hook(
     model: DistributedDataParallel,
-    compressor: Compressor | Schedule | Compression = TopK(0.1),  # noqa: B008 -- immutable
+    compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] = 0.0,
     escape: Escape | None = None,
@@ -82,7 +82,7 @@ def register_ddp_hook(
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> hook = packsaddle.register_ddp_hook(model, packsaddle.TopK(0.1), optimizer=optimizer)
+    >>> hook = packsaddle.register_ddp_hook(model, packsaddle.QSGD(127), optimizer=optimizer)
     >>> model(torch.rand(8, 64)).square().mean().backward()
     >>> optimizer.step()
     >>> hook.steps

@@ -18,7 +18,7 @@ from packsaddle.comm.communicator import Communicator, check_agreement, ring_all
 from packsaddle.comm.group import ProcessGroup, resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.compressors import Compressor, TopK
+from packsaddle.compressors import QSGD, Compressor
 from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.seeds import as_seed, mix
 from packsaddle.optim.compression import Compression, Schedule
@@ -264,7 +264,7 @@ class FSDPHook(GradientHook):
 def register_fsdp_hook(
     model: nn.Module,
     replicas: ProcessGroup,
-    compressor: Compressor | Schedule | Compression = TopK(0.1),  # noqa: B008 -- immutable
+    compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
     *,
     noise: float | Callable[[int], float] = 0.0,
     error_feedback: bool = True,

@@ -127,6 +127,7 @@ class StepsNeeded:
 MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
     "sgd": {TopK(0.01): StepsNeeded(1.0), RandomK(0.01): StepsNeeded(2.0)},
     "adamw": {
+        QSGD(127): StepsNeeded(1.04),
         TopK(0.1): StepsNeeded(1.5),
         LowRank(4): StepsNeeded(1.7),
         TopK(0.01): StepsNeeded(2.7),
