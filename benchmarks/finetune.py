@@ -35,7 +35,7 @@ CONTENDERS = (
     "local-sgd-32",
     "diloco-32",
     'TopK(1/16, values="int2") every=8',
-    'TopK(1/48, values="int2") every=32',
+    "Sign(per_tensor=True) every=8",
 )
 RATES, STEPS, BATCH, LENGTH = (1e-4, 3e-4), 300, 8, 24
 LEAST = 300  # descriptions of a section

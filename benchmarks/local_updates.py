@@ -64,6 +64,8 @@ METHODS = {
     "local 30, TopK 1/48 int2, kept": Method(packsaddle.TopK(1 / 48, values="int2"), 30, keep=True),
     "local 8, TopK 1/48 float32, kept": Method(packsaddle.TopK(1 / 48), 8, keep=True),
     "local 8, TopK 1/48 chunks int2, kept": Method(packsaddle.TopK(1 / 48, values="int2", chunk=4096), 8, keep=True),
+    "local 8, Sign, kept": Method(packsaddle.Sign(per_tensor=True), 8, keep=True),
+    "local 30, Sign, kept": Method(packsaddle.Sign(per_tensor=True), 30, keep=True),
     "local 8, TopK 1/16 int2": Method(packsaddle.TopK(1 / 16, values="int2"), 8),
     "local 8, TopK 1/32 int8": Method(packsaddle.TopK(1 / 32, values="int8"), 8),
     "local 30, TopK 1/32 int8": Method(packsaddle.TopK(1 / 32, values="int8"), 30),

@@ -148,9 +148,12 @@ def test_long_vectors_change_no_number(c: QSGD, name: str) -> None:
     c.add_decoded(message, found)
     assert torch.equal(found, expected)
     packed = fixed.encode(v, seed=3, step=4).parts["levels"]
+    coded = encode_levels(packed, D, c.levels, c.bits)
+    if message.parts["scales"].all():  # else buckets of zeros are left out
+        assert torch.equal(message.parts["levels"], coded)
     with torch_only():
-        assert torch.equal(encode_levels(packed, D, c.levels, c.bits), message.parts["levels"])
-        assert torch.equal(decode_levels(message.parts["levels"], D, c.levels, c.bits), packed)
+        assert torch.equal(encode_levels(packed, D, c.levels, c.bits), coded)
+        assert torch.equal(decode_levels(coded, D, c.levels, c.bits), packed)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -165,11 +168,13 @@ def test_what_is_not_finite_reaches_its_bucket(bad: float) -> None:
 
 
 def test_a_vector_of_zeros_has_no_layers() -> None:
-    """Two bytes; the loop over layers has nothing to begin with, and must not be called."""
-    message = QSGD().encode(torch.zeros(2000), seed=0, step=0)
-    assert message.parts["levels"].tolist() == [1, 0]
+    """The loop over layers has nothing to begin with, and must not be called; and a message has no levels at all."""
     out = torch.ones(2000)
-    assert not add_coded_levels(message.parts["levels"], 7, 512, message.parts["scales"], out, 1.0)
+    coded = encode_levels(wire.pack(torch.full((2000,), 7), 4), 2000, 7, 4)
+    assert coded.tolist() == [1, 0]
+    assert not add_coded_levels(coded, 7, 512, torch.zeros(4), out, 1.0)
+    message = QSGD().encode(torch.zeros(2000), seed=0, step=0)
+    assert message.parts["levels"].tolist() == []
     QSGD().add_decoded(message, out)
     assert torch.equal(out, torch.ones(2000))
 
@@ -199,6 +204,46 @@ def test_many_levels_are_in_rice_codes(top: int, code: int) -> None:
     packed = QSGD(top, coded=False).encode(v, seed=1, step=2).parts["levels"]
     assert int(coded[0]) == code
     assert 8 * len(coded) / D <= 1.05 * entropy(wire.unpack(packed, bits_of(top), D))
+
+
+@pytest.mark.parametrize("d", [384_000, 383_700, 512 * 40 + 1])
+@pytest.mark.parametrize("bad", [1.0, math.nan, math.inf])
+@pytest.mark.parametrize("top", [7, 127])
+def test_buckets_of_zeros_are_not_sent(top: int, bad: float, d: int) -> None:
+    """A gradient of an embedding, with few rows that are not 0: what is added is what the fixed width says."""
+    v = torch.zeros(1000, 384)
+    v[::50] = torch.randn(20, 384, generator=torch.Generator().manual_seed(0))
+    v = v.view(-1)[:d].clone()
+    v[1157] = bad
+    v[-1] = 0.5
+    expected, found, plain = torch.ones(3, d)
+    message, fixed = QSGD(top).encode(v, seed=1, step=2), QSGD(top, coded=False)
+    fixed.add_decoded(fixed.encode(v, seed=1, step=2), expected, 0.5)
+    QSGD(top).add_decoded(message, found, 0.5)
+    with torch_only():
+        assert torch.equal(QSGD(top).encode(v, seed=1, step=2).parts["levels"], message.parts["levels"])
+        QSGD(top).add_decoded(message, plain, 0.5)
+    assert len(message.parts["levels"]) < 24 * 512 * (6 if top == 127 else 2) / 8
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert torch.allclose(plain, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+    assert bool(expected.isnan().any()) == (not math.isfinite(bad))
+
+
+def test_what_is_left_of_what_was_sent_is_not_sent_for_ever() -> None:
+    """Of a row that was sent a thirtieth remains; after six steps that is negligible, and stays in the memory."""
+    v, other = torch.zeros(2, 512 * 64)
+    v[512 * 7 : 512 * 8] = torch.randn(512, generator=torch.Generator().manual_seed(0))
+    other[:512] = 1.0
+    sent = []
+    for step in range(12):
+        message = QSGD(127).encode(v + other, seed=0, step=step)
+        sent.append(int(message.parts["scales"].count_nonzero()))
+        corrected = v + other
+        QSGD(127).add_decoded(message, corrected, -1.0)
+        v[512 * 7 : 512 * 8] = corrected[512 * 7 : 512 * 8]
+    assert sent[:5] == [2] * 5
+    assert sent[8:] == [1] * 4
+    assert 0 < v.abs().max() < 2.0**-27
 
 
 @pytest.mark.parametrize("where", range(0, 9000, 700))

@@ -3,8 +3,8 @@
 Where there are few, most are 0, and the larger the fewer. So they are coded in layers: which coordinates are not 0,
 which of these are above 1 in magnitude, which of those above 2, and so on; each layer is a set among the members of the
 one before, coded by the gaps between those that go on, or that do not, whichever are fewer. Signs of what is not 0
-follow, a bit each. Where there are many levels, Rice codes of the levels, folded into 0, 1, -1, 2, -2, ... -> 0, 1, 2,
-3, 4, ..., are shorter, and much faster; or else codes of a fixed width. The first byte says which.
+follow, a bit each. Where levels are large, Rice codes of them, folded into 0, 1, -1, 2, -2, ... -> 0, 1, 2, 3, 4, ...,
+take as few bits and are much faster. Or else codes of a fixed width are sent. The first byte says which.
 """
 
 import math
@@ -19,7 +19,8 @@ from packsaddle.compressors import wire
 from packsaddle.numerics.kernels import kernel
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
-_FOR_SPEED = 1.04  # layers of many levels may be so much shorter than Rice codes, which are ten times as fast
+_FOR_SPEED = 1.04  # layers of large levels may be so much shorter than Rice codes, which are ten times as fast
+_LARGE = 2.0  # mean magnitude of those that are not 0
 MOST_BITS = 8  # of a code of fixed width that can be coded in layers
 
 
@@ -79,8 +80,9 @@ def encode_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
         levels, counts = codes - top, torch.bincount(codes, minlength=2 * top + 1).tolist()
     layers, rice = _layers(_of_magnitudes(counts, top)), _shortest_rice(counts, top)
     in_layers = sum(layer.bits + 2 * _width(d) for layer in layers) + (layers[0].going_on if layers else 0)
+    are_large = len(layers) > 1 and sum(layer.going_on for layer in layers) > _LARGE * layers[0].going_on
     coded = None
-    if rice.bits < min(_FOR_SPEED * in_layers, 8 * len(packed)):
+    if rice.bits < min((_FOR_SPEED if are_large else 1.0) * in_layers, 8 * len(packed)):
         coded = _in_rice(packed, levels, d, top, bits, rice)
     elif in_layers < 8 * len(packed):
         coded = _in_layers(packed, levels, d, top, bits, layers)

@@ -15,6 +15,7 @@ from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
 
 _SLAB = 1 << 18  # coordinates at a time, so that scratch memory does not grow with d
+_NEGLIGIBLE = 2.0**-28  # of the largest magnitude
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ class QSGD(Compressor):
     The rounded Q(v) is unbiased with E||Q(v) - v||^2 <= omega ||v||^2, omega = min(b / s^2, sqrt(b) / s) for s
     levels and buckets of b coordinates that share a norm; so Q(v) / (1 + omega) is a mu-compressor with
     mu = 1 / (1 + omega), and that is C. A level and its sign take ceil(log2(2 s + 1)) bits, and `coded` about
-    their entropy, as most levels are 0 (see `compressors.levels`). Raises ValueError unless levels and bucket are
-    positive integers and coded is True or False.
+    their entropy (see `compressors.levels`). Of a bucket in which no magnitude reaches 2^-28 of the vector's largest
+    nothing is sent: what is left of a message is smaller by 1 - mu, and would be sent again and again. Raises
+    ValueError unless levels and bucket are positive integers and coded is True or False.
 
     >>> import torch
     >>> from packsaddle import QSGD
@@ -140,7 +142,7 @@ class QSGD(Compressor):
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
         # bfloat16 has too few bits to round without bias.
-        precise = v.to(torch.promote_types(v.dtype, torch.float32))
+        precise = _without_negligible(v.to(torch.promote_types(v.dtype, torch.float32)), b)
         if len(v) and self.bits <= 8 and (loop := kernel("pack_levels", precise)):
             packed, norms = loop(precise, self.levels, self.bits, b, key)
             return self._message(packed, norms, len(v))
@@ -154,8 +156,11 @@ class QSGD(Compressor):
         return self._message(torch.cat(packed), torch.cat(norms), len(v))
 
     def _message(self, packed: Tensor, norms: Tensor, d: int) -> Message:
-        levels = encode_levels(packed, d, self.levels, self.bits) if self._codes_levels else packed
-        return Message({"levels": levels, "scales": norms})
+        if not self._codes_levels:
+            return Message({"levels": packed, "scales": norms})
+        if (some := self._not_zero(norms, d)) is not None:  # levels of the others are not sent
+            packed, d = some.of(packed, self._width(d) * self.bits // 8), some.coordinates
+        return Message({"levels": encode_levels(packed, d, self.levels, self.bits), "scales": norms})
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
         """Return the codes, int64[n, b], and norms, float[n], of buckets whose first coordinate is number `first`."""
@@ -170,8 +175,18 @@ class QSGD(Compressor):
         return codes.to(torch.int64), (norms * largest).squeeze(1)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        packed, norms, b = message.parts["levels"], message.parts["scales"], self._width(len(out))
+        packed, norms = message.parts["levels"], message.parts["scales"]
         scale = alpha / (self.levels * (1 + self.omega(len(out))))
+        some = self._not_zero(norms, len(out)) if self._codes_levels else None
+        if some is None:
+            self._add(packed, norms, self._width(len(out)), out, scale)
+            return
+        found = out.new_zeros(some.coordinates)
+        self._add(packed, norms[some.index], some.width, found, scale)
+        some.add(found, out)
+
+    def _add(self, packed: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
+        """Add scale level norm to out, float[n], of buckets of b coordinates."""
         if self._codes_levels:
             if add_coded_levels(packed, self.levels, b, norms, out, scale):
                 return
@@ -185,6 +200,14 @@ class QSGD(Compressor):
             levels = (wire.unpack(codes, self.bits, len(slab)) - self.levels).to(out.dtype)
             slab.add_(levels * scales.to(out.dtype).repeat_interleave(b)[: len(slab)], alpha=scale)
 
+    def _not_zero(self, norms: Tensor, d: int) -> "_Buckets | None":
+        """The buckets of which a norm is not 0; None if they are most, or codes do not end at bytes there."""
+        b = self._width(d)
+        if b * self.bits % 8:
+            return None
+        index = norms.nonzero().squeeze(1)
+        return None if 8 * len(index) > 7 * len(norms) else _Buckets(index, b, d)
+
     def _width(self, d: int) -> int:
         """Coordinates of a bucket."""
         return max(1, min(d, self.bucket))
@@ -194,6 +217,54 @@ class QSGD(Compressor):
             return super().message_bytes(d, itemsize)
         b = self._width(d)
         return math.ceil(d * self.bits / 8) + itemsize * math.ceil(d / b)
+
+
+@dataclass(frozen=True)
+class _Buckets:
+    """Some buckets of `width` coordinates of a vector of d, by number, int64[n], increasing; the last may be short."""
+
+    index: Tensor
+    width: int
+    d: int
+
+    @property
+    def _cut(self) -> int:
+        """How many coordinates of the last bucket are missing, if it is one of these."""
+        last = (self.d - 1) // self.width
+        return -self.d % self.width if len(self.index) and int(self.index[-1]) == last else 0
+
+    @property
+    def coordinates(self) -> int:
+        """The number of their coordinates."""
+        return len(self.index) * self.width - self._cut
+
+    def of(self, packed: Tensor, size: int) -> Tensor:
+        """Return their part of what has `size` bytes for each bucket, uint8[...]."""
+        missing = -len(packed) % size
+        padded = torch.nn.functional.pad(packed, (0, missing)).view(-1, size)[self.index].view(-1)
+        return padded[: len(padded) - missing] if self._cut else padded
+
+    def add(self, found: Tensor, out: Tensor) -> None:
+        """Add float[coordinates] to their coordinates of out, float[d]."""
+        whole = out[: self.d // self.width * self.width].view(-1, self.width)
+        some = self.index[:-1] if self._cut else self.index
+        whole[some] += found[: len(some) * self.width].view(-1, self.width)
+        if self._cut:
+            out[len(whole) * self.width :] += found[len(some) * self.width :]
+
+
+def _without_negligible(v: Tensor, bucket: int) -> Tensor:
+    """Return v, float[d], with zeros for the buckets that are negligible beside its largest magnitude."""
+    if len(v) <= bucket:
+        return v
+    edge = len(v) // bucket * bucket
+    buckets, rest = v[:edge].view(-1, bucket), v[edge:]
+    largest = torch.maximum(buckets.amax(1), -buckets.amin(1))
+    most = torch.cat([largest, rest.abs()]).amax()
+    some = (largest > 0) & (largest < _NEGLIGIBLE * most.where(most.isfinite(), torch.zeros_like(most)))
+    if v.device.type == "cpu" and not some.any():
+        return v
+    return torch.cat([buckets.masked_fill(some[:, None], 0.0).view(-1), rest])
 
 
 def _slab(bucket: int) -> int:
