@@ -5,19 +5,22 @@
 For each number of workers and link of the race (`packsaddle bench race`): predicted and measured milliseconds of the
 steps that the planner knows, and the regret: the measured time to the target of the method that it chooses, over that
 of the best method that it could have chosen. It is given the computing time of `alone` on that link and its own
-measured speeds of coding, so this is to be run on the machine of the race.
+measured speeds of coding, so this is to be run on the machine of the race; where workers share its cores, which the
+plan does not know, coding takes as many times longer.
 """
 
 import argparse
 import math
-from functools import cache
+import os
+from dataclasses import astuple
+from functools import cache, partial
 from pathlib import Path
 
 from packsaddle.performance.bench.contenders import ALONE, DENSE, Contender, parse
 from packsaddle.performance.bench.curves import load
 from packsaddle.performance.bench.time_to_loss import Rates, StepOnLink, load_steps, rows
 from packsaddle.performance.bench.workload import TrainingWorkload
-from packsaddle.performance.coding_speed import Pace, measure
+from packsaddle.performance.coding_speed import Line, Pace, measure
 from packsaddle.performance.link_planner import MEASURED as HOOK
 from packsaddle.performance.link_planner import forecast
 from packsaddle.performance.local_planner import Setting, forecast_local, measured_with
@@ -26,9 +29,11 @@ from packsaddle.performance.workload import ModelSize, update_seconds
 
 
 @cache
-def pace(compressor: object, d: int) -> Pace:
-    """Return the speed of a compressor, measured once."""
-    return measure(compressor, d, repeats=5)  # type: ignore[arg-type]
+def pace(compressor: object, d: int, workers: int) -> Pace:
+    """Return the speed of a compressor, measured once, where workers may share cores."""
+    alone, share = measure(compressor, d, repeats=5), max(1.0, workers / (os.cpu_count() or 1))  # type: ignore[arg-type]
+    lines = {name: [share * value for value in astuple(line)] for name, line in vars(alone).items()}
+    return Pace(**{name: Line(*values) for name, values in lines.items()})
 
 
 def setting(contender: Contender) -> Setting | None:
@@ -42,14 +47,15 @@ def setting(contender: Contender) -> Setting | None:
 def foreseen(texts: list[str], workload: ModelSize, link: Link, fleet: Fleet, update: float) -> dict[str, float]:
     """Return the predicted seconds of a step of each contender that the planner can foresee."""
     found: dict[str, float] = {}
+    shared = partial(pace, workers=fleet.workers)
     for text in texts:
         contender = parse(text, 1.0)
         if text == DENSE or contender.hook:
             compressors = [] if contender.compressor is None else [contender.compressor]
-            verdict = forecast(workload, link, fleet, compressors, pace)
+            verdict = forecast(workload, link, fleet, compressors, shared)
             found[text] = next(f for f in verdict.forecasts if f.is_dense != bool(compressors)).time.total
         elif (mine := setting(contender)) is not None:
-            (one,) = forecast_local(workload, link, fleet, pace, update=update, measured={mine: 1.0}, overlap=False)
+            (one,) = forecast_local(workload, link, fleet, shared, update=update, measured={mine: 1.0}, overlap=False)
             found[text] = one.step
     return found
 

@@ -221,7 +221,7 @@ class QSGD(Compressor):
 
 @dataclass(frozen=True)
 class _Buckets:
-    """Some buckets of `width` coordinates of a vector of d, by number, int64[n], increasing; the last may be short."""
+    """Buckets of `width` coordinates of a vector of d, by number, int64[n], increasing; the last may be short."""
 
     index: Tensor
     width: int
@@ -229,7 +229,7 @@ class _Buckets:
 
     @property
     def _cut(self) -> int:
-        """How many coordinates of the last bucket are missing, if it is one of these."""
+        """The number of coordinates that the last bucket lacks, if it is one of these."""
         last = (self.d - 1) // self.width
         return -self.d % self.width if len(self.index) and int(self.index[-1]) == last else 0
 
@@ -254,7 +254,7 @@ class _Buckets:
 
 
 def _without_negligible(v: Tensor, bucket: int) -> Tensor:
-    """Return v, float[d], with zeros for the buckets that are negligible beside its largest magnitude."""
+    """Return v, float[d], with zeros for the buckets that are negligible compared with its largest magnitude."""
     if len(v) <= bucket:
         return v
     edge = len(v) // bucket * bucket

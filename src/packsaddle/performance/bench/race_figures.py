@@ -11,7 +11,7 @@ from packsaddle.performance.bench.contenders import DENSE, parse
 from packsaddle.performance.bench.curves import Curve
 from packsaddle.performance.bench.time_to_loss import Entry, StepOnLink, computing, dense_of, entries, rows, targets_of
 
-_OURS = ("#d1495b", "#e8871e", "#8f2d56", "#b5651d", "#f25f5c", "#c9184a", "#ff9f1c")
+_OURS = ("#d1495b", "#e8871e", "#8f2d56", "#b5651d", "#f25f5c", "#c9184a", "#ffb703", "#5c1a1b", "#bc8034")
 _PEERS = ("#2e6f95", "#6a994e", "#577590", "#43aa8b", "#277da1", "#90be6d", "#4d908e", "#5e60ce")
 _STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.fontsize": 7.5}
 
