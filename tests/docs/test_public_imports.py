@@ -39,6 +39,7 @@ ALLOWED = {
             "performance.workload",
         )
     },
+    "packsaddle.performance.bench.search": "benchmarks/finetune.py races on a task of its own",
     "packsaddle.experiments.inner_optimizers": "benchmarks/rate_search.py has the schedule of the race and of [local]",
     **{
         f"packsaddle.{name}": "benchmarks/gpu.py times as the command line does"
