@@ -287,6 +287,8 @@ def test_legends_name_methods_in_words() -> None:
     assert titled("diloco-32") == "torchft's DiLoCo, every 32"
     assert titled('TopK(1/16, values="int2") every=8') == 'LocalUpdates every 8, TopK(1/16, values="int2")'
     assert titled("TopK(0.1) hook=bucket") == "packsaddle's hook, TopK(0.1)"
+    assert titled("Sign() every=8") == "LocalUpdates every 8, Sign()"
+    assert titled("Sign() every=8 delay=4 lr=0.1") == "LocalUpdates every 8, Sign(), delay 4"
     assert titled("TopK(0.01) momentum=0.9") == "CompressedSGD, TopK(0.01)"
     assert titled("Identity every=8") == "LocalUpdates every 8, Identity"
     assert titled("own-uint8") == "own-uint8"

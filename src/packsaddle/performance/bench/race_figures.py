@@ -65,7 +65,8 @@ def titled(method: str) -> str:
     if contender.hook:
         return f"packsaddle's hook, {compressor}"
     every = contender.every
-    return f"LocalUpdates every {every}, {compressor}" if every else f"CompressedSGD, {compressor}"
+    late = f", delay {contender.delay}" if contender.delay else ""
+    return f"LocalUpdates every {every}, {compressor}{late}" if every else f"CompressedSGD, {compressor}"
 
 
 def _colours(found: Sequence[Entry]) -> dict[str, str]:
