@@ -225,7 +225,7 @@ def main(run: Callable[[Path, int, bool], Run], folder: Path) -> None:
         model, _, train_again = run(folder / "best", END, False)
         found["best"] = [digest(model), evaluated[-1]]  # the last evaluation was the best
         assert train_again is not None
-        with pytest.raises(RuntimeError, match="make a new Trainer to go on"):
+        with pytest.raises(RuntimeError, match="make a new Trainer to train on"):
             train_again()
     print(json.dumps(found) + "\n", end="", flush=True)
 
