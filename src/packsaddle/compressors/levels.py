@@ -101,18 +101,17 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 def add_coded_levels(coded: Tensor, top: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
     """Add alpha level norm to out, float[d], by a compiled loop; return False where there is none, or nothing coded."""
-    loops = kernel("add_coded_levels", out, norms), kernel("add_rice_levels", out, norms)
-    if None in loops or not len(out) or int(coded[0]) == _FIXED or (int(coded[0]) == _LAYERS and not int(coded[1])):
+    if not len(out):
         return False
-    of_layers, of_rice = loops
-    assert of_layers is not None
-    assert of_rice is not None
-    if int(coded[0]) == _RICE:
-        of_rice(coded[2:], int(coded[1]), bucket, norms, out, alpha)
+    code = int(coded[0])
+    if code == _RICE and (loop := kernel("add_rice_levels", out, norms)):
+        loop(coded[2:], int(coded[1]), bucket, norms, out, alpha)
         return True
-    layers, bodies, signs = _taken_apart(coded, len(out))
-    of_layers(_table(layers), bodies, signs, top, bucket, norms, out, alpha)
-    return True
+    if code == _LAYERS and int(coded[1]) and (loop := kernel("add_coded_levels", out, norms)):
+        layers, bodies, signs = _taken_apart(coded, len(out))
+        loop(_table(layers), bodies, signs, top, bucket, norms, out, alpha)
+        return True
+    return False
 
 
 def _of_magnitudes(counts: Sequence[int], top: int) -> list[int]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -227,7 +228,7 @@ class _Buckets:
     width: int
     d: int
 
-    @property
+    @cached_property
     def _cut(self) -> int:
         """The number of coordinates that the last bucket lacks, if it is one of these."""
         last = (self.d - 1) // self.width

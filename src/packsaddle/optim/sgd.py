@@ -218,13 +218,13 @@ class CompressedSGD(Optimizer):
     def _check_rates(self) -> None:
         """Raise TypeError or ValueError for a rate or weight decay that is none: a script may set them at any time."""
         for name in ("lr", "weight_decay"):
-            for value in (group[name] for group in self.param_groups):
+            for i, value in enumerate(group[name] for group in self.param_groups):
                 if not isinstance(value, Real | Tensor) or isinstance(value, bool):
                     raise TypeError(f"{name} must be a number, got {value!r}")
-            for i, value in enumerate(self._each(name)):
-                if not (math.isfinite(value) and value >= 0):
+                rate = float(value)
+                if not (math.isfinite(rate) and rate >= 0):
                     of = f" of parameter group {i}" if len(self.param_groups) > 1 else ""
-                    raise ValueError(f"{name}{of} must be finite and not negative, got {value:g}")
+                    raise ValueError(f"{name}{of} must be finite and not negative, got {rate:g}")
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
