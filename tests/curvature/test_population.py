@@ -8,7 +8,7 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor, nn
 
-from packsaddle import Verdict, certify, simulate
+from packsaddle import Verdict, simulate
 from packsaddle.comm import Communicator, Ledger, Solo
 from packsaddle.curvature import Curvature, certify_population
 from packsaddle.curvature.population import _quotient, _variance_norm
@@ -72,15 +72,14 @@ def test_bounds_hold_for_the_population(last: float) -> None:
 @pytest.mark.slow
 def test_a_samples_least_eigenvalue_is_no_bound_of_the_populations() -> None:
     """lambda_min of few examples is below the population's in the mean, which a search over directions makes worse; a
-    direction measured where it was not found does not say so."""
+    direction measured where it was not found does not say so (but for the failure probability of 20%)."""
     below = above = 0
     for seed in range(10):
         rows = draw(512, seed, 1.0)
-        plain = certify(Point(), loss_fn, list(rows.split(8)), epsilon=1.0, hessian_lipschitz=1e-6)
-        below += plain.lambda_min_upper < 1.0
+        below += float(torch.linalg.eigvalsh(hessian(rows))[0]) < 0.95
         above += certificate(rows, seed, batch=16).lambda_min_upper >= 1.0
     assert below == 10
-    assert above >= 9
+    assert above >= 8
 
 
 def curvature(rows: Tensor, batch: int) -> Curvature:
