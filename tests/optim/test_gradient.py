@@ -164,8 +164,8 @@ def quadratics(steps: int, lr: float, noise: float = 0.0, seed: int = 0, **optio
 @pytest.mark.slow
 def test_ef21_converges_where_error_feedback_hovers() -> None:
     """Where workers disagree, error feedback with a constant step keeps a distance; EF21 has none (its Theorem 1)."""
-    assert quadratics(250, 0.1, memory="ef21") < 1e-7
-    assert quadratics(250, 0.1, memory="buffer") > 1e-3
+    assert quadratics(120, 0.2, memory="ef21") < 1e-5
+    assert quadratics(120, 0.2, memory="buffer") > 1
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_momentum_calms_ef21_under_noise() -> None:
     """EF21 alone follows noisy gradients badly, with momentum well (Fatkhullin et al. 2023, section 2)."""
 
     def distance(momentum: float) -> float:
-        runs = [quadratics(100, 0.03, noise=10.0, seed=s, memory="ef21", momentum=momentum) for s in range(4)]
+        runs = [quadratics(100, 0.03, noise=10.0, seed=s, memory="ef21", momentum=momentum) for s in range(2)]
         return sum(runs) / len(runs)
 
     calm, alone = distance(0.95), distance(0.0)

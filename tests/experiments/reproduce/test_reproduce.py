@@ -1,8 +1,11 @@
 """Reproductions: studies that go on where they stopped, runs that are equal twice and however workers are had."""
 
+import contextlib
 import csv
+import io
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -107,7 +110,8 @@ def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers_twice(mnist: Path, pictures: Path, tmp_path: Path) -> None:
     for name, config, data in (("ae", ae_config(), mnist), ("resnet", resnet_config(), pictures)):
-        first, second = (run(config, "serial", data, tmp_path / f"{name}-{i}") for i in range(2))
+        how: How = "serial" if name == "ae" else "fused"
+        first, second = (run(config, how, data, tmp_path / f"{name}-{i}") for i in range(2))
         assert without_time(first["metrics"]) == without_time(second["metrics"])
         assert all(torch.equal(w, second["weights"][key]) for key, w in first["weights"].items())
         if name == "ae":
@@ -144,11 +148,11 @@ def test_whatever_is_fused_is_the_workers_apart(mnist: Path, tmp_path: Path, com
 @pytest.mark.process
 @pytest.mark.parametrize("norm", ["all", "worker", "group"])
 def test_simulated_resnets_are_processes(pictures: Path, tmp_path: Path, norm: Any) -> None:
-    """Also with statistics that workers exchange; those of a worker alone concern no other process."""
+    """Also with statistics that workers exchange; those of a worker alone, or of channels, concern no other process."""
     config = resnet_config()
     config = replace(config, model=replace(config.model, norm=norm))
     ways: tuple[How, ...] = ("processes", "serial", "fused")
-    check_equal(config, pictures, tmp_path, ways[norm == "worker" :])
+    check_equal(config, pictures, tmp_path, ways[norm != "all" :])
 
 
 def check_equal(config: Config, data: Path, folder: Path, hows: tuple[How, ...]) -> None:
@@ -226,50 +230,61 @@ def test_fusing_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], tm
 FEW = ("--set", "data.limit=80", "batch_size=8", "epochs=1", "certify.examples=32", "certify.max_hvps=4")
 
 
-def small_study(mnist: Path, folder: Path, *arguments: Any) -> int:
+@pytest.fixture(scope="module")
+def finished(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a whole study of two seeds that has ended, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished") / "study"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert command(*study(mnist, folder)) == 0
+    return folder, printed.getvalue()
+
+
+def study(mnist: Path, folder: Path, *options: Any, seeds: int = 2) -> list[Any]:
     """`packsaddle reproduce fig2` at smoke scale on few images."""
-    return command("reproduce", "fig2", "--scale", "smoke", "--data-dir", mnist, "--out", folder, *FEW, *arguments)
+    where = ("--data-dir", mnist, "--out", folder)
+    return ["reproduce", "fig2", "--scale", "smoke", *where, *FEW, "--seeds", seeds, *options]
+
+
+def written(runs: list[Path]) -> list[int]:
+    """Return when each run's summary was written, in nanoseconds."""
+    return [(run / "summary.json").stat().st_mtime_ns for run in runs]
 
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_a_study_goes_on_where_it_stopped(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.xdist_group("figure2")
+def test_a_study_goes_on_where_it_stopped(
+    mnist: Path, finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "study"
-    assert small_study(mnist, folder, "--only", "dense", "randomk", "--seeds", "2") == 0
+    shutil.copytree(finished[0], folder)
     runs = sorted(path.parent for path in folder.glob("runs/*/*/summary.json"))
     assert [str(path.relative_to(folder / "runs")) for path in runs] == [
-        f"{name}/seed-{seed}" for name in ("dense", "randomk") for seed in (0, 1)
+        f"{name}/seed-{seed}" for name in sorted(figure2.study("smoke", "mnist").settings) for seed in (0, 1)
     ]
-    before = {path: (path / "metrics.jsonl").read_text() for path in runs}
     # One was cut off in the middle: its summary is missing, and half of its metrics.
-    cut = runs[3]
+    cut = runs.pop(5)
+    before, untouched = (cut / "metrics.jsonl").read_text(), written(runs)
     (cut / "summary.json").unlink()
-    (cut / "metrics.jsonl").write_text(before[cut][: len(before[cut]) // 2])
-    untouched = {path: (path / "summary.json").stat().st_mtime_ns for path in runs[:3]}
-    refused(capsys, "exists; continue it with --resume", *resumed(mnist, folder)[:-1])
-    assert command(*resumed(mnist, folder)) == 0
-    assert {path: (path / "summary.json").stat().st_mtime_ns for path in runs[:3]} == untouched
+    (cut / "metrics.jsonl").write_text(before[: len(before) // 2])
+    refused(capsys, "exists; continue it with --resume", *study(mnist, folder))
+    assert command(*study(mnist, folder, "--resume")) == 0
+    assert written(runs) == untouched
     again = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
-    assert without_time(again) == without_time([json.loads(line) for line in before[cut].splitlines()])
+    assert without_time(again) == without_time([json.loads(line) for line in before.splitlines()])
     capsys.readouterr()
-    other = [a if a != "epochs=1" else "epochs=2" for a in resumed(mnist, folder)]
+    other = [a if a != "epochs=1" else "epochs=2" for a in study(mnist, folder, "--resume")]
     refused(capsys, "was made with another configuration", *other)
-    arguments = [a if a != "smoke" else "cpu" for a in resumed(mnist, folder)]
+    arguments = [a if a != "smoke" else "cpu" for a in study(mnist, folder, "--resume")]
     refused(capsys, "holds fig2 at scale smoke, not fig2 at scale cpu", *arguments)
     refused(capsys, "is not the folder of a study", "reproduce", "fig2", "--resume", "--out", tmp_path)
 
 
-def resumed(mnist: Path, folder: Path, seeds: int = 2) -> list[Any]:
-    scale = ["--scale", "smoke", "--only", "dense", "randomk", "--seeds", seeds]
-    return ["reproduce", "fig2", *scale, "--data-dir", mnist, "--out", folder, *FEW, "--resume"]
-
-
 @pytest.mark.slow
 @pytest.mark.process
-def test_figure_2_from_the_command_line(mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "study"
-    assert small_study(mnist, folder, "--seeds", "2") == 0
-    printed = capsys.readouterr().out
+@pytest.mark.xdist_group("figure2")
+def test_figure_2_from_the_command_line(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
     assert "RandomK 0.1%: noise shortens the plateau by" in printed
     summary = json.loads((folder / "summary.json").read_text())
     entries = by_setting(summary)
@@ -388,7 +403,7 @@ def gone(group: int) -> bool:
 
 def test_an_interrupted_study_ends_quietly_and_goes_on(mnist: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group: exit code 130, no traceback, no process left; --resume goes on."""
-    arguments = [str(a) for a in resumed(mnist, tmp_path / "study", seeds=1)[:-1]]
+    arguments = [str(a) for a in study(mnist, tmp_path / "study", "--only", "dense", "randomk", seeds=1)]
     long = [a.replace("epochs=1", "epochs=3000") for a in arguments]
     program = [sys.executable, "-m", "packsaddle.cli"]
     process = subprocess.Popen(
