@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from states import Small, by_torchs_own_checkpoints, saved_by, straight_and_resumed
 
 import packsaddle
-from packsaddle import CheckpointError, load_checkpoint, save_checkpoint
+from packsaddle import CheckpointError, LocalUpdates, load_checkpoint, save_checkpoint
 from packsaddle.comm.simulation import simulate
 
 Gloo = Callable[..., list[Any]]
@@ -206,6 +207,21 @@ def test_refusals_change_nothing(name: str, tmp_path: Path) -> None:
     for n, text in before.items():
         assert as_text(parts[n]) == text, n
     assert (tmp_path / "step-00000004").is_dir()
+
+
+def test_local_updates_may_not_be_left_out(tmp_path: Path) -> None:
+    """Anchor and error memory are theirs: without them a worker would begin again somewhere else."""
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    local = LocalUpdates(optimizer, every=2)
+    parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    for act in (partial(save_checkpoint, step=1), load_checkpoint):
+        with pytest.raises(CheckpointError, match="part 'optimizer' is an optimizer with LocalUpdates, which must be"):
+            act(tmp_path, parts)
+        with pytest.raises(CheckpointError, match=r"parts must be by name, .* got a list"):
+            act(tmp_path, [model])
+    assert not list(tmp_path.iterdir())
+    save_checkpoint(tmp_path, {**parts, "local": local}, step=1)
 
 
 class Late:

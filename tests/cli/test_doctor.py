@@ -57,7 +57,7 @@ def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert shown.endswith("Training fails: exchange gloo.\n")
     made.pop()
     assert command("doctor", "--no-try") == 0
-    assert capsys.readouterr().out.endswith("Nothing found that training fails at.\n")
+    assert capsys.readouterr().out.endswith("Nothing here makes training fail.\n")
 
 
 def test_without_trying_no_process_is_started(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -476,6 +476,7 @@ def test_a_plateau_that_passes_is_told_of() -> None:
         x, steps = x * (1 + 0.5 * 0.01), steps + 1
     assert steps - 1 < certificate.escape_steps <= steps
     text = str(certificate)
+    assert text.startswith("second-order stationary, not a minimum\n")
     assert "not a minimum: v has curvature -1.0e-02" in text
     assert "at lr 0.5 SGD's distance along v grows tenfold in about 462 steps" in text
     assert "rests on the estimate" not in text  # rho was given

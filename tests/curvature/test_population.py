@@ -164,12 +164,15 @@ def test_many_examples_settle_a_minimum() -> None:
     assert "is" not in str(found).split("\n")[0]
     few = certificate(draw(64, 1, 0.5))
     assert few.verdict is Verdict.UNDECIDED
+    assert str(few).startswith("of the population: undecided: lambda_min may be on either side of the threshold\n")
 
 
 def test_a_gradient_that_the_sample_cannot_settle_is_undecided() -> None:
     rows = draw(512, 0, 0.5)
     norm = certificate(rows).grad_norm
-    assert certificate(rows, epsilon=norm).verdict is Verdict.UNDECIDED
+    unsettled = certificate(rows, epsilon=norm)
+    assert unsettled.verdict is Verdict.UNDECIDED
+    assert str(unsettled).startswith("of the population: undecided: the gradient may be on either side of epsilon\n")
     proposed = certificate(rows, epsilon=None)
     assert proposed.epsilon >= proposed.grad_norm_upper
     assert proposed.epsilon_proposed

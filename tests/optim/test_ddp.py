@@ -324,6 +324,30 @@ def test_sixteen_bit_gradients_lose_nothing(gloo: Gloo) -> None:
         assert float((run["total"] - run["kept"]).abs().max()) < 1e-5 * float(run["scale"])
 
 
+def under_ddp() -> tuple[str, str]:
+    """CompressedSGD on the parameters of a DistributedDataParallel over all workers, and within a machine of one."""
+    said = []
+    mine = [torch.distributed.new_group([rank]) for rank in range(2)][resolve(None).rank]
+    for group in (None, mine):
+        plain = network()
+        optimizer = CompressedSGD(plain.parameters(), 0.1)
+        model = DistributedDataParallel(plain, process_group=group)
+        loss(model, batches(1)[0]).backward()
+        try:
+            optimizer.step()
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+        del model
+    return said[0], said[1]
+
+
+def test_compressed_sgd_after_an_uncompressed_exchange_is_refused(gloo: Gloo) -> None:
+    for everywhere, within in gloo(under_ddp, 2):
+        assert "a DistributedDataParallel has these parameters and sends every gradient uncompressed" in everywhere
+        assert within == ""
+
+
 # ---- gradients that are not finite
 
 
@@ -639,7 +663,7 @@ def test_what_is_refused_and_how(gloo: Gloo) -> None:
         "scaler": "scaler must be a torch.amp.GradScaler, got float",
         "lacks": "optimizer must have all parameters of the model, and lacks",
         "differs": r"the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has compressor=RandomK",
-        "class": "such as TopK\\(0.01\\), got the class TopK itself",
+        "class": "got the class TopK itself",
         "second": "has a communication hook already, and takes no second one; for another hook wrap model.module anew",
         "plain": "model must be a DistributedDataParallel, got Sequential: wrap the model first",
         "added": "extra was added, replaced or unfrozen after DistributedDataParallel",

@@ -375,7 +375,18 @@ def test_an_anchor_can_be_evaluated() -> None:
     optimizer.step()
     with local.at_anchor():
         assert not x.detach().any()
+        with pytest.raises(RuntimeError, match=r"optimizer.step\(\) within at_anchor\(\)"):
+            optimizer.step()
+        assert not x.detach().any()
     assert bool((x.detach() == -1).all())
+    assert local.steps == 1
+
+
+def test_a_second_one_on_an_optimizer_is_refused() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(4, 4))], lr=1.0)
+    LocalUpdates(optimizer, every=8, compressor=WHOLE)
+    with pytest.raises(RuntimeError, match=r"optimizer has LocalUpdates already.* make SGD anew"):
+        LocalUpdates(optimizer, every=8, compressor=WHOLE)
 
 
 def test_refusals() -> None:
@@ -399,7 +410,7 @@ def test_refusals() -> None:
         "blend must be None or in [0, 1], got 2": lambda: make(blend=2, delay=1),
         "reduction must be": lambda: make(reduction="median"),
         "compressor must be a packsaddle Compressor": lambda: make(compressor=0.1),
-        "compressor must be a Compressor such as TopK(0.01), got the class TopK": lambda: make(compressor=TopK),
+        "compressor must be made, as RandomK(0.01) or Sign() is, got the class TopK": lambda: make(compressor=TopK),
         'memory must be "buffer" for local updates': lambda: make(compressor=Compression(TopK(0.1), memory="ef21")),
         "noise must be finite and not negative": lambda: make(noise=-1.0),
         "escape needs fragments=1, delay=0": lambda: make(delay=1, escape=Escape(3, 1.0, lambda: 0.0)),

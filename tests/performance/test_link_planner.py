@@ -187,7 +187,10 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("plan", "--d", 50_000, "--compute", 0.01, "--workers", 3)
     assert command(*asked, "--link", "1mbit") == 0
     out = capsys.readouterr().out
-    assert "Best: " in out
+    assert "Shortest step: " in out
+    assert "Its step is the shorter one below" in out
+    assert "Best: " not in out
+    assert "QSGD(levels=127" in out
     assert "DO NOT COMPRESS" not in out
     assert "This is the time of a step" in out
     assert command(*asked, "--link", "100tbit", "--compressor", "qsgd") == 0
@@ -216,8 +219,12 @@ def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
     shown_text = capsys.readouterr().out
     assert "x steps" in shown_text
     assert "for the progress of one dense step (" in shown_text
-    assert command(*asked, "--optimizer", "adamw", "--compressor", "topk", "--ratio", 0.0123) == 0
-    assert "unknown" in capsys.readouterr().out
+    assert "Best: " in shown_text
+    assert command(*asked, "--optimizer", "adamw", "--compressor", "TopK(1.23%)") == 0
+    shown_text = capsys.readouterr().out
+    assert "unknown" in shown_text
+    assert "Steps were not measured, or not to their end, for TopK(ratio=0.0123)." in shown_text
+    assert "On no link" not in shown_text
     message = "--optimizer is for the time of a step: it needs --link"
     refused(capsys, message, "plan", "--d", 5, "--epsilon", 0.1, "--optimizer", "sgd")
 
@@ -377,12 +384,30 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
         ("--up", "20mbit"): "--up and --down go together",
         ("--link", "1gbit", "--up", "20mbit", "--down", "1mbit"): "leave it out, or --up and --down",
         ("--up", "20mbit", "--down", "fast"): "link must be a positive rate",
+        ("--link", "1gbit", "--local", "--optimizer", "sgd"): "--local is with adamw, with which local updates were",
+        ("--link", "1gbit", "--optimizer", "adam"): "--optimizer must be one of sgd, adamw, got 'adam'",
         ("--link", "1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
         ("--link", "1gbit", "--local", "--most-steps", 0.5): "most-steps must be at least",
     }
     for words, message in refused.items():
         assert command(*asked, *words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_one_line_says_which_to_use(capsys: pytest.CaptureFixture[str]) -> None:
+    """With local updates gradients count with their steps too; slow links are for local updates, fast ones for DDP."""
+    asked = ("plan", "--d", 200_000, "--workers", 2, "--local")
+    verdicts = {
+        ("1mbit", 0.05): "Use: LocalUpdates, ",
+        ("100gbit", 10.0): "Use: DistributedDataParallel as it is.",
+    }
+    for (link, compute), verdict in verdicts.items():
+        assert command(*asked, "--link", link, "--compute", compute) == 0
+        out = capsys.readouterr().out
+        assert "x steps" in out.partition("local updates")[0]  # of gradients
+        assert out.splitlines()[-1].startswith(verdict)
+    assert command("plan", "--d", 200_000, "--epsilon", 0.1, "--local") == 2
+    assert "--local is for the time of a step: it needs --link" in capsys.readouterr().err
 
 
 def test_milliseconds_have_no_powers_of_ten() -> None:

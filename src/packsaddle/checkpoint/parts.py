@@ -25,10 +25,17 @@ Parts = Mapping[str, Part]
 
 
 def check_parts(parts: Parts) -> None:
-    """Raise CheckpointError for what is no part."""
+    """Raise CheckpointError for what is no part, for parts that are no mapping, and where local updates are missing."""
+    if not isinstance(parts, Mapping):
+        raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
     for name, part in parts.items():
         if not (hasattr(part, "state_dict") and hasattr(part, "load_state_dict")):
             raise CheckpointError(f"part {name!r} must have state_dict and load_state_dict, got {type(part).__name__}")
+        local = getattr(part, "exchanged_by", None)
+        if local is not None and all(other is not local for other in parts.values()):
+            raise CheckpointError(
+                f'part {name!r} is an optimizer with LocalUpdates, which must be a part as well: "local": local'
+            )
 
 
 def modules(parts: Parts) -> list[str]:

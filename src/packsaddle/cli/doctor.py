@@ -430,7 +430,7 @@ def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = Fals
     elif is_first():
         _show(facts)
         stopped = ", ".join(f"{fact.topic} {fact.name}" for fact in problems)
-        print(f"Training fails: {stopped}." if stopped else "Nothing found that training fails at.")
+        print(f"Training fails: {stopped}." if stopped else "Nothing here makes training fail.")
     if problems:
         sys.exit(1)
 

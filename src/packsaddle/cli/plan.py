@@ -85,8 +85,8 @@ def plan(
     Examples:
         packsaddle plan --d 1000000 --epsilon 0.2 --lipschitz-gradient 1
         packsaddle plan --d 1000000 --epsilon 0.2 --table
-        packsaddle plan --link 100mbit --model resnet18 --workers 2
-        packsaddle plan --link 100mbit --model char-transformer --optimizer adamw
+        packsaddle plan --link 100mbit --model char-transformer --workers 2 --local
+        packsaddle plan --link 100mbit --model resnet18 --optimizer sgd
         packsaddle plan --up 20mbit --down 100mbit --model char-transformer --local
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan --link auto --model resnet18
 
@@ -119,11 +119,15 @@ def plan(
         up: With --down instead of --link: the rate at which each worker can send, where that differs. Every exchange
             receives as much as it sends, so the slower direction counts.
         down: The rate at which each worker can receive.
-        local: Plan local updates too: their period, compressor, fragments and overlap.
+        local: Plan local updates too (their period, compressor, fragments and overlap), and choose. What was measured
+            of them is with adamw, which is then the optimizer.
         most_steps: Leave out local updates that need more than this multiple of dense training's steps.
         json: Print one JSON document.
     """
     options = LinkOptions(d, model, latency, compute, batch, spread, noise or None, up, down, local or None, most_steps)
+    if local and optimizer == "sgd":
+        raise ConfigError("--local is with adamw, with which local updates were measured: leave out --optimizer sgd")
+    optimizer = "adamw" if local else optimizer
     if most_steps is not None and not local:
         raise ConfigError("--most-steps is for local updates: it needs --local")
     if link is not None or up is not None or down is not None:
@@ -132,6 +136,7 @@ def plan(
         plan_link(_rate(options, link), options, _candidates(compressor, ratio, optimizer), workers, optimizer, json)
         return
     given = {n: value for n, value in asdict(options).items() if n != "d"} | {"optimizer": optimizer}
+    given = given if not local else {"local": local}
     _refuse(given, "is for the time of a step: it needs --link")
     if d is None or epsilon is None:
         missing = " and ".join(f"--{n}" for n, value in (("d", d), ("epsilon", epsilon)) if value is None)

@@ -212,10 +212,11 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
     )
     payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
     print(f"Link: {_line(link.rate)}, {asked.source}: {payload}.")
-    print(_sentence(verdict, link))
+    print(_sentence(verdict, link, counted=asked.optimizer is not None))
     print(_NOTE if asked.optimizer is None else _STEPS_NOTE.format(asked.optimizer))
     if asked.local:
         _print_local(verdict.dense.seconds, asked.local)
+        print(_use(verdict, asked.local[0]))
 
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
@@ -238,6 +239,17 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
     print(_LOCAL_NOTE)
 
 
+def _use(verdict: Verdict, local: LocalForecast) -> str:
+    """Return the line that chooses among dense training, the hook and local updates."""
+    dense, hook = verdict.dense.seconds, verdict.best
+    best = min(hook.seconds, local.seconds)
+    if dense < best * (1 + _ERROR):
+        return "Use: DistributedDataParallel as it is."
+    if local.seconds <= hook.seconds:
+        return f"Use: LocalUpdates, {dense / best:.3g} times as fast as dense training."
+    return f"Use: register_ddp_hook with {hook.compressor}, {dense / best:.3g} times as fast as dense training."
+
+
 def _steps(f: Forecast) -> str:
     if f.steps is None:
         return "unknown"
@@ -254,10 +266,15 @@ def _pays_below(f: Forecast, verdict: Verdict) -> str:
     return _line(f.break_even)
 
 
-def _sentence(verdict: Verdict, link: Link) -> str:
+def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
+    """Return the verdict on compressed gradients; `counted` tells if the steps that they need are in it."""
+    pays = "Compression pays" if counted else "Its step is the shorter one"
     best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
     if not verdict.compress:
+        unknown = [f.compressor for f in verdict.forecasts if not f.is_known]
         where = "On no link does compression pay." if equal is None else f"Compression pays below {_line(equal)}."
+        if equal is None and unknown:
+            where = f"Steps were not measured, or not to their end, for {', '.join(unknown)}."
         return f"DO NOT COMPRESS: nothing is known to be quicker than dense training. {where}"
     how = f"{verdict.best.compressor} by {verdict.best.exchange}"
     factor = verdict.best.steps.factor if verdict.best.steps else 1.0
@@ -265,8 +282,8 @@ def _sentence(verdict: Verdict, link: Link) -> str:
     took = f"a step of {shown}" if factor == 1 else f"{shown} for the progress of one dense step ({factor:.3g} steps)"
     gain = f"{took} instead of {ms(dense)}, {dense / best:.3g} times as fast"
     doubt = "; that is within the error of this model, so HARDLY WORTH IT" if dense / best < 1 + _ERROR else ""
-    until = f" Compression pays below {_line(equal)}." if equal is not None and equal > link.rate else ""
-    return f"Best: {how}: {gain}{doubt}.{until}"
+    until = f" {pays} below {_line(equal)}." if equal is not None and equal > link.rate else ""
+    return f"{'Best' if counted else 'Shortest step'}: {how}: {gain}{doubt}.{until}"
 
 
 def _line(payload: float) -> str:

@@ -5,10 +5,11 @@
 `communicator`; processes are started in `launch`.
 """
 
+import gc
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
@@ -83,6 +84,11 @@ class TorchGroup(Group):
         self.rank = dist.get_rank(process_group)
         self.size = dist.get_world_size(process_group)
 
+    @property
+    def ranks(self) -> list[int]:
+        """The workers' ranks in the default group."""
+        return dist.get_process_group_ranks(self._group or dist.group.WORLD)
+
     def all_reduce(self, tensor: Tensor) -> None:
         with self.told():
             dist.all_reduce(tensor, group=self._group)
@@ -131,7 +137,7 @@ class TorchGroup(Group):
             with suppress(RuntimeError):
                 if peer != self.rank:
                     backend.recv([torch.empty(1)], peer, _NO_TAG).wait(timedelta(milliseconds=1))
-        ranks = dist.get_process_group_ranks(group)
+        ranks = self.ranks
         mine = ranks[self.rank]
         roll = roll_call(group.get_group_store(), mine, ranks)
         return PeerLostError(explanation(roll, mine, self.size, error, backend.options._timeout))
@@ -179,6 +185,22 @@ def training_group(process_group: Group | dist.ProcessGroup | None, *, stackleve
             stacklevel=stacklevel + 1,
         )
     return group
+
+
+def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
+    """Tell if a DistributedDataParallel, with no hook on it, averages gradients of these over workers of the group.
+
+    It may have been made after them and be known to the script alone, so all objects are looked through (30 ms).
+    """
+    if not isinstance(group, TorchGroup) or group.size == 1:
+        return False
+    ours, workers = {id(p) for p in parameters}, set(group.ranks)
+    for model in gc.get_objects():
+        if issubclass(type(model), DistributedDataParallel) and not model._comm_hooks:
+            same = workers.intersection(dist.get_process_group_ranks(model.process_group))
+            if len(same) > 1 and any(id(p) in ours for p in model.module.parameters()):
+                return True
+    return False
 
 
 def group_like(model: DistributedDataParallel) -> Group:

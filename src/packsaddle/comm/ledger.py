@@ -26,6 +26,9 @@ class Bytes:
     def __add__(self, other: "Bytes") -> "Bytes":
         return Bytes(self.payload + other.payload, self.sent + other.sent, self.received + other.received)
 
+    def __str__(self) -> str:
+        return f"{self.sent:,} bytes sent, {self.received:,} received, payload {self.payload:,}"
+
 
 @dataclass(frozen=True)
 class Span:

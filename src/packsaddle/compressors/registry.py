@@ -1,6 +1,7 @@
 """The list of all compressors; a compressor from and to text, and in plain types."""
 
 import ast
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 from packsaddle.compressors.stages import Stages
 
 _SHARE = 0.5
+_PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)%(?=\s*[,)])")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ def compressors(ratio: float) -> list[Compressor]:
         Sign(),
         Stages(Sign()),
         QSGD(),
+        QSGD(127),
         LowRank(),
     ]
 
@@ -64,10 +67,12 @@ def compressors(ratio: float) -> list[Compressor]:
 def parse(text: str) -> Compressor:
     """Return the compressor of a constructor call, whose arguments are literals, ratios or such calls.
 
-    Examples are TopK(1/32) and Stages(Sign(), 3); a name alone is a call without arguments. Raises ValueError.
+    Examples are TopK(1/32), TopK(1%) and Stages(Sign(), 3); a name alone is a call without arguments. Raises
+    ValueError.
     """
+    written = _PERCENT.sub(r"\1/100", text)
     try:
-        call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
+        call = ast.parse(written if "(" in written else f"{written}()", mode="eval").body
         return _called(call)
     except (SyntaxError, AssertionError):
         raise ValueError(f"a compressor must look like RandomK(0.01), got {text!r}") from None

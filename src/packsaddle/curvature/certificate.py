@@ -115,6 +115,10 @@ class Certificate:
         return math.log(10) / math.log1p(-self.lr * self.lambda_min_upper)
 
     @property
+    def _is_stationary(self) -> bool:
+        return self.verdict is Verdict.SECOND_ORDER_STATIONARY
+
+    @property
     def whose(self) -> str:
         """The function whose Hessian it is."""
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
@@ -154,21 +158,20 @@ class Certificate:
         bounds = [
             f"  lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with probability "
             f"{1 - self.failure_probability:g}, residual {self.residual:.1e}",
-            f"  lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with as much",
+            f"  lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with the same "
+            f"probability",
         ]
         if self.pilot_examples is not None:
             bounds = [
                 f"  lambda_min is at most {self.lambda_min_upper:.3e}, by a direction found on {self.pilot_examples:,} "
                 f"examples with {self.pilot_hvps} products"
             ]
-        curvature = [
-            *bounds,
-            f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({rho})",
-        ]
+        value = f"{self.hessian_lipschitz:.3e}" if self.hessian_lipschitz > 1e-300 else "about 0: quadratic along v"
+        curvature = [*bounds, f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {value} ({rho})"]
         if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # for the record
             curvature = ["  curvature was not looked at: the gradient decides"]
         lines = [
-            f"{self.verdict}",
+            f"{self.verdict}{', not a minimum' if self._is_stationary and self.lambda_min_upper < 0 else ''}",
             f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
             *curvature,
             f"  loss {self.loss:.6f}; the Hessian is that of {self.whose}",
@@ -183,7 +186,7 @@ class Certificate:
         elif self.verdict is Verdict.UNDECIDED:
             gap = self.lambda_min_upper - self.lambda_min_lower
             lines.insert(2 + len(curvature), f"  more products may settle it: the bounds are {gap:.1e} apart")
-        elif self.verdict is Verdict.SECOND_ORDER_STATIONARY:
+        elif self._is_stationary:
             lines[2 + len(curvature) : 2 + len(curvature)] = self._caveats()
         return "\n".join(lines)
 

@@ -74,6 +74,14 @@ class PopulationCertificate:
         values = {k: v for k, v in asdict(self).items() if k != "escape_direction"} | {"verdict": str(self.verdict)}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
+    def _why_open(self) -> str:
+        """Return what a verdict that is none waits for."""
+        if self.verdict is not Verdict.UNDECIDED:
+            return ""
+        if self.grad_norm_lower <= self.epsilon < self.grad_norm_upper:
+            return ": the gradient may be on either side of epsilon"
+        return ": lambda_min may be on either side of the threshold"
+
     def __str__(self) -> str:
         lower = f"[{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}]"
         below = f"lambda_min in {lower}: of the examples at least {self.sample_lower:.3e}, less {self.deviation:.1e}"
@@ -83,7 +91,7 @@ class PopulationCertificate:
         proposed = " (none was given: the least that passes)" if self.epsilon_proposed else ""
         return "\n".join(
             [
-                f"of the population: {self.verdict}",
+                f"of the population: {self.verdict}{self._why_open()}",
                 f"  gradient norm in [{self.grad_norm_lower:.3e}, {self.grad_norm_upper:.3e}], epsilon "
                 f"{self.epsilon:.3e}{proposed}",
                 f"  {below}",

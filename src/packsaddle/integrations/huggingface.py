@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from packsaddle.compressors import QSGD, Compressor, TopK
+from packsaddle.compressors import QSGD, Compressor, Sign
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
@@ -103,7 +103,7 @@ class PacksaddleCallback(_Attached):
 class LocalUpdatesCallback(_Attached):
     """Has each worker step by itself and exchanges what was moved every `every` steps: `packsaddle.LocalUpdates`.
 
-    To be added to the trainer it is given: `trainer.add_callback(LocalUpdatesCallback(trainer, every=30))`. Takes what
+    To be added to the trainer it is given: `trainer.add_callback(LocalUpdatesCallback(trainer, every=8))`. Takes what
     `LocalUpdates` takes, but for `optimizer` and `scaler`, which are the trainer's. DistributedDataParallel exchanges
     no gradients from the start of training on. `measures` are logged as packsaddle/sent and so on; the contraction is
     measured in every round; a `Compression` says itself when.
@@ -121,7 +121,7 @@ class LocalUpdatesCallback(_Attached):
         self,
         trainer: Trainer,
         *,
-        compressor: Compressor | Schedule | Compression = TopK(1 / 32),  # noqa: B008 -- immutable
+        compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:

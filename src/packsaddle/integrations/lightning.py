@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from packsaddle.compressors import QSGD, Compressor, TopK
+from packsaddle.compressors import QSGD, Compressor, Sign
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
@@ -136,7 +136,7 @@ class LocalUpdatesCallback(_Attached):
     def __init__(
         self,
         *,
-        compressor: Compressor | Schedule | Compression = TopK(1 / 32),  # noqa: B008 -- immutable
+        compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
         super().__init__()

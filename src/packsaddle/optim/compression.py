@@ -61,7 +61,7 @@ class Compression:
     def __post_init__(self) -> None:
         if isinstance(self.compressor, type):
             name = self.compressor.__name__
-            raise ValueError(f"compressor must be a Compressor such as {name}(0.01), got the class {name} itself")
+            raise ValueError(f"compressor must be made, as RandomK(0.01) or Sign() is, got the class {name} itself")
         if not (isinstance(self.compressor, Compressor) or callable(self.compressor)):
             raise ValueError(
                 f"compressor must be a packsaddle Compressor such as RandomK(0.01), or a function of the step that "

@@ -258,7 +258,7 @@ class GradientHook:
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
         self._step_rates = StepRates()
         self._lock = RLock()  # a backward pass may read what a background thread is making
-        self._skips = Skips(rules.compression.max_skipped, channel.group.rank)
+        self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
         self._tried: list[GradientSlice] = []
         self._bad: list[Tensor] = []  # what `GradientSlice.exchange` has returned
@@ -305,6 +305,11 @@ class GradientHook:
         """
         if self._skips.most is not None:
             optimizer.register_step_pre_hook(self._withhold)
+            self._skips.protected = True
+
+    def trust(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Know that a scaler, if it is enabled, leaves out the steps whose gradients are NaNs."""
+        self._skips.protected |= scaler is not None and scaler.is_enabled()
 
     def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._settle()

@@ -31,6 +31,19 @@ def innermost(optimizer: Any) -> Optimizer:
     return optimizer
 
 
+def follow(optimizer: Any, local: object) -> None:
+    """Note on an optimizer what exchanges its steps, as `exchanged_by`; it is not in the optimizer's state.
+
+    Raises RuntimeError if something does already: workers would exchange every change twice.
+    """
+    if getattr(optimizer, "exchanged_by", None) is not None:
+        raise RuntimeError(
+            f"optimizer has LocalUpdates already, and a second one would exchange as well: use the first, or make "
+            f"{type(optimizer).__name__} anew"
+        )
+    optimizer.exchanged_by = local
+
+
 def trained_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's parameters that are trained, by name."""
     groups = optimizer.param_groups

@@ -26,7 +26,7 @@ from packsaddle.comm.group import training_group
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_of_nothing
-from packsaddle.compressors import Compressor, TopK, describe
+from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim import local_state
@@ -37,6 +37,7 @@ from packsaddle.optim.fragment import Reduction
 from packsaddle.optim.inner_optimizer import (
     Shards,
     check_parameters,
+    follow,
     innermost,
     local_part,
     on_attempts,
@@ -61,7 +62,7 @@ class LocalUpdates:
     """Local updates of any torch optimizer, averaged over workers with compression and error feedback.
 
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        local = packsaddle.LocalUpdates(optimizer, every=30, compressor=packsaddle.TopK(1 / 32, values="int2"))
+        local = packsaddle.LocalUpdates(optimizer, every=8, compressor=packsaddle.Sign(per_tensor=True))
 
     The training loop stays as it is: each `optimizer.step()` is counted, and the steps after which an exchange is due
     do it. Gradients must not be exchanged as well: no DistributedDataParallel between workers (where a framework wraps
@@ -130,8 +131,8 @@ class LocalUpdates:
         self,
         optimizer: Optimizer,
         *,
-        every: int = 30,
-        compressor: Compressor | Schedule | Compression = TopK(1 / 32, values="int2"),  # noqa: B008 -- immutable
+        every: int = 8,
+        compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         outer: Outer | None = None,
         decay: float = 1.0,
         fragments: int = 1,
@@ -234,6 +235,8 @@ class LocalUpdates:
                 send=lambda part, dense, share: self._rounds.try_out(part, self.steps, share, dense=dense),
                 land=self._rounds.land,
             )
+        self._is_away = False  # while parameters are at the anchor for a look
+        follow(self.optimizer, self)
         on_attempts(self.optimizer, scaler, self._before_step, self._attempted)
 
     def __repr__(self) -> str:
@@ -263,6 +266,8 @@ class LocalUpdates:
     @torch.no_grad()
     def _before_step(self) -> None:
         """Before the first step weights may have been loaded; a worker that comes then has no gradient at its x."""
+        if self._is_away:
+            raise RuntimeError("optimizer.step() within at_anchor(), which puts parameters back at its end")
         if self.steps == 0 and (self.membership is None or not self.membership.joined):
             self._meet()
         if self.membership is not None and not self.membership.joined:
@@ -427,14 +432,19 @@ class LocalUpdates:
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
-        """Have the parameters at the anchor for a while: to evaluate, certify or save one model for all workers."""
+        """Have the parameters at the anchor for a while: to evaluate, certify or save one model for all workers.
+
+        Within, a step of the optimizer raises RuntimeError.
+        """
         with torch.no_grad():
             before = [[x.clone() for x in part.tensors()] for part in self._fragments]
             for part in self._fragments:
                 part.go_to(part.anchor.views)
+        self._is_away = True
         try:
             yield
         finally:
+            self._is_away = False
             with torch.no_grad():
                 for part, kept in zip(self._fragments, before, strict=True):
                     for x, old in zip(part.tensors(), kept, strict=True):

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, check_agreement
-from packsaddle.comm.group import training_group
+from packsaddle.comm.group import is_averaged_by_ddp, training_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
 from packsaddle.compressors import Compressor, RandomK, describe
@@ -63,7 +63,8 @@ class CompressedSGD(Optimizer):
 
     The parameters are moved into one flat tensor, so make the optimizer after `model.to(...)`. Construction is
     collective: every worker starts from rank 0's parameters. Raises ValueError for an argument that is out of
-    range or differs between workers, and TypeError for one of another type.
+    range or differs between workers, and TypeError for one of another type. The first `step` raises RuntimeError if a
+    DistributedDataParallel exchanges the same gradients.
 
     `choice` says why messages are averaged as they are, `monitor` has the measured contraction, `skips` the steps that
     were left out (with x, memories and t as they were), `drifts` where workers were found apart.
@@ -239,6 +240,11 @@ class CompressedSGD(Optimizer):
 
     def _begin(self) -> int:
         """See that parameters and gradients can be read; return t."""
+        if self._step == 0 and is_averaged_by_ddp(self._flat.parameters, self.channel.group):
+            raise RuntimeError(
+                "a DistributedDataParallel has these parameters and sends every gradient uncompressed before the step: "
+                "run the module without it, or keep it and use packsaddle.register_ddp_hook in place of CompressedSGD"
+            )
         self._flat.check_attached()
         if not self._memory.in_gradients:
             self._flat.check_gradients()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from packsaddle import Compression, TopK, register_ddp_hook
 from packsaddle.comm.group import resolve
+from packsaddle.optim.stages.nonfinite import Skip, Skips
 
 Gloo = Callable[..., list[Any]]
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -60,10 +61,12 @@ def test_a_bad_batch_leaves_no_trace_in_any_optimizer(gloo: Gloo, make: str) -> 
             assert mine["skips"] == [(step, *named) for step in (3, 3, 7)], way
 
 
-def gives_up() -> tuple[str, bool, int]:
+def gives_up(*, told: bool = True) -> tuple[str, bool, int]:
     model = wrapped(network(torch.float32), SEVERAL)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100, max_skipped=2), optimizer=optimizer)
+    hook = register_ddp_hook(
+        model, Compression(TopK(0.05), dense_below=100, max_skipped=2), optimizer=optimizer if told else None
+    )
     train(model, optimizer, batches(2, torch.float32))
     before = vector(model)
     poison = math.nan if resolve(None).rank == 1 else 1.0
@@ -81,6 +84,26 @@ def test_too_many_in_a_row_stop_all_workers(gloo: Gloo) -> None:
         assert "3 in a row could not be taken, and max_skipped=2" in message
         assert same
         assert skipped == 3
+
+
+def gives_up_untold() -> tuple[str, bool, int]:
+    return gives_up(told=False)
+
+
+def test_without_an_optimizer_nothing_is_promised(gloo: Gloo, caplog: pytest.LogCaptureFixture) -> None:
+    """An optimizer that the hook does not know of has stepped by the NaNs."""
+    for message, same, _ in gloo(gives_up_untold, 2):
+        assert "parameters" not in message
+        assert "the optimizer steps by NaNs: call hook.protect(optimizer)" in message
+        assert not same
+    with caplog.at_level("WARNING", "packsaddle"):
+        skips = Skips(3, 0, protected=False)
+        skips.enter(Skip(5, (0,), "0.weight"))
+        skips.protected = True
+        skips.enter(Skip(5, (0,), "0.weight"))
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith("step 5: 0.weight is not finite on worker 0; unless a GradScaler leaves it out")
+    assert second.endswith("on worker 0; the step is left out (2 in a row)")
 
 
 class Wrapper(torch.optim.Optimizer):

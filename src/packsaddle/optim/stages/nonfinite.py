@@ -21,6 +21,7 @@ _log = logging.getLogger("packsaddle")
 
 THE_SUM = "the sum of what was left and the gradient"  # where each is finite
 THE_MEAN = "a mean of finite gradients"
+_UNPROTECTED = "unless a GradScaler leaves it out, the optimizer steps by NaNs: call hook.protect(optimizer)"
 
 
 class NonFiniteError(GuardError):
@@ -65,10 +66,13 @@ class Skip:
 
 
 class Skips:
-    """The steps that this worker knows of, at most `most` in a row; None: any number."""
+    """The steps that this worker knows of, at most `most` in a row; None: any number.
 
-    def __init__(self, most: int | None, rank: int) -> None:
-        self.most, self._rank = most, rank
+    `protected` tells if parameters stay as they are in such a step: behind a hook another optimizer may step by NaNs.
+    """
+
+    def __init__(self, most: int | None, rank: int, *, protected: bool = True) -> None:
+        self.most, self._rank, self.protected = most, rank, protected
         self.list: list[Skip] = []  # since it was made or loaded
         self.count = self.in_a_row = 0
 
@@ -80,7 +84,7 @@ class Skips:
         is_mine = skip.workers[:1] == (self._rank,) or (not skip.workers and self._rank == 0)
         if is_mine and self.in_a_row & (self.in_a_row - 1) == 0:
             row = f" ({self.in_a_row} in a row)" if self.in_a_row > 1 else ""
-            _log.warning("%s; the step is left out%s", skip, row)
+            _log.warning("%s; %s%s", skip, "the step is left out" if self.protected else _UNPROTECTED, row)
 
     def took(self) -> None:
         """Know that a step was taken."""
@@ -89,9 +93,12 @@ class Skips:
     def check(self, in_a_row: int) -> None:
         """Raise NonFiniteError if that is too many; the last is the one to be named."""
         if self.most is not None and in_a_row > self.most:
+            before = "parameters, error memories and step count are as before"
+            if not self.protected:
+                before = f"error memories and step count are as before, but {_UNPROTECTED}"
             raise NonFiniteError(
-                f"{self.list[-1]}: {in_a_row} in a row could not be taken, and max_skipped={self.most}; parameters, "
-                f"error memories and step count are as before. Is the learning rate too high, or the data bad?"
+                f"{self.list[-1]}: {in_a_row} in a row could not be taken, and max_skipped={self.most}; {before}. "
+                f"Is the learning rate too high, or the data bad?"
             )
 
     def state_dict(self) -> dict[str, Any]:
