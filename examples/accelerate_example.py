@@ -1,6 +1,6 @@
 """Accelerate: attach after `prepare`, and have `save_state` and `load_state` take the hook along.
 
-    pip install 'packsaddle[hf,digits]'
+    pip install '.[hf,digits]'  # in a clone
     torchrun --nproc-per-node 2 examples/accelerate_example.py
     torchrun --nproc-per-node 2 examples/accelerate_example.py --checkpoint runs/accelerate --epochs 12
 

@@ -1,6 +1,6 @@
 """Accelerate and local updates: two lines after `prepare`, and each worker's own state beside Accelerate's checkpoint.
 
-    pip install 'packsaddle[hf,digits]'
+    pip install '.[hf,digits]'  # in a clone
     torchrun --nproc-per-node 2 examples/accelerate_local_updates.py
     torchrun --nproc-per-node 2 examples/accelerate_local_updates.py --checkpoint runs/accelerate-local --epochs 12
 
@@ -36,7 +36,7 @@ def main() -> None:
 
     # The two lines: DistributedDataParallel leaves each worker its own gradient, and workers exchange what they moved.
     packsaddle.keep_gradients_local(model)
-    local = packsaddle.LocalUpdates(optimizer, every=8, compressor=packsaddle.TopK(1 / 32), scaler=accelerator.scaler)
+    local = packsaddle.LocalUpdates(optimizer, every=8, scaler=accelerator.scaler)
 
     # Accelerate saves worker 0's model and optimizer and loads them on all; each worker's own come after that.
     own = WorkerState(local, model, scaler=accelerator.scaler)

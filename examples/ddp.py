@@ -1,6 +1,6 @@
 """An ordinary DistributedDataParallel loop, and the line that compresses its exchange.
 
-    pip install 'packsaddle[digits]'
+    pip install '.[digits]'  # in a clone
     torchrun --nproc-per-node 2 examples/ddp.py
 
 With --checkpoint FOLDER the run is saved there after every epoch, and goes on from there when started again.
@@ -41,7 +41,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
 
     # The line: 1% of the coordinates travel, and what is left behind is added to the next gradient.
-    hook = packsaddle.register_ddp_hook(model, packsaddle.TopK(0.01))
+    hook = packsaddle.register_ddp_hook(model, packsaddle.TopK(0.01), optimizer=optimizer)
 
     start, losses = 0, []
     if arguments.checkpoint and (arguments.checkpoint / "model.pt").exists():

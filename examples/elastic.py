@@ -1,6 +1,6 @@
 """A small transformer trained by workers that come and go: start more, kill some, and the others train on.
 
-    pip install 'packsaddle[torchft]'
+    pip install '.[torchft]'  # in a clone
     torchft_lighthouse --min_replicas 1 --join_timeout_ms 5000        # on one machine, once
     python examples/elastic.py --lighthouse http://HOST:29510         # as often as there are workers, on any machine
 
@@ -52,7 +52,7 @@ def train(arguments: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     manager = connect(arguments.lighthouse, min_workers=arguments.min_workers)
     elastic = packsaddle.Elastic(manager, memory=arguments.memory, weight="steps" if arguments.weigh else None)
-    local = packsaddle.LocalUpdates(optimizer, every=10, compressor=packsaddle.TopK(1 / 32), manager=elastic)
+    local = packsaddle.LocalUpdates(optimizer, every=8, manager=elastic)
 
     # Wait for the others, and have their anchor, outer state, step and position. Each worker has data of its own.
     local.join()

@@ -1,6 +1,6 @@
 """Hugging Face Trainer: one callback compresses the exchange, logs it and keeps its state in the checkpoints.
 
-    pip install 'packsaddle[hf]'
+    pip install '.[hf]'  # in a clone
     torchrun --nproc-per-node 2 examples/huggingface_example.py
     torchrun --nproc-per-node 2 examples/huggingface_example.py --resume --steps 120
     torchrun --nproc-per-node 2 examples/huggingface_example.py --local-updates --out runs/huggingface-local
@@ -19,7 +19,6 @@ from common import report
 from torch.utils.data import Dataset, default_collate
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
-import packsaddle
 from packsaddle.integrations.huggingface import CertificateCallback, LocalUpdatesCallback, PacksaddleCallback
 
 
@@ -61,10 +60,10 @@ def main() -> None:
     )
     trainer = Trainer(model=GPT2LMHeadModel(config), args=training, train_dataset=Counting())
     callback: PacksaddleCallback | LocalUpdatesCallback
-    if arguments.local_updates:
-        callback = LocalUpdatesCallback(trainer, every=8, compressor=packsaddle.TopK(1 / 32))
+    if arguments.local_updates:  # noqa: SIM108 -- lines to be copied
+        callback = LocalUpdatesCallback(trainer, every=8)
     else:
-        callback = PacksaddleCallback(trainer, packsaddle.TopK(0.02))
+        callback = PacksaddleCallback(trainer)  # QSGD(127), for the Trainer's AdamW
     trainer.add_callback(callback)
     if arguments.certify:
         mine = range(training.process_index, 64, training.world_size)

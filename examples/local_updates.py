@@ -1,4 +1,4 @@
-"""A small transformer trained by local updates: AdamW on each worker, and an exchange after every 10 steps.
+"""A small transformer trained by local updates: AdamW on each worker, and an exchange after every 8 steps.
 
     pip install packsaddle
     torchrun --nproc-per-node 2 examples/local_updates.py
@@ -69,8 +69,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=20)
 
-    # The line: each worker steps by itself, and after every 10 steps 1/32 of what was moved travels.
-    local = packsaddle.LocalUpdates(optimizer, every=10, compressor=packsaddle.TopK(1 / 32))
+    # The line: each worker steps by itself, and after every 8 steps a bit of each change travels.
+    local = packsaddle.LocalUpdates(optimizer, every=8)
 
     # Every worker's parameters and optimizer are its own, and are saved as such.
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "local": local}
