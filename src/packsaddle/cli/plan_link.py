@@ -212,7 +212,8 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
     )
     payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
     print(f"Link: {_line(link.rate)}, {asked.source}: {payload}.")
-    print(_sentence(verdict, link, counted=asked.optimizer is not None))
+    of_what = "Gradients: " if asked.local else ""
+    print(f"{of_what}{_sentence(verdict, link, counted=asked.optimizer is not None)}")
     print(_NOTE if asked.optimizer is None else _STEPS_NOTE.format(asked.optimizer))
     if asked.local:
         _print_local(verdict.dense.seconds, asked.local)

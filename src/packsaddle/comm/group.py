@@ -196,7 +196,7 @@ def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
         return False
     ours, workers = {id(p) for p in parameters}, set(group.ranks)
     for model in gc.get_objects():
-        if issubclass(type(model), DistributedDataParallel) and not model._comm_hooks:
+        if issubclass(type(model), DistributedDataParallel) and not getattr(model, "_comm_hooks", True):
             same = workers.intersection(dist.get_process_group_ranks(model.process_group))
             if len(same) > 1 and any(id(p) in ours for p in model.module.parameters()):
                 return True
