@@ -14,6 +14,8 @@ from states import Small, by_torchs_own_checkpoints, saved_by, straight_and_resu
 
 import packsaddle
 from packsaddle import CheckpointError, LocalUpdates, load_checkpoint, save_checkpoint
+from packsaddle.comm.failures import PeerLostError
+from packsaddle.comm.group import Solo
 from packsaddle.comm.simulation import simulate
 
 Gloo = Callable[..., list[Any]]
@@ -207,6 +209,24 @@ def test_refusals_change_nothing(name: str, tmp_path: Path) -> None:
     for n, text in before.items():
         assert as_text(parts[n]) == text, n
     assert (tmp_path / "step-00000004").is_dir()
+
+
+class Alone(Solo):
+    """A group of two of which the other never comes."""
+
+    size = 2
+
+    def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        raise PeerLostError("rank 0 of 2 lost the others")
+
+
+@pytest.mark.parametrize("act", [partial(save_checkpoint, step=1), load_checkpoint], ids=["save", "load"])
+def test_a_worker_that_waits_alone_says_in_which_call(act: Any, tmp_path: Path) -> None:
+    """As where a script saves on worker 0 only."""
+    parts = {"model": torch.nn.Linear(2, 2)}
+    name = "save_checkpoint" if isinstance(act, partial) else "load_checkpoint"
+    with pytest.raises(PeerLostError, match=f"lost the others. It waited in {name}, which every worker must call"):
+        act(tmp_path, parts, process_group=Alone())
 
 
 def test_local_updates_may_not_be_left_out(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from packsaddle.checkpoint.parts import (
 )
 from packsaddle.checkpoint.reshard import carried, filled, paths_in_common, without
 from packsaddle.comm.communicator import Together
+from packsaddle.comm.failures import told_in
 from packsaddle.comm.group import Group, ProcessGroup, resolve
 
 Contents = dict[int, dict[str, Any]]  # what was read, by the worker that had saved it
@@ -63,6 +64,7 @@ class Checkpoint:
     notes: tuple[str, ...] = field(default=(), repr=False)  # what a user should know, a line each
 
 
+@told_in("save_checkpoint")
 def save_checkpoint(
     folder: str | Path,
     parts: Parts,
@@ -167,6 +169,7 @@ def load_checkpoint(
     return found if found.step >= 0 else None
 
 
+@told_in("load_checkpoint")
 def restore(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:

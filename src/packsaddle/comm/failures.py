@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -23,6 +24,15 @@ _NETWORK = (
 
 class PeerLostError(RuntimeError):
     """A collective failed because other workers died, hang, or cannot be reached; the message names them."""
+
+
+@contextmanager
+def told_in(call: str) -> Iterator[None]:
+    """Say in a PeerLostError in which call this worker waited for the others; they may not have made it."""
+    try:
+        yield
+    except PeerLostError as error:
+        raise PeerLostError(f"{error}. It waited in {call}, which every worker must call") from error
 
 
 class Store(Protocol):
