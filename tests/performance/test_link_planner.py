@@ -385,7 +385,7 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
         ("--link", "1gbit", "--up", "20mbit", "--down", "1mbit"): "leave it out, or --up and --down",
         ("--up", "20mbit", "--down", "fast"): "link must be a positive rate",
         ("--link", "1gbit", "--local", "--optimizer", "sgd"): "--local is with adamw, with which local updates were",
-        ("--link", "1gbit", "--optimizer", "adam"): "--optimizer must be one of sgd, adamw, got 'adam'",
+        ("--link", "1gbit", "--optimizer", "adam"): "--optimizer must be one of adamw, sgd, got 'adam'",
         ("--link", "1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
         ("--link", "1gbit", "--local", "--most-steps", 0.5): "most-steps must be at least",
     }

@@ -196,7 +196,7 @@ def _missing(event: Any, command: Command) -> str:
 
 
 def _choice(event: Any, command: Command) -> str:
-    choices, value = [c for c in event.choices if c != "None"], event.value
+    choices, value = sorted(c for c in event.choices if c != "None"), event.value
     return f"{_name(event.argument)} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}"
 
 
