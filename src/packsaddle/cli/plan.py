@@ -91,7 +91,7 @@ def plan(
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan --link auto --model resnet18
 
     Args:
-        d: Coordinates of the parameter vector.
+        d: Coordinates of the parameter vector, as 25000000, 25e6 or 25M.
         epsilon: Target: gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon).
         smoothness: L, the Lipschitz constant of the gradient.
         hessian_lipschitz: rho, the Lipschitz constant of the Hessian.
@@ -100,7 +100,7 @@ def plan(
         lipschitz_gradient: The Lipschitz constant of every stochastic gradient (Assumption C), if there is one.
         compressor: "best" (RandomK, TopK, SketchTopK, SharedTopK and LinearSketch, each at its best k), or one of
             these, AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
-        ratio: Share of the coordinates that are sent, in (0, 1], for one compressor by name; without it the best
+        ratio: Share of the coordinates that are sent, as 0.01 or 1%, for one compressor by name; without it the best
             (with --link, 0.01).
         mode: "theory" has the constants and logarithms of a proof, "practical" some that can be run.
         workers: Workers, 4 by default; under torchrun its own.
