@@ -196,7 +196,9 @@ def _missing(event: Any, command: Command) -> str:
 
 
 def _choice(event: Any, command: Command) -> str:
-    choices, value = sorted(c for c in event.choices if c != "None"), event.value
+    choices, value = list(event.choices), event.value
+    if "None" in choices:  # of a flag that may be left out, whose choices tyro has in no order
+        choices = sorted({*choices} - {"None"})
     return f"{_name(event.argument)} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}"
 
 
