@@ -402,7 +402,7 @@ class LocalUpdates:
 
     @torch.no_grad()
     def error(self) -> Tensor:
-        """Return the mean over workers of what the anchor has not received yet, float[d], in the optimizer's order.
+        """Return minus what the anchor has not received yet, a mean over workers, float[d], in the optimizer's order.
 
         A mean by `weight`, if there is one.
 
@@ -416,7 +416,7 @@ class LocalUpdates:
 
     @torch.no_grad()
     def pending(self) -> Tensor:
-        """Return what the anchor has not received of this worker, float[d], in the optimizer's order."""
+        """Return minus what the anchor has not received of this worker, float[d], in the optimizer's order."""
         return self._flat(self._rounds.pending())
 
     def _flat(self, found: Mapping[str, Tensor]) -> Tensor:
