@@ -31,6 +31,13 @@ class NotFiniteError(ValueError):
     """The loss or a derivative of it is infinite or not a number."""
 
 
+def fresh_generator() -> torch.Generator:
+    """Return a generator that the operating system has seeded."""
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
 class Curvature:
     """Derivatives of the mean loss at a network's present parameters, in a flat vector of its trainable ones.
 
@@ -221,9 +228,7 @@ class Curvature:
 
     def _shared_generator(self, generator: torch.Generator | None) -> torch.Generator:
         """A generator on the CPU, seeded on every worker by what rank 0's draws."""
-        if generator is None:
-            generator = torch.Generator()
-            generator.seed()
+        generator = fresh_generator() if generator is None else generator
         seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device).to(self.device)
         self._channel.broadcast(seed, "certificate")
         return torch.Generator().manual_seed(int(seed))
