@@ -79,7 +79,7 @@ def test_a_samples_least_eigenvalue_is_no_bound_of_the_populations() -> None:
         below += float(torch.linalg.eigvalsh(hessian(rows))[0]) < 0.95
         above += certificate(rows, seed, batch=16).lambda_min_upper >= 1.0
     assert below == 10
-    assert above >= 8
+    assert above >= 9
 
 
 def curvature(rows: Tensor, batch: int) -> Curvature:

@@ -195,8 +195,8 @@ def value_of(model: nn.Module, batch: Tensor) -> float:
         return float(loss(model, batch))
 
 
-# A compiled model takes long, and only the kind of message matters to it: sums, gathered messages, messages to owners.
-COMPILED = ("TopK", "LowRank", "two-way")
+# A compiled model takes long, and only the kind of message matters to it.
+COMPILED = ("Identity", "TopK", "SketchTopK", "LowRank", "two-way")
 
 
 def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
@@ -663,7 +663,7 @@ def test_what_is_refused_and_how(gloo: Gloo) -> None:
         "scaler": "scaler must be a torch.amp.GradScaler, got float",
         "lacks": "optimizer must have all parameters of the model, and lacks",
         "differs": r"the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has compressor=RandomK",
-        "class": "got the class TopK itself",
+        "class": "made, as RandomK\\(0.01\\) or Sign\\(\\) is, got the class TopK itself",
         "second": "has a communication hook already, and takes no second one; for another hook wrap model.module anew",
         "plain": "model must be a DistributedDataParallel, got Sequential: wrap the model first",
         "added": "extra was added, replaced or unfrozen after DistributedDataParallel",

@@ -164,8 +164,8 @@ def quadratics(steps: int, lr: float, noise: float = 0.0, seed: int = 0, **optio
 @pytest.mark.slow
 def test_ef21_converges_where_error_feedback_hovers() -> None:
     """Where workers disagree, error feedback with a constant step keeps a distance; EF21 has none (its Theorem 1)."""
-    assert quadratics(120, 0.2, memory="ef21") < 1e-5
-    assert quadratics(120, 0.2, memory="buffer") > 1
+    assert quadratics(150, 0.15, memory="ef21") < 1e-7
+    assert quadratics(150, 0.15, memory="buffer") > 1
 
 
 @pytest.mark.slow

@@ -107,9 +107,8 @@ def plan(
         table: Print Table 1 of the paper for this d and epsilon instead.
         link: Rate of each worker's link, as in 100mbit, 1gbit or 12.5MB/s; or "auto" to measure it: between torchrun's
             workers, else between processes on this machine.
-        model: What is trained, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters,
-            over Python's own reference), or
-            resnet18, resnet34 or resnet50 (for 32 x 32 images).
+        model: What is trained, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
+            Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images).
         latency: Seconds that a small message takes on a link of a given rate, 1e-4 by default.
         compute: Seconds of a step's forward and backward pass; without it the model's are measured here.
         batch: Examples per worker and step, to measure that, 32 by default.
@@ -128,16 +127,15 @@ def plan(
     options = LinkOptions(d, model, latency, compute, batch, spread, noise or None, up, down, local or None, most_steps)
     if local and optimizer == "sgd":
         raise ConfigError("--local is with adamw, with which local updates were measured: leave out --optimizer sgd")
-    optimizer = "adamw" if local else optimizer
     if most_steps is not None and not local:
         raise ConfigError("--most-steps is for local updates: it needs --local")
     if link is not None or up is not None or down is not None:
         given = {"epsilon": epsilon, "lipschitz_gradient": lipschitz_gradient, "table": table or None}
         _refuse(given, "is for a plan by the theorems, not for the time of a step: leave out --link, or it")
+        optimizer = "adamw" if local else optimizer
         plan_link(_rate(options, link), options, _candidates(compressor, ratio, optimizer), workers, optimizer, json)
         return
     given = {n: value for n, value in asdict(options).items() if n != "d"} | {"optimizer": optimizer}
-    given = given if not local else {"local": local}
     _refuse(given, "is for the time of a step: it needs --link")
     if d is None or epsilon is None:
         missing = " and ".join(f"--{n}" for n, value in (("d", d), ("epsilon", epsilon)) if value is None)

@@ -269,22 +269,27 @@ def _pays_below(f: Forecast, verdict: Verdict) -> str:
 
 def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
     """Return the verdict on compressed gradients; `counted` tells if the steps that they need are in it."""
-    pays = "Compression pays" if counted else "Its step is the shorter one"
-    best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
     if not verdict.compress:
-        unknown = [f.compressor for f in verdict.forecasts if not f.is_known]
-        where = "On no link does compression pay." if equal is None else f"Compression pays below {_line(equal)}."
-        if equal is None and unknown:
-            where = f"Steps were not measured, or not to their end, for {', '.join(unknown)}."
-        return f"DO NOT COMPRESS: nothing is known to be quicker than dense training. {where}"
+        return f"DO NOT COMPRESS: nothing is known to be quicker than dense training. {_elsewhere(verdict)}"
+    best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
     how = f"{verdict.best.compressor} by {verdict.best.exchange}"
     factor = verdict.best.steps.factor if verdict.best.steps else 1.0
     shown = f"{ms(best)} ms"
     took = f"a step of {shown}" if factor == 1 else f"{shown} for the progress of one dense step ({factor:.3g} steps)"
     gain = f"{took} instead of {ms(dense)}, {dense / best:.3g} times as fast"
     doubt = "; that is within the error of this model, so HARDLY WORTH IT" if dense / best < 1 + _ERROR else ""
+    pays = "Compression pays" if counted else "Its step is the shorter one"
     until = f" {pays} below {_line(equal)}." if equal is not None and equal > link.rate else ""
     return f"{'Best' if counted else 'Shortest step'}: {how}: {gain}{doubt}.{until}"
+
+
+def _elsewhere(verdict: Verdict) -> str:
+    """Return what is known of other links, where compression does not pay on this one."""
+    if verdict.break_even is not None:
+        return f"Compression pays below {_line(verdict.break_even)}."
+    if unknown := [f.compressor for f in verdict.forecasts if not f.is_known]:
+        return f"Steps were not measured, or not to their end, for {', '.join(unknown)}."
+    return "On no link does compression pay."
 
 
 def _line(payload: float) -> str:

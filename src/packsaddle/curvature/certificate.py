@@ -170,8 +170,9 @@ class Certificate:
         curvature = [*bounds, f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {value} ({rho})"]
         if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # for the record
             curvature = ["  curvature was not looked at: the gradient decides"]
+        is_plateau = self._is_stationary and self.saddle_below_rho is not None
         lines = [
-            f"{self.verdict}{', not a minimum' if self._is_stationary and self.lambda_min_upper < 0 else ''}",
+            f"{self.verdict}{', not a minimum' if is_plateau else ''}",
             f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
             *curvature,
             f"  loss {self.loss:.6f}; the Hessian is that of {self.whose}",

@@ -110,7 +110,8 @@ def register_ddp_hook(
     same = {**rules.arguments(), "noise": noise, "escape": escape, "lr": rates.now()}
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
-    hook.trust(scaler)
+    if scaler is not None:
+        hook.trust(scaler)
     if optimizer is not None:
         hook.protect(optimizer)
     on_buckets(model, hook)

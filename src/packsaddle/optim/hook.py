@@ -307,9 +307,9 @@ class GradientHook:
             optimizer.register_step_pre_hook(self._withhold)
             self._skips.protected = True
 
-    def trust(self, scaler: torch.amp.GradScaler | None) -> None:
+    def trust(self, scaler: torch.amp.GradScaler) -> None:
         """Know that a scaler, if it is enabled, leaves out the steps whose gradients are NaNs."""
-        self._skips.protected |= scaler is not None and scaler.is_enabled()
+        self._skips.protected |= scaler.is_enabled()
 
     def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._settle()
