@@ -282,7 +282,7 @@ def test_demo_plateau_is_the_best_constant() -> None:
     [
         (("--memory", "m"), "--memory goes with --elastic"),
         (("--elastic", "http://localhost:1", "--workers", "2"), "--workers does not go with --elastic"),
-        (("--elastic", "http://localhost:1", "--serial"), "--serial or --fused does not go with --elastic"),
+        (("--elastic", "http://localhost:1", "--serial"), "--serial does not go with --elastic"),
         (
             ("--elastic", "http://localhost:1", "--checkpoint-every", "5"),
             "--checkpoint-every does not go with --elastic",

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
@@ -69,6 +69,7 @@ def run(
     set: tuple[str, ...] = (),
     workers: int | None = None,
     serial: bool = False,
+    batched: bool = False,
     fused: bool = False,
     data_dir: Path | None = None,
     download: bool = False,
@@ -97,6 +98,7 @@ def run(
         set: Overrides of the file, key=value by dotted key; a value is TOML, or a bare word; key= drops the key.
         workers: Worker processes, W; by default the file's.
         serial: Simulate the workers in this process, one after the other, instead of starting processes.
+        batched: The same with all their gradients in one pass, faster for many workers with small batches.
         fused: Simulate them as one that holds their mean: faster, for compressors that travel by all-reduce.
         data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
         download: Fetch the dataset into --data-dir if it is not there.
@@ -108,23 +110,21 @@ def run(
         elastic: Be one of the workers, which come and go, under this torchft_lighthouse; the file must have [local].
         memory: With --elastic, the file in which this worker's error memory waits while it is away.
     """
-    from packsaddle.experiments.job import How, Job, train_under_launcher
+    from packsaddle.experiments.job import Job, train_under_launcher
 
-    if serial and fused:
-        raise ConfigError("--serial and --fused are two ways to simulate workers; choose one")
-    if timeout is not None and (serial or fused):
-        raise ConfigError("--timeout is of worker processes, and --serial and --fused start none")
+    how = _way(serial=serial, batched=batched, fused=fused)
+    if timeout is not None and how != "processes":
+        raise ConfigError(f"--timeout is of worker processes, and --{how} starts none")
     patience = _patience(timeout)
     if elastic is None and memory is not None:
         raise ConfigError("--memory goes with --elastic")
     if elastic is not None:
-        _check_alone(workers, serial or fused, resume, checkpoint_every)
+        _check_alone(workers, how, resume, checkpoint_every)
     loaded = _configured(config, set, workers, resume, out)
     if elastic is not None:
         loaded = _one_of_many(loaded)
         check_lighthouse(elastic)
     folder = resume or out or dated(config.stem if config else "run")
-    how: How = "fused" if fused else "serial" if serial else "processes"
     saving = _saving(0 if elastic else checkpoint_every, _going_on(folder, how, workers, data_dir))
     job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=patience)
     job = replace(job, lighthouse=elastic, memory=memory)
@@ -191,10 +191,18 @@ def _configured(
     return (loaded,)
 
 
-def _check_alone(workers: int | None, simulated: bool, resume: Path | None, every: int | None) -> None:
+def _way(**simulations: bool) -> "How":
+    """Return the way to the workers. Raises ConfigError for two."""
+    chosen = [how for how, given in simulations.items() if given]
+    if len(chosen) > 1:
+        raise ConfigError(f"--{chosen[0]} and --{chosen[1]} are two ways to simulate workers; choose one")
+    return cast("How", chosen[0]) if chosen else "processes"
+
+
+def _check_alone(workers: int | None, how: "How", resume: Path | None, every: int | None) -> None:
     """Raise ConfigError for flags that are of workers which are all there."""
-    flags = {"--workers": workers, "--serial or --fused": simulated or None, "--resume": resume}
-    flags |= {"--checkpoint-every": every}
+    flags: dict[str, Any] = {"--workers": workers, f"--{how}": None if how == "processes" else how}
+    flags |= {"--resume": resume, "--checkpoint-every": every}
     for flag, given in flags.items():
         if given is not None:
             raise ConfigError(f"{flag} does not go with --elastic: each worker is started by itself")

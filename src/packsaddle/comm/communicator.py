@@ -55,9 +55,13 @@ class Communicator:
         self.group.all_reduce(tensor)
         if self.group.size > 1:
             tensor.div_(self.group.size)
+        self.count_mean(tensor, purpose)
+        return tensor
+
+    def count_mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> None:
+        """Enter the bytes of a `mean`, which has been found otherwise."""
         for name, elements in ({purpose: tensor.numel()} if isinstance(purpose, str) else purpose).items():
             self._count(name, "all-reduce", ring_all_reduce(elements * tensor.element_size(), self.group.size))
-        return tensor
 
     def gather(self, parts: Parts, *, fixed_size: bool, purpose: str | None = None) -> list[Parts]:
         """Return every worker's parts, by rank; names and dtypes are equal everywhere, and sizes if `fixed_size`.

@@ -31,6 +31,7 @@ class _Turns:
         self._changed = [threading.Condition(self._lock) for _ in range(size)]  # by rank: a turn wakes one thread
         self._table: list[tuple[str, tuple[Tensor, ...]] | None] = [None] * size
         self._result: list[tuple[Tensor, ...]] = []
+        self.computed: Sequence[Any] = ()  # for each worker, by one of them
         self._finished = 0
         self.failure: BaseException | None = None
 
@@ -106,6 +107,14 @@ class SimulatedGroup(Group):
 
     def broadcast(self, tensor: Tensor) -> None:
         tensor.copy_(self._turns.exchange(self.rank, "broadcast", tensor)[0][0])
+
+    def computed_at_once(self, tensor: Tensor, work: Callable[[list[Tensor]], Sequence[T]]) -> T:
+        """Return this worker's of `work`'s results by rank, of all workers' tensors; rank 0 does the work for all."""
+        given = self._turns.exchange(self.rank, "computed_at_once", tensor)
+        if self.rank == 0:  # the first to go on
+            self._turns.computed = work([t for (t,) in given])
+        mine: T = self._turns.computed[self.rank]
+        return mine
 
 
 class FusedGroup(Group):

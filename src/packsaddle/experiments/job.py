@@ -21,6 +21,7 @@ from packsaddle.comm.managed import connect
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import FusedGroup, simulate
 from packsaddle.errors import ConfigError
+from packsaddle.experiments.batched import why_not_batched
 from packsaddle.experiments.config import Config
 from packsaddle.experiments.folder_lock import FolderLock, check_free, locked
 from packsaddle.experiments.run_checkpoints import (
@@ -42,8 +43,9 @@ from packsaddle.optim.stages.drift import DriftError
 from packsaddle.optim.stages.nonfinite import NonFiniteError
 
 _ELASTIC_TIMEOUT = 60.0  # seconds of a collective of workers that come and go
-# The way to W workers: processes, one after the other in this process, or one that holds their mean.
-How = Literal["processes", "serial", "fused"]
+# The way to W workers: processes, one after the other in this process, that with all gradients at once, or one that
+# holds their mean.
+How = Literal["processes", "serial", "batched", "fused"]
 AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
 
 
@@ -57,6 +59,11 @@ def can_be_fused(config: Config) -> bool:
         return False
     wires = choice.aggregator.collectives(1 << 20, 1, max(2, config.workers), 4)
     return all(isinstance(wire, RingAllReduce) for wire in wires)
+
+
+def fastest_simulation(config: Config) -> How:
+    """Return the way to simulate a run's workers that takes the least time."""
+    return "fused" if can_be_fused(config) else "serial" if why_not_batched(config) else "batched"
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,7 @@ class Job:
 
     def check(self, workers: int, how: How = "processes") -> None:
         """Raise ConfigError for whatever would stop a worker at its start; in one process, before any is launched."""
-        if how == "fused":
-            self._check_fusable()
+        self._check_simulation(how)
         for name in self.track:
             require_tracker(name)
         for config in self.configs:
@@ -160,10 +166,10 @@ class Job:
                         f"worker {worker}"
                     )
 
-    def train(self) -> bool:
+    def train(self, *, batched: bool = False) -> bool:
         """Do the runs in the present group (see `comm.group.resolve`); collective. False if told to stop."""
         for config, path in zip(self.configs, self.folders, strict=True):
-            trainer = self._trainer(config)
+            trainer = self._trainer(config, batched)
             is_first = trainer.group.rank == 0
             with written(path):
                 if is_first:
@@ -174,9 +180,9 @@ class Job:
                         return False
         return True
 
-    def _trainer(self, config: Config) -> Trainer:
+    def _trainer(self, config: Config, batched: bool) -> Trainer:
         if self.lighthouse is None:
-            return Trainer(config, self.data_dir, self.download)
+            return Trainer(config, self.data_dir, self.download, batched)
         # Its import is left to those that need it.
         from packsaddle.experiments.elastic_run import ElasticTrainer
 
@@ -206,9 +212,9 @@ class Job:
         with hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext():
             if workers == 1:
                 return self.train()
-            if how == "serial":
-                return all(simulate(lambda rank: self.train(), workers))
-            self._check_fusable()
+            self._check_simulation(how)
+            if how != "fused":
+                return all(simulate(lambda rank: self.train(batched=how == "batched"), workers))
             with ambient_group(FusedGroup(workers)):
                 return self.train()
 
@@ -224,9 +230,11 @@ class Job:
             raise AGREED[kind](message)
         return bool(outcome)
 
-    def _check_fusable(self) -> None:
+    def _check_simulation(self, how: How) -> None:
         for config in self.configs:
-            if not can_be_fused(config):
+            if how == "batched" and (reason := why_not_batched(config)):
+                raise ConfigError(f"{reason}; use --serial")
+            if how == "fused" and not can_be_fused(config):
                 if config.local is not None:
                     raise ConfigError("local: workers have an x each, and a fused simulation has one; use --serial")
                 raise ConfigError(

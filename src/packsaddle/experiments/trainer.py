@@ -21,9 +21,10 @@ from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import Group, Solo, resolve
 from packsaddle.comm.launch import local_device
 from packsaddle.comm.ledger import Bytes, Ledger
-from packsaddle.comm.simulation import FusedGroup
+from packsaddle.comm.simulation import FusedGroup, SimulatedGroup
 from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions
 from packsaddle.errors import ConfigError
+from packsaddle.experiments.batched import BatchedGradients
 from packsaddle.experiments.config import Config
 from packsaddle.experiments.local_training import LocalTraining
 from packsaddle.experiments.progress import live, megabytes
@@ -93,10 +94,11 @@ _NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # purposes of bytes ot
 class Trainer:
     """One worker's side of a run.
 
-    Construction loads data and model; `run` trains and writes the run folder. Both are collective.
+    Construction loads data and model; `run` trains and writes the run folder. Both are collective. `batched`: all
+    simulated workers' gradients are computed at once (see `batched`).
     """
 
-    def __init__(self, config: Config, data_dir: Path | None, download: bool) -> None:
+    def __init__(self, config: Config, data_dir: Path | None, download: bool, batched: bool = False) -> None:
         self.config = config
         self.group = resolve(None)
         self.device = local_device()
@@ -118,6 +120,10 @@ class Trainer:
         calendar = self.calendar
         self.training = self._training()
         connect(self.task, self.training.channel)
+        self.batched = None
+        if batched:
+            assert isinstance(self.group, SimulatedGroup)
+            self.batched = BatchedGradients(self.task, self.group, self._batch, self.training.channel)
         self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
         self.footing = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
@@ -318,6 +324,8 @@ class Trainer:
         """The same on the examples that are given."""
 
         def closure() -> Tensor:
+            if self.batched is not None:
+                return self.batched.evaluate(index)
             self.task.zero_grad()
             loss = self._loss(index)
             torch.autograd.backward(loss)

@@ -23,8 +23,8 @@ from PIL import Image
 
 from packsaddle.compressors import QSGD, Identity, LinearSketch, LowRank, RandomK, SharedTopK, Sign, SketchTopK, TopK
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.config import Config, NoiseConfig
-from packsaddle.experiments.job import How, Job, can_be_fused
+from packsaddle.experiments.config import Config, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig
+from packsaddle.experiments.job import How, Job, can_be_fused, fastest_simulation
 from packsaddle.experiments.report.settings import estimate, settings
 from packsaddle.experiments.reproduce import REPRODUCTIONS, figure1, figure2
 from packsaddle.experiments.reproduce.results import by_setting, interval, paired
@@ -64,7 +64,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(config: Config, how: How, data_dir: Path, path: Path) -> dict[str, Any]:
+def run(config: Config, how: How, data_dir: Path | None, path: Path) -> dict[str, Any]:
     """Do a run and return its metrics, summary and weights."""
     make_new(path)
     Job((config,), (path,), data_dir, quiet=True).run(config.workers, how)
@@ -145,6 +145,43 @@ def test_whatever_is_fused_is_the_workers_apart(mnist: Path, tmp_path: Path, com
     check_equal(config, mnist, tmp_path, ("serial", "fused"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compressor", [TopK(0.01), QSGD()], ids=["TopK", "QSGD"])
+def test_batched_gradients_are_the_workers_own(mnist: Path, tmp_path: Path, compressor: Any) -> None:
+    """STORM asks for gradients at two points, the escape check for losses in between."""
+    config = ae_config(workers=3, compressor=compressor, precision="float64", epochs=1.0)
+    config = replace(config, storm=0.5, escape=EscapeConfig(interval=3, radius=100.0, examples=100))
+    check_equal(config, mnist, tmp_path, ("serial", "batched"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["all", "group"])
+def test_batched_resnets_are_the_workers_own(pictures: Path, tmp_path: Path, norm: Any) -> None:
+    """With the statistics that workers would exchange: in the loss, in their bytes, and when testing."""
+    config = resnet_config()
+    config = replace(config, workers=3, compressor=TopK(0.01), model=replace(config.model, norm=norm))
+    check_equal(config, pictures, tmp_path, ("serial", "batched"))
+
+
+@pytest.mark.slow
+def test_a_batched_transformer_is_the_workers_own(tmp_path: Path) -> None:
+    config = REPRODUCTIONS["text"].study("smoke", "text").settings["sign"]
+    config = replace(config, precision="float64", epochs=0.2, model=ModelConfig("char-transformer", width=16))
+    check_equal(config, None, tmp_path, ("serial", "batched"))
+
+
+def test_the_fastest_simulation() -> None:
+    one_class = resnet_config()
+    apart = replace(one_class, model=replace(one_class.model, norm="worker"))
+    for config, compressor, way in (
+        (one_class, RandomK(0.01), "fused"),
+        (one_class, TopK(0.01), "batched"),
+        (apart, TopK(0.01), "serial"),
+        (ae_config(storm=None, escape=None, noise=NoiseConfig(0.0), local=LocalConfig(every=4)), Sign(), "serial"),
+    ):
+        assert fastest_simulation(replace(config, compressor=compressor)) == way
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("norm", ["all", "worker", "group"])
 def test_simulated_resnets_are_processes(pictures: Path, tmp_path: Path, norm: Any) -> None:
@@ -155,7 +192,7 @@ def test_simulated_resnets_are_processes(pictures: Path, tmp_path: Path, norm: A
     check_equal(config, pictures, tmp_path, ways[norm != "all" :])
 
 
-def check_equal(config: Config, data: Path, folder: Path, hows: tuple[How, ...]) -> None:
+def check_equal(config: Config, data: Path | None, folder: Path, hows: tuple[How, ...]) -> None:
     """The same curves, weights and bytes up to rounding."""
     tolerance = 1e-6 if config.precision == "float64" else 2e-3
     found = {how: run(config, how, data, folder / how) for how in hows}
@@ -222,6 +259,8 @@ def test_fusing_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], tm
     refused(capsys, "Sign by exchange 'direct' sends more; use --serial", "run", toml, "--fused", *out)
     assert not (tmp_path / "o").exists()
     refused(capsys, "--serial and --fused are two ways", "run", toml, "--fused", "--serial", *out)
+    local = ("local={every=4, optimizer='sgd'}", "momentum=0.0")
+    refused(capsys, "workers have an x each", "run", toml, "--batched", *out, "--set", *local)
 
 
 # Studies.

@@ -22,7 +22,7 @@ from packsaddle.comm.failures import WorkerFailedError
 from packsaddle.comm.launch import import_once
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.experiments.folder_lock import check_free
-from packsaddle.experiments.job import How, Job, can_be_fused
+from packsaddle.experiments.job import How, Job, fastest_simulation
 from packsaddle.experiments.progress import StudyProgress
 from packsaddle.experiments.reproduce.study import Study, StudyFolder, SubRun
 from packsaddle.experiments.run_checkpoints import CheckpointPolicy, LoadingError
@@ -191,7 +191,7 @@ def _do(sub_run: SubRun, folder: StudyFolder, means: Means) -> None:
     """One run, from its last checkpoint if it was cut off, else from its start."""
     path = folder.run(sub_run)
     check_free(path)  # by what a study that was killed has left, for a moment
-    how: How = "processes" if means.processes else "fused" if can_be_fused(sub_run.config) else "serial"
+    how: How = "processes" if means.processes else fastest_simulation(sub_run.config)
     saving = CheckpointPolicy(resume=folder.is_begun(sub_run), stops=False)
     job = Job((sub_run.config,), (path,), means.data_dir, means.download, quiet=True, saving=saving)
     if saving.resume:

@@ -75,7 +75,7 @@ class WorkerBatchNorm2d(nn.Module):
 
     def _exchanged(self, x: Tensor, channel: Communicator) -> Tensor:
         local = torch.cat([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
-        mean, square = _MeanOverWorkers.apply(local, channel).chunk(2)  # type: ignore[no-untyped-call]
+        mean, square = _mean_over_workers(local, channel).chunk(2)
         self._run(mean.detach(), square.detach())
         return _normalise(x, mean, (square - mean.square()).clamp(min=0), self.weight, self.bias)
 
@@ -93,16 +93,28 @@ def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: 
 
 class _MeanOverWorkers(torch.autograd.Function):
     """The mean over workers of a tensor. Of a mean of losses the derivative is, for each worker's part, the mean of
-    the workers' derivatives."""
+    the workers' derivatives. Under `vmap` over workers (see `batched`) all their tensors are here."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, channel: Communicator) -> Tensor:
-        ctx.channel = channel
+    def forward(local: Tensor, channel: Communicator) -> Tensor:
         return channel.mean(local.detach().clone(), "batch norm")
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Communicator], output: Tensor) -> None:
+        ctx.channel = inputs[1]
+
+    @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return ctx.channel.mean(gradients[0].clone(), "batch norm"), None
+        return _mean_over_workers(gradients[0], ctx.channel), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int, None], local: Tensor, channel: Communicator) -> tuple[Tensor, None]:
+        return local.mean(in_dims[0]), None
+
+
+def _mean_over_workers(local: Tensor, channel: Communicator) -> Tensor:
+    mean: Tensor = _MeanOverWorkers.apply(local, channel)  # type: ignore[no-untyped-call]
+    return mean
 
 
 def make_norm(channels: int, norm: Norm, parts: int) -> nn.Module:
