@@ -26,6 +26,7 @@ include_patterns = [
     "experiments/*/README.md",
     "benchmarks/*.md",
 ]
+exclude_patterns = [".*", "build", "runs", "src", "tests"]  # an environment's folder has 20,000 files
 source_suffix = {".md": "markdown"}
 myst_heading_anchors = 3
 suppress_warnings = ["myst.strikethrough"]
