@@ -31,10 +31,22 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Return all nodes of a file's syntax; the first is the module."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+def module(path: Path) -> ast.Module:
+    found = nodes(path)[0]
+    assert isinstance(found, ast.Module)
+    return found
+
+
 def imports(path: Path) -> set[str]:
     """Return the modules that a file imports, also inside functions; packsaddle's without its name."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -68,15 +80,14 @@ def test_packages_import_what_they_may() -> None:
 
 def test_of_the_root_package_only_the_version_is_read() -> None:
     for path in ROOT.rglob("*.py"):
-        tree = ast.parse(path.read_text())
         used = {
             node.attr
-            for node in ast.walk(tree)
+            for node in nodes(path)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "packsaddle"
         }
         taken = {
             alias.name
-            for node in ast.walk(tree)
+            for node in nodes(path)
             if isinstance(node, ast.ImportFrom) and node.module == "packsaddle"
             for alias in node.names
             if not (ROOT / alias.name).is_dir() and alias.name not in ROOT_MODULES
@@ -86,15 +97,15 @@ def test_of_the_root_package_only_the_version_is_read() -> None:
 
 def test_modules_import_one_another_in_one_direction() -> None:
     """No cycle among the imports at the top of files."""
-    above = {p: {n for n in ast.parse(p.read_text()).body if isinstance(n, ast.ImportFrom)} for p in ROOT.rglob("*.py")}
+    above = {p: {n for n in module(p).body if isinstance(n, ast.ImportFrom)} for p in ROOT.rglob("*.py")}
     left = {
         module_name(path): {
             full if full in modules() else node.module.removeprefix("packsaddle.")
-            for node in nodes
+            for node in found
             if node.module and node.module.startswith("packsaddle.")
             for full in (f"{node.module}.{alias.name}".removeprefix("packsaddle.") for alias in node.names)
         }
-        for path, nodes in above.items()
+        for path, found in above.items()
         if path != ROOT / "__init__.py"
     }
     while left:

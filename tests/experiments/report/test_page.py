@@ -88,18 +88,22 @@ class Page(HTMLParser):
         return content
 
 
-@pytest.fixture
-def compared(tmp_path: Path) -> dict[str, dict[str, list[float]]]:
-    """A report in tmp_path of three seeds, a lone seed with a nasty label, and tests along two runs."""
+Compared = tuple[Path, dict[str, dict[str, list[float]]]]
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Compared:
+    """The folder of a report of three seeds, a lone seed with a nasty label and tests along two runs; their numbers."""
+    folder = tmp_path_factory.mktemp("compared")
     tests = {"test_loss": [math.nan, 0.5, math.nan, math.nan, 0.25], "test_accuracy": [math.nan, 0.5, *[math.nan] * 3]}
     made = {
-        "a0": make_run(tmp_path / "runs" / "a" / "seed-0", "three", 0, **tests),
-        "a1": make_run(tmp_path / "runs" / "a" / "seed-1", "three", 1, **tests),
-        "a2": make_run(tmp_path / "runs" / "a" / "seed-2", "three", 2, done=False),
-        "b0": make_run(tmp_path / "runs" / "b" / "seed-0", NASTY, 0, grad_norm=[0.0] * 5),
+        "a0": make_run(folder / "runs" / "a" / "seed-0", "three", 0, **tests),
+        "a1": make_run(folder / "runs" / "a" / "seed-1", "three", 1, **tests),
+        "a2": make_run(folder / "runs" / "a" / "seed-2", "three", 2, done=False),
+        "b0": make_run(folder / "runs" / "b" / "seed-0", NASTY, 0, grad_norm=[0.0] * 5),
     }
-    write_report(read_runs([tmp_path]), tmp_path / "report")
-    return made
+    write_report(read_runs([folder]), folder / "report")
+    return folder, made
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -108,9 +112,11 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_curves_and_settings_equal_numpy(compared: dict[str, dict[str, list[float]]], tmp_path: Path) -> None:
-    rows = [r for r in rows_of(tmp_path / "report" / "curves.csv") if r["setting"] == "three"]
-    losses = np.array([compared[name]["loss"] for name in ("a0", "a1", "a2")])
+@pytest.mark.xdist_group("compared")
+def test_curves_and_settings_equal_numpy(compared: Compared) -> None:
+    folder, made = compared
+    rows = [r for r in rows_of(folder / "report" / "curves.csv") if r["setting"] == "three"]
+    losses = np.array([made[name]["loss"] for name in ("a0", "a1", "a2")])
     six = 1e-5  # the CSV has six digits
     for column, expected in (
         ("loss_mean", losses.mean(0)),
@@ -121,22 +127,24 @@ def test_curves_and_settings_equal_numpy(compared: dict[str, dict[str, list[floa
     ):
         assert [float(r[column]) for r in rows] == pytest.approx(list(expected), rel=six), column
     assert [r["test_loss_mean"] for r in rows] == ["", "0.5", "", "", "0.25"]
-    first, lone = rows_of(tmp_path / "report" / "settings.csv")
+    first, lone = rows_of(folder / "report" / "settings.csv")
     half = stats.t.ppf(0.975, 2) * losses[:, -1].std(ddof=1) / math.sqrt(3)
     found = [float(first[f"final_loss{end}"]) for end in ("", "_low", "_high")]
     assert found == pytest.approx([losses[:, -1].mean() + shift for shift in (0, -half, half)])
     assert (first["seeds"], first["unfinished"], first["compression"]) == ("3", "1", "40.5")
     assert (lone["seeds"], lone["final_loss_low"], lone["setting"]) == ("1", "", printable(NASTY))
-    assert len(rows_of(tmp_path / "report" / "table.csv")) == 4
+    assert len(rows_of(folder / "report" / "table.csv")) == 4
 
 
 @pytest.mark.slow
-def test_the_page_shows_settings(compared: dict[str, dict[str, list[float]]], tmp_path: Path) -> None:
-    text = (tmp_path / "report" / "index.html").read_text()
+@pytest.mark.xdist_group("compared")
+def test_the_page_shows_settings(compared: Compared) -> None:
+    folder, made = compared
+    text = (folder / "report" / "index.html").read_text()
     data = Page(text).data
     assert [chart["id"] for chart in data["charts"]] == ["loss", "grad_norm", "test_loss", "test_accuracy"]
     three, lone = data["charts"][0]["lines"]
-    losses = np.array([compared[name]["loss"] for name in ("a0", "a1", "a2")])
+    losses = np.array([made[name]["loss"] for name in ("a0", "a1", "a2")])
     assert three["mean"] == pytest.approx(losses.mean(0).tolist(), rel=1e-5)
     assert three["high"] == pytest.approx(np.quantile(losses, 0.9, axis=0).tolist(), rel=1e-5)
     assert (three["seeds"], three["epoch"]) == ([3] * 5, [1, 2, 3, 4, 5])
@@ -149,7 +157,7 @@ def test_the_page_shows_settings(compared: dict[str, dict[str, list[float]]], tm
     assert "three (1 of 3 unfinished)" in text
     assert '<pre class="wrap">packsaddle run three</pre>' in text
     for seed in (0, 1, 2):
-        assert str(tmp_path / "runs" / "a" / f"seed-{seed}") in text
+        assert str(folder / "runs" / "a" / f"seed-{seed}") in text
 
 
 @pytest.mark.slow
@@ -175,9 +183,11 @@ def test_rounds_are_an_axis_where_a_run_has_local_updates(tmp_path: Path) -> Non
     assert local.along("rounds", "loss")[0] == [2, 4, 6, 8, 10]
 
 
-def test_the_page_asks_for_nothing(compared: dict[str, dict[str, list[float]]], tmp_path: Path) -> None:
+@pytest.mark.xdist_group("compared")
+def test_the_page_asks_for_nothing(compared: Compared) -> None:
     """No tag names an address; a policy forbids every request, and every script but the two of the page."""
-    page = Page((tmp_path / "report" / "index.html").read_text())
+    folder, _ = compared
+    page = Page((folder / "report" / "index.html").read_text())
     loading = ("src", "href", "srcset", "data", "action", "poster", "background", "xlink:href")
     assert [(tag, a) for tag, attributes in page.tags for a in loading if a in attributes] == []
     assert {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "base", "img"} == set()
@@ -193,8 +203,10 @@ def test_the_page_asks_for_nothing(compared: dict[str, dict[str, list[float]]], 
     assert kinds == {"data", "line", "linear"}  # of error bars, of a shape, of an axis
 
 
-def test_labels_are_harmless(compared: dict[str, dict[str, list[float]]], tmp_path: Path) -> None:
-    text = (tmp_path / "report" / "index.html").read_text()
+@pytest.mark.xdist_group("compared")
+def test_labels_are_harmless(compared: Compared) -> None:
+    folder, _ = compared
+    text = (folder / "report" / "index.html").read_text()
     assert "alert(1)</script>" not in text
     page = Page(text)
     assert not any(tag == "a" for tag, _ in page.tags)
@@ -202,7 +214,7 @@ def test_labels_are_harmless(compared: dict[str, dict[str, list[float]]], tmp_pa
     assert page.data["settings"][1]["name"] == for_plotly(printable(NASTY))
     assert not set("<>\"'$") & set(for_plotly(NASTY))
     assert not set("<>&\u2028\u2029") & set(for_script({"a": NASTY + "\u2029"}))
-    svg = (tmp_path / "report" / "figure.svg").read_text()
+    svg = (folder / "report" / "figure.svg").read_text()
     assert "<script" not in svg
 
 

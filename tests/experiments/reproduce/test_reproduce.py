@@ -166,7 +166,8 @@ def test_batched_resnets_are_the_workers_own(pictures: Path, tmp_path: Path, nor
 @pytest.mark.slow
 def test_a_batched_transformer_is_the_workers_own(tmp_path: Path) -> None:
     config = REPRODUCTIONS["text"].study("smoke", "text").settings["sign"]
-    config = replace(config, precision="float64", epochs=0.2, model=ModelConfig("char-transformer", width=16))
+    model, few = ModelConfig("char-transformer", width=16), replace(config.data, limit=64)
+    config = replace(config, precision="float64", data=few, model=model, epochs=0.5, test_every=None)
     check_equal(config, None, tmp_path, ("serial", "batched"))
 
 
