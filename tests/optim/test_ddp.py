@@ -487,6 +487,22 @@ def escape_runs(scope: str) -> dict[str, Any]:
     return found
 
 
+def escape_of_loaded_weights() -> int:
+    model = wrapped(network(), SEVERAL)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    rule = Escape(10**6, 1.0, lambda: 0.0)
+    hook = register_ddp_hook(model, Compression(TopK(0.02), dense_below=100), optimizer=optimizer, escape=rule)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    train(model, optimizer, batches(2))
+    return len(hook.resets)
+
+
+def test_the_escape_check_begins_at_weights_that_were_loaded(gloo: Gloo) -> None:
+    assert gloo(escape_of_loaded_weights, 2) == [0, 0]
+
+
 def test_the_escape_check_is_that_of_compressed_sgd(gloo: Gloo) -> None:
     for run in gloo(escape_runs, 2, "model"):
         assert len(run["resets True"]) >= 2

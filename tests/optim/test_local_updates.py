@@ -32,6 +32,7 @@ from packsaddle import (
 )
 
 WHOLE = Compression(TopK(0.5), dense_below=0)
+QUARTER = Compression(TopK(0.25), dense_below=0)
 FAMILIES: list[Compressor] = [
     Identity(),
     RandomK(0.2),
@@ -319,6 +320,93 @@ def test_weights_loaded_after_construction() -> None:
         simulate(lambda worker: body(worker, 1.0), 2)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("left_out", [(0, 1), (1,)], ids=["by all", "by one"])
+def test_weights_loaded_before_a_first_step_that_is_left_out(keep: bool, left_out: tuple[int, ...]) -> None:
+    """By a scaler, which finds an Inf; a worker may also sit out up to the first exchange."""
+
+    def body(worker: int) -> tuple[float, float]:
+        x = torch.nn.Parameter(torch.zeros(4, 4))
+        optimizer = torch.optim.SGD([x], lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        local = LocalUpdates(optimizer, every=2, compressor=QUARTER, keep_unsent=keep, scaler=scaler)
+        with torch.no_grad():
+            x.fill_(5.0)
+        for n in range(4):
+            scale = float(scaler.scale(torch.ones(())))
+            x.grad = torch.full_like(x, scale * (1.0 + worker))
+            if n == 0 and worker in left_out:
+                x.grad[0, 0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+        return float(x.detach().mean()), float(local.anchor()["parameter 0"].mean())
+
+    assert simulate(body, 2) == [(5.0, 5.0)] * 2
+
+
+def test_weights_loaded_before_a_look() -> None:
+    def body(worker: int) -> list[float]:
+        x = torch.nn.Parameter(torch.zeros(4, 4))
+        optimizer = torch.optim.SGD([x], lr=0.0)
+        rule = Escape(10**6, 1.0, lambda: float(x.detach().square().sum()))
+        local = LocalUpdates(optimizer, every=1, compressor=QUARTER, escape=rule)
+        with torch.no_grad():
+            x.fill_(5.0)
+        found = [float(local.anchor()["parameter 0"].mean()), float(local.error().norm())]
+        with local.at_anchor():
+            found.append(float(x.detach().mean()))
+        if worker == 1:
+            local.sit_out()
+        else:
+            x.grad = torch.ones_like(x)
+            optimizer.step()
+        assert local.resets == []  # x has not moved
+        return [*found, float(x.detach().mean())]
+
+    assert simulate(body, 2) == [[5.0, 0.0, 5.0, 5.0]] * 2
+
+
+@pytest.mark.parametrize("added", [False, True])
+def test_parameters_that_come_later_are_refused(added: bool) -> None:
+    """They would be stepped by each worker alone; what is frozen later goes on as it is."""
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    if not added:
+        first.requires_grad_(False)
+    optimizer = torch.optim.SGD([*second.parameters(), *([] if added else first.parameters())], lr=0.1)
+    local = LocalUpdates(optimizer, every=2, compressor=WHOLE)
+    for part, n in ((second, 0), (second.requires_grad_(False), 1)):
+        for p in part.parameters():
+            p.grad = torch.ones_like(p) if n == 0 else None
+        optimizer.step()
+    if added:
+        optimizer.add_param_group({"params": list(first.parameters())})
+    before = [p.detach().clone() for p in first.requires_grad_(True).parameters()]
+    for p in first.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=rf"shape \[4, 4\] in group {int(added)} .* was added or unfrozen after"):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(first.parameters(), before, strict=True))
+    assert local.steps == 2
+
+
+def test_groups_may_have_names_in_common() -> None:
+    def body(worker: int) -> list[Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            parts = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]
+        optimizer = torch.optim.SGD([{"params": list(part.named_parameters())} for part in parts], lr=0.1)
+        local = LocalUpdates(optimizer, every=1, compressor=Identity())
+        parameters = [p for part in parts for p in part.parameters()]
+        for p in parameters:
+            p.grad = torch.full_like(p, 1.0 + worker)
+        optimizer.step()
+        assert local.anchor().keys() == {f"parameter {i}" for i in range(4)}
+        return [p.detach().clone() for p in parameters]
+
+    one, two = simulate(body, 2)
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
 def test_drift_of_an_anchor_is_found() -> None:
     def body(worker: int, on_drift: Any) -> LocalUpdates:
         x = torch.nn.Parameter(torch.zeros(4, 4))
@@ -437,3 +525,10 @@ def test_workers_must_agree() -> None:
 
     with pytest.raises(ValueError, match="worker 0 has every=3 and worker 1 has every=4"):
         simulate(body, 2)
+
+    def keeping(worker: int) -> None:
+        x = torch.nn.Parameter(torch.zeros(40, 40))
+        LocalUpdates(torch.optim.SGD([x], lr=1.0), keep_unsent=worker == 0)
+
+    with pytest.raises(ValueError, match="worker 0 has keep_unsent=True and worker 1 has keep_unsent=False"):
+        simulate(keeping, 2)

@@ -252,6 +252,7 @@ class DDPHook(GradientHook):
         self._step_rates.clear()
         self._loose = {name: error.to(self.device, copy=True) for name, error in pending.items()}
         self._steps, self._rates.units = state["steps"], dict(state["rates"])
+        self._drift.resume(max(0, self._steps - 1))  # a step is compared when the next begins
         self._skips.load_state_dict(state["skips"])
         if self._rules.scope == "model":
             self._slice(frozenset(place.name for place in self._places)).restore(state["held"], self._steps)

@@ -250,6 +250,7 @@ class FSDPHook(GradientHook):
         self._step_rates.clear()
         self._loose = {name: error.to(self.device, copy=True) for name, error in state["pending"].items()}
         self._steps = state["steps"]
+        self._drift.resume(max(0, self._steps - 1))  # a step is compared when the next begins
         self._skips.load_state_dict(state["skips"])
         self._allocation.load_state_dict(state["allocation"], self.device)
         self.ledger.load_state_dict(state["ledger"])

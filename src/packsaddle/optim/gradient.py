@@ -201,6 +201,7 @@ class Momentum(_Gathered):
         if self._nesterov:
             super().add(base, out, [share * scale for scale in scales], extras)
             base = out
+            self.norm = None  # it is not that of the sum with m
         self._add_next(base, out, scales, self._beta if self._nesterov else 1.0)
 
     def vectors(self) -> dict[str, Tensor]:

@@ -45,12 +45,26 @@ def follow(optimizer: Any, local: object) -> None:
 
 
 def trained_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's parameters that are trained, by name."""
+    """Return the optimizer's parameters that are trained, by name; by number if two groups have a name in common."""
     groups = optimizer.param_groups
     names = [name for group in groups for name in group.get("param_names", [])]
     parameters = [p for group in groups for p in group["params"]]
-    names = names or [f"parameter {i}" for i in range(len(parameters))]
+    if len(set(names)) < len(parameters):
+        names = [f"parameter {i}" for i in range(len(parameters))]
     return {name: p for name, p in zip(names, parameters, strict=True) if p.requires_grad}
+
+
+def check_no_others(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Raise RuntimeError if an optimizer trains any but these parameters: workers would step them apart."""
+    known = {id(p) for p in parameters}
+    for i, group in enumerate(optimizer.param_groups):
+        for p in group["params"]:
+            if p.requires_grad and id(p) not in known:
+                raise RuntimeError(
+                    f"a parameter of shape {list(p.shape)} in group {i} of the optimizer was added or unfrozen after "
+                    f"LocalUpdates was made, which would not exchange it: have all that will ever be trained when it "
+                    f"is made, and freeze (requires_grad_(False)) afterwards what is to wait"
+                )
 
 
 def check_parameters(parameters: Mapping[str, Tensor]) -> None:

@@ -69,6 +69,13 @@ class LocalRounds:
         """The comparisons at which anchors differed."""
         return self._drift.found
 
+    def meet(self) -> None:
+        """Take x as it is for where all workers have met."""
+        for part in self.fragments:
+            part.meet()
+        if self._escape is not None:
+            self._escape.meet()
+
     def after(self, step: int) -> None:
         """Do what is due after inner step n, from 1: land exchanges whose delay is over, and begin others."""
         for part in self.fragments:
@@ -238,3 +245,4 @@ class LocalRounds:
         self.skips.load_state_dict(state["skips"])
         self.resets = [Reset(**reset) for reset in state["resets"]]
         self._drift.found = [Drift(**drift) for drift in state["drifts"]]
+        self._drift.resume(self.fragments[-1].rounds)

@@ -36,6 +36,7 @@ from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fragment import Reduction
 from packsaddle.optim.inner_optimizer import (
     Shards,
+    check_no_others,
     check_parameters,
     follow,
     innermost,
@@ -236,6 +237,7 @@ class LocalUpdates:
                 land=self._rounds.land,
             )
         self._is_away = False  # while parameters are at the anchor for a look
+        self._has_begun = False  # a first inner step has moved x, or was left out
         follow(self.optimizer, self)
         on_attempts(self.optimizer, scaler, self._before_step, self._attempted)
 
@@ -257,7 +259,7 @@ class LocalUpdates:
         outer = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
         same: dict[str, object] = {"every": self.every, "compressor": self._compression, "decay": self.decay}
         same |= {"fragments": fragments, "delay": self.delay, "blend": self.blend, "noise": noise, "escape": escape}
-        same |= {"reduction": self.reduction, "seed": self.seed}
+        same |= {"reduction": self.reduction, "keep_unsent": self.keep_unsent, "seed": self.seed}
         same |= {"kernels": compiler(self._fragments[0].anchor.flat.device), "outer": outer}
         for i, (name, p) in enumerate(self._parameters.items()):
             same[f"params[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
@@ -265,24 +267,29 @@ class LocalUpdates:
 
     @torch.no_grad()
     def _before_step(self) -> None:
-        """Before the first step weights may have been loaded; a worker that comes then has no gradient at its x."""
+        """Before each inner step; a worker that comes with its first has no gradient at its x."""
         if self._is_away:
             raise RuntimeError("optimizer.step() within at_anchor(), which puts parameters back at its end")
-        if self.steps == 0 and (self.membership is None or not self.membership.joined):
-            self._meet()
+        check_no_others(self.optimizer, self._parameters.values())
+        self._meet()
+        self._has_begun = True
         if self.membership is not None and not self.membership.joined:
             self.join()
             for p in self._parameters.values():
                 p.grad = None
 
+    @torch.no_grad()
     def _meet(self) -> None:
-        """Take x as it is for where all workers have met."""
-        for part in self._fragments:
-            part.meet()
+        """Before a step has moved x, take it as it is for where all workers have met: weights may have been loaded."""
+        joined = self.membership is not None and self.membership.joined
+        if self.steps == 0 and not self._has_begun and not joined:
+            self._rounds.meet()
 
     @torch.no_grad()
     def _attempted(self) -> None:
         """Count an inner step, taken or left out by a scaler, and do what is due after it."""
+        self._meet()
+        self._has_begun = True
         self.steps += 1
         if self.membership is not None:
             self.membership.stepped(self.steps)
@@ -322,8 +329,7 @@ class LocalUpdates:
             raise RuntimeError("join is for workers that come and go: LocalUpdates(..., manager=)")
         if self.membership.joined:
             return
-        if self.steps == 0:
-            self._meet()
+        self._meet()
         self.membership.join()
         self.steps = max(self.steps, self.membership.steps)
 
@@ -412,11 +418,13 @@ class LocalUpdates:
         """
         if self.membership is not None:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
+        self._meet()
         return self._flat(self._rounds.error())
 
     @torch.no_grad()
     def pending(self) -> Tensor:
         """Return minus what the anchor has not received of this worker, float[d], in the optimizer's order."""
+        self._meet()
         return self._flat(self._rounds.pending())
 
     def _flat(self, found: Mapping[str, Tensor]) -> Tensor:
@@ -427,6 +435,7 @@ class LocalUpdates:
 
         The anchor is the same on all workers.
         """
+        self._meet()
         found = self._rounds.anchor()
         return {name: found[name] for name in self._parameters}
 
@@ -436,6 +445,7 @@ class LocalUpdates:
 
         Within, a step of the optimizer raises RuntimeError.
         """
+        self._meet()
         with torch.no_grad():
             before = [[x.clone() for x in part.tensors()] for part in self._fragments]
             for part in self._fragments:
@@ -458,6 +468,7 @@ class LocalUpdates:
         noise. Returns whether all of it was taken. With a manager the round is one of all that are there, whether or
         not they have come to their end.
         """
+        self._meet()
         if self.membership is not None:
             return self.membership.round(dense=True)
         return self._rounds.flush(self.steps)
@@ -468,6 +479,7 @@ class LocalUpdates:
         It has anchors, error memories, running exchanges, the outer optimizer's state and the counts. The parameters
         and the inner optimizer's state are each worker's own, and are saved separately, on every worker.
         """
+        self._meet()
         return {
             "format": local_state.FORMAT,
             "identity": self._identity(),
@@ -495,7 +507,7 @@ class LocalUpdates:
         """Return what must be equal at loading and at saving."""
         group = self._channel.group
         same: dict[str, Any] = {"seed": self.seed, "every": self.every, "delay": self.delay}
-        same["fragments"] = len(self._fragments)
+        same |= {"fragments": len(self._fragments), "keep_unsent": self.keep_unsent}
         if self._participation.samples:
             same["sample"] = self._sample
         if self.membership is not None:

@@ -246,6 +246,8 @@ class CompressedSGD(Optimizer):
                 "run the module without it, or keep it and use packsaddle.register_ddp_hook in place of CompressedSGD"
             )
         self._flat.check_attached()
+        if self._step == 0 and self._escape is not None:
+            self._escape.begin()
         if not self._memory.in_gradients:
             self._flat.check_gradients()
         self._memory.check()
@@ -528,6 +530,7 @@ class CompressedSGD(Optimizer):
         self.resets = [Reset(**reset) for reset in state_dict.get("resets", [])]
         self._rates.clear()
         self._drift.found = [Drift(**drift) for drift in state_dict.get("drifts", [])]
+        self._drift.resume(step)
 
     def _identity(self) -> dict[str, int | str]:
         """Return what must be equal at loading and at saving: an error memory is one worker's, and

@@ -1,8 +1,10 @@
 """Workers whose parameters are no longer equal are found out, named, and stopped or repaired."""
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,77 @@ def test_one_flipped_bit_is_named_on_all_workers(way: str) -> None:
         assert result["found"] == [(11, "second", (2,))]
         assert result["message"].startswith("after step 11: worker 2 differs from worker 0 in second; go on from")
         assert result["steps"] == 12
+
+
+class Compared:
+    """CompressedSGD on a weight, compared every five steps."""
+
+    def __init__(self) -> None:
+        self.weight = nn.Parameter(torch.ones(6, 5))
+        self.opt = CompressedSGD([self.weight], 0.1, Compression(TopK(k=3), dense_below=0, compare_every=5))
+
+    def go(self, first: int, last: int) -> None:
+        for t in range(first, last):
+            self.weight.grad = self.weight.detach() - (t + resolve(None).rank)
+            self.opt.step()
+
+    def load(self, state: dict[str, Any], weight: Tensor) -> None:
+        self.opt.load_state_dict(state)
+        self.weight.data.copy_(weight)
+
+
+def test_comparisons_go_on_after_loading() -> None:
+    def work(rank: int) -> tuple[int, int]:
+        straight, before, after = Compared(), Compared(), Compared()
+        straight.go(0, 20)
+        before.go(0, 13)
+        after.load(before.opt.state_dict(), before.weight)
+        after.go(13, 20)
+        one, two = (c.opt.ledger.by_purpose["guard"].sent for c in (straight, after))
+        return one, two
+
+    for straight, resumed in simulate(work, 2):
+        assert straight == resumed == 4 * 16
+
+
+def test_a_state_loaded_back_is_compared_as_soon() -> None:
+    def work(rank: int) -> list[int]:
+        one = Compared()
+        one.go(0, 3)
+        state, weight = copy.deepcopy(one.opt.state_dict()), one.weight.detach().clone()
+        one.go(3, 18)
+        one.load(state, weight + rank)
+        with pytest.raises(DriftError):
+            one.go(3, 18)
+        return [drift.step for drift in one.opt.drifts]
+
+    assert simulate(work, 2) == [[4], [4]]
+
+
+def hook_resumed(stop: int) -> tuple[int, int]:
+    """The guard's bytes of eight passes, and of as many with another hook from pass `stop` on, compared every third."""
+    found = []
+    for stops in ((), (stop,)):
+        model = wrapped(network(), SEVERAL)
+        spec = Compression(TopK(0.1), dense_below=100, compare_every=3)
+        hook = register_ddp_hook(model, spec)
+        for first, last in pairwise((0, *stops, 8)):
+            train(model, torch.optim.SGD(model.parameters(), 0.1), batches(8)[first:last])
+            if last < 8:
+                state, fresh = hook.state_dict(), wrapped(network(), SEVERAL)
+                fresh.load_state_dict(model.state_dict())
+                model, hook = fresh, register_ddp_hook(fresh, spec)
+                hook.load_state_dict(state)
+        found.append(hook.ledger.by_purpose["guard"].sent)
+    return found[0], found[1]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("stop", [4, 6])
+def test_a_hooks_comparisons_go_on_after_loading(gloo: Gloo, stop: int) -> None:
+    """Also where the comparison of the last step is still to come: it is made when the next step begins."""
+    for straight, resumed in gloo(hook_resumed, 2, stop):
+        assert straight == resumed > 0
 
 
 def test_several_workers_are_named() -> None:

@@ -76,6 +76,18 @@ def test_commit_takes_y_and_rollback_takes_the_anchor() -> None:
         assert not opt.error().any()
 
 
+def test_it_begins_at_weights_that_were_loaded() -> None:
+    x = nn.Parameter(torch.zeros(4, 4))
+    rule = Escape(10**6, 1.0, lambda: x.square().sum())
+    opt = CompressedSGD([x], 0.0, Compression(TopK(0.25), dense_below=0), escape=rule)
+    with torch.no_grad():
+        x.fill_(5.0)
+    x.grad = torch.ones_like(x)
+    opt.step()
+    assert opt.resets == []
+    assert bool((x.detach() == 5.0).all())
+
+
 def test_distance_is_that_of_y() -> None:
     """The radius test sees ||x_t' - (x_t - eta e_t)||, not ||x_t' - x_t||."""
     x = nn.Parameter(torch.zeros(4, 1, dtype=torch.float64))

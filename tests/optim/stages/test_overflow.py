@@ -54,6 +54,22 @@ def optimizer_run(kind: str, *, has_them: bool, **options: Any) -> dict[str, Any
     }
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_momentum_that_overflows_is_forgotten_where_it_is_not_sent(nesterov: bool) -> None:
+    """Each gradient is finite, and so is its sum with e; the momentum of the first five alone is not."""
+    weight = nn.Parameter(torch.ones(100, 100))
+    spec = Compression(RandomK(0.01), dense_below=0)
+    opt = CompressedSGD([weight], 1e-30, spec, momentum=0.9, nesterov=nesterov)
+    for step in range(12):
+        weight.grad = torch.full_like(weight, 1e-3)
+        if step < 5:
+            weight.grad[0, 0] = 1e38
+        opt.step()
+    assert 0 < opt.skipped < 5
+    vectors = [v for v in opt.state_dict()["state"][0].values() if isinstance(v, Tensor)]
+    assert all(bool(v.isfinite().all()) for v in vectors)
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "two-way": {"compressor": TopK(k=5), "exchange": "two-way"},
     "coordinator, random back": {"compressor": TopK(k=5), "exchange": "coordinator", "back": RandomK(0.2)},

@@ -40,6 +40,10 @@ class AnchorEscape:
         self._whole.go_to(self._whole.anchor.views)
         return self._objective()
 
+    def meet(self) -> None:
+        """Begin at the anchor as it is."""
+        self._check.begin()
+
     def run(self) -> Reset | None:
         """Do lines 4-8 after a round, and have x where it begins after one; return the firing, if there was one."""
         try:

@@ -113,6 +113,10 @@ class DriftGuard:
         self._action, self._channel = action, channel
         self.found: list[Drift] = []
 
+    def resume(self, steps: int) -> None:
+        """Count from this many steps on, whose comparisons are done, where a saved state is loaded."""
+        self._every.finished(steps)
+
     def due(self, step: int) -> bool:
         """Tell if a comparison is due after a step with an exchange, t from 0."""
         return self._channel.group.size > 1 and self._every.due(step)

@@ -98,6 +98,10 @@ class EscapeCheck:
         self.anchor_step = 0  # t'
         self._rule, self._flat, self._channel, self._seed = rule, flat, channel, seed
 
+    def begin(self) -> None:
+        """Take x as it is for x_0': weights may have been loaded since this was made."""
+        self.anchor.copy_(self._flat.x)
+
     def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
         """Do lines 5-7 for iteration t = `step`.
 
@@ -209,7 +213,15 @@ class EscapeAfterStep:
         self._check = EscapeCheck(rule, self._flat, hook.channel, seed)
         self._hook, self._places, self._rates = hook, places, rates
         self._checked = hook.steps
+        self._has_begun = False
+        optimizer.register_step_pre_hook(self._before)
         optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._has_begun:
+            self._check.begin()
+            self._has_begun = True
 
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -245,3 +257,4 @@ class EscapeAfterStep:
             view.copy_(state["anchor"][place.name])
         self._check.anchor_step = state["anchor_step"]
         self._checked = self._hook.steps
+        self._has_begun = True
