@@ -85,6 +85,85 @@ def test_what_cannot_be_carried(tmp_path: Path) -> None:
         simulate(lambda rank: load_checkpoint(tmp_path / "c", Small(seed=6).parts), 3)
 
 
+class Notes:
+    """A part with what it is given."""
+
+    def __init__(self, **state: Any) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+@pytest.mark.parametrize("new", [1, 3])
+@pytest.mark.parametrize(
+    ("first", "second", "place"),
+    [
+        ({"a": 1}, {"a": 1, "b": torch.ones(2)}, "b"),
+        ({"a": 1, "b": torch.ones(2)}, {"a": 1}, "b"),
+        ({"b": [torch.ones(2)]}, {"b": [torch.ones(2), torch.ones(2)]}, "b.1"),
+        ({"b": torch.ones(2)}, {"b": torch.ones(3)}, "b"),
+    ],
+)
+def test_what_only_some_workers_have_is_not_lost(
+    first: dict[str, Any], second: dict[str, Any], place: str, new: int, tmp_path: Path
+) -> None:
+    states = (first, second)
+    simulate(lambda rank: packsaddle.save_checkpoint(tmp_path, {"n": Notes(**states[rank])}, step=1), 2)
+
+    def load(rank: int) -> str:
+        with pytest.raises(CheckpointError) as raised:
+            load_checkpoint(tmp_path, {"n": Notes()})
+        return str(raised.value)
+
+    for message in simulate(load, new):
+        assert message.startswith(f"n: {place} is not in the state of each of the 2 workers that saved it")
+
+
+def test_an_optimizer_that_has_not_stepped_all_on_one_worker(tmp_path: Path) -> None:
+    """Between exchanges of local updates a layer may have had no gradient on a worker."""
+
+    def made() -> tuple[torch.nn.ModuleList, dict[str, Any]]:
+        layers = torch.nn.ModuleList([torch.nn.Linear(40, 40), torch.nn.Linear(40, 40)])
+        optimizer = torch.optim.AdamW(layers.parameters(), 1e-3)
+        local = packsaddle.LocalUpdates(optimizer, every=4)
+        return layers, {"model": layers, "optimizer": optimizer, "local": local}
+
+    def save(rank: int) -> None:
+        layers, parts = made()
+        for p in layers[: 1 + rank].parameters():
+            p.grad = torch.full_like(p, 1.0 + rank)
+        parts["optimizer"].step()
+        packsaddle.save_checkpoint(tmp_path, parts, step=1)
+
+    simulate(save, 2)
+    with pytest.raises(CheckpointError, match=r"optimizer: state\.2\.\w+ is not in the state of each of the 2 workers"):
+        simulate(lambda rank: load_checkpoint(tmp_path, made()[1]), 3)
+
+
+def test_extra_is_averaged_where_all_have_it(tmp_path: Path) -> None:
+    """The rest is worker 0's, of whatever shape others have it."""
+    given = (
+        {"mean": torch.ones(2), "best": torch.ones(3), "losses": torch.ones(3), "kind": torch.ones(2)},
+        {"mean": 3 * torch.ones(2), "losses": torch.ones(4), "kind": torch.ones(2).int(), "other": 1},
+    )
+    part = {"n": Notes(a=1)}
+    simulate(lambda rank: packsaddle.save_checkpoint(tmp_path, part, step=1, extra=given[rank]), 2)
+    with pytest.warns(UserWarning, match="saved by 2 workers and is loaded by 3"):
+        loaded = simulate(lambda rank: load_checkpoint(tmp_path, {"n": Notes()}), 3)
+    for found in loaded:
+        assert found is not None
+        assert {name: value.tolist() for name, value in found.extra.items()} == {
+            "mean": [2.0, 2.0],
+            "best": [1.0] * 3,
+            "losses": [1.0] * 3,
+            "kind": [1.0] * 2,
+        }
+
+
 def test_each_worker_its_own_disk(tmp_path: Path) -> None:
     """Files are read by whoever has them: ranks dealt anew, and three disks' files carried over to two workers."""
 

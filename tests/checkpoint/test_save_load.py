@@ -1,8 +1,10 @@
 """save_checkpoint and load_checkpoint: bit-equal on the same workers, refused in one line, and whole or not at all."""
 
+import contextlib
 import json
 import os
 import warnings
+from collections import ChainMap, Counter, OrderedDict, UserDict, defaultdict, namedtuple
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -353,6 +355,89 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot be written: Not a directory"):
         save_checkpoint(tmp_path / "file", one.parts, step=1)
+
+
+class Twelve(torch.Tensor):
+    """A tensor of a class that no loader knows."""
+
+
+Pair = namedtuple("Pair", "a b")
+NOT_PLAIN: dict[str, Any] = {
+    r"\['h'\] is a defaultdict.*: make it a dict": {"h": defaultdict(list)},
+    r"\['h'\] is a ChainMap": {"h": ChainMap({"a": 1})},
+    r"\['h'\] is a UserDict": {"h": UserDict({"a": 1})},
+    r"has a key Pair\(a=1, b=2\) of type Pair": {Pair(1, 2): 1},
+    r"has a key \(frozenset\(\),\) of type tuple": {(frozenset(),): 1},
+    r"\['t'\] is a Twelve": {"t": torch.ones(2).as_subclass(Twelve)},
+}
+
+
+@pytest.mark.parametrize("message", NOT_PLAIN)
+def test_what_could_not_be_read_is_not_saved(message: str, tmp_path: Path) -> None:
+    """Steps that cannot be loaded would take the place of those that can."""
+    model = torch.nn.Linear(4, 4)
+    save_checkpoint(tmp_path, {"model": model}, step=1)
+    with pytest.raises(CheckpointError, match=message):
+        save_checkpoint(tmp_path, {"model": model}, step=2, extra=NOT_PLAIN[message])
+    found = load_checkpoint(tmp_path, {"model": model})
+    assert found is not None
+    assert found.step == 1
+
+
+def test_what_is_plain_comes_back(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4, 4)
+    extra = {
+        "ordered": OrderedDict(a=1),
+        "counted": Counter("aab"),
+        ("a", (1, None)): [(1, 2.5), {"s": {3}}],
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "buffer": torch.nn.Buffer(torch.ones(2)),
+    }
+    save_checkpoint(tmp_path, {"model": model}, step=1, extra=extra)
+    found = load_checkpoint(tmp_path, {"model": model})
+    assert found is not None
+    for name in ("parameter", "buffer"):
+        assert torch.equal(found.extra.pop(name), extra.pop(name))
+    assert found.extra == extra
+
+
+def test_a_worker_that_cannot_write_keeps_what_all_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that goes on after the error: the others' files of the step that all have saved stay."""
+    real = packsaddle.checkpoint.save_load.write_files
+
+    def write(folder: Path, content: Any, **said: Any) -> None:
+        if said["rank"] == 1 and said["step"] > 10:
+            raise OSError(28, os.strerror(28))
+        real(folder, content, **said)
+
+    monkeypatch.setattr("packsaddle.checkpoint.save_load.write_files", write)
+
+    def work(rank: int) -> int:
+        model = torch.nn.Linear(4, 4)
+        for step in (5, 10, 20, 30, 40):
+            with contextlib.suppress(CheckpointError):
+                save_checkpoint(tmp_path / str(rank), {"model": model}, step=step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = load_checkpoint(tmp_path / str(rank), {"model": model})
+        assert found is not None
+        return found.step
+
+    assert simulate(work, 2) == [10, 10]
+
+
+def test_what_cannot_be_set_aside_changes_nothing(tmp_path: Path) -> None:
+    model, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"model": model}, step=step)
+    (tmp_path / "step-00000002" / "worker-0.json").unlink()
+    aside = tmp_path / "step-00000002.unusable"
+    aside.mkdir()
+    (aside / "note.txt").write_text("mine")
+    before = other.weight.detach().clone()
+    with pytest.raises(CheckpointError, match="cannot be set aside"):
+        load_checkpoint(tmp_path, {"model": other})
+    assert torch.equal(other.weight, before)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,10 @@ MISTAKES = {
     "bench stp": "bench: unknown command stp (did you mean step?)",
     "bench step --dd 3": "bench step: unknown flag --dd (did you mean --d?)",
     "bench train --model net": "bench train: --model must be one of mnist-autoencoder, resnet18, got 'net'",
+    "plan --link 1gbit --d 1M --sigma 5": "--sigma is for a plan by the theorems, not for the time of a step",
+    "plan --link 1gbit --d 1M --mode theory": "--mode is for a plan by the theorems",
+    "plan --d 1000 --epsilon 0.1 --table --ratio 0.1": "--ratio is for a plan, and --table has the paper's settings",
+    "bench compress --d 0": "d must be at least 1, got 0",
     "completion csh": "completion: SHELL must be one of bash, zsh, fish, got 'csh' (did you mean zsh?)",
 }
 
@@ -54,6 +58,28 @@ def test_errors_that_tyro_has_no_known_event_for_are_one_line_too(
     """Its events are not public: without them, its own text stands in one line, without the box around it."""
     monkeypatch.setattr(parsing, "_EXPLANATIONS", {})
     assert refused(capsys, "packsaddle: error: ", *shlex.split(words)) == ""
+
+
+def test_a_flag_of_several_values_may_be_given_several_times() -> None:
+    def work(*, set: tuple[str, ...] = (), rates: tuple[float, ...] = (), scale: str = "a", only: str = "") -> None:
+        """Do.
+
+        Args:
+            set: Several.
+            rates: Several.
+            scale: One.
+            only: One.
+        """
+        found.append((set, rates, scale, only))
+
+    found: list[Any] = []
+    for words in (
+        "--set a=1 b=2 --set c=3 --scale x --rates 1 --rates=-2 3",
+        "--rates 1 --set a=1 --scale x --set=b=2 --rates -2 3 --set c=3",
+        "--scale x --set a=1 b=2 c=3 --rates 1 -2 3",
+    ):
+        parse(Group("", {"work": work}), ["work", *words.split()], "packsaddle")()
+    assert found == [(("a=1", "b=2", "c=3"), (1.0, -2.0, 3.0), "x", "")] * 3
 
 
 def test_without_a_command_there_is_an_overview(capsys: pytest.CaptureFixture[str]) -> None:

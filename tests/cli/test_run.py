@@ -303,6 +303,27 @@ def test_what_does_not_go_with_workers_that_come_and_go(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (("--batched",), "--batched simulates workers in one process, and torchrun has started several"),
+        (("--workers", "3"), "--workers is 3, and torchrun has started 2"),
+    ],
+)
+def test_what_does_not_go_with_torchrun(
+    flags: tuple[str, ...],
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    config = tmp_path / "plain.toml"
+    config.write_text(PLAIN)
+    refused(capsys, line, "run", config, *flags, "--out", tmp_path / "run")
+
+
 def test_elastic_without_torchft(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

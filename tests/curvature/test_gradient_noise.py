@@ -11,7 +11,7 @@ import torch
 from forked_python import environment, python
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, Identity, Ramp, gradient_noise, simulate, suggest_noise
+from packsaddle import CompressedSGD, Identity, Ramp, certify, gradient_noise, simulate, suggest_noise
 from packsaddle.curvature.gradient_noise import GradientNoise
 from packsaddle.curvature.hessian import NotFiniteError
 from packsaddle.experiments.run_checks import noise_warning
@@ -79,6 +79,23 @@ def test_workers_together_measure_what_each_has() -> None:
     expected = np.mean([np.var(part.numpy(), axis=0, ddof=1).sum() for part in data])
     assert [f.per_example for f in found] == pytest.approx([expected] * 3, rel=1e-12)
     assert (found[0].workers, found[0].batches) == (3, 36)
+
+
+@pytest.mark.parametrize("few", [0, 1])
+def test_a_worker_with_too_few_batches_is_refused(few: int) -> None:
+    """As many pairs as workers are not enough if others have them all."""
+    data = examples(12, 5)
+    with pytest.raises(ValueError, match="batches must be at least 2 on every worker"):
+        simulate(lambda rank: gradient_noise(Shifted(5), loss_fn, data.split(1)[: 12 if rank == 0 else few]), 2)
+
+
+def test_complex_parameters_are_refused() -> None:
+    model = nn.Module()
+    model.z = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"model must have real parameters, but z is torch\.complex64"):
+        gradient_noise(model, loss_fn, examples(8, 5).split(2))
+    with pytest.raises(ValueError, match=r"model must have real parameters, but z is torch\.complex64"):
+        certify(model, loss_fn, examples(8, 5).split(2), epsilon=0.1, hessian_lipschitz=1.0)
 
 
 def test_the_model_is_left_as_it_was() -> None:

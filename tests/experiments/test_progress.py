@@ -17,6 +17,21 @@ def test_a_measurement_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert [bool(re.search(r"about \d+ s left$", line)) for line in lines] == [True] * 9 + [False]
 
 
+def test_what_was_done_before_takes_no_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seconds a step, from step 8 of 20 on."""
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr("packsaddle.experiments.progress.time.monotonic", lambda: next(clock))
+    with live("run", 20, quiet=False, first=8) as report:
+        for step in (10, 12):  # the clock is read once each
+            report(step, "loss 1")
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("run:  50%")
+    assert first.endswith("about 10 s left")  # 2 s for two steps, ten to go
+    assert second.endswith("about 8 s left")  # 4 s for four, eight to go
+
+
 def test_quiet_it_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with live("run", 2, quiet=True) as report:
         report(2, "loss 1")

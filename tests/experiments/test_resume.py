@@ -270,7 +270,22 @@ def test_another_number_of_workers(
     assert found[-1]["epoch"] == pytest.approx(3, abs=1 / 40)
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["workers"], summary["steps"]) == (1, found[-1]["step"])
+    losses = [line["loss"] for line in found if line["epoch"] > 2]
+    assert min(losses) <= summary["final_loss"] <= max(losses)
     assert found[-1]["loss"] < found[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1)])
+def test_the_final_loss_is_a_mean_where_the_last_epoch_has_another_number_of_workers(
+    before: int, after: int, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, late = tmp_path / "run", 40 // before - 2
+    how = ("--checkpoint-every", 1, "--serial")
+    cut_off(monkeypatch, late, "run", config, "--workers", before, "--out", folder, *how, "--set", "log_every=1")
+    assert command("run", "--resume", folder, "--workers", after, *how) == 0
+    losses = [line["loss"] for line in lines(folder)]
+    assert json.loads((folder / "summary.json").read_text())["final_loss"] == pytest.approx(sum(losses) / len(losses))
 
 
 def test_writing_whole(tmp_path: Path) -> None:

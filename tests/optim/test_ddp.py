@@ -1,5 +1,6 @@
 """The hook behind DistributedDataParallel, in real gloo processes: beside CompressedSGD, dense averages and itself."""
 
+import contextlib
 import io
 import math
 import re
@@ -34,6 +35,7 @@ from packsaddle import (
 )
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import identify
+from packsaddle.numerics.kernels import torch_only
 from packsaddle.optim.layout import places
 from packsaddle.optim.stages.learning_rates import Rates
 
@@ -231,6 +233,20 @@ def test_every_compressor_in_every_loop_with_any_optimizer(gloo: Gloo) -> None:
         assert after < 0.9 * before, (case, before, after)
         assert torch.equal(x, second[case][2]), case
         assert counted == seen, case
+
+
+def unlike_loops() -> str:
+    other = torch_only() if torch.distributed.get_rank() else contextlib.nullcontext()
+    with other, pytest.raises(ValueError, match="kernels") as raised:
+        register_ddp_hook(wrapped(network(torch.float32), SEVERAL), TopK(0.1))
+    return str(raised.value)
+
+
+def test_workers_have_the_same_loops(gloo: Gloo) -> None:
+    """Their sums of decoded messages differ in the last digit, and so would the replicas."""
+    pytest.importorskip("numba")
+    for message in gloo(unlike_loops, 2):
+        assert "worker 0 has kernels='numba' and worker 1 has kernels='torch'" in message
 
 
 def accumulated() -> dict[str, Tensor]:

@@ -11,13 +11,14 @@ steps are removed, and those of steps that are not whole set aside.
 import hashlib
 import json
 import re
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from packsaddle.checkpoint.atomic_files import Hashing, sha256_of, write_whole
 from packsaddle.errors import ConfigError
@@ -154,18 +155,24 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 def check_plain(value: Any, where: str) -> None:
     """Raise CheckpointError, naming the place, for what could not be read without executing something."""
-    if isinstance(value, Mapping):
+    if type(value) in (dict, OrderedDict, Counter):
         for key, inner in value.items():
-            if type(key) not in _PLAIN and not isinstance(key, tuple):
+            if not _is_plain_key(key):
                 raise CheckpointError(f"{where} has a key {key!r} of type {type(key).__name__}, which is not plain")
             check_plain(inner, f"{where}[{key!r}]")
     elif type(value) in (list, tuple, set):
         for i, inner in enumerate(value):
             check_plain(inner, f"{where}[{i}]")
-    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
+    elif type(value) not in (Tensor, nn.Parameter, *_PLAIN, *torch.serialization.get_safe_globals()):
+        hint = ": make it a dict" if isinstance(value, Mapping) else ""
         raise CheckpointError(
-            f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings, lists and dictionaries"
+            f"{where} is a {type(value).__name__}; a checkpoint holds tensors, numbers, strings, lists and "
+            f"dictionaries{hint}"
         )
+
+
+def _is_plain_key(key: Any) -> bool:
+    return all(map(_is_plain_key, key)) if type(key) is tuple else type(key) in _PLAIN
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
@@ -176,12 +183,14 @@ _ASIDE = re.compile(r"step-(\d{8,18})\.unusable")
 _OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Remove the files of all but the newest steps.
+def newest_of(folder: Path, rank: int) -> int:
+    """Return the newest step of which a worker's files are there, -1 if there is none."""
+    return max((step for step in steps_in(folder) if rank in ranks_in(step_folder(folder, step))), default=-1)
 
-    The others', too: that this worker saves the newest says that all have saved the one before.
-    """
-    oldest = steps_in(folder)[-keep:][0]
+
+def rotate(folder: Path, keep: int, had: int) -> None:
+    """Remove the files of all but the newest steps, the others' too; all workers have saved step `had`, which stays."""
+    oldest = min(steps_in(folder)[-keep:][0], had)
     aside = [(int(m[1]), p) for p in folder.iterdir() if (m := _ASIDE.fullmatch(p.name))]
     for step, path in [(s, step_folder(folder, s)) for s in steps_in(folder)] + aside:
         if step < oldest:

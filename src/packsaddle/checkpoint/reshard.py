@@ -98,7 +98,8 @@ def _replaced(value: Any, by: Mapping[Path, Any], path: Path = ()) -> Any:
         return by[path]
     if isinstance(value, Mapping):
         copied: Any = copy.copy(value)  # a module's state has an attribute with the versions of its parts
-        copied.update({key: _replaced(inner, by, (*path, key)) for key, inner in value.items()})
+        for key, inner in value.items():  # not by update, which adds to a Counter
+            copied[key] = _replaced(inner, by, (*path, key))
         return copied
     if type(value) in (list, tuple):
         return type(value)(_replaced(inner, by, (*path, i)) for i, inner in enumerate(value))
@@ -127,6 +128,11 @@ def carried(
     for name, part in parts.items():
         state, split = template["parts"][name], splits[name]
         mine = [_split(part, content["parts"][name], workers) for content in held]
+        if (lone := _lone(split, mine, together)) is not None:
+            raise CheckpointError(
+                f"{name}: {'.'.join(map(str, lone))} is not in the state of each of the {workers} workers that saved "
+                f"it, or not of one shape, so it cannot be carried to another number of workers"
+            )
         different = _different(split, mine, together)
         buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
         own = apart and isinstance(part, nn.Module | Optimizer)  # between rounds of local updates
@@ -157,9 +163,12 @@ def _split_of(name: str, part: Any, template: dict[str, Any], workers: int) -> "
 def _mean_of_extra(
     template: dict[str, Any], held: Sequence[dict[str, Any]], workers: int, together: Together
 ) -> dict[str, Any]:
-    """Floating-point tensors averaged; the rest is worker 0's."""
+    """Floating-point tensors averaged, if all workers have them in one shape; the rest is worker 0's."""
     extra: dict[str, Any] = template["extra"]
-    like = {(k,): t for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()}
+    candidates = [k for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()]
+    here = [[_form(content["extra"].get(k)) == _form(extra[k]) for content in held] for k in candidates]
+    everywhere = map(all, zip(*together.gather(list(map(all, here))), strict=True))
+    like = {(k,): extra[k] for k, found in zip(candidates, everywhere, strict=True) if found}
     mine = [{path: content["extra"][path[0]] for path in like} for content in held]
     return extra | {path[0]: t for path, t in _mean(like, mine, workers, together).items()}
 
@@ -178,6 +187,27 @@ def _mean(
         together.group.all_reduce(total)
         found[path] = total.div_(workers).to(tensor.dtype).cpu()
     return found
+
+
+def _form(value: Any) -> Any:
+    """Return the shape and whether it is floating point, of a tensor; None for anything else."""
+    return (value.shape, value.is_floating_point()) if isinstance(value, Tensor) else None
+
+
+def _lone(template: Split, mine: Sequence[Split], together: Together) -> Path | None:
+    """Return a place that not all workers' states have, with a tensor of one shape if with one; collective."""
+
+    def forms(split: Split) -> dict[Path, Any]:
+        return {path: _form(value) for path, value in {**split.equal, **split.means}.items()}
+
+    expected = forms(template)
+    here = [
+        path
+        for found in map(forms, mine)
+        for path in (*expected, *found)
+        if path not in expected or path not in found or found[path] != expected[path]
+    ]
+    return next((first for first in together.gather(here[0] if here else None) if first is not None), None)
 
 
 def _different(template: Split, mine: Sequence[Split], together: Together) -> list[Path]:

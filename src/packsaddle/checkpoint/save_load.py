@@ -14,6 +14,7 @@ from packsaddle.checkpoint.files import (
     DamagedError,
     Manifest,
     check_plain,
+    newest_of,
     ranks_in,
     read_content,
     read_manifest,
@@ -77,7 +78,8 @@ def save_checkpoint(
     """Write this worker's files of a step, to FOLDER/step-STEP/, and remove all but those of the `keep` newest steps.
 
     Collective: every worker calls it between the same two steps. Tensors that are equal to worker 0's, by their
-    sha256, are written by worker 0 alone; nothing else travels, and no worker waits for another's writing. Workers may
+    sha256, are written by worker 0 alone; no worker waits for another's writing. The newest step that all have stays,
+    also if a worker's later ones could not be written. Workers may
     have one folder or each its own. `parts` maps names to whatever has a state_dict and a load_state_dict; `extra` is
     what else the run needs: tensors and plain types. `process_group` has the workers; None is the default group if
     there is one, else this process alone. Returns the step's folder.
@@ -102,13 +104,14 @@ def save_checkpoint(
     together = Together(group, device_of(parts))
     content: dict[str, Any] = {"parts": {}, "extra": dict(extra or {})}
     on_all(together, partial(_gather_states, folder, parts, content, step, keep))
+    had = min(together.gather(newest_of(folder, group.rank)))
     common, common_sha256 = paths_in_common(content, together)
     content = {**without(content, common), "common": common}
     said = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": packsaddle.__version__}
     module_shapes = {name: shapes(parts[name].state_dict()) for name in modules(parts)}
     try:
         write_files(folder, content, **said, common_sha256=common_sha256, shapes=module_shapes)
-        rotate(folder, keep)
+        rotate(folder, keep, had)
     except OSError as error:
         raise _unwritable(folder, step, error) from None
     return step_folder(folder, step)
@@ -236,8 +239,8 @@ class _Restoring:
         workers = len(holders)
         content = self._same(contents, holders) if workers == self._size else self._carried(contents, holders)
         on_all(self._together, lambda: check_fit(self._parts, content["parts"]))
-        fill_all(self._parts, content["parts"], self._together)
         on_all(self._together, lambda: set_aside(self._folder, step))
+        fill_all(self._parts, content["parts"], self._together)
         notes = _notes(problems)
         if workers != self._size:
             notes += (

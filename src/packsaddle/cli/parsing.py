@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import tyro
 from tyro.extras import SubcommandApp
@@ -99,7 +99,7 @@ def parse(group: Group, words: Sequence[str], name: str) -> Callable[[], Any]:
 
 
 def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[[], Any]:
-    said = io.StringIO()
+    words, said = _joined(command, words), io.StringIO()
     try:
         with redirect_stderr(said), _one_line_errors(command, words, name):
             call: Callable[[], Any] = tyro.cli(
@@ -115,6 +115,26 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
         if not stop.code:
             raise
         raise ConfigError(f"{_subject(name)}{_without_box(said.getvalue())}") from None
+
+
+def _joined(command: Command, words: Sequence[str]) -> list[str]:
+    """Put together what a flag of several values is given in several places, of which tyro would take the last."""
+    tuples = [name for name, hint in get_type_hints(command).items() if get_origin(hint) is tuple]
+    several = {f"--{name.replace('_', '-')}" for name in tuples}
+    values: dict[str, list[str]] = {}
+    others: list[str] = []
+    place, repeated = others, False
+    for word in words:
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if flag in several:
+            repeated |= flag in values
+            place = values.setdefault(flag, [])
+            place += [value] * bool(equals)
+        else:
+            place = others if re.match("--?[a-z]", word) else place
+            place.append(word)
+    return [*others, *(word for flag, given in values.items() for word in (flag, *given))] if repeated else list(words)
 
 
 def _description(command: Command) -> str:

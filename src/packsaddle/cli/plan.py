@@ -1,5 +1,6 @@
 """packsaddle plan."""
 
+import inspect
 import json as json_format
 import math
 from collections.abc import Callable, Mapping
@@ -131,6 +132,8 @@ def plan(
         raise ConfigError("--most-steps is for local updates: it needs --local")
     if link is not None or up is not None or down is not None:
         given = {"epsilon": epsilon, "lipschitz_gradient": lipschitz_gradient, "table": table or None}
+        given |= _changed(smoothness=smoothness, hessian_lipschitz=hessian_lipschitz, sigma=sigma, f_max=f_max)
+        given |= _changed(mode=mode)
         _refuse(given, "is for a plan by the theorems, not for the time of a step: leave out --link, or it")
         optimizer = "adamw" if local else optimizer
         plan_link(_rate(options, link), options, _candidates(compressor, ratio, optimizer), workers, optimizer, json)
@@ -140,6 +143,10 @@ def plan(
     if d is None or epsilon is None:
         missing = " and ".join(f"--{n}" for n, value in (("d", d), ("epsilon", epsilon)) if value is None)
         raise ConfigError(f"plan needs {missing}; or --link RATE, for the time of a step")
+    if table:
+        given = _changed(compressor=compressor, workers=workers, ratio=ratio, smoothness=smoothness, sigma=sigma)
+        given |= _changed(hessian_lipschitz=hessian_lipschitz, f_max=f_max, lipschitz_gradient=lipschitz_gradient)
+        _refuse(given | _changed(mode=mode), "is for a plan, and --table has the paper's settings: leave out one")
     workers = 4 if workers is None else workers
     try:
         if table:
@@ -203,6 +210,12 @@ def _check_name(name: str) -> None:
     names = ["best", *_WITH_RATIO, *_FIXED]
     if name not in names:
         raise ConfigError(f"compressor must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
+
+
+def _changed(**given: Any) -> dict[str, Any]:
+    """Return the flags of `plan` that are not at their defaults, the others as None."""
+    flags = inspect.signature(plan).parameters
+    return {name: None if value == flags[name].default else value for name, value in given.items()}
 
 
 def _refuse(given: Mapping[str, Any], why: str) -> None:

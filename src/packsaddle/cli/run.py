@@ -115,6 +115,8 @@ def run(
     how = _way(serial=serial, batched=batched, fused=fused)
     if timeout is not None and how != "processes":
         raise ConfigError(f"--timeout is of worker processes, and --{how} starts none")
+    if under_launcher() and how != "processes":
+        raise ConfigError(f"--{how} simulates workers in one process, and torchrun has started several; leave it out")
     patience = _patience(timeout)
     if elastic is None and memory is not None:
         raise ConfigError("--memory goes with --elastic")
@@ -187,7 +189,10 @@ def _configured(
     if under_launcher():
         if out is None and resume is None:  # a name made from the time could differ between workers
             raise ConfigError("--out is needed under torchrun")
-        loaded = replace(loaded, workers=int(os.environ["WORLD_SIZE"]))
+        world = int(os.environ["WORLD_SIZE"])
+        if workers is not None and workers != world:
+            raise ConfigError(f"--workers is {workers}, and torchrun has started {world}; leave it out")
+        loaded = replace(loaded, workers=world)
     return (loaded,)
 
 

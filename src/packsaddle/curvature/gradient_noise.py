@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.hessian import LossFn, NotFiniteError, batch_size, evaluating
+from packsaddle.curvature.hessian import LossFn, NotFiniteError, batch_size, evaluating, trainable
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 
 
@@ -88,10 +88,11 @@ def gradient_noise(
         raise ValueError(f"workers must be at least 1, got {workers}")
     apart, examples, d = _apart(model, loss_fn, batches)
     found = torch.tensor(apart, dtype=torch.float64)
-    sums = torch.stack([found.sum(), found.square().sum(), torch.tensor(len(apart)), torch.tensor(examples)]).double()
+    counts = torch.tensor([len(apart), examples, not apart], dtype=torch.float64)
+    sums = torch.cat([found.sum().view(1), found.square().sum().view(1), counts])
     sums = sums.to(next(model.parameters()).device)
-    total, squares, count, seen = Communicator(group, Ledger()).mean(sums, "noise").mul_(group.size).tolist()
-    if not count >= group.size:  # on all workers alike
+    total, squares, count, seen, short = Communicator(group, Ledger()).mean(sums, "noise").mul_(group.size).tolist()
+    if short:  # on all workers alike
         raise ValueError("batches must be at least 2 on every worker, for their gradients to differ")
     if not math.isfinite(total):
         raise NotFiniteError("a mini-batch gradient is not finite at the present parameters")
@@ -103,9 +104,7 @@ def gradient_noise(
 
 def _apart(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[list[float], int, int]:
     """Return the estimates of tr(Cov), the number of examples, and d."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("model has no trainable parameters")
+    parameters = trainable(model)
     mean = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     found: list[float] = []
     seen = 0

@@ -38,6 +38,17 @@ def fresh_generator() -> torch.Generator:
     return generator
 
 
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """Return a model's trainable parameters. Raises ValueError if there are none, or complex ones."""
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError("model has no trainable parameters")
+    for name, p in found.items():
+        if not p.is_floating_point():
+            raise ValueError(f"model must have real parameters, but {name} is {p.dtype}")
+    return list(found.values())
+
+
 class Curvature:
     """Derivatives of the mean loss at a network's present parameters, in a flat vector of its trainable ones.
 
@@ -52,9 +63,7 @@ class Curvature:
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        if not self.parameters:
-            raise ValueError("model has no trainable parameters")
+        self.parameters = trainable(model)
         self.d = sum(p.numel() for p in self.parameters)
         self.held = self.d  # numbers of a vector on the worker that has most of it
         self._tensors = [local_part(p.detach()) for p in self.parameters]  # this worker's part of x

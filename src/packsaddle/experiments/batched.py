@@ -37,8 +37,10 @@ class BatchedGradients:
         group: SimulatedGroup,
         batch: Callable[[Tensor], tuple[Tensor, Tensor]],
         channel: Communicator,
+        autocast: Callable[[], torch.autocast],
     ) -> None:
         self._task, self._group, self._batch, self._channel = task, group, batch, channel
+        self._autocast = autocast
         self._parameters = dict(task.named_parameters())
         self._norms = [module for module in task.modules() if isinstance(module, WorkerBatchNorm2d)]
         shared = group.computed_at_once(torch.zeros(0), lambda _: [dict(task.named_buffers())] * group.size)
@@ -67,7 +69,8 @@ class BatchedGradients:
         return [(losses[w], {name: g[w] for name, g in gradients.items()}) for w in range(len(indices))]
 
     def _loss(self, parameters: Tensors, buffers: Tensors, inputs: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = functional_call(self._task, {**parameters, **buffers}, (inputs, targets))
+        with self._autocast():
+            loss: Tensor = functional_call(self._task, {**parameters, **buffers}, (inputs, targets))
         return loss
 
 

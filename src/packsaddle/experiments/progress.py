@@ -29,24 +29,27 @@ class Report(Protocol):
 
 
 @contextmanager
-def live(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
-    """Show a bar on a terminal, a line at every tenth of the way elsewhere, and nothing if `quiet`."""
+def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Report]:
+    """Show a bar on a terminal, a line at every tenth of the way elsewhere, and nothing if `quiet`.
+
+    `first` steps were done before.
+    """
     console, label = Console(), printable(label)
     if quiet:
         yield lambda step, text: None
     elif console.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
         with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(escape(label), total=total, text="starting")
+            task = bar.add_task(escape(label), total=total, completed=first, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
-        tenths, last, begin = 0, "", time.monotonic()
+        tenths, last, begin = first * 10 // total, "", time.monotonic()
 
         def report(step: int, text: str) -> None:
             nonlocal tenths, last
             if step * 10 // total > tenths:
                 tenths = step * 10 // total
-                left = (time.monotonic() - begin) / step * (total - step)
+                left = (time.monotonic() - begin) / (step - first) * (total - step)
                 said = [text] * (text != last) + [_left(left)] * (step < total)  # what was measured is said once
                 console.print(
                     f"{label}: {tenths * 10:3d}%  {'  '.join(said)}", highlight=False, soft_wrap=True, markup=False

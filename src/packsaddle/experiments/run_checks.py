@@ -99,9 +99,10 @@ class Inspector:
         self._rule: CertifyConfig | None = config.certify
         self._lr = config.sgd_lr()
         self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
-        self._device = next(task.parameters()).device
+        like = next(task.parameters())
+        self._device = like.device
         self.seconds = 0.0  # spent here
-        self.examples = Examples(data, torch.cat(list(shards)), self._device)
+        self.examples = Examples(data, torch.cat(list(shards)), like.device, like.dtype)
         if self._rule is None:
             return
         # At random, since a shard may be sorted by class.
@@ -109,7 +110,7 @@ class Inspector:
             mine[self._order(len(mine), worker)[: self._rule.examples]]
             for worker, mine in enumerate(shards, start=resolve(None).rank)
         ]
-        self.examples = Examples(data, torch.cat(chosen), self._device)
+        self.examples = Examples(data, torch.cat(chosen), like.device, like.dtype)
         self._population = len(data)
         self._due = certified_steps(self._rule, steps, per_epoch)
         self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))

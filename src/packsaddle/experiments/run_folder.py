@@ -272,20 +272,21 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read run folders, or folders that hold run folders, up to a study's runs/SETTING/seed-N.
 
     Runs side by side in a folder come in order of time, those further down by path, seed 2 before seed 10.
-    Raises ConfigError that names what is not a run folder and holds none.
+    One that is named twice is read once. Raises ConfigError that names what is not a run folder and holds none.
     """
-    runs = []
+    found: dict[Path, Path] = {}  # by what it is: a folder may be named in several ways
     for path in paths:
         if (path / "config.json").is_file():
-            runs.append(_read_run(path))
+            found.setdefault(path.resolve(), path)
             continue
         inside = [p.parent for depth in _DEPTHS for p in path.glob(f"{depth}/config.json")] if path.is_dir() else []
         if not inside:
             raise ConfigError(f"{path} is not a run folder (it has no config.json) and holds none")
         flat = all(run.parent == path for run in inside)
         order: Callable[[Path], Any] = (lambda run: run.stat().st_mtime_ns) if flat else _natural
-        runs += map(_read_run, sorted(inside, key=order))
-    return runs
+        for run in sorted(inside, key=order):
+            found.setdefault(run.resolve(), run)
+    return [_read_run(path) for path in found.values()]
 
 
 def _natural(path: Path) -> list[list[str | int]]:

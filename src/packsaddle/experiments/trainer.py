@@ -54,7 +54,7 @@ class RunCounters:
     line: dict[str, Any] = field(default_factory=dict)  # the last one; the last step always writes one
     elapsed: float = 0.0  # seconds, at the last checkpoint
     left_out: int = 0  # steps since the last line of metrics that were not taken, and have no loss
-    left_out_last: int = 0  # of the last epoch
+    in_final: int = 0  # how many losses `final` is the sum of
     tested: float = 0.0  # of them spent on tests along the run
     saved: float = 0.0  # and on checkpoints
     noise: dict[str, Any] | None = None  # the last look at it (see `run_checks`)
@@ -63,11 +63,11 @@ class RunCounters:
         """Count a step's loss and gradient norm, float64[2], if it was taken; `last` if it is of the last epoch."""
         if not taken:
             self.left_out += 1
-            self.left_out_last += last
             return
         self.sums += measured
         if last:
             self.final += measured[0]
+            self.in_final += 1
 
     def means(self) -> Tensor:
         """Return the means since the last line, float64[2]."""
@@ -123,7 +123,7 @@ class Trainer:
         self.batched = None
         if batched:
             assert isinstance(self.group, SimulatedGroup)
-            self.batched = BatchedGradients(self.task, self.group, self._batch, self.training.channel)
+            self.batched = BatchedGradients(self.task, self.group, self._batch, self.training.channel, self._autocast)
         self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
         self.footing = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
@@ -155,9 +155,12 @@ class Trainer:
 
     def _loss(self, index: Tensor) -> Tensor:
         """The mean loss of the chosen examples."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+        with self._autocast():
             loss: Tensor = self.task(*self._batch(index))
         return loss
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def _parts(self) -> dict[str, Any]:
         return {"model": self.task, **self.training.parts()}
@@ -199,7 +202,7 @@ class Trainer:
         steps, first = self.calendar.steps, tally.step
         vote = StopAndSaveVote(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
         begin, text = time.perf_counter() - tally.elapsed, "starting"
-        with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
+        with live(self.config.label or folder.path.name, steps, quiet=quiet, first=first) as report:
             for step in range(first, steps):
                 self._inspect(step, folder)
                 self._look_ahead(step, quiet=quiet)
@@ -373,13 +376,12 @@ class Trainer:
         self._own_group().all_reduce(torch.zeros(1))  # the run is done, whoever ends now
 
     def _final_loss(self, tally: RunCounters) -> float:
-        """The mean loss of the last epoch."""
-        final = tally.final / max(1, min(self.calendar.steps, self.calendar.per_epoch) - tally.left_out_last)
-        return self.training.channel.mean(final, "metrics").item()
+        """The mean loss of the last epoch, also of what was the last before the number of workers changed."""
+        return self.training.channel.mean(tally.final / max(1, tally.in_final), "metrics").item()
 
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
         said, moved = self.training.summary(), self.training.moved()
-        dense = self.calendar.steps * said["parameters"] * 4
+        dense = self.tally.step * said["parameters"] * 4
         training = sum(b.payload for name, b in moved.items() if name not in _NOT_TRAINING)
         folder.write_json(
             "summary.json",

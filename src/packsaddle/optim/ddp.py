@@ -20,6 +20,7 @@ from packsaddle.comm.group import group_like, training_group
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.select_aggregator import choose, warn_of_nothing
 from packsaddle.compressors import QSGD, Compressor
+from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp_hook import Bucket, DDPHook
@@ -108,6 +109,7 @@ def register_ddp_hook(
         checker = EscapeAfterStep(escape, hook, optimizer, found, rates, dense_below=spec.dense_below, seed=rules.seed)
         hook.parts["escape"] = checker
     same = {**rules.arguments(), "noise": noise, "escape": escape, "lr": rates.now()}
+    same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
     if scaler is not None:

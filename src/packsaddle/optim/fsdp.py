@@ -20,6 +20,7 @@ from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import QSGD, Compressor
 from packsaddle.numerics.finite import spoil
+from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed, mix
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.hook import GradientHook, GradientSlice, Rules
@@ -325,6 +326,7 @@ def register_fsdp_hook(
     channel = Communicator(resolve(replicas), Ledger())
     hook = FSDPHook(model, channel, rules, noise, shard)
     same = {**rules.arguments(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
+    same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
     check_agreement(channel, same, hook.device)
     choose(first, spec.exchange, d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)

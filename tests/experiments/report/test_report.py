@@ -63,6 +63,8 @@ def test_report(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "a", "<b>bold</b> & co", LINES)
     make_run(tmp_path / "runs" / "b", "", LINES[:4], done=False)
     runs = read_runs([tmp_path / "runs"])
+    inner = tmp_path / "runs" / ".." / "runs" / runs[-1].path.name
+    assert [run.path for run in read_runs([tmp_path / "runs", inner])] == [run.path for run in runs]
     assert [r.label for r in runs] == ["<b>bold</b> & co", "b"]
     html = write_report(runs, tmp_path / "report").read_text()
     assert "&lt;b&gt;bold&lt;/b&gt; &amp; co" in html

@@ -23,7 +23,7 @@ from PIL import Image
 
 from packsaddle.compressors import QSGD, Identity, LinearSketch, LowRank, RandomK, SharedTopK, Sign, SketchTopK, TopK
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.config import Config, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig
+from packsaddle.experiments.config import CertifyConfig, Config, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig
 from packsaddle.experiments.job import How, Job, can_be_fused, fastest_simulation
 from packsaddle.experiments.report.settings import estimate, settings
 from packsaddle.experiments.reproduce import REPRODUCTIONS, figure1, figure2
@@ -164,6 +164,31 @@ def test_batched_resnets_are_the_workers_own(pictures: Path, tmp_path: Path, nor
 
 
 @pytest.mark.slow
+def test_batched_gradients_are_in_bfloat16_if_the_run_is(pictures: Path, tmp_path: Path) -> None:
+    """Roundings of 8 bits differ with the order of sums; those of float32 would be a thousandth of that."""
+    config = resnet_config()
+    model = replace(config.model, norm="all")
+    found: dict[str, Any] = {}
+    for precision, how in (("bfloat16", "serial"), ("bfloat16", "batched"), ("float32", "batched")):
+        changed = replace(config, compressor=Identity(), lr=0.01, precision=precision, model=model)
+        found[precision + how] = run(changed, how, pictures, tmp_path / (precision + how))["metrics"][0]
+    serial, batched, single = (line["loss"] for line in found.values())
+    assert batched == pytest.approx(serial, rel=1e-2)
+    assert abs(single / batched - 1) > 1e-6
+    assert len({line["payload"] for line in list(found.values())[:2]}) == 1
+
+
+def test_a_certificate_is_in_the_runs_precision(mnist: Path, tmp_path: Path) -> None:
+    rule = CertifyConfig(epsilon=1.0, hessian_lipschitz=1.0, at=(1.0,), examples=20, max_hvps=5)
+    both = {}
+    for precision in ("float32", "float64"):
+        config = ae_config(workers=1, precision=precision, certify=rule, noise=NoiseConfig(0.0), epochs=1.0)
+        (both[precision],) = run(config, "serial", mnist, tmp_path / precision)["certificates"]
+    assert both["float64"]["grad_norm"] == pytest.approx(both["float32"]["grad_norm"], rel=1e-3)
+    assert both["float64"]["grad_norm"] != both["float32"]["grad_norm"]
+
+
+@pytest.mark.slow
 def test_a_batched_transformer_is_the_workers_own(tmp_path: Path) -> None:
     config = REPRODUCTIONS["text"].study("smoke", "text").settings["sign"]
     model, few = ModelConfig("char-transformer", width=16), replace(config.data, limit=64)
@@ -212,8 +237,6 @@ def check_equal(config: Config, data: Path | None, folder: Path, hows: tuple[How
 
 @pytest.mark.slow
 def test_fused_workers_certify_and_check_escapes_as_others_do(mnist: Path, tmp_path: Path) -> None:
-    from packsaddle.experiments.config import CertifyConfig, EscapeConfig
-
     config = ae_config(
         workers=2,
         escape=EscapeConfig(interval=3, radius=100.0, examples=100),

@@ -74,10 +74,11 @@ class WorkerBatchNorm2d(nn.Module):
         return y
 
     def _exchanged(self, x: Tensor, channel: Communicator) -> Tensor:
-        local = torch.cat([x.mean((0, 2, 3)), x.square().mean((0, 2, 3))])
+        exact = x.to(self.weight.dtype)  # of 16-bit activations neither the moments nor their difference
+        local = torch.cat([exact.mean((0, 2, 3)), exact.square().mean((0, 2, 3))])
         mean, square = _mean_over_workers(local, channel).chunk(2)
         self._run(mean.detach(), square.detach())
-        return _normalise(x, mean, (square - mean.square()).clamp(min=0), self.weight, self.bias)
+        return _normalise(exact, mean, (square - mean.square()).clamp(min=0), self.weight, self.bias).to(x.dtype)
 
     @torch.no_grad()
     def _run(self, mean: Tensor, square: Tensor) -> None:

@@ -28,6 +28,8 @@ from packsaddle.performance.timing import Timing, copy_bandwidth, side_by_side
 
 def time_compressors(d: int, ratio: float, repeats: int) -> list[Result]:
     """Time every compressor on a Gaussian vector. Raises ValueError for a bad ratio or d."""
+    if d < 1:
+        raise ValueError(f"d must be at least 1, got {d}")
     torch.set_num_threads(1)
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))
     out = torch.zeros(d)
