@@ -157,8 +157,9 @@ def test_derivatives_that_are_not_finite_are_told() -> None:
 def test_workers_must_agree_on_the_model() -> None:
     """Other parameters are refused; statistics of batch normalisation and starts are rank 0's meanwhile."""
 
-    def worker(rank: int, spoil: bool) -> Any:
+    def worker(rank: int, spoil: bool, freeze: bool = False) -> Any:
         model, batches = network()
+        model[0].weight.requires_grad_(not freeze)
         if rank:
             model[1].running_mean.add_(1.0)
             if spoil:
@@ -174,8 +175,9 @@ def test_workers_must_agree_on_the_model() -> None:
     assert first[:2] == second[:2]
     assert first[0] == pytest.approx(whole.loss, rel=1e-12)
     assert (first[2], second[2]) == (0.0, 6.0)
-    with pytest.raises(ValueError, match="model has other parameters on some workers than on rank 0"):
-        simulate(lambda rank: worker(rank, True), 2)
+    for freeze in (False, True):
+        with pytest.raises(ValueError, match="model has other parameters on some workers than on rank 0"):
+            simulate(lambda rank, freeze=freeze: worker(rank, True, freeze), 2)
 
 
 def test_rho_is_measured_along_v() -> None:

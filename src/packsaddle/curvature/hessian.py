@@ -97,10 +97,10 @@ class Curvature:
         self.loss = loss / examples
 
     def _differs_from_rank_0(self) -> bool:
-        """Tell if this worker's parameters differ from rank 0's, by two sums."""
+        """Tell if this worker's parameters, frozen ones too, differ from rank 0's, by two sums."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for p in self.parameters:
-            values = p.detach().double()
+        for p in self._model.parameters():
+            values = p.detach().to(self.device, torch.float64)
             sums += torch.stack([values.sum(), values.square().sum()])
         theirs = sums.clone()
         self._channel.broadcast(theirs, "certificate")

@@ -55,7 +55,7 @@ class BatchedGradients:
             p.grad = gradients[name].contiguous(memory_format=_format(p))
         for norm in self._norms:
             for _ in ("forward", "backward"):
-                self._channel.count_mean(loss.expand(2 * len(norm.weight)), "batch norm")
+                self._channel.count_mean(norm.weight.expand(2, -1), "batch norm")  # two moments of each channel
         return loss
 
     def _of_all(self, indices: list[Tensor]) -> Sequence[tuple[Tensor, Tensors]]:
