@@ -171,6 +171,55 @@ def test_nothing_is_lost(compressor: Compressor, exchange: str, workers: int) ->
         assert found[0][2].norm() > 1e-3  # there is something that could have been lost
 
 
+def flushed(worker: int, exchange: Any, change: str) -> tuple[Tensor, Tensor, bool]:
+    """x after a flush, and what this worker has moved, where an owner has held something back."""
+
+    def made(compressor: Any) -> tuple[torch.nn.Parameter, torch.optim.Optimizer, LocalUpdates]:
+        x = torch.nn.Parameter(torch.zeros(10, 6, dtype=torch.float64))
+        optimizer = torch.optim.SGD([x], lr=0.1)
+        kind = Compression(compressor, exchange=exchange, dense_below=0)
+        return x, optimizer, LocalUpdates(optimizer, every=2, compressor=kind)
+
+    x, optimizer, local = made((lambda t: TopK(0.2 if t < 3 else 0.4)) if change == "schedule" else TopK(0.2))
+    moved = torch.zeros_like(x)
+    for n in range(10):
+        if n == 5 and change in ("load", "load another"):
+            state, at = local.state_dict(), x.detach().clone()
+            x, optimizer, local = made(TopK(0.2 if change == "load" else 0.4))
+            x.data.copy_(at)
+            local.load_state_dict(state)
+        rng = torch.Generator().manual_seed(50 * worker + n)
+        x.grad = torch.randn(10, 6, generator=rng, dtype=torch.float64)
+        moved -= 0.1 * x.grad
+        optimizer.step()
+    y = local.anchor()["parameter 0"].flatten() - local.error()
+    assert local.flush()
+    assert not local.pending().any()
+    torch.testing.assert_close(y, x.detach().flatten(), rtol=1e-12, atol=1e-12)
+    return x.detach(), moved, bool(local.rounds)
+
+
+@pytest.mark.parametrize("change", ["nothing", "schedule", "load", "load another"])
+@pytest.mark.parametrize("exchange", ["direct", "two-way", "coordinator"])
+def test_a_flush_sends_what_owners_hold_back(exchange: str, change: str) -> None:
+    found = simulate(lambda worker: flushed(worker, exchange, change), 3)
+    mean = sum(moved for _, moved, _ in found) / 3
+    for x, _, _ in found:
+        torch.testing.assert_close(x, mean, rtol=1e-12, atol=1e-12)
+
+
+def test_at_the_anchor_nothing_looks_at_this_workers_own_changes() -> None:
+    x = torch.nn.Parameter(torch.zeros(4, 4))
+    local = LocalUpdates(torch.optim.SGD([x], lr=1.0), every=8, compressor=WHOLE)
+    with local.at_anchor():
+        with local.at_anchor():  # as a callback that saves while another evaluates
+            pass
+        for call in (local.flush, local.error, local.pending, local.sit_out):
+            with pytest.raises(RuntimeError, match=rf"{call.__name__}\(\) within at_anchor\(\)"):
+                call()
+    assert local.flush()
+
+
 def exact(worker: int, n: int) -> Tensor:
     """A gradient of few binary digits, so that sums of some are exact in double precision."""
     rng = torch.Generator().manual_seed(50 * worker + n)

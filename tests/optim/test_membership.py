@@ -87,6 +87,25 @@ def test_a_failed_round_leaves_all_as_it_was_and_is_tried_again(case: dict[str, 
         assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
+@pytest.mark.parametrize("end", ["flush", "leave"])
+@pytest.mark.parametrize("compressor", [Identity(), TopK(0.25)], ids=str)
+@pytest.mark.parametrize("steps", [3, 4])
+def test_fragments_whose_turn_has_not_come_are_sent_at_the_end(compressor: Any, steps: int, end: str) -> None:
+    """Right after a round of one fragment, with no error memory that would tell."""
+
+    def run(rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        worker = Worker(_group(), every=2, fragments=2, compressor=Compression(compressor, dense_below=0))
+        worker.local.join()
+        before = worker.x()
+        worker.train(steps)
+        getattr(worker.local, end)()
+        return before, worker.moved, worker.anchor()
+
+    found = simulate(run, 2)
+    for before, _, anchor in found:
+        torch.testing.assert_close(anchor, before - sum(moved for _, moved, _ in found) / 2, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("committed", [True, False])
 def test_a_worker_in_doubt_learns_from_the_others_what_came_of_its_round(committed: bool) -> None:
     """Its confirmation broke. If others have committed, what it sent is in their anchor, and else it sends it again."""

@@ -217,6 +217,10 @@ def test_a_run_goes_on_with_the_same_workers() -> None:
         ({"sample": 0.5, "delay": 1}, "delay must be 0 with sample below 1, got 1"),
         ({"weight": 2.0, "reduction": "senders"}, "reduction must be \"mean\" with weight or sample, got 'senders'"),
         ({"weight": 2.0, "escape": Escape(3, 1.0, lambda: 0.0)}, "escape must be None with weight or sample: its"),
+        (
+            {"weight": 2.0, "compressor": Compression(TopK(0.1), exchange="two-way")},
+            'exchange must be "direct" with weight',
+        ),
         ({"sample": 0.5, "compressor": SketchTopK(0.1)}, "must average messages directly with sample below 1"),
     ],
 )

@@ -115,6 +115,7 @@ class Fragment(Slice):
         self.monitor = SlicedMonitor(compression.monitor_every)
         self.rounds = 0  # t: exchanges that were taken
         self.flight: Flight | None = None
+        self._owed: Tensor | None = None  # float[n]: put in the memory, and x is not yet where it begins with it
 
     def is_due(self, step: int) -> bool:
         """Tell if an exchange begins after inner step n, from 1: (n + offset) % every = 0."""
@@ -161,8 +162,8 @@ class Fragment(Slice):
         `later` the exchange ends at another step, and with a `share` of 0 the worker keeps its update: then x is to go
         on from where it is.
         """
+        self._prepare(compressor)
         began = [] if share else [s.to(x, copy=True) for s, x in zip(self.starts(), self.tensors(), strict=True)]
-        self.feedback.prepare(compressor)
         r = self.feedback.round(self.rounds)
         v = r.correct(PseudoGradient(self, decay, noise))
         mine = ~is_usable(v)
@@ -175,6 +176,24 @@ class Fragment(Slice):
         before = [x.clone() for x in self.tensors()] if later else began
         self.flight = Flight(due, r, v, bad, name, before, share=share)
         return self.flight
+
+    def _prepare(self, compressor: Compressor) -> None:
+        """Have this compressor's aggregator. What another one held back goes to the memory, and x goes along."""
+        memory, held = self.feedback.memory.vector, self.feedback.held()
+        before = memory.clone() if self.keeps and held else None
+        self.feedback.prepare(compressor)
+        if before is not None:
+            self._owe(memory - before)
+        if self._owed is not None:
+            for p, x, part in zip(self.parameters, self.tensors(), self.views(self._owed), strict=True):
+                if p.requires_grad:
+                    x.sub_(part.to(x))
+            self._owed = None
+
+    def _owe(self, added: Tensor) -> None:
+        """Note that so much, float[n], was added to the memory, and x, which begins at a - e, has not moved."""
+        if self.keeps:
+            self._owed = added if self._owed is None else self._owed.add_(added)
 
     def send(self, flight: Flight, step: int, *, reduction: Reduction, dense: bool) -> None:
         """Exchange C(share v) and absorb what it leaves; collective, and perhaps in another thread.
@@ -274,6 +293,7 @@ class Fragment(Slice):
         if not before:
             self.restart()
             return
+        self._owed = None  # the start has it
         starts = self.starts()
         for p, x, a, s in zip(self.parameters, self.tensors(), starts, before, strict=True):
             if not p.requires_grad:
@@ -290,6 +310,7 @@ class Fragment(Slice):
 
     def restart(self) -> None:
         """Have x where it begins after an exchange."""
+        self._owed = None
         if not self.keeps:
             self.go_to(self.anchor.views)
             return
@@ -316,7 +337,7 @@ class Fragment(Slice):
             found.add_(flight.mean)
         for x, start, view in zip(self.tensors(), starts, self.views(found), strict=True):
             view.add_(start.to(x).to(view) - x.to(view))
-        return found
+        return found if self._owed is None else found.add_(self._owed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fragment's state by parameter, tensors and plain types, after the current exchange."""
@@ -326,12 +347,14 @@ class Fragment(Slice):
             "anchor": self._named(self.anchor.flat),
             "pending": self._named(self.feedback.memory.vector),
             "held": self.feedback.held_state(),
+            "owed": {} if self._owed is None else self._named(self._owed),
             "monitor": self.monitor.state_dict(),
             "flight": None,
         }
         if flight is not None:
             before = {place.name: s.clone() for place, s in zip(self.places, flight.before, strict=True)}
             kept: dict[str, Any] = {"due": flight.due, "taken": flight.taken, "before": before, "mean": {}}
+            kept |= {"bad": bool(flight.bad), "names": list(flight.names)}
             if flight.taken:
                 assert flight.mean is not None
                 kept["mean"] = self._named(flight.mean)
@@ -349,6 +372,11 @@ class Fragment(Slice):
         self.feedback.fold()
         self.feedback.memory.vector.copy_(memory)
         self.feedback.restore(state["held"], compressor)
+        self._owed, owed = None, self.feedback.memory.vector - memory
+        for place, view in self.named(owed) if state["owed"] else ():
+            view.add_(state["owed"][place.name].to(view))
+        if owed.any():
+            self._owe(owed)
         self.flight = self._flight(state["flight"]) if state["flight"] else None
 
     def _flight(self, saved: Mapping[str, Any]) -> Flight:
@@ -360,8 +388,8 @@ class Fragment(Slice):
         here = self.tensors()
         before = [saved["before"][place.name].to(x, copy=True) for place, x in zip(self.places, here, strict=True)]
         nothing = torch.zeros(0, device=device)
-        bad = torch.tensor(False, device=device)
-        return Flight(saved["due"], None, nothing, bad, before=before, mean=mean, taken=saved["taken"])
+        bad, names = torch.tensor(saved["bad"], device=device), list(saved["names"])
+        return Flight(saved["due"], None, nothing, bad, before=before, mean=mean, names=names, taken=saved["taken"])
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         return {place.name: view.clone() for place, view in self.named(flat)}

@@ -59,6 +59,9 @@ class LocalRules:
             raise ValueError(f"delay must be 0 with sample below 1, got {self.delay}")
         if who.samples:
             _check_direct(aggregators, "with sample below 1")
+        # An owner's residual is of the weighted mean, and a round that sends it would weigh it again.
+        if any(type(aggregator).add_residual is not Aggregator.add_residual for aggregator in aggregators):
+            raise ValueError('exchange must be "direct" with weight: what owners hold back would be weighed twice')
 
     def check_elastic(self, aggregators: Iterable[Aggregator], *, escapes: bool, sharded: bool) -> None:
         """Raise ValueError for what does not go with workers that come and go."""

@@ -53,16 +53,19 @@ def split_state(
     rest["fragments"] = []
     for i, (part, saved) in enumerate(zip(fragments, state["fragments"], strict=True)):
         pending = {name: error.double() for name, error in saved["pending"].items()}
+        owed = {name: value.double() for name, value in saved["owed"].items()}
         for vector in saved["held"].get("vectors", {}).values():
             padded = torch.nn.functional.pad(vector.double(), (0, part.d - part.compressed_d))
             for place, view in part.named(padded):
                 pending[place.name] = pending[place.name] + workers * view
+                owed[place.name] = owed.get(place.name, 0) + workers * view
         means |= {("fragments", i, "pending", name): error for name, error in pending.items()}
+        means |= {("fragments", i, "owed", name): value for name, value in owed.items()}
         flight = saved["flight"]
         if flight is not None:
             means |= {("fragments", i, "flight", "before", name): x for name, x in flight["before"].items()}
-            flight = {k: v for k, v in flight.items() if k != "before"}
-        equal = {k: v for k, v in saved.items() if k not in ("pending", "held", "monitor")}
+            flight = {k: v for k, v in flight.items() if k not in ("before", "bad")}
+        equal = {k: v for k, v in saved.items() if k not in ("pending", "owed", "held", "monitor")}
         rest["fragments"].append(equal | {"flight": flight})
     return means, rest
 
@@ -73,8 +76,10 @@ def put_means(state: dict[str, Any], means: Mapping[Path, Tensor], identity: Map
         place: Any = state
         for key in path:
             place = place[key]
-        place[name] = mean.to(place[name].dtype)
+        place[name] = mean.to(place[name].dtype) if name in place else mean
     for saved in state["fragments"]:
+        if saved["flight"] is not None:
+            saved["flight"]["bad"] = False  # the mean of x is judged in the next round
         for vector in saved["held"].get("vectors", {}).values():  # the means of the memories have it
             vector.zero_()
     state["identity"] |= {name: identity[name] for name in ("rank", "workers")}

@@ -236,7 +236,7 @@ class LocalUpdates:
                 send=lambda part, dense, share: self._rounds.try_out(part, self.steps, share, dense=dense),
                 land=self._rounds.land,
             )
-        self._is_away = False  # while parameters are at the anchor for a look
+        self._looks = 0  # at the anchor, one within another, while parameters are there
         self._has_begun = False  # a first inner step has moved x, or was left out
         follow(self.optimizer, self)
         on_attempts(self.optimizer, scaler, self._before_step, self._attempted)
@@ -268,8 +268,7 @@ class LocalUpdates:
     @torch.no_grad()
     def _before_step(self) -> None:
         """Before each inner step; a worker that comes with its first has no gradient at its x."""
-        if self._is_away:
-            raise RuntimeError("optimizer.step() within at_anchor(), which puts parameters back at its end")
+        self._check_here("optimizer.step()")
         check_no_others(self.optimizer, self._parameters.values())
         self._meet()
         self._has_begun = True
@@ -277,6 +276,11 @@ class LocalUpdates:
             self.join()
             for p in self._parameters.values():
                 p.grad = None
+
+    def _check_here(self, call: str) -> None:
+        """Raise RuntimeError while parameters are at the anchor: they do not show what this worker has moved."""
+        if self._looks:
+            raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
 
     @torch.no_grad()
     def _meet(self) -> None:
@@ -310,6 +314,7 @@ class LocalUpdates:
 
         Raises RuntimeError with a manager.
         """
+        self._check_here("sit_out()")
         if self.membership is not None:
             raise RuntimeError(
                 "sit_out is for a fixed set of workers; with a manager, a worker that is away is left out"
@@ -327,6 +332,7 @@ class LocalUpdates:
         """
         if self.membership is None:
             raise RuntimeError("join is for workers that come and go: LocalUpdates(..., manager=)")
+        self._check_here("join()")
         if self.membership.joined:
             return
         self._meet()
@@ -341,6 +347,7 @@ class LocalUpdates:
         """
         if self.membership is None:
             raise RuntimeError("leave is for workers that come and go: LocalUpdates(..., manager=)")
+        self._check_here("leave()")
         with torch.no_grad():
             self.membership.leave()
 
@@ -418,12 +425,14 @@ class LocalUpdates:
         """
         if self.membership is not None:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
+        self._check_here("error()")
         self._meet()
         return self._flat(self._rounds.error())
 
     @torch.no_grad()
     def pending(self) -> Tensor:
         """Return minus what the anchor has not received of this worker, float[d], in the optimizer's order."""
+        self._check_here("pending()")
         self._meet()
         return self._flat(self._rounds.pending())
 
@@ -443,18 +452,18 @@ class LocalUpdates:
     def at_anchor(self) -> Iterator[None]:
         """Have the parameters at the anchor for a while: to evaluate, certify or save one model for all workers.
 
-        Within, a step of the optimizer raises RuntimeError.
+        Within, a step of the optimizer and whatever looks at this worker's own changes, as `flush`, raise RuntimeError.
         """
         self._meet()
         with torch.no_grad():
             before = [[x.clone() for x in part.tensors()] for part in self._fragments]
             for part in self._fragments:
                 part.go_to(part.anchor.views)
-        self._is_away = True
+        self._looks += 1
         try:
             yield
         finally:
-            self._is_away = False
+            self._looks -= 1
             with torch.no_grad():
                 for part, kept in zip(self._fragments, before, strict=True):
                     for x, old in zip(part.tensors(), kept, strict=True):
@@ -468,6 +477,7 @@ class LocalUpdates:
         noise. Returns whether all of it was taken. With a manager the round is one of all that are there, whether or
         not they have come to their end.
         """
+        self._check_here("flush()")
         self._meet()
         if self.membership is not None:
             return self.membership.round(dense=True)

@@ -256,10 +256,15 @@ class Membership:
             dense=int(dense),
             keeps=int(self._path is not None),
             weight=self._weight() if self.joined else 0.0,
-            idle_weight=self.account.last_weight if self.account.norm else 0.0,
+            idle_weight=self.account.last_weight if self.account.norm or self._has_more() else 0.0,
             seconds=seconds,
             lost=self.account.found_lost,
         )
+
+    def _has_more(self) -> bool:
+        """Tell if fragments whose turn has not come have moved, where there was no step since the last round."""
+        waiting = self.joined and not self.account.since and len(self._fragments) > 1
+        return waiting and any(bool(part.unapplied().any()) for part in self._fragments)
 
     def _greet(self, mine: Hello) -> list[Hello]:
         gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
