@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from packsaddle import AdaptiveTopK, Identity, LowRank, RandomK, Sign, TopK
-from packsaddle.cli.plan_link import ms
+from packsaddle import QSGD, AdaptiveTopK, Identity, LowRank, RandomK, Sign, TopK
+from packsaddle.cli.plan_link import _use, ms
 from packsaddle.comm.group import Solo
 from packsaddle.experiments.tasks.images import load_data
 from packsaddle.experiments.tasks.models import make_task
@@ -21,7 +21,7 @@ from packsaddle.experiments.templates import TASKS
 from packsaddle.performance import link_planner, workload
 from packsaddle.performance.coding_speed import Line, Pace
 from packsaddle.performance.link_planner import MEASURED, StepsNeeded, forecast, steps_needed
-from packsaddle.performance.local_planner import forecast_local, measured_with
+from packsaddle.performance.local_planner import Setting, forecast_local, measured_with
 from packsaddle.performance.step_time import Fleet, Link
 from packsaddle.performance.timing import Timing
 from packsaddle.performance.workload import ModelSize
@@ -361,6 +361,56 @@ def test_local_updates_hide_their_exchange(capsys: pytest.CaptureFixture[str]) -
     least = min(measured_with(4).values())
     few = forecast_local(size, link, fleet, lambda compressor, d: free, most_steps=least)
     assert [f.steps for f in few] == [least]
+
+
+def test_a_slower_link_plans_no_shorter_a_step_of_local_updates() -> None:
+    """Fragments pay a latency each: there are several only if that helps."""
+    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+    for workers, d, rate, compute in (
+        (4, 5_000_000, 125e6, 0.02),
+        (32, 5_000_000, 12.5e6, 0.0129),
+        (8, 10**8, 2.5e6, 0.2),
+    ):
+        before: dict[Setting, float] = {}
+        for latency in (1.1**i * 1e-5 for i in range(100)):
+            fleet, size = Fleet(workers, compute), workload.ModelSize.of_size(d)
+            for f in forecast_local(size, Link(latency, rate), fleet, lambda compressor, d: free):
+                assert f.seconds >= before.get(f.setting, 0.0) * (1 - 1e-9)
+                before[f.setting] = f.seconds
+                if f.fragments > 1:
+                    assert f.delay <= max(1, f.setting.every // 4) + 1 or f.exchange > 0
+
+
+def test_waiting_for_the_slowest_is_no_computing() -> None:
+    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+    fleet = Fleet(64, 0.1, spread=1.0)
+    for f in forecast_local(workload.ModelSize.of_size(1_000_000), Link(1e-6, 1e12), fleet, lambda compressor, d: free):
+        assert f.computing == pytest.approx(0.1 / (0.1 + fleet.waiting / f.setting.every**0.5), rel=1e-3)
+
+
+def test_a_compressor_pays_below_the_rate_at_which_no_exchange_of_it_does() -> None:
+    """Sign by two-way at the slow end, by all-gather at the fast end: each plan says the same."""
+    pace = Pace(Line(0, 1e-9), Line(0, 1e-9), Line(0, 1e-9))
+    size, fleet = workload.ModelSize.of_size(1_000_000), Fleet(3, 0.004)
+    rates = [10.0**exponent for exponent in range(4, 12)]
+    for compressor in (Sign(), TopK(0.01)):
+        verdicts = [forecast(size, Link(0.028, rate), fleet, [compressor], lambda c, d: pace) for rate in rates]
+        found = [next(f for f in v.forecasts if not f.is_dense) for v in verdicts]
+        assert len({f.exchange for f in found}) == 2
+        assert len({f.break_even for f in found}) == 1
+        for f, v, rate in zip(found, verdicts, rates, strict=True):
+            if f.break_even is not None:
+                assert (f.seconds < v.dense.seconds) == (rate < f.break_even)
+
+
+def test_the_line_to_use_names_an_exchange_that_must_be_asked_for() -> None:
+    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+    size, fleet, link = workload.ModelSize.of_size(10_000_000), Fleet(32, 0.5), Link(1e-5, 30e6)
+    verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
+    assert verdict.best.exchange == "two-way"
+    (local,) = forecast_local(size, link, fleet, lambda c, d: free, measured={Setting(1, Identity()): 100.0})
+    line = _use(verdict, local)
+    assert line.startswith('Use: register_ddp_hook with Compression(QSGD(levels=127), exchange="two-way"), ')
 
 
 def test_more_workers_need_more_steps_of_local_updates() -> None:

@@ -248,7 +248,10 @@ def _use(verdict: Verdict, local: LocalForecast) -> str:
         return "Use: DistributedDataParallel as it is."
     if local.seconds <= hook.seconds:
         return f"Use: LocalUpdates, {dense / best:.3g} times as fast as dense training."
-    return f"Use: register_ddp_hook with {hook.compressor}, {dense / best:.3g} times as fast as dense training."
+    name = hook.compressor
+    if hook.exchange == "two-way":  # which must be asked for
+        name = f'Compression({name}, exchange="two-way")'
+    return f"Use: register_ddp_hook with {name}, {dense / best:.3g} times as fast as dense training."
 
 
 def _steps(f: Forecast) -> str:

@@ -20,7 +20,7 @@ from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.compressors import QSGD, Compressor, LowRank, RandomK, Sign, TopK
 from packsaddle.compressors.registry import describe
 from packsaddle.performance.coding_speed import Pace
-from packsaddle.performance.step_time import Dense, Fleet, Link, Step, StepTime, break_even, compressed
+from packsaddle.performance.step_time import Dense, Fastest, Fleet, Link, Step, StepTime, break_even, compressed
 from packsaddle.performance.workload import ModelSize
 
 _SMALL = 20  # all-reduces of one element
@@ -268,7 +268,8 @@ def forecast(
         ranks = {0, fleet.workers - 1}  # chunks, and so bytes, differ by a coordinate at most
         wires = [choice.aggregator.wire(workload.d, workload.dense, rank, fleet.workers, 4).sent for rank in ranks]
         needed = steps_needed(compressor, optimizer)
-        equal = break_even(step, dense, link, fleet, needed.factor if needed else 1.0)
+        fastest = Fastest(tuple(step for _, step in steps))  # at other rates another exchange may be
+        equal = break_even(fastest, dense, link, fleet, needed.factor if needed else 1.0)
         found.append(Forecast(describe(compressor), choice.name, max(wires), step.time(link, fleet), equal, needed))
     return Verdict(tuple(sorted(found, key=lambda f: (not f.is_known, f.seconds))))
 

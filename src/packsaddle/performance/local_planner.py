@@ -60,6 +60,7 @@ class LocalForecast:
     fragments: int
     sent: float
     compute: float  # with waiting for the slowest worker, once a round
+    waiting: float  # of that
     coding: float
     exchange: float  # that steps wait for
     steps: float  # for the progress of one dense step
@@ -77,7 +78,7 @@ class LocalForecast:
     @property
     def computing(self) -> float:
         """The share of the time that goes into forward and backward passes."""
-        return self.compute / self.step
+        return (self.compute - self.waiting) / self.step
 
     def plain(self) -> dict[str, Any]:
         """Return it as plain types."""
@@ -109,8 +110,9 @@ def forecast_local(
     """Predict the settings that need at most `most_steps` times dense training's steps, the quickest first.
 
     `pace(compressor, d)` says how fast one codes, `update` the time to make v and to absorb, in seconds a
-    round. There are as many fragments as bring the exchange of one below a quarter of H, and the delay is the least
-    that hides it; without `overlap` steps wait for all of it. Raises ValueError for fewer than two workers, and if no
+    round. There are as many fragments as bring the exchange of one below a quarter of H, if that hides all of it, else
+    as many as leave the least to wait for. The delay is the least that hides the exchange of one fragment; without
+    `overlap` steps wait for all of it. Raises ValueError for fewer than two workers, and if no
     setting is left.
     """
     if fleet.workers < 2:
@@ -148,17 +150,31 @@ def _forecast(
     coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
     latency, bandwidth = link.parts(coded.cost)
     # Workers wait for the slowest once a round, not once a step: what differs between steps evens out.
-    compute = fleet.compute + fleet.waiting / math.sqrt(setting.every)
-    within = max(1, setting.every // _STALE) * compute
-    fragments = min(setting.every, max(1, math.ceil(bandwidth / (within - latency)))) if within > latency else 1
-    fragments = fragments if overlap else 1
-    exchange = fragments * latency + bandwidth
-    delay = min(setting.every - 1, math.ceil(exchange / fragments / compute)) if compute else setting.every - 1
-    delay = delay if overlap else 0
-    hidden = setting.every * compute if fragments > 1 else delay * compute
-    waited = max(0.0, exchange - hidden)
+    waiting = fleet.waiting / math.sqrt(setting.every)
+    compute = fleet.compute + waiting
+    fragments = _fragments(setting.every, latency, bandwidth, compute) if overlap else 1
+    delay, waited = _overlapped(fragments, setting.every, latency, bandwidth, compute)
+    if not overlap:
+        delay, waited = 0, latency + bandwidth
     sent = choice.aggregator.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4).sent
     coding = (coded.compression + update) / setting.every
     return LocalForecast(
-        setting, delay, fragments, sent / setting.every, compute, coding, waited / setting.every, steps
+        setting, delay, fragments, sent / setting.every, compute, waiting, coding, waited / setting.every, steps
     )
+
+
+def _fragments(every: int, latency: float, bandwidth: float, compute: float) -> int:
+    """Return how many fragments to exchange in H = `every` steps of so much computing (see `forecast_local`)."""
+    within = max(1, every // _STALE) * compute
+    if within > latency:
+        needed = max(1, math.ceil(bandwidth / (within - latency)))
+        if needed <= every and needed * latency + bandwidth <= every * compute:
+            return needed
+    return min(range(1, every + 1), key=lambda n: (_overlapped(n, every, latency, bandwidth, compute)[1], n))
+
+
+def _overlapped(fragments: int, every: int, latency: float, bandwidth: float, compute: float) -> tuple[int, float]:
+    """Return the delay of each of so many fragments, in steps, and the seconds of a round that steps wait."""
+    exchange = fragments * latency + bandwidth
+    delay = min(every - 1, math.ceil(exchange / fragments / compute)) if compute else every - 1
+    return delay, max(0.0, exchange - (every if fragments > 1 else delay) * compute)

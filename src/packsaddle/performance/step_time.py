@@ -164,6 +164,16 @@ class Compressed(Step):
 
 
 @dataclass(frozen=True)
+class Fastest(Step):
+    """Of several ways the one that takes the least time on a link."""
+
+    steps: tuple[Step, ...]
+
+    def time(self, link: Link, fleet: Fleet) -> StepTime:
+        return min((step.time(link, fleet) for step in self.steps), key=lambda time: time.total)
+
+
+@dataclass(frozen=True)
 class Dense(Step):
     """DistributedDataParallel: `nbytes` bytes all-reduced in buckets, during the backward pass or after it."""
 
