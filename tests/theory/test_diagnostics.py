@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import scipy
 import torch
 from algorithm1 import algorithm1
 from torch import Tensor
@@ -123,6 +125,18 @@ def test_the_rate_of_random_k_is_that_of_one_coordinate_sent_at_random() -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("c", [1e-6, 0.01, 3.0])
+def test_the_rate_is_the_sum_over_gaps(c: float) -> None:
+    """And where that has too many terms, the exponential distribution's: exp(b) E_1(b), b = mu / c."""
+    for mu in (0.9, 0.1, 1e-3):
+        gaps = np.arange(1, math.ceil(45 / mu))
+        direct = mu * float(np.sum(mu * (1 - mu) ** (gaps - 1) * np.log1p(c * gaps)))
+        assert growth_rate(c, 1.0, mu) == pytest.approx(direct, rel=1e-10)
+    for mu in (1e-8, 1e-12):
+        b = mu / c
+        assert growth_rate(c, 1.0, mu) == pytest.approx(mu * math.exp(b) * scipy.special.exp1(b), rel=1e-6)
+
+
 def test_random_k_grows_at_its_rate() -> None:
     """One run's slope over 1,500 steps varies by some 1.5% (see experiments/diagnostics)."""
     coupling = couple(Oracle(SADDLE), Method(ETA, RandomK(k=5), R), zeros(20), steps=1700)
