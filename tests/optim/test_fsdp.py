@@ -533,3 +533,53 @@ def test_modules_choose_as_one(gloo: Gloo) -> None:
         assert d == 3 * 31 * 60
         assert set(sent) == {279}
         assert ours < 1.1 * chosen_as_one
+
+
+def used_twice(way: str) -> list[str]:
+    """What is said where a block is shared, or the model called twice, before one backward pass."""
+    mesh = meshes()
+    model = sharded(mesh["shard"])
+    register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.1))
+    batch = torch.randn(8, 30, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.float64)
+    if way == "block":
+        first = model[0](batch)
+        losses = [model[0](first[:, :30]).square().mean()]
+    else:
+        losses = [model(batch).square().mean(), model(batch + 1).square().mean()]
+    try:
+        torch.stack(losses).sum().backward()
+    except RuntimeError as error:
+        return [str(error)]
+    return []
+
+
+@pytest.mark.parametrize("way", ["block", "model"])
+def test_what_is_used_twice_in_a_pass_is_refused(gloo: Gloo, way: str) -> None:
+    """FSDP hands over the gradient in parts; two passes of the model, one after the other, are as ever."""
+    for (message,) in gloo(used_twice, 4, way, fresh=True):
+        assert "is used twice in one backward pass" in message
+
+
+def accumulated_over_a_bad_pass(empties: bool) -> tuple[bool, int, int]:
+    """Two micro-batches for a step, both reduced, the first with a NaN on one replica; or dropped before the second."""
+    mesh = meshes()
+    model = sharded(mesh["shard"])
+    hook = register_fsdp_hook(model, mesh["replicate"].get_group(), TopK(0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    hook.protect(optimizer)
+    before = local_shards(model)
+    for t in range(2):
+        (loss(model, t) * (math.nan if t == 0 and dist.get_rank() == 2 else 1.0)).backward()
+        if empties:
+            optimizer.zero_grad()
+    if empties:
+        loss(model, 2).backward()
+    optimizer.step()
+    after = local_shards(model)
+    return bool(after.isfinite().all()), int(not torch.equal(before, after)), hook.skipped
+
+
+@pytest.mark.parametrize("empties", [False, True])
+def test_a_bad_micro_batch_spoils_the_step_and_no_other(gloo: Gloo, empties: bool) -> None:
+    for found in gloo(accumulated_over_a_bad_pass, 4, empties):
+        assert found == (True, int(empties), 1)

@@ -122,7 +122,7 @@ class FSDPHook(GradientHook):
         self._seeds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._loose: dict[str, Tensor] = {}  # errors that were loaded, until their modules come
-        self._seen: set[str] = set()  # modules that have come in this backward pass
+        self._seen: dict[str, int] = {}  # modules that have come in this backward pass, and autograd's number of it
 
     @torch.no_grad()
     def start(self) -> None:
@@ -140,13 +140,22 @@ class FSDPHook(GradientHook):
 
         FSDP calls it in the backward pass, with the `name` of the module and its `index` among the sharded ones.
         """
+        number = torch._C._current_graph_task_id()
+        if number >= 0 and self._seen.get(name) == number and self._tried:
+            raise RuntimeError(
+                f"{name or 'the root module'} is used twice in one backward pass (a block that is shared, or a model "
+                f"that is called twice), and FSDP hands over its gradient in parts, which cannot be exchanged as one: "
+                f"call backward() after each use"
+            )
         if not self._tried or name in self._seen:  # the pass before is over
             self._open()
-            self._seen = set()
+            self._seen = {}
+            # FSDP adds this pass's gradients to those of earlier ones, which the exchange does not see.
+            self._fresh = all(p.grad is None for p in self._model.parameters())
             self._step_rates.add([self._perturbation.std(self._steps)])
             # After FSDP's own, which takes gradients to their parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
-        self._seen.add(name)
+        self._seen[name] = number
         part = self._slice(name, index, gradient)
         xi = self._perturbation.at(seed=self._seeds[name], step=self._steps)  # line 9
         bad = self._try(part, {name: gradient}, xi)
@@ -247,7 +256,7 @@ class FSDPHook(GradientHook):
         """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
         self.check_state_dict(state)
         self._settle(broken_off=True)
-        self._slices, self._seeds, self._seen = {}, {}, set()
+        self._slices, self._seeds, self._seen = {}, {}, {}
         self._step_rates.clear()
         self._loose = {name: error.to(self.device, copy=True) for name, error in state["pending"].items()}
         self._steps = state["steps"]

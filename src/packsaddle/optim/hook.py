@@ -264,6 +264,9 @@ class GradientHook:
         self._bad: list[Tensor] = []  # what `GradientSlice.exchange` has returned
         self._bad_name = ""  # the first parameter of which this worker's vector was not finite
         self._complete = False
+        self._protected: list[Optimizer] = []
+        self._spoiled: list[Optimizer] = []  # those whose gradients have NaNs of a pass that was not taken
+        self._fresh = True  # the running pass is judged with all that gradients have gathered before
 
     def __repr__(self) -> str:  # without waiting for a running pass
         compressor, workers = describe(self._rules.at(self._steps)), self.channel.group.size
@@ -305,6 +308,7 @@ class GradientHook:
         """
         if self._skips.most is not None:
             optimizer.register_step_pre_hook(self._withhold)
+            self._protected.append(optimizer)
             self._skips.protected = True
 
     def trust(self, scaler: torch.amp.GradScaler) -> None:
@@ -313,7 +317,8 @@ class GradientHook:
 
     def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._settle()
-        if self._skips.in_a_row:
+        if optimizer in self._spoiled:
+            self._spoiled.remove(optimizer)
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 p.grad = None
 
@@ -359,7 +364,9 @@ class GradientHook:
             self._monitor.settle(self._steps, taken=taken)
             if taken:
                 self._skips.took()
+                self._spoiled = [] if self._fresh else self._spoiled
             elif self._complete:
+                self._spoiled = list(self._protected)
                 workers = (self.channel.group.rank,) if self._bad_name else ()
                 others = "a gradient of another worker" if min(told) <= 1 else THE_MEAN
                 self._skips.enter(Skip(self._steps, workers, self._bad_name or others))

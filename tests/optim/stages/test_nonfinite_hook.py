@@ -126,3 +126,25 @@ def in_a_wrapper() -> tuple[bool, bool]:
 
 def test_the_optimizer_in_a_frameworks_is_the_one_that_is_kept(gloo: Gloo) -> None:
     assert gloo(in_a_wrapper, 2) == [(True, True)] * 2
+
+
+def shared_optimizer() -> tuple[bool, bool, bool]:
+    """Of two models with one optimizer, one has a bad pass, and then rests: whether the other moves, in that step and
+    in the next ones; and whether two optimizers of a model both leave the bad step out."""
+    models = [wrapped(network(torch.float32), SEVERAL) for _ in range(2)]
+    optimizer = torch.optim.SGD([p for m in models for p in m.parameters()], 0.1)
+    hooks = [register_ddp_hook(m, TopK(0.05), optimizer=optimizer) for m in models]
+    other = torch.optim.SGD(models[0].parameters(), 0.1)
+    hooks[0].protect(other)
+    poison = math.nan if resolve(None).rank == 1 else 1.0
+    first = vector(models[0])
+    train(models[0], optimizer, [batches(1, torch.float32)[0] * poison])
+    other.step()
+    stayed = torch.equal(first, vector(models[0]))
+    before = vector(models[1])
+    train(models[1], optimizer, batches(3, torch.float32))
+    return stayed, not torch.equal(before, vector(models[1])), hooks[1].steps == 3
+
+
+def test_a_bad_pass_holds_back_one_step_of_each_optimizer(gloo: Gloo) -> None:
+    assert gloo(shared_optimizer, 2) == [(True, True, True)] * 2
