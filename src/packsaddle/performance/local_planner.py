@@ -164,7 +164,7 @@ def _forecast(
 
 
 def _fragments(every: int, latency: float, bandwidth: float, compute: float) -> int:
-    """Return how many fragments to exchange in H = `every` steps of so much computing (see `forecast_local`)."""
+    """Return how many fragments to exchange in H = `every` steps of `compute` seconds (see `forecast_local`)."""
     within = max(1, every // _STALE) * compute
     if within > latency:
         needed = max(1, math.ceil(bandwidth / (within - latency)))
@@ -174,7 +174,7 @@ def _fragments(every: int, latency: float, bandwidth: float, compute: float) -> 
 
 
 def _overlapped(fragments: int, every: int, latency: float, bandwidth: float, compute: float) -> tuple[int, float]:
-    """Return the delay of each of so many fragments, in steps, and the seconds of a round that steps wait."""
+    """Return the delay of each of `fragments` exchanges, in steps, and the seconds of a round that steps wait."""
     exchange = fragments * latency + bandwidth
     delay = min(every - 1, math.ceil(exchange / fragments / compute)) if compute else every - 1
     return delay, max(0.0, exchange - (every if fragments > 1 else delay) * compute)
