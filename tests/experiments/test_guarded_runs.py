@@ -119,7 +119,7 @@ def test_means_are_of_the_steps_that_were_taken() -> None:
         tally.add(torch.tensor([loss, 2 * loss], dtype=torch.float64), taken=taken, last=True)
         tally.step += 1
     assert tally.means().tolist() == [2.0, 4.0]
-    assert (float(tally.final), tally.left_out_last) == (4.0, 1)
+    assert (float(tally.final), tally.in_final) == (4.0, 2)
     tally.begin_line()
     assert (tally.since, tally.left_out) == (3, 0)
 
