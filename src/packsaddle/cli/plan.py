@@ -126,14 +126,20 @@ def plan(
         json: Print one JSON document.
     """
     options = LinkOptions(d, model, latency, compute, batch, spread, noise or None, up, down, local or None, most_steps)
+    theory = _changed(
+        smoothness=smoothness,
+        hessian_lipschitz=hessian_lipschitz,
+        sigma=sigma,
+        f_max=f_max,
+        lipschitz_gradient=lipschitz_gradient,
+        mode=mode,
+    )
     if local and optimizer == "sgd":
         raise ConfigError("--local is with adamw, with which local updates were measured: leave out --optimizer sgd")
     if most_steps is not None and not local:
         raise ConfigError("--most-steps is for local updates: it needs --local")
     if link is not None or up is not None or down is not None:
-        given = {"epsilon": epsilon, "lipschitz_gradient": lipschitz_gradient, "table": table or None}
-        given |= _changed(smoothness=smoothness, hessian_lipschitz=hessian_lipschitz, sigma=sigma, f_max=f_max)
-        given |= _changed(mode=mode)
+        given = {"epsilon": epsilon, "table": table or None} | theory
         _refuse(given, "is for a plan by the theorems, not for the time of a step: leave out --link, or it")
         optimizer = "adamw" if local else optimizer
         plan_link(_rate(options, link), options, _candidates(compressor, ratio, optimizer), workers, optimizer, json)
@@ -144,9 +150,8 @@ def plan(
         missing = " and ".join(f"--{n}" for n, value in (("d", d), ("epsilon", epsilon)) if value is None)
         raise ConfigError(f"plan needs {missing}; or --link RATE, for the time of a step")
     if table:
-        given = _changed(compressor=compressor, workers=workers, ratio=ratio, smoothness=smoothness, sigma=sigma)
-        given |= _changed(hessian_lipschitz=hessian_lipschitz, f_max=f_max, lipschitz_gradient=lipschitz_gradient)
-        _refuse(given | _changed(mode=mode), "is for a plan, and --table has the paper's settings: leave out one")
+        given = theory | _changed(compressor=compressor, workers=workers, ratio=ratio)
+        _refuse(given, "is for a plan, and --table has the paper's settings: leave out one")
     workers = 4 if workers is None else workers
     try:
         if table:

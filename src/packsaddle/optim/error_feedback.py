@@ -85,12 +85,16 @@ class SliceFeedback(ErrorFeedback):
         self._compressor: Compressor | None = None  # of the whole vector
         self._by_size: Compressor | None = None  # what it is on this slice, if only its size counts
 
+    def changes_for(self, compressor: Compressor) -> bool:
+        """Tell if `prepare` will take another aggregator for this compressor."""
+        return compressor != self._compressor
+
     def prepare(self, compressor: Compressor, allotted: Compressor | None = None) -> None:
         """Have the aggregator of this compressor; what another one holds back goes to the error memory.
 
         `allotted` is what it is on this slice, where that depends on the others.
         """
-        if compressor != self._compressor:
+        if self.changes_for(compressor):
             n, spec = self.of.compressed_d, self._compression
             self._by_size = self._restricted(compressor)
             chosen = choose(

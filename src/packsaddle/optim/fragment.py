@@ -179,8 +179,8 @@ class Fragment(Slice):
 
     def _prepare(self, compressor: Compressor) -> None:
         """Have this compressor's aggregator. What another one held back goes to the memory, and x goes along."""
-        memory, held = self.feedback.memory.vector, self.feedback.held()
-        before = memory.clone() if self.keeps and held else None
+        memory, changes = self.feedback.memory.vector, self.feedback.changes_for(compressor)
+        before = memory.clone() if self.keeps and changes and self.feedback.held() else None
         self.feedback.prepare(compressor)
         if before is not None:
             self._owe(memory - before)

@@ -153,9 +153,9 @@ def _forecast(
     waiting = fleet.waiting / math.sqrt(setting.every)
     compute = fleet.compute + waiting
     fragments = _fragments(setting.every, latency, bandwidth, compute) if overlap else 1
-    delay, waited = _overlapped(fragments, setting.every, latency, bandwidth, compute)
-    if not overlap:
-        delay, waited = 0, latency + bandwidth
+    delay, waited = 0, latency + bandwidth
+    if overlap:
+        delay, waited = _overlapped(fragments, setting.every, latency, bandwidth, compute)
     sent = choice.aggregator.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4).sent
     coding = (coded.compression + update) / setting.every
     return LocalForecast(
