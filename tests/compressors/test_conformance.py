@@ -1,8 +1,10 @@
 """Every compressor has every property on every nasty vector; supports, codes and recovery; bad arguments are named."""
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import islice
 
 import numpy
@@ -23,6 +25,7 @@ from packsaddle import (
     LowRank,
     Message,
     RandomK,
+    RatioRamp,
     SharedTopK,
     Sign,
     SketchTopK,
@@ -31,6 +34,7 @@ from packsaddle import (
 )
 from packsaddle.compressors.selection import largest
 from packsaddle.compressors.testing import check_compressor, nasty_vectors
+from packsaddle.numerics.kernels import torch_only
 
 by_vector = pytest.mark.parametrize("v", nasty_vectors().values(), ids=nasty_vectors().keys())
 # Those between which the energy that is lost differs; the others are of another scale, dtype or length.
@@ -127,6 +131,112 @@ def test_the_suite_finds_what_is_broken(wrong: str, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         check_compressor(Broken(wrong))
     check_compressor(Broken("nothing"))
+
+
+class Plain(Compressor):
+    """Sends v as it is, and is no dataclass."""
+
+    def mu(self, d: int) -> float:
+        return 1.0
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        return Message({"values": v.clone()})
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        out.add_(message.parts["values"], alpha=alpha)
+
+
+@dataclass
+class Changing(Plain):
+    """One whose fields may change, and that no table can look up."""
+
+
+@dataclass(frozen=True)
+class Scalar(Plain):
+    """One with a part that is no vector."""
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        return Message({"values": v.clone(), "scale": v.abs().mean()})
+
+
+@pytest.mark.parametrize(
+    ("compressor", "message"),
+    [
+        (Plain(), r"^Plain: must be a frozen dataclass$"),
+        (Changing(), r"^Changing: must be a frozen dataclass whose fields can be hashed"),
+        (Scalar(), r"Scalar\(\) on 'gaussian': parts must be flat"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_the_suite_names_what_a_class_lacks(compressor: Compressor, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_compressor(compressor, seeds=2)
+
+
+def test_the_suite_on_one_seed_no_coordinate_and_numbers_whose_squares_overflow() -> None:
+    v = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    check_compressor(TopK(0.1), {"large": v * 1e200, "none": v[:0], "small": v * 1e-200}, seeds=1)
+    with pytest.raises(AssertionError, match=r"mu is 0\.99"):
+        check_compressor(Broken("mu"), {"large": v * 1e200}, seeds=1)
+    with pytest.raises(ValueError, match="seeds must be a positive integer, got 0"):
+        check_compressor(TopK(0.1), seeds=0)
+
+
+@pytest.mark.parametrize(
+    "compressor", [QSGD(1), QSGD(), QSGD(127), QSGD(1000, 3), QSGD(1 << 23), QSGD(coded=False)], ids=repr
+)
+def test_levels_of_the_largest_numbers_are_finite(compressor: QSGD) -> None:
+    """Also where a level times a norm, which may be as large, is not."""
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        v = torch.tensor([1.0, -0.5, 0.0, 2.0**-20] * 20, dtype=dtype)
+        scale = torch.finfo(torch.promote_types(dtype, torch.float32)).max / 64 / 256
+        scale = min(scale, torch.finfo(dtype).max / 2)
+        expected = compressor(v.to(torch.promote_types(dtype, torch.float32)), seed=1).double()
+        for context in (contextlib.nullcontext(), torch_only()):
+            with context:
+                found = compressor(v * scale, seed=1).double() / scale
+            assert torch.allclose(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6), dtype
+
+
+def test_a_gaussian_sketch_is_the_same_with_and_without_compiled_loops() -> None:
+    """Workers make its rows each for itself, whatever they run on."""
+    c = LinearSketch(columns=70, sketch="gaussian")
+    rows = c._gaussian_rows(3000, torch.zeros(1), 5, 6)
+    with torch_only():
+        other = c._gaussian_rows(3000, torch.zeros(1), 5, 6)
+    assert [len(block) for block in rows] == [64, 6]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(rows, other, strict=True))
+    whole = torch.cat(rows) * 70**0.5
+    assert float(whole.std()) == pytest.approx(1.0, abs=0.01)
+    assert float((whole[:6] * whole[64:]).mean()) == pytest.approx(0.0, abs=5 / 18_000**0.5)
+
+
+def test_numbers_of_other_libraries() -> None:
+    v = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    for compressor in (RandomK(0.1), QSGD(), LowRank(), SharedTopK(0.1), SketchTopK(0.1), LinearSketch(0.1)):
+        assert torch.equal(compressor(v, seed=numpy.int64(-5), step=numpy.int32(3)), compressor(v, seed=-5, step=3))
+    for share in (numpy.float32(0.25), Fraction(1, 4)):
+        assert repr(TopK(share)) == repr(TopK(0.25))  # type: ignore[arg-type]
+        assert repr(AdaptiveTopK(share)) == repr(AdaptiveTopK(0.25))  # type: ignore[arg-type]
+        assert repr(LinearSketch(share)) == repr(LinearSketch(0.25))  # type: ignore[arg-type]
+        assert RatioRamp(TopK(share), 10)(10) == TopK(0.25)  # type: ignore[arg-type]
+
+
+def test_few_of_no_coordinates() -> None:
+    for compressor in (TopK(k=5), RandomK(k=5), Stages(TopK(k=5))):
+        assert compressor.restrict(0, 10) == compressor
+        assert compressor.message_bytes(0) == 0
+
+
+def test_predicted_bytes_are_those_sent_of_every_format() -> None:
+    fixed = [c for c in COMPRESSORS if c.fixed_size and not c.needs_tensors] + [
+        QSGD(coded=False),
+        QSGD(5, 7, coded=False),
+    ]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        v = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+        for c in fixed:
+            assert c.encode(v, seed=0, step=1).nbytes == c.message_bytes(1000, v.element_size()), (c, dtype)
 
 
 NOT_LINEAR = [
@@ -514,6 +624,9 @@ REFUSALS: dict[str, Callable[[], Compressor]] = {
     "levels of QSGD must be a positive integer, got True": lambda: QSGD(levels=True),
     "bucket of QSGD must be a positive integer, got False": lambda: QSGD(bucket=False),
     "levels of QSGD must be a positive integer, got 1.5": lambda: QSGD(levels=1.5),  # type: ignore[arg-type]
+    r"levels of QSGD must be at most 2\^23, .* got 8388609": lambda: QSGD((1 << 23) + 1),
+    "per_tensor of TopK must be True or False, got 'no'": lambda: TopK(0.5, per_tensor="no"),  # type: ignore[arg-type]
+    "per_tensor of Sign must be True or False, got 1": lambda: Sign(per_tensor=1),  # type: ignore[arg-type]
     "LinearSketch takes exactly one of ratio and columns": lambda: LinearSketch(),
     r"ratio of LinearSketch must be in \(0, 1\], got 2": lambda: LinearSketch(2.0),
     "ratio of LinearSketch .* not an integer, got 1; for a number of counters pass columns=": lambda: LinearSketch(1),

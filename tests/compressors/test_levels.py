@@ -186,7 +186,7 @@ def test_when_sizes_are_fixed() -> None:
     assert not Stages(QSGD()).fixed_size
     v = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert QSGD(levels=128).encode(v, seed=0, step=0).nbytes == QSGD(levels=128).message_bytes(1000) == 1125 + 8
-    with pytest.raises(ValueError, match="coded of QSGD must be true or false, got 1"):
+    with pytest.raises(ValueError, match="coded of QSGD must be True or False, got 1"):
         QSGD(coded=1)  # type: ignore[arg-type]
 
 

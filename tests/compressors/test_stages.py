@@ -1,6 +1,7 @@
 """Stages against the same passes written out, its contraction, and what follows from the compressor in it."""
 
 from collections.abc import Callable
+from itertools import combinations
 
 import pytest
 import torch
@@ -44,6 +45,18 @@ def test_passes_written_out(inner: Compressor, passes: int) -> None:
     assert list(whole.parts) == list(parts)
     assert all(torch.equal(whole.parts[name], part) for name, part in parts.items())
     assert torch.allclose(V - Stages(inner, passes)(V, seed=5, step=6), rest, atol=1e-5)
+
+
+def test_stages_of_stages_are_as_many_passes() -> None:
+    """All of their own randomness: coordinates are drawn as by four passes in a row, none as by another pass."""
+    inner, v = RandomK(0.25, block_size=1, values="float32"), torch.randn(2000)
+    nested, plain = Stages(Stages(inner, 2), 2), Stages(inner, 4)
+    contexts = [cells for pair in nested.encode(v, seed=0, step=0).context for cells in pair]
+    drawn = [set(cells.index.tolist()) for cells in contexts]
+    assert all(len(a & b) < 0.4 * len(a) for a, b in combinations(drawn, 2))
+    kept = [sum(float((c(v, seed=s) - v).square().sum()) for s in range(20)) for c in (nested, plain)]
+    assert kept[0] == pytest.approx(kept[1], rel=0.05)
+    assert nested.mu(2000) == pytest.approx(plain.mu(2000))
 
 
 @pytest.mark.parametrize("inner", INSIDE, ids=repr)
@@ -117,6 +130,7 @@ def test_bytes_of_a_long_vector_are_predicted_from_a_part() -> None:
 
 def test_in_words() -> None:
     assert describe(Stages(Sign(), 3)) == "Stages(compressor=Sign(), passes=3)"
+    assert describe(Sign(per_tensor=True).for_tensors([torch.Size([3])] * 1000)) == "Sign(per_tensor=True)"
     assert identify(Stages(Sign())) == {
         "kind": "Stages",
         "compressor": {"kind": "Sign", "per_tensor": False},

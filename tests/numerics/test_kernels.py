@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from packsaddle import QSGD, AdaptiveTopK, Compressor, RandomK, SharedTopK, Sign, SketchTopK, TopK
+from packsaddle import QSGD, AdaptiveTopK, Compressor, LinearSketch, RandomK, SharedTopK, Sign, SketchTopK, TopK
 from packsaddle.compressors import wire
 from packsaddle.compressors.selection import as_integers, holding, largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells
@@ -81,13 +81,17 @@ def test_every_compressor_on_nasty_vectors(compressor: Compressor, dtype: torch.
     for name, v in nasty_vectors().items():
         v = v.to(dtype)
         (parts, out), (plain_parts, plain_out) = both(lambda v=v: message(compressor, v))  # type: ignore[misc]
-        for part in parts:
-            if isinstance(compressor, SharedTopK) and part == "sketch":  # of random numbers, whose last digits differ
-                size = float(v.nan_to_num(0, 0, 0).abs().sum()) if len(v) else 0.0
+        drawn = isinstance(compressor, LinearSketch) and compressor.sketch == "gaussian"
+        size = float(v.nan_to_num(0, 0, 0).abs().sum()) if len(v) else 0.0
+        for part in parts:  # the last digits of normal numbers differ
+            if drawn or (isinstance(compressor, SharedTopK) and part == "sketch"):
                 assert torch.allclose(parts[part], plain_parts[part], rtol=0, atol=1e-6 * size, equal_nan=True), name
             else:
                 assert close(parts[part], plain_parts[part]), (name, part)
-        assert close(out, plain_out), name
+        if drawn:
+            assert torch.allclose(out, plain_out, rtol=0, atol=1e-5 * size, equal_nan=True), name
+        else:
+            assert close(out, plain_out), name
 
 
 def close(a: Tensor, b: Tensor) -> bool:

@@ -54,6 +54,12 @@ def check_share(name: str, value: Any, hint: str) -> None:
         raise ValueError(f"{name} must be in (0, 1], got {value}{f'; {hint}' if float(value) > 1 else ''}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raise ValueError unless a value is True or False."""
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_count(name: str, value: Any) -> None:
     """Raise ValueError unless a value is a positive integer, and not True."""
     if type(value) is not int or value < 1:

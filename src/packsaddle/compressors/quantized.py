@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, check_count
+from packsaddle.compressors.base import Compressor, Message, check_count, check_flag
 from packsaddle.compressors.levels import MOST_BITS, add_coded_levels, decode_levels, encode_levels
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
 
 _SLAB = 1 << 18  # coordinates at a time, so that scratch memory does not grow with d
+_AT_ONCE = 1 << 16  # coordinates of a bucket that one program of a GPU takes
+_MOST_LEVELS = 1 << 23
 _NEGLIGIBLE = 2.0**-28  # of the largest magnitude
 
 
@@ -24,7 +26,8 @@ class Sign(Compressor):
     """The compressor C(v) = (||v||_1 / d) sign(v): one bit a coordinate and a scale (Karimireddy et al. 2019).
 
     ||v - C(v)||^2 = ||v||^2 - ||v||_1^2 / d, so mu = ||v||_1^2 / (d ||v||_2^2): 2/pi for a Gaussian v, 1/d at
-    worst. With `per_tensor` each tensor of the model has its own scale. The sign of 0 is taken as +.
+    worst. With `per_tensor` each tensor of the model has its own scale. The sign of 0 is taken as +. Raises ValueError
+    unless per_tensor is True or False.
 
     >>> import torch
     >>> from packsaddle import Sign
@@ -37,6 +40,9 @@ class Sign(Compressor):
     fixed_size: ClassVar[bool] = True
     per_tensor: bool = False  # a scale for each tensor
     sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # of the tensors in v, from `for_tensors`
+
+    def __post_init__(self) -> None:
+        check_flag("per_tensor of Sign", self.per_tensor)
 
     def mu(self, d: int) -> float:
         return 1 / max([1, *self._sizes(d)])
@@ -95,8 +101,9 @@ class QSGD(Compressor):
     levels and buckets of b coordinates that share a norm; so Q(v) / (1 + omega) is a mu-compressor with
     mu = 1 / (1 + omega), and that is C. A level and its sign take ceil(log2(2 s + 1)) bits, and `coded` about
     their entropy (see `compressors.levels`). Of a bucket in which no magnitude reaches 2^-28 of the vector's largest
-    nothing is sent: what is left of a message is smaller by 1 - mu, and would be sent again and again. Raises
-    ValueError unless levels and bucket are positive integers and coded is True or False.
+    nothing is sent, unless the vector's end cuts it short: what is left of a message is smaller by 1 - mu, and would be
+    sent again and again. Raises ValueError unless levels, at most 2^23, and bucket are positive integers and coded is
+    True or False.
 
     >>> import torch
     >>> from packsaddle import QSGD
@@ -114,9 +121,9 @@ class QSGD(Compressor):
     def __post_init__(self) -> None:
         for name in ("levels", "bucket"):
             check_count(f"{name} of QSGD", getattr(self, name))
-
-        if not isinstance(self.coded, bool):
-            raise ValueError(f"coded of QSGD must be true or false, got {self.coded!r}")
+        if self.levels > _MOST_LEVELS:
+            raise ValueError(f"levels of QSGD must be at most 2^23, which float32 tells apart, got {self.levels}")
+        check_flag("coded of QSGD", self.coded)
 
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
@@ -144,7 +151,8 @@ class QSGD(Compressor):
         key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
         # bfloat16 has too few bits to round without bias.
         precise = _without_negligible(v.to(torch.promote_types(v.dtype, torch.float32)), b)
-        if len(v) and self.bits <= 8 and (loop := kernel("pack_levels", precise)):
+        on_cpu = v.device.type == "cpu"
+        if len(v) and self.bits <= 8 and (on_cpu or b <= _AT_ONCE) and (loop := kernel("pack_levels", precise)):
             packed, norms = loop(precise, self.levels, self.bits, b, key)
             return self._message(packed, norms, len(v))
         packed, norms = [], []
@@ -198,8 +206,8 @@ class QSGD(Compressor):
         size = _slab(b)
         pieces = torch.split(packed, size * self.bits // 8), torch.split(norms, size // b)
         for slab, codes, scales in zip(torch.split(out, size), *pieces, strict=True):
-            levels = (wire.unpack(codes, self.bits, len(slab)) - self.levels).to(out.dtype)
-            slab.add_(levels * scales.to(out.dtype).repeat_interleave(b)[: len(slab)], alpha=scale)
+            levels = (wire.unpack(codes, self.bits, len(slab)) - self.levels).to(scales.dtype)
+            slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # in this order: no overflow
 
     def _not_zero(self, norms: Tensor, d: int) -> "_Buckets | None":
         """The buckets of which a norm is not 0; None if they are most, or codes do not end at bytes there."""
@@ -217,7 +225,7 @@ class QSGD(Compressor):
         if self._codes_levels:
             return super().message_bytes(d, itemsize)
         b = self._width(d)
-        return math.ceil(d * self.bits / 8) + itemsize * math.ceil(d / b)
+        return math.ceil(d * self.bits / 8) + max(4, itemsize) * math.ceil(d / b)  # norms are not in 16 bits
 
 
 @dataclass(frozen=True)

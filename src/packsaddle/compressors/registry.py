@@ -115,9 +115,11 @@ def _argument(node: ast.expr) -> Any:
 
 
 def describe(compressor: Compressor) -> str:
-    """The compressor with those of its fields that are not at their defaults."""
-    assert is_dataclass(compressor)
-    changed = [f for f in fields(compressor) if getattr(compressor, f.name) != f.default]
+    """The compressor with those of its fields that are not at their defaults; by its name if it is no dataclass."""
+    if not is_dataclass(compressor):
+        return f"{type(compressor).__name__}()"
+    given = [f for f in fields(compressor) if not f.metadata.get("internal")]
+    changed = [f for f in given if getattr(compressor, f.name) != f.default]
     values = [getattr(compressor, f.name) for f in changed]
     shown = [f"{f.name}={_described(value)}" for f, value in zip(changed, values, strict=True)]
     return f"{type(compressor).__name__}({', '.join(shown)})"

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Message, check_count
+from packsaddle.compressors.base import Message, check_count, check_flag
 from packsaddle.compressors.selection import largest
 from packsaddle.compressors.sparse import Cells, KOfD
 from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys, mix
@@ -77,8 +77,7 @@ class SharedTopK(KOfD):
         for name in ("block_size", "projections"):
             if getattr(self, name) is not None:
                 check_count(f"{name} of SharedTopK", getattr(self, name))
-        if type(self.half) is not bool:
-            raise ValueError(f"half of SharedTopK must be True or False, got {self.half!r}")
+        check_flag("half of SharedTopK", self.half)
 
     def block(self, d: int) -> int:
         """Return b for vectors of d coordinates."""

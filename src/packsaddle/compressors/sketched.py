@@ -8,10 +8,10 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.base import Compressor, Message, check_count, check_share
+from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, check_share
 from packsaddle.compressors.selection import largest, largest_of_blocks
 from packsaddle.compressors.sparse import KOfD
-from packsaddle.numerics.seeds import Stream, generator, mix
+from packsaddle.numerics.seeds import Stream, add_gaussians, keys, mix
 from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
 _MOST_ROWS = 100  # beyond some ten a median hardly gains
@@ -82,8 +82,7 @@ class SketchTopK(KOfD):
                 check_count(f"{name} of SketchTopK", getattr(self, name))
         if self.rows is not None and self.rows > _MOST_ROWS:
             raise ValueError(f"rows of SketchTopK must be at most {_MOST_ROWS}, got {self.rows}: each is a sketch more")
-        if type(self.half) is not bool:
-            raise ValueError(f"half of SketchTopK must be True or False, got {self.half!r}")
+        check_flag("half of SketchTopK", self.half)
 
     def restrict(self, part: int, d: int) -> "SketchTopK":
         columns = None if self.columns is None else max(1, round(self.columns * part / d))
@@ -197,6 +196,7 @@ class LinearSketch(Compressor):
             raise ValueError(f"LinearSketch takes exactly one of ratio and columns, got {self.ratio}, {self.columns}")
         if self.ratio is not None:
             check_share("ratio of LinearSketch", self.ratio, "for a number of counters pass columns=, and for 1% 0.01")
+            object.__setattr__(self, "ratio", float(self.ratio))
         if self.columns is not None:
             check_count("columns of LinearSketch", self.columns)
         if self.sketch not in ("count", "gaussian"):
@@ -249,13 +249,13 @@ class LinearSketch(Compressor):
             out.add_(rows.T @ part, alpha=scale)
 
     def _gaussian_rows(self, d: int, like: Tensor, seed: int, step: int) -> list[Tensor]:
-        """Return S in blocks of rows."""
-        c = self.width(d)
-        rng = generator(seed, step, Stream.SKETCH, device=like.device)
-        sizes = [min(_GAUSSIAN_ROWS, c - start) for start in range(0, c, _GAUSSIAN_ROWS)]
-        return [
-            torch.empty(n, d, dtype=like.dtype, device=like.device).normal_(0, c**-0.5, generator=rng) for n in sizes
-        ]
+        """Return S in blocks of rows: the same on every device, as each worker makes its own."""
+        c, blocks = self.width(d), []
+        for start in range(0, c, _GAUSSIAN_ROWS):
+            rows = like.new_zeros(min(_GAUSSIAN_ROWS, c - start), d)
+            add_gaussians(rows.view(-1), c**-0.5, keys(mix(seed, start), step, Stream.SKETCH))
+            blocks.append(rows)
+        return blocks
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         return self.width(d) * itemsize if d else 0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
-from packsaddle.compressors.base import Compressor, Message, check_count, check_share
+from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, check_share
 from packsaddle.compressors.chunks import Chunks
 from packsaddle.compressors.sections import counts_among_largest, shared_out, shares_of_support
 from packsaddle.compressors.selection import holding, largest
@@ -140,6 +140,7 @@ class KOfD(Compressor):
             raise ValueError(f"{name} takes exactly one of ratio and k, got ratio={self.ratio}, k={self.k}")
         if self.ratio is not None:
             check_share(f"ratio of {name}", self.ratio, "for a number of coordinates pass k=, and for 1% 0.01")
+            object.__setattr__(self, "ratio", float(self.ratio))
         if self.k is not None:
             check_count(f"k of {name}", self.k)
 
@@ -148,7 +149,7 @@ class KOfD(Compressor):
             raise ValueError(f"k of {type(self).__name__} must be at most d = {d} (the coordinates), got {self.k}")
 
     def restrict(self, part: int, d: int) -> "KOfD":
-        return self if self.k is None else replace(self, k=min(part, max(1, round(self.k * part / d))))
+        return replace(self, k=min(part, max(1, round(self.k * part / d)))) if self.k is not None and part else self
 
     def count(self, d: int) -> int:
         """Return the number of coordinates sent of d: k, or ratio * d rounded and at least one."""
@@ -171,6 +172,7 @@ class _OfEachTensor(KOfD):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flag(f"per_tensor of {type(self).__name__}", self.per_tensor)
         if self.per_tensor and self.ratio is None:
             raise ValueError(f"per_tensor of {type(self).__name__} needs a ratio, got k={self.k}")
 
@@ -435,6 +437,7 @@ class AdaptiveTopK(_CodedSupport):
 
     def __post_init__(self) -> None:
         check_share("share of AdaptiveTopK", self.share, "it is of ||v||^2; a number of coordinates is TopK's k=")
+        object.__setattr__(self, "share", float(self.share))
         _check_values(self, self.values)
 
     def mu(self, d: int) -> float:

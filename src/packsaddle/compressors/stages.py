@@ -82,7 +82,7 @@ class Stages(Compressor):
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         rest, messages = v.clone(), []
         for i in range(self.passes):
-            message = self.compressor.encode(rest, seed=_seed_of(i, seed), step=step)
+            message = self.compressor.encode(rest, seed=self._seed_of(i, seed), step=step)
             messages.append(message)
             if i + 1 < self.passes:
                 self.compressor.add_decoded(message, rest, -1.0)
@@ -91,7 +91,8 @@ class Stages(Compressor):
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
         messages = [
-            self.compressor.receive(p, d, seed=_seed_of(i, seed), step=step) for i, p in enumerate(self._split(parts))
+            self.compressor.receive(p, d, seed=self._seed_of(i, seed), step=step)
+            for i, p in enumerate(self._split(parts))
         ]
         return Message(parts, tuple(m.context for m in messages))
 
@@ -127,7 +128,11 @@ class Stages(Compressor):
         contexts = message.context or (None,) * self.passes
         return [Message(parts, context) for parts, context in zip(self._split(message.parts), contexts, strict=True)]
 
+    @property
+    def _depth(self) -> int:
+        """The number of stages within one another."""
+        return 1 + (self.compressor._depth if isinstance(self.compressor, Stages) else 0)
 
-def _seed_of(i: int, seed: int) -> int:
-    """The seed of a pass, from 0."""
-    return mix(seed, i, i) if i else seed
+    def _seed_of(self, i: int, seed: int) -> int:
+        """The seed of a pass, from 0; that of no pass of another depth."""
+        return mix(seed, i, i * self._depth) if i else seed

@@ -5,11 +5,13 @@ sent through the wire format, sums and multiples of vectors.
 """
 
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 
 import torch
 from torch import Tensor
 
 from packsaddle.compressors import Compressor, Message
+from packsaddle.compressors.base import check_count
 
 STANDARD_ERRORS = 5.0  # a correct random compressor fails a comparison about once in three million
 
@@ -51,13 +53,14 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
 
     `vectors` are flat floating tensors, `nasty_vectors()` by default; those that the compressor's own `validate`
     refuses are left out. Expectations are means over `seeds` draws. Raises AssertionError, which names the property
-    and the vector.
+    and the vector; ValueError unless seeds is a positive integer.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.compressors.testing import check_compressor
     >>> import torch
     >>> check_compressor(TopK(0.1), {"ones": torch.ones(20)}, seeds=2)
     """
+    check_fields(compressor)
     for name, v in (vectors or nasty_vectors()).items():
         try:
             compressor.validate(len(v))
@@ -74,24 +77,43 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
     check_empty(compressor)
 
 
+def check_fields(compressor: Compressor) -> None:
+    """Check that the `compressor` is a frozen dataclass whose fields can be hashed; raises AssertionError, naming it.
+
+    What shows, saves and compares compressors needs it.
+
+    >>> from packsaddle import TopK
+    >>> from packsaddle.compressors.testing import check_fields
+    >>> check_fields(TopK(0.1))
+    """
+    name = type(compressor).__name__
+    assert is_dataclass(compressor), f"{name}: must be a frozen dataclass"
+    try:
+        hash(compressor)
+    except TypeError as error:
+        raise AssertionError(f"{name}: must be a frozen dataclass whose fields can be hashed ({error})") from None
+
+
 def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
     """Check that E||v - C(v)||^2 <= (1 - mu) ||v||^2 with 0 < mu <= 1 (Definition 2.1).
 
-    `compressor` acts on v, float[d]; the mean is over `seeds` draws. Raises AssertionError, which begins with `where`.
+    `compressor` acts on v, float[d]; the mean is over `seeds` draws. Raises AssertionError, which begins with `where`,
+    and ValueError unless seeds is a positive integer.
 
     >>> import torch
     >>> from packsaddle import TopK
     >>> from packsaddle.compressors.testing import check_contraction
     >>> check_contraction(TopK(0.1), torch.ones(20), "ones")
     """
-    mu, energy = compressor.mu(len(v)), _energy(v)
+    check_count("seeds", seeds)
+    mu, scale = compressor.mu(len(v)), _largest(v) or 1.0
     assert 0 < mu <= 1, f"{where}: mu must be in (0, 1], got {mu}"
-    lost = [_energy(v.double() - compressor(v, seed=s, step=3).double()) for s in range(seeds)]
-    if energy == 0:
+    lost = [_energy(v.double() - compressor(v, seed=s, step=3).double(), scale) for s in range(seeds)]
+    if (energy := _energy(v.double(), scale)) == 0:
         assert max(lost) == 0, f"{where}: C(0) must be 0"
         return
     shares = torch.tensor(lost, dtype=torch.float64) / energy
-    mean, error = float(shares.mean()), float(shares.std()) / len(shares) ** 0.5
+    mean, error = float(shares.mean()), float(shares.std()) / seeds**0.5 if seeds > 1 else 0.0
     rounding = 16 * torch.finfo(v.dtype).eps
     assert mean <= 1 - mu + STANDARD_ERRORS * error + rounding, f"{where}: lost {mean:.4g} of ||v||^2, mu is {mu:.4g}"
 
@@ -126,6 +148,7 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     d = len(v)
     scratch = v.clone()
     message = compressor.encode(scratch, seed=8, step=9)
+    assert all(part.ndim == 1 for part in message.parts.values()), f"{where}: parts must be flat"
     scratch.fill_(7.0)  # the error memory changes v afterwards: a message must not be a view of it
     wire = {
         name: part.clone().contiguous().view(torch.uint8).clone().view(part.dtype)
@@ -137,9 +160,8 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     compressor.add_decoded(received, other, alpha=-2.0)
     assert torch.equal(own, other), f"{where}: the receiver decodes something else than the sender"
     expected, tolerance = 1 - 2 * compressor(v, seed=8, step=9), 8 * torch.finfo(v.dtype).eps
-    scale = 1 + float(v.double().abs().max())
+    scale = 1 + _largest(v)
     assert torch.allclose(own, expected, rtol=tolerance, atol=tolerance * scale), f"{where}: alpha is not a factor"
-    assert all(part.ndim == 1 for part in message.parts.values()), f"{where}: parts must be flat"
     if compressor.fixed_size:
         zeros = compressor.encode(torch.zeros_like(v), seed=1, step=1)
         sizes = [{name: part.numel() for name, part in m.parts.items()} for m in (message, zeros)]
@@ -231,9 +253,14 @@ def check_empty(compressor: Compressor) -> None:
     assert len(out) == 0, f"{compressor!r}: changes an empty vector"
 
 
-def _energy(v: Tensor) -> float:
-    """||v||^2 in double precision, where neither 1e30 nor a denormal over- or underflows."""
-    return float(v.double().square().sum())
+def _largest(v: Tensor) -> float:
+    """The largest magnitude; 0 of no coordinates."""
+    return float(v.double().abs().max()) if len(v) else 0.0
+
+
+def _energy(v: Tensor, scale: float) -> float:
+    """||v / scale||^2 of v in double precision."""
+    return float((v / scale).square().sum())
 
 
 def _subnormal(v: Tensor) -> float:

@@ -145,7 +145,7 @@ def value_retention(how: ValueFormat | None) -> float:
     int1: with the mean magnitude a as the scale, ||v||^2 - b a^2 is lost, and (b a)^2 = ||v||_1^2 >= ||v||^2, so 1 / b
     is kept at least; a scale that is off by a share of 2^-9 costs 2^-18 of it. int2: above the mean a, magnitudes of
     mean m_a keep S_a m_a of at most S_a M; those below have at most b a^2, which a mean of all would keep. The worst
-    found is 8 / b, one magnitude of b / 2 means among as many at the mean; half of it is stated. int3: its levels part
+    found is 6.7 / b, one magnitude among b / 3 at the mean; less is stated. int3: its levels part
     int2's, and a mean for each part loses no more than one for both. (Gaussian tails keep 0.97 and more.)
     """
     if how is None:

@@ -48,7 +48,7 @@ def mix(*words: int) -> int:
     """Hash integers to 64 bits (splitmix64's finaliser, chained), the same on every platform."""
     state = 0
     for word in words:
-        state = (state + (word & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
+        state = (state + (operator.index(word) & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
         state ^= state >> 31

@@ -188,7 +188,7 @@ def _add_levels(packed: Array, levels: int, bits: int, bucket: int, norms: Array
         for start in range(0, len(held), bucket):
             x, c, norm = held[start : start + bucket], codes[start : start + bucket], norms[(group + start) // bucket]
             for i in range(len(x)):
-                x[i] += alpha * (out.dtype.type(np.int32(c[i]) - np.int32(levels)) * norm)
+                x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(levels))) * norm  # in this order: no overflow
 
 
 @compiled_loop

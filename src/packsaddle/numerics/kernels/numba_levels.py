@@ -287,7 +287,7 @@ def _add_coded_levels(
             x, c = out[group + start : group + min(n, start + bucket)], codes[start : start + bucket]
             norm = norms[(group + start) // bucket]
             for i in range(len(x)):
-                x[i] += alpha * (out.dtype.type(np.int32(c[i]) - np.int32(top)) * norm)
+                x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(top))) * norm  # in this order: no overflow
 
 
 @compiled_loop

@@ -84,4 +84,4 @@ def _add_rice_levels(unary: Array, rest: Array, b: int, bucket: int, norms: Arra
             x, c = out[group + start : group + min(n, start + bucket)], levels[start : start + bucket]
             norm = norms[(group + start) // bucket]
             for i in range(len(x)):
-                x[i] += alpha * (out.dtype.type(c[i]) * norm)
+                x[i] += (alpha * out.dtype.type(c[i])) * norm  # in this order: no overflow

@@ -26,10 +26,16 @@ from packsaddle.performance.bench.result import Result, machine
 from packsaddle.performance.timing import Timing, copy_bandwidth, side_by_side
 
 
+def _check_repeats(repeats: int) -> None:
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}")
+
+
 def time_compressors(d: int, ratio: float, repeats: int) -> list[Result]:
-    """Time every compressor on a Gaussian vector. Raises ValueError for a bad ratio or d."""
+    """Time every compressor on a Gaussian vector. Raises ValueError for a bad ratio, d or repeats."""
     if d < 1:
         raise ValueError(f"d must be at least 1, got {d}")
+    _check_repeats(repeats)
     torch.set_num_threads(1)
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))
     out = torch.zeros(d)
@@ -121,8 +127,7 @@ def time_exchanges(d: int, workers: int, ratio: float, repeats: int) -> list[Res
     """Time every compressor's exchange of d coordinates. Raises ValueError for bad arguments, WorkerFailedError."""
     if not 2 <= workers <= 64:
         raise ValueError(f"workers must be 2 to 64, got {workers}")
-    if repeats < 1:
-        raise ValueError(f"repeats must be at least 1, got {repeats}")
+    _check_repeats(repeats)
     if d < 1000:
         raise ValueError(f"d must be at least 1,000 coordinates, got {d}")
     for compressor in compressors(ratio):
@@ -246,6 +251,7 @@ def time_steps(d: int, repeats: int, layers: int = 1) -> list[Result]:
     """Time step() + zero_grad() on d coordinates in `layers` parameters. Raises ValueError for bad sizes."""
     if d < 1000:
         raise ValueError(f"d must be at least 1,000 coordinates, got {d}")
+    _check_repeats(repeats)
     if not 1 <= layers <= d // 1000:
         raise ValueError(f"layers must be between 1 and {d // 1000}, a thousand coordinates each, got {layers}")
     torch.set_num_threads(1)
