@@ -69,7 +69,8 @@ audit: .venv/.installed
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
+	-@$(BIN)/python -m compileall -qq -j 0 .venv/lib  # on all cores, where pip has one; some files are no Python 3
 	touch $@
 
 clean:

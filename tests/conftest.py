@@ -30,8 +30,18 @@ processes.watch()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Two more pytest processes than cores: many tests wait for links, timeouts and processes that start and end."""
-    return len(os.sched_getaffinity(0)) + 2 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """One more pytest process than cores: many tests wait for links, timeouts and processes that start and end.
+
+    With two more, two cores spend more on what each process imports, collects and starts than they find in the waits.
+    """
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """Have one python with torch for all of pytest's processes to fork."""
+    if "not process" not in config.option.markexpr:
+        forked_python.python()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -27,9 +27,16 @@ MODULES = (
     "packsaddle.numerics.kernels.preloaded",
 )
 
+SHARED = "FORKED_PYTHON"  # the variable that names the program
+
 
 def python() -> str:
-    """Return the program that stands for `sys.executable`; takes -u, -W, and -m MODULE, -c CODE or SCRIPT."""
+    """Return the program that stands for `sys.executable`; takes -u, -W, and -m MODULE, -c CODE or SCRIPT.
+
+    Processes that this one starts afterwards have the same.
+    """
+    if not _started and SHARED in os.environ:
+        _started.append(os.environ[SHARED])
     if not _started:
         import atexit
         import subprocess
@@ -65,6 +72,7 @@ def python() -> str:
 
         atexit.register(end)
         _started.append(str(program))
+        os.environ[SHARED] = str(program)
     return _started[0]
 
 
@@ -131,6 +139,9 @@ def _serve(listener: socket.socket) -> None:
         with suppress(ImportError):
             importlib.import_module(name)
     del sys.modules["torch.distributed.run"]  # runpy warns of one that is there
+    # Its events bear the name of the function that caused them, for which inspect.stack looks through all modules.
+    rendezvous = sys.modules["torch.distributed.elastic.rendezvous.dynamic_rendezvous"]
+    rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name  # type: ignore[attr-defined]
     gc.freeze()
     parent = os.getppid()
     heard, woken = socket.socketpair()

@@ -149,7 +149,6 @@ def _serve(connection: Connection) -> None:
             gc.collect()  # models and hooks go before their process group
             dist.destroy_process_group()
             left = before.restore()
-            leftovers.settle()
             outcome = result, "", left
         except BaseException:
             connection.send((b"", traceback.format_exc(), []))

@@ -34,7 +34,10 @@ class State:
         self._names = _names()
 
     def restore(self) -> list[str]:
-        """Put back what can be, and return what else is not as it was."""
+        """Put back what can be, and return what else is not as it was.
+
+        What there is is kept from the collector then, which would go through all of torch's modules after every call.
+        """
         os.environ.clear()
         os.environ.update(self._environment)
         os.chdir(self._folder)
@@ -46,6 +49,7 @@ class State:
         self._restore_torch()
         random.setstate(self._random[0])
         np.random.set_state(self._random[1])
+        gc.freeze()
         return [*self._threads_left(), *self._names_changed(), *["a process group"] * dist.is_initialized()]
 
     def _restore_torch(self) -> None:
@@ -60,8 +64,9 @@ class State:
         torch.use_deterministic_algorithms(False)
         if "torch._dynamo" in sys.modules:
             torch.compiler.reset()
+        _settled.extend(_caches())
         if "torch.distributed.tensor" in sys.modules:
-            for cache in [*_settled, *_caches()]:
+            for cache in _settled:
                 cache.cache_clear()
             if hasattr(torch._C, "_clear_DTensor_sharding_propagator_cache"):
                 torch._C._clear_DTensor_sharding_propagator_cache()
@@ -76,15 +81,15 @@ class State:
         now, found = _names(), []
         for where, before in self._names.items():
             after = now.get(where, {})
-            found += [f"{where}.{name}" for name in before.keys() | after.keys() if _changed(before, after, name)]
+            names = [name for name in before.keys() | after.keys() if before.get(name) is not after.get(name)]
+            found += [f"{where}.{name}" for name in names if _changed(before.get(name), after.get(name))]
         return found
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
+def _changed(was: Any, now: Any) -> bool:
     """Tell a patch from a module that was imported, and from torch's timer around an optimizer's step."""
-    was, now = before.get(name), after.get(name)
     timed = getattr(now, "hooked", False) and getattr(now, "__wrapped__", None) is was
-    return now is not was and not isinstance(now, ModuleType) and not timed
+    return not isinstance(now, ModuleType) and not timed
 
 
 def _names() -> dict[str, dict[str, Any]]:
@@ -108,16 +113,9 @@ def _caches() -> list[Any]:
     return [x for x in found if str(getattr(x, "__module__", "")).startswith("torch.distributed")]
 
 
-def settle() -> None:
-    """Keep what there is from the collector, which would go through all of torch's modules after every call."""
-    _settled.extend(_caches())
-    gc.freeze()
-
-
 def forget_tests() -> None:
     """Have test modules imported anew, with whatever they hold, but for this one and those that serve calls."""
-    here = Path(__file__).parents[1]
+    here = f"{Path(__file__).parents[1]}{os.sep}"  # of some thousand modules' files: as text, not as paths
     for name in sys.modules.keys() - {"__main__", "__mp_main__", "gloo", __name__}:
-        file = getattr(sys.modules[name], "__file__", None)
-        if file and here in Path(file).parents:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(here):
             del sys.modules[name]

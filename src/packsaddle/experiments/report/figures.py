@@ -145,7 +145,9 @@ def _draw_certified(axes: Any, point: Point, x: float, colour: str) -> None:
     axes.plot(x, height, _MARKERS[c["verdict"]], color=colour, markersize=7, label=c["verdict"])
 
 
-def save(figure: Any, folder: Path, name: str = "figure") -> None:
-    """Write NAME.png and NAME.svg into a folder."""
-    figure.savefig(folder / f"{name}.png", dpi=150)
-    figure.savefig(folder / f"{name}.svg", metadata=_NO_METADATA)
+def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:
+    """Write NAME.png and NAME.svg into a folder; `source`, if given, stands in both as their source."""
+    said = {"Source": source} if source else {}
+    figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
+    figure.set_layout_engine("none")  # it is laid out, which takes as long as to draw it
+    figure.savefig(folder / f"{name}.svg", metadata={**_NO_METADATA, **said})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from packsaddle.experiments.report.curves import curve, write_curves
+from packsaddle.experiments.report.figures import save
 from packsaddle.experiments.report.settings import Estimate, Setting, estimate
 from packsaddle.experiments.report.tables import plateau
 from packsaddle.experiments.reproduce.study import Study
@@ -88,9 +89,7 @@ def write_results(summary: Json, found: Sequence[Setting], folder: Path) -> None
 
 def save_figure(figure: Any, folder: Path) -> None:
     """Write figure.png and figure.svg, which name the curves they were drawn from by their hash."""
-    source = digest(folder / "curves.csv")
-    figure.savefig(folder / "figure.png", dpi=130, metadata={"Source": source})
-    figure.savefig(folder / "figure.svg", metadata={"Date": None, "Creator": None, "Source": source})
+    save(figure, folder, dpi=130, source=digest(folder / "curves.csv"))
 
 
 def digest(path: Path) -> str:
