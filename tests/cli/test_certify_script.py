@@ -13,6 +13,7 @@ from commandline import command, refused
 from forked_python import environment, torchrun
 
 from packsaddle.curvature.sharded import load_whole
+from packsaddle.experiments.run_folder import RunFolder
 
 SCRIPT = """
 import torch
@@ -66,6 +67,43 @@ def test_a_scripts_checkpoint_is_certified(folder: Path, capsys: pytest.CaptureF
     assert found[0]["lambda_min_upper"] == found[1]["lambda_min_upper"]
     assert command("certify-script", "script_of_mine:problem", "zero.pt") == 0
     assert "lambda_max in [" in capsys.readouterr().out
+
+
+def test_what_the_function_imports_is_found_beside_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if it puts a folder of its own before all others, and if its loss imports."""
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", str(folder))])
+    (folder / "beside_it.py").write_text("square = lambda x: x.square().mean()")
+    (folder / "importing_script.py").write_text(
+        "import sys\nsys.path.insert(0, '/none')\nimport torch\n\n\ndef problem():\n"
+        "    def loss(model, x):\n        import beside_it\n        return beside_it.square(model(x))\n"
+        "    return torch.nn.Linear(4, 4), loss, [torch.ones(3, 4)]\n"
+    )
+    assert command("certify-script", "importing_script:problem", "zero.pt", "--max-hvps", 5, "--epsilon", 1) == 0
+    assert str(folder) not in sys.path
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_work(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "file").write_text("")
+    words = ("certify-script", "script_of_mine:problem", "zero.pt", "--epsilon", 10)
+    refused(capsys, "output folder file/in cannot be made", *words, "--out", "file/in")
+    refused(capsys, "broken failed", "certify-script", "script_of_mine:broken", "zero.pt", "--out", "new")
+    assert not (folder / "new").exists()
+
+
+def test_what_is_found_is_told_where_it_cannot_be_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "write_json", full)
+    words = ("certify-script", "script_of_mine:problem", "zero.pt", "--epsilon", 10, "--max-hvps", 5, "--out", "new")
+    assert command(*words) == 2
+    told = capsys.readouterr()
+    assert "lambda_min" in told.out
+    assert "new cannot be written: No space left on device" in told.err
 
 
 def test_weights_of_wrapped_models_are_those_of_the_model(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,17 @@ import json
 import math
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from forked_python import environment, python
 from torch import Tensor
 
+from packsaddle import simulate
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Ledger
 from packsaddle.experiments.config import load
 from packsaddle.experiments.run_folder import RunFolder
 from packsaddle.experiments.tasks.sharding import Calendar
@@ -113,12 +118,58 @@ def test_what_was_left_out_is_in_no_mean(tmp_path: Path) -> None:
         assert mine["loss"] == pytest.approx(other["loss"], rel=0.15)
 
 
+def test_a_line_of_no_step_that_was_taken_has_no_loss(tmp_path: Path) -> None:
+    """And a last epoch of none has no final loss: 0 would be a very good one."""
+    config = load(written(tmp_path, "dense_below = 100\nmax_skipped = 100"), ["log_every=1", "data.limit=80"])
+    found = {}
+    for name, bad in (("one", {2}), ("all", set(range(100)))):
+        training = Poisoned(config, None, False)
+        training.bad = tuple(bad)
+        folder = RunFolder(tmp_path / name)
+        folder.create()
+        assert training.run(folder, quiet=True)
+        losses = [json.loads(line)["loss"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+        assert [step for step, loss in enumerate(losses) if math.isnan(loss)] == sorted(bad & set(range(len(losses))))
+        found[name] = json.loads((folder.path / "summary.json").read_text())["final_loss"]
+    assert math.isnan(found["all"])
+    assert found["one"] > 0
+
+
+def test_a_worker_without_steps_has_no_part_in_a_mean(tmp_path: Path) -> None:
+    training = Trainer(load(written(tmp_path, "dense_below = 100")), None, False)
+
+    def means(rank: int) -> list[float]:
+        training.training.channel = Communicator(resolve(None), Ledger())
+        return training._means(torch.tensor([[6.0, 3.0, 3.0], [0.0, 0.0, 0.0]][rank], dtype=torch.float64)).tolist()
+
+    assert simulate(means, 2) == [[2.0, 1.0]] * 2
+
+
+def test_fewer_test_examples_than_workers(tmp_path: Path) -> None:
+    training = Trainer(load(written(tmp_path, "dense_below = 100")), None, False)
+    whole, n, sums = training._test(), len(training.test_data), []
+
+    def mean(totals: Tensor, purpose: str) -> Tensor:
+        sums.append(totals)
+        return torch.ones(3)
+
+    training.training.channel = SimpleNamespace(mean=mean)  # type: ignore[assignment]
+    training.group = SimpleNamespace(size=n + 1)  # type: ignore[assignment]
+    for worker in range(n + 1):
+        training.members = [worker]
+        training._test()
+    assert sums[-1].tolist() == [0.0, 0.0, 0.0]
+    loss, _, examples = sum(sums).tolist()  # type: ignore[union-attr]
+    assert (loss / examples, examples) == (pytest.approx(whole["test_loss"]), n)
+
+
 def test_means_are_of_the_steps_that_were_taken() -> None:
     tally = RunCounters()
     for loss, taken in ((1.0, True), (math.nan, False), (3.0, True)):
         tally.add(torch.tensor([loss, 2 * loss], dtype=torch.float64), taken=taken, last=True)
         tally.step += 1
-    assert tally.means().tolist() == [2.0, 4.0]
+    totals = tally.totals()
+    assert (totals[:2] / totals[2]).tolist() == [2.0, 4.0]
     assert (float(tally.final), tally.in_final) == (4.0, 2)
     tally.begin_line()
     assert (tally.since, tally.left_out) == (3, 0)

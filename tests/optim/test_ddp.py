@@ -249,6 +249,28 @@ def test_workers_have_the_same_loops(gloo: Gloo) -> None:
         assert "worker 0 has kernels='numba' and worker 1 has kernels='torch'" in message
 
 
+def held_elsewhere() -> str:
+    """A hook, of another `dense_below`, takes a state; what it says, and that it is as before."""
+    hooks = []
+    for below in (100, 0):
+        model, spec = wrapped(network()), Compression(TopK(0.1), exchange="two-way", dense_below=below)
+        hooks.append(register_ddp_hook(model, spec, scope="model"))
+        loss(model, batches(1)[0]).backward()
+    before = hooks[1].state_dict()
+    with pytest.raises(ValueError, match="was dense_below another") as raised:
+        hooks[1].load_state_dict(hooks[0].state_dict())
+    after = hooks[1].state_dict()
+    assert all(torch.equal(after["pending"][name], e) for name, e in before["pending"].items())
+    return str(raised.value)
+
+
+def test_a_state_of_other_compressed_coordinates_is_refused(gloo: Gloo) -> None:
+    matrices = sum(p.numel() for p in network().parameters() if p.ndim > 1)
+    whole = sum(p.numel() for p in network().parameters())
+    for message in gloo(held_elsewhere, 2):
+        assert f"of {matrices} coordinates that are compressed, and here {whole} are" in message
+
+
 def accumulated() -> dict[str, Tensor]:
     """Accumulation gives what the whole batch gives; clipping acts on what was exchanged."""
     found = {}

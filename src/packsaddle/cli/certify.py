@@ -1,6 +1,7 @@
 """packsaddle certify."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from json import dumps
 from math import inf
@@ -84,7 +85,7 @@ def certify(
     """
     from packsaddle.errors import require
     from packsaddle.experiments.certification import Audit, certify_in_process_group, read_config
-    from packsaddle.experiments.findings import write
+    from packsaddle.experiments.findings import new_folder, write
 
     config = read_config(run)
     stated = config.certify
@@ -110,7 +111,7 @@ def certify(
     require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
     drawn = _drawn(run, config) if iterates else []
     folder = out or _numbered(run / "certificate")
-    if folder.exists():
+    if is_first() and folder.exists():  # others may look when it has been made
         raise ConfigError(f"output folder {folder} exists already; choose another with --out")
     audit = Audit(
         run,
@@ -133,19 +134,18 @@ def certify(
         seed,
         quiet=json,
     )
-    findings = certify_in_process_group(audit) if under_launcher() else audit.execute(workers)
+    with new_folder(folder) if is_first() else nullcontext():
+        findings = certify_in_process_group(audit) if under_launcher() else audit.execute(workers)
     if is_first():
         share = _share(findings, drawn) if drawn else None
         document = _document(findings, share)
-        write(findings, document, folder)
         if json:
             print(dumps({**document, "folder": str(folder)}, indent=2, allow_nan=False))
-            return
-        for finding in findings:
-            print(finding)
-        if share:
-            print(share)
-        print(f"certificate: {folder}")
+        else:
+            print("\n".join(map(str, [*findings, *([share] if share else [])])))
+        write(findings, document, folder)  # after what it finds is said
+        if not json:
+            print(f"certificate: {folder}")
 
 
 def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, ...]:

@@ -1,7 +1,8 @@
 """packsaddle certify-script."""
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from json import dumps
 from math import inf
@@ -68,7 +69,7 @@ def certify_script(
     check_numbers(positive, failure_probability, {"max-hvps": max_hvps})
     if out is not None:
         require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
-        if out.exists():
+        if is_first() and out.exists():  # others may look when it has been made
             raise ConfigError(f"output folder {out} exists already; choose another with --out")
     options = {
         "epsilon": epsilon,
@@ -78,16 +79,31 @@ def certify_script(
         "sharpness": inf if sharpness is None else sharpness,
         "hvp": hvp,
     }
-    with process_group() if under_launcher() else nullcontext():
+    from packsaddle.experiments.findings import new_folder, write
+
+    with (
+        new_folder(out) if out is not None and is_first() else nullcontext(),
+        process_group() if under_launcher() else nullcontext(),
+        _importing_from(Path.cwd()),
+    ):
         finding = _certify(function, checkpoint, options, seed, spectrum, population, quiet=json)
     if is_first():
-        if out is not None:
-            from packsaddle.experiments.findings import write
-
-            write([finding], {"points": [finding.to_dict()]}, out)
         print(dumps(finding.to_dict(), indent=2, allow_nan=False) if json else finding)
-        if out is not None and not json:
-            print(f"certificate: {out}")
+        if out is not None:
+            write([finding], {"points": [finding.to_dict()]}, out)  # after what it finds is said
+            if not json:
+                print(f"certificate: {out}")
+
+
+@contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Import from a folder within, also what the function, the loss and the batches import when they are called."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(str(folder))
 
 
 def _certify(
@@ -149,13 +165,10 @@ def _problem(function: str) -> tuple[Any, Any, Any]:
     module, colon, name = function.partition(":")
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")
-    sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(import_module(module), name, None)
     except Exception as error:  # a script raises whatever it likes
         raise ConfigError(f"{module} cannot be imported: {_first_line(error)}") from None
-    finally:
-        sys.path.pop(0)
     if not callable(found):
         raise ConfigError(f"{module} has no function {name!r}")
     try:

@@ -62,10 +62,14 @@ def reproduce(
         set: Overrides of every configuration, key=value by dotted key.
     """
     require_plots(f"reproduce {what}")
+    if jobs is not None and jobs < 1:
+        raise ConfigError(f"--jobs must be at least 1, got {jobs}")
+    if resume and out is None:
+        raise ConfigError("--resume needs --out, the folder of the study to continue")
     if what == "table1":
         given: dict[str, object] = {"data_dir": data_dir, "download": download, "processes": processes}
         given |= {"seeds": seeds, "only": only, "set": set}
-        for name in (name for name, value in given.items() if value):
+        for name in (name for name, value in given.items() if value or (name == "seeds" and value is not None)):
             raise ConfigError(f"--{name.replace('_', '-')} does not apply to table1")
         _table1(scale, out or dated(what), resume, jobs)
         return

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,7 @@ from packsaddle.experiments.config import Config, load
 from packsaddle.experiments.run_folder import Run, make_new, read_runs
 from packsaddle.experiments.templates import TASKS, TaskName, template
 from packsaddle.experiments.trackers import TrackerName
+from packsaddle.messages import printable
 from packsaddle.theory.noise_walk import FAR, GOOD
 
 if TYPE_CHECKING:
@@ -127,7 +129,8 @@ def run(
         loaded = _one_of_many(loaded)
         check_lighthouse(elastic)
     folder = resume or out or dated(config.stem if config else "run")
-    saving = _saving(0 if elastic else checkpoint_every, _going_on(folder, how, workers, data_dir))
+    again = {"--checkpoint-every": checkpoint_every, "--timeout": timeout, "--track": " ".join(track) or None}
+    saving = _saving(0 if elastic else checkpoint_every, _going_on(folder, how, workers, data_dir, again))
     job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=patience)
     job = replace(job, lighthouse=elastic, memory=memory)
     job = replace(job, resume=resume is not None)
@@ -143,7 +146,8 @@ def run(
         print_runs([found])
         for remark in remarks(found):
             print(remark)
-        print(f"run folder: {folder}\na page of it: packsaddle report {folder}")
+        where = printable(str(folder))
+        print(f"run folder: {where}\na page of it: packsaddle report {where}")
 
 
 def remarks(run: Run) -> list[str]:
@@ -230,14 +234,16 @@ def _saving(every: int | None, hint: str) -> "CheckpointPolicy":
         raise ConfigError(f"--{error}") from None
 
 
-def _going_on(folder: Path, how: str, workers: int | None, data_dir: Path | None) -> str:
-    """Return the command that resumes a stopped run."""
+def _going_on(folder: Path, how: str, workers: int | None, data_dir: Path | None, again: Mapping[str, object]) -> str:
+    """Return the command that resumes a stopped run, with those of the flags that are not None."""
     if under_launcher():
         return "the same command, with --resume instead of --out" if "--out" in sys.argv else "the same command again"
     words = ["packsaddle", "run", "--resume", str(folder)]
     words += [] if workers is None else ["--workers", str(workers)]
     words += [] if how == "processes" else [f"--{how}"]
     words += [] if data_dir is None else ["--data-dir", str(data_dir)]
+    for name, value in again.items():
+        words += [] if value is None else [name, *str(value).split()]
     return shlex.join(words)
 
 
@@ -292,8 +298,17 @@ def init(
     chosen = TASKS[task]
     text = template(chosen.config, _HEADING.format(about=chosen.about, file=file, flags=chosen.flags))
     try:
-        with file.open("x", encoding="utf-8") as new:
-            new.write(text)
+        content = text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{printable(str(file))} is not a name that a file of UTF-8 text can hold") from None
+    try:
+        with file.open("xb") as new:
+            try:
+                new.write(content)
+                new.flush()
+            except OSError:
+                file.unlink()
+                raise
     except FileExistsError:
         raise ConfigError(f"{file} exists already, and is left as it is; choose another name") from None
     except OSError as error:

@@ -1,7 +1,8 @@
 """The findings at a certified point: the certificate, the loss along its directions, the spectrum, the population."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from packsaddle.curvature.spectral_density import SpectralDensity, spectral_dens
 from packsaddle.experiments.progress import countdown
 from packsaddle.experiments.report import figures
 from packsaddle.experiments.report.certificate_figure import draw_certificate
-from packsaddle.experiments.run_folder import RunFolder, make_new
+from packsaddle.experiments.run_folder import RunFolder, make_new, written
 from packsaddle.numerics.seeds import Stream, generator
 
 _POINTS = 20  # of a profile, to each side
@@ -132,13 +133,28 @@ def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], directio
     return Profile(tuple(distances), finite, curvature.examples)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder before the work whose results it is for; if that fails, it is removed. Raises ConfigError."""
+    make_new(folder)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
+
+
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
-    """Write certificates.json, and the directions and the picture of every point, into a new folder.
+    """Write certificates.json, and the directions and the picture of every point, into a folder. Raises ConfigError.
 
     Directions of a sharded model are not written: each worker has a part of them.
     """
-    make_new(folder)
-    writer = RunFolder(folder)
+    with written(folder):
+        _write(findings, document, RunFolder(folder))
+
+
+def _write(findings: Sequence[Finding], document: dict[str, Any], writer: RunFolder) -> None:
     writer.write_json("certificates.json", document)
     for finding, point in zip(findings, document["points"], strict=True):
         name = "certificate" if len(findings) == 1 else finding.file.stem
@@ -148,4 +164,4 @@ def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -
         if not finding.sharded:
             writer.save_tensors(f"{name}.direction.pt", directions)
         figure = draw_certificate(point, point["profile"], point["sharpest_profile"], point["spectrum"])
-        figures.save(figure, folder, name)
+        figures.save(figure, writer.path, name)

@@ -25,8 +25,8 @@ METRICS = (
     _of("step epoch", "steps taken; passes of all workers together over the training data"),
     _of(
         "loss",
-        "training loss of the mini-batches, averaged over the workers and over the steps since the last line; with "
-        "[local] at each worker's own parameters",
+        "training loss of the mini-batches, averaged over the steps that workers took since the last line, NaN if they "
+        "took none; with [local] at each worker's own parameters",
     ),
     _of(
         "grad_norm",
@@ -53,7 +53,9 @@ METRICS = (
 )
 SUMMARY = (
     _of("label workers steps seconds", "the run's name, workers, steps and seconds"),
-    _of("final_loss", "training loss of the mini-batches, averaged over the steps of the last epoch"),
+    _of(
+        "final_loss", "training loss of the mini-batches, averaged over the steps taken in the last epoch, NaN if none"
+    ),
     _of("test_loss", "over the test set, at the end"),
     _of("test_accuracy", "of classifiers; of text the share of next characters predicted", optional=True),
     _of("parameters compressed_parameters", "d, and the number of compressed coordinates"),

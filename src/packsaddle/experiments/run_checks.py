@@ -176,7 +176,8 @@ def drawn_names(config: Config, steps: int) -> list[str]:
     return [iterate_name(step) for step in draw_iterates(m, steps, config.seed)]
 
 
-_EXAMPLES = 256
+# Ten Hessian-vector products of a 128th of the examples take about as long as a quarter of an epoch.
+_LEAST, _MOST, _SHARE = 32, 256, 128
 _LONG = 5.0  # steps in the mean; who waits for less moves by few gradients at once
 
 
@@ -198,7 +199,8 @@ class StepSizeCheck:
         ]
         self._concerned = any(step.wait >= _LONG for step in self._steps)
         first = next(task.parameters())
-        chosen = torch.cat([_spread(shard, max(1, _EXAMPLES // len(shards))) for shard in shards])
+        wanted = min(max(_LEAST, sum(map(len, shards)) // _SHARE), _MOST)
+        chosen = torch.cat([_spread(shard, max(1, wanted // len(shards))) for shard in shards])
         self._examples = Examples(data, chosen, first.device, first.dtype)
 
     def due(self, step: int, calendar: Calendar) -> bool:

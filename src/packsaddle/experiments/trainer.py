@@ -69,9 +69,13 @@ class RunCounters:
             self.final += measured[0]
             self.in_final += 1
 
-    def means(self) -> Tensor:
-        """Return the means since the last line, float64[2]."""
-        return self.sums / max(1, self.step - self.since - self.left_out)
+    def totals(self) -> Tensor:
+        """Return the sums since the last line, and of how many steps that were taken, float64[3]."""
+        return torch.cat([self.sums, self.sums.new_tensor([self.step - self.since - self.left_out])])
+
+    def final_totals(self) -> Tensor:
+        """Return the sum of the losses of the last epoch, and of how many, float64[2]."""
+        return torch.cat([self.final, self.final.new_tensor([self.in_final])])
 
     def begin_line(self) -> None:
         """Count anew for the next one."""
@@ -271,14 +275,13 @@ class Trainer:
             return error
         self.training.forgive()  # the caller that continues may have mended it
         self._save(checkpoints)
-        hint = checkpoints.policy.hint
-        return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept; to go on: {hint}")
+        hint = f"; to go on: {checkpoints.policy.hint}" if checkpoints.policy.hint else ""
+        return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept{hint}")
 
     def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
         """Write a line of metrics and return it."""
         tally = self.tally
-        means = self.training.channel.mean(tally.means(), "metrics")
-        line = self._line(tally.step, means, seconds)
+        line = self._line(tally.step, self._means(tally.totals()), seconds)
         if self._test_due(tally.step, tally.since):
             before = time.perf_counter()
             with self.training.at_anchor():
@@ -377,7 +380,12 @@ class Trainer:
 
     def _final_loss(self, tally: RunCounters) -> float:
         """The mean loss of the last epoch, also of what was the last before the number of workers changed."""
-        return self.training.channel.mean(tally.final / max(1, tally.in_final), "metrics").item()
+        return self._means(tally.final_totals()).item()
+
+    def _means(self, totals: Tensor) -> Tensor:
+        """Return all workers' sums over their number of terms, the last of the totals; NaN if there is no term."""
+        means = self.training.channel.mean(totals, "metrics")
+        return means[:-1] / means[-1]
 
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
         said, moved = self.training.summary(), self.training.moved()
@@ -410,7 +418,7 @@ class Trainer:
         totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
         self.task.eval()
         mine = torch.cat([torch.arange(len(self.test_data))[w :: self.group.size] for w in self.members])
-        for index in torch.split(mine, EVAL_BATCH):
+        for index in torch.split(mine, EVAL_BATCH) if len(mine) else ():  # there may be fewer than workers
             batch = self.test_data.batch(index, self.device, self.dtype)
             correct = float(self.task.correct(*batch)) if self.task.classifies else 0.0
             totals += torch.tensor([float(self.task(*batch)) * len(index), correct, len(index)], dtype=torch.float64)

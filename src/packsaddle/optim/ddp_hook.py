@@ -242,6 +242,13 @@ class DDPHook(GradientHook):
             check_shape(f"the error of {place.name}", pending.get(place.name), place.parameter.shape)
         if len(pending) > len(self._places):
             raise ValueError(f"the state is of {len(pending)} parameters, and there are {len(self._places)}")
+        compressed = sum(place.size for place in self._places if not place.dense)
+        for vector in state["held"].get("vectors", {}).values():
+            if len(vector) != compressed:
+                raise ValueError(
+                    f"the state is of {len(vector)} coordinates that are compressed, and here {compressed} are: was "
+                    f"dense_below another?"
+                )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from packsaddle.cli.report import report
 from packsaddle.cli.run import remarks
 from packsaddle.errors import ConfigError, MissingExtraError
 from packsaddle.experiments.report import write_report
-from packsaddle.experiments.report.curves import curve
+from packsaddle.experiments.report.curves import curve, read_curves, write_curves
 from packsaddle.experiments.report.page import charts_of
-from packsaddle.experiments.report.settings import settings
+from packsaddle.experiments.report.settings import position, settings
 from packsaddle.experiments.report.tables import plateau, row
 from packsaddle.experiments.run_folder import RunFolder, read_runs
 
@@ -88,6 +89,29 @@ def test_the_plateau_is_explained_where_a_run_is_on_it(tmp_path: Path, capsys: p
     assert "still on the plateau" not in capsys.readouterr().out
     print_runs(read_runs([left, still]))
     assert "+ still on the plateau at the end of the run" in " ".join(capsys.readouterr().out.split())
+
+
+def test_runs_of_one_seed_are_no_seeds_of_one_setting(tmp_path: Path) -> None:
+    """A mean of a run, its copy and a repetition would have an interval as of three seeds."""
+    folders = []
+    for i, seed in enumerate((0, 0, 1, 0)):
+        folders.append(make_run(tmp_path / str(i), "mine", LINES))
+        config = {"label": "mine", "plateau": 0.1, "seed": seed}
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+    found = settings(read_runs(folders))
+    assert [(s.label, s.seeds) for s in found] == [("mine", [0, 1]), ("mine (2)", [0]), ("mine (3)", [0])]
+
+
+def test_rounds_that_are_null_were_not_counted() -> None:
+    assert math.isnan(position({**LINES[0], "rounds": None}, "rounds"))
+
+
+def test_labels_are_written_whatever_the_locale_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = settings(read_runs([make_run(tmp_path / "run", "\u03b7 = 0.3", LINES)]))
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: opened(path, *a, **{"encoding": "ascii", **k}))
+    write_curves([curve(found)], tmp_path / "curves.csv")
+    assert read_curves(tmp_path / "curves.csv")[0].setting == "\u03b7 = 0.3"
 
 
 def test_row_of_an_empty_run(tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ from packsaddle.errors import ConfigError
 from packsaddle.experiments.config import CertifyConfig, Config, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig
 from packsaddle.experiments.job import How, Job, can_be_fused, fastest_simulation
 from packsaddle.experiments.report.settings import estimate, settings
-from packsaddle.experiments.reproduce import REPRODUCTIONS, figure1, figure2
+from packsaddle.experiments.reproduce import REPRODUCTIONS, figure1, figure2, table1
 from packsaddle.experiments.reproduce.results import by_setting, interval, paired
-from packsaddle.experiments.reproduce.study import Study, StudyFolder
-from packsaddle.experiments.run_folder import make_new, read_runs
+from packsaddle.experiments.reproduce.study import Study, StudyFolder, make_folder
+from packsaddle.experiments.run_folder import RunFolder, make_new, read_runs
 from packsaddle.experiments.trainer import Trainer
 
 
@@ -337,7 +337,12 @@ def test_a_study_goes_on_where_it_stopped(
     assert without_time(again) == without_time([json.loads(line) for line in before.splitlines()])
     capsys.readouterr()
     other = [a if a != "epochs=1" else "epochs=2" for a in study(mnist, folder, "--resume")]
-    refused(capsys, "was made with another configuration", *other)
+    refused(capsys, "was made with another configuration: epochs was 1.0, and is 2.0", *other)
+    # So it is of a run that is not done, which would begin anew.
+    (cut / "summary.json").unlink()
+    faster = [x for a in study(mnist, folder, "--resume") for x in ((a, "lr=0.2") if a == "epochs=1" else (a,))]
+    refused(capsys, "was made with another configuration: lr was 0.1, and is 0.2", *faster)
+    assert (cut / "metrics.jsonl").exists()
     arguments = [a if a != "smoke" else "cpu" for a in study(mnist, folder, "--resume")]
     refused(capsys, "holds fig2 at scale smoke, not fig2 at scale cpu", *arguments)
     refused(capsys, "is not the folder of a study", "reproduce", "fig2", "--resume", "--out", tmp_path)
@@ -394,7 +399,15 @@ def test_mistakes_are_found_before_runs_begin(capsys: pytest.CaptureFixture[str]
     refused(capsys, "unknown key lrr", *fig2, "--set", "lrr=1")
     refused(capsys, "data.limit must be at most 640", *fig2)
     refused(capsys, "mnist needs --data-dir", "reproduce", "fig2", "--scale", "smoke", "--out", tmp_path / "o")
-    refused(capsys, "--seeds does not apply to table1", "reproduce", "table1", "--seeds", "3")
+    for seeds in ("3", "0"):
+        refused(capsys, "--seeds does not apply to table1", "reproduce", "table1", "--seeds", seeds)
+    for what in (fig2, ("reproduce", "table1")):
+        refused(capsys, "--jobs must be at least 1, got 0", *what, "--jobs", "0")
+    refused(capsys, "--resume needs --out, the folder of the study", "reproduce", "table1", "--resume")
+    differ = "noise.std is what settings differ in, 0.0 in dense and 0.01 in dense-noise"
+    refused(capsys, differ, *fig2, "--set", "noise.std=0.1")
+    refused(capsys, "--set seed=3: a study has seeds of its own", *fig2, "--set", "seed=3")
+    refused(capsys, "--set label=x: a study has labels of its own", *fig2, "--set", "label=x")
     assert not (tmp_path / "o").exists()
 
 
@@ -405,8 +418,40 @@ def test_every_scale_of_every_study_can_be_read_back() -> None:
             study: Study = made.study(scale, "mnist" if name.startswith("fig2") else "cifar10")  # type: ignore[arg-type]
             assert len({run.name for run in study.sub_runs()}) == len(study.settings) * study.seeds
             assert len({config.label for config in study.settings.values()}) == len(study.settings)
-            study.changed(["lr=0.2"], None, [])
+            study.changed(["log_every=7"], None, [])
     assert [REPRODUCTIONS[n].study("cpu", "cifar10").seeds for n in ("fig2", "fig1")] == [10, 3]
+
+
+def test_what_is_asked_of_settings_stands_in_their_labels() -> None:
+    """If others have something else there; and what a study states in epochs keeps its place in them."""
+    noisy = [name for name in figure2.study("cpu", "mnist").settings if name.endswith("noise")]
+    asked = figure2.study("cpu", "mnist").changed(["noise.std=0.003", "epochs=5", "lr=0.2"], 1, noisy)
+    assert [c.label for c in asked.settings.values()] == [
+        f"{name}, noise 0.01 (noise.std=0.003)" for name in ("uncompressed", "TopK 0.1%", "RandomK 0.1%")
+    ]
+    for config in asked.settings.values():
+        assert (config.noise.std, config.lr) == (0.003, 0.2)
+        assert (config.noise.lower_from, config.noise.lower_until) == pytest.approx((3.0, 4.25))
+        assert config.certify is not None
+        assert config.certify.at == pytest.approx((0.75,))
+    with pytest.raises(ConfigError, match=r"--set epochs=5 noise\.lower_from=10: noise: lower_until needs"):
+        figure2.study("cpu", "mnist").changed(["epochs=5", "noise.lower_from=10"], None, ())
+    own = figure2.study("cpu", "mnist").changed(["epochs=5", "noise.lower_from=1"], None, ()).settings["dense"]
+    assert (own.noise.lower_from, own.noise.lower_until, own.label) == (1.0, 4.25, "uncompressed, no noise")
+
+
+def test_a_table_goes_on_in_its_own_folder_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a measurement that was cut off does not take the next one with it."""
+    words = ("reproduce", "table1", "--scale", "smoke", "--resume", "--out", tmp_path)
+    (tmp_path / "runs.jsonl").write_text('{"a": 1}\n{"a": ')
+    refused(capsys, "is not the folder of a study", *words)
+    make_folder(tmp_path / "other", "table1", "cpu")
+    refused(capsys, "holds table1 at scale cpu, not table1 at scale smoke", *words[:-1], tmp_path / "other")
+    assert table1._measured(tmp_path / "runs.jsonl") == [{"a": 1}]
+    RunFolder(tmp_path).append("runs.jsonl", {"a": 3})
+    assert table1._measured(tmp_path / "runs.jsonl") == [{"a": 1}, {"a": 3}]
 
 
 def test_progress_of_a_run(tmp_path: Path) -> None:
@@ -467,7 +512,7 @@ def gone(group: int) -> bool:
 def test_an_interrupted_study_ends_quietly_and_goes_on(mnist: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole process group: exit code 130, no traceback, no process left; --resume goes on."""
     arguments = [str(a) for a in study(mnist, tmp_path / "study", "--only", "dense", "randomk", seeds=1)]
-    long = [a.replace("epochs=1", "epochs=3000") for a in arguments]
+    long = [a.replace("epochs=1", "epochs=100") for a in arguments]
     program = [sys.executable, "-m", "packsaddle.cli"]
     process = subprocess.Popen(
         [*program, *long],
@@ -485,5 +530,5 @@ def test_an_interrupted_study_ends_quietly_and_goes_on(mnist: Path, tmp_path: Pa
     assert process.returncode == 130, printed
     assert "Traceback" not in printed
     assert gone(process.pid)
-    assert command(*arguments, "--resume") == 0
+    assert command(*long, "--resume") == 0
     assert len(list((tmp_path / "study").glob("runs/*/*/summary.json"))) == 2

@@ -128,7 +128,7 @@ def _names() -> list[str]:
 
 def write_curves(curves: Sequence[Curve], path: Path) -> None:
     """Write a CSV, a line per setting and step, to six digits; empty where nothing was measured."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["setting", *_names()])
         for c in curves:
@@ -144,7 +144,7 @@ def read_curves(path: Path) -> list[Curve]:
     """Read what `write_curves` wrote. Raises ConfigError if it is not that."""
     found: dict[str, list[dict[str, Any]]] = {}
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 found.setdefault(read_cell(row["setting"]), []).append(row)
         return [Curve(setting, {n: [_number(r, n) for r in rows] for n in _names()}) for setting, rows in found.items()]

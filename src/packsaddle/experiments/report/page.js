@@ -158,7 +158,9 @@ function saveNumbers(chart) {
       shown(chart.lines).flatMap((line) => lines(line).map((row) => [settings[line.setting].label, ...row])))
     : [["setting", "x", "low", "high", "threshold", "verdict", "seed"]].concat(shown(chart.points).map((p) =>
       [settings[p.setting].label, p[state.x], p.lower, p.upper, p.threshold, p.verdict, p.seed]));
-  const quoted = (cell) => `"${String(cell ?? "").replaceAll('"', '""')}"`;
+  // A text that a spreadsheet would run as a formula has an apostrophe before it, as in the CSV files of commands.
+  const plain = (cell) => (/^['=+\-@\t\r\n]/.test(cell) ? `'${cell}` : cell);
+  const quoted = (cell) => `"${plain(String(cell ?? "")).replaceAll('"', '""')}"`;
   const text = rows.map((row) => row.map((c) => (typeof c === "number" ? c : quoted(c))).join(",")).join("\r\n");
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text + "\r\n"], { type: "text/csv" }));

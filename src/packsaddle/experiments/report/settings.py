@@ -51,10 +51,17 @@ class Estimate:
 
 
 def settings(runs: Iterable[Run]) -> list[Setting]:
-    """Group runs by configuration, in order of first appearance; equal labels of different settings are numbered."""
-    groups: dict[str, list[Run]] = {}
+    """Group runs by configuration, in order of first appearance; equal labels of different settings are numbered.
+
+    A further run of one seed, or a copy of it, would make a mean seem surer than it is: it is of another setting.
+    """
+    groups: dict[tuple[str, int], list[Run]] = {}
+    seen: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(_identity(run), []).append(run)
+        identity = _identity(run)
+        n = sum(run.config.get("seed", 0) == other.config.get("seed", 0) for other in seen.get(identity, ()))
+        seen.setdefault(identity, []).append(run)
+        groups.setdefault((identity, n), []).append(run)
     taken: dict[str, int] = {}
     found = []
     for group in groups.values():
@@ -96,7 +103,8 @@ def position(line: dict[str, Any], axis: Axis) -> float:
     """
     if axis == "megabytes":
         return float(line.get("sent") or line.get("payload") or 0) / 1e6
-    return float(line.get(axis, math.nan) if axis == "rounds" else line[axis])
+    found = line.get("rounds") if axis == "rounds" else line[axis]
+    return math.nan if found is None else float(found)
 
 
 def _mean(values: Sequence[float]) -> float:

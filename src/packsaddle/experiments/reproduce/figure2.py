@@ -63,6 +63,8 @@ def findings(summary: Mapping[str, Any], curves: Sequence[Curve]) -> list[str]:
     lines = []
     for label, _ in COMPRESSORS.values():
         without, with_noise = (entries[f"{label}, {noise}"] for noise, _ in NOISES.values())
+        if without["plateau_epochs"] is None:  # no plateau is stated
+            continue
         shorter = paired(without, with_noise, "plateau_epochs", sub)
         still = f"; {without['still_on_plateau']} of {len(without['seeds'])} without it are still there at the end"
         lines.append(

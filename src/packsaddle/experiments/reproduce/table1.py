@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from packsaddle.errors import ConfigError, require
-from packsaddle.experiments.folder_lock import locked
+from packsaddle.errors import require
+from packsaddle.experiments.folder_lock import check_free, locked
 from packsaddle.experiments.progress import StudyProgress
 from packsaddle.experiments.report.figures import COLOURS
 from packsaddle.experiments.reproduce.runner import default_jobs, in_parallel
-from packsaddle.experiments.reproduce.study import Scale
+from packsaddle.experiments.reproduce.study import Scale, check_folder, make_folder
 from packsaddle.experiments.reproduce.theorem import COMPRESSORS, SIGMA, WIDTH, Job, all_jobs, few_jobs, measure
-from packsaddle.experiments.run_folder import RunFolder, commit, environment, make_new
+from packsaddle.experiments.run_folder import RunFolder, commit, environment, written
 from packsaddle.theory.bounds import Assumptions
 from packsaddle.theory.plans import plan
 from packsaddle.theory.table1 import TABLE_1
@@ -212,11 +212,10 @@ STANDS_FOR = {"uncompressed": "Identity", "SketchTopK": "SketchTopK", "RandomK":
 def tabulate(scale: Scale, folder: Path, version: str, *, resume: bool, jobs: int | None) -> list[dict[str, Any]]:
     """Measure what is missing, write tables and figure, and return the rows of exponents. Raises ConfigError."""
     wanted = list(few_jobs() if scale == "smoke" else all_jobs())
-    if folder.exists() and not resume:
-        raise ConfigError(f"output folder {folder} exists; continue it with --resume, or choose another --out")
-    if not folder.exists():
-        make_new(folder)
-    with locked(folder):
+    check_free(folder)
+    check_folder(folder, "table1", scale, resume=resume)
+    make_folder(folder, "table1", scale)
+    with locked(folder), written(folder):
         return _tabulated(wanted, folder, version, scale, jobs)
 
 
@@ -241,13 +240,16 @@ def _tabulated(
 
 
 def _measured(record: Path) -> list[dict[str, Any]]:
-    """The measurements that are there; the last line may have been cut off."""
-    lines = []
-    for text in record.read_text().splitlines() if record.exists() else []:
+    """The measurements that are there. A last line that was cut off is ended, so that the next one is apart from it."""
+    lines, found = [], record.read_text() if record.exists() else ""
+    for text in found.splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:
             continue
+    if found and not found.endswith("\n"):
+        with record.open("a") as file:
+            file.write("\n")
     return lines
 
 
