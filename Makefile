@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick test-integrations lint docs tutorials picture shape gpu audit clean
+.PHONY: demo test types tests quick test-integrations lint docs tutorials picture shape gpu audit clean
 
 demo: .venv/.installed
 	$(BIN)/packsaddle demo
@@ -11,8 +11,13 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/python -m pip check
+	@$(MAKE) --no-print-directory -j 2 types tests  # types take one core for a while, and tests all of them
+
+types: .venv/.installed
+	$(BIN)/mypy
+
+tests: .venv/.installed
 	$(BIN)/pytest -q -n auto --dist loadgroup
 
 # Lint, types, and the tests that start no process and take no more than half a second: to be run while working.
@@ -70,7 +75,7 @@ audit: .venv/.installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "packsaddle needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]'
-	-@$(BIN)/python -m compileall -qq -j 0 .venv/lib  # on all cores, where pip has one; some files are no Python 3
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true  # on all cores; pip has one. Some files are no Python 3
 	touch $@
 
 clean:

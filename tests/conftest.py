@@ -30,10 +30,7 @@ processes.watch()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One more pytest process than cores: many tests wait for links, timeouts and processes that start and end.
-
-    With two more, two cores spend more on what each process imports, collects and starts than they find in the waits.
-    """
+    """One more pytest process than cores: many tests wait for links, timeouts and processes that start and end."""
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
