@@ -111,8 +111,6 @@ def certify(
     require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
     drawn = _drawn(run, config) if iterates else []
     folder = out or _numbered(run / "certificate")
-    if is_first() and folder.exists():  # others may look when it has been made
-        raise ConfigError(f"output folder {folder} exists already; choose another with --out")
     audit = Audit(
         run,
         _files(run, checkpoint, drawn),

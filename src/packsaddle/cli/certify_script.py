@@ -69,8 +69,6 @@ def certify_script(
     check_numbers(positive, failure_probability, {"max-hvps": max_hvps})
     if out is not None:
         require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
-        if is_first() and out.exists():  # others may look when it has been made
-            raise ConfigError(f"output folder {out} exists already; choose another with --out")
     options = {
         "epsilon": epsilon,
         "hessian_lipschitz": hessian_lipschitz,

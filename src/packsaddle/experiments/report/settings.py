@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -56,12 +57,11 @@ def settings(runs: Iterable[Run]) -> list[Setting]:
     A further run of one seed, or a copy of it, would make a mean seem surer than it is: it is of another setting.
     """
     groups: dict[tuple[str, int], list[Run]] = {}
-    seen: dict[str, list[Run]] = {}
+    times = Counter[tuple[str, int]]()
     for run in runs:
-        identity = _identity(run)
-        n = sum(run.config.get("seed", 0) == other.config.get("seed", 0) for other in seen.get(identity, ()))
-        seen.setdefault(identity, []).append(run)
-        groups.setdefault((identity, n), []).append(run)
+        identity, seed = _identity(run), run.config.get("seed", 0)
+        groups.setdefault((identity, times[identity, seed]), []).append(run)
+        times[identity, seed] += 1
     taken: dict[str, int] = {}
     found = []
     for group in groups.values():

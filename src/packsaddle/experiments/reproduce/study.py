@@ -153,7 +153,8 @@ class StudyFolder:
                 continue  # there is nothing of it
             if there != sub_run.config:
                 known = {} if there is None else plain(there)
-                key, now, before = first_difference(plain(sub_run.config), known) or ("workers", "", "")
+                workers = "workers", sub_run.config.workers, known.get("workers")
+                key, now, before = first_difference(plain(sub_run.config), known) or workers
                 raise ConfigError(
                     f"--resume: {self.run(sub_run)} was made with another configuration: {key} was {before!r}, and is "
                     f"{now!r}"
