@@ -18,7 +18,7 @@ types: .venv/.installed
 	$(BIN)/mypy
 
 tests: .venv/.installed
-	$(BIN)/pytest -q -n auto --dist loadgroup
+	$(BIN)/pytest -q -n auto --dist loadgroup --max-worker-restart 0
 
 # Lint, types, and the tests that start no process and take no more than half a second: to be run while working.
 quick: .venv/.installed

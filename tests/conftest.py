@@ -1,8 +1,9 @@
 """Fixtures: real gloo worker processes, and toy runs shared by several test modules."""
 
+import faulthandler
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from itertools import count
 from typing import Any
 
@@ -26,6 +27,34 @@ torch.set_num_threads(1)
 
 
 processes.watch()
+
+
+_patience = 450.0  # seconds
+
+
+def _watch() -> None:
+    """Have this process print the stacks of all its threads, and end, unless another test begins in time."""
+    faulthandler.dump_traceback_later(_patience, exit=True, file=sys.__stderr__)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Guard against what pytest-timeout cannot end: waits in C, for what it has ended, and between tests."""
+    global _patience
+    marker = item.get_closest_marker("timeout")
+    _patience = 1.5 * float(marker.args[0] if marker else item.config.getini("timeout"))
+    _watch()
+    return (yield)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_exception_interact() -> None:
+    """Go on watching, which pytest ends."""
+    _watch()
+
+
+def pytest_sessionfinish() -> None:
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -142,11 +142,13 @@ def test_workers_that_are_told_to_end_have_time_to_save(tmp_path: Path, monkeypa
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=tell)
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     with pytest.raises(TerminatedError):
         launch.launch(launched.save_when_told, (tmp_path,), 2)
     thread.join()
+    assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
     assert sent == [signal.SIGTERM] * 3  # the launcher, and by it its workers
 

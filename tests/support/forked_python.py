@@ -164,9 +164,15 @@ def _serve(listener: socket.socket) -> None:
                 os.waitpid(fork, 0)
                 clients.pop(fork).close()
         if listener in ready:
-            client = listener.accept()[0]
-            size, streams, _, _ = socket.recv_fds(client, 16, 3)
-            words, folder, variables, program = json.loads(_received(client, int(size)))
+            client, streams = listener.accept()[0], []
+            try:
+                size, streams, _, _ = socket.recv_fds(client, 16, 3)
+                words, folder, variables, program = json.loads(_received(client, int(size)))
+            except (OSError, ValueError):  # it was killed before it had asked
+                client.close()
+                for stream in streams:
+                    os.close(stream)
+                continue
             fork = os.fork()
             if fork == 0:
                 for other in (listener, heard, woken, client, *clients.values()):
@@ -174,14 +180,17 @@ def _serve(listener: socket.socket) -> None:
                 _become(words, folder, variables, streams, program)
             for stream in streams:
                 os.close(stream)
-            client.sendall(f"{fork}\n".encode())
+            with suppress(OSError):
+                client.sendall(f"{fork}\n".encode())
             clients[fork] = client
 
 
 def _received(client: socket.socket, size: int) -> bytes:
     found = b""
     while len(found) < size:
-        found += client.recv(size - len(found))
+        if not (part := client.recv(size - len(found))):
+            raise ConnectionError("the program that asked has ended")
+        found += part
     return found
 
 

@@ -267,6 +267,18 @@ def import_once(module: str) -> None:
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", module])
 
 
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Put back the handlers of signals afterwards, which torch's launcher replaces for good; for the main thread."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
 def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:
     """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
 
@@ -292,7 +304,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         monitor_interval=0.1,
     )
     try:
-        with _quiet_launcher(), short_shutdown_grace():
+        with _quiet_launcher(), short_shutdown_grace(), _handlers_kept():
             return elastic_launch(config, exit_after_sigterm)(entry, *args)[0]
     except ChildFailedError as error:
         raise failure_of(*error.get_first_failure()) from error

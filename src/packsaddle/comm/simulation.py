@@ -179,15 +179,16 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
 
     contexts = [contextvars.copy_context() for _ in range(workers)]
     threads = [threading.Thread(target=c.run, args=(body, rank), daemon=True) for rank, c in enumerate(contexts)]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:
+            thread.start()
         for thread in threads:
             thread.join()
     except BaseException as interruption:  # Ctrl-C: no worker may go on in the background
         turns.fail(interruption)
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # it has been started
+                thread.join()
         raise
     if turns.failure is not None:
         raise turns.failure
