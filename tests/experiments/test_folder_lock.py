@@ -115,20 +115,22 @@ def test_torchrun_is_refused_once_by_its_first_worker(config: Path, tmp_path: Pa
     assert list(folder.iterdir()) == []
 
 
-def test_workers_whose_launcher_was_killed_hold_the_folder(config: Path, tmp_path: Path, start: Any) -> None:
-    """They go on training, so nobody else may; a resume would write every line a second time."""
+def test_workers_whose_launcher_was_killed_save_and_end(config: Path, tmp_path: Path, start: Any) -> None:
+    """Until then nobody else may train in the folder: a resume would write every line a second time."""
     folder = tmp_path / "run"
     first = start("run", config, "--out", folder, "--workers", 2, *LONG)
     until(trains(folder), first)
     launcher = fork_of(first.pid)
+    os.killpg(launcher, signal.SIGSTOP)
     os.kill(launcher, signal.SIGKILL)
     first.wait()
-    at = len(lines(folder))
-    until(lambda: len(lines(folder)) > at + 1)  # they train
     with pytest.raises(ConfigError, match=f"by process {launcher} on .*, or workers that it has left"):
         check_free(folder)
-    os.killpg(launcher, signal.SIGKILL)
+    os.killpg(launcher, signal.SIGCONT)
     until(lambda: is_free(folder))
+    stopped = json.loads((folder / "stopped.json").read_text())["step"]
+    saved = folder / "checkpoint" / f"step-{stopped:08}"
+    assert {path.name for path in saved.glob("*.json")} == {"worker-0.json", "worker-1.json"}
 
 
 @pytest.mark.slow

@@ -173,7 +173,6 @@ def hearing_sigterm() -> Iterator[None]:
 
 
 SHUTDOWN_SECONDS = 3.0  # before SIGTERM, and then before SIGKILL
-_MOMENT = 2.0  # seconds, in which a launcher that still listens has heard a result
 
 
 @contextmanager
@@ -197,12 +196,17 @@ def short_shutdown_grace() -> Iterator[None]:
         context.join = join
 
 
-def exit_after_sigterm(entry: Callable[..., Any], *args: Any) -> Any:
-    """Return entry(*args), in a worker; if SIGTERM was what ended it, the process ends a moment later.
+ORPHAN_SECONDS = 30.0  # to save, for a worker whose launcher was killed
+_MOMENT = 2.0  # seconds, in which a launcher that still listens has heard a result
+
+
+def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
+    """Return entry(*args), in a launched worker, which ends when its launcher was told to or is killed.
 
     Workers wait for the news that all have returned. A launcher that was sent SIGTERM no longer tells them, and would
-    kill them after 30 s: as long as SLURM and Kubernetes give it itself.
+    kill them after 30 s: as long as SLURM and Kubernetes give it itself. So the process ends a moment later.
     """
+    threading.Thread(target=_follow_launcher, daemon=True).start()
     result = entry(*args)
     if asked_to_stop():
         sys.stdout.flush()
@@ -210,6 +214,16 @@ def exit_after_sigterm(entry: Callable[..., Any], *args: Any) -> Any:
         leave.daemon = True
         leave.start()
     return result
+
+
+def _follow_launcher() -> None:
+    """Wait for the end of the launcher, which ends its workers before unless it is killed; then send SIGTERM."""
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        launcher.join()
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
 
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
@@ -305,7 +319,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
     )
     try:
         with _quiet_launcher(), short_shutdown_grace(), _handlers_kept():
-            return elastic_launch(config, exit_after_sigterm)(entry, *args)[0]
+            return elastic_launch(config, in_worker)(entry, *args)[0]
     except ChildFailedError as error:
         raise failure_of(*error.get_first_failure()) from error
     except SignalException as stop:

@@ -1,7 +1,7 @@
 """The lock on a folder that is being trained in: one process and its workers, until the last of them is gone.
 
 It is the operating system's (flock), which lets go when no process has the lock's file open any more, however they
-ended. A launcher that is killed leaves workers that go on training, so they have the file open as well. The file,
+ended. A launcher that is killed leaves workers that still have to save, so they have the file open as well. The file,
 `.lock`, names the holder; it is removed at the end, and one that is left by a killed process locks nothing.
 """
 
