@@ -163,9 +163,9 @@ def tests(seconds: float) -> dict[str, Any]:
 
 def figure1(data: Path, seconds: float) -> dict[str, Any]:
     """Figure 1 at the paper's scale, resumed where it stopped, until the time is up."""
-    command = [sys.executable, "-m", "packsaddle", "reproduce", "fig1", "--scale", "paper", "--data-dir", str(data)]
+    command = [sys.executable, "-m", "packsaddle.cli", "reproduce", "fig1", "--scale", "paper", "--data-dir", str(data)]
     out = ROOT / "runs" / "gpu-figure1"
-    command += ["--resume" if out.exists() else "--out", str(out)]
+    command += ["--out", str(out), *["--resume"] * out.exists()]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired:
@@ -205,7 +205,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     print(f"written: {args.out}")
-    return 0
+    failed = [name for name, part in found.items() if isinstance(part, dict) and ("failed" in part or part.get("rc"))]
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -30,11 +30,16 @@ processes.watch()
 
 
 _patience = 450.0  # seconds
+_stderr: list[int] = []  # that of the process, which pytest takes away during tests
+
+
+def pytest_configure() -> None:
+    _stderr[:] = [os.dup(2)]
 
 
 def _watch() -> None:
     """Have this process print the stacks of all its threads, and end, unless another test begins in time."""
-    faulthandler.dump_traceback_later(_patience, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(_patience, exit=True, file=_stderr[0])
 
 
 @pytest.hookimpl(wrapper=True)

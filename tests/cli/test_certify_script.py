@@ -34,6 +34,18 @@ def sharded():
     model, loss_fn, batches = mine()
     return fully_shard(model, mesh=init_device_mesh("cpu", (2,))), loss_fn, batches
 
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.module = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.module(x)
+
+def named():
+    _, loss_fn, batches = problem()
+    return Own(), loss_fn, batches
+
 def two():
     return 1, 2
 
@@ -111,6 +123,14 @@ def test_weights_of_wrapped_models_are_those_of_the_model(folder: Path, capsys: 
     for prefix in ("module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."):
         torch.save({prefix + name: value for name, value in weights.items()}, folder / "named.pt")
         assert command("certify-script", "script_of_mine:problem", "named.pt", "--json", "--epsilon", 10) == 0
+        assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(1.0, rel=0.3)
+
+
+def test_a_models_own_part_may_have_a_wrappers_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = torch.load(folder / "zero.pt")
+    for prefix in ("module.", "module.module.", "_orig_mod.module."):
+        torch.save({prefix + name: value for name, value in weights.items()}, folder / "named.pt")
+        assert command("certify-script", "script_of_mine:named", "named.pt", "--json", "--epsilon", 10) == 0
         assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(1.0, rel=0.3)
 
 

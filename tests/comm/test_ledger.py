@@ -1,5 +1,8 @@
 """The ledger adds up, by step and by purpose, in little memory."""
 
+import sys
+import threading
+
 from packsaddle import Bytes, Ledger
 
 
@@ -37,6 +40,28 @@ def test_it_prints_as_a_table() -> None:
     ]
     assert len({len(line) for line in str(ledger).splitlines()}) == 1  # columns end together
     assert str(Ledger()).splitlines()[1].split() == ["total", "0", "0", "0"]
+
+
+def test_it_may_be_read_while_an_exchange_adds_to_it() -> None:
+    ledger, end, interval = Ledger(), threading.Event(), sys.getswitchinterval()
+
+    def add() -> None:
+        for step in range(3000):
+            ledger.add(step, f"purpose {step % 1000}", "all-gather", Bytes(1, 1, 1))
+        end.set()
+
+    sys.setswitchinterval(1e-6)
+    thread = threading.Thread(target=add)
+    thread.start()
+    try:
+        while not end.is_set():
+            assert ledger.total.sent <= 3000
+            assert len(ledger.by_purpose) <= 1000
+            ledger.at(0), ledger.state_dict()
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert ledger.total == Bytes(3000, 3000, 3000)
 
 
 def test_equal_steps_take_one_span() -> None:

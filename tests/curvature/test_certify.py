@@ -372,6 +372,54 @@ def test_one_workers_trouble_stops_all() -> None:
     assert len(set(simulate(worker, 2))) == 1
 
 
+def test_a_worker_whose_batch_is_empty_has_none() -> None:
+    """As `data[rank::workers].split(64)` gives where there are few examples; the mean loss of no examples is NaN."""
+
+    def worker(rank: int) -> Any:
+        model, batches = network()
+        mine = [(batches[0][0][:0], batches[0][1][:0])] if rank else batches
+        return certify(model, loss_fn, mine, epsilon=1.0, generator=torch.Generator().manual_seed(0))
+
+    model, batches = network()
+    alone = certify(model, loss_fn, batches, epsilon=1.0, generator=torch.Generator().manual_seed(0))
+    for found in simulate(worker, 2):
+        assert (found.verdict, found.examples, found.loss) == (alone.verdict, alone.examples, alone.loss)
+        assert found.lambda_min_upper == pytest.approx(alone.lambda_min_upper, rel=1e-6)
+
+
+def test_a_loss_may_have_derivatives_in_it() -> None:
+    """f = x^4 / 4 + ||grad of (w . x^2) by x||^2 / 2 with a graph of its own, against f without: 2 x, squared."""
+
+    def penalised(model: Any, w: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad((w * model.x**2).sum(), model.x, create_graph=True)
+        return model.x.pow(4).sum() / 4 - slope.square().sum() / 8
+
+    def plain(model: Any, w: Tensor) -> Tensor:
+        return model.x.pow(4).sum() / 4 - (2 * w * model.x).square().sum() / 8
+
+    weights = [torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)]
+    for x in (torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)):
+        first, second = (
+            certify(Point(x), f, weights, epsilon=1e-2, generator=torch.Generator().manual_seed(0))
+            for f in (penalised, plain)
+        )
+        assert first.verdict is second.verdict
+        assert first.loss == pytest.approx(second.loss, abs=1e-12)
+        assert first.grad_norm == pytest.approx(second.grad_norm, abs=1e-12)
+        assert first.lambda_min_upper == pytest.approx(second.lambda_min_upper, abs=1e-9)
+
+
+def test_a_certificate_leaves_the_random_stream_alone() -> None:
+    """A DataLoader draws a seed from torch's generator at each pass."""
+    model, batches = network()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*batches[0]), batch_size=4)
+    before = torch.get_rng_state()
+    certify(model, loss_fn, loader, epsilon=1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    list(loader)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.slow
 def test_a_samples_gradient_norm_has_its_error() -> None:
     """A linear model's gradient is a mean of independent vectors: the standard error covers the true one, and its

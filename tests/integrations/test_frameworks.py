@@ -17,6 +17,7 @@ from typing import Any
 import forked_python
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from packsaddle import Compression, TopK, register_ddp_hook
@@ -201,7 +202,8 @@ def test_local_updates_go_on_from_every_workers_state(name: str, tmp_path: Path)
     assert len(set(found.get("best", []))) <= 1
     assert len(found["certified"]) == (name == "lightning")
     if name == "lightning":  # a checkpoint that is saved during validation has workers' own parameters too
-        folders = [tmp_path / "parts" / f"{which}.ckpt.packsaddle" for which in ("step=6", "in_validation")]
+        (at_stop,) = (tmp_path / "parts").glob("step=6-loss=*.ckpt.packsaddle")
+        folders = [at_stop, tmp_path / "parts" / "in_validation.ckpt.packsaddle"]
         own = [[torch.load(f / f"packsaddle-{rank}.lost")["model"] for f in folders] for rank in range(2)]
         for one, other in own:
             assert all(torch.equal(one[key], other[key]) for key in one)
@@ -232,8 +234,10 @@ def test_a_checkpoint_keeps_every_workers_state(name: str, tmp_path: Path) -> No
     assert found["lost"] != found["straight"]
     assert found["warned"] == 1
     assert found.get("steps of another training", 12) == 12
-    kept = sorted(p.parent.name for p in (tmp_path / "straight").rglob("packsaddle-0.pt"))
-    assert kept == {"lightning": ["step=12.ckpt.packsaddle"], "accelerate": ["straight"]}.get(name, ["checkpoint-12"])
+    for rank in (0, 1):
+        (kept,) = {p.parent.name for p in (tmp_path / "straight").rglob(f"packsaddle-{rank}.pt")}
+        named = {"lightning": r"step=12-loss=.*\.ckpt\.packsaddle", "accelerate": "straight"}
+        assert re.fullmatch(named.get(name, "checkpoint-12"), kept)
     if name == "lightning":
         with (tmp_path / "straight" / "log" / "metrics.csv").open() as file:
             assert [row["step"] for row in csv.DictReader(file) if row.get("certificate/loss")] == ["5", "10"]
@@ -303,14 +307,36 @@ def test_measures_are_the_hooks(gloo: Callable[..., list[Any]]) -> None:
         }
 
 
+def two_exchanges(folder: Path) -> tuple[list[bool], list[str]]:
+    hooks = [trained(steps) for steps in (1, 2)]
+    for name, hook in zip("ab", hooks, strict=True):
+        save_state(hook, folder, name=name)
+    again = [trained(3) for _ in hooks]
+    for name, hook in zip("ab", again, strict=True):
+        load_state(hook, folder, name=name)
+    return [a.steps == b.steps for a, b in zip(hooks, again, strict=True)], sorted(p.name for p in folder.iterdir())
+
+
+def test_states_of_two_exchanges_have_names(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
+    for same, files in gloo(two_exchanges, 2, tmp_path):
+        assert same == [True, True]
+        assert {"a-0.pt", "b-0.pt"} <= set(files)
+    assert measures(None) == {}
+    save_state(None, tmp_path / "none")
+    assert not load_state(None, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 class Normed(torch.nn.Module):
-    """A network with running statistics and a parameter that is not trained."""
+    """A network with running statistics, a cache of any length, and a parameter that is not trained."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.norm, self.map, self.last = torch.nn.BatchNorm1d(40), torch.nn.Linear(40, 50), torch.nn.Linear(50, 2)
         self.last.requires_grad_(False)
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self.register_buffer("cache", torch.ones(1 + rank), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.last(self.map(self.norm(x)))
@@ -412,12 +438,19 @@ def loading(folder: Path) -> dict[str, str]:
 
 def test_a_state_is_loaded_by_all_workers_or_none(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
     differ = "workers must be given the same arguments, but worker 0 has steps of the saved state="
+
+    def cause(name: str) -> str:
+        return (
+            f"{tmp_path / name} has no state of one step for each of 2 workers (were there as many when it was saved?)."
+            f" Without that folder there would be no state of packsaddle's hook: its error memory starts at zero. "
+        )
+
     for found in gloo(loading, 2, tmp_path):
         assert found == {
             "all": "True; step 2, 0 warnings",
             "none": "False; step 3, 1 warnings",
-            "one": f"{differ}2 and worker 1 has steps of the saved state='no file'; step 3, 0 warnings",
-            "mixed": f"{differ}1 and worker 1 has steps of the saved state=2; step 3, 0 warnings",
+            "one": f"{cause('one')}{differ}2 and worker 1 has steps of the saved state='no file'; step 3, 0 warnings",
+            "mixed": f"{cause('mixed')}{differ}1 and worker 1 has steps of the saved state=2; step 3, 0 warnings",
         }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from ddp_runs import wrapped
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from test_ddp import Gloo
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ def test_zero_sections_share_by_size() -> None:
     assert sum(c.count(n) for c, n in zip(TopK(0.1).apportion(zeros, SIZES) or [], SIZES, strict=True)) == 1574
 
 
+@example(parts=[(0.0, 1), (5e-324, 1)], total=1)  # the smallest number there is
 @given(
     parts=st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 10_000)), min_size=1, max_size=6),
     total=st.integers(1, 40_000),

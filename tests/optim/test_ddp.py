@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
 
 from packsaddle import (
+    QSGD,
     CompressedSGD,
     Compression,
     Compressor,
@@ -233,6 +235,39 @@ def test_every_compressor_in_every_loop_with_any_optimizer(gloo: Gloo) -> None:
         assert after < 0.9 * before, (case, before, after)
         assert torch.equal(x, second[case][2]), case
         assert counted == seen, case
+
+
+def passed(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    value = loss(model, batch)
+    value.backward()
+    return value
+
+
+def closures() -> tuple[Tensor, Tensor, int]:
+    """A loop whose optimizer calls a closure, as Lightning's do, with a bad batch on one worker; and one without it."""
+    found = []
+    for bad in (True, False):
+        model = wrapped(network(torch.float32), SEVERAL)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        hook = register_ddp_hook(model, QSGD(7), optimizer=optimizer)
+        for t, batch in enumerate(batches(4, torch.float32)):
+            if t == 2 and not bad:
+                continue
+            if t == 2 and torch.distributed.get_rank() == 1:
+                batch = batch * math.nan
+
+            value = optimizer.step(partial(passed, model, optimizer, batch))
+            assert isinstance(value, Tensor)
+        found.append(vector(model))
+    return found[0], found[1], hook.steps
+
+
+def test_an_optimizer_that_calls_a_closure_leaves_a_bad_step_out(gloo: Gloo) -> None:
+    for with_bad, without, steps in gloo(closures, 2):
+        assert torch.equal(with_bad, without)
+        assert torch.isfinite(with_bad).all()
+        assert steps == 3
 
 
 def unlike_loops() -> str:
@@ -740,6 +775,18 @@ def attachments() -> dict[str, Any]:
     register_ddp_hook(past, RandomK(0.1))
     loss(past.module, batches(1)[0]).backward()  # a framework that runs the model itself
     found["past"] = message_of(lambda: loss(past.module, batches(1)[0]))
+    anew = wrapped(past.module)
+    again = register_ddp_hook(anew, RandomK(0.1))
+    train(anew, torch.optim.SGD(anew.parameters(), 0.1), batches(2))
+    found["anew"] = again.steps
+    late = wrapped(network())
+    taken = register_ddp_hook(late, RandomK(0.1))
+    for _ in range(2):
+        with late.no_sync():
+            value = loss(late, batches(1)[0])
+        value.backward()  # torch goes by the forward pass
+    loss(late, batches(1)[0]).backward()
+    found["late"] = taken.steps
     quiet = wrapped(network())
     attach(quiet, RandomK(0.1))
     for _ in range(2):
@@ -753,6 +800,7 @@ def attachments() -> dict[str, Any]:
 def test_attach_finds_the_model_and_notices_a_hook_that_is_never_called(gloo: Gloo) -> None:
     for found in gloo(attachments, 2):
         assert found["steps"] == 3
+        assert (found["anew"], found["late"]) == (2, 1)
         assert "DistributedDataParallel never called the hook" in found["past"]
         assert "model must have one DistributedDataParallel in it, got Sequential with 0" in found["none"]
 

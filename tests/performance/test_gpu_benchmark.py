@@ -56,10 +56,10 @@ def test_a_part_that_fails_leaves_the_others(benchmark: Any, monkeypatch: pytest
     for name in ("tests", "launch", "steps"):
         monkeypatch.setattr(benchmark, name, refuse)
     monkeypatch.setattr(benchmark, "packing", lambda *_: {"copy": {}})
-    assert benchmark.main(["--device", "cpu", "--d", "10", "--out", str(tmp_path / "gpu.json")]) == 0
+    assert benchmark.main(["--device", "cpu", "--d", "10", "--out", str(tmp_path / "gpu.json")]) == 1
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["tests"] == found["steps, d = 10"] == {"failed": "RuntimeError: no"}
     assert found["packing, d = 10"] == {"copy": {}}
     monkeypatch.setattr(benchmark, "SECONDS", -1.0)
-    assert benchmark.main(["--device", "cpu", "--d", "10", "--out", str(tmp_path / "late.json")]) == 0
+    assert benchmark.main(["--device", "cpu", "--d", "10", "--out", str(tmp_path / "late.json")]) == 1
     assert json.loads((tmp_path / "late.json").read_text())["tests"] == {"failed": "no time was left"}

@@ -35,6 +35,7 @@ from packsaddle.performance.workload import ModelSize
         ("100Mbps", 1e8),
         ("1gbit", 1e9),
         ("12.5MB/s", 1e8),
+        ("12.5MBps", 1e8),
         ("12.5Mb/s", 12.5e6),
         ("2e3kbit", 2e6),
         ("64 bit", 64),

@@ -165,6 +165,7 @@ def _serve(listener: socket.socket) -> None:
                 clients.pop(fork).close()
         if listener in ready:
             client, streams = listener.accept()[0], []
+            client.settimeout(10.0)  # nobody else is served meanwhile
             try:
                 size, streams, _, _ = socket.recv_fds(client, 16, 3)
                 words, folder, variables, program = json.loads(_received(client, int(size)))
@@ -173,6 +174,7 @@ def _serve(listener: socket.socket) -> None:
                 for stream in streams:
                     os.close(stream)
                 continue
+            client.settimeout(None)
             fork = os.fork()
             if fork == 0:
                 for other in (listener, heard, woken, client, *clients.values()):

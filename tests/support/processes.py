@@ -14,7 +14,10 @@ import pytest
 # What starts processes, as names in a test, in its fixtures, or in the functions of its module that these call.
 STARTERS = {"subprocess", "Popen", "multiprocessing", "run_in_processes", "launch"}
 # What makes network namespaces, or looks at which of them there are.
-HOSTS = ("test_hosts", "test_bytes_on_interface", "test_bench", "test_link_planner", "test_network_faults")
+HOSTS = (
+    *("test_hosts", "test_bytes_on_interface", "test_bench", "test_link_planner", "test_network_faults"),
+    "test_race_to_loss",
+)
 WHOLE = ("test_hosts", "test_bytes_on_interface", "test_network_faults")  # all of whose tests start processes, or may
 
 STARTED = ("python", "torchrun", "packsaddle", "ip", "unshare", "nsenter", "tc")  # git and the like are over at once

@@ -57,7 +57,10 @@ def lightning(folder: Path, steps: int, resume: bool) -> Run:
     module = Digits()
     callback = LocalUpdatesCallback(**LOCAL) if local else PacksaddleCallback(packsaddle.TopK(0.01), **OPTIONS)
     kept = 1 if steps == END and not resume else -1
-    keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=kept, save_last="link")
+    # Every worker has a loss of its own, and so would have names of its own.
+    keep = ModelCheckpoint(
+        folder, filename="{step}-{loss:.9f}", every_n_train_steps=3, save_top_k=kept, save_last="link"
+    )
     for wrong in ({}, {"every_n_steps": 1, "every_n_epochs": 1}, {"every_n_steps": 0}):
         with pytest.raises(ValueError, match="give one of every_n_epochs and every_n_steps, at least 1"):
             CertificateCallback(Digits.loss, [], epsilon=1.0, **wrong)
@@ -81,7 +84,8 @@ def lightning(folder: Path, steps: int, resume: bool) -> Run:
         enable_model_summary=False,
     )
     loader = DataLoader(digits()[0], batch_size=240)  # three steps an epoch
-    start = folder / f"step={STOP}.ckpt" if (folder / f"step={END}.ckpt").exists() else folder / "last.ckpt"  # a link
+    ended = any(folder.glob(f"step={END}-*.ckpt"))
+    start = next(folder.glob(f"step={STOP}-*.ckpt"), None) if ended else folder / "last.ckpt"  # a link
     test = DataLoader(digits()[1], batch_size=180) if local else None
     trainer.fit(module, loader, test, ckpt_path=start if resume else None)
     return module, callback.local if local else callback.hook, None
@@ -172,7 +176,8 @@ def lightnings(name: str, folder: Path) -> nn.Module:
     from lightning_example import Digits
 
     module = Digits()
-    module.load_state_dict(torch.load(folder / name, weights_only=False)["state_dict"])
+    (path,) = folder.glob(name)
+    module.load_state_dict(torch.load(path, weights_only=False)["state_dict"])
     return module
 
 
@@ -185,7 +190,7 @@ def huggingfaces(folder: Path) -> nn.Module:
 
 
 SAVED: dict[Any, list[Callable[[Path], nn.Module]]] = {
-    lightning: [partial(lightnings, f"step={STOP}.ckpt"), partial(lightnings, "in_validation.ckpt")],
+    lightning: [partial(lightnings, f"step={STOP}-*.ckpt"), partial(lightnings, "in_validation.ckpt")],
     huggingface: [huggingfaces],
 }
 

@@ -190,12 +190,14 @@ def _load(model: Any, checkpoint: Path) -> None:
         raise ConfigError(f"checkpoint {checkpoint} does not exist") from None
     except Exception as error:  # a damaged file raises whatever its bytes lead to
         raise ConfigError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from None
+    model = getattr(model, "_orig_mod", model)  # of a compiled one
     if isinstance(weights, dict):
+        own = model.state_dict().keys()
         weights = next((weights[key] for key in _WRAPPERS if isinstance(weights.get(key), dict)), weights)
         for prefix in _PREFIXES:
-            if all(isinstance(name, str) and name.startswith(prefix) for name in weights):
+            wrapped = all(isinstance(name, str) and name.startswith(prefix) for name in weights)
+            if wrapped and weights.keys() != own:
                 weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    model = getattr(model, "_orig_mod", model)  # of a compiled one
     try:
         load_whole(model, weights)
     except (RuntimeError, TypeError, AttributeError) as error:

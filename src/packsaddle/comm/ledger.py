@@ -91,7 +91,7 @@ class Ledger:
     def add(self, step: int, purpose: str, collective: str, moved: Bytes) -> None:
         """Record bytes that a collective moved for a purpose at a step; steps must not decrease."""
         self._totals[purpose, collective] = self._totals.get((purpose, collective), Bytes()) + moved
-        current = dict(self.at(step))
+        current = dict(self._spans[-1].by_purpose) if self._spans and self._spans[-1].last == step else {}
         current[purpose] = current.get(purpose, Bytes()) + moved
         self._put(step, current)
 
@@ -107,7 +107,7 @@ class Ledger:
 
     def at(self, step: int) -> Mapping[str, Bytes]:
         """Return the bytes of one step by purpose (empty if nothing moved, or it is too long ago to be kept)."""
-        for span in reversed(self._spans):
+        for span in reversed(self.spans):
             if span.first <= step <= span.last:
                 return span.by_purpose
             if span.last < step:
@@ -131,18 +131,18 @@ class Ledger:
 
     def _sum(self, position: int) -> Mapping[str, Bytes]:
         sums: dict[str, Bytes] = {}
-        for key, moved in self._totals.items():
+        for key, moved in self._totals.copy().items():  # a background exchange may be adding to it
             sums[key[position]] = sums.get(key[position], Bytes()) + moved
         return sums
 
     @property
     def total(self) -> Bytes:
         """The total over all steps and purposes."""
-        return sum(self._totals.values(), Bytes())
+        return sum(self._totals.copy().values(), Bytes())
 
     def state_dict(self) -> list[list[Any]]:
         """Return the totals as plain types; the per-step history is not kept across checkpoints."""
-        return [[*key, b.payload, b.sent, b.received] for key, b in self._totals.items()]
+        return [[*key, b.payload, b.sent, b.received] for key, b in self._totals.copy().items()]
 
     def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
         """Restore the totals in `state`, from `state_dict`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from packsaddle.comm.group import Group, ambient_group
 
 T = TypeVar("T")
+_PATIENCE = 5.0  # seconds that an interruption waits for a worker that waits for something else than its turn
 
 
 class _Aborted(BaseException):
@@ -188,7 +189,7 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
         turns.fail(interruption)
         for thread in threads:
             if thread.ident is not None:  # it has been started
-                thread.join()
+                thread.join(_PATIENCE)
         raise
     if turns.failure is not None:
         raise turns.failure

@@ -52,7 +52,9 @@ def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> li
     """
     total = min(max(total, len(sizes)), sum(sizes))
     # A little by size, so that weights of zero do not keep the total from being met.
-    lifted = [w + 1e-9 * (sum(weights) or 1.0) * n / sum(sizes) for w, n in zip(weights, sizes, strict=True)]
+    most = max(weights) or 1.0
+    shares = [w / most for w in weights]
+    lifted = [w + 1e-9 * (sum(shares) or 1.0) * n / sum(sizes) for w, n in zip(shares, sizes, strict=True)]
 
     def exact(scale: float) -> list[float]:
         return [min(max(scale * w, 1.0), float(n)) for w, n in zip(lifted, sizes, strict=True)]

@@ -88,7 +88,8 @@ def certify(
     if pilot_examples < 0:
         raise ValueError(f"pilot_examples must not be negative, got {pilot_examples}")
     channel = Communicator(resolve(process_group), Ledger())
-    with rank_0_buffers(model, channel):
+    # A DataLoader draws from torch's generator each time that it is read.
+    with torch.random.fork_rng(devices=()), rank_0_buffers(model, channel):
         # The point: its loss, its gradient, and how products are taken.
         of = partial(derivatives, model, loss_fn, channel=channel, tensor_parallel=tensor_parallel)
         curvature = of(batches)

@@ -71,6 +71,7 @@ class Curvature:
         self.products = 0  # Hessian-vector products so far
         self.passes = 0.0  # backward passes over the examples so far; a pass over a part of them is so much less
         self._sizes_of_batches: list[int] = []  # of this worker's
+        self._derives = False  # whether the loss takes derivatives itself
         self._displaced = 0  # gradients at other points so far, for the seed of dithering
         watch = _Precision()
         first = self._totals(watch if self.parameters[0].dtype is torch.float64 else nullcontext())
@@ -109,19 +110,31 @@ class Curvature:
     def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[float, int]:
         """This worker's sum of losses over examples, and its number of examples; `watch` is entered for each loss."""
         total, sizes = 0.0, []
-        with torch.no_grad(), evaluating(self._model):
+        with evaluating(self._model):
             for batch, n in self.read():
                 with watch:
-                    loss = whole(self._loss_fn(self._model, batch))
+                    loss = self._value(batch)
                 total += float(loss.double()) * n
                 sizes.append(n)
         self._sizes_of_batches = sizes
         return total, sum(sizes)
 
+    def _value(self, batch: Any) -> Tensor:
+        """Return a batch's loss, without a graph if the loss needs none: a gradient penalty, say, does."""
+        try:
+            with torch.set_grad_enabled(self._derives):
+                return whole(self._loss_fn(self._model, batch)).detach()
+        except RuntimeError as error:
+            if self._derives or "does not require grad" not in str(error):
+                raise
+        self._derives = True
+        return self._value(batch)
+
     def read(self) -> Iterator[tuple[Any, int]]:
-        """Yield this worker's batches and their examples."""
+        """Yield this worker's batches and their examples, but for batches of none."""
         for batch in self._batches:
-            yield batch, batch_size(batch)
+            if n := batch_size(batch):
+                yield batch, n
 
     def batches(self) -> int:
         """Return the number of batches of all workers; collective."""
@@ -208,7 +221,7 @@ class Curvature:
     def _try_double_backward(self) -> str | None:
         ones = [torch.ones_like(p) for p in self.parameters]
         with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
-            for batch in self._batches:
+            for batch, _ in self.read():
                 try:
                     loss = self._loss_fn(self._model, batch)
                     grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)

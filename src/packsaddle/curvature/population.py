@@ -148,7 +148,8 @@ def certify_population(
     check_probability(failure_probability)
     channel = Communicator(resolve(process_group), Ledger())
     delta = failure_probability / _STATEMENTS
-    with rank_0_buffers(model, channel):
+    # A DataLoader draws from torch's generator each time that it is read.
+    with torch.random.fork_rng(devices=()), rank_0_buffers(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)
         count = check_population(model, batches, process_group)
         products = choose_products(curvature, hvp)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -54,7 +55,7 @@ class WorkerState:
     """The state of one worker of local updates; a framework's checkpoint has worker 0's alone.
 
     That is the state of `local`, of its optimizer and of the GradScaler `scaler`, and the trained parameters and the
-    buffers of `model`. To be loaded after the framework has loaded its checkpoint.
+    persistent buffers of `model`. To be loaded after the framework has loaded its checkpoint.
 
     >>> import torch
     >>> import packsaddle
@@ -83,7 +84,7 @@ class WorkerState:
         if not self.local.flush():
             warnings.warn("parameters are not finite, so workers end with models of their own", stacklevel=3)
         with torch.no_grad():
-            for buffer in self._model.buffers():
+            for buffer in self._buffers().values():
                 self.channel.broadcast(buffer, "buffers")
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,7 +115,12 @@ class WorkerState:
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors that training changes, by name; not copies."""
         trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
-        return trained | {name: b.detach() for name, b in self._model.named_buffers()}
+        return trained | self._buffers()
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """The buffers that checkpoints have; others, such as caches, may differ in shape."""
+        kept = self._model.state_dict().keys()
+        return {name: b.detach() for name, b in self._model.named_buffers() if name in kept}
 
 
 def attach_local_updates(
@@ -150,11 +156,11 @@ def monitored(compressor: Compressor | Schedule | Compression, every: int) -> Co
     return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 
 
-def measures(exchange: DDPHook | LocalUpdates | WorkerState) -> dict[str, float]:
+def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str, float]:
     """Return the numbers so far of an `exchange`, a hook or local updates, for a logger (docs/metrics.md).
 
     They are bytes on this worker's wire, steps, contraction: `mu` is there once `monitor_every` has measured it. A hook
-    has `sent_in_step`, in bytes, local updates have `rounds`.
+    has `sent_in_step`, in bytes, local updates have `rounds`. None, what `attach` returns for one worker, has none.
 
     >>> import torch
     >>> import packsaddle
@@ -164,12 +170,14 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState) -> dict[str, float]
     >>> measures(local)
     {'steps': 0.0, 'skipped': 0.0, 'resets': 0.0, 'sent': 0.0, 'received': 0.0, 'reduction': 1.0, 'rounds': 0.0}
     """
+    if exchange is None:
+        return {}
     exchange = exchange.local if isinstance(exchange, WorkerState) else exchange
     steps, sent, alone = exchange.steps, exchange.ledger.total.sent, exchange.uncompressed.sent
     found = {
         "steps": float(steps),
         "skipped": float(exchange.skipped),
-        "resets": float(len(exchange.resets)),
+        "resets": float(len(getattr(exchange, "resets", ()))),  # FSDP hooks have none
         "sent": float(sent),
         "received": float(exchange.ledger.total.received),
         "reduction": alone / sent if sent else 1.0,
@@ -181,11 +189,12 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState) -> dict[str, float]
     return found if exchange.contraction is None else found | {"mu": exchange.contraction}
 
 
-def save_state(exchange: DDPHook | WorkerState, folder: str | Path) -> None:
+def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> None:
     """Write this worker's `state_dict()` of a hook or of local updates to its own file in a folder, atomically.
 
     Every worker calls it, and only an unfinished exchange travels: states differ, are as large as the
-    model, and are in place when the run continues.
+    model, and are in place when the run continues. The file is NAME-RANK.pt: several exchanges in one folder, of two
+    models, say, need a `name` each. None, what `attach` returns for one worker, has no state.
 
     >>> import pathlib, tempfile, torch
     >>> import packsaddle
@@ -197,14 +206,16 @@ def save_state(exchange: DDPHook | WorkerState, folder: str | Path) -> None:
     >>> [path.name for path in folder.iterdir()]
     ['packsaddle-0.pt']
     """
-    write_whole(Path(folder) / _name(exchange), partial(torch.save, exchange.state_dict()))
+    if exchange is not None:
+        write_whole(_path(exchange, folder, name), partial(torch.save, exchange.state_dict()))
 
 
-def load_state(exchange: DDPHook | WorkerState, folder: str | Path) -> bool:
+def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
     """Restore an `exchange` from the files of `save_state` in a `folder`; collective. Return False if there is none.
 
-    Then it warns, and all stays as it is. Raises ValueError, with nothing changed, if only some workers have a file, if
-    these are of different steps, or if they do not fit (another number of workers, another seed, ...).
+    `name` is that of `save_state`. Without a file it warns, and all stays as it is. Raises ValueError, with nothing
+    changed, if only some workers have a file, if these are of different steps, or if they do not fit (another number of
+    workers, another seed, ...).
 
     >>> import tempfile
     >>> import torch
@@ -216,22 +227,32 @@ def load_state(exchange: DDPHook | WorkerState, folder: str | Path) -> bool:
     >>> load_state(state, folder)
     True
     """
-    path = Path(folder) / _name(exchange)
+    if exchange is None:
+        return False
+    path = _path(exchange, folder, name)
     state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
     found = {"steps of the saved state": "no file" if state is None else state["steps"]}
-    check_agreement(exchange.channel, found, exchange.device)
+    whose = "hook: its error memory starts at zero"
+    if isinstance(exchange, WorkerState):
+        whose = "local updates: they start at worker 0's parameters, its optimizer's state and no errors"
+    try:
+        check_agreement(exchange.channel, found, exchange.device)
+    except ValueError as error:
+        raise ValueError(
+            f"{path.parent} has no state of one step for each of {exchange.channel.group.size} workers (were there as "
+            f"many when it was saved?). Without that folder there would be no state of packsaddle's {whose}. {error}"
+        ) from error
     if state is None:
-        whose = "hook: its error memory starts at zero"
-        if isinstance(exchange, WorkerState):
-            whose = "local updates: they start at worker 0's parameters, its optimizer's state and no errors"
         warnings.warn(f"{folder} has no state of packsaddle's {whose}", stacklevel=2)
         return False
     exchange.load_state_dict(state)
     return True
 
 
-def _name(exchange: DDPHook | WorkerState) -> str:
-    return f"packsaddle-{exchange.channel.group.rank}.pt"
+def _path(exchange: DDPHook | WorkerState, folder: str | Path, name: str) -> Path:
+    """This worker's file; the rank is that among all, since an exchange may be among some of them."""
+    rank = dist.get_rank() if dist.is_initialized() else exchange.channel.group.rank
+    return Path(folder) / f"{name}-{rank}.pt"
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -4,6 +4,7 @@ The Trainer makes DistributedDataParallel itself and has no argument for a commu
 `measures` and keep every worker's own state in the checkpoints. Needs transformers 5: pip install 'packsaddle[hf]'.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import wraps
@@ -38,11 +39,37 @@ class _Attached(TrainerCallback):
 
     def __init__(self, trainer: Trainer, resume_from: str | Path | None) -> None:
         self._trainer, self._resume_from = trainer, resume_from
+        self._resumed: Path | None = None  # the checkpoint that `train` was given
         self._exchange: DDPHook | WorkerState | None = None
         self._attached: Any = None  # to this model
+        trainer.train = self._hearing(trainer.train)
+        trainer._save_checkpoint = self._saving(trainer._save_checkpoint)
 
     def _attach(self, state: TrainerState) -> DDPHook | WorkerState | None:
         raise NotImplementedError
+
+    def _hearing(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        """Callbacks are not told where a run continues from."""
+
+        @wraps(train)
+        def hearing(resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+            named = isinstance(resume_from_checkpoint, str | os.PathLike)
+            self._resumed = Path(resume_from_checkpoint) if named else None
+            return train(resume_from_checkpoint, *args, **options)
+
+        return hearing
+
+    def _saving(self, save: Callable[..., Any]) -> Callable[..., Any]:
+        """`on_save` is not called for the checkpoint that a SIGTERM causes."""
+
+        @wraps(save)
+        def saving(*args: Any, **options: Any) -> None:
+            save(*args, **options)
+            trainer = self._trainer
+            if self._exchange is not None and not trainer.args.save_only_model:
+                save_state(self._exchange, _checkpoint(trainer.args, trainer.state))
+
+        return saving
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Attach, and restore in a run that continues; raises what attaching raises."""
@@ -50,7 +77,7 @@ class _Attached(TrainerCallback):
             self._attached = self._trainer.model_wrapped
             self._exchange = self._attach(state)
         if self._exchange is not None and state.global_step:
-            load_state(self._exchange, self._resume_from or _checkpoint(args, state))
+            load_state(self._exchange, self._resume_from or self._resumed or _checkpoint(args, state))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -58,11 +85,6 @@ class _Attached(TrainerCallback):
         """Log with the training loss, and only then."""
         if self._exchange is not None and logs is not None and "loss" in logs:
             self._trainer.log({f"packsaddle/{name}": value for name, value in measures(self._exchange).items()})
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save this worker's state in the checkpoint that has just been made."""
-        if self._exchange is not None and not args.save_only_model:
-            save_state(self._exchange, _checkpoint(args, state))
 
 
 class PacksaddleCallback(_Attached):
@@ -73,7 +95,7 @@ class PacksaddleCallback(_Attached):
     is measured every `logging_steps`; a `Compression` says itself when.
 
     Every worker keeps its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A run that continues
-    (`train(resume_from_checkpoint=...)`) takes it from the folder of its step in `output_dir`, or from `resume_from`.
+    (`train(resume_from_checkpoint=...)`) takes it from the checkpoint that it continues from, or from `resume_from`.
     With one worker a warning is all that happens. `hook` is the DDPHook, which another call of `train` keeps.
     """
 

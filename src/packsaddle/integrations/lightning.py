@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
@@ -49,7 +50,7 @@ class _Attached(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have the strategy save and remove this worker's state with its checkpoints."""
         if stage == "fit":
-            self._exchange = None
+            self._exchange, self._saved = None, False  # the latter may be of a checkpoint that was tested
             _Files(self).accompany(trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,6 +152,7 @@ class LocalUpdatesCallback(_Attached):
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState | None:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
+        _check_order(trainer.callbacks, self)
         strategy = trainer.strategy
         found = attach_local_updates(strategy.model, pl_module, trainer.optimizers, self._compressor, **options)
         self._training = found is not None
@@ -194,6 +196,16 @@ class LocalUpdatesCallback(_Attached):
             self._evaluation.enter_context(self.together())
 
 
+def _check_order(callbacks: list[Callback], local: LocalUpdatesCallback) -> None:
+    """Raise ValueError for a callback that would replace, at the end of training, what workers have agreed on."""
+    for callback in callbacks[callbacks.index(local) :]:
+        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+            raise ValueError(
+                f"LocalUpdatesCallback must come after {type(callback).__name__} in callbacks: otherwise every worker "
+                f"ends with an average of its own"
+            )
+
+
 def folder_of(checkpoint: str | Path) -> Path:
     """Return the folder of workers' states that belongs to a checkpoint."""
     path = Path(checkpoint)
@@ -201,7 +213,7 @@ def folder_of(checkpoint: str | Path) -> Path:
 
 
 class _Files:
-    """Takes part when a strategy saves or removes a checkpoint.
+    """Takes part when a strategy collects, saves or removes a checkpoint.
 
     Lightning tells callbacks that it saves but not where, and only the strategy hears that on every worker.
     """
@@ -210,26 +222,42 @@ class _Files:
         self._callback = callback
 
     def accompany(self, strategy: Strategy) -> None:
-        """Stand before the strategy's two methods, once."""
+        """Stand before the strategy's three methods, once."""
         if isinstance(getattr(strategy.save_checkpoint, "__self__", None), _Files):  # since an earlier fit
             return
+        self._strategy, self._names = strategy, dict[str, str]()
         self._save, self._remove = strategy.save_checkpoint, strategy.remove_checkpoint
+        self._tensors = strategy.lightning_module_state_dict
         strategy.save_checkpoint, strategy.remove_checkpoint = self.save, self.remove
+        strategy.lightning_module_state_dict = self.tensors
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **options: Any) -> None:
-        """Save this worker's state too, unless the checkpoint is of weights alone."""
+        """Save this worker's state too, unless the checkpoint is of weights alone.
+
+        A name may have a metric in it, of which every worker has a value of its own: rank 0's is the checkpoint's.
+        """
         exchange = self._callback.exchange
+        if exchange is not None:
+            told = self._strategy.broadcast(str(filepath))
+            self._names[str(filepath)] = filepath = told
         if exchange is not None and "callbacks" in checkpoint:
             if "://" in str(filepath):
                 warnings.warn(f"{filepath} is not on a disk: packsaddle's state is not saved", stacklevel=2)
             else:
                 with self._callback.apart():
                     save_state(exchange, folder_of(filepath))
-        with self._callback.together():  # the checkpoint has the parameters themselves, not copies
+        with self._callback.together():  # the checkpoint may have the parameters themselves
             self._save(checkpoint, filepath, *args, **options)
+
+    def tensors(self) -> dict[str, Any]:
+        """Return the model's `state_dict`, which may make copies, of the model that is the same on all workers."""
+        with self._callback.together():
+            found: dict[str, Any] = self._tensors()
+        return found
 
     def remove(self, filepath: str | Path) -> None:
         """Remove this worker's state too."""
+        filepath = self._names.pop(str(filepath), filepath)
         if self._callback.exchange is not None:
             shutil.rmtree(folder_of(filepath), ignore_errors=True)
         self._remove(filepath)
@@ -266,7 +294,7 @@ class CertificateCallback(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Certify if the batch ended a step that is due."""
         before, self._seen = self._seen, trainer.global_step
-        if self._steps is not None and self._seen > before and self._seen % self._steps == 0:
+        if self._steps is not None and self._seen // self._steps > before // self._steps:  # each optimizer counts
             self._certify(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

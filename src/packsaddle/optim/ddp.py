@@ -7,6 +7,7 @@ save it. `keep_gradients_local` has DistributedDataParallel exchange nothing, fo
 import warnings
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import group_like, training_group
@@ -220,14 +222,18 @@ def _check_sizes(found: list[Place], rules: Rules, workers: int) -> None:
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
     """Raise at a forward pass if gradients came before it that should have gone through the hook and did not."""
+    for handle in _guards.pop(model.module, ()):  # of a DistributedDataParallel before this one
+        handle.remove()
     last = [p for p in model.module.parameters() if p.requires_grad][-1]
-    missed = False
+    missed, synchronized = False, True
 
     def on_gradient(_: Tensor) -> None:
         nonlocal missed
-        missed = missed or model.require_backward_grad_sync
+        missed = missed or synchronized
 
     def on_forward(module: nn.Module, _: Any) -> None:
+        nonlocal synchronized
+        synchronized = model.require_backward_grad_sync  # DDP goes by what it is in the forward pass
         if hook.calls:
             for handle in handles:
                 handle.remove()
@@ -241,3 +247,7 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
         last.register_post_accumulate_grad_hook(on_gradient),
         model.module.register_forward_pre_hook(on_forward),
     ]
+    _guards[model.module] = handles
+
+
+_guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # by the model that is wrapped

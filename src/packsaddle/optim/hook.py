@@ -304,7 +304,7 @@ class GradientHook:
     def protect(self, optimizer: Optimizer) -> None:
         """Keep an optimizer from using the gradients of an exchange that was not taken, as scalers do by themselves.
 
-        It finds no gradients then, and so leaves parameters and its own state alone. Not where `step` has a closure.
+        It finds no gradients then, and so leaves parameters and its own state alone; also where a closure makes them.
         """
         if self._skips.most is not None:
             optimizer.register_step_pre_hook(self._withhold)
@@ -315,7 +315,22 @@ class GradientHook:
         """Know that a scaler, if it is enabled, leaves out the steps whose gradients are NaNs."""
         self._skips.protected |= scaler.is_enabled()
 
-    def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Take away what an optimizer is not to use, before its step or else when the step's closure has run."""
+        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)  # the optimizer is the first
+        if closure is None:
+            self._take_away(optimizer)
+            return None
+
+        def guarded() -> Any:
+            with torch.enable_grad():
+                found = closure()
+            self._take_away(optimizer)
+            return found
+
+        return args[:1], {**kwargs, "closure": guarded}
+
+    def _take_away(self, optimizer: Optimizer) -> None:
         self._settle()
         if optimizer in self._spoiled:
             self._spoiled.remove(optimizer)

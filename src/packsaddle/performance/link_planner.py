@@ -90,17 +90,17 @@ _PATTERN = re.compile(r"\s*([0-9.]+(?:e[+-]?[0-9]+)?)\s*([kmgt]?)(bit(?:/s|ps)?|
 def parse_rate(text: str) -> float:
     """Return a rate in bits a second: "100mbit" (also Mbit/s, Mbps), or "12.5MB/s" in bytes, of 8 bits.
 
-    Prefixes k, M, G, T are powers of 1000, in any case; a capital B in B/s is a byte, a small b in b/s a bit.
-    Raises ValueError for anything else, and for a rate of 0.
+    Prefixes k, M, G, T are powers of 1000, in any case; a capital B in B/s or Bps is a byte, a small b a bit.
+    Raises ValueError for anything else, such as BPS and B/S, and for a rate of 0.
     """
     match = _PATTERN.fullmatch(text)
     try:
         number = float(match[1]) if match else 0.0
     except ValueError:  # two points, say
         number = 0.0
-    if match is None or not 0 < number < float("inf"):
+    if match is None or match[3] in ("BPS", "B/S") or not 0 < number < float("inf"):
         raise ValueError(f"link must be a positive rate such as 100mbit, 1gbit or 12.5MB/s, got {text!r}")
-    byte = match[3] == "B/s"
+    byte = match[3] in ("B/s", "Bps")
     return number * _PREFIXES[match[2].lower()] * (8 if byte else 1)
 
 

@@ -31,6 +31,7 @@ from packsaddle.experiments.run_folder import make_new
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 _LOOK_SECONDS = 1.0
+_GRACE = 5.0  # seconds that a process has for its end
 
 
 def default_jobs() -> int:
@@ -115,8 +116,12 @@ def _pool(context: ForkServerContext, jobs: int, doing: Sequence[int]) -> Iterat
     try:
         yield pool
     except BaseException:  # Ctrl-C, a caller that stops, or a failure
-        for process in list((pool._processes or {}).values()):
+        processes = list((pool._processes or {}).values())
+        for process in processes:
             process.terminate()
+        for process in processes:
+            process.join(_GRACE)
+            process.kill()  # what has handled the signal would wait for work that does not come
         pool.shutdown(wait=True, cancel_futures=True)
         raise
     pool.shutdown()

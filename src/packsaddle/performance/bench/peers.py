@@ -57,11 +57,14 @@ class Racer:
     steps: int = 0
     clip: float | None = None
     schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    wait: Callable[[], None] = lambda: None  # for exchanges that overlap with steps
+    clears: bool = True  # gradients before each step; they may be an error memory
     end: Callable[[], None] = lambda: None  # ends what runs along with the training; collective
 
     def step(self, batch: Batch) -> None:
         """Forward, backward, exchange, update."""
-        self.optimizer.zero_grad()
+        if self.clears:
+            self.optimizer.zero_grad()
         self.forward(*batch).backward()
         if self.clip is not None:
             nn.utils.clip_grad_norm_(self.task.parameters(), self.clip)
@@ -95,7 +98,8 @@ def _enter(contender: Contender, task: Task, recipe: Recipe) -> Racer:
             momentum=contender.momentum,
         )
         start = ours.ledger.total  # the parameters of rank 0
-        return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start))
+        clears = contender.memory != "gradient"
+        return Racer(task, task, ours, lambda _: _since(ours.ledger.total, start), clears=clears)
     sgd = recipe.make(task.parameters(), contender.lr)
     if contender.peer == ALONE:
         return Racer(task, task, sgd, lambda _: Bytes())
@@ -142,7 +146,7 @@ def _local_updates(contender: Contender, task: Task, recipe: Recipe) -> Racer:
         delay=contender.delay,
         noise=contender.noise,
     )
-    return Racer(task, task, sgd, _counted(local))
+    return Racer(task, task, sgd, _counted(local), wait=local.wait)
 
 
 def _counted(local: LocalUpdates) -> Callable[[int], Bytes]:

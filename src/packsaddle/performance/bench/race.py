@@ -187,30 +187,39 @@ def _step_times(race: Race, contenders: list[Contender], batches: Callable[[int]
 
 
 def _ready(contender: Contender, race: Race, batches: Callable[[int], Batch]) -> Racer:
-    """Make a racer and warm it up, to the end of a period. Raises CannotRunError."""
+    """Make a racer and warm it up, to the end of a period, with nothing under way. Raises CannotRunError."""
     racer = enter(contender, race.workload.task(), race.recipe)
     probe(racer, contender, batches(0))
     while racer.steps < _WARM_UP or racer.steps % contender.period:
         racer.step(batches(racer.steps))
+    racer.wait()
     return racer
 
 
 def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[int], Batch], group: Group) -> Lap:
-    """Time consecutive steps, whole periods of them, that all workers begin together; batches are read before."""
+    """Time consecutive steps, whole periods of them, that all workers begin together; batches are read before.
+
+    Between blocks nothing is under way. So where exchanges overlap with later steps, a period goes before, untimed:
+    what it leaves under way ends within the block, as what the block leaves does after it.
+    """
     steps = -(-race.block // contender.period) * contender.period
-    read = [batches(racer.steps + i) for i in range(steps)]
+    before = contender.period if contender.delay else 0
+    read = [batches(racer.steps + i) for i in range(before + steps)]
     _meet(group)
     moved, counted = racer.moved(racer.steps), _interface(race.interface)
+    for batch in read[:before]:
+        racer.step(batch)
     begin = time.perf_counter()
-    for batch in read:
+    for batch in read[before:]:
         racer.step(batch)
     seconds = time.perf_counter() - begin
+    racer.wait()
     slowest = max(float(s) for s in group.all_gather(torch.tensor([seconds], dtype=torch.float64)))
     # Only now has everything left this host: a collective returns when its own part has arrived.
     now, counted_now = racer.moved(racer.steps), _interface(race.interface)
     nothing: list[float | None] = [None, None]
-    over = [(b - a) / steps for a, b in zip(counted, counted_now, strict=True)] or nothing
-    sent, received = (now.sent - moved.sent) / steps, (now.received - moved.received) / steps
+    over = [(b - a) / len(read) for a, b in zip(counted, counted_now, strict=True)] or nothing
+    sent, received = (now.sent - moved.sent) / len(read), (now.received - moved.received) / len(read)
     return Lap(contender.text, (slowest / steps,), sent, received, *over)
 
 
@@ -263,6 +272,7 @@ def _train(
         begin = time.perf_counter()
         for batch in read:
             racer.step(batch)
+        racer.wait()  # an exchange would go on for nothing while the loss is evaluated
         seconds += time.perf_counter() - begin
         seen = group.all_gather(torch.tensor([_evaluate(racer.task, fixed), seconds], dtype=torch.float64))
         recent.append(sum(float(s[0]) for s in seen) / len(seen))
