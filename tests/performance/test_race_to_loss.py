@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from commandline import command
+from commandline import command, refused
 from torch.nn.utils import parameters_to_vector
 
 from packsaddle.comm.group import resolve
@@ -347,6 +347,10 @@ def test_a_race_from_the_command_line(capsys: pytest.CaptureFixture[str], tmp_pa
         document = capsys.readouterr().out
         losses, _, _ = json.loads(document[document.index("[\n") :])
         assert [row["method"] for row in losses["rows"]] == ["ddp", "TopK(0.01) every=1"]
+    for part in ("all", "tables"):  # the losses after two steps are none after four
+        asked = [4 if word == 2 else word for word in arguments]
+        said = f"out must be the folder of a race of steps 4, got {tmp_path}, which is of 2"
+        refused(capsys, said, "bench", *asked, "--only", part)
     d = losses["setting"]["d"]
     assert losses["rows"][0]["kB"] == pytest.approx(4e-3 * d, rel=1e-3)
     assert len(load(tmp_path / "curves.csv")) == 2

@@ -12,6 +12,7 @@ import pytest
 
 from packsaddle.comm.failures import WorkerFailedError
 from packsaddle.errors import ConfigError, GuardError
+from packsaddle.experiments.reproduce import runner
 from packsaddle.experiments.reproduce.runner import in_parallel
 
 
@@ -27,7 +28,9 @@ def work(item: str) -> str:
         failures[item]()
     if item in errors:
         raise errors[item]
-    if item == "long":
+    if item == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if item in ("long", "deaf"):
         time.sleep(60.0)
     return item
 
@@ -55,6 +58,15 @@ def test_a_run_that_fails_is_named(failing: str, kind: type[Exception], message:
     assert (type(caught.value), str(caught.value)) == (kind, message)
     assert time.monotonic() - before < 50  # what is under way is ended
     assert getattr(caught.value, "trace", "") == ("trace" if failing == "worker" else "")
+
+
+@pytest.mark.process
+def test_a_process_that_does_not_hear_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_GRACE", 0.5)
+    before = time.monotonic()
+    with pytest.raises(ConfigError, match="no"):
+        list(in_parallel(work, ["deaf", "first", "second", "config"], 2, lambda active: None))
+    assert time.monotonic() - before < 50
 
 
 DYING = """

@@ -1,15 +1,18 @@
 """`packsaddle bench race`: curves of every contender, its step on every link, and the time to a loss that follows.
 
 The folder of a race has `curves.csv` and `steps.csv`. Both are added to, so that a race that was cut off is resumed
-and a contender can be added later; the tables and figures are made of them alone.
+and a contender can be added later; the tables and figures are made of them alone. `race.json` says what all of it is
+of: the network, its data and the recipe.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
+from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.performance.bench.contenders import ALONE, DENSE, parse
 from packsaddle.performance.bench.curves import Curve, Training, load
 from packsaddle.performance.bench.hosts import Hosts, available
@@ -56,15 +59,36 @@ class FullRace:
         if part in ("all", "steps") and (reason := available()):
             raise ValueError(f"bench race {reason}; --only curves makes what needs no link")
         self.training.workload.examples()  # what cannot be read is said here, not by a worker
+        self._claim(makes=part != "tables")
         if part in ("all", "curves"):
-            self.folder.mkdir(parents=True, exist_ok=True)
             for search in searches:
                 search.run(self.folder / "curves.csv")
         if part in ("all", "steps"):
-            self.folder.mkdir(parents=True, exist_ok=True)
             for workers in self.workers:
                 self._time_steps(workers)
         return self._tables()
+
+    def _claim(self, *, makes: bool) -> None:
+        """Raise ValueError if what the folder has is of another race; else note in it, before making more, of which."""
+        path, workload = self.folder / "race.json", self.training.workload
+        mine = {
+            "model": workload.network,
+            "data": workload.source(),
+            "batch": workload.batch,
+            "optimizer": self.training.optimizer,
+            "steps": self.training.steps,
+            "every": self.training.every,
+        }
+        if path.exists():
+            theirs = json.loads(path.read_text())
+            for name, value in mine.items():
+                if theirs.get(name) != value:
+                    raise ValueError(
+                        f"out must be the folder of a race of {name} {value!r}, got {self.folder}, which is of "
+                        f"{theirs.get(name)!r}"
+                    )
+        elif makes:
+            write_whole(path, lambda file: file.write(f"{json.dumps(mine, indent=1)}\n".encode()))
 
     def _time_steps(self, workers: int) -> None:
         """Time on every link the contenders that were not timed there, all in turns."""

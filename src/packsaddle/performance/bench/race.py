@@ -187,7 +187,7 @@ def _step_times(race: Race, contenders: list[Contender], batches: Callable[[int]
 
 
 def _ready(contender: Contender, race: Race, batches: Callable[[int], Batch]) -> Racer:
-    """Make a racer and warm it up, to the end of a period, with nothing under way. Raises CannotRunError."""
+    """Make a racer and warm it up, to the end of a period and of its exchanges. Raises CannotRunError."""
     racer = enter(contender, race.workload.task(), race.recipe)
     probe(racer, contender, batches(0))
     while racer.steps < _WARM_UP or racer.steps % contender.period:
@@ -199,8 +199,8 @@ def _ready(contender: Contender, race: Race, batches: Callable[[int], Batch]) ->
 def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[int], Batch], group: Group) -> Lap:
     """Time consecutive steps, whole periods of them, that all workers begin together; batches are read before.
 
-    Between blocks nothing is under way. So where exchanges overlap with later steps, a period goes before, untimed:
-    what it leaves under way ends within the block, as what the block leaves does after it.
+    Between blocks no exchange runs. So where exchanges overlap with later steps, a period goes before, untimed: its
+    last exchange ends within the block, as the block's own ends after it.
     """
     steps = -(-race.block // contender.period) * contender.period
     before = contender.period if contender.delay else 0
