@@ -441,8 +441,9 @@ def test_a_state_is_loaded_by_all_workers_or_none(gloo: Callable[..., list[Any]]
 
     def cause(name: str) -> str:
         return (
-            f"{tmp_path / name} has no state of one step for each of 2 workers (were there as many when it was saved?)."
-            f" Without that folder there would be no state of packsaddle's hook: its error memory starts at zero. "
+            f"{tmp_path / name} has no packsaddle-RANK.pt of one step for each of 2 workers (were there as many when "
+            f"it was saved?). Without these files there is no state of packsaddle's hook: its error memory starts at "
+            f"zero. "
         )
 
     for found in gloo(loading, 2, tmp_path):

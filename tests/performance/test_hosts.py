@@ -34,7 +34,8 @@ else:
         link.sendall(bytes(int(sys.argv[3])))
 """
 HOLD = """
-import subprocess, sys
+import signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored in what runs in the background
 from packsaddle.performance.bench.hosts import Hosts
 with Hosts(2, 100.0) as hosts:
     print(hosts.name, flush=True)
@@ -132,10 +133,13 @@ def test_nothing_is_left_when_hosts_cannot_be_completed(monkeypatch: pytest.Monk
 def test_nothing_is_left_after_a_signal(how: signal.Signals) -> None:
     with subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
-        name = process.stdout.readline().decode().strip()
-        assert f"{name}-1" in namespaces()
-        process.send_signal(how)
-        process.communicate(timeout=60)
+        try:
+            name = process.stdout.readline().decode().strip()
+            assert f"{name}-1" in namespaces()
+            process.send_signal(how)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode != 0
     assert name not in namespaces()
 

@@ -46,6 +46,12 @@ def test_rates(text: str, bits: float) -> None:
     assert link_planner.parse_rate(text) == bits
 
 
+@pytest.mark.parametrize("text", ["12.5MBPS", "12.5MB/S"])
+def test_a_rate_that_may_be_of_bits_or_of_bytes_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="link must be a positive rate"):
+        link_planner.parse_rate(text)
+
+
 @given(st.floats(1, 9.99e14))
 def test_a_shown_rate_can_be_parsed(bits: float) -> None:
     assert link_planner.parse_rate(link_planner.format_rate(bits)) == pytest.approx(bits, rel=0.006)

@@ -221,7 +221,8 @@ def _follow_launcher() -> None:
     launcher = multiprocessing.parent_process()
     if launcher is not None:
         launcher.join()
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        if not asked_to_stop():  # else it is saving, and a second signal would end it
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
         time.sleep(ORPHAN_SECONDS)
         os._exit(1)
 

@@ -185,7 +185,7 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
             thread.start()
         for thread in threads:
             thread.join()
-    except BaseException as interruption:  # Ctrl-C: no worker may go on in the background
+    except BaseException as interruption:  # Ctrl-C: workers end at their next collective
         turns.fail(interruption)
         for thread in threads:
             if thread.ident is not None:  # it has been started

@@ -17,11 +17,11 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Certificate, Verdict, proposed_epsilon
-from packsaddle.curvature.hessian import LossFn, rank_0_buffers
+from packsaddle.curvature.hessian import LossFn, WithExamples, rank_0_buffers
 from packsaddle.curvature.lanczos import check_probability
 from packsaddle.curvature.products import Differences, Hvp, choose_products
 from packsaddle.curvature.search import Bounds, Goal, Search, pilot
-from packsaddle.curvature.sharded import derivatives
+from packsaddle.curvature.sharded import derivatives, is_sharded
 
 
 def certify(
@@ -88,6 +88,8 @@ def certify(
     if pilot_examples < 0:
         raise ValueError(f"pilot_examples must not be negative, got {pilot_examples}")
     channel = Communicator(resolve(process_group), Ledger())
+    if not is_sharded(model):  # whose workers go through as many batches together
+        batches = WithExamples(batches)
     # A DataLoader draws from torch's generator each time that it is read.
     with torch.random.fork_rng(devices=()), rank_0_buffers(model, channel):
         # The point: its loss, its gradient, and how products are taken.

@@ -8,6 +8,7 @@ Hessians; the network is used as it is, not through DistributedDataParallel, who
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -131,10 +132,9 @@ class Curvature:
         return self._value(batch)
 
     def read(self) -> Iterator[tuple[Any, int]]:
-        """Yield this worker's batches and their examples, but for batches of none."""
+        """Yield this worker's batches and their examples."""
         for batch in self._batches:
-            if n := batch_size(batch):
-                yield batch, n
+            yield batch, batch_size(batch)
 
     def batches(self) -> int:
         """Return the number of batches of all workers; collective."""
@@ -221,7 +221,7 @@ class Curvature:
     def _try_double_backward(self) -> str | None:
         ones = [torch.ones_like(p) for p in self.parameters]
         with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
-            for batch, _ in self.read():
+            for batch in self._batches:
                 try:
                     loss = self._loss_fn(self._model, batch)
                     grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
@@ -384,6 +384,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@dataclass(frozen=True)
+class WithExamples:
+    """Those batches that have examples, whose mean loss is a number; can be read as often as the batches."""
+
+    batches: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch in self.batches if batch_size(batch))
 
 
 def batch_size(batch: Any) -> int:

@@ -30,7 +30,7 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Verdict, proposed_epsilon
-from packsaddle.curvature.hessian import LossFn, rank_0_buffers
+from packsaddle.curvature.hessian import LossFn, WithExamples, rank_0_buffers
 from packsaddle.curvature.lanczos import Lanczos, check_probability
 from packsaddle.curvature.products import Hvp, Products, choose_products, lanczos_over
 from packsaddle.curvature.sharded import derivatives
@@ -148,6 +148,7 @@ def certify_population(
     check_probability(failure_probability)
     channel = Communicator(resolve(process_group), Ledger())
     delta = failure_probability / _STATEMENTS
+    batches = WithExamples(batches)
     # A DataLoader draws from torch's generator each time that it is read.
     with torch.random.fork_rng(devices=()), rank_0_buffers(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)

@@ -173,6 +173,11 @@ class ShardedCurvature(Curvature):
         return False  # every worker has another part
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Tell if trainable parameters are sharded."""
+    return any(p.requires_grad and hasattr(p, "placements") for p in model.parameters())
+
+
 def derivatives(
     model: nn.Module,
     loss_fn: LossFn,
@@ -181,7 +186,7 @@ def derivatives(
     tensor_parallel: Any = None,
 ) -> Curvature:
     """Return the derivatives of a model, sharded or not; collective."""
-    if any(p.requires_grad and hasattr(p, "placements") for p in model.parameters()):
+    if is_sharded(model):
         return ShardedCurvature(model, loss_fn, batches, channel, tensor_parallel)
     if tensor_parallel is not None:
         raise ValueError("tensor_parallel must be None for a model without sharded parameters")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -119,8 +118,12 @@ class WorkerState:
 
     def _buffers(self) -> dict[str, Tensor]:
         """The buffers that checkpoints have; others, such as caches, may differ in shape."""
-        kept = self._model.state_dict().keys()
-        return {name: b.detach() for name, b in self._model.named_buffers() if name in kept}
+        passing = {
+            f"{prefix}.{name}".lstrip(".")
+            for prefix, module in self._model.named_modules()
+            for name in module._non_persistent_buffers_set
+        }
+        return {name: b.detach() for name, b in self._model.named_buffers() if name not in passing}
 
 
 def attach_local_updates(
@@ -207,7 +210,7 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     ['packsaddle-0.pt']
     """
     if exchange is not None:
-        write_whole(_path(exchange, folder, name), partial(torch.save, exchange.state_dict()))
+        write_whole(_path(folder, name), partial(torch.save, exchange.state_dict()))
 
 
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
@@ -229,7 +232,7 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     """
     if exchange is None:
         return False
-    path = _path(exchange, folder, name)
+    path = _path(folder, name)
     state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
     found = {"steps of the saved state": "no file" if state is None else state["steps"]}
     whose = "hook: its error memory starts at zero"
@@ -239,8 +242,8 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
         check_agreement(exchange.channel, found, exchange.device)
     except ValueError as error:
         raise ValueError(
-            f"{path.parent} has no state of one step for each of {exchange.channel.group.size} workers (were there as "
-            f"many when it was saved?). Without that folder there would be no state of packsaddle's {whose}. {error}"
+            f"{path.parent} has no {name}-RANK.pt of one step for each of {exchange.channel.group.size} workers (were "
+            f"there as many when it was saved?). Without these files there is no state of packsaddle's {whose}. {error}"
         ) from error
     if state is None:
         warnings.warn(f"{folder} has no state of packsaddle's {whose}", stacklevel=2)
@@ -249,10 +252,9 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     return True
 
 
-def _path(exchange: DDPHook | WorkerState, folder: str | Path, name: str) -> Path:
-    """This worker's file; the rank is that among all, since an exchange may be among some of them."""
-    rank = dist.get_rank() if dist.is_initialized() else exchange.channel.group.rank
-    return Path(folder) / f"{name}-{rank}.pt"
+def _path(folder: str | Path, name: str) -> Path:
+    """This worker's file; the rank is that among all workers, since an exchange may be among some of them."""
+    return Path(folder) / f"{name}-{resolve(None).rank}.pt"
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

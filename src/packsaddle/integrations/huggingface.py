@@ -63,11 +63,12 @@ class _Attached(TrainerCallback):
         """`on_save` is not called for the checkpoint that a SIGTERM causes."""
 
         @wraps(save)
-        def saving(*args: Any, **options: Any) -> None:
-            save(*args, **options)
+        def saving(model: nn.Module, trial: Any = None) -> None:
+            save(model, trial)
             trainer = self._trainer
             if self._exchange is not None and not trainer.args.save_only_model:
-                save_state(self._exchange, _checkpoint(trainer.args, trainer.state))
+                folder = Path(trainer._get_output_dir(trial=trial))  # a trial of a search has its own
+                save_state(self._exchange, folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
         return saving
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
@@ -198,8 +198,9 @@ class LocalUpdatesCallback(_Attached):
 
 def _check_order(callbacks: list[Callback], local: LocalUpdatesCallback) -> None:
     """Raise ValueError for a callback that would replace, at the end of training, what workers have agreed on."""
+    kinds = [getattr(theirs, name, None) for name in ("StochasticWeightAveraging", "WeightAveraging")]  # from 2.6 on
     for callback in callbacks[callbacks.index(local) :]:
-        if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        if any(kind is not None and isinstance(callback, kind) for kind in kinds):
             raise ValueError(
                 f"LocalUpdatesCallback must come after {type(callback).__name__} in callbacks: otherwise every worker "
                 f"ends with an average of its own"
@@ -256,9 +257,9 @@ class _Files:
         return found
 
     def remove(self, filepath: str | Path) -> None:
-        """Remove this worker's state too."""
+        """Remove the workers' states too, where rank 0 removes the checkpoint: others may have chosen another one."""
         filepath = self._names.pop(str(filepath), filepath)
-        if self._callback.exchange is not None:
+        if self._callback.exchange is not None and self._strategy.is_global_zero:
             shutil.rmtree(folder_of(filepath), ignore_errors=True)
         self._remove(filepath)
 
@@ -290,6 +291,10 @@ class CertificateCallback(Callback):
         self._loss_fn, self._batches, self._options = loss_fn, batches, {"epsilon": epsilon, **options}
         self._epochs, self._steps = every_n_epochs, every_n_steps
         self._seen = 0  # steps at the last batch's end
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count from the steps of a checkpoint on."""
+        self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Certify if the batch ended a step that is due."""

@@ -304,7 +304,8 @@ class GradientHook:
     def protect(self, optimizer: Optimizer) -> None:
         """Keep an optimizer from using the gradients of an exchange that was not taken, as scalers do by themselves.
 
-        It finds no gradients then, and so leaves parameters and its own state alone; also where a closure makes them.
+        It finds no gradients then, and so leaves parameters and its own state alone; also where `step` calls a closure
+        for them, once.
         """
         if self._skips.most is not None:
             optimizer.register_step_pre_hook(self._withhold)
@@ -317,18 +318,18 @@ class GradientHook:
 
     def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Take away what an optimizer is not to use, before its step or else when the step's closure has run."""
-        closure = kwargs.get("closure") or (args[1] if len(args) > 1 else None)  # the optimizer is the first
+        named = kwargs.get("closure")
+        closure = named or (args[1] if len(args) > 1 and callable(args[1]) else None)  # the optimizer is the first
         if closure is None:
             self._take_away(optimizer)
             return None
 
         def guarded() -> Any:
-            with torch.enable_grad():
-                found = closure()
+            found = closure()
             self._take_away(optimizer)
             return found
 
-        return args[:1], {**kwargs, "closure": guarded}
+        return (args, {**kwargs, "closure": guarded}) if named else ((args[0], guarded, *args[2:]), kwargs)
 
     def _take_away(self, optimizer: Optimizer) -> None:
         self._settle()

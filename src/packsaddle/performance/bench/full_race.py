@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
-from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.performance.bench.contenders import ALONE, DENSE, parse
 from packsaddle.performance.bench.curves import Curve, Training, load
 from packsaddle.performance.bench.hosts import Hosts, available
@@ -88,7 +87,10 @@ class FullRace:
                         f"{theirs.get(name)!r}"
                     )
         elif makes:
-            write_whole(path, lambda file: file.write(f"{json.dumps(mine, indent=1)}\n".encode()))
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_text(f"{json.dumps(mine, indent=1)}\n")
+            partial.replace(path)
 
     def _time_steps(self, workers: int) -> None:
         """Time on every link the contenders that were not timed there, all in turns."""
