@@ -1,7 +1,6 @@
 """packsaddle bench step | compress | exchange | train | link | race."""
 
 import json as json_format
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,6 @@ from packsaddle.performance.bench.result import Result, shown
 
 if TYPE_CHECKING:
     from packsaddle.performance.bench.race import Race
-
-
-def without_infinity(value: Any) -> Any:
-    """Return plain values with null for numbers that JSON has not: times that no run came to, say."""
-    if isinstance(value, dict):
-        return {key: without_infinity(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_infinity(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -45,9 +35,7 @@ class Question(ABC):
         except ValueError as error:
             raise ConfigError(str(error)) from None
         if self.json:
-            print(
-                json_format.dumps(without_infinity([result.plain() for result in results]), indent=2, allow_nan=False)
-            )
+            print(json_format.dumps([result.plain() for result in results], indent=2, allow_nan=False))
         else:
             for result in results:
                 show(result)

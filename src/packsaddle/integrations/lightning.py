@@ -198,9 +198,10 @@ class LocalUpdatesCallback(_Attached):
 
 def _check_order(callbacks: list[Callback], local: LocalUpdatesCallback) -> None:
     """Raise ValueError for a callback that would replace, at the end of training, what workers have agreed on."""
-    kinds = [getattr(theirs, name, None) for name in ("StochasticWeightAveraging", "WeightAveraging")]  # from 2.6 on
+    names = ("StochasticWeightAveraging", "WeightAveraging")  # the latter from Lightning 2.6 on
+    kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
     for callback in callbacks[callbacks.index(local) :]:
-        if any(kind is not None and isinstance(callback, kind) for kind in kinds):
+        if isinstance(callback, kinds):
             raise ValueError(
                 f"LocalUpdatesCallback must come after {type(callback).__name__} in callbacks: otherwise every worker "
                 f"ends with an average of its own"

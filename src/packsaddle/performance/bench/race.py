@@ -213,7 +213,6 @@ def _block(racer: Racer, contender: Contender, race: Race, batches: Callable[[in
     for batch in read[before:]:
         racer.step(batch)
     seconds = time.perf_counter() - begin
-    racer.wait()
     slowest = max(float(s) for s in group.all_gather(torch.tensor([seconds], dtype=torch.float64)))
     # Only now has everything left this host: a collective returns when its own part has arrived.
     now, counted_now = racer.moved(racer.steps), _interface(race.interface)

@@ -1,5 +1,6 @@
 """The results of a benchmark: a question, the setting, and rows of named figures, printed as a table or as JSON."""
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +21,12 @@ class Result:
     digits: int = 3  # of a float, printed
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain types."""
-        return asdict(self)
+        """Return it as plain types; cells that are not finite, such as times that no run came to, become None."""
+        return asdict(self) | {"rows": [{name: _finite(cell) for name, cell in row.items()} for row in self.rows]}
+
+
+def _finite(cell: Any) -> Any:
+    return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
 
 def machine(device: torch.device | str = "cpu", *, threads: int | None = None) -> dict[str, Any]:
