@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test types tests quick test-integrations lint docs tutorials picture shape gpu audit clean
+.PHONY: demo test types tests quick test-integrations lint docs tutorials picture shape figures race gpu audit clean
 
 demo: .venv/.installed
 	$(BIN)/packsaddle demo
@@ -30,9 +30,9 @@ quick: .venv/.installed
 # With the real Lightning, transformers, accelerate, torchft and trackers, which `make test` does without (700 MB, some minutes).
 test-integrations: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lightning,hf,track,torchft]'
-	$(BIN)/pytest -q tests/integrations/test_frameworks.py tests/experiments/test_trackers.py
+	$(BIN)/pytest -q tests/integrations/test_frameworks.py tests/runs/test_trackers.py
 	$(BIN)/pytest -q tests/optim/test_elastic_workers.py tests/comm/test_network_faults.py
-	$(BIN)/pytest -q tests/performance/test_race_to_loss.py -k torchft
+	$(BIN)/pytest -q tests/lab/race/test_race_to_loss.py -k torchft
 	PACKSADDLE_ALL_TUTORIALS=1 $(BIN)/pytest -q tests/docs/test_tutorials.py
 
 lint: .venv/.installed
@@ -52,13 +52,25 @@ tutorials: .venv/.installed
 picture: .venv/.installed
 	$(BIN)/python docs/architecture.py
 
-# Sizes, imports, and how many files one step runs.
+# Sizes, imports, arguments, and how many files one step runs.
 shape: .venv/.installed
 	$(BIN)/python benchmarks/shape.py
 
+# The paper's figures, Table 1 and further studies at their smallest scale, a new folder under runs/ for each: do the
+# commands of their cards run? MNIST and CIFAR10 are folders of data; without one its studies are left out.
+figures: .venv/.installed
+	@set -e; study() { echo "$$@"; $(BIN)/python -m experiments.paper "$$@" --scale smoke; }; \
+	for name in text text-variants table1; do study $$name; done; \
+	if [ -n "$(MNIST)" ]; then for name in fig2 fig2-open fig2-compressors fig2-k fig2-escape; do study $$name --data-dir "$(MNIST)"; done; fi; \
+	if [ -n "$(CIFAR10)" ]; then for name in fig1 fig1-norms fig1-compressors; do study $$name --data-dir "$(CIFAR10)"; done; fi
+
+# The tables of the committed race, from its rows.
+race: .venv/.installed
+	$(BIN)/python -m benchmarks.race loss --out experiments/race --only tables --workers 2 4 --steps 600 --lrs 0.001 0.002
+
 # Tests, times and runs that need a GPU (at most nine minutes, no network); writes gpu.json. TORCH: a venv's python with CUDA.
 gpu:
-	$(or $(TORCH),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))) benchmarks/gpu.py --out gpu.json
+	$(or $(TORCH),$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))) -m benchmarks.gpu --out gpu.json
 
 # Known vulnerabilities of what is installed, in an environment of its own; asks pypi.org. Offline: pip check alone.
 audit: .venv/.installed

@@ -17,10 +17,9 @@ from rate_search import Job, RateSearch, append, rate_at
 from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
-from packsaddle.comm import process_group
-from packsaddle.comm.launch import launch
-from packsaddle.experiments import DataConfig, ModelConfig
-from packsaddle.experiments.tasks import Batches, load_data, make_task, shard
+from packsaddle.comm import launch, process_group
+from packsaddle.runs import DataConfig, ModelConfig
+from packsaddle.runs.tasks import Batches, load_data, make_task, shard
 
 METHODS = {
     "dense": None,

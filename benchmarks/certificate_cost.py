@@ -23,8 +23,8 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from packsaddle import Certificate, certify
 from packsaddle.comm import Communicator, Ledger, Solo
 from packsaddle.curvature import Curvature
-from packsaddle.experiments import Audit
-from packsaddle.experiments.tasks import task_loss
+from packsaddle.runs import Audit
+from packsaddle.runs.tasks import task_loss
 
 Measured = tuple[float, int]  # lambda_min, Hessian-vector products
 

@@ -1,9 +1,9 @@
 """Workers that are killed, stopped, slowed down and added at any moment: does training go on, and what does it cost?
 
-    python benchmarks/elastic.py chaos [--runs 100] [--workers 2 3 4 5 6]
-    python benchmarks/elastic.py replaced [--seeds 0 1 2] [--methods packsaddle diloco]
-    python benchmarks/elastic.py slow [--seeds 0 1 2]
-    python benchmarks/elastic.py cut                            (root and iproute2 needed)
+    python -m benchmarks.elastic chaos [--runs 100] [--workers 2 3 4 5 6]
+    python -m benchmarks.elastic replaced [--seeds 0 1 2] [--methods packsaddle diloco]
+    python -m benchmarks.elastic slow [--seeds 0 1 2]
+    python -m benchmarks.elastic cut                            (root and iproute2 needed)
 
 Needs packsaddle[torchft]. With --out FILE every run is a line of it, and runs that it has are not done again.
 
@@ -601,7 +601,7 @@ def cut(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Three workers on hosts of their own and a lighthouse on a fourth; the last one's cable is out for 15 seconds."""
     import threading
 
-    from packsaddle.performance.bench import Hosts
+    from benchmarks.hosts import Hosts
 
     with Hosts(4, 100.0) as hosts:
         address = f"http://{hosts.address(3)}:29510"

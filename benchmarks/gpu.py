@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command of at most nine minutes and without a network.
 
     make gpu
-    python benchmarks/gpu.py --out gpu.json [--d 25000000 100000000 1000000000] [--figure1 CIFAR10]
+    python -m benchmarks.gpu --out gpu.json [--d 25000000 100000000 1000000000] [--figure1 CIFAR10]
 
 Parts, each in what time is left: the CUDA and Triton tests (that a step waits for nothing is one of them); an
 optimizer's step, with packsaddle's and with torch's fused ones; a round of local updates; packing and unpacking; two
@@ -26,12 +26,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
-from packsaddle.comm import Solo, process_group
-from packsaddle.comm.launch import launch
-from packsaddle.compressors import compressors
-from packsaddle.compressors.registry import describe
-from packsaddle.performance.bench.result import machine
-from packsaddle.performance.timing import Timing, side_by_side
+from benchmarks.result import machine
+from packsaddle.comm import Solo, launch, process_group
+from packsaddle.compressors import compressors, describe
+from packsaddle.plan import Timing, side_by_side
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 530.0
@@ -163,7 +161,7 @@ def tests(seconds: float) -> dict[str, Any]:
 
 def figure1(data: Path, seconds: float) -> dict[str, Any]:
     """Figure 1 at the paper's scale, resumed where it stopped, until the time is up."""
-    command = [sys.executable, "-m", "packsaddle.cli", "reproduce", "fig1", "--scale", "paper", "--data-dir", str(data)]
+    command = [sys.executable, "-m", "experiments.paper", "fig1", "--scale", "paper", "--data-dir", str(data)]
     out = ROOT / "runs" / "gpu-figure1"
     command += ["--out", str(out), *["--resume"] * out.exists()]
     try:

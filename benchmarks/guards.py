@@ -14,7 +14,7 @@ from torch import nn
 from packsaddle import CompressedSGD, Compression, RandomK, TopK
 from packsaddle.numerics import is_usable
 from packsaddle.optim import fingerprint
-from packsaddle.performance import side_by_side
+from packsaddle.plan import side_by_side
 
 
 def main() -> None:

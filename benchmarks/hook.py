@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import packsaddle
-from packsaddle.performance import copy_bandwidth, side_by_side
+from packsaddle.plan import copy_bandwidth, side_by_side
 
 _PASSES = 7
 

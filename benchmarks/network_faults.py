@@ -1,6 +1,6 @@
 """Cables pulled, links that slow down and hosts that die: does training go on, or end and say who is gone?
 
-python benchmarks/network_faults.py [--hosts 3] [--rate 100] [--timeout 12] [--steps 300] [--cases brief,cut]
+python -m benchmarks.network_faults [--hosts 3] [--rate 100] [--timeout 12] [--steps 300] [--cases brief,cut]
                                     [--brief 3] [--out network_faults.json]
 (root and iproute2 needed)
 
@@ -32,9 +32,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.hosts import Hosts, available
 from packsaddle import CompressedSGD, Compression, TopK
 from packsaddle.comm import PeerLostError, process_group
-from packsaddle.performance.bench import Hosts, available
 
 _PORT = 29_478
 _NAMED, _ALONE = "names it", "none other answers"

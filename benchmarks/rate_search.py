@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from packsaddle.experiments.inner_optimizers import share_of_peak
+from benchmarks.race.recipe import share_of_peak
 
 WARM_UP = 50
 Job = tuple[str, float, int]  # method, rate, seed

@@ -1,4 +1,4 @@
-"""The shape of the code in numbers: sizes, imports, and the files that a reader of one step must open.
+"""The shape of the code in numbers: sizes, imports, arguments, and the files that a reader of one step must open.
 
 make shape
 """
@@ -36,13 +36,19 @@ compressor = { kind = "RandomK", ratio = 0.1 }
 """
 
 
-def traced(work: Callable[[], Any]) -> set[str]:
-    """Return the package's files in which a function ran, also in threads."""
-    found: set[str] = set()
+def traced(work: Callable[[], Any]) -> Counter[tuple[str, str]]:
+    """Count the calls from one file of the package to a function of another (or the same) one, also in threads."""
+    found: Counter[tuple[str, str]] = Counter()
+
+    def is_ours(frame: Any) -> bool:
+        return bool(frame.f_code.co_filename.startswith(f"{ROOT}{os.sep}")) and frame.f_code.co_name != "<module>"
 
     def note(frame: Any, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code.co_name != "<module>":
-            found.add(frame.f_code.co_filename)
+        if event == "call" and is_ours(frame):
+            caller = frame.f_back
+            while caller is not None and not is_ours(caller):
+                caller = caller.f_back
+            found[caller.f_code.co_filename if caller else "", frame.f_code.co_filename] += 1
 
     sys.setprofile(note)
     threading.setprofile(note)
@@ -51,14 +57,24 @@ def traced(work: Callable[[], Any]) -> set[str]:
     finally:
         sys.setprofile(None)
         threading.setprofile(None)  # type: ignore[arg-type]
-    return {str(Path(name).relative_to(ROOT)) for name in found if Path(name).is_relative_to(ROOT)}
+    return found
+
+
+def files_of(calls: Counter[tuple[str, str]]) -> int:
+    """Return the number of files that ran."""
+    return len({callee for _, callee in calls})
+
+
+def hops_of(calls: Counter[tuple[str, str]]) -> int:
+    """Return the number of calls that lead from one file to another."""
+    return sum(n for (caller, callee), n in calls.items() if caller not in ("", callee))
 
 
 def network() -> nn.Module:
     return nn.Sequential(nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 60))
 
 
-def step_files() -> set[str]:
+def step_calls() -> Counter[tuple[str, str]]:
     """Trace the third step of CompressedSGD with RandomK and noise."""
     model = network()
     opt = packsaddle.CompressedSGD(model.parameters(), 0.1, compressor=packsaddle.RandomK(0.1), noise=0.01)
@@ -71,7 +87,7 @@ def step_files() -> set[str]:
     raise AssertionError
 
 
-def hook_files() -> set[str]:
+def hook_calls() -> Counter[tuple[str, str]]:
     """Trace three backward passes through the hook, whose thread starts in the first, and the steps after them."""
     model = DistributedDataParallel(network(), bucket_cap_mb=0.01)
     inner = torch.optim.SGD(model.parameters(), 0.1)
@@ -85,7 +101,7 @@ def hook_files() -> set[str]:
     return traced(iterations)
 
 
-def run_files() -> set[str]:
+def run_calls() -> Counter[tuple[str, str]]:
     """Trace `packsaddle run` with one worker, four steps and checkpoints."""
     from packsaddle.cli import main
 
@@ -115,27 +131,57 @@ def imports() -> Counter[str]:
     return Counter({name: len(who) for name, who in importers.items()})
 
 
+def arguments(of: Callable[..., Any]) -> int:
+    """Return the number of arguments, without self."""
+    return len(inspect.signature(of).parameters.keys() - {"self"})
+
+
+def uncommented() -> tuple[int, int]:
+    """Return how many functions of more than 15 lines have no comment on a line of its own, and how many there are."""
+    bare = whole = 0
+    for path in ROOT.rglob("*.py"):
+        source = path.read_text()
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                if body and (node.end_lineno or 0) - body[0].lineno + 1 > 15:
+                    whole += 1
+                    first = body[0].lineno - 1
+                    while first > 0 and lines[first - 1].lstrip().startswith("#"):
+                        first -= 1
+                    bare += not any(line.lstrip().startswith("#") for line in lines[first : node.end_lineno])
+    return bare, whole
+
+
 def main() -> None:
+    """Print the table of the architecture's targets."""
     files = sorted(ROOT.rglob("*.py"))
     lines = {path: len(path.read_text().splitlines()) for path in files}
-    entries = [p for p in ROOT.iterdir() if p.name not in ("__init__.py", "py.typed", "__pycache__")]
+    packages: Counter[str] = Counter()
+    for path, n in lines.items():
+        packages[path.relative_to(ROOT).parts[0]] += n
     short = [p for p in files if lines[p] < SHORT and p.name != "__init__.py"]
-    marks = sum(path.read_text().count("# line 12") for path in files)
     with tempfile.TemporaryDirectory() as folder:
-        step = run_in_processes(step_files, 2, Path(folder))[0]
+        step = run_in_processes(step_calls, 2, Path(folder))[0]
     with tempfile.TemporaryDirectory() as folder:
-        hook = run_in_processes(hook_files, 2, Path(folder))[0]
+        hook = run_in_processes(hook_calls, 2, Path(folder))[0]
+    bare, whole = uncommented()
     rows = {
-        "entries in the package root": len(entries),
-        f"files under {SHORT} lines": len(short),
-        "files that one step runs": len(step),
-        "files that the DDP hook runs in three iterations": len(hook),
-        "files that packsaddle run executes": len(run_files()),
-        "places where e absorbs what was not sent": marks,
-        "parameters of CompressedSGD": len(inspect.signature(packsaddle.CompressedSGD.__init__).parameters) - 1,
-        "modules imported by exactly one other": sum(n == 1 for n in imports().values()),
         "files of src": len(files),
         "lines of src": sum(lines.values()),
+        "lines of optim, compressors and comm": sum(packages[name] for name in ("optim", "compressors", "comm")),
+        "lines of runs, plan and cli": sum(packages[name] for name in ("runs", "plan", "cli")),
+        "files that one CompressedSGD step runs": files_of(step),
+        "calls from file to file in it": hops_of(step),
+        "files that the DDP hook runs in three iterations": files_of(hook),
+        "files that packsaddle run executes": files_of(run_calls()),
+        "arguments of LocalUpdates": arguments(packsaddle.LocalUpdates.__init__),
+        "arguments of CompressedSGD": arguments(packsaddle.CompressedSGD.__init__),
+        "arguments of certify": arguments(packsaddle.certify),
+        "modules imported by exactly one other": sum(n == 1 for n in imports().values()),
+        f"functions over 15 lines without a comment line, of {whole}": bare,
+        f"files under {SHORT} lines": len(short),
     }
     for what, count in rows.items():
         print(f"{count:>7,}  {what}")

@@ -1,6 +1,6 @@
 """Half an hour between four hosts: is memory flat, are workers equal, is the ledger what the interfaces saw?
 
-python benchmarks/soak.py [--minutes 30] [--workers 4] [--rate 1000] [--pause 0] [--out soak.json]
+python -m benchmarks.soak [--minutes 30] [--workers 4] [--rate 1000] [--pause 0] [--out soak.json]
 (root and iproute2 needed)
 
 Every host is a network namespace whose link has --rate Mbit/s. Each worker trains a network of half a million
@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.hosts import Hosts, available
 from packsaddle import CompressedSGD, Compression, TopK, save_checkpoint
-from packsaddle.performance.bench import Hosts, available
 
 _PORT = 29_477
 

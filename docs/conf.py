@@ -8,7 +8,7 @@ from pathlib import Path
 
 from packsaddle import __version__
 
-sys.path.insert(0, str(Path(__file__).parent))  # where the extensions are
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]  # the extensions; benchmarks, experiments
 
 project = "packsaddle"
 author = "the packsaddle authors"

@@ -106,7 +106,7 @@ def the_same_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def hosts_here() -> None:
     """Skip a test of hosts with links between them where this machine cannot make them."""
-    from packsaddle.performance.bench.hosts import available
+    from benchmarks.hosts import available
 
     if reason := available():
         pytest.skip(f"a slow link {reason}")

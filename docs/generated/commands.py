@@ -1,4 +1,4 @@
-"""The commands and their options, from the signatures and docstrings of packsaddle.cli."""
+"""The commands and their options, from signatures and docstrings: those of packsaddle, and of the lab in a clone."""
 
 import ast
 import dataclasses
@@ -9,6 +9,9 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from benchmarks import pieces
+from benchmarks.race import __main__ as race
+from experiments.paper import __main__ as paper
 from generated import table
 from packsaddle import cli
 from packsaddle.cli.parsing import Command, Group
@@ -16,7 +19,9 @@ from packsaddle.cli.parsing import Command, Group
 
 def markdown() -> str:
     """Return a section for each command: its use, examples, and a table of its arguments."""
-    return "\n\n".join(_group(cli.COMMANDS, "packsaddle"))
+    lab = [_group(program.COMMANDS, program.PROGRAM) for program in (pieces, race)]
+    whole = [*_group(cli.COMMANDS, "packsaddle"), *(part for parts in lab for part in parts)]
+    return "\n\n".join([*whole, *_command(paper.reproduce, paper.PROGRAM)])
 
 
 def _group(group: Group, name: str) -> list[str]:
@@ -26,9 +31,13 @@ def _group(group: Group, name: str) -> list[str]:
         if isinstance(command, Group):
             parts += [f"### {full}", command.about, *_group(command, full)]
         else:
-            level = "####" if " " in name else "###"
-            parts += [f"{level} {full}", *_about(command), _arguments(command)]
-    return [part for part in parts if part]
+            parts += _command(command, full)
+    return parts
+
+
+def _command(command: Command, name: str) -> list[str]:
+    level = "####" if name.removeprefix("python -m ").count(" ") > 1 else "###"
+    return [part for part in (f"{level} {name}", *_about(command), _arguments(command)) if part]
 
 
 def _about(command: Command) -> list[str]:

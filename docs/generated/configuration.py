@@ -1,13 +1,13 @@
-"""The keys of a configuration, from the dataclasses of packsaddle.experiments.config and their comments."""
+"""The keys of a configuration, from the dataclasses of packsaddle.runs.config and their comments."""
 
 import dataclasses
 import json
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from generated import table
-from packsaddle.experiments.config import Config
-from packsaddle.experiments.schema import choices, settable
-from packsaddle.experiments.templates import comments
+from packsaddle.options.schema import choices, settable
+from packsaddle.runs.config import Config
+from packsaddle.runs.templates import comments
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 

@@ -1,7 +1,7 @@
-"""The numbers of a run's files, of loggers and of the ledger, from packsaddle.experiments.quantities."""
+"""The numbers of a run's files, of loggers and of the ledger, from packsaddle.runs.quantities."""
 
 from generated import table
-from packsaddle.experiments import quantities
+from packsaddle.runs import quantities
 
 
 def markdown() -> str:

@@ -201,8 +201,8 @@ print("the weights are those of the run on one machine:", digests[0] == digests[
 # with fewer machines, put it on a disk that all can read.
 #
 # To try slow links between hosts without a second machine you need Linux and root:
-# `packsaddle bench link --hosts 4 --rate 50` makes four hosts out of network namespaces, with links of 50 Mbit/s, and
-# measures training steps between them.
+# `python -m benchmarks.race link --hosts 4 --rate 50` makes four hosts out of network namespaces, with links of
+# 50 Mbit/s, and measures training steps between them.
 #
 # ## Next
 #

@@ -7,8 +7,8 @@ from statistics import mean, stdev
 
 import matplotlib.pyplot as plt
 
-from packsaddle.experiments import Run, read_runs
-from packsaddle.experiments.report import plateau
+from packsaddle.runs import Run, read_runs
+from packsaddle.runs.report import plateau
 
 HERE = Path(__file__).parent
 SIZES = {"1": "1", "default": "2 (the default here)", "64": "64", "128": "128"}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from figure import draw
 
-from packsaddle import Compressor, Identity, LinearSketch, RandomK, Sign, TopK
-from packsaddle.theory.diagnostics import (
+from experiments.paper.problems import Octopus, Oracle, Quadratic, QuadraticQuartic
+from experiments.paper.proof import (
     Method,
     couple,
     error_growth,
@@ -25,7 +25,7 @@ from packsaddle.theory.diagnostics import (
     predicted_escape_time,
     random_k_limit,
 )
-from packsaddle.theory.problems import Octopus, Oracle, Quadratic, QuadraticQuartic
+from packsaddle import Compressor, Identity, LinearSketch, RandomK, Sign, TopK
 
 Row = dict[str, Any]
 COMPRESSORS: dict[str, Compressor] = {"Identity": Identity(), "RandomK": RandomK(k=2), "TopK": TopK(k=2)}

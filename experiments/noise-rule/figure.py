@@ -9,10 +9,10 @@ import matplotlib.pyplot as plt
 import torch
 
 from packsaddle import gradient_noise
-from packsaddle.experiments import Run, read_config, read_runs
-from packsaddle.experiments.report import row
-from packsaddle.experiments.tasks import Task, load_data, make_task, task_loss
 from packsaddle.numerics import Stream, mix
+from packsaddle.runs import Run, read_config, read_runs
+from packsaddle.runs.report import row
+from packsaddle.runs.tasks import Task, load_data, make_task, task_loss
 from packsaddle.theory import Walk, rms
 
 HERE = Path(__file__).parent

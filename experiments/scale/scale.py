@@ -18,7 +18,7 @@ import torch
 from packsaddle import QSGD, Compressor, Identity, LowRank, RandomK, Sign, SketchTopK, TopK
 from packsaddle.comm import choose
 from packsaddle.errors import require
-from packsaddle.performance import Dense, Fleet, Line, Link, Pace, Step, compressed, expected_maximum, measure
+from packsaddle.plan import Dense, Fleet, Line, Link, Pace, Step, compressed, expected_maximum, measure
 
 # Okabe and Ito's palette, distinguishable by colour-blind readers; line styles tell the families apart.
 CONTENDERS: dict[str, tuple[Compressor, str, str, str]] = {

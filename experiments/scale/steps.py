@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.hosts import Hosts
 from packsaddle import CompressedSGD, Compression, Compressor, RandomK, Sign, SketchTopK, TopK
 from packsaddle.comm import Group, process_group
 from packsaddle.compressors import describe
-from packsaddle.performance import (
+from packsaddle.plan import (
     MODELS,
     Fleet,
     Link,
@@ -34,7 +35,6 @@ from packsaddle.performance import (
     probe,
     update_seconds,
 )
-from packsaddle.performance.bench import Hosts
 
 COMPRESSORS: list[Compressor] = [RandomK(0.01), TopK(0.01), SketchTopK(0.001), Sign()]
 # Model, workers, Mbit/s, batch.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.hosts import Hosts
 from packsaddle import QSGD, Compressor, Identity, Ledger, LowRank, RandomK, Sign, SketchTopK, TopK
 from packsaddle.comm import (
     Aggregator,
@@ -33,8 +34,7 @@ from packsaddle.comm import (
     choose,
     process_group,
 )
-from packsaddle.performance import Link, compressed, measure, probe
-from packsaddle.performance.bench import Hosts
+from packsaddle.plan import Link, compressed, measure, probe
 
 CASES: dict[str, tuple[Compressor, str]] = {
     "dense all-reduce": (Identity(), "direct"),

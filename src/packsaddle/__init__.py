@@ -35,8 +35,7 @@ from packsaddle.optim.stages.escape import Escape, Reset
 from packsaddle.optim.stages.noise import Ramp
 from packsaddle.optim.stages.nonfinite import NonFiniteError, Skip
 from packsaddle.theory.noise_walk import suggest_noise
-
-__version__ = "0.2.0"
+from packsaddle.version import __version__ as __version__
 
 __all__ = [
     "QSGD",

@@ -14,13 +14,13 @@ import torch
 from commandline import refused
 
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.config import Config, DataConfig, load
-from packsaddle.experiments.run_folder import read_runs
-from packsaddle.experiments.schema import build
-from packsaddle.experiments.tasks import images as data
-from packsaddle.experiments.tasks import text
-from packsaddle.experiments.tasks.images import load_data
 from packsaddle.messages import one_line, shown
+from packsaddle.options.schema import build
+from packsaddle.runs.config import Config, DataConfig, load
+from packsaddle.runs.run_folder import read_runs
+from packsaddle.runs.tasks import images as data
+from packsaddle.runs.tasks import text
+from packsaddle.runs.tasks.images import load_data
 
 CONFIG = """lr = 0.5
 epochs = 1

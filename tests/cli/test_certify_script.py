@@ -13,7 +13,7 @@ from commandline import command, refused
 from forked_python import environment, torchrun
 
 from packsaddle.curvature.sharded import load_whole
-from packsaddle.experiments.run_folder import RunFolder
+from packsaddle.runs.run_folder import RunFolder
 
 SCRIPT = """
 import torch

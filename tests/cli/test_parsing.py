@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commandline import command, refused
+from commandline import LAB, command, refused
 
 import packsaddle
+from benchmarks import pieces
+from benchmarks.race import __main__ as race
+from experiments.paper import __main__ as paper
 from packsaddle.cli import COMMANDS, parsing
 from packsaddle.cli.parsing import Group, parse
 
@@ -33,15 +36,15 @@ MISTAKES = {
     "demo --epochs=many": "demo: --epochs must be a number, got 'many'",
     "plan --mode theorie": "plan: --mode must be one of practical, theory, got 'theorie' (did you mean theory?)",
     "plan --zebra": "plan: unknown flag --zebra (see --help)",
-    "reproduce fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",
+    "experiments.paper fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",
     "certify runs/a --checkpoint": "certify: --checkpoint needs a text after it",
-    "bench stp": "bench: unknown command stp (did you mean step?)",
-    "bench step --dd 3": "bench step: unknown flag --dd (did you mean --d?)",
-    "bench train --model net": "bench train: --model must be one of mnist-autoencoder, resnet18, got 'net'",
+    "benchmarks.pieces stp": "unknown command stp (did you mean step?)",
+    "benchmarks.pieces step --dd 3": "step: unknown flag --dd (did you mean --d?)",
+    "benchmarks.race train --model net": "train: --model must be one of mnist-autoencoder, resnet18, got 'net'",
     "plan --link 1gbit --d 1M --sigma 5": "--sigma is for a plan by the theorems, not for the time of a step",
     "plan --link 1gbit --d 1M --mode theory": "--mode is for a plan by the theorems",
     "plan --d 1000 --epsilon 0.1 --table --ratio 0.1": "--ratio is for a plan, and --table has the paper's settings",
-    "bench compress --d 0": "d must be at least 1, got 0",
+    "benchmarks.pieces compress --d 0": "d must be at least 1, got 0",
     "completion csh": "completion: SHELL must be one of bash, zsh, fish, got 'csh' (did you mean zsh?)",
 }
 
@@ -91,7 +94,7 @@ def test_without_a_command_there_is_an_overview(capsys: pytest.CaptureFixture[st
     for arguments in (("--help",), ("-h",)):
         assert command(*arguments) == 0
         assert capsys.readouterr().out == shown
-    assert command("bench") == 0
+    assert command("benchmarks.pieces") == 0
     assert "\n  exchange  Time one exchange" in capsys.readouterr().out
 
 
@@ -108,7 +111,16 @@ def leaves(group: Group, *names: str) -> Iterator[tuple[tuple[str, ...], Callabl
             yield (*names, name), entry
 
 
-LEAVES = dict(leaves(COMMANDS))
+PROGRAMS: dict[str, Group] = {
+    "packsaddle": COMMANDS,
+    "benchmarks.pieces": pieces.COMMANDS,
+    "benchmarks.race": race.COMMANDS,
+}
+LEAVES = {
+    **dict(leaves(COMMANDS)),
+    **{(name, *words): entry for name in LAB if name in PROGRAMS for words, entry in leaves(PROGRAMS[name])},
+    ("experiments.paper",): paper.reproduce,
+}
 
 
 @pytest.mark.parametrize("names", LEAVES, ids=" ".join)
@@ -119,10 +131,11 @@ def test_help_has_examples_that_parse(names: tuple[str, ...], capsys: pytest.Cap
     examples = shown.partition("\nExamples:\n")[2].partition("\n\n")[0].splitlines()
     assert examples
     for example in examples:
-        words = shlex.split(example.split("packsaddle", 1)[1].removeprefix(".cli"), comments=True)
+        program = next(name for name in (*LAB, "packsaddle") if name in example)
+        words = shlex.split(example.split(program, 1)[1].removeprefix(".cli"), comments=True)
         redirected = words[: words.index(">")] if ">" in words else words
-        assert redirected[: len(names)] == [*names]
-        assert callable(parse(COMMANDS, redirected, "packsaddle"))
+        assert [*(program,) * (program in LAB), *redirected][: len(names)] == [*names]
+        assert callable(parse(PROGRAMS.get(program, paper.reproduce), redirected, program))
 
 
 @pytest.mark.parametrize("names", LEAVES, ids=" ".join)
@@ -147,10 +160,9 @@ def test_help_describes_every_flag(
 
 
 COMPLETED = {
-    ("re",): {"reproduce", "report"},
-    ("bench", "s"): {"step"},
+    ("re",): {"report"},
+    ("com",): {"completion", "compressors"},
     ("run", "--ser"): {"--serial"},
-    ("bench", "link", "--ra"): {"--rate"},
 }
 
 
@@ -185,6 +197,6 @@ def test_bash_completes(words: tuple[str, ...], found: set[str], bash_script: Pa
 def test_completion_prints_the_script_of_a_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("completion", shell) == 0
     written = capsys.readouterr().out
-    assert "reproduce" in written
+    assert "certify-script" in written
     assert {"bash": "COMPREPLY", "zsh": "#compdef packsaddle", "fish": "complete --command"}[shell] in written
     assert {"bash": "-o default", "zsh": "|| _files", "fish": "__fish_complete_path"}[shell] in written

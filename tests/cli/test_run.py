@@ -268,9 +268,9 @@ def test_compressors_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_demo_plateau_is_the_best_constant() -> None:
-    from packsaddle.experiments.config import DataConfig
-    from packsaddle.experiments.tasks.images import load_images
-    from packsaddle.experiments.templates import PLATEAU
+    from packsaddle.runs.config import DataConfig
+    from packsaddle.runs.tasks.images import load_images
+    from packsaddle.runs.templates import PLATEAU
 
     images = load_images(DataConfig("digits"), None, train=True)
     pixels = images.pixels(torch.arange(len(images)))

@@ -46,7 +46,7 @@ def test_a_plan_of_a_link_fits_80_columns(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_an_empty_override_drops_a_key(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
-    from packsaddle.experiments.config import configure
+    from packsaddle.runs.config import configure
 
     data = {"lr": 0.1, "epochs": 1.0, "batch_size": 8, "data": {"name": "digits"}, "model": {"name": "resnet18"}}
     given = {**data, "compressor": {"kind": "TopK", "ratio": 0.1}}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from packsaddle.performance.bench.hosts import Hosts
+from benchmarks.hosts import Hosts
 
 WORKER = """
 import json, sys, torch, torch.distributed as dist

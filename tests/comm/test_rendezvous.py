@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from packsaddle.comm.launch import agree_on_prefix
+from packsaddle.comm.launching import agree_on_prefix
 
 
 class Place:

@@ -10,12 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, Identity, Verdict, certify, simulate
-from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.group import resolve
-from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.hessian import Curvature, NotFiniteError, batch_size
-from packsaddle.theory.problems import (
+from experiments.paper.problems import (
     Cosine,
     CurvedValley,
     DoubleWells,
@@ -26,6 +21,11 @@ from packsaddle.theory.problems import (
     QuadraticQuartic,
     RankOnePCA,
 )
+from packsaddle import CompressedSGD, Identity, Verdict, certify, simulate
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature.hessian import Curvature, NotFiniteError, batch_size
 
 EXACT, MEASURED = ("verdict", "examples", "hvps"), ("grad_norm", "lambda_min_upper", "loss")
 
@@ -300,9 +300,9 @@ def test_a_real_plateau_is_a_saddle() -> None:
     """The demo's autoencoder with tanh (ReLU has no second derivative at its kinks, which finite steps do see): plain
     SGD, then full-batch steps, stalls where the Hessian has a negative eigenvalue along which the loss bends down.
     """
-    from packsaddle.experiments.config import DataConfig
-    from packsaddle.experiments.tasks.images import load_images
-    from packsaddle.experiments.tasks.sharding import Batches
+    from packsaddle.runs.config import DataConfig
+    from packsaddle.runs.tasks.images import load_images
+    from packsaddle.runs.tasks.sharding import Batches
 
     images = load_images(DataConfig("digits"), None, train=True)
     with torch.random.fork_rng(devices=[]):

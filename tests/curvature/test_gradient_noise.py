@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from packsaddle import CompressedSGD, Identity, Ramp, certify, gradient_noise, simulate, suggest_noise
 from packsaddle.curvature.gradient_noise import GradientNoise
 from packsaddle.curvature.hessian import NotFiniteError
-from packsaddle.experiments.run_checks import noise_warning
+from packsaddle.runs.run_checks import noise_warning
 from packsaddle.theory.noise_walk import FAR, GOOD, Walk, rms
 
 

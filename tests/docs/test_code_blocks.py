@@ -10,8 +10,8 @@ from unittest import mock
 import pytest
 from forked_python import environment, torchrun
 
-from packsaddle.experiments.config import Config, load
-from packsaddle.experiments.schema import build
+from packsaddle.options.schema import build
+from packsaddle.runs.config import Config, load
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,40 +8,54 @@ from typing import Any
 
 import pytest
 
+from benchmarks import pieces
+from benchmarks.race import __main__ as race
+from experiments.paper import __main__ as paper
 from packsaddle import cli
-from packsaddle.cli.parsing import parse
-from packsaddle.experiments.config import load
+from packsaddle.cli.parsing import Command, Group, parse
+from packsaddle.runs.config import load
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/tutorials/*.md"))]
 PAGES += [*sorted(ROOT.glob("experiments/*/README.md")), *sorted(ROOT.glob("benchmarks/*.md"))]
-COMMAND = re.compile(r"(?:^|\s)packsaddle(?: |$)|-m packsaddle\.cli ")
+PROGRAMS: dict[str, Command | Group] = {
+    "packsaddle": cli.COMMANDS,
+    "packsaddle.cli": cli.COMMANDS,
+    "benchmarks.pieces": pieces.COMMANDS,
+    "benchmarks.race": race.COMMANDS,
+    "experiments.paper": paper.reproduce,
+}
+PROGRAM = re.compile(
+    r"(?:(?:^|\s)(packsaddle)|-m (packsaddle\.cli|benchmarks\.pieces|benchmarks\.race|experiments\.paper))(?: |$)"
+)
 
 
-def command_lines(page: Path) -> Iterator[list[str]]:
-    """The arguments of each command in a code block, without comments and placeholders."""
+def command_lines(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """The program and the arguments of each command in a code block, without comments and placeholders."""
     text = re.sub(r"\\\n\s*", " ", page.read_text())
     for line in re.findall(r"^ {4,}(?![-|*])(.*)$", text, re.MULTILINE):
         line = re.sub(r"\s#.*", "", line)
-        found = COMMAND.search(line)
+        found = PROGRAM.search(line)
         if found is None or line.startswith("pip "):
             continue
-        arguments = [a for a in shlex.split(line[found.end() :]) if a != "--"]  # which is for torchrun
+        arguments = [a for a in shlex.split(line[found.end() :].partition("(as above)")[0]) if a != "--"]  # torchrun's
         # A number in capitals, as in --batch N, is any.
-        yield ["1" if re.fullmatch("[A-Z]+", a) else a for a in arguments if a != "..."]
+        yield found[1] or found[2], ["1" if re.fullmatch("[A-Z]+", a) else a for a in arguments if a != "..."]
 
 
-def inline_commands(page: Path) -> Iterator[list[str]]:
-    """The words of each command named in a sentence or a table."""
+def inline_commands(page: Path) -> Iterator[tuple[str, list[str]]]:
+    """The program and the words of each command named in a sentence or a table."""
     outside = re.sub(r"^ {4,}[^\n]*$|```.*?```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for code in re.findall(r"`packsaddle ([a-z][^`]*)`", outside):
-        yield re.sub(r"[\[\]]", " ", code).split()
+    for code in re.findall(r"`((?:packsaddle|python -m (?:benchmarks|experiments)\.\w+) [a-z-][^`]*)`", outside):
+        found = PROGRAM.search(code)
+        if found is not None:
+            yield found[1] or found[2], re.sub(r"[\[\]]", " ", code[found.end() :]).split()
 
 
-def parsed(arguments: list[str]) -> Any:
+def parsed(program: str, arguments: list[str]) -> Any:
     """The call that the arguments ask for, not made; None where they ask for help, which is printed."""
     try:
-        return parse(cli.COMMANDS, arguments, "packsaddle")
+        return parse(PROGRAMS[program], arguments, program)
     except SystemExit as end:
         if end.code:
             raise
@@ -50,23 +64,24 @@ def parsed(arguments: list[str]) -> Any:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_command_lines_parse(page: Path) -> None:
-    for arguments in command_lines(page):
-        call = parsed(arguments)  # raises ConfigError for what the parser does not take
+    for program, arguments in command_lines(page):
+        call = parsed(program, arguments)  # raises ConfigError for what the parser does not take
         if arguments[:1] == ["run"] and call is not None and (ROOT / arguments[1]).is_file():
             load(ROOT / arguments[1], call.keywords["set"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_flags_named_in_passing_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in inline_commands(page):
-        for command in words[0].split("|"):
-            assert command in cli.COMMANDS.commands, f"packsaddle {' '.join(words)}"
+    for program, words in inline_commands(page):
+        group = PROGRAMS[program]
+        if isinstance(group, Group):
+            for command in words[0].split("|"):
+                assert command in group.commands, f"{program} {' '.join(words)}"
         flags = {word for word in words if word.startswith("--")}
         if flags:
-            inner = [w for w in words[1:2] if words[0] == "bench" and not w.startswith("-")]
-            parsed([words[0], *inner, "--help"])
+            parsed(program, [*(words[:1] if isinstance(group, Group) else []), "--help"])
             known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-            assert flags <= known, f"packsaddle {' '.join(words)}"
+            assert flags <= known, f"{program} {' '.join(words)}"
 
 
 def test_there_are_commands_to_try() -> None:

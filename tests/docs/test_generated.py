@@ -10,13 +10,16 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from benchmarks import pieces
+from benchmarks.race import __main__ as race
+from experiments.paper import __main__ as paper
 from packsaddle import cli
 from packsaddle.cli.parsing import Group
 from packsaddle.compressors.registry import SUMMARIES, classes
 from packsaddle.curvature.certificate import Certificate
-from packsaddle.experiments.config import Config
-from packsaddle.experiments.quantities import CERTIFICATE, FILES, METRICS, PURPOSES, SUMMARY, Quantity
-from packsaddle.experiments.schema import choices, settable
+from packsaddle.options.schema import choices, settable
+from packsaddle.runs.config import Config
+from packsaddle.runs.quantities import CERTIFICATE, FILES, METRICS, PURPOSES, SUMMARY, Quantity
 
 pytest.importorskip("sphinx")
 DOCS = Path(__file__).parents[2] / "docs"
@@ -61,7 +64,9 @@ def test_every_option_of_every_command_is_explained() -> None:
     text = commands.markdown()
     sections = {part.partition("\n")[0]: part for part in re.split(r"^#{3,4} ", text, flags=re.MULTILINE)}
     found = every(cli.COMMANDS, "packsaddle")
-    assert len(found) > 12
+    found += [entry for program in (pieces, race) for entry in every(program.COMMANDS, program.PROGRAM)]
+    found += [(paper.PROGRAM, paper.reproduce)]
+    assert len(found) > 15
     for name, command in found:
         for argument in inspect.signature(command).parameters:
             shown = argument.replace("_", "-")

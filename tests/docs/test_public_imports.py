@@ -13,38 +13,18 @@ import packsaddle
 ROOT = Path(__file__).parents[2]
 PACKAGES = ["packsaddle"] + [p.name for p in pkgutil.walk_packages(packsaddle.__path__, "packsaddle.") if p.ispkg]
 LAZY = [
-    "packsaddle.performance",
-    "packsaddle.experiments",
-    "packsaddle.experiments.tasks",
+    "packsaddle.plan",
+    "packsaddle.runs",
+    "packsaddle.runs.tasks",
     "packsaddle.optim",
-    "packsaddle.theory",
 ]
 ALLOWED = {
     "packsaddle.compressors.testing": "the checks for a compressor of one's own; imported by tests only",
     "packsaddle.integrations.huggingface": "imports transformers, which is optional",
     "packsaddle.integrations.lightning": "imports lightning, which is optional",
-    "packsaddle.comm.launch": "the function `launch` has the name of its file",
     "packsaddle.compressors.selection": "benchmarks/selection.py measures this internal function",
-    **{
-        f"packsaddle.{name}": "benchmarks/plan_regret.py compares the planners with a race's files"
-        for name in (
-            "performance.bench.contenders",
-            "performance.bench.curves",
-            "performance.bench.time_to_loss",
-            "performance.bench.workload",
-            "performance.coding_speed",
-            "performance.link_planner",
-            "performance.local_planner",
-            "performance.step_time",
-            "performance.workload",
-        )
-    },
-    "packsaddle.performance.bench.search": "benchmarks/finetune.py races on a task of its own",
-    "packsaddle.experiments.inner_optimizers": "benchmarks/rate_search.py has the schedule of the race and of [local]",
-    **{
-        f"packsaddle.{name}": "benchmarks/gpu.py times as the command line does"
-        for name in ("compressors.registry", "performance.bench.result", "performance.timing")
-    },
+    "packsaddle.messages": "experiments/paper/progress.py prints what a terminal must not obey",
+    "packsaddle.runs.progress": "experiments/paper/progress.py says the time left as a run does",
 }
 
 
@@ -87,7 +67,7 @@ def test_names_that_are_imported_lazily_are_all_declared_for_type_checkers(packa
     declared = {
         (alias.name, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
-    assert declared == {(name, f"{package}.{home}") for name, home in module._HOMES.items()}
+    assert declared == {(name, f"{package}.{home}") for home, names in module._FILES.items() for name in names.split()}
     assert {name for name, _ in declared} == set(module.__all__)
 
 

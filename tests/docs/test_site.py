@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import experiments.paper.problems
+import experiments.paper.proof
 import packsaddle
-import packsaddle.theory.diagnostics
-import packsaddle.theory.problems
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("sphinx")
@@ -46,7 +46,7 @@ def test_generated_tables_are_on_their_pages(site: Path) -> None:
     """That they are whole, test_generated says; here, that they became tables and headings."""
     for page, id, word in (
         ("configuration", "local", "keep_unsent"),
-        ("command-line", "packsaddle-bench-link", "--target-loss"),
+        ("command-line", "python-m-benchmarks-race-link", "--target-loss"),
         ("compressors", "compressors-and-exchanges", "SketchTopK(ratio, k, rows"),
         ("metrics", "summary-json", "exchange_reason"),
     ):
@@ -58,7 +58,7 @@ def test_generated_tables_are_on_their_pages(site: Path) -> None:
 
 def test_every_export_is_in_the_api(site: Path) -> None:
     pages = "".join(page.read_text() for page in (site / "docs" / "api").glob("*.html"))
-    for module in (packsaddle, packsaddle.theory.diagnostics, packsaddle.theory.problems):
+    for module in (packsaddle, experiments.paper.proof, experiments.paper.problems):
         for name in module.__all__:
             assert f'id="{module.__name__}.{name}"' in pages, f"{module.__name__}.{name}"
 

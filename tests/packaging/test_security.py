@@ -17,11 +17,11 @@ from rich.console import Console
 
 import packsaddle
 from packsaddle.cli.console import print_runs
-from packsaddle.experiments.progress import StudyProgress, live
-from packsaddle.experiments.report import write_report
-from packsaddle.experiments.report.curves import read_curves
-from packsaddle.experiments.run_folder import read_runs
 from packsaddle.messages import cell, read_cell
+from packsaddle.runs.progress import StudyProgress, live
+from packsaddle.runs.report import write_report
+from packsaddle.runs.report.curves import read_curves
+from packsaddle.runs.run_folder import read_runs
 
 SOURCES = sorted(Path(packsaddle.__file__).parent.rglob("*.py"))
 ROOT = Path(__file__).parents[2]
@@ -119,7 +119,7 @@ def test_terminals_show_and_do_not_obey(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize("terminal", [True, False])
 def test_the_progress_of_a_study_shows_names_as_they_are(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(force_terminal=terminal, color_system=None, width=200, file=io.StringIO())
-    monkeypatch.setattr("packsaddle.experiments.progress.Console", lambda: console)
+    monkeypatch.setattr("packsaddle.runs.progress.Console", lambda: console)
     with StudyProgress("[red]study[/]", 2) as progress:
         progress.show({"[bold]one[/bold]": 0.5, "two[/]": 0.5}, ["[bold]one[/bold]", "two[/]"])
         progress.show({"[bold]one[/bold]": 1.0, "two[/]": 0.5}, ["two[/]"])

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("wheel")  # built once
-NEEDING_PLOT = ("demo", "reproduce text --scale smoke", "reproduce table1 --scale smoke")
+NEEDING_PLOT = ("demo", "report runs/a")
 EXTRAS = ("matplotlib", "jinja2", "plotly", "sklearn", "torchvision", "PIL", "numba")
 
 # The README's library example, then the command line; as where no extra is installed.
@@ -52,9 +52,8 @@ def test_it_holds_the_package_and_nothing_else(wheel: Path) -> None:
     source = ROOT / "src"
     files = {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert inside == {name for name in files if name.startswith("packsaddle/")}
-    assert {
-        f"packsaddle/{name}" for name in ("py.typed", "experiments/report/page.js", "experiments/report/page.html.j2")
-    } <= inside
+    assert {name.partition("/")[0] for name in inside} == {"packsaddle"}  # no benchmarks, no experiments
+    assert {f"packsaddle/{name}" for name in ("py.typed", "runs/report/page.js", "runs/report/page.html.j2")} <= inside
 
 
 def test_its_metadata_has_the_command_the_licence_and_the_extras(wheel: Path) -> None:

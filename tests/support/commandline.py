@@ -1,18 +1,30 @@
-"""The command line, run in this process."""
+"""The command lines of the package and of the lab, run in this process."""
 
+import re
 import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
 
 from packsaddle import cli
 
+# Programs of the lab, and the modules that `python -m` runs.
+LAB = {
+    "benchmarks.pieces": "benchmarks.pieces",
+    "benchmarks.race": "benchmarks.race.__main__",
+    "experiments.paper": "experiments.paper.__main__",
+}
+
 
 def command(*arguments: Any) -> int:
-    """Run `packsaddle` with these arguments and return its exit code."""
+    """Run `packsaddle`, or a program of `LAB` if one is named first, and return its exit code."""
+    main = cli.main
+    if arguments and arguments[0] in LAB:
+        main, arguments = import_module(LAB[arguments[0]]).main, arguments[1:]
     before, sys.argv = sys.argv, ["packsaddle", *map(str, arguments)]
     try:
-        cli.main()
+        main()
     except SystemExit as stop:
         return int(stop.code or 0)
     finally:
@@ -25,6 +37,6 @@ def refused(capsys: pytest.CaptureFixture[str], message: str, *arguments: Any) -
     assert command(*arguments) == 2
     captured = capsys.readouterr()
     assert message in captured.err
-    assert captured.err.startswith("packsaddle: error: ")
+    assert re.match(r"(packsaddle|python -m [\w.]+): error: ", captured.err)
     assert captured.err.count("\n") == 1
     return captured.out

@@ -23,7 +23,7 @@ MODULES = (
     "torch._dynamo",
     "torch.distributed.run",
     "packsaddle.cli",
-    "packsaddle.experiments.job",
+    "packsaddle.runs.job",
     "packsaddle.numerics.kernels.preloaded",
 )
 

@@ -11,15 +11,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from hypothesis import strategies as st
 
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.certification import read_config
-from packsaddle.experiments.config import Config, configure, load
-from packsaddle.experiments.job import Job
-from packsaddle.experiments.report import tables
-from packsaddle.experiments.report.curves import curve
-from packsaddle.experiments.report.page import charts_of, for_script
-from packsaddle.experiments.report.settings import settings as grouped
-from packsaddle.experiments.run_folder import read_runs
-from packsaddle.experiments.schema import choices, settable
+from packsaddle.options.schema import choices, settable
+from packsaddle.runs.certification import read_config
+from packsaddle.runs.config import Config, configure, load
+from packsaddle.runs.job import Job
+from packsaddle.runs.report import tables
+from packsaddle.runs.report.curves import curve
+from packsaddle.runs.report.page import charts_of, for_script
+from packsaddle.runs.report.settings import settings as grouped
+from packsaddle.runs.run_folder import read_runs
 
 GOOD = """lr = 0.5
 epochs = 1

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from packsaddle.comm.launch import asked_to_stop, hearing_sigterm
+from packsaddle.comm.launching import asked_to_stop, hearing_sigterm
 
 
 def fail_beside_a_stopped_one(folder: Path) -> None:

@@ -14,6 +14,7 @@ from commandline import command, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.paper.problems import Cosine, Oracle
 from packsaddle import (
     QSGD,
     CompressedSGD,
@@ -29,7 +30,6 @@ from packsaddle import (
 )
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, balanced_mu, first_order_plan, step_sizes
 from packsaddle.theory.plans import FAMILIES, balanced_k, best_plan, plan
-from packsaddle.theory.problems import Cosine, Oracle
 from packsaddle.theory.saddle_dynamics import predicted_escape_time
 from packsaddle.theory.table1 import TABLE_1, Row
 

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import packsaddle
 from packsaddle.checkpoint.files import (
     CheckpointError,
     DamagedError,
@@ -42,6 +41,7 @@ from packsaddle.checkpoint.reshard import carried, filled, paths_in_common, with
 from packsaddle.comm.communicator import Together
 from packsaddle.comm.failures import told_in
 from packsaddle.comm.group import Group, ProcessGroup, resolve
+from packsaddle.version import __version__
 
 Contents = dict[int, dict[str, Any]]  # what was read, by the worker that had saved it
 
@@ -107,7 +107,7 @@ def save_checkpoint(
     had = min(together.gather(newest_of(folder, group.rank)))
     common, common_sha256 = paths_in_common(content, together)
     content = {**without(content, common), "common": common}
-    said = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": packsaddle.__version__}
+    said = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
     module_shapes = {name: shapes(parts[name].state_dict()) for name in modules(parts)}
     try:
         write_files(folder, content, **said, common_sha256=common_sha256, shapes=module_shapes)

@@ -8,13 +8,15 @@ from typing import Annotated, TextIO
 import tyro
 
 import packsaddle
-from packsaddle.cli import bench, certify, certify_script, doctor, plan, report, reproduce, run
-from packsaddle.cli.console import is_first
-from packsaddle.cli.parsing import Group, Shell, parse, script
+from packsaddle.cli import certify, certify_script, doctor, plan, report, run
+from packsaddle.cli.console import dated, is_first, plain_text, print_table, require_plots
+from packsaddle.cli.parsing import UNSAID, Command, Group, Shell, parse, script
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
-from packsaddle.comm.launch import under_launcher
+from packsaddle.comm.launching import under_launcher
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.messages import one_line
+
+__all__ = ["COMMANDS", "UNSAID", "Group", "dated", "main", "plain_text", "print_table", "require_plots", "serve"]
 
 
 def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
@@ -38,13 +40,11 @@ COMMANDS = Group(
         "demo": run.demo,
         "init": run.init,
         "run": run.run,
-        "reproduce": reproduce.reproduce,
         "certify": certify.certify,
         "certify-script": certify_script.certify_script,
         "report": report.report,
         "compressors": report.compressors,
         "plan": plan.plan,
-        "bench": bench.bench,
         "doctor": doctor.doctor,
         "completion": completion,
     },
@@ -52,15 +52,20 @@ COMMANDS = Group(
 
 
 def main() -> None:
-    """Entry point of the console script: bad input is one line on stderr and exit code 2.
+    """Run the command that `packsaddle` was given; the entry point of the console script."""
+    serve(COMMANDS, "packsaddle")
 
-    Where the reader of its output has left (`| head`), it ends quietly with code 1, as Python's
-    documentation of SIGPIPE has it.
+
+def serve(commands: Command | Group, program: str) -> None:
+    """Run what `sys.argv` asks of `commands`: bad input is one line on stderr and exit code 2.
+
+    If the reader of its output has closed the pipe (`| head`), the process ends quietly with code 1, as Python's
+    documentation of SIGPIPE recommends. `program` is the name in messages and help.
     """
     _open_streams()
     try:
         try:
-            _obey()
+            _obey(commands, program)
         finally:
             sys.stdout.flush()  # else the interpreter does, and complains, when nothing can catch it
     except BrokenPipeError:
@@ -99,31 +104,31 @@ def _is_unread(stream: TextIO) -> bool:
     return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # of a socket: POLLHUP
 
 
-def _obey() -> None:
-    """Do what the command line says, and end the process where that fails."""
+def _obey(commands: Command | Group, program: str) -> None:
+    """Run the command, and end the process if it fails."""
     if sys.argv[1:] == ["--version"]:
         print(f"packsaddle {packsaddle.__version__}")
         return
     try:
-        parse(COMMANDS, sys.argv[1:], "packsaddle")()
+        parse(commands, sys.argv[1:], program)()
     except ConfigError as error:
         if is_first():
-            print(f"packsaddle: error: {one_line(str(error))}", file=sys.stderr)
+            print(f"{program}: error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(2)
     except GuardError as error:
         if is_first():
-            print(f"packsaddle: {error}", file=sys.stderr)
+            print(f"{program}: {error}", file=sys.stderr)
         sys.exit(1)
     except WorkerFailedError as error:
         if not error.trace and _is_unread(sys.stdout):  # a worker that prints found that its reader has left
             raise BrokenPipeError from None
         print(error.trace, end="", file=sys.stderr)
-        print(f"packsaddle: {one_line(str(error))}", file=sys.stderr)
+        print(f"{program}: {one_line(str(error))}", file=sys.stderr)
         sys.exit(1)
     except TerminatedError:
         sys.exit(143)
     except PeerLostError as error:
-        print(f"packsaddle: {one_line(str(error))}", file=sys.stderr, flush=True)
+        print(f"{program}: {one_line(str(error))}", file=sys.stderr, flush=True)
         os._exit(1)  # what gloo's threads and a store behind a cut network wait for would be waited for here
     except KeyboardInterrupt:
         sys.exit(130)

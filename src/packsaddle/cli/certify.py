@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from packsaddle.cli.console import is_first
-from packsaddle.comm.launch import under_launcher
+from packsaddle.comm.launching import under_launcher
 from packsaddle.curvature.lanczos import check_probability
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.config import Config
-from packsaddle.experiments.run_folder import read_runs
+from packsaddle.runs.config import Config
+from packsaddle.runs.run_folder import read_runs
 
 _SAMPLE = 512  # training examples, where the command does not say: a minute or so of a small network on a processor
 
@@ -84,8 +84,8 @@ def certify(
         json: Print one JSON document instead.
     """
     from packsaddle.errors import require
-    from packsaddle.experiments.certification import Audit, certify_in_process_group, read_config
-    from packsaddle.experiments.findings import new_folder, write
+    from packsaddle.runs.certification import Audit, certify_in_process_group, read_config
+    from packsaddle.runs.findings import new_folder, write
 
     config = read_config(run)
     stated = config.certify
@@ -160,7 +160,7 @@ def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, .
 def _drawn(run: Path, config: Config) -> list[str]:
     """The names of the iterates that the run drew, as often as they were drawn. Raises ConfigError if some are not
     there, as in a run that was cut off: those that are would be a biased sample."""
-    from packsaddle.experiments.run_checks import drawn_names
+    from packsaddle.runs.run_checks import drawn_names
 
     (found,) = read_runs([run])
     if found.summary is None:

@@ -13,7 +13,7 @@ import tyro
 
 from packsaddle.cli.certify import check_numbers
 from packsaddle.cli.console import is_first
-from packsaddle.comm.launch import process_group, under_launcher
+from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.errors import ConfigError, require
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scripts keep weights
@@ -77,7 +77,7 @@ def certify_script(
         "sharpness": inf if sharpness is None else sharpness,
         "hvp": hvp,
     }
-    from packsaddle.experiments.findings import new_folder, write
+    from packsaddle.runs.findings import new_folder, write
 
     with (
         new_folder(out) if out is not None and is_first() else nullcontext(),
@@ -116,9 +116,9 @@ def _certify(
 ) -> Any:
     from packsaddle.curvature.certify import certify
     from packsaddle.curvature.population import check_population
-    from packsaddle.experiments.findings import Further
-    from packsaddle.experiments.progress import countdown
     from packsaddle.numerics.seeds import Stream, generator
+    from packsaddle.runs.findings import Further
+    from packsaddle.runs.progress import countdown
 
     model, given, batches = _problem(function)
     _load(model, checkpoint)

@@ -2,10 +2,9 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -14,14 +13,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from packsaddle.errors import require
-from packsaddle.experiments.run_folder import Run
 from packsaddle.messages import printable
+from packsaddle.runs.run_folder import Run
 
 _WIDTH, _UNLIMITED = 80, 10_000
 
 
 def print_runs(runs: Sequence[Run]) -> None:
-    from packsaddle.experiments.report.tables import run_table
+    from packsaddle.runs.report.tables import run_table
 
     found = run_table(runs)
     still = any(cell.endswith("+") for cells in found.rows for cell in cells[1:])
@@ -35,37 +34,9 @@ def print_runs(runs: Sequence[Run]) -> None:
     print_table(table)
 
 
-def print_settings(summary: Mapping[str, Any]) -> None:
-    """A study's settings (see `experiments.reproduce.results`), means over seeds with 95% intervals."""
-    quantities = {
-        "final_loss": ("final loss", ".4f"),
-        "test_accuracy": ("test accuracy", ".3f"),
-        "plateau_epochs": ("epochs on plateau", ".1f"),
-        "megabytes": ("MB", ",.1f"),
-        "compression": ("compression", ",.1f"),
-        "seconds": ("seconds", ",.0f"),
-    }
-    shown = {key: h for key, h in quantities.items() if any(entry[key] for entry in summary["settings"])}
-    table = Table("setting", "seeds", *(heading for heading, _ in shown.values()))
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for entry in summary["settings"]:
-        values = [_with_spread(entry[key], spec) for key, (_, spec) in shown.items()]
-        table.add_row(plain_text(entry["setting"]), str(len(entry["seeds"])), *values)
-    table.caption = "mean over seeds ± half of its 95% confidence interval"
-    print_table(table)
-
-
 def plain_text(text: str) -> Text:
     """A text for a rich table as it is: brackets mean nothing, and control characters are shown, not obeyed."""
     return Text(printable(text))
-
-
-def _with_spread(found: Mapping[str, Any] | None, spec: str) -> str:
-    if found is None:
-        return "-"
-    spread = None if found["high"] is None else found["high"] - found["mean"]
-    return format(found["mean"], spec) + (f" ± {spread:{spec}}" if spread else "")
 
 
 def print_table(table: Table, uncut: str = "") -> None:

@@ -31,7 +31,7 @@ from rich.text import Text
 import packsaddle
 from packsaddle.cli.console import is_first, print_table
 from packsaddle.comm.group import backends
-from packsaddle.comm.launch import launch, process_group, under_launcher
+from packsaddle.comm.launching import launch, process_group, under_launcher
 from packsaddle.comm.managed import LIGHTHOUSE, lighthouse_place, reach
 from packsaddle.messages import one_line
 from packsaddle.numerics import kernels

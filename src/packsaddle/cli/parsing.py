@@ -20,8 +20,8 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.numerals import real, whole
-from packsaddle.experiments.schema import nearest
+from packsaddle.options.numerals import real, whole
+from packsaddle.options.schema import nearest
 
 # Numbers may be written 1e6, 25M or 1%.
 NUMBERS = tyro.constructors.ConstructorRegistry()
@@ -78,11 +78,13 @@ def summary(command: Command | Group) -> str:
     return (command.about if isinstance(command, Group) else inspect.getdoc(command) or "").partition("\n")[0]
 
 
-def parse(group: Group, words: Sequence[str], name: str) -> Callable[[], Any]:
-    """Return the call that the words after the group's name ask for.
+def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[], Any]:
+    """Return the call that `words`, which follow `name` on the command line, ask of a command or a group.
 
-    Raises ConfigError if they cannot be understood, and SystemExit when the help that they ask for has been printed.
+    Raises ConfigError if they cannot be parsed, and SystemExit after printing help.
     """
+    if not isinstance(group, Group):
+        return _parse_flags(group, words, name)
     if not words or words[0] in ("-h", "--help"):
         return functools.partial(print, group.overview(name))
     word, *rest = words
@@ -92,10 +94,7 @@ def parse(group: Group, words: Sequence[str], name: str) -> Callable[[], Any]:
             raise ConfigError(f"{_subject(name)}unknown flag {_shown(word)}{hint}")
         hint = nearest(word, group.commands) or f" (there is {', '.join(group.commands)})"
         raise ConfigError(f"{_subject(name)}unknown command {_shown(word)}{hint}")
-    command = group.commands[word]
-    if isinstance(command, Group):
-        return parse(command, rest, f"{name} {word}")
-    return _parse_flags(command, rest, f"{name} {word}")
+    return parse(group.commands[word], rest, f"{name} {word}")
 
 
 def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[[], Any]:
@@ -255,7 +254,8 @@ def _without_box(text: str) -> str:
 
 def _subject(name: str) -> str:
     """The command that a message is about, without the program's name, which every message begins with."""
-    return f"{name.partition(' ')[2]}: " if " " in name else ""
+    _, _, command = name.removeprefix("python -m ").partition(" ")
+    return f"{command}: " if command else ""
 
 
 def _shown(word: str) -> str:

@@ -24,12 +24,11 @@ from packsaddle.compressors import (
     SketchTopK,
     TopK,
 )
-from packsaddle.compressors.registry import compressors
-from packsaddle.compressors.registry import parse as parse_compressor
+from packsaddle.compressors.registry import compressors, parse_compressor
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.progress import megabytes
-from packsaddle.experiments.schema import nearest
-from packsaddle.performance.link_planner import MEASURED, Optimizer
+from packsaddle.options.schema import nearest
+from packsaddle.plan.link import MEASURED, Optimizer
+from packsaddle.runs.progress import megabytes
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, first_order_plan
 from packsaddle.theory.plans import FAMILIES, MOST_STEPS, Plan, Reach, balanced_k, best_plan, reach
 from packsaddle.theory.plans import plan as plan_with

@@ -13,17 +13,17 @@ from rich.table import Table
 
 from packsaddle.cli.console import brief, is_first, print_table
 from packsaddle.comm.group import Group
-from packsaddle.comm.launch import local_device, process_group, under_launcher
+from packsaddle.comm.launching import local_device, process_group, under_launcher
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import describe
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.progress import Report, countdown, megabytes
-from packsaddle.performance import link_planner
-from packsaddle.performance.coding_speed import Pace, measure
-from packsaddle.performance.link_planner import Forecast, Optimizer, Verdict, forecast, probe, probe_locally
-from packsaddle.performance.local_planner import LocalForecast, check_most_steps, forecast_local, measured_with
-from packsaddle.performance.step_time import FRAMING, LATENCY, Fleet, Link
-from packsaddle.performance.workload import ModelSize, compute_seconds, update_seconds
+from packsaddle.plan import link as link_planner
+from packsaddle.plan.coding import Pace, measure
+from packsaddle.plan.link import Forecast, Optimizer, Verdict, forecast, probe, probe_locally
+from packsaddle.plan.local import LocalForecast, check_most_steps, forecast_local, measured_with
+from packsaddle.plan.model_size import ModelSize, compute_seconds, update_seconds
+from packsaddle.plan.step_time import FRAMING, LATENCY, Fleet, Link
+from packsaddle.runs.progress import Report, countdown, megabytes
 
 _BATCH = 32
 _UNCUT = "--json prints it whole"

@@ -9,8 +9,8 @@ from rich.table import Table
 from packsaddle.cli.console import brief, print_runs, print_table, require_plots
 from packsaddle.cli.parsing import UNSAID
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.progress import megabytes
-from packsaddle.experiments.run_folder import read_runs
+from packsaddle.runs.progress import megabytes
+from packsaddle.runs.run_folder import read_runs
 
 
 def report(
@@ -27,7 +27,7 @@ def report(
         out: A new folder for the report; by default `report` in the first folder given.
         overwrite: Allow the report's folder to exist.
     """
-    from packsaddle.experiments.report import write_report
+    from packsaddle.runs.report import write_report
 
     if not runs:
         raise ConfigError("report needs at least one run folder")
@@ -53,7 +53,7 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
     from json import dumps
 
     from packsaddle.compressors import registry
-    from packsaddle.performance import coding_speed
+    from packsaddle.plan import coding as coding_speed
 
     if d < 1 or workers < 1:
         raise ConfigError(f"d and workers must be at least 1, got {d} and {workers}")

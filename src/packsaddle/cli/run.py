@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import tyro
 
 from packsaddle.cli.console import dated, is_first, print_runs, require_plots
-from packsaddle.comm.launch import check_interface, under_launcher
+from packsaddle.comm.launching import check_interface, under_launcher
 from packsaddle.comm.managed import check_lighthouse
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.config import Config, load
-from packsaddle.experiments.run_folder import Run, make_new, read_runs
-from packsaddle.experiments.templates import TASKS, TaskName, template
-from packsaddle.experiments.trackers import TrackerName
 from packsaddle.messages import printable
+from packsaddle.runs.config import Config, load
+from packsaddle.runs.run_folder import Run, make_new, read_runs
+from packsaddle.runs.templates import TASKS, TaskName, template
+from packsaddle.runs.trackers import TrackerName
 from packsaddle.theory.noise_walk import FAR, GOOD
 
 if TYPE_CHECKING:
-    from packsaddle.experiments.job import How, Job
-    from packsaddle.experiments.run_checkpoints import CheckpointPolicy
+    from packsaddle.runs.job import How, Job
+    from packsaddle.runs.run_checkpoints import CheckpointPolicy
 
 
 _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts milliseconds and takes 0 for no wait at all
@@ -47,9 +47,9 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
         epochs: Passes of all workers together over the digits.
         seed: Seed of everything random.
     """
-    from packsaddle.experiments import templates
-    from packsaddle.experiments.job import Job
-    from packsaddle.experiments.report import write_report
+    from packsaddle.runs import templates
+    from packsaddle.runs.job import Job
+    from packsaddle.runs.report import write_report
 
     require_plots("the demo's report")
     try:
@@ -112,7 +112,7 @@ def run(
         elastic: Be one of the workers, which come and go, under this torchft_lighthouse; the file must have [local].
         memory: With --elastic, the file in which this worker's error memory waits while it is away.
     """
-    from packsaddle.experiments.job import Job, train_under_launcher
+    from packsaddle.runs.job import Job, train_under_launcher
 
     how = _way(serial=serial, batched=batched, fused=fused)
     if timeout is not None and how != "processes":
@@ -152,7 +152,7 @@ def run(
 
 def remarks(run: Run) -> list[str]:
     """Return remarks on a finished run: the noise that would suit it, and a loss that stood still."""
-    from packsaddle.experiments.report.curves import standstill
+    from packsaddle.runs.report.curves import standstill
 
     noise, still, said = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
     suggested = noise.get("suggested")
@@ -220,13 +220,13 @@ def _check_alone(workers: int | None, how: "How", resume: Path | None, every: in
 
 
 def _one_of_many(loaded: tuple[Config, ...]) -> tuple[Config, ...]:
-    from packsaddle.experiments.elastic_run import check_elastic
+    from packsaddle.runs.elastic_run import check_elastic
 
     return tuple(map(check_elastic, loaded))
 
 
 def _saving(every: int | None, hint: str) -> "CheckpointPolicy":
-    from packsaddle.experiments.run_checkpoints import CheckpointPolicy
+    from packsaddle.runs.run_checkpoints import CheckpointPolicy
 
     try:
         return CheckpointPolicy(every, hint=hint)

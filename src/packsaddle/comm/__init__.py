@@ -8,11 +8,11 @@ of a `managed` group come and go; `cost_model` predicts bytes. torch.distributed
 """
 
 from packsaddle.comm.aggregators import Aggregator
-from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.communicator import Communicator, ring_all_gather, ring_all_reduce
 from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
 from packsaddle.comm.group import Group, Solo, resolve
-from packsaddle.comm.launch import process_group
+from packsaddle.comm.launching import launch, preload_workers, process_group
 from packsaddle.comm.ledger import Bytes, Ledger, Span
 from packsaddle.comm.machines import MachineGroup, machine_group
 from packsaddle.comm.managed import ManagedGroup, connect
@@ -39,8 +39,12 @@ __all__ = [
     "WorkerFailedError",
     "choose",
     "connect",
+    "launch",
     "machine_group",
+    "preload_workers",
     "process_group",
     "resolve",
+    "ring_all_gather",
+    "ring_all_reduce",
     "simulate",
 ]

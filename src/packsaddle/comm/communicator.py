@@ -9,7 +9,6 @@ ledger.
 import io
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from packsaddle.comm.group import Group
 from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.version import __version__
 
 Parts = Mapping[str, Tensor]
 
@@ -193,6 +193,6 @@ def check_agreement(channel: Communicator, arguments: Mapping[str, object], devi
 
 def as_text(arguments: Mapping[str, object]) -> str:
     """Return arguments as lines of text that are the same on workers which have the same."""
-    arguments = {"packsaddle": sys.modules["packsaddle"].__version__, **arguments}
+    arguments = {"packsaddle": __version__, **arguments}
     text = "\n".join(f"{name}={value!r}" for name, value in arguments.items())
     return re.sub(r" at 0x[0-9a-f]+", "", text)  # where an object lies is each process's own matter

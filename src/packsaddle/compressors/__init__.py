@@ -3,7 +3,7 @@
 from packsaddle.compressors.base import Compressor, Message, RatioRamp
 from packsaddle.compressors.low_rank import LowRank
 from packsaddle.compressors.quantized import QSGD, Sign
-from packsaddle.compressors.registry import compressors, describe, identify
+from packsaddle.compressors.registry import compressors, describe, identify, parse_compressor
 from packsaddle.compressors.shared import SharedTopK
 from packsaddle.compressors.sketched import LinearSketch, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
@@ -27,4 +27,5 @@ __all__ = [
     "compressors",
     "describe",
     "identify",
+    "parse_compressor",
 ]

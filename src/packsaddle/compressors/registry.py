@@ -64,7 +64,7 @@ def compressors(ratio: float) -> list[Compressor]:
     ]
 
 
-def parse(text: str) -> Compressor:
+def parse_compressor(text: str) -> Compressor:
     """Return the compressor of a constructor call, whose arguments are literals, ratios or such calls.
 
     Examples are TopK(1/32), TopK(1%) and Stages(Sign(), 3); a name alone is a call without arguments. Raises

@@ -10,8 +10,9 @@ torch's wrappers. `local_updates` exchanges what any optimizer has moved, `fragm
 check) is in `stages`.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from packsaddle.lazy import importing
 
 if TYPE_CHECKING:
     from packsaddle.optim.compression import Compression, Schedule
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from packsaddle.optim.sgd import CompressedSGD
     from packsaddle.optim.stages.drift import Drift, DriftError, fingerprint
     from packsaddle.optim.stages.escape import Escape, Reset
-    from packsaddle.optim.stages.noise import Ramp
+    from packsaddle.optim.stages.noise import Perturbation, Ramp
     from packsaddle.optim.stages.nonfinite import NonFiniteError, Skip
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "LocalUpdates",
     "Membership",
     "NonFiniteError",
+    "Perturbation",
     "Ramp",
     "Reset",
     "Schedule",
@@ -60,14 +62,7 @@ _FILES = {
     "sgd": "CompressedSGD",
     "stages.drift": "Drift DriftError fingerprint",
     "stages.escape": "Escape Reset",
-    "stages.noise": "Ramp",
+    "stages.noise": "Perturbation Ramp",
     "stages.nonfinite": "NonFiniteError Skip",
 }
-_HOMES = {name: file for file, names in _FILES.items() for name in names.split()}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name's file when the name is first asked for: a step needs few of them."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = importing(__name__, _FILES)

@@ -5,13 +5,7 @@ Along the unstable direction x_{t+1} = (1 + eta gamma) x_t - eta xi_t, so a diff
 """
 
 import math
-from collections.abc import Callable
 from itertools import pairwise
-
-import torch
-from torch import Tensor
-
-from packsaddle.optim.stages.noise import Perturbation
 
 _MEDIAN_OF_ABSOLUTE_NORMAL = 0.6744897501960817
 _NEGLIGIBLE = 45.0  # powers of e
@@ -27,7 +21,7 @@ def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
     integral, by ln(1 + z) = int_0^inf (1 - exp(-z s)) exp(-s) / s ds (Frullani).
     Raises ValueError unless eta and gamma are positive and mu in (0, 1].
 
-    >>> from packsaddle.theory.diagnostics import growth_rate
+    >>> from packsaddle.theory import growth_rate
     >>> round(growth_rate(0.1, 1.0), 4), round(growth_rate(0.1, 1.0, mu=0.1), 4)
     (0.0953, 0.0606)
     """
@@ -50,24 +44,6 @@ def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
     return mu * sum(float(quad(integrand, a, b, epsabs=0.0, epsrel=1e-12, limit=200)[0]) for a, b in pairwise(pieces))
 
 
-def coupling_std(steps: int, *, eta: float, gamma: float, noise: float | Callable[[int], float]) -> Tensor:
-    """Return the std of <v_1, x_t - x'_t> of coupled, uncompressed runs on a quadratic, float64[steps + 1].
-
-    `eta` is the step size, `gamma` = -lambda_min and `noise` r. The difference obeys delta_{t+1} = (1 + eta gamma)
-    delta_t - 2 eta <v_1, xi_t> exactly, so its variance obeys V_{t+1} = (1 + eta gamma)^2 V_t + (2 eta r)^2. For eta
-    gamma << 1 << eta gamma t its root is about 2 r sqrt(eta / (2 gamma)) (1 + eta gamma)^t, the signal q_p of Jin et
-    al. 2021.
-
-    >>> from packsaddle.theory.diagnostics import coupling_std
-    >>> coupling_std(3, eta=0.1, gamma=1.0, noise=0.01)
-    tensor([0.0000, 0.0020, 0.0030, 0.0038], dtype=torch.float64)
-    """
-    perturbation, variance = Perturbation(noise), [0.0]
-    for t in range(steps):
-        variance.append((1 + eta * gamma) ** 2 * variance[-1] + (2 * eta * perturbation.std(t)) ** 2)
-    return torch.tensor(variance, dtype=torch.float64).sqrt()
-
-
 def predicted_escape_time(eta: float, gamma: float, noise: float, radius: float, mu: float = 1.0) -> float:
     """Return the median number of steps from a saddle to distance R: ln(R sqrt(2 gamma / eta) / (0.6745 r)) / rate.
 
@@ -75,7 +51,7 @@ def predicted_escape_time(eta: float, gamma: float, noise: float, radius: float,
     of |N(0, 1)|. It assumes one unstable direction, eta gamma << 1, and R well above the first steps' noise. `noise`
     is r per coordinate, `radius` R; `mu` slows the rate as in `growth_rate`. Raises ValueError unless all are positive.
 
-    >>> from packsaddle.theory.diagnostics import predicted_escape_time
+    >>> from packsaddle.theory import predicted_escape_time
     >>> round(predicted_escape_time(0.1, 1.0, noise=0.01, radius=0.5), 1)
     60.9
     """

@@ -29,9 +29,9 @@ from packsaddle import (
 )
 from packsaddle.comm.group import resolve
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.job import Job
-from packsaddle.experiments.templates import TASKS
 from packsaddle.optim.stages.drift import fingerprint
+from packsaddle.runs.job import Job
+from packsaddle.runs.templates import TASKS
 
 Gloo = Callable[..., list[Any]]
 

@@ -1,0 +1,1 @@
+"""Benchmarks: everything that is compared is measured side by side in one run."""

@@ -1,0 +1,1 @@
+"""The race: packsaddle and its peers, trained side by side in one run; `race` first."""

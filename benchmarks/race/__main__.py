@@ -1,0 +1,179 @@
+"""python -m benchmarks.race train | link | loss."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from benchmarks.race import train
+from benchmarks.race.contenders import FIELD
+from benchmarks.race.curves import Training
+from benchmarks.race.race import Race
+from benchmarks.race.time_to_loss import Rates
+from benchmarks.race.to_loss import FullRace
+from benchmarks.race.workload import TrainingWorkload
+from benchmarks.result import Question, Result
+from packsaddle.cli import UNSAID, Group, serve
+
+
+@dataclass(frozen=True)
+class _Training(Question):
+    """Options of the benchmarks of whole training steps."""
+
+    model: Literal["mnist-autoencoder", "resnet18"] = "mnist-autoencoder"
+    """The network."""
+    batch: Annotated[int | None, UNSAID] = None
+    """Examples per worker and step; by default 64 for the autoencoder, 8 for ResNet-18."""
+    contenders: tuple[str, ...] = FIELD
+    """The contenders: compressors such as 'TopK(0.01)', and peers (ddp, ddp-fp16, ..., powersgd-N, local-sgd-N).
+    Each may say its own step size, as in 'ddp lr=0.2', and a compressor its noise, momentum and memory, as in
+    'TopK(0.01) noise=0.01', or hook=bucket (hook=model) to go behind DDP, or every=8 for local updates of SGD, with
+    delay, fragments and outer=nesterov (DiLoCo's), as in 'TopK(0.03) every=8 delay=2'."""
+    lr: float = 0.1
+    """Step size of those that say none."""
+    data_dir: Annotated[Path | None, UNSAID] = None
+    """Folder of MNIST, or of CIFAR-10 or an image folder of 32 x 32; without it the images are synthetic."""
+    rounds: int = 5
+    """Turns of each contender."""
+    block: int = 4
+    """Consecutive steps in one turn."""
+    seed: int = 0
+    """Seed of the network and of the batches."""
+
+    def race(self, **more: Any) -> Race:
+        batch = {"mnist-autoencoder": 64, "resnet18": 8}[self.model] if self.batch is None else self.batch
+        workload = TrainingWorkload(self.model, batch, None if self.data_dir is None else str(self.data_dir), self.seed)
+        return Race(workload, self.contenders, self.lr, self.rounds, self.block, **more)
+
+
+@dataclass(frozen=True)
+class Train(_Training):
+    """Time a training step on local processes, next to every exchange that torch has.
+
+    Examples:
+        python -m benchmarks.race train --model resnet18
+        python -m benchmarks.race train --contenders ddp 'RandomK(0.01) noise=0.01' --rounds 3
+    """
+
+    workers: int = 2
+    """Worker processes on this machine."""
+
+    def run(self) -> list[Result]:
+        return train.race_on_workers(self.race(), self.workers)
+
+
+@dataclass(frozen=True)
+class Link(_Training):
+    """Time training over a shaped link, and compare it with what its bytes allow. (Needs root and iproute2.)
+
+    Hosts are network namespaces on this machine, whose links are held to a rate.
+
+    Examples:
+        python -m benchmarks.race link --rate 100 --model resnet18
+        python -m benchmarks.race link --rate 10 --data-dir MNIST --target-loss 0.05
+    """
+
+    hosts: int = 2
+    """Number of hosts; each runs one worker under torchrun."""
+    rate: float = 100.0
+    """Mbit/s of every host's link: of what it receives, and without --up also of what it sends."""
+    up: Annotated[float | None, UNSAID] = None
+    """Mbit/s of what a host sends, where that is another rate."""
+    target_loss: Annotated[float | None, UNSAID] = None
+    """Train each contender until the training loss is down to this, instead of timing steps (needs --data-dir)."""
+    max_seconds: float = 300.0
+    """Time limit for a contender that does not reach the target."""
+
+    def run(self) -> list[Result]:
+        race = self.race(target_loss=self.target_loss, max_seconds=self.max_seconds)
+        return train.race_on_hosts(race, self.hosts, self.rate, self.up)
+
+
+_PEERS_OF_A_RACE = ("ddp", "ddp-fp16", "powersgd-1", "powersgd-4", "local-sgd-32", "diloco-32", "sparseloco-32")
+_OURS_IN_A_RACE = (
+    "TopK(0.1) hook=bucket",
+    "TopK(0.01) hook=bucket",
+    'TopK(1/16, values="int2") every=2',
+    'TopK(1/16, values="int2") every=8',
+    'TopK(1/48, values="int2") every=32',
+)
+
+
+@dataclass(frozen=True)
+class Loss(Question):
+    """Race to a validation loss: every contender's curve once, its step on every link, and the time that follows.
+
+    Step sizes are searched for on one grid, with seed 0; the best of each contender has more seeds. What is in the
+    folder is not made again. (Steps need root and iproute2; diloco-N needs torchft.)
+
+    Examples:
+        python -m benchmarks.race loss --out race
+        python -m benchmarks.race loss --out race --only curves --contenders ddp diloco-32 'TopK(1/48) every=32'
+        python -m benchmarks.race loss --out race --only tables
+    """
+
+    out: Path = Path("race")
+    """Folder of curves.csv and steps.csv, which are added to."""
+    only: Literal["all", "curves", "steps", "tables"] = "all"
+    """One part: the training curves, the steps on links, or the tables of what is there."""
+    model: Literal["gpt", "gpt-10m", "resnet18", "resnet18-16"] = "gpt"
+    """nanoGPT's network of 0.83 or 10.7 million parameters with AdamW, or ResNet-18, also with a quarter of the
+    channels, with SGD and momentum."""
+    data_dir: Annotated[Path | None, UNSAID] = None
+    """Folder of text, by default the source of Python's standard library; or of CIFAR-10 or an image folder."""
+    workers: tuple[int, ...] = (2,)
+    """Numbers of workers, each with a race of its own; in steps each is a host."""
+    contenders: tuple[str, ...] = (*_PEERS_OF_A_RACE, *_OURS_IN_A_RACE)
+    """As for link. One may train for another number of steps, as in 'TopK(1/48) every=32 steps=1600', and one
+    that names its lr is listed once for each."""
+    lrs: tuple[float, ...] = (0.001, 0.002, 0.004)
+    """The grid of step sizes."""
+    seeds: int = 3
+    """Seeds of each contender at its best step size."""
+    steps: int = 1000
+    """Steps of a training."""
+    every: int = 50
+    """Steps between evaluations."""
+    batch: int = 8
+    """Examples per worker and step."""
+    rates: tuple[str, ...] = ("10", "50", "200", "1000")
+    """Mbit/s of the links; 10/100 is 10 up and 100 down."""
+    rounds: int = 3
+    """Turns of each contender on a link."""
+    block: int = 2
+    """Consecutive steps in one turn, at least; whole periods."""
+
+    def run(self) -> list[Result]:
+        workload = TrainingWorkload(self.model, self.batch, None if self.data_dir is None else str(self.data_dir))
+        training = Training(workload, "adamw" if workload.reads_text else "momentum", self.steps, self.every)
+        links = tuple(map(Rates.parse, self.rates))
+        race = FullRace(
+            self.out,
+            training,
+            self.workers,
+            self.contenders,
+            self.lrs,
+            self.seeds,
+            links,
+            rounds=self.rounds,
+            block=self.block,
+        )
+        results = race.run(self.only)
+        if not results:
+            raise ValueError(f"out {self.out} has no curves of ddp and no steps yet")
+        return results
+
+
+PROGRAM = "python -m benchmarks.race"
+COMMANDS = Group(
+    "Race packsaddle and its peers: whole training steps, and time to a validation loss.",
+    {"train": Train, "link": Link, "loss": Loss},
+)
+
+
+def main() -> None:
+    """Run the command that the program was given."""
+    serve(COMMANDS, PROGRAM)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The results of a benchmark: a question, the setting, and rows of named figures, printed as a table or as JSON."""
+
+import json as json_format
+import math
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from rich.table import Table
+
+from packsaddle.cli import UNSAID, print_table
+from packsaddle.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Result:
+    """One table. Cells are strings, integers, floats or None (shown empty)."""
+
+    question: str
+    setting: Mapping[str, Any]  # sizes, rates, seeds, and what `machine` says
+    rows: Sequence[Mapping[str, Any]]  # all with the same keys, the columns, with units in their names
+    notes: Sequence[str] = ()  # what must be known to read the table: floors, what a peer cannot do here
+    digits: int = 3  # of a float, printed
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain types; cells that are not finite, such as times that no run came to, become None."""
+        return asdict(self) | {"rows": [{name: _finite(cell) for name, cell in row.items()} for row in self.rows]}
+
+
+def _finite(cell: Any) -> Any:
+    return None if isinstance(cell, float) and not math.isfinite(cell) else cell
+
+
+def machine(device: torch.device | str = "cpu", *, threads: int | None = None) -> dict[str, Any]:
+    """Return the hardware and versions that a figure depends on; `threads` are those of workers, if others measure."""
+    threads = torch.get_num_threads() if threads is None else threads
+    where: dict[str, Any] = {"cpu": _cpu_model(), "threads": threads, "torch": torch.__version__}
+    if torch.device(device).type == "cuda":
+        where["gpu"] = torch.cuda.get_device_name(device)
+    return where
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} logical cores" if names else platform.machine()
+
+
+def shown(cell: Any, digits: int = 3) -> str:
+    """Return a cell of a printed table."""
+    if cell is None:
+        return ""
+    if isinstance(cell, float) and abs(cell) < 1000:
+        return f"{cell:.{digits}g}"
+    return f"{cell:,.0f}" if isinstance(cell, int | float) else str(cell)
+
+
+@dataclass(frozen=True)
+class Question(ABC):
+    """A command that measures, and prints tables."""
+
+    json: Annotated[bool, UNSAID] = False
+    """Print one JSON document."""
+
+    @abstractmethod
+    def run(self) -> list[Result]:
+        """Measure. Raises ValueError for a setting that cannot be measured."""
+
+    def __call__(self) -> None:
+        try:
+            results = self.run()
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        if self.json:
+            print(json_format.dumps([result.plain() for result in results], indent=2, allow_nan=False))
+        else:
+            for result in results:
+                show(result)
+
+
+def show(result: Result) -> None:
+    """Print one table with its setting and notes."""
+    columns = list(result.rows[0])
+    table = Table(*columns, title=result.question, title_justify="left")
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in result.rows:
+        table.add_row(*(shown(row[name], result.digits) for name in columns))
+    print_table(table)
+    print("  ".join(f"{name}: {shown(value)}" for name, value in result.setting.items()))
+    for note in result.notes:
+        print(f"- {note}")

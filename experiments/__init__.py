@@ -1,0 +1,1 @@
+"""Experiments: the paper's figures and further studies, with their committed results."""

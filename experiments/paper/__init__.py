@@ -1,0 +1,1 @@
+"""The paper's figures and table from real data, and further studies: `studies` first."""

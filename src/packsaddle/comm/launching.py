@@ -1,0 +1,341 @@
+"""Worker processes: the launcher's environment, joining and leaving the process group, starting and ending workers.
+
+Four subjects, in the order of a run:
+
+- the environment variables that a launcher sets, and what is wrong with them;
+- a store prefix that is unique to this start. torchrun's store outlives a restart (torch 2.13), and in it the
+  addresses of the workers before, which the new ones would try to reach without end; so the new ones write under
+  their own prefix. The number of restarts would not do: with several machines each torchrun counts for itself;
+- SIGTERM as a request to stop at the next opportunity, with everything saved;
+- how launched workers end: those that are left after one has failed, and those that were told to stop.
+"""
+
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessContext
+
+from packsaddle.comm.failures import TerminatedError, failure_of
+from packsaddle.comm.group import Group, TorchGroup
+from packsaddle.errors import ConfigError
+from packsaddle.messages import shown
+
+
+def under_launcher() -> bool:
+    """Tell if torchrun (or any launcher that sets RANK and WORLD_SIZE) started this process.
+
+    Raises ConfigError if the launcher's variables do not make sense.
+    """
+    there = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(there) == 1:
+        raise ConfigError(
+            f"{there[0]} is set, but of RANK and WORLD_SIZE a launcher sets both, and without one neither"
+        )
+    if not there:
+        return False
+    size = _variable("WORLD_SIZE", 1, 2**31 - 1)
+    _variable("RANK", 0, size - 1)
+    _variable("LOCAL_WORLD_SIZE", 1, size, default=1)
+    _variable("LOCAL_RANK", 0, size - 1, default=0)
+    _variable("MASTER_PORT", 1, 65535, default=1)
+    return True
+
+
+def _variable(name: str, least: int, most: int, default: int | None = None) -> int:
+    text = os.environ.get(name) if default is None else os.environ.get(name, str(default))
+    if text is None or not text.strip().isascii() or not text.strip().isdecimal() or not least <= int(text) <= most:
+        raise ConfigError(f"{name}, which the launcher sets, must be from {least} to {most}, got {shown(text)}")
+    return int(text)
+
+
+def check_interface() -> None:
+    """Raise ConfigError if gloo is told to listen on an interface that this machine does not have."""
+    named = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    there = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
+    missing = [name for name in named.split(",") if name and there and name not in there]
+    if missing:
+        raise ConfigError(f"GLOO_SOCKET_IFNAME names {missing[0]}, and this machine has {', '.join(there)}")
+
+
+def not_joined(error: Exception) -> str:
+    """Return the message and advice for a world that could not be joined; it ends with torch's own first line."""
+    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if "EADDRINUSE" in str(error) or "already in use" in str(error):
+        advice = f"{place} is in use; name another port with --master-port (MASTER_PORT)"
+    elif "environment variable" in reason:
+        advice = "start it with torchrun, which sets the variables"
+    elif "joined" in reason or "imed out" in reason:
+        advice = f"not every worker came to {place} in time; look whether all were started, and whether they reach it"
+    else:
+        advice = f"look at MASTER_ADDR and MASTER_PORT ({place}) and GLOO_SOCKET_IFNAME"
+    return f"the workers could not meet: {advice} ({reason})"
+
+
+_PAUSE = 0.02
+_ROUND = 1.0  # seconds after which what has been heard is looked at again
+
+
+class Store(Protocol):
+    """The methods used of torch.distributed's stores."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+
+def agree_on_prefix(store: Store, rank: int, size: int, seconds: float) -> str:
+    """Return the word; collective. Raises RuntimeError after `seconds`.
+
+    Rank 0 makes it, lists the workers that have answered to it, by what each has called itself, and waits until each
+    has found itself in the list: an answer may be an earlier worker's last word.
+    """
+    me, deadline = uuid.uuid4().hex, time.monotonic() + seconds
+    if rank == 0:
+        return _lead(store, me, size, deadline)
+    while time.monotonic() < deadline:
+        word = _read(store, "packsaddle/word")
+        if word:
+            store.set(f"packsaddle/{word}/{rank}", me)
+            if _wait(lambda word=word: me in _read(store, f"packsaddle/{word}/all").split(",")):  # type: ignore[misc]
+                store.set(f"packsaddle/{word}/in/{rank}", me)
+                return word
+        time.sleep(_PAUSE)
+    raise RuntimeError(f"rank {rank} has waited {seconds:g} s for rank 0")
+
+
+def _lead(store: Store, word: str, size: int, deadline: float) -> str:
+    store.set("packsaddle/word", word)
+    others = range(1, size)
+    while time.monotonic() < deadline:
+        names = [_read(store, f"packsaddle/{word}/{rank}") for rank in others]
+        if all(names):
+            store.set(f"packsaddle/{word}/all", ",".join(names))
+            if _wait(lambda names=names: [_read(store, f"packsaddle/{word}/in/{r}") for r in others] == names):  # type: ignore[misc]
+                return word
+        time.sleep(_PAUSE)
+    silent = [str(rank) for rank in others if not _read(store, f"packsaddle/{word}/{rank}")]
+    raise RuntimeError(f"no answer from rank {', '.join(silent) or 'any'} at the start")
+
+
+def _read(store: Store, key: str) -> str:
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _wait(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + _ROUND
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_PAUSE)
+    return True
+
+
+_asked = threading.Event()
+
+
+def asked_to_stop() -> bool:
+    """Tell if this process has received SIGTERM in `hearing_sigterm`."""
+    return _asked.is_set()
+
+
+@contextmanager
+def hearing_sigterm() -> Iterator[None]:
+    """Note a SIGTERM in the block; a second one ends the process, as usual. For the main thread."""
+    _asked.clear()
+    before = signal.getsignal(signal.SIGTERM)
+
+    def take_note(number: int, frame: FrameType | None) -> None:
+        _asked.set()
+        signal.signal(signal.SIGTERM, before)
+
+    signal.signal(signal.SIGTERM, take_note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+SHUTDOWN_SECONDS = 3.0  # before SIGTERM, and then before SIGKILL
+
+
+@contextmanager
+def short_shutdown_grace() -> Iterator[None]:
+    """Within, others than a worker that has failed have SECONDS to end by themselves, and as long again by SIGTERM.
+
+    torch's launcher joins its workers with the default grace period of torch.multiprocessing: SIGTERM at once and 30 s,
+    which a worker that is stopped uses up. No setting of the launcher changes that; LaunchConfig's shutdown_timeout is
+    for signals to the launcher, when workers save: 30 s, here too.
+    """
+    context: Any = ProcessContext
+    join = context.join
+
+    def sooner(self: Any, timeout: float | None = None, grace_period: float | None = None) -> Any:
+        return join(self, timeout, SHUTDOWN_SECONDS if grace_period is None else grace_period)
+
+    context.join = sooner
+    try:
+        yield
+    finally:
+        context.join = join
+
+
+ORPHAN_SECONDS = 30.0  # to save, for a worker whose launcher was killed
+_MOMENT = 2.0  # seconds, in which a launcher that still listens has heard a result
+
+
+def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
+    """Return entry(*args), in a launched worker, which ends when its launcher was told to or is killed.
+
+    Workers wait for the news that all have returned. A launcher that was sent SIGTERM no longer tells them, and would
+    kill them after 30 s: as long as SLURM and Kubernetes give it itself. So the process ends a moment later.
+    """
+    threading.Thread(target=_follow_launcher, daemon=True).start()
+    result = entry(*args)
+    if asked_to_stop():
+        sys.stdout.flush()
+        leave = threading.Timer(_MOMENT, os._exit, (0,))
+        leave.daemon = True
+        leave.start()
+    return result
+
+
+def _follow_launcher() -> None:
+    """Wait for the end of the launcher, which ends its workers before unless it is killed; then send SIGTERM."""
+    launcher = multiprocessing.parent_process()
+    if launcher is not None:
+        launcher.join()
+        if not asked_to_stop():  # else it is saving, and a second signal would end it
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+        time.sleep(ORPHAN_SECONDS)
+        os._exit(1)
+
+
+_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
+
+
+@contextmanager
+def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
+    """Join the world that the launcher set up (NCCL where every worker has a GPU, else gloo), and leave it.
+
+    Collectives that take longer than `timeout`, by default torch's, raise PeerLostError.
+    Raises ConfigError if the world cannot be joined.
+    """
+    under_launcher()  # checks the variables
+    check_interface()
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
+    if use_nccl:
+        torch.cuda.set_device(local_rank)
+    # Scalars that live on the CPU (metrics, flags) travel by gloo even where vectors go by NCCL.
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_meeting(timeout))
+    except (RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
+        raise ConfigError(not_joined(error)) from error
+    try:
+        group = TorchGroup()
+        yield group
+        with group.told():
+            dist.barrier()  # a worker that leaves early takes its connections away from the others
+    finally:
+        # Without this, interpreters that exit while gloo threads live sometimes abort.
+        dist.destroy_process_group()
+
+
+def _meeting(timeout: timedelta | None) -> dict[str, Any]:
+    """Return the arguments of `init_process_group` if torchrun may have used this rendezvous store before."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
+        return {}
+    rank, size, patience = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout or timedelta(minutes=30)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store: Any = dist.TCPStore(address, port, size, False, patience)  # type: ignore[attr-defined]
+    word = agree_on_prefix(store, rank, size, patience.total_seconds())
+    store = dist.PrefixStore(f"packsaddle/{word}", store)  # type: ignore[attr-defined]
+    return {"store": store, "rank": rank, "world_size": size}
+
+
+def local_device() -> torch.device:
+    """Return this worker's GPU (see `process_group`), or the CPU if there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def preload_workers(module: str) -> None:
+    """Have processes of multiprocessing's forkserver, if it has not been started, find the module and torch imported;
+    the compiled loops; and torch._dynamo, which the first optimizer of a process imports, and which takes as long as
+    torch."""
+    multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", module])
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Put back the handlers of signals afterwards, which torch's launcher replaces for good; for the main thread."""
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:
+    """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
+
+    `entry` is called with the launcher's environment set (see `process_group`), and must be importable by
+    name. Raises WorkerFailedError if a worker fails, ConfigError if that is what it raised, TerminatedError on SIGTERM.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    check_interface()
+    preload_workers(entry.__module__)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=workers,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="forkserver",  # torch is imported once, and every worker is a clean copy
+        monitor_interval=0.1,
+    )
+    try:
+        with _quiet_launcher(), short_shutdown_grace(), _handlers_kept():
+            return elastic_launch(config, in_worker)(entry, *args)[0]
+    except ChildFailedError as error:
+        raise failure_of(*error.get_first_failure()) from error
+    except SignalException as stop:
+        raise (TerminatedError if stop.sigval == signal.SIGTERM else KeyboardInterrupt) from None
+
+
+@contextmanager
+def _quiet_launcher() -> Iterator[None]:
+    """Keep torch's launcher from logging the trace of a failed worker, which `launch` raises."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,264 @@
+"""Frozen dataclasses from plain dictionaries and TOML, with errors that name the key and the nearest valid one.
+
+tomllib reads values but keeps no positions, so `key_lines` finds the line of each key for the messages.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+import tomllib
+import types
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from packsaddle.errors import ConfigError
+from packsaddle.messages import shortened, shown
+from packsaddle.options.numerals import real, whole
+
+T = TypeVar("T")
+Place = tuple[str | int, ...]  # keys of tables and indices of lists, from the outermost
+
+
+_INT64 = range(-(2**63), 2**63)
+
+
+def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
+    """Return cls(**data), checking every key and value against the dataclass's annotations.
+
+    `where` is the place of `data`, for messages. A field whose type is a union of dataclasses takes a
+    table with a `kind`, the class's name. Raises ConfigError.
+    """
+    if not isinstance(data, Mapping):
+        raise _about(where, f"{_dotted(where) or 'a configuration'} must be a table, got {shown(data)}")
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in settable(cls)}
+    for key in data:
+        if key not in fields:
+            hint = nearest(key, fields) or f" ({_takes(cls, list(fields))})"
+            raise _about((*where, key), f"unknown key {_dotted((*where, key))}{hint}")
+    values = {key: _value(fields[key], hints[key], value, (*where, key)) for key, value in data.items()}
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise _about(where, f"missing key {_dotted((*where, name))}")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        about = str(error).partition(" ")[0].split(".")  # most messages begin with the name of what they are about
+        raise _about(
+            (*where, *about) if _has(data, about) else where, f"{_dotted(where)}: {error}" if where else str(error)
+        ) from error
+
+
+def _has(data: Any, path: Sequence[str]) -> bool:
+    """Tell if nested tables have a key."""
+    return not path or (isinstance(data, Mapping) and path[0] in data and _has(data[path[0]], path[1:]))
+
+
+def _value(field: dataclasses.Field[Any], hint: Any, value: Any, where: Place) -> Any:
+    """Convert a key's value; an integer for a share stays one, for the class to refuse: `ratio = 1` may mean k = 1."""
+    if field.metadata.get("share") and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    return _convert(hint, value, where)
+
+
+def _about(where: Place, message: str) -> ConfigError:
+    """The error about a key, or about one of the places in its list."""
+    return ConfigError(message, tuple(takewhile(lambda part: isinstance(part, str), where)))  # type: ignore[arg-type]
+
+
+def _takes(cls: type[Any], names: list[str]) -> str:
+    return f"{cls.__name__.removesuffix('Config') or 'a configuration'} takes {', '.join(names) or 'none'}"
+
+
+def settable(cls: Any) -> list[dataclasses.Field[Any]]:
+    """Return the fields a configuration may set: not those that code fills in."""
+    return [f for f in dataclasses.fields(cls) if f.init and not f.metadata.get("internal")]
+
+
+def plain(value: Any) -> Any:
+    """Return a dataclass as dictionaries and lists that `build` reads back; members of unions keep their `kind`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = get_type_hints(type(value))
+        return {f.name: _plain_field(hints[f.name], getattr(value, f.name)) for f in settable(type(value))}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _plain_field(hint: Any, value: Any) -> Any:
+    tag = {"kind": type(value).__name__} if type(value) in choices(hint) else {}
+    converted = plain(value)
+    return {**tag, **converted} if tag else converted
+
+
+def choices(hint: Any) -> tuple[Any, ...]:
+    """Return the dataclasses among the members of a union of several (none if there is at most one)."""
+    alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    classes = tuple(m for m in alternatives if dataclasses.is_dataclass(m))
+    return classes if len(classes) > 1 else ()
+
+
+def _convert(hint: Any, value: Any, where: Place) -> Any:
+    if value is None and type(None) in get_args(hint):
+        return None
+    if kinds := choices(hint):
+        return _convert_choice(kinds, value, where)
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):  # X | None
+        (inner,) = (a for a in args if a is not type(None))
+        return _convert(inner, value, where)
+    if origin is Literal:
+        if value not in args:
+            values = ", ".join(map(repr, args))
+            raise _about(where, f"{_dotted(where)} must be one of {values}, got {shown(value)}{nearest(value, args)}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _about(where, f"{_dotted(where)} must be a list, got {shown(value)}")
+        return tuple(_convert(args[0], item, (*where, i)) for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if isinstance(value, int) and value not in _INT64:
+        raise _about(where, f"{_dotted(where)} must fit in 64 bits, got {shown(value)}")
+    if hint in (int, float) and not isinstance(value, bool):
+        value = _number(hint, value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise _about(where, f"{_dotted(where)} must be of type {hint.__name__}, got {shown(value)}")
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):  # an argument that is not UTF-8
+        raise _about(where, f"{_dotted(where)} must be UTF-8, got {value!a}")
+    return value
+
+
+def _number(hint: type, value: Any) -> Any:
+    """A number for a count or a rate, also written as people do ("25M", "1%", 1e3); what is none stays as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return whole(value) if hint is int else real(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return whole(repr(value))
+    return float(value) if hint is float and isinstance(value, int) else value
+
+
+def _convert_choice(kinds: tuple[Any, ...], value: Any, where: Place) -> Any:
+    by_name = {c.__name__: c for c in kinds}
+    names = ", ".join(by_name)
+    if not isinstance(value, Mapping) or "kind" not in value:
+        raise _about(where, f"{_dotted(where)} must be a table with a kind, one of {names}; got {shown(value)}")
+    kind = value["kind"]
+    if not isinstance(kind, str) or kind not in by_name:
+        name = _dotted((*where, "kind"))
+        raise _about((*where, "kind"), f"{name} must be one of {names}, got {shown(kind)}{nearest(kind, by_name)}")
+    return build(by_name[kind], {k: v for k, v in value.items() if k != "kind"}, where)
+
+
+def nearest(word: Any, candidates: Any) -> str:
+    """Return a hint at the candidate most like a word, empty if none is."""
+    match = difflib.get_close_matches(shortened(str(word)), [str(c) for c in candidates], n=1)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _dotted(where: Place) -> str:
+    """A place as TOML writes it; keys that would need quotes there have them, so that it is one line."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{_quoted(part)}" for part in where)
+    return shortened("".join(parts).removeprefix("."))
+
+
+def _quoted(key: str) -> str:
+    return shortened(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key))
+
+
+_DEEPEST = 100  # lists, tables and parts of a key within one another; tomllib's time grows with their square
+_ATOMS = re.compile(r'''"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*''', re.DOTALL)
+
+
+def is_too_deep(text: str) -> bool:
+    """Tell if a TOML text has more nested brackets, or dots in a key, than any configuration; in linear time."""
+    depth = dots = 0
+    for mark in re.findall(r"[.\[\]{},=\n]", _ATOMS.sub("", text)):  # without strings and comments
+        dots = dots + 1 if mark == "." else 0
+        depth += (mark in "[{") - (mark in "]}")
+        if max(depth, dots) > _DEEPEST:
+            return True
+    return False
+
+
+Key = tuple[str, ...]
+_LONGEST = 300  # lines of a statement; each is read again with every line more
+
+
+def line_of(key: Key, path: Path, text: str) -> str:
+    """Return "FILE, line N" of a key, else of the innermost table around it that has a line, else "FILE"."""
+    lines = key_lines(text)
+    while key and key not in lines:
+        key = key[:-1]
+    return f"{path}, line {lines[key]}" if key else str(path)
+
+
+def syntax_error(path: Path, error: ValueError) -> str:
+    """Return the one line to say of a file that is not TOML, position first."""
+    if not isinstance(error, tomllib.TOMLDecodeError):  # Python's, of integers with thousands of digits
+        return f"{path}: an integer has too many digits; the largest is {2**63 - 1}"
+    found = re.fullmatch(r"(.*) \(at (?:(line \d+, column \d+)|end of document)\)", str(error), re.DOTALL)
+    reason, position = found.groups() if found else (str(error), None)
+    return f"{path}, {position or 'at its end'}: not valid TOML: {' '.join(reason.split())}"
+
+
+def key_lines(text: str) -> dict[Key, int]:
+    """Return the line, from 1, where each key and each table of a TOML text is given.
+
+    Lines are added until tomllib takes them: then they are one statement, since no part of one is valid by itself.
+    A table's line is its header's, or where it is first named without one. The tables of an array ([[x]]) share their
+    keys: of more than one, the keys inside are left out. So is all from a statement of hundreds of lines on.
+    """
+    lines: dict[Key, int] = {}
+    table: Key = ()
+    arrays: Counter[Key] = Counter()
+    start, statement = 1, ""
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: TOML's lines end in nothing else
+        statement += line + "\n"
+        try:
+            given = list(_keys(tomllib.loads(statement)))
+        except (ValueError, RecursionError):
+            if number - start < _LONGEST:
+                continue
+            break
+        brackets = re.match(r"\s*(\[*)", statement)
+        depth = len(brackets[1]) if brackets else 0  # 1: the header of a table, 2: of a table of an array
+        for key in given:
+            lines.setdefault(key if depth else (*table, *key), start)
+        if depth:
+            table = given[-1]
+            arrays[table] += depth - 1
+            lines[table] = start if depth == 1 else lines[table]
+        start, statement = number + 1, ""
+    repeated = [key for key, count in arrays.items() if count > 1]
+    return {key: n for key, n in lines.items() if not any(key[: len(a)] == a != key for a in repeated)}
+
+
+def _keys(table: dict[str, Any]) -> Iterator[Key]:
+    """The paths of all keys, outer before inner; none of tables in lists. Without recursion, for any depth."""
+    waiting: list[tuple[Key, dict[str, Any]]] = [((), table)]
+    while waiting:
+        path, table = waiting.pop()
+        for name, value in table.items():
+            yield (*path, name)
+            if isinstance(value, dict):
+                waiting.append(((*path, name), value))
+
+
+def first_difference(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
+) -> tuple[str, Any, Any] | None:
+    """Return the first dotted key that differs, but for workers, and its two values."""
+    for key in dict.fromkeys([*ours, *theirs]):
+        a, b = ours.get(key), theirs.get(key)
+        if a == b or (where + key) == "workers":
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            return first_difference(a, b, f"{where}{key}.")
+        return where + key, a, b
+    return None

@@ -1,0 +1,135 @@
+"""The speed of compressors on this machine, and the table of all of them.
+
+The time to code a message is measured at two lengths; other lengths follow from the line through them. A table's entry
+is measured on a Gaussian vector: contraction, protocol, bytes, and time.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.aggregators import Work
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.compressors import Compressor
+from packsaddle.compressors.registry import describe
+from packsaddle.plan.timing import side_by_side
+
+_SHORT = 4096  # coordinates; about where what a call costs by itself outweighs what coordinates cost
+_LONG = 1 << 25  # longer vectors are extrapolated to
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds as a function of the number of coordinates."""
+
+    fixed: float
+    per_coordinate: float
+
+    @classmethod
+    def through(cls, a: tuple[int, float], b: tuple[int, float]) -> "Line":
+        """Return the line through two points (coordinates, seconds), of equal coordinates: through the second and 0."""
+        slope = (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else b[1] / b[0]
+        slope = max(0.0, slope)
+        return cls(max(0.0, b[1] - slope * b[0]), slope)
+
+    def at(self, coordinates: int) -> float:
+        return self.fixed + self.per_coordinate * coordinates
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of one call: `encode` a vector, `decode` what was sent, `add` a message whose context is known."""
+
+    encode: Line
+    decode: Line
+    add: Line
+
+    def seconds(self, work: Work) -> float:
+        """Return the seconds of a piece of work of this compressor."""
+        n = work.coordinates
+        return work.encode * self.encode.at(n) + work.decode * self.decode.at(n) + work.add * self.add.at(n)
+
+
+def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> Pace:
+    """Time a compressor on Gaussian vectors of d coordinates and of a few on a `device`, with the threads of torch.
+
+    Return its pace: seconds of encoding, decoding and adding, as lines in the number of coordinates, through medians of
+    `repeats`. Raises ValueError if the compressor cannot act on d coordinates.
+
+    >>> from packsaddle import TopK
+    >>> from packsaddle.plan.coding import measure
+    >>> pace = measure(TopK(0.01), 10_000, repeats=3)
+    >>> pace.encode.at(10_000) > 0
+    True
+    """
+    compressor.validate(d)
+    lengths = (min(d, _SHORT), min(d, _LONG))
+    works: dict[str, Callable[[], object]] = {}
+    for n in lengths:
+        for name, work in _works(compressor.restrict(n, d), n, device).items():
+            works[f"{name} {n}"] = work
+    times = side_by_side(works, repeats=repeats)
+    lines = {
+        name: Line.through(*((n, times[f"{name} {n}"].median) for n in lengths)) for name in ("encode", "decode", "add")
+    }
+    return Pace(**lines)
+
+
+def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mapping[str, Callable[[], object]]:
+    v = torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
+    out, message = torch.zeros_like(v), compressor.encode(v, seed=0, step=0)
+
+    def decode(out: Tensor = out) -> None:
+        # With a context, so that what only the sender is spared is paid here.
+        compressor.add_decoded(compressor.receive(message.parts, n, seed=0, step=0), out, 1e-6)
+
+    return {
+        "encode": lambda: compressor.encode(v, seed=0, step=0),
+        "decode": decode,
+        "add": lambda: compressor.add_decoded(message, out, 1e-6),
+    }
+
+
+_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class CompressorEntry:
+    """One compressor on a Gaussian vector of d coordinates; bytes are one worker's, of one step."""
+
+    compressor: str
+    mu: float  # guaranteed for every vector
+    kept: float  # share of this vector's energy that one compression keeps
+    linear: bool
+    protocol: str
+    sent: int  # bytes up
+    received: int  # bytes down
+    milliseconds: float  # to encode and decode one vector on one thread, the median of five
+
+
+def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
+    """Try one compressor. Raises ValueError if it cannot act on d coordinates."""
+    compressor.validate(d)
+    torch.set_num_threads(1)  # as a worker that shares its machine
+    v = torch.randn(d, generator=torch.Generator().manual_seed(0))
+    times = []
+    for step in range(_REPEATS):
+        begin = time.perf_counter()
+        decoded = compressor(v, step=step)
+        times.append(time.perf_counter() - begin)
+    choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
+    wire = choice.aggregator.wire(d, 0, min(1, workers - 1), workers, 4)
+    return CompressorEntry(
+        compressor=describe(compressor),
+        mu=compressor.mu(d),
+        kept=1 - float((v - decoded).square().sum() / v.square().sum()),
+        linear=compressor.linear,
+        protocol=choice.name,
+        sent=wire.sent,
+        received=wire.received,
+        milliseconds=1000 * median(times),
+    )

@@ -1,0 +1,141 @@
+"""The size of a model's exchange (compressed and dense coordinates), and the time that its step computes."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from packsaddle.comm.group import Solo
+from packsaddle.compressors import Compressor, RandomK
+from packsaddle.errors import ConfigError
+from packsaddle.optim.compression import Compression
+from packsaddle.optim.layout import FlatParameters
+from packsaddle.optim.sgd import CompressedSGD
+from packsaddle.options.schema import nearest
+from packsaddle.plan.timing import side_by_side
+from packsaddle.runs.config import DataConfig, ModelConfig
+from packsaddle.runs.tasks.models import CharTransformer, mnist_autoencoder, resnet
+from packsaddle.runs.tasks.text import load_text
+
+_LONG = 1 << 25  # coordinates; longer vectors take in proportion
+_DENSE_BELOW = 1024  # elements, as in CompressedSGD
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of the vector that one step exchanges.
+
+    >>> from packsaddle.plan import ModelSize
+    >>> size = ModelSize.of_model("mnist-autoencoder")
+    >>> size.d, size.dense
+    (209920, 449)
+    """
+
+    name: str  # of the model
+    d: int  # compressed coordinates
+    dense: int  # coordinates that are sent as they are
+    shapes: tuple[torch.Size, ...] = ()  # of the compressed tensors, one after the other, if they are known
+
+    def bind(self, compressor: Compressor) -> Compressor:
+        """Return a compressor for these tensors."""
+        return compressor.for_tensors(self.shapes) if self.shapes else compressor
+
+    @classmethod
+    def of_size(cls, d: int) -> "ModelSize":
+        """Return a workload of d compressed coordinates of no particular shape. Raises ConfigError for d < 1."""
+        if d < 1:
+            raise ConfigError(f"d must be at least 1, got {d}")
+        return cls(f"d = {d:,}", d, 0)
+
+    @classmethod
+    def of_model(cls, name: str) -> "ModelSize":
+        """Return the size of a model by its `name` in `MODELS`. Raises ConfigError for another name."""
+        return cls.of_parameters(name, _build(name).parameters())
+
+    @classmethod
+    def of_parameters(cls, name: str, trained: Iterable[nn.Parameter]) -> "ModelSize":
+        """Return the size of the `trained` parameters of a model called `name`."""
+        parameters = list(trained)
+        flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)
+        shapes = tuple(parameters[i].shape for i in flat.compressed)
+        return cls(name, flat.compressed_d, flat.d - flat.compressed_d, shapes)
+
+
+def _char_transformer() -> CharTransformer:
+    """Return what `packsaddle init` trains, over the characters of Python's own reference."""
+    classes = load_text(DataConfig("text"), None, train=True).classes
+    defaults = ModelConfig("char-transformer")
+    return CharTransformer(
+        classes, DataConfig.context, width=defaults.width, depth=defaults.depth, heads=defaults.heads
+    )
+
+
+# Each with the shape of an example; the ResNets are those for small images, as packsaddle trains them.
+MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "mnist-autoencoder": (mnist_autoencoder, (1, 28, 28)),
+    "char-transformer": (_char_transformer, (DataConfig.context,)),
+    "resnet18": (partial(resnet, 18, 10), (3, 32, 32)),
+    "resnet34": (partial(resnet, 34, 10), (3, 32, 32)),
+    "resnet50": (partial(resnet, 50, 10), (3, 32, 32)),
+}
+
+
+def _build(name: str) -> nn.Module:
+    if name not in MODELS:
+        raise ConfigError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS)}")
+    with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
+        return MODELS[name][0]()
+
+
+def _examples(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+    """Random codes of characters, int64, or pixels, float."""
+    rng = torch.Generator().manual_seed(0)
+    if isinstance(model, CharTransformer):
+        return torch.randint(model.characters.num_embeddings, shape, generator=rng)
+    return torch.rand(shape, generator=rng)
+
+
+def compute_seconds(name: str, batch: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> float:
+    """Return the median seconds of a model's forward and backward pass on `batch` examples. Raises ConfigError."""
+    if batch < 1:
+        raise ConfigError(f"batch must be at least 1, got {batch}")
+    model = _build(name).to(device)
+    examples = _examples(model, (batch, *MODELS[name][1])).to(device)
+
+    def work() -> None:
+        model.zero_grad()
+        torch.autograd.backward(model(examples).square().mean())
+
+    return side_by_side({name: work}, repeats=repeats)[name].median
+
+
+def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
+    """Return how much longer than torch.optim.SGD's CompressedSGD's step takes on d coordinates, coding aside.
+
+    That is its error memory and, if asked for, the noise; from the medians of `repeats`, on 2^25 coordinates at most.
+    """
+    n = min(d, _LONG)
+    gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def stepper(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Callable[[], None]:
+        weight = nn.Parameter(torch.zeros_like(gradient))
+        optimizer = make([weight])
+
+        def step() -> None:
+            weight.grad = gradient
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    spec, std = Compression(RandomK(k=1), dense_below=0), 1e-6 if noise else 0.0
+    times = side_by_side(
+        {
+            "compressed": stepper(lambda ps: CompressedSGD(ps, 1e-6, spec, noise=std, process_group=Solo())),
+            "plain": stepper(lambda ps: torch.optim.SGD(ps, 1e-6)),
+        },
+        repeats=repeats,
+    )
+    return max(0.0, times["compressed"].median - times["plain"].median) * d / n

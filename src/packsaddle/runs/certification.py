@@ -1,0 +1,197 @@
+"""Certificates of a finished run's weights, by one process or several, with the loss along the escape direction."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.group import resolve
+from packsaddle.comm.launching import launch, local_device, process_group
+from packsaddle.curvature.certificate import Certificate
+from packsaddle.curvature.certify import certify
+from packsaddle.curvature.hessian import NotFiniteError
+from packsaddle.curvature.population import check_population
+from packsaddle.curvature.products import Hvp
+from packsaddle.curvature.search import Bounds
+from packsaddle.errors import ConfigError
+from packsaddle.runs.config import Config
+from packsaddle.runs.findings import Finding, Further
+from packsaddle.runs.progress import Report, countdown
+from packsaddle.runs.run_folder import damaged, read_object
+from packsaddle.options.schema import build
+from packsaddle.runs.tasks.images import Dataset, load_data
+from packsaddle.runs.tasks.models import Task, make_task, task_loss
+from packsaddle.runs.tasks.sharding import Examples
+from packsaddle.numerics.seeds import Stream, generator
+
+_AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
+_BATCHES_OF_POPULATION = 32  # or more: how they differ is what its bounds come from
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Certificates of weights of one run, each on the same examples."""
+
+    run: Path
+    files: tuple[Path, ...]  # weights, as `Trainer` saves them
+    epsilon: float | None = None  # None: the least that each point's gradient passes
+    hessian_lipschitz: float | None = None
+    failure_probability: float = 1e-3
+    max_hvps: int = 200
+    tolerance: float = math.inf
+    sharpness: float = math.inf
+    spectrum: bool = False  # estimate the density of all eigenvalues
+    population: bool = False  # certify the loss that the examples are drawn from
+    examples: int | None = None  # size of a random sample; None: all training examples, or `at_most` of them
+    at_most: int | None = None
+    hvp: Hvp = "auto"
+    batch_size: int | None = None  # None: 500, and of a sample 64, so that a standard error has batches to come from
+    double: bool = False  # products in float64
+    distance: float | None = None  # of the profiles to each side; None: as far as the certificate suggests
+    data_dir: Path | None = None
+    seed: int = 0  # of the sample and of the start
+    quiet: bool = True  # else rank 0 shows progress on stderr
+
+    def load(self) -> tuple[Task, Dataset, list[dict[str, Tensor]]]:
+        """Return the run's network, its training examples and every file's weights, raising ConfigError for what is
+        missing or does not fit."""
+        config = read_config(self.run)
+        data = load_data(config.data, self.data_dir, train=True)
+        if self.examples is not None and not 1 <= self.examples <= len(data):
+            raise ConfigError(f"examples must be from 1 to {len(data)}, the training examples, got {self.examples}")
+        task = make_task(config.model, data.shape, data.classes, 0)
+        weights = []
+        for file in self.files:
+            weights.append(_read_weights(file))
+            try:
+                task.network.load_state_dict(weights[-1])
+            except (RuntimeError, TypeError, AttributeError) as error:
+                reason = str(error).splitlines()[-1].strip()
+                raise ConfigError(f"{file} does not hold the weights of this run's network: {reason}") from None
+        return task, data, weights
+
+    def execute(self, workers: int) -> list[Finding]:
+        """Certify in this process, or with `workers` new ones."""
+        if workers == 1:
+            return self.certify()
+        self.load()  # bad input is told before any worker starts
+        findings: list[Finding] = launch(certify_in_process_group, (self,), workers)
+        return findings
+
+    def certify(self) -> list[Finding]:
+        """Certify every file in the present group; collective."""
+        task, data, weights = self.load()
+        examples = self._examples(data)
+        task.to(examples.device, examples.dtype)
+        if self.population:
+            try:
+                check_population(task, examples)
+            except ValueError as error:
+                raise ConfigError(f"{error}; --batch-size makes them smaller") from None
+        certificates = []
+        quiet = self.quiet or resolve(None).rank != 0
+        with countdown("certify", len(self.files) * self.max_hvps, quiet=quiet) as progress:
+            for i, (file, tensors) in enumerate(zip(self.files, weights, strict=True)):
+                task.network.load_state_dict(tensors)
+                told = partial(self._tell, progress, i)
+                told()
+                try:
+                    certificates.append(self._certify(task, examples, len(data), told))
+                except NotFiniteError as error:
+                    raise ConfigError(f"{file}: {error}") from None
+        findings = []
+        for file, tensors, certificate in zip(self.files, weights, certificates, strict=True):
+            task.network.load_state_dict(tensors)
+            further = Further(
+                self.spectrum,
+                self.population,
+                self.hvp,
+                self.epsilon,
+                self.hessian_lipschitz,
+                self.failure_probability,
+                self.distance,
+                self.seed,
+                quiet=quiet,
+            )
+            findings.append(further.look(file, task, task_loss, examples, certificate))
+        return findings
+
+    def _tell(self, progress: Report, point: int, bounds: Bounds | None = None) -> None:
+        """Show how far the certificates are, and the bounds as they close in; most need fewer products than they may
+        take."""
+        which = f"point {point + 1} of {len(self.files)}, " if len(self.files) > 1 else ""
+        done = 0 if bounds is None else round(self.max_hvps * bounds.products / bounds.most)
+        told = "" if bounds is None else f": {bounds}"
+        products = 0 if bounds is None else bounds.products
+        most = self.max_hvps if bounds is None else bounds.most
+        progress(point * self.max_hvps + done, f"{which}{products} of at most {most} products{told}")
+
+    def prepare(self) -> tuple[Task, Examples]:
+        """Return the network with the last file's weights, and this worker's examples."""
+        task, data, _ = self.load()
+        examples = self._examples(data)
+        return task.to(examples.device, examples.dtype), examples
+
+    def _examples(self, data: Dataset) -> Examples:
+        """This worker's part of the sample."""
+        group, n = resolve(None), len(data)
+        order = torch.randperm(n, generator=generator(self.seed, 0, Stream.CERTIFY))
+        dtype = torch.float64 if self.double else torch.float32
+        chosen = order[: self.examples or self.at_most]
+        mine = chosen[group.rank :: group.size]
+        batch_size = self.batch_size or (_AUDIT_BATCH if len(chosen) == n else _BATCH_OF_SAMPLE)
+        if self.population and self.batch_size is None:
+            batch_size = max(1, min(batch_size, len(chosen) // _BATCHES_OF_POPULATION))
+        return Examples(data, mine, local_device(), dtype, batch_size)
+
+    def _certify(
+        self, task: Task, examples: Examples, population: int, progress: Callable[[Bounds], None]
+    ) -> Certificate:
+        config = read_config(self.run)
+        return certify(
+            task,
+            task_loss,
+            examples,
+            epsilon=self.epsilon,
+            hessian_lipschitz=self.hessian_lipschitz,
+            failure_probability=self.failure_probability,
+            max_hvps=self.max_hvps,
+            tolerance=self.tolerance,
+            sharpness=self.sharpness,
+            hvp=self.hvp,
+            sample_of=population,
+            lr=config.sgd_lr(),
+            generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
+            progress=progress,
+        )
+
+
+def certify_in_process_group(audit: Audit) -> list[Finding]:
+    """`Audit.certify` in a process that a launcher started."""
+    with process_group():
+        return audit.certify()
+
+
+def read_config(run: Path) -> Config:
+    """Return the configuration that a run folder keeps. Raises ConfigError."""
+    if not (run / "config.json").is_file():
+        raise ConfigError(f"{run} is not a run folder (it has no config.json)")
+    try:
+        return build(Config, read_object(run / "config.json"))
+    except ConfigError as error:
+        raise damaged(run, ConfigError(f"config.json: {str(error).removeprefix('config.json: ')}")) from None
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ConfigError(f"checkpoint {file} does not exist") from None
+    except Exception as error:  # a damaged file raises whatever its bytes lead to
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"checkpoint {file} cannot be read: {reason}") from None
+    return weights

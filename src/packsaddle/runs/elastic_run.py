@@ -1,0 +1,99 @@
+"""One worker's side of a configured run whose workers come and go: `packsaddle run --elastic`.
+
+Every worker is started by itself and writes a folder of its own. Steps, epochs and the learning rate's schedule are
+those of all workers together: the run is over when the anchor has `epochs` passes' worth of steps, whoever made them.
+There are no shards, since the number of workers is unknown: each draws its own order of all the data.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.group import Solo, ambient_group
+from packsaddle.errors import ConfigError
+from packsaddle.runs.config import Config
+from packsaddle.runs.local_training import LocalTraining
+from packsaddle.runs.progress import live
+from packsaddle.runs.run_checkpoints import NEVER, CheckpointPolicy
+from packsaddle.runs.run_folder import RunFolder
+from packsaddle.runs.trainer import RunCounters, Trainer
+from packsaddle.optim.elastic import Elastic
+
+
+def check_elastic(config: Config) -> Config:
+    """Return the configuration for one worker of such a run. Raises ConfigError if it cannot be one."""
+    if config.local is None:
+        raise ConfigError("--elastic needs [local] in the file: packsaddle init --task char-transformer-local has it")
+    for name, found in (("local.delay", config.local.delay), ("escape", config.escape), ("certify", config.certify)):
+        if found:
+            raise ConfigError(f"{name} does not go with --elastic, whose workers are not all there")
+    if config.data.shard != "iid":
+        raise ConfigError("data.shard must be iid with --elastic, where each worker draws from all the data")
+    return replace(config, workers=1)
+
+
+class ElasticTrainer(Trainer):
+    """The trainer of a worker under a Manager; it takes part in rounds, and does all else by itself."""
+
+    training: LocalTraining
+
+    def __init__(self, config: Config, data_dir: Path | None, download: bool, elastic: Elastic) -> None:
+        self._elastic, self._seen = elastic, 0  # the position at the last line of metrics
+        with ambient_group(Solo()):
+            super().__init__(check_elastic(config), data_dir, download)
+
+    def _training(self) -> LocalTraining:
+        return LocalTraining(self.config, self.task, self.calendar, None, self._elastic)
+
+    def _indices(self) -> Iterator[Tensor]:
+        """Yield batches of all the data without end, in an order of this worker's own."""
+        rng = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
+        size = min(self.config.batch_size, len(self.data))
+        while True:
+            order = torch.randperm(len(self.data), generator=rng)
+            yield from (index for index in torch.split(order, size) if len(index) == size)
+
+    def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER) -> bool:
+        """Train until all workers together have come to the end, recording this worker's losses on the way."""
+        tally, training, steps, begin = self.tally, self.training, self.calendar.steps, time.perf_counter()
+        if not quiet:
+            print("waiting for the other workers' next round", flush=True)
+        training.updates.join()
+        with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
+            for index in self._indices():
+                if training.updates.position >= steps:
+                    break
+                measured = self._step_on(index, None)
+                tally.add(measured, taken=training.took, last=False)
+                tally.step += 1
+                if tally.step % self.config.log_every == 0:
+                    tally.line = self._log(folder, time.perf_counter() - begin)
+                there = training.updates.membership
+                assert there is not None
+                loss = f"loss {tally.line['loss']:.4f}  " if tally.line else ""
+                report(min(steps, training.updates.position), f"{loss}{there.workers} workers")
+        training.finish()
+        if tally.step > tally.since or not tally.line:  # else this worker has nothing to say since its last line
+            tally.line = self._log(folder, time.perf_counter() - begin)
+        self._finish(folder, tally)
+        self._elastic.manager.shutdown(wait=False)
+        return True
+
+    def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
+        """See `Trainer`; the step is that of all workers together."""
+        return super()._line(min(self.calendar.steps, self.training.updates.position), means, seconds)
+
+    def _test_due(self, steps: int, since: int) -> bool:
+        """See `Trainer`."""
+        seen, self._seen = self._seen, self.training.updates.position
+        return super()._test_due(self._seen, seen)
+
+    def _final_loss(self, tally: RunCounters) -> float:
+        """See `Trainer`; of this worker's last line of metrics."""
+        return float(tally.line["loss"])

@@ -1,0 +1,167 @@
+"""The findings at a certified point: the certificate, the loss along its directions, the spectrum, the population."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.group import resolve
+from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature.certificate import Certificate
+from packsaddle.curvature.hessian import LossFn
+from packsaddle.curvature.population import MOST_PRODUCTS, PopulationCertificate, certify_population
+from packsaddle.curvature.products import Hvp
+from packsaddle.curvature.search import EveryNth
+from packsaddle.curvature.sharded import derivatives
+from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
+from packsaddle.runs.progress import countdown
+from packsaddle.runs.report import figures
+from packsaddle.runs.report.certificate_figure import draw_certificate
+from packsaddle.runs.run_folder import RunFolder, make_new, written
+from packsaddle.numerics.seeds import Stream, generator
+
+_POINTS = 20  # of a profile, to each side
+_PROFILED = 4096  # examples of a profile, about: 41 losses over all of them would cost more than most verdicts
+_PROBES, _STEPS = 4, 40  # of the spectral density
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The loss along a direction v: f(x + s v)."""
+
+    distances: tuple[float, ...]  # s
+    losses: tuple[float | None, ...]  # None: not finite
+    examples: int  # whose mean loss it is
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The findings at one point."""
+
+    file: Path
+    certificate: Certificate
+    profile: Profile  # along the escape direction
+    sharpest: Profile | None  # along the sharpest direction; None where it is not known
+    spectrum: SpectralDensity | None
+    population: PopulationCertificate | None
+    sharded: bool  # the model was, and directions are a worker's part
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the directions as plain types, for JSON."""
+        return {
+            "file": str(self.file),
+            **self.certificate.to_dict(),
+            "profile": asdict(self.profile),
+            "sharpest_profile": None if self.sharpest is None else asdict(self.sharpest),
+            "spectrum": None if self.spectrum is None else asdict(self.spectrum),
+            "population": None if self.population is None else self.population.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        more = [str(part) for part in (self.population, self.spectrum) if part is not None]
+        return "\n".join([f"{self.file}: {self.certificate}", *more])
+
+
+@dataclass(frozen=True)
+class Further:
+    """The questions beyond the verdict at a certified point."""
+
+    spectrum: bool
+    population: bool
+    hvp: Hvp
+    epsilon: float | None  # the population's; None: the least that its gradient passes
+    hessian_lipschitz: float | None  # the population's; None: measured
+    failure_probability: float  # the population's
+    distance: float | None  # of the profiles to each side; None: as far as the certificate suggests
+    seed: int
+    quiet: bool  # else rank 0 shows progress on stderr
+
+    def look(
+        self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
+    ) -> Finding:
+        """Follow the extreme directions, and take the spectral density and the population's bounds; collective."""
+        v, w = certificate.escape_direction, certificate.sharpest_direction
+        every = EveryNth(batches, max(1, certificate.examples // _PROFILED))
+        reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
+        escape = _profile(model, loss_fn, every, v, reach)
+        sharpest = None if w is None else _profile(model, loss_fn, every, w, reach)
+        spectrum = self._density(model, loss_fn, batches) if self.spectrum else None
+        population = None
+        if self.population:
+            with countdown("population", MOST_PRODUCTS, quiet=self.quiet) as progress:
+                population = certify_population(
+                    model,
+                    loss_fn,
+                    batches,
+                    epsilon=self.epsilon,
+                    hessian_lipschitz=self.hessian_lipschitz,
+                    failure_probability=self.failure_probability,
+                    hvp=self.hvp,
+                    generator=generator(self.seed, 3, Stream.CERTIFY),
+                    progress=lambda products: progress(products, f"{products} of at most {MOST_PRODUCTS} products"),
+                )
+        sharded = any(hasattr(p, "placements") for p in model.parameters())
+        return Finding(file, certificate, escape, sharpest, spectrum, population, sharded)
+
+    def _density(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> SpectralDensity:
+        most = _PROBES * _STEPS
+        with countdown("spectral density", most, quiet=self.quiet) as progress:
+            return spectral_density(
+                model,
+                loss_fn,
+                batches,
+                probes=_PROBES,
+                steps=_STEPS,
+                hvp=self.hvp,
+                generator=generator(self.seed, 2, Stream.CERTIFY),
+                progress=lambda products: progress(products, f"{products} of at most {most} products"),
+            )
+
+
+def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], direction: Tensor, reach: float) -> Profile:
+    """The loss along a direction on a grid; collective."""
+    curvature = derivatives(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
+    direction = direction.to(curvature.device)
+    distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
+    losses = [curvature.loss_at(direction, s) for s in distances]
+    finite = tuple(loss if math.isfinite(loss) else None for loss in losses)
+    return Profile(tuple(distances), finite, curvature.examples)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder before the work whose results it is for; if that fails, it is removed. Raises ConfigError."""
+    make_new(folder)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
+
+
+def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
+    """Write certificates.json, and the directions and the picture of every point, into a folder. Raises ConfigError.
+
+    Directions of a sharded model are not written: each worker has a part of them.
+    """
+    with written(folder):
+        _write(findings, document, RunFolder(folder))
+
+
+def _write(findings: Sequence[Finding], document: dict[str, Any], writer: RunFolder) -> None:
+    writer.write_json("certificates.json", document)
+    for finding, point in zip(findings, document["points"], strict=True):
+        name = "certificate" if len(findings) == 1 else finding.file.stem
+        directions = {"escape_direction": finding.certificate.escape_direction}
+        if finding.certificate.sharpest_direction is not None:
+            directions["sharpest_direction"] = finding.certificate.sharpest_direction
+        if not finding.sharded:
+            writer.save_tensors(f"{name}.direction.pt", directions)
+        figure = draw_certificate(point, point["profile"], point["sharpest_profile"], point["spectrum"])
+        figures.save(figure, writer.path, name)

@@ -1,0 +1,270 @@
+"""Jobs: configured runs, and the workers that do them, as processes or simulated."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from packsaddle.version import __version__
+from packsaddle.comm.communicator import Together
+from packsaddle.comm.cost_model import RingAllReduce
+from packsaddle.comm.failures import TerminatedError
+from packsaddle.comm.group import Solo, ambient_group, resolve
+from packsaddle.comm.launching import hearing_sigterm, launch, process_group
+from packsaddle.comm.managed import connect
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.comm.simulation import FusedGroup, simulate
+from packsaddle.errors import ConfigError
+from packsaddle.runs.batched import why_not_batched
+from packsaddle.runs.config import Config
+from packsaddle.runs.folder_lock import FolderLock, check_free, locked
+from packsaddle.options.schema import first_difference
+from packsaddle.runs.run_checkpoints import (
+    NEVER,
+    STOPPED,
+    CheckpointPolicy,
+    LoadingError,
+    find,
+    state_of,
+)
+from packsaddle.runs.run_folder import RunFolder, environment, make_new, written
+from packsaddle.options.schema import build, plain
+from packsaddle.runs.tasks.sharding import shard
+from packsaddle.runs.trackers import TrackerName, require_tracker, tracked
+from packsaddle.runs.trainer import Trainer
+from packsaddle.optim.elastic import Elastic
+from packsaddle.optim.stages.drift import DriftError
+from packsaddle.optim.stages.nonfinite import NonFiniteError
+
+_ELASTIC_TIMEOUT = 60.0  # seconds of a collective of workers that come and go
+# The way to W workers: processes, one after the other in this process, that with all gradients at once, or one that
+# holds their mean.
+How = Literal["processes", "serial", "batched", "fused"]
+AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
+
+
+def can_be_fused(config: Config) -> bool:
+    """Tell if a run's workers exchange only means, at equal points (see `FusedGroup`)."""
+    if config.local is not None:
+        return False
+    try:
+        choice = choose(config.compressor, config.exchange, d=1 << 20, dense=1, workers=max(2, config.workers))
+    except ValueError:  # also for a compressor that does not know its tensors yet
+        return False
+    wires = choice.aggregator.collectives(1 << 20, 1, max(2, config.workers), 4)
+    return all(isinstance(wire, RingAllReduce) for wire in wires)
+
+
+def fastest_simulation(config: Config) -> How:
+    """Return the way to simulate a run's workers that takes the least time."""
+    return "fused" if can_be_fused(config) else "serial" if why_not_batched(config) else "batched"
+
+
+@dataclass(frozen=True)
+class Job:
+    """Runs to do one after the other with the same workers, each into its own new folder."""
+
+    configs: tuple[Config, ...]
+    folders: tuple[Path, ...]
+    data_dir: Path | None = None
+    download: bool = False
+    quiet: bool = False
+    track: tuple[TrackerName, ...] = ()  # rank 0's numbers go there too
+    saving: CheckpointPolicy = NEVER
+    resume: bool = False  # there is one folder, which may have been begun, and then `configs` may be empty
+    timeout: timedelta | None = None  # of a collective of worker processes; by default torch's
+    lighthouse: str | None = None  # of workers that come and go, of which this process is one
+    memory: Path | None = None  # the file of this one's error memory
+
+    def check(self, workers: int, how: How = "processes") -> None:
+        """Raise ConfigError for whatever would stop a worker at its start; in one process, before any is launched."""
+        self._check_simulation(how)
+        for name in self.track:
+            require_tracker(name)
+        for config in self.configs:
+            trainer = Trainer(config, self.data_dir, self.download)
+            for worker in range(workers):
+                shard(trainer.data, config.data.shard, worker=worker, workers=workers, seed=config.seed)
+
+    def located(self) -> "Job | None":
+        """Return the job as its folder has it, if it is to continue (`resume`); None if it is done.
+
+        Raises ConfigError, also if another command trains in the folder.
+        """
+        if not self.resume:
+            return self
+        config = self.configs[0] if self.configs else None
+        found, state = find(self.folders[0], config)
+        if state == "done":
+            return None
+        check_free(self.folders[0])
+        config = replace(found, workers=(config or found).workers)
+        return replace(self, configs=(config,), saving=replace(self.saving, resume=state == "begun"))
+
+    def make_folders(self) -> None:
+        """Make the folders; those of a run to continue may be there. Raises ConfigError."""
+        for folder in self.folders:
+            check_free(folder)
+            if not (self.resume and folder.is_dir()):
+                make_new(folder)
+
+    @contextmanager
+    def held(self) -> Iterator[tuple[FolderLock | None, ...]]:
+        """Hold the locks of the folders within. Raises ConfigError if another process is training in one."""
+        with ExitStack() as stack:
+            yield tuple(stack.enter_context(locked(folder)) for folder in self.folders)
+
+    def _check_unchanged(self) -> None:
+        """Raise ConfigError if another process has come and gone since the folder was looked at."""
+        expected = "begun" if self.saving.resume else "new"
+        if self.resume and state_of(self.folders[0]) != expected:
+            raise ConfigError(f"{self.folders[0]} has been trained in by another process meanwhile; try again")
+
+    def claim(self, stack: ExitStack) -> "Job | None":
+        """`located`, checked and with its folders made, and held until the stack is closed, on rank 0; collective. If
+        that fails, every worker stops: rank 0 with a ConfigError, the others with exit code 2."""
+        together, problem = Together(resolve(None), torch.device("cpu")), None
+        self._check_given(together)
+        said: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
+        if together.group.rank == 0:
+            try:
+                with ambient_group(Solo()):  # the check makes optimizers, which are collective
+                    job = self.located()
+                    if job is not None:
+                        job.check(together.group.size)
+                        job.make_folders()
+                        stack.enter_context(job.held())
+                        job._check_unchanged()
+                        said |= {"configs": [plain(c) for c in job.configs], "resume": job.saving.resume}
+            except ConfigError as error:
+                problem, said["failed"] = error, True
+        said = together.gather(said)[0]
+        if problem is not None:
+            raise problem
+        if said["failed"]:
+            raise SystemExit(2)
+        if said["configs"] is None:
+            return None
+        configs = tuple(replace(build(Config, c), workers=together.group.size) for c in said["configs"])
+        return replace(self, configs=configs, saving=replace(self.saving, resume=said["resume"]))
+
+    def _check_given(self, together: Together) -> None:
+        """Raise ConfigError, on every worker, if workers were given unlike configurations."""
+        given = together.gather([plain(config) for config in self.configs])
+        for worker, configs in enumerate(given):
+            for ours, theirs in zip(given[0], configs, strict=False):
+                if (different := first_difference(theirs, ours)) is not None:
+                    key, his, first = different
+                    raise ConfigError(
+                        f"workers must be given one configuration, but {key} is {first!r} for worker 0 and {his!r} for "
+                        f"worker {worker}"
+                    )
+
+    def train(self, *, batched: bool = False) -> bool:
+        """Do the runs in the present group (see `comm.group.resolve`); collective. False if told to stop."""
+        for config, path in zip(self.configs, self.folders, strict=True):
+            trainer = self._trainer(config, batched)
+            is_first = trainer.group.rank == 0
+            with written(path):
+                if is_first:
+                    self._describe(RunFolder(path), config, str(trainer.device), trainer.group.size)
+                trackers = self.track if is_first else ()
+                with tracked(path, trackers, config.label or path.name, plain(config)) as folder:
+                    if not trainer.run(folder, quiet=self.quiet, saving=self.saving):
+                        return False
+        return True
+
+    def _trainer(self, config: Config, batched: bool) -> Trainer:
+        if self.lighthouse is None:
+            return Trainer(config, self.data_dir, self.download, batched)
+        # Its import is left to those that need it.
+        from packsaddle.runs.elastic_run import ElasticTrainer
+
+        seconds = self.timeout.total_seconds() if self.timeout is not None else _ELASTIC_TIMEOUT
+        elastic = Elastic(connect(self.lighthouse, timeout=seconds), memory=self.memory, weight="steps")
+        return ElasticTrainer(config, self.data_dir, self.download, elastic)
+
+    def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:
+        """Write the configuration and the machine; of a run that continues, add the machine."""
+        here = environment(__version__, workers, device)
+        if not self.saving.resume:
+            folder.write_json("config.json", plain(config))  # first: it alone is enough to continue a run
+        began = folder.path / "environment.json"
+        if self.saving.resume and began.exists():
+            found = json.loads(began.read_text())
+            here = {**found, "resumed": [*found.get("resumed", []), here]}
+        folder.write_json("environment.json", here)
+
+    def run(self, workers: int, how: How) -> bool:
+        """Do the runs with `workers` workers; False if told to stop. Raises ConfigError if they cannot be fused and are
+        to be, or another process is at them, TerminatedError if the launcher was told to and the workers could not."""
+        with self.held() as locks:
+            self._check_unchanged()
+            return self._launch(workers, locks) if how == "processes" and workers > 1 else self._run_here(workers, how)
+
+    def _run_here(self, workers: int, how: How) -> bool:
+        with hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext():
+            if workers == 1:
+                return self.train()
+            self._check_simulation(how)
+            if how != "fused":
+                return all(simulate(lambda rank: self.train(batched=how == "batched"), workers))
+            with ambient_group(FusedGroup(workers)):
+                return self.train()
+
+    def _launch(self, workers: int, locks: tuple[FolderLock | None, ...]) -> bool:
+        try:
+            outcome = launch(train_in_process_group, (self, locks), workers)
+        except TerminatedError:
+            if (self.folders[-1] / STOPPED).is_file():
+                return False
+            raise
+        if isinstance(outcome, tuple):
+            kind, message = outcome
+            raise AGREED[kind](message)
+        return bool(outcome)
+
+    def _check_simulation(self, how: How) -> None:
+        for config in self.configs:
+            if how == "batched" and (reason := why_not_batched(config)):
+                raise ConfigError(f"{reason}; use --serial")
+            if how == "fused" and not can_be_fused(config):
+                if config.local is not None:
+                    raise ConfigError("local: workers have an x each, and a fused simulation has one; use --serial")
+                raise ConfigError(
+                    f"a fused simulation needs workers that exchange means alone, but "
+                    f"{type(config.compressor).__name__} by exchange {config.exchange!r} sends more; use --serial"
+                )
+
+
+def train_in_process_group(job: Job, locks: tuple[FolderLock | None, ...]) -> bool | tuple[str, str]:
+    """`Job.train` in a process that `launch` started; or an error that all workers have met together, and have ended
+    with: its kind and message. The launcher's locks are held here too, as long as there is training, should it be
+    killed."""
+    with _in_process_group(job), ExitStack() as stack:
+        for lock in filter(None, locks):
+            stack.callback(lock.close)
+        try:
+            return job.train()
+        except tuple(AGREED.values()) as error:
+            return type(error).__name__, str(error)
+
+
+def train_under_launcher(job: Job) -> bool | None:
+    """`Job.claim` and `Job.train` in a process that torchrun started; None if the job was done before."""
+    with _in_process_group(job), ExitStack() as stack:
+        claimed = job.claim(stack)
+        return None if claimed is None else claimed.train()
+
+
+@contextmanager
+def _in_process_group(job: Job) -> Iterator[None]:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    with process_group(job.timeout), hearing_sigterm() if job.saving.on and job.saving.stops else nullcontext():
+        yield

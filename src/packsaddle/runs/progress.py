@@ -1,0 +1,91 @@
+"""Live progress of a run on the terminal: loss, gradient norm, bytes sent and time left."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from packsaddle.messages import printable
+
+_BETWEEN_LINES = 10.0  # seconds
+
+
+class Report(Protocol):
+    """Called with the step reached and what was measured there."""
+
+    def __call__(self, step: int, text: str) -> None: ...
+
+
+@contextmanager
+def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Report]:
+    """Show a bar on a terminal, a line at every tenth of the way elsewhere, and nothing if `quiet`.
+
+    `first` steps were done before.
+    """
+    console, label = Console(), printable(label)
+    if quiet:
+        yield lambda step, text: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+        with Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task(escape(label), total=total, completed=first, text="starting")
+            yield lambda step, text: bar.update(task, completed=step, text=text)
+    else:
+        tenths, last, begin = first * 10 // total, "", time.monotonic()
+
+        def report(step: int, text: str) -> None:
+            nonlocal tenths, last
+            if step * 10 // total > tenths:
+                tenths = step * 10 // total
+                left = (time.monotonic() - begin) / (step - first) * (total - step)
+                said = [text] * (text != last) + [time_left(left)] * (step < total)  # what was measured is said once
+                console.print(
+                    f"{label}: {tenths * 10:3d}%  {'  '.join(said)}", highlight=False, soft_wrap=True, markup=False
+                )
+                last = text
+
+        yield report
+
+
+@contextmanager
+def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
+    """Show on stderr how much is left at most: a bar on a terminal, elsewhere lines at intervals, or nothing."""
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda step, text: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}, left at most"))
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+            task = bar.add_task(escape(label), total=total, text="starting")
+            yield lambda step, text: bar.update(task, completed=step, text=text)
+    else:
+        begin = printed = time.monotonic()
+
+        def report(step: int, text: str) -> None:
+            nonlocal printed
+            now = time.monotonic()
+            if now - printed >= _BETWEEN_LINES and step:
+                printed = now
+                left = (now - begin) / step * (total - step)
+                console.print(f"{label}: {text}, {time_left(left)}", highlight=False, soft_wrap=True, markup=False)
+
+        yield report
+
+
+def time_left(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} min left" if seconds >= 60 else f"about {seconds:.0f} s left"
+
+
+def megabytes(count: float) -> str:
+    """Format a number of bytes in units of 10^6 bytes."""
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"

@@ -1,0 +1,153 @@
+"""Pictures on paper: settings over seeds, against epochs and against bytes sent."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from packsaddle.errors import require
+from packsaddle.runs.report.curves import Curve, Point, plateaus, points, smallest_threshold, stills
+from packsaddle.runs.report.settings import Setting
+
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "axes.axisbelow": True,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.hashsalt": "packsaddle",  # the same runs give the same file
+}
+_NO_METADATA = {"Date": None, "Creator": None}
+# Okabe and Ito's palette, distinguishable by colour-blind readers; black first, for the baseline.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
+
+
+_QUANTITIES = {
+    "loss": "training loss",
+    "grad_norm": "stochastic gradient norm",
+    "test_loss": "test loss",
+    "test_accuracy": "test accuracy",
+}
+
+
+def line_style(i: int) -> dict[str, str]:
+    """The i-th setting's colour and dashes: beyond eight settings colours come again, in another line style."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
+
+
+def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
+    """Return a figure of settings and their curves: means over seeds, and bands between their 10% and 90% quantiles.
+
+    Columns: epochs and megabytes per worker. Rows: loss, gradient norm and, where measured, test loss, test accuracy
+    and the bounds on the Hessian's smallest eigenvalue.
+    """
+    require("matplotlib", "plot", "drawing figures")
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    tested = [q for q in ("test_loss", "test_accuracy") if any(c.along("epoch", q)[0] for c in curves)]
+    quantities = ["loss", "grad_norm", *tested]
+    certified = any(points(setting) for setting in settings)
+    rows = len(quantities) + certified
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10.5, 3.2 * rows + 0.5), layout="constrained")
+        axes = figure.subplots(rows, 2, sharex="col", sharey="row")
+        for row, quantity in zip(axes, quantities, strict=False):  # the certificates' row is left
+            _draw_quantity(row, curves, quantity)
+        for level in plateaus(settings):
+            for axis in axes[0]:
+                axis.axhline(level, color="grey", linewidth=1, linestyle=":")
+        _draw_stills(axes[0], settings)
+        if certified:
+            _draw_bounds(axes[-1], settings)
+        axes[-1][0].set_xlabel("epochs")
+        axes[-1][1].set_xlabel("megabytes per worker")
+        if any(_positive(c.columns["megabytes"], c.columns["loss_mean"]) for c in curves):
+            axes[-1][1].set_xscale("log")
+        _add_legend(figure, *axes[0][0].get_legend_handles_labels())
+        return figure
+
+
+def _draw_quantity(row: Any, curves: Sequence[Curve], quantity: str) -> None:
+    row[0].set_ylabel(_QUANTITIES[quantity])
+    for axes, along in zip(row, ("epoch", "megabytes"), strict=True):
+        for i, c in enumerate(curves):
+            x, mean, low, high = c.along(along, quantity)
+            axes.plot(x, mean, label=_plain(c.setting), **line_style(i))
+            axes.fill_between(x, low, high, color=line_style(i)["color"], alpha=0.2, linewidth=0)
+    if quantity == "grad_norm" and any(_positive(c.columns["grad_norm_mean"]) for c in curves):
+        row[0].set_yscale("log")
+
+
+def _draw_stills(row: Any, settings: Sequence[Setting]) -> None:
+    """A broad, pale bar where a run's loss stood still, at its level there."""
+    for axes, along in zip(row, ("epoch", "megabytes"), strict=True):
+        for i, setting in enumerate(settings):
+            for still in stills(setting):
+                style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 7, "alpha": 0.3, "solid_capstyle": "butt"}
+                axes.plot(still.x[along], [still.found.level] * 2, **style)
+
+
+def _positive(*columns: Sequence[float]) -> bool:
+    """Tell if a logarithmic axis has data: a line that is positive and finite. It has none if all runs diverged."""
+    return any(all(0 < v < math.inf for v in line) for line in zip(*columns, strict=True))
+
+
+def _plain(label: str) -> str:
+    """A label that matplotlib shows as it is: neither as a formula nor, for its first "_", not at all."""
+    return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
+
+
+def _add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """As many columns as fit: some 130 letters in a line. matplotlib fills column by column."""
+
+    def letters(columns: int) -> int:
+        height = -(-len(labels) // columns)
+        return sum(max(map(len, labels[i : i + height])) + 8 for i in range(0, len(labels), height))
+
+    columns = next((n for n in (4, 3, 2) if n <= len(labels) and letters(n) <= 130), 1)
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+
+
+# What a certificate said, as a marker.
+_MARKERS = {"saddle": "v", "second-order stationary": "o", "gradient too large": "x", "undecided": "."}
+
+
+def _draw_bounds(row: Any, settings: Sequence[Setting]) -> None:
+    """A bar from the lower to the upper bound for every certificate, its verdict, and the threshold."""
+    for axes, along in zip(row, ("epoch", "megabytes"), strict=True):
+        for i, setting in enumerate(settings):
+            colour = COLOURS[i % len(COLOURS)]
+            for run in setting.runs:
+                known = [p for p in points(setting) if p.run is run]
+                thresholds = [p.certificate["threshold"] for p in known]
+                axes.plot([p.x[along] for p in known], thresholds, color=colour, linewidth=1, linestyle=":")
+            for p in points(setting):
+                _draw_certified(axes, p, p.x[along], colour)
+    row[0].set_ylabel("smallest eigenvalue of the Hessian")
+    row[0].set_yscale("symlog", linthresh=smallest_threshold(settings))
+    handles, labels = row[0].get_legend_handles_labels()
+    by_verdict = dict(zip(labels, handles, strict=True))
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}  # above the axes
+    row[0].legend(by_verdict.values(), by_verdict.keys(), ncols=4, fontsize=8, columnspacing=1, **place)
+
+
+def _draw_certified(axes: Any, point: Point, x: float, colour: str) -> None:
+    c = point.certificate
+    if point.looked:
+        axes.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], colors=colour)
+    # Where curvature was not looked into, the mark lies on the threshold.
+    height = c["lambda_min_upper"] if point.looked else c["threshold"]
+    axes.plot(x, height, _MARKERS[c["verdict"]], color=colour, markersize=7, label=c["verdict"])
+
+
+def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:
+    """Write NAME.png and NAME.svg into a folder; `source`, if given, stands in both as their source."""
+    said = {"Source": source} if source else {}
+    figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
+    figure.set_layout_engine("none")  # it is laid out, which takes as long as to draw it
+    figure.savefig(folder / f"{name}.svg", metadata={**_NO_METADATA, **said})

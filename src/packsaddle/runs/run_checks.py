@@ -1,0 +1,224 @@
+"""Checks that a run makes along the way: certificates, the stability of its step size, and its artificial noise.
+
+The step size is checked before training and after 1, 2, 4, ... epochs (see `packsaddle.curvature.step_stability`).
+Mini-batch noise changes as the loss leaves its start: on a plateau it was eleven times that of the first step. So the
+artificial noise is compared with it at the start, after an epoch (or a tenth of the steps if that is sooner), after
+twice, four times, ... as many, and at the end.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.group import Solo, resolve
+from packsaddle.comm.ledger import Ledger
+from packsaddle.comm.simulation import FusedGroup
+from packsaddle.curvature.certificate import Verdict, draw_iterates
+from packsaddle.curvature.certify import certify
+from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
+from packsaddle.curvature.hessian import Curvature, NotFiniteError
+from packsaddle.curvature.step_stability import CoordinateStep, largest_overshoot
+from packsaddle.runs.config import CertifyConfig, Config
+from packsaddle.runs.run_folder import RunFolder
+from packsaddle.runs.tasks.images import Dataset
+from packsaddle.runs.tasks.models import Task, task_loss
+from packsaddle.runs.tasks.sharding import Batches, Calendar, Examples
+from packsaddle.numerics.seeds import Stream, generator
+from packsaddle.theory.noise_walk import FAR, Walk, rms
+
+_BATCHES = 8
+
+
+class NoiseCheck:
+    """Compares some coming batches of this process, whose gradients differ as those of every worker do.
+
+    The gradients of networks with batch normalisation are left out: in evaluation mode, before statistics have
+    gathered, they are not those that the network trains by.
+    """
+
+    def __init__(self, config: Config, task: Task, data: Dataset, workers: int) -> None:
+        """Take note of the size of x_0, which `task` is at."""
+        self._config, self._task, self._data, self._workers = config, task, data, workers
+        self._size = rms(task)
+        # With local updates noise is in the units of x, which are not those of a gradient.
+        normalised = any(hasattr(module, "running_mean") for module in task.modules())
+        self._measures = config.local is None and not normalised
+
+    def due(self, step: int, steps: int, per_epoch: int) -> bool:
+        """Tell if a check is due before step `step`, or at the end, if that is `steps`."""
+        first = max(1, min(per_epoch, steps // 10))
+        times, rest = divmod(step, first)
+        return step == steps or (rest == 0 and times & (times - 1) == 0)
+
+    def look(self, step: int, batches: Batches, moves: tuple[float, float]) -> dict[str, Any]:
+        """Return what is found before a step, as plain types; `moves` is what `Training.walk` returns."""
+        r = self._config.noise.std
+        walk = Walk(*moves, self._size)
+        said = {"step": step, "r": r, "walk": walk.times(r), "suggested": walk.suggested()}
+        found = self._measure(step, batches) if self._measures else None
+        if found is not None:
+            times = found.times(r, momentum=self._config.momentum)
+            said |= {"times": times, "std": found.std, "std_error": found.std_error, **asdict(found)}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}
+
+    def _measure(self, step: int, batches: Batches) -> GradientNoise | None:
+        device, dtype = (first := next(self._task.parameters())).device, first.dtype
+        read = [self._data.batch(batches[step + ahead], device, dtype) for ahead in range(_BATCHES)]
+        try:
+            return gradient_noise(self._task, task_loss, read, workers=self._workers, process_group=Solo())
+        except NotFiniteError:
+            return None  # the gradient tells
+
+
+def noise_warning(look: dict[str, Any], *, by_round: bool = False) -> str | None:
+    """Return what is to be said of a run's noise, if it carries x too far; `by_round`: of local updates."""
+    walk, times, suggested = look["walk"], look.get("times"), look["suggested"]
+    if walk is None or suggested is None or not walk > FAR:
+        return None
+    length = "r sqrt(rounds)" if by_round else "eta r sqrt(T)"
+    own = "" if times is None else f"is {times:,.0f} times the gradient's own noise at step {look['step']:,} and "
+    return (
+        f"noise {look['r']:.2g} {own}carries x {walk:,.3g} times ||x_0|| away in the run, {length} a coordinate; "
+        f"beyond {FAR:g} times it is more likely to keep the loss up than to free it; suggested r = {suggested:.1g}"
+    )
+
+
+class Inspector:
+    """One worker's part in the certificates of a run in progress; every method is collective."""
+
+    def __init__(
+        self, config: Config, task: Task, data: Dataset, shards: Sequence[Tensor], steps: int, per_epoch: int
+    ) -> None:
+        """`shards` has the shard of each worker that this process stands for (see `FusedGroup`)."""
+        self._rule: CertifyConfig | None = config.certify
+        self._lr = config.sgd_lr()
+        self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
+        like = next(task.parameters())
+        self._device = like.device
+        self.seconds = 0.0  # spent here
+        self.examples = Examples(data, torch.cat(list(shards)), like.device, like.dtype)
+        if self._rule is None:
+            return
+        # At random, since a shard may be sorted by class.
+        chosen = [
+            mine[self._order(len(mine), worker)[: self._rule.examples]]
+            for worker, mine in enumerate(shards, start=resolve(None).rank)
+        ]
+        self.examples = Examples(data, torch.cat(chosen), like.device, like.dtype)
+        self._population = len(data)
+        self._due = certified_steps(self._rule, steps, per_epoch)
+        self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
+
+    def _order(self, n: int, worker: int) -> Tensor:
+        return torch.randperm(n, generator=generator(self._seed, 0, Stream.CERTIFY, worker=worker))
+
+    def due(self, step: int) -> bool:
+        """Tell if x_t is to be kept or certified."""
+        return self._rule is not None and (step in self._iterates or step in self._due)
+
+    def look(self, step: int, folder: RunFolder) -> None:
+        """Keep x_t if it was drawn, and certify it if it is due; t = `step`, before its gradient."""
+        if self._rule is None:
+            return
+        begin = time.perf_counter()
+        if step in self._iterates and resolve(None).rank == 0:
+            folder.save_tensors(iterate_name(step), self._task.network.state_dict())
+        if step in self._due:
+            line = {"step": step, "epoch": step / self._per_epoch, **self._certify(self._rule, step)}
+            if resolve(None).rank == 0:
+                folder.append("certificates.jsonl", line)
+        self.seconds += time.perf_counter() - begin
+
+    def _certify(self, rule: CertifyConfig, step: int) -> dict[str, Any]:
+        try:
+            certificate = certify(
+                self._task,
+                task_loss,
+                self.examples,
+                epsilon=rule.last_epsilon if rule.last_epsilon and step == self._steps else rule.epsilon,
+                hessian_lipschitz=rule.hessian_lipschitz,
+                failure_probability=rule.failure_probability,
+                max_hvps=rule.max_hvps,
+                pilot_examples=0,  # curves have both bounds
+                sample_of=self._population,
+                lr=self._lr,
+                generator=generator(self._seed, step, Stream.CERTIFY, device=self._device),
+                process_group=Solo() if isinstance(resolve(None), FusedGroup) else None,
+            )
+        except NotFiniteError:  # a run that diverged continues to its end and reports it
+            return {"verdict": str(Verdict.GRADIENT_TOO_LARGE), "loss": None}
+        return certificate.to_dict()
+
+
+def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]:
+    """The steps of a run's certificates: every N epochs, at chosen epochs within the run, and then at its end."""
+    due = {round(epoch * per_epoch) for epoch in rule.at}
+    if rule.every is not None:
+        stride = max(1, round(rule.every * per_epoch))
+        due |= set(range(stride, steps, stride))
+    return {min(max(1, step), steps) for step in due} | ({steps} if due or rule.every is not None else set())
+
+
+def iterate_name(step: int) -> str:
+    """Return the path of the drawn iterate x_t."""
+    return f"iterates/step-{step:08d}.pt"
+
+
+def drawn_names(config: Config, steps: int) -> list[str]:
+    """The files of the iterates that a run of T = `steps` draws, as often as they are drawn."""
+    m = 0 if config.certify is None else config.certify.iterates
+    return [iterate_name(step) for step in draw_iterates(m, steps, config.seed)]
+
+
+# Ten Hessian-vector products of a 128th of the examples take about as long as a quarter of an epoch.
+_LEAST, _MOST, _SHARE = 32, 256, 128
+_LONG = 5.0  # steps in the mean; who waits for less moves by few gradients at once
+
+
+class StepSizeCheck:
+    """Looks where a coordinate waits long to be sent, at the examples of this process alone.
+
+    The mean over workers would cost several dense exchanges.
+    """
+
+    def __init__(
+        self, config: Config, task: Task, waits: Sequence[float] | None, data: Dataset, shards: Sequence[Tensor]
+    ) -> None:
+        """`waits` are in steps, by parameter, if known; `shards` has those of the workers that this process is."""
+        self._config, self._task = config, task
+        self._steps = [
+            CoordinateStep(name, config.lr / (1 - config.momentum), wait)
+            for (name, p), wait in zip(task.named_parameters(), waits or (), strict=False)
+            if p.requires_grad
+        ]
+        self._concerned = any(step.wait >= _LONG for step in self._steps)
+        first = next(task.parameters())
+        wanted = min(max(_LEAST, sum(map(len, shards)) // _SHARE), _MOST)
+        chosen = torch.cat([_spread(shard, max(1, wanted // len(shards))) for shard in shards])
+        self._examples = Examples(data, chosen, first.device, first.dtype)
+
+    def due(self, step: int, calendar: Calendar) -> bool:
+        """Tell if a check is due before step `step`."""
+        epochs, rest = divmod(step, calendar.per_epoch)
+        return self._concerned and rest == 0 and epochs & (epochs - 1) == 0
+
+    def warning(self, step: int) -> str | None:
+        """Return what is to be said, if the step is past stability."""
+        channel = Communicator(Solo(), Ledger())
+        dice = generator(self._config.seed, step, Stream.CERTIFY)
+        try:
+            worst = largest_overshoot(Curvature(self._task, task_loss, self._examples, channel), self._steps, dice)
+        except NotFiniteError:
+            return None  # the gradient tells
+        return worst.advice() if worst.is_unstable else None
+
+
+def _spread(shard: Tensor, n: int) -> Tensor:
+    """Some indices from all over a shard, which may be sorted by class."""
+    return shard[:: max(1, len(shard) // n)][:n]

@@ -1,0 +1,319 @@
+"""A run's folder: config.json, environment.json, metrics.jsonl, summary.json and checkpoint/; where certificates were
+asked for, certificates.jsonl and iterates/.
+
+A folder is made once and never overwritten. Every file but the .jsonl, which grow line by line, is written
+aside and renamed, so that a reader or a crash never finds half of one. summary.json appears when the run is done.
+What is read back is checked: JSON of the types that reports and certificates rely on. Fields that are not known are let
+through, so that a folder of another version is read as far as it goes.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import torch
+
+from packsaddle.checkpoint.atomic_files import write_whole
+from packsaddle.curvature.certificate import Verdict
+from packsaddle.errors import ConfigError
+from packsaddle.messages import printable, shown
+from packsaddle.version import __version__
+
+Kind = Literal["number", "count", "text", "verdict", "finite number"]
+Fields = tuple[dict[str, Kind], dict[str, Kind]]  # those that must be there, those that may be, or be null
+_TYPES: dict[Kind, Any] = {
+    "number": int | float,
+    "count": int,
+    "text": str,
+    "verdict": str,
+    "finite number": int | float,
+}
+
+_CONFIG: Fields = ({}, {"label": "text", "seed": "count", "plateau": "finite number"})
+_METRICS: Fields = (
+    {"step": "count", "epoch": "finite number", "loss": "number", "seconds": "finite number"},
+    dict.fromkeys(("sent", "received", "payload", "grad_norm", "test_loss", "test_accuracy", "mu", "rounds"), "number"),
+)
+_SUMMARY: Fields = (
+    {},
+    {
+        **dict.fromkeys(("final_loss", "test_loss", "test_accuracy", "compression", "seconds"), "number"),
+        "steps": "count",
+    },
+)
+_CERTIFICATES: Fields = (
+    {"verdict": "verdict", "step": "count", "epoch": "finite number"},
+    dict.fromkeys(("loss", "grad_norm", "lambda_min_lower", "lambda_min_upper", "threshold"), "number"),
+)
+_FIELDS: dict[str, Fields] = {
+    "config.json": _CONFIG,
+    "environment.json": ({}, {"packsaddle": "text"}),
+    "summary.json": _SUMMARY,
+    "metrics.jsonl": _METRICS,
+    "certificates.jsonl": _CERTIFICATES,
+}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in one file of a run folder. Raises ConfigError that names the file and the field."""
+    return _checked(_parsed(_text(path), path.name), path.name, path.name)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON lines in a file of a run folder, none if there is no such file; the last one may be cut off, as
+    by a kill in the middle of it. Raises ConfigError that names the line and the field."""
+    lines = _text(path).splitlines() if path.exists() else []
+    found = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path.name}, line {number}"
+        try:
+            content = _parsed(line, where)
+        except ConfigError:
+            if number == len(lines):
+                break
+            raise
+        found.append(_checked(content, path.name, where))
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name}: byte {error.start} is not UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{path.name} cannot be read: {error.strerror}") from None
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: not valid JSON: lists or objects are nested too deeply") from None
+
+
+def _checked(content: Any, name: str, where: str) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} must be a JSON object, got {shown(content)}")
+    needed, possible = _FIELDS[name]
+    for field, kind in {**needed, **possible}.items():
+        if field not in content:
+            if field in needed:
+                raise ConfigError(f"{where} lacks {field}")
+            continue
+        if content[field] is None and field in possible and field != "seed":
+            continue
+        if not _is(kind, content[field]):
+            raise ConfigError(f"{where}: {field} must be a {kind}, got {shown(content[field])}")
+    if name == "certificates.jsonl":
+        bounds = [content.setdefault(f"lambda_min_{end}", None) is None for end in ("lower", "upper")]
+        content.setdefault("threshold", None)
+        content.setdefault("loss", None)
+        if bounds[0] != bounds[1]:
+            raise ConfigError(f"{where}: lambda_min_lower and lambda_min_upper must be both numbers or both null")
+    return content
+
+
+def _is(kind: Kind, value: Any) -> bool:
+    if isinstance(value, int) and (isinstance(value, bool) or not -(2**63) <= value < 2**63):
+        return False
+    if kind == "verdict":
+        return value in list(Verdict)
+    return isinstance(value, _TYPES[kind]) and (kind != "finite number" or math.isfinite(value))
+
+
+class RunFolder:
+    """The writing end, for rank 0 (and for each worker's part of the checkpoint)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Make the folder. Raises ConfigError if it exists or cannot be made; nothing is touched then."""
+        make_new(self.path)
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file atomically."""
+        self._replace(name, lambda file: file.write(json.dumps(content, indent=2, allow_nan=True).encode() + b"\n"))
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Add one line to a .jsonl file."""
+        with (self.path / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def settle(self) -> None:
+        """Have the .jsonl files reach the disk, before a checkpoint says that they are there. Raises OSError."""
+        for path in self.path.glob("*.jsonl"):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+    def cut(self, step: int) -> None:
+        """Cut the .jsonl files back to what they were when `step` steps were done. Raises ConfigError if damaged."""
+        for name, last in (("metrics.jsonl", step), ("certificates.jsonl", step - 1)):
+            path = self.path / name
+            if path.exists():
+                try:
+                    lines = [line for line in read_lines(path) if line["step"] <= last]
+                except (ConfigError, KeyError, TypeError) as error:
+                    raise ConfigError(f"{path} is damaged: {error}") from None
+                text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+                if text != path.read_bytes():
+                    self._replace(name, partial(_write, text))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def save_tensors(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write tensors and plain types atomically, to be read with torch.load(weights_only=True)."""
+        self._replace(name, lambda file: torch.save(content, file))
+
+    def _replace(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
+        write_whole(self.path / name, write)
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
+
+
+def make_new(path: Path) -> None:
+    """Make a folder that must not exist yet, with its parents. Raises ConfigError."""
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(f"output folder {path} exists already; choose another with --out") from None
+    except OSError as error:
+        raise ConfigError(f"output folder {path} cannot be made: {error.strerror}") from None
+
+
+@contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """Raise ConfigError where the system refuses to write into a folder: its disk is full, or read-only."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise ConfigError(f"{folder} cannot be written: {what}; what it holds so far stays readable") from None
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the code that runs, with "+" if files differ from it; None outside a checkout of packsaddle."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        call = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]  # a run that is killed leaves no lock
+        try:
+            answer = subprocess.run(call, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return answer.stdout.strip()
+
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return None
+    head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--", ".")
+    return None if head is None else head + ("+" if changes else "")
+
+
+def environment(version: str, workers: int, device: str) -> dict[str, Any]:
+    """Describe what a run ran on."""
+    return {
+        "packsaddle": version,
+        "commit": commit(),
+        "command": shlex.join(["packsaddle", *sys.argv[1:]]),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or device,
+        "workers": workers,
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """The reading end: what a run left in its folder."""
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any] | None  # None: the run has not finished
+    certificates: list[dict[str, Any]]  # along the run, as `Certificate.to_dict` gives them, with step and epoch
+
+    @property
+    def label(self) -> str:
+        """The run's name in tables and figures: as configured, or its folder's (of SETTING/seed-N: SETTING).
+
+        Control characters in it are shown as escapes.
+        """
+        folder = self.path.absolute()
+        inner = folder.parent.name if re.fullmatch(r"seed-\d+", folder.name) else folder.name
+        return printable(str(self.config.get("label") or inner))
+
+
+_DEPTHS = ("*", "*/*", "*/*/*")  # of runs in a folder: side by side, by setting and seed, in a study's runs/
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read run folders, or folders that hold run folders, up to a study's runs/SETTING/seed-N.
+
+    Runs side by side in a folder come in order of time, those further down by path, seed 2 before seed 10.
+    One that is named twice is read once. Raises ConfigError that names what is not a run folder and holds none.
+    """
+    found: dict[Path, Path] = {}  # by what it is: a folder may be named in several ways
+    for path in paths:
+        if (path / "config.json").is_file():
+            found.setdefault(path.resolve(), path)
+            continue
+        inside = [p.parent for depth in _DEPTHS for p in path.glob(f"{depth}/config.json")] if path.is_dir() else []
+        if not inside:
+            raise ConfigError(f"{path} is not a run folder (it has no config.json) and holds none")
+        flat = all(run.parent == path for run in inside)
+        order: Callable[[Path], Any] = (lambda run: run.stat().st_mtime_ns) if flat else _natural
+        for run in sorted(inside, key=order):
+            found.setdefault(run.resolve(), run)
+    return [_read_run(path) for path in found.values()]
+
+
+def _natural(path: Path) -> list[list[str | int]]:
+    """A key that sorts numbers within names by value."""
+    return [[int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", part)] for part in path.parts]
+
+
+def _read_run(path: Path) -> Run:
+    try:
+        return Run(
+            path,
+            read_object(path / "config.json"),
+            read_object(path / "environment.json"),
+            read_lines(path / "metrics.jsonl"),
+            read_object(path / "summary.json") if (path / "summary.json").exists() else None,
+            read_lines(path / "certificates.jsonl"),
+        )
+    except ConfigError as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: ConfigError) -> ConfigError:
+    """Return the error to raise for a run folder that cannot be read, which says so if another version wrote it."""
+    try:
+        version = read_object(path / "environment.json").get("packsaddle") or __version__
+    except ConfigError:
+        version = __version__
+    other = f" (packsaddle {version} wrote it, and this is {__version__})"
+    return ConfigError(f"run folder {path} is damaged{other * (version != __version__)}: {error}")

@@ -1,0 +1,168 @@
+"""Examples dealt to workers, chosen examples in batches, and the epochs and steps of a run.
+
+The number of workers may change in the course of a run. Training batches are pure functions of (seed, worker, step).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from packsaddle.errors import ConfigError
+from packsaddle.runs.tasks.images import Dataset
+from packsaddle.numerics.seeds import Stream, generator
+
+History = Sequence[tuple[int, int]]  # since which step how many workers there are
+
+
+@dataclass(frozen=True)
+class Calendar:
+    """Steps of the present number of workers: an epoch is a pass of all workers together over the data."""
+
+    per_epoch: int  # steps in an epoch
+    start: int  # the step since which there is this number of workers
+    done: float  # epochs by then
+    steps: int  # of the whole run
+
+    @classmethod
+    def of(cls, history: History, examples: int, batch_size: int, epochs: float) -> "Calendar":
+        """Return it. A run does not end before something is done."""
+        done = 0.0
+        for (start, workers), (stop, _) in pairwise(history):
+            done += (stop - start) / _per_epoch(examples, batch_size, workers)
+        start, workers = history[-1]
+        per_epoch = _per_epoch(examples, batch_size, workers)
+        return cls(per_epoch, start, done, start + max(1, round((epochs - done) * per_epoch)))
+
+    def position(self, step: int) -> float:
+        """Return the step that it would be had the number of workers always been the present one."""
+        return step - self.start + self.done * self.per_epoch
+
+    def epoch(self, step: int) -> float:
+        """Return the number of epochs that are done at a step."""
+        return self.position(step) / self.per_epoch
+
+    def step_at(self, epoch: float) -> int:
+        """Return the step at which a number of epochs is done, at the earliest that of the last change of workers."""
+        return self.start + max(0, round(epoch * self.per_epoch - self.done * self.per_epoch))
+
+
+def _per_epoch(examples: int, batch_size: int, workers: int) -> int:
+    return max(1, examples // (batch_size * workers))
+
+
+def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> Tensor:
+    """Return the indices, int64, that this worker owns: an equal random share (iid), or its kind of examples (class:
+    whole classes of images, a stretch of a text).
+
+    Raises ConfigError if a worker would get nothing.
+    """
+    if how == "class":
+        mine = (data.owners(workers) == worker).nonzero().squeeze(1)
+    else:
+        mine = torch.randperm(len(data), generator=generator(seed, 0, Stream.SHARD))[worker::workers]
+    if len(mine) == 0:
+        raise ConfigError(f"worker {worker} of {workers} gets no examples with data.shard = {how!r}; use fewer workers")
+    return mine
+
+
+class Batches:
+    """This worker's batches, without replacement within a pass over its shard; batch t depends only on t.
+
+    They begin at step `start` with what `rest` has, int64[m], if a pass that other workers began is to be ended, and
+    then continue with this worker's own passes, from number `first`.
+    """
+
+    def __init__(
+        self,
+        indices: Tensor,
+        batch_size: int,
+        *,
+        worker: int,
+        seed: int,
+        start: int = 0,
+        rest: Tensor | None = None,
+        first: int = 0,
+    ) -> None:
+        self._indices, self._batch_size, self._worker, self._seed = indices, batch_size, worker, seed
+        self._start, self._first = start, first
+        self._rest = indices[:0] if rest is None else rest
+        self._epoch, self._order = -1, indices
+
+    def __getitem__(self, step: int) -> Tensor:
+        """Return the indices of the batch of a step, int64[batch_size]; a batch may straddle two passes."""
+        picked = []
+        position, missing = (step - self._start) * self._batch_size, self._batch_size
+        while missing:
+            part = self._from(position)[0][:missing]
+            picked.append(part)
+            position, missing = position + len(part), missing - len(part)
+        return torch.cat(picked)
+
+    def left(self, step: int) -> tuple[Tensor, int]:
+        """Return the rest of the pass at a step, int64[m], and the number of the next one."""
+        left, number = self._from((step - self._start) * self._batch_size)
+        if number >= self._first and len(left) == len(self._indices):
+            return left[:0], number
+        return left, number + 1
+
+    def _from(self, position: int) -> tuple[Tensor, int]:
+        """Return what follows in a pass after a number of examples, and the pass's number."""
+        if position < len(self._rest):
+            return self._rest[position:], self._first - 1
+        number, offset = divmod(position - len(self._rest), len(self._indices))
+        return self._pass(self._first + number)[offset:], self._first + number
+
+    def _pass(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            rng = generator(self._seed, epoch, Stream.BATCH, worker=self._worker)
+            self._epoch, self._order = epoch, self._indices[torch.randperm(len(self._indices), generator=rng)]
+        return self._order
+
+
+def deal(
+    data: Dataset, how: str, batch_size: int, *, seed: int, history: History, workers: Iterable[int]
+) -> list[Batches]:
+    """Return the batches of some of the present workers, in a run whose number of workers changed as `history` says.
+
+    The rest of the unfinished passes is dealt to the new workers by who owns which example, so that none
+    is repeated and none dropped. Raises ConfigError if a worker would get nothing.
+    """
+    rest, first = torch.empty(0, dtype=torch.int64), 0
+    for (start, size), (stop, _) in pairwise(history):
+        every = [_begin(data, how, batch_size, w, size, seed, start, rest, first) for w in range(size)]
+        left = [batches.left(stop) for batches in every]
+        rest, first = torch.cat([part for part, _ in left]), max(number for _, number in left)
+    start, size = history[-1]
+    return [_begin(data, how, batch_size, w, size, seed, start, rest, first) for w in workers]
+
+
+def _begin(
+    data: Dataset, how: str, batch_size: int, worker: int, workers: int, seed: int, start: int, rest: Tensor, first: int
+) -> Batches:
+    mine = shard(data, how, worker=worker, workers=workers, seed=seed)
+    own = mine[torch.isin(mine, rest)]
+    rng = generator(seed, start, Stream.SHARD, worker=worker)
+    own = own[torch.randperm(len(own), generator=rng)]
+    return Batches(mine, batch_size, worker=worker, seed=seed, start=start, rest=own, first=first)
+
+
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Chosen examples as batches that can be read again, on a device and in a precision."""
+
+    data: Dataset
+    index: Tensor  # int64
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    batch_size: int = _BATCH
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in torch.split(self.index, self.batch_size):
+            if len(part):
+                yield self.data.batch(part, self.device, self.dtype)

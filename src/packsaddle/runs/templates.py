@@ -1,0 +1,239 @@
+"""Configurations to start from: the presets of `packsaddle init`, the demo's four runs, and their TOML text.
+
+A preset is written as a commented TOML file: values from a Config, words from the comments on its fields. The demo
+is a deep autoencoder on digits, from a start where plain SGD stalls at a saddle.
+"""
+
+import ast
+import dataclasses
+import inspect
+import json
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from packsaddle.compressors import Identity, RandomK, TopK
+from packsaddle.runs.config import (
+    AnyCompressor,
+    CertifyConfig,
+    Config,
+    DataConfig,
+    EscapeConfig,
+    LocalConfig,
+    ModelConfig,
+    NoiseConfig,
+)
+from packsaddle.options.schema import choices, settable
+
+# What stands, commented out, where a configuration has nothing.
+_EXAMPLES: dict[str, Any] = {
+    "storm": 0.1,
+    "test_every": 1.0,
+    "plateau": 0.1,
+    "data.limit": 1000,
+    "noise.lower_from": 10.0,
+    "noise.lower_until": 14.0,
+    "compressor.k": 1000,
+    "compressor.block_size": 16,
+    "compressor.chunk": 4096,
+    "compressor.values": "bfloat16",
+    "back": TopK(0.05),
+    "back.k": 1000,
+    "back.values": "bfloat16",
+    "back.chunk": 4096,
+    "escape": EscapeConfig(interval=5000, radius=5.0),
+    "certify": CertifyConfig(epsilon=2e-3),
+    "certify.hessian_lipschitz": 1e-3,
+    "certify.every": 1.0,
+    "certify.last_epsilon": 1e-2,
+    "local": LocalConfig(),
+    "local.clip": 1.0,
+}
+_COLUMN, _WIDTH = 28, 120
+
+
+def template(config: Config, heading: str) -> str:
+    """Return TOML that loads as `config`, with every key: those at their defaults, or without a value, commented out.
+
+    The values of the latter are examples. `heading` is what the file begins with.
+    """
+    hints, fields = get_type_hints(Config), settable(Config)
+    tables = [f for f in fields if any(map(dataclasses.is_dataclass, (hints[f.name], *get_args(hints[f.name]))))]
+    lines = [f"# {line}".rstrip() for line in heading.splitlines()] + [""]
+    for f in fields:
+        if f not in tables:
+            lines += _key(config, f, hints[f.name], f.name)
+    for f in tables:
+        lines += ["", *_table(getattr(config, f.name), f.name, hints[f.name])]
+    return "\n".join(lines) + "\n"
+
+
+def _table(value: Any, name: str, hint: Any) -> Iterator[str]:
+    off = "# " if value is None else ""
+    value = _EXAMPLES[name] if value is None else value
+    cls, kinds = type(value), [c.__name__ for c in choices(hint)]
+    about = comments(Config).get(name) or (inspect.getdoc(cls) or "").partition("\n")[0].removesuffix(".")
+    yield from _line(f"{off}[{name}]", about)
+    if kinds:
+        yield from _line(f"{off}kind = {json.dumps(cls.__name__)}", f"one of {', '.join(kinds)}")
+    for f in settable(cls):
+        yield from _key(value, f, get_type_hints(cls)[f.name], f"{name}.{f.name}", off)
+
+
+def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str = "") -> Iterator[str]:
+    value, required = getattr(owner, f.name), f.default is dataclasses.MISSING
+    cls: type = type(owner)
+    about = [comments(cls).get(f.name, "")] + ["needed"] * (required and bool(off))
+    if options := [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]:
+        about.insert(0, f"one of {', '.join(options)}")
+    if value is not None and value != f.default and f.default not in (None, (), dataclasses.MISSING):
+        about.append(f"by default {_toml(f.default)}")
+    off = "# " if value is None or value == f.default else off
+    shown = _EXAMPLES[name] if value is None else value
+    yield from _line(f"{off}{f.name} = {_toml(shown)}", "; ".join(filter(None, about)))
+
+
+def _line(statement: str, about: str) -> Iterator[str]:
+    """Yield a statement with a comment; a long one continues below."""
+    at = max(_COLUMN, len(statement) + 1)
+    first, *others = textwrap.wrap(about, _WIDTH - at - 2, break_on_hyphens=False) or [""]
+    yield f"{statement:<{at}}# {first}" if first else statement
+    yield from (f"{'':<{_COLUMN}}# {other}" for other in others)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return json.dumps(value) if isinstance(value, str | bool) else repr(value)
+
+
+@cache
+def comments(cls: type) -> dict[str, str]:
+    """Return the comment of each field of a dataclass: on its line, or on the lines above it."""
+    found = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        source = textwrap.dedent(inspect.getsource(base))
+        lines = source.splitlines()
+        (tree,) = ast.parse(source).body
+        assert isinstance(tree, ast.ClassDef)
+        for node in tree.body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                above, at = "", node.lineno - 2
+                while lines[at].startswith("    # "):
+                    above, at = f"{lines[at].strip(' #')} {above}", at - 1
+                aside = lines[(node.end_lineno or 0) - 1][node.end_col_offset or 0 :].strip(" #")
+                found[node.target.id] = f"{above}{aside}".strip()
+    return found
+
+
+EPOCHS = 60.0
+# The loss of the best constant output: the mean variance of a pixel of the training digits.
+PLATEAU = 0.0735
+
+
+def demo_configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[str, Config]:
+    """Return the four runs by folder name: they differ in compressor and noise alone."""
+    settings: dict[str, tuple[str, AnyCompressor, float]] = {
+        "dense": ("dense", Identity(), 0.0),
+        "dense-noise": ("dense + noise", Identity(), 0.003),
+        "randomk-noise": ("RandomK 1% + noise", RandomK(0.01), 0.003),
+        "topk-noise": ("TopK 1% + noise", TopK(0.01), 0.003),
+    }
+    return {
+        name: Config(
+            data=DataConfig("digits"),
+            model=ModelConfig("autoencoder", (256, 128, 64, 32, 10)),
+            lr=1.0,
+            epochs=epochs,
+            batch_size=max(1, 32 // max(1, workers)),
+            compressor=compressor,
+            noise=NoiseConfig(std, lower_from=0.6 * epochs, lower_until=0.85 * epochs),
+            label=label,
+            seed=seed,
+            workers=workers,
+            log_every=23,
+            plateau=PLATEAU,
+        )
+        for name, (label, compressor, std) in settings.items()
+    }
+
+
+TaskName = Literal["char-transformer", "char-transformer-local", "digits", "mnist-autoencoder", "resnet18"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to train, and how."""
+
+    about: str
+    config: Config
+    flags: str = ""  # that `packsaddle run` needs, or begins with a space
+
+
+TASKS: dict[TaskName, Task] = {
+    "char-transformer": Task(
+        "A small language model over the characters of Python's own reference: no download, some minutes on two cores.",
+        Config(
+            data=DataConfig("text"),
+            model=ModelConfig("char-transformer"),
+            lr=0.3,
+            epochs=30.0,
+            batch_size=16,
+            compressor=TopK(0.01),
+            workers=2,
+            plateau=3.25,  # the entropy of a single character
+        ),
+    ),
+    "char-transformer-local": Task(
+        "The small language model by local updates, for slow links: AdamW on each worker, an exchange every 30 steps.",
+        Config(
+            data=DataConfig("text"),
+            model=ModelConfig("char-transformer"),
+            lr=0.003,
+            epochs=30.0,
+            batch_size=16,
+            compressor=TopK(1 / 32),
+            weight_decay=0.1,
+            workers=2,
+            plateau=3.25,
+            local=LocalConfig(betas=(0.9, 0.99), warm_up=0.5, schedule="cosine", clip=1.0),
+        ),
+    ),
+    "digits": Task(
+        "A deep autoencoder on scikit-learn's digits, from a start where SGD without noise stalls at a saddle.",
+        replace(demo_configs(2)["randomk-noise"], label=""),
+    ),
+    "mnist-autoencoder": Task(
+        "The paper's deep MNIST autoencoder (its footnote 7 and Figure 2).",
+        Config(
+            data=DataConfig("mnist"),
+            model=ModelConfig("mnist-autoencoder"),
+            lr=0.1,
+            epochs=16.0,
+            batch_size=64,
+            compressor=RandomK(0.001),
+            noise=NoiseConfig(0.01, lower_from=10.0, lower_until=14.0),
+            plateau=0.095,  # the loss of the best constant grey
+        ),
+        " --data-dir DIR --download",
+    ),
+    "resnet18": Task(
+        "ResNet-18 on CIFAR-10: not tuned, and for a GPU: on two cores an epoch takes half an hour or more.",
+        Config(
+            data=DataConfig("cifar10"),
+            model=ModelConfig("resnet18"),
+            lr=0.1,
+            epochs=30.0,
+            batch_size=64,
+            compressor=TopK(0.01),
+            weight_decay=5e-4,
+            workers=2,
+            test_every=1.0,
+        ),
+        " --data-dir DIR --download",
+    ),
+}

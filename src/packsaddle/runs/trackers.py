@@ -1,0 +1,219 @@
+"""Experiment trackers that a run's numbers go to as well: TensorBoard, Weights & Biases and MLflow, on this machine.
+
+A tracker is anything with `log` and `finish`. Nothing leaves the machine unless the environment asks for it, in the
+library's own way (WANDB_MODE, MLFLOW_TRACKING_URI); their reports on themselves are off unless it switches them on.
+"""
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from packsaddle.errors import require
+from packsaddle.runs.run_folder import RunFolder
+from packsaddle.integrations.callbacks import scalars
+
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]
+_FINAL = ("final_loss", "test_loss", "test_accuracy")  # what a summary has that the lines before may not have
+
+
+class Tracker(Protocol):
+    """A receiver of one process's numbers of a run.
+
+    >>> class Printer:
+    ...     def log(self, metrics, step):
+    ...         print(step, dict(metrics))
+    ...     def finish(self):
+    ...         print("done")
+    >>> tracker = Printer()
+    >>> tracker.log({"loss": 0.5}, step=10)
+    10 {'loss': 0.5}
+    >>> tracker.finish()
+    done
+    """
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the `metrics` of a step, by name; steps do not decrease."""
+
+    def finish(self) -> None:
+        """Write what is left, and close."""
+
+
+class TensorBoard:
+    """A tracker that writes event files to a folder: `tensorboard --logdir FOLDER`.
+
+    Raises MissingExtraError without tensorboard.
+
+    >>> from pathlib import Path  # doctest: +SKIP
+    >>> from packsaddle.runs.trackers import TensorBoard  # doctest: +SKIP
+    >>> tracker = TensorBoard(Path("runs/a/tensorboard"))  # doctest: +SKIP
+    >>> tracker.log({"loss": 0.5}, step=10)  # doctest: +SKIP
+    >>> tracker.finish()  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: Path) -> None:
+        require_tracker("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the `metrics` of a step as scalars."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        """Write what is left, and close."""
+        self._writer.close()
+
+
+class WandB:
+    """A tracker that records a run of Weights & Biases, in `folder`/wandb.
+
+    It is offline, to be sent with `wandb sync`, unless WANDB_MODE says other. `project`, `name` and `config` are those
+    of `wandb.init`. Raises MissingExtraError without wandb.
+
+    >>> from pathlib import Path  # doctest: +SKIP
+    >>> from packsaddle.runs.trackers import WandB  # doctest: +SKIP
+    >>> tracker = WandB(Path("runs/a"), name="a")  # doctest: +SKIP
+    >>> tracker.log({"loss": 0.5}, step=10)  # doctest: +SKIP
+    >>> tracker.finish()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        project: str = "packsaddle",
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        wandb = require_tracker("wandb")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(
+            project=project,
+            name=name,
+            config=dict(config or {}),
+            dir=str(folder),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+            settings=wandb.Settings(silent=True, console="off"),  # the terminal is the run's own
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the `metrics` of a step as one row."""
+        self._run.log(dict(metrics), step=step)
+
+    def finish(self) -> None:
+        """Write what is left, and close."""
+        self._run.finish()
+
+
+class MLflow:
+    """A tracker that records a run of MLflow, in `folder`/mlflow.db (SQLite) or in the store of MLFLOW_TRACKING_URI.
+
+    `mlflow ui --backend-store-uri sqlite:///FOLDER/mlflow.db` shows it. `experiment` and `name` are the experiment's
+    and the run's, `config` becomes its parameters. Raises MissingExtraError without mlflow.
+
+    >>> from pathlib import Path  # doctest: +SKIP
+    >>> from packsaddle.runs.trackers import MLflow  # doctest: +SKIP
+    >>> tracker = MLflow(Path("runs/a/mlflow"), name="a")  # doctest: +SKIP
+    >>> tracker.log({"loss": 0.5}, step=10)  # doctest: +SKIP
+    >>> tracker.finish()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        experiment: str = "packsaddle",
+        name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._metric = require_tracker("mlflow").Metric
+        from mlflow import MlflowClient
+
+        folder.mkdir(parents=True, exist_ok=True)
+        store = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.resolve()}/mlflow.db")
+        self._client = MlflowClient(tracking_uri=store)
+        known = self._client.get_experiment_by_name(experiment)
+        where = known.experiment_id if known else self._client.create_experiment(experiment)
+        self._run_id = self._client.create_run(where, run_name=name).info.run_id
+        for key, value in _flat(config or {}):
+            self._client.log_param(self._run_id, key, value)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the `metrics` of a step as one batch."""
+        now = int(time.time() * 1000)
+        found = [self._metric(name, value, now, step) for name, value in metrics.items()]
+        self._client.log_batch(self._run_id, metrics=found)
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        self._client.set_terminated(self._run_id)
+
+
+_LIBRARIES: Mapping[TrackerName, str] = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow.entities"}
+_REPORTS_OFF = {"wandb": {"WANDB_ERROR_REPORTING": "false"}, "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true"}}
+
+
+def require_tracker(name: TrackerName) -> Any:
+    """Import a tracker's library, its reports on itself off. Raises MissingExtraError that names the extra."""
+    for variable, value in _REPORTS_OFF.get(name, {}).items():
+        os.environ.setdefault(variable, value)
+    return require(_LIBRARIES[name], "track", f"tracking with {name}")
+
+
+class TrackedFolder(RunFolder):
+    """A run's folder whose lines of metrics and certificates, and final results, go to trackers as well."""
+
+    def __init__(self, path: Path, trackers: Sequence[Tracker]) -> None:
+        super().__init__(path)
+        self._trackers = trackers
+
+    def append(self, name: str, line: Mapping[str, Any]) -> None:
+        """Add one line to a .jsonl file, and to the trackers: metrics under their names, others' as file/name."""
+        super().append(name, line)
+        found = scalars(line, "" if name == "metrics.jsonl" else name.removesuffix(".jsonl") + "/")
+        self._log({key: value for key, value in found.items() if key.split("/")[-1] != "step"}, line["step"])
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a JSON file atomically; of summary.json, the results go to the trackers."""
+        super().write_json(name, content)
+        if name == "summary.json":
+            self._log(scalars({key: content[key] for key in _FINAL if key in content}), content["steps"])
+
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        for tracker in self._trackers:
+            tracker.log(metrics, step)
+
+
+@contextmanager
+def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mapping[str, Any]) -> Iterator[RunFolder]:
+    """Give a run's folder with these trackers, which write inside it, and finish them afterwards."""
+    with ExitStack() as stack:
+        trackers = []
+        for name in dict.fromkeys(names):
+            trackers.append(_open(name, path, label, config))
+            stack.callback(trackers[-1].finish)
+        yield TrackedFolder(path, trackers)
+
+
+def _open(name: TrackerName, folder: Path, label: str, config: Mapping[str, Any]) -> Tracker:
+    match name:
+        case "tensorboard":
+            return TensorBoard(folder / "tensorboard")
+        case "wandb":
+            return WandB(folder, name=label, config=config)  # makes a folder wandb
+        case "mlflow":
+            return MLflow(folder / "mlflow", name=label, config=config)
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield a configuration's values by dotted key."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,432 @@
+"""The trainer of a configured run on one worker: its setup, training loop, evaluation and counters.
+
+The loop is the same for one process, for torchrun's workers and for a simulation. `run_checkpoints` has what is kept
+of a run, when, and how a run resumes.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.checkpoint.files import CheckpointError
+from packsaddle.checkpoint.save_load import Checkpoint
+from packsaddle.comm.communicator import Communicator, check_agreement
+from packsaddle.comm.group import Group, Solo, resolve
+from packsaddle.comm.launching import local_device
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.simulation import FusedGroup, SimulatedGroup
+from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions
+from packsaddle.errors import ConfigError
+from packsaddle.runs.batched import BatchedGradients
+from packsaddle.runs.config import Config
+from packsaddle.runs.local_training import LocalTraining
+from packsaddle.runs.progress import live, megabytes
+from packsaddle.runs.run_checkpoints import NEVER, CheckpointPolicy, RunCheckpoints, StopAndSaveVote
+from packsaddle.runs.run_checks import Inspector, NoiseCheck, StepSizeCheck, noise_warning
+from packsaddle.runs.run_folder import RunFolder
+from packsaddle.runs.tasks.images import load_data
+from packsaddle.runs.tasks.models import Task, average_buffers, connect, make_task
+from packsaddle.runs.tasks.sharding import Calendar, deal, shard
+from packsaddle.runs.training import CompressedTraining, Training, plain_guards
+from packsaddle.numerics.seeds import Stream, mix
+from packsaddle.optim.stages.escape import Escape
+from packsaddle.optim.stages.nonfinite import NonFiniteError
+
+
+@dataclass
+class RunCounters:
+    """One worker's counters; what is not a tensor is the same on all workers, except seconds.
+
+    `sums` are of the steps since the last line, `final` is of those of the last epoch.
+    """
+
+    step: int = 0  # how many are done
+    since: int = 0  # at the last line of metrics
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # loss, gradient norm
+    final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # losses
+    line: dict[str, Any] = field(default_factory=dict)  # the last one; the last step always writes one
+    elapsed: float = 0.0  # seconds, at the last checkpoint
+    left_out: int = 0  # steps since the last line of metrics that were not taken, and have no loss
+    in_final: int = 0  # how many losses `final` is the sum of
+    tested: float = 0.0  # of them spent on tests along the run
+    saved: float = 0.0  # and on checkpoints
+    noise: dict[str, Any] | None = None  # the last look at it (see `run_checks`)
+
+    def add(self, measured: Tensor, *, taken: bool, last: bool) -> None:
+        """Count a step's loss and gradient norm, float64[2], if it was taken; `last` if it is of the last epoch."""
+        if not taken:
+            self.left_out += 1
+            return
+        self.sums += measured
+        if last:
+            self.final += measured[0]
+            self.in_final += 1
+
+    def totals(self) -> Tensor:
+        """Return the sums since the last line, and of how many steps that were taken, float64[3]."""
+        return torch.cat([self.sums, self.sums.new_tensor([self.step - self.since - self.left_out])])
+
+    def final_totals(self) -> Tensor:
+        """Return the sum of the losses of the last epoch, and of how many, float64[2]."""
+        return torch.cat([self.final, self.final.new_tensor([self.in_final])])
+
+    def begin_line(self) -> None:
+        """Count anew for the next one."""
+        self.sums, self.since, self.left_out = torch.zeros_like(self.sums), self.step, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is not a tensor."""
+        return {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
+
+    def load_state_dict(self, state: Mapping[str, Any], sums: Tensor, final: Tensor) -> None:
+        """Restore `state_dict`, and the tensors."""
+        vars(self).update(state)
+        self.sums, self.final = sums.clone(), final.clone()
+
+
+EVAL_BATCH = 512  # examples at once where no gradients are needed
+_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # purposes of bytes other than gradients
+
+
+class Trainer:
+    """One worker's side of a run.
+
+    Construction loads data and model; `run` trains and writes the run folder. Both are collective. `batched`: all
+    simulated workers' gradients are computed at once (see `batched`).
+    """
+
+    def __init__(self, config: Config, data_dir: Path | None, download: bool, batched: bool = False) -> None:
+        self.config = config
+        self.group = resolve(None)
+        self.device = local_device()
+        self.dtype = torch.float64 if config.precision == "float64" else torch.float32
+        self.data = load_data(config.data, data_dir, train=True, download=download)
+        self.test_data = load_data(config.data, data_dir, train=False, download=download)
+        self._check_data()
+        rank, size = self.group.rank, self.group.size
+        # The workers this process stands for: all of them in a fused simulation, else one.
+        self.members = range(size) if isinstance(self.group, FusedGroup) else range(rank, rank + 1)
+        self.history = [(0, size)]
+        self._plan()
+        start = mix(config.seed, int(Stream.INIT)) >> 33
+        shape, parts = self.data.shape, len(self.members)
+        task = make_task(config.model, shape, self.data.classes, start, parts).to(self.device, self.dtype)
+        # Convolutions on a CPU are a quarter faster with channels last, where their gradients are right.
+        layout = torch.contiguous_format if has_narrow_convolutions(task) else torch.channels_last
+        self.task: Task = task.to(memory_format=layout)  # type: ignore[call-overload]
+        calendar = self.calendar
+        self.training = self._training()
+        connect(self.task, self.training.channel)
+        self.batched = None
+        if batched:
+            assert isinstance(self.group, SimulatedGroup)
+            self.batched = BatchedGradients(self.task, self.group, self._batch, self.training.channel, self._autocast)
+        self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
+        self.footing = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
+        self.noise_check = NoiseCheck(config, self.task, self.data, size)
+        self.warnings: list[str] = []
+        self.tally = RunCounters()
+
+    def _training(self) -> Training:
+        kind = CompressedTraining if self.config.local is None else LocalTraining
+        return kind(self.config, self.task, self.calendar, self._escape())
+
+    def _check_data(self) -> None:
+        """Raise ConfigError if workers have read unlike data."""
+        found = {"training examples": len(self.data), "test examples": len(self.test_data)}
+        try:
+            check_agreement(Communicator(self.group, Ledger()), found, self.device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+    def _plan(self) -> None:
+        """Deal the data and lay out the run, as the history of the numbers of workers has it."""
+        config, (_, size) = self.config, self.history[-1]
+        how, seed = config.data.shard, config.seed
+        self.shards = [shard(self.data, how, worker=w, workers=size, seed=seed) for w in self.members]
+        self.batches = deal(self.data, how, config.batch_size, seed=seed, history=self.history, workers=self.members)
+        self.calendar = Calendar.of(self.history, len(self.data), config.batch_size, config.epochs)
+
+    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return self.data.batch(index, self.device, self.dtype)
+
+    def _loss(self, index: Tensor) -> Tensor:
+        """The mean loss of the chosen examples."""
+        with self._autocast():
+            loss: Tensor = self.task(*self._batch(index))
+        return loss
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+
+    def _parts(self) -> dict[str, Any]:
+        return {"model": self.task, **self.training.parts()}
+
+    def _own_group(self) -> Group:
+        """The group of those that have files: a fused simulation is one."""
+        return Solo() if isinstance(self.group, FusedGroup) else self.group
+
+    def _escape(self) -> Escape | None:
+        rule = self.config.escape
+        if rule is None:
+            return None
+
+        def objective() -> Tensor:
+            sample = torch.cat([mine[: rule.examples] for mine in self.shards])
+            self.task.eval()
+            losses = [self._loss(i) * len(i) for i in torch.split(sample, EVAL_BATCH)]
+            self.task.train()
+            return torch.stack(losses).sum() / len(sample)
+
+        return Escape(rule.interval, rule.radius, objective, compare=rule.compare, every=rule.every)
+
+    # Training
+
+    def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER) -> bool:
+        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarise.
+
+        Returns False if the run was told to stop; it has saved a checkpoint then. Raises CheckpointError if one cannot
+        be written, or continued from.
+        """
+        quiet = quiet or self.group.rank != 0
+        tally = self.tally
+        checkpoints = RunCheckpoints(folder, saving, self._parts(), self._own_group())
+        if saving.resume:
+            notes = checkpoints.resume(self._go_on_from)
+            if not quiet:
+                where = f"continues from step {tally.step} of {self.calendar.steps}" if tally.step else "begins"
+                print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
+        steps, first = self.calendar.steps, tally.step
+        vote = StopAndSaveVote(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
+        begin, text = time.perf_counter() - tally.elapsed, "starting"
+        with live(self.config.label or folder.path.name, steps, quiet=quiet, first=first) as report:
+            for step in range(first, steps):
+                self._inspect(step, folder)
+                self._look_ahead(step, quiet=quiet)
+                self._look_at_noise(step, quiet=quiet)
+                try:
+                    measured = self._step(step, vote.scalars(step))
+                    if step + 1 == steps:
+                        self.training.finish()
+                except NonFiniteError as error:
+                    raise self._given_up(error, checkpoints) from error
+                tally.add(measured, taken=self.training.took, last=step >= steps - self.calendar.per_epoch)
+                tally.step = step + 1
+                if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
+                    seconds = time.perf_counter() - begin - self.inspector.seconds - tally.tested - tally.saved
+                    tally.line = line = self._log(folder, seconds)
+                    text = _describe(line, self.group.size)
+                report(step + 1, text)
+                if step + 1 < steps:
+                    save, stop = vote.heard(step + 1, self.training.scalars)
+                    if save:
+                        tally.elapsed = time.perf_counter() - begin
+                        vote.saved(step + 1, self._save(checkpoints))
+                    if stop:
+                        checkpoints.say_stopped(tally.step, steps, quiet=quiet)
+                        return False
+            self._inspect(steps, folder)
+            self._look_at_noise(steps, quiet=quiet)
+        self._finish(folder, tally)
+        checkpoints.remove()
+        return True
+
+    def _go_on_from(self, found: Checkpoint) -> None:
+        """Take over counters and history from a checkpoint whose parts are loaded. Raises CheckpointError."""
+        self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
+        self.inspector.seconds, self.warnings = found.extra["inspected"], found.extra["warnings"]
+        history = [(step, workers) for step, workers in found.extra["history"]]
+        size = self.group.size
+        self.history = history if history[-1][1] == size else [*history, (found.step, size)]
+        if len(self.history) == 1:
+            return
+        if self.config.certify is not None:
+            raise CheckpointError(
+                f"a run with [certify] cannot continue with {size} workers: it began with {history[-1][1]}, and "
+                f"the steps that it certifies were counted for those"
+            )
+        self._plan()
+        self.training.replan(self.calendar)
+
+    def _save(self, checkpoints: RunCheckpoints) -> float:
+        """Save a checkpoint; return the seconds it took."""
+        tally = self.tally
+        extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
+        extra |= {
+            "warnings": self.warnings,
+            "inspected": self.inspector.seconds,
+            "sums": tally.sums,
+            "final": tally.final,
+        }
+        seconds = checkpoints.save(tally.step, extra)
+        tally.saved += seconds
+        return seconds
+
+    def _given_up(self, error: NonFiniteError, checkpoints: RunCheckpoints) -> NonFiniteError:
+        """Keep what there was before, when a run cannot go on; return the error to raise."""
+        if not checkpoints.policy.on:
+            return error
+        self.training.forgive()  # the caller that continues may have mended it
+        self._save(checkpoints)
+        hint = f"; to go on: {checkpoints.policy.hint}" if checkpoints.policy.hint else ""
+        return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept{hint}")
+
+    def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
+        """Write a line of metrics and return it."""
+        tally = self.tally
+        line = self._line(tally.step, self._means(tally.totals()), seconds)
+        if self._test_due(tally.step, tally.since):
+            before = time.perf_counter()
+            with self.training.at_anchor():
+                line |= self._test()
+            tally.tested += time.perf_counter() - before
+        if self.group.rank == 0:
+            folder.append("metrics.jsonl", line)
+        tally.begin_line()
+        return line
+
+    def _inspect(self, step: int, folder: RunFolder) -> None:
+        """Keep and certify x where all workers agree to be, if that is due."""
+        if self.inspector.due(step):
+            with self.training.at_anchor():
+                self.inspector.look(step, folder)
+
+    def _look_ahead(self, step: int, *, quiet: bool) -> None:
+        """Warn if the steps to come are past stability."""
+        if self.group.rank == 0 and self.footing.due(step, self.calendar):
+            before, said = time.perf_counter(), self.footing.warning(step)
+            self.inspector.seconds += time.perf_counter() - before
+            if said and said not in self.warnings:
+                self._warn(said, quiet=quiet)
+
+    def _look_at_noise(self, step: int, *, quiet: bool) -> None:
+        """Measure the mini-batches' noise; warn at the start if the artificial noise is set to carry x too far."""
+        if self.group.rank == 0 and self.noise_check.due(step, self.calendar.steps, self.calendar.per_epoch):
+            before = time.perf_counter()
+            found = self.noise_check.look(step, self.batches[0], self.training.walk())
+            self.tally.noise = found
+            self.inspector.seconds += time.perf_counter() - before
+            if step == 0 and (said := noise_warning(found, by_round=self.config.local is not None)):
+                self._warn(said, quiet=quiet)
+
+    def _warn(self, text: str, *, quiet: bool) -> None:
+        self.warnings.append(text)
+        if not quiet:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def _step(self, step: int, scalars: Tensor | None) -> Tensor:
+        """One step of the algorithm, `scalars` exchanged with it; returns this worker's loss and gradient norm,
+        float64[2]."""
+        return self._step_on(torch.cat([batches[step] for batches in self.batches]), scalars)
+
+    def _step_on(self, index: Tensor, scalars: Tensor | None) -> Tensor:
+        """The same on the examples that are given."""
+
+        def closure() -> Tensor:
+            if self.batched is not None:
+                return self.batched.evaluate(index)
+            self.task.zero_grad()
+            loss = self._loss(index)
+            torch.autograd.backward(loss)
+            return loss.detach()
+
+        return self.training.step(closure, scalars).to("cpu", torch.float64)
+
+    def _test_due(self, steps: int, since: int) -> bool:
+        """Tell if a test fell due since the last line of metrics."""
+        if self.config.test_every is None:
+            return False
+        every = self.config.test_every * self.calendar.per_epoch
+        return self.calendar.position(steps) // every > self.calendar.position(since) // every
+
+    def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
+        purposes = self.training.moved()  # the start is sent once, however long the run
+        moved = sum((b for name, b in purposes.items() if name != "start"), Bytes())
+        return {
+            "step": steps,
+            "epoch": self.calendar.epoch(steps),
+            "loss": float(means[0]),
+            "grad_norm": float(means[1]),
+            **asdict(moved),
+            "seconds": seconds,
+            "rounds": self.training.rounds,
+            "resets": len(self.training.resets),
+            "skipped": self.training.skipped,
+            **self.training.contraction(),
+        }
+
+    # Evaluation
+
+    def _finish(self, folder: RunFolder, tally: RunCounters) -> None:
+        """Save the checkpoint before anything that could still fail, then evaluate and summarise."""
+        final_loss = self._final_loss(tally)
+        folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.training.state_dict())
+        with self.training.at_anchor():
+            average_buffers(self.task, self.training.channel)
+            if self.group.rank == 0:
+                weights = {k: v.clone() for k, v in self.task.network.state_dict().items()}
+                folder.save_tensors("checkpoint/model.pt", weights)
+            test = self._test()
+        if self.group.rank == 0:
+            self._summarise(folder, test, final_loss)
+        self._own_group().all_reduce(torch.zeros(1))  # the run is done, whoever ends now
+
+    def _final_loss(self, tally: RunCounters) -> float:
+        """The mean loss of the last epoch, also of what was the last before the number of workers changed."""
+        return self._means(tally.final_totals()).item()
+
+    def _means(self, totals: Tensor) -> Tensor:
+        """Return all workers' sums over their number of terms, the last of the totals; NaN if there is no term."""
+        means = self.training.channel.mean(totals, "metrics")
+        return means[:-1] / means[-1]
+
+    def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
+        said, moved = self.training.summary(), self.training.moved()
+        dense = self.tally.step * said["parameters"] * 4
+        training = sum(b.payload for name, b in moved.items() if name not in _NOT_TRAINING)
+        folder.write_json(
+            "summary.json",
+            {
+                "label": self.config.label or folder.path.name,
+                "workers": self.group.size,
+                "steps": self.calendar.steps,
+                "final_loss": final_loss,
+                **test,
+                **said,
+                "rounds": self.training.rounds,
+                **asdict(sum(moved.values(), Bytes())),
+                "bytes_by_purpose": {name: asdict(b) for name, b in moved.items()},
+                "compression": dense / training if training else math.inf,
+                "seconds": self.tally.line["seconds"],
+                **plain_guards(self.training),
+                "noise": self.tally.noise,
+                "warnings": self.warnings,
+            },
+        )
+
+    @torch.no_grad()
+    def _test(self) -> dict[str, float]:
+        """Mean test loss, and accuracy of a classifier; each worker takes its share of the test images."""
+        average_buffers(self.task, self.training.channel)
+        totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
+        self.task.eval()
+        mine = torch.cat([torch.arange(len(self.test_data))[w :: self.group.size] for w in self.members])
+        for index in torch.split(mine, EVAL_BATCH) if len(mine) else ():  # there may be fewer than workers
+            batch = self.test_data.batch(index, self.device, self.dtype)
+            correct = float(self.task.correct(*batch)) if self.task.classifies else 0.0
+            totals += torch.tensor([float(self.task(*batch)) * len(index), correct, len(index)], dtype=torch.float64)
+        self.task.train()
+        loss, correct, examples = self.training.channel.mean(totals, "metrics").tolist()
+        return {"test_loss": loss / examples, **({"test_accuracy": correct / examples} if self.task.classifies else {})}
+
+
+def _describe(line: dict[str, Any], workers: int) -> str:
+    moved = line["sent"] if workers > 1 else line["payload"]
+    return f"loss {line['loss']:.4f}  gradient {line['grad_norm']:.1e}  {megabytes(moved)}"

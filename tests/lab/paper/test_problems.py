@@ -1,0 +1,186 @@
+"""Problems against autograd: gradients, critical points with their spectra, constants; and the oracle's assumptions."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from experiments.paper.problems import (
+    Cosine,
+    CurvedValley,
+    DeepLinear,
+    DoubleWells,
+    MatrixFactorisation,
+    MatrixSensing,
+    MonkeySaddle,
+    Octopus,
+    Oracle,
+    OrthogonalTensor,
+    PhaseRetrieval,
+    Problem,
+    Quadratic,
+    QuadraticQuartic,
+    RankOnePCA,
+)
+from packsaddle import CompressedSGD, Compression, RandomK
+
+PROBLEMS: list[Problem] = [
+    Cosine(4),
+    Cosine(4, width=0.3),
+    DoubleWells(4),
+    Quadratic((-0.5, 2.0, 0.0), slopes=(1.0, -3.0, 0.0)),
+    QuadraticQuartic(4),
+    QuadraticQuartic(1),
+    RankOnePCA((3.0, 2.0, 0.5)),
+    PhaseRetrieval(4, scale=1.3),
+    MatrixFactorisation((3.0, 2.0, 0.5), 2),
+    MatrixFactorisation((3.0, 1.0), 1),
+    MatrixFactorisation((3.0, 2.0), 2),
+    MatrixSensing((2.0, 1.0, 0.5), 2, samples=60),
+    MatrixSensing((2.0, 1.0, 0.5), 2, samples=40, kind="completion"),
+    DeepLinear((2.0, 1.0)),
+    DeepLinear((1.5, 0.7), depth=3),
+    OrthogonalTensor(4),
+    OrthogonalTensor(3, beta=1.2),
+    OrthogonalTensor(1, beta=4.0),
+    CurvedValley(),
+    MonkeySaddle(),
+    Octopus(4),
+]
+by_problem = pytest.mark.parametrize("problem", PROBLEMS, ids=repr)
+
+
+def points_of(problem: Problem, n: int = 20) -> list[Tensor]:
+    """Points at which a problem is defined, float64[d]."""
+    rng = torch.Generator().manual_seed(1)
+    if not isinstance(problem, Octopus):
+        return [torch.randn(problem.d, generator=rng, dtype=torch.float64) for _ in range(n)]
+    t, points = problem.tau, []
+    for i in range(n):
+        stage = i % (problem.d + 1)
+        x = (torch.rand(problem.d, generator=rng, dtype=torch.float64) * 2 - 1) * t  # later legs within tau
+        x[:stage] = torch.empty(stage, dtype=torch.float64).uniform_(2.1, 5.9, generator=rng) * t
+        if stage < problem.d:
+            x[stage] = x[stage].sign() * t * torch.empty((), dtype=torch.float64).uniform_(0.1, 1.9, generator=rng)
+        points.append(x)
+    return points
+
+
+def hessian(problem: Problem, x: Tensor) -> Tensor:
+    return torch.autograd.functional.hessian(problem, x)
+
+
+@by_problem
+def test_gradients(problem: Problem) -> None:
+    """The closed form is autograd's gradient and central differences of f (error h^2 |f'''| + eps |f| / h)."""
+    h = 1e-5
+    for x in points_of(problem):
+        y = x.clone().requires_grad_()
+        (auto,) = torch.autograd.grad(problem(y), y)
+        assert torch.allclose(problem.gradient(x), auto, rtol=1e-9, atol=1e-9)
+        e = torch.eye(problem.d, dtype=torch.float64)
+        differences = torch.stack([(problem(x + h * v) - problem(x - h * v)) / (2 * h) for v in e])
+        assert torch.allclose(auto, differences, rtol=1e-6, atol=1e-6 * (1 + float(auto.abs().max())))
+
+
+@by_problem
+def test_critical_points(problem: Problem) -> None:
+    points = problem.critical_points()
+    assert points
+    for point in points:
+        assert problem.gradient(point.x).norm() < 1e-9
+        eigenvalues = torch.linalg.eigvalsh(hessian(problem, point.x))
+        assert float(eigenvalues[0]) == pytest.approx(point.lambda_min, abs=1e-8)
+        assert int((eigenvalues < -1e-8).sum()) == point.index
+    assert any(p.index for p in points) or isinstance(problem, MonkeySaddle | DeepLinear)
+
+
+@by_problem
+def test_constants(problem: Problem) -> None:
+    """Gradient and Hessian never change faster than L and rho say, over pairs of points in the ball."""
+    points = points_of(problem, 40)
+    ball = max(float(x.square().sum()) for x in points)
+    smooth, curved = problem.constants(ball)
+    for x, y in pairwise(points):
+        if isinstance(problem, Octopus):
+            y = x + 1e-3 * problem.tau * torch.linspace(-1, 1, problem.d, dtype=torch.float64)
+        distance = float((x - y).norm())
+        assert float((problem.gradient(x) - problem.gradient(y)).norm()) <= smooth * distance * (1 + 1e-9)
+        change = torch.linalg.matrix_norm(hessian(problem, x) - hessian(problem, y), ord=2)
+        assert float(change) <= curved * distance * (1 + 1e-9)
+
+
+def test_octopus_is_smooth_and_bounded_where_pieces_meet() -> None:
+    """f and its gradient agree from both sides of tau and 2 tau; outside its legs it is refused."""
+    problem = Octopus(3)
+    for edge in (problem.tau, 2 * problem.tau):
+        values, gradients = [], []
+        for side in (1 - 1e-9, 1 + 1e-9):
+            x = torch.tensor([edge * side, 0.3, 0.1], dtype=torch.float64)
+            values.append(float(problem(x)))
+            gradients.append(problem.gradient(x))
+        assert values[0] == pytest.approx(values[1], abs=1e-6)
+        assert torch.allclose(gradients[0], gradients[1], atol=1e-6)
+    assert problem.nu == pytest.approx(139.87, abs=0.01)
+    with pytest.raises(ValueError, match="Octopus is not defined at"):
+        problem(torch.tensor([20.0, 0.0, 0.0]))
+
+
+def test_minima_have_their_values() -> None:
+    assert float(DoubleWells(3)(torch.ones(3))) == pytest.approx(-3 / 4)
+    assert float(MonkeySaddle()(torch.tensor([-3.0, 0.0]))) == -6.75
+    beta, x = 2.0, OrthogonalTensor(3).critical_points()[1].x
+    assert float(OrthogonalTensor(3)(x)) == pytest.approx(-beta / (4 * (beta - 1)))
+    minimum = Octopus(3).critical_points()[-1].x
+    assert float(Octopus(3)(minimum)) == pytest.approx(-3 * Octopus(3).nu)
+
+
+def test_oracle_is_unbiased_with_its_variance() -> None:
+    """Over 4,000 steps: mean within 5 standard errors, E||noise||^2 = sigma^2; workers' means average to grad f."""
+    problem, x = DoubleWells(6), torch.linspace(-1, 1, 6, dtype=torch.float64)
+    for lipschitz in (True, False):
+        oracle = Oracle(problem, sigma=0.7, lipschitz=lipschitz)
+        draws = torch.stack([oracle.gradient(x, step=t) for t in range(4000)]) - problem.gradient(x)
+        assert bool((draws.mean(0).abs() <= 5 * draws.std(0) / 4000**0.5).all())
+        assert float(draws.square().sum(1).mean()) == pytest.approx(0.49, rel=0.05)
+    half = Oracle(problem, sigma=0.7, quiet=2)
+    draws = torch.stack([half.gradient(x, step=t) for t in range(4000)]) - problem.gradient(x)
+    assert not draws[:, :2].any()
+    assert float(draws.square().sum(1).mean()) == pytest.approx(0.49, rel=0.05)
+    for bad in (-1, 6):
+        with pytest.raises(ValueError, match=f"quiet of Oracle must be 0 or more and below d = 6, got {bad}"):
+            Oracle(problem, quiet=bad)
+    for workers in (1, 2, 5):
+        shared = Oracle(problem, heterogeneity=3.0, workers=workers)
+        each = [shared.gradient(x, step=0, worker=i) for i in range(workers)]
+        assert torch.allclose(sum(each) / workers, problem.gradient(x), atol=1e-12)
+        if workers > 1:
+            assert float((each[0] - problem.gradient(x)).norm()) == pytest.approx(3.0)
+
+
+def test_assumption_c_holds_or_fails_as_declared() -> None:
+    """For the same theta, gradients at points 1e-3 apart differ by L times that, or by the size of the noise."""
+    problem, x = Cosine(4), torch.full((4,), 0.5, dtype=torch.float64)
+    y = x + 1e-3 * math.pi * torch.eye(4, dtype=torch.float64)[0]
+    smooth, rough = (Oracle(problem, sigma=1.0, lipschitz=flag) for flag in (True, False))
+    for t in range(20):
+        assert float((smooth.gradient(x, step=t) - smooth.gradient(y, step=t)).norm()) <= float((x - y).norm())
+        assert float((rough.gradient(x, step=t) - rough.gradient(y, step=t)).norm()) > 100 * float((x - y).norm())
+
+
+@pytest.mark.slow
+def test_octopus_is_escaped_leg_by_leg() -> None:
+    """Perturbed, compressed SGD from near 0 passes every saddle in order and ends at a minimum."""
+    problem = Octopus(4)
+    x = torch.nn.Parameter(torch.full((4,), 1e-3, dtype=torch.float64))
+    opt = CompressedSGD([x], 0.02, Compression(RandomK(k=2), dense_below=0), noise=0.02)
+    stages = [0]
+    for _ in range(4000):
+        x.grad = problem.gradient(x.detach())
+        opt.step()
+        stages.append(problem.stage(x.detach()))
+    assert sorted(set(stages)) == [0, 1, 2, 3, 4]
+    assert stages == sorted(stages)
+    assert float(problem(x.detach())) == pytest.approx(-4 * problem.nu, abs=1.0)

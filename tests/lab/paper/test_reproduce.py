@@ -1,0 +1,535 @@
+"""Reproductions: studies that go on where they stopped, runs that are equal twice and however workers are had."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from commandline import command, refused
+from PIL import Image
+
+from experiments.paper import figure1, figure2, table1
+from experiments.paper.results import by_setting, interval, paired
+from experiments.paper.studies import REPRODUCTIONS
+from experiments.paper.study import Study, StudyFolder, make_folder
+from packsaddle.compressors import QSGD, Identity, LinearSketch, LowRank, RandomK, SharedTopK, Sign, SketchTopK, TopK
+from packsaddle.errors import ConfigError
+from packsaddle.runs.config import CertifyConfig, Config, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig
+from packsaddle.runs.job import How, Job, can_be_fused, fastest_simulation
+from packsaddle.runs.report.settings import estimate, settings
+from packsaddle.runs.run_folder import RunFolder, make_new, read_runs
+from packsaddle.runs.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """640 training and 100 test images in MNIST's own format: rectangles, of a class by their place."""
+    folder = tmp_path_factory.mktemp("mnist")
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for prefix, n in (("train", 640), ("t10k", 100)):
+        labels = np.arange(n, dtype=np.uint8) % 10
+        images = rng.integers(0, 30, (n, 28, 28)).astype(np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[2 + label : 14 + label, 4:20] = 220
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of ten classes, 32 x 32, told apart by their colour."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for part, n in (("train", 16), ("test", 4)):
+        for label in range(10):
+            (folder / part / f"class-{label}").mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 100, (32, 32, 3)) + np.array([15 * label, 150 - 15 * label, 50])
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / part / f"class-{label}" / f"{i}.png")
+    return folder
+
+
+def run(config: Config, how: How, data_dir: Path | None, path: Path) -> dict[str, Any]:
+    """Do a run and return its metrics, summary and weights."""
+    make_new(path)
+    Job((config,), (path,), data_dir, quiet=True).run(config.workers, how)
+    (found,) = read_runs([path])
+    assert found.summary is not None
+    weights = torch.load(path / "checkpoint" / "model.pt", weights_only=True)
+    return {"metrics": found.metrics, "summary": found.summary, "weights": weights, "certificates": found.certificates}
+
+
+def ae_config(**changes: Any) -> Config:
+    """Figure 2's smoke setting, with fewer images, smaller batches and certificates left out."""
+    config = figure2.study("smoke", "mnist").settings["randomk-noise"]
+    few = replace(config.data, limit=80)
+    base = replace(config, data=few, batch_size=8, certify=None, log_every=5, epochs=2.0)
+    return replace(base, **changes)
+
+
+def resnet_config() -> Config:
+    """Figure 1's smoke setting, with fewer images and workers, and half as deep.
+
+    Rounding to float32 would grow until it is seen.
+    """
+    config = figure1.study("smoke", "folder").settings["randomk-1"]
+    few = replace(config.data, limit=60)
+    shallow = replace(config.model, name="resnet18")
+    return replace(config, data=few, model=shallow, precision="float64", workers=2, epochs=1.0, test_every=0.5)
+
+
+@pytest.mark.parametrize("width", [4, 16])
+def test_a_narrow_resnet_is_not_channels_last(pictures: Path, width: int) -> None:
+    """See `packsaddle.curvature.narrow_convolutions`: training it would crash."""
+    config = resnet_config()
+    trainer = Trainer(replace(config, model=replace(config.model, width=width)), pictures, download=False)
+    weight = dict(trainer.task.named_parameters())["network.layer1.0.conv1.weight"]
+    assert weight.is_contiguous() == (width == 4)
+    assert weight.is_contiguous(memory_format=torch.channels_last) == (width == 16)
+
+
+def without_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in ("seconds", "mu", "mu_by_tensor")} for line in lines]
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_numbers_twice(mnist: Path, pictures: Path, tmp_path: Path) -> None:
+    for name, config, data in (("ae", ae_config(), mnist), ("resnet", resnet_config(), pictures)):
+        how: How = "serial" if name == "ae" else "fused"
+        first, second = (run(config, how, data, tmp_path / f"{name}-{i}") for i in range(2))
+        assert without_time(first["metrics"]) == without_time(second["metrics"])
+        assert all(torch.equal(w, second["weights"][key]) for key, w in first["weights"].items())
+        if name == "ae":
+            other = run(replace(config, seed=1), "serial", data, tmp_path / f"{name}-other")
+            assert without_time(first["metrics"]) != without_time(other["metrics"])
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("compressor", [RandomK(0.01), TopK(0.01)], ids=["RandomK", "TopK"])
+def test_simulated_autoencoders_are_processes(mnist: Path, tmp_path: Path, compressor: Any) -> None:
+    config = ae_config(workers=2, compressor=compressor)
+    check_equal(config, mnist, tmp_path, ("processes", "serial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "compressor",
+    [  # sums of bfloat16 in another order may choose another support
+        Identity(),
+        SketchTopK(0.01, half=False),
+        SharedTopK(0.01, half=False),
+        LinearSketch(0.05),
+        LowRank(2),
+        RandomK(0.01, per_tensor=True),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_whatever_is_fused_is_the_workers_apart(mnist: Path, tmp_path: Path, compressor: Any) -> None:
+    config = ae_config(workers=2, compressor=compressor, precision="float64", epochs=1.0)
+    assert can_be_fused(config)
+    check_equal(config, mnist, tmp_path, ("serial", "fused"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compressor", [TopK(0.01), QSGD()], ids=["TopK", "QSGD"])
+def test_batched_gradients_are_the_workers_own(mnist: Path, tmp_path: Path, compressor: Any) -> None:
+    """STORM asks for gradients at two points, the escape check for losses in between."""
+    config = ae_config(workers=3, compressor=compressor, precision="float64", epochs=1.0)
+    config = replace(config, storm=0.5, escape=EscapeConfig(interval=3, radius=100.0, examples=100))
+    check_equal(config, mnist, tmp_path, ("serial", "batched"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["all", "group"])
+def test_batched_resnets_are_the_workers_own(pictures: Path, tmp_path: Path, norm: Any) -> None:
+    """With the statistics that workers would exchange: in the loss, in their bytes, and when testing."""
+    config = resnet_config()
+    config = replace(config, workers=3, compressor=TopK(0.01), model=replace(config.model, norm=norm))
+    check_equal(config, pictures, tmp_path, ("serial", "batched"))
+
+
+@pytest.mark.slow
+def test_batched_gradients_are_in_bfloat16_if_the_run_is(pictures: Path, tmp_path: Path) -> None:
+    """Roundings of 8 bits differ with the order of sums; those of float32 would be a thousandth of that."""
+    config = resnet_config()
+    model = replace(config.model, norm="all")
+    found: dict[str, Any] = {}
+    for precision, how in (("bfloat16", "serial"), ("bfloat16", "batched"), ("float32", "batched")):
+        changed = replace(config, compressor=Identity(), lr=0.01, precision=precision, model=model)
+        found[precision + how] = run(changed, how, pictures, tmp_path / (precision + how))["metrics"][0]
+    serial, batched, single = (line["loss"] for line in found.values())
+    assert batched == pytest.approx(serial, rel=1e-2)
+    assert abs(single / batched - 1) > 1e-6
+    assert len({line["payload"] for line in list(found.values())[:2]}) == 1
+
+
+def test_a_certificate_is_in_the_runs_precision(mnist: Path, tmp_path: Path) -> None:
+    rule = CertifyConfig(epsilon=1.0, hessian_lipschitz=1.0, at=(1.0,), examples=20, max_hvps=5)
+    both = {}
+    for precision in ("float32", "float64"):
+        config = ae_config(workers=1, precision=precision, certify=rule, noise=NoiseConfig(0.0), epochs=1.0)
+        (both[precision],) = run(config, "serial", mnist, tmp_path / precision)["certificates"]
+    assert both["float64"]["grad_norm"] == pytest.approx(both["float32"]["grad_norm"], rel=1e-3)
+    assert both["float64"]["grad_norm"] != both["float32"]["grad_norm"]
+
+
+@pytest.mark.slow
+def test_a_batched_transformer_is_the_workers_own(tmp_path: Path) -> None:
+    config = REPRODUCTIONS["text"].study("smoke", "text").settings["sign"]
+    model, few = ModelConfig("char-transformer", width=16), replace(config.data, limit=64)
+    config = replace(config, precision="float64", data=few, model=model, epochs=0.5, test_every=None)
+    check_equal(config, None, tmp_path, ("serial", "batched"))
+
+
+def test_the_fastest_simulation() -> None:
+    one_class = resnet_config()
+    apart = replace(one_class, model=replace(one_class.model, norm="worker"))
+    for config, compressor, way in (
+        (one_class, RandomK(0.01), "fused"),
+        (one_class, TopK(0.01), "batched"),
+        (apart, TopK(0.01), "serial"),
+        (ae_config(storm=None, escape=None, noise=NoiseConfig(0.0), local=LocalConfig(every=4)), Sign(), "serial"),
+    ):
+        assert fastest_simulation(replace(config, compressor=compressor)) == way
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("norm", ["all", "worker", "group"])
+def test_simulated_resnets_are_processes(pictures: Path, tmp_path: Path, norm: Any) -> None:
+    """Also with statistics that workers exchange; those of a worker alone, or of channels, concern no other process."""
+    config = resnet_config()
+    config = replace(config, model=replace(config.model, norm=norm))
+    ways: tuple[How, ...] = ("processes", "serial", "fused")
+    check_equal(config, pictures, tmp_path, ways[norm != "all" :])
+
+
+def check_equal(config: Config, data: Path | None, folder: Path, hows: tuple[How, ...]) -> None:
+    """The same curves, weights and bytes up to rounding."""
+    tolerance = 1e-6 if config.precision == "float64" else 2e-3
+    found = {how: run(config, how, data, folder / how) for how in hows}
+    first = found[hows[0]]
+    for how in hows[1:]:
+        for ours, theirs in zip(found[how]["metrics"], first["metrics"], strict=True):
+            for name in ("loss", "test_loss", "test_accuracy", "epoch", "payload", "sent", "received"):
+                if name in ours or name in theirs:
+                    assert ours[name] == pytest.approx(theirs[name], rel=tolerance), (how, name)
+            if how != "fused":  # there it is the norm of the mean
+                assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=tolerance)
+        assert found[how]["summary"]["bytes_by_purpose"] == first["summary"]["bytes_by_purpose"]
+        for key, w in found[how]["weights"].items():
+            assert torch.allclose(w, first["weights"][key], rtol=tolerance, atol=tolerance / 10), (how, key)
+
+
+@pytest.mark.slow
+def test_fused_workers_certify_and_check_escapes_as_others_do(mnist: Path, tmp_path: Path) -> None:
+    config = ae_config(
+        workers=2,
+        escape=EscapeConfig(interval=3, radius=100.0, examples=100),
+        noise=NoiseConfig(0.01),
+        certify=CertifyConfig(epsilon=1.0, hessian_lipschitz=1.0, at=(1.0,), examples=20, max_hvps=5),
+    )
+    fused, serial = (run(config, how, mnist, tmp_path / how) for how in ("fused", "serial"))
+    assert [(r["step"], r["committed"]) for r in fused["summary"]["resets"]] == [
+        (r["step"], r["committed"]) for r in serial["summary"]["resets"]
+    ]
+    assert len(fused["summary"]["resets"]) > 1
+    assert [c["epoch"] for c in fused["certificates"]] == [1.0, 2.0]
+    for ours, theirs in zip(fused["certificates"], serial["certificates"], strict=True):
+        assert ours["examples"] == theirs["examples"] == 40
+        assert ours["verdict"] == theirs["verdict"]
+        for name in ("loss", "grad_norm", "lambda_min_upper"):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
+
+
+def test_what_can_be_fused() -> None:
+    config = ae_config(workers=4)
+    for compressor, yes in (
+        (Identity(), True),
+        (RandomK(0.01), True),
+        (SketchTopK(0.01), True),
+        (SharedTopK(0.01), True),
+        (LowRank(), True),
+        (TopK(0.01), False),
+        (Sign(), False),
+        (QSGD(), False),
+        (RandomK(0.01, values="int8"), False),
+    ):
+        assert can_be_fused(replace(config, compressor=compressor)) == yes, compressor
+    assert not can_be_fused(replace(config, exchange="coordinator"))
+
+
+def test_fusing_what_cannot_be_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, mnist: Path) -> None:
+    toml = tmp_path / "c.toml"
+    toml.write_text(
+        'lr = 0.1\nepochs = 1\nbatch_size = 8\nworkers = 2\n[data]\nname = "digits"\n[model]\nname = "autoencoder"\n'
+        'widths = [32]\n[compressor]\nkind = "Sign"\n'
+    )
+    out = ("--out", tmp_path / "o")
+    refused(capsys, "Sign by exchange 'direct' sends more; use --serial", "run", toml, "--fused", *out)
+    assert not (tmp_path / "o").exists()
+    refused(capsys, "--serial and --fused are two ways", "run", toml, "--fused", "--serial", *out)
+    local = ("local={every=4, optimizer='sgd'}", "momentum=0.0")
+    refused(capsys, "workers have an x each", "run", toml, "--batched", *out, "--set", *local)
+
+
+# Studies.
+
+
+FEW = ("--set", "data.limit=80", "batch_size=8", "epochs=1", "certify.examples=32", "certify.max_hvps=4")
+
+
+@pytest.fixture(scope="module")
+def finished(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a whole study of two seeds that has ended, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished") / "study"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert command(*study(mnist, folder)) == 0
+    return folder, printed.getvalue()
+
+
+def study(mnist: Path, folder: Path, *options: Any, seeds: int = 2) -> list[Any]:
+    """`python -m experiments.paper fig2` at smoke scale on few images."""
+    where = ("--data-dir", mnist, "--out", folder)
+    return ["experiments.paper", "fig2", "--scale", "smoke", *where, *FEW, "--seeds", seeds, *options]
+
+
+def written(runs: list[Path]) -> list[int]:
+    """Return when each run's summary was written, in nanoseconds."""
+    return [(run / "summary.json").stat().st_mtime_ns for run in runs]
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.xdist_group("figure2")
+def test_a_study_goes_on_where_it_stopped(
+    mnist: Path, finished: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "study"
+    shutil.copytree(finished[0], folder)
+    runs = sorted(path.parent for path in folder.glob("runs/*/*/summary.json"))
+    assert [str(path.relative_to(folder / "runs")) for path in runs] == [
+        f"{name}/seed-{seed}" for name in sorted(figure2.study("smoke", "mnist").settings) for seed in (0, 1)
+    ]
+    # One was cut off in the middle: its summary is missing, and half of its metrics.
+    cut = runs.pop(5)
+    before, untouched = (cut / "metrics.jsonl").read_text(), written(runs)
+    (cut / "summary.json").unlink()
+    (cut / "metrics.jsonl").write_text(before[: len(before) // 2])
+    refused(capsys, "exists; continue it with --resume", *study(mnist, folder))
+    assert command(*study(mnist, folder, "--resume")) == 0
+    assert written(runs) == untouched
+    again = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert without_time(again) == without_time([json.loads(line) for line in before.splitlines()])
+    capsys.readouterr()
+    other = [a if a != "epochs=1" else "epochs=2" for a in study(mnist, folder, "--resume")]
+    refused(capsys, "was made with another configuration: epochs was 1.0, and is 2.0", *other)
+    # So it is of a run that is not done, which would begin anew.
+    (cut / "summary.json").unlink()
+    faster = [x for a in study(mnist, folder, "--resume") for x in ((a, "lr=0.2") if a == "epochs=1" else (a,))]
+    refused(capsys, "was made with another configuration: lr was 0.1, and is 0.2", *faster)
+    assert (cut / "metrics.jsonl").exists()
+    arguments = [a if a != "smoke" else "cpu" for a in study(mnist, folder, "--resume")]
+    refused(capsys, "holds fig2 at scale smoke, not fig2 at scale cpu", *arguments)
+    refused(capsys, "is not the folder of a study", "experiments.paper", "fig2", "--resume", "--out", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.xdist_group("figure2")
+def test_figure_2_from_the_command_line(finished: tuple[Path, str]) -> None:
+    folder, printed = finished
+    assert "RandomK 0.1%: noise shortens the plateau by" in printed
+    summary = json.loads((folder / "summary.json").read_text())
+    entries = by_setting(summary)
+    assert len(entries) == 6
+    found = {
+        s.label: s for s in settings(read_runs([folder / "runs" / n for n in figure2.study("smoke", "mnist").settings]))
+    }
+    with (folder / "curves.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for label, entry in entries.items():
+        finals = [run.summary["final_loss"] for run in found[label].runs if run.summary]
+        assert entry["final_loss"]["values"] == finals
+        assert entry["final_loss"]["mean"] == pytest.approx(np.mean(finals))
+        last = [row for row in rows if row["setting"] == label][-1]
+        losses = [run.metrics[-1]["loss"] for run in found[label].runs]
+        assert float(last["loss_mean"]) == pytest.approx(np.mean(losses), rel=1e-5)
+        assert float(last["loss_low"]) == pytest.approx(np.quantile(losses, 0.1), rel=1e-5)
+        assert float(last["loss_high"]) == pytest.approx(np.quantile(losses, 0.9), rel=1e-5)
+        assert last["seeds"] == "2"
+        assert {(c["seed"], c["epoch"]) for c in entry["certificates"]} >= {(0, 1.0), (1, 1.0)}
+    assert (folder / "figure.png").stat().st_size > 10_000
+    assert (folder / "figure.svg").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_figure_1_from_the_command_line(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "study"
+    arguments = ("--scale", "smoke", "--data-dir", pictures, "--out", folder, "--set", "data.limit=80", "epochs=1")
+    assert command("experiments.paper", "fig1", *arguments) == 0
+    assert "RandomK 0.1%: final loss" in capsys.readouterr().out
+    entries = by_setting(json.loads((folder / "summary.json").read_text()))
+    assert list(entries) == ["100%", "RandomK 10%", "RandomK 1%", "RandomK 0.1%"]
+    assert all(entry["workers"] == 10 for entry in entries.values())
+    sent = [entry["megabytes"]["mean"] for entry in entries.values()]
+    assert sent == sorted(sent, reverse=True)
+    assert (folder / "figure.png").stat().st_size > 10_000
+
+
+def test_mistakes_are_found_before_runs_begin(capsys: pytest.CaptureFixture[str], tmp_path: Path, mnist: Path) -> None:
+    fig2 = ("experiments.paper", "fig2", "--out", tmp_path / "o", "--data-dir", mnist, "--scale", "smoke")
+    refused(capsys, "fig2 has no setting 'sparse'; it has dense, dense-noise", *fig2, "--only", "sparse")
+    refused(capsys, "seeds must be at least 1, got 0", *fig2, "--seeds", "0")
+    refused(capsys, "unknown key lrr", *fig2, "--set", "lrr=1")
+    refused(capsys, "data.limit must be at most 640", *fig2)
+    refused(capsys, "mnist needs --data-dir", "experiments.paper", "fig2", "--scale", "smoke", "--out", tmp_path / "o")
+    for seeds in ("3", "0"):
+        refused(capsys, "--seeds does not apply to table1", "experiments.paper", "table1", "--seeds", seeds)
+    for what in (fig2, ("experiments.paper", "table1")):
+        refused(capsys, "--jobs must be at least 1, got 0", *what, "--jobs", "0")
+    refused(capsys, "--resume needs --out, the folder of the study", "experiments.paper", "table1", "--resume")
+    differ = "noise.std is what settings differ in, 0.0 in dense and 0.01 in dense-noise"
+    refused(capsys, differ, *fig2, "--set", "noise.std=0.1")
+    refused(capsys, "--set seed=3: a study has seeds of its own", *fig2, "--set", "seed=3")
+    refused(capsys, "--set label=x: a study has labels of its own", *fig2, "--set", "label=x")
+    assert not (tmp_path / "o").exists()
+
+
+def test_every_scale_of_every_study_can_be_read_back() -> None:
+    """Ten seeds in Figure 2 and three in Figure 1, in the paper's setting and on a CPU."""
+    for name, made in REPRODUCTIONS.items():
+        for scale in ("paper", "cpu", "smoke"):
+            study: Study = made.study(scale, "mnist" if name.startswith("fig2") else "cifar10")  # type: ignore[arg-type]
+            assert len({run.name for run in study.sub_runs()}) == len(study.settings) * study.seeds
+            assert len({config.label for config in study.settings.values()}) == len(study.settings)
+            study.changed(["log_every=7"], None, [])
+    assert [REPRODUCTIONS[n].study("cpu", "cifar10").seeds for n in ("fig2", "fig1")] == [10, 3]
+
+
+def test_what_is_asked_of_settings_stands_in_their_labels() -> None:
+    """If others have something else there; and what a study states in epochs keeps its place in them."""
+    noisy = [name for name in figure2.study("cpu", "mnist").settings if name.endswith("noise")]
+    asked = figure2.study("cpu", "mnist").changed(["noise.std=0.003", "epochs=5", "lr=0.2"], 1, noisy)
+    assert [c.label for c in asked.settings.values()] == [
+        f"{name}, noise 0.01 (noise.std=0.003)" for name in ("uncompressed", "TopK 0.1%", "RandomK 0.1%")
+    ]
+    for config in asked.settings.values():
+        assert (config.noise.std, config.lr) == (0.003, 0.2)
+        assert (config.noise.lower_from, config.noise.lower_until) == pytest.approx((3.0, 4.25))
+        assert config.certify is not None
+        assert config.certify.at == pytest.approx((0.75,))
+    with pytest.raises(ConfigError, match=r"--set epochs=5 noise\.lower_from=10: noise: lower_until needs"):
+        figure2.study("cpu", "mnist").changed(["epochs=5", "noise.lower_from=10"], None, ())
+    own = figure2.study("cpu", "mnist").changed(["epochs=5", "noise.lower_from=1"], None, ()).settings["dense"]
+    assert (own.noise.lower_from, own.noise.lower_until, own.label) == (1.0, 4.25, "uncompressed, no noise")
+
+
+def test_a_table_goes_on_in_its_own_folder_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a measurement that was cut off does not take the next one with it."""
+    words = ("experiments.paper", "table1", "--scale", "smoke", "--resume", "--out", tmp_path)
+    (tmp_path / "runs.jsonl").write_text('{"a": 1}\n{"a": ')
+    refused(capsys, "is not the folder of a study", *words)
+    make_folder(tmp_path / "other", "table1", "cpu")
+    refused(capsys, "holds table1 at scale cpu, not table1 at scale smoke", *words[:-1], tmp_path / "other")
+    assert table1._measured(tmp_path / "runs.jsonl") == [{"a": 1}]
+    RunFolder(tmp_path).append("runs.jsonl", {"a": 3})
+    assert table1._measured(tmp_path / "runs.jsonl") == [{"a": 1}, {"a": 3}]
+
+
+def test_progress_of_a_run(tmp_path: Path) -> None:
+    study = replace(figure2.study("smoke", "mnist"), seeds=1)
+    folder, (first, *_) = StudyFolder(tmp_path), study.sub_runs()
+    assert folder.progress(first) == 0
+    folder.run(first).mkdir(parents=True)
+    (folder.run(first) / "metrics.jsonl").write_text('{"epoch": 0.5}\n{"epoch": 1.0}\n{"epoch": 1.')
+    assert folder.progress(first) == 0.5
+    (folder.run(first) / "summary.json").write_text("{}")
+    assert folder.progress(first) == 1
+
+
+def test_estimates() -> None:
+    """Student's interval, against a table: t for 3 degrees of freedom is 3.182."""
+    found = estimate([1.0, 2.0, 3.0, 6.0])
+    half = 3.182446 * np.std([1, 2, 3, 6], ddof=1) / 2
+    assert (found.mean, found.low, found.high) == pytest.approx((3.0, 3.0 - half, 3.0 + half), rel=1e-5)
+    assert estimate([2.0]).low is None
+    with pytest.raises(ValueError, match="at least one number"):
+        estimate([])
+    one = {"seeds": [0, 1, 2], "q": {"values": [5.0, 6.0, 7.0]}}
+    other = {"seeds": [1, 2], "q": {"values": [1.0, 3.0]}}
+    difference = paired(one, other, "q", lambda a, b: a - b)
+    assert difference.values == (5.0, 4.0)
+    assert interval(estimate([1.0]), ".2f") == "1.00"
+    assert interval(estimate([1.0, 1.0]), ".1f") == "1.0 [1.0, 1.0]"
+
+
+def test_a_study_s_folder_is_never_taken_from_the_user(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    study = figure2.study("smoke", "mnist")
+    with pytest.raises(ConfigError, match="exists; continue it with --resume"):
+        StudyFolder(tmp_path).check(study, resume=False)
+    with pytest.raises(ConfigError, match="is not the folder of a study"):
+        StudyFolder(tmp_path).check(study, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_figure_without_all_its_curves_is_refused() -> None:
+    with pytest.raises(ConfigError, match="needs a curve of every setting, but 'uncompressed, no noise' has none"):
+        figure2.draw([])
+    with pytest.raises(ConfigError, match="needs a curve of every setting, but '100%' has none"):
+        figure1.draw([])
+
+
+def gone(group: int) -> bool:
+    """Whether a process group comes to its end within a minute."""
+    for _ in range(600):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_an_interrupted_study_ends_quietly_and_goes_on(mnist: Path, tmp_path: Path) -> None:
+    """Ctrl-C reaches the whole process group: exit code 130, no traceback, no process left; --resume goes on."""
+    arguments = [str(a) for a in study(mnist, tmp_path / "study", "--only", "dense", "randomk", seeds=1)]
+    long = [a.replace("epochs=1", "epochs=40") for a in arguments]
+    program = [sys.executable, "-m", "packsaddle.cli"]
+    process = subprocess.Popen(
+        [*program, *long],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((tmp_path / "study").glob("runs/*/*/metrics.jsonl")):
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, printed
+    assert "Traceback" not in printed
+    assert gone(process.pid)
+    assert command(*long, "--resume") == 0
+    assert len(list((tmp_path / "study").glob("runs/*/*/summary.json"))) == 2

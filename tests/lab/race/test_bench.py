@@ -1,0 +1,282 @@
+"""The benchmarks: every table is complete and adds up, peers really train, and counted bytes are true."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commandline import command
+from torch.nn.utils import parameters_to_vector
+
+from benchmarks.race import race
+from benchmarks.race.contenders import parse, parse_all
+from benchmarks.race.peers import enter, uint8_hook
+from benchmarks.race.race import Lap, Outcome, Race, step_rows
+from benchmarks.race.workload import TrainingWorkload
+from packsaddle.comm.group import resolve
+from packsaddle.compressors import Sign, TopK, compressors
+
+PEERS = ("ddp", "ddp-fp16", "own-uint8", "powersgd-1", "powersgd-4", "local-sgd-4")
+WORKLOAD = TrainingWorkload("mnist-autoencoder", 4)
+real = pytest.mark.usefixtures("forks_on_hosts")
+
+
+def program(arguments: tuple[Any, ...]) -> str:
+    return "benchmarks.race" if arguments[0] in ("train", "link") else "benchmarks.pieces"
+
+
+def tables(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:
+    """Run a benchmark and return its JSON."""
+    assert command(program(arguments), *arguments, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    for table in found:
+        assert table["question"].endswith("?")
+        assert all(list(row) == list(table["rows"][0]) for row in table["rows"])
+    return found
+
+
+def check_times(row: dict[str, Any]) -> None:
+    assert 0 < row["low"] <= row["ms"] <= row["high"]
+
+
+@pytest.mark.process
+def test_exchange(capsys: pytest.CaptureFixture[str]) -> None:
+    d = 20_000
+    (table,) = tables(capsys, "exchange", "--d", d, "--repeats", 2)
+    rows = {row["exchange"]: row for row in table["rows"]}
+    rate = table["setting"]["loopback GB/s"] * 1e9
+    dense = rows["dense all-reduce"]
+    for row in rows.values():
+        check_times(row)
+        assert row["floor ms"] == pytest.approx(1000 * row["bytes"] / rate, rel=1e-3)
+        assert row["/ floor"] * row["floor ms"] == pytest.approx(row["ms"])
+        assert row["dense / it"] * row["ms"] == pytest.approx(dense["ms"])
+    assert len(rows) == 2 + len(compressors(0.01))  # and two of torch
+    assert (dense["bytes"], rows["float16 all-reduce"]["bytes"]) == (4 * d, 2 * d)
+    assert (rows["Identity()"]["bytes"], rows["RandomK(ratio=0.01)"]["bytes"]) == (4 * d, 4 * d // 100)
+
+
+@pytest.mark.process
+def test_train(capsys: pytest.CaptureFixture[str]) -> None:
+    peers = ("ddp-fp16", "ddp-bf16", "ddp-uint8", "local-sgd-2")
+    arguments = ("--batch", 2, "--rounds", 2, "--block", 1, "--contenders", *peers, "RandomK(0.01) noise=0.01")
+    (table,) = tables(capsys, "train", *arguments)
+    rows = {row["contender"]: row for row in table["rows"]}
+    assert list(rows) == ["alone", "ddp", "ddp-fp16", "local-sgd-2", "RandomK(0.01) noise=0.01"]
+    for row in rows.values():
+        check_times(row)
+        assert row["dense / it"] * row["ms"] == pytest.approx(rows["ddp"]["ms"])
+    d = table["setting"]["d"]
+    assert [1000 * rows[name]["kB"] for name in list(rows)[:4]] == pytest.approx([0, 4 * d, 2 * d, 2 * d])
+    assert 0.04 * d < 1000 * rows["RandomK(0.01) noise=0.01"]["kB"] < 0.05 * d
+    notes = [note for note in table["notes"] if "cannot run here" in note]
+    assert [note.split()[0] for note in notes] == ["ddp-bf16", "ddp-uint8"]  # torch's own, which need NCCL or CUDA
+    assert "NCCL" in notes[0]
+    assert "0-dim tensor" in notes[1]
+
+
+def train(contenders: tuple[str, ...]) -> dict[str, Any]:
+    """Losses and parameters of contenders; 13 steps end where local-sgd-4 averages."""
+    group = resolve(None)
+    images = WORKLOAD.examples()
+    batches = WORKLOAD.batches(images, group.rank, group.size)
+    fixed = images.batch(torch.arange(64), torch.device("cpu"))
+    found = {}
+    for contender in parse_all(contenders, 0.5):
+        racer = enter(contender, WORKLOAD.task())
+        first = racer.task(*fixed).item()
+        for step in range(13):
+            racer.step(batches(step))
+        found[contender.text] = (
+            first,
+            racer.task(*fixed).item(),
+            parameters_to_vector(racer.task.parameters()).detach(),
+            racer.moved(13).sent,
+        )
+    return found
+
+
+def test_contenders_train_and_their_workers_agree(gloo: Callable[..., list[Any]]) -> None:
+    ours = ("RandomK(0.1)", "TopK(0.1)")
+    one, other = gloo(train, 2, ("alone", *PEERS, *ours))
+    d = one["ddp"][2].numel()
+    for name in (*PEERS, *ours):
+        first, last, x, _ = one[name]
+        assert last < first, name
+        assert torch.equal(x, other[name][2]), name
+    assert not torch.equal(one["alone"][2], other["alone"][2])  # nothing was exchanged
+    # Dense DDP's path, but for the rounding of gradients: float16 keeps 11 bits; uint8's levels are a 255th of a
+    # bucket's range, in which gradients spread by a fiftieth or so.
+    for name, tolerance in (("ddp-fp16", 1e-3), ("own-uint8", 0.15)):
+        start = parameters_to_vector(WORKLOAD.task().parameters()).detach()
+        path = (one["ddp"][2] - start).norm()
+        assert (one[name][2] - one["ddp"][2]).norm() < tolerance * path, name
+    assert one["ddp"][3] == 13 * 4 * d
+    assert one["local-sgd-4"][3] == 4 * 4 * d  # after steps 1, 5, 9 and 13
+    assert 2 * 4 * d < one["powersgd-1"][3] < 3 * 4 * d  # dense twice, then little
+
+
+def quantised(d: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient that the uint8 hook makes of this worker's, which is returned too."""
+    import torch.distributed as dist
+
+    own = torch.randn(d, generator=torch.Generator().manual_seed(dist.get_rank()))
+
+    class Bucket:
+        def buffer(self) -> torch.Tensor:
+            return own.clone()
+
+    return own, uint8_hook(None, Bucket()).wait()  # type: ignore[arg-type]
+
+
+def test_the_uint8_hook_averages_to_half_a_level(gloo: Callable[..., list[Any]]) -> None:
+    (a, mean), (b, same) = gloo(quantised, 2, 1000)
+    assert torch.equal(mean, same)
+    level = max(float(v.max() - v.min()) / 255 for v in (a, b))
+    assert 0 < (mean - (a + b) / 2).abs().max() <= 0.5 * level + 1e-6  # rounding of single precision
+
+
+def write_mnist(folder: Path, n: int) -> None:
+    """MNIST's own file format, with gratings for digits."""
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = bytes(255 * ((i + j) % 7 < 2) for i in range(n) for j in range(784))
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">BBBB3I", 0, 0, 8, 3, n, 28, 28) + images)
+        labels = bytes(i % 10 for i in range(n))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">BBBBI", 0, 0, 8, 1, n) + labels)
+
+
+def race_to(folder: Path, target: float, seconds: float) -> Outcome:
+    workload = TrainingWorkload("mnist-autoencoder", 4, str(folder))
+    return race.run(Race(workload, ("ddp", "RandomK(0.5)"), target_loss=target, max_seconds=seconds))
+
+
+def test_a_race_to_a_loss(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
+    write_mnist(tmp_path, 40)
+    for target, seconds, reached in ((0.25, 100.0, True), (1e-9, 0.01, False)):
+        one, other = gloo(race_to, 2, tmp_path, target, seconds)
+        assert [f.contender for f in one.finishes] == ["ddp", "RandomK(0.5)"]
+        for mine, theirs in zip(one.finishes, other.finishes, strict=True):
+            assert mine.reached is theirs.reached is reached
+            assert (mine.steps, mine.loss) == (theirs.steps, theirs.loss)
+            assert (mine.loss <= target) is reached
+            assert mine.steps >= (75 if reached else 25)  # three evaluations of which the mean counts, or one
+            assert reached or mine.seconds >= seconds
+
+
+@pytest.mark.process
+@real
+def test_link(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("ddp-fp16", "own-uint8", "powersgd-4", "local-sgd-2", "RandomK(0.01)", "TopK(0.01)", "Sign")
+    arguments = ("--rate", 500, "--batch", 2, "--rounds", 2, "--block", 1, "--contenders", *names)
+    (table,) = tables(capsys, "link", *arguments)
+    rows = {row["contender"]: row for row in table["rows"]}
+    assert list(rows) == ["alone", "ddp", *names]
+    for row in rows.values():
+        check_times(row)
+        assert row["floor ms"] == pytest.approx(rows["alone"]["ms"] + row["kB"] * 8 / 500)
+        assert row["/ floor"] * row["floor ms"] == pytest.approx(row["ms"])
+        assert row["allowed"] * row["floor ms"] == pytest.approx(rows["ddp"]["floor ms"])
+        assert row["dense / it"] * row["ms"] == pytest.approx(rows["ddp"]["ms"])
+        # The ledger is right. Above it: headers, acknowledgements, and what goes with each of a step's few messages.
+        assert row["kB"] <= row["counted kB"] <= 1.1 * row["kB"] + 8, row
+    assert rows["ddp"]["kB"] == pytest.approx(4e-3 * table["setting"]["d"])
+
+
+@pytest.mark.process
+@real
+def test_link_to_a_loss(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_mnist(tmp_path, 40)
+    aim = ("--data-dir", tmp_path, "--target-loss", 0.25, "--max-seconds", 100)
+    (table,) = tables(capsys, "link", "--rate", 1000, "--batch", 2, "--contenders", "ddp", "RandomK(0.01)", *aim)
+    assert [row["contender"] for row in table["rows"]] == ["ddp", "RandomK(0.01)"]
+    assert all(0 < row["s to target"] == row["s trained"] for row in table["rows"])
+    assert all(row["loss at the end"] <= 0.25 for row in table["rows"])
+
+
+def test_rows_add_up() -> None:
+    laps = (
+        Lap("alone", (0.1, 0.3, 0.2), 0, 0, 0, 0),
+        Lap("ddp", (1.2, 1.3, 1.1), 100, 90, 110, 100),
+        Lap("TopK(0.01)", (0.4,), 5, 10, 7, 12),
+    )
+    alone, dense, ours = step_rows(laps, 100.0)
+    assert (dense["ms"], dense["low"], dense["high"]) == (1200, 1100, 1300)
+    # The fuller direction, and what was sent.
+    assert (dense["kB"], ours["kB"], ours["counted kB"]) == (0.1, 0.01, 0.007)
+    assert [row["floor ms"] for row in (alone, dense, ours)] == pytest.approx([200, 1200, 300])
+    assert (ours["/ floor"], ours["dense / it"], ours["allowed"]) == pytest.approx((4 / 3, 3, 4))
+    assert set(step_rows(laps, None)[0]) == set(alone) - {"floor ms", "/ floor", "allowed", "counted kB"}
+
+
+def test_contenders_are_read() -> None:
+    contender = parse('TopK(0.01, values="int8") noise=0.01 lr=0.3', 0.1)
+    assert (contender.compressor, contender.noise, contender.lr) == (TopK(0.01, values="int8"), 0.01, 0.3)
+    assert parse("Sign", 0.1).compressor == Sign()
+    ours = parse("TopK(0.01) momentum=0.9 memory=ef21", 0.1)
+    assert (ours.momentum, ours.memory, ours.every, ours.period) == (0.9, "ef21", None, 1)
+    local = parse("TopK(0.01) every=8 delay=2 fragments=2 outer=nesterov", 0.1)
+    assert (local.every, local.delay, local.fragments, local.outer, local.period) == (8, 2, 2, "nesterov", 8)
+    assert parse("TopK(0.01) hook=model noise=0.1", 0.1).hook == "model"
+    assert (parse("local-sgd-8 lr=0.2", 0.1).period, parse("powersgd-8", 0.1).period) == (8, 1)
+    assert [c.text for c in parse_all(("ddp", "powersgd-1", "ddp"), 0.1)] == ["ddp", "powersgd-1"]
+    assert len(parse_all(("Stages(Sign(), 3)", "Stages(TopK(0.1, chunk=64), passes=2)"), 0.1)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("link", "--data-dir", "/", "--target-loss", 0.05, "--contenders"), "contenders must be at least one"),
+        (("train", "--contenders", "dpp"), "contender must be a compressor such as RandomK(0.01), or one of"),
+        (("train", "--contenders", "TopJ(0.01)"), "no compressor TopJ (did you mean TopK?)"),
+        (("train", "--contenders", "TopK(2)"), "contender 'TopK(2)': "),
+        (("train", "--contenders", "TopK(open('x'))"), "must look like RandomK(0.01)"),
+        (("train", "--contenders", "Stages(open('x'))"), "must look like RandomK(0.01)"),
+        (("train", "--contenders", "Stages(Sign(2, 3, 4))"), "contender 'Stages(Sign(2, 3, 4))': "),
+        (("train", "--contenders", "Stages(RandomK(0.1))"), "must not be linear"),
+        (("train", "--contenders", "ddp noise=0.1"), "noise is for packsaddle's compressors"),
+        (("train", "--contenders", "ddp lr=fast"), "lr must be a positive number, got 'fast'"),
+        (("train", "--contenders", "powersgd-0"), "N must be at least 1, got 0"),
+        (("train", "--contenders", "Sign every=1.5"), "every must be an integer above 0, got '1.5'"),
+        (("train", "--contenders", "Sign delay=2"), "delay is of local updates, which need every="),
+        (("train", "--contenders", "Sign every=8 memory=ef21"), "local updates have no memory="),
+        (("train", "--contenders", "Sign every=8 outer=adam"), "outer must be one of none, nesterov, got 'adam'"),
+        (("train", "--contenders", "Sign memory=long"), "memory must be one of buffer, gradient, ef21, got 'long'"),
+        (
+            ("train", "--contenders", "Sign hook=bucket momentum=0.9"),
+            "a hook has noise, and of momentum, memory and every none",
+        ),
+        (("train", "--contenders", "ddp momentum=0.9"), "momentum is for packsaddle's compressors"),
+        (("train", "--lr", 0), "lr must be positive and finite, got 0.0"),
+        (("train", "--rounds", 0), "rounds must be positive, got 0"),
+        (("train", "--batch", 0), "batch must be at least 1 example, got 0"),
+        (("train", "--workers", 0), "workers must be 1 to 64, got 0"),
+        (("train", "--data-dir", "/nowhere"), "data-dir must be a folder, got /nowhere"),
+        (("link", "--hosts", 1), "hosts must be 2 to 16, got 1"),
+        (("link", "--target-loss", 0.05), "target-loss needs data-dir"),
+        (("exchange", "--workers", 1), "workers must be 2 to 64, got 1"),
+        (("exchange", "--d", 10), "d must be at least 1,000 coordinates, got 10"),
+        (("exchange", "--repeats", 0), "repeats must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments(capsys: pytest.CaptureFixture[str], arguments: tuple[Any, ...], message: str) -> None:
+    assert command(program(arguments), *arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_link_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.race.train.available", lambda: "needs root")
+    assert command("benchmarks.race", "link") == 2
+    assert capsys.readouterr().err == "python -m benchmarks.race: error: link needs root\n"
+
+
+def test_data_that_cannot_be_read_is_said_before_workers_start(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command("benchmarks.race", "train", "--data-dir", tmp_path) == 2
+    assert f"mnist is not in --data-dir {tmp_path}" in capsys.readouterr().err

@@ -1,0 +1,169 @@
+"""Hosts with slow links between them: real network namespaces (root and iproute2 needed, else skipped)."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.hosts import HostFailedError, Hosts, available
+
+real = pytest.mark.usefixtures("hosts_here")
+
+TRANSFER = """
+import socket, sys, time
+server = sys.argv[1] == "receive"
+if server:
+    with socket.create_server((sys.argv[2], 5000)) as listener:
+        with listener.accept()[0] as link:
+            begin, received = time.perf_counter(), 0
+            while part := link.recv(1 << 16):
+                received += len(part)
+            print(received, time.perf_counter() - begin)
+else:
+    while True:
+        try:
+            link = socket.create_connection((sys.argv[2], 5000))
+            break
+        except ConnectionRefusedError:
+            time.sleep(0.05)
+    with link:
+        link.sendall(bytes(int(sys.argv[3])))
+"""
+HOLD = """
+import signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored in what runs in the background
+from benchmarks.hosts import Hosts
+with Hosts(2, 100.0) as hosts:
+    print(hosts.name, flush=True)
+    hosts.run([["sleep", "1000"]] * 2)
+"""
+
+
+def namespaces() -> str:
+    return subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+
+@real
+@pytest.mark.parametrize(("rate", "size"), [(10.0, 500_000), (200.0, 5_000_000)])
+def test_a_link_keeps_to_its_rate(rate: float, size: int) -> None:
+    with Hosts(2, rate) as hosts:
+        python = [sys.executable, "-c", TRANSFER]
+        receive, send = [*python, "receive", hosts.address(0)], [*python, "send", hosts.address(0), str(size)]
+        received, seconds = hosts.run([receive, send])[0].split()
+        counted = hosts.run([["true"], ["cat", f"/sys/class/net/{hosts.interface}/statistics/tx_bytes"]])[1]
+    assert int(received) == size
+    # The buckets at both ends are full at the start, and what is in them passes at once.
+    burst = 2 * 70_000
+    assert (size - burst) * 8e-6 / float(seconds) <= 1.1 * rate
+    assert size <= int(counted) <= 1.1 * size
+
+
+@real
+def test_hosts_have_a_link_to_each_other_and_to_nobody_else() -> None:
+    with Hosts(3, 100.0) as hosts:
+        assert len(set(map(hosts.address, range(3)))) == 3
+        links = hosts.run([["ip", "-o", "link"]] * 3)
+    names = [{line.split()[1].rstrip(":").split("@")[0] for line in out.splitlines()} for out in links]
+    assert names == [{"lo", hosts.interface}] * 3
+
+
+@real
+def test_a_failing_command_says_why_and_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.hosts._GRACE", 0.3)
+    with Hosts(2, 100.0) as hosts:
+        bad = [sys.executable, "-c", "raise ValueError('no such gradient')"]
+        with pytest.raises(HostFailedError, match=r"^host 1 failed: ValueError: no such gradient$"):
+            hosts.run([["sleep", "1000"], bad])
+        with pytest.raises(ValueError, match="commands must be one for each of 2 hosts, got 1"):
+            hosts.run([["true"]])
+        assert hosts.run([["echo", "still here"]] * 2) == ["still here\n"] * 2
+        assert subprocess.run(["ip", "netns", "pids", f"{hosts.name}-0"], capture_output=True).stdout == b""
+    assert hosts.name not in namespaces()
+
+
+@pytest.mark.usefixtures("forks_on_hosts")
+def test_a_failing_worker_under_torchrun_says_why(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, torch.distributed as dist\n"
+        "dist.init_process_group('gloo')\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    raise KeyError('lost its gradient')\n"
+        "dist.barrier()\n"
+    )
+    with Hosts(2, 100.0) as hosts, pytest.raises(HostFailedError, match="host 1 failed: KeyError: 'lost its gradient'"):
+        hosts.torchrun([str(script)])
+    assert hosts.name not in namespaces()
+
+
+@real
+def test_nothing_is_left_after_an_exception() -> None:
+    def fail(name: str) -> None:
+        assert f"{name}-0" in namespaces()
+        raise ZeroDivisionError
+
+    hosts = Hosts(2, 100.0)
+    with pytest.raises(ZeroDivisionError), hosts:
+        fail(hosts.name)
+    assert hosts.name not in namespaces()
+
+
+@real
+def test_nothing_is_left_when_hosts_cannot_be_completed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = Hosts(2, 100.0)
+    seen = []
+
+    def broken(rate: float) -> list[str]:
+        seen.append(namespaces())
+        return ["rate", "nonsense"]
+
+    monkeypatch.setattr("benchmarks.hosts._bucket", broken)
+    with pytest.raises(RuntimeError, match=r"tc .*nonsense"), hosts:
+        pass
+    assert hosts.name in seen[0]
+    assert hosts.name not in namespaces()
+
+
+@real
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_after_a_signal(how: signal.Signals) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            name = process.stdout.readline().decode().strip()
+            assert f"{name}-1" in namespaces()
+            process.send_signal(how)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode != 0
+    assert name not in namespaces()
+
+
+@pytest.mark.parametrize(
+    ("count", "rate", "message"),
+    [
+        (0, 100.0, "hosts must be 1 to 64, got 0"),
+        (65, 100.0, "hosts must be 1 to 64, got 65"),
+        (2, 0.0, "rate must be 0.1 to 100,000 Mbit/s, got 0.0"),
+        (2, float("nan"), "rate must be 0.1 to 100,000 Mbit/s, got nan"),
+    ],
+)
+def test_bad_arguments(count: int, rate: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Hosts(count, rate)
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(shutil, "which", lambda tool: None if tool == "tc" else f"/sbin/{tool}")
+    assert available() == "needs tc (iproute2)"
+    monkeypatch.setattr(shutil, "which", lambda tool: f"/sbin/{tool}")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert available() == "needs root, to make network namespaces; this is user 1000"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert available() == "needs Linux's network namespaces, and this is darwin"

@@ -1,0 +1,75 @@
+"""Numbers as people write them, on the command line and in configurations, and what is no number."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packsaddle.errors import ConfigError
+from packsaddle.options.numerals import real, whole
+from packsaddle.options.schema import build
+from packsaddle.runs.config import Config
+
+DATA = {
+    "data": {"name": "digits"},
+    "model": {"name": "autoencoder", "widths": [16, 4]},
+    "lr": 0.1,
+    "epochs": 1,
+    "batch_size": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("25M", 25e6),
+        ("1k", 1e3),
+        ("1.5K", 1500),
+        ("2G", 2e9),
+        ("7B", 7e9),
+        ("1%", 0.01),
+        ("0.1%", 0.001),
+        ("1e3%", 10),
+        ("1 %", 0.01),
+        ("-3k", -3000),
+        ("25_000_000", 25e6),
+        (" 1e-3 ", 1e-3),
+        (".5", 0.5),
+    ],
+)
+def test_what_numbers_mean(text: str, number: float) -> None:
+    assert real(text) == number
+    if float(number).is_integer():
+        assert whole(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "M", "%", "1m", "1 k k", "1%%", "0x10", "1e", "abc", "1M5", "--1", "k1"])
+def test_what_is_no_number(text: str) -> None:
+    for read in (real, whole):
+        with pytest.raises(ValueError):  # noqa: PT011 -- float's own
+            read(text)
+
+
+@pytest.mark.parametrize("text", ["1.5", "1%", "inf", "nan", "1e300", "0.0001k"])
+def test_what_is_no_whole_number(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 -- float's own
+        whole(text)
+
+
+@given(st.integers() | st.floats(allow_nan=False))
+def test_what_python_writes_is_read_back(number: float) -> None:
+    assert real(repr(number)) == float(number) or math.isinf(float(number))
+    if isinstance(number, int):
+        assert whole(repr(number)) == number
+
+
+def test_in_a_configuration() -> None:
+    config = build(Config, DATA | {"batch_size": 1e1, "lr": "10%", "compressor": {"kind": "TopK", "ratio": "1%"}})
+    assert (config.batch_size, config.lr, config.compressor.ratio) == (10, 0.1, 0.01)  # type: ignore[union-attr]
+    assert type(config.batch_size) is int
+    for bad in (1.5, "many", True):
+        with pytest.raises(ConfigError, match="batch_size must be of type int"):
+            build(Config, DATA | {"batch_size": bad})
+    with pytest.raises(ConfigError, match="not an integer, got 1;"):
+        build(Config, DATA | {"compressor": {"kind": "TopK", "ratio": 1}})

@@ -1,0 +1,478 @@
+"""packsaddle plan --link: rates, the link measured, the verdict, and what the command refuses."""
+
+import json
+import subprocess
+from typing import Any
+
+import pytest
+import torch
+from commandline import command, refused
+from forked_python import environment, torchrun
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from packsaddle import QSGD, AdaptiveTopK, Identity, LowRank, RandomK, Sign, TopK
+from packsaddle.cli.plan_link import _use, ms
+from packsaddle.comm.group import Solo
+from packsaddle.plan import link as link_planner
+from packsaddle.plan import model_size as workload
+from packsaddle.plan.coding import Line, Pace
+from packsaddle.plan.link import MEASURED, StepsNeeded, forecast, steps_needed
+from packsaddle.plan.local import Setting, forecast_local, measured_with
+from packsaddle.plan.model_size import ModelSize
+from packsaddle.plan.step_time import Fleet, Link
+from packsaddle.plan.timing import Timing
+from packsaddle.runs.tasks.images import load_data
+from packsaddle.runs.tasks.models import make_task
+from packsaddle.runs.templates import TASKS
+
+
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [
+        ("100mbit", 1e8),
+        ("100 Mbit/s", 1e8),
+        ("100Mbps", 1e8),
+        ("1gbit", 1e9),
+        ("12.5MB/s", 1e8),
+        ("12.5MBps", 1e8),
+        ("12.5Mb/s", 12.5e6),
+        ("2e3kbit", 2e6),
+        ("64 bit", 64),
+        ("1TB/s", 8e12),
+    ],
+)
+def test_rates(text: str, bits: float) -> None:
+    assert link_planner.parse_rate(text) == bits
+
+
+@pytest.mark.parametrize("text", ["12.5MBPS", "12.5MB/S"])
+def test_a_rate_that_may_be_of_bits_or_of_bytes_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="link must be a positive rate"):
+        link_planner.parse_rate(text)
+
+
+@given(st.floats(1, 9.99e14))
+def test_a_shown_rate_can_be_parsed(bits: float) -> None:
+    assert link_planner.parse_rate(link_planner.format_rate(bits)) == pytest.approx(bits, rel=0.006)
+
+
+@given(st.text(alphabet="0123456789.kmgtbitBps/ -", max_size=8))
+def test_no_text_breaks_the_parser(text: str) -> None:
+    try:
+        parsed = link_planner.parse_rate(text)
+    except ValueError as error:
+        parsed, message = 1.0, str(error)
+        assert message.startswith("link must be a positive rate")
+    assert parsed > 0
+
+
+class Modelled(Solo):
+    """A group whose all-reduces take no time but move a clock as a link would."""
+
+    def __init__(self, size: int, link: Link) -> None:
+        self.size, self.link, self.now = size, link, 0.0
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        hops, nbytes = 2 * (self.size - 1), tensor.numel() * tensor.element_size()
+        self.now += hops * (self.link.latency + nbytes / self.size / self.link.rate)
+        tensor.mul_(self.size)
+
+
+@pytest.mark.parametrize("workers", [2, 5])
+@pytest.mark.parametrize("true", [Link(1e-4, 1.25e6), Link(0.05, 1e9), Link(1e-6, 1e11)], ids=str)
+def test_a_probe_finds_the_link(workers: int, true: Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    group = Modelled(workers, true)
+    monkeypatch.setattr(link_planner.time, "perf_counter", lambda: group.now)
+    found = link_planner.probe(group)
+    assert found.latency == pytest.approx(true.latency, rel=0.01, abs=1e-8)
+    assert found.rate == pytest.approx(true.rate, rel=0.01)
+    assert group.now < 60 * (0.5 + 2 * workers * true.latency)  # it does not send more than it must
+
+
+def test_a_probe_needs_two() -> None:
+    with pytest.raises(ValueError, match="measuring a link needs at least 2 workers, got 1"):
+        link_planner.probe(Solo())
+
+
+def slow(compressor: Any, d: int) -> Pace:
+    """Coding at a nanosecond a coordinate and call."""
+    return Pace(*(Line(0.0, 1e-9) for _ in range(3)))
+
+
+def test_compress_on_a_slow_link_only() -> None:
+    """1e6 coordinates, 4 workers: dense exchanges in 6 MB / rate, RandomK 1% in 60 kB / rate, and it codes for 3 ms."""
+    size, fleet = ModelSize.of_size(1_000_000), Fleet(4, 0.1)
+
+    def verdict(mbytes: float) -> Any:
+        return forecast(size, Link(0.0, mbytes * 1e6), fleet, [RandomK(0.01)], slow, overlap=False)
+
+    crossing = 0.99 * 6e6 / 3e-3  # bytes a second
+    assert verdict(100).break_even == pytest.approx(crossing)
+    slow_link, fast_link = verdict(0.9 * crossing / 1e6), verdict(1.1 * crossing / 1e6)
+    assert slow_link.compress
+    assert slow_link.best.compressor == "RandomK(ratio=0.01)"
+    assert not fast_link.compress
+    assert fast_link.best is fast_link.dense
+    later = forecast(size, Link(0.0, 1e8), fleet, [RandomK(0.01)], slow, update=0.005)
+    assert later.best.time.compression == pytest.approx(0.008)
+    assert verdict(1).best.time.total == pytest.approx(0.1 + 0.003 + 0.06)
+    assert verdict(1).dense.time.total == pytest.approx(6.1)
+
+
+def test_steps_that_an_optimizer_needs_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step of RandomK is the shortest, and useless behind AdamW, where it needs more than four times as many."""
+    size, fleet = ModelSize.of_size(1_000_000), Fleet(4, 0.1)
+    needed = {RandomK(0.1): StepsNeeded(4.0, at_least=True), TopK(0.1): StepsNeeded(1.5)}
+    monkeypatch.setitem(MEASURED, "adamw", needed)  # type: ignore[misc, arg-type]
+    options = {"overlap": False, "optimizer": "adamw"}
+    compressors = [RandomK(0.1), TopK(0.1), TopK(0.2)]
+    found = forecast(size, Link(0.0, 1e6), fleet, compressors, slow, **options)
+    assert [f.compressor.split("(")[0] for f in found.forecasts] == ["TopK", "none", "TopK", "RandomK"]
+    assert min(found.forecasts, key=lambda f: f.time.total).compressor == "RandomK(ratio=0.1)"
+    assert found.best.seconds == pytest.approx(1.5 * found.best.time.total)
+    assert found.forecasts[-2].steps is None
+    assert found.dense.seconds == found.dense.time.total
+    # Where it pays: 1.5 steps of TopK take as long as one dense step, no sooner.
+    at = found.best.break_even
+    assert at is not None
+    assert found.break_even == at
+    there = forecast(size, Link(0.0, at), fleet, compressors, slow, **options)
+    top = next(f for f in there.forecasts if f.compressor == found.best.compressor)
+    assert 1.5 * top.time.total == pytest.approx(there.dense.time.total, rel=1e-6)
+
+
+def test_the_steps_were_measured_for_compressors_that_the_command_knows() -> None:
+    for optimizer, measured in MEASURED.items():
+        assert steps_needed(Identity(), optimizer) == StepsNeeded(1.0)
+        assert steps_needed(AdaptiveTopK(0.123), optimizer) is None
+        assert all(steps_needed(c, optimizer) is found for c, found in measured.items())
+    assert steps_needed(Sign(), None) == StepsNeeded(1.0)
+
+
+def test_the_exchange_is_the_fastest_one() -> None:
+    size = ModelSize.of_size(1_000_000)
+    for workers, latency, expected in ((32, 0.0, "two-way"), (3, 1.0, "all-gather")):
+        found = forecast(size, Link(latency, 1e6), Fleet(workers, 0.1), [TopK(0.01)], slow)
+        assert next(f.exchange for f in found.forecasts if not f.is_dense) == expected
+    with pytest.raises(ValueError, match="workers must be at least 2"):
+        forecast(size, Link(0.0, 1e6), Fleet(1, 0.1), [TopK(0.01)], slow)
+
+
+def test_a_model_has_its_shapes() -> None:
+    """LowRank of a model is that of its matrices; of a number of coordinates, of one square."""
+    before = torch.get_rng_state()
+    model = ModelSize.of_model("mnist-autoencoder")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (model.d, model.dense) == (209_920, 449)
+    bound = model.bind(LowRank())
+    assert isinstance(bound, LowRank)
+    assert set(bound.shapes) >= {(32, 144), (64, 1568)}
+    assert ModelSize.of_size(10_000).bind(LowRank()).message_bytes(10_000) == 4 * 200
+
+
+def test_an_update_is_what_it_takes_beyond_plain_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a part of a long vector, in proportion; and the steps that are timed do step."""
+
+    def timed(works: Any, *, repeats: int) -> dict[str, Timing]:
+        for work in works.values():
+            work()
+        return {"compressed": Timing.of([3.0]), "plain": Timing.of([1.0])}
+
+    monkeypatch.setattr(workload, "side_by_side", timed)
+    monkeypatch.setattr(workload, "_LONG", 2000)
+    assert workload.update_seconds(1000, noise=True) == 2.0
+    assert workload.update_seconds(5000) == 5.0
+
+
+def test_resnet_of_the_optimizer() -> None:
+    pytest.importorskip("torchvision")
+    assert ModelSize.of_model("resnet18").d + ModelSize.of_model("resnet18").dense == 11_173_962
+
+
+def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("plan", "--d", 50_000, "--compute", 0.01, "--workers", 3)
+    assert command(*asked, "--link", "1mbit") == 0
+    out = capsys.readouterr().out
+    assert "Shortest step: " in out
+    assert "Its step is the shorter one below" in out
+    assert "Best: " not in out
+    assert "QSGD(levels=127" in out
+    assert "DO NOT COMPRESS" not in out
+    assert "This is the time of a step" in out
+    assert command(*asked, "--link", "100tbit", "--compressor", "qsgd") == 0
+    out = capsys.readouterr().out
+    assert "DO NOT COMPRESS: nothing is known to be quicker than dense training. Compression pays below" in out
+    assert command(*asked, "--link", "1mbit", "--compressor", "topk", "--ratio", 0.02, "--spread", 0.5, "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["compress"] is True
+    assert document["best"] == "TopK(ratio=0.02)"
+    assert document["link"]["nominal_bits"] == pytest.approx(1e6)
+    best, dense = document["forecasts"]
+    assert best["seconds"] == pytest.approx(sum(best["time"].values()))
+    assert dense["time"]["waiting"] == pytest.approx(0.01 * 0.5 * 0.8, rel=0.2)
+    assert dense["time"]["bandwidth"] == pytest.approx(4 / 3 * 200_000 / (1e6 / 8 * 1448 / 1514))
+
+
+@pytest.mark.slow
+def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
+    """RandomK's steps are the shortest; behind AdamW it is not what is recommended."""
+    asked = ("plan", "--d", 5_000_000, "--compute", 0.01, "--workers", 2, "--link", "10mbit")
+    assert command(*asked, "--optimizer", "adamw", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["optimizer"] == "adamw"
+    assert not shown["best"].startswith(("RandomK", "Sign", "QSGD(levels=7"))
+    assert command(*asked, "--optimizer", "adamw") == 0
+    shown_text = capsys.readouterr().out
+    assert "x steps" in shown_text
+    assert "for the progress of one dense step (" in shown_text
+    assert "Best: " in shown_text
+    assert command(*asked, "--optimizer", "adamw", "--compressor", "TopK(1.23%)") == 0
+    shown_text = capsys.readouterr().out
+    assert "unknown" in shown_text
+    assert "Steps were not measured, or not to their end, for TopK(ratio=0.0123)." in shown_text
+    assert "On no link" not in shown_text
+    message = "--optimizer is for the time of a step: it needs --link"
+    refused(capsys, message, "plan", "--d", 5, "--epsilon", 0.1, "--optimizer", "sgd")
+
+
+def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (
+        "plan",
+        "--link",
+        "1gbit",
+        "--model",
+        "mnist-autoencoder",
+        "--batch",
+        2,
+        "--compressor",
+        "randomk",
+        "--json",
+    )
+    assert command(*asked) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["compressed"], document["dense"], document["fleet"]["workers"]) == (209_920, 449, 4)
+    assert document["fleet"]["compute"] > 0
+
+
+def test_plan_link_for_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """The model that a run of `packsaddle init`'s configuration trains."""
+    asked = (
+        "plan",
+        "--link",
+        "1gbit",
+        "--model",
+        "char-transformer",
+        "--batch",
+        2,
+        "--compressor",
+        "randomk",
+        "--json",
+    )
+    assert command(*asked) == 0
+    document = json.loads(capsys.readouterr().out)
+    config = TASKS["char-transformer"].config
+    text = load_data(config.data, None, train=True)
+    task = make_task(config.model, text.shape, text.classes, 0)
+    assert document["compressed"] + document["dense"] == sum(p.numel() for p in task.parameters())
+    assert document["fleet"]["compute"] > 0
+
+
+@pytest.mark.process
+def test_plan_link_auto(capsys: pytest.CaptureFixture[str]) -> None:
+    """Between two processes of this machine."""
+    asked = ("plan", "--link", "auto", "--d", 5000, "--compute", 0.01, "--workers", 2, "--compressor", "randomk")
+    assert command(*asked, "--json") == 0
+    link = json.loads(capsys.readouterr().out)["link"]
+    assert link["rate"] > 0
+    assert link["latency"] > 0
+    assert "loopback, so NO network is in it" in link["source"]
+
+
+def test_plan_link_auto_under_torchrun() -> None:
+    """The link between torchrun's workers, said by the first of them only."""
+    asked = ("plan", "--link", "auto", "--d", "5000", "--compute", "0.01", "--compressor", "randomk", "--json")
+    words = torchrun("-m", "packsaddle.cli", "--", *asked)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment())
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["fleet"]["workers"] == 2
+    assert document["link"]["source"] == "measured between torchrun's workers"
+
+
+LINK = ("--link", "1gbit")
+REFUSALS = {
+    (): "plan needs --d and --epsilon; or --link RATE, for the time of a step",
+    ("--d", "5"): "plan needs --epsilon; or --link RATE, for the time of a step",
+    ("--d", "5", "--epsilon", "0.1", "--model", "resnet18"): "--model is for the time of a step: it needs --link",
+    ("--d", "5", "--epsilon", "0.1", "--noise"): "--noise is for the time of a step: it needs --link",
+    ("--d", "5", "--epsilon", "0.1", "--spread", "1"): "--spread is for the time of a step: it needs --link",
+    (*LINK, "--d", "5", "--epsilon", "0.1"): "--epsilon is for a plan by the theorems",
+    (*LINK, "--d", "5", "--compute", "1", "--table"): "--table is for a plan by the theorems",
+    LINK: "--link needs one of --model and --d, got model=None and d=None",
+    (*LINK, "--d", "5", "--model", "resnet18"): "--link needs one of --model and --d, got model=resnet18 and d=5",
+    (*LINK, "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
+    (*LINK, "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
+    (*LINK, "--d", "5", "--compute", "-1"): "compute must be finite and not negative, got -1.0",
+    (*LINK, "--d", "5", "--compute", "1", "--batch", "3"): "--batch is for measuring the computing",
+    (*LINK, "--d", "5", "--compute", "1", "--workers", "1"): "workers must be at least 2 (one worker sends nothing)",
+    (*LINK, "--d", "5", "--compute", "1", "--spread", "-1"): "spread must be finite and not negative, got -1.0",
+    (*LINK, "--d", "5", "--compute", "1", "--latency", "-1"): "latency of a link must be seconds, 0 or more, got -1.0",
+    (*LINK, "--d", "5", "--compute", "1", "--compressor", "topq"): "compressor must be one of best, randomk",
+    (*LINK, "--d", "5", "--compute", "1", "--compressor", "sign", "--ratio", "1"): "ratio is for one of best, randomk",
+    (*LINK, "--d", "5", "--compute", "1", "--ratio", "2"): "ratio of RandomK must be in (0, 1], got 2.0",
+    (*LINK, "--model", "resnet19"): "model must be one of mnist-autoencoder, char-transformer, resnet18",
+    (*LINK, "--model", "mnist-autoencoder", "--batch", "0"): "batch must be at least 1, got 0",
+    ("--link", "fast", "--d", "5", "--compute", "1"): "such as 100mbit, 1gbit or 12.5MB/s, got 'fast'",
+    ("--link", "0mbit", "--d", "5", "--compute", "1"): "link must be a positive rate",
+    ("--link", "auto", "--d", "5", "--compute", "1", "--latency", "1"): "--latency is measured by --link auto",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSALS.items(), ids=map(" ".join, REFUSALS))
+def test_bad_input_is_one_line_and_code_2(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not refused(capsys, message, "plan", *arguments)
+
+
+def test_local_updates_hide_their_exchange(capsys: pytest.CaptureFixture[str]) -> None:
+    """The forecast against arithmetic by hand: bytes, the delay that hides them, the share of computing."""
+    link, fleet = Link(1e-3, 1e6), Fleet(4, 0.1)
+    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+    size = workload.ModelSize.of_size(1_000_000)
+    for f in forecast_local(size, link, fleet, lambda compressor, d: free):
+        every, kind = f.setting.every, f.setting.compressor
+        if kind == Identity():  # a ring: 2 (W - 1) / W of 4 bytes each, and a flag
+            seconds, hops = 1.5 * 4 * 1_000_001 / 1e6, 6
+        else:  # a ring all-gather of a message, of its sizes where they differ, and an all-reduce of the flag
+            message, announced = kind.message_bytes(1_000_000), 0 if kind.fixed_size else 1
+            seconds, hops = (3 * (message + 24 * announced) + 6) / 1e6, 3 + 3 * announced + 6
+        assert f.sent == pytest.approx(seconds * 1e6 / every, rel=1e-3)
+        total = f.fragments * hops * 1e-3 + seconds
+        if total < every * 0.1:
+            assert f.exchange == pytest.approx(0, abs=1e-9)
+            assert f.computing == pytest.approx(1.0)
+            assert f.delay * 0.1 >= total / f.fragments - 1e-9
+            assert f.delay <= max(1, every // 4) + 1
+        else:
+            assert f.exchange == pytest.approx((total - every * 0.1) / every, rel=1e-3, abs=1e-3)
+            assert f.computing == pytest.approx(0.1 / (0.1 + f.exchange))
+        assert f.seconds == pytest.approx(f.steps * f.step)
+        alone = {f.setting: 1.0}
+        (plain,) = forecast_local(size, link, fleet, lambda compressor, d: free, measured=alone, overlap=False)
+        assert (plain.delay, plain.fragments, plain.steps) == (0, 1, 1.0)
+        assert plain.exchange == pytest.approx((hops * 1e-3 + seconds) / every, rel=1e-3)
+    with pytest.raises(ValueError, match=r"most-steps must be at least [0-9.]+, the least measured, got 1"):
+        forecast_local(size, link, fleet, lambda compressor, d: free, most_steps=1.0)
+    least = min(measured_with(4).values())
+    few = forecast_local(size, link, fleet, lambda compressor, d: free, most_steps=least)
+    assert [f.steps for f in few] == [least]
+
+
+def test_a_slower_link_plans_no_shorter_a_step_of_local_updates() -> None:
+    """Fragments pay a latency each: there are several only if that helps."""
+    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+    for workers, d, rate, compute in (
+        (4, 5_000_000, 125e6, 0.02),
+        (32, 5_000_000, 12.5e6, 0.0129),
+        (8, 10**8, 2.5e6, 0.2),
+    ):
+        before: dict[Setting, float] = {}
+        for latency in (1.1**i * 1e-5 for i in range(100)):
+            fleet, size = Fleet(workers, compute), workload.ModelSize.of_size(d)
+            for f in forecast_local(size, Link(latency, rate), fleet, lambda compressor, d: free):
+                assert f.seconds >= before.get(f.setting, 0.0) * (1 - 1e-9)
+                before[f.setting] = f.seconds
+                if f.fragments > 1:
+                    assert f.delay <= max(1, f.setting.every // 4) + 1 or f.exchange > 0
+
+
+def test_waiting_for_the_slowest_is_no_computing() -> None:
+    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+    fleet = Fleet(64, 0.1, spread=1.0)
+    for f in forecast_local(workload.ModelSize.of_size(1_000_000), Link(1e-6, 1e12), fleet, lambda compressor, d: free):
+        assert f.computing == pytest.approx(0.1 / (0.1 + fleet.waiting / f.setting.every**0.5), rel=1e-3)
+
+
+def test_a_compressor_pays_below_the_rate_at_which_no_exchange_of_it_does() -> None:
+    """Sign by two-way at the slow end, by all-gather at the fast end: each plan says the same."""
+    pace = Pace(Line(0, 1e-9), Line(0, 1e-9), Line(0, 1e-9))
+    size, fleet = workload.ModelSize.of_size(1_000_000), Fleet(3, 0.004)
+    rates = [10.0**exponent for exponent in range(4, 12)]
+    for compressor in (Sign(), TopK(0.01)):
+        verdicts = [forecast(size, Link(0.028, rate), fleet, [compressor], lambda c, d: pace) for rate in rates]
+        found = [next(f for f in v.forecasts if not f.is_dense) for v in verdicts]
+        assert len({f.exchange for f in found}) == 2
+        assert len({f.break_even for f in found}) == 1
+        for f, v, rate in zip(found, verdicts, rates, strict=True):
+            if f.break_even is not None:
+                assert (f.seconds < v.dense.seconds) == (rate < f.break_even)
+
+
+def test_the_line_to_use_names_an_exchange_that_must_be_asked_for() -> None:
+    free = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+    size, fleet, link = workload.ModelSize.of_size(10_000_000), Fleet(32, 0.5), Link(1e-5, 30e6)
+    verdict = forecast(size, link, fleet, [QSGD(127)], lambda c, d: free, optimizer="adamw")
+    assert verdict.best.exchange == "two-way"
+    (local,) = forecast_local(size, link, fleet, lambda c, d: free, measured={Setting(1, Identity()): 100.0})
+    line = _use(verdict, local)
+    assert line.startswith('Use: register_ddp_hook with Compression(QSGD(levels=127), exchange="two-way"), ')
+
+
+def test_more_workers_need_more_steps_of_local_updates() -> None:
+    """Dense training gains from a larger batch, which local updates have as workers that drift apart."""
+    two, four = measured_with(2), measured_with(4)
+    assert measured_with(3) is four
+    assert measured_with(100) is four
+    assert two.keys() == four.keys()
+    assert all(four[setting] > two[setting] > 1 for setting in two)
+
+
+def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("plan", "--d", 200_000, "--compute", 0.05, "--workers", 2, "--compressor", "randomk", "--json")
+    assert command(*asked, "--up", "20mbit", "--down", "100mbit", "--local") == 0
+    asymmetric = json.loads(capsys.readouterr().out)
+    assert asymmetric["link"]["nominal_bits"] == pytest.approx(20e6)
+    assert {f["every"] for f in asymmetric["local"]} == {2, 8, 32}
+    assert command(*asked, "--link", "20mbit") == 0
+    assert "local" not in json.loads(capsys.readouterr().out)
+    refused = {
+        ("--up", "20mbit"): "--up and --down go together",
+        ("--link", "1gbit", "--up", "20mbit", "--down", "1mbit"): "leave it out, or --up and --down",
+        ("--up", "20mbit", "--down", "fast"): "link must be a positive rate",
+        ("--link", "1gbit", "--local", "--optimizer", "sgd"): "--local is with adamw, with which local updates were",
+        ("--link", "1gbit", "--optimizer", "adam"): "--optimizer must be one of adamw, sgd, got 'adam'",
+        ("--link", "1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
+        ("--link", "1gbit", "--local", "--most-steps", 0.5): "most-steps must be at least",
+    }
+    for words, message in refused.items():
+        assert command(*asked, *words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_one_line_says_which_to_use(capsys: pytest.CaptureFixture[str]) -> None:
+    """With local updates gradients count with their steps too; slow links are for local updates, fast ones for DDP."""
+    asked = ("plan", "--d", 200_000, "--workers", 2, "--local")
+    verdicts = {
+        ("1mbit", 0.05): "Use: LocalUpdates, ",
+        ("100gbit", 10.0): "Use: DistributedDataParallel as it is.",
+    }
+    for (link, compute), verdict in verdicts.items():
+        assert command(*asked, "--link", link, "--compute", compute) == 0
+        out = capsys.readouterr().out
+        assert "x steps" in out.partition("local updates")[0]  # of gradients
+        assert out.splitlines()[-1].startswith(verdict)
+    assert command("plan", "--d", 200_000, "--epsilon", 0.1, "--local") == 2
+    assert "--local is for the time of a step: it needs --link" in capsys.readouterr().err
+
+
+def test_milliseconds_have_no_powers_of_ten() -> None:
+    assert [ms(s) for s in (0.0, 1.23456e-6, 0.0123456, 0.9994, 12.345)] == [
+        "0",
+        "0.001235",
+        "12.35",
+        "999.4",
+        "12,345",
+    ]

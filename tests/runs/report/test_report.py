@@ -1,0 +1,222 @@
+"""Reports are made from run folders alone: the plateau's length, the table, the page."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packsaddle.cli.console import print_runs
+from packsaddle.cli.report import report
+from packsaddle.cli.run import remarks
+from packsaddle.errors import ConfigError, MissingExtraError
+from packsaddle.runs.report import write_report
+from packsaddle.runs.report.curves import curve, read_curves, write_curves
+from packsaddle.runs.report.page import charts_of
+from packsaddle.runs.report.settings import position, settings
+from packsaddle.runs.report.tables import plateau, row
+from packsaddle.runs.run_folder import RunFolder, read_runs
+
+
+def line(epoch: float, loss: float) -> dict[str, Any]:
+    n = int(epoch * 1000)
+    return {
+        "step": int(epoch * 10),
+        "epoch": epoch,
+        "loss": loss,
+        "grad_norm": 0.1,
+        "payload": n,
+        "sent": n,
+        "received": n,
+        "seconds": epoch,
+        "resets": 0,
+    }
+
+
+LINES = [line(*p) for p in ((0.5, 0.2), (1.0, 0.104), (1.5, 0.1), (2.0, 0.096), (2.5, 0.094), (3.0, 0.05))]
+
+
+def make_run(folder: Path, label: str, lines: list[dict[str, Any]], *, done: bool = True) -> Path:
+    run = RunFolder(folder)
+    run.create()
+    run.write_json("config.json", {"label": label, "plateau": 0.1})
+    run.write_json("environment.json", {"torch": "2"})
+    for entry in lines:
+        run.append("metrics.jsonl", entry)
+    if done:
+        run.write_json("summary.json", {"final_loss": lines[-1]["loss"], "test_loss": 0.06, "compression": 40.0})
+    return folder
+
+
+def test_plateau() -> None:
+    """Entered at 1.0 (0.104 <= 0.105), left at 2.5 (0.094 < 0.095)."""
+    assert plateau(LINES, 0.1) == (1.5, True)
+    assert plateau(LINES[:4], 0.1) == (1.0, False)
+    assert plateau(LINES[:1], 0.1) == (0.0, None)
+    assert plateau(LINES, None) == (None, None)
+
+
+@pytest.mark.slow
+def test_report(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "a", "<b>bold</b> & co", LINES)
+    make_run(tmp_path / "runs" / "b", "", LINES[:4], done=False)
+    runs = read_runs([tmp_path / "runs"])
+    inner = tmp_path / "runs" / ".." / "runs" / runs[-1].path.name
+    assert [run.path for run in read_runs([tmp_path / "runs", inner])] == [run.path for run in runs]
+    assert [r.label for r in runs] == ["<b>bold</b> & co", "b"]
+    html = write_report(runs, tmp_path / "report").read_text()
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; co" in html
+    assert "<b>bold" not in html
+    assert "b (unfinished)" in html
+    assert "1.0+" in html
+    assert (tmp_path / "report" / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report" / "figure.svg").read_text().count("<svg") == 1
+    with (tmp_path / "report" / "table.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows[0]["plateau_epochs"] == "1.5"
+    assert float(rows[0]["megabytes"]) == pytest.approx(0.003)
+    with pytest.raises(ConfigError, match="report exists already"):
+        write_report(runs, tmp_path / "report")
+    write_report(runs, tmp_path / "report", overwrite=True)
+
+
+def test_the_plateau_is_explained_where_a_run_is_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    left, still = make_run(tmp_path / "a", "a", LINES), make_run(tmp_path / "b", "b", LINES[:4])
+    print_runs(read_runs([left]))
+    assert "still on the plateau" not in capsys.readouterr().out
+    print_runs(read_runs([left, still]))
+    assert "+ still on the plateau at the end of the run" in " ".join(capsys.readouterr().out.split())
+
+
+def test_runs_of_one_seed_are_no_seeds_of_one_setting(tmp_path: Path) -> None:
+    """A mean of a run, its copy and a repetition would have an interval as of three seeds."""
+    folders = []
+    for i, seed in enumerate((0, 0, 1, 0)):
+        folders.append(make_run(tmp_path / str(i), "mine", LINES))
+        config = {"label": "mine", "plateau": 0.1, "seed": seed}
+        (folders[-1] / "config.json").write_text(json.dumps(config))
+    found = settings(read_runs(folders))
+    assert [(s.label, s.seeds) for s in found] == [("mine", [0, 1]), ("mine (2)", [0]), ("mine (3)", [0])]
+
+
+def test_rounds_that_are_null_were_not_counted() -> None:
+    assert math.isnan(position({**LINES[0], "rounds": None}, "rounds"))
+
+
+def test_labels_are_written_whatever_the_locale_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = settings(read_runs([make_run(tmp_path / "run", "\u03b7 = 0.3", LINES)]))
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: opened(path, *a, **{"encoding": "ascii", **k}))
+    write_curves([curve(found)], tmp_path / "curves.csv")
+    assert read_curves(tmp_path / "curves.csv")[0].setting == "\u03b7 = 0.3"
+
+
+def test_row_of_an_empty_run(tmp_path: Path) -> None:
+    (run,) = read_runs([make_run(tmp_path / "a", "new", [], done=False)])
+    assert row(run).run == "new (unfinished)"
+    write_report([run], tmp_path / "report")
+
+
+def test_what_is_not_a_run_folder(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ConfigError, match=r"is not a run folder \(it has no config\.json\)"):
+            read_runs([path])
+    folder = make_run(tmp_path / "a", "a", LINES)
+    (folder / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n{cut of")  # as a killed run leaves it
+    assert len(read_runs([folder])[0].metrics) == 1
+    (folder / "metrics.jsonl").write_text("{broken\n" + json.dumps(LINES[0]))
+    with pytest.raises(ConfigError, match="is damaged"):
+        read_runs([folder])
+
+
+def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
+    """A study's runs come by path, seed 2 before seed 10; a run without a label is called by its setting."""
+    for name in ("b/seed-10", "b/seed-2", "a/seed-0"):
+        make_run(tmp_path / "study" / "runs" / name, "", LINES)
+    names = ["a/seed-0", "b/seed-2", "b/seed-10"]
+    for above in ("study", "study/runs"):
+        runs = read_runs([tmp_path / above])
+        assert [str(run.path.relative_to(tmp_path / "study" / "runs")) for run in runs] == names
+    assert [run.label for run in runs] == ["a", "b", "b"]
+    assert len(read_runs([tmp_path / "study" / "runs" / "b"])) == 2
+
+
+def test_folders_are_never_overwritten(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "a", "a", LINES)
+    with pytest.raises(ConfigError, match="exists already; choose another with --out"):
+        RunFolder(folder).create()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be made"):
+        RunFolder(tmp_path / "file" / "run").create()
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_json("a.json", {"x": 1})
+    with pytest.raises(TypeError):
+        folder.write_json("a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+def test_a_loss_that_stands_still_is_marked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the terminal, in the tables and on the charts of loss; runs that fall carry no mark."""
+    levels = [0.3, 0.25, 0.2, 0.15, *[0.1] * 16]
+    falling = make_run(tmp_path / "a", "falls", [line(0.5 * (i + 1), 0.3 * 0.9**i) for i in range(20)])
+    still = make_run(tmp_path / "b", "stands", [line(0.5 * (i + 1), loss) for i, loss in enumerate(levels)])
+    runs = read_runs([falling, still])
+    assert [row(run).still_since for run in runs] == [None, 20]  # the fourth line is of steps 16 to 20
+    print_runs(runs[:1])
+    assert "since" not in capsys.readouterr().out.split()
+    print_runs(runs)
+    assert "since" in capsys.readouterr().out.split()  # the heading has three lines
+    page = write_report(runs, tmp_path / "report").read_text()
+    assert "stands (standing still)" in page
+    assert "falls (standing" not in page
+    ((loss, *others),) = [[c["still"] for c in charts_of(settings(runs), [curve(s) for s in settings(runs)])["charts"]]]
+    assert others == [[]]
+    (bar,) = loss
+    assert (bar["setting"], bar["since"], bar["level"], bar["epoch"], bar["step"]) == (1, 20, 0.1, [2.5, 10], [25, 100])
+    with (tmp_path / "report" / "table.csv").open() as file:
+        assert [r["still_since"] for r in csv.DictReader(file)] == ["", "20"]
+    with (tmp_path / "report" / "settings.csv").open() as file:
+        assert [r["still"] for r in csv.DictReader(file)] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"),
+    [
+        ({"r": 0.0, "suggested": 0.003, "walk": 0.0, "times": 0.0}, "and noise.std = 0.003 is suggested"),
+        ({"r": 0.01, "suggested": 0.003, "walk": 10.0, "times": 360.0}, "unless it is the noise that keeps it up"),
+        ({"r": 0.003, "suggested": 0.003, "walk": 3.0, "times": 107.0}, "tells which"),
+        (None, "tells which"),
+    ],
+)
+def test_the_end_of_a_run_tells_of_a_loss_that_stands_still(
+    tmp_path: Path, noise: dict[str, float] | None, expected: str
+) -> None:
+    folder = make_run(tmp_path / "a", "a", [line(0.5 * (i + 1), 0.3 if i < 4 else 0.0867) for i in range(20)])
+    (folder / "summary.json").write_text(json.dumps({"final_loss": 0.0867, "noise": noise}))
+    *first, last = remarks(read_runs([folder])[0])
+    assert last.startswith(
+        "the loss has stood still since step 20 (0.0867): a plateau or a minimum; packsaddle certify "
+    )
+    assert last.endswith(expected) or expected in last
+    assert ["noise.std = 0.003 would move x" in said for said in first] == [True] * (noise is not None)
+    falling = make_run(tmp_path / "b", "b", LINES)
+    assert remarks(read_runs([falling])[0]) == []
+
+
+def test_the_table_needs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
+    run = make_run(tmp_path / "a", "a", [line(i / 10, 0.5) for i in range(1, 4)])
+    with pytest.raises(
+        MissingExtraError, match=r"the report's page needs matplotlib: pip install 'packsaddle\[plot\]'"
+    ):
+        report((run,))
+    assert "final loss" in capsys.readouterr().out
+    assert not (run / "report").exists()

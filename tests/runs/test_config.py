@@ -1,0 +1,218 @@
+"""Configurations: TOML in, every mistake named in one line, and the saved form reads back."""
+
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packsaddle import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, SharedTopK, Sign, SketchTopK, TopK
+from packsaddle.compressors import identify
+from packsaddle.errors import ConfigError
+from packsaddle.runs.config import Config, EscapeConfig, configure, load
+from packsaddle.options.schema import build, is_too_deep, plain
+
+BASE = """
+lr = 0.1
+epochs = 2
+batch_size = 8
+[data]
+name = "digits"
+[model]
+name = "autoencoder"
+widths = [32, 8]
+"""
+
+
+def write(folder: Path, extra: str = "") -> Path:
+    path = folder / "config.toml"
+    path.write_text(BASE + extra)
+    return path
+
+
+def test_tables_overrides_and_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path, '[compressor]\nkind = "RandomK"\nratio = 0.01\n[escape]\ninterval = 5\nradius = 1\n')
+    config = load(path, ["compressor.ratio=0.5", "noise.std=0.25", "label=two words", "seed=7", "data.shard='class'"])
+    assert config.compressor == RandomK(0.5)
+    assert config.escape == EscapeConfig(5, 1.0)
+    assert (config.noise.std, config.label, config.seed, config.data.shard) == (0.25, "two words", 7, "class")
+    assert (config.epochs, config.model.widths) == (2.0, (32, 8))
+    assert load(write(tmp_path)).compressor == Identity()
+
+
+def test_the_saved_form_reads_back(tmp_path: Path) -> None:
+    for overrides in ([], ["compressor.kind=TopK", "compressor.k=3", "escape.interval=4", "escape.radius=2.5"]):
+        config = load(write(tmp_path), overrides)
+        assert build(Config, json.loads(json.dumps(plain(config)))) == config
+    assert config.compressor == TopK(k=3)
+
+
+MISTAKES = {
+    "lrr=0.1": "unknown key lrr (did you mean lr?)",
+    "data.shards='iid'": "unknown key data.shards (did you mean shard?)",
+    "zebra=1": "unknown key zebra",
+    "lr='fast'": "lr must be of type float, got 'fast'",
+    "seed=1.5": "seed must be of type int, got 1.5",
+    "seed=true": "seed must be of type int, got True",
+    "lr=-1": "lr must be finite and not negative, got -1.0",
+    "lr=nan": "lr must be finite and not negative, got nan",
+    "epochs=0": "epochs must be positive and finite, got 0.0",
+    "workers=0": "workers must be positive and finite, got 0",
+    "data.name=digit": "'digits', 'mnist', 'cifar10', 'folder', 'text', got 'digit' (did you mean digits?)",
+    "data.limit=0": "data: limit must be positive and finite, got 0",
+    "data=3": "data must be a table, got 3",
+    "compressor.ratio=0.1": "compressor must be a table with a kind, one of Identity, RandomK, TopK,",
+    "compressor={kind='randomk'}": "LowRank, got 'randomk' (did you mean RandomK?)",
+    "compressor={kind=['TopK']}": "LowRank, got ['TopK']",
+    "compressor={kind='LowRank', shapes=[[1, 2]]}": "unknown key compressor.shapes",
+    "exchange=ring": "exchange must be one of 'direct', 'auto', 'all-reduce', 'all-gather', 'two-way', 'coordinator'",
+    "epochs=inf": "epochs must be positive and finite, got inf",
+    "noise.lower_from=-1": "noise: lower_from must be finite and not negative, got -1.0",
+    "compressor={kind='TopK', ratio=1.5}": "compressor: ratio of TopK must be in (0, 1], got 1.5; for a number of",
+    "compressor={kind='TopK', ratio=1}": "compressor: ratio of TopK must be in (0, 1] and not an integer, got 1; for a",
+    "compressor={kind='LinearSketch', ratio=1}": "got 1; for a number of counters pass columns=",
+    "compressor={kind='RandomK', ratio=true}": "compressor.ratio must be of type float, got True",
+    "compressor={kind='TopK', block_size=2}": "unknown key compressor.block_size",
+    "noise.std=-0.1": "noise: std must be finite and not negative, got -0.1",
+    "noise.lower_until=3": "noise: lower_until needs a lower_from that is not after it, got None and 3.0",
+    "escape.interval=3": "missing key escape.radius",
+    "model.widths=8": "model.widths must be a list, got 8",
+    "model.widths=[8, 0]": "model: widths must be from 1 to 1,048,576, got [8, 0]",
+    "model.widths=[8, 'a']": "model.widths[1] must be of type int, got 'a'",
+    "model.name=resnet18": "model: widths are for the autoencoder",
+    "lr": "--set takes key=value, got 'lr'",
+    "lr.x=1": "--set lr.x=1: lr is not a table",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES.items())
+def test_mistakes(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path), [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# What is added to BASE, of 9 lines; overrides; and what the error says after the file's folder.
+ORIGINS: list[tuple[str, list[str], str]] = [
+    ("[noise]\nstdd = 1\n", [], "config.toml, line 11: unknown key noise.stdd (did you mean std?)"),
+    (
+        "[compressor]\nkind='Sign'\nratio=1\n",
+        [],
+        "line 12: unknown key compressor.ratio (Sign takes per_tensor)",
+    ),
+    ("[compressor]\n\nkind = 'Topk'\n", [], "line 12: compressor.kind must be one of Identity, "),
+    ("[noise]\n# std = 1\nstd = 'one'", [], "line 12: noise.std must be of type float, got 'one'"),
+    ("noise = {std = -1}\n", [], "line 10: unknown key model.noise ("),
+    ("[noise]\n\nstd = -1", [], "line 12: noise: std must be finite and not negative, got -1.0"),
+    ("[certify]\nepsilon = 1\nat = [\n1,\n'two',\n]", [], "line 12: certify.at[1] must be of type float, got 'two'"),
+    ("[escape]\ninterval = 3\n", [], "line 10: missing key escape.radius"),
+    ("[escape]\ninterval = 3\n", ["escape.radius=-1"], "--set escape.radius=-1: escape: radius must be positive"),
+    ("", ["escape.interval=3"], "--set escape.interval=3: missing key escape.radius"),
+    ("", ["lrr=1"], "--set lrr=1: unknown key lrr (did you mean lr?)"),
+    ("", ["lr=1", "lr=-1"], "--set lr=-1: lr must be finite and not negative, got -1.0"),
+    ("", ["model.name=resnet18"], "line 9 (with --set model.name=resnet18): model: widths are for the autoencoder"),
+    ("[compressor]\nkind='TopK'\nratio=1\n", [], "line 12: compressor: ratio of TopK must be in (0, 1] and not an"),
+    ("[compressor]\nkind='TopK'\n", ["compressor.ratio=1"], "--set compressor.ratio=1: compressor: ratio of TopK must"),
+    ('"a\\nb" = 1', [], 'line 10: unknown key model."a\\nb" (Model takes name, widths, '),
+]
+
+
+@pytest.mark.parametrize(("extra", "overrides", "message"), ORIGINS, ids=[message for _, _, message in ORIGINS])
+def test_errors_say_where_the_key_is(tmp_path: Path, extra: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, extra), overrides)
+    said = str(caught.value)
+    assert message in said
+    assert "\n" not in said
+    assert said.startswith("--set" if message.startswith("--set") else f"{tmp_path / 'config.toml'}, line ")
+
+
+def test_the_file_alone_is_named_where_no_line_is_to_blame(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("epochs = 1\n[data]\nname = 'digits'\n")
+    with pytest.raises(ConfigError, match=r"config.toml: missing key model$"):
+        load(path)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path)
+    (tmp_path / "bad.toml").write_text("lr = = 1")
+    with pytest.raises(ConfigError, match=r"bad.toml, line 1, column 6: not valid TOML: Invalid value$"):
+        load(tmp_path / "bad.toml")
+    (tmp_path / "open.toml").write_text('lr = """\n')
+    with pytest.raises(ConfigError, match=r"open.toml, at its end: not valid TOML: Unterminated string$"):
+        load(tmp_path / "open.toml")
+    before = time.monotonic()
+    n = 50_000
+    for deep in ("lr = " + "[" * n, "a" + ".a" * n + " = 1", "[" + "a . " * n + "a]", "a = " + "{a = " * n):
+        (tmp_path / "deep.toml").write_text(deep)
+        with pytest.raises(ConfigError, match=r"deep.toml: lists, tables or keys are nested too deeply$"):
+            load(tmp_path / "deep.toml")
+    with pytest.raises(ConfigError, match="too many digits, or brackets in brackets"):
+        configure({}, ["lr={" + "a." * n + "a=1}"])
+    assert time.monotonic() - before < 1
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(tmp_path / "bytes.toml")
+
+
+def test_what_is_deep_is_not_what_has_many_dots_or_brackets() -> None:
+    lists = "xs = [" + "[0.5, 1.5]," * 500 + "]\n# " + "." * 500 + "[" * 500 + "\n"
+    texts = 'a = "' + "[." * 500 + """\\""\nb = '""" + "{." * 500 + '\'\nc = """\n' + "[." * 500 + '"\n"""\n'
+    assert not is_too_deep(lists + texts + "a.b.c = 1\n" * 500)
+    assert is_too_deep(lists + texts + "x = " + "[" * 101)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A dataclass of every type that a field may have."""
+
+    a: int
+    b: float = 1.0
+    c: str | None = None
+    d: tuple[float, ...] = ()
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcde"), st.none() | st.integers() | st.text() | st.lists(st.floats() | st.text()))
+)
+def test_anything_builds_or_is_a_config_error(data: dict[str, Any]) -> None:
+    try:
+        leaf = build(Leaf, data)
+    except ConfigError as error:
+        message = str(error)
+    else:
+        message = ""
+        assert plain(leaf) | data == plain(leaf) or any(v != v for v in leaf.d)
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        Identity(),
+        RandomK(0.1, block_size=2),
+        TopK(k=3),
+        AdaptiveTopK(0.5),
+        SketchTopK(0.1),
+        SharedTopK(0.1, block_size=64),
+        LinearSketch(0.1, sketch="gaussian"),
+        Sign(),
+        QSGD(),
+        LowRank(2),
+    ],
+    ids=lambda c: type(c).__name__,
+)
+def test_every_compressor_reads_back(tmp_path: Path, compressor: Any) -> None:
+    """Also from JSON, as a run folder keeps it."""
+    config = replace(load(write(tmp_path)), compressor=compressor)
+    assert build(Config, json.loads(json.dumps(plain(config)))) == config
+    assert identify(compressor) == plain(config)["compressor"]  # what a hook's state says of it

@@ -1,0 +1,282 @@
+"""Runs with [local]: what is refused, against loops written by hand, certificates at the anchor, real processes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commandline import command
+from runs import CONFIG, differences, result
+from torch import Tensor, nn
+
+from packsaddle import LocalUpdates, simulate
+from packsaddle.errors import ConfigError
+from packsaddle.runs.config import Config, load
+from packsaddle.runs.inner_optimizers import make_inner
+from packsaddle.runs.local_training import LocalTraining
+from packsaddle.runs.run_folder import RunFolder
+from packsaddle.runs.tasks.images import load_data
+from packsaddle.runs.tasks.models import make_task
+from packsaddle.runs.tasks.sharding import Calendar, deal
+from packsaddle.runs.trainer import Trainer
+from packsaddle.numerics.seeds import Stream, mix
+
+LOCAL = """
+[local]
+every = 6
+fragments = 2
+delay = 2
+decay = 0.95
+outer_lr = 0.7
+outer_momentum = 0.5
+outer_nesterov = true
+clip = 0.05
+"""
+KEYS = ("lr=0.003", "weight_decay=0.1", "noise.std=0.0005")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "local.toml"
+    file.write_text(CONFIG + LOCAL)
+    return file
+
+
+REFUSED = {
+    "memory=ef21": "--set memory=ef21: memory must be \"buffer\" with [local], got 'ef21'",
+    "storm=0.1": "--set storm=0.1: storm does not go with [local]",
+    "momentum=0.5": '--set momentum=0.5: momentum is of local.optimizer = "sgd" and "muon"; of adamw set local.betas',
+    "escape={interval=2, radius=1.0}": "escape needs local.fragments = 1 and local.delay = 0",
+    "local_steps=4": "--set local_steps=4: unknown key local_steps (did you mean local?)",
+    "local.every=0": "--set local.every=0: local: every must be positive and finite, got 0",
+    "local.delay=6": "--set local.delay=6: local: delay must be below every = 6 steps, got 6",
+    "local.fragments=7": "local: fragments must be at most every = 6, got 7",
+    "local.fragments=true": "local.fragments must be of type int, got True",
+    "local.decay=1.5": "local: decay must be in (0, 1], got 1.5",
+    "local.betas=[0.9]": "local: betas must be two numbers in [0, 1), got [0.9]",
+    "local={optimizer='sgd', betas=[0.9, 0.95]}": "local: betas are options of adamw and muon, and sgd has none",
+    "local.optimizer=adam": "'sgd', 'adamw', 'muon', got 'adam' (did you mean adamw?)",
+    "local.clip=-1.0": "local: clip must be positive and finite, got -1.0",
+    "local.warm_up=1": "--set local.warm_up=1: local.warm_up must be less than epochs = 1, got 1",
+    "local={outer_nesterov=true}": "local: outer_nesterov needs an outer_momentum above 0",
+    "local.outer_momentum=1.0": "local: outer_momentum must be in [0, 1), got 1.0",
+    "local.reduction=max": "local.reduction must be one of 'mean', 'senders', got 'max'",
+    "nesterov=true": "nesterov needs a momentum above 0",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), REFUSED.items())
+def test_what_does_not_go_together(path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(path, [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_only_a_run_can_find(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--out", tmp_path / "run")
+    assert command("run", path, *out, "--workers", 2, "--fused") == 2
+    assert "local: workers have an x each, and a fused simulation has one; use --serial" in capsys.readouterr().err
+    assert command("run", path, *out, "--set", "local.every=99", "local.fragments=9") == 2
+    assert "fragments must be at most the number of parameters, 8, got 9" in capsys.readouterr().err
+    monkeypatch.delattr(torch.optim, "Muon")
+    assert command("run", path, *out, "--set", "local.optimizer=muon") == 2
+    assert 'local.optimizer = "muon" needs a torch that has torch.optim.Muon' in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def by_hand(config: Config, rank: int) -> tuple[dict[str, Tensor], int]:
+    """Train one worker's network with AdamW and LocalUpdates; return its weights and the rounds."""
+    data = load_data(config.data, None, train=True, download=False)
+    task = make_task(config.model, data.shape, data.classes, mix(config.seed, int(Stream.INIT)) >> 33)
+    optimizer = torch.optim.AdamW(task.parameters(), lr=0.003, weight_decay=0.1)
+    local = LocalUpdates(
+        optimizer,
+        every=6,
+        compressor=config.compression(),
+        outer=lambda anchors: torch.optim.SGD(anchors, lr=0.7, momentum=0.5, nesterov=True),
+        decay=0.95,
+        fragments=2,
+        delay=2,
+        noise=0.0005,
+        seed=config.seed,
+    )
+    (batches,) = deal(data, "iid", config.batch_size, seed=config.seed, history=[(0, 2)], workers=[rank])
+    for step in range(20):
+        optimizer.zero_grad()
+        task(*data.batch(batches[step], torch.device("cpu"), torch.float32)).backward()
+        torch.nn.utils.clip_grad_norm_(task.parameters(), 0.05)
+        optimizer.step()
+    assert local.flush()
+    return {name: value.clone() for name, value in task.network.state_dict().items()}, local.rounds
+
+
+def test_a_run_is_the_loop_that_one_would_write(path: Path, tmp_path: Path) -> None:
+    """Bit for bit; with checkpoints, whose votes are averaged beside, and what its folder says."""
+    out = tmp_path / "run"
+    assert command("run", path, "--workers", 2, "--serial", "--out", out, "--set", *KEYS) == 0
+    found = simulate(lambda rank: by_hand(load(path, KEYS), rank), 2)
+    trained = torch.load(out / "checkpoint" / "model.pt", weights_only=True)
+    for weights, _ in found:
+        assert weights.keys() == trained.keys()
+        assert all(torch.equal(weights[name], trained[name]) for name in trained)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((out / "summary.json").read_text())
+    # Fragments start after steps 3, 6, 9, ..., 18, and the last lands at 20; then each has a round more.
+    assert [line["rounds"] for line in lines] == [2, 8]
+    assert summary["rounds"] == found[0][1] == 8
+    assert (summary["local"]["every"], summary["local"]["optimizer"]) == (6, "adamw")
+    assert all(0 < line["mu"] < 1 for line in lines)
+    assert summary["bytes_by_purpose"]["metrics"]["payload"] > 0
+    worker = torch.load(out / "checkpoint" / "worker-1.pt", weights_only=True)
+    assert worker.keys() == {"optimizer", "local"}
+
+
+def test_certificates_and_iterates_are_of_the_anchor(path: Path, tmp_path: Path) -> None:
+    """In the midst of a round workers are apart, and yet have the certificate of one point: that of a fused sample."""
+    keys = (*KEYS, "certify={epsilon=1.0, at=[0.4], iterates=3, max_hvps=2}", "log_every=1")
+    config = load(path, keys)
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+
+    def train(rank: int) -> list[list[Tensor]]:
+        trainer, seen = Trainer(config, None, False), []
+        look = trainer.inspector.look
+
+        def looked(step: int, into: RunFolder) -> None:
+            seen.append([p.detach().clone() for p in trainer.task.parameters()])
+            look(step, into)
+
+        trainer.inspector.look = looked  # type: ignore[method-assign]
+        assert trainer.run(folder, quiet=True)
+        return seen
+
+    ours, theirs = simulate(train, 2)
+    assert len(ours) >= 3
+    for mine, other in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
+    certificates = [json.loads(line) for line in (folder.path / "certificates.jsonl").read_text().splitlines()]
+    assert [c["step"] for c in certificates] == [8, 20]
+    assert "lr" not in certificates[0] or certificates[0]["lr"] is None  # it is no SGD's
+
+
+def test_the_learning_rate_rises_and_falls(path: Path) -> None:
+    """lr / 8 at the first of 8 steps, lr from the eighth on, a tenth of it at the end, half in between."""
+    config = load(path, ["lr=0.1", "epochs=2", "local.warm_up=0.4", "local.schedule=cosine"])
+    calendar = Calendar.of([(0, 2)], 640, 16, 2.0)
+    training = LocalTraining(config, nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40)), calendar, None)
+    found = [training.rate(step) for step in range(41)]
+    assert found[:8] == pytest.approx([0.1 * n / 8 for n in range(1, 9)])
+    assert found[8:] == pytest.approx([0.01 + 0.09 * (1 + math.cos(math.pi * (n - 8) / 32)) / 2 for n in range(8, 41)])
+    assert found == sorted(found[:8]) + sorted(found[8:], reverse=True)
+    training.replan(Calendar.of([(0, 2), (10, 1)], 640, 16, 2.0))  # 60 steps more, twice as many an epoch
+    assert training.rate(10) == pytest.approx(training.rate(11), rel=0.05)
+    assert training.rate(70) == pytest.approx(0.01)
+
+
+def test_muon_is_for_matrices(path: Path) -> None:
+    """As two optimizers side by side; also after its state was saved and loaded."""
+    config = load(path, ["local.optimizer=muon", "momentum=0.9", "nesterov=true", "lr=0.01", "local.betas=[0.8, 0.9]"])
+    assert config.local is not None
+    nets = [nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours = make_inner(config, config.local, nets[0].named_parameters())
+    matrices = [p for p in nets[1].parameters() if p.ndim == 2]
+    others = [p for p in nets[1].parameters() if p.ndim != 2]
+    apart: list[Any] = [
+        torch.optim.Muon(matrices, 0.01, 0.0, 0.9, True, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, 0.01, (0.8, 0.9), weight_decay=0.0),
+    ]
+    for step in range(6):
+        if step == 3:
+            state = ours.state_dict()
+            ours = make_inner(config, config.local, nets[0].named_parameters())
+            ours.load_state_dict(state)
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        for net in nets:
+            net.zero_grad()
+            net(x).square().sum().backward()
+        for optimizer in (ours, *apart):
+            optimizer.step()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    only = nn.Linear(4, 4, bias=False)
+    assert len(make_inner(config, config.local, only.named_parameters()).param_groups) == 1
+
+
+class Poisoned(Trainer):
+    """A run in which worker 1's loss is not a number at a step."""
+
+    def _step(self, step: int, scalars: Tensor | None) -> Tensor:
+        self.now = step
+        return super()._step(step, scalars)
+
+    def _loss(self, index: Tensor) -> Tensor:
+        loss = super()._loss(index)
+        return loss * math.nan if self.now == 4 and self.group.rank == 1 else loss
+
+
+def test_a_round_that_is_left_out_is_in_no_mean(path: Path, tmp_path: Path) -> None:
+    config = load(path, [*KEYS, "local={every=3}"])
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    assert all(simulate(lambda rank: Poisoned(config, None, False).run(folder, quiet=True), 2))
+    lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((folder.path / "summary.json").read_text())
+    assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
+    assert (summary["skipped"], math.isfinite(summary["final_loss"])) == (1, True)
+    weights = torch.load(folder.path / "checkpoint" / "model.pt", weights_only=True)
+    assert all(bool(value.isfinite().all()) for value in weights.values())
+
+
+class Cut(BaseException):
+    """What ends a run in its midst."""
+
+
+def cut_at(monkeypatch: pytest.MonkeyPatch, step: int, *arguments: Any) -> None:
+    """Run a command that is ended before a step of its training."""
+    real = Trainer._step
+
+    def cut(self: Trainer, now: int, scalars: Any) -> Tensor:
+        if now == step:
+            raise Cut
+        return real(self, now, scalars)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", cut)
+        with pytest.raises(Cut):
+            command(*arguments)
+
+
+def test_another_number_of_workers_goes_on(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the midst of a round, with an exchange under way; epochs stay epochs."""
+    folder, every = tmp_path / "run", ("--serial", "--checkpoint-every", 13)
+    keys = (*KEYS, "noise.lower_from=0.5", "local.schedule=cosine", "test_every=0.5")
+    cut_at(monkeypatch, 15, "run", path, "--workers", 2, "--out", folder, *every, "--set", *keys)
+    assert command("run", "--resume", folder, "--workers", 3, *every) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["workers"], summary["steps"]) == (3, 13 + round((1 - 13 / 20) * 13))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["epoch"] == pytest.approx(1, abs=1 / 20)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.process
+def test_processes_give_the_run_of_a_simulation_and_go_on(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with an exchange under way in a thread when it is saved, and when it is gone on with."""
+    options = ("--workers", 2, "--checkpoint-every", 13)  # the exchange after step 12 lands after step 14
+    folders = {name: tmp_path / name for name in ("serial", "processes", "resumed")}
+    assert command("run", path, *options, "--serial", "--out", folders["serial"], "--set", *KEYS) == 0
+    assert command("run", path, *options, "--out", folders["processes"], "--set", *KEYS) == 0
+    cut_at(monkeypatch, 15, "run", path, *options, "--serial", "--out", folders["resumed"], "--set", *KEYS)
+    assert [p.name for p in (folders["resumed"] / "checkpoint").iterdir()] == ["step-00000013"]
+    assert command("run", "--resume", folders["resumed"], "--workers", 2) == 0
+    serial, *others = map(result, folders.values())
+    for other in others:
+        assert differences(serial, other) == []

@@ -1,0 +1,127 @@
+"""packsaddle init: a file with every key, whose comments are the code's own, that loads and trains as it stands."""
+
+import json
+import re
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from commandline import command, refused
+
+from packsaddle.compressors import TopK
+from packsaddle.runs.config import (
+    AnyCompressor,
+    CertifyConfig,
+    Config,
+    DataConfig,
+    EscapeConfig,
+    LocalConfig,
+    ModelConfig,
+    NoiseConfig,
+)
+from packsaddle.runs.config import load as load_config
+from packsaddle.options.schema import build, settable
+from packsaddle.runs.templates import TASKS, TaskName, comments, template
+
+ROOT = Path(__file__).parents[2]
+TABLES = {"data": DataConfig, "model": ModelConfig, "noise": NoiseConfig, "escape": EscapeConfig}
+TABLES |= {"certify": CertifyConfig, "local": LocalConfig}
+names = pytest.mark.parametrize("name", get_args(TaskName))
+
+
+def load(text: str) -> Config:
+    return build(Config, tomllib.loads(text))
+
+
+def statements(text: str) -> list[tuple[str, str, bool]]:
+    """Table, key (none for the table's header) and whether it is commented out, of every statement in a template."""
+    found, table = [], ""
+    for line in text.splitlines():
+        if match := re.match(r"(# )?(?:\[(\w+)\]|(\w+) = .*?) +# \S", line):
+            table = match[2] or table
+            found.append((table, match[3] or "", match[1] is not None))
+    return found
+
+
+@names
+def test_every_key_stands_with_a_comment(name: TaskName) -> None:
+    """Once, in its table; of the compressors, those of the task's."""
+    config = TASKS[name].config
+    tables = {**TABLES, "compressor": type(config.compressor), "back": TopK}
+    expected = [("", f.name) for f in settable(Config) if f.name not in tables]
+    for table in (f.name for f in settable(Config) if f.name in tables):
+        kind = [(table, "kind")] if table in ("compressor", "back") else []
+        expected += [(table, ""), *kind, *((table, f.name) for f in settable(tables[table]))]
+    assert [(table, key) for table, key, _ in statements(template(config, "heading"))] == expected
+
+
+@names
+def test_what_is_commented_out_can_be_used(name: TaskName) -> None:
+    """All at once, with an exchange that [back] is for, but for k, which takes the ratio's place, and with either
+    [local], the last table, or storm."""
+    text = template(TASKS[name].config, "heading")
+    used = re.sub(r"^# (\[\w+\]|(?!k =)\w+ = )", r"\1", text, flags=re.MULTILINE)
+    used = used.replace('exchange = "direct"', 'exchange = "two-way"')
+    before, _, local = used.partition("\n[local]")
+    for either in (before, re.sub(r"^storm = ", "# storm = ", before, flags=re.MULTILINE) + "\n[local]" + local):
+        config = load(either)
+        assert config.back
+        assert config.escape
+        assert config.certify
+        assert (config.local is None) == (config.storm is not None)
+    assert {key for _, key, off in statements(used) if off} == {"k"}
+    counted = load(text.replace("\nratio = ", "\n# ratio = ", 1).replace("\n# k = ", "\nk = ", 1))
+    assert counted.compressor == type(TASKS[name].config.compressor)(k=1000)  # type: ignore[call-arg]
+
+
+@names
+def test_choices_and_defaults_are_the_types(name: TaskName) -> None:
+    text = template(TASKS[name].config, "heading")
+    for option in ("two-way", "bfloat16", "cifar10", "resnet34", "imagenet", *map(str, get_args(TaskName)[:1])):
+        assert option in text
+    for kind in get_args(AnyCompressor):
+        assert kind.__name__ in text.replace("\n", "")
+    if TASKS[name].config.workers != 1:
+        assert re.search(r"^workers = \d .*; by default 1$", text, re.MULTILINE)
+    assert re.search(r"^# seed = 0 ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("cls", [Config, *TABLES.values(), *get_args(AnyCompressor)], ids=lambda c: c.__name__)
+def test_every_field_has_a_comment_in_the_code(cls: type[Any]) -> None:
+    """But for the tables, which the docstrings of their classes describe."""
+    described = comments(cls)
+    assert {f.name for f in settable(cls) if not described[f.name]} == ({*TABLES} if cls is Config else set())
+
+
+def test_a_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("lr = 1")
+    refused(capsys, f"{file} exists already, and is left as it is", "init", file)
+    assert file.read_text() == "lr = 1"
+    refused(capsys, "cannot be written: No such file or directory", "init", tmp_path / "none" / "x.toml")
+    refused(
+        capsys,
+        "--task must be one of char-transformer, char-transformer-local, digits, ",
+        "init",
+        "x.toml",
+        "--task",
+        "digit",
+    )
+
+
+@pytest.mark.parametrize("name", ["char-transformer", "mnist-autoencoder"])
+def test_tasks_are_the_experiments(name: TaskName) -> None:
+    config = load_config(ROOT / "experiments" / name / "config.toml")
+    assert replace(config, compressor=TASKS[name].config.compressor) == TASKS[name].config
+
+
+@pytest.mark.slow
+def test_digits_trains_as_the_file_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the number of passes, and in one process."""
+    monkeypatch.chdir(tmp_path)
+    assert command("init", "--task", "digits") == 0
+    assert command("run", "config.toml", "--serial", "--set", "epochs=0.5", "--out", "trained") == 0
+    summary = json.loads((tmp_path / "trained" / "summary.json").read_text())
+    assert (summary["workers"], summary["test_loss"] > 0) == (2, True)
