@@ -1,13 +1,14 @@
 """From the words of a command line to a call; every mistake is one line that names the nearest valid word.
 
-tyro parses a command's flags by its signature and writes its help. Its errors are boxes of many lines. The events
-behind them, which say more, are not public, so that another version may lack them: then the box's text is the line.
-The script that completes commands and flags in a shell is tyro's, too.
+tyro parses a command's flags by its signature, and writes its help and the scripts that complete it in a shell. Its
+errors are boxes of many lines: `_one_line` makes one line of their text, and of the errors that it recognizes one in
+our words.
 """
 
 import functools
 import inspect
 import io
+import os
 import re
 import shutil
 import textwrap
@@ -31,11 +32,19 @@ NUMBERS = tyro.constructors.ConstructorRegistry()
 def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
     if info.type not in (int, float):
         return None
-    read: Callable[[str], Any] = whole if info.type is int else real
+    convert: Callable[[str], Any] = whole if info.type is int else real
+    kind = "a whole number" if info.type is int else "a number"
+
+    def read(words: list[str]) -> Any:
+        try:
+            return convert(words[0])
+        except ValueError:
+            raise ValueError(f"must be {kind}, got {words[0]!r}") from None
+
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="INT" if info.type is int else "FLOAT",
-        instance_from_str=lambda words: read(words[0]),
+        instance_from_str=read,
         is_instance=lambda value: isinstance(value, info.type),
         str_from_instance=lambda value: [str(value)],
     )
@@ -49,13 +58,6 @@ MARKERS = (
     tyro.conf.PositionalMetavarFromFieldName,
 )
 UNSAID = tyro.conf.arg(help_behavior_hint="")  # for a default that the help says in words
-_KINDS = {
-    "INT|{all}": "a whole number or all",
-    "INT": "a whole number",
-    "FLOAT": "a number",
-    "PATH": "a path",
-    "STR": "a text",
-}
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,10 @@ def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[
 
 def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[[], Any]:
     words, said = _joined(command, words), io.StringIO()
+    if not {"-h", "--help"} & {*words}:
+        _check_flags(command, words, name)
     try:
-        with redirect_stderr(said), _one_line_errors(command, words, name):
+        with redirect_stderr(said), _unwrapped(words):
             call: Callable[[], Any] = tyro.cli(
                 deferred(command),
                 prog=name,
@@ -113,7 +117,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise ConfigError(f"{_subject(name)}{_without_box(said.getvalue())}") from None
+        raise ConfigError(f"{_subject(name)}{_one_line(said.getvalue(), words)}") from None
 
 
 def _joined(command: Command, words: Sequence[str]) -> list[str]:
@@ -168,88 +172,66 @@ def deferred(command: Command) -> Command:
 
 
 @contextmanager
-def _one_line_errors(command: Command, words: Sequence[str], name: str) -> Iterator[None]:
-    """Raise ConfigError where tyro would print an error that it has an event for.
-
-    An unknown flag comes first: tyro may rather miss what that stands in the place of.
-    """
+def _unwrapped(words: Sequence[str]) -> Iterator[None]:
+    """Let tyro write errors on lines of any length, so that it breaks no word; help keeps the terminal's width."""
+    before = os.environ.get("COLUMNS")
+    if not {"-h", "--help"} & {*words}:
+        os.environ["COLUMNS"] = "100000"
     try:
-        from tyro import _errors
-    except ImportError:
         yield
-        return
-
-    known = {*_flags(command), "--help", "--"}
-    unknown = [w for w in words if w.startswith("--") and w.partition("=")[0].replace("_", "-") not in known]
-
-    def refuse(event: Any) -> None:
-        if unknown:
-            raise ConfigError(_subject(name) + _unrecognized(unknown[0], command))
-        explain = _EXPLANATIONS.get(type(event).__name__)
-        if explain is not None:
-            with suppress(AttributeError):  # where another version of tyro has other events, its own text will do
-                raise ConfigError(_subject(name) + explain(event, command))
-
-    with _errors.on_parse_error(refuse):
-        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
-def _unrecognized(word: str, command: Command) -> str:
-    if not word.startswith("-"):
-        return f"unexpected argument {_shown(word)}"
-    flag, flags = word.partition("=")[0], _flags(command)
-    other = " (keys of the configuration go through --set key=value)" if "--set" in flags else " (see --help)"
-    return f"unknown flag {_shown(flag)}{nearest(flag, flags) or other}"
+def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
+    """Raise ConfigError for an unknown flag: tyro would rather report the argument that it displaced."""
+    flags = _flags(command)
+    for word in words:
+        flag = word.partition("=")[0]
+        if word.startswith("--") and flag.replace("_", "-") not in {*flags, "--"}:
+            other = " (keys of the configuration go through --set key=value)" if "--set" in flags else " (see --help)"
+            raise ConfigError(f"{_subject(name)}unknown flag {_shown(flag)}{nearest(flag, flags) or other}")
 
 
 def _flags(command: Command) -> list[str]:
-    """Its own flags; those that are on by themselves are turned off by --no-NAME."""
+    """Return its own flags; those that are on by default are turned off by --no-NAME."""
     parameters = inspect.signature(command).parameters.values()
     positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
     names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
     return [f"--{name.replace('_', '-')}" for name in names]
 
 
-def _missing(event: Any, command: Command) -> str:
-    return "missing " + ", ".join(f"{_name(a.arg)}: {a.arg.field.helptext}" for a in event.missing_arguments)
+# The text of tyro's errors, and what replaces it. Another version's wording is printed as it is.
+_ERRORS = (
+    (r"Error parsing (\S+): (?:.*<class '\w+'>: )?(must be .*)", r"\1 \2"),
+    (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),
+    (r"Missing from [^:]*: (.*) \(required\)", r"missing \1"),
+)
 
 
-def _choice(event: Any, command: Command) -> str:
-    choices, value = list(event.choices), event.value
-    if "None" in choices:  # of a flag that may be left out, whose choices tyro has in no order
-        choices = sorted({*choices} - {"None"})
-    return f"{_name(event.argument)} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}"
+def _one_line(text: str, words: Sequence[str]) -> str:
+    """Return an error of tyro's as one line, without box, title and trailer."""
+    lines = [line.strip(" │|") for line in text.splitlines()]
+    rules = [i for i, line in enumerate(lines) if re.match(r"[─╭╰]|\+-|----", line)]
+    first = rules[0] + 1 if rules else 0  # the title is in or above the first rule
+    text = " ".join(line for i, line in enumerate(lines) if line and i >= first and i not in rules)
+    text = re.split(r"\s*(?:Argument helptext:|For full helptext)", text)[0]
 
+    # Errors whose values are known.
+    if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\.?", text):
+        choices = sorted(set(re.findall(r"'([^']*)'", choice[3])) - {"None"}, key=choice[3].index)
+        place = choice[2] if choice[2].startswith("-") else choice[2].upper()
+        return f"{place} must be one of {', '.join(choices)}, got {choice[1]!r}{nearest(choice[1], choices)}"
+    if rest := re.fullmatch(r"Unrecognized options: (.*)", text):
+        unknown = next((word for word in words if rest[1].startswith(" ".join(word.split()))), rest[1])
+        return f"unexpected argument {_shown(unknown)}"
 
-def _refused_value(event: Any, command: Command) -> str:
-    if event.argument is None:
-        return str(event.message)
-    found = event.message.rpartition(": ")[2]
-    listed = re.fullmatch(r"\[(.*)\] does not match choices .*", found)  # of a number or a word
-    return f"{_name(event.argument)} must be {_kind(event.argument)}, got {listed[1] if listed else found}"
-
-
-def _kind(argument: Any) -> str:
-    metavar = str(argument.lowered.metavar)
-    return _KINDS.get(metavar, metavar)
-
-
-def _name(argument: Any) -> str:
-    """A flag as it is typed, or the placeholder of a positional argument."""
-    return str(argument.lowered.metavar if argument.is_positional() else argument.lowered.name_or_flags[-1])
-
-
-_EXPLANATIONS: dict[str, Callable[[Any, Command], str]] = {
-    "UnrecognizedArgs": lambda event, command: _unrecognized(event.tokens[0], command),
-    "MissingArgs": _missing,
-    "BadValue": lambda event, command: f"{_name(event.argument)} needs {_kind(event.argument)} after it",
-    "InvalidChoice": _choice,
-    "InstantiationFailure": _refused_value,
-}
-
-
-def _without_box(text: str) -> str:
-    return " ".join(re.sub(r"[─│╭╮╰╯|+]|-{3,}", " ", text).split())
+    # Others, reworded if their wording is known.
+    for pattern, replacement in _ERRORS:
+        text = re.sub(pattern, replacement, text)
+    return text.replace(" (required) ", "; ")
 
 
 def _subject(name: str) -> str:
