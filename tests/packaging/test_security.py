@@ -16,9 +16,10 @@ import pytest
 from rich.console import Console
 
 import packsaddle
+from experiments.paper.progress import StudyProgress
 from packsaddle.cli.console import print_runs
 from packsaddle.messages import cell, read_cell
-from packsaddle.runs.progress import StudyProgress, live
+from packsaddle.runs.progress import live
 from packsaddle.runs.report import write_report
 from packsaddle.runs.report.curves import read_curves
 from packsaddle.runs.run_folder import read_runs
