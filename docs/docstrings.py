@@ -1,16 +1,13 @@
 """A Sphinx extension: docstrings as they are written here, plain text with `names`, become reStructuredText."""
 
-import ast
 import dataclasses
-import inspect
 import re
-import textwrap
-import tokenize
-from io import StringIO
 from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
+
+from packsaddle.options.describe import comments
 
 _CODE = re.compile(r"(`[^`\n]+`)")
 _NAME = re.compile(r"[A-Za-z_][\w.]*(\(\))?")
@@ -73,21 +70,12 @@ def _piece(piece: str) -> str:
     return re.sub(r"([\\*|]|_(?!\w))", r"\\\1", piece)
 
 
-def field_comments(cls: type) -> dict[str, str]:
-    """Return the comment behind each field of a dataclass: that is where fields are explained here."""
-    source = textwrap.dedent(inspect.getsource(cls))
-    tokens = tokenize.generate_tokens(StringIO(source).readline)
-    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
-    (definition,) = ast.parse(source).body
-    assert isinstance(definition, ast.ClassDef)
-    fields = [f for f in definition.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)]
-    return {f.target.id: comments[f.lineno] for f in fields if f.lineno in comments}  # type: ignore[union-attr]
-
-
 def _on_docstring(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
     lines[:] = to_rst(lines)
     if what == "class" and dataclasses.is_dataclass(thing):
-        shown = {n: text for n, text in field_comments(thing).items() if not n.startswith("_") and "noqa" not in text}
+        shown = {
+            n: text for n, text in comments(thing).items() if text and not n.startswith("_") and "noqa" not in text
+        }
         lines += [f":ivar {n}: {_escaped(text)}" for n, text in shown.items()]
 
 

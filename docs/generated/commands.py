@@ -1,6 +1,5 @@
 """The commands and their options, from signatures and docstrings: those of packsaddle, and of the lab in a clone."""
 
-import ast
 import dataclasses
 import inspect
 import re
@@ -15,6 +14,7 @@ from experiments.paper import __main__ as paper
 from generated import table
 from packsaddle import cli
 from packsaddle.cli.parsing import Command, Group
+from packsaddle.options.describe import descriptions
 
 
 def markdown() -> str:
@@ -56,7 +56,7 @@ def _examples(paragraph: str) -> str:
 
 
 def _arguments(command: Command) -> str:
-    hints, said = get_type_hints(command, include_extras=True), _helps(command)
+    hints, said = get_type_hints(command, include_extras=True), descriptions(command)
     if inspect.isclass(command):
         given = {f.name: f.default for f in dataclasses.fields(command)}
     else:
@@ -90,24 +90,3 @@ def _default(value: Any) -> str:
     if value in (inspect.Parameter.empty, dataclasses.MISSING):
         return "required"
     return "" if value is None or isinstance(value, bool) or value == () else f"`{value}`"
-
-
-def _helps(command: Command) -> dict[str, str]:
-    """The help of each argument: the section "Args:" of a function, the texts after the fields of a class."""
-    if inspect.isclass(command):
-        return {n: text for base in reversed(command.__mro__[:-1]) for n, text in _field_texts(base).items()}
-    section = (inspect.getdoc(command) or "").partition("\n\nArgs:\n")[2]
-    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in found}
-
-
-def _field_texts(cls: type) -> dict[str, str]:
-    if not dataclasses.is_dataclass(cls):
-        return {}
-    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            found[field.target.id] = " ".join(str(ast.literal_eval(text.value)).split())
-    return found

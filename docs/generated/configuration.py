@@ -5,9 +5,9 @@ import json
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from generated import table
+from packsaddle.options.describe import descriptions
 from packsaddle.options.schema import choices, settable
 from packsaddle.runs.config import Config
-from packsaddle.runs.templates import comments
 
 _NAMES = {int: "integer", float: "number", str: "text", bool: "true or false"}
 
@@ -20,7 +20,7 @@ def markdown() -> str:
     parts = ["### Top level", _keys(Config, plain)]
     for name, hint in tables.items():
         (first, *others) = _classes(hint)
-        about = comments(Config).get(name) or (first.__doc__ or "").partition("\n")[0]
+        about = descriptions(Config).get(name) or (first.__doc__ or "").partition("\n")[0]
         optional = " Optional." if type(None) in get_args(hint) else ""
         parts += [f"### `[{name}]`", _sentence(about) + optional]
         if name == "back":
@@ -44,7 +44,7 @@ def _sentence(text: str) -> str:
 
 
 def _keys(cls: type, fields: list[dataclasses.Field[Any]]) -> str:
-    hints, said = get_type_hints(cls), comments(cls)
+    hints, said = get_type_hints(cls), descriptions(cls)
     rows = [[f"`{f.name}`", _kind(hints[f.name]), _default(f), said.get(f.name, "")] for f in fields]
     return table(["key", "value", "default", "meaning"], rows)
 
@@ -55,7 +55,7 @@ def _union(classes: list[type]) -> str:
     rows = [["`kind`", kinds, "`Identity`", "all", "the class of the compressor"]]
     keys: dict[tuple[str, ...], list[str]] = {}
     for cls in classes:
-        hints, said = get_type_hints(cls), comments(cls)
+        hints, said = get_type_hints(cls), descriptions(cls)
         for f in settable(cls):
             row = (f"`{f.name}`", _kind(hints[f.name]), _default(f), said.get(f.name, ""))
             keys.setdefault(row, []).append(f"`{cls.__name__}`")

@@ -18,6 +18,7 @@ from scipy.stats import binomtest
 
 from packsaddle import Verdict, certify
 from packsaddle.curvature.certificate import Share, draw_iterates, proposed_epsilon
+from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.runs.certification import Audit, read_config
 from packsaddle.runs.config import CertifyConfig, DataConfig
 from packsaddle.runs.report import write_report
@@ -25,7 +26,6 @@ from packsaddle.runs.run_checks import Inspector
 from packsaddle.runs.run_folder import read_runs
 from packsaddle.runs.tasks.images import load_images
 from packsaddle.runs.tasks.models import make_task
-from packsaddle.numerics.seeds import Stream, generator
 
 CONFIG = """
 lr = 0.5

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from packsaddle import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, RandomK, SharedTopK, Sign, SketchTopK, TopK
 from packsaddle.compressors import identify
 from packsaddle.errors import ConfigError
-from packsaddle.runs.config import Config, EscapeConfig, configure, load
 from packsaddle.options.schema import build, is_too_deep, plain
+from packsaddle.runs.config import Config, EscapeConfig, configure, load
 
 BASE = """
 lr = 0.1

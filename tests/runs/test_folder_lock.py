@@ -208,5 +208,15 @@ def test_a_study_is_made_by_one_process(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "study.json").write_text('{"study": "text", "scale": "smoke"}')
     with locked(tmp_path):
         refused(capsys, f"{tmp_path} is being trained in by process {os.getpid()}", *study)
-        refused(capsys, "is being trained in", "experiments.paper", "table1", "--scale", "smoke", "--resume", "--out", tmp_path)
+        refused(
+            capsys,
+            "is being trained in",
+            "experiments.paper",
+            "table1",
+            "--scale",
+            "smoke",
+            "--resume",
+            "--out",
+            tmp_path,
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["study.json"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from packsaddle import LocalUpdates, simulate
 from packsaddle.errors import ConfigError
+from packsaddle.numerics.seeds import Stream, mix
 from packsaddle.runs.config import Config, load
 from packsaddle.runs.inner_optimizers import make_inner
 from packsaddle.runs.local_training import LocalTraining
@@ -21,7 +22,6 @@ from packsaddle.runs.tasks.images import load_data
 from packsaddle.runs.tasks.models import make_task
 from packsaddle.runs.tasks.sharding import Calendar, deal
 from packsaddle.runs.trainer import Trainer
-from packsaddle.numerics.seeds import Stream, mix
 
 LOCAL = """
 [local]

@@ -11,6 +11,8 @@ import pytest
 from commandline import command, refused
 
 from packsaddle.compressors import TopK
+from packsaddle.options.describe import descriptions
+from packsaddle.options.schema import build, settable
 from packsaddle.runs.config import (
     AnyCompressor,
     CertifyConfig,
@@ -22,8 +24,7 @@ from packsaddle.runs.config import (
     NoiseConfig,
 )
 from packsaddle.runs.config import load as load_config
-from packsaddle.options.schema import build, settable
-from packsaddle.runs.templates import TASKS, TaskName, comments, template
+from packsaddle.runs.templates import TASKS, TaskName, template
 
 ROOT = Path(__file__).parents[2]
 TABLES = {"data": DataConfig, "model": ModelConfig, "noise": NoiseConfig, "escape": EscapeConfig}
@@ -91,7 +92,7 @@ def test_choices_and_defaults_are_the_types(name: TaskName) -> None:
 @pytest.mark.parametrize("cls", [Config, *TABLES.values(), *get_args(AnyCompressor)], ids=lambda c: c.__name__)
 def test_every_field_has_a_comment_in_the_code(cls: type[Any]) -> None:
     """But for the tables, which the docstrings of their classes describe."""
-    described = comments(cls)
+    described = descriptions(cls)
     assert {f.name for f in settable(cls) if not described[f.name]} == ({*TABLES} if cls is Config else set())
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from commandline import command, refused
 
-from packsaddle.runs.trackers import MLflow, TensorBoard, Tracker, WandB, tracked
 from packsaddle.integrations.callbacks import scalars
+from packsaddle.runs.trackers import MLflow, TensorBoard, Tracker, WandB, tracked
 
 CONFIG = """
 lr = 0.1

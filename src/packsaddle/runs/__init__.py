@@ -10,7 +10,18 @@ from packsaddle.lazy import importing
 
 if TYPE_CHECKING:
     from packsaddle.runs.certification import Audit, read_config
-    from packsaddle.runs.config import AnyCompressor, CertifyConfig, Config, DataConfig, EscapeConfig, LocalConfig, ModelConfig, NoiseConfig, configure, override
+    from packsaddle.runs.config import (
+        AnyCompressor,
+        CertifyConfig,
+        Config,
+        DataConfig,
+        EscapeConfig,
+        LocalConfig,
+        ModelConfig,
+        NoiseConfig,
+        configure,
+        override,
+    )
     from packsaddle.runs.folder_lock import check_free, locked
     from packsaddle.runs.job import How, Job, fastest_simulation
     from packsaddle.runs.run_checkpoints import CheckpointPolicy, LoadingError
@@ -50,7 +61,8 @@ __all__ = [
 ]
 _FILES = {
     "certification": "Audit read_config",
-    "config": "AnyCompressor CertifyConfig Config DataConfig EscapeConfig LocalConfig ModelConfig NoiseConfig configure override",
+    "config": "AnyCompressor CertifyConfig Config DataConfig EscapeConfig LocalConfig ModelConfig NoiseConfig "
+    "configure override",
     "folder_lock": "check_free locked",
     "job": "How Job fastest_simulation",
     "run_checkpoints": "CheckpointPolicy LoadingError",

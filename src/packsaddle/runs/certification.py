@@ -18,15 +18,15 @@ from packsaddle.curvature.population import check_population
 from packsaddle.curvature.products import Hvp
 from packsaddle.curvature.search import Bounds
 from packsaddle.errors import ConfigError
+from packsaddle.numerics.seeds import Stream, generator
+from packsaddle.options.schema import build
 from packsaddle.runs.config import Config
 from packsaddle.runs.findings import Finding, Further
 from packsaddle.runs.progress import Report, countdown
 from packsaddle.runs.run_folder import damaged, read_object
-from packsaddle.options.schema import build
 from packsaddle.runs.tasks.images import Dataset, load_data
 from packsaddle.runs.tasks.models import Task, make_task, task_loss
 from packsaddle.runs.tasks.sharding import Examples
-from packsaddle.numerics.seeds import Stream, generator
 
 _AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
 _BATCHES_OF_POPULATION = 32  # or more: how they differ is what its bounds come from

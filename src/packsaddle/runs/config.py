@@ -25,11 +25,11 @@ from packsaddle.compressors import (
 )
 from packsaddle.curvature.lanczos import check_probability
 from packsaddle.errors import ConfigError
-from packsaddle.options.schema import build, is_too_deep, line_of, syntax_error
 from packsaddle.messages import shortened, shown
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.fragment import Reduction
 from packsaddle.optim.stages.drift import OnDrift
+from packsaddle.options.schema import build, is_too_deep, line_of, syntax_error
 
 _EPOCHS = (1e-9, 1e9)  # the least and the most that a number of epochs may be
 _WIDEST = 2**20  # units of a layer

@@ -19,11 +19,11 @@ from packsaddle.curvature.products import Hvp
 from packsaddle.curvature.search import EveryNth
 from packsaddle.curvature.sharded import derivatives
 from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
+from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.runs.progress import countdown
 from packsaddle.runs.report import figures
 from packsaddle.runs.report.certificate_figure import draw_certificate
 from packsaddle.runs.run_folder import RunFolder, make_new, written
-from packsaddle.numerics.seeds import Stream, generator
 
 _POINTS = 20  # of a profile, to each side
 _PROFILED = 4096  # examples of a profile, about: 41 losses over all of them would cost more than most verdicts

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 
-from packsaddle.version import __version__
 from packsaddle.comm.communicator import Together
 from packsaddle.comm.cost_model import RingAllReduce
 from packsaddle.comm.failures import TerminatedError
@@ -21,10 +20,13 @@ from packsaddle.comm.managed import connect
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import FusedGroup, simulate
 from packsaddle.errors import ConfigError
+from packsaddle.optim.elastic import Elastic
+from packsaddle.optim.stages.drift import DriftError
+from packsaddle.optim.stages.nonfinite import NonFiniteError
+from packsaddle.options.schema import build, first_difference, plain
 from packsaddle.runs.batched import why_not_batched
 from packsaddle.runs.config import Config
 from packsaddle.runs.folder_lock import FolderLock, check_free, locked
-from packsaddle.options.schema import first_difference
 from packsaddle.runs.run_checkpoints import (
     NEVER,
     STOPPED,
@@ -34,13 +36,10 @@ from packsaddle.runs.run_checkpoints import (
     state_of,
 )
 from packsaddle.runs.run_folder import RunFolder, environment, make_new, written
-from packsaddle.options.schema import build, plain
 from packsaddle.runs.tasks.sharding import shard
 from packsaddle.runs.trackers import TrackerName, require_tracker, tracked
 from packsaddle.runs.trainer import Trainer
-from packsaddle.optim.elastic import Elastic
-from packsaddle.optim.stages.drift import DriftError
-from packsaddle.optim.stages.nonfinite import NonFiniteError
+from packsaddle.version import __version__
 
 _ELASTIC_TIMEOUT = 60.0  # seconds of a collective of workers that come and go
 # The way to W workers: processes, one after the other in this process, that with all gradients at once, or one that

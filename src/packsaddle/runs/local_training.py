@@ -14,16 +14,16 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.errors import ConfigError
-from packsaddle.runs.config import Config
-from packsaddle.runs.inner_optimizers import make_inner, share_of_peak
-from packsaddle.options.schema import plain
-from packsaddle.runs.tasks.sharding import Calendar
-from packsaddle.runs.training import Closure, Training, noise_schedule, noisy, ramp_of
 from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.layout import goes_dense
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.stages.drift import Drift
 from packsaddle.optim.stages.escape import Escape, Reset
+from packsaddle.options.schema import plain
+from packsaddle.runs.config import Config
+from packsaddle.runs.inner_optimizers import make_inner, share_of_peak
+from packsaddle.runs.tasks.sharding import Calendar
+from packsaddle.runs.training import Closure, Training, noise_schedule, noisy, ramp_of
 
 
 class LocalTraining(Training):

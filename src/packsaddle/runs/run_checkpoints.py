@@ -23,10 +23,10 @@ from packsaddle.comm.communicator import Together
 from packsaddle.comm.group import Group
 from packsaddle.comm.launching import asked_to_stop
 from packsaddle.errors import ConfigError
+from packsaddle.options.schema import build, first_difference, plain
 from packsaddle.runs.config import Config
 from packsaddle.runs.folder_lock import LOCK
 from packsaddle.runs.run_folder import RunFolder
-from packsaddle.options.schema import build, first_difference, plain
 
 _SECONDS = 30.0  # between checkpoints at least, where no number of steps is given
 _STOP = 1024.0  # more than all workers' other wishes together, and exact in single precision

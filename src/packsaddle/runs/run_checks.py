@@ -24,12 +24,12 @@ from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
 from packsaddle.curvature.hessian import Curvature, NotFiniteError
 from packsaddle.curvature.step_stability import CoordinateStep, largest_overshoot
+from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.runs.config import CertifyConfig, Config
 from packsaddle.runs.run_folder import RunFolder
 from packsaddle.runs.tasks.images import Dataset
 from packsaddle.runs.tasks.models import Task, task_loss
 from packsaddle.runs.tasks.sharding import Batches, Calendar, Examples
-from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.theory.noise_walk import FAR, Walk, rms
 
 _BATCHES = 8

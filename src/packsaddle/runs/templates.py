@@ -4,17 +4,17 @@ A preset is written as a commented TOML file: values from a Config, words from t
 is a deep autoencoder on digits, from a start where plain SGD stalls at a saddle.
 """
 
-import ast
 import dataclasses
 import inspect
 import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from packsaddle.compressors import Identity, RandomK, TopK
+from packsaddle.options.describe import descriptions
+from packsaddle.options.schema import choices, settable
 from packsaddle.runs.config import (
     AnyCompressor,
     CertifyConfig,
@@ -25,7 +25,6 @@ from packsaddle.runs.config import (
     ModelConfig,
     NoiseConfig,
 )
-from packsaddle.options.schema import choices, settable
 
 # What stands, commented out, where a configuration has nothing.
 _EXAMPLES: dict[str, Any] = {
@@ -74,7 +73,7 @@ def _table(value: Any, name: str, hint: Any) -> Iterator[str]:
     off = "# " if value is None else ""
     value = _EXAMPLES[name] if value is None else value
     cls, kinds = type(value), [c.__name__ for c in choices(hint)]
-    about = comments(Config).get(name) or (inspect.getdoc(cls) or "").partition("\n")[0].removesuffix(".")
+    about = descriptions(Config).get(name) or (inspect.getdoc(cls) or "").partition("\n")[0].removesuffix(".")
     yield from _line(f"{off}[{name}]", about)
     if kinds:
         yield from _line(f"{off}kind = {json.dumps(cls.__name__)}", f"one of {', '.join(kinds)}")
@@ -85,7 +84,7 @@ def _table(value: Any, name: str, hint: Any) -> Iterator[str]:
 def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str = "") -> Iterator[str]:
     value, required = getattr(owner, f.name), f.default is dataclasses.MISSING
     cls: type = type(owner)
-    about = [comments(cls).get(f.name, "")] + ["needed"] * (required and bool(off))
+    about = [descriptions(cls).get(f.name, "")] + ["needed"] * (required and bool(off))
     if options := [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]:
         about.insert(0, f"one of {', '.join(options)}")
     if value is not None and value != f.default and f.default not in (None, (), dataclasses.MISSING):
@@ -107,27 +106,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_toml, value))}]"
     return json.dumps(value) if isinstance(value, str | bool) else repr(value)
-
-
-@cache
-def comments(cls: type) -> dict[str, str]:
-    """Return the comment of each field of a dataclass: on its line, or on the lines above it."""
-    found = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        source = textwrap.dedent(inspect.getsource(base))
-        lines = source.splitlines()
-        (tree,) = ast.parse(source).body
-        assert isinstance(tree, ast.ClassDef)
-        for node in tree.body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                above, at = "", node.lineno - 2
-                while lines[at].startswith("    # "):
-                    above, at = f"{lines[at].strip(' #')} {above}", at - 1
-                aside = lines[(node.end_lineno or 0) - 1][node.end_col_offset or 0 :].strip(" #")
-                found[node.target.id] = f"{above}{aside}".strip()
-    return found
 
 
 EPOCHS = 60.0

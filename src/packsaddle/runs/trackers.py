@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from packsaddle.errors import require
-from packsaddle.runs.run_folder import RunFolder
 from packsaddle.integrations.callbacks import scalars
+from packsaddle.runs.run_folder import RunFolder
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
 _FINAL = ("final_loss", "test_loss", "test_accuracy")  # what a summary has that the lines before may not have

@@ -24,6 +24,9 @@ from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.simulation import FusedGroup, SimulatedGroup
 from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions
 from packsaddle.errors import ConfigError
+from packsaddle.numerics.seeds import Stream, mix
+from packsaddle.optim.stages.escape import Escape
+from packsaddle.optim.stages.nonfinite import NonFiniteError
 from packsaddle.runs.batched import BatchedGradients
 from packsaddle.runs.config import Config
 from packsaddle.runs.local_training import LocalTraining
@@ -35,9 +38,6 @@ from packsaddle.runs.tasks.images import load_data
 from packsaddle.runs.tasks.models import Task, average_buffers, connect, make_task
 from packsaddle.runs.tasks.sharding import Calendar, deal, shard
 from packsaddle.runs.training import CompressedTraining, Training, plain_guards
-from packsaddle.numerics.seeds import Stream, mix
-from packsaddle.optim.stages.escape import Escape
-from packsaddle.optim.stages.nonfinite import NonFiniteError
 
 
 @dataclass

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Bytes
 from packsaddle.errors import ConfigError
-from packsaddle.runs.config import Config, NoiseConfig
-from packsaddle.runs.tasks.sharding import Calendar
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.optim.stages.drift import Drift
 from packsaddle.optim.stages.escape import Escape, Reset
 from packsaddle.optim.stages.noise import Ramp, Rescheduled
+from packsaddle.runs.config import Config, NoiseConfig
+from packsaddle.runs.tasks.sharding import Calendar
 
 Closure = Callable[[], Tensor]  # clears the gradients, computes them, and returns the loss
 

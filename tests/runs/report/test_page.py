@@ -15,12 +15,12 @@ import pytest
 from scipy import stats
 
 from packsaddle.errors import MissingExtraError
+from packsaddle.messages import printable
 from packsaddle.runs.report import write_report
 from packsaddle.runs.report.curves import read_curves
 from packsaddle.runs.report.page import for_plotly, for_script
 from packsaddle.runs.report.settings import band, estimate, settings
 from packsaddle.runs.run_folder import RunFolder, read_runs
-from packsaddle.messages import printable
 
 NASTY = "</script><script>alert(1)</script><a href='https://evil.example/'>x</a>\u2028%{x} $a_b$ \"quoted\""
 STEPS = range(10, 60, 10)

@@ -13,8 +13,8 @@ from commandline import command, refused
 
 from packsaddle import certify
 from packsaddle.errors import ConfigError
-from packsaddle.runs.config import DataConfig, ModelConfig
 from packsaddle.options.schema import build
+from packsaddle.runs.config import DataConfig, ModelConfig
 from packsaddle.runs.tasks import text
 from packsaddle.runs.tasks.images import load_data
 from packsaddle.runs.tasks.models import make_task, task_loss

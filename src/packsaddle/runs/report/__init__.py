@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from packsaddle.messages import cell
 from packsaddle.runs.report import figures
 from packsaddle.runs.report.curves import Curve, curve, read_curves, write_curves
 from packsaddle.runs.report.figures import COLOURS, STYLE, save
@@ -13,7 +14,6 @@ from packsaddle.runs.report.page import render
 from packsaddle.runs.report.settings import Estimate, Setting, estimate, settings
 from packsaddle.runs.report.tables import Row, SettingRow, plateau, row, setting_row
 from packsaddle.runs.run_folder import Run, make_new, written
-from packsaddle.messages import cell
 
 __all__ = [
     "COLOURS",

@@ -9,16 +9,16 @@ simulate one. Losses alone cannot tell a plateau from a minimum.
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from packsaddle.errors import ConfigError
+from packsaddle.messages import cell, read_cell
 from packsaddle.runs.report.settings import Axis, Setting, band, position
 from packsaddle.runs.run_folder import Run
-from packsaddle.messages import cell, read_cell
 
 LEAST_LINES = 8  # of a window, which is cut into as many blocks
 LEAST_SHARE = 1 / 3  # of the run

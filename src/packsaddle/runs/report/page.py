@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from packsaddle.errors import require
+from packsaddle.messages import printable
 from packsaddle.runs.report import tables
 from packsaddle.runs.report.curves import (
     AXES,
@@ -25,7 +26,6 @@ from packsaddle.runs.report.curves import (
 from packsaddle.runs.report.figures import COLOURS, line_style
 from packsaddle.runs.report.settings import Setting
 from packsaddle.runs.run_folder import Run
-from packsaddle.messages import printable
 
 # Axis x of every chart: its name, and whether it is logarithmic, as compressed and dense runs are far apart in bytes.
 _AXES = {

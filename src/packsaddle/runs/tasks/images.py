@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from packsaddle.errors import ConfigError, require
+from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.runs.config import DataConfig
 from packsaddle.runs.tasks.text import load_text
-from packsaddle.numerics.seeds import Stream, generator
 
 
 class Dataset(Protocol):

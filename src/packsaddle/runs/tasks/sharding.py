@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from packsaddle.errors import ConfigError
-from packsaddle.runs.tasks.images import Dataset
 from packsaddle.numerics.seeds import Stream, generator
+from packsaddle.runs.tasks.images import Dataset
 
 History = Sequence[tuple[int, int]]  # since which step how many workers there are
 

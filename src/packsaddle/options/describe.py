@@ -1,0 +1,59 @@
+"""The description of each option, read from the code: comments and texts of fields, and "Args:" in docstrings."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+
+def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
+    """Return the description of each argument of a function, or of each field of a dataclass.
+
+    A field's comes from its class's "Args:", else from its comment, else from the text below it.
+    """
+    return {**(comments(of) if inspect.isclass(of) else {}), **arguments(of)}
+
+
+def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
+    """Return the entries of the section "Args:" in a docstring, each as one line; those of base classes too."""
+    if inspect.isclass(of):
+        docs = [base.__doc__ for base in reversed(of.__mro__[:-1]) if dataclasses.is_dataclass(base)]
+    else:
+        docs = [of.__doc__]
+    found = {}
+    for doc in docs:
+        section = re.split(r"\n\n(?=\S)", inspect.cleandoc(doc or "").partition("\nArgs:\n")[2])[0]
+        for names, text in re.findall(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", section, re.MULTILINE):
+            found.update(dict.fromkeys(names.split(", "), " ".join(text.split())))
+    return found
+
+
+@cache
+def comments(cls: type) -> dict[str, str]:
+    """Return the comment of each field of a dataclass, on its line or above it; else the text below it; else ""."""
+    found = {}
+    for base in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(base):
+            continue
+        source = textwrap.dedent(inspect.getsource(base))
+        lines = source.splitlines()
+        (tree,) = ast.parse(source).body
+        assert isinstance(tree, ast.ClassDef)
+        for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                # Comments above the field, then the one behind it.
+                above, at = "", node.lineno - 2
+                while lines[at].startswith("    # "):
+                    above, at = f"{lines[at].strip(' #')} {above}", at - 1
+                aside = lines[(node.end_lineno or 0) - 1][node.end_col_offset or 0 :].strip(" #")
+                text = f"{above}{aside}".strip()
+
+                # A string below the field, as tyro reads it.
+                if not text and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                    text = " ".join(str(after.value.value).split())
+                found[node.target.id] = text
+    return found
