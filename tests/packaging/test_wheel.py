@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("wheel")  # built once
-NEEDING_PLOT = ("demo", "report runs/a")
+NEEDING_PLOT = ("demo",)
 EXTRAS = ("matplotlib", "jinja2", "plotly", "sklearn", "torchvision", "PIL", "numba")
 
 # The README's library example, then the command line; as where no extra is installed.
