@@ -72,6 +72,7 @@ class Spec:
     life: int = 0
     slow: float = 1.0
     until: str | None = None  # a file whose appearance ends it
+    grace: float = 25.0  # seconds that leaving may take
     fault: int = 0  # the confirmation of this round of its own, from 1, breaks on this worker alone
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -144,8 +145,8 @@ def work(spec: Spec) -> None:
     try:
         (Ours if spec.method == "packsaddle" else DiLoCo)(spec, log).train()
         log.write(event="end")
-    except SystemExit:
-        log.write(event="left")
+    except SystemExit as leaving:
+        log.write(event="left", code=leaving.code)
     except BaseException as error:
         log.write(event="error", error=f"{type(error).__name__}: {error}"[:500])
         raise
@@ -166,7 +167,11 @@ class Ours:
         self.optimizer.register_step_post_hook(self._stepped)  # before what LocalUpdates does after a step
         manager = connect(spec.lighthouse, name=spec.name, timeout=TIMEOUT, quorum_timeout=60.0, connect_timeout=20.0)
         elastic = packsaddle.Elastic(
-            manager, memory=Path(spec.memory) if spec.memory else None, weight=spec.weight, patience=90.0
+            manager,
+            memory=Path(spec.memory) if spec.memory else None,
+            weight=spec.weight,
+            patience=90.0,
+            grace=spec.grace,
         )
         compression = packsaddle.Compression(
             packsaddle.TopK(1 / 8, values="int8"), dense_below=10, compare_every=1 if spec.dtype == "float64" else 100

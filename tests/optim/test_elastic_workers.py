@@ -125,6 +125,49 @@ def test_one_leaves_while_it_waits_for_others(tmp_path: Path) -> None:
 
 
 @needs_torchft
+@pytest.mark.parametrize(("grace", "code"), [(60.0, 0), (0.5, 1)])
+def test_one_leaves_whose_file_cannot_be_written(grace: float, code: int, tmp_path: Path) -> None:
+    """While it waits for others. Their next round has its memory, or it is lost where the grace is over sooner."""
+    disk = tmp_path / "disk"
+    with crew(tmp_path, 1, memory=str(disk / "memory"), grace=grace) as (benchmark, workers):
+        workers.start("w1", step=0.7, memory=None)
+        reached(benchmark, workers, 0, 1)
+        disk.rename(tmp_path / "gone")
+        disk.touch()
+        reached(benchmark, workers, 0, 4)
+        time.sleep(1.0)  # in which it has done its steps, and the other not
+        workers.signal("w0", signal.SIGTERM)
+        workers.processes["w0"].join(60)
+        assert not workers.processes["w0"].is_alive()
+        reached(benchmark, workers, 1, 1 + code)
+        logs = ended(benchmark, workers)
+    assert (logs[0][-1]["event"], logs[0][-1]["code"]) == ("left", code)
+    assert rounds(logs[1])[-1]["waiting"] == 0
+    assert (rounds(logs[1])[-1]["lost"] > 0) == bool(code)
+
+
+@needs_torchft
+def test_a_second_worker_with_one_file(tmp_path: Path) -> None:
+    """It is refused as long as the first lives, and goes on with the memory once the first is killed."""
+    memory = str(tmp_path / "memory")
+    with crew(tmp_path, 1, memory=memory) as (benchmark, workers):
+        workers.start("w1", memory=None)
+        reached(benchmark, workers, 0, 1)
+        workers.start("w2")
+        workers.processes["w2"].join(60)
+        (line,) = workers.read()[2]
+        assert f"the memory in {memory} is in use by process {workers.processes['w0'].pid} on" in line["error"]
+        reached(benchmark, workers, 0, 2)
+        workers.signal("w0", signal.SIGKILL)
+        workers.processes["w0"].join(20)
+        workers.start("w3")
+        reached(benchmark, workers, 3, 2)
+        first, _, _, third = workers.read()
+    assert third[0]["worker"] == first[0]["worker"]
+    assert any(third[0]["pending"])
+
+
+@needs_torchft
 def test_one_is_stopped_for_a_while(tmp_path: Path) -> None:
     """The others go on without it, and what it had moved is in a later round."""
     with crew(tmp_path, 3) as (benchmark, workers):

@@ -1,7 +1,11 @@
 """Workers that come and go, without torchft: failed rounds, weights, memories on disk, and what is refused."""
 
+import os
+import re
+import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,9 @@ from packsaddle import Compression, Elastic, Escape, Identity, LocalUpdates, Low
 from packsaddle.comm import Group, PeerLostError, Solo, connect
 from packsaddle.comm.managed import lighthouse_place
 from packsaddle.errors import ConfigError, MissingExtraError
-from packsaddle.optim.memory_file import MemoryFile
+from packsaddle.optim.memory_file import MemoryFile, OwnFile
 from packsaddle.optim.participation import share
+from packsaddle.optim.roster import Roster
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -283,6 +288,25 @@ def test_a_bad_update_is_left_out_by_all() -> None:
     assert anchor.isfinite().all()
 
 
+def test_a_round_that_is_not_taken_leaves_the_norms_of_memories() -> None:
+    """Which count as lost or waiting when a worker goes: what was to be sent is still there."""
+
+    def run(rank: int) -> tuple[list[float], float]:
+        worker = Worker(_group())
+        worker.local.join()
+        worker.train(5)
+        if rank:
+            worker.parameters[0].data[0, 0] = float("nan")
+        worker.train(1)
+        assert worker.local.skipped == 1
+        roster = worker.local.membership.roster  # type: ignore[union-attr]
+        norms = sorted(member.norm for member in roster.members.values())
+        return norms, float(worker.local._fragments[0].feedback.memory.vector.norm())
+
+    (norms, first), (same, second) = simulate(run, 2)
+    assert norms == same == pytest.approx(sorted([first, second]))
+
+
 # Memories on disk.
 
 
@@ -310,6 +334,7 @@ def test_a_memory_waits_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFix
     back.manager.before_quorum = lambda: None
     back.train(3)  # after which the file is that of the new round
     assert MemoryFile.read(path, _shapes(back)).attempt > MemoryFile.read(path, _shapes(back)).format
+    back.local.leave()
     again = Worker(settings={"memory": path})
     again.manager.before_quorum = lambda: again.manager.load(back.manager.save())
     again.local.join()
@@ -337,13 +362,17 @@ def test_a_memory_that_cannot_be_used_is_set_aside(why: str, tmp_path: Path, cap
         found |= {"format": 2} if why == "format" else {"pending": {"w": torch.ones(1)}}
         torch.save(found, path)
         expected |= {"format": "has format 2", "shapes": "is of other parameters"}
+    other = path.with_name("memory.pt.unusable")
+    other.write_bytes(b"set aside earlier")
+    content = path.read_bytes()
     back = Worker(settings={"memory": path})
     back.manager.before_quorum = lambda: back.manager.load(state)
     back.local.join()
     assert not back.local.pending().any()
     assert expected[why] in caplog.text
-    assert path.with_name("memory.pt.unusable").exists()
-    assert not path.exists()
+    assert other.read_bytes() == b"set aside earlier"
+    assert path.with_name("memory.pt.unusable-2").read_bytes() == content
+    assert MemoryFile.read(path, _shapes(back)).norm == 0  # its own, from now on
     back.manager.before_quorum = lambda: None
     back.train(3)
     assert (back.local.lost > 0) == (why == "sent")
@@ -368,6 +397,125 @@ def test_what_is_lost_is_counted_and_said(caplog: pytest.LogCaptureFixture, tmp_
         found = (membership.waiting, stays.local.lost) if keeps else (stays.local.lost, membership.waiting)
         assert found == (pytest.approx(norm), 0.0)
         assert ("waits in its file" if keeps else "is lost") in caplog.text
+
+
+@contextmanager
+def full() -> Iterator[None]:
+    """Within, no file of this process can grow, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def successor(state: Any, **settings: Any) -> Worker:
+    """A worker that joins others with this state."""
+    found = Worker(settings=settings)
+    found.manager.before_quorum = lambda: found.manager.load(state)
+    found.local.join()
+    found.manager.before_quorum = lambda: None
+    return found
+
+
+def balance(worker: Worker) -> tuple[float, float]:
+    """What a worker counts as waiting and as lost."""
+    assert worker.local.membership is not None
+    return worker.local.membership.waiting, worker.local.lost
+
+
+@pytest.mark.parametrize("since", [0, 2])
+def test_a_memory_that_cannot_be_written_goes_with_a_last_round(since: int, tmp_path: Path) -> None:
+    """Also where the file is of the last round: it is outdated then, and removed."""
+    path = tmp_path / "memory.pt"
+
+    def run(rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        worker = Worker(_group(), settings={"memory": path} if rank else {})
+        worker.local.join()
+        start = worker.anchor()
+        worker.train(3 + since)
+        if rank:
+            with full():
+                assert worker.local.leave()
+        else:
+            worker.train(3 - since)
+        roster = worker.local.membership.roster  # type: ignore[union-attr]
+        norms = sum(member.norm for member in roster.members.values())
+        return start - worker.anchor(), worker.moved, worker.local.pending(), norms
+
+    (moved, first, rest, norms), (_, second, none, _) = simulate(run, 2)
+    assert not rest.any()
+    assert not none.any()
+    assert norms == 0  # so nothing is said to wait, or to be lost
+    assert not path.exists()
+    torch.testing.assert_close(moved, (first + second) / 2, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("rounds", "told"), [(0, True), (1, False), (2, True)])
+def test_a_memory_that_can_go_nowhere_is_counted_as_lost(
+    rounds: int, told: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk is full during the last `rounds` rounds and at the end, where no round comes about any more.
+
+    The file of the last round, if there is one, is waiting. Otherwise the memory is lost: for the others, too, from the
+    next round on in which a worker can tell them, itself or its successor.
+    """
+    path = tmp_path / "memory.pt"
+    left = Worker(settings={"memory": path, "grace": 0.2})
+    left.local.join()
+    left.train(3)
+    with full():
+        left.train(3 * rounds + 1)
+        norm = left.local.membership.account.norm  # type: ignore[union-attr]
+        state, left.manager.refused = left.manager.save(), range(10**6)
+        assert norm > 0
+        assert not left.local.leave()
+    nothing, all_of_it = pytest.approx((0.0, 0.0)), (0.0, pytest.approx(norm))
+    assert left.local.lost == (0.0 if rounds == 0 else pytest.approx(norm))
+    fate = "waits in its file" if rounds == 0 else "is lost"
+    assert f"of norm {norm:.3g}, {fate}, and its last 1 inner steps are lost: no round has come about" in caplog.text
+    stays = successor(state)
+    assert balance(stays) == ((pytest.approx(norm), 0.0) if rounds == 0 or not told else all_of_it)
+    back = successor(state, memory=path)
+    assert float(back.local.pending().norm()) == (pytest.approx(norm) if rounds == 0 else 0.0)
+    back.train(3)
+    assert balance(back) == (nothing if rounds == 0 else all_of_it)
+
+
+def test_two_workers_with_one_file(tmp_path: Path) -> None:
+    """The second is refused as long as the first is there; the lock leaves nothing behind."""
+    path = tmp_path / "memory.pt"
+    first = Worker(settings={"memory": path})
+    line = f"the memory in {path} is in use by process {os.getpid()} on .*; give each worker a file of its own"
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=line):
+            Worker(settings={"memory": path})
+    first.local.join()
+    first.train(3)
+    first.local.leave()
+    Worker(settings={"memory": path}).local.leave()
+    assert [found.name for found in tmp_path.iterdir()] == ["memory.pt"]
+
+
+def test_a_copy_of_a_live_workers_file_is_refused(tmp_path: Path) -> None:
+    """It would be sent twice. A lock does not see it, nor does it work on every file system."""
+    path = tmp_path / "memory.pt"
+    left, state = gone(path)
+    content, roster, file = path.read_bytes(), Roster(), OwnFile(path)
+    roster.load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"is that of worker [0-9a-f]+, which is training now; give each worker"):
+        file.claim(_shapes(left), roster)
+    assert not file.save(MemoryFile(1, 2, 3, {}))
+    assert path.read_bytes() == content
+
+
+def test_a_place_where_no_memory_can_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ConfigError, match=r"the memory cannot be written to .*file/memory: (Not a directory|File exists)"
+    ):
+        Worker(settings={"memory": tmp_path / "file" / "memory"})
 
 
 def test_leaving_without_a_file_is_a_round_of_all_that_is_pending() -> None:
@@ -485,16 +633,56 @@ def test_what_is_of_a_manager_alone() -> None:
     assert (static.lost, static.position) == (0.0, 0)
 
 
-@pytest.mark.parametrize("difference", ["arguments", "start"])
-def test_a_worker_that_does_not_fit_is_told(difference: str) -> None:
+def test_a_worker_that_starts_elsewhere_is_told() -> None:
     def run(rank: int) -> None:
-        worker = Worker(_group(), every=3 + (difference == "arguments") * rank)
-        if difference == "start" and rank:
+        worker = Worker(_group())
+        if rank:
             worker.parameters[0].data.add_(1.0)
         worker.local.join()
 
-    with pytest.raises(ConfigError, match=f"workers must (be given the same {difference}|begin at the same)"):
+    with pytest.raises(ConfigError, match="workers must begin at the same parameters"):
         simulate(run, 2)
+
+
+@pytest.mark.parametrize(
+    ("one", "others", "line"),
+    [
+        ({"every": 4}, {}, "this one has every=4 and the others have every=3"),
+        ({"outer": nesterov}, {}, r"this one has outer=\('SGD', {'lr': 0\.7, .*}\) and the others have outer=None"),
+        ({"decay": 0.5, "seed": 1}, {"decay": 0.75}, r"this one has decay=0\.5 and the others have decay=0\.75"),
+    ],
+)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_worker_with_other_arguments_is_told_which(
+    rank: int, one: dict[str, Any], others: dict[str, Any], line: str
+) -> None:
+    """The one of three that differs; the others repeat the round, until their patience ends."""
+
+    def run(mine: int) -> str:
+        worker = Worker(_group(), settings={"patience": 1e-3}, **(one if mine == rank else others))
+        try:
+            worker.local.join()
+        except (ConfigError, PeerLostError) as error:
+            return str(error)
+        return ""
+
+    said = simulate(run, 3)
+    assert re.fullmatch(f"workers must be given the same arguments, but {line}", said.pop(rank))
+    assert all(re.match("no round has come about in .*: a worker was given other arguments", other) for other in said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"fragments": 2}, "this one has fragments=2 and the others have fragments=1"),
+        ({"outer": nesterov}, "this one has outer=an optimizer and the others have outer=None"),
+    ],
+)
+def test_a_newcomer_with_other_arguments_is_told_which(arguments: dict[str, Any], line: str) -> None:
+    other, newcomer = Worker(), Worker(**arguments)
+    other.local.join()
+    with pytest.raises(ConfigError, match=line):
+        newcomer.manager.load(other.manager.save())
 
 
 def test_patience_ends() -> None:

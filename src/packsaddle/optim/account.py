@@ -26,11 +26,6 @@ class Account:
     sent: float = 0.0  # of what it sent in its last round
     found_lost: float = 0.0  # of what it has found to be lost, and not told the others yet
 
-    @property
-    def has_moved(self) -> bool:
-        """True if there is anything to keep: a worker that has only listened has nothing yet."""
-        return self.included > 0 or self.since > 0
-
     def step(self) -> None:
         """Count an inner step."""
         self.since += 1

@@ -17,15 +17,16 @@ class Elastic:
     Args:
         manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`).
         memory: a file of this worker's own in which its error memory waits while it is away; one that is there when it
-            joins is taken up. It is written after every round, and on leaving.
+            joins is taken up. It is written on joining, after every round, and on leaving, and locked by MEMORY.lock.
         weight: of a worker in the mean. None: all that have moved count alike; "steps": its inner steps since its last
             round; or a function that returns what it has trained on in all so far, tokens say, of which the growth
             counts. With a weight a slower worker does fewer inner steps before a round, to come when the fastest does.
         inner: a newcomer begins with the inner optimizer's state of the worker that it has the anchor from.
         patience: seconds in which a round must come about, or PeerLostError is raised.
         leave_on_sigterm: on SIGTERM hand over the memory and end the process, by SystemExit out of the inner step or
-            out of waiting for the others. Without a file the memory goes with one more round, uncompressed.
-        grace: seconds that leaving may take.
+            out of waiting for the others. Without a file, or if it cannot be written, the memory goes with one more
+            round, uncompressed. The exit code is 0, or 1 if no such round came about: then something is lost.
+        grace: seconds after SIGTERM, or after a call of `leave`, in which that round must come about.
 
     Raises TypeError if the manager is none, and ValueError for a setting that is out of range.
 

@@ -339,17 +339,18 @@ class LocalUpdates:
         self.membership.join()
         self.steps = max(self.steps, self.membership.steps)
 
-    def leave(self) -> None:
+    def leave(self) -> bool:
         """Hand this worker's memory over and take no part any more; with a manager, before the process ends early.
 
-        It goes to the file that `Elastic` names, or with one more round, uncompressed. Raises RuntimeError without a
-        manager.
+        It goes to the file that `Elastic` names or, without a file or if that cannot be written, with one more round,
+        uncompressed. Returns False, with an error in the log, if that is impossible: then something is lost. Raises
+        RuntimeError without a manager.
         """
         if self.membership is None:
             raise RuntimeError("leave is for workers that come and go: LocalUpdates(..., manager=)")
         self._check_here("leave()")
         with torch.no_grad():
-            self.membership.leave()
+            return self.membership.leave()
 
     @property
     def rounds(self) -> int:

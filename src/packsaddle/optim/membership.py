@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,12 +35,12 @@ from torch.optim import Optimizer
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.managed import ManagedGroup
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, GuardError
 from packsaddle.numerics.seeds import mix
 from packsaddle.optim.account import Account
 from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fragment import Fragment
-from packsaddle.optim.memory_file import MemoryFile, claim
+from packsaddle.optim.memory_file import MemoryFile, OwnFile
 from packsaddle.optim.participation import share
 from packsaddle.optim.roster import Hello, Roster, most
 from packsaddle.optim.shared_state import check_shared, shared_state, take_anchor, take_inner
@@ -93,9 +94,9 @@ class Membership:
         self.settings, self._channel, self._group = settings, channel, channel.group
         self._fragments, self._send, self._land = fragments, send, land
         self._inner, self._outer = inner, outer
-        self._arguments = mix(*arguments.encode()) >> 1
+        self._arguments, self._arguments_hash = arguments, mix(*arguments.encode()) >> 1
         self._compare_every = compare_every
-        self._path = None if settings.memory is None else Path(settings.memory)
+        self._file = None if settings.memory is None else OwnFile(Path(settings.memory))
         self._device = fragments[0].anchor.flat.device
         self.period = max(1, every // len(fragments))  # inner steps of the fastest worker between two rounds
 
@@ -109,11 +110,12 @@ class Membership:
         self._resumed = time.monotonic()  # when the last round ended
         self._energy = 0.0  # of what it has tried to send: ||v||^2
         self._doubt: Sequence[Fragment] = ()  # whose flights may have been committed by others
-        self._leaving = False  # on the way out
+        self._handed = False  # on SIGTERM, before the end of this worker's part: nothing is left to hand over
+        self._sends_all = False  # on the way out, and the memory is not in a file: the next round is the last
 
         self.roster = Roster()  # the same on all workers, after a round
         settings.manager.register_state_dict_fn("packsaddle", self._recover, self._shared)
-        self._sigterm = Sigterm(interrupts=self._path is not None)
+        self._sigterm = Sigterm(self._may_leave, settings.grace)
         if settings.leave_on_sigterm:
             self._sigterm.listen()
 
@@ -156,7 +158,7 @@ class Membership:
         Raises PeerLostError if it does not come about in `patience` seconds, and ConfigError if this worker does not
         fit the others.
         """
-        arrived, until = time.monotonic(), patience or self.settings.patience
+        arrived, until = time.monotonic(), self.settings.patience if patience is None else patience
         ahead = self.account.ahead
         seconds = (arrived - self._resumed) / ahead if ahead else 0.0
         while True:
@@ -172,12 +174,14 @@ class Membership:
                 raise
             if taken is not None:
                 self._resumed, self.account.ahead, self.exchanged = time.monotonic(), 0, True
+                if self._sigterm.asked and self._sends_all:
+                    self._exit()
                 return taken
             if time.monotonic() - arrived > until:
                 self._forget()
                 why = f": {' '.join(reason.split())[:200]}" if reason else ""
                 raise PeerLostError(f"no round has come about in {until:g} s{why}")
-            if self._sigterm.asked and not self._leaving:
+            if self._sigterm.asked and not self._sends_all:
                 self._exit()
             time.sleep(_PAUSE)
 
@@ -211,7 +215,7 @@ class Membership:
         manager = self.settings.manager
         with self._sigterm.waiting():
             try:
-                manager.start_quorum(timeout=timedelta(seconds=self.settings.grace) if self._leaving else None)
+                manager.start_quorum(timeout=timedelta(seconds=self._sigterm.left) if self._sends_all else None)
             except (ConfigError, LeavingError):
                 raise
             except Exception as error:  # torchft's own are of several types
@@ -247,14 +251,14 @@ class Membership:
         compared = self._compare_every > 0 and self._rounds % self._compare_every == 0
         return Hello(
             worker=self.worker,
-            arguments=self._arguments,
+            arguments=self._arguments_hash,
             history=self.roster.history,
             anchor=self._fingerprint() if compared else 0,
             run=self.roster.run,
             attempt=self.account.attempts,
             steps=self.account.since,
-            dense=int(dense),
-            keeps=int(self._path is not None),
+            dense=int(dense or self._sends_all),
+            keeps=int(self._keeps),
             weight=self._weight() if self.joined else 0.0,
             idle_weight=self.account.last_weight if self.account.norm or self._has_more() else 0.0,
             seconds=seconds,
@@ -275,13 +279,8 @@ class Membership:
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
         """See that workers have the same arguments and anchors: what most have, else what the first has."""
-        if mine.arguments != (usual := most([h.arguments for h in hellos])):
-            raise ConfigError(
-                "workers must be given the same arguments and parameters, and this one differs from the others in "
-                "every, compressor, outer, decay, fragments, noise, seed, kernels, or the parameters' names and shapes"
-            )
-        if any(h.arguments != usual for h in hellos):
-            raise RoundFailedError("a worker was given other arguments")
+        if len({h.arguments for h in hellos}) > 1:
+            self._compare_arguments(hellos, mine)
         where = [(h.history, h.anchor) for h in hellos]
         if len(set(where)) == 1:
             return
@@ -291,6 +290,19 @@ class Membership:
             _log.warning("worker %x has an anchor of its own, and takes that of the others", self.worker)
             self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # so it is behind
         raise RoundFailedError("workers have different anchors")
+
+    def _compare_arguments(self, hellos: Sequence[Hello], mine: Hello) -> NoReturn:
+        """Raise ConfigError, naming the first argument that differs, on workers whose arguments are not the usual."""
+        texts = self._channel.gather_text(self._arguments, self._device, "members")
+        usual = most([h.arguments for h in hellos])
+        if mine.arguments == usual:
+            raise RoundFailedError("a worker was given other arguments")
+        theirs = texts[[h.arguments for h in hellos].index(usual)]
+        lines = zip_longest(self._arguments.split("\n"), theirs.split("\n"), fillvalue="nothing more")
+        here, there = next(pair for pair in lines if pair[0] != pair[1])
+        raise ConfigError(
+            f"workers must be given the same arguments, but this one has {here} and the others have {there}"
+        )
 
     def _norm_after(self) -> float:
         """Return the norm of this worker's memory if the round is committed."""
@@ -310,7 +322,7 @@ class Membership:
         own = self.account
         own.found_lost -= mine.lost
         kept = sum(_energy(part.feedback.memory.vector) for part in attempt.parts)
-        own.norm = attempt.norms[self._group.rank]
+        own.norm = self.roster.members[self.worker].norm
         self.joined = True
         if weight:
             own.included, own.sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
@@ -429,61 +441,95 @@ class Membership:
     # Memories on disk, and those that go.
 
     def _take_up(self) -> None:
-        """Go on with the memory that waits in this worker's file, if it has not been sent since it was written."""
-        if self._path is None:
+        """Continue with the memory in this worker's file, if it has not been sent since it was written."""
+        if self._file is None:
             return
         shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
-        found, lost = claim(self._path, shapes, self.roster)
+        found, lost = self._file.claim(shapes, self.roster)
         self.account.found_lost += lost
-        if found is None:
-            return
-        self.worker = found.worker
-        self.account.attempts = self.account.included = found.attempt
-        for part in self._fragments:
-            for place, view in part.named(part.feedback.memory.vector):
-                view.copy_(found.pending[place.name])
-            part.restart()
-        self.account.norm = self._norm_after()
-        _log.info(
-            "worker %x continues with its memory in %s, of norm %.3g", *(self.worker, self._path, self.account.norm)
-        )
+        if found is not None:
+            self.worker = found.worker
+            self.account.attempts = self.account.included = found.attempt
+            for part in self._fragments:
+                for place, view in part.named(part.feedback.memory.vector):
+                    view.copy_(found.pending[place.name])
+                part.restart()
+            self.account.norm = self._norm_after()
+            _log.info(
+                "worker %x continues with its memory in %s, of norm %.3g",
+                *(self.worker, self._file.path, self.account.norm),
+            )
+        if not self._keeps:
+            self._save()  # now, so that the others are told the truth about this file
 
     def pending(self) -> dict[str, Tensor]:
         """Return what this worker has moved and not sent, by parameter and shaped as it."""
         return {place.name: view for part in self._fragments for place, view in part.named(part.unapplied())}
 
-    def _save(self) -> None:
-        path = self._path
-        if path is None or not self.account.has_moved:
-            return
-        try:
-            MemoryFile(self.roster.run, self.worker, self.account.included, self.pending()).write(path)
-        except OSError as error:
-            _log.warning("the memory cannot be written to %s: %s", path, error.strerror)
+    @property
+    def _keeps(self) -> bool:
+        """True if this worker's file has its memory as it was after its last round."""
+        return self._file is not None and self._file.holds(self.account.included)
 
-    def leave(self) -> None:
-        """Hand the memory over, to the file or with one more round, and end this worker's part.
+    def _save(self) -> bool:
+        """Write the memory to this worker's file; return False if it has none or that is impossible."""
+        if self._file is None:
+            return False
+        return self._file.save(MemoryFile(self.roster.run, self.worker, self.account.included, self.pending()))
 
-        Within `grace` seconds if others come to a round by then; else it is lost, which is said.
+    def _may_leave(self) -> bool:
+        """On SIGTERM hand the memory over to the file; return False if the next round must have it."""
+        if not self._sends_all:
+            self._handed = self._save() or not self._has_pending()
+            self._sends_all = not self._handed
+        return self._handed
+
+    def leave(self) -> bool:
+        """Hand the memory over, to the file or else with one more round, and end this worker's part.
+
+        The round must come about in `grace` seconds. Returns False, with an error in the log, if something is lost.
         """
-        self._leaving = True
-        if self._path is not None:
-            self._forget()
-            self._save()
-        elif self.joined and self.account.has_moved:
-            try:
-                self.round(dense=True, patience=self.settings.grace)
-            except (PeerLostError, ConfigError) as error:
-                _log.warning(
-                    "worker %x leaves without handing its memory over, of norm %.3g: %s",
-                    *(self.worker, self.account.norm, error),
-                )
+        handed = self._handed or self._save() or self._send_all()
+        self._forget()
+        if self._file is not None:
+            self._file.close()
         self.settings.manager.shutdown(wait=False)
+        return handed
+
+    def _send_all(self) -> bool:
+        """Send all that is pending in one more round, uncompressed; return False if it is lost."""
+        self._sends_all = True
+        until, reason = time.monotonic() + self._sigterm.left, "its grace is over"
+        while self._has_pending() and (left := until - time.monotonic()) > 0:
+            try:
+                if not self.round(dense=True, patience=left):
+                    reason = "the last round was not taken"
+            except (PeerLostError, ConfigError, GuardError) as error:
+                reason = str(error)
+                break
+        if not self._has_pending():
+            if self._file is not None:
+                self._file.remove()
+            return True
+        self._count_lost(reason)
+        return False
+
+    def _has_pending(self) -> bool:
+        return self.joined and any(bool(part.unapplied().any()) for part in self._fragments)
+
+    def _count_lost(self, reason: str) -> None:
+        """Count the memory as lost, unless its file has it from before the last inner steps."""
+        own, kept = self.account, self._keeps
+        self.roster.gone += 0.0 if kept else own.norm
+        memory = "waits in its file" if kept else "is lost"
+        _log.error(
+            "worker %x leaves: its error memory, of norm %.3g, %s, and its last %d inner steps are lost: %s",
+            *(self.worker, own.norm, memory, own.since, reason),
+        )
 
     def _exit(self) -> NoReturn:
-        """Leave, and end the process."""
-        self.leave()
-        end_process()
+        """Leave, and end the process, with code 1 if something is lost."""
+        end_process(0 if self.leave() else 1)
 
 
 def _new_name() -> int:

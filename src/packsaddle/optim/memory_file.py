@@ -2,13 +2,17 @@
 
 It is written whole or not at all, and read with weights_only=True. A memory may be used once: what has been sent since
 it was written must not be sent again. So it says whose it is, of which run, and after which of that worker's attempts
-at a round it was written, and `claim` compares that with what the others remember.
+at a round it was written, and `OwnFile.claim` compares that with what the others remember. An `OwnFile` is that of a
+worker that lives, and locked.
 """
 
 import logging
 import math
+import os
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.checkpoint.atomic_files import write_whole
+from packsaddle.checkpoint.file_lock import HeldError, NoLocksError, acquire, release_everywhere
 from packsaddle.errors import ConfigError
 from packsaddle.optim.roster import Roster
 
@@ -61,29 +66,113 @@ class MemoryFile:
         return memory
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a file that cannot be used, so that nothing overwrites it; return its new name."""
-    aside = path.with_name(path.name + ".unusable")
-    path.replace(aside)
-    return aside
+class OwnFile:
+    """The memory file of a worker that lives, locked against a second worker until `close` or the end of the process.
 
-
-def claim(path: Path, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
-    """Return the memory that waits in a file, if it has not been sent since it was written, and the norm of a lost one.
-
-    A file that cannot be used, is of another run, or is older than what its worker has sent since, is set aside with a
-    line in the log. Only the last of these is a loss of this run's.
+    Raises ConfigError if another process has the lock, naming it, or if the folder cannot be written.
     """
-    if not path.exists():
-        return None, 0.0
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._attempt: int | None = None  # after which the memory in the file was written; None: it is not known
+        self._claimed = False
+        self.close = weakref.finalize(self, _unlock, _locked(path), _lock_of(path), os.getpid())
+
+    def holds(self, attempt: int) -> bool:
+        """Return True if the file has the memory that its worker had after this attempt at a round."""
+        return self._attempt == attempt and self.path.is_file()
+
+    def claim(self, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
+        """Return the memory to continue with, None without one, and the norm of a lost one; allows `save` to write.
+
+        The memory is in the file, and zero if its worker has sent since it was written: what that worker had left is
+        lost. A file that is outdated, unreadable or of another run is set aside, with a warning. Raises ConfigError if
+        its worker was in the last round, so that the file is a copy, or its lock did not work.
+        """
+        found = self._read(shapes, roster.run)
+        self._claimed = True
+        if found is None:
+            return None, 0.0
+        taken, member = roster.taken.get(found.worker, 0), roster.members.get(found.worker)
+        if member is not None and member.here:
+            self._claimed = False
+            raise ConfigError(
+                f"the memory in {self.path} is that of worker {found.worker:x}, which is training now; give each "
+                "worker a file of its own"
+            )
+        if taken == found.attempt:
+            self._attempt = taken
+            return found, 0.0
+        self._set_aside(
+            f"the memory in {self.path}, of norm {found.norm:.3g}, is older than what its worker has sent since"
+        )
+        if member is None:  # the others have forgotten its worker, and counted its memory
+            return None, 0.0
+        nothing = {name: torch.zeros_like(error) for name, error in found.pending.items()}
+        return replace(found, attempt=taken, pending=nothing), member.norm
+
+    def _read(self, shapes: Mapping[str, torch.Size], run: int) -> MemoryFile | None:
+        """Return what the file has if it is of this run; else set it aside."""
+        if not self.path.exists():
+            return None
+        try:
+            found = MemoryFile.read(self.path, shapes)
+        except ConfigError as error:
+            self._set_aside(str(error))
+            return None
+        if found.run != run:
+            self._set_aside(f"the memory in {self.path}, of norm {found.norm:.3g}, is of another run")
+            return None
+        return found
+
+    def _set_aside(self, reason: str) -> None:
+        """Rename the file to a name that is free, so that nothing overwrites it."""
+        aside, more = self.path.with_name(f"{self.path.name}.unusable"), 1
+        while aside.exists():
+            more += 1
+            aside = self.path.with_name(f"{self.path.name}.unusable-{more}")
+        self.path.rename(aside)
+        _log.warning("%s; it is set aside as %s", reason, aside)
+
+    def save(self, memory: MemoryFile) -> bool:
+        """Write a memory, once what was in the file is claimed; return False, with a warning, if that is impossible."""
+        if not self._claimed:
+            return False
+        try:
+            memory.write(self.path)
+        except OSError as error:
+            _log.warning("the memory cannot be written to %s: %s", self.path, error.strerror or error)
+            return False
+        self._attempt = memory.attempt
+        return True
+
+    def remove(self) -> None:
+        """Remove the file, whose memory has been sent."""
+        if self._claimed:
+            with suppress(OSError):  # as outdated it is set aside later
+                self.path.unlink(missing_ok=True)
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
+def _locked(path: Path) -> int | None:
+    """Lock a memory file; None, with a warning, without locks."""
     try:
-        found = MemoryFile.read(path, shapes)
-    except ConfigError as error:
-        _log.warning("%s; it is set aside as %s", error, set_aside(path))
-        return None, 0.0
-    if found.run == roster.run and roster.taken.get(found.worker, 0) == found.attempt:
-        return found, 0.0
-    why = "of another run" if found.run != roster.run else "older than what its worker has sent since"
-    aside = set_aside(path)
-    _log.warning("the memory in %s, of norm %.3g, is %s; it is set aside as %s", path, found.norm, why, aside)
-    return None, found.norm if found.run == roster.run else 0.0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return acquire(_lock_of(path))
+    except HeldError as holder:
+        raise ConfigError(
+            f"the memory in {path} is in use by {holder}; give each worker a file of its own, or end the other first"
+        ) from None
+    except NoLocksError as error:
+        _log.warning("%s is on a file system without locks (%s): no other worker may use it", *(path, error.strerror))
+        return None
+    except OSError as error:
+        raise ConfigError(f"the memory cannot be written to {path}: {error.strerror}") from None
+
+
+def _unlock(number: int | None, path: Path, owner: int) -> None:
+    if number is not None and os.getpid() == owner:  # and not a process that was forked since
+        release_everywhere(number, path)

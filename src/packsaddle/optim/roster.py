@@ -32,7 +32,7 @@ class Hello:
     attempt: int
     steps: int  # inner steps since the last round that has its update
     dense: int  # 1: asks for a round in which all that is pending is sent
-    keeps: int  # 1: has a file for its memory
+    keeps: int  # 1: its file has its memory after its last round
     weight: float
     idle_weight: float  # in a dense round, if it has not moved
     seconds: float  # of an inner step; 0: unknown
@@ -62,7 +62,7 @@ class Member:
     """A worker, as it was in its last round."""
 
     norm: float  # of its memory after the last round that it was in
-    keeps: bool  # has a file for it
+    keeps: bool  # its file is written, as far as is known
     here: bool  # was in the last round
 
 
@@ -97,8 +97,8 @@ class Roster:
             if worker not in names:
                 self.members[worker] = Member(member.norm, member.keeps, False)
         for hello, norm in zip(hellos, norms, strict=True):
-            self.members.pop(hello.worker, None)
-            self.members[hello.worker] = Member(norm, bool(hello.keeps), True)
+            before = self.members.pop(hello.worker, Member(0.0, False, False))
+            self.members[hello.worker] = Member(norm if taken else before.norm, bool(hello.keeps), True)
         while len(self.members) > max(_REMEMBERED, len(names)):
             oldest = next(iter(self.members))
             self.gone += self.members.pop(oldest).norm

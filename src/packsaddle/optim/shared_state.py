@@ -38,8 +38,14 @@ def check_shared(state: Mapping[str, Any], fragments: Sequence[Fragment], outer:
     """Raise ConfigError, naming the first difference, unless another worker's state fits this one's parts."""
     if state.get("format") != FORMAT:
         raise ConfigError(f"the others' state has format {state.get('format')!r}, and this one reads {FORMAT}")
-    if len(state["fragments"]) != len(fragments) or (state["outer"] is None) != (outer is None):
-        raise ConfigError("workers must be given the same fragments and outer, and the others' state differs")
+    given = {"fragments": len(fragments), "outer": None if outer is None else "an optimizer"}
+    others = {"fragments": len(state["fragments"]), "outer": None if state["outer"] is None else "an optimizer"}
+    for name, theirs in others.items():
+        if given[name] != theirs:
+            raise ConfigError(
+                f"workers must be given the same arguments, but this one has {name}={given[name]} and the others have "
+                f"{name}={theirs}"
+            )
     for part, saved in zip(fragments, state["fragments"], strict=True):
         for place in part.places:
             try:

@@ -1,0 +1,115 @@
+"""An advisory lock between processes: a file that one of them has locked.
+
+The lock is the operating system's (flock). It is released when no process has the file open any more, however they
+ended. The file names its holder. It is removed at the end, and one that is left by a killed process locks nothing.
+"""
+
+import errno
+import json
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LONGEST = 4096  # bytes of the file
+
+
+class HeldError(RuntimeError):
+    """Another process has the lock; the message names it."""
+
+
+class NoLocksError(OSError):
+    """The file system has no locks."""
+
+
+def acquire(path: Path) -> int:
+    """Create and lock a file; return its descriptor, which must stay open.
+
+    Raises HeldError if another process has the lock, NoLocksError, and OSError if the file cannot be opened.
+    """
+    while True:
+        number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _lock(number):
+                raise _held(path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            os.close(number)
+            raise NoLocksError(error.errno, error.strerror) from None
+        except HeldError:
+            os.close(number)
+            raise
+        if _is_at(number, path):
+            _sign(number)
+            return number
+        os.close(number)  # its last holder has removed it since it was opened
+
+
+def release(number: int, path: Path) -> None:
+    """Close this process's descriptor of a lock, and remove the file unless another process holds it."""
+    os.close(number)
+    with suppress(OSError):
+        number = os.open(path, os.O_RDWR)
+        try:
+            if _lock(number) and _is_at(number, path):
+                path.unlink()
+        finally:
+            os.close(number)
+
+
+def release_everywhere(number: int, path: Path) -> None:
+    """Release a lock also for processes that were forked since, which have inherited the descriptor."""
+    assert fcntl is not None
+    fcntl.flock(number, fcntl.LOCK_UN)
+    release(number, path)
+
+
+def check_not_held(path: Path) -> None:
+    """Raise HeldError if another process has the lock now."""
+    with suppress(OSError):  # it was never taken, or there are no locks here
+        number = os.open(path, os.O_RDWR)
+        try:
+            if not _lock(number, shared=True):
+                raise _held(path)
+        finally:
+            os.close(number)
+
+
+def _lock(number: int, *, shared: bool = False) -> bool:
+    """Lock an open file, unless another process has; return True if it is locked. Raises OSError without locks."""
+    if fcntl is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    try:
+        fcntl.flock(number, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _is_at(number: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(number), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sign(number: int) -> None:
+    """Write the holder's name to the file; on a full disk the lock holds all the same."""
+    with suppress(OSError):
+        os.ftruncate(number, 0)
+        os.pwrite(number, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+
+
+def _held(path: Path) -> HeldError:
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(_LONGEST))
+        whose = f"process {int(found['pid'])} on {str(found['host'])[:255]!r}, or workers that it has left"
+    except (OSError, ValueError, KeyError, TypeError):
+        whose = "another process"
+    return HeldError(whose)
