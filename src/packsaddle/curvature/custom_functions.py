@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-_CUSTOM_OPERATORS = "torch._library."  # makes an autograd.Function of a custom operator's backward
+_GENERATED = ("torch._library.", "torch._functorch.")  # modules whose functions wrap custom ones: operators, under vmap
 
 
 def custom_functions(loss: Tensor) -> set[str]:
@@ -35,5 +35,5 @@ def _custom_name(node: Any) -> str | None:
         return str(node.name()) if "CppNode" in node.name() else None
     function = node._forward_cls  # type: ignore[attr-defined]
     module = f"{function.__module__}."
-    is_torchs = module.startswith("torch.") and not module.startswith(_CUSTOM_OPERATORS)
+    is_torchs = module.startswith("torch.") and not module.startswith(_GENERATED)
     return None if is_torchs else str(function.__name__)

@@ -112,6 +112,7 @@ class DoubleBackward(Products):
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
         self._largest = 0.0  # norm of a product so far
         self._differences: Differences | None = None  # to compare with
+        self._coarse = False  # whether their errors are too large to compare with
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.curvature.hessian_vector(v) if self._begun else self.checked(v)[0]
@@ -141,27 +142,29 @@ class DoubleBackward(Products):
         Below double precision kinks hide a difference, or look like one. There a copy of the model in double precision
         decides. A loss that cannot be computed in it counts as different.
         """
-        self._differences = self._differences or Differences(self.curvature)
-        why = _disagreement(self._differences, v, product, self._largest)
-        if why is None:
-            return
-        if self.precision > _ROOM_FOR_SHORT_STEPS:
+        why = None
+        if not self._coarse:
+            self._differences = self._differences or Differences(self.curvature)
+            why = _disagreement(self._differences, v, product, self._largest)
+            self._coarse = why is not None and self.precision > _ROOM_FOR_SHORT_STEPS
+        if self._coarse:
             self.curvature.products += 2
-            if not self.curvature.on_any_worker(self._differs_in_double(v)):
-                return
-        names = ", ".join(sorted(self._custom)) or "of another worker"
-        raise DoubleBackwardError(f"{why}; the loss has a custom autograd.Function, {names}")
+            why = self._disagreement_in_double(v)
+        if self.curvature.on_any_worker(why is not None):
+            names = ", ".join(sorted(self._custom)) or "of another worker"
+            why = why or "another worker's product differs from differences of gradients"
+            raise DoubleBackwardError(f"{why}; the loss has a custom autograd.Function, {names}")
 
-    def _differs_in_double(self, v: Tensor) -> bool:
+    def _disagreement_in_double(self, v: Tensor) -> str | None:
         try:
             curvature = self.curvature.in_double()
             if curvature is None:
-                return False
+                return None
             why = _disagreement(Differences(curvature), v, curvature.hessian_vector(v), self._largest)
-        except Exception:  # a loss made for other dtypes raises what its code leads to
-            return True
+        except Exception as error:  # a loss made for other dtypes raises what its code leads to
+            return f"its product cannot be compared with differences of gradients in float64 ({type(error).__name__})"
         self.curvature.passes += curvature.passes
-        return why is not None
+        return why and f"in float64 {why}"
 
     def of_batch(self, batch: Any, v: Tensor) -> Tensor:
         return self.curvature.product_of_batch(batch, v)
