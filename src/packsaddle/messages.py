@@ -45,6 +45,11 @@ def one_line(text: str) -> str:
     return shortened(printable(" ".join(text.split())), _LINE)
 
 
+def first_line(error: Exception) -> str:
+    """Return an error's type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def numbered(noun: str, numbers: Sequence[int]) -> str:
     """Return "worker 1", or "workers 1, 3"."""
     return f"{noun}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"

@@ -1,6 +1,7 @@
 """packsaddle certify-script: any script's checkpoint, and errors in one line."""
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -45,6 +46,18 @@ class Own(nn.Module):
 def named():
     _, loss_fn, batches = problem()
     return Own(), loss_fn, batches
+
+def float_loss():
+    model, loss_fn, batches = problem()
+    return model, lambda model, x: float(loss_fn(model, x)), batches
+
+def vector_loss():
+    model, loss_fn, batches = problem()
+    return model, lambda model, x: (model(x) - x).square().mean(1), batches
+
+def constant_loss():
+    model, loss_fn, batches = problem()
+    return model, lambda model, x: x.mean(), batches
 
 def two():
     return 1, 2
@@ -203,6 +216,17 @@ def test_weights_that_do_not_fit_a_sharded_model_are_refused(gloo: Callable[...,
     )
 
 
+@pytest.mark.process
+def test_a_file_of_another_format_is_told_in_one_line(folder: Path) -> None:
+    """torch warns of pickles of its format's future; in a process, since pytest catches warnings."""
+    (folder / "junk.pt").write_bytes(pickle.dumps({"weight": 1}, protocol=4))
+    call = [sys.executable, "-m", "packsaddle.cli", "certify-script", "script_of_mine:problem", "junk.pt"]
+    done = subprocess.run(call, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("packsaddle: error: checkpoint junk.pt cannot be read: UnpicklingError")
+    assert done.stderr.count("\n") == 1
+
+
 def test_mistakes_are_told_in_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "damaged.pt").write_bytes(b"no weights")
     torch.save({"weight": torch.zeros(2, 2)}, folder / "other.pt")
@@ -215,6 +239,17 @@ def test_mistakes_are_told_in_one_line(folder: Path, capsys: pytest.CaptureFixtu
         ("script_of_mine:problem", "none.pt", "checkpoint none.pt does not exist"),
         ("script_of_mine:problem", "damaged.pt", "checkpoint damaged.pt cannot be read: "),
         ("script_of_mine:problem", "other.pt", "other.pt does not hold the weights of this model: "),
+        (
+            "script_of_mine:float_loss",
+            "zero.pt",
+            "script_of_mine:float_loss: loss_fn must return a tensor of one",
+        ),
+        (
+            "script_of_mine:vector_loss",
+            "zero.pt",
+            "loss_fn must return a tensor of one number, the batch's mean loss",
+        ),
+        ("script_of_mine:constant_loss", "zero.pt", "loss_fn must return a loss that torch can differentiate, got"),
     ):
         refused(capsys, message, "certify-script", function, file)
     refused(capsys, "--max-hvps must be at least 1, got 0", "certify-script", "a:b", "c", "--max-hvps", 0)

@@ -73,7 +73,7 @@ def test_shares_lie_within_their_bounds() -> None:
         assert least.mean - 4 * least.error <= exact <= most.mean + 4 * most.error
         assert most.mean - least.mean < 0.35
     text = str(found)
-    assert "spectral density of 41 eigenvalues from 60 probes, 600 products by double backward" in text
+    assert "spectral density of 41 eigenvalues from 60 probes, 601 products by double backward" in text
 
 
 def test_workers_find_one_density() -> None:

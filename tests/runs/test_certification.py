@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -113,6 +114,18 @@ def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.Capt
     assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
     assert point["lambda_min_upper"] == pytest.approx(expected.lambda_min_upper, rel=1e-6)
     assert point["hvps"] == expected.hvps
+
+
+def test_more_workers_than_have_work_are_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    for workers, message in (
+        (100_000, "--workers must be at most 320 for the number of examples, got 100000"),
+        (9, "--workers must be at most 8 for the number of cores, got 9"),
+    ):
+        refused(capsys, message, "certify", run, "--workers", workers)
+    assert not (run / "certificate").exists()
 
 
 def test_command_under_torchrun(run: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from packsaddle.cli.certify import check_numbers
 from packsaddle.cli.console import is_first
 from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.errors import ConfigError, require
+from packsaddle.messages import first_line
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scripts keep weights
 # Of names: a compiled model's, a DistributedDataParallel's, or both, in either order.
@@ -127,7 +128,7 @@ def _certify(
         try:
             return given(model, batch)
         except Exception as error:
-            raise ConfigError(f"the loss function of {function} failed: {_first_line(error)}") from None
+            raise ConfigError(f"the loss function of {function} failed: {first_line(error)}") from None
 
     quiet = quiet or not is_first()
     try:
@@ -166,13 +167,13 @@ def _problem(function: str) -> tuple[Any, Any, Any]:
     try:
         found = getattr(import_module(module), name, None)
     except Exception as error:  # a script raises whatever it likes
-        raise ConfigError(f"{module} cannot be imported: {_first_line(error)}") from None
+        raise ConfigError(f"{module} cannot be imported: {first_line(error)}") from None
     if not callable(found):
         raise ConfigError(f"{module} has no function {name!r}")
     try:
         returned = found()
     except Exception as error:
-        raise ConfigError(f"{function} failed: {_first_line(error)}") from None
+        raise ConfigError(f"{function} failed: {first_line(error)}") from None
     if not (isinstance(returned, tuple) and len(returned) == 3 and callable(returned[1])):
         raise ConfigError(f"{function} must return a model, a loss function and batches, got {type(returned).__name__}")
     model, loss_fn, batches = returned
@@ -180,16 +181,10 @@ def _problem(function: str) -> tuple[Any, Any, Any]:
 
 
 def _load(model: Any, checkpoint: Path) -> None:
-    import torch
-
     from packsaddle.curvature.sharded import load_whole
+    from packsaddle.runs.certification import read_weights
 
-    try:
-        weights = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ConfigError(f"checkpoint {checkpoint} does not exist") from None
-    except Exception as error:  # a damaged file raises whatever its bytes lead to
-        raise ConfigError(f"checkpoint {checkpoint} cannot be read: {_first_line(error)}") from None
+    weights = read_weights(checkpoint)
     model = getattr(model, "_orig_mod", model)  # of a compiled one
     if isinstance(weights, dict):
         own = model.state_dict().keys()
@@ -203,7 +198,3 @@ def _load(model: Any, checkpoint: Path) -> None:
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise ConfigError(f"{checkpoint} does not hold the weights of this model: {reason}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -85,7 +85,7 @@ class Certificate:
     pilot_hvps: int  # products over them
     precision: str  # of the products; recurrences are in double precision
     hvp: str  # how products were taken: "double backward" or "differences of gradients"
-    hvp_reason: str | None  # what torch said where double backward was tried and there is none
+    hvp_reason: str | None  # why not by double backward, where it was tried
     hvp_error: float  # what a product of a unit vector may be wrong by, supposed and measured; taken off both bounds
     hvp_step: float | None  # h of the differences, the last one
     hvps: int  # Hessian-vector products over the examples

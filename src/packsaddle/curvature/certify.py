@@ -19,7 +19,7 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Certificate, Verdict, proposed_epsilon
 from packsaddle.curvature.hessian import LossFn, WithExamples, rank_0_buffers
 from packsaddle.curvature.lanczos import check_probability
-from packsaddle.curvature.products import Differences, Hvp, choose_products
+from packsaddle.curvature.products import Differences, Hvp, Products, choose_products, with_products
 from packsaddle.curvature.search import Bounds, Goal, Search, pilot
 from packsaddle.curvature.sharded import derivatives, is_sharded
 
@@ -69,7 +69,8 @@ def certify(
         lr: the step size of SGD that may go on from here, for `Certificate.escape_steps`; over 1 - momentum.
         hvp: how Hessian-vector products are taken: by "double-backward"; by central "differences" of gradients, whose
             measured error is taken off both bounds; "auto" tries double backward on a batch of every worker, and takes
-            differences where torch has none (fused attention, compiled networks), saying so in the certificate.
+            differences where torch has none (fused attention, compiled networks), or where it is wrong (a custom
+            `autograd.Function`, see docs/certificates.md), saying so in the certificate.
         memory_limit: bytes of Lanczos vectors kept, of 8 d bytes each. Beyond, vectors are not kept, so that the
             bounds need a few more products, and the escape direction a second pass over those left out.
         generator: of the start, which is rank 0's; fresh for every certificate. None takes a seed from the operating
@@ -78,8 +79,8 @@ def certify(
         tensor_parallel: the DeviceMesh of the workers that tensor parallelism gives the same batches, if any.
         progress: called after each of the search's products with the bounds then (`curvature.search.Bounds`).
 
-    Stops as soon as the verdict is settled. Raises ValueError for bad arguments and for losses that are not a
-    function of the parameters.
+    Stops as soon as the verdict is settled. Raises ValueError for bad arguments, for losses that are not a function of
+    the parameters, and for "double-backward" where it is wrong.
     """
     begin = time.perf_counter()
     _check(epsilon, hessian_lipschitz, failure_probability, max_hvps, tolerance, sharpness, sample_of, memory_limit)
@@ -99,22 +100,27 @@ def certify(
             raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
         if sample_of == curvature.examples:
             sample_of = None
-        products = choose_products(curvature, hvp)
+        chosen = choose_products(curvature, hvp)  # before a gradient, with which a compiled model would fix its graph
         gradient, error = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         grad_norm_error = None if sample_of is None else _finite_population(error, curvature.examples, sample_of)
         precision = torch.finfo(curvature.parameters[0].dtype).eps
         given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm, grad_norm_error, precision)
         goal = Goal(grad_norm, epsilon, hessian_lipschitz, failure_probability, max_hvps, tolerance, sharpness)
-        # A direction found on a part of the examples, and proved on all; or the search on all.
-        search, scout = Search(products, goal, progress), None
-        if grad_norm <= epsilon and math.isinf(tolerance) and math.isinf(sharpness):
-            scout = pilot(products, goal, pilot_examples, batches, of, generator, memory_limit, progress)
-        if scout is None or not search.proves(scout.v, scout.error):
-            scout = None
-            search.run(generator, memory_limit)
-        distance, lowest, bend = search.walk(scout) if search.verdict is Verdict.SADDLE else (None, None, None)
-        sharpest = (scout or search).sharpest
+
+        def decide(products: Products) -> tuple[Search, Search | None, tuple[float, float, float] | None]:
+            """A direction found on a part of the examples, and proved on all; or the search on all."""
+            search, scout = Search(products, goal, progress), None
+            if grad_norm <= epsilon and math.isinf(tolerance) and math.isinf(sharpness):
+                scout = pilot(products, goal, pilot_examples, batches, of, generator, memory_limit, progress)
+            if scout is None or not search.proves(scout.v, scout.error):
+                scout = None
+                search.run(generator, memory_limit)
+            return search, scout, search.walk(scout) if search.verdict is Verdict.SADDLE else None
+
+        search, scout, walk = with_products(chosen, hvp, decide)
+        products, sharpest = search.products, (scout or search).sharpest
+    distance, lowest, bend = walk or (None, None, None)
     ritz = (scout or search).ritz
     assert ritz is not None
     return Certificate(

@@ -5,6 +5,7 @@ backward passes a batch on this worker and one all-reduce of d numbers, since th
 Hessians; the network is used as it is, not through DistributedDataParallel, whose hooks do not see second derivatives.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,8 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.group import Solo
+from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature.custom_functions import graph_nodes
 from packsaddle.curvature.lanczos import random_start
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 from packsaddle.numerics.seeds import Stream, generator
@@ -124,12 +129,22 @@ class Curvature:
         """Return a batch's loss, without a graph if the loss needs none: a gradient penalty, say, does."""
         try:
             with torch.set_grad_enabled(self._derives):
-                return whole(self._loss_fn(self._model, batch)).detach()
+                return self._loss_of(batch).detach()
         except RuntimeError as error:
             if self._derives or "does not require grad" not in str(error):
                 raise
         self._derives = True
         return self._value(batch)
+
+    def _loss_of(self, batch: Any) -> Tensor:
+        """Return a batch's loss, float[], with its graph where gradients are enabled. Raises ValueError."""
+        loss = whole(self._loss_fn(self._model, batch))
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must return a tensor of one number, the batch's mean loss, got {found}")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError("loss_fn must return a loss that torch can differentiate, got a tensor without a graph")
+        return loss
 
     def read(self) -> Iterator[tuple[Any, int]]:
         """Yield this worker's batches and their examples."""
@@ -172,12 +187,24 @@ class Curvature:
         within = max(0.0, squares - self.examples * float(mean.square().sum())) / (batches - 1)
         return mean, math.sqrt(within / self.examples)
 
-    def hessian_vector(self, v: Tensor) -> Tensor:
-        """Return H v, float64[d], for v float64[d], by double backward; collective."""
+    def on_any_worker(self, found: bool) -> bool:
+        """Return True if `found` is true on any worker; collective."""
+        return float(self.sum(torch.tensor([float(found)]))) > 0
+
+    def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
+        """Return H v, float64[d], for v float64[d], by double backward; collective.
+
+        `inspect` is called with the loss of every batch of this worker, and its graph.
+        """
         self.products += 1
         self.passes += 2
         vs = self._shaped(v)
-        return self._mean(lambda loss, _: self._differentiate_twice(loss, vs))
+
+        def derivative(loss: Tensor, _: int) -> tuple[Tensor | None, ...]:
+            inspect(loss)
+            return self._differentiate_twice(loss, vs)
+
+        return self._mean(derivative)
 
     def _differentiate_twice(self, loss: Tensor, vs: list[Tensor]) -> tuple[Tensor | None, ...]:
         grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
@@ -190,13 +217,12 @@ class Curvature:
     def product_of_batch(self, batch: Any, v: Tensor) -> Tensor:
         """Return H_b v, float64[d], of one batch's mean loss by double backward; not collective."""
         with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
-            return self._flat(self._differentiate_twice(self._loss_fn(self._model, batch), self._shaped(v)))
+            return self._flat(self._differentiate_twice(self._loss_of(batch), self._shaped(v)))
 
     def gradient_of_batch(self, batch: Any) -> Tensor:
         """Return the gradient of one batch's mean loss, float64[d]; not collective."""
         with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
-            loss = self._loss_fn(self._model, batch)
-            return self._flat(torch.autograd.grad(loss, self.parameters, allow_unused=True))
+            return self._flat(torch.autograd.grad(self._loss_of(batch), self.parameters, allow_unused=True))
 
     def _flat(self, parts: tuple[Tensor | None, ...]) -> Tensor:
         """Derivatives by the parameters as one vector, float64[d]."""
@@ -214,7 +240,7 @@ class Curvature:
     def why_no_double_backward(self) -> str | None:
         """Return what torch says if a worker's first batch has no double backward, None if all have; collective."""
         reason = self._try_double_backward()
-        if not float(self.sum(torch.tensor([float(reason is not None)]))):
+        if not self.on_any_worker(reason is not None):
             return None
         return reason or "another worker's batch has no double backward"
 
@@ -223,17 +249,26 @@ class Curvature:
         with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
             for batch in self._batches:
                 try:
-                    loss = self._loss_fn(self._model, batch)
+                    loss = self._loss_of(batch)
                     grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-                    if _has_node(grads, _UNDIFFERENTIABLE):  # torch would leave it out without a word
+                    # Torch would leave it out without a word.
+                    if any(node.name() == _UNDIFFERENTIABLE for node in graph_nodes(grads)):
                         return "a function is marked once_differentiable"
-                    self._differentiate_twice(self._loss_fn(self._model, batch), ones)
+                    self._differentiate_twice(self._loss_of(batch), ones)
                 except RuntimeError as error:
                     if not any(text in str(error) for text in _NO_DOUBLE_BACKWARD):
                         raise
                     return str(error).splitlines()[0]
                 return None
         return None
+
+    def in_double(self) -> "Curvature | None":
+        """Return the derivatives of a copy of the model in float64, over this worker's examples, whose floating-point
+        tensors become float64 too; None without examples; not collective."""
+        if not sum(self._sizes_of_batches):
+            return None
+        model = copy.deepcopy(self._model).double()
+        return Curvature(model, self._loss_fn, _InDouble(self._batches), Communicator(Solo(), Ledger()))
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
         """Return grad f(x + distance * direction), float64[d]; parameters of 16 bits are dithered; collective."""
@@ -272,7 +307,7 @@ class Curvature:
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
             for batch, n in self.read():
-                parts = derivative(self._loss_fn(self._model, batch), n)
+                parts = derivative(self._loss_of(batch), n)
                 total.add_(self._flat(parts), alpha=n)
         mean = self._channel.mean(total, "certificate").mul_(self._channel.group.size / self.examples)
         if not torch.isfinite(mean).all():  # on all workers
@@ -340,20 +375,6 @@ def local_part(p: Any) -> Tensor:
     return shard
 
 
-def _has_node(outputs: Iterable[Tensor | None], name: str) -> bool:
-    """Tell if the graphs that tensors were computed by have a node of a name."""
-    waiting: list[Any] = [t.grad_fn for t in outputs if t is not None and t.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node.name() == name:
-            return True
-        new = {after for after, _ in node.next_functions if after is not None} - seen
-        seen |= new
-        waiting += new
-    return False
-
-
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
     """Round doubles to a dtype of fewer bits, up or down by chance, so that the mean is x (where it is normal)."""
     place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)  # the last one's unit
@@ -394,6 +415,20 @@ class WithExamples:
 
     def __iter__(self) -> Iterator[Any]:
         return (batch for batch in self.batches if batch_size(batch))
+
+
+@dataclass(frozen=True)
+class _InDouble:
+    """Batches, with floating-point tensors in float64; can be read as often as the batches."""
+
+    batches: Iterable[Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (tree_map(_doubled, batch) for batch in self.batches)
+
+
+def _doubled(part: Any) -> Any:
+    return part.double() if isinstance(part, Tensor) and part.is_floating_point() else part
 
 
 def batch_size(batch: Any) -> int:

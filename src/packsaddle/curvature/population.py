@@ -32,7 +32,7 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Verdict, proposed_epsilon
 from packsaddle.curvature.hessian import LossFn, WithExamples, rank_0_buffers
 from packsaddle.curvature.lanczos import Lanczos, check_probability
-from packsaddle.curvature.products import Hvp, Products, choose_products, lanczos_over
+from packsaddle.curvature.products import Hvp, Products, choose_products, lanczos_over, with_products
 from packsaddle.curvature.sharded import derivatives
 
 _STATEMENTS = 5
@@ -67,6 +67,7 @@ class PopulationCertificate:
     examples: int  # n
     batches: int  # B
     hvp: str  # how products were taken
+    hvp_reason: str | None  # why not by double backward, where it was tried
     backward_passes: int  # over the examples
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,10 +99,26 @@ class PopulationCertificate:
                 f"  v^T H v = {self.quotient:.3e} (standard error {self.quotient_error:.1e}) over batches that v was "
                 f"not found on",
                 f"  threshold {self.threshold:.3e}, rho {self.hessian_lipschitz:.3e} ({given})",
+                *([] if self.hvp_reason is None else [f"  by {self.hvp}; no double backward: {self.hvp_reason}"]),
                 f"  from {self.examples:,} examples in {self.batches} batches, all with probability "
                 f"{1 - self.failure_probability:g} if means of batches are near Gaussian and vary as measured",
             ]
         )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Numbers of a `PopulationCertificate` that products give."""
+
+    products: Products
+    v: Tensor
+    rho: float
+    threshold: float
+    quotient: float
+    error: float
+    upper: float
+    sample_lower: float
+    deviation: float
 
 
 def certify_population(
@@ -153,7 +170,7 @@ def certify_population(
     with torch.random.fork_rng(devices=()), rank_0_buffers(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)
         count = check_population(model, batches, process_group)
-        products = choose_products(curvature, hvp)
+        chosen = choose_products(curvature, hvp)
         # The gradient.
         gradient, spread = curvature.gradient()
         grad_norm = curvature.norm(gradient)
@@ -161,47 +178,51 @@ def certify_population(
         given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm + off, None, torch.finfo(torch.float32).eps)
         # A direction from every second batch, measured on the others.
         rank = channel.group.rank
-        seen, fresh = (
-            products.of(derivatives(model, loss_fn, _Half(batches, (rank + half) % 2), channel)) for half in (0, 1)
-        )
-        v = _lowest_direction(seen, generator, memory_limit, progress)
-        products.learn(seen)
-        fresh.learn(seen)
-        _, off_by = fresh.checked(v)
-        rho = hessian_lipschitz or max(products.change(v), torch.finfo(torch.float64).tiny)
-        threshold = -math.sqrt(rho * epsilon)
-        quotient, error, degrees = _quotient(fresh, v)
-        upper = quotient + _student(1 - delta, degrees) * error + off_by
-        # The examples' own lower bound, less what their Hessian may be off by.
-        lower = sample_lower = -math.inf
-        deviation = math.inf
-        if grad_norm + off <= epsilon and upper >= threshold:
-            sample_lower = _lower_bound(products, delta, threshold, generator, memory_limit, progress)
-            norm = _variance_norm(products, delta, generator, memory_limit, progress)
-            deviation = math.sqrt(2 * norm * math.log(curvature.d / delta))
-            lower = sample_lower - deviation
-        passes = sum(p.curvature.passes * p.curvature.examples for p in (products, seen, fresh)) / curvature.examples
+        halves = [derivatives(model, loss_fn, _Half(batches, (rank + half) % 2), channel) for half in (0, 1)]
+
+        def measure(products: Products) -> _Measured:
+            seen, fresh = map(products.of, halves)
+            v = _lowest_direction(seen, generator, memory_limit, progress)
+            products.learn(seen)
+            fresh.learn(seen)
+            _, off_by = fresh.checked(v)
+            rho = hessian_lipschitz or max(products.change(v), torch.finfo(torch.float64).tiny)
+            threshold = -math.sqrt(rho * epsilon)
+            quotient, error, degrees = _quotient(fresh, v)
+            upper = quotient + _student(1 - delta, degrees) * error + off_by
+            # The examples' own lower bound, less what their Hessian may be off by.
+            lower, deviation = -math.inf, math.inf
+            if grad_norm + off <= epsilon and upper >= threshold:
+                lower = _lower_bound(products, delta, threshold, generator, memory_limit, progress)
+                norm = _variance_norm(products, delta, generator, memory_limit, progress)
+                deviation = math.sqrt(2 * norm * math.log(curvature.d / delta))
+            return _Measured(products, v, rho, threshold, quotient, error, upper, lower, deviation)
+
+        found = with_products(chosen, hvp, measure)
+        lower = found.sample_lower - found.deviation
+        passes = sum(c.passes * c.examples for c in (curvature, *halves)) / curvature.examples
     return PopulationCertificate(
-        verdict=_judge(max(0.0, grad_norm - off), grad_norm + off, epsilon, threshold, upper, lower),
+        verdict=_judge(max(0.0, grad_norm - off), grad_norm + off, epsilon, found.threshold, found.upper, lower),
         epsilon=epsilon,
         epsilon_proposed=given is None,
-        hessian_lipschitz=rho,
+        hessian_lipschitz=found.rho,
         hessian_lipschitz_estimated=hessian_lipschitz is None,
-        threshold=threshold,
+        threshold=found.threshold,
         grad_norm=grad_norm,
         grad_norm_lower=max(0.0, grad_norm - off),
         grad_norm_upper=grad_norm + off,
-        quotient=quotient,
-        quotient_error=error,
-        lambda_min_upper=upper,
+        quotient=found.quotient,
+        quotient_error=found.error,
+        lambda_min_upper=found.upper,
         lambda_min_lower=lower,
-        sample_lower=sample_lower,
-        deviation=deviation,
-        escape_direction=v.cpu(),
+        sample_lower=found.sample_lower,
+        deviation=found.deviation,
+        escape_direction=found.v.cpu(),
         failure_probability=failure_probability,
         examples=curvature.examples,
         batches=count,
-        hvp=products.name,
+        hvp=found.products.name,
+        hvp_reason=found.products.reason,
         backward_passes=math.ceil(passes),
     )
 

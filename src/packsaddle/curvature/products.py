@@ -9,20 +9,27 @@ place, which asks for nothing but gradients. For a unit vector v it is wrong by
 and both terms are measured at the point and along the vector. Products at h and at 17 h / 16 differ by rounding, at h
 and at 2 h by rounding and by h^2 M_3 / 2, three times the second term: so h is chosen where the first is twice the
 second.
+
+Double backward trusts the backward of an `autograd.Function`, which may be right once and wrong twice
+(`custom_functions`). If a loss has one, products are compared with differences along the first vector and along the
+direction on which the verdict rests.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from packsaddle.curvature.custom_functions import custom_functions
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.lanczos import Lanczos
 
 Hvp = Literal["auto", "double-backward", "differences"]
+Result = TypeVar("Result")
 
 _NEARBY = 17 / 16  # steps so close give products that differ by rounding alone, nearly
 _ROUNDS = 6  # of looking for a step
@@ -37,6 +44,19 @@ _ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff
 _SHORTEST = 64  # of ||x||'s last place
 _CHECK_EVERY = 2  # products number 1, 2, 4, 8, ... are checked: the second is the first of a curved direction
 _RHO_DISTANCE = 1e-2  # along v to each side
+_DOUBT = 2  # factor of the errors of two products beyond which they differ
+_SURE = 0.01  # what is allowed for errors at most where products are compared, of the largest product's norm
+_ROUNDING = 16  # error of a product by double backward, in units of its last place
+_RANDOM = 16  # least difference of two products by chance, in square roots of the unit roundoff of their norm
+_RANDOM_OF_16_BITS = 0.25  # the same, at most, of their norm
+
+
+class DoubleBackwardError(ValueError):
+    """Products by double backward are wrong; `reason` says by how much."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"hvp must be 'differences' or 'auto' for this loss: {reason}")
+        self.reason = reason
 
 
 class Products(ABC):
@@ -46,6 +66,7 @@ class Products(ABC):
     reason: str | None = None  # why not by double backward, where that was tried
     precision: float  # unit roundoff of what `error` does not contain
     error: float = 0.0
+    unproven = False  # the direction on which a verdict rests needs `checked`
 
     def __init__(self, curvature: Curvature) -> None:
         self.curvature = curvature
@@ -75,25 +96,86 @@ class Products(ABC):
 
 
 class DoubleBackward(Products):
-    """The derivative of <grad f, v>."""
+    """The derivative of <grad f, v>.
+
+    The first product is computed twice. Raises ValueError if the two differ, as those of a random loss do. If the loss
+    has custom functions, the first product and those of `checked` are compared with differences of gradients. Raises
+    DoubleBackwardError if they differ by more than both errors.
+    """
 
     name = "double backward"
 
     def __init__(self, curvature: Curvature) -> None:
         super().__init__(curvature)
         self.precision = curvature.precision
+        self._begun = self._repeats = False
+        self._custom: set[str] = set()  # names of the custom functions in this worker's losses
+        self._largest = 0.0  # norm of a product so far
+        self._differences: Differences | None = None  # to compare with
+        self._coarse = False  # whether their errors are too large to compare with
 
     def __call__(self, v: Tensor) -> Tensor:
-        return self.curvature.hessian_vector(v)
+        return self.curvature.hessian_vector(v) if self._begun else self.checked(v)[0]
 
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
-        return self.curvature.hessian_vector(v), 0.0
+        product = self.curvature.hessian_vector(v, lambda loss: self._custom.update(custom_functions(loss)))
+        self._begun, self._largest = True, max(self._largest, self.curvature.norm(product))
+        if not self._repeats:
+            self._check_repeats(v, product)
+        self.unproven = self.curvature.on_any_worker(bool(self._custom))
+        if self.unproven:
+            self._compare(v, product)
+        return product, 0.0
+
+    def _check_repeats(self, v: Tensor, product: Tensor) -> None:
+        apart = self.curvature.norm(self.curvature.hessian_vector(v).sub_(product))
+        if apart > min(_RANDOM * math.sqrt(self.precision), _RANDOM_OF_16_BITS) * self.curvature.norm(product):
+            raise ValueError(
+                "loss_fn gave two Hessian-vector products for the same parameters, batches and vector: switch off "
+                "everything that is random"
+            )
+        self._repeats = True
+
+    def _compare(self, v: Tensor, product: Tensor) -> None:
+        """Raise DoubleBackwardError if a product differs from differences of gradients.
+
+        Below double precision kinks hide a difference, or look like one. There a copy of the model in double precision
+        decides. A loss that cannot be computed in it counts as different.
+        """
+        why = None
+        if not self._coarse:
+            self._differences = self._differences or Differences(self.curvature)
+            why = _disagreement(self._differences, v, product, self._largest)
+            self._coarse = why is not None and self.precision > _ROOM_FOR_SHORT_STEPS
+        if self._coarse:
+            self.curvature.products += 2
+            why = self._disagreement_in_double(v)
+        if self.curvature.on_any_worker(why is not None):
+            names = ", ".join(sorted(self._custom)) or "of another worker"
+            why = why or "another worker's product differs from differences of gradients"
+            raise DoubleBackwardError(f"{why}; the loss has a custom autograd.Function, {names}")
+
+    def _disagreement_in_double(self, v: Tensor) -> str | None:
+        try:
+            curvature = self.curvature.in_double()
+            if curvature is None:
+                return None
+            why = _disagreement(Differences(curvature), v, curvature.hessian_vector(v), self._largest)
+        except Exception as error:  # a loss made for other dtypes raises what its code leads to
+            return f"its product cannot be compared with differences of gradients in float64 ({type(error).__name__})"
+        self.curvature.passes += curvature.passes
+        return why and f"in float64 {why}"
 
     def of_batch(self, batch: Any, v: Tensor) -> Tensor:
         return self.curvature.product_of_batch(batch, v)
 
     def of(self, curvature: Curvature) -> "DoubleBackward":
         return DoubleBackward(curvature)
+
+    def learn(self, other: Products) -> None:
+        """Skip the second computation of the first product if the other's did not differ."""
+        assert isinstance(other, DoubleBackward)
+        self._repeats, self._largest = other._repeats, max(self._largest, other._largest)
 
     def change(self, v: Tensor) -> float:
         h = _RHO_DISTANCE
@@ -113,6 +195,23 @@ class _Trial:
     noise: float  # rounding / h
     apart: float  # from the product at 2 h
     error: float
+
+
+def _disagreement(differences: "Differences", v: Tensor, product: Tensor, largest: float) -> str | None:
+    """Return how a product by double backward differs from differences of gradients; None if it does not.
+
+    They differ beyond both errors, or where errors are not small compared with the `largest` norm of products: they
+    would hide a missing product.
+    """
+    curvature = differences.curvature
+    other, error = differences.checked(v)
+    size = max(curvature.norm(product), curvature.norm(other))
+    apart = curvature.norm(other.sub_(product))
+    largest = max(largest, size)
+    allowed = _DOUBT * (error + _ROUNDING * curvature.precision * largest)
+    if apart <= allowed <= _SURE * largest:
+        return None
+    return f"its product of norm {size:.1e} differs by {apart:.1e} from differences of gradients (error {error:.1e})"
 
 
 class Differences(Products):
@@ -264,3 +363,17 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
     if hvp == "double-backward" and not curvature.has_double_backward:
         raise ValueError("hvp must be 'differences' or 'auto' for a sharded model: it has no double backward")
     return DoubleBackward(curvature)
+
+
+def with_products(products: Products, hvp: Hvp, work: Callable[[Products], Result]) -> Result:
+    """Return work(products), of what `choose_products` returned; collective.
+
+    If double backward is found wrong meanwhile, work is repeated with differences for "auto". Otherwise raises
+    DoubleBackwardError, a ValueError.
+    """
+    try:
+        return work(products)
+    except DoubleBackwardError as error:
+        if hvp != "auto":
+            raise
+        return work(Differences(products.curvature, error.reason))

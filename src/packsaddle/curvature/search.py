@@ -189,7 +189,7 @@ class Search:
         """v, its Rayleigh quotient and its residual: known from the recurrence if the basis is orthonormal and products
         are exact, else measured, and then the verdict is what the measurement says."""
         self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
-        if not ritz.orthogonal or self.products.error:
+        if not ritz.orthogonal or self.products.error or (self.products.unproven and ritz.steps > 1):
             product, error = self.products.checked(v)
             if error > ritz.rounding:
                 self.ritz = ritz = replace(ritz, rounding=error)
@@ -239,9 +239,11 @@ def pilot(
     part = derivatives(EveryNth(batches, stride))
     most = max(1, _PILOT_COST * curvature.examples // part.examples)
     search = Search(full.of(part), replace(goal, max_hvps=min(goal.max_hvps, most)), told)
-    search.run(generator, memory_limit)
+    try:
+        search.run(generator, memory_limit)
+    finally:
+        curvature.passes += part.passes * part.examples / curvature.examples
     full.learn(search.products)
-    curvature.passes += part.passes * part.examples / curvature.examples
     return search if search.verdict is Verdict.SADDLE else None
 
 

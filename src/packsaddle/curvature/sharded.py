@@ -10,7 +10,7 @@ Whether a parameter is sharded is asked without importing torch.distributed.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -26,7 +26,6 @@ from packsaddle.curvature.hessian import (
     batch_size,
     evaluating,
     local_part,
-    whole,
 )
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 
@@ -96,7 +95,7 @@ class ShardedCurvature(Curvature):
                 total += part
         return self._finite(total.div_(self.examples))
 
-    def hessian_vector(self, v: Tensor) -> Tensor:
+    def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
         """Raise NotImplementedError."""
         raise NotImplementedError("a sharded model has no double backward")
 
@@ -141,7 +140,7 @@ class ShardedCurvature(Curvature):
                 for batch, n in self.read():
                     for p in parameters:
                         p.grad = None
-                    torch.autograd.backward(whole(self._loss_fn(self._model, batch)) * n)
+                    torch.autograd.backward(self._loss_of(batch) * n)
                     flat = [
                         _local_gradient(p, t).reshape(-1).double()
                         for p, t in zip(parameters, self._tensors, strict=True)

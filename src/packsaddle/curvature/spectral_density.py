@@ -24,7 +24,7 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import LossFn, rank_0_buffers
 from packsaddle.curvature.lanczos import Ritz
-from packsaddle.curvature.products import Hvp, Products, choose_products, lanczos_over
+from packsaddle.curvature.products import Hvp, Products, choose_products, lanczos_over, with_products
 from packsaddle.curvature.sharded import derivatives
 
 
@@ -123,8 +123,13 @@ def spectral_density(
     channel = Communicator(resolve(process_group), Ledger())
     with rank_0_buffers(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)
-        products = choose_products(curvature, hvp)
-        ritzes = [_quadrature(products, generator, steps, memory_limit, progress) for _ in range(probes)]
+
+        def quadratures(products: Products) -> tuple[str, list[Ritz]]:
+            return products.name, [
+                _quadrature(products, generator, steps, memory_limit, progress) for _ in range(probes)
+            ]
+
+        name, ritzes = with_products(choose_products(curvature, hvp), hvp, quadratures)
     nodes, weights = tuple(r.thetas for r in ritzes), tuple(r.shares for r in ritzes)
     low, high = min(n[0] for n in nodes), max(n[-1] for n in nodes)
     narrowest = max(*(r.rounding for r in ritzes), 1e-12 * max(abs(low), abs(high)), 1e-30)
@@ -141,7 +146,7 @@ def spectral_density(
         weights=weights,
         d=curvature.d,
         examples=curvature.examples,
-        hvp=products.name,
+        hvp=name,
         hvp_error=max(r.rounding for r in ritzes),
         hvps=curvature.products,
     )

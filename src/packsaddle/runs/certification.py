@@ -1,10 +1,13 @@
 """Certificates of a finished run's weights, by one process or several, with the loss along the escape direction."""
 
 import math
+import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from packsaddle.curvature.population import check_population
 from packsaddle.curvature.products import Hvp
 from packsaddle.curvature.search import Bounds
 from packsaddle.errors import ConfigError
+from packsaddle.messages import first_line
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.options.schema import build
 from packsaddle.runs.config import Config
@@ -29,6 +33,7 @@ from packsaddle.runs.tasks.models import Task, make_task, task_loss
 from packsaddle.runs.tasks.sharding import Examples
 
 _AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
+_WORKERS_PER_CORE = 8  # new ones at most; each is a process
 _BATCHES_OF_POPULATION = 32  # or more: how they differ is what its bounds come from
 
 
@@ -66,7 +71,7 @@ class Audit:
         task = make_task(config.model, data.shape, data.classes, 0)
         weights = []
         for file in self.files:
-            weights.append(_read_weights(file))
+            weights.append(read_weights(file))
             try:
                 task.network.load_state_dict(weights[-1])
             except (RuntimeError, TypeError, AttributeError) as error:
@@ -75,10 +80,14 @@ class Audit:
         return task, data, weights
 
     def execute(self, workers: int) -> list[Finding]:
-        """Certify in this process, or with `workers` new ones."""
+        """Certify in this process, or with `workers` new ones. Raises ConfigError for more than have work."""
         if workers == 1:
             return self.certify()
-        self.load()  # bad input is told before any worker starts
+        _, data, _ = self.load()  # bad input is told before any worker starts
+        examples = self.examples or min(self.at_most or len(data), len(data))
+        for most, of in ((examples, "examples"), (_WORKERS_PER_CORE * (os.cpu_count() or 1), "cores")):
+            if workers > most:
+                raise ConfigError(f"--workers must be at most {most} for the number of {of}, got {workers}")
         findings: list[Finding] = launch(certify_in_process_group, (self,), workers)
         return findings
 
@@ -186,12 +195,12 @@ def read_config(run: Path) -> Config:
         raise damaged(run, ConfigError(f"config.json: {str(error).removeprefix('config.json: ')}")) from None
 
 
-def _read_weights(file: Path) -> dict[str, Tensor]:
+def read_weights(file: Path) -> Any:
+    """Return the content of a file by `torch.save`, on the CPU. Raises ConfigError."""
     try:
-        weights: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of its format: the error says it
+            return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"checkpoint {file} does not exist") from None
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"checkpoint {file} cannot be read: {reason}") from None
-    return weights
+        raise ConfigError(f"checkpoint {file} cannot be read: {first_line(error)}") from None

@@ -1,0 +1,39 @@
+"""Functions in a loss's graph whose backward torch takes as written: `torch.autograd.Function` and its kin in C++.
+
+Their second derivatives may be silently wrong. A backward that returns a gradient computed in the forward pass, as
+those of fused losses do, gives torch a constant, and double backward then leaves that function's Hessian out.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+_GENERATED = ("torch._library.", "torch._functorch.")  # modules whose functions wrap custom ones: operators, under vmap
+
+
+def custom_functions(loss: Tensor) -> set[str]:
+    """Return the names of the functions in a loss's graph that are not torch's own."""
+    return {name for node in graph_nodes([loss]) if (name := _custom_name(node)) is not None}
+
+
+def graph_nodes(outputs: Iterable[Tensor | None]) -> Iterator[Any]:
+    """Yield every node of the graphs that tensors were computed by, each once."""
+    waiting: list[Any] = [t.grad_fn for t in outputs if t is not None and t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        new = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= new
+        waiting += new
+
+
+def _custom_name(node: Any) -> str | None:
+    if not isinstance(node, BackwardCFunction):
+        return str(node.name()) if "CppNode" in node.name() else None
+    function = node._forward_cls  # type: ignore[attr-defined]
+    module = f"{function.__module__}."
+    is_torchs = module.startswith("torch.") and not module.startswith(_GENERATED)
+    return None if is_torchs else str(function.__name__)
