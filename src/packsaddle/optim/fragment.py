@@ -329,6 +329,13 @@ class Fragment(Slice):
             elif p.requires_grad:
                 x.copy_(a - e)
 
+    def go_back(self) -> None:
+        """Discard what this worker has moved: x <- where a running exchange began, if that is usable, or its start."""
+        if self.flight is not None and self.flight.before and not bool(self.flight.bad):
+            self.go_to(self.flight.before)
+        else:
+            self.restart()
+
     def go_to(self, places: Sequence[Tensor]) -> None:
         """Move x, but for frozen parameters."""
         for p, x, there in zip(self.parameters, self.tensors(), places, strict=True):
