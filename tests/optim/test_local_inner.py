@@ -113,6 +113,86 @@ def test_16_bit_parameters_lose_no_small_updates(dtype: torch.dtype, delay: int)
         assert anchor == pytest.approx(1.0 - steps * ulp, abs=0.3 * ulp)
 
 
+def drifts(worker: int, dtype: torch.dtype, steps: int, *, keep: bool, **options: Any) -> list[float]:
+    """Train; return by how much y = a - error() is off where training began plus the mean of all inner changes of x.
+
+    What the optimizer has moved x by is read around each of its steps, in float64, before an exchange. With `blend` an
+    exchange that lands leaves blend (x - start) of x - before, by which the worker has moved since it began.
+    """
+    xs = [nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)) for shape in SHAPES_16]
+    optimizer = torch.optim.SGD(xs, lr=0.05, momentum=0.8)
+    optimizer.register_step_post_hook(lambda *_: at.copy_(flat()))
+    kind = Compression(TopK(0.2), dense_below=1)
+    local = LocalUpdates(optimizer, every=4, compressor=kind, keep_unsent=keep, **options)
+
+    def flat() -> Tensor:
+        return torch.cat([x.detach().double().reshape(-1) for x in xs])
+
+    at, start, moved, found = flat(), flat(), torch.zeros_like(flat()), list[float]()
+    for n in range(1, steps + 1):
+        for i, x in enumerate(xs):
+            x.grad = gradient(f"{i}", x.detach(), worker, n)
+        last = flat()
+        optimizer.step()
+        moved += at - last
+        if local.blend is not None and n % 4 == 0:
+            before = flat()
+        elif local.blend is not None and n > 4 and n % 4 == local.delay:
+            (part,) = local.state_dict()["fragments"]
+            starts = [(a - part["pending"][name] * keep).to(dtype) for name, a in local.anchor().items()]
+            kept = at - torch.cat([s.double().reshape(-1) for s in starts])
+            moved += local.blend * kept - (at - before)
+        if n % 23 == 0 or n == steps:
+            y = torch.cat([a.double().reshape(-1) for a in local.anchor().values()]) - local.error()
+            mean = moved.clone()
+            __import__("packsaddle").comm.group.resolve(None).all_reduce(mean)
+            found.append(float((y - start - mean / 2).abs().max()))
+            local.load_state_dict(local.state_dict())  # which has the rounding errors
+    return found
+
+
+SHAPES_16 = [(9, 7), (5,), (4, 6)]
+RUNS_16: dict[str, dict[str, Any]] = {
+    "at once": {},
+    "delay": {"delay": 2},
+    "fragments": {"fragments": 3, "delay": 3},
+    "two fragments": {"fragments": 2, "delay": 1},
+    "blend": {"delay": 2, "blend": 0.5},
+}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("name", RUNS_16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_parameters_lose_no_rounding(dtype: torch.dtype, name: str, keep: bool) -> None:
+    """y moves by the mean of what inner optimizers move x by, though x is rounded where an exchange lands."""
+    bound = 16 * torch.finfo(torch.float32).eps  # of sums of 16-bit numbers around 1, most of which float32 has exactly
+    for found in simulate(lambda worker: drifts(worker, dtype, 400, keep=keep, **RUNS_16[name]), 2):
+        assert max(found) < bound, found
+
+
+def test_16_bit_parameters_of_a_worker_that_is_not_sampled() -> None:
+    """It moves with the anchor, rounded, and what it has not sent stays."""
+
+    def body(worker: int) -> list[float]:
+        x = nn.Parameter(torch.randn(9, 7, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16))
+        optimizer = torch.optim.SGD([x], lr=0.05)
+        optimizer.register_step_post_hook(lambda *_: before.append(local.pending()))
+        local = LocalUpdates(optimizer, every=2, compressor=Compression(TopK(0.2), dense_below=1), sample=0.5)
+        before, found = list[Tensor](), []
+        for n in range(1, 41):
+            x.grad = gradient("x", x.detach(), worker, n)
+            sampled = local.sampled
+            optimizer.step()
+            if n % 2 == 0 and not sampled:
+                found.append(float((local.pending() - before[-1]).abs().max()))
+        return found
+
+    for found in simulate(body, 2):
+        assert len(found) == 10
+        assert max(found) < 16 * torch.finfo(torch.float32).eps
+
+
 def test_mixed_precisions_tied_and_frozen_parameters() -> None:
     def body(worker: int) -> dict[str, Tensor]:
         net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4).to(torch.bfloat16), "c": nn.Linear(4, 4)})

@@ -175,26 +175,31 @@ def test_another_number_of_workers(name: str, old: int, new: int, tmp_path: Path
             torch.testing.assert_close(found[key], value, rtol=1e-12, atol=1e-12, msg=key, check_dtype=False)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("delay", [0, 3])
 @pytest.mark.parametrize("new", [1, 2])
-def test_y_stays_for_another_number_of_workers(new: int, tmp_path: Path) -> None:
-    """Also what owners have held back, which new workers' parameters are moved by."""
-    options = {"every": 2, "compressor": Compression(TopK(0.2), exchange="two-way", dense_below=1)}
+def test_y_stays_for_another_number_of_workers(new: int, delay: int, keep: bool, tmp_path: Path) -> None:
+    """Also what owners have held back, which new workers' parameters are moved by; with a delay, during an exchange."""
+    kind = Compression(TopK(0.2), exchange="two-way", dense_below=1)
+    options = {"every": 4, "compressor": kind, "delay": delay, "keep_unsent": keep}
 
-    def y(rank: int, steps: int) -> tuple[Tensor, Tensor]:
+    def y(rank: int, steps: int) -> tuple[Tensor, Tensor, Tensor]:
         one = Training(rank, options)
         if steps:
             one.train(0, steps)
             packsaddle.save_checkpoint(tmp_path, one.parts, step=steps)
         else:
             assert packsaddle.load_checkpoint(tmp_path, one.parts) is not None
-        found = nn.utils.parameters_to_vector(one.local.anchor().values()) - one.local.error()
+        error = one.local.error()
+        found = nn.utils.parameters_to_vector(one.local.anchor().values()) - error
         assert one.local.flush()
-        return found, nn.utils.parameters_to_vector(one.net.parameters()).detach()
+        return error, found, nn.utils.parameters_to_vector(one.net.parameters()).detach()
 
-    (before, _), *_ = simulate(lambda rank: y(rank, 7), 3)
+    (error, before, _), *_ = simulate(lambda rank: y(rank, 10), 3)  # an exchange began after step 8
     with pytest.warns(UserWarning, match="saved by 3 workers"):
         after = simulate(lambda rank: y(rank, 0), new)
-    for found, x in after:
+    for found_error, found, x in after:
+        torch.testing.assert_close(found_error, error, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(found, before, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(x, before, rtol=1e-12, atol=1e-12)
 

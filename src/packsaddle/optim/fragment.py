@@ -5,7 +5,7 @@ is what it has moved since, a - x. One exchange of it is a `Flight`: it starts, 
 next steps, and lands.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -51,7 +51,8 @@ class Flight:
 class PseudoGradient:
     """The update of a fragment's memory, float[n]: what this worker has moved, a - x, and shared noise.
 
-    Of 16-bit parameters x began at the anchor rounded to 16 bits, so that is what they have moved from.
+    Of 16-bit parameters x began at the anchor rounded to 16 bits, so that is what they have moved from. `Fragment.owed`
+    is added.
     """
 
     of: "Fragment"
@@ -59,7 +60,7 @@ class PseudoGradient:
     noise: Noise | None
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay base + start - x + xi, both float[n]; out is not base."""
+        """Set out to decay base + start - x + owed + xi, both float[n]; out is not base."""
         share, xs = self.decay, self.of.tensors()
         starts: Sequence[Tensor] = self.of.anchor.views
         if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(xs, starts, strict=True)):
@@ -74,6 +75,8 @@ class PseudoGradient:
                 torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
         if share:
             out.flat.add_(base.flat, alpha=share)
+        if self.of.owed is not None:
+            out.flat.add_(self.of.owed)
         self.perturb(out.flat)
 
     def perturb(self, out: Tensor) -> None:
@@ -115,7 +118,8 @@ class Fragment(Slice):
         self.monitor = SlicedMonitor(compression.monitor_every)
         self.rounds = 0  # t: exchanges that were taken
         self.flight: Flight | None = None
-        self._owed: Tensor | None = None  # float[n]: put in the memory, and x is not yet where it begins with it
+        # float[n]: update missing from start - x, because the start moved without x or x was rounded; None: 0
+        self.owed: Tensor | None = None
 
     def is_due(self, step: int) -> bool:
         """Tell if an exchange begins after inner step n, from 1: (n + offset) % every = 0."""
@@ -183,17 +187,10 @@ class Fragment(Slice):
         before = memory.clone() if self.keeps and changes and self.feedback.held() else None
         self.feedback.prepare(compressor)
         if before is not None:
-            self._owe(memory - before)
-        if self._owed is not None:
-            for p, x, part in zip(self.parameters, self.tensors(), self.views(self._owed), strict=True):
-                if p.requires_grad:
-                    x.sub_(part.to(x))
-            self._owed = None
-
-    def _owe(self, added: Tensor) -> None:
-        """Note that so much, float[n], was added to the memory, and x, which begins at a - e, has not moved."""
-        if self.keeps:
-            self._owed = added if self._owed is None else self._owed.add_(added)
+            self.owed = memory - before if self.owed is None else self.owed.add_(memory - before)
+        if self.owed is not None:
+            pairs, self.owed = zip(self.tensors(), self.views(self.owed), strict=True), None
+            self._set(x.to(wide(x)) - part.to(x.device, wide(x)) for x, part in pairs)
 
     def send(self, flight: Flight, step: int, *, reduction: Reduction, dense: bool) -> None:
         """Exchange C(share v) and absorb what it leaves; collective, and perhaps in another thread.
@@ -253,6 +250,8 @@ class Fragment(Slice):
     def _settle(self, flight: Flight, *, taken: bool) -> None:
         assert flight.round is not None
         flight.round.settle(taken=taken)
+        if taken:
+            self.owed = None  # v had it
         self.monitor.settle(flight.round.step, taken=taken)
         flight.round = None
 
@@ -293,16 +292,25 @@ class Fragment(Slice):
         if not before:
             self.restart()
             return
-        self._owed = None  # the start has it
-        starts = self.starts()
-        for p, x, a, s in zip(self.parameters, self.tensors(), starts, before, strict=True):
-            if not p.requires_grad:
-                continue
-            start = a.to(x.device, x.dtype).to(torch.promote_types(x.dtype, torch.float32))
-            if blend is None:
-                x.copy_((x.to(start.dtype) - s).add_(start))
-            else:
-                x.copy_(torch.lerp(start, x.to(start.dtype), blend))
+        where = zip(self.tensors(), self.starts(), before, strict=True)
+        starts = ((x, a.to(x.device, x.dtype).to(wide(x)), s) for x, a, s in where)
+        if blend is None:
+            self._set((x.to(start.dtype) - s).add_(start) for x, start, s in starts)
+        else:
+            self._set(torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts)
+
+    def _set(self, places: Iterable[Tensor]) -> None:
+        """Move x, except frozen parameters, to places of at least single precision. The rounding of x is owed."""
+        xs = self.tensors()
+        rounds = any(x.dtype != wide(x) for x in xs)
+        if rounds and self.owed is None:
+            self.owed = self.zeros().flat
+        owed = self.views(self.owed) if rounds and self.owed is not None else [None] * len(xs)
+        for p, x, place, lost in zip(self.parameters, xs, places, owed, strict=True):
+            if p.requires_grad:
+                x.copy_(place)
+                if lost is not None:
+                    lost.add_((x.to(place.dtype) - place).to(lost))
 
     def follow(self, before: Sequence[Tensor]) -> None:
         """Have x as far from where it begins as it was from `before`, where it began earlier."""
@@ -310,7 +318,7 @@ class Fragment(Slice):
 
     def restart(self) -> None:
         """Have x where it begins after an exchange."""
-        self._owed = None
+        self.owed = None
         if not self.keeps:
             self.go_to(self.anchor.views)
             return
@@ -320,6 +328,13 @@ class Fragment(Slice):
                 torch.sub(a, e, out=x)
             elif p.requires_grad:
                 x.copy_(a - e)
+
+    def go_back(self) -> None:
+        """Discard what this worker has moved: x <- where a running exchange began, if that is usable, or its start."""
+        if self.flight is not None and self.flight.before and not bool(self.flight.bad):
+            self.go_to(self.flight.before)
+        else:
+            self.restart()
 
     def go_to(self, places: Sequence[Tensor]) -> None:
         """Move x, but for frozen parameters."""
@@ -337,7 +352,7 @@ class Fragment(Slice):
             found.add_(flight.mean)
         for x, start, view in zip(self.tensors(), starts, self.views(found), strict=True):
             view.add_(start.to(x).to(view) - x.to(view))
-        return found if self._owed is None else found.add_(self._owed)
+        return found if self.owed is None else found.add_(self.owed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fragment's state by parameter, tensors and plain types, after the current exchange."""
@@ -347,7 +362,7 @@ class Fragment(Slice):
             "anchor": self._named(self.anchor.flat),
             "pending": self._named(self.feedback.memory.vector),
             "held": self.feedback.held_state(),
-            "owed": {} if self._owed is None else self._named(self._owed),
+            "owed": {} if self.owed is None else self._named(self.owed),
             "monitor": self.monitor.state_dict(),
             "flight": None,
         }
@@ -372,12 +387,13 @@ class Fragment(Slice):
         self.feedback.fold()
         self.feedback.memory.vector.copy_(memory)
         self.feedback.restore(state["held"], compressor)
-        self._owed, owed = None, self.feedback.memory.vector - memory
+        self.flight = self._flight(state["flight"]) if state["flight"] else None
+        # The residual of another aggregator moves the start of x without x, unless landing will move x to its start.
+        owed = self.feedback.memory.vector.sub(memory).mul_(float(self.keeps))
         for place, view in self.named(owed) if state["owed"] else ():
             view.add_(state["owed"][place.name].to(view))
-        if owed.any():
-            self._owe(owed)
-        self.flight = self._flight(state["flight"]) if state["flight"] else None
+        lands = self.flight is not None and self.flight.taken
+        self.owed = owed if not lands and owed.any() else None
 
     def _flight(self, saved: Mapping[str, Any]) -> Flight:
         device, mean = self.anchor.flat.device, None
@@ -393,3 +409,8 @@ class Fragment(Slice):
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         return {place.name: view.clone() for place, view in self.named(flat)}
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Return the precision, at least single, in which x is computed before it is rounded to its own."""
+    return torch.promote_types(x.dtype, torch.float32)

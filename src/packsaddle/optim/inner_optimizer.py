@@ -1,4 +1,4 @@
-"""The inner optimizer of local updates: its parameters by name, their shards, its steps, what is forgotten of it."""
+"""The inner optimizer of local updates: its parameters by name, their shards, its steps."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -97,14 +97,6 @@ class Shards:
         for group in self._groups:
             group.all_reduce(found)
         return found[0] > 0
-
-
-def forget_nonfinite(optimizer: Optimizer) -> None:
-    """Forget an optimizer's state of parameters of which it is not finite, as if they had not been stepped yet."""
-    for p in list(optimizer.state):
-        tensors = [t for t in optimizer.state[p].values() if isinstance(t, Tensor) and t.is_floating_point()]
-        if not all(bool(local_part(t).isfinite().all()) for t in tensors):
-            del optimizer.state[p]
 
 
 def on_attempts(

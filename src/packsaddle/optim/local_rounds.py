@@ -15,24 +15,28 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.compressors import Compressor, Identity
+from packsaddle.numerics.finite import first_bad
 from packsaddle.optim.background import Background
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.fragment import Flight, Fragment
-from packsaddle.optim.inner_optimizer import Shards, forget_nonfinite
+from packsaddle.optim.inner_optimizer import Shards
+from packsaddle.optim.inner_reset import InnerReset
 from packsaddle.optim.local_rules import LocalRules
 from packsaddle.optim.participation import Participation
 from packsaddle.optim.stages.anchor_escape import AnchorEscape
 from packsaddle.optim.stages.drift import Drift, DriftGuard
 from packsaddle.optim.stages.escape import Reset
 from packsaddle.optim.stages.noise import Noise, Perturbation
-from packsaddle.optim.stages.nonfinite import THE_MEAN, Skip, Skips
+from packsaddle.optim.stages.nonfinite import THE_MEAN, NonFiniteError, Skip, Skips
+
+_FAILED = " (its optimizer was reset)"  # after the name of a parameter: resets have not helped
 
 
 class LocalRounds:
     """The rounds of a model's fragments, each of which has its own count t of them.
 
-    `inner` is the optimizer that steps on x, of which a worker whose x is of no use forgets what is not finite, and
-    `outer` that of the anchors. `background` carries out the exchanges of fragments whose rounds have a delay.
+    `inner` is the optimizer that steps on x, which is reset on a worker whose x is of no use, and `outer` that of the
+    anchors. `background` carries out the exchanges of fragments whose rounds have a delay.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class LocalRounds:
         self._noise, self._seed, self._drift, self._escape = noise, seed, drift, escape
         self.skips = Skips(compression.max_skipped, channel.group.rank)
         self.resets: list[Reset] = []  # firings of the escape check
+        self._reset = InnerReset(inner, [p for part in fragments for p in part.parameters], agree)
 
     @property
     def count(self) -> int:
@@ -75,6 +80,11 @@ class LocalRounds:
             part.meet()
         if self._escape is not None:
             self._escape.meet()
+
+    def check_step(self) -> None:
+        """Check an inner step if the inner optimizer was reset; collective over this worker's shards."""
+        if self._reset.rejected and self._reset.reset_again():
+            self._go_back()
 
     def after(self, step: int) -> None:
         """Do what is due after inner step n, from 1: land exchanges whose delay is over, and begin others."""
@@ -110,7 +120,7 @@ class LocalRounds:
     ) -> None:
         """Make v, and exchange C(share v): now, or in the background if it lands at a later step."""
         later = due > step
-        flight = part.start(compressor, noise, self._rules.decay, due, self._agree, later=later, share=share)
+        flight = self._start(part, compressor, noise, due, share, later=later)
         dense = later or self.outer is not None
         send = partial(part.send, flight, step - 1, reduction=self._rules.reduction, dense=dense)
         if self._background is None or not later:
@@ -119,13 +129,25 @@ class LocalRounds:
             flight.promise = self._background.promise()
             self._background.submit(send, [(flight.promise, flight.v)])
 
+    def _start(
+        self, part: Fragment, compressor: Compressor, noise: Noise | None, due: int, share: float, *, later: bool
+    ) -> Flight:
+        """Make v. After a failed reset of the inner optimizer, the name of the parameter is marked for all workers."""
+        flight = part.start(compressor, noise, self._rules.decay, due, self._agree, later=later, share=share)
+        if self._reset.rejected and not bool(flight.bad):
+            self._reset.end(part)
+        elif self._reset.failed:
+            named = zip(part.places, part.tensors(), strict=True)
+            flight.name = (first_bad((place.name, x) for place, x in named) or "another shard") + _FAILED
+        return flight
+
     def try_out(self, part: Fragment, step: int, share: float, *, dense: bool) -> float:
         """Exchange a fragment's change, for a round that is not committed yet; return ||v||^2.
 
         `dense` sends all that is pending, without noise.
         """
         compressor, noise = (Identity(), None) if dense else self._settings(part.rounds)
-        flight = part.start(compressor, noise, self._rules.decay, step, self._agree, share=share)
+        flight = self._start(part, compressor, noise, step, share, later=False)
         energy = float(flight.v.double().square().sum())
         part.send(flight, max(0, step - 1), reduction=self._rules.reduction, dense=self.outer is not None)
         part.name_bad(flight)
@@ -161,7 +183,7 @@ class LocalRounds:
         self._finish(part)
         t, flight = part.rounds, part.land(self.outer, self._rules.blend)
         if not flight.taken:
-            self._leave_out(t, flight)
+            self._leave_out(part, t, flight)
             return False
         self.skips.took()
         if self._drift.due(t) and part is self.fragments[-1]:
@@ -170,14 +192,34 @@ class LocalRounds:
             self.resets.append(reset)
         return True
 
-    def _leave_out(self, t: int, flight: Flight) -> None:
+    def _leave_out(self, part: Fragment, t: int, flight: Flight) -> None:
         """Enter a round that was not taken."""
         workers = tuple(worker for worker, name in enumerate(flight.names) if name)
         name = flight.names[workers[0]] if workers else THE_MEAN
         if bool(flight.bad):
-            forget_nonfinite(self.inner)
+            self._reset.reset(part)
+            self._go_back()
         self.skips.enter(Skip(t, workers, f"the local update of {name}" if workers else name))
+        self._check_resets(flight.names)
         self.skips.check(self.skips.in_a_row)
+
+    def _check_resets(self, names: Sequence[str]) -> None:
+        """Raise NonFiniteError if a name, by worker, is marked: that worker's inner optimizer could not be reset."""
+        for worker, name in enumerate(names):
+            if name.endswith(_FAILED):
+                raise NonFiniteError(
+                    f"{name.removesuffix(_FAILED)} on worker {worker} is not finite after a step with finite "
+                    f"gradients, and {type(self.inner).__name__} could not be reset: it has non-finite state outside "
+                    f"of its state_dict() and of the torch optimizers in its attributes, or a learning rate that "
+                    f"overflows. Implement state_dict() and load_state_dict() for all of its state, or lower the "
+                    f"learning rate"
+                )
+
+    def _go_back(self) -> None:
+        """Make x finite in all fragments, since a gradient would spread what is not; collective over the shards."""
+        for part in self.fragments:
+            if not self._reset.are_finite(p for p in part.parameters if p.requires_grad):
+                part.go_back()
 
     def _compare(self, t: int) -> None:
         """Compare anchors of all fragments, which must be equal on all workers."""

@@ -45,7 +45,9 @@ def split_state(
 ) -> tuple[dict[Path, Tensor], dict[str, Any]]:
     """Return what another number of workers is to have the mean of, by its place, and what all must have.
 
-    What an owner of a two-way exchange holds back is an error of the mean, so it counts once for every worker.
+    What an owner of a two-way exchange holds back is an error of the mean, so it counts once for every worker. With
+    `keep_unsent` it moves the start of x without x, so it is owed as well, unless x will be moved to its start when a
+    running exchange lands.
     """
     means: dict[Path, Tensor] = {}
     rest = {k: v for k, v in state.items() if k not in ("fragments", "ledger", "skips")}
@@ -53,12 +55,14 @@ def split_state(
     rest["fragments"] = []
     for i, (part, saved) in enumerate(zip(fragments, state["fragments"], strict=True)):
         pending = {name: error.double() for name, error in saved["pending"].items()}
-        owed = {name: value.double() for name, value in saved["owed"].items()}
+        lands = saved["flight"] is not None and saved["flight"]["taken"]
+        owed = {} if lands else {name: saved["owed"].get(name, 0 * error).double() for name, error in pending.items()}
         for vector in saved["held"].get("vectors", {}).values():
             padded = torch.nn.functional.pad(vector.double(), (0, part.d - part.compressed_d))
             for place, view in part.named(padded):
                 pending[place.name] = pending[place.name] + workers * view
-                owed[place.name] = owed.get(place.name, 0) + workers * view
+                if part.keeps and not lands:
+                    owed[place.name] = owed[place.name] + workers * view
         means |= {("fragments", i, "pending", name): error for name, error in pending.items()}
         means |= {("fragments", i, "owed", name): value for name, value in owed.items()}
         flight = saved["flight"]

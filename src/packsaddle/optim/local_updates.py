@@ -104,9 +104,10 @@ class LocalUpdates:
         manager: a torchft Manager, or an `Elastic` with more about it: workers come and go, and a round is committed by
             those that are there. No delay, escape, "senders" or DTensors; exchanges that average messages directly.
 
-    A round in which a worker's x is not finite is left out by all: that worker goes back to the anchor, and forgets
-    the inner optimizer's state of tensors of which it is not finite; the others keep what they have moved for the next
-    round. It is entered in `skips`.
+    A round in which a worker's x is not finite is rejected by all, and entered in `skips`. That worker goes back to the
+    anchor, and clears non-finite state of its optimizer, of those that it wraps and, if need be, of its `state_dict`.
+    The others keep what they have moved for the next round. NonFiniteError is raised on all workers after more than
+    `max_skipped` such rounds, and if an optimizer cannot be reset.
 
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
     step, on every worker. With a manager it is not: the first step, or `join`, waits for the others, and gives a worker
@@ -295,6 +296,7 @@ class LocalUpdates:
         self._meet()
         self._has_begun = True
         self.steps += 1
+        self._rounds.check_step()
         if self.membership is not None:
             self.membership.stepped(self.steps)
             return

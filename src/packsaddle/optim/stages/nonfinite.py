@@ -27,7 +27,8 @@ _UNPROTECTED = "unless a GradScaler leaves it out, the optimizer steps by NaNs: 
 class NonFiniteError(GuardError):
     """The error after more than `max_skipped` steps in a row in which a gradient was not finite.
 
-    Parameters and error memories are as they were before the first of them.
+    Parameters and error memories are as they were before the first of them. Local updates raise it also if the inner
+    optimizer of a worker cannot be reset.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, NonFiniteError, TopK
