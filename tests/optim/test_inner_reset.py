@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from packsaddle.experiments.inner_optimizers import Joined
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from packsaddle import Compression, Identity, LocalUpdates, NonFiniteError, simulate
-from packsaddle.experiments.inner_optimizers import Joined
 from packsaddle.optim.inner_reset import clear_nonfinite
 
 Make = Callable[[list[Any]], Optimizer]
