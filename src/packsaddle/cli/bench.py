@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.table import Table
 
 from packsaddle.cli.console import print_table
-from packsaddle.cli.parsing import UNSAID, Group
+from packsaddle.cli.parsing import UNSAID, Group, Seconds
 from packsaddle.errors import ConfigError
 from packsaddle.performance.bench.contenders import FIELD
 from packsaddle.performance.bench.result import Result, shown
@@ -178,7 +178,7 @@ class Link(_Training):
     """Mbit/s of what a host sends, where that is another rate."""
     target_loss: Annotated[float | None, UNSAID] = None
     """Train each contender until the training loss is down to this, instead of timing steps (needs --data-dir)."""
-    max_seconds: float = 300.0
+    max_seconds: Seconds = 300.0
     """Time limit for a contender that does not reach the target."""
 
     def run(self) -> list[Result]:

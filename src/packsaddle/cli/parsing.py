@@ -20,7 +20,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from packsaddle.errors import ConfigError
-from packsaddle.experiments.numerals import real, whole
+from packsaddle.experiments.numerals import real, seconds, whole
 from packsaddle.experiments.schema import nearest
 
 # Numbers may be written 1e6, 25M or 1%.
@@ -41,6 +41,18 @@ def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pri
     )
 
 
+# A float parameter in seconds, which may be written with a unit.
+Seconds = Annotated[
+    float,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="SECONDS",
+        instance_from_str=lambda words: seconds(words[0]),
+        is_instance=lambda value: isinstance(value, float),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
 Command = Callable[..., Any]  # a function, or a class whose instances are called
 
 MARKERS = (
@@ -53,6 +65,7 @@ _KINDS = {
     "INT|{all}": "a whole number or all",
     "INT": "a whole number",
     "FLOAT": "a number",
+    "SECONDS": "seconds such as 30, 55ms or 2min",
     "PATH": "a path",
     "STR": "a text",
 }
