@@ -191,7 +191,7 @@ def test_resnet_of_the_optimizer() -> None:
 
 
 def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("plan", "--d", 50_000, "--compute", 0.01, "--workers", 3)
+    asked = ("plan", "--d", 50_000, "--compute", "10ms", "--workers", 3)
     assert command(*asked, "--link", "1mbit") == 0
     out = capsys.readouterr().out
     assert "Shortest step: " in out
@@ -205,6 +205,7 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     assert "DO NOT COMPRESS: nothing is known to be quicker than dense training. Compression pays below" in out
     assert command(*asked, "--link", "1mbit", "--compressor", "topk", "--ratio", 0.02, "--spread", 0.5, "--json") == 0
     document = json.loads(capsys.readouterr().out)
+    assert document["fleet"]["compute"] == 0.01
     assert document["compress"] is True
     assert document["best"] == "TopK(ratio=0.02)"
     assert document["link"]["nominal_bits"] == pytest.approx(1e6)
@@ -313,11 +314,13 @@ REFUSALS = {
     (*LINK, "--d", "5", "--model", "resnet18"): "--link needs one of --model and --d, got model=resnet18 and d=5",
     (*LINK, "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
     (*LINK, "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
-    (*LINK, "--d", "5", "--compute", "-1"): "compute must be finite and not negative, got -1.0",
+    (*LINK, "--d", "5", "--compute", "-1"): "compute must be from 0 to 1e+09, got -1.0",
     (*LINK, "--d", "5", "--compute", "1", "--batch", "3"): "--batch is for measuring the computing",
     (*LINK, "--d", "5", "--compute", "1", "--workers", "1"): "workers must be at least 2 (one worker sends nothing)",
-    (*LINK, "--d", "5", "--compute", "1", "--spread", "-1"): "spread must be finite and not negative, got -1.0",
-    (*LINK, "--d", "5", "--compute", "1", "--latency", "-1"): "latency of a link must be seconds, 0 or more, got -1.0",
+    (*LINK, "--d", "5", "--compute", "1", "--spread", "-1"): "spread must be from 0 to 1e+09, got -1.0",
+    (*LINK, "--d", "5", "--compute", "1", "--spread", "1e300"): "spread must be from 0 to 1e+09, got 1e+300",
+    (*LINK, "--d", "5", "--compute", "1e300"): "compute must be from 0 to 1e+09, got 1e+300",
+    (*LINK, "--d", "5", "--compute", "1", "--latency", "-1"): "latency of a link must be from 0 to 1e+09 seconds",
     (*LINK, "--d", "5", "--compute", "1", "--compressor", "topq"): "compressor must be one of best, randomk",
     (*LINK, "--d", "5", "--compute", "1", "--compressor", "sign", "--ratio", "1"): "ratio is for one of best, randomk",
     (*LINK, "--d", "5", "--compute", "1", "--ratio", "2"): "ratio of RandomK must be in (0, 1], got 2.0",
