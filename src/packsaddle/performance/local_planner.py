@@ -59,6 +59,7 @@ _MEASURED: Mapping[int, Mapping[Setting, float]] = {
         Setting(32, _SPARSE, keep_unsent=True): 2.8,
         Setting(2, _SIGN, keep_unsent=True, delay=1): 1.43,
         Setting(8, _SIGN, keep_unsent=True, delay=2): 1.85,
+        Setting(8, _TOPK, keep_unsent=True, delay=2): 2.05,
     },
 }
 
