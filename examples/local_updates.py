@@ -1,6 +1,6 @@
 """A small transformer trained by local updates: AdamW on each worker, and an exchange after every 8 steps.
 
-    pip install packsaddle
+    pip install .  # in a clone
     torchrun --nproc-per-node 2 examples/local_updates.py
     torchrun --nproc-per-node 2 examples/local_updates.py --checkpoint runs/local --steps 240
 

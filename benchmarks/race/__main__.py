@@ -12,7 +12,7 @@ from benchmarks.race.time_to_loss import Rates
 from benchmarks.race.to_loss import FullRace
 from benchmarks.race.workload import TrainingWorkload
 from benchmarks.result import Question, Result
-from packsaddle.cli import UNSAID, Group, serve
+from packsaddle.cli import UNSAID, Group, Seconds, serve
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Link(_Training):
     """Mbit/s of what a host sends, where that is another rate."""
     target_loss: Annotated[float | None, UNSAID] = None
     """Train each contender until the training loss is down to this, instead of timing steps (needs --data-dir)."""
-    max_seconds: float = 300.0
+    max_seconds: Seconds = 300.0
     """Time limit for a contender that does not reach the target."""
 
     def run(self) -> list[Result]:

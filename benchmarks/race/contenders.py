@@ -97,6 +97,13 @@ def parse(text: str, lr: float) -> Contender:
             raise ValueError(f"contender {text!r}: local updates have no memory=")
         if "every" not in options and (lacking := options.keys() & {"delay", "fragments", "outer"}):
             raise ValueError(f"contender {text!r}: {min(lacking)} is of local updates, which need every=")
+        every = options.get("every", 1)
+        if options.get("delay", 0) >= every:
+            raise ValueError(f"contender {text!r}: delay must be below every = {every}, got {options['delay']}")
+        if options.get("fragments", 1) > every:
+            raise ValueError(
+                f"contender {text!r}: fragments must be at most every = {every}, got {options['fragments']}"
+            )
         return Contender(text, lr, steps, compressor=_compressor(name), **options)
     if options:
         raise ValueError(f"contender {text!r}: {min(options)} is for packsaddle's compressors, torch's peers have none")

@@ -64,7 +64,7 @@ def foreseen(texts: list[str], workload: ModelSize, link: Link, fleet: Fleet, up
             verdict = forecast(workload, link, fleet, compressors, shared)
             found[text] = next(f for f in verdict.forecasts if f.is_dense != bool(compressors)).time.total
         elif (mine := setting(contender)) is not None:
-            (one,) = forecast_local(workload, link, fleet, shared, update=update, measured={mine: 1.0}, overlap=False)
+            (one,) = forecast_local(workload, link, fleet, shared, update=update, measured={mine: 1.0})
             found[text] = one.step
     return found
 
@@ -80,7 +80,7 @@ def factor(text: str, workers: int) -> float | None:
     mine = setting(contender)
     if mine is None:
         return None
-    near = {s: steps for s, steps in measured_with(workers).items() if s.compressor == mine.compressor}
+    near = {s: steps for s, steps in measured_with(workers).items() if s.compressor == mine.compressor and not s.delay}
     closest = min(near, key=lambda s: abs(math.log(s.every / mine.every)), default=None)
     return None if closest is None or abs(math.log(closest.every / mine.every)) > math.log(1.1) else near[closest]
 

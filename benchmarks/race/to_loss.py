@@ -87,9 +87,12 @@ class FullRace:
                         f"{theirs.get(name)!r}"
                     )
         elif makes:
-            self.folder.mkdir(parents=True, exist_ok=True)
             partial = path.with_suffix(".partial")
-            partial.write_text(f"{json.dumps(mine, indent=1)}\n")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                partial.write_text(f"{json.dumps(mine, indent=1)}\n")
+            except OSError as error:
+                raise ValueError(f"out {self.folder} cannot be written: {error.strerror}") from None
             partial.replace(path)
 
     def _time_steps(self, workers: int) -> None:

@@ -49,6 +49,15 @@ FILES: dict[str, tuple[bytes, str]] = {
 }
 
 
+def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + CONFIG.encode())
+    assert load(path) == load(Path(shutil.copy(path, tmp_path / "copy")), ())
+    assert load(path).lr == 0.5
+    path.write_bytes(b"\xef\xbb\xbflr = 0.5\nlrr = 1\n")
+    refused(capsys, "line 2: unknown key lrr", "run", path, "--out", tmp_path / "never")
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_configuration_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content, message = FILES[name]

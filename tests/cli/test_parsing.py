@@ -34,6 +34,8 @@ MISTAKES = {
     "run x.toml --workers": "run: --workers needs a value after it",
     "run x.toml --workers 2 3": "run: unexpected argument 3",
     "demo --epochs=many": "demo: --epochs must be a number, got 'many'",
+    "plan --compute 55msec": "plan: --compute must be seconds such as 30, 55ms or 2min, got '55msec'",
+    "bench link --max-seconds": "bench link: --max-seconds needs seconds such as 30, 55ms or 2min after it",
     "plan --mode theorie": "plan: --mode must be one of practical, theory, got 'theorie' (did you mean theory?)",
     "plan --zebra": "plan: unknown flag --zebra (see --help)",
     "experiments.paper fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",

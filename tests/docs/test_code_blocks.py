@@ -41,6 +41,12 @@ def test_the_scripts_of_the_first_five_minutes_run_under_torchrun(number: int, t
     assert max(losses) < 0.02, done.stdout
 
 
+def test_code_of_the_first_page_fits_its_column() -> None:
+    """Which has 92 characters of code where the window is 1,280 pixels wide; a longer line is cut."""
+    for block in blocks(ROOT / "docs" / "start.md"):
+        assert max(map(len, block.splitlines())) <= 92
+
+
 def test_the_documented_configuration_is_one() -> None:
     (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
     build(Config, tomllib.loads(block))

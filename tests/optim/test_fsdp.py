@@ -574,3 +574,44 @@ def accumulated_over_a_bad_pass(empties: bool) -> tuple[bool, int, int]:
 def test_a_bad_micro_batch_spoils_the_step_and_no_other(gloo: Gloo, empties: bool) -> None:
     for found in gloo(accumulated_over_a_bad_pass, 4, empties):
         assert found == (True, int(empties), 1)
+
+
+class Branches(nn.Module):
+    """Three blocks of one shape, of which a forward pass uses one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(30, 30) for _ in range(3))
+
+    def forward(self, x: Tensor, branch: int) -> Tensor:
+        return self.blocks[branch](x)  # type: ignore[no-any-return]
+
+
+def unlike_branches(compressor: Compressor, at: int) -> tuple[list[str], int, bool]:
+    """Replicas agree until pass `at`, where they take unlike branches; return errors, steps, and if memories stayed."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    mesh, model, said = meshes(), Branches(), []
+    for layer in (*model.blocks, model):
+        fully_shard(layer, mesh=mesh["shard"])
+    hook = register_fsdp_hook(model, mesh["replicate"].get_group(), compressor)
+    before: dict[str, Tensor] = {}
+    for t in range(at + 1):
+        before = {name: e.clone() for name, e in hook.memory().items()}
+        try:
+            model(torch.rand(4, 30), 1 + dist.get_rank() // 2 if t == at else 0).square().mean().backward()
+        except RuntimeError as error:
+            said.append(str(error))
+    after = hook.memory()
+    return said, hook.steps, all(torch.equal(e, after[name]) for name, e in before.items())
+
+
+@pytest.mark.parametrize(("compressor", "at"), [(TopK(0.1), 2), (QSGD(127), 0), (Identity(), 1)], ids=str)
+def test_replicas_that_use_unlike_modules_of_one_shape_are_refused(gloo: Gloo, compressor: Compressor, at: int) -> None:
+    """Their gradients would be averaged into each other's, as torch's hybrid sharding does."""
+    for rank, (said, steps, kept) in enumerate(gloo(unlike_branches, 4, compressor, at, fresh=True)):
+        assert len(said) == 1
+        assert said[0].startswith("replicas must use the same modules in a backward pass")
+        assert f"this one reduced blocks.{1 + rank // 2}, another" in said[0]
+        assert (steps, kept) == (at, True)

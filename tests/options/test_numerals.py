@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packsaddle.errors import ConfigError
-from packsaddle.options.numerals import real, whole
+from packsaddle.options.numerals import real, seconds, whole
 from packsaddle.options.schema import build
 from packsaddle.runs.config import Config
 
@@ -55,6 +55,30 @@ def test_what_is_no_number(text: str) -> None:
 def test_what_is_no_whole_number(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 -- float's own
         whole(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("55ms", 0.055),
+        ("100us", 1e-4),
+        ("2min", 120.0),
+        ("30s", 30.0),
+        ("30", 30.0),
+        ("1.5 s", 1.5),
+        (" 1e3 ms ", 1.0),
+        ("1k", 1000.0),
+        ("-1ms", -0.001),
+    ],
+)
+def test_what_durations_mean(text: str, expected: float) -> None:
+    assert seconds(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "ms", "55msec", "5m", "1h", "1 min 30 s", "1MS", "s5"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011 -- float's own
+        seconds(text)
 
 
 @given(st.integers() | st.floats(allow_nan=False))

@@ -170,6 +170,19 @@ def test_resuming_before_there_is_a_checkpoint_and_when_all_is_done(
     assert differences(result(tmp_path / "straight"), result(folder)) == []
 
 
+def test_a_finished_run_without_its_summary_is_not_overwritten(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert command("run", config, "--out", folder) == 0
+    (folder / "summary.json").unlink()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    said = f"--resume: {folder} has the weights of a finished run (checkpoint/model.pt), but no summary.json"
+    for arguments in (("run", "--resume", folder), ("run", config, "--resume", folder)):
+        refused(capsys, said, *arguments)
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
 def test_a_signal_to_stop(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,13 +10,24 @@ import tyro
 import packsaddle
 from packsaddle.cli import certify, certify_script, doctor, plan, report, run
 from packsaddle.cli.console import dated, is_first, plain_text, print_table, require_plots
-from packsaddle.cli.parsing import UNSAID, Command, Group, Shell, parse, script
+from packsaddle.cli.parsing import UNSAID, Command, Group, Seconds, Shell, parse, script
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
 from packsaddle.comm.launching import under_launcher
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.messages import one_line
 
-__all__ = ["COMMANDS", "UNSAID", "Group", "dated", "main", "plain_text", "print_table", "require_plots", "serve"]
+__all__ = [
+    "COMMANDS",
+    "UNSAID",
+    "Group",
+    "Seconds",
+    "dated",
+    "main",
+    "plain_text",
+    "print_table",
+    "require_plots",
+    "serve",
+]
 
 
 def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:

@@ -21,7 +21,7 @@ import tyro
 from tyro.extras import SubcommandApp
 
 from packsaddle.errors import ConfigError
-from packsaddle.options.numerals import real, whole
+from packsaddle.options.numerals import real, seconds, whole
 from packsaddle.options.schema import nearest
 
 # Numbers may be written 1e6, 25M or 1%.
@@ -30,11 +30,14 @@ NUMBERS = tyro.constructors.ConstructorRegistry()
 
 @NUMBERS.primitive_rule
 def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    if info.type not in (int, float):
-        return None
-    convert: Callable[[str], Any] = whole if info.type is int else real
-    kind = "a whole number" if info.type is int else "a number"
+    if info.type is int:
+        return _number(int, whole, "INT", "a whole number")
+    return _number(float, real, "FLOAT", "a number") if info.type is float else None
 
+
+def _number(
+    cls: type, convert: Callable[[str], Any], metavar: str, kind: str
+) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
     def read(words: list[str]) -> Any:
         try:
             return convert(words[0])
@@ -43,12 +46,15 @@ def _numbers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pri
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="INT" if info.type is int else "FLOAT",
+        metavar=metavar,
         instance_from_str=read,
-        is_instance=lambda value: isinstance(value, info.type),
+        is_instance=lambda value: isinstance(value, cls),
         str_from_instance=lambda value: [str(value)],
     )
 
+
+# A float parameter in seconds, which may be written with a unit.
+Seconds = Annotated[float, _number(float, seconds, "SECONDS", "seconds such as 30, 55ms or 2min")]
 
 Command = Callable[..., Any]  # a function, or a class whose instances are called
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from packsaddle.cli.console import print_table
+from packsaddle.cli.parsing import Seconds
 from packsaddle.cli.plan_link import LinkOptions, plan_link
 from packsaddle.compressors import (
     QSGD,
@@ -64,8 +65,8 @@ def plan(
     table: bool = False,
     link: str | None = None,
     model: str | None = None,
-    latency: float | None = None,
-    compute: float | None = None,
+    latency: Seconds | None = None,
+    compute: Seconds | None = None,
     batch: int | None = None,
     spread: float | None = None,
     noise: bool = False,
@@ -109,8 +110,8 @@ def plan(
             workers, else between processes on this machine.
         model: What is trained, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
             Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images).
-        latency: Seconds that a small message takes on a link of a given rate, 1e-4 by default.
-        compute: Seconds of a step's forward and backward pass; without it the model's are measured here.
+        latency: Time that a small message takes on a link of a given rate, 100us by default.
+        compute: Time of a step's forward and backward pass, as in 55ms; without it the model's is measured here.
         batch: Examples per worker and step, to measure that, 32 by default.
         spread: Standard deviation of the workers' compute times, as a share of them; 0 by default.
         noise: Count the drawing of the artificial noise in a step's time.

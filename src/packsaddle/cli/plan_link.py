@@ -115,7 +115,7 @@ def plan_link(
             link, source = (given, "as given") if bits else _measured(group, workers, device)
             fleet = unmeasured
             local: tuple[LocalForecast, ...] = ()
-            total = len(candidates) + len(measured_with(workers)) * bool(options.local) + 1
+            total = len(candidates) + len({s.compressor for s in measured_with(workers)}) * bool(options.local) + 1
             with countdown("plan", total, quiet=not is_first()) as report:
                 report(0, "timing the model and an update")
                 if options.compute is None:
@@ -227,13 +227,13 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
         column.justify = "right"
     for f in forecasts:
         name = brief(describe(f.setting.compressor)) + (", kept" if f.setting.keep_unsent else "")
-        cells = [str(f.setting.every), str(f.fragments), str(f.delay), megabytes(f.sent), ms(f.step)]
+        cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), megabytes(f.sent), ms(f.step)]
         table.add_row(name, *cells, f"{f.computing:.0%}", f"{f.steps:.3g}")
     print_table(table, _UNCUT)
     best = forecasts[0]
     took = f"{ms(best.seconds)} ms for the progress of one dense step, which takes {ms(dense)}"
     setting = f"every={best.setting.every}, compressor={describe(best.setting.compressor)}"
-    setting += f", fragments={best.fragments}, delay={best.delay}"
+    setting += f", fragments={best.fragments}, delay={best.setting.delay}"
     times = dense / best.seconds
     verdict = f"{times:.3g} times as fast" if times > 1 + _ERROR else "NOT WORTH IT on this link"
     print(f"LocalUpdates(optimizer, {setting}): {took}: {verdict}; {best.computing:.0%} of the time is computing.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import tyro
 
 from packsaddle.cli.console import dated, is_first, print_runs, require_plots
+from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.launching import check_interface, under_launcher
 from packsaddle.comm.managed import check_lighthouse
 from packsaddle.errors import ConfigError
@@ -78,7 +79,7 @@ def run(
     out: Path | None = None,
     resume: Path | None = None,
     checkpoint_every: int | None = None,
-    timeout: float | None = None,
+    timeout: Seconds | None = None,
     track: tuple[TrackerName, ...] = (),
     elastic: str | None = None,
     memory: Path | None = None,
@@ -107,7 +108,7 @@ def run(
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
         resume: The folder of a run to continue; with CONFIG it may not have begun yet.
         checkpoint_every: Steps between checkpoints; by default about an epoch, at least half a minute; 0: none.
-        timeout: Seconds that a worker process waits for the others before it gives up; by default 1800 with gloo.
+        timeout: How long a worker process waits for the others before it gives up; by default 30min with gloo.
         track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
         elastic: Be one of the workers, which come and go, under this torchft_lighthouse; the file must have [local].
         memory: With --elastic, the file in which this worker's error memory waits while it is away.

@@ -23,7 +23,7 @@ from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed, mix
 from packsaddle.optim.compression import Compression, Schedule
-from packsaddle.optim.hook import GradientHook, GradientSlice, Rules
+from packsaddle.optim.hook import UNLIKE, GradientHook, GradientSlice, Rules
 from packsaddle.optim.layout import Place, Slice
 from packsaddle.optim.saved_state import FORMAT, check_format, check_identity, check_shape
 from packsaddle.optim.stages.noise import Perturbation
@@ -121,6 +121,7 @@ class FSDPHook(GradientHook):
         self._slices: dict[str, GradientSlice] = {}
         self._seeds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
+        self._bits: dict[str, Tensor] = {}  # of each module's index among the sharded ones, float[b]
         self._loose: dict[str, Tensor] = {}  # errors that were loaded, until their modules come
         self._seen: dict[str, int] = {}  # modules that have come in this backward pass, and autograd's number of it
 
@@ -156,10 +157,15 @@ class FSDPHook(GradientHook):
             # After FSDP's own, which takes gradients to their parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
+        is_first = name not in self._bits
         part = self._slice(name, index, gradient)
         xi = self._perturbation.at(seed=self._seeds[name], step=self._steps)  # line 9
-        bad = self._try(part, {name: gradient}, xi)
+        bad = self._try(part, {name: gradient}, xi, bits=self._bits[name])
         spoil(gradient, bad > 0, float("nan"))
+        # On a GPU, reading the outcome waits for it: once for each module, later only where a pass is settled.
+        if (is_first or bad.device.type == "cpu") and bad >= UNLIKE:
+            self._complete = True
+            self._settle()
 
     @torch.no_grad()
     def _end(self) -> None:
@@ -192,6 +198,8 @@ class FSDPHook(GradientHook):
                 )
             self._seeds[name] = seed = mix(self._rules.seed, index, self._shard[0])  # replicas have the same
             self._sizes[name] = gradient.numel() * gradient.element_size()
+            width = (len(sharded_modules(self._model)) - 1).bit_length()
+            self._bits[name] = torch.tensor([index >> i & 1 for i in range(width)], device=gradient.device)
             rules = replace(self._rules, seed=seed)
             of = Slice([place], gradient.device)
             self._slices[name] = GradientSlice(of, self._loose, self.channel, rules, self._allocation)
@@ -256,7 +264,7 @@ class FSDPHook(GradientHook):
         """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
         self.check_state_dict(state)
         self._settle(broken_off=True)
-        self._slices, self._seeds, self._seen = {}, {}, {}
+        self._slices, self._seeds, self._bits, self._seen = {}, {}, {}, {}
         self._step_rates.clear()
         self._loose = {name: error.to(self.device, copy=True) for name, error in state["pending"].items()}
         self._steps = state["steps"]
@@ -301,7 +309,7 @@ def register_fsdp_hook(
     Other shards are not told: clip gradients by their norm, which goes over shards, or use a GradScaler on top, and
     all skip the step, but where a shard knew nothing its error memory has taken part. `hook.protect(optimizer)` keeps
     an optimizer without a scaler from the NaNs. Every sharded module must take part in every backward pass that
-    exchanges.
+    exchanges. A pass raises RuntimeError on all replicas of the shard if they reduce different modules of one size.
 
     Raises TypeError if the model is not sharded, and ValueError if its mesh has two dimensions, for an argument that is
     out of range or one that differs between workers.

@@ -119,6 +119,7 @@ class Gradients:
 
 
 _NO_FACTORS: Mapping[str, float] = {}
+UNLIKE = 4.0  # the outcome of an exchange in which workers had different slices
 
 
 class GradientSlice:
@@ -152,6 +153,7 @@ class GradientSlice:
         *,
         scale: float = 1.0,
         factors: Mapping[str, float] = _NO_FACTORS,
+        bits: Tensor | None = None,
         watch: Callable[[Tensor], None] = lambda vector: None,
         report: Callable[[str], None] = lambda name: None,
     ) -> Tensor:
@@ -159,6 +161,7 @@ class GradientSlice:
 
         A worker whose vector is not finite sends zeros and says so. Returns 0 if all is well, at most 1 if there was
         such a worker, and more if there was none but the mean is not finite or not for gradients to hold.
+        `bits` of 0 or 1, float[b], identify the slice; if they differ between workers, returns `UNLIKE` or more.
         `factors` are what errors are to be multiplied by first, by parameter (see `Rates`); those of 0 stand still.
         `watch` sees this worker's vector, float[n], before and after; `report` the name of the first parameter of which
         it is not finite, on a CPU, since on a GPU to look would be to wait.
@@ -177,7 +180,7 @@ class GradientSlice:
         self._allocation.observe(self._names, v[: self.of.compressed_d], compressor)
         watch(v)
         self._rescale_held(factors)
-        g, (share,) = r.exchange(v, [bad.reshape(1).to(v)])
+        g, (share, means) = r.exchange(v, [bad.reshape(1).to(v), v.new_empty(0) if bits is None else bits.to(v)])
 
         # Line 11, by way of the optimizer that has the gradients. 16-bit ones may overflow.
         lost = update.replace(g)
@@ -189,7 +192,8 @@ class GradientSlice:
         self.feedback.memory.leave(still)
         if not self._rules.error_feedback:
             self._release(v)
-        return share[0] + 2 * (~fits).to(share)
+        differs = (means * (1 - means) > 1e-6).any()  # a mean of equal bits is 0 or 1, to rounding
+        return share[0] + 2 * (~fits).to(share) + UNLIKE * differs.to(share)
 
     def settle(self, *, taken: bool) -> None:
         """Make the step that was tried the state, or forget it."""
@@ -352,13 +356,14 @@ class GradientHook:
         noise: Noise | None,
         scale: float = 1.0,
         factors: Mapping[str, float] = _NO_FACTORS,
+        bits: Tensor | None = None,
     ) -> Tensor:
         """Exchange one slice of the pass; return its outcome, as `GradientSlice.exchange` does."""
         with self._lock:
             self._tried.append(part)
         watch = partial(self._monitor.measure, self._steps)
         bad = part.exchange(
-            gradients, noise, self._steps, scale=scale, factors=factors, watch=watch, report=self._report
+            gradients, noise, self._steps, scale=scale, factors=factors, bits=bits, watch=watch, report=self._report
         )
         self._bad.append(bad)
         return bad
@@ -366,13 +371,15 @@ class GradientHook:
     def _settle(self, *, broken_off: bool = False) -> None:
         """Make the last step the state; or forget it, if it was broken off or a worker's gradient was not finite.
 
-        Nothing during a backward pass.
+        Nothing during a backward pass. Raises RuntimeError if workers exchanged different slices.
         """
         with self._lock:
             if not self._tried or not (self._complete or broken_off):
                 return
-            told = [bad for bad in torch.stack(self._bad).tolist() if bad != 0] if self._complete else []
+            outcomes = torch.stack(self._bad).tolist() if self._complete else []
+            told = [bad for bad in outcomes if bad != 0]
             taken = self._complete and not told
+            unlike = [part.of.places[0].name for part, bad in zip(self._tried, outcomes, strict=False) if bad >= UNLIKE]
             self._conclude(taken=taken)
             self._allocation.settle(taken=taken)
             for part in self._tried:
@@ -381,13 +388,18 @@ class GradientHook:
             if taken:
                 self._skips.took()
                 self._spoiled = [] if self._fresh else self._spoiled
-            elif self._complete:
+            elif self._complete and not unlike:
                 self._spoiled = list(self._protected)
                 workers = (self.channel.group.rank,) if self._bad_name else ()
                 others = "a gradient of another worker" if min(told) <= 1 else THE_MEAN
                 self._skips.enter(Skip(self._steps, workers, self._bad_name or others))
             self._steps += taken
             self._tried, self._bad, self._complete, self._bad_name = [], [], False, ""
+            if unlike:
+                raise RuntimeError(
+                    f"replicas must use the same modules in a backward pass, in one order, but while this one reduced "
+                    f"{unlike[0] or 'the root module'}, another reduced another module of its size"
+                )
 
     def _conclude(self, *, taken: bool) -> None:
         """Do what else depends on whether a step was taken."""

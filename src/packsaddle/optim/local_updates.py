@@ -62,9 +62,6 @@ Outer = Callable[[list[Any]], Optimizer]
 class LocalUpdates:
     """Local updates of any torch optimizer, averaged over workers with compression and error feedback.
 
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        local = packsaddle.LocalUpdates(optimizer, every=8, compressor=packsaddle.Sign(per_tensor=True))
-
     The training loop stays as it is: each `optimizer.step()` is counted, and the steps after which an exchange is due
     do it. Gradients must not be exchanged as well: no DistributedDataParallel between workers (where a framework wraps
     the model in one, see `keep_gradients_local`).
@@ -115,10 +112,10 @@ class LocalUpdates:
     RuntimeError at the first step if gradients are equal on all workers, since then they have been exchanged.
 
     >>> import torch
-    >>> from packsaddle import LocalUpdates
+    >>> from packsaddle import LocalUpdates, Sign
     >>> model = torch.nn.Linear(64, 64)
-    >>> optimizer = torch.optim.AdamW(model.parameters())
-    >>> local = LocalUpdates(optimizer, every=2)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> local = LocalUpdates(optimizer, every=2, compressor=Sign(per_tensor=True))
     >>> for batch in torch.rand(4, 8, 64):
     ...     optimizer.zero_grad()
     ...     (model(batch) - batch).square().mean().backward()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from packsaddle.comm.aggregators import Work
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
 from packsaddle.compressors.registry import describe
@@ -24,22 +25,42 @@ class Setting:
     every: int
     compressor: Compressor
     keep_unsent: bool = False
+    delay: int = 0
 
 
-_SETTINGS = (
-    Setting(2, Sign(per_tensor=True), keep_unsent=True),
-    Setting(2, TopK(1 / 16, values="int2"), keep_unsent=True),
-    Setting(8, Identity()),
-    Setting(8, Sign(per_tensor=True), keep_unsent=True),
-    Setting(8, TopK(1 / 16, values="int2"), keep_unsent=True),
-    Setting(32, Identity()),
-    Setting(32, TopK(1 / 48, values="int2"), keep_unsent=True),
-)
+_SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(1 / 48, values="int2")
 # Multiples of dense training's steps for the same loss, AdamW, each setting at its best rate of one grid, for two and
 # four workers: experiments/race, "Steps needed". Dense training gains more from a larger batch than local updates do.
+# A delay was measured at a quarter of the period, and 1 of 2: "Delays".
 _MEASURED: Mapping[int, Mapping[Setting, float]] = {
-    2: dict(zip(_SETTINGS, (1.1, 1.2, 1.3, 1.3, 1.4, 1.5, 1.7), strict=True)),
-    4: dict(zip(_SETTINGS, (1.4, 1.5, 1.6, 1.7, 1.9, 2.2, 2.8), strict=True)),
+    2: {
+        Setting(2, _SIGN, keep_unsent=True): 1.11,
+        Setting(2, _TOPK, keep_unsent=True): 1.18,
+        Setting(8, Identity()): 1.25,
+        Setting(8, _SIGN, keep_unsent=True): 1.27,
+        Setting(8, _TOPK, keep_unsent=True): 1.36,
+        Setting(32, Identity()): 1.47,
+        Setting(32, _SPARSE, keep_unsent=True): 1.68,
+        Setting(2, _SIGN, keep_unsent=True, delay=1): 1.13,
+        Setting(2, _TOPK, keep_unsent=True, delay=1): 1.2,
+        Setting(8, Identity(), delay=2): 1.36,
+        Setting(8, _SIGN, keep_unsent=True, delay=2): 1.39,
+        Setting(8, _TOPK, keep_unsent=True, delay=2): 1.43,
+        Setting(32, Identity(), delay=8): 1.62,
+        Setting(32, _SPARSE, keep_unsent=True, delay=8): 1.73,
+    },
+    4: {
+        Setting(2, _SIGN, keep_unsent=True): 1.36,
+        Setting(2, _TOPK, keep_unsent=True): 1.49,
+        Setting(8, Identity()): 1.63,
+        Setting(8, _SIGN, keep_unsent=True): 1.67,
+        Setting(8, _TOPK, keep_unsent=True): 1.88,
+        Setting(32, Identity()): 2.17,
+        Setting(32, _SPARSE, keep_unsent=True): 2.8,
+        Setting(2, _SIGN, keep_unsent=True, delay=1): 1.43,
+        Setting(8, _SIGN, keep_unsent=True, delay=2): 1.85,
+        Setting(8, _TOPK, keep_unsent=True, delay=2): 2.05,
+    },
 }
 
 
@@ -48,15 +69,11 @@ def measured_with(workers: int) -> Mapping[Setting, float]:
     return _MEASURED[2 if workers <= 2 else 4]
 
 
-_STALE = 4  # an exchange overlaps at most this part of H, where fragments can make it so short
-
-
 @dataclass(frozen=True)
 class LocalForecast:
     """The cost of a setting. Seconds are of a mean inner step; `sent` is of the busiest worker, bytes a step."""
 
     setting: Setting
-    delay: int  # inner steps that the exchange overlaps
     fragments: int
     sent: float
     compute: float  # with waiting for the slowest worker, once a round
@@ -86,7 +103,7 @@ class LocalForecast:
             "every": self.setting.every,
             "compressor": describe(self.setting.compressor),
             "keep_unsent": self.setting.keep_unsent,
-            "delay": self.delay,
+            "delay": self.setting.delay,
             "fragments": self.fragments,
             "sent": self.sent,
             "seconds": self.step,
@@ -105,15 +122,12 @@ def forecast_local(
     update: float = 0.0,
     most_steps: float = math.inf,
     measured: Mapping[Setting, float] | None = None,
-    overlap: bool = True,
 ) -> tuple[LocalForecast, ...]:
     """Predict the settings that need at most `most_steps` times dense training's steps, the quickest first.
 
     `pace(compressor, d)` says how fast one codes, `update` the time to make v and to absorb, in seconds a
-    round. There are as many fragments as bring the exchange of one below a quarter of H, if that hides all of it, else
-    as many as leave the least to wait for. The delay is the least that hides the exchange of one fragment; without
-    `overlap` steps wait for all of it. Raises ValueError for fewer than two workers, and if no
-    setting is left.
+    round. With a delay the model is exchanged in the number of fragments of which steps wait the least; without one
+    they wait for all of it. Raises ValueError for fewer than two workers, and if no setting is left.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
@@ -123,7 +137,9 @@ def forecast_local(
         raise ValueError(
             f"most-steps must be at least {min(measured.values()):g}, the least measured, got {most_steps:g}"
         )
-    found = [_forecast(s, steps, workload, link, fleet, pace, update, overlap) for s, steps in chosen.items()]
+    bound = {compressor: workload.bind(compressor) for compressor in (s.compressor for s in chosen)}
+    paces = {compressor: pace(b, workload.d).seconds for compressor, b in bound.items()}
+    found = [_forecast(s, steps, workload, link, fleet, paces[s.compressor], update) for s, steps in chosen.items()]
     return tuple(sorted(found, key=lambda f: f.seconds))
 
 
@@ -140,41 +156,23 @@ def _forecast(
     workload: ModelSize,
     link: Link,
     fleet: Fleet,
-    pace: Callable[[Compressor, int], Pace],
+    seconds: Callable[[Work], float],
     update: float,
-    overlap: bool,
 ) -> LocalForecast:
-    bound = workload.bind(setting.compressor)
+    bound, every = workload.bind(setting.compressor), setting.every
     choice = choose(bound, "direct", d=workload.d, dense=workload.dense + 1, workers=fleet.workers)
-    seconds = pace(bound, workload.d).seconds
     coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
     latency, bandwidth = link.parts(coded.cost)
     # Workers wait for the slowest once a round, not once a step: what differs between steps evens out.
-    waiting = fleet.waiting / math.sqrt(setting.every)
+    waiting = fleet.waiting / math.sqrt(every)
     compute = fleet.compute + waiting
-    fragments = _fragments(setting.every, latency, bandwidth, compute) if overlap else 1
-    delay, waited = 0, latency + bandwidth
-    if overlap:
-        delay, waited = _overlapped(fragments, setting.every, latency, bandwidth, compute)
+
+    def waited(fragments: int) -> float:
+        """Seconds of a round that steps wait: each exchange outlasts its delay, or all of them the round."""
+        exchange = fragments * latency + bandwidth
+        return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
+
+    fragments = min(range(1, every + 1 if setting.delay else 2), key=waited)
     sent = choice.aggregator.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4).sent
-    coding = (coded.compression + update) / setting.every
-    return LocalForecast(
-        setting, delay, fragments, sent / setting.every, compute, waiting, coding, waited / setting.every, steps
-    )
-
-
-def _fragments(every: int, latency: float, bandwidth: float, compute: float) -> int:
-    """Return how many fragments to exchange in H = `every` steps of `compute` seconds (see `forecast_local`)."""
-    within = max(1, every // _STALE) * compute
-    if within > latency:
-        needed = max(1, math.ceil(bandwidth / (within - latency)))
-        if needed <= every and needed * latency + bandwidth <= every * compute:
-            return needed
-    return min(range(1, every + 1), key=lambda n: (_overlapped(n, every, latency, bandwidth, compute)[1], n))
-
-
-def _overlapped(fragments: int, every: int, latency: float, bandwidth: float, compute: float) -> tuple[int, float]:
-    """Return the delay of each of `fragments` exchanges, in steps, and the seconds of a round that steps wait."""
-    exchange = fragments * latency + bandwidth
-    delay = min(every - 1, math.ceil(exchange / fragments / compute)) if compute else every - 1
-    return delay, max(0.0, exchange - (every if fragments > 1 else delay) * compute)
+    coding = (coded.compression + update) / every
+    return LocalForecast(setting, fragments, sent / every, compute, waiting, coding, waited(fragments) / every, steps)

@@ -18,11 +18,12 @@ from packsaddle.comm.cost_model import Cost, RingAllReduce
 FRAMING = 1448 / 1514  # of an Ethernet frame of 1,514 bytes, what TCP over IP leaves to its user
 LATENCY = 1e-4  # seconds of a small message, gloo's over a local network
 Tail = Literal["lognormal", "exponential"]
+_MOST = 1e9  # seconds, and standard deviations: sums and squares of larger ones may overflow
 
 
 @dataclass(frozen=True)
 class Link:
-    """The link between a worker and the others. Raises ValueError unless rate > 0 and times are not negative.
+    """The link between a worker and the others. Raises ValueError unless rate > 0 and times are from 0 to 1e9 seconds.
 
     >>> from packsaddle.plan import Link
     >>> link = Link.nominal(100e6, latency=1e-4)
@@ -38,8 +39,8 @@ class Link:
         if not self.rate > 0:
             raise ValueError(f"rate of a link must be positive, in bytes a second, got {self.rate}")
         for name in ("latency", "overhead"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} of a link must be seconds, 0 or more, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= _MOST:
+                raise ValueError(f"{name} of a link must be from 0 to {_MOST:g} seconds, got {getattr(self, name)}")
 
     @classmethod
     def nominal(cls, bits: float, latency: float) -> "Link":
@@ -60,8 +61,8 @@ class Link:
 class Fleet:
     """The workers, which compute independently, for `compute` seconds in the mean, standard deviation spread x compute.
 
-    Raises ValueError unless workers is at least 1, compute and spread are finite and not negative, and spread is at
-    most 1 with the tail "exponential".
+    Raises ValueError unless workers is at least 1, compute and spread are from 0 to 1e9, and spread is at most 1 with
+    the tail "exponential".
 
     >>> from packsaddle.plan import Fleet
     >>> round(Fleet(workers=8, compute=0.1, spread=0.2).waiting, 4)
@@ -77,8 +78,8 @@ class Fleet:
         if self.workers < 1:
             raise ValueError(f"workers must be at least 1, got {self.workers}")
         for name in ("compute", "spread"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= _MOST:
+                raise ValueError(f"{name} must be from 0 to {_MOST:g}, got {getattr(self, name)}")
         if self.tail not in get_args(Tail):
             raise ValueError(f"tail must be one of {', '.join(get_args(Tail))}, got {self.tail!r}")
         if self.tail == "exponential" and self.spread > 1:

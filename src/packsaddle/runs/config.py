@@ -285,7 +285,7 @@ class Config:
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # an editor on Windows may write a byte order mark
         if is_too_deep(text):
             raise RecursionError
         data = tomllib.loads(text)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.checkpoint.atomic_files import PARTIAL
-from packsaddle.checkpoint.files import CheckpointError, remove_all
+from packsaddle.checkpoint.files import CheckpointError, remove_all, steps_in
 from packsaddle.checkpoint.parts import on_all
 from packsaddle.checkpoint.save_load import Checkpoint, restore, save_checkpoint
 from packsaddle.comm.communicator import Together
@@ -100,6 +100,7 @@ class StopAndSaveVote:
 
 
 CHECKPOINTS = "checkpoint"  # the folder in a run's folder
+FINAL_WEIGHTS = f"{CHECKPOINTS}/model.pt"  # is there when the last step is done; the checkpoints of steps go later
 STOPPED = "stopped.json"  # is there while a run is stopped that was told to
 
 
@@ -188,7 +189,14 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
 def state_of(path: Path) -> State:
     """Return the progress of the run in a folder. Raises ConfigError if there is something else in it."""
     if (path / "config.json").is_file():
-        return "done" if (path / "summary.json").is_file() else "begun"
+        if (path / "summary.json").is_file():
+            return "done"
+        if (path / FINAL_WEIGHTS).is_file() and not steps_in(path / CHECKPOINTS):
+            raise ConfigError(
+                f"--resume: {path} has the weights of a finished run ({FINAL_WEIGHTS}), but no summary.json, and a new "
+                f"start would overwrite its results; put summary.json back, or train in another folder"
+            )
+        return "begun"
     others = (
         [p.name for p in path.iterdir() if p.name != LOCK and not p.name.endswith(PARTIAL)] if path.is_dir() else []
     )

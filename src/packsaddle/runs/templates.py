@@ -121,23 +121,22 @@ def demo_configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[st
         "randomk-noise": ("RandomK 1% + noise", RandomK(0.01), 0.003),
         "topk-noise": ("TopK 1% + noise", TopK(0.01), 0.003),
     }
-    return {
-        name: Config(
-            data=DataConfig("digits"),
-            model=ModelConfig("autoencoder", (256, 128, 64, 32, 10)),
-            lr=1.0,
-            epochs=epochs,
-            batch_size=max(1, 32 // max(1, workers)),
-            compressor=compressor,
-            noise=NoiseConfig(std, lower_from=0.6 * epochs, lower_until=0.85 * epochs),
-            label=label,
-            seed=seed,
-            workers=workers,
-            log_every=23,
-            plateau=PLATEAU,
-        )
-        for name, (label, compressor, std) in settings.items()
-    }
+    shared = Config(  # without noise, whose epochs follow from `epochs`: that is checked first
+        data=DataConfig("digits"),
+        model=ModelConfig("autoencoder", (256, 128, 64, 32, 10)),
+        lr=1.0,
+        epochs=epochs,
+        batch_size=max(1, 32 // max(1, workers)),
+        seed=seed,
+        workers=workers,
+        log_every=23,
+        plateau=PLATEAU,
+    )
+    found = {}
+    for name, (label, compressor, std) in settings.items():
+        noise = NoiseConfig(std, lower_from=0.6 * epochs, lower_until=0.85 * epochs)
+        found[name] = replace(shared, compressor=compressor, noise=noise, label=label)
+    return found
 
 
 TaskName = Literal["char-transformer", "char-transformer-local", "digits", "mnist-autoencoder", "resnet18"]

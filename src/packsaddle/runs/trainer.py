@@ -31,7 +31,13 @@ from packsaddle.runs.batched import BatchedGradients
 from packsaddle.runs.config import Config
 from packsaddle.runs.local_training import LocalTraining
 from packsaddle.runs.progress import live, megabytes
-from packsaddle.runs.run_checkpoints import NEVER, CheckpointPolicy, RunCheckpoints, StopAndSaveVote
+from packsaddle.runs.run_checkpoints import (
+    FINAL_WEIGHTS,
+    NEVER,
+    CheckpointPolicy,
+    RunCheckpoints,
+    StopAndSaveVote,
+)
 from packsaddle.runs.run_checks import Inspector, NoiseCheck, StepSizeCheck, noise_warning
 from packsaddle.runs.run_folder import RunFolder
 from packsaddle.runs.tasks.images import load_data
@@ -372,7 +378,7 @@ class Trainer:
             average_buffers(self.task, self.training.channel)
             if self.group.rank == 0:
                 weights = {k: v.clone() for k, v in self.task.network.state_dict().items()}
-                folder.save_tensors("checkpoint/model.pt", weights)
+                folder.save_tensors(FINAL_WEIGHTS, weights)
             test = self._test()
         if self.group.rank == 0:
             self._summarise(folder, test, final_loss)

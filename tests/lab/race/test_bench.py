@@ -243,6 +243,8 @@ def test_contenders_are_read() -> None:
         (("train", "--contenders", "powersgd-0"), "N must be at least 1, got 0"),
         (("train", "--contenders", "Sign every=1.5"), "every must be an integer above 0, got '1.5'"),
         (("train", "--contenders", "Sign delay=2"), "delay is of local updates, which need every="),
+        (("link", "--contenders", "Sign every=2 delay=5"), "delay must be below every = 2, got 5"),
+        (("link", "--contenders", "Sign every=2 fragments=3"), "fragments must be at most every = 2, got 3"),
         (("train", "--contenders", "Sign every=8 memory=ef21"), "local updates have no memory="),
         (("train", "--contenders", "Sign every=8 outer=adam"), "outer must be one of none, nesterov, got 'adam'"),
         (("train", "--contenders", "Sign memory=long"), "memory must be one of buffer, gradient, ef21, got 'long'"),

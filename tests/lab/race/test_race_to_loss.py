@@ -383,6 +383,15 @@ def test_bad_settings_of_a_race(
     assert not (tmp_path / "race").exists()
 
 
+def test_a_file_in_the_place_of_a_races_folder_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 50)
+    file = tmp_path / "race"
+    file.write_text("mine")
+    asked = ("bench", "race", "--out", file, "--data-dir", tmp_path, "--only", "curves")
+    refused(capsys, f"out {file} cannot be written: File exists", *asked)
+    assert file.read_text() == "mine"
+
+
 def test_links_are_read() -> None:
     assert (Rates.parse("50"), Rates.parse("10/100")) == (Rates(50, 50), Rates(10, 100))
 

@@ -1,0 +1,167 @@
+"""The plan of local updates: its multiples against the rows of the race, its forecast against arithmetic by hand."""
+
+import csv
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from packsaddle import Identity
+from packsaddle.compressors import parse_compressor as parse
+from packsaddle.plan.coding import Line, Pace
+from packsaddle.plan.local import Setting, forecast_local, measured_with
+from packsaddle.plan.model_size import ModelSize
+from packsaddle.plan.step_time import Fleet, Link
+
+RACE = Path(__file__).parents[2] / "experiments" / "race"
+FREE = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
+Losses = Mapping[int, float]  # the last loss, by seed
+
+
+def best_losses(workers: int) -> dict[tuple[str, int], Losses]:
+    """Return the losses of each method and number of steps, at its best rate of seed 0, by the files alone."""
+    found: dict[tuple[str, int], dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    lines = [
+        line
+        for name in ("curves.csv", "delay-curves.csv")
+        for line in csv.DictReader((RACE / name).read_text().splitlines())
+    ]
+    for row in lines:
+        if int(row["workers"]) == workers and (last := row["losses"].split()[-1]) != "-":
+            method = re.sub(r" (lr|steps)=\S+", "", row["contender"])
+            found[method, int(row["steps"])][float(row["lr"])][int(row["seed"])] = float(last)
+    return {key: min(rates.values(), key=lambda losses: losses.get(0, math.inf)) for key, rates in found.items()}
+
+
+def multiple(losses: Mapping[tuple[str, int], Losses], method: str, seeds: set[int] | None = None) -> float:
+    """Return 600 over the dense steps with a method's loss after 600, means over seeds: on the line in log2 of the
+    steps through the losses of dense training of 600 and 1,200 steps."""
+    runs = [losses[method, 600], losses["ddp", 600], losses["ddp", 1200]]
+    loss, short, long = (mean(loss for seed, loss in run.items() if seeds is None or seed in seeds) for run in runs)
+    return float(2 ** -((short - loss) / (short - long)))
+
+
+def names(setting: Setting) -> tuple[str, str]:
+    """Return how the race names a setting, without its delay and with it."""
+    known = ("Sign(per_tensor=True)", 'TopK(1/16, values="int2")', 'TopK(1/48, values="int2")', "Identity")
+    (compressor,) = (text for text in known if parse(text) == setting.compressor)
+    plain = f"{compressor} every={setting.every}"
+    with_delay = f"{plain} delay={setting.delay}"
+    return plain.replace("Identity every=", "local-sgd-"), with_delay
+
+
+def test_the_multiples_are_those_of_the_races_rows() -> None:
+    """With a delay, those without it times the ratio of both at the seeds that both have."""
+    for workers in (2, 4):
+        losses = best_losses(workers)
+        for setting, stated in measured_with(workers).items():
+            plain, with_delay = names(setting)
+            found = multiple(losses, plain)
+            if setting.delay:
+                seeds = {*losses[with_delay, 600]} & {*losses[plain, 600]}
+                found *= multiple(losses, with_delay, seeds) / multiple(losses, plain, seeds)
+            assert stated == pytest.approx(found, abs=0.00501), (workers, setting)
+
+
+def test_a_delay_costs_steps() -> None:
+    """Every setting with a delay is there without, which needs fewer steps."""
+    for workers in (2, 4):
+        measured = measured_with(workers)
+        delayed = [setting for setting in measured if setting.delay]
+        assert delayed
+        for setting in delayed:
+            plain = Setting(setting.every, setting.compressor, setting.keep_unsent)
+            assert 1 < measured[plain] < measured[setting]
+
+
+def test_steps_wait_for_an_exchange_that_outlasts_its_delay() -> None:
+    """The forecast against arithmetic by hand: bytes, what a delay hides in fragments, the share of computing."""
+    link, fleet, size = Link(1e-3, 1e6), Fleet(4, 0.1), ModelSize.of_size(1_000_000)
+    for f in forecast_local(size, link, fleet, lambda compressor, d: FREE):
+        every, kind, delay = f.setting.every, f.setting.compressor, f.setting.delay
+        if kind == Identity():  # a ring: 2 (W - 1) / W of 4 bytes each, and a flag
+            seconds, hops = 1.5 * 4 * 1_000_001 / 1e6, 6
+        else:  # a ring all-gather of a message, of its sizes where they differ, and an all-reduce of the flag
+            message, announced = kind.message_bytes(1_000_000), 0 if kind.fixed_size else 1
+            seconds, hops = (3 * (message + 24 * announced) + 6) / 1e6, 3 + 3 * announced + 6
+        assert f.sent == pytest.approx(seconds * 1e6 / every, rel=1e-3)
+        total = f.fragments * hops * 1e-3 + seconds
+        if not delay:
+            assert f.fragments == 1
+            assert f.exchange == pytest.approx(total / every, rel=1e-3)
+        elif total < every * 0.1 and total / f.fragments <= delay * 0.1:
+            assert f.exchange == pytest.approx(0, abs=1e-9)
+        else:  # more fragments would wait for latency, fewer for their bytes
+            late = max(total - every * 0.1, total - f.fragments * delay * 0.1)
+            assert f.exchange == pytest.approx(late / every, rel=1e-3, abs=1e-5)
+        assert f.computing == pytest.approx(0.1 / (0.1 + f.exchange))
+        assert f.seconds == pytest.approx(f.steps * f.step)
+
+
+def test_a_plan_takes_the_quickest_number_of_fragments_and_counts_the_delays_steps() -> None:
+    """Bytes of 0.9 s in a round of 8 steps of 0.25 s: a delay of 2 hides them in two fragments, which cost 2 s of
+    latency at 1 s each, and 4 steps of 10 then are lost to more steps."""
+    fleet, size = Fleet(2, 0.25), ModelSize.of_size(1_000_000)
+    setting, plain = Setting(8, Identity(), delay=2), Setting(8, Identity())
+    measured = {setting: 1.5, plain: 1.2}
+    hidden, waiting = forecast_local(size, Link(1e-6, 4e6 / 0.9), fleet, lambda compressor, d: FREE, measured=measured)
+    assert (hidden.setting, hidden.fragments, hidden.exchange) == (setting, 2, 0.0)
+    assert hidden.seconds == pytest.approx(1.5 * 0.25)
+    assert (waiting.setting, waiting.fragments) == (plain, 1)
+    assert waiting.seconds == pytest.approx(1.2 * (0.25 + 0.9 / 8), rel=1e-4)
+    first, _ = forecast_local(size, Link(1e-6, 4e7), fleet, lambda compressor, d: FREE, measured=measured)
+    assert first.setting == plain  # where the exchange takes less than the delay's steps
+
+
+def test_bounds_on_the_steps() -> None:
+    link, fleet, size = Link(1e-3, 1e6), Fleet(4, 0.1), ModelSize.of_size(1_000_000)
+    with pytest.raises(ValueError, match=r"most-steps must be at least [0-9.]+, the least measured, got 1"):
+        forecast_local(size, link, fleet, lambda compressor, d: FREE, most_steps=1.0)
+    least = min(measured_with(4).values())
+    few = forecast_local(size, link, fleet, lambda compressor, d: FREE, most_steps=least)
+    assert [f.steps for f in few] == [least]
+
+
+def test_a_slower_link_plans_no_shorter_a_step() -> None:
+    """Fragments pay a latency each: there are several only if that helps."""
+    for workers, d, rate, compute in (
+        (4, 5_000_000, 125e6, 0.02),
+        (32, 5_000_000, 12.5e6, 0.0129),
+        (8, 10**8, 2.5e6, 0.2),
+    ):
+        before: dict[Setting, float] = {}
+        for latency in (1.1**i * 1e-5 for i in range(100)):
+            fleet, size = Fleet(workers, compute), ModelSize.of_size(d)
+            for f in forecast_local(size, Link(latency, rate), fleet, lambda compressor, d: FREE):
+                assert f.seconds >= before.get(f.setting, 0.0) * (1 - 1e-9)
+                before[f.setting] = f.seconds
+
+
+def test_waiting_for_the_slowest_is_no_computing() -> None:
+    fleet = Fleet(64, 0.1, spread=1.0)
+    for f in forecast_local(ModelSize.of_size(1_000_000), Link(1e-6, 1e12), fleet, lambda compressor, d: FREE):
+        assert f.computing == pytest.approx(0.1 / (0.1 + fleet.waiting / f.setting.every**0.5), rel=1e-3)
+
+
+def test_each_compressor_is_timed_once() -> None:
+    timed = []
+
+    def pace(compressor: object, d: int) -> Pace:
+        timed.append(compressor)
+        return FREE
+
+    forecast_local(ModelSize.of_size(1_000_000), Link(1e-3, 1e6), Fleet(2, 0.1), pace)
+    assert len(timed) == len({str(compressor) for compressor in timed}) == 4
+
+
+def test_more_workers_need_more_steps() -> None:
+    """Dense training gains from a larger batch, which local updates have as workers that drift apart."""
+    two, four = measured_with(2), measured_with(4)
+    assert measured_with(3) is four
+    assert measured_with(100) is four
+    assert {setting for setting in two if not setting.delay} == {setting for setting in four if not setting.delay}
+    assert all(multiple > two[setting] > 1 for setting, multiple in four.items())
