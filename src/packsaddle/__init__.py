@@ -28,11 +28,12 @@ from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
 from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fsdp import register_fsdp_hook
+from packsaddle.optim.gradient import Storm
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.optim.stages.drift import Drift, DriftError
 from packsaddle.optim.stages.escape import Escape, Reset
-from packsaddle.optim.stages.noise import Ramp
+from packsaddle.optim.stages.noise import Noise, Ramp
 from packsaddle.optim.stages.nonfinite import NonFiniteError, Skip
 from packsaddle.theory.noise_walk import suggest_noise
 from packsaddle.version import __version__ as __version__
@@ -58,6 +59,7 @@ __all__ = [
     "LocalUpdates",
     "LowRank",
     "Message",
+    "Noise",
     "NonFiniteError",
     "NormSketch",
     "Ramp",
@@ -70,6 +72,7 @@ __all__ = [
     "Skip",
     "Span",
     "Stages",
+    "Storm",
     "TopK",
     "Verdict",
     "attach",

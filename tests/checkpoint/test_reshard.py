@@ -10,7 +10,7 @@ import torch
 from states import Small, begun, carried_over, in_turn
 
 import packsaddle
-from packsaddle import CheckpointError, load_checkpoint
+from packsaddle import CheckpointError, Storm, load_checkpoint
 from packsaddle.comm.simulation import simulate
 
 Gloo = Callable[..., list[Any]]
@@ -18,7 +18,7 @@ Gloo = Callable[..., list[Any]]
 VARIANTS: dict[str, dict[str, Any]] = {
     "topk": {},
     "momentum": {"momentum": 0.9},
-    "storm": {"storm": 0.3},
+    "storm": {"momentum": Storm(0.3)},
     "ef21": {"memory": "ef21"},
     "two-way": {"exchange": "two-way"},
     "coordinator": {"exchange": "coordinator", "back": packsaddle.TopK(0.2)},

@@ -34,7 +34,7 @@ from packsaddle.comm.ledger import Bytes
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors.testing import check_compressor
 from packsaddle.numerics.seeds import mix
-from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.optim.stages.noise import Noise
 
 # Compressor, exchange, compressor of the way back.
 CASES: list[tuple[Compressor, str, Compressor | None]] = [
@@ -95,7 +95,7 @@ def test_y_recursion(compressor: Compressor, exchange: str, back: Compressor | N
     for workers in (1, 3, 8) if (compressor, exchange) in ONE_OF_EACH.values() else (3,):
         runs = simulate(lambda rank: problems.run(compressor, **arguments), workers)
         x, y = runs[0]["x"], runs[0]["y"]
-        noise = [Perturbation(r).draw(x[t], seed=4, step=t) for t in range(steps)]
+        noise = [Noise(r).vector(x[t], seed=4, step=t) for t in range(steps)]
         gradients = [problems.gradient(i) for i in range(workers)]
         for t in range(steps):
             mean_gradient = sum(gradient(x[t]) for gradient in gradients) / workers

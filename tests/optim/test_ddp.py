@@ -28,6 +28,7 @@ from packsaddle import (
     Compressor,
     Escape,
     Identity,
+    Noise,
     NormSketch,
     RandomK,
     RatioRamp,
@@ -53,7 +54,7 @@ def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> di
     """Train both ways on the same batches, with a learning rate that falls."""
     ours, theirs = network(), wrapped(network(), cap)
     same = folded({"noise": 0.01, "seed": 3, "dense_below": 100, "monitor_every": 5, **options})
-    a = CompressedSGD(ours.parameters(), 0.2, lazy_noise=False, **same)
+    a = CompressedSGD(ours.parameters(), 0.2, **{**same, "noise": Noise(same["noise"], lazy=False)})
     b = torch.optim.SGD(theirs.parameters(), 0.2)
     hook = register_ddp_hook(theirs, scope=scope, optimizer=b, **same)
     for step, batch in enumerate(batches(STEPS)):
@@ -99,12 +100,10 @@ def test_with_sgd_it_is_compressed_sgd(gloo: Gloo, workers: int) -> None:
             assert run["mu"][0] == pytest.approx(run["mu"][1], rel=1e-9), case
 
 
-def by_bucket(compressor: Compressor, error_feedback: bool) -> dict[str, Any]:
+def by_bucket(compressor: Compressor, decay: float) -> dict[str, Any]:
     """Buckets are compressed one by one: y moves as in SGD without compression, whatever the buckets are."""
     model = wrapped(network(), SEVERAL)
-    hook = register_ddp_hook(
-        model, Compression(compressor, dense_below=100), noise=0.02, seed=5, error_feedback=error_feedback
-    )
+    hook = register_ddp_hook(model, Compression(compressor, dense_below=100, decay=decay), noise=0.02, seed=5)
     dense = register_dense_twin(model)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     sections = []
@@ -116,7 +115,7 @@ def by_bucket(compressor: Compressor, error_feedback: bool) -> dict[str, Any]:
         optimizer.step()
         before, after = x - 0.1 * e, vector(model) - 0.1 * mean_memory(hook, model)
         sections.append(len(hook._slices))
-        if error_feedback:
+        if decay:
             assert torch.allclose(after, before - 0.1 * g, rtol=1e-9, atol=1e-12)
         else:
             assert float(mean_memory(hook, model).abs().max()) == 0
@@ -144,12 +143,12 @@ def mean_memory(hook: Any, model: DistributedDataParallel) -> Tensor:
 
 def noise_of(hook: Any, model: DistributedDataParallel, seed: int) -> Tensor:
     """xi_t in the order of the parameters: one draw for the whole vector, matrices first."""
-    from packsaddle.optim.stages.noise import Perturbation
+    from packsaddle.optim.stages.noise import Noise
 
     named = list(model.module.named_parameters())
     order = sorted(named, key=lambda item: item[1].ndim < 2)
     like = torch.zeros(sum(p.numel() for _, p in named), dtype=torch.float64)
-    xi = Perturbation(0.02).draw(like, seed=seed, step=hook.steps)
+    xi = Noise(0.02).vector(like, seed=seed, step=hook.steps)
     assert xi is not None
     pieces = dict(zip([n for n, _ in order], torch.split(xi, [p.numel() for _, p in order]), strict=True))
     return torch.cat([pieces[name] for name, _ in named])
@@ -157,13 +156,13 @@ def noise_of(hook: Any, model: DistributedDataParallel, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("name", ["RandomK", "TopK", "QSGD", "LowRank", "TopK k"])
 def test_nothing_is_lost_while_buckets_are_made_anew(gloo: Gloo, name: str) -> None:
-    first, second = gloo(by_bucket, 2, COMPRESSORS[name], True)
+    first, second = gloo(by_bucket, 2, COMPRESSORS[name], 1.0)
     assert torch.equal(first["x"], second["x"])
     assert (first["sections"][0], first["sections"][-1]) == (1, 2)
 
 
 def test_without_error_feedback_nothing_is_kept(gloo: Gloo) -> None:
-    first, second = gloo(by_bucket, 2, TopK(0.05), False)
+    first, second = gloo(by_bucket, 2, TopK(0.05), 0.0)
     assert torch.equal(first["x"], second["x"])
 
 

@@ -10,9 +10,9 @@ import torch
 from specs import folded
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, Compressor, Escape, Identity, RandomK, TopK, simulate
+from packsaddle import CompressedSGD, Compressor, Escape, Identity, RandomK, Storm, TopK, simulate
 from packsaddle.comm.group import resolve
-from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.optim.stages.noise import Noise
 
 Gloo = Callable[..., list[Any]]
 WORKERS, STEPS, LR, SEED, R = 3, 30, 0.03, 5, 0.05
@@ -26,7 +26,7 @@ class Run:
         self.rank, self.more = resolve(None).rank, more
         start = problems.start()
         self.weights = [nn.Parameter(start[:8].reshape(2, 4).clone()), nn.Parameter(start[8:].clone())]
-        given: dict[str, Any] = {"lr": LR, "noise": R, "seed": SEED, "dense_below": 0, "lazy_noise": False}
+        given: dict[str, Any] = {"lr": LR, "noise": R, "lazy": False, "seed": SEED, "dense_below": 0}
         self.opt = CompressedSGD(self.weights, **folded(given | options))
 
     @property
@@ -55,7 +55,7 @@ class Run:
 
 
 def xi(t: int, r: float = R) -> Tensor:
-    drawn = Perturbation(r).draw(torch.zeros(problems.D, dtype=torch.float64), seed=SEED, step=t)
+    drawn = Noise(r).vector(torch.zeros(problems.D, dtype=torch.float64), seed=SEED, step=t)
     assert drawn is not None
     return drawn
 
@@ -206,7 +206,7 @@ def storm_twin(a: float, weight_decay: float, steps: int) -> list[Tensor]:
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_storm_is_its_definition(weight_decay: float) -> None:
     def worker(rank: int) -> dict[str, list[Tensor]]:
-        return Run(sampled, compressor=Identity(), storm=0.2, weight_decay=weight_decay).trace()
+        return Run(sampled, compressor=Identity(), momentum=Storm(0.2), weight_decay=weight_decay).trace()
 
     for x, expected in zip(simulate(worker, WORKERS)[2]["x"], storm_twin(0.2, weight_decay, STEPS), strict=True):
         assert same(x, expected)
@@ -229,12 +229,12 @@ def estimate_error(**options: Any) -> float:
 
 @pytest.mark.slow
 def test_storm_reduces_the_variance() -> None:
-    plain, storm = estimate_error(), estimate_error(storm=0.05)
+    plain, storm = estimate_error(), estimate_error(momentum=Storm(0.05))
     assert storm < 0.25 * plain, (storm, plain)
 
 
 def test_storm_leaves_gradient_and_x_as_they_were_and_needs_a_closure() -> None:
-    run = Run(sampled, compressor=Identity(), storm=0.2, lr=0.0, noise=0.0)
+    run = Run(sampled, compressor=Identity(), momentum=Storm(0.2), lr=0.0, noise=0.0)
     for t in range(3):
         run.step(t)
     assert same(run.x, problems.start())
@@ -252,10 +252,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "nesterov, two-way": {"momentum": 0.9, "nesterov": True, "exchange": "two-way"},
     "ef21": {"memory": "ef21"},
     "ef21, momentum": {"memory": "ef21", "momentum": 0.9},
-    "storm": {"storm": 0.3},
-    "ef21, storm": {"memory": "ef21", "storm": 0.3},
+    "storm": {"momentum": Storm(0.3)},
+    "ef21, storm": {"memory": "ef21", "momentum": Storm(0.3)},
     "ef21, escape": {"memory": "ef21", "momentum": 0.5, "escape": True},
-    "storm, escape": {"storm": 0.3, "escape": True},
+    "storm, escape": {"momentum": Storm(0.3), "escape": True},
 }
 
 
@@ -325,7 +325,7 @@ def test_weights_that_are_loaded_later_stay() -> None:
 
 
 def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
-    runs = [Run(sampled, compressor=Identity(), storm=0.3, noise=0.0) for _ in range(2)]
+    runs = [Run(sampled, compressor=Identity(), momentum=Storm(0.3), noise=0.0) for _ in range(2)]
     for t in range(6):
         runs[0].step(t)
         runs[1].opt.zero_grad()
@@ -365,11 +365,10 @@ def test_estimates_need_one_rate() -> None:
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"momentum": -0.1}, "momentum must be in"),
         ({"nesterov": True}, "nesterov needs a momentum above 0"),
-        ({"storm": 0.0}, "storm, the weight a of a new gradient, must be in"),
-        ({"storm": 0.5, "momentum": 0.5}, "it goes with momentum=0, got 0.5"),
+        ({"momentum": Storm(0.5), "nesterov": True}, "nesterov must be False with Storm"),
         ({"memory": "gradient", "momentum": 0.5}, 'memory="gradient" leaves no gradient'),
         ({"memory": "ef21", "exchange": "two-way"}, "memory must be \"buffer\" with exchange 'two-way', got 'ef21'"),
-        ({"momentum": 0.5, "lazy_noise": True, "noise": 0.1}, "lazy_noise goes with plain error feedback alone"),
+        ({"momentum": 0.5, "lazy": True, "noise": 0.1}, "lazy noise goes with plain error feedback alone"),
     ],
 )
 def test_what_does_not_go_together_is_named(options: dict[str, Any], message: str) -> None:

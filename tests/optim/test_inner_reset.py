@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from packsaddle.experiments.inner_optimizers import Joined
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from packsaddle import Compression, Identity, LocalUpdates, NonFiniteError, simulate
 from packsaddle.optim.inner_reset import clear_nonfinite
+from packsaddle.runs.inner_optimizers import Joined
 
 Make = Callable[[list[Any]], Optimizer]
 STEPS, EVERY, BAD = 24, 4, 5  # worker 1 has a batch of NaNs at step 5

@@ -75,7 +75,7 @@ def train(model: nn.Module, data: Tensor, opt: CompressedSGD, steps: int, each: 
 def test_the_run_is_that_of_a_memory_of_its_own(compressor: Compressor, workers: int, lazy: bool | None) -> None:
     def work(rank: int) -> list[dict[str, Any]]:
         return [
-            problems.run(compressor, steps=20, seed=7, noise=0.1, memory=memory, lazy_noise=lazy, interval=8)
+            problems.run(compressor, steps=20, seed=7, noise=0.1, memory=memory, lazy=lazy, interval=8)
             for memory in ("buffer", "gradient")
         ]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from packsaddle import Compressor
-from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.optim.stages.noise import Noise
 
 
 @dataclass
@@ -50,7 +50,7 @@ def algorithm1(
         trace.e.append(sum(e, torch.zeros_like(x)) / workers)
         if t == steps:
             break
-        xi = Perturbation(r).draw(x, seed=seed, step=t)  # line 9
+        xi = Noise(r).vector(x, seed=seed, step=t)  # line 9
         corrected = [e[i] + gradients[i](x) + (xi if xi is not None else 0.0) for i in range(workers)]
         g = [compressor(v, seed=seed, step=t) for v in corrected]  # line 10
         x = x - eta * sum(g, torch.zeros_like(x)) / workers  # line 11

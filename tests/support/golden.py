@@ -54,9 +54,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "EF21": {"compressor": packsaddle.TopK(0.05), "memory": "ef21"},
     "EF21 momentum": {"compressor": packsaddle.TopK(0.05), "memory": "ef21", "momentum": 0.9, "noise": 0.01},
     "momentum": {"compressor": packsaddle.RandomK(0.05), "momentum": 0.9, "nesterov": True},
-    "STORM": {"compressor": packsaddle.TopK(0.05), "storm": 0.1, "closure": True},
-    "eager noise": {"compressor": packsaddle.RandomK(0.05), "noise": 0.01, "lazy_noise": False},
-    "lazy noise": {"compressor": packsaddle.RandomK(0.05), "noise": 0.01, "lazy_noise": True},
+    "STORM": {"compressor": packsaddle.TopK(0.05), "momentum": packsaddle.Storm(0.1), "closure": True},
+    "eager noise": {"compressor": packsaddle.RandomK(0.05), "noise": packsaddle.Noise(0.01, lazy=False)},
+    "lazy noise": {"compressor": packsaddle.RandomK(0.05), "noise": packsaddle.Noise(0.01, lazy=True)},
     "weight decay": {"compressor": packsaddle.RandomK(0.05), "weight_decay": 0.01},
     "escape": {"compressor": packsaddle.TopK(0.05), "noise": 0.05, "escape": ESCAPE},
     "no guard": {"compressor": packsaddle.RandomK(0.05), "max_skipped": None},
@@ -74,7 +74,7 @@ HOOKS: dict[str, dict[str, Any]] = {
     "NaN": {"compressor": packsaddle.TopK(0.05), "bad": 5},
     "escape": {"compressor": packsaddle.TopK(0.05), "noise": 0.05, "escape": ESCAPE, "scope": "model"},
     "AdamW": {"compressor": packsaddle.TopK(0.1), "adamw": True, "start_step": 4},
-    "no error feedback": {"compressor": packsaddle.RandomK(0.1), "error_feedback": False},
+    "no error feedback": {"compressor": packsaddle.RandomK(0.1), "decay": 0.0},
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from packsaddle import Compression, Compressor, LocalUpdates
 from packsaddle.numerics.seeds import mix
-from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.optim.stages.noise import Noise
 
 SHAPES = {"w": (9, 7), "b": (5,), "u": (4, 6), "c": (3,)}  # b and c are vectors, and go dense
 ORDER = ["w", "u", "b", "c"]  # compressed tensors first
@@ -161,7 +161,7 @@ def _exchange(
     """The mean of C(v_i) by name, with e changed; None where a v_i is not finite."""
     names = [name for name in ORDER if name in names]
     compressed = [name for name in names if len(SHAPES[name]) > 1]
-    xi = Perturbation(case.noise).draw(torch.zeros(95, dtype=torch.float64), seed=case.seed, step=t[p])
+    xi = Noise(case.noise).vector(torch.zeros(95, dtype=torch.float64), seed=case.seed, step=t[p])
     vs = []
     for i, x in enumerate(xs):
         start = {name: leaves[name] - e[i][name] if case.keep else leaves[name] for name in names}

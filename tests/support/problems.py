@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packsaddle import CompressedSGD, Compression, Compressor, Escape
+from packsaddle import CompressedSGD, Compression, Compressor, Escape, Noise
 from packsaddle.comm.group import resolve
 
 D = 12
@@ -48,7 +48,7 @@ def run(
     exchange: str = "direct",
     back: Compressor | None = None,
     memory: Any = "buffer",
-    lazy_noise: bool | None = False,
+    lazy: bool | None = False,
 ) -> dict[str, Any]:
     """Run CompressedSGD in the present group and return its trajectory; x is two parameters, all compressed."""
     rank = resolve(None).rank
@@ -62,10 +62,9 @@ def run(
         weights,
         lr,
         Compression(compressor, dense_below=0, exchange=exchange, back=back, memory=memory),
-        noise=noise,
+        noise=Noise(noise, lazy=lazy),
         escape=escape,
         seed=seed,
-        lazy_noise=lazy_noise,
     )
     xs, es, ys = [], [], []
     for t in range(steps + 1):

@@ -14,7 +14,7 @@ from torch import Tensor
 from experiments.paper.problems import Octopus, Oracle, Problem
 from experiments.paper.proof.error_growth import accumulate
 from experiments.paper.proof.trajectory import Method, Run, Trajectory, follow
-from packsaddle.optim import Perturbation
+from packsaddle.optim import Noise
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,11 @@ def couple(
     tensor(True)
     """
     v = _unit(oracle.problem, start, direction)
-    perturbation = Perturbation(method.noise)
+    perturbation = Noise(method.noise)
 
     def correction(t: int) -> Tensor | None:
         """xi'_t - xi_t, fed in with the gradient: xi_t is a function of (seed, t)."""
-        xi = perturbation.draw(v, seed=seed, step=t)
+        xi = perturbation.vector(v, seed=seed, step=t)
         return None if xi is None else reflect(xi, v, scale) - xi
 
     first = follow(oracle, method, start, steps=steps, seed=seed)
@@ -260,7 +260,7 @@ def coupling_std(steps: int, *, eta: float, gamma: float, noise: float | Callabl
     >>> coupling_std(3, eta=0.1, gamma=1.0, noise=0.01)
     tensor([0.0000, 0.0020, 0.0030, 0.0038], dtype=torch.float64)
     """
-    perturbation, variance = Perturbation(noise), [0.0]
+    perturbation, variance = Noise(noise), [0.0]
     for t in range(steps):
-        variance.append((1 + eta * gamma) ** 2 * variance[-1] + (2 * eta * perturbation.std(t)) ** 2)
+        variance.append((1 + eta * gamma) ** 2 * variance[-1] + (2 * eta * perturbation.at_step(t)) ** 2)
     return torch.tensor(variance, dtype=torch.float64).sqrt()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from experiments.paper.problems import Oracle
 from packsaddle.compressors import Compressor, Identity
-from packsaddle.optim import CompressedSGD, Compression, Escape, Perturbation
+from packsaddle.optim import CompressedSGD, Compression, Escape, Noise
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Method:
 
         It is in the units of a squared gradient (Lemma A.5).
         """
-        return oracle.sigma**2 + d * Perturbation(self.noise).std(step) ** 2
+        return oracle.sigma**2 + d * Noise(self.noise).at_step(step) ** 2
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,9 @@ class Run:
             [self._parameter],
             method.lr,
             Compression(method.compressor, dense_below=0),
-            noise=method.noise,
+            noise=Noise(method.noise, lazy=False),  # e_t and y_t are read as they are
             escape=escape,
             seed=seed,
-            lazy_noise=False,  # e_t and y_t are looked at as they are
         )
         self._rank, workers = self.optimizer.channel.group.rank, self.optimizer.channel.group.size
         if workers != oracle.workers:

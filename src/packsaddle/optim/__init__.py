@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from packsaddle.optim.sgd import CompressedSGD
     from packsaddle.optim.stages.drift import Drift, DriftError, fingerprint
     from packsaddle.optim.stages.escape import Escape, Reset
-    from packsaddle.optim.stages.noise import Perturbation, Ramp
+    from packsaddle.optim.stages.noise import Noise, Ramp
     from packsaddle.optim.stages.nonfinite import NonFiniteError, Skip
 
 __all__ = [
@@ -39,8 +39,8 @@ __all__ = [
     "FSDPHook",
     "LocalUpdates",
     "Membership",
+    "Noise",
     "NonFiniteError",
-    "Perturbation",
     "Ramp",
     "Reset",
     "Schedule",
@@ -62,7 +62,7 @@ _FILES = {
     "sgd": "CompressedSGD",
     "stages.drift": "Drift DriftError fingerprint",
     "stages.escape": "Escape Reset",
-    "stages.noise": "Perturbation Ramp",
+    "stages.noise": "Noise Ramp",
     "stages.nonfinite": "NonFiniteError Skip",
 }
 __getattr__ = importing(__name__, _FILES)

@@ -28,6 +28,8 @@ class Compression:
         back: what compresses the mean on its way back in "two-way" and "coordinator".
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent dense;
             0 compresses everything.
+        decay: factor of the error memory in each step or round, in [0, 1]: below 1 errors are forgotten in time, and
+            with 0 there is no error feedback. `CompressedSGD` takes 1 only.
         memory: where the error is kept: "buffer" is a vector of its own; "gradient" the parameters' gradients, which
             then must not be cleared, clipped or scaled between steps (see `GradientMemory`); "ef21" is a running
             estimate of the gradient instead (see `EstimateMemory`). Hooks and local updates take "buffer" only.
@@ -53,6 +55,7 @@ class Compression:
     back: Compressor | None = None
     dense_below: int = 1024
     memory: Memory = "buffer"
+    decay: float = 1.0
     max_skipped: int | None = 20
     compare_every: int = 100
     on_drift: OnDrift = "stop"
@@ -76,6 +79,8 @@ class Compression:
         if self.memory != "buffer" and self.exchange != "direct":  # others hold errors back, in their messages' units
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_dense_below(self.dense_below)
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be in [0, 1], got {self.decay!r}")
         if self.max_skipped is not None and is_below(self.max_skipped, 0):
             raise ValueError(f"max_skipped must be 0 or more steps, or None, got {self.max_skipped}")
         for name in ("compare_every", "monitor_every"):

@@ -32,15 +32,15 @@ from packsaddle.optim.inner_optimizer import innermost
 from packsaddle.optim.layout import Place, places
 from packsaddle.optim.stages.escape import Escape, EscapeAfterStep
 from packsaddle.optim.stages.learning_rates import Rates
+from packsaddle.optim.stages.noise import Noise
 
 
 def register_ddp_hook(
     model: DistributedDataParallel,
     compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
     *,
-    noise: float | Callable[[int], float] = 0.0,
+    noise: float | Callable[[int], float] | Noise = 0.0,
     escape: Escape | None = None,
-    error_feedback: bool = True,
     start_step: int = 0,
     seed: int = 0,
     scope: Scope = "bucket",
@@ -50,17 +50,15 @@ def register_ddp_hook(
     """Let DistributedDataParallel exchange its gradients compressed, perturbed and with error feedback; collective.
 
     Every worker's p.grad after a backward pass is the mean of what all workers sent, and any optimizer may use it. With
-    plain SGD and scope="model" the run is that of `CompressedSGD` (with lazy_noise=False), step by step.
+    plain SGD and scope="model" the run is that of `CompressedSGD` (with eager noise), step by step.
 
     Args:
         model: what DistributedDataParallel made, on which no hook has been registered yet.
         compressor: C, or a function of the step that gives it (see `RatioRamp`), or a `Compression`, which also says
             how messages are averaged, which tensors go dense and what is checked on the way; its memory must be
             "buffer" and its on_drift "stop".
-        noise: r, the standard deviation of each coordinate of xi_t in the units of a gradient, or a function of the
-            step that gives it (see `Ramp`).
+        noise: as in `CompressedSGD`, but not lazy.
         escape: the escape check of lines 4-8, made after each step of `optimizer`, which must be plain SGD.
-        error_feedback: keep what was not sent and add it to the next gradient.
         start_step: steps to exchange uncompressed first.
         seed: as in `CompressedSGD`.
         scope: what is compressed as one vector: each of DDP's buckets, during the backward pass, or all of the
@@ -97,8 +95,8 @@ def register_ddp_hook(
             f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
-    spec = Compression.of(compressor)
-    rules = Rules(spec, scope, error_feedback, start_step, as_seed(seed))
+    spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
+    rules = Rules(spec, scope, start_step, as_seed(seed))
     _check_types(optimizer, scaler)
     optimizer = None if optimizer is None else innermost(optimizer)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]

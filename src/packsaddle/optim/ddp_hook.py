@@ -22,7 +22,7 @@ from packsaddle.optim.layout import Place, Slice, dense_strides
 from packsaddle.optim.saved_state import FORMAT, check_format, check_identity, check_shape
 from packsaddle.optim.stages.escape import Reset
 from packsaddle.optim.stages.learning_rates import Rates
-from packsaddle.optim.stages.noise import Noise, Perturbation
+from packsaddle.optim.stages.noise import GaussianNoise, Noise
 
 
 class Stateful(Protocol):
@@ -71,7 +71,7 @@ class DDPHook(GradientHook):
         channel: Communicator,
         rules: Rules,
         places: Sequence[Place],
-        noise: float | Callable[[int], float],
+        noise: Noise,
         rates: Rates,
         scale: Callable[[], float],
     ) -> None:
@@ -81,13 +81,13 @@ class DDPHook(GradientHook):
         self._module, self._places, self._rates, self._scale = module, places, rates, scale
         self._named = {id(place.parameter): place for place in places}
         self.device = places[0].parameter.device
-        self._perturbation = Perturbation(noise)
+        self._perturbation = noise
         self._background = Background(self.device)
         self._slices: dict[frozenset[str], GradientSlice] = {}
         self._loose: dict[str, Tensor] = {}  # error memory that is in no slice, by parameter
         self.calls = 0  # buckets that DDP has handed over
         self._waiting: list[tuple[Bucket, Promise]] = []
-        self._noise: Noise | None = None  # of the running backward pass, or of the last
+        self._noise: GaussianNoise | None = None  # of the running backward pass, or of the last
         self._factors: Mapping[str, float] = {}
         self._scaled = 1.0  # what the gradients are multiplied by
         self._failure: Exception | None = None  # of a bucket of that pass
@@ -156,7 +156,7 @@ class DDPHook(GradientHook):
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
             self._drift.compare(self._steps - 1, [p for _, p in named], lambda: named, self._step_rates)
-        self._noise = self._perturbation.at(seed=self._rules.seed, step=self._steps)
+        self._noise = self._perturbation.drawn(seed=self._rules.seed, step=self._steps)
         self._factors, self._scaled = self._rates.factors(), self._scale()
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 

@@ -23,7 +23,7 @@ from packsaddle.optim.error_feedback import Round, SliceFeedback
 from packsaddle.optim.inner_optimizer import local_part
 from packsaddle.optim.layout import Place, Shaped, Slice
 from packsaddle.optim.stages.contraction import SlicedMonitor
-from packsaddle.optim.stages.noise import Noise
+from packsaddle.optim.stages.noise import GaussianNoise
 
 Reduction = Literal["mean", "senders"]
 
@@ -57,7 +57,7 @@ class PseudoGradient:
 
     of: "Fragment"
     decay: float
-    noise: Noise | None
+    noise: GaussianNoise | None
 
     def add(self, base: Shaped, out: Shaped) -> None:
         """Set out to decay base + start - x + owed + xi, both float[n]; out is not base."""
@@ -153,7 +153,7 @@ class Fragment(Slice):
     def start(
         self,
         compressor: Compressor,
-        noise: Noise | None,
+        noise: GaussianNoise | None,
         decay: float,
         due: int,
         agree: Callable[[Tensor], Tensor],

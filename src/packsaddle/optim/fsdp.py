@@ -26,7 +26,7 @@ from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.hook import UNLIKE, GradientHook, GradientSlice, Rules
 from packsaddle.optim.layout import Place, Slice
 from packsaddle.optim.saved_state import FORMAT, check_format, check_identity, check_shape
-from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.optim.stages.noise import Noise
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -112,12 +112,12 @@ class FSDPHook(GradientHook):
         model: nn.Module,
         channel: Communicator,
         rules: Rules,
-        noise: float | Callable[[int], float],
+        noise: Noise,
         shard: tuple[int, int],
     ) -> None:
         super().__init__(channel, rules, padded_size(model))
         self._model, self._shard = model, shard
-        self._perturbation = Perturbation(noise)
+        self._perturbation = noise
         self._slices: dict[str, GradientSlice] = {}
         self._seeds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
@@ -153,13 +153,13 @@ class FSDPHook(GradientHook):
             self._seen = {}
             # FSDP adds this pass's gradients to those of earlier ones, which the exchange does not see.
             self._fresh = all(p.grad is None for p in self._model.parameters())
-            self._step_rates.add([self._perturbation.std(self._steps)])
+            self._step_rates.add([self._perturbation.at_step(self._steps)])
             # After FSDP's own, which takes gradients to their parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
         is_first = name not in self._bits
         part = self._slice(name, index, gradient)
-        xi = self._perturbation.at(seed=self._seeds[name], step=self._steps)  # line 9
+        xi = self._perturbation.drawn(seed=self._seeds[name], step=self._steps)  # line 9
         bad = self._try(part, {name: gradient}, xi, bits=self._bits[name])
         spoil(gradient, bad > 0, float("nan"))
         # On a GPU, reading the outcome waits for it: once for each module, later only where a pass is settled.
@@ -285,8 +285,7 @@ def register_fsdp_hook(
     replicas: ProcessGroup,
     compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
     *,
-    noise: float | Callable[[int], float] = 0.0,
-    error_feedback: bool = True,
+    noise: float | Callable[[int], float] | Noise = 0.0,
     start_step: int = 0,
     seed: int = 0,
 ) -> FSDPHook:
@@ -299,7 +298,7 @@ def register_fsdp_hook(
             in `register_ddp_hook`, but that nothing goes dense. Each module's is one message; TopK and AdaptiveTopK
             choose among the coordinates of them all, as behind DDP's buckets. Parameters are compared at the end of a
             backward pass; each shard counts for itself the steps that were not taken.
-        noise, error_feedback, start_step, seed: as in `register_ddp_hook`.
+        noise, start_step, seed: as in `register_ddp_hook`.
 
     Replicas start from rank 0's parameters: they take them here, or, if the model is on the meta device still, in the
     first forward pass that records gradients; what is loaded into the model after that stays.
@@ -329,8 +328,8 @@ def register_fsdp_hook(
     modules = sharded_modules(model)
     if not modules:
         raise TypeError(f"model must have been sharded by fully_shard, got {type(model).__name__}")
-    spec, shard = Compression.of(compressor), shard_of(model)
-    rules = Rules(spec, "bucket", error_feedback, start_step, as_seed(seed))
+    spec, noise, shard = Compression.of(compressor), Noise.of(noise).check_eager(), shard_of(model)
+    rules = Rules(spec, "bucket", start_step, as_seed(seed))
     if spec.dense_below not in (0, Compression.dense_below):
         raise ValueError(
             f"dense_below is for whole tensors, and flat shards are compressed as they are, got {spec.dense_below}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_bad
 from packsaddle.optim.layout import FlatParameters, Shaped
-from packsaddle.optim.stages.noise import Noise
+from packsaddle.optim.stages.noise import GaussianNoise
 
 T = TypeVar("T")
 
@@ -25,9 +25,30 @@ class Extras:
     """
 
     decays: Sequence[float]
-    noise: Noise | None = None
+    noise: GaussianNoise | None = None
     noisy_from: int = 0
     scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Storm:
+    """STORM's variance reduction in place of momentum (Cutkosky and Orabona 2019); `step` then needs a closure.
+
+    Args:
+        a: the weight of a new gradient, in (0, 1].
+
+    Raises ValueError for another weight.
+
+    >>> import torch
+    >>> from packsaddle import CompressedSGD, Storm
+    >>> opt = CompressedSGD([torch.nn.Parameter(torch.zeros(64, 64))], 0.1, momentum=Storm(0.1))
+    """
+
+    a: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.a, bool) or not 0 < self.a <= 1:
+            raise ValueError(f"a, STORM's weight of a new gradient, must be in (0, 1], got {self.a!r}")
 
 
 class Gradient:
@@ -211,7 +232,7 @@ class Momentum(_Gathered):
         return {"momentum": self._now.views}
 
 
-class Storm(_Gathered):
+class StormGradient(_Gathered):
     """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), both g of the same examples.
 
     So a step needs a closure that computes loss and gradients, and calls it twice, at x_t and at x_{t-1}. g has weight
@@ -228,7 +249,7 @@ class Storm(_Gathered):
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         if closure is None:
-            raise ValueError("storm takes the gradient at two points, so step needs a closure: opt.step(closure)")
+            raise ValueError("Storm takes the gradient at two points, so step needs a closure: opt.step(closure)")
         loss = super().evaluate(closure, decays)
         self._here = here = self._flat.x.clone()
         if self._next is not self._now:
@@ -299,24 +320,22 @@ class GradientUpdate:
 
 
 def make_direction(
-    flat: FlatParameters, momentum: float, nesterov: bool, storm: float | None, memory: str, *, spare: bool
+    flat: FlatParameters, momentum: float | Storm, nesterov: bool, memory: str, *, spare: bool
 ) -> Gradient:
     """Return the direction asked for, with `spare` memory if it is to leave steps out.
 
     Raises ValueError for values out of range and for what does not go together.
     """
+    if memory == "gradient" and momentum:
+        raise ValueError('memory="gradient" leaves no gradient to make a momentum or Storm of; use memory="buffer"')
+    if isinstance(momentum, Storm):
+        if nesterov:
+            raise ValueError(f"nesterov must be False with {momentum}")
+        return StormGradient(flat, momentum.a, spare=spare)
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     if nesterov and not momentum:
         raise ValueError("nesterov needs a momentum above 0")
-    if storm is not None and not 0 < storm <= 1:
-        raise ValueError(f"storm, the weight a of a new gradient, must be in (0, 1], got {storm}")
-    if storm is not None and momentum:
-        raise ValueError(f"storm is a momentum with a correction; it goes with momentum=0, got {momentum}")
-    if memory == "gradient" and (momentum or storm is not None):
-        raise ValueError('memory="gradient" leaves no gradient to make a momentum or storm of; use memory="buffer"')
-    if storm is not None:
-        return Storm(flat, storm, spare=spare)
     if momentum:
         return Momentum(flat, momentum, nesterov=nesterov, averaging=memory == "ef21", spare=spare)
     return Gradient(flat)

@@ -28,7 +28,7 @@ from packsaddle.optim.error_feedback import Round, SliceFeedback
 from packsaddle.optim.layout import Place, Shaped, Slice
 from packsaddle.optim.stages.contraction import SlicedMonitor
 from packsaddle.optim.stages.drift import DriftGuard, StepRates
-from packsaddle.optim.stages.noise import Noise
+from packsaddle.optim.stages.noise import GaussianNoise
 from packsaddle.optim.stages.nonfinite import THE_MEAN, THE_SUM, Skip, Skips
 
 Scope = Literal["bucket", "model"]
@@ -40,7 +40,6 @@ class Rules:
 
     compression: Compression
     scope: Scope
-    error_feedback: bool
     start_step: int
     seed: int
 
@@ -70,19 +69,20 @@ class Rules:
 class Gradients:
     """A slice's gradients by parameter: the update of its memory, and where the mean is to be.
 
-    As an update they are g / scale + xi; `factors` are what e is multiplied by first, 1 where none is given.
+    As an update they are g / scale + xi; e is multiplied by `decay` and by `factors`, 1 where none is given, first.
     """
 
     of: Slice
     grads: Mapping[str, Tensor]
-    noise: Noise | None
+    noise: GaussianNoise | None
     scale: float
     factors: Mapping[str, float]
+    decay: float = 1.0
 
     def add(self, base: Shaped, out: Shaped) -> None:
         """Set out to factor base + g / scale + xi, both float[n]."""
         for place, e, v in zip(self.of.places, base.views, out.views, strict=True):
-            g, factor = self.grads[place.name], self.factors.get(place.name, 1.0)
+            g, factor = self.grads[place.name], self.decay * self.factors.get(place.name, 1.0)
             if self.scale == 1.0:
                 torch.add(g, e, alpha=factor, out=v)
             else:
@@ -148,7 +148,7 @@ class GradientSlice:
     def exchange(
         self,
         gradients: Mapping[str, Tensor],
-        noise: Noise | None,
+        noise: GaussianNoise | None,
         step: int,
         *,
         scale: float = 1.0,
@@ -173,7 +173,7 @@ class GradientSlice:
         self.feedback.prepare(compressor, self._allocation.of(self._names, compressor))
 
         # Line 10: v = e^(i) + grad F_i(x_t) + xi_t, of which C(v) is averaged, with a number that says if v is of use.
-        update = Gradients(self.of, gradients, noise, scale, factors)
+        update = Gradients(self.of, gradients, noise, scale, factors, self._rules.compression.decay)
         self._round = r = self.feedback.round(step)
         v = r.correct(update)
         bad = self._blank(v, report)
@@ -190,7 +190,7 @@ class GradientSlice:
         r.absorb(g, lost)
         watch(v)
         self.feedback.memory.leave(still)
-        if not self._rules.error_feedback:
+        if not self._rules.compression.decay:
             self._release(v)
         differs = (means * (1 - means) > 1e-6).any()  # a mean of equal bits is 0 or 1, to rounding
         return share[0] + 2 * (~fits).to(share) + UNLIKE * differs.to(share)
@@ -353,7 +353,7 @@ class GradientHook:
         self,
         part: GradientSlice,
         gradients: Mapping[str, Tensor],
-        noise: Noise | None,
+        noise: GaussianNoise | None,
         scale: float = 1.0,
         factors: Mapping[str, float] = _NO_FACTORS,
         bits: Tensor | None = None,

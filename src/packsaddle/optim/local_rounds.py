@@ -26,7 +26,7 @@ from packsaddle.optim.participation import Participation
 from packsaddle.optim.stages.anchor_escape import AnchorEscape
 from packsaddle.optim.stages.drift import Drift, DriftGuard
 from packsaddle.optim.stages.escape import Reset
-from packsaddle.optim.stages.noise import Noise, Perturbation
+from packsaddle.optim.stages.noise import GaussianNoise, Noise
 from packsaddle.optim.stages.nonfinite import THE_MEAN, NonFiniteError, Skip, Skips
 
 _FAILED = " (its optimizer was reset)"  # after the name of a parameter: resets have not helped
@@ -49,7 +49,7 @@ class LocalRounds:
         *,
         inner: Optimizer,
         outer: Optimizer | None,
-        noise: Perturbation,
+        noise: Noise,
         seed: int,
         agree: Shards,
         participation: Participation,
@@ -111,12 +111,12 @@ class LocalRounds:
         if not self._rules.delay:
             self.land(part)
 
-    def _settings(self, t: int) -> tuple[Compressor, Noise | None]:
+    def _settings(self, t: int) -> tuple[Compressor, GaussianNoise | None]:
         """Return C and xi of a fragment's round t."""
-        return self._compression.at(t), self._noise.at(seed=self._seed, step=t)
+        return self._compression.at(t), self._noise.drawn(seed=self._seed, step=t)
 
     def _depart(
-        self, part: Fragment, compressor: Compressor, noise: Noise | None, step: int, due: int, share: float
+        self, part: Fragment, compressor: Compressor, noise: GaussianNoise | None, step: int, due: int, share: float
     ) -> None:
         """Make v, and exchange C(share v): now, or in the background if it lands at a later step."""
         later = due > step
@@ -130,7 +130,14 @@ class LocalRounds:
             self._background.submit(send, [(flight.promise, flight.v)])
 
     def _start(
-        self, part: Fragment, compressor: Compressor, noise: Noise | None, due: int, share: float, *, later: bool
+        self,
+        part: Fragment,
+        compressor: Compressor,
+        noise: GaussianNoise | None,
+        due: int,
+        share: float,
+        *,
+        later: bool,
     ) -> Flight:
         """Make v. After a failed reset of the inner optimizer, the name of the parameter is marked for all workers."""
         flight = part.start(compressor, noise, self._rules.decay, due, self._agree, later=later, share=share)

@@ -53,7 +53,7 @@ from packsaddle.optim.stages.anchor_escape import AnchorEscape
 from packsaddle.optim.stages.drift import Drift, DriftGuard
 from packsaddle.optim.stages.escape import Escape, Reset
 from packsaddle.optim.stages.first_step import check_first_step
-from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.optim.stages.noise import Noise
 from packsaddle.optim.stages.nonfinite import Skip
 
 Outer = Callable[[list[Any]], Optimizer]
@@ -203,7 +203,7 @@ class LocalUpdates:
             background,
             inner=self.optimizer,
             outer=self.outer,
-            noise=Perturbation(noise),
+            noise=Noise.of(noise).check_eager(),
             seed=self.seed,
             agree=Shards(self._parameters.values()),
             participation=participation,

@@ -27,7 +27,7 @@ from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.error_feedback import ErrorFeedback, Round
-from packsaddle.optim.gradient import Extras, GradientUpdate, make_direction
+from packsaddle.optim.gradient import Extras, GradientUpdate, Storm, make_direction
 from packsaddle.optim.layout import FlatParameters
 from packsaddle.optim.memory import make_memory
 from packsaddle.optim.saved_state import FORMAT, check_fits, fill, put_means, split_state
@@ -35,6 +35,7 @@ from packsaddle.optim.stages.contraction import ContractionMonitor
 from packsaddle.optim.stages.drift import Drift, DriftGuard, StepRates
 from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
 from packsaddle.optim.stages.lazy_noise import Perturber
+from packsaddle.optim.stages.noise import Noise
 from packsaddle.optim.stages.nonfinite import NonFiniteError, NonFiniteGuard, Skip
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
@@ -48,16 +49,13 @@ class CompressedSGD(Optimizer):
         lr: the step size eta.
         compressor: C, or a `Compression`, which also says how messages are averaged, which tensors go dense, where
             the error is kept and what is checked on the way. Not a function of the step.
-        noise: r, the standard deviation of each coordinate of xi_t in the units of a gradient, or a function
-            of the step that gives it (see `Ramp`).
+        noise: r, the standard deviation of each coordinate of xi_t, in units of a gradient; a function of the step that
+            returns it (see `Ramp`); or a `Noise`.
         escape: the escape check of lines 4-8; None leaves it out.
+        momentum: of each worker's gradients, before compression (see `Momentum`); or a `Storm`.
+        nesterov: Nesterov's form of the momentum.
         weight_decay: coefficient of x added to the gradient, before compression.
-        seed: seed of all shared randomness; the same on every worker.
-        lazy_noise: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x_0, x_1, ...
-            (see `packsaddle.optim.stages.lazy_noise.OutstandingNoise`); for RandomK by all-reduce without an escape
-            check, which looks at e. None: wherever it may be.
-        momentum, nesterov: of each worker's gradients, before compression (see `Momentum`).
-        storm: the weight a of a new gradient in STORM's variance reduction (see `Storm`); `step` then needs a closure.
+        seed: seed of all shared randomness; identical on all workers.
         process_group: a torch.distributed process group; None is the default group if there is one, else
             this process alone.
 
@@ -91,18 +89,20 @@ class CompressedSGD(Optimizer):
         lr: float,
         compressor: Compressor | Compression = RandomK(0.01),  # noqa: B008 -- immutable
         *,
-        noise: float | Callable[[int], float] = 0.0,
+        noise: float | Callable[[int], float] | Noise = 0.0,
         escape: Escape | None = None,
+        momentum: float | Storm = 0.0,
+        nesterov: bool = False,
         weight_decay: float = 0.0,
         seed: int = 0,
-        lazy_noise: bool | None = None,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        storm: float | None = None,
         process_group: Any = None,
     ) -> None:
         spec = Compression.of(compressor)
         given = spec.fixed()
+        if spec.decay != 1:
+            raise ValueError(
+                f"decay must be 1 in CompressedSGD, got {spec.decay:g}, which is for hooks and local updates"
+            )
         self.seed = as_seed(seed)
         if isinstance(params, torch.nn.Module):
             raise TypeError(f"params must be parameters, got the module {type(params).__name__}: pass .parameters()")
@@ -124,7 +124,7 @@ class CompressedSGD(Optimizer):
 
         # What is made of gradients, what is kept of it, and how it is averaged.
         spare = spec.max_skipped is not None
-        self._direction = make_direction(self._flat, momentum, nesterov, storm, spec.memory, spare=spare)
+        self._direction = make_direction(self._flat, momentum, nesterov, spec.memory, spare=spare)
         rates = partial(self._each, "lr")
         self._memory = make_memory(spec.memory, self._flat, rates, spare=spare, revocable=not self._direction.keeps)
         self.choice = choose(
@@ -144,21 +144,20 @@ class CompressedSGD(Optimizer):
         self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
         self._rates = StepRates()
         self._noise = Perturber(
-            noise,
-            lazy_noise,
+            Noise.of(noise),
             seed=self.seed,
             flat=self._flat,
             aggregator=self.choice.aggregator,
             escape=escape is not None,
-            plain=spec.memory != "ef21" and not momentum and storm is None,
+            plain=spec.memory != "ef21" and not momentum,
         )
 
         # All workers must have been given the same, and they start from the same x.
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
         same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
         same |= {"seed": self.seed, "compressor": given, "exchange": spec.exchange, "back": spec.back, "noise": noise}
-        same |= {"memory": spec.memory, "lazy_noise": lazy_noise, "kernels": compiler(self._flat.x.device)}
-        same |= {"momentum": momentum, "nesterov": nesterov, "storm": storm}
+        same |= {"memory": spec.memory, "momentum": momentum, "nesterov": nesterov}
+        same["kernels"] = compiler(self._flat.x.device)
         same |= {"max_skipped": spec.max_skipped, "compare_every": spec.compare_every, "on_drift": spec.on_drift}
         check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():

@@ -15,7 +15,7 @@ def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
 
     A field's comes from its class's "Args:", else from its comment, else from the text below it.
     """
-    return {**(comments(of) if inspect.isclass(of) else {}), **arguments(of)}
+    return {**(comments(of) if isinstance(of, type) else {}), **arguments(of)}
 
 
 def arguments(of: type | Callable[..., Any]) -> dict[str, str]:

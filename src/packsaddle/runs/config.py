@@ -28,7 +28,9 @@ from packsaddle.errors import ConfigError
 from packsaddle.messages import shortened, shown
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.fragment import Reduction
+from packsaddle.optim.gradient import Storm
 from packsaddle.optim.stages.drift import OnDrift
+from packsaddle.optim.stages.escape import EscapeRule
 from packsaddle.options.schema import build, is_too_deep, line_of, syntax_error
 
 _EPOCHS = (1e-9, 1e9)  # the least and the most that a number of epochs may be
@@ -112,17 +114,14 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True)
-class EscapeConfig:
+class EscapeConfig(EscapeRule):
     """The escape check of Algorithm 1."""
 
-    interval: int  # I, in steps; with [local] in rounds, as is every
-    radius: float  # R, in the norm of x
-    compare: Literal["x", "y"] = "x"  # x: f(x_t) < f(x_t') as in the paper's line 6; y: f(y_t) < f(x_t')
-    every: int = 1  # steps between tests of the norm
     examples: int = 1024  # of each worker, on which f is evaluated
 
     def __post_init__(self) -> None:
-        _positive(self, "interval", "radius", "every", "examples")
+        super().__post_init__()
+        _positive(self, "examples")
 
 
 @dataclass(frozen=True)
@@ -241,6 +240,10 @@ class Config:
         _at_most(self, batch_size=2**24, workers=2**20)
         _not_negative(self, "lr", "weight_decay")
         self.compression()
+        if self.storm is not None:
+            if self.momentum:
+                raise ValueError(f"storm takes the place of a momentum: it needs momentum = 0, got {self.momentum:g}")
+            Storm(self.storm)
         if self.local is not None:
             self._check_local(self.local)
 

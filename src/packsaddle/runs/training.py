@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Bytes
 from packsaddle.errors import ConfigError
+from packsaddle.optim.gradient import Storm
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.optim.stages.drift import Drift
 from packsaddle.optim.stages.escape import Escape, Reset
@@ -118,9 +119,8 @@ class CompressedTraining(Training):
                 noise=self._noise or config.noise.std,
                 escape=escape,
                 weight_decay=config.weight_decay,
-                momentum=config.momentum,
+                momentum=config.momentum if config.storm is None else Storm(config.storm),
                 nesterov=config.nesterov,
-                storm=config.storm,
                 seed=config.seed,
             )
         except ValueError as error:

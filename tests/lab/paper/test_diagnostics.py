@@ -37,7 +37,7 @@ from experiments.paper.proof import (
     residual_gap,
 )
 from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, LinearSketch, RandomK, Sign, TopK, simulate
-from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.optim.stages.noise import Noise
 from packsaddle.theory import growth_rate, predicted_escape_time
 
 ETA, GAMMA, R = 0.05, 0.5, 1e-3
@@ -52,7 +52,7 @@ def zeros(d: int) -> Tensor:
 
 def draws(noise: float, d: int, steps: int, seed: int = 0) -> Tensor:
     """xi_t for t < steps, float64[steps, d]."""
-    return torch.stack([Perturbation(noise).draw(zeros(d), seed=seed, step=t) for t in range(steps)])
+    return torch.stack([Noise(noise).vector(zeros(d), seed=seed, step=t) for t in range(steps)])
 
 
 def test_the_coupled_difference_obeys_its_linear_recursion() -> None:
@@ -202,9 +202,9 @@ def test_without_error_feedback_it_is_plain_compressed_sgd() -> None:
     """x <- x - C(eta (grad + xi)), written out; what is not sent is lost."""
     problem, start = QuadraticQuartic(6), torch.linspace(-1, 1, 6, dtype=torch.float64)
     run = follow(Oracle(problem, sigma=0.1), Method(0.05, TopK(k=2), 0.02, error_feedback=False), start, steps=40)
-    x, noise = start.clone(), Perturbation(0.02)
+    x, noise = start.clone(), Noise(0.02)
     for t in range(40):
-        xi = noise.draw(x, seed=0, step=t)
+        xi = noise.vector(x, seed=0, step=t)
         assert xi is not None
         x -= TopK(k=2)(0.05 * (run.gradients[t] + xi))
         assert torch.allclose(run.x[t + 1], x, rtol=0, atol=1e-12)

@@ -387,7 +387,7 @@ def test_a_file_in_the_place_of_a_races_folder_is_refused(capsys: pytest.Capture
     (tmp_path / "text.txt").write_text("All work and no play makes Jack a dull boy.\n" * 50)
     file = tmp_path / "race"
     file.write_text("mine")
-    asked = ("bench", "race", "--out", file, "--data-dir", tmp_path, "--only", "curves")
+    asked = ("benchmarks.race", "loss", "--out", file, "--data-dir", tmp_path, "--only", "curves")
     refused(capsys, f"out {file} cannot be written: File exists", *asked)
     assert file.read_text() == "mine"
 

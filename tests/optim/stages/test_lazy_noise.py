@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from packsaddle import QSGD, CompressedSGD, Compression, Escape, Identity, Ramp, RandomK, TopK, simulate
 from packsaddle.compressors.sparse import Cells
 from packsaddle.optim.stages.lazy_noise import OutstandingNoise
-from packsaddle.optim.stages.noise import Noise, Perturbation
+from packsaddle.optim.stages.noise import GaussianNoise, Noise
 
 D = 8000
 KEPT = RandomK(0.2)
@@ -22,7 +22,7 @@ KEPT = RandomK(0.2)
 def run(*, lazy: bool, steps: int, compressor: RandomK = KEPT, noise: Any = 1.0, seed: int = 1, d: int = D) -> Tensor:
     """x_t for all t, float64[steps + 1, d]: coordinates that do not see each other, all of one law."""
     w = nn.Parameter(torch.full((d, 1), 0.5, dtype=torch.float64))
-    opt = CompressedSGD([w], 0.1, Compression(compressor, dense_below=0), noise=noise, seed=seed, lazy_noise=lazy)
+    opt = CompressedSGD([w], 0.1, Compression(compressor, dense_below=0), noise=Noise(noise, lazy), seed=seed)
     xs = [w.detach().flatten().clone()]
     for _ in range(steps):
         w.grad = 0.5 * w.detach() + 0.5 * torch.sin(5 * w.detach())  # not linear, so more than two moments matter
@@ -65,14 +65,14 @@ def test_the_same_draws_give_the_same_run(noise: Any, block: int, monkeypatch: p
         drawn[step] = torch.zeros(61, dtype=out.dtype)
         cells.add_to(drawn[step], out - before, 1 / 0.1)
 
-    class Injected(Noise):
+    class Injected(GaussianNoise):
         def add_to(self, out: Tensor, alpha: float = 1.0, start: int = 0) -> None:
             out.add_(drawn[int(self.std)][start : start + len(out)], alpha=alpha)
 
     compressor = RandomK(0.3, block_size=block)
     monkeypatch.setattr(OutstandingNoise, "take", recorded)
     lazy = run(lazy=True, steps=25, compressor=compressor, noise=noise, d=61)
-    monkeypatch.setattr(Perturbation, "at", lambda self, *, seed, step: Injected(step, (0, 0, 0)))  # type: ignore
+    monkeypatch.setattr(Noise, "drawn", lambda self, *, seed, step: Injected(step, (0, 0, 0)))  # type: ignore
     eager = run(lazy=False, steps=25, compressor=compressor, noise=noise, d=61)
     assert len(drawn) == 25
     assert torch.allclose(lazy, eager, rtol=1e-12, atol=1e-13)
@@ -118,23 +118,21 @@ def test_when_noise_is_lazy() -> None:
     escape = Escape(5, 1.0, lambda: 0.0)
     assert outstanding(small()[2])
     assert not outstanding(small(noise=0.0)[2])
-    assert not outstanding(small(lazy_noise=False)[2])
+    assert not outstanding(small(lazy=False)[2])
     assert not outstanding(small(escape=escape)[2])
-    with pytest.raises(
-        ValueError, match=r"lazy_noise=True goes with no escape check, .*; lazy_noise=None draws noise eager"
-    ):
-        small(escape=escape, lazy_noise=True)
+    with pytest.raises(ValueError, match=r"lazy noise goes with no escape check, .*; lazy=None draws noise eager"):
+        small(escape=escape, lazy=True)
     for compressor in (TopK(0.1), Identity(), QSGD(), RandomK(0.1, values="int8")):
         assert not outstanding(small(compressor=compressor)[2])
-        with pytest.raises(ValueError, match="lazy_noise needs RandomK by all-reduce, got"):
-            small(compressor=compressor, lazy_noise=True)
+        with pytest.raises(ValueError, match="lazy noise needs RandomK by all-reduce, got"):
+            small(compressor=compressor, lazy=True)
 
 
 def test_dense_coordinates_get_the_noise_of_their_step() -> None:
     """Where all is dense but one tensor, that tensor alone is lazy: the rest moves exactly as with eager noise."""
     runs = []
     for lazy in (True, False):
-        model, data, opt = small(lazy_noise=lazy)
+        model, data, opt = small(lazy=lazy)
         train(model, data, opt, 1)
         runs.append([p.detach().clone() for p in model.parameters()])
     assert torch.equal(runs[0][1], runs[1][1])
@@ -156,7 +154,7 @@ def test_what_is_looked_at_has_the_noise_in_it() -> None:
     sizes = {}
     for lazy in (True, False):
         w = nn.Parameter(torch.zeros(D, 1, dtype=torch.float64))
-        opt = CompressedSGD([w], 0.1, Compression(RandomK(0.01), dense_below=0), noise=0.3, lazy_noise=lazy)
+        opt = CompressedSGD([w], 0.1, Compression(RandomK(0.01), dense_below=0), noise=Noise(0.3, lazy))
         for _ in range(20):
             w.grad = torch.zeros_like(w)
             opt.step()
@@ -178,7 +176,7 @@ def test_resuming_is_bit_equal() -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"lazy_noise": False}, {"noise": 0.0}, {"compressor": RandomK(0.1, block_size=3)}, {"compressor": TopK(0.1)}],
+    [{"lazy": False}, {"noise": 0.0}, {"compressor": RandomK(0.1, block_size=3)}, {"compressor": TopK(0.1)}],
     ids=str,
 )
 def test_noise_is_settled_where_a_state_goes_on_otherwise(other: dict[str, Any]) -> None:
@@ -264,7 +262,7 @@ def test_gradients_that_hold_the_error_take_what_was_outstanding() -> None:
     def made(lazy: bool) -> tuple[Tensor, CompressedSGD]:
         p = torch.nn.Parameter(torch.zeros(40, 40))
         spec = Compression(RandomK(0.1), dense_below=0, memory="gradient")
-        return p, CompressedSGD([p], 0.1, spec, noise=0.3, lazy_noise=lazy)
+        return p, CompressedSGD([p], 0.1, spec, noise=Noise(0.3, lazy))
 
     def step(p: Tensor, opt: CompressedSGD) -> None:
         p.sum().backward()
@@ -280,6 +278,6 @@ def test_gradients_that_hold_the_error_take_what_was_outstanding() -> None:
     y = other.corrected()
     assert torch.allclose(y, opt.corrected(), rtol=0, atol=1e-5)
     step(q, other)
-    noise = Perturbation(0.3).draw(y, seed=0, step=3)
+    noise = Noise(0.3).vector(y, seed=0, step=3)
     assert noise is not None
     assert torch.allclose(other.corrected(), y - 0.1 * (1 + noise), rtol=0, atol=1e-5)

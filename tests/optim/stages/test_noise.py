@@ -5,26 +5,26 @@ import torch
 from scipy.stats import kstest
 
 from packsaddle import Ramp
-from packsaddle.optim.stages.noise import Perturbation
+from packsaddle.optim.stages.noise import Noise
 
 
 def test_law() -> None:
-    xi = Perturbation(0.3).draw(torch.zeros(100_000, dtype=torch.float64), seed=1, step=2)
+    xi = Noise(0.3).vector(torch.zeros(100_000, dtype=torch.float64), seed=1, step=2)
     assert xi is not None
     assert kstest(xi.numpy() / 0.3, "norm").pvalue > 1e-3
 
 
 def test_shared_and_fresh() -> None:
     like = torch.zeros(8)
-    draws = {(s, t): Perturbation(1.0).draw(like, seed=s, step=t) for s in (0, 1) for t in (0, 1)}
-    again = Perturbation(1.0).draw(like, seed=1, step=0)
+    draws = {(s, t): Noise(1.0).vector(like, seed=s, step=t) for s in (0, 1) for t in (0, 1)}
+    again = Noise(1.0).vector(like, seed=1, step=0)
     assert again is not None
     assert torch.equal(again, draws[1, 0])  # type: ignore[arg-type]
     assert len({tuple(d.tolist()) for d in draws.values() if d is not None}) == 4
 
 
 def test_zero_noise_draws_nothing() -> None:
-    assert Perturbation(0.0).draw(torch.zeros(3), seed=0, step=0) is None
+    assert Noise(0.0).vector(torch.zeros(3), seed=0, step=0) is None
 
 
 def test_ramp() -> None:
@@ -37,7 +37,7 @@ def test_ramp() -> None:
 @pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf"), lambda step: -1.0])
 def test_bad_noise(noise: float) -> None:
     with pytest.raises(ValueError, match="noise must be finite and not negative"):
-        Perturbation(noise)
+        Noise(noise)
 
 
 def test_bad_ramp() -> None:

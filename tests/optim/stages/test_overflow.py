@@ -12,7 +12,7 @@ from test_nonfinite import COMPRESSORS, differences
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from packsaddle import CompressedSGD, Compression, Identity, RandomK, TopK, register_ddp_hook, simulate
+from packsaddle import CompressedSGD, Compression, Identity, Noise, RandomK, Storm, TopK, register_ddp_hook, simulate
 from packsaddle.comm.group import resolve
 from packsaddle.numerics.finite import is_usable, magnitude
 
@@ -75,7 +75,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "coordinator, random back": {"compressor": TopK(k=5), "exchange": "coordinator", "back": RandomK(0.2)},
     "lazy noise": {"compressor": RandomK(0.2), "noise": 0.1},
     "momentum": {"compressor": TopK(k=5), "momentum": 0.9},
-    "storm": {"compressor": TopK(k=5), "storm": 0.3},
+    "storm": {"compressor": TopK(k=5), "momentum": Storm(0.3)},
     "ef21": {"compressor": TopK(k=5), "memory": "ef21"},
     "int8": {"compressor": TopK(k=5, values="int8")},
 }
@@ -205,7 +205,7 @@ def test_nor_by_outstanding_noise() -> None:
     def run(bad: bool) -> tuple[Tensor, Any]:
         p = nn.Parameter(torch.full((40, 1), 3.4e38))
         p.data[20:] = 1.0
-        opt = CompressedSGD([p], 1.0, Compression(RandomK(1.0), dense_below=0), noise=0.5, lazy_noise=True, seed=1)
+        opt = CompressedSGD([p], 1.0, Compression(RandomK(1.0), dense_below=0), noise=Noise(0.5, lazy=True), seed=1)
         for g in ([-1e36] if bad else []) + [1.0]:
             p.grad = torch.zeros_like(p)
             p.grad[:4] = g

@@ -20,17 +20,33 @@ from packsaddle.optim.stages.learning_rates import Rates, is_plain_sgd
 
 
 @dataclass(frozen=True)
-class Escape:
-    """The settings of the escape check (Algorithm 1, lines 4-8).
+class EscapeRule:
+    """When the escape check fires, and what it compares (Algorithm 1, lines 4-8)."""
 
-    `interval` is I, in steps, and `radius` is R, in the norm of x. `objective()` returns this worker's f_i(x)
-    at the parameters' present values, as a float or 0-dim tensor; f = mean_i f_i is formed here. It is called
-    without gradient, at x_t and at x_t', and should be the same function both times.
+    interval: int  # I, in steps, at least 1; in local updates in rounds, as is every
+    radius: float  # R > 0, in the norm of x
+    # x: f(x_t) < f(x_t') as in the paper's line 6; y: f(y_t) < f(x_t'), y_t = x_t - eta e_t, the point that would be
+    # accepted, at the cost of a dense all-reduce per check
+    compare: Literal["x", "y"] = field(default="x", kw_only=True)
+    every: int = field(default=1, kw_only=True)  # steps between tests of the norm; the interval is tested at each step
 
-    `compare="x"` is line 6 to the letter, f(x_t) < f(x_t'); `compare="y"` tests the point that would be
-    accepted, f(x_t - eta e_t) < f(x_t'), at the cost of a dense all-reduce per check. `every` is the number of steps
-    from one norm test to the next (the interval is tested at every step). With several workers the norm is estimated
-    by `sketch`. Raises ValueError for a value that is out of range.
+    def __post_init__(self) -> None:
+        for name in ("interval", "every"):
+            if is_below(getattr(self, name), 1):
+                raise ValueError(f"{name} of Escape must be at least 1 step, got {getattr(self, name)}")
+        if not 0 < self.radius < math.inf:
+            raise ValueError(f"radius of Escape must be positive and finite, got {self.radius}")
+        if self.compare not in ("x", "y"):
+            raise ValueError(f'compare of Escape must be "x" or "y", got {self.compare!r}')
+
+
+@dataclass(frozen=True)
+class Escape(EscapeRule):
+    """The escape check (Algorithm 1, lines 4-8).
+
+    `objective()` returns this worker's f_i(x) at the parameters' present values, as a float or 0-dim tensor; f =
+    mean_i f_i is formed here. It is called without gradient, at x_t and at x_t', and should be the same function both
+    times. With several workers the norm is estimated by `sketch`. Raises ValueError for a value that is out of range.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, Escape, TopK
@@ -41,23 +57,13 @@ class Escape:
     []
     """
 
-    interval: int
-    radius: float
     objective: Callable[[], float | Tensor] = field(repr=False)
-    compare: Literal["x", "y"] = "x"
-    every: int = 1
     sketch: NormSketch = field(default_factory=NormSketch)
 
     def __post_init__(self) -> None:
-        for name in ("interval", "every"):
-            if is_below(getattr(self, name), 1):
-                raise ValueError(f"{name} of Escape must be at least 1 step, got {getattr(self, name)}")
-        if not self.radius > 0:
-            raise ValueError(f"radius of Escape must be positive, got {self.radius}")
+        super().__post_init__()
         if not callable(self.objective):
             raise ValueError(f"objective of Escape must be callable, got {self.objective!r}")
-        if self.compare not in ("x", "y"):
-            raise ValueError(f'compare of Escape must be "x" or "y", got {self.compare!r}')
 
 
 @dataclass(frozen=True)

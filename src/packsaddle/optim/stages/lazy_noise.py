@@ -1,7 +1,7 @@
 """The path of the noise xi_t to x: through the error memory, or, if the law is the same, drawn when x receives it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from packsaddle.compressors.sparse import Cells
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 from packsaddle.optim.layout import FlatParameters
 from packsaddle.optim.memory import ErrorMemory
-from packsaddle.optim.stages.noise import Noise, Perturbation
+from packsaddle.optim.stages.noise import GaussianNoise, Noise
 
 _NEGLIGIBLE = 1e-9  # of a sum in double precision
 
@@ -103,8 +103,7 @@ class Perturber:
 
     def __init__(
         self,
-        noise: float | Callable[[int], float],
-        lazy: bool | None,
+        noise: Noise,
         *,
         seed: int,
         flat: FlatParameters,
@@ -112,26 +111,26 @@ class Perturber:
         escape: bool,
         plain: bool,
     ) -> None:
-        self._perturbation = Perturbation(noise)
+        self._noise, lazy = noise, noise.lazy
         self._seed, self._flat, self._d = seed, flat, flat.compressed_d
         self._outstanding: OutstandingNoise | None = None
         self.grown = 0.0  # the standard deviation, in units of x, of the noise that the last step left outstanding
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         if not plain:
             if lazy:
-                raise ValueError("lazy_noise goes with plain error feedback alone: no ef21, momentum or storm")
+                raise ValueError("lazy noise goes with plain error feedback alone: no ef21, momentum or storm")
         elif grid is None:
             if lazy:
                 raise ValueError(
-                    f"lazy_noise needs RandomK by all-reduce, got {aggregator.compressor!r} by "
+                    f"lazy noise needs RandomK by all-reduce, got {aggregator.compressor!r} by "
                     f"{type(aggregator).__name__}"
                 )
         elif lazy and escape:
             raise ValueError(
-                "lazy_noise=True goes with no escape check, which looks at e: what is outstanding is drawn anew for "
-                "each look, so that resets would have another law; lazy_noise=None draws noise eagerly there"
+                "lazy noise goes with no escape check, which looks at e: what is outstanding is drawn anew for "
+                "each look, so that resets would have another law; lazy=None draws noise eagerly there"
             )
-        elif noise != 0 and self._d and lazy is not False and not escape:
+        elif noise.std != 0 and self._d and lazy is not False and not escape:
             self._outstanding = OutstandingNoise(*grid, flat.x.device)
 
     @property
@@ -139,9 +138,9 @@ class Perturber:
         """True if noise may be left outstanding."""
         return self._outstanding is not None
 
-    def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[Noise | None, int]:
+    def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
         """Return xi_t (None: zero), and how many coordinates at the start leave theirs outstanding."""
-        xi = self._perturbation.at(seed=self._seed, step=step)
+        xi = self._noise.drawn(seed=self._seed, step=step)
         self.grown = 0.0
         if self._outstanding is None:
             return xi, 0

@@ -69,8 +69,8 @@ class Rescheduled:
 
 
 @dataclass(frozen=True)
-class Noise:
-    """xi_t, float[d], the same on every worker; a stretch of it can be added to a vector without making the rest."""
+class GaussianNoise:
+    """xi_t, float[d], identical on all workers; a stretch of it can be added to a vector without drawing the rest."""
 
     std: float
     key: Keys
@@ -80,33 +80,60 @@ class Noise:
         add_gaussians(out, alpha * self.std, self.key, start)
 
 
-class Perturbation:
-    """Shared Gaussian noise: xi_t is the same on every worker, a pure function of (seed, t).
+@dataclass(frozen=True)
+class Noise:
+    """The artificial noise of Algorithm 1, shared by all workers: xi_t is a pure function of (seed, t).
 
-    `noise` is r, or a function of the step that gives r. Raises ValueError if r is negative or not finite.
+    A number or a function alone stands for `Noise(it)` wherever noise is an argument.
+
+    Args:
+        std: r, the standard deviation of each coordinate of xi_t, in units of a gradient (in local updates of the
+            parameters), finite and at least 0; or a function of the step that returns it (see `Ramp`).
+        lazy: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x_0, x_1, ...
+            (see `packsaddle.optim.stages.lazy_noise.OutstandingNoise`). Only in `CompressedSGD`, with RandomK by
+            all-reduce and without an escape check, which reads e. None: wherever it is possible.
+
+    Raises ValueError if r is negative or not finite.
+
+    >>> from packsaddle import Noise, Ramp
+    >>> Noise(Ramp(0.01, start=100, stop=200)).at_step(150)
+    0.005
     """
 
-    def __init__(self, noise: float | Callable[[int], float]) -> None:
-        self._noise = noise
-        self.std(0)
+    std: float | Callable[[int], float] = 0.0
+    lazy: bool | None = None
 
-    def std(self, step: int) -> float:
+    def __post_init__(self) -> None:
+        self.at_step(0)
+
+    @classmethod
+    def of(cls, given: "float | Callable[[int], float] | Noise") -> "Noise":
+        """Return `given`, a number or function as the noise that has it."""
+        return given if isinstance(given, Noise) else cls(given)
+
+    def at_step(self, step: int) -> float:
         """Return r at a step."""
-        r = float(self._noise(step)) if callable(self._noise) else float(self._noise)
+        r = float(self.std(step)) if callable(self.std) else float(self.std)
         if not (math.isfinite(r) and r >= 0):
             raise ValueError(f"noise must be finite and not negative, got {r} at step {step}")
         return r
 
-    def at(self, *, seed: int, step: int) -> Noise | None:
-        """Return xi_t, or None when r is 0."""
-        r = self.std(step)
-        return Noise(r, keys(seed, step, Stream.NOISE)) if r else None
+    def drawn(self, *, seed: int, step: int) -> GaussianNoise | None:
+        """Return xi_t, or None if r is 0."""
+        r = self.at_step(step)
+        return GaussianNoise(r, keys(seed, step, Stream.NOISE)) if r else None
 
-    def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor | None:
-        """Return xi_t as a vector like `like`, float[d], or None when r is 0."""
-        noise = self.at(seed=seed, step=step)
+    def vector(self, like: Tensor, *, seed: int, step: int) -> Tensor | None:
+        """Return xi_t as a vector like `like`, float[d], or None if r is 0."""
+        noise = self.drawn(seed=seed, step=step)
         if noise is None:
             return None
         xi = torch.zeros_like(like)
         noise.add_to(xi)
         return xi
+
+    def check_eager(self) -> "Noise":
+        """Return this noise. Raises ValueError if it must be lazy, for which only `CompressedSGD` is made."""
+        if self.lazy:
+            raise ValueError("noise must be eager except in CompressedSGD, got lazy=True")
+        return self
