@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.group import resolve
+from packsaddle.optim.layout import check_no_shared_memory
 
 
 def local_part(parameter: Tensor) -> Tensor:
@@ -71,15 +72,14 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless they are floating point, on one device, and share no memory."""
     if not parameters:
         raise ValueError("optimizer must have parameters that require gradients, and has none")
-    device, seen = local_part(next(iter(parameters.values()))).device, dict[int, str]()
-    for name, p in parameters.items():
-        part = local_part(p)
+    parts = {name: local_part(p) for name, p in parameters.items()}
+    device = next(iter(parts.values())).device
+    for name, part in parts.items():
         if not part.is_floating_point():
             raise ValueError(f"parameters must be floating point, but {name} is {part.dtype}")
         if part.device != device:
             raise ValueError(f"parameters must be on one device, but {name} is on {part.device} and others on {device}")
-        if part.numel() and seen.setdefault(part.data_ptr(), name) != name:
-            raise ValueError(f"parameters must not share memory, but {seen[part.data_ptr()]} and {name} do")
+    check_no_shared_memory(parts, "parameters")
 
 
 class Shards:
