@@ -15,6 +15,7 @@ Algorithm 1).
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ class LocalUpdates:
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
     step, on every worker. With a manager it is not: the first step, or `join`, waits for the others, and gives a worker
     that comes later their anchor. Raises ValueError or TypeError for bad arguments, also if workers differ in them, and
-    RuntimeError at the first step if gradients are equal on all workers, since then they have been exchanged.
+    RuntimeError at the first step if gradients are equal on all workers, since then they have been exchanged, and where
+    workers make different calls, one a round and one `flush`, say, since they have taken unequal numbers of steps.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates
@@ -301,7 +303,8 @@ class LocalUpdates:
         if self.steps == 1:
             anchors = [part.anchor.flat for part in self._fragments]
             gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
-            check_first_step(self._channel, anchors, gradients, self._rounds.in_turn)
+            together = partial(self._rounds.together, "checks its first step", self.steps)
+            check_first_step(self._channel, anchors, gradients, together)
         self._rounds.after(self.steps)
 
     @property
@@ -427,7 +430,7 @@ class LocalUpdates:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
         self._check_here("error()")
         self._meet()
-        return self._flat(self._rounds.error())
+        return self._flat(self._rounds.error(self.steps))
 
     @torch.no_grad()
     def pending(self) -> Tensor:

@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from packsaddle.comm.cost_model import RingAllGather
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
 from packsaddle.compressors.registry import describe
+from packsaddle.optim.stages.lockstep import HEADER
 from packsaddle.performance.coding_speed import Pace
 from packsaddle.performance.step_time import Fleet, Link, compressed
 from packsaddle.performance.workload import ModelSize
@@ -148,7 +150,8 @@ def _forecast(
     choice = choose(bound, "direct", d=workload.d, dense=workload.dense + 1, workers=fleet.workers)
     seconds = pace(bound, workload.d).seconds
     coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
-    latency, bandwidth = link.parts(coded.cost)
+    header = RingAllGather(HEADER)
+    latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
     # Workers wait for the slowest once a round, not once a step: what differs between steps evens out.
     waiting = fleet.waiting / math.sqrt(setting.every)
     compute = fleet.compute + waiting
@@ -156,7 +159,8 @@ def _forecast(
     delay, waited = 0, latency + bandwidth
     if overlap:
         delay, waited = _overlapped(fragments, setting.every, latency, bandwidth, compute)
-    sent = choice.aggregator.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4).sent
+    wire = choice.aggregator.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4)
+    sent = wire.sent + header.wire(0, fleet.workers).sent
     coding = (coded.compression + update) / setting.every
     return LocalForecast(
         setting, delay, fragments, sent / setting.every, compute, waiting, coding, waited / setting.every, steps
