@@ -45,14 +45,14 @@ def follow(optimizer: Any, local: object) -> None:
     optimizer.exchanged_by = local
 
 
-def trained_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's parameters that are trained, by name; by number if two groups have a name in common."""
+def named_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's parameters by name; by number if two groups have a name in common."""
     groups = optimizer.param_groups
     names = [name for group in groups for name in group.get("param_names", [])]
     parameters = [p for group in groups for p in group["params"]]
     if len(set(names)) < len(parameters):
         names = [f"parameter {i}" for i in range(len(parameters))]
-    return {name: p for name, p in zip(names, parameters, strict=True) if p.requires_grad}
+    return dict(zip(names, parameters, strict=True))
 
 
 def check_no_others(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
