@@ -436,6 +436,20 @@ def loading(folder: Path) -> dict[str, str]:
     return found
 
 
+def half_of_a_model() -> str:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="must have all parameters of model") as caught:
+        attach_local_updates(wrapped, model, [optimizer], TopK(0.1))
+    return str(caught.value)
+
+
+def test_the_optimizer_has_all_of_the_frameworks_model(gloo: Callable[..., list[Any]]) -> None:
+    for said in gloo(half_of_a_model, 2):
+        assert "but 0.weight, 0.bias would be trained by each worker alone" in said
+
+
 def test_a_state_is_loaded_by_all_workers_or_none(gloo: Callable[..., list[Any]], tmp_path: Path) -> None:
     differ = "workers must be given the same arguments, but worker 0 has steps of the saved state="
 

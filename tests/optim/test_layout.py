@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from packsaddle.optim.layout import FlatParameters
+from packsaddle.optim.layout import FlatParameters, check_no_shared_memory
 
 
 def flatten(module: nn.Module, dense_below: int = 0) -> FlatParameters:
@@ -65,6 +65,44 @@ def test_refusals() -> None:
     shared = torch.ones(4)
     with pytest.raises(ValueError, match="must not share memory, but parameter 0 and parameter 1 do"):
         check(shared, shared.view(2, 2))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_memory_is_shared_by_elements(seed: int) -> None:
+    """Views of one vector with random shapes, strides and offsets, against the sets of their elements."""
+    rng, base = torch.Generator().manual_seed(seed), torch.zeros(200)
+
+    def draw(most: int) -> int:
+        return int(torch.randint(most, (1,), generator=rng))
+
+    views = []
+    for _ in range(2):
+        shape, strides = (1 + draw(5), 1 + draw(4)), (1 + draw(12), 1 + draw(6))
+        views.append(base.as_strided(shape, strides, draw(100)))
+    first, second = (
+        set(torch.arange(200).as_strided(v.shape, v.stride(), v.storage_offset()).flatten().tolist()) for v in views
+    )
+    named = {"a": views[0], "empty": base[:0], "b": views[1]}
+    if first & second:
+        with pytest.raises(ValueError, match=r"params must not share memory, but [ab] and [ab] do"):
+            check_no_shared_memory(named, "params")
+    else:
+        check_no_shared_memory(named, "params")
+
+
+def test_memory_of_one_address_space() -> None:
+    """Of several views at once, of two storages over one array, and of another dtype."""
+    base = torch.zeros(12)
+    check_no_shared_memory({f"{i}": base[i::4] for i in range(4)}, "params")
+    with pytest.raises(ValueError, match="but long and short do"):
+        check_no_shared_memory(
+            {"long": base, "before": base[:4], "short": base[9:]} | {"before": torch.ones(2)}, "params"
+        )
+    array = base.numpy()
+    with pytest.raises(ValueError, match="share memory"):
+        check_no_shared_memory({"a": torch.from_numpy(array[:8]), "b": torch.from_numpy(array[7:])}, "params")
+    with pytest.raises(ValueError, match="share memory"):
+        check_no_shared_memory({"a": base[::2], "b": base.view(torch.int32)[1::2]}, "params")
 
 
 def test_a_moved_parameter_is_noticed() -> None:

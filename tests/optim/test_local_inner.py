@@ -60,6 +60,33 @@ def test_any_optimizer(name: str) -> None:
             torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize("make", [partial(torch.optim.SGD, lr=0.1), partial(torch.optim.SparseAdam, lr=0.1)])
+def test_sparse_gradients(make: Callable[[list[Any]], torch.optim.Optimizer]) -> None:
+    """Against the same embeddings and optimizer alone, averaged by hand after 3 steps."""
+
+    def body(worker: int) -> tuple[Tensor, Tensor]:
+        nets = [nn.Embedding(40, 4, sparse=True) for _ in range(2)]
+        rng, optimizers = torch.Generator().manual_seed(worker), [make([net.weight]) for net in nets]
+        with torch.no_grad():
+            for net in nets:
+                net.weight.copy_(torch.linspace(-1, 1, 160).view(40, 4))
+        LocalUpdates(optimizers[0], every=3, compressor=WHOLE)
+        for _ in range(3):
+            rows = torch.randint(40, (8,), generator=rng)
+            for net, optimizer in zip(nets, optimizers, strict=True):
+                optimizer.zero_grad()
+                net(rows).square().sum().backward()
+                assert net.weight.grad is not None
+                assert net.weight.grad.is_sparse
+                optimizer.step()
+        return nets[0].weight.detach(), nets[1].weight.detach()
+
+    (x, first), (y, second) = simulate(body, 2)
+    assert torch.equal(x, y)
+    torch.testing.assert_close(x, (first + second) / 2)
+    assert not torch.equal(first, second)
+
+
 def test_groups_schedule_clipping_and_accumulation() -> None:
     """A loop with all of them: rounds come every `every` optimizer steps, not backward passes."""
 

@@ -337,19 +337,46 @@ def test_senders() -> None:
         assert x.tolist() == [[-7.0, -4.0, 0.0, -3.0]]
 
 
+def stepped_once(gradient: Tensor, every: int = 8) -> LocalUpdates:
+    """A first step by this gradient."""
+    x = torch.nn.Parameter(torch.zeros_like(gradient))
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    local = LocalUpdates(optimizer, every=every, compressor=Compression(Identity(), dense_below=0))
+    x.grad = gradient
+    optimizer.step()
+    return local
+
+
 def test_equal_gradients_are_refused() -> None:
     """At the first step: whoever has exchanged them."""
-
-    def body(worker: int) -> None:
-        x = torch.nn.Parameter(torch.zeros(3, 4))
-        optimizer = torch.optim.SGD([x], lr=1.0)
-        LocalUpdates(optimizer, compressor=WHOLE)
-        x.grad = torch.ones_like(x)
-        optimizer.step()
-
+    same = torch.linspace(-1, 1, 20)
     with pytest.raises(RuntimeError, match="gradients are equal bit for bit on all 2 workers at the first step"):
-        simulate(body, 2)
-    simulate(body, 1)
+        simulate(lambda _: stepped_once(same.clone()), 2)
+    simulate(lambda _: stepped_once(same.clone()), 1)
+
+
+def test_equal_gradients_of_few_values_may_be_chance() -> None:
+    """As those of one coordinate, or of a sum."""
+    for same in (torch.ones(1), torch.ones(40), torch.linspace(-1, 1, 15)):
+        with pytest.warns(UserWarning, match="equal bit for bit on all 2 workers at the first step: .*may be chance"):
+            simulate(lambda _: stepped_once(same.clone()), 2)  # noqa: B023 -- called in the loop
+    simulate(lambda _: stepped_once(torch.zeros(40)), 2)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_nans_on_all_workers_at_the_first_step_are_a_skipped_round(every: int) -> None:
+    def body(worker: int) -> tuple[list[tuple[int, ...]], Tensor, Tensor]:
+        local = stepped_once(torch.full((40,), torch.nan), every)
+        (x,) = local.optimizer.param_groups[0]["params"]
+        for n in range(2, 2 * every + 1):
+            x.grad = torch.full_like(x, n + worker)
+            local.optimizer.step()
+        return [skip.workers for skip in local.skips], local.anchor()["parameter 0"], x.detach()
+
+    for workers, anchor, x in simulate(body, 2):
+        assert workers == [(0, 1)]
+        expected = -sum(n + 0.5 for n in range(every + 1, 2 * every + 1))
+        assert anchor.tolist() == x.tolist() == [expected] * 40
 
 
 def test_weights_loaded_after_construction() -> None:
@@ -554,6 +581,7 @@ def test_refusals() -> None:
         "parameters that require gradients, and has none": lambda: make([frozen]),
         "but parameter 0 is torch.complex64": lambda: make([torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))]),
         "must not share memory": lambda: make([x, torch.nn.Parameter(x.data)]),
+        "share memory, but parameter 0 and parameter 1": lambda: make([x, torch.nn.Parameter(x.data.view(-1)[1599:])]),
         "k of TopK must be at most": lambda: make(compressor=TopK(k=10**6)),
         "outer must be a function that returns a torch optimizer, got list": lambda: make(outer=list),
         "optimizer must be a torch optimizer, got Linear": lambda: LocalUpdates(torch.nn.Linear(2, 2)),  # type: ignore[arg-type]

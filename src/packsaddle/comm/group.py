@@ -109,8 +109,11 @@ class TorchGroup(Group):
 
     def broadcast(self, tensor: Tensor) -> None:
         source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
+        whole = tensor.contiguous()  # gloo would fill a tensor with gaps as if it had none
         with self.told():
-            dist.broadcast(tensor, src=source, group=self._group)
+            dist.broadcast(whole, src=source, group=self._group)
+        if whole is not tensor:
+            tensor.copy_(whole)
 
     def background(self, device: torch.device) -> Group:
         group = self._group or dist.group.WORLD

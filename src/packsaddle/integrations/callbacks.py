@@ -21,6 +21,7 @@ from packsaddle.optim.ddp import attach, keep_gradients_local
 from packsaddle.optim.ddp_hook import DDPHook
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.saved_state import check_shape
+from packsaddle.optim.start import persistent_buffers
 
 NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no exchange"
 
@@ -83,7 +84,7 @@ class WorkerState:
         if not self.local.flush():
             warnings.warn("parameters are not finite, so workers end with models of their own", stacklevel=3)
         with torch.no_grad():
-            for buffer in self._buffers().values():
+            for buffer in persistent_buffers(self._model).values():
                 self.channel.broadcast(buffer, "buffers")
 
     def state_dict(self) -> dict[str, Any]:
@@ -114,16 +115,7 @@ class WorkerState:
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors that training changes, by name; not copies."""
         trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
-        return trained | self._buffers()
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """The buffers that checkpoints have; others, such as caches, may differ in shape."""
-        passing = {
-            f"{prefix}.{name}".lstrip(".")
-            for prefix, module in self._model.named_modules()
-            for name in module._non_persistent_buffers_set
-        }
-        return {name: b.detach() for name, b in self._model.named_buffers() if name not in passing}
+        return trained | persistent_buffers(self._model)
 
 
 def attach_local_updates(
@@ -149,7 +141,7 @@ def attach_local_updates(
         )
     if len(optimizers) != 1:
         raise ValueError(f"local updates need one optimizer, and the framework has {len(optimizers)}")
-    local = LocalUpdates(optimizers[0], compressor=monitored(compressor, 1), **options)
+    local = LocalUpdates(optimizers[0], compressor=monitored(compressor, 1), **{"model": model, **options})
     keep_gradients_local(wrapped)
     return WorkerState(local, model, options.get("scaler"))
 

@@ -43,6 +43,7 @@ class Flight:
     verdict: Tensor | None = None  # float[2]: the share of workers whose v was of no use; the mean's magnitude
     names: list[str] = field(default_factory=list)  # by worker, of what could not be used
     taken: bool | None = None  # whether all take it, once known
+    headers: Tensor | None = None  # int64[W, 2], of all workers' calls and steps, where they are yet to be compared
     promise: Promise | None = None  # of the exchange, where it is carried out in the background
     share: float = 1.0  # what v was multiplied by where it was sent; 0: this worker only listens, and keeps its update
 

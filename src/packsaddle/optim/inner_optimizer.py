@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.group import resolve
+from packsaddle.optim.layout import check_no_shared_memory
 
 
 def local_part(parameter: Tensor) -> Tensor:
@@ -44,14 +45,14 @@ def follow(optimizer: Any, local: object) -> None:
     optimizer.exchanged_by = local
 
 
-def trained_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's parameters that are trained, by name; by number if two groups have a name in common."""
+def named_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's parameters by name; by number if two groups have a name in common."""
     groups = optimizer.param_groups
     names = [name for group in groups for name in group.get("param_names", [])]
     parameters = [p for group in groups for p in group["params"]]
     if len(set(names)) < len(parameters):
         names = [f"parameter {i}" for i in range(len(parameters))]
-    return {name: p for name, p in zip(names, parameters, strict=True) if p.requires_grad}
+    return dict(zip(names, parameters, strict=True))
 
 
 def check_no_others(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
@@ -71,15 +72,14 @@ def check_parameters(parameters: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless they are floating point, on one device, and share no memory."""
     if not parameters:
         raise ValueError("optimizer must have parameters that require gradients, and has none")
-    device, seen = local_part(next(iter(parameters.values()))).device, dict[int, str]()
-    for name, p in parameters.items():
-        part = local_part(p)
+    parts = {name: local_part(p) for name, p in parameters.items()}
+    device = next(iter(parts.values())).device
+    for name, part in parts.items():
         if not part.is_floating_point():
             raise ValueError(f"parameters must be floating point, but {name} is {part.dtype}")
         if part.device != device:
             raise ValueError(f"parameters must be on one device, but {name} is on {part.device} and others on {device}")
-        if part.numel() and seen.setdefault(part.data_ptr(), name) != name:
-            raise ValueError(f"parameters must not share memory, but {seen[part.data_ptr()]} and {name} do")
+    check_no_shared_memory(parts, "parameters")
 
 
 class Shards:

@@ -66,7 +66,6 @@ class FlatParameters:
         self._flatten()
 
     def _check(self) -> None:
-        seen: dict[int, str] = {}
         first = self.parameters[0]
         for name, p in zip(self.names, self.parameters, strict=True):
             if not p.is_floating_point():
@@ -76,8 +75,7 @@ class FlatParameters:
                     f"params must share one dtype and device, but {self.names[0]} is {first.dtype} on "
                     f"{first.device} and {name} is {p.dtype} on {p.device}"
                 )
-            if p.numel() and seen.setdefault(p.data_ptr(), name) != name:
-                raise ValueError(f"params must not share memory, but {seen[p.data_ptr()]} and {name} do")
+        check_no_shared_memory(dict(zip(self.names, self.parameters, strict=True)), "params")
 
     def _flatten(self) -> None:
         """Move every parameter into one new tensor, keeping its memory format (channels_last, say)."""
@@ -162,6 +160,37 @@ class FlatParameters:
                 raise RuntimeError(f"{name} has a sparse gradient, which is not supported")
 
 
+def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
+    """Raise ValueError, beginning with `what`, if two tensors have an element in common.
+
+    Views whose elements alternate, such as x[::2] and x[1::2], have none. Of two dtypes they count as sharing.
+    """
+    before: list[tuple[str, Tensor]] = []  # tensors that extend beyond the start of the next
+    for name, p in sorted(named.items(), key=lambda item: item[1].data_ptr()):
+        if not p.numel():
+            continue
+        before = [(n, o) for n, o in before if o.data_ptr() + _extent(o) * o.element_size() > p.data_ptr()]
+        for other, o in before:
+            if _share_elements(o, p):
+                raise ValueError(f"{what} must not share memory, but {other} and {name} do")
+        before.append((name, p))
+
+
+def _extent(p: Tensor) -> int:
+    """Return the number of elements from p's first to its last in memory, gaps included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
+
+
+def _share_elements(first: Tensor, second: Tensor) -> bool:
+    """Return True if two tensors, the first at the lower address, have an element in common; exact for one dtype."""
+    start, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
+    if rest or first.dtype != second.dtype:
+        return True
+    taken = torch.zeros(max(_extent(first), start + _extent(second)), dtype=torch.bool)
+    taken.as_strided(first.shape, first.stride(), 0).fill_(True)
+    return bool(taken.as_strided(second.shape, second.stride(), start).any())
+
+
 def check_dense_below(dense_below: int) -> None:
     """Raise ValueError unless it is a number of elements."""
     if is_below(dense_below, 0):
@@ -175,8 +204,7 @@ def goes_dense(p: Tensor, dense_below: int) -> bool:
 
 def dense_strides(p: Tensor) -> tuple[int, ...]:
     """Return p's own strides if they fill its numel without gaps, else those of a contiguous tensor."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(p.shape, p.stride(), strict=True))
-    if p.numel() and extent == p.numel():
+    if p.numel() and _extent(p) == p.numel():
         return p.stride()
     return torch.empty(p.shape, device="meta").stride()
 

@@ -26,6 +26,7 @@ from packsaddle.optim.participation import Participation
 from packsaddle.optim.stages.anchor_escape import AnchorEscape
 from packsaddle.optim.stages.drift import Drift, DriftGuard
 from packsaddle.optim.stages.escape import Reset
+from packsaddle.optim.stages.lockstep import Call, Lockstep
 from packsaddle.optim.stages.noise import GaussianNoise, Noise
 from packsaddle.optim.stages.nonfinite import THE_MEAN, NonFiniteError, Skip, Skips
 
@@ -60,6 +61,7 @@ class LocalRounds:
         self._rules, self._compression, self._participation = rules, compression, participation
         self._channel, self._background, self._agree = channel, background, agree
         self._noise, self._seed, self._drift, self._escape = noise, seed, drift, escape
+        self._lockstep = Lockstep(channel, fragments[0].anchor.flat.device)
         self.skips = Skips(compression.max_skipped, channel.group.rank)
         self.resets: list[Reset] = []  # firings of the escape check
         self._reset = InnerReset(inner, [p for part in fragments for p in part.parameters], agree)
@@ -107,7 +109,8 @@ class LocalRounds:
         """Begin a round; without a delay it ends at once."""
         compressor, noise = self._settings(part.rounds)
         due = step + self._rules.delay
-        self._depart(part, compressor, noise, step, due, self._participation.share_after(step))
+        share = self._participation.share_after(step)
+        self._depart("exchanges a round", part, compressor, noise, step, due, share)
         if not self._rules.delay:
             self.land(part)
 
@@ -116,13 +119,20 @@ class LocalRounds:
         return self._compression.at(t), self._noise.drawn(seed=self._seed, step=t)
 
     def _depart(
-        self, part: Fragment, compressor: Compressor, noise: GaussianNoise | None, step: int, due: int, share: float
+        self,
+        call: Call,
+        part: Fragment,
+        compressor: Compressor,
+        noise: GaussianNoise | None,
+        step: int,
+        due: int,
+        share: float,
     ) -> None:
         """Make v, and exchange C(share v): now, or in the background if it lands at a later step."""
         later = due > step
         flight = self._start(part, compressor, noise, due, share, later=later)
         dense = later or self.outer is not None
-        send = partial(part.send, flight, step - 1, reduction=self._rules.reduction, dense=dense)
+        send = partial(self._send, call, step, part, flight, later=later, dense=dense)
         if self._background is None or not later:
             self.in_turn(send)
         else:
@@ -148,6 +158,19 @@ class LocalRounds:
             flight.name = (first_bad((place.name, x) for place, x in named) or "another shard") + _FAILED
         return flight
 
+    def _send(self, call: Call, step: int, part: Fragment, flight: Flight, *, later: bool, dense: bool) -> None:
+        """Exchange a flight once all workers are found to make this call.
+
+        In a GPU's background stream the host does not wait for the headers: they are checked at the landing.
+        """
+        if self._channel.group.size > 1:
+            headers = self._lockstep.gather(call, step)
+            if later and headers.device.type != "cpu":
+                flight.headers = headers
+            else:
+                self._lockstep.check(headers)
+        part.send(flight, step - 1, reduction=self._rules.reduction, dense=dense)
+
     def try_out(self, part: Fragment, step: int, share: float, *, dense: bool) -> float:
         """Exchange a fragment's change, for a round that is not committed yet; return ||v||^2.
 
@@ -169,6 +192,16 @@ class LocalRounds:
         self._background.submit(work, [(promise, torch.zeros(0))])
         promise.future.wait()
 
+    def together(self, call: Call, step: int, work: Callable[[], object]) -> None:
+        """Do `work`, which is collective, in turn, once all workers are found to make the same call."""
+
+        def checked() -> None:
+            if self._channel.group.size > 1:
+                self._lockstep.check(self._lockstep.gather(call, step))
+            work()
+
+        self.in_turn(checked)
+
     @torch.no_grad()
     def wait(self) -> None:
         """Wait for running exchanges; they land when they are due."""
@@ -183,6 +216,9 @@ class LocalRounds:
         if flight.promise is not None:
             flight.promise.future.wait()
             flight.promise = None
+        if flight.headers is not None:
+            self._lockstep.check(flight.headers)
+            flight.headers = None
         return part.finish(flight)
 
     def land(self, part: Fragment) -> bool:
@@ -194,7 +230,7 @@ class LocalRounds:
             return False
         self.skips.took()
         if self._drift.due(t) and part is self.fragments[-1]:
-            self.in_turn(partial(self._compare, t))
+            self.together("compares anchors", flight.due - self._rules.delay, partial(self._compare, t))
         if self._escape is not None and (reset := self._escape.run()) is not None:
             self.resets.append(reset)
         return True
@@ -243,17 +279,17 @@ class LocalRounds:
             if part.flight is not None:
                 taken &= self.land(part)
         for part in self.fragments:
-            self._depart(part, Identity(), None, step, step, self._participation.share())
+            self._depart("calls flush()", part, Identity(), None, step, step, self._participation.share())
             taken &= self.land(part)
         return taken
 
-    def error(self) -> dict[str, Tensor]:
-        """Return the weighted mean over workers of `pending`, by parameter; collective."""
+    def error(self, step: int) -> dict[str, Tensor]:
+        """Return the weighted mean over workers of `pending`, by parameter, after inner step n; collective."""
         found: dict[str, Tensor] = {}
         self.wait()
         for part in self.fragments:
             pending = part.unapplied().mul_(self._participation.share())
-            self.in_turn(partial(self._channel.mean, pending, "inspection"))
+            self.together("calls error()", step, partial(self._channel.mean, pending, "inspection"))
             found |= {place.name: view for place, view in part.named(pending)}
         return found
 

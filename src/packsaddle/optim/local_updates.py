@@ -13,8 +13,9 @@ With every=1, x <- a, plain SGD inside and no outer optimizer that is Algorithm 
 Algorithm 1).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim import local_state
 from packsaddle.optim.background import Background
 from packsaddle.optim.compression import Compression, Schedule
+from packsaddle.optim.coverage import OtherOptimizers, check_covers
 from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fragment import Reduction
 from packsaddle.optim.inner_optimizer import (
@@ -41,8 +43,8 @@ from packsaddle.optim.inner_optimizer import (
     follow,
     innermost,
     local_part,
+    named_parameters,
     on_attempts,
-    trained_parameters,
 )
 from packsaddle.optim.local_rounds import LocalRounds
 from packsaddle.optim.local_rules import LocalRules
@@ -55,6 +57,7 @@ from packsaddle.optim.stages.escape import Escape, Reset
 from packsaddle.optim.stages.first_step import check_first_step
 from packsaddle.optim.stages.noise import Noise
 from packsaddle.optim.stages.nonfinite import Skip
+from packsaddle.optim.start import share_start, untrained_tensors
 
 Outer = Callable[[list[Any]], Optimizer]
 
@@ -97,6 +100,9 @@ class LocalUpdates:
         seed: of all shared randomness; the same on every worker.
         scaler: the GradScaler that steps the optimizer, so that a step which it leaves out on one worker is counted
             there too.
+        model: the module that the optimizer trains. Its frozen parameters and persistent buffers start from rank 0's
+            too, and a parameter of it that requires a gradient but is not in the optimizer raises ValueError. None
+            warns at a round or at `flush` if an optimizer without an exchange trains other parameters of one module.
         process_group: the workers that exchange; None is the default group if there is one, else this process alone.
         manager: a torchft Manager, or an `Elastic` with more about it: workers come and go, and a round is committed by
             those that are there. No delay, escape, "senders" or DTensors; exchanges that average messages directly.
@@ -109,7 +115,8 @@ class LocalUpdates:
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
     step, on every worker. With a manager it is not: the first step, or `join`, waits for the others, and gives a worker
     that comes later their anchor. Raises ValueError or TypeError for bad arguments, also if workers differ in them, and
-    RuntimeError at the first step if gradients are equal on all workers, since then they have been exchanged.
+    RuntimeError at the first step if gradients are equal on all workers, since then they have been exchanged, and where
+    workers make different calls, one a round and one `flush`, say, since they have taken unequal numbers of steps.
 
     >>> import torch
     >>> from packsaddle import LocalUpdates, Sign
@@ -146,6 +153,7 @@ class LocalUpdates:
         sample: float = 1.0,
         seed: int = 0,
         scaler: torch.amp.GradScaler | None = None,
+        model: torch.nn.Module | None = None,
         process_group: Any = None,
         manager: Any = None,
     ) -> None:
@@ -160,8 +168,11 @@ class LocalUpdates:
         if self._compression.memory != "buffer":
             raise ValueError(f'memory must be "buffer" for local updates, got {self._compression.memory!r}')
         self._compression.at(0)
-        self._parameters = trained_parameters(self.optimizer)
+        self._parameters = {name: p for name, p in named_parameters(self.optimizer).items() if p.requires_grad}
         check_parameters(self._parameters)
+        if model is not None:
+            check_covers(self._parameters.values(), model)
+        untrained = untrained_tensors(self.optimizer, model)
         self._bytes = sum(local_part(p).nbytes for p in self._parameters.values())
         self.steps = 0  # n: attempted inner steps
 
@@ -177,10 +188,8 @@ class LocalUpdates:
         participation = Participation(weight, sample, group.size, group.rank, self.seed)
         self._participation, self._sample = participation, sample
 
-        # x, the same on all workers; its fragments.
+        # x's fragments.
         with torch.no_grad():
-            for p in self._parameters.values() if elastic is None else ():
-                self._channel.broadcast(local_part(p), "start")
             self._fragments = partition(
                 *(self._parameters, rules, self._compression, self._channel, device), seed=self.seed, keep=keep_unsent
             )
@@ -194,6 +203,8 @@ class LocalUpdates:
         self.outer = outer(self._leaves()) if outer is not None else None
         if self.outer is not None and not isinstance(self.outer, Optimizer):
             raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(self.outer).__name__}")
+        if self.outer is not None:
+            follow(self.outer, self)
         compared = self._compression.compare_every
         self._rounds = LocalRounds(
             self._fragments,
@@ -214,11 +225,13 @@ class LocalUpdates:
         # What does not go together, and what all workers must have been given alike.
         averaged, escapes = [part.feedback.aggregator for part in self._fragments], escape is not None
         rules.check_participation(participation, averaged, escapes=escapes, managed=elastic is not None)
-        same = self._same(noise, escape, fragments, weight)
+        same = self._same(noise, escape, fragments, weight, untrained)
         self.membership: Membership | None = None  # with a manager: who is there, and this worker's part
         if elastic is None:
             check_agreement(self._channel, same, device)
             participation.exchange(self._channel, device)
+            share_start(self._channel, list(self._parameters.values()), [tensor for _, tensor in untrained])
+            self._rounds.meet()
         else:
             sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
             rules.check_elastic(averaged, escapes=escapes, sharded=sharded)
@@ -234,6 +247,8 @@ class LocalUpdates:
                 send=lambda part, dense, share: self._rounds.try_out(part, self.steps, share, dense=dense),
                 land=self._rounds.land,
             )
+        watches = model is None and (group.size > 1 or elastic is not None)
+        self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
         self._looks = 0  # at the anchor, one within another, while parameters are there
         self._has_begun = False  # a first inner step has moved x, or was left out
         follow(self.optimizer, self)
@@ -252,15 +267,23 @@ class LocalUpdates:
         by_name = {p.name: leaf for part in self._fragments for p, leaf in zip(part.places, part.leaves, strict=True)}
         return [by_name[name] for name in self._parameters]
 
-    def _same(self, noise: object, escape: object, fragments: int, weight: float | None) -> dict[str, object]:
+    def _same(
+        self,
+        noise: object,
+        escape: object,
+        fragments: int,
+        weight: float | None,
+        untrained: Iterable[tuple[str, Tensor]],
+    ) -> dict[str, object]:
         """Return what must be equal on all workers."""
         outer = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
         same: dict[str, object] = {"every": self.every, "compressor": self._compression, "decay": self.decay}
         same |= {"fragments": fragments, "delay": self.delay, "blend": self.blend, "noise": noise, "escape": escape}
         same |= {"reduction": self.reduction, "keep_unsent": self.keep_unsent, "seed": self.seed}
         same |= {"kernels": compiler(self._fragments[0].anchor.flat.device), "outer": outer}
-        for i, (name, p) in enumerate(self._parameters.items()):
-            same[f"params[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
+        for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
+            for i, (name, p) in enumerate(tensors):
+                same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
         return same | {"weight": "given" if weight is not None else None, "sample": self._sample}
 
     @torch.no_grad()
@@ -296,11 +319,18 @@ class LocalUpdates:
         self._rounds.check_step()
         if self.membership is not None:
             self.membership.stepped(self.steps)
-            return
+        else:
+            self._exchange()
+        if self._others is not None and self.exchanging:
+            self._others.warn()
+
+    def _exchange(self) -> None:
+        """Do what is due after an inner step, the first of which is checked."""
         if self.steps == 1:
             anchors = [part.anchor.flat for part in self._fragments]
             gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
-            check_first_step(self._channel, anchors, gradients, self._rounds.in_turn)
+            together = partial(self._rounds.together, "checks its first step", self.steps)
+            check_first_step(self._channel, anchors, gradients, together)
         self._rounds.after(self.steps)
 
     @property
@@ -427,7 +457,7 @@ class LocalUpdates:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
         self._check_here("error()")
         self._meet()
-        return self._flat(self._rounds.error())
+        return self._flat(self._rounds.error(self.steps))
 
     @torch.no_grad()
     def pending(self) -> Tensor:
@@ -479,6 +509,8 @@ class LocalUpdates:
         """
         self._check_here("flush()")
         self._meet()
+        if self._others is not None:
+            self._others.warn()
         if self.membership is not None:
             return self.membership.round(dense=True)
         return self._rounds.flush(self.steps)

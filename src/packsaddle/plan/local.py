@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from packsaddle.comm.aggregators import Work
+from packsaddle.comm.cost_model import RingAllGather
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
 from packsaddle.compressors.registry import describe
+from packsaddle.optim.stages.lockstep import HEADER
 from packsaddle.plan.coding import Pace
 from packsaddle.plan.model_size import ModelSize
 from packsaddle.plan.step_time import Fleet, Link, compressed
@@ -162,7 +164,8 @@ def _forecast(
     bound, every = workload.bind(setting.compressor), setting.every
     choice = choose(bound, "direct", d=workload.d, dense=workload.dense + 1, workers=fleet.workers)
     coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
-    latency, bandwidth = link.parts(coded.cost)
+    header = RingAllGather(HEADER)
+    latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))
     # Workers wait for the slowest once a round, not once a step: what differs between steps evens out.
     waiting = fleet.waiting / math.sqrt(every)
     compute = fleet.compute + waiting
@@ -173,6 +176,7 @@ def _forecast(
         return max(0.0, exchange - fragments * setting.delay * compute, exchange - every * compute)
 
     fragments = min(range(1, every + 1 if setting.delay else 2), key=waited)
-    sent = choice.aggregator.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4).sent
+    wire = choice.aggregator.wire(workload.d, workload.dense + 1, 0, fleet.workers, 4)
+    sent = wire.sent + header.wire(0, fleet.workers).sent
     coding = (coded.compression + update) / every
     return LocalForecast(setting, fragments, sent / every, compute, waiting, coding, waited(fragments) / every, steps)

@@ -1,0 +1,164 @@
+"""Workers that make different calls, or after unequal numbers of steps: all of them are told, in real processes."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from packsaddle import Compression, Compressor, Identity, LocalUpdates, Sign, TopK, simulate
+
+Gloo = Callable[..., list[Any]]
+
+
+def made(
+    every: int, compressor: Compressor | None = None, **options: Any
+) -> tuple[Any, torch.optim.Optimizer, LocalUpdates]:
+    kind = Compression(compressor or Sign(), dense_below=0)
+    x = torch.nn.Parameter(torch.zeros(40, 50))
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    return x, optimizer, LocalUpdates(optimizer, every=every, compressor=kind, **options)
+
+
+def train(steps: int, x: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    rng = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x.grad = torch.randn(x.shape, generator=rng)
+        optimizer.step()
+
+
+def message(call: Callable[[], Any]) -> str:
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    return str(caught.value)
+
+
+def unequal(every: int, compressor: Compressor, options: dict[str, Any]) -> str:
+    """12 steps on worker 0 and 10 on worker 1, then a flush."""
+    worker = torch.distributed.get_rank()
+    x, optimizer, local = made(every, compressor, **options)
+
+    def run() -> None:
+        train(12 - 2 * worker, x, optimizer, worker)
+        local.flush()
+
+    return message(run)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "options"),
+    [
+        (Sign(), {}),
+        (TopK(0.1), {}),  # whose sizes differ
+        (Identity(), {}),
+        (Sign(), {"delay": 2}),
+        (TopK(0.1), {"delay": 3}),
+    ],
+    ids=str,
+)
+def test_unequal_numbers_of_steps(compressor: Compressor, options: dict[str, Any], gloo: Gloo) -> None:
+    """Without the check gloo aborts a process, or both wait."""
+    for found in gloo(unequal, 2, 4, compressor, options):
+        assert (
+            "worker 0 exchanges a round after step 12, and worker 1 calls flush() after step 10: all workers" in found
+        )
+
+
+def a_scaler_skips() -> str:
+    """GradScaler leaves step 3 out on worker 1, and LocalUpdates is not given it."""
+    worker = torch.distributed.get_rank()
+    x, optimizer, local = made(4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+
+    def run() -> None:
+        rng = torch.Generator().manual_seed(worker)
+        for n in range(1, 13):
+            optimizer.zero_grad()
+            scaler.scale(
+                (x * torch.randn(x.shape, generator=rng)).sum() * (torch.inf if (n, worker) == (3, 1) else 1)
+            ).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        local.flush()
+
+    return message(run)
+
+
+def a_batch_is_left_out() -> str:
+    """As by `if bad: continue`, of step 5 on worker 0."""
+    worker = torch.distributed.get_rank()
+    x, optimizer, local = made(4)
+
+    def run() -> None:
+        for n in range(1, 13):
+            if (n, worker) == (5, 0):
+                continue
+            train(1, x, optimizer, 20 * worker + n)
+        local.flush()
+
+    return message(run)
+
+
+def test_a_step_that_one_worker_leaves_out(gloo: Gloo) -> None:
+    for found in gloo(a_scaler_skips, 2):
+        assert "worker 0 exchanges a round after step 12, and worker 1 calls flush() after step 11" in found
+        assert "pass scaler= if a GradScaler skips steps" in found
+    for found in gloo(a_batch_is_left_out, 2):
+        assert "worker 0 calls flush() after step 11, and worker 1 exchanges a round after step 12" in found
+
+
+def equal_rounds() -> tuple[bool, torch.Tensor, list[str]]:
+    worker, said = torch.distributed.get_rank(), list[str]()
+    x, optimizer, local = made(8)
+    train(12 - 2 * worker, x, optimizer, worker)
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("packsaddle").addHandler(handler)
+    local.error()
+    taken = local.flush()
+    logging.getLogger("packsaddle").removeHandler(handler)
+    return taken, x.detach(), said
+
+
+def test_unequal_steps_of_equal_rounds_are_well_defined(gloo: Gloo) -> None:
+    """And worker 0 says so, once."""
+    (taken, x, said), (taken2, x2, said2) = gloo(equal_rounds, 2)
+    assert taken
+    assert taken2
+    assert torch.equal(x, x2)
+    (line,) = said
+    assert "worker 0 calls error() after step 12, and worker 1 calls error() after step 10" in line
+    assert said2 == []
+
+
+@pytest.mark.parametrize("calls", [("flush", "error"), ("error", "flush"), ("error", "step"), ("flush", "begin")])
+def test_unlike_calls(calls: tuple[str, str]) -> None:
+    def body(worker: int) -> str:
+        x, optimizer, local = made(2)
+        if "begin" not in calls:
+            train(3, x, optimizer, worker)
+        call = {"step": lambda: train(1, x, optimizer, 9), "begin": lambda: train(1, x, optimizer, 9)}
+        return message(call.get(calls[worker]) or getattr(local, calls[worker]))
+
+    said = {
+        "flush": "calls flush() after step 3",
+        "error": "calls error() after step 3",
+        "step": "exchanges a round after step 4",
+        "begin": "checks its first step after step 1",
+    }
+    if "begin" in calls:
+        said["flush"] = "calls flush() after step 0"
+    for found in simulate(body, 2):
+        assert (
+            f"worker 0 {said[calls[0]]}, and worker 1 {said[calls[1]]}: all workers must make the same calls" in found
+        )
+
+
+def test_a_header_is_16_bytes() -> None:
+    def body(worker: int) -> int:
+        x, optimizer, local = made(4)
+        train(12, x, optimizer, worker)
+        return local.ledger.by_purpose["guard"].sent
+
+    assert simulate(body, 3) == [2 * 16 * (1 + 3)] * 3  # before the check of the first step, and each of three rounds
