@@ -1,14 +1,18 @@
 """LowRank: PowerSGD's factors (Vogels et al. 2019), as what users will compare with."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Compressor, Message, check_count
+from packsaddle.compressors.parts import Expected, decoding, floats
+from packsaddle.errors import MessageError
 from packsaddle.numerics.seeds import Stream, generator
+
+_LARGEST_OF_BASIS = 1 + 2.0**-6  # 1, rounded in 16 bits after a QR in 32
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,14 @@ class LowRank(Compressor):
         rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
         return Message({"left": _join(ps), "right": _join(rows)})
 
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        left, right = self.factor_sizes(d)
+        return {"left": floats(left), "right": floats(right)}
+
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         left, right = message.parts["left"].to(out.dtype), message.parts["right"].to(out.dtype)
+        with decoding(self):
+            _check_orthonormal(left)
         for matrix, (n, m) in zip(self.matrices(out), self._shapes(len(out)), strict=True):
             r = self.rank((n, m))
             p, left = left[: n * r].view(n, r), left[n * r :]
@@ -111,6 +121,12 @@ class LowRank(Compressor):
 
     def _sizes(self, d: int) -> list[int]:
         return [n * m for n, m in self._shapes(d)]
+
+
+def _check_orthonormal(left: Tensor) -> None:
+    """Raise MessageError if a number is too large for an orthonormal basis; a NaN is not, and reaches the guard."""
+    if len(left) and bool((most := left.abs().amax()) > _LARGEST_OF_BASIS):
+        raise MessageError("left", "at most 1 in magnitude, as in an orthonormal basis", f"{float(most):g}")
 
 
 def _join(tensors: list[Tensor]) -> Tensor:
