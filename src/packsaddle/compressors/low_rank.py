@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Compressor, Message, check_count
-from packsaddle.compressors.parts import Expected, decoding, floats
-from packsaddle.errors import MessageError
+from packsaddle.compressors.parts import Expected, check_magnitudes, decoding, floats
 from packsaddle.numerics.seeds import Stream, generator
 
-_LARGEST_OF_BASIS = 1 + 2.0**-6  # 1, rounded in 16 bits after a QR in 32
+_LARGEST_OF_BASIS = 1 + 2.0**-6  # in magnitude: 1, rounded in 16 bits after a QR in 32
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class LowRank(Compressor):
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         left, right = message.parts["left"].to(out.dtype), message.parts["right"].to(out.dtype)
         with decoding(self):
-            _check_orthonormal(left)
+            check_magnitudes("left", left, _LARGEST_OF_BASIS)
         for matrix, (n, m) in zip(self.matrices(out), self._shapes(len(out)), strict=True):
             r = self.rank((n, m))
             p, left = left[: n * r].view(n, r), left[n * r :]
@@ -121,12 +120,6 @@ class LowRank(Compressor):
 
     def _sizes(self, d: int) -> list[int]:
         return [n * m for n, m in self._shapes(d)]
-
-
-def _check_orthonormal(left: Tensor) -> None:
-    """Raise MessageError if a number is too large for an orthonormal basis; a NaN is not, and reaches the guard."""
-    if len(left) and bool((most := left.abs().amax()) > _LARGEST_OF_BASIS):
-        raise MessageError("left", "at most 1 in magnitude, as in an orthonormal basis", f"{float(most):g}")
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -58,6 +58,17 @@ def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected]
             raise MessageError(name, f"{expected[name]} for {d} coordinates", found)
 
 
+def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
+    """Raise MessageError if one of float[n] numbers is above `most` in magnitude; a NaN is not, and reaches the guard.
+
+    No-op elsewhere than on the CPU: the device would have to be waited for.
+    """
+    if numbers.device.type == "cpu" and len(numbers):
+        low, high = map(float, torch.aminmax(numbers))
+        if high > most or low < -most:
+            raise MessageError(part, f"at most {most:g} in magnitude", f"{low:g} to {high:g}")
+
+
 class decoding:  # noqa: N801 -- a context manager, which costs a fifth of one by contextlib
     """Name the compressor in a MessageError that is raised inside, and put `prefix` before the name of the part."""
 

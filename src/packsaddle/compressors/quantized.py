@@ -218,8 +218,8 @@ class QSGD(Compressor):
         pieces = torch.split(packed, size * self.bits // 8), torch.split(norms, size // b)
         for slab, codes, scales in zip(torch.split(out, size), *pieces, strict=True):
             found = wire.unpack(codes, self.bits, len(slab))
-            if len(found) and int(found.amax()) > 2 * self.levels:
-                raise MessageError("levels", f"codes of at most {2 * self.levels}", int(found.amax()))
+            if len(found) and int(found.max()) > 2 * self.levels:
+                raise MessageError("levels", f"codes of at most {2 * self.levels}", int(found.max()))
             levels = (found - self.levels).to(scales.dtype)
             slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # in this order: no overflow
 

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from packsaddle.compressors.parts import Expected, floats, octets
+from packsaddle.compressors.parts import Expected, check_magnitudes, floats, octets
 from packsaddle.compressors.wire import pack, unpack
 from packsaddle.errors import MessageError
 
@@ -113,18 +113,11 @@ def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: t
     if how in _HALVINGS:
         return _of_levels(whole, scales, _HALVINGS[how])
     if how not in _LARGEST:
-        _check_units(whole)
+        check_magnitudes("values", whole, 1.0)
     values = (whole - 8 if how == "int4" else whole).to(dtype)
     if how in _LARGEST:
         values = values / _LARGEST[how]
     return values * scales.repeat_interleave(VALUE_BLOCK)[:k]
-
-
-def _check_units(unit: Tensor) -> None:
-    """Raise MessageError if a value is larger than its block's scale; a NaN is not, and reaches the guard."""
-    low, high = torch.aminmax(unit) if len(unit) else (0, 0)
-    if high > 1 or low < -1:
-        raise MessageError("values", "at most 1 in magnitude", f"{float(low):g} to {float(high):g}")
 
 
 def _of_levels(codes: Tensor, levels: Tensor, halvings: int) -> Tensor:
