@@ -431,7 +431,7 @@ class TopK(_CodedSupport, _OfEachTensor):
         return {"indices": chunks.expected() if chunks else wire.index_bytes(d, k), **value_parts(k, self.values)}
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless `parts` fit in number; the k of `apportion` differs between workers."""
+        """Raise MessageError unless `parts` fit d coordinates; the k of `apportion` differs between workers."""
         if self.k is None:
             Compressor.check_parts(self, parts, d)
         else:
