@@ -23,6 +23,20 @@ class GuardError(RuntimeError):
     """A run cannot go on as it is, on any of its workers; the message says why."""
 
 
+class MessageError(ValueError):
+    """A compressor's message that cannot be decoded: a part has a wrong dtype, length or value, or is incomplete.
+
+    `part` is the part's name, `expected` and `found` say what it must be and what it is, `compressor` whose it is.
+    """
+
+    def __init__(self, part: str, expected: str, found: object, compressor: str = "the compressor") -> None:
+        super().__init__(part, expected, found, compressor)
+        self.part, self.expected, self.found, self.compressor = part, expected, found, compressor
+
+    def __str__(self) -> str:
+        return f"{self.part} in a message of {self.compressor} must be {self.expected}, got {self.found}"
+
+
 class MissingExtraError(ConfigError):
     """A feature needs a package that is not installed."""
 

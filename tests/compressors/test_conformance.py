@@ -351,6 +351,29 @@ def test_bytes_of_quantisers() -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [1, 7, 127, 1000])
+def test_qsgd_is_unbiased_with_the_variance_of_its_levels(levels: int, dtype: torch.dtype) -> None:
+    """The mean of n draws of a coordinate x u, u = ||v|| / levels, has variance u^2 p (1 - p) / n, p the fraction of x.
+
+    z is in units of that, not of the draws' own deviation: where p is about 1 / n or less all draws may be equal, and
+    rounding over a deviation of 0 is a z of any size, the more so in float32. By Bernstein's inequality a mean is off
+    by 5 deviations + 5 u / n less often than once in 10^5; six roundings add at most 4 eps x u, and 4 eps x to p.
+    """
+    n, b = 3000, 512
+    v = torch.randn(b, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    c = QSGD(levels, b)
+    draws = c(v.repeat(n), seed=1).double().view(n, b) * (1 + c.omega(b))  # a bucket each, drawn independently
+    unit, eps = float(v.double().norm()) / levels, torch.finfo(dtype).eps
+    x = v.double().abs() / unit
+    p, rounding = x % 1, 4 * eps * x
+    error, deviation = draws.mean(0) - v.double(), unit * ((p * (1 - p) + rounding) / n).sqrt()
+    assert bool((error.abs() <= 5 * deviation + 5 * unit / n + rounding * unit).all())
+    z = (error / deviation * v.sign())[n * p * (1 - p) > 10].double()
+    assert float(z.square().mean()) == pytest.approx(1, abs=5 * (2 / len(z)) ** 0.5)
+    assert abs(float(z.mean())) <= 5 / len(z) ** 0.5
+
+
 def test_qsgd_is_unbiased_before_scaling_with_its_variance() -> None:
     """Over 3,000 seeds: E Q(v) = v within 5 standard errors, E||Q(v) - v||^2 <= omega ||v||^2."""
     c, v = QSGD(levels=3, bucket=20), torch.randn(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

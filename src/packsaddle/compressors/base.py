@@ -9,11 +9,14 @@ Theorem 3.2's faster rate applies.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+
+from packsaddle.compressors.parts import Expected, check_expected, decoding
 
 _PART = 1 << 20  # coordinates that are compressed to predict the bytes of a message of many
 
@@ -74,7 +77,8 @@ class Compressor(ABC):
     also overrides
     - `linear`, to return True, if it is; then `encode` makes one floating part, linear in v, whose length v does
       not change;
-    - `receive` if its messages have a context;
+    - `receive` if its messages have a context; it begins with `check_parts`;
+    - `expected_parts`, so that a message that was cut or corrupted raises MessageError;
     - `private = True` if workers should use different randomness (as unbiased rounding should);
     - `fixed_size = True` if the size of every part depends on d alone, which saves announcing sizes;
     - `lossless = True` if C(v) = v for every v, so that nothing is compressed;
@@ -120,14 +124,34 @@ class Compressor(ABC):
 
     @abstractmethod
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        """Add alpha * C(v) to out, float[d], in place; `message` is from `encode` or `receive`."""
+        """Add alpha * C(v) to out, float[d], in place; `message` is from `encode` or `receive`.
+
+        Raises MessageError if the message is incomplete or out of range; out is then partly changed.
+        """
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        """Return another worker's message of d coordinates from its parts; `seed`, `step` are those of its `encode`."""
+        """Return another worker's message of d coordinates from its parts; `seed`, `step` are those of its `encode`.
+
+        Raises MessageError unless the parts are as `expected_parts` describes them.
+        """
+        self.check_parts(parts, d)
         return Message(parts)
 
+    def expected_parts(self, d: int) -> Mapping[str, Expected] | None:
+        """Return the description of each part of a message of d coordinates; None if parts are not checked."""
+        return None
+
+    def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
+        """Raise MessageError unless `parts` are as `expected_parts` describes those of d coordinates."""
+        if (expected := _expected_parts(self, d)) is not None:
+            with decoding(self):
+                check_expected(parts, expected, d)
+
     def support_of(self, message: Message, d: int) -> Tensor | None:
-        """Return the coordinates that a message speaks of, int64[...], distinct; None if it speaks of all d."""
+        """Return the coordinates that a message speaks of, int64[...], distinct; None if it speaks of all d.
+
+        Raises MessageError as `add_decoded` does.
+        """
         return None
 
     def validate(self, d: int) -> None:  # noqa: B027 -- optional to override, on purpose
@@ -185,6 +209,11 @@ class Compressor(ABC):
         out = torch.zeros_like(v)
         self.add_decoded(self.encode(v, seed=seed, step=step), out)
         return out
+
+
+@lru_cache(maxsize=256)
+def _expected_parts(compressor: Compressor, d: int) -> Mapping[str, Expected] | None:
+    return compressor.expected_parts(d)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
+from packsaddle.compressors.parts import Expected, octets
 from packsaddle.compressors.selection import as_integers
 from packsaddle.numerics.kernels import kernel
 
@@ -73,10 +74,17 @@ class Chunks:
         return wire.pack_gaps(index, self.kept, self.size, self._rice_parameter)
 
     def decode(self, coded: Tensor) -> Tensor:
-        """Return the indices that `encode` coded."""
+        """Return the indices that `encode` coded; raises MessageError if they are incomplete or not in their chunks."""
         if self.total == self.whole * self.size + self.rest:
             return torch.arange(self.total, device=coded.device)
-        return wire.unpack_gaps(coded, self.total, self.kept, self.size, self._rice_parameter)
+        stop = self.whole * self.size + self.rest
+        return wire.unpack_gaps(coded, self.total, self.kept, self.size, self._rice_parameter, stop)
+
+    def expected(self) -> Expected:
+        """Return the description of what `encode` returns."""
+        if self.total == self.whole * self.size + self.rest:
+            return octets(0)
+        return wire.gap_bytes(self.total, self.whole + bool(self.rest), self.size, self._rice_parameter)
 
     def bits(self) -> float:
         """Predict the bits of `encode` for random supports."""

@@ -10,12 +10,15 @@ take as few bits and are much faster. Or else codes of a fixed width are sent. T
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from packsaddle.compressors import wire
+from packsaddle.compressors.parts import Expected, octets
+from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
@@ -41,10 +44,15 @@ class Layer:
         """The number of coded ones."""
         return self.members - self.going_on if self.inverted else self.going_on
 
-    @property
+    @cached_property
     def rice(self) -> int:
         """The parameter of the gaps' Rice codes."""
         return wire.shortest_rice(self.members, self.coded) if self.coded else 0
+
+    @property
+    def gaps(self) -> Expected:
+        """The description of the coded gaps."""
+        return wire.gap_bytes(self.coded, 1 if self.coded else 0, self.members, self.rice)
 
     @property
     def bits(self) -> float:
@@ -91,27 +99,58 @@ def encode_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
     return coded
 
 
+def level_bytes(d: int, bits: int) -> Expected:
+    """Return the description of what `encode_levels` codes at most d levels in."""
+    return octets(0, bool(d) + math.ceil(d * bits / 8))
+
+
 def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Return the levels that `encode_levels` coded, packed as they were given to it."""
-    if not d or int(coded[0]) == _FIXED:
+    """Return the levels that `encode_levels` coded, packed as they were given to it.
+
+    Raises MessageError unless they are the code of d levels; a level in a fixed width may be above top.
+    """
+    code = _code_of(coded, d)
+    if code == _FIXED:
+        if len(coded) != bool(d) + math.ceil(d * bits / 8):
+            raise MessageError("levels", f"{bool(d) + math.ceil(d * bits / 8)} bytes", len(coded))
         return coded[1:]
-    levels = _from_rice(coded, d) if int(coded[0]) == _RICE else _from_layers(coded, d)
+    levels = _from_rice(coded, d, top) if code == _RICE else _from_layers(coded, d, top)
+    if int(levels.abs().amax()) > top:
+        raise MessageError("levels", f"from {-top} to {top}", f"magnitude {int(levels.abs().amax())}")
     return wire.pack(levels + top, bits)
 
 
 def add_coded_levels(coded: Tensor, top: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
-    """Add alpha level norm to out, float[d], by a compiled loop; return False where there is none, or nothing coded."""
-    if not len(out):
-        return False
-    code = int(coded[0])
+    """Add alpha level norm to out, float[d], by a compiled loop; return False where there is none, or nothing coded.
+
+    Raises MessageError unless they are the code of d levels; out is then partly changed.
+    """
+    code, d = _code_of(coded, len(out)), len(out)
     if code == _RICE and (loop := kernel("add_rice_levels", out, norms)):
-        loop(coded[2:], int(coded[1]), bucket, norms, out, alpha)
-        return True
-    if code == _LAYERS and int(coded[1]) and (loop := kernel("add_coded_levels", out, norms)):
-        layers, bodies, signs = _taken_apart(coded, len(out))
-        loop(_table(layers), bodies, signs, top, bucket, norms, out, alpha)
-        return True
-    return False
+        complete = loop(coded[2:], top, _rice_parameter(coded), bucket, norms, out, alpha)
+    elif code == _LAYERS and int(coded[1]) and (loop := kernel("add_coded_levels", out, norms)):
+        layers, bodies, signs = _taken_apart(coded, d, top)
+        complete = loop(_table(layers), bodies, signs, top, bucket, norms, out, alpha)
+    else:
+        return False
+    if not complete:
+        raise MessageError("levels", f"the code of {d} levels from {-top} to {top}", f"{len(coded)} bytes that are not")
+    return True
+
+
+def _code_of(coded: Tensor, d: int) -> int:
+    """The code of d levels, of which all but that of a fixed width have a second byte."""
+    code = int(coded[0]) if d and len(coded) else _FIXED
+    if code not in (_FIXED, _LAYERS, _RICE) or (code != _FIXED and len(coded) < 2):
+        raise MessageError("levels", f"in code {_FIXED}, {_LAYERS} or {_RICE}", f"code {code} in {len(coded)} bytes")
+    return code
+
+
+def _rice_parameter(coded: Tensor) -> int:
+    b = int(coded[1])
+    if b >= MOST_BITS:
+        raise MessageError("levels", f"Rice codes with a parameter below {MOST_BITS}", b)
+    return b
 
 
 def _of_magnitudes(counts: Sequence[int], top: int) -> list[int]:
@@ -143,9 +182,9 @@ def _in_rice(packed: Tensor, levels: Tensor | None, d: int, top: int, bits: int,
     return torch.cat([packed.new_tensor([_RICE, rice.b]), body])
 
 
-def _from_rice(coded: Tensor, d: int) -> Tensor:
+def _from_rice(coded: Tensor, d: int, top: int) -> Tensor:
     """The levels, int64[d]."""
-    places = wire.unpack_gaps(coded[2:], d, d, 0, int(coded[1]))
+    places = wire.unpack_gaps(coded[2:], d, d, 0, _rice_parameter(coded), (2 * top + 1) * d, "levels")
     folded = torch.diff(places, prepend=places.new_tensor([-1])) - 1
     return torch.where(folded % 2 == 1, (folded + 1) // 2, -(folded // 2))
 
@@ -158,13 +197,14 @@ def _in_layers(packed: Tensor, levels: Tensor | None, d: int, top: int, bits: in
     return torch.cat([packed.new_tensor([_LAYERS, len(layers)]), head, *bodies, signs])
 
 
-def _from_layers(coded: Tensor, d: int) -> Tensor:
+def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
     """The levels, int64[d]."""
-    layers, bodies, signs = _taken_apart(coded, d)
+    layers, bodies, signs = _taken_apart(coded, d, top)
     levels = torch.zeros(d, dtype=torch.int64, device=coded.device)
     members = None
     for layer, body in zip(layers, bodies, strict=True):
-        index = wire.unpack_gaps(body, layer.coded, max(1, layer.coded), layer.members, layer.rice)
+        kept = max(1, layer.coded)
+        index = wire.unpack_gaps(body, layer.coded, kept, layer.members, layer.rice, layer.members, "levels")
         if layer.inverted:
             goes_on = torch.ones(layer.members, dtype=torch.bool, device=coded.device)
             goes_on[index] = False
@@ -205,15 +245,24 @@ def _bodies(levels: Tensor | None, layers: Sequence[Layer]) -> tuple[list[Tensor
     return bodies, wire.pack_bits(levels[levels != 0] < 0)
 
 
-def _taken_apart(coded: Tensor, d: int) -> tuple[list[Layer], list[Tensor], Tensor]:
-    """The layers, their gaps, and the signs."""
+def _taken_apart(coded: Tensor, d: int, top: int) -> tuple[list[Layer], list[Tensor], Tensor]:
+    """The layers, their gaps, and the signs, of the lengths that they must have."""
     count, width = int(coded[1]), _width(d)
     start = 2 + math.ceil(2 * count * width / 8)
+    if count > top or start > len(coded):
+        raise MessageError("levels", f"of at most {top} layers, and their sizes", f"{count} in {len(coded)} bytes")
+    # Each layer has members of the one before, a body for them, and the signs of the first are the rest.
     sizes = wire.unpack(coded[2:start], width, 2 * count).tolist()
     going_on, lengths = sizes[::2], sizes[1::2]
     layers = [Layer(members, k) for members, k in zip([d, *going_on], going_on, strict=False)]
-    *bodies, signs = torch.split(coded[start:], [*lengths, len(coded) - start - sum(lengths)])
-    return layers, bodies, signs
+    signs = math.ceil((going_on or [0])[0] / 8)
+    fit = all(0 < layer.going_on <= layer.members for layer in layers) and all(
+        layer.gaps.least <= n <= layer.gaps.most for layer, n in zip(layers, lengths, strict=True)
+    )
+    if not fit or start + sum(lengths) + signs != len(coded):
+        raise MessageError("levels", f"of layers that fit in {len(coded)} bytes", f"layers of {going_on} in {lengths}")
+    *bodies, rest = torch.split(coded[start:], [*lengths, signs])
+    return layers, bodies, rest
 
 
 def _width(d: int) -> int:

@@ -1,14 +1,17 @@
 """LowRank: PowerSGD's factors (Vogels et al. 2019), as what users will compare with."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Compressor, Message, check_count
+from packsaddle.compressors.parts import Expected, check_magnitudes, decoding, floats
 from packsaddle.numerics.seeds import Stream, generator
+
+_LARGEST_OF_BASIS = 1 + 2.0**-6  # in magnitude: 1, rounded in 16 bits after a QR in 32
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,14 @@ class LowRank(Compressor):
         rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
         return Message({"left": _join(ps), "right": _join(rows)})
 
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        left, right = self.factor_sizes(d)
+        return {"left": floats(left), "right": floats(right)}
+
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         left, right = message.parts["left"].to(out.dtype), message.parts["right"].to(out.dtype)
+        with decoding(self):
+            check_magnitudes("left", left, _LARGEST_OF_BASIS)
         for matrix, (n, m) in zip(self.matrices(out), self._shapes(len(out)), strict=True):
             r = self.rank((n, m))
             p, left = left[: n * r].view(n, r), left[n * r :]

@@ -1,7 +1,7 @@
 """Compressors that send every coordinate in few bits: Sign and QSGD."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import ClassVar
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, check_count, check_flag
-from packsaddle.compressors.levels import MOST_BITS, add_coded_levels, decode_levels, encode_levels
+from packsaddle.compressors.levels import MOST_BITS, add_coded_levels, decode_levels, encode_levels, level_bytes
+from packsaddle.compressors.parts import Expected, decoding, floats, octets
+from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
 
@@ -59,6 +61,9 @@ class Sign(Compressor):
         loop = kernel("pack_signs", v)
         signs = loop(v) if loop else wire.pack_bits(v >= 0)
         return Message({"signs": signs, "scales": scales.to(v.dtype)})
+
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        return {"signs": octets(math.ceil(d / 8)), "scales": floats(len(self._sizes(d)))}
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         signs, scales, first = message.parts["signs"], message.parts["scales"].to(out.dtype), 0
@@ -183,15 +188,20 @@ class QSGD(Compressor):
         codes = torch.where(buckets < 0, -level, level).nan_to_num_(0.0).add_(self.levels)
         return codes.to(torch.int64), (norms * largest).squeeze(1)
 
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        levels = level_bytes(d, self.bits) if self._codes_levels else octets(math.ceil(d * self.bits / 8))
+        return {"levels": levels, "scales": floats(math.ceil(d / self._width(d)))}
+
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         packed, norms = message.parts["levels"], message.parts["scales"]
         scale = alpha / (self.levels * (1 + self.omega(len(out))))
         some = self._not_zero(norms, len(out)) if self._codes_levels else None
-        if some is None:
-            self._add(packed, norms, self._width(len(out)), out, scale)
-            return
-        found = out.new_zeros(some.coordinates)
-        self._add(packed, norms[some.index], some.width, found, scale)
+        with decoding(self):
+            if some is None:
+                self._add(packed, norms, self._width(len(out)), out, scale)
+                return
+            found = out.new_zeros(some.coordinates)
+            self._add(packed, norms[some.index], some.width, found, scale)
         some.add(found, out)
 
     def _add(self, packed: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
@@ -201,12 +211,16 @@ class QSGD(Compressor):
                 return
             packed = decode_levels(packed, len(out), self.levels, self.bits)
         if self.bits <= 8 and (loop := kernel("add_levels", out, norms)):
-            loop(packed, self.levels, self.bits, b, norms, out, scale)
+            if not loop(packed, self.levels, self.bits, b, norms, out, scale):
+                raise MessageError("levels", f"codes of at most {2 * self.levels}", "a larger one")
             return
         size = _slab(b)
         pieces = torch.split(packed, size * self.bits // 8), torch.split(norms, size // b)
         for slab, codes, scales in zip(torch.split(out, size), *pieces, strict=True):
-            levels = (wire.unpack(codes, self.bits, len(slab)) - self.levels).to(scales.dtype)
+            found = wire.unpack(codes, self.bits, len(slab))
+            if len(found) and int(found.max()) > 2 * self.levels:
+                raise MessageError("levels", f"codes of at most {2 * self.levels}", int(found.max()))
+            levels = (found - self.levels).to(scales.dtype)
             slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # in this order: no overflow
 
     def _not_zero(self, norms: Tensor, d: int) -> "_Buckets | None":

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Message, check_count, check_flag
+from packsaddle.compressors.parts import Expected, floats
 from packsaddle.compressors.selection import largest
 from packsaddle.compressors.sparse import Cells, KOfD
 from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys, mix
@@ -132,7 +133,13 @@ class SharedTopK(KOfD):
         cells = self.choose(projected, len(v), seed=seed, step=step)
         return Message({"sketch": projected, "values": cells.gather(v)}, cells)
 
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        blocks, kept, rows = self.grid(d)
+        sketch = floats(blocks * rows, torch.bfloat16 if self.half else None)
+        return {"sketch": sketch, "values": floats(kept * self.block(d))}
+
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        self.check_parts(parts, d)
         return Message(parts, self.choose(parts["sketch"], d, seed=seed, step=step))
 
     def support_of(self, message: Message, d: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, check_share
+from packsaddle.compressors.parts import Expected, floats
 from packsaddle.compressors.selection import largest, largest_of_blocks
 from packsaddle.compressors.sparse import KOfD
 from packsaddle.numerics.seeds import Stream, add_gaussians, keys, mix
@@ -141,7 +142,13 @@ class SketchTopK(KOfD):
         values = v[index]
         return Message({"sketch": counters, "values": values}, self.keep(index, values, d))
 
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        rows, columns, candidates = self.shape(d)
+        sketch = floats(rows * columns, torch.bfloat16 if self.half else None)
+        return {"sketch": sketch, "values": floats(candidates)}
+
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        self.check_parts(parts, d)
         hashes = self.hashes(d, seed=seed, step=step)
         index = self.candidates(parts["sketch"], hashes, d, seed=seed, step=step)
         return Message(parts, self.keep(index, parts["values"], d))
@@ -232,7 +239,11 @@ class LinearSketch(Compressor):
         counters = [rows @ v for rows in self._gaussian_rows(d, v, seed, step)]
         return Message({"sketch": torch.cat(counters)}, (seed, step))
 
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        return {"sketch": floats(self.width(d) if d else 0)}
+
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        self.check_parts(parts, d)
         return Message(parts, (seed, step))
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, check_share
 from packsaddle.compressors.chunks import Chunks
+from packsaddle.compressors.parts import Expected, check_expected, decoding, floats
 from packsaddle.compressors.sections import counts_among_largest, shared_out, shares_of_support
 from packsaddle.compressors.selection import holding, largest
 from packsaddle.compressors.values import (
@@ -24,6 +25,7 @@ from packsaddle.compressors.values import (
     encode_values,
     value_bytes,
     value_count,
+    value_parts,
     value_retention,
 )
 from packsaddle.numerics.kernels import kernel
@@ -121,6 +123,9 @@ class Identity(Compressor):
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         out.add_(message.parts["values"], alpha=alpha)
+
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        return {"values": floats(d)}
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         return d * itemsize
@@ -288,7 +293,11 @@ class RandomK(_OfEachTensor):
         cells = self.cells(v.numel(), seed=seed, step=step, device=v.device)
         return Message(encode_values(cells.gather(v), self.values), cells)
 
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        return value_parts(self.grid(d)[1] * self.block(d), self.values)
+
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        self.check_parts(parts, d)
         return Message(parts, self.cells(d, seed=seed, step=step, device=parts["values"].device))
 
     def support_of(self, message: Message, d: int) -> Tensor:
@@ -296,7 +305,9 @@ class RandomK(_OfEachTensor):
         return cells.coordinates(d)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        message.context.add_to(out, decode_values(message.parts, self.values, out.dtype), alpha)
+        with decoding(self):
+            values = decode_values(message.parts, self.values, out.dtype)
+        message.context.add_to(out, values, alpha)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         return value_bytes(self.grid(d)[1] * self.block(d), self.values, itemsize)
@@ -314,17 +325,27 @@ class _CodedSupport(Compressor):
             index,
         )
 
+    def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
+        """Raise MessageError unless `parts` are those of the number of values among them, at most d."""
+        k = min(d, value_count(parts, self.values)) if "values" in parts else 0
+        with decoding(self):
+            check_expected(parts, {"indices": wire.index_bytes(d, k), **value_parts(k, self.values)}, d)
+
     def support_of(self, message: Message, d: int) -> Tensor:
-        index: Tensor | None = message.context  # the sender still knows it
-        return (
-            wire.decode_indices(message.parts["indices"], value_count(message.parts, self.values), d)
-            if index is None
-            else index
-        )
+        index: Tensor | None = message.context  # the sender still has it
+        if index is None:
+            with decoding(self):
+                index = self._decode_indices(message.parts, d)
+        return index
+
+    def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
+        return wire.decode_indices(parts["indices"], value_count(parts, self.values), d)
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         index = self.support_of(message, out.numel())
-        out.index_add_(0, index, decode_values(message.parts, self.values, out.dtype), alpha=alpha)
+        with decoding(self):
+            values = decode_values(message.parts, self.values, out.dtype)
+        out.index_add_(0, index, values, alpha=alpha)
 
     def _bytes(self, d: int, k: int, itemsize: int) -> float:
         return math.ceil(wire.index_bits(d, k) / 8) + value_bytes(k, self.values, itemsize)
@@ -405,11 +426,20 @@ class TopK(_CodedSupport, _OfEachTensor):
         parts = [largest(v[at : at + n], KOfD.count(self, n)) + at for at, n in self.tensors(v.numel())]
         return self._message(v, torch.cat(parts) if len(parts) > 1 else parts[0] if parts else largest(v, 0))
 
-    def support_of(self, message: Message, d: int) -> Tensor:
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        chunks, k = self.chunks(d), self.count(d)
+        return {"indices": chunks.expected() if chunks else wire.index_bytes(d, k), **value_parts(k, self.values)}
+
+    def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
+        """Raise MessageError unless `parts` fit d coordinates; the k of `apportion` differs between workers."""
+        if self.k is None:
+            Compressor.check_parts(self, parts, d)
+        else:
+            super().check_parts(parts, d)
+
+    def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
         chunks = self.chunks(d)
-        if chunks is None or message.context is not None:
-            return super().support_of(message, d)
-        return chunks.decode(message.parts["indices"])
+        return chunks.decode(parts["indices"]) if chunks else super()._decode_indices(parts, d)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         if (chunks := self.chunks(d)) is not None:

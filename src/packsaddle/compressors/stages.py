@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Compressor, Message, check_count
+from packsaddle.compressors.parts import decoding
+from packsaddle.errors import MessageError
+from packsaddle.messages import shown
 from packsaddle.numerics.seeds import mix
 
 
@@ -90,20 +93,22 @@ class Stages(Compressor):
         return Message(parts, tuple(m.context for m in messages))
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        messages = [
-            self.compressor.receive(p, d, seed=self._seed_of(i, seed), step=step)
-            for i, p in enumerate(self._split(parts))
-        ]
+        messages = []
+        for i, of_pass in enumerate(self._split(parts)):
+            with decoding(self, f"{i + 1} "):
+                messages.append(self.compressor.receive(of_pass, d, seed=self._seed_of(i, seed), step=step))
         return Message(parts, tuple(m.context for m in messages))
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        for one in self._messages(message):
-            self.compressor.add_decoded(one, out, alpha)
+        for i, one in enumerate(self._messages(message), 1):
+            with decoding(self, f"{i} "):
+                self.compressor.add_decoded(one, out, alpha)
 
     def support_of(self, message: Message, d: int) -> Tensor | None:
-        supports = [self.compressor.support_of(one, d) for one in self._messages(message)]
         sent: Tensor | None = None
-        for support in supports:
+        for i, one in enumerate(self._messages(message), 1):
+            with decoding(self, f"{i} "):
+                support = self.compressor.support_of(one, d)
             if support is None:
                 return None
             sent = support.new_zeros(d, dtype=torch.bool) if sent is None else sent
@@ -116,11 +121,12 @@ class Stages(Compressor):
         return super().message_bytes(d, itemsize)  # what a pass leaves has another distribution: only passing can tell
 
     def _split(self, parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The parts of each pass."""
-        split: list[dict[str, Tensor]] = [{} for _ in range(self.passes)]
-        for name, part in parts.items():
-            number, _, of_pass = name.partition(" ")
-            split[int(number) - 1][of_pass] = part
+        """The parts of each pass; raises MessageError if one belongs to none."""
+        split: list[dict[str, Tensor]] = []
+        for i in range(1, self.passes + 1):
+            split.append({n.removeprefix(f"{i} "): part for n, part in parts.items() if n.startswith(f"{i} ")})
+        if sum(map(len, split)) != len(parts):
+            raise MessageError("parts", f"named by passes 1 to {self.passes}", ", ".join(parts), shown(self))
         return split
 
     def _messages(self, message: Message) -> list[Message]:

@@ -14,7 +14,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from packsaddle.compressors.parts import Expected, check_magnitudes, floats, octets
 from packsaddle.compressors.wire import pack, unpack
+from packsaddle.errors import MessageError
 
 ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "int1"]
 FORMATS = get_args(ValueFormat)
@@ -24,6 +26,7 @@ _PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits; a last byte has 
 _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # partings at a mean, of which two levels each come
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
 _SCALE_UNIT = 2.0**126  # what the largest scale is then, so that all exponents are used
+_MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # below two units, as a subnormal one may be half the largest
 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
@@ -90,18 +93,27 @@ def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Return the scales, float[m]."""
     if "unit" not in parts:
         return parts["scales"].to(dtype)
-    bits = (parts["scales"].to(torch.int32) & 0xFFFF) << _SCALE_SHIFT
-    return (bits.view(torch.float32).double() / _SCALE_UNIT * parts["unit"].double()).to(dtype)
+    codes = parts["scales"].to(torch.int32) & 0xFFFF
+    unit = parts["unit"]
+    if len(codes) and (most := int(codes.max())) > _MOST_SCALE and bool(unit.isfinite().all()):
+        raise MessageError("scales", f"codes of at most {_MOST_SCALE}", most)
+    bits = codes << _SCALE_SHIFT
+    return (bits.view(torch.float32).double() / _SCALE_UNIT * unit.double()).to(dtype)
 
 
 def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype) -> Tensor:
-    """Return the float[k] values of `encode_values`."""
+    """Return the float[k] values of `encode_values`, for parts as `value_parts` describes them.
+
+    Raises MessageError if a value or a scale is larger than its unit.
+    """
     if how is None:
         return parts["values"].to(dtype)
     k, scales = value_count(parts, how), _scales_of(parts, dtype)
     whole = unpack(parts["values"][:-1], _PACKED[how], k) if how in _PACKED else parts["values"]
     if how in _HALVINGS:
         return _of_levels(whole, scales, _HALVINGS[how])
+    if how not in _LARGEST:
+        check_magnitudes("values", whole, 1.0)
     values = (whole - 8 if how == "int4" else whole).to(dtype)
     if how in _LARGEST:
         values = values / _LARGEST[how]
@@ -115,13 +127,25 @@ def _of_levels(codes: Tensor, levels: Tensor, halvings: int) -> Tensor:
     return signed.gather(1, blocks).view(-1)[: len(codes)]
 
 
+def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:
+    """Return the description of the parts of `encode_values` for k values."""
+    if how is None:
+        return {"values": floats(k)}
+    blocks = math.ceil(k / VALUE_BLOCK)
+    if how not in _PACKED:
+        return {"values": Expected((_dtype(how),), k, k), "scales": floats(blocks)}
+    values = octets(math.ceil(k * _PACKED[how] / 8) + 1, last=k % 8) if k else octets(0)
+    scales = blocks << _HALVINGS.get(how, 0)
+    return {"values": values, "scales": Expected((torch.int16,), scales, scales), "unit": floats(min(k, 1))}
+
+
 def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
     """Return k, the number of values in a message."""
-    coded = parts["values"]
-    if how not in _PACKED or not len(coded):
-        return len(coded)
+    coded = parts["values"].flatten()
+    if how not in _PACKED or not coded.numel():
+        return coded.numel()
     most = (len(coded) - 1) * 8 // _PACKED[how]
-    return most - (most - int(coded[-1])) % 8
+    return max(0, most - (most - int(coded[-1].to(torch.uint8))) % 8)
 
 
 def _packed(numbers: Tensor, width: int) -> Tensor:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packsaddle.compressors.parts import Expected, octets
+from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
 
 _BITMAP, _FIXED, _RICE = 0, 1, 2
@@ -91,18 +93,36 @@ def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
     return torch.cat([pack_bits(unary), pack(gaps & ((1 << b) - 1), b)])
 
 
-def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor:
-    """Return the int64[k] indices that `pack_gaps` packed."""
+def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
+    """Return the int64[k] indices that `pack_gaps` packed.
+
+    Raises MessageError, about `part`, unless `packed` codes k indices, all in their [c size, (c + 1) size) and below
+    `stop`, and nothing else.
+    """
     if b <= _COMPILED_WIDTH and (loop := kernel("unpack_gaps", device=packed.device)):
-        index: Tensor = loop(packed, k, kept, size, b)
-        return index
+        index: Tensor | None = loop(packed, k, kept, size, b)
+    else:
+        index = _unpack_gaps(packed, k, kept, size, b)
+    if index is None or (k and int(index[-1]) >= stop):
+        raise MessageError(part, f"the gaps between {k} numbers below {stop}", f"{len(packed)} bytes that are not")
+    return index
+
+
+def _unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor | None:
+    """Return the int64[k] indices; None if others than k gaps are coded, or some lead beyond their chunk."""
     split = len(packed) - math.ceil(k * b / 8)
-    ends = unpack_bits(packed[:split], split * 8).nonzero().squeeze(1)[:k]
+    if split < 0:
+        return None
+    ends = unpack_bits(packed[:split], split * 8).nonzero().squeeze(1)
+    if len(ends) != k or split != (int(ends[-1]) // 8 + 1 if k else 0):
+        return None
     quotients = torch.diff(ends, prepend=ends.new_tensor([-1])) - 1
     steps = ((quotients << b) | unpack(packed[split:], b, k)) + 1
     edge = k // kept * kept
     starts = torch.arange(0, k, kept, device=packed.device) // kept * size - 1
     whole = steps[:edge].view(-1, kept).cumsum(1) + starts[: edge // kept, None]
+    if len(starts) > 1 and bool((whole[: len(starts) - 1, -1] > starts[1:]).any()):
+        return None
     return torch.cat([whole.view(-1), steps[edge:].cumsum(0) + starts[edge // kept :]])
 
 
@@ -129,15 +149,35 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
 
 
 def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
-    """Return the increasing int64[k] that `encode_indices` coded."""
+    """Return the increasing int64[k] that `encode_indices` coded, for coded bytes as `index_bytes` describes them.
+
+    Raises MessageError unless they are the code of k indices of [0, d).
+    """
     if k in (0, d):
         return torch.arange(k, device=coded.device)
     code, body = int(coded[0]), coded[1:]
-    if code == _BITMAP:
-        return unpack_bits(body, d).nonzero().squeeze(1)
-    if code == _FIXED:
-        return unpack(body, _width(d), k)
-    return unpack_gaps(body, k, k, d, _rice_parameter(d, k))
+    if code == _RICE:
+        return unpack_gaps(body, k, k, d, _rice_parameter(d, k), d)
+    if code not in (_BITMAP, _FIXED):
+        raise MessageError("indices", f"in code {_BITMAP}, {_FIXED} or {_RICE}", f"code {code}")
+    size = math.ceil((d if code == _BITMAP else k * _width(d)) / 8)
+    if len(body) != size:
+        raise MessageError("indices", f"{size} bytes after the first", len(body))
+    index = unpack_bits(body, d).nonzero().squeeze(1) if code == _BITMAP else unpack(body, _width(d), k)
+    if len(index) != k or int(index[-1]) >= d or (code == _FIXED and bool((index[1:] <= index[:-1]).any())):
+        raise MessageError("indices", f"{k} increasing numbers below {d}", f"{len(index)} that are not")
+    return index
+
+
+def index_bytes(d: int, k: int) -> Expected:
+    """Return the description of what `encode_indices` codes k indices of [0, d) in."""
+    return octets(0) if k in (0, d) else octets(2, 1 + math.ceil(min(d, k * _width(d)) / 8))
+
+
+def gap_bytes(k: int, chunks: int, size: int, b: int) -> Expected:
+    """Return the description of what `pack_gaps` packs k indices, of `chunks` times [0, size), in."""
+    remainders = math.ceil(k * b / 8)
+    return octets(remainders + math.ceil(k / 8), remainders + math.ceil((k + chunks * (size >> b)) / 8))
 
 
 def index_bits(d: int, k: int) -> float:

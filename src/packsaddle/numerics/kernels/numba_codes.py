@@ -10,6 +10,7 @@ from packsaddle.numerics.kernels.numba_common import (
     MAGNITUDE,
     Array,
     bits_of,
+    check_room,
     compiled_loop,
     compiled_sum,
     in_parts,
@@ -57,6 +58,7 @@ def _sum_of_magnitudes(v: Array) -> float:
 
 def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
     """Add +scale or -scale, float[], to each of out, float[n], as the bits from number `first` on say."""
+    check_room("signs", packed, -(-(first + len(out)) // 8))
     p, o = packed.numpy(), out.numpy()
     s = scalar(float(scale), o)
     in_parts(len(out), 8, lambda start, stop: _add_signs(p, first + start, s, o[start:stop]))
@@ -168,27 +170,39 @@ def pack_codes(codes: Array, bits: int, out: Array) -> None:
             out[k * bits + j] = np.uint8((word >> np.uint64(8 * (bits - 1 - j))) & np.uint64(255))
 
 
-def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
-    """Add alpha (code - levels) norm to out, float[d], for the codes and norms of `pack_levels`."""
+def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
+    """Add alpha (code - levels) norm to out, float[d], for the codes and norms of `pack_levels`.
+
+    Returns False if a code is above 2 levels.
+    """
+    check_room("packed levels", packed, -(-len(out) * bits // 8))
+    check_room("norms", norms, -(-len(out) // bucket))
     p, s, o = packed.numpy(), norms.numpy(), out.numpy()
     scale = scalar(alpha, o)
 
-    def part(start: int, stop: int) -> None:
-        _add_levels(p[start * bits // 8 :], levels, bits, bucket, s[start // bucket :], o[start:stop], scale)
+    def part(start: int, stop: int) -> int:
+        largest: int = _add_levels(
+            p[start * bits // 8 :], levels, bits, bucket, s[start // bucket :], o[start:stop], scale
+        )
+        return largest
 
-    in_parts(len(out), 8 * bucket, part)
+    return max(in_parts(len(out), 8 * bucket, part)) <= 2 * levels
 
 
 @compiled_loop
-def _add_levels(packed: Array, levels: int, bits: int, bucket: int, norms: Array, out: Array, alpha: float) -> None:
-    codes = np.empty(8 * bucket, np.uint8)
+def _add_levels(packed: Array, levels: int, bits: int, bucket: int, norms: Array, out: Array, alpha: float) -> Any:
+    """Return the largest code."""
+    codes, largest = np.empty(8 * bucket, np.uint8), np.uint8(0)
     for group in range(0, len(out), 8 * bucket):
         held = out[group : group + 8 * bucket]
         unpack_codes(packed[group * bits // 8 :], bits, codes[: -(-len(held) // 8) * 8])
         for start in range(0, len(held), bucket):
             x, c, norm = held[start : start + bucket], codes[start : start + bucket], norms[(group + start) // bucket]
             for i in range(len(x)):
+                largest = max(largest, c[i])
+            for i in range(len(x)):
                 x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(levels))) * norm  # in this order: no overflow
+    return largest
 
 
 @compiled_loop
@@ -258,41 +272,53 @@ def _pack_gaps(index: Array, kept: int, size: int, b: int, unary: Array, remaind
     return bit
 
 
-def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor:
-    """Return the int64[k] indices that `pack_gaps` coded."""
+def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor | None:
+    """Return the int64[k] indices that `pack_gaps` coded; None if others than k gaps are coded, or some lead beyond
+    their chunk. What the last chunk ends at is left to the caller."""
     out = torch.empty(k, dtype=torch.int64)
     split = len(packed) - -(-k * b // 8)
-    _unpack_gaps(packed.numpy()[:split], packed.numpy()[split:], kept, size, b, out.numpy())
-    return out
+    if split < 0:
+        return None
+    complete = _unpack_gaps(packed.numpy()[:split], packed.numpy()[split:], kept, size, b, out.numpy())
+    return out if complete else None
 
 
 @compiled_loop
-def _unpack_gaps(unary: Array, remainders: Array, kept: int, size: int, b: int, out: Array) -> None:
+def _unpack_gaps(unary: Array, remainders: Array, kept: int, size: int, b: int, out: Array) -> bool:
     ends, mask, accumulator = np.empty(9, np.int64), np.uint64((1 << b) - 1), np.uint64(0)
     held, place, m, before, last = 0, 0, 0, np.int64(-1), np.int64(-1)
     for j in range(len(unary)):
+        if m == len(out):
+            return False
         byte = unary[j]
         found: Any = 0
         for i in range(8):  # no branch to mispredict: where there is no one, what is written is written over
             ends[found] = 8 * j + i
             found += np.int64((byte >> (7 - i)) & 1)
-        for i in range(min(found, len(out) - m)):
+        if found > len(out) - m:
+            return False
+        for i in range(found):
             while held < b:
                 accumulator = (accumulator << np.uint64(8)) | np.uint64(remainders[place])
                 held += 8
                 place += 1
             held -= b
             if m % kept == 0:
-                last = np.int64(m // kept) * size - 1
+                before_chunk = np.int64(m // kept) * size - 1
+                if last > before_chunk:
+                    return False
+                last = before_chunk
             quotient = np.uint64(ends[i] - before - 1)
             before = ends[i]
             last += np.int64((quotient << np.uint64(b)) | ((accumulator >> np.uint64(held)) & mask)) + 1
             out[m] = last
             m += 1
+    return m == len(out)
 
 
 def unpack_numbers(packed: Tensor, width: int, n: int) -> Tensor:
     """Return the int64[n] numbers that `pack_numbers` packed."""
+    check_room("packed numbers", packed, -(-n * width // 8))
     out = torch.empty(n, dtype=torch.int64)
     _unpack_numbers(packed.numpy(), width, out.numpy())
     return out

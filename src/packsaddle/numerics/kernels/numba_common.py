@@ -44,6 +44,12 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
 
 
+def check_room(what: str, array: Tensor, least: int) -> None:
+    """Raise ValueError if an array has fewer than `least` elements, which a loop would read beyond its end."""
+    if len(array) < least:
+        raise ValueError(f"{what} must have at least {least} elements, got {len(array)}")
+
+
 def scalar(value: float, like: Array) -> Any:
     """Return a number in the precision of an array; infinite where it is too large for that, as in torch."""
     with np.errstate(over="ignore"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.numerics.kernels.numba_codes import unpack_codes
-from packsaddle.numerics.kernels.numba_common import Array, compiled_loop, scalar
+from packsaddle.numerics.kernels.numba_common import Array, check_room, compiled_loop, scalar
 
 Table = list[tuple[int, int, int, bool]]  # of each layer: members, how many are coded, the Rice parameter, inverted
 _GROUP = 4096  # coordinates that are looked at together, a multiple of 8
@@ -186,16 +186,26 @@ def _append(
 
 def add_coded_levels(
     layers: Table, bodies: list[Tensor], signs: Tensor, top: int, bucket: int, norms: Tensor, out: Tensor, alpha: float
-) -> None:
-    """Add alpha level norm to out, float[d], for what `code_levels` returned and a norm for each bucket."""
+) -> bool:
+    """Add alpha level norm to out, float[d], for what `code_levels` returned and a norm for each bucket.
+
+    There are at most `top` layers, and a body has its remainders at least. Returns False if a layer does not code its
+    number of members, or others.
+    """
+    check_room("norms", norms, -(-len(out) // bucket))
     table = np.array(layers, np.int64).reshape(-1, 4)
     rest_bytes = [-(-coded * b // 8) for _, coded, b, _ in layers]
     unary_bytes = [len(body) - n for body, n in zip(bodies, rest_bytes, strict=True)]
-    stream = torch.cat(bodies).numpy() if bodies else np.zeros(0, np.uint8)
+    # A search for a one that leads beyond its body ends in ones behind all bodies, as many as there are codes.
+    codes = max((coded for _, coded, _, _ in layers), default=0)
+    stream = torch.cat([*bodies, torch.full((codes // 8 + 2,), 255, dtype=torch.uint8)]).numpy()
     ends = _starts([len(body) for body in bodies])
     unary_at, rest_at = ends * 8, (ends + np.array(unary_bytes, np.int64)) * 8
     o = out.numpy()
-    _add_coded_levels(table, stream, unary_at, rest_at, signs.numpy(), top, bucket, norms.numpy(), o, scalar(alpha, o))
+    complete: bool = _add_coded_levels(
+        table, stream, unary_at, rest_at, signs.numpy(), top, bucket, norms.numpy(), o, scalar(alpha, o)
+    )
+    return complete
 
 
 @compiled_loop
@@ -210,17 +220,18 @@ def _add_coded_levels(
     norms: Array,
     out: Array,
     alpha: float,
-) -> None:
+) -> bool:
     d, layers = len(out), len(table)
     size = bucket * max(1, _GROUP // bucket)
     codes, hits = np.empty(size, np.uint8), np.empty(size + 16, np.int64)
     places, marks, ends = np.empty(size + 1, np.int64), np.empty(size, np.uint8), np.empty(9, np.int64)
     waiting, left = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
+    unary_end = rest_at.copy()
     for j in range(layers):
         left[j] = table[j, 1]
         if j:
             waiting[j] = _next_gap(j, table[j, 2], left, stream, unary_at, rest_at)
-    unary, rest = stream[unary_at[0] >> 3 : rest_at[0] >> 3], stream[rest_at[0] >> 3 :]
+    unary, rest = stream[unary_at[0] >> 3 :], stream[rest_at[0] >> 3 :]
     b, mask, accumulator = table[0, 2], np.uint64((1 << table[0, 2]) - 1), np.uint64(0)
     held, at, byte_at, before = 0, 0, 0, np.int64(-1)
     last, pending, sign = np.int64(-1), 0, 0
@@ -267,6 +278,8 @@ def _add_coded_levels(
             hits[i - inside] = hits[i]
         pending -= inside
         # Their levels.
+        if sign + m > 8 * len(signs):
+            return False
         codes[:n] = top
         for i in range(m):
             magnitude = 1
@@ -288,11 +301,19 @@ def _add_coded_levels(
             norm = norms[(group + start) // bucket]
             for i in range(len(x)):
                 x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(top))) * norm  # in this order: no overflow
+    # All codes were found, lead to members of their layer, and end in the last byte of quotients, with zeros.
+    unary_at[0] += before + 1
+    complete = left[0] == 0 and pending == 0
+    for j in range(layers):
+        used = unary_at[j] & 7
+        surplus = used and (stream[unary_at[j] >> 3] << used) & 255
+        complete &= (unary_at[j] + 7) >> 3 == unary_end[j] >> 3 and not surplus and (j == 0 or waiting[j] > _NEVER // 2)
+    return complete
 
 
 @compiled_loop
 def _next_gap(j: int, b: int, left: Array, stream: Array, unary_at: Array, rest_at: Array) -> Any:
-    """Read a layer's next gap, bit by bit."""
+    """Read a layer's next gap, bit by bit; _NEVER after the last."""
     if left[j] == 0:
         return np.int64(_NEVER)
     left[j] -= 1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.numerics.kernels.numba_codes import pack_codes, unpack_codes
-from packsaddle.numerics.kernels.numba_common import Array, compiled_loop, scalar
+from packsaddle.numerics.kernels.numba_common import Array, check_room, compiled_loop, scalar
 
 _GROUP = 4096  # coordinates that are looked at together, a multiple of 8
 
@@ -44,16 +44,25 @@ def _rice_levels(packed: Array, d: int, top: int, bits: int, b: int, unary: Arra
             pack_codes(remainders[:whole], b, rest[group * b // 8 :])
 
 
-def add_rice_levels(body: Tensor, b: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
-    """Add alpha level norm to out, float[d], for what `rice_levels` returned and a norm for each bucket."""
+def add_rice_levels(body: Tensor, top: int, b: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
+    """Add alpha level norm to out, float[d], for what `rice_levels` returned and a norm for each bucket.
+
+    Returns False if others than d levels are coded, or if one is not from -top to top.
+    """
+    check_room("norms", norms, -(-len(out) // bucket))
     o = out.numpy()
     split = len(body) - -(-len(out) * b // 8)
     stream = body.numpy()
-    _add_rice_levels(stream[:split], stream[split:], b, bucket, norms.numpy(), o, scalar(alpha, o))
+    return split >= 0 and bool(
+        _add_rice_levels(stream[:split], stream[split:], top, b, bucket, norms.numpy(), o, scalar(alpha, o))
+    )
 
 
 @compiled_loop
-def _add_rice_levels(unary: Array, rest: Array, b: int, bucket: int, norms: Array, out: Array, alpha: float) -> None:
+def _add_rice_levels(
+    unary: Array, rest: Array, top: int, b: int, bucket: int, norms: Array, out: Array, alpha: float
+) -> bool:
+    longest = np.int64((2 * top >> b) + 1)  # bits of a quotient
     size = 8 * bucket * max(1, _GROUP // (8 * bucket))  # whole buckets, whose remainders end at a byte
     remainders, quotients, levels = np.zeros(size, np.uint8), np.empty(size + 8, np.int32), np.empty(size, np.int32)
     ends = np.empty(9, np.int64)
@@ -64,6 +73,8 @@ def _add_rice_levels(unary: Array, rest: Array, b: int, bucket: int, norms: Arra
             unpack_codes(rest[group * b // 8 :], b, remainders[: -(-n // 8) * 8])
         # The quotients of this group, and up to seven of the next.
         while pending < n and byte_at < len(unary):
+            if 8 * byte_at - before > longest:
+                return False
             byte = unary[byte_at]
             ones: Any = 0
             for i in range(8):  # no branch to mispredict: where there is no one, what is written is written over
@@ -74,9 +85,16 @@ def _add_rice_levels(unary: Array, rest: Array, b: int, bucket: int, norms: Arra
                 quotients[pending + i] = np.int32(ends[i] - before - 1)
                 before = ends[i]
             pending += ones
+        if pending < n:
+            return False
         for i in range(n):
             folded = (quotients[i] << b) | np.int32(remainders[i])
             levels[i] = (folded + 1) >> 1 if folded & 1 else -(folded >> 1)
+        largest = np.int32(0)
+        for i in range(n):
+            largest = max(largest, abs(levels[i]))
+        if largest > top:
+            return False
         for i in range(n, pending):
             quotients[i - n] = quotients[i]
         pending -= n
@@ -85,3 +103,4 @@ def _add_rice_levels(unary: Array, rest: Array, b: int, bucket: int, norms: Arra
             norm = norms[(group + start) // bucket]
             for i in range(len(x)):
                 x[i] += (alpha * out.dtype.type(c[i])) * norm  # in this order: no overflow
+    return pending == 0 and byte_at == len(unary)

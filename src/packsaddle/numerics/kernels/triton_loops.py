@@ -157,8 +157,11 @@ def _pack_codes(codes, out, groups, n, BITS: tl.constexpr, SIZE: tl.constexpr): 
         )
 
 
-def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> None:
-    """Add alpha (code - levels) norm to out, float[d], for the codes and norms of `pack_levels`."""
+def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
+    """Add alpha (code - levels) norm to out, float[d], for the codes and norms of `pack_levels`.
+
+    Returns True: to find a code above 2 levels the device would have to be waited for. It adds at most twice a level.
+    """
     programs = -(-len(out) // _AT_ONCE)
     _launch(
         _add_levels,
@@ -174,6 +177,7 @@ def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tenso
         BITS=bits,
         SIZE=_AT_ONCE,
     )
+    return True
 
 
 @triton.jit
