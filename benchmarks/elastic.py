@@ -168,7 +168,7 @@ class Ours:
         manager = connect(spec.lighthouse, name=spec.name, timeout=TIMEOUT, quorum_timeout=60.0, connect_timeout=20.0)
         elastic = packsaddle.Elastic(
             manager,
-            memory=Path(spec.memory) if spec.memory else None,
+            memory_file=Path(spec.memory) if spec.memory else None,
             weight=spec.weight,
             patience=90.0,
             grace=spec.grace,
@@ -176,7 +176,7 @@ class Ours:
         compression = packsaddle.Compression(
             packsaddle.TopK(1 / 8, values="int8"), dense_below=10, compare_every=1 if spec.dtype == "float64" else 100
         )
-        self.local = packsaddle.LocalUpdates(self.optimizer, every=spec.every, compressor=compression, manager=elastic)
+        self.local = packsaddle.LocalUpdates(self.optimizer, compression, every=spec.every, workers=elastic)
         if spec.fault:
             self._break(spec.fault)
         rng = torch.Generator().manual_seed(7)

@@ -93,7 +93,7 @@ def _ours(compressor: packsaddle.Compressor, noise: float, group: Any, weight: n
 
 def _rounds(fused: dict[str, bool], group: Any, weight: nn.Parameter) -> torch.optim.Optimizer:
     optimizer = torch.optim.AdamW([weight], 1e-3, **fused)  # type: ignore[arg-type]
-    packsaddle.LocalUpdates(optimizer, every=1, compressor=packsaddle.TopK(1 / 32, values="int2"), process_group=group)
+    packsaddle.LocalUpdates(optimizer, every=1, compressor=packsaddle.TopK(1 / 32, values="int2"), workers=group)
     return optimizer
 
 
@@ -133,7 +133,7 @@ def trained(device: str) -> dict[str, Any]:
                 forward = DistributedDataParallel(model)
                 packsaddle.register_ddp_hook(forward, packsaddle.TopK(0.1), optimizer=optimizer)
             else:
-                local = packsaddle.LocalUpdates(optimizer, every=4, compressor=packsaddle.TopK(0.1), delay=2)
+                local = packsaddle.LocalUpdates(optimizer, every=4, compressor=packsaddle.TopK(0.1), overlap=2)
             rng = torch.Generator().manual_seed(group.rank)
             losses = []
             for _ in range(20):

@@ -50,7 +50,7 @@ def main() -> None:
     for name, options in {
         "a round": {},
         "a round, from the anchor": {"keep_unsent": False},
-        "a round, outer Nesterov": {"outer": lambda a: torch.optim.SGD(a, lr=0.7, momentum=0.9, nesterov=True)},
+        "a round, outer Nesterov": {"outer": packsaddle.OuterSGD()},
     }.items():
         ps = parameters(args.d)
         optimizer = torch.optim.SGD(ps, lr=1e-3)

@@ -129,12 +129,10 @@ class Exchange:
         if how.every is not None:
             self._local = packsaddle.LocalUpdates(
                 optimizer,
+                packsaddle.Compression(how.compressor or packsaddle.Identity(), decay=how.decay),
                 every=how.every,
-                compressor=how.compressor or packsaddle.Identity(),
                 outer=how.outer,
-                decay=how.decay,
-                fragments=how.fragments,
-                delay=how.delay,
+                overlap=packsaddle.Overlap(how.delay, how.fragments),
                 keep_unsent=how.keep,
             )
         elif how.compressor is not None:

@@ -51,8 +51,8 @@ def train(arguments: argparse.Namespace) -> None:
     model = Transformer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     manager = connect(arguments.lighthouse, min_workers=arguments.min_workers)
-    elastic = packsaddle.Elastic(manager, memory=arguments.memory, weight="steps" if arguments.weigh else None)
-    local = packsaddle.LocalUpdates(optimizer, every=8, manager=elastic)
+    elastic = packsaddle.Elastic(manager, memory_file=arguments.memory, weight="steps" if arguments.weigh else None)
+    local = packsaddle.LocalUpdates(optimizer, every=8, workers=elastic)
 
     # Wait for the others, and have their anchor, outer state, step and position. Each worker has data of its own.
     local.join()

@@ -15,8 +15,8 @@ ALLOWED: dict[str, set[str]] = {
     "comm": {"numerics", "compressors"},
     "checkpoint": {"numerics", "comm"},
     "curvature": {"numerics", "comm"},
-    "optim": {"numerics", "compressors", "comm", "checkpoint"},
-    "theory": {"numerics", "compressors", "comm", "optim"},
+    "optim": {"options", "numerics", "compressors", "comm", "checkpoint"},
+    "theory": {"numerics", "compressors", "comm"},
     "integrations": {"numerics", "compressors", "comm", "optim", "checkpoint", "curvature"},
     "runs": {
         *("options", "numerics", "compressors", "comm", "optim", "checkpoint", "curvature", "theory", "integrations")

@@ -8,7 +8,6 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,7 @@ from benchmarks.race.workload import Batch
 from packsaddle.comm import Bytes, ring_all_gather, ring_all_reduce
 from packsaddle.compressors import TopK
 from packsaddle.errors import MissingExtraError
-from packsaddle.optim import CompressedSGD, Compression, LocalUpdates, register_ddp_hook
+from packsaddle.optim import CompressedSGD, Compression, LocalUpdates, OuterSGD, Overlap, register_ddp_hook
 from packsaddle.runs.tasks import Task
 
 # DDP makes its buckets anew after the first step, so torch's hook lets no error feedback begin before the third.
@@ -135,11 +134,10 @@ def _local_updates(contender: Contender, task: Task, recipe: Recipe) -> Racer:
     sgd = recipe.make(task.parameters(), contender.lr, momentum=contender.momentum)
     local = LocalUpdates(
         sgd,
+        contender.compressor,
         every=contender.every,
-        compressor=contender.compressor,
         outer=torchft_diloco.outer if contender.outer == "nesterov" else None,
-        fragments=contender.fragments,
-        delay=contender.delay,
+        overlap=Overlap(contender.delay, contender.fragments),
         noise=contender.noise,
     )
     return Racer(task, task, sgd, _counted(local), wait=local.wait)
@@ -158,9 +156,9 @@ def _counted(local: LocalUpdates) -> Callable[[int], Bytes]:
 
 def _sparseloco(contender: Contender, task: Task, sgd: torch.optim.Optimizer) -> Racer:
     """SparseLoCo (Sarfi et al. 2025, algorithm 1): e <- 0.95 e + (a - x), its largest entries in 2 bits are sent."""
-    compressor = TopK(64 / 4096, chunk=4096, values="int2")
-    outer = partial(torch.optim.SGD, lr=1.0)
-    local = LocalUpdates(sgd, every=contender.number, compressor=compressor, outer=outer, decay=0.95, keep_unsent=False)
+    compression = Compression(TopK(64 / 4096, chunk=4096, values="int2"), decay=0.95)
+    outer = OuterSGD(1.0, momentum=0.0)
+    local = LocalUpdates(sgd, compression, every=contender.number, outer=outer, keep_unsent=False)
     return Racer(task, task, sgd, _counted(local))
 
 

@@ -28,8 +28,22 @@ def markdown() -> str:
         elif others:
             parts.append(_union([first, *others]))
         else:
-            parts.append(_keys(first, settable(first)))
+            parts += _table(name, first)
     return "\n\n".join(parts)
+
+
+def _table(name: str, cls: type) -> list[str]:
+    """The keys of a table, and a section for each table in it."""
+    hints = get_type_hints(cls)
+    inner = [f for f in settable(cls) if _classes(hints[f.name])]
+    parts = [_keys(cls, [f for f in settable(cls) if f not in inner])]
+    for f in inner:
+        (kind,) = _classes(hints[f.name])
+        optional = " Optional." if type(None) in get_args(hints[f.name]) else ""
+        scalar = f" `{name}.{f.name} = x` alone sets `{settable(kind)[0].name}`."
+        about = _sentence((kind.__doc__ or "").partition("\n")[0])
+        parts += [f"### `[{name}.{f.name}]`", about + optional + scalar, *_table(f"{name}.{f.name}", kind)]
+    return parts
 
 
 def _classes(hint: Any) -> list[type]:

@@ -26,9 +26,9 @@ from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
 from packsaddle.numerics.sketches import NormSketch
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
-from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fsdp import register_fsdp_hook
 from packsaddle.optim.gradient import Storm
+from packsaddle.optim.local_options import Elastic, OuterSGD, Overlap, Workers
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.sgd import CompressedSGD
 from packsaddle.optim.stages.drift import Drift, DriftError
@@ -62,6 +62,8 @@ __all__ = [
     "Noise",
     "NonFiniteError",
     "NormSketch",
+    "OuterSGD",
+    "Overlap",
     "Ramp",
     "RandomK",
     "RatioRamp",
@@ -75,6 +77,7 @@ __all__ = [
     "Storm",
     "TopK",
     "Verdict",
+    "Workers",
     "attach",
     "certify",
     "gradient_noise",

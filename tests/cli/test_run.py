@@ -293,8 +293,8 @@ def test_demo_plateau_is_the_best_constant() -> None:
         ),
         (("--elastic", "http://localhost:1"), "--elastic needs [local] in the file"),
         (
-            ("--elastic", "http://localhost:1", "--set", "local={every=4, delay=1}"),
-            "local.delay does not go with --elastic",
+            ("--elastic", "http://localhost:1", "--set", "local={every=4, overlap=1}"),
+            "local.overlap.delay does not go with --elastic",
         ),
     ],
 )

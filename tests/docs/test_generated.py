@@ -45,8 +45,14 @@ def test_every_key_of_the_configuration_is_explained() -> None:
             continue
         section = sections[f"`[{f.name}]`"] if f.name != "back" else sections["`[compressor]`"]
         for cls in classes_of or inner:
+            of = get_type_hints(cls)
             for key in settable(cls):
-                assert f"| `{key.name}` |" in section, f"{f.name}.{key.name}"
+                kinds = (of[key.name], *getattr(of[key.name], "__args__", ()))
+                tables = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+                for table in tables:
+                    there = sections[f"`[{f.name}.{key.name}]`"]
+                    assert all(f"| `{inside.name}` |" in there for inside in settable(table))
+                assert tables or f"| `{key.name}` |" in section, f"{f.name}.{key.name}"
             assert not classes_of or f"`{cls.__name__}`" in section
     assert not [row for row in rows(configuration.markdown()) if not row[-1]]
 

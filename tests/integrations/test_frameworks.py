@@ -348,7 +348,7 @@ def stepping(given: Any = None) -> tuple[Any, Any, Callable[[int], None]]:
     model = DistributedDataParallel(module)
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
-    own = attach_local_updates(model, module, given or [optimizer], TopK(0.1), every=3, delay=1, scaler=scaler)
+    own = attach_local_updates(model, module, given or [optimizer], TopK(0.1), every=3, overlap=1, scaler=scaler)
     assert own is not None
     data = torch.Generator().manual_seed(resolve(None).rank)
 

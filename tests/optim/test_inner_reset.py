@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from specs import local_options
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -109,7 +110,7 @@ def train(worker: int, make: Make, **options: Any) -> tuple[list[Tensor], LocalU
     net, seen = network(), []
     optimizer = make(list(net.parameters()))
     whole = Compression(Identity(), dense_below=0)
-    local = LocalUpdates(optimizer, every=EVERY, compressor=whole, keep_unsent=False, **options)
+    local = LocalUpdates(optimizer, every=EVERY, **local_options(compressor=whole, keep_unsent=False, **options))
     for n in range(1, STEPS + 1):
         backward(net, worker, n, bad=n == BAD and worker == 1)
         optimizer.step()

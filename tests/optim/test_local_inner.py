@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from local_updates import gradient
+from specs import local_options
 from torch import Tensor, nn
 
-from packsaddle import Compression, Identity, LocalUpdates, TopK, simulate
+from packsaddle import Compression, Identity, LocalUpdates, TopK, Workers, simulate
 
 WHOLE = Compression(Identity(), dense_below=0)
 OPTIMIZERS: dict[str, Callable[[list[Any]], torch.optim.Optimizer]] = {
@@ -126,7 +127,7 @@ def test_16_bit_parameters_lose_no_small_updates(dtype: torch.dtype, delay: int)
     def body(worker: int) -> tuple[float, float]:
         x = nn.Parameter(torch.full((4, 4), 1.0, dtype=dtype))
         optimizer = torch.optim.SGD([x], lr=1.0)
-        local = LocalUpdates(optimizer, every=2, compressor=WHOLE, delay=delay)
+        local = LocalUpdates(optimizer, every=2, compressor=WHOLE, overlap=delay)
         ulp = torch.finfo(dtype).eps
         for n in range(1, 42):
             x.grad = torch.full_like(x, -ulp if worker == n % 4 and n % 2 else 0.0)
@@ -150,7 +151,8 @@ def drifts(worker: int, dtype: torch.dtype, steps: int, *, keep: bool, **options
     optimizer = torch.optim.SGD(xs, lr=0.05, momentum=0.8)
     optimizer.register_step_post_hook(lambda *_: at.copy_(flat()))
     kind = Compression(TopK(0.2), dense_below=1)
-    local = LocalUpdates(optimizer, every=4, compressor=kind, keep_unsent=keep, **options)
+    local = LocalUpdates(optimizer, every=4, **local_options(compressor=kind, keep_unsent=keep, **options))
+    overlap = local.options.overlap
 
     def flat() -> Tensor:
         return torch.cat([x.detach().double().reshape(-1) for x in xs])
@@ -162,13 +164,13 @@ def drifts(worker: int, dtype: torch.dtype, steps: int, *, keep: bool, **options
         last = flat()
         optimizer.step()
         moved += at - last
-        if local.blend is not None and n % 4 == 0:
+        if overlap.blend is not None and n % 4 == 0:
             before = flat()
-        elif local.blend is not None and n > 4 and n % 4 == local.delay:
+        elif overlap.blend is not None and n > 4 and n % 4 == overlap.delay:
             (part,) = local.state_dict()["fragments"]
             starts = [(a - part["pending"][name] * keep).to(dtype) for name, a in local.anchor().items()]
             kept = at - torch.cat([s.double().reshape(-1) for s in starts])
-            moved += local.blend * kept - (at - before)
+            moved += overlap.blend * kept - (at - before)
         if n % 23 == 0 or n == steps:
             y = torch.cat([a.double().reshape(-1) for a in local.anchor().values()]) - local.error()
             mean = moved.clone()
@@ -205,7 +207,8 @@ def test_16_bit_parameters_of_a_worker_that_is_not_sampled() -> None:
         x = nn.Parameter(torch.randn(9, 7, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16))
         optimizer = torch.optim.SGD([x], lr=0.05)
         optimizer.register_step_post_hook(lambda *_: before.append(local.pending()))
-        local = LocalUpdates(optimizer, every=2, compressor=Compression(TopK(0.2), dense_below=1), sample=0.5)
+        kind = Compression(TopK(0.2), dense_below=1)
+        local = LocalUpdates(optimizer, kind, every=2, workers=Workers(sample=0.5))
         before, found = list[Tensor](), []
         for n in range(1, 41):
             x.grad = gradient("x", x.detach(), worker, n)

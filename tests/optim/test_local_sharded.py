@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from specs import local_options
 from torch import Tensor, nn
 
 from packsaddle import Compression, Identity, LocalUpdates, TopK, keep_gradients_local
@@ -30,7 +31,7 @@ def mesh() -> Any:
 
 def train(model: nn.Module, replica: int, steps: int, **options: Any) -> LocalUpdates:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    local = LocalUpdates(optimizer, every=3, **options)
+    local = LocalUpdates(optimizer, every=3, **local_options(**options))
     rng = torch.Generator().manual_seed(replica)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -101,7 +102,7 @@ def bad_shard() -> tuple[list[str], list[bool]]:
     model = network()
     fully_shard(model, mesh=grid["shard"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    local = LocalUpdates(optimizer, every=1, compressor=WHOLE, process_group=grid["replicate"].get_group())
+    local = LocalUpdates(optimizer, every=1, compressor=WHOLE, workers=grid["replicate"].get_group())
     before = whole(model)
     rng = torch.Generator().manual_seed(dist.get_rank())
     model(torch.randn(4, 6, generator=rng)).square().mean().backward()
@@ -179,12 +180,12 @@ def on_machines(delay: int) -> tuple[list[Tensor], list[Tensor], int, float]:
     kind = Compression(TopK(0.2), dense_below=1)
     model = nn.parallel.DistributedDataParallel(network(), process_group=group.within)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    local = LocalUpdates(optimizer, every=3, compressor=kind, delay=delay, process_group=group)
+    local = LocalUpdates(optimizer, every=3, compressor=kind, overlap=delay, workers=group)
     alone = network()
     inner = torch.optim.AdamW(alone.parameters(), lr=0.05)
     # The twin: process 0 of each machine, with both processes' batches.
     between = dist.new_group([0, 2], use_local_synchronization=True) if dist.get_rank() % 2 == 0 else None
-    twin = LocalUpdates(inner, every=3, compressor=kind, delay=delay, process_group=between or Solo())
+    twin = LocalUpdates(inner, every=3, compressor=kind, overlap=delay, workers=between or Solo())
     rngs = [torch.Generator().manual_seed(dist.get_rank() // 2 * 2 + i) for i in range(2)]
     for _ in range(10):
         batches = [torch.randn(4, 6, generator=rng) for rng in rngs]

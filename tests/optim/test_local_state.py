@@ -9,6 +9,7 @@ import pytest
 import torch
 from gloo import run_in_processes
 from local_updates import INNERS, OUTERS, begin, flat, gradient
+from specs import local_options
 from torch import Tensor, nn
 
 import packsaddle
@@ -25,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "random": {"every": 2, "compressor": Compression(RandomK(0.2, values="int2"), dense_below=1), "delay": 1},
     "private": {"every": 2, "compressor": Compression(QSGD(), dense_below=1), "offload": True},
     "from the anchor": {"every": 4, "fragments": 2, "delay": 3, "keep_unsent": False},
-    "senders": {"every": 3, "reduction": "senders", "delay": 1},
+    "senders": {"every": 3, "exchange": "senders", "delay": 1},
 }
 
 
@@ -47,7 +48,7 @@ class Training:
         options = {"compressor": Compression(TopK(0.2), dense_below=1), **options}
         if options.pop("escapes", False):
             options["escape"] = Escape(3, 0.5, lambda: float(flat(dict(self.net.named_parameters())).square().sum()))
-        self.local = LocalUpdates(self.optimizer, seed=3, **options)
+        self.local = LocalUpdates(self.optimizer, seed=3, **local_options(**options))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 30)
         self.parts = {
             "model": self.net,
@@ -212,7 +213,7 @@ def test_a_bad_update_under_way_is_remembered() -> None:
             x = nn.Parameter(torch.linspace(-1, 1, 64, dtype=torch.float64).view(8, 8))
             optimizer = torch.optim.SGD([x], lr=0.1, momentum=0.9)
             kind = Compression(TopK(0.25), dense_below=0, max_skipped=1)
-            return x, optimizer, LocalUpdates(optimizer, every=4, delay=2, compressor=kind)
+            return x, optimizer, LocalUpdates(optimizer, every=4, overlap=2, compressor=kind)
 
         x, optimizer, local = made()
         rng, finite = torch.Generator().manual_seed(rank), []

@@ -8,6 +8,7 @@ import pytest
 import torch
 from gloo import run_in_processes
 from local_updates import Case, Twin, begin, gradient, step, train, twin
+from specs import local_options
 from torch import Tensor
 
 from packsaddle import (
@@ -22,6 +23,7 @@ from packsaddle import (
     LinearSketch,
     LocalUpdates,
     LowRank,
+    Overlap,
     RandomK,
     SharedTopK,
     Sign,
@@ -280,7 +282,8 @@ def test_flush_leaves_nothing_behind() -> None:
     def body(worker: int) -> tuple[Tensor, Tensor, Tensor]:
         parameters = {name: torch.nn.Parameter(value) for name, value in begin().items()}
         optimizer = torch.optim.SGD(parameters.values(), lr=0.1)
-        local = LocalUpdates(optimizer, every=8, compressor=Compression(TopK(0.1), dense_below=1), fragments=2, delay=3)
+        kind = Compression(TopK(0.1), dense_below=1)
+        local = LocalUpdates(optimizer, kind, every=8, overlap=Overlap(3, 2))
         moved = torch.cat([x.detach().reshape(-1).clone() for x in parameters.values()])
         for n in range(1, 15):
             step(Case(every=8, compressor=TopK(0.1)), n, worker, parameters, optimizer)
@@ -327,8 +330,8 @@ def test_senders() -> None:
     def body(worker: int) -> Tensor:
         x = torch.nn.Parameter(torch.zeros(1, 4))
         optimizer = torch.optim.SGD([x], lr=1.0)
-        kind = Compression(TopK(0.5), dense_below=0)
-        LocalUpdates(optimizer, every=1, compressor=kind, reduction="senders", keep_unsent=False)
+        kind = Compression(TopK(0.5), dense_below=0, exchange="senders")
+        LocalUpdates(optimizer, kind, every=1, keep_unsent=False)
         x.grad = torch.tensor([[8.0, 4.0, 1.0, 0.5]]) if worker == 0 else torch.tensor([[6.0, 0.25, 1.0, 3.0]])
         optimizer.step()
         return x.detach()
@@ -558,7 +561,7 @@ def test_refusals() -> None:
     frozen = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
 
     def make(parameters: Any = None, **options: Any) -> LocalUpdates:
-        return LocalUpdates(torch.optim.SGD(parameters or [x], lr=1.0), **options)
+        return LocalUpdates(torch.optim.SGD(parameters or [x], lr=1.0), **local_options(**options))
 
     cases: dict[str, Any] = {
         "every must be an integer of at least 1, got 0": lambda: make(every=0),
@@ -568,11 +571,12 @@ def test_refusals() -> None:
         "fragments must be at most the number of parameters, 1, got 2": lambda: make(fragments=2),
         "delay must be below every = 3": lambda: make(every=3, delay=3),
         "delay must be an integer of at least 0": lambda: make(delay=-1),
-        "decay must be in (0, 1], got 0": lambda: make(decay=0),
-        "decay must be in (0, 1], got nan": lambda: make(decay=float("nan")),
+        "decay must be in (0, 1] for local updates, got 0": lambda: make(decay=0),
+        "decay must be in [0, 1], got nan": lambda: make(decay=float("nan")),
         "blend needs a delay": lambda: make(blend=0.5),
         "blend must be None or in [0, 1], got 2": lambda: make(blend=2, delay=1),
-        "reduction must be": lambda: make(reduction="median"),
+        "exchange must be one of direct, auto": lambda: make(exchange="median"),
+        "workers must be a process group, Workers or Elastic, got 4: the launcher sets": lambda: make(workers=4),
         "compressor must be a packsaddle Compressor": lambda: make(compressor=0.1),
         "compressor must be made, as RandomK(0.01) or Sign() is, got the class TopK": lambda: make(compressor=TopK),
         'memory must be "buffer" for local updates': lambda: make(compressor=Compression(TopK(0.1), memory="ef21")),

@@ -181,7 +181,7 @@ def test_a_round_that_others_do_not_have_is_counted_as_lost(caplog: pytest.LogCa
 @pytest.mark.parametrize("inner", [True, False])
 def test_a_newcomer_begins_at_the_anchor_with_the_steps_and_the_position_of_the_others(inner: bool) -> None:
     """The inner optimizer's state too, unless it is not wanted."""
-    other, newcomer = (Worker(inner=adamw, outer=nesterov, settings={"inner": inner}) for _ in range(2))
+    other, newcomer = (Worker(inner=adamw, outer=nesterov, settings={"share_optimizer_state": inner}) for _ in range(2))
     other.local.join()
     other.train(7)
     newcomer.manager.before_quorum = lambda: newcomer.manager.load(other.manager.save())
@@ -312,7 +312,7 @@ def test_a_round_that_is_not_taken_leaves_the_norms_of_memories() -> None:
 
 def gone(path: Path, steps: int = 7) -> tuple[Worker, Any]:
     """A worker that has left its memory in a file, and what others know."""
-    worker = Worker(settings={"memory": path})
+    worker = Worker(settings={"memory_file": path})
     worker.local.join()
     worker.train(steps)
     worker.local.leave()
@@ -325,7 +325,7 @@ def test_a_memory_waits_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFix
     left, state = gone(path)
     assert path.stat().st_size < 4000  # the vector, of 240 bytes, once
     pending = left.local.pending()
-    back = Worker(settings={"memory": path})
+    back = Worker(settings={"memory_file": path})
     back.manager.before_quorum = lambda: back.manager.load(state)
     back.local.join()
     assert torch.equal(back.local.pending(), pending)
@@ -335,7 +335,7 @@ def test_a_memory_waits_in_its_file(tmp_path: Path, caplog: pytest.LogCaptureFix
     back.train(3)  # after which the file is that of the new round
     assert MemoryFile.read(path, _shapes(back)).attempt > MemoryFile.read(path, _shapes(back)).format
     back.local.leave()
-    again = Worker(settings={"memory": path})
+    again = Worker(settings={"memory_file": path})
     again.manager.before_quorum = lambda: again.manager.load(back.manager.save())
     again.local.join()
     assert torch.equal(again.local.pending(), back.local.pending())
@@ -365,7 +365,7 @@ def test_a_memory_that_cannot_be_used_is_set_aside(why: str, tmp_path: Path, cap
     other = path.with_name("memory.pt.unusable")
     other.write_bytes(b"set aside earlier")
     content = path.read_bytes()
-    back = Worker(settings={"memory": path})
+    back = Worker(settings={"memory_file": path})
     back.manager.before_quorum = lambda: back.manager.load(state)
     back.local.join()
     assert not back.local.pending().any()
@@ -382,7 +382,7 @@ def test_what_is_lost_is_counted_and_said(caplog: pytest.LogCaptureFixture, tmp_
     """A worker that is in no round any more, with and without a file; the file's counts as waiting."""
     for keeps in (False, True):
         caplog.clear()
-        settings = {"memory": tmp_path / "memory.pt"} if keeps else {}
+        settings = {"memory_file": tmp_path / "memory.pt"} if keeps else {}
         left = Worker(settings=settings)
         left.local.join()
         left.train(6)
@@ -431,7 +431,7 @@ def test_a_memory_that_cannot_be_written_goes_with_a_last_round(since: int, tmp_
     path = tmp_path / "memory.pt"
 
     def run(rank: int) -> tuple[Tensor, Tensor, Tensor, float]:
-        worker = Worker(_group(), settings={"memory": path} if rank else {})
+        worker = Worker(_group(), settings={"memory_file": path} if rank else {})
         worker.local.join()
         start = worker.anchor()
         worker.train(3 + since)
@@ -462,7 +462,7 @@ def test_a_memory_that_can_go_nowhere_is_counted_as_lost(
     next round on in which a worker can tell them, itself or its successor.
     """
     path = tmp_path / "memory.pt"
-    left = Worker(settings={"memory": path, "grace": 0.2})
+    left = Worker(settings={"memory_file": path, "grace": 0.2})
     left.local.join()
     left.train(3)
     with full():
@@ -477,7 +477,7 @@ def test_a_memory_that_can_go_nowhere_is_counted_as_lost(
     assert f"of norm {norm:.3g}, {fate}, and its last 1 inner steps are lost: no round has come about" in caplog.text
     stays = successor(state)
     assert balance(stays) == ((pytest.approx(norm), 0.0) if rounds == 0 or not told else all_of_it)
-    back = successor(state, memory=path)
+    back = successor(state, memory_file=path)
     assert float(back.local.pending().norm()) == (pytest.approx(norm) if rounds == 0 else 0.0)
     back.train(3)
     assert balance(back) == (nothing if rounds == 0 else all_of_it)
@@ -486,15 +486,15 @@ def test_a_memory_that_can_go_nowhere_is_counted_as_lost(
 def test_two_workers_with_one_file(tmp_path: Path) -> None:
     """The second is refused as long as the first is there; the lock leaves nothing behind."""
     path = tmp_path / "memory.pt"
-    first = Worker(settings={"memory": path})
+    first = Worker(settings={"memory_file": path})
     line = f"the memory in {path} is in use by process {os.getpid()} on .*; give each worker a file of its own"
     for _ in range(2):
         with pytest.raises(ConfigError, match=line):
-            Worker(settings={"memory": path})
+            Worker(settings={"memory_file": path})
     first.local.join()
     first.train(3)
     first.local.leave()
-    Worker(settings={"memory": path}).local.leave()
+    Worker(settings={"memory_file": path}).local.leave()
     assert [found.name for found in tmp_path.iterdir()] == ["memory.pt"]
 
 
@@ -515,7 +515,7 @@ def test_a_place_where_no_memory_can_be_written_is_refused_at_the_start(tmp_path
     with pytest.raises(
         ConfigError, match=r"the memory cannot be written to .*file/memory: (Not a directory|File exists)"
     ):
-        Worker(settings={"memory": tmp_path / "file" / "memory"})
+        Worker(settings={"memory_file": tmp_path / "file" / "memory"})
 
 
 def test_leaving_without_a_file_is_a_round_of_all_that_is_pending() -> None:
@@ -590,7 +590,7 @@ def test_a_checkpoint_of_what_has_been_sent_since_is_not_sent_again(caplog: pyte
     ("arguments", "message"),
     [
         ({"delay": 1}, "delay must be 0 with a manager"),
-        ({"reduction": "senders"}, 'reduction must be "mean" with a manager'),
+        ({"exchange": "senders"}, 'exchange must not be "senders" with a manager'),
         ({"escape": Escape(3, 1.0, lambda: 0.0)}, "escape must be None with a manager"),
         ({"compressor": Compression(LowRank(1), dense_below=0)}, "average messages directly with a manager"),
         ({"compressor": Compression(TopK(0.1), exchange="two-way", dense_below=0)}, "average messages directly"),
@@ -704,7 +704,7 @@ def test_without_torchft(monkeypatch: pytest.MonkeyPatch) -> None:
     line = r"needs torchft: pip install 'packsaddle\[torchft\]'"
     calls: list[Callable[[], object]] = [
         lambda: connect("http://localhost:1"),
-        lambda: LocalUpdates(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), manager=FakeManager(Solo())),
+        lambda: LocalUpdates(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]), workers=FakeManager(Solo())),
     ]
     for call in calls:
         with pytest.raises(MissingExtraError, match=line):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from specs import local_options
 from torch import Tensor, nn
 
 from packsaddle import (
@@ -17,6 +18,7 @@ from packsaddle import (
     RandomK,
     SketchTopK,
     TopK,
+    Workers,
     simulate,
 )
 from packsaddle.comm.group import resolve
@@ -41,7 +43,7 @@ def worker_run(rank: int, steps: int, idle: bool, weight: float | None, **option
     x = nn.Parameter(start().view(5, 8))
     optimizer = torch.optim.SGD([x], lr=0.1)
     spec = Compression(options.pop("compressor"), dense_below=0)
-    local = LocalUpdates(optimizer, every=3, compressor=spec, weight=weight, seed=3, **options)
+    local = LocalUpdates(optimizer, every=3, seed=3, **local_options(compressor=spec, weight=weight, **options))
     anchors, sampled, xs, errors, n = [], [], [], [], 0
     while n < steps:
         sampled.append(local.sampled)
@@ -184,7 +186,8 @@ def resumed(rank: int) -> tuple[Tensor, Tensor]:
     for stop in (None, 6):
         x = nn.Parameter(start().view(5, 8))
         optimizer, n, local = torch.optim.SGD([x], lr=0.1), 0, None
-        make = {"every": 3, "compressor": Compression(TopK(k=7), dense_below=0), "sample": 0.5, "weight": WEIGHTS[rank]}
+        spec = Compression(TopK(k=7), dense_below=0)
+        make = local_options(every=3, compressor=spec, sample=0.5, weight=WEIGHTS[rank])
         local = LocalUpdates(optimizer, **make)
         while n < 18:
             if n == stop:
@@ -212,29 +215,29 @@ def test_a_run_goes_on_with_the_same_workers() -> None:
         ({"weight": 0.0}, "weight must be finite and above 0, or None, got 0.0"),
         ({"weight": float("nan")}, "weight must be finite and above 0, or None, got nan"),
         ({"weight": True}, "weight must be finite and above 0, or None, got True"),
-        ({"sample": 0.0}, "sample must be a share of the workers in (0, 1], got 0.0"),
-        ({"sample": 1.5}, "sample must be a share of the workers in (0, 1], got 1.5"),
-        ({"sample": 0.5, "delay": 1}, "delay must be 0 with sample below 1, got 1"),
-        ({"weight": 2.0, "reduction": "senders"}, "reduction must be \"mean\" with weight or sample, got 'senders'"),
+        ({"sample": 0.0}, "sample must be a fraction of the workers in (0, 1], got 0.0"),
+        ({"sample": 1.5}, "sample must be a fraction of the workers in (0, 1], got 1.5"),
+        ({"sample": 0.5, "delay": 1}, "delay must be 0 with weight or sample, got 1"),
+        ({"weight": 2.0, "exchange": "senders"}, 'exchange must not be "senders" with weight or sample'),
         ({"weight": 2.0, "escape": Escape(3, 1.0, lambda: 0.0)}, "escape must be None with weight or sample: its"),
         (
             {"weight": 2.0, "compressor": Compression(TopK(0.1), exchange="two-way")},
             'exchange must be "direct" with weight',
         ),
-        ({"sample": 0.5, "compressor": SketchTopK(0.1)}, "must average messages directly with sample below 1"),
+        ({"sample": 0.5, "compressor": SketchTopK(0.1)}, "must average messages directly with a manager or a sample"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], message: str) -> None:
     x = nn.Parameter(torch.zeros(50, 50))
     with pytest.raises(ValueError) as refusal:  # noqa: PT011 -- compared below
-        LocalUpdates(torch.optim.SGD([x], lr=0.1), every=3, **options)
+        LocalUpdates(torch.optim.SGD([x], lr=0.1), every=3, **local_options(**options))
     assert message in str(refusal.value)
 
 
 def test_weights_are_of_all_workers_or_of_none() -> None:
     def run(rank: int) -> None:
         x = nn.Parameter(torch.zeros(50, 50))
-        LocalUpdates(torch.optim.SGD([x], lr=0.1), every=3, weight=2.0 if rank else None)
+        LocalUpdates(torch.optim.SGD([x], lr=0.1), every=3, workers=Workers(weight=2.0 if rank else None))
 
     with pytest.raises(ValueError, match="workers must be given the same arguments, but worker 0 has weight"):
         simulate(run, 2)

@@ -111,7 +111,11 @@ ORIGINS: list[tuple[str, list[str], str]] = [
     ("[noise]\n\nstd = -1", [], "line 12: noise: std must be finite and not negative, got -1.0"),
     ("[certify]\nepsilon = 1\nat = [\n1,\n'two',\n]", [], "line 12: certify.at[1] must be of type float, got 'two'"),
     ("[escape]\ninterval = 3\n", [], "line 10: missing key escape.radius"),
-    ("[escape]\ninterval = 3\n", ["escape.radius=-1"], "--set escape.radius=-1: escape: radius must be positive"),
+    (
+        "[escape]\ninterval = 3\n",
+        ["escape.radius=-1"],
+        "escape.radius=-1: escape: radius of Escape must be positive",
+    ),
     ("", ["escape.interval=3"], "--set escape.interval=3: missing key escape.radius"),
     ("", ["lrr=1"], "--set lrr=1: unknown key lrr (did you mean lr?)"),
     ("", ["lr=1", "lr=-1"], "--set lr=-1: lr must be finite and not negative, got -1.0"),

@@ -11,7 +11,7 @@ from commandline import command
 from runs import CONFIG, differences, result
 from torch import Tensor, nn
 
-from packsaddle import LocalUpdates, simulate
+from packsaddle import LocalUpdates, Overlap, simulate
 from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import Stream, mix
 from packsaddle.runs.config import Config, load
@@ -26,15 +26,11 @@ from packsaddle.runs.trainer import Trainer
 LOCAL = """
 [local]
 every = 6
-fragments = 2
-delay = 2
-decay = 0.95
-outer_lr = 0.7
-outer_momentum = 0.5
-outer_nesterov = true
+overlap = { delay = 2, fragments = 2 }
+outer = { momentum = 0.5 }
 clip = 0.05
 """
-KEYS = ("lr=0.003", "weight_decay=0.1", "noise.std=0.0005")
+KEYS = ("lr=0.003", "weight_decay=0.1", "noise.std=0.0005", "decay=0.95")
 
 
 @pytest.fixture
@@ -48,21 +44,29 @@ REFUSED = {
     "memory=ef21": "--set memory=ef21: memory must be \"buffer\" with [local], got 'ef21'",
     "storm=0.1": "--set storm=0.1: storm does not go with [local]",
     "momentum=0.5": '--set momentum=0.5: momentum is of local.optimizer = "sgd" and "muon"; of adamw set local.betas',
-    "escape={interval=2, radius=1.0}": "escape needs local.fragments = 1 and local.delay = 0",
+    "escape={interval=2, radius=1.0}": "escape needs local.overlap.fragments = 1 and delay = 0",
     "local_steps=4": "--set local_steps=4: unknown key local_steps (did you mean local?)",
     "local.every=0": "--set local.every=0: local: every must be positive and finite, got 0",
-    "local.delay=6": "--set local.delay=6: local: delay must be below every = 6 steps, got 6",
-    "local.fragments=7": "local: fragments must be at most every = 6, got 7",
-    "local.fragments=true": "local.fragments must be of type int, got True",
-    "local.decay=1.5": "local: decay must be in (0, 1], got 1.5",
+    "local.overlap=6": "--set local.overlap=6: local: delay must be below every = 6 steps, so that rounds do not",
+    "local.overlap.fragments=7": "local: fragments must be at most every = 6",
+    "local.overlap.fragments=true": "local.overlap.fragments must be of type int, got True",
+    "local.overlap.dela=1": "unknown key local.overlap.dela (did you mean delay?)",
+    "local.overlap=fast": "local.overlap.delay must be of type int, got 'fast'",
+    "local.delay=1": "unknown key local.delay (now local.overlap.delay)",
+    "local.fragments=2": "unknown key local.fragments (now local.overlap.fragments)",
+    "local.decay=0.9": "unknown key local.decay (now decay)",
+    "local.outer_lr=0.9": "unknown key local.outer_lr (now local.outer.lr)",
+    "local.reduction=senders": 'unknown key local.reduction (now exchange = "senders")',
+    "decay=1.5": "decay must be in [0, 1], got 1.5",
+    "decay=0.0": "decay must be in (0, 1] for local updates, got 0.0",
     "local.betas=[0.9]": "local: betas must be two numbers in [0, 1), got [0.9]",
     "local={optimizer='sgd', betas=[0.9, 0.95]}": "local: betas are options of adamw and muon, and sgd has none",
     "local.optimizer=adam": "'sgd', 'adamw', 'muon', got 'adam' (did you mean adamw?)",
     "local.clip=-1.0": "local: clip must be positive and finite, got -1.0",
     "local.warm_up=1": "--set local.warm_up=1: local.warm_up must be less than epochs = 1, got 1",
-    "local={outer_nesterov=true}": "local: outer_nesterov needs an outer_momentum above 0",
-    "local.outer_momentum=1.0": "local: outer_momentum must be in [0, 1), got 1.0",
-    "local.reduction=max": "local.reduction must be one of 'mean', 'senders', got 'max'",
+    "local.outer={momentum=0.0, nesterov=true}": "local.outer: nesterov needs a momentum above 0",
+    "local.outer.momentum=1.0": "local.outer: momentum must be in [0, 1), got 1.0",
+    "exchange=max": "'coordinator', 'senders', got 'max'",
     "nesterov=true": "nesterov needs a momentum above 0",
 }
 
@@ -81,7 +85,7 @@ def test_what_only_a_run_can_find(
     out = ("--out", tmp_path / "run")
     assert command("run", path, *out, "--workers", 2, "--fused") == 2
     assert "local: workers have an x each, and a fused simulation has one; use --serial" in capsys.readouterr().err
-    assert command("run", path, *out, "--set", "local.every=99", "local.fragments=9") == 2
+    assert command("run", path, *out, "--set", "local.every=99", "local.overlap.fragments=9") == 2
     assert "fragments must be at most the number of parameters, 8, got 9" in capsys.readouterr().err
     monkeypatch.delattr(torch.optim, "Muon")
     assert command("run", path, *out, "--set", "local.optimizer=muon") == 2
@@ -96,12 +100,10 @@ def by_hand(config: Config, rank: int) -> tuple[dict[str, Tensor], int]:
     optimizer = torch.optim.AdamW(task.parameters(), lr=0.003, weight_decay=0.1)
     local = LocalUpdates(
         optimizer,
+        config.compression(),
         every=6,
-        compressor=config.compression(),
         outer=lambda anchors: torch.optim.SGD(anchors, lr=0.7, momentum=0.5, nesterov=True),
-        decay=0.95,
-        fragments=2,
-        delay=2,
+        overlap=Overlap(2, fragments=2),
         noise=0.0005,
         seed=config.seed,
     )

@@ -11,6 +11,7 @@ import pytest
 from commandline import command, refused
 
 from packsaddle.compressors import TopK
+from packsaddle.optim.local_options import OuterSGD, Overlap
 from packsaddle.options.describe import descriptions
 from packsaddle.options.schema import build, settable
 from packsaddle.runs.config import (
@@ -29,6 +30,8 @@ from packsaddle.runs.templates import TASKS, TaskName, template
 ROOT = Path(__file__).parents[2]
 TABLES = {"data": DataConfig, "model": ModelConfig, "noise": NoiseConfig, "escape": EscapeConfig}
 TABLES |= {"certify": CertifyConfig, "local": LocalConfig}
+INNER: dict[str, dict[str, Any]] = {"local": {"overlap": Overlap, "outer": OuterSGD}}  # tables in tables
+COMMENTED = [Config, *TABLES.values(), *INNER["local"].values(), *get_args(AnyCompressor)]
 names = pytest.mark.parametrize("name", get_args(TaskName))
 
 
@@ -40,7 +43,7 @@ def statements(text: str) -> list[tuple[str, str, bool]]:
     """Table, key (none for the table's header) and whether it is commented out, of every statement in a template."""
     found, table = [], ""
     for line in text.splitlines():
-        if match := re.match(r"(# )?(?:\[(\w+)\]|(\w+) = .*?) +# \S", line):
+        if match := re.match(r"(# )?(?:\[([\w.]+)\]|(\w+) = .*?) +# \S", line):
             table = match[2] or table
             found.append((table, match[3] or "", match[1] is not None))
     return found
@@ -54,16 +57,19 @@ def test_every_key_stands_with_a_comment(name: TaskName) -> None:
     expected = [("", f.name) for f in settable(Config) if f.name not in tables]
     for table in (f.name for f in settable(Config) if f.name in tables):
         kind = [(table, "kind")] if table in ("compressor", "back") else []
-        expected += [(table, ""), *kind, *((table, f.name) for f in settable(tables[table]))]
+        inner = INNER.get(table, {})
+        expected += [(table, ""), *kind, *((table, f.name) for f in settable(tables[table]) if f.name not in inner)]
+        for name, cls in inner.items():
+            expected += [(f"{table}.{name}", ""), *((f"{table}.{name}", f.name) for f in settable(cls))]
     assert [(table, key) for table, key, _ in statements(template(config, "heading"))] == expected
 
 
 @names
 def test_what_is_commented_out_can_be_used(name: TaskName) -> None:
-    """All at once, with an exchange that [back] is for, but for k, which takes the ratio's place, and with either
-    [local], the last table, or storm."""
+    """All at once, with an exchange that [back] is for, except k, which replaces the ratio, and blend, which needs a
+    delay; and with either [local], the last table, or storm."""
     text = template(TASKS[name].config, "heading")
-    used = re.sub(r"^# (\[\w+\]|(?!k =)\w+ = )", r"\1", text, flags=re.MULTILINE)
+    used = re.sub(r"^# (\[[\w.]+\]|(?!k =|blend =)\w+ = )", r"\1", text, flags=re.MULTILINE)
     used = used.replace('exchange = "direct"', 'exchange = "two-way"')
     before, _, local = used.partition("\n[local]")
     for either in (before, re.sub(r"^storm = ", "# storm = ", before, flags=re.MULTILINE) + "\n[local]" + local):
@@ -72,7 +78,7 @@ def test_what_is_commented_out_can_be_used(name: TaskName) -> None:
         assert config.escape
         assert config.certify
         assert (config.local is None) == (config.storm is not None)
-    assert {key for _, key, off in statements(used) if off} == {"k"}
+    assert {key for _, key, off in statements(used) if off} == {"k", "blend"}
     counted = load(text.replace("\nratio = ", "\n# ratio = ", 1).replace("\n# k = ", "\nk = ", 1))
     assert counted.compressor == type(TASKS[name].config.compressor)(k=1000)  # type: ignore[call-arg]
 
@@ -89,11 +95,14 @@ def test_choices_and_defaults_are_the_types(name: TaskName) -> None:
     assert re.search(r"^# seed = 0 ", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("cls", [Config, *TABLES.values(), *get_args(AnyCompressor)], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [Config, *TABLES.values(), *INNER["local"].values(), *get_args(AnyCompressor)], ids=lambda c: c.__name__
+)
 def test_every_field_has_a_comment_in_the_code(cls: type[Any]) -> None:
     """But for the tables, which the docstrings of their classes describe."""
     described = descriptions(cls)
-    assert {f.name for f in settable(cls) if not described[f.name]} == ({*TABLES} if cls is Config else set())
+    tables: dict[type, Any] = {Config: TABLES, LocalConfig: INNER["local"]}
+    assert {f.name for f in settable(cls) if not described[f.name]} == {*tables.get(cls, ())}
 
 
 def test_a_file_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
+from specs import local_options
 from torch import Tensor
 
 from packsaddle import Compression, Elastic, LocalUpdates, TopK
@@ -108,11 +109,13 @@ class Worker:
         arguments = {"every": 3, "compressor": COMPRESSION} | arguments
         self.manager = FakeManager(group, refused)
         if elastic:
-            own = Elastic(self.manager, leave_on_sigterm=False, **(settings or {}))
-            arguments |= {"manager": own, "process_group": FakeGroup(self.manager, broken)}
+            given = settings or {}
+            arguments["workers"] = Elastic(
+                self.manager, group=FakeGroup(self.manager, broken), leave_on_sigterm=False, **given
+            )
         else:
-            arguments |= {"process_group": group}
-        self.local = LocalUpdates(self.optimizer, **arguments)
+            arguments["workers"] = group
+        self.local = LocalUpdates(self.optimizer, **local_options(**arguments))
         self.moved = torch.zeros(30, dtype=torch.float64)  # the sum of what the inner optimizer has done
 
     def x(self) -> Tensor:

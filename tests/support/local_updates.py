@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle import Compression, Compressor, LocalUpdates
+from packsaddle import Compression, Compressor, LocalUpdates, Overlap
 from packsaddle.numerics.seeds import mix
 from packsaddle.optim.stages.noise import Noise
 
@@ -69,12 +69,10 @@ def train(case: Case, worker: int, **options: Any) -> tuple[list[Tensor], LocalU
     optimizer.param_groups[0]["param_names"] = list(parameters)
     local = LocalUpdates(
         optimizer,
+        Compression(case.compressor, dense_below=1, decay=case.decay),
         every=case.every,
-        compressor=Compression(case.compressor, dense_below=1),
-        fragments=case.fragments,
-        delay=case.delay,
         outer=OUTERS[case.outer],
-        decay=case.decay,
+        overlap=Overlap(case.delay, case.fragments),
         noise=case.noise,
         keep_unsent=case.keep,
         seed=case.seed,

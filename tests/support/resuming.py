@@ -27,7 +27,7 @@ Run = tuple[nn.Module, Any, Callable[[], Any] | None]  # the model, the exchange
 OPTIONS: dict[str, Any] = {"noise": 0.001, "scope": "model"}
 STOP, END = 6, 12
 # Where it stops, one fragment's exchange is under way, and no worker is at the anchor.
-LOCAL: dict[str, Any] = {"every": 4, "compressor": packsaddle.TopK(0.05), "fragments": 2, "delay": 3}
+LOCAL: dict[str, Any] = {"every": 4, "compressor": packsaddle.TopK(0.05), "overlap": packsaddle.Overlap(3, 2)}
 local = best = False
 evaluated: list[str] = []  # digests of what was evaluated
 certified: list[str] = []  # and of what was certified first

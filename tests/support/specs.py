@@ -1,18 +1,36 @@
-"""Keyword arguments of tests that vary everything: those of `Compression` made one, and `lazy` part of the noise."""
+"""Keyword arguments of tests that vary everything, flat, as the options of which they are fields."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
-from packsaddle import Compression, Compressor, Noise, RandomK
+from packsaddle import Compression, Compressor, Noise, Overlap, RandomK, Sign, Workers
 
-_NAMES = {field.name for field in fields(Compression)}
+_OF_COMPRESSION = {field.name for field in fields(Compression)}
+_OF_WORKERS = {"group", "weight", "sample"}
 
 
 def folded(options: Mapping[str, Any], default: Compressor = RandomK(0.01)) -> dict[str, Any]:  # noqa: B008 -- immutable
-    """Return the options with `Compression`'s fields among them as one `compressor`, if none is given the default's."""
+    """Return the options with `Compression`'s fields as one `compressor`, if none is given the default's.
+
+    Likewise `lazy` is part of the noise, and the fields of `Overlap` and `Workers` make `overlap` and `workers`.
+    """
     options = dict(options)
     if "lazy" in options:
         options["noise"] = Noise(options["noise"], options.pop("lazy"))
-    spec = {"compressor": default} | {name: value for name, value in options.items() if name in _NAMES}
-    return {name: value for name, value in options.items() if name not in _NAMES} | {"compressor": Compression(**spec)}
+    for name, cls in (("overlap", Overlap), ("workers", Workers)):
+        of = {f.name for f in fields(cls)} & options.keys()
+        if of:
+            options[name] = cls(**{key: options.pop(key) for key in of})
+    spec = {"compressor": default} | {name: options.pop(name) for name in _OF_COMPRESSION & options.keys()}
+    given = spec.pop("compressor")
+    if not isinstance(given, Compression):
+        options["compressor"] = Compression(given, **spec)
+    else:
+        options["compressor"] = replace(given, **spec)
+    return options
+
+
+def local_options(**options: Any) -> dict[str, Any]:
+    """Return the options of local updates, flat, as `folded` does."""
+    return folded(options, Sign(per_tensor=True))

@@ -154,7 +154,7 @@ _PURPOSES = {
     "docs": "building the documentation as a site",
     "lightning": "packsaddle.integrations.lightning",
     "hf": "packsaddle.integrations.huggingface",
-    "torchft": "LocalUpdates(..., manager=): workers that come and go",
+    "torchft": "LocalUpdates(..., workers=): workers that come and go",
     "track": "run --track",
 }
 _OURS = ("dev", "docs")  # extras for working on packsaddle

@@ -233,7 +233,9 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
     best = forecasts[0]
     took = f"{ms(best.seconds)} ms for the progress of one dense step, which takes {ms(dense)}"
     setting = f"every={best.setting.every}, compressor={describe(best.setting.compressor)}"
-    setting += f", fragments={best.fragments}, delay={best.setting.delay}"
+    delay, fragments = best.setting.delay, best.fragments
+    if delay:
+        setting += f", overlap={delay}" if fragments == 1 else f", overlap=Overlap({delay}, fragments={fragments})"
     times = dense / best.seconds
     verdict = f"{times:.3g} times as fast" if times > 1 + _ERROR else "NOT WORTH IT on this link"
     print(f"LocalUpdates(optimizer, {setting}): {took}: {verdict}; {best.computing:.0%} of the time is computing.")

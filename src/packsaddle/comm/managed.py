@@ -84,7 +84,7 @@ def connect(
     connect_timeout: float = 10.0,
     hostname: str | None = None,
 ) -> Any:
-    """Return a torchft Manager of this process, a worker by itself, for `LocalUpdates(..., manager=)`.
+    """Return a torchft Manager of this process, a worker by itself, for `LocalUpdates(..., workers=)`.
 
     Args:
         lighthouse: where `torchft_lighthouse` answers, http://HOST:PORT; by default the variable TORCHFT_LIGHTHOUSE.
@@ -100,7 +100,7 @@ def connect(
 
     >>> from packsaddle.comm import connect  # doctest: +SKIP
     >>> manager = connect("http://10.0.0.1:29510", min_workers=2)  # doctest: +SKIP
-    >>> local = packsaddle.LocalUpdates(optimizer, manager=manager)  # doctest: +SKIP
+    >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
     """
     os.environ.setdefault("RUST_LOG", "warn")  # torchft's servers say several lines in every round
     torchft: Any = require("torchft", "torchft", "elastic training")

@@ -25,7 +25,7 @@ _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "low-rank all-reduce": LowRankAllReduce,
 }
 
-Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coordinator"]
+Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coordinator", "senders"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _choose(
 ) -> Choice:
     check_exchange(exchange, back)
     name, direct = _direct(compressor)
-    if exchange in ("direct", name):
+    if exchange in ("direct", "senders", name):
         return Choice(direct, name, "asked for")
     if name not in get_args(Exchange) and exchange != "auto":
         raise ValueError(f"exchange of {type(compressor).__name__} is its own {name}, it cannot be {exchange!r}")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from packsaddle.optim.compression import Compression, Schedule
     from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
     from packsaddle.optim.ddp_hook import DDPHook
-    from packsaddle.optim.elastic import Elastic
     from packsaddle.optim.fsdp import FSDPHook, register_fsdp_hook
+    from packsaddle.optim.local_options import Elastic, OuterSGD, Overlap, Workers
     from packsaddle.optim.local_updates import LocalUpdates
     from packsaddle.optim.membership import Membership
     from packsaddle.optim.sgd import CompressedSGD
@@ -41,10 +41,13 @@ __all__ = [
     "Membership",
     "Noise",
     "NonFiniteError",
+    "OuterSGD",
+    "Overlap",
     "Ramp",
     "Reset",
     "Schedule",
     "Skip",
+    "Workers",
     "attach",
     "fingerprint",
     "keep_gradients_local",
@@ -55,7 +58,7 @@ _FILES = {
     "compression": "Compression Schedule",
     "ddp": "attach keep_gradients_local register_ddp_hook",
     "ddp_hook": "DDPHook",
-    "elastic": "Elastic",
+    "local_options": "Elastic OuterSGD Overlap Workers",
     "fsdp": "FSDPHook register_fsdp_hook",
     "local_updates": "LocalUpdates",
     "membership": "Membership",

@@ -4,12 +4,11 @@ What all workers know alike is in `roster`.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from packsaddle.errors import ConfigError
-from packsaddle.optim.elastic import Weight
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Account:
         self.since += 1
         self.ahead += 1
 
-    def weight(self, rule: Weight | None) -> float:
+    def weight(self, rule: Literal["steps"] | Callable[[], float] | None) -> float:
         """Return w_i in a round now, by `Elastic.weight`; 0 for a worker that has not moved.
 
         Raises ConfigError for the growth of a total that is not finite or falls.

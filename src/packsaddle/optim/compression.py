@@ -1,7 +1,7 @@
 """Compression: compressor, exchange and guards, alike for the optimizer, the hooks and local updates."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
 
 from packsaddle.comm.select_aggregator import Exchange, check_exchange
@@ -10,12 +10,13 @@ from packsaddle.errors import is_below
 from packsaddle.optim.layout import check_dense_below
 from packsaddle.optim.memory import Memory
 from packsaddle.optim.stages.drift import OnDrift
+from packsaddle.options.agreement import Option
 
 Schedule = Callable[[int], Compressor]
 
 
 @dataclass(frozen=True)
-class Compression:
+class Compression(Option):
     """Settings of an exchange: compressor, average, error memory and guards.
 
     A `Compressor` alone stands for `Compression(compressor)` wherever one is taken.
@@ -24,7 +25,9 @@ class Compression:
         compressor: C, applied to the concatenation of all compressed tensors; where gradients or local updates are
             exchanged also a function of the step that gives it (see `RatioRamp`).
         exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
-            "coordinator", or "auto", by predicted bytes (see `select_aggregator`).
+            "coordinator", or "auto", by predicted bytes (see `select_aggregator`). In local updates also "senders":
+            directly, and a coordinate over the workers that sent it, as in SparseLoCo's reference, which breaks
+            y = a - mean e.
         back: what compresses the mean on its way back in "two-way" and "coordinator".
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent dense;
             0 compresses everything.
@@ -59,7 +62,7 @@ class Compression:
     max_skipped: int | None = 20
     compare_every: int = 100
     on_drift: OnDrift = "stop"
-    monitor_every: int = 0
+    monitor_every: int = field(default=0, metadata={"own": True})
 
     def __post_init__(self) -> None:
         if isinstance(self.compressor, type):
@@ -91,6 +94,11 @@ class Compression:
     def of(cls, given: "Compressor | Schedule | Compression") -> "Compression":
         """Return what was given, a compressor or schedule with everything else at its default."""
         return given if isinstance(given, Compression) else cls(given)
+
+    def check_gradients(self) -> None:
+        """Raise ValueError for an exchange that is of local updates alone."""
+        if self.exchange == "senders":
+            raise ValueError('exchange "senders" is for local updates, not for gradients')
 
     def fixed(self) -> Compressor:
         """Return the compressor where one is for all steps. Raises ValueError for a function of the step."""

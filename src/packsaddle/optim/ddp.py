@@ -27,7 +27,7 @@ from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp_hook import Bucket, DDPHook
 from packsaddle.optim.fsdp import is_sharded
-from packsaddle.optim.hook import Rules, Scope
+from packsaddle.optim.hook import HookOptions, Scope
 from packsaddle.optim.inner_optimizer import innermost
 from packsaddle.optim.layout import Place, places
 from packsaddle.optim.stages.escape import Escape, EscapeAfterStep
@@ -96,7 +96,7 @@ def register_ddp_hook(
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
     spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
-    rules = Rules(spec, scope, start_step, as_seed(seed))
+    rules = HookOptions(spec, scope, start_step, as_seed(seed))
     _check_types(optimizer, scaler)
     optimizer = None if optimizer is None else innermost(optimizer)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
@@ -108,7 +108,7 @@ def register_ddp_hook(
     if escape is not None:
         checker = EscapeAfterStep(escape, hook, optimizer, found, rates, dense_below=spec.dense_below, seed=rules.seed)
         hook.parts["escape"] = checker
-    same = {**rules.arguments(), "noise": noise, "escape": escape, "lr": rates.now()}
+    same = {**rules.agreement(), "noise": noise, "escape": escape, "lr": rates.now()}
     same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
@@ -205,7 +205,7 @@ def _check_types(optimizer: Optimizer | None, scaler: torch.amp.GradScaler | Non
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
 
 
-def _check_sizes(found: list[Place], rules: Rules, workers: int) -> None:
+def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
     """Raise ValueError if the compressor cannot act on the model, before a step finds out."""
     for place in found:
         if not place.parameter.is_floating_point():

@@ -17,7 +17,7 @@ from packsaddle.comm.communicator import Communicator, ring_all_reduce
 from packsaddle.comm.ledger import Bytes
 from packsaddle.numerics.finite import spoil
 from packsaddle.optim.background import Background, Promise
-from packsaddle.optim.hook import GradientHook, GradientSlice, Rules
+from packsaddle.optim.hook import GradientHook, GradientSlice, HookOptions
 from packsaddle.optim.layout import Place, Slice, dense_strides
 from packsaddle.optim.saved_state import FORMAT, check_format, check_identity, check_shape
 from packsaddle.optim.stages.escape import Reset
@@ -69,7 +69,7 @@ class DDPHook(GradientHook):
         self,
         module: nn.Module,
         channel: Communicator,
-        rules: Rules,
+        rules: HookOptions,
         places: Sequence[Place],
         noise: Noise,
         rates: Rates,

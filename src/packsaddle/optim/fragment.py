@@ -7,7 +7,7 @@ next steps, and lands.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,6 @@ from packsaddle.optim.inner_optimizer import local_part
 from packsaddle.optim.layout import Place, Shaped, Slice
 from packsaddle.optim.stages.contraction import SlicedMonitor
 from packsaddle.optim.stages.noise import GaussianNoise
-
-Reduction = Literal["mean", "senders"]
 
 
 @dataclass
@@ -193,10 +191,10 @@ class Fragment(Slice):
             pairs, self.owed = zip(self.tensors(), self.views(self.owed), strict=True), None
             self._set(x.to(wide(x)) - part.to(x.device, wide(x)) for x, part in pairs)
 
-    def send(self, flight: Flight, step: int, *, reduction: Reduction, dense: bool) -> None:
+    def send(self, flight: Flight, step: int, *, senders: bool, dense: bool) -> None:
         """Exchange C(share v) and absorb what it leaves; collective, and perhaps in another thread.
 
-        `dense` has the mean made as a vector, which "senders" needs anyway.
+        `dense` computes the mean as a vector, as `senders` does anyway: there it is over those that sent a coordinate.
         """
         r, channel = flight.round, self.feedback.channel
         assert r is not None
@@ -210,8 +208,8 @@ class Fragment(Slice):
             r.absorb(g)
         self.monitor.measure(r.step, flight.v)
         flight.averaged = g
-        if dense or reduction == "senders":
-            flight.mean = self._mean(g, reduction)
+        if dense or senders:
+            flight.mean = self._mean(g, senders=senders)
         if flight.v.device.type == "cpu":
             self.name_bad(flight)
 
@@ -221,19 +219,17 @@ class Fragment(Slice):
         if flight.verdict[0] > 0 and not flight.names:
             flight.names = self.feedback.channel.gather_text(flight.name, flight.v.device, "guard")
 
-    def _mean(self, g: Averaged, reduction: Reduction) -> Tensor:
-        """The mean over workers, float[n]; with "senders" a coordinate's mean over those that sent it."""
+    def _mean(self, g: Averaged, *, senders: bool) -> Tensor:
+        """The mean over workers, float[n]; with `senders` a coordinate's mean over those that sent it."""
         n, total = self.compressed_d, self.zeros().flat
         for term in g.mean:
             term.add_to(total[:n], 1.0)
-        if reduction == "senders" and len(g.mean) > 1:
-            senders = torch.zeros_like(total[:n])
+        if senders and len(g.mean) > 1:
+            counts = torch.zeros_like(total[:n])
             for term in g.mean:
                 sent = term.compressor.support_of(term.message, n)
-                senders.add_(1.0) if sent is None else senders.index_add_(
-                    0, sent, torch.ones_like(senders[: len(sent)])
-                )
-            total[:n].mul_(len(g.mean) / senders.clamp_(min=1.0))
+                counts.add_(1.0) if sent is None else counts.index_add_(0, sent, torch.ones_like(counts[: len(sent)]))
+            total[:n].mul_(len(g.mean) / counts.clamp_(min=1.0))
         total[n:] = g.dense
         return total
 

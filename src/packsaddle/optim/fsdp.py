@@ -23,7 +23,7 @@ from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed, mix
 from packsaddle.optim.compression import Compression, Schedule
-from packsaddle.optim.hook import UNLIKE, GradientHook, GradientSlice, Rules
+from packsaddle.optim.hook import UNLIKE, GradientHook, GradientSlice, HookOptions
 from packsaddle.optim.layout import Place, Slice
 from packsaddle.optim.saved_state import FORMAT, check_format, check_identity, check_shape
 from packsaddle.optim.stages.noise import Noise
@@ -111,7 +111,7 @@ class FSDPHook(GradientHook):
         self,
         model: nn.Module,
         channel: Communicator,
-        rules: Rules,
+        rules: HookOptions,
         noise: Noise,
         shard: tuple[int, int],
     ) -> None:
@@ -329,7 +329,7 @@ def register_fsdp_hook(
     if not modules:
         raise TypeError(f"model must have been sharded by fully_shard, got {type(model).__name__}")
     spec, noise, shard = Compression.of(compressor), Noise.of(noise).check_eager(), shard_of(model)
-    rules = Rules(spec, "bucket", start_step, as_seed(seed))
+    rules = HookOptions(spec, "bucket", start_step, as_seed(seed))
     if spec.dense_below not in (0, Compression.dense_below):
         raise ValueError(
             f"dense_below is for whole tensors, and flat shards are compressed as they are, got {spec.dense_below}"
@@ -341,7 +341,7 @@ def register_fsdp_hook(
         )
     channel = Communicator(resolve(replicas), Ledger())
     hook = FSDPHook(model, channel, rules, noise, shard)
-    same = {**rules.arguments(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
+    same = {**rules.agreement(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
     same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
     check_agreement(channel, same, hook.device)

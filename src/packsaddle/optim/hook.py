@@ -30,12 +30,13 @@ from packsaddle.optim.stages.contraction import SlicedMonitor
 from packsaddle.optim.stages.drift import DriftGuard, StepRates
 from packsaddle.optim.stages.noise import GaussianNoise
 from packsaddle.optim.stages.nonfinite import THE_MEAN, THE_SUM, Skip, Skips
+from packsaddle.options.agreement import Option, agreement
 
 Scope = Literal["bucket", "model"]
 
 
 @dataclass(frozen=True)
-class Rules:
+class HookOptions(Option):
     """The settings of a hook; see `register_ddp_hook`. Raises ValueError for bad arguments."""
 
     compression: Compression
@@ -44,6 +45,7 @@ class Rules:
     seed: int
 
     def __post_init__(self) -> None:
+        self.compression.check_gradients()
         if is_below(self.start_step, 0):
             raise ValueError(f"start_step must be 0 or more steps, got {self.start_step}")
         if self.scope not in get_args(Scope):
@@ -59,10 +61,9 @@ class Rules:
         """Return the compressor of a step."""
         return Identity() if step < self.start_step else self.compression.at(step)
 
-    def arguments(self) -> dict[str, object]:
-        """Return what all workers must have been given alike, by name."""
-        alike = vars(self.compression) | vars(self)
-        return {name: value for name, value in alike.items() if name not in ("compression", "monitor_every")}
+    def agreement(self) -> dict[str, object]:
+        """Return what all workers must be given, by name."""
+        return {name.removeprefix("compression."): value for name, value in agreement(self).items()}
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class GradientSlice:
         of: Slice,
         pending: dict[str, Tensor],
         channel: Communicator,
-        rules: Rules,
+        rules: HookOptions,
         allocation: Allocation,
     ) -> None:
         self.of, self._rules, self._allocation = of, rules, allocation
@@ -255,7 +256,7 @@ class GradientHook:
     number of coordinates that all slices compress together.
     """
 
-    def __init__(self, channel: Communicator, rules: Rules, d: int) -> None:
+    def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
         self.channel = channel
         self._allocation = Allocation(d)
         self._rules, self._monitor = rules, SlicedMonitor(rules.compression.monitor_every)

@@ -17,17 +17,16 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.compressors import Compressor, Identity
 from packsaddle.numerics.finite import first_bad
 from packsaddle.optim.background import Background
-from packsaddle.optim.compression import Compression
 from packsaddle.optim.fragment import Flight, Fragment
 from packsaddle.optim.inner_optimizer import Shards
 from packsaddle.optim.inner_reset import InnerReset
-from packsaddle.optim.local_rules import LocalRules
+from packsaddle.optim.local_options import LocalOptions
 from packsaddle.optim.participation import Participation
 from packsaddle.optim.stages.anchor_escape import AnchorEscape
 from packsaddle.optim.stages.drift import Drift, DriftGuard
 from packsaddle.optim.stages.escape import Reset
 from packsaddle.optim.stages.lockstep import Call, Lockstep
-from packsaddle.optim.stages.noise import GaussianNoise, Noise
+from packsaddle.optim.stages.noise import GaussianNoise
 from packsaddle.optim.stages.nonfinite import THE_MEAN, NonFiniteError, Skip, Skips
 
 _FAILED = " (its optimizer was reset)"  # after the name of a parameter: resets have not helped
@@ -43,26 +42,23 @@ class LocalRounds:
     def __init__(
         self,
         fragments: Sequence[Fragment],
-        rules: LocalRules,
-        compression: Compression,
+        options: LocalOptions,
         channel: Communicator,
         background: Background | None,
         *,
         inner: Optimizer,
         outer: Optimizer | None,
-        noise: Noise,
-        seed: int,
         agree: Shards,
         participation: Participation,
         drift: DriftGuard,
         escape: AnchorEscape | None,
     ) -> None:
         self.fragments, self.inner, self.outer = fragments, inner, outer
-        self._rules, self._compression, self._participation = rules, compression, participation
+        self._options, self._compression, self._participation = options, options.compression, participation
         self._channel, self._background, self._agree = channel, background, agree
-        self._noise, self._seed, self._drift, self._escape = noise, seed, drift, escape
+        self._noise, self._seed, self._drift, self._escape = options.noise, options.seed, drift, escape
         self._lockstep = Lockstep(channel, fragments[0].anchor.flat.device)
-        self.skips = Skips(compression.max_skipped, channel.group.rank)
+        self.skips = Skips(options.compression.max_skipped, channel.group.rank)
         self.resets: list[Reset] = []  # firings of the escape check
         self._reset = InnerReset(inner, [p for part in fragments for p in part.parameters], agree)
 
@@ -108,10 +104,10 @@ class LocalRounds:
     def _begin(self, part: Fragment, step: int) -> None:
         """Begin a round; without a delay it ends at once."""
         compressor, noise = self._settings(part.rounds)
-        due = step + self._rules.delay
+        due = step + self._options.overlap.delay
         share = self._participation.share_after(step)
         self._depart("exchanges a round", part, compressor, noise, step, due, share)
-        if not self._rules.delay:
+        if not self._options.overlap.delay:
             self.land(part)
 
     def _settings(self, t: int) -> tuple[Compressor, GaussianNoise | None]:
@@ -150,7 +146,9 @@ class LocalRounds:
         later: bool,
     ) -> Flight:
         """Make v. After a failed reset of the inner optimizer, the name of the parameter is marked for all workers."""
-        flight = part.start(compressor, noise, self._rules.decay, due, self._agree, later=later, share=share)
+        flight = part.start(
+            compressor, noise, self._options.compression.decay, due, self._agree, later=later, share=share
+        )
         if self._reset.rejected and not bool(flight.bad):
             self._reset.end(part)
         elif self._reset.failed:
@@ -169,7 +167,7 @@ class LocalRounds:
                 flight.headers = headers
             else:
                 self._lockstep.check(headers)
-        part.send(flight, step - 1, reduction=self._rules.reduction, dense=dense)
+        part.send(flight, step - 1, senders=self._options.averages_senders, dense=dense)
 
     def try_out(self, part: Fragment, step: int, share: float, *, dense: bool) -> float:
         """Exchange a fragment's change, for a round that is not committed yet; return ||v||^2.
@@ -179,7 +177,7 @@ class LocalRounds:
         compressor, noise = (Identity(), None) if dense else self._settings(part.rounds)
         flight = self._start(part, compressor, noise, step, share, later=False)
         energy = float(flight.v.double().square().sum())
-        part.send(flight, max(0, step - 1), reduction=self._rules.reduction, dense=self.outer is not None)
+        part.send(flight, max(0, step - 1), senders=self._options.averages_senders, dense=self.outer is not None)
         part.name_bad(flight)
         return energy
 
@@ -224,13 +222,13 @@ class LocalRounds:
     def land(self, part: Fragment) -> bool:
         """End a round of a fragment; whether it was taken."""
         self._finish(part)
-        t, flight = part.rounds, part.land(self.outer, self._rules.blend)
+        t, flight = part.rounds, part.land(self.outer, self._options.overlap.blend)
         if not flight.taken:
             self._leave_out(part, t, flight)
             return False
         self.skips.took()
         if self._drift.due(t) and part is self.fragments[-1]:
-            self.together("compares anchors", flight.due - self._rules.delay, partial(self._compare, t))
+            self.together("compares anchors", flight.due - self._options.overlap.delay, partial(self._compare, t))
         if self._escape is not None and (reset := self._escape.run()) is not None:
             self.resets.append(reset)
         return True

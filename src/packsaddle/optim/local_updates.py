@@ -34,8 +34,6 @@ from packsaddle.optim import local_state
 from packsaddle.optim.background import Background
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.coverage import OtherOptimizers, check_covers
-from packsaddle.optim.elastic import Elastic
-from packsaddle.optim.fragment import Reduction
 from packsaddle.optim.inner_optimizer import (
     Shards,
     check_no_others,
@@ -46,8 +44,8 @@ from packsaddle.optim.inner_optimizer import (
     named_parameters,
     on_attempts,
 )
+from packsaddle.optim.local_options import Elastic, LocalOptions, Outer, Overlap, Workers
 from packsaddle.optim.local_rounds import LocalRounds
-from packsaddle.optim.local_rules import LocalRules
 from packsaddle.optim.membership import Membership
 from packsaddle.optim.participation import Participation
 from packsaddle.optim.partition import partition
@@ -59,8 +57,6 @@ from packsaddle.optim.stages.noise import Noise
 from packsaddle.optim.stages.nonfinite import Skip
 from packsaddle.optim.start import share_start, untrained_tensors
 
-Outer = Callable[[list[Any]], Optimizer]
-
 
 class LocalUpdates:
     """Local updates of any torch optimizer, averaged over workers with compression and error feedback.
@@ -70,42 +66,28 @@ class LocalUpdates:
     the model in one, see `keep_gradients_local`).
 
     Args:
-        optimizer: what steps on each worker: any torch optimizer of floating-point parameters on one device, DTensors
-            of FSDP2 and tensor parallelism among them, of which each process exchanges its own shard.
+        optimizer: the optimizer that steps on each worker: any torch optimizer of floating-point parameters on one
+            device, DTensors of FSDP2 and tensor parallelism among them, of which each process exchanges its own shard.
+        compressor: C, or a function of the round that returns it, or a `Compression` with more about the exchange.
         every: H, inner steps between two exchanges of a fragment.
-        compressor: C, or a function of the round that gives it, or a `Compression` with more about the exchange.
-        outer: makes the optimizer of the anchor out of its tensors, float32 or wider, such as
-            `lambda anchors: torch.optim.SGD(anchors, lr=0.7, momentum=0.9, nesterov=True)`; its gradient is the mean of
-            what workers sent. None moves the anchor by that mean.
-        decay: what the error memory is multiplied by in each round, in (0, 1]; below 1 errors are forgotten in time.
-        fragments: P, parts of the model, cut by the order of the parameters and balanced by bytes, that are exchanged
-            at different steps, every / P apart.
-        delay: inner steps during which an exchange runs, below `every`. It needs a copy of the fragment.
-        blend: with a delay, x becomes (1 - blend) a + blend x where an exchange lands, as Streaming DiLoCo has it;
-            None has it become a and what was moved meanwhile.
-        noise: standard deviation of each coordinate of xi in the units of parameters, the same on every worker, added
-            in each round; or a function of the round that gives it.
+        outer: the outer optimizer, such as `OuterSGD()`, DiLoCo's: a function that makes any torch optimizer of the
+            anchor's tensors, float32 or wider. Its gradient is the mean update. None moves the anchor by that mean.
+        overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more about it.
+        workers: the process group of the workers, or `Workers` with weights or a sample of them, or a torchft Manager
+            or `Elastic` of workers that come and go. None: the default group, or this process alone without one.
+        noise: standard deviation of each coordinate of xi in units of the parameters, identical on all workers, added
+            in each round; or a function of the round that returns it.
         escape: the escape check of lines 4-8 of Algorithm 1, made on the anchor after each round; its interval and
             `every` count rounds. One fragment and no delay.
-        reduction: "mean" over workers, which error feedback rests on; or "senders": over the workers that sent a
-            coordinate, as SparseLoCo's reference has it, which breaks y = a - mean e.
-        keep_unsent: x begins again not at a, as in Algorithm 1 and DiLoCo, but at a - e, so that what this worker has
-            moved and not sent yet stays in its own x, as in CSER (Xie et al. 2020). It trains better.
+        keep_unsent: x restarts not at a, as in Algorithm 1 and DiLoCo, but at a - e, so that the unsent part of this
+            worker's update stays in its own x, as in CSER (Xie et al. 2020). It trains better.
         offload: keep anchor and error memory, and so the outer optimizer's state, on the CPU.
-        weight: w_i of this worker in the mean, which is sum_i w_i C(v_i) / sum_i w_i: its number of examples, say. None
-            on all workers has them count alike.
-        sample: the share of the workers that are in a round, drawn anew for each, as in federated averaging. A worker
-            that is not in it keeps what it has moved, or sits the round out (see `sampled`). No delay, and exchanges
-            that average messages directly.
-        seed: of all shared randomness; the same on every worker.
-        scaler: the GradScaler that steps the optimizer, so that a step which it leaves out on one worker is counted
-            there too.
+        seed: seed of all shared randomness; identical on all workers.
+        scaler: the GradScaler that steps the optimizer, so that a step which it skips on one worker is counted there
+            too.
         model: the module that the optimizer trains. Its frozen parameters and persistent buffers start from rank 0's
             too, and a parameter of it that requires a gradient but is not in the optimizer raises ValueError. None
             warns at a round or at `flush` if an optimizer without an exchange trains other parameters of one module.
-        process_group: the workers that exchange; None is the default group if there is one, else this process alone.
-        manager: a torchft Manager, or an `Elastic` with more about it: workers come and go, and a round is committed by
-            those that are there. No delay, escape, "senders" or DTensors; exchanges that average messages directly.
 
     A round in which a worker's x is not finite is rejected by all, and entered in `skips`. That worker goes back to the
     anchor, and clears non-finite state of its optimizer, of those that it wraps and, if need be, of its `state_dict`.
@@ -136,38 +118,37 @@ class LocalUpdates:
     def __init__(
         self,
         optimizer: Optimizer,
+        compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         *,
         every: int = 8,
-        compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         outer: Outer | None = None,
-        decay: float = 1.0,
-        fragments: int = 1,
-        delay: int = 0,
-        blend: float | None = None,
-        noise: float | Callable[[int], float] = 0.0,
+        overlap: int | Overlap = 0,
+        workers: Any = None,
+        noise: float | Callable[[int], float] | Noise = 0.0,
         escape: Escape | None = None,
-        reduction: Reduction = "mean",
         keep_unsent: bool = True,
         offload: bool = False,
-        weight: float | None = None,
-        sample: float = 1.0,
         seed: int = 0,
         scaler: torch.amp.GradScaler | None = None,
         model: torch.nn.Module | None = None,
-        process_group: Any = None,
-        manager: Any = None,
     ) -> None:
         self.optimizer = innermost(optimizer)
         if hasattr(self.optimizer, "channel"):
             name = type(self.optimizer).__name__
             raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
-        self._compression = Compression.of(compressor)
-        self.every, self.delay, self.decay, self.blend = every, delay, decay, blend
-        self.reduction, self.keep_unsent, self.seed = reduction, keep_unsent, as_seed(seed)
-        rules = LocalRules(every, fragments, delay, decay, blend, reduction)
-        if self._compression.memory != "buffer":
-            raise ValueError(f'memory must be "buffer" for local updates, got {self._compression.memory!r}')
+        self.options = options = LocalOptions.of(
+            *(compressor, overlap, workers, noise),
+            every=every,
+            outer=outer,
+            escape=escape,
+            keep_unsent=keep_unsent,
+            offload=offload,
+            seed=as_seed(seed),
+        )
+        self._compression = options.compression
         self._compression.at(0)
+
+        # x, and what of the model is not in it.
         self._parameters = {name: p for name, p in named_parameters(self.optimizer).items() if p.requires_grad}
         check_parameters(self._parameters)
         if model is not None:
@@ -177,27 +158,26 @@ class LocalUpdates:
         self.steps = 0  # n: attempted inner steps
 
         # Workers, and the place of exchanges: in the background if they have a delay and the group can.
-        elastic = None if manager is None else Elastic.of(manager)
-        group = training_group(process_group) if elastic is None else _managed(elastic, process_group)
+        elastic, fixed = _by_kind(options.workers)
+        group = training_group(fixed.group) if elastic is None else elastic.group or ManagedGroup(elastic.manager)
         home = local_part(next(iter(self._parameters.values()))).device
         device = torch.device("cpu") if offload else home
-        apart = group.background(device) if delay and group.size > 1 else None
+        apart = group.background(device) if options.overlap.delay and group.size > 1 else None
         self.ledger = Ledger()
         self._channel = Communicator(apart or group, self.ledger)
         background = Background(device) if apart is not None else None
-        participation = Participation(weight, sample, group.size, group.rank, self.seed)
-        self._participation, self._sample = participation, sample
+        self._participation = Participation(fixed.weight, fixed.sample, group.size, group.rank, options.seed)
 
-        # x's fragments.
+        # x's fragments, and the compressor of each.
         with torch.no_grad():
-            self._fragments = partition(
-                *(self._parameters, rules, self._compression, self._channel, device), seed=self.seed, keep=keep_unsent
-            )
+            self._fragments = partition(self._parameters, options, self._channel, device)
         d = sum(part.compressed_d for part in self._fragments)
         warn_of_nothing(self._compression.at(0), d, self._compression.dense_below, stacklevel=2)
         self._compression.at(0).validate(d)
         for part in self._fragments:
             part.feedback.prepare(self._compression.at(0))
+        sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
+        options.check_aggregators([part.feedback.aggregator for part in self._fragments], sharded=sharded)
 
         # A round and its stages.
         self.outer = outer(self._leaves()) if outer is not None else None
@@ -206,35 +186,30 @@ class LocalUpdates:
         if self.outer is not None:
             follow(self.outer, self)
         compared = self._compression.compare_every
+        where = (self._fragments, self._channel, options.seed)
+        checker = AnchorEscape(escape, *where, delay=options.overlap.delay) if escape else None
         self._rounds = LocalRounds(
             self._fragments,
-            rules,
-            self._compression,
+            options,
             self._channel,
             background,
             inner=self.optimizer,
             outer=self.outer,
-            noise=Noise.of(noise).check_eager(),
-            seed=self.seed,
             agree=Shards(self._parameters.values()),
-            participation=participation,
+            participation=self._participation,
             drift=DriftGuard(0 if elastic else compared, self._compression.on_drift, self._channel),
-            escape=AnchorEscape(escape, self._fragments, self._channel, self.seed, delay=delay) if escape else None,
+            escape=checker,
         )
 
-        # What does not go together, and what all workers must have been given alike.
-        averaged, escapes = [part.feedback.aggregator for part in self._fragments], escape is not None
-        rules.check_participation(participation, averaged, escapes=escapes, managed=elastic is not None)
-        same = self._same(noise, escape, fragments, weight, untrained)
+        # All workers must have been given the same, and they start from the same x.
+        same = self._agreement(untrained)
         self.membership: Membership | None = None  # with a manager: who is there, and this worker's part
         if elastic is None:
             check_agreement(self._channel, same, device)
-            participation.exchange(self._channel, device)
+            self._participation.exchange(self._channel, device)
             share_start(self._channel, list(self._parameters.values()), [tensor for _, tensor in untrained])
             self._rounds.meet()
         else:
-            sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
-            rules.check_elastic(averaged, escapes=escapes, sharded=sharded)
             self.membership = Membership(
                 elastic,
                 self._channel,
@@ -247,6 +222,8 @@ class LocalUpdates:
                 send=lambda part, dense, share: self._rounds.try_out(part, self.steps, share, dense=dense),
                 land=self._rounds.land,
             )
+
+        # The optimizer's steps are counted from here on.
         watches = model is None and (group.size > 1 or elastic is not None)
         self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
         self._looks = 0  # at the anchor, one within another, while parameters are there
@@ -258,8 +235,9 @@ class LocalUpdates:
         compressor = describe(self._compression.at(self.rounds))
         outer = type(self.outer).__name__ if self.outer else "mean"
         return (
-            f"LocalUpdates({type(self.optimizer).__name__}, every={self.every}, {compressor}, outer={outer}, fragments="
-            f"{len(self._fragments)}, workers={self._channel.group.size}, steps={self.steps}, rounds={self.rounds})"
+            f"LocalUpdates({type(self.optimizer).__name__}, every={self.options.every}, {compressor}, outer={outer}, "
+            f"fragments={len(self._fragments)}, workers={self._channel.group.size}, steps={self.steps}, "
+            f"rounds={self.rounds})"
         )
 
     def _leaves(self) -> list[Any]:
@@ -267,24 +245,15 @@ class LocalUpdates:
         by_name = {p.name: leaf for part in self._fragments for p, leaf in zip(part.places, part.leaves, strict=True)}
         return [by_name[name] for name in self._parameters]
 
-    def _same(
-        self,
-        noise: object,
-        escape: object,
-        fragments: int,
-        weight: float | None,
-        untrained: Iterable[tuple[str, Tensor]],
-    ) -> dict[str, object]:
+    def _agreement(self, untrained: Iterable[tuple[str, Tensor]]) -> dict[str, object]:
         """Return what must be equal on all workers."""
         outer = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
-        same: dict[str, object] = {"every": self.every, "compressor": self._compression, "decay": self.decay}
-        same |= {"fragments": fragments, "delay": self.delay, "blend": self.blend, "noise": noise, "escape": escape}
-        same |= {"reduction": self.reduction, "keep_unsent": self.keep_unsent, "seed": self.seed}
+        same = self.options.agreement()
         same |= {"kernels": compiler(self._fragments[0].anchor.flat.device), "outer": outer}
         for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
             for i, (name, p) in enumerate(tensors):
                 same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
-        return same | {"weight": "given" if weight is not None else None, "sample": self._sample}
+        return same
 
     @torch.no_grad()
     def _before_step(self) -> None:
@@ -360,7 +329,7 @@ class LocalUpdates:
         here before continues with the memory in its file. Raises RuntimeError without a manager.
         """
         if self.membership is None:
-            raise RuntimeError("join is for workers that come and go: LocalUpdates(..., manager=)")
+            raise RuntimeError("join is for workers that come and go: LocalUpdates(..., workers=Elastic(...))")
         self._check_here("join()")
         if self.membership.joined:
             return
@@ -376,7 +345,7 @@ class LocalUpdates:
         RuntimeError without a manager.
         """
         if self.membership is None:
-            raise RuntimeError("leave is for workers that come and go: LocalUpdates(..., manager=)")
+            raise RuntimeError("leave is for workers that come and go: LocalUpdates(..., workers=Elastic(...))")
         self._check_here("leave()")
         with torch.no_grad():
             return self.membership.leave()
@@ -547,13 +516,13 @@ class LocalUpdates:
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be equal at loading and at saving."""
-        group = self._channel.group
-        same: dict[str, Any] = {"seed": self.seed, "every": self.every, "delay": self.delay}
-        same |= {"fragments": len(self._fragments), "keep_unsent": self.keep_unsent}
-        if self._participation.samples:
-            same["sample"] = self._sample
-        if self.membership is not None:
+        options, group = self.options, self._channel.group
+        same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
+        same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
+        if isinstance(options.workers, Elastic):
             return same | {"elastic": True}
+        if self._participation.samples:
+            same["sample"] = options.workers.sample
         return same | {"rank": group.rank, "workers": group.size}
 
     trains_apart = True  # between rounds each worker has parameters and an inner optimizer's state of its own
@@ -573,8 +542,6 @@ class LocalUpdates:
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")
 
 
-def _managed(elastic: Elastic, process_group: Any) -> ManagedGroup:
-    """The group of a Manager's workers."""
-    if process_group is not None and not isinstance(process_group, ManagedGroup):
-        raise ValueError("process_group is the manager's own where there is a manager: leave it out")
-    return process_group or ManagedGroup(elastic.manager)
+def _by_kind(workers: Workers | Elastic) -> tuple[Elastic | None, Workers]:
+    """Return the settings of workers that come and go, if they do, and those of a fixed set."""
+    return (workers, Workers()) if isinstance(workers, Elastic) else (None, workers)

@@ -38,8 +38,8 @@ from packsaddle.comm.managed import ManagedGroup
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.numerics.seeds import mix
 from packsaddle.optim.account import Account
-from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.fragment import Fragment
+from packsaddle.optim.local_options import Elastic
 from packsaddle.optim.memory_file import MemoryFile, OwnFile
 from packsaddle.optim.participation import share
 from packsaddle.optim.roster import Hello, Roster, most
@@ -71,7 +71,7 @@ class Membership:
     `send(part, dense, share)` makes a fragment's flight, exchanges it, and returns ||v||^2; `land(part)` ends one that
     was committed. Both are `LocalUpdates`'s. `arguments` is the text of all that workers must have been given alike.
 
-    >>> local = packsaddle.LocalUpdates(optimizer, manager=manager)  # doctest: +SKIP
+    >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
     >>> local.join()  # doctest: +SKIP
     >>> local.membership.workers, local.membership.lost  # doctest: +SKIP
     """
@@ -96,7 +96,7 @@ class Membership:
         self._inner, self._outer = inner, outer
         self._arguments, self._arguments_hash = arguments, mix(*arguments.encode()) >> 1
         self._compare_every = compare_every
-        self._file = None if settings.memory is None else OwnFile(Path(settings.memory))
+        self._file = None if settings.memory_file is None else OwnFile(Path(settings.memory_file))
         self._device = fragments[0].anchor.flat.device
         self.period = max(1, every // len(fragments))  # inner steps of the fastest worker between two rounds
 
@@ -378,7 +378,7 @@ class Membership:
 
     def _shared(self) -> dict[str, Any]:
         """Return what is the same on all workers, for one that is behind."""
-        inner = self._inner if self.settings.inner else None
+        inner = self._inner if self.settings.share_optimizer_state else None
         return shared_state(self.steps, self._fragments, self._outer, inner, self.roster)
 
     @torch.no_grad()
@@ -424,7 +424,7 @@ class Membership:
             own.start_count(self._weight())
         if not self.roster.past:
             self.steps = state["steps"]
-            if state["inner"] is not None and self.settings.inner:
+            if state["inner"] is not None and self.settings.share_optimizer_state:
                 take_inner(self._inner, state["inner"])
         self.roster.load_state_dict(state)
 

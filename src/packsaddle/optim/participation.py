@@ -6,7 +6,6 @@ their mean is weighted by n_k, the number of examples of client k.
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 
@@ -17,15 +16,11 @@ from packsaddle.numerics.seeds import mix, sample_without_replacement
 class Participation:
     """The share W w_i / sum_j w_j of this worker, j over those that are in the round: what its update counts in a mean.
 
-    `weight` is this worker's w_i, None on all workers if they count alike, and `sample` the share of the workers that
-    are in a round, the same on all of them. Raises ValueError for numbers out of range.
+    `weight` is this worker's w_i, None on all workers if they count alike, and `sample` the fraction of the workers
+    that are in a round, the same on all of them.
     """
 
     def __init__(self, weight: float | None, sample: float, workers: int, rank: int, seed: int) -> None:
-        if weight is not None and not (_is_number(weight) and 0 < weight < math.inf):
-            raise ValueError(f"weight must be finite and above 0, or None, got {weight!r}")
-        if not (_is_number(sample) and 0 < sample <= 1):
-            raise ValueError(f"sample must be a share of the workers in (0, 1], got {sample!r}")
         self.rank, self._seed = rank, mix(seed, _OF_ROUNDS)
         self.weights, self._mine = [1.0] * workers, weight
         self.samples = sample < 1
@@ -37,11 +32,6 @@ class Participation:
             mine = {"weight": torch.tensor([self._mine], dtype=torch.float64, device=device)}
             gathered = channel.gather(mine, fixed_size=True, purpose="start")
             self.weights = [float(parts["weight"][0]) for parts in gathered]
-
-    @property
-    def is_even(self) -> bool:
-        """True if all workers count alike in every round."""
-        return not self.samples and self._mine is None
 
     def members(self, step: int) -> list[int]:
         """Return the ranks of the workers that are in the exchange after an inner step, increasing; alike on all."""
@@ -64,10 +54,6 @@ def share(weights: Sequence[float], rank: int) -> float:
     if len(set(weights)) == 1:
         return 1.0
     return len(weights) * weights[rank] / sum(weights)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 _OF_ROUNDS = 0x5A3F  # sets the draws of rounds apart from those of supports

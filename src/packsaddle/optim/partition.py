@@ -11,47 +11,42 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.optim.compression import Compression
 from packsaddle.optim.fragment import Fragment
 from packsaddle.optim.inner_optimizer import local_part
 from packsaddle.optim.layout import places
-from packsaddle.optim.local_rules import LocalRules
+from packsaddle.optim.local_options import LocalOptions
 
 
 def partition(
     parameters: Mapping[str, Tensor],
-    rules: LocalRules,
-    compression: Compression,
+    options: LocalOptions,
     channel: Communicator,
     device: torch.device,
-    *,
-    seed: int,
-    keep: bool,
 ) -> list[Fragment]:
     """Cut the parameters into fragments by their order, each due `every` / `fragments` steps before the next.
 
-    Anchors and memories are on `device`; `keep` has x begin again at a - e. Raises ValueError for more fragments than
+    Anchors and memories are on `device`. Raises ValueError for more fragments than
     parameters.
     """
-    by_name = {p.name: p for p in places(parameters.items(), compression.dense_below, local_part)}
+    by_name = {p.name: p for p in places(parameters.items(), options.compression.dense_below, local_part)}
     names = list(parameters)
     make = partial(
         Fragment,
         parameters=parameters,
         device=device,
-        every=rules.every,
-        compression=compression,
+        every=options.every,
+        compression=options.compression,
         channel=channel,
         d=sum(place.size for place in by_name.values() if not place.dense),
-        seed=seed,
-        keep=keep,
+        seed=options.seed,
+        keep=options.keep_unsent,
     )
     found = []
-    for i, members in enumerate(balanced(names, [by_name[name].size for name in names], rules.fragments)):
+    for i, members in enumerate(balanced(names, [by_name[name].size for name in names], options.overlap.fragments)):
         for replicated in (False, True):
             mine = [by_name[n] for n in members if is_replicated(parameters[n]) == replicated]
             if mine:
-                found.append(make(mine, offset=i * rules.every // rules.fragments))
+                found.append(make(mine, offset=i * options.every // options.overlap.fragments))
     return found
 
 

@@ -37,6 +37,7 @@ from packsaddle.optim.stages.escape import Escape, EscapeCheck, Reset
 from packsaddle.optim.stages.lazy_noise import Perturber
 from packsaddle.optim.stages.noise import Noise
 from packsaddle.optim.stages.nonfinite import NonFiniteError, NonFiniteGuard, Skip
+from packsaddle.options.agreement import agreement
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
 
@@ -98,6 +99,7 @@ class CompressedSGD(Optimizer):
         process_group: Any = None,
     ) -> None:
         spec = Compression.of(compressor)
+        spec.check_gradients()
         given = spec.fixed()
         if spec.decay != 1:
             raise ValueError(
@@ -155,10 +157,8 @@ class CompressedSGD(Optimizer):
         # All workers must have been given the same, and they start from the same x.
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
         same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
-        same |= {"seed": self.seed, "compressor": given, "exchange": spec.exchange, "back": spec.back, "noise": noise}
-        same |= {"memory": spec.memory, "momentum": momentum, "nesterov": nesterov}
+        same |= {"seed": self.seed, **agreement(spec), "noise": noise, "momentum": momentum, "nesterov": nesterov}
         same["kernels"] = compiler(self._flat.x.device)
-        same |= {"max_skipped": spec.max_skipped, "compare_every": spec.compare_every, "on_drift": spec.on_drift}
         check_agreement(self.channel, {**same, **sizes, **self._flat.kinds(), "escape": escape}, self._flat.x.device)
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")

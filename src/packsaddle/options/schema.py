@@ -39,7 +39,8 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     fields = {f.name: f for f in settable(cls)}
     for key in data:
         if key not in fields:
-            hint = nearest(key, fields) or f" ({_takes(cls, list(fields))})"
+            moved = getattr(cls, "moved_keys", {}).get(key)
+            hint = f" (now {moved})" if moved else nearest(key, fields) or f" ({_takes(cls, list(fields))})"
             raise _about((*where, key), f"unknown key {_dotted((*where, key))}{hint}")
     values = {key: _value(fields[key], hints[key], value, (*where, key)) for key, value in data.items()}
     for name, f in fields.items():
@@ -121,6 +122,8 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
             raise _about(where, f"{_dotted(where)} must be a list, got {shown(value)}")
         return tuple(_convert(args[0], item, (*where, i)) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping) and (first := settable(hint)) and first[0].default is not dataclasses.MISSING:
+            value = {first[0].name: value}  # a scalar stands for its first field
         return build(hint, value, where)  # type: ignore[arg-type]
     if isinstance(value, int) and value not in _INT64:
         raise _about(where, f"{_dotted(where)} must fit in 64 bits, got {shown(value)}")

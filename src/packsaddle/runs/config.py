@@ -5,10 +5,10 @@ The comment on a field is what `packsaddle init` says of its key (see `templates
 
 import math
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from packsaddle.comm.select_aggregator import Exchange
 from packsaddle.compressors import (
@@ -27,8 +27,8 @@ from packsaddle.curvature.lanczos import check_probability
 from packsaddle.errors import ConfigError
 from packsaddle.messages import shortened, shown
 from packsaddle.optim.compression import Compression
-from packsaddle.optim.fragment import Reduction
 from packsaddle.optim.gradient import Storm
+from packsaddle.optim.local_options import LocalOptions, OuterSGD, Overlap
 from packsaddle.optim.stages.drift import OnDrift
 from packsaddle.optim.stages.escape import EscapeRule
 from packsaddle.options.schema import build, is_too_deep, line_of, syntax_error
@@ -163,38 +163,30 @@ class LocalConfig:
     warm_up: float = 0.0  # epochs in which lr rises linearly at the start
     schedule: Literal["constant", "cosine"] = "constant"  # of lr after that; cosine: down to a tenth at the end
     clip: float | None = None  # the largest norm of a gradient, which is scaled down to it; by default any
-    outer_lr: float = 1.0  # of the SGD that moves the anchor; 1 without momentum: to the workers' mean
-    outer_momentum: float = 0.0  # of that SGD
-    outer_nesterov: bool = False  # Nesterov's momentum in it
-    decay: float = 1.0  # factor of the error memory in each round, in (0, 1]
-    fragments: int = 1  # parts of the model that are exchanged at different steps, every / fragments apart
-    delay: int = 0  # steps during which an exchange overlaps with training, below every
     keep_unsent: bool = True  # after a round a worker starts at the anchor less its own error, not at the anchor
-    reduction: Reduction = "mean"  # over workers; senders: over those that sent a coordinate
+    overlap: Overlap = field(default_factory=Overlap)
+    outer: OuterSGD | None = None
+
+    # Keys of earlier versions, and those that replace them.
+    moved_keys: ClassVar[Mapping[str, str]] = {
+        "outer_lr": "local.outer.lr",
+        "outer_momentum": "local.outer.momentum",
+        "outer_nesterov": "local.outer.nesterov",
+        "decay": "decay",
+        "fragments": "local.overlap.fragments",
+        "delay": "local.overlap.delay",
+        "reduction": 'exchange = "senders"',
+    }
 
     def __post_init__(self) -> None:
-        _positive(self, "every", "clip", "fragments", "outer_lr")
+        _positive(self, "every", "clip")
         _at_most(self, every=10**6)
-        _not_negative(self, "warm_up", "delay")
-        if not 0 <= self.outer_momentum < 1:
-            raise ValueError(f"outer_momentum must be in [0, 1), got {self.outer_momentum}")
-        if self.outer_nesterov and not self.outer_momentum:
-            raise ValueError("outer_nesterov needs an outer_momentum above 0")
+        _not_negative(self, "warm_up")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
         if self.optimizer == "sgd" and self.betas != (0.9, 0.999):
             raise ValueError(f"betas are options of adamw and muon, and sgd has none, got {list(self.betas)}")
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must be in (0, 1], got {self.decay}")
-        if self.fragments > self.every:
-            raise ValueError(f"fragments must be at most every = {self.every}, got {self.fragments}")
-        if self.delay >= self.every:
-            raise ValueError(f"delay must be below every = {self.every} steps, got {self.delay}")
-
-    @property
-    def has_outer(self) -> bool:
-        """True if an optimizer moves the anchor."""
-        return (self.outer_lr, self.outer_momentum) != (1.0, 0.0)
+        LocalOptions(Compression(Identity()), self.every, overlap=self.overlap)
 
 
 @dataclass(frozen=True)
@@ -208,7 +200,10 @@ class Config:
     batch_size: int  # examples per worker and step
     # the compressor of each worker's vector in a step; `packsaddle compressors` compares the kinds
     compressor: AnyCompressor = field(default_factory=Identity)
-    exchange: Exchange = "direct"  # direct: all-reduce if the compressor is linear, else all-gather
+    # direct: all-reduce if the compressor is linear, else all-gather; senders: the same, with [local] alone, and a
+    # coordinate's mean over the workers that sent it
+    exchange: Exchange = "direct"
+    decay: float = 1.0  # factor of the error memory in each round of [local], in (0, 1]; 1 without [local]
     # the compressor of the mean on its way back, in the two-way and coordinator exchanges
     back: AnyCompressor | None = None
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -246,11 +241,15 @@ class Config:
             Storm(self.storm)
         if self.local is not None:
             self._check_local(self.local)
+        elif self.exchange == "senders" or self.decay != 1:
+            raise ValueError('exchange = "senders" and a decay are of [local], and the configuration has none')
 
     def _check_local(self, local: LocalConfig) -> None:
         """Raise ValueError, which begins with the key, for what does not go with local updates."""
         if self.memory != "buffer":
             raise ValueError(f'memory must be "buffer" with [local], got {self.memory!r}')
+        if not self.decay:
+            raise ValueError(f"decay must be in (0, 1] for local updates, got {self.decay!r}")
         if self.storm is not None:
             raise ValueError("storm does not go with [local], whose workers step with optimizers of their own")
         if self.momentum and local.optimizer == "adamw":
@@ -261,8 +260,8 @@ class Config:
             raise ValueError("nesterov needs a momentum above 0")
         if local.warm_up >= self.epochs:
             raise ValueError(f"local.warm_up must be less than epochs = {self.epochs:g}, got {local.warm_up:g}")
-        if self.escape is not None and (local.fragments > 1 or local.delay):
-            raise ValueError("escape needs local.fragments = 1 and local.delay = 0: it compares whole anchors")
+        if self.escape is not None and (local.overlap.fragments > 1 or local.overlap.delay):
+            raise ValueError("escape needs local.overlap.fragments = 1 and delay = 0: it compares whole anchors")
 
     def compression(self) -> Compression:
         """Return what the optimizer is given; contraction is measured once for each line of metrics."""
@@ -270,6 +269,7 @@ class Config:
             self.compressor,
             exchange=self.exchange,
             back=self.back,
+            decay=self.decay,
             dense_below=self.dense_below,
             memory=self.memory,
             max_skipped=self.max_skipped,
@@ -280,7 +280,7 @@ class Config:
 
     def sgd_lr(self) -> float | None:
         """Return the step size of the plain SGD that the run amounts to; None if it is none."""
-        if self.local is not None and (self.local.optimizer != "sgd" or self.local.has_outer):
+        if self.local is not None and (self.local.optimizer != "sgd" or self.local.outer is not None):
             return None
         return self.lr / (1 - self.momentum)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from packsaddle.comm.group import Solo, ambient_group
 from packsaddle.errors import ConfigError
-from packsaddle.optim.elastic import Elastic
+from packsaddle.optim.local_options import Elastic
 from packsaddle.runs.config import Config
 from packsaddle.runs.local_training import LocalTraining
 from packsaddle.runs.progress import live
@@ -30,7 +30,11 @@ def check_elastic(config: Config) -> Config:
     """Return the configuration for one worker of such a run. Raises ConfigError if it cannot be one."""
     if config.local is None:
         raise ConfigError("--elastic needs [local] in the file: packsaddle init --task char-transformer-local has it")
-    for name, found in (("local.delay", config.local.delay), ("escape", config.escape), ("certify", config.certify)):
+    for name, found in (
+        ("local.overlap.delay", config.local.overlap.delay),
+        ("escape", config.escape),
+        ("certify", config.certify),
+    ):
         if found:
             raise ConfigError(f"{name} does not go with --elastic, whose workers are not all there")
     if config.data.shard != "iid":

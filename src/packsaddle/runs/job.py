@@ -20,7 +20,7 @@ from packsaddle.comm.managed import connect
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import FusedGroup, simulate
 from packsaddle.errors import ConfigError
-from packsaddle.optim.elastic import Elastic
+from packsaddle.optim.local_options import Elastic
 from packsaddle.optim.stages.drift import DriftError
 from packsaddle.optim.stages.nonfinite import NonFiniteError
 from packsaddle.options.schema import build, first_difference, plain
@@ -186,7 +186,7 @@ class Job:
         from packsaddle.runs.elastic_run import ElasticTrainer
 
         seconds = self.timeout.total_seconds() if self.timeout is not None else _ELASTIC_TIMEOUT
-        elastic = Elastic(connect(self.lighthouse, timeout=seconds), memory=self.memory, weight="steps")
+        elastic = Elastic(connect(self.lighthouse, timeout=seconds), memory_file=self.memory, weight="steps")
         return ElasticTrainer(config, self.data_dir, self.download, elastic)
 
     def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:

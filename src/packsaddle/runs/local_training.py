@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.errors import ConfigError
-from packsaddle.optim.elastic import Elastic
 from packsaddle.optim.layout import goes_dense
+from packsaddle.optim.local_options import Elastic
 from packsaddle.optim.local_updates import LocalUpdates
 from packsaddle.optim.stages.drift import Drift
 from packsaddle.optim.stages.escape import Escape, Reset
@@ -46,28 +45,19 @@ class LocalTraining(Training):
         self._noise = noise_schedule(config.noise, calendar, self._local.every)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._inner = make_inner(config, self._local, model.named_parameters())
-        outer = partial(
-            torch.optim.SGD,
-            lr=self._local.outer_lr,
-            momentum=self._local.outer_momentum,
-            nesterov=self._local.outer_nesterov,
-        )
         by_round = replace(config.compression(), monitor_every=max(1, config.log_every // self._local.every))
         try:
             self.updates = LocalUpdates(
                 self._inner,
+                by_round,
                 every=self._local.every,
-                compressor=by_round,
-                outer=outer if self._local.has_outer else None,
-                decay=self._local.decay,
-                fragments=self._local.fragments,
-                delay=self._local.delay,
+                outer=self._local.outer,
+                overlap=self._local.overlap,
+                workers=elastic,
                 noise=self._noise or config.noise.std,
                 escape=escape,
-                reduction=self._local.reduction,
                 keep_unsent=self._local.keep_unsent,
                 seed=config.seed,
-                manager=elastic,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from packsaddle.compressors import Identity, RandomK, TopK
+from packsaddle.optim.local_options import OuterSGD, Overlap
 from packsaddle.options.describe import descriptions
 from packsaddle.options.schema import choices, settable
 from packsaddle.runs.config import (
@@ -49,6 +50,10 @@ _EXAMPLES: dict[str, Any] = {
     "certify.last_epsilon": 1e-2,
     "local": LocalConfig(),
     "local.clip": 1.0,
+    "local.overlap": Overlap(),
+    "local.overlap.blend": 0.5,
+    "local.outer": OuterSGD(),
+    "local.outer.nesterov": True,
 }
 _COLUMN, _WIDTH = 28, 120
 
@@ -77,14 +82,21 @@ def _table(value: Any, name: str, hint: Any) -> Iterator[str]:
     yield from _line(f"{off}[{name}]", about)
     if kinds:
         yield from _line(f"{off}kind = {json.dumps(cls.__name__)}", f"one of {', '.join(kinds)}")
+    hints = get_type_hints(cls)
+    inner = [f for f in settable(cls) if any(map(dataclasses.is_dataclass, (hints[f.name], *get_args(hints[f.name]))))]
     for f in settable(cls):
-        yield from _key(value, f, get_type_hints(cls)[f.name], f"{name}.{f.name}", off)
+        if f not in inner:
+            yield from _key(value, f, hints[f.name], f"{name}.{f.name}", off)
+    for f in inner:
+        there = None if off else getattr(value, f.name)
+        yield ""
+        yield from _table(there if there != f.default else None, f"{name}.{f.name}", hints[f.name])
 
 
 def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str = "") -> Iterator[str]:
     value, required = getattr(owner, f.name), f.default is dataclasses.MISSING
     cls: type = type(owner)
-    about = [descriptions(cls).get(f.name, "")] + ["needed"] * (required and bool(off))
+    about = [descriptions(cls).get(f.name, "").removesuffix(".")] + ["needed"] * (required and bool(off))
     if options := [c for h in (hint, *get_args(hint)) if get_origin(h) is Literal for c in get_args(h)]:
         about.insert(0, f"one of {', '.join(options)}")
     if value is not None and value != f.default and f.default not in (None, (), dataclasses.MISSING):

@@ -350,9 +350,9 @@ def test_the_first_difference_is_named_at_the_start(what: str, named: str) -> No
 
 
 def of_another_version() -> str:
-    import packsaddle
+    from packsaddle.comm import communicator
 
-    packsaddle.__version__ = f"0.{resolve(None).rank}.0"
+    communicator.__version__ = f"0.{resolve(None).rank}.0"
     return made("nothing")
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from specs import local_options
 
 from packsaddle import Compression, Compressor, Identity, LocalUpdates, Sign, TopK, simulate
 
@@ -18,7 +19,7 @@ def made(
     kind = Compression(compressor or Sign(), dense_below=0)
     x = torch.nn.Parameter(torch.zeros(40, 50))
     optimizer = torch.optim.SGD([x], lr=0.1)
-    return x, optimizer, LocalUpdates(optimizer, every=every, compressor=kind, **options)
+    return x, optimizer, LocalUpdates(optimizer, every=every, **local_options(compressor=kind, **options))
 
 
 def train(steps: int, x: Any, optimizer: torch.optim.Optimizer, seed: int) -> None:

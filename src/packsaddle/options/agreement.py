@@ -1,0 +1,23 @@
+"""Agreement between workers: what all of them must be given, from the fields of option classes."""
+
+import dataclasses
+from typing import Any
+
+
+class Option:
+    """Base of frozen dataclasses whose fields are options. A field made by `own` may differ between workers."""
+
+
+def own(default: Any) -> Any:
+    """Return a dataclass field that may differ between workers, and is in no configuration."""
+    return dataclasses.field(default=default, metadata={"own": True, "internal": True})
+
+
+def agreement(options: Any, where: str = "") -> dict[str, object]:
+    """Return the fields of an option class by dotted name, of nested ones too, except those made by `own`."""
+    found: dict[str, object] = {}
+    for f in dataclasses.fields(options):
+        value, name = getattr(options, f.name), f"{where}{f.name}"
+        if not f.metadata.get("own"):
+            found |= agreement(value, f"{name}.") if isinstance(value, Option) else {name: value}
+    return found
