@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import Solo
 from packsaddle.comm.ledger import Ledger
+from packsaddle.comm.sharding import local_part
 from packsaddle.curvature.custom_functions import graph_nodes
 from packsaddle.curvature.lanczos import random_start
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
@@ -72,7 +73,7 @@ class Curvature:
         self.parameters = trainable(model)
         self.d = sum(p.numel() for p in self.parameters)
         self.held = self.d  # numbers of a vector on the worker that has most of it
-        self._tensors = [local_part(p.detach()) for p in self.parameters]  # this worker's part of x
+        self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of x
         self.device = self.parameters[0].device
         self.products = 0  # Hessian-vector products so far
         self.passes = 0.0  # backward passes over the examples so far; a pass over a part of them is so much less
@@ -367,12 +368,6 @@ def whole(loss: Any) -> Tensor:
     """Return a loss, which tensor parallelism may have made a DTensor, as a plain tensor."""
     plain: Tensor = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
     return plain
-
-
-def local_part(p: Any) -> Tensor:
-    """A tensor, or this worker's shard of a DTensor, in the same memory."""
-    shard: Tensor = p.to_local() if hasattr(p, "to_local") else p
-    return shard
 
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:

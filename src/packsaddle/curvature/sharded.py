@@ -18,15 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.curvature.hessian import (
-    UNWATCHED,
-    Curvature,
-    LossFn,
-    NotFiniteError,
-    batch_size,
-    evaluating,
-    local_part,
-)
+from packsaddle.comm.sharding import is_sharded, local_part
+from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, NotFiniteError, batch_size, evaluating
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 
 
@@ -170,11 +163,6 @@ class ShardedCurvature(Curvature):
 
     def _differs_from_rank_0(self) -> bool:
         return False  # every worker has another part
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Tell if trainable parameters are sharded."""
-    return any(p.requires_grad and hasattr(p, "placements") for p in model.parameters())
 
 
 def derivatives(
