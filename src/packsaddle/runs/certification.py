@@ -1,10 +1,9 @@
 """Certificates of a finished run's weights, by one process or several, with the loss along the escape direction."""
 
-import math
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from packsaddle.comm.launching import launch, local_device, process_group
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import NotFiniteError
+from packsaddle.curvature.options import Search
 from packsaddle.curvature.population import check_population
-from packsaddle.curvature.products import Hvp
 from packsaddle.curvature.search import Bounds
 from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
@@ -45,15 +44,11 @@ class Audit:
     files: tuple[Path, ...]  # weights, as `Trainer` saves them
     epsilon: float | None = None  # None: the least that each point's gradient passes
     hessian_lipschitz: float | None = None
-    failure_probability: float = 1e-3
-    max_hvps: int = 200
-    tolerance: float = math.inf
-    sharpness: float = math.inf
+    search: Search = Search()  # noqa: RUF009 -- immutable
     spectrum: bool = False  # estimate the density of all eigenvalues
     population: bool = False  # certify the loss that the examples are drawn from
     examples: int | None = None  # size of a random sample; None: all training examples, or `at_most` of them
     at_most: int | None = None
-    hvp: Hvp = "auto"
     batch_size: int | None = None  # None: 500, and of a sample 64, so that a standard error has batches to come from
     double: bool = False  # products in float64
     distance: float | None = None  # of the profiles to each side; None: as far as the certificate suggests
@@ -103,7 +98,7 @@ class Audit:
                 raise ConfigError(f"{error}; --batch-size makes them smaller") from None
         certificates = []
         quiet = self.quiet or resolve(None).rank != 0
-        with countdown("certify", len(self.files) * self.max_hvps, quiet=quiet) as progress:
+        with countdown("certify", len(self.files) * self.search.max_hvps, quiet=quiet) as progress:
             for i, (file, tensors) in enumerate(zip(self.files, weights, strict=True)):
                 task.network.load_state_dict(tensors)
                 told = partial(self._tell, progress, i)
@@ -118,13 +113,13 @@ class Audit:
             further = Further(
                 self.spectrum,
                 self.population,
-                self.hvp,
+                self.search,
                 self.epsilon,
                 self.hessian_lipschitz,
-                self.failure_probability,
                 self.distance,
                 self.seed,
-                quiet=quiet,
+                read_config(self.run).sgd_lr(),
+                quiet,
             )
             findings.append(further.look(file, task, task_loss, examples, certificate))
         return findings
@@ -133,11 +128,12 @@ class Audit:
         """Show how far the certificates are, and the bounds as they close in; most need fewer products than they may
         take."""
         which = f"point {point + 1} of {len(self.files)}, " if len(self.files) > 1 else ""
-        done = 0 if bounds is None else round(self.max_hvps * bounds.products / bounds.most)
+        allowed = self.search.max_hvps
+        done = 0 if bounds is None else round(allowed * bounds.products / bounds.most)
         told = "" if bounds is None else f": {bounds}"
         products = 0 if bounds is None else bounds.products
-        most = self.max_hvps if bounds is None else bounds.most
-        progress(point * self.max_hvps + done, f"{which}{products} of at most {most} products{told}")
+        most = allowed if bounds is None else bounds.most
+        progress(point * allowed + done, f"{which}{products} of at most {most} products{told}")
 
     def prepare(self) -> tuple[Task, Examples]:
         """Return the network with the last file's weights, and this worker's examples."""
@@ -160,21 +156,15 @@ class Audit:
     def _certify(
         self, task: Task, examples: Examples, population: int, progress: Callable[[Bounds], None]
     ) -> Certificate:
-        config = read_config(self.run)
+        rng = generator(self.seed, 1, Stream.CERTIFY, device=examples.device)
         return certify(
             task,
             task_loss,
             examples,
             epsilon=self.epsilon,
             hessian_lipschitz=self.hessian_lipschitz,
-            failure_probability=self.failure_probability,
-            max_hvps=self.max_hvps,
-            tolerance=self.tolerance,
-            sharpness=self.sharpness,
-            hvp=self.hvp,
+            search=replace(self.search, generator=rng),
             sample_of=population,
-            lr=config.sgd_lr(),
-            generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
             progress=progress,
         )
 

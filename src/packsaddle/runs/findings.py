@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.certificate import Certificate
+from packsaddle.comm.sharding import is_sharded
+from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.hessian import LossFn
+from packsaddle.curvature.options import Search
 from packsaddle.curvature.population import MOST_PRODUCTS, PopulationCertificate, certify_population
-from packsaddle.curvature.products import Hvp
 from packsaddle.curvature.search import EveryNth
 from packsaddle.curvature.sharded import derivatives
 from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
@@ -50,12 +51,13 @@ class Finding:
     spectrum: SpectralDensity | None
     population: PopulationCertificate | None
     sharded: bool  # the model was, and directions are a worker's part
+    lr: float | None  # of SGD that may go on from here, over 1 - momentum
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the directions as plain types, for JSON."""
         return {
             "file": str(self.file),
-            **self.certificate.to_dict(),
+            **self.certificate.to_dict(self.lr),
             "profile": asdict(self.profile),
             "sharpest_profile": None if self.sharpest is None else asdict(self.sharpest),
             "spectrum": None if self.spectrum is None else asdict(self.spectrum),
@@ -64,6 +66,9 @@ class Finding:
 
     def __str__(self) -> str:
         more = [str(part) for part in (self.population, self.spectrum) if part is not None]
+        steps = None if self.lr is None else self.certificate.escape_steps(self.lr)
+        if steps is not None and self.certificate.verdict is Verdict.SECOND_ORDER_STATIONARY:
+            more.insert(0, f"  at lr {self.lr:.3g} SGD's distance along v grows tenfold in about {steps:,.0f} steps")
         return "\n".join([f"{self.file}: {self.certificate}", *more])
 
 
@@ -73,12 +78,12 @@ class Further:
 
     spectrum: bool
     population: bool
-    hvp: Hvp
+    search: Search
     epsilon: float | None  # the population's; None: the least that its gradient passes
     hessian_lipschitz: float | None  # the population's; None: measured
-    failure_probability: float  # the population's
     distance: float | None  # of the profiles to each side; None: as far as the certificate suggests
     seed: int
+    lr: float | None  # of SGD that may go on from here, over 1 - momentum
     quiet: bool  # else rank 0 shows progress on stderr
 
     def look(
@@ -100,13 +105,13 @@ class Further:
                     batches,
                     epsilon=self.epsilon,
                     hessian_lipschitz=self.hessian_lipschitz,
-                    failure_probability=self.failure_probability,
-                    hvp=self.hvp,
-                    generator=generator(self.seed, 3, Stream.CERTIFY),
+                    search=self._started(3),
                     progress=lambda products: progress(products, f"{products} of at most {MOST_PRODUCTS} products"),
                 )
-        sharded = any(hasattr(p, "placements") for p in model.parameters())
-        return Finding(file, certificate, escape, sharpest, spectrum, population, sharded)
+        return Finding(file, certificate, escape, sharpest, spectrum, population, is_sharded(model), self.lr)
+
+    def _started(self, step: int) -> Search:
+        return replace(self.search, generator=generator(self.seed, step, Stream.CERTIFY))
 
     def _density(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> SpectralDensity:
         most = _PROBES * _STEPS
@@ -117,8 +122,7 @@ class Further:
                 batches,
                 probes=_PROBES,
                 steps=_STEPS,
-                hvp=self.hvp,
-                generator=generator(self.seed, 2, Stream.CERTIFY),
+                search=self._started(2),
                 progress=lambda products: progress(products, f"{products} of at most {most} products"),
             )
 
