@@ -80,6 +80,8 @@ class Curvature:
         self._sizes_of_batches: list[int] = []  # of this worker's
         self._derives = False  # whether the loss takes derivatives itself
         self._displaced = 0  # gradients at other points so far, for the seed of dithering
+
+        # sum_b n_b loss_b, twice: a loss is a function of the parameters if both are equal.
         watch = _Precision()
         first = self._totals(watch if self.parameters[0].dtype is torch.float64 else nullcontext())
         second = self._totals()
@@ -99,6 +101,8 @@ class Curvature:
             raise NotFiniteError(f"the loss is {loss} at the present parameters; there is nothing to certify")
         if not examples:
             raise ValueError("batches is empty on every worker")
+
+        # The coarsest precision in which the loss computes, and f = sum_b n_b loss_b / N.
         used = [p.dtype for p in self.parameters] + [dtype for dtype, n in zip(_SHORT, short, strict=True) if n]
         self.precision = max(torch.finfo(dtype).eps for dtype in used)  # the unit roundoff of what the loss computes
         self.examples = int(examples) // self._alike
@@ -323,6 +327,8 @@ class Curvature:
         where they should be: a displacement below their last place would else be lost.
         """
         before = [t.clone() for t in self._tensors]
+
+        # x + s v; of 16 bits with a mean of x + s v.
         pieces = torch.split(direction, [t.numel() for t in self._tensors])
         try:
             with torch.no_grad():

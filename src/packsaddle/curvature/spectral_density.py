@@ -120,6 +120,8 @@ def spectral_density(
             raise ValueError(f"{name} must be at least 1, got {count}")
     if width is not None and not 0 < width < math.inf:
         raise ValueError(f"width must be positive and finite, got {width}")
+
+    # Nodes theta_j and weights tau_j of each probe's Gauss quadrature.
     channel = Communicator(resolve(process_group), Ledger())
     with rank_0_buffers(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)
@@ -128,6 +130,8 @@ def spectral_density(
             return products.name, [_quadrature(products, search, steps, progress) for _ in range(probes)]
 
         name, ritzes = with_products(choose_products(curvature, search.hvp), search.hvp, quadratures)
+
+    # The mean over probes of sum_j tau_j exp(-(t - theta_j)^2 / (2 width^2)), and how probes differ.
     nodes, weights = tuple(r.thetas for r in ritzes), tuple(r.shares for r in ritzes)
     low, high = min(n[0] for n in nodes), max(n[-1] for n in nodes)
     narrowest = max(*(r.rounding for r in ritzes), 1e-12 * max(abs(low), abs(high)), 1e-30)
