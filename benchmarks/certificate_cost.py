@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     weights = args.run / "checkpoint" / "model.pt"
-    audit = Audit(args.run, (weights,), 1.0, examples=args.examples, data_dir=args.data_dir)
+    audit = Audit(args.run, (weights,), examples=args.examples, data_dir=args.data_dir)
     task, examples = audit.prepare()
     batches = list(examples)
     for rho in args.rho:

@@ -23,6 +23,7 @@ from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.runs.certification import Audit, read_config
 from packsaddle.runs.config import CertifyConfig, DataConfig
+from packsaddle.runs.findings import Questions
 from packsaddle.runs.report import write_report
 from packsaddle.runs.run_checks import Inspector
 from packsaddle.runs.run_folder import read_runs
@@ -111,7 +112,7 @@ def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.Capt
     assert point["profile"]["losses"][middle] == pytest.approx(point["loss"], rel=1e-12)
     assert (out / "certificate.png").stat().st_size > 10_000
     assert json.loads((out / "certificates.json").read_text())["points"] == document["points"]
-    expected = Audit(run, (run / "checkpoint" / "model.pt",), 0.5, 0.1, double=True).certify()[0].certificate
+    expected = Audit(run, (run / "checkpoint" / "model.pt",), Questions(0.5, 0.1), double=True).certify()[0].certificate
     assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
     assert point["lambda_min_upper"] == pytest.approx(expected.lambda_min_upper, rel=1e-6)
     assert point["hvps"] == expected.hvps
@@ -138,7 +139,7 @@ def test_command_under_torchrun(run: Path, tmp_path: Path) -> None:
     search = read_config(run).certify
     assert search is not None
     assert search.max_hvps == 60
-    audit = Audit(run, (run / "checkpoint" / "model.pt",), 0.5, 0.1, search, double=True)
+    audit = Audit(run, (run / "checkpoint" / "model.pt",), Questions(0.5, 0.1, search), double=True)
     expected = audit.certify()[0].certificate
     assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
     assert (point["verdict"], point["hvps"]) == (str(expected.verdict), expected.hvps)
@@ -165,8 +166,8 @@ def test_options_not_given_are_the_runs(run: Path, tmp_path: Path, monkeypatch: 
     (copy / "config.json").write_text(json.dumps(config))
     assert command("certify", copy, "--hvp", "auto", "--sharpness", 0.5) == 2
     (audit,) = audits
-    assert (audit.epsilon, audit.hessian_lipschitz) == (0.5, 0.1)
-    found = audit.search
+    assert (audit.questions.epsilon, audit.questions.hessian_lipschitz, audit.questions.lr) == (0.5, 0.1, 0.5)
+    found = audit.questions.search
     assert (found.max_hvps, found.tolerance, found.sharpness) == (60, 0.25, 0.5)
     assert (found.pilot_examples, found.hvp) == (2048, "auto")
 
@@ -174,7 +175,8 @@ def test_options_not_given_are_the_runs(run: Path, tmp_path: Path, monkeypatch: 
 def test_the_steps_in_which_sgd_leaves_are_printed(run: Path) -> None:
     """At the run's learning rate, where a point passes with negative curvature."""
     search = Search(max_hvps=60, sharpness=1e-9)  # to the smallest Ritz value
-    (found,) = Audit(run, (run / "checkpoint" / "model.pt",), 1e3, 1e3, search, double=True).certify()
+    questions = Questions(1e3, 1e3, search, lr=read_config(run).sgd_lr())
+    (found,) = Audit(run, (run / "checkpoint" / "model.pt",), questions, double=True).certify()
     assert found.certificate.lambda_min_upper < 0
     steps = math.log(10) / math.log1p(-0.5 * found.certificate.lambda_min_upper)
     assert f"\n  at lr 0.5 SGD's distance along v grows tenfold in about {steps:,.0f} steps" in str(found)

@@ -77,7 +77,7 @@ def certify(
     """
     from packsaddle.errors import require
     from packsaddle.runs.certification import Audit, certify_in_process_group, read_config
-    from packsaddle.runs.findings import new_folder, write
+    from packsaddle.runs.findings import Questions, new_folder, write
 
     positive = {"epsilon": epsilon, "hessian-lipschitz": hessian_lipschitz, "distance": distance}
     check_numbers(positive, {"batch-size": batch_size, "workers": workers})
@@ -90,26 +90,14 @@ def certify(
         hessian_lipschitz = config.certify.hessian_lipschitz if hessian_lipschitz is None else hessian_lipschitz
         options = replace(config.certify, pilot_examples=options.pilot_examples)
 
-    require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
+    # Bad input is reported, and the folder made, before the work.
+    require("matplotlib", "plot", "the certificate's picture")
     drawn = _drawn(run, config) if iterates else []
     folder = out or _numbered(run / "certificate")
-    audit = Audit(
-        run,
-        _files(run, checkpoint, drawn),
-        epsilon,
-        hessian_lipschitz,
-        search.over(options),
-        spectrum,
-        population,
-        None if examples == "all" else examples,
-        _SAMPLE if examples is None else None,
-        batch_size,
-        double,
-        distance,
-        data_dir,
-        seed,
-        quiet=json,
-    )
+    options, lr = search.over(options), config.sgd_lr()
+    questions = Questions(epsilon, hessian_lipschitz, options, spectrum, population, distance, lr, seed, quiet=json)
+    size, at_most = examples if isinstance(examples, int) else None, _SAMPLE if examples is None else None
+    audit = Audit(run, _files(run, checkpoint, drawn), questions, size, at_most, batch_size, double, data_dir)
     with new_folder(folder) if is_first() else nullcontext():
         findings = certify_in_process_group(audit) if under_launcher() else audit.execute(workers)
     if is_first():

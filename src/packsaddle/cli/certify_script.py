@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
 from importlib import import_module
 from json import dumps
 from pathlib import Path
@@ -17,7 +16,6 @@ from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, require
 from packsaddle.messages import first_line
-from packsaddle.numerics.seeds import Stream, generator
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scripts keep weights
 # Of names: a compiled model's, a DistributedDataParallel's, or both, in either order.
@@ -61,20 +59,19 @@ def certify_script(
         seed: Of the random start.
         json: Print one JSON document instead.
     """
+    from packsaddle.runs.findings import Questions, new_folder, write
+
+    # Bad input first, before the work.
     check_numbers({"epsilon": epsilon, "hessian-lipschitz": hessian_lipschitz}, {})
     if out is not None:
-        require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
-    from packsaddle.runs.findings import Further, new_folder, write
-
+        require("matplotlib", "plot", "the certificate's picture")
+    questions = Questions(epsilon, hessian_lipschitz, search, spectrum, population, seed=seed, quiet=json)
     with (
         new_folder(out) if out is not None and is_first() else nullcontext(),
         process_group() if under_launcher() else nullcontext(),
         _importing_from(Path.cwd()),
     ):
-        quiet = json or not is_first()
-        started = replace(search, generator=generator(seed, 1, Stream.CERTIFY))
-        further = Further(spectrum, population, started, epsilon, hessian_lipschitz, None, seed, None, quiet)
-        finding = _certify(function, checkpoint, further)
+        finding = _certify(function, checkpoint, questions)
     if is_first():
         print(dumps(finding.to_dict(), indent=2, allow_nan=False) if json else finding)
         if out is not None:
@@ -94,10 +91,8 @@ def _importing_from(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
-def _certify(function: str, checkpoint: Path, further: Any) -> Any:
-    from packsaddle.curvature.certify import certify
+def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
     from packsaddle.curvature.population import check_population
-    from packsaddle.runs.progress import countdown
 
     # The problem at the checkpoint.
     model, given, batches = _problem(function)
@@ -109,21 +104,13 @@ def _certify(function: str, checkpoint: Path, further: Any) -> Any:
         except Exception as error:
             raise ConfigError(f"the loss function of {function} failed: {first_line(error)}") from None
 
-    # Its certificate, and what else is asked.
+    # The verdict, then the rest of the questions.
     try:
-        if further.population:
+        if questions.population:
             check_population(model, batches)  # before the work, not after
-        with countdown("certify", further.search.max_hvps, quiet=further.quiet) as progress:
-            certificate = certify(
-                model,
-                loss_fn,
-                batches,
-                epsilon=further.epsilon,
-                hessian_lipschitz=further.hessian_lipschitz,
-                search=further.search,
-                progress=lambda b: progress(b.products, f"{b.products} of at most {b.most} products: {b}"),
-            )
-        return further.look(checkpoint, model, loss_fn, batches, certificate)
+        with questions.countdown("certify", questions.search.max_hvps) as progress:
+            certificate = questions.certify(model, loss_fn, batches, progress)
+        return questions.look(checkpoint, model, loss_fn, batches, certificate)
     except ValueError as error:  # what certify says of the model, the loss and the batches
         raise ConfigError(f"{function}: {error}") from None
 

@@ -19,7 +19,7 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import is_sharded
 from packsaddle.curvature.certificate import Certificate, Verdict, proposed_epsilon
 from packsaddle.curvature.hessian import LossFn, WithExamples, rank_0_buffers
-from packsaddle.curvature.options import Search
+from packsaddle.curvature.options import Search, check_goal
 from packsaddle.curvature.products import Differences, Products, choose_products, with_products
 from packsaddle.curvature.search import Bounds, CurvatureSearch, Goal, Walk, pilot
 from packsaddle.curvature.sharded import derivatives
@@ -60,7 +60,9 @@ def certify(
     losses that are not a function of the parameters, and for "double-backward" where it is wrong.
     """
     begin = time.perf_counter()
-    _check(epsilon, hessian_lipschitz, sample_of)
+    check_goal(epsilon, hessian_lipschitz)
+    if sample_of is not None and sample_of < 1:
+        raise ValueError(f"sample_of must be at least 1 example, got {sample_of}")
     channel = Communicator(resolve(process_group), Ledger())
     if not is_sharded(model):  # whose workers go through as many batches together
         batches = WithExamples(batches)
@@ -77,7 +79,9 @@ def certify(
         chosen = choose_products(curvature, search.hvp)
         gradient, error = curvature.gradient()
         grad_norm = curvature.norm(gradient)
-        grad_norm_error = None if sample_of is None else _finite_population(error, curvature.examples, sample_of)
+        grad_norm_error = None
+        if sample_of is not None:  # a mean of examples drawn without replacement
+            grad_norm_error = error * math.sqrt(max(0.0, 1 - curvature.examples / sample_of))
         precision = torch.finfo(curvature.parameters[0].dtype).eps
         given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm, grad_norm_error, precision)
         goal = Goal(grad_norm, epsilon, hessian_lipschitz, search)
@@ -136,16 +140,3 @@ def certify(
         bytes_sent=channel.ledger.total.sent,
         seconds=time.perf_counter() - begin,
     )
-
-
-def _finite_population(error: float, examples: int, population: int) -> float:
-    """The standard error of a mean of examples drawn without replacement."""
-    return error * math.sqrt(max(0.0, 1 - examples / population))
-
-
-def _check(epsilon: float | None, rho: float | None, sample_of: int | None) -> None:
-    for name, value in (("epsilon", epsilon), ("hessian_lipschitz", rho)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-    if sample_of is not None and sample_of < 1:
-        raise ValueError(f"sample_of must be at least 1 example, got {sample_of}")

@@ -32,7 +32,7 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Verdict, proposed_epsilon
 from packsaddle.curvature.hessian import LossFn, WithExamples, rank_0_buffers
 from packsaddle.curvature.lanczos import Lanczos
-from packsaddle.curvature.options import Search
+from packsaddle.curvature.options import Search, check_goal
 from packsaddle.curvature.products import Products, choose_products, lanczos_over, with_products
 from packsaddle.curvature.sharded import derivatives
 
@@ -85,6 +85,7 @@ class PopulationCertificate:
         return ": lambda_min may be on either side of the threshold"
 
     def __str__(self) -> str:
+        # Bounds on ||g||, on lambda_min(H), and v^T H v, with rho and its threshold.
         lower = f"[{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}]"
         below = f"lambda_min in {lower}: of the examples at least {self.sample_lower:.3e}, less {self.deviation:.1e}"
         if math.isinf(self.lambda_min_lower):
@@ -158,9 +159,7 @@ def certify_population(
     >>> str(certify_population(model, loss, x.split(8)).verdict)
     'second-order stationary'
     """
-    for name, value in (("epsilon", epsilon), ("hessian_lipschitz", hessian_lipschitz)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    check_goal(epsilon, hessian_lipschitz)
     channel = Communicator(resolve(process_group), Ledger())
     delta = search.failure_probability / _STATEMENTS
     batches = WithExamples(batches)
@@ -329,6 +328,8 @@ def _variance_norm(products: Products, delta: float, search: Search, progress: C
         max_vectors=max(2, search.memory_limit // (8 * curvature.held)),
         precision=products.precision,
     )
+
+    # An upper bound on the largest eigenvalue, close to the largest Ritz value.
     upper = math.inf
     for k in range(1, _VARIANCE_STEPS + 1):
         ritz = lanczos.step()
