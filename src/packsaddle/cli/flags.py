@@ -43,8 +43,8 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
     return found
 
 
-def call(command: Command, values: Mapping[str, Any]) -> Any:
-    """Call a command with the values of its flags, those of an option class as one argument.
+def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a command's arguments from the values of its flags, those of an option class as one argument.
 
     Raises ConfigError, which names the flag, for a value outside its range.
     """
@@ -62,4 +62,4 @@ def call(command: Command, values: Mapping[str, Any]) -> Any:
             field_name, _, problem = str(error).partition(" ")
             raise ConfigError(f"--{field_name.replace('_', '-')} {problem}") from None
         arguments[name] = Given(options) if is_partial else made
-    return command(**arguments)
+    return arguments

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, get_origin
 import tyro
 from tyro.extras import SubcommandApp
 
-from packsaddle.cli.flags import Command, call, flags_of
+from packsaddle.cli.flags import Command, arguments_of, flags_of
 from packsaddle.errors import ConfigError
 from packsaddle.options.describe import descriptions
 from packsaddle.options.numerals import real, seconds, whole
@@ -169,7 +169,7 @@ def deferred(command: Command) -> Command:
     signature = inspect.Signature(list(flags.values()))
 
     def later(*args: Any, **kwargs: Any) -> Callable[[], Any]:
-        return functools.partial(call, command, signature.bind(*args, **kwargs).arguments)
+        return functools.partial(command, **arguments_of(command, signature.bind(*args, **kwargs).arguments))
 
     about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
     later.__doc__ = "\n    ".join([f"{about}\n\nArgs:", *(f"{name}: {texts[name]}" for name in flags if name in texts)])
