@@ -22,7 +22,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 
 from packsaddle import Certificate, certify
 from packsaddle.comm import Communicator, Ledger, Solo
-from packsaddle.curvature import Curvature
+from packsaddle.curvature import Curvature, Search
 from packsaddle.runs import Audit
 from packsaddle.runs.tasks import task_loss
 
@@ -31,7 +31,7 @@ Measured = tuple[float, int]  # lambda_min, Hessian-vector products
 
 def packsaddle(task: Any, batches: list[Any], seed: int, **settings: Any) -> Certificate:
     generator = torch.Generator().manual_seed(seed)
-    return certify(task, task_loss, batches, generator=generator, **settings)
+    return certify(task, task_loss, batches, search=Search(generator=generator), **settings)
 
 
 def scipy_eigsh(task: Any, batches: list[Any], seed: int, tol: float) -> Measured:
@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     weights = args.run / "checkpoint" / "model.pt"
-    audit = Audit(args.run, (weights,), 1.0, examples=args.examples, data_dir=args.data_dir)
+    audit = Audit(args.run, (weights,), examples=args.examples, data_dir=args.data_dir)
     task, examples = audit.prepare()
     batches = list(examples)
     for rho in args.rho:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle import certify
+from packsaddle.curvature import Search
 
 DELTA = 0.05
 WIDTHS = {26: (3, 4, 2), 280: (8, 16, 8), 1984: (24, 40, 24)}
@@ -87,10 +88,12 @@ def row(d: int, dtype: str, seed: int) -> list[object]:
         [batch],
         epsilon=1e3,
         hessian_lipschitz=smallest**2 / 1e3,  # a threshold at lambda_min, which takes all products
-        failure_probability=DELTA,
-        max_hvps=PRODUCTS,
-        hvp="differences",
-        generator=torch.Generator().manual_seed(seed),
+        search=Search(
+            failure_probability=DELTA,
+            max_hvps=PRODUCTS,
+            hvp="differences",
+            generator=torch.Generator().manual_seed(seed),
+        ),
     )
     found = (smallest, c.lambda_min_lower, c.lambda_min_upper, largest, c.lambda_max_lower, c.lambda_max_upper)
     return [d, dtype, seed, *(f"{value:.9e}" for value in found), f"{c.hvp_error:.3e}", c.backward_passes]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle import certify
+from packsaddle.curvature import Search
 
 
 def main() -> None:
@@ -42,9 +43,9 @@ def main() -> None:
         [data],
         epsilon=1e3,
         hessian_lipschitz=1e-24,
-        max_hvps=args.products,
-        memory_limit=args.memory_limit,
-        generator=torch.Generator().manual_seed(2),
+        search=Search(
+            max_hvps=args.products, memory_limit=args.memory_limit, generator=torch.Generator().manual_seed(2)
+        ),
     )
     vectors = min(args.products, args.memory_limit // (8 * d))
     floor = 4 * d + 8 * d * (vectors + 8)

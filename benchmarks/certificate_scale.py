@@ -30,6 +30,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from packsaddle import certify
+from packsaddle.curvature import Search
 
 WIDTH, DEPTH, HEADS, CONTEXT, STEPS = 384, 6, 6, 128, 60
 RESIDUAL = 0.2  # ||H v - lambda v|| over |lambda|, asked of all
@@ -139,17 +140,19 @@ def certified(case: str, model: nn.Module, batches: list[Tensor]) -> dict[str, A
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile()
     first = time.perf_counter()
-    certify(model, loss_fn, mine[:1], max_hvps=1, hvp="auto", generator=torch.Generator().manual_seed(0))
+    certify(model, loss_fn, mine[:1], search=Search(max_hvps=1, hvp="auto", generator=torch.Generator().manual_seed(0)))
     first, before = time.perf_counter() - first, peak()
     c = certify(
         model,
         loss_fn,
         mine,
         hessian_lipschitz=1e-2,
-        tolerance=RESIDUAL,
-        max_hvps=100,
-        hvp="double-backward" if case == "double-backward" else "auto",
-        generator=torch.Generator().manual_seed(0),
+        search=Search(
+            tolerance=RESIDUAL,
+            max_hvps=100,
+            hvp="double-backward" if case == "double-backward" else "auto",
+            generator=torch.Generator().manual_seed(0),
+        ),
     )
     used = peak() - before
     if not dist.is_initialized() or dist.get_rank() == 0:

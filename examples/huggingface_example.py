@@ -19,6 +19,7 @@ from common import report
 from torch.utils.data import Dataset, default_collate
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
+from packsaddle import Search
 from packsaddle.integrations.huggingface import CertificateCallback, LocalUpdatesCallback, PacksaddleCallback
 
 
@@ -68,7 +69,7 @@ def main() -> None:
     if arguments.certify:
         mine = range(training.process_index, 64, training.world_size)
         batches = [default_collate([trainer.train_dataset[16 * i] for i in mine])]  # this worker's, the same every time
-        trainer.add_callback(CertificateCallback(trainer, batches, every_n_steps=20, max_hvps=20))
+        trainer.add_callback(CertificateCallback(trainer, batches, every_n_steps=20, search=Search(max_hvps=20)))
     trainer.train(resume_from_checkpoint=arguments.resume or None)
 
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]

@@ -67,7 +67,11 @@ def main() -> None:
     else:
         callback = PacksaddleCallback(packsaddle.TopK(0.01))
     certificates = CertificateCallback(
-        Digits.loss, list(DataLoader(test, batch_size=90)), epsilon=2.0, max_hvps=20, every_n_epochs=4
+        Digits.loss,
+        list(DataLoader(test, batch_size=90)),
+        epsilon=2.0,
+        search=packsaddle.Search(max_hvps=20),
+        every_n_epochs=4,
     )
     trainer = Trainer(
         strategy="ddp",

@@ -1,10 +1,9 @@
 """The commands and their options, from signatures and docstrings: those of packsaddle, and of the lab in a clone."""
 
-import dataclasses
 import inspect
 import re
 import textwrap
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import tyro
 
@@ -13,7 +12,8 @@ from benchmarks.race import __main__ as race
 from experiments.paper import __main__ as paper
 from generated import table
 from packsaddle import cli
-from packsaddle.cli.parsing import Command, Group
+from packsaddle.cli.flags import Command, flags_of
+from packsaddle.cli.parsing import Group
 from packsaddle.options.describe import descriptions
 
 
@@ -56,22 +56,18 @@ def _examples(paragraph: str) -> str:
 
 
 def _arguments(command: Command) -> str:
-    hints, said = get_type_hints(command, include_extras=True), descriptions(command)
-    if inspect.isclass(command):
-        given = {f.name: f.default for f in dataclasses.fields(command)}
-    else:
-        given = {n: p.default for n, p in inspect.signature(command).parameters.items()}
+    said = descriptions(command)
     rows = [
-        [_name(n, hints[n], default), _value(hints[n]), _default(default), _quoted(said.get(n, ""))]
-        for n, default in given.items()
+        [_name(n, flag), _value(flag.annotation), _default(flag.default), _quoted(said.get(n, ""))]
+        for n, flag in flags_of(command).items()
     ]
     return table(["argument", "value", "default", "meaning"], rows) if rows else ""
 
 
-def _name(name: str, hint: Any, default: Any) -> str:
-    if tyro.conf.Positional in getattr(hint, "__metadata__", ()):
+def _name(name: str, flag: inspect.Parameter) -> str:
+    if tyro.conf.Positional in getattr(flag.annotation, "__metadata__", ()):
         return f"`{name.upper()}`"
-    return f"`--{'no-' * (default is True)}{name.replace('_', '-')}`"
+    return f"`--{'no-' * (flag.default is True)}{name.replace('_', '-')}`"
 
 
 def _value(hint: Any) -> str:
@@ -87,6 +83,6 @@ def _value(hint: Any) -> str:
 
 
 def _default(value: Any) -> str:
-    if value in (inspect.Parameter.empty, dataclasses.MISSING):
+    if value is inspect.Parameter.empty:
         return "required"
     return "" if value is None or isinstance(value, bool) or value == () else f"`{value}`"

@@ -90,4 +90,5 @@ def _default(f: dataclasses.Field[Any]) -> str:
     if f.default is dataclasses.MISSING:
         return "required"
     value = list(f.default) if isinstance(f.default, tuple) else f.default
-    return "none" if value in (None, [], "") else f"`{json.dumps(value)}`"
+    written = json.dumps(value).replace("Infinity", "inf")  # as TOML has it
+    return "none" if value in (None, [], "") else f"`{written}`"

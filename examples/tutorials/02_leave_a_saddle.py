@@ -71,9 +71,8 @@ EPSILON, RHO = 0.02, 0.5
 
 def certify(model: nn.Module) -> packsaddle.Certificate:
     generator = torch.Generator().manual_seed(0)  # the same certificate each time
-    return packsaddle.certify(
-        model, loss_fn, data.split(256), epsilon=EPSILON, hessian_lipschitz=RHO, tolerance=0.1, generator=generator
-    )
+    search = packsaddle.Search(tolerance=0.1, generator=generator)
+    return packsaddle.certify(model, loss_fn, data.split(256), epsilon=EPSILON, hessian_lipschitz=RHO, search=search)
 
 
 before = certify(network_on_a_saddle())

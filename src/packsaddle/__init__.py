@@ -23,6 +23,7 @@ from packsaddle.compressors.base import RatioRamp
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
+from packsaddle.curvature.options import Search
 from packsaddle.numerics.sketches import NormSketch
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
@@ -68,6 +69,7 @@ __all__ = [
     "RandomK",
     "RatioRamp",
     "Reset",
+    "Search",
     "SharedTopK",
     "Sign",
     "SketchTopK",

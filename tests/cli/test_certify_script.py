@@ -252,5 +252,11 @@ def test_mistakes_are_told_in_one_line(folder: Path, capsys: pytest.CaptureFixtu
         ("script_of_mine:constant_loss", "zero.pt", "loss_fn must return a loss that torch can differentiate, got"),
     ):
         refused(capsys, message, "certify-script", function, file)
-    refused(capsys, "--max-hvps must be at least 1, got 0", "certify-script", "a:b", "c", "--max-hvps", 0)
+    for flag, value, message in (
+        ("--max-hvps", 0, "must be at least 1, got 0"),
+        ("--tolerance", 0, "must be positive, got 0.0"),
+        ("--memory-limit", -1, "must not be negative, got -1"),
+        ("--hvp", "exact", "must be one of auto, double-backward, differences, got 'exact'"),
+    ):
+        refused(capsys, f"{flag} {message}", "certify-script", "a:b", "c", flag, value)
     refused(capsys, "--epsilon must be positive and finite, got 0", "certify-script", "a:b", "c", "--epsilon", 0)

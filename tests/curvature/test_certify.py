@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from searches import arguments
 from torch import Tensor, nn
 
 from experiments.paper.problems import (
@@ -25,6 +26,7 @@ from packsaddle import CompressedSGD, Identity, Verdict, certify, simulate
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature import Search
 from packsaddle.curvature.hessian import Curvature, NotFiniteError, batch_size
 
 EXACT, MEASURED = ("verdict", "examples", "hvps"), ("grad_norm", "lambda_min_upper", "loss")
@@ -46,8 +48,8 @@ class Bowl:
 
 
 def certify_point(problem: Callable[[Tensor], Tensor], x: Tensor, **changes: Any) -> Any:
-    arguments = {"epsilon": 1e-2, "hessian_lipschitz": 1.0, "generator": torch.Generator().manual_seed(3), **changes}
-    return certify(Point(x), lambda m, batch: problem(m.x), [torch.zeros(1)], **arguments)
+    given = {"epsilon": 1e-2, "hessian_lipschitz": 1.0, "generator": torch.Generator().manual_seed(3), **changes}
+    return certify(Point(x), lambda m, batch: problem(m.x), [torch.zeros(1)], **arguments(**given))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +168,9 @@ def test_workers_must_agree_on_the_model() -> None:
                 with torch.no_grad():
                     model[0].weight.add_(1e-3)
         share, start = batches[rank::2], torch.Generator().manual_seed(rank)
-        certificate = certify(model, loss_fn, share, epsilon=1e3, hessian_lipschitz=1e-6, generator=start)
+        certificate = certify(
+            model, loss_fn, share, epsilon=1e3, hessian_lipschitz=1e-6, search=Search(generator=start)
+        )
         return certificate.loss, certificate.lambda_min_upper, float(model[1].running_mean.sum())
 
     alone, batches = network()
@@ -234,7 +238,7 @@ def test_products_are_the_dense_hessian() -> None:
     assert all(m.training for m in model.modules())
     h = torch.stack([curvature.hessian_vector(e) for e in torch.eye(curvature.d, dtype=torch.float64)])
     assert torch.allclose(h, dense_hessian(model, batches), atol=1e-12)
-    certificate = certify(model, loss_fn, batches, epsilon=1e3, hessian_lipschitz=1e-9, max_hvps=1000)
+    certificate = certify(model, loss_fn, batches, epsilon=1e3, hessian_lipschitz=1e-9, search=Search(max_hvps=1000))
     exact = float(torch.linalg.eigvalsh(h)[0])
     assert certificate.lambda_min_lower <= exact <= certificate.lambda_min_upper + 1e-12
     before = [p.clone() for p in model.parameters()]
@@ -270,7 +274,7 @@ def certify_share() -> dict[str, Any]:
         batches[group.rank :: group.size],
         epsilon=1e3,
         hessian_lipschitz=1e-6,
-        generator=torch.Generator().manual_seed(5),
+        search=Search(generator=torch.Generator().manual_seed(5)),
     )
     return {name: getattr(certificate, name) for name in (*EXACT, *MEASURED)}
 
@@ -287,7 +291,10 @@ def test_workers_certify_the_union(gloo: Callable[..., list[Any]], workers: int)
 def test_a_fresh_start_is_shared_by_all_workers() -> None:
     def worker(rank: int) -> list[float]:
         model, batches = network()
-        made = [certify(model, loss_fn, batches, epsilon=1e-9, hessian_lipschitz=1.0, max_hvps=3) for _ in range(2)]
+        made = [
+            certify(model, loss_fn, batches, epsilon=1e-9, hessian_lipschitz=1.0, search=Search(max_hvps=3))
+            for _ in range(2)
+        ]
         return [c.lambda_min_upper for c in made]
 
     first, second = simulate(worker, 2)
@@ -323,12 +330,13 @@ def test_a_real_plateau_is_a_saddle() -> None:
         opt.step()
     model.double()
     everything = [whole.double()]
-    settings = {"epsilon": 1e-3, "hessian_lipschitz": 1e-3, "generator": torch.Generator().manual_seed(1)}
-    certificate = certify(model, loss_of, everything, **settings)
+    settings = {"epsilon": 1e-3, "hessian_lipschitz": 1e-3}
+    search = Search(generator=torch.Generator().manual_seed(1))
+    certificate = certify(model, loss_of, everything, search=search, **settings)
     assert certificate.loss == pytest.approx(float(whole.var(0, correction=0).mean()), rel=0.01)  # of the mean image
     assert certificate.verdict == Verdict.SADDLE, str(certificate)
-    settings["generator"].manual_seed(1)
-    differences = certify(model, loss_of, everything, **settings, hvp="differences")
+    search = Search(hvp="differences", generator=torch.Generator().manual_seed(1))
+    differences = certify(model, loss_of, everything, search=search, **settings)
     assert (differences.verdict, differences.hvps) == (Verdict.SADDLE, certificate.hvps), str(differences)
     assert differences.lambda_min_upper == pytest.approx(certificate.lambda_min_upper, abs=2 * differences.hvp_error)
     curvature = Curvature(model, loss_of, everything, Communicator(resolve(None), Ledger()))
@@ -358,7 +366,7 @@ def test_what_is_not_a_function_is_refused() -> None:
         ("memory_limit", -1),
     ):
         with pytest.raises(ValueError, match=f"{name} must .*, got {value}"):
-            certify(model, loss_fn, batches, **{"epsilon": 1.0, name: value})
+            certify(model, loss_fn, batches, **arguments(**{"epsilon": 1.0, name: value}))
 
 
 def test_one_workers_trouble_stops_all() -> None:
@@ -378,10 +386,10 @@ def test_a_worker_whose_batch_is_empty_has_none() -> None:
     def worker(rank: int) -> Any:
         model, batches = network()
         mine = [(batches[0][0][:0], batches[0][1][:0])] if rank else batches
-        return certify(model, loss_fn, mine, epsilon=1.0, generator=torch.Generator().manual_seed(0))
+        return certify(model, loss_fn, mine, epsilon=1.0, search=Search(generator=torch.Generator().manual_seed(0)))
 
     model, batches = network()
-    alone = certify(model, loss_fn, batches, epsilon=1.0, generator=torch.Generator().manual_seed(0))
+    alone = certify(model, loss_fn, batches, epsilon=1.0, search=Search(generator=torch.Generator().manual_seed(0)))
     for found in simulate(worker, 2):
         assert (found.verdict, found.examples, found.loss) == (alone.verdict, alone.examples, alone.loss)
         assert found.lambda_min_upper == pytest.approx(alone.lambda_min_upper, rel=1e-6)
@@ -400,7 +408,7 @@ def test_a_loss_may_have_derivatives_in_it() -> None:
     weights = [torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)]
     for x in (torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)):
         first, second = (
-            certify(Point(x), f, weights, epsilon=1e-2, generator=torch.Generator().manual_seed(0))
+            certify(Point(x), f, weights, epsilon=1e-2, search=Search(generator=torch.Generator().manual_seed(0)))
             for f in (penalised, plain)
         )
         assert first.verdict is second.verdict
@@ -431,14 +439,14 @@ def test_a_samples_gradient_norm_has_its_error() -> None:
         order = torch.randperm(4096, generator=torch.Generator().manual_seed(seed))[:512]
         batches = list(population[order].split(17))  # the last one is shorter
         model = Point(torch.zeros(5, dtype=torch.float64))
-        settings = {"epsilon": 10.0, "hessian_lipschitz": 1e-3, "sample_of": 4096, "max_hvps": 1}
+        settings = arguments(epsilon=10.0, hessian_lipschitz=1e-3, sample_of=4096, max_hvps=1)
         certificate = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, **settings)
         errors.append(certificate.grad_norm_error)
         squares.append(float((population[order].mean(0) - population.mean(0)).square().sum()))
     assert sum(e**2 for e in errors) / 200 == pytest.approx(sum(squares) / 200, rel=0.2)
     assert "512 examples, a sample of 4,096" in str(certificate)
     assert "(standard error" in str(certificate)
-    alone = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=10.0, max_hvps=1)
+    alone = certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=10.0, search=Search(max_hvps=1))
     assert alone.grad_norm_error is None
     with pytest.raises(ValueError, match="sample_of must be at least the 512 examples given, got 511"):
         certify(model, lambda m, batch: (batch @ m.x).mean(), batches, epsilon=10.0, sample_of=511)
@@ -448,8 +456,8 @@ def test_a_certificate_in_little_memory() -> None:
     """With three vectors in memory: the same verdict and direction, and the quotient and residual are measured."""
     problem = RankOnePCA(tuple(torch.linspace(1.0, 0.1, 60).tolist()))
     saddle = problem.critical_points()[8].x
-    arguments = {"epsilon": 0.03, "hessian_lipschitz": 0.1}
-    whole, lean = (certify_point(problem, saddle, **arguments, memory_limit=limit) for limit in (2**20, 0))
+    settings = {"epsilon": 0.03, "hessian_lipschitz": 0.1}
+    whole, lean = (certify_point(problem, saddle, **settings, memory_limit=limit) for limit in (2**20, 0))
     assert whole.verdict == lean.verdict == Verdict.SADDLE
     assert lean.lambda_min_upper == pytest.approx(whole.lambda_min_upper, abs=1e-9)
     assert lean.residual == pytest.approx(whole.residual, abs=1e-6)
@@ -468,9 +476,8 @@ def test_rounding_is_not_taken_for_curvature() -> None:
     batch = (x, model(x).detach())  # a minimum
     signs = set()
     for seed in range(20):
-        settings = {"epsilon": 1.0, "hessian_lipschitz": 1e-24, "max_hvps": 60}
-        start = torch.Generator().manual_seed(seed)
-        certificate = certify(model, loss_fn, [batch], **settings, generator=start)
+        search = Search(max_hvps=60, generator=torch.Generator().manual_seed(seed))
+        certificate = certify(model, loss_fn, [batch], epsilon=1.0, hessian_lipschitz=1e-24, search=search)
         assert certificate.verdict in (Verdict.UNDECIDED, Verdict.SECOND_ORDER_STATIONARY), str(certificate)
         signs.add(certificate.ritz_values[0] < certificate.threshold)
     assert signs == {True}  # the rounding was there
@@ -479,14 +486,14 @@ def test_rounding_is_not_taken_for_curvature() -> None:
 def test_a_better_direction_for_more_products() -> None:
     problem = RankOnePCA(tuple(torch.linspace(1.0, 0.1, 60).tolist()))
     saddle = problem.critical_points()[20].x
-    arguments = {"epsilon": 0.1, "hessian_lipschitz": 0.1}
-    quick, careful = (certify_point(problem, saddle, **arguments, tolerance=t) for t in (math.inf, 1e-3))
+    settings = {"epsilon": 0.1, "hessian_lipschitz": 0.1}
+    quick, careful = (certify_point(problem, saddle, **settings, tolerance=t) for t in (math.inf, 1e-3))
     assert quick.verdict == careful.verdict == Verdict.SADDLE
     assert careful.residual <= 1e-3 * abs(careful.lambda_min_upper) < quick.residual
     assert careful.hvps > quick.hvps
     assert careful.lambda_min_upper == pytest.approx(problem.critical_points()[20].lambda_min, abs=1e-3)
     # The first product is taken twice, which max_hvps does not count.
-    limited = certify_point(problem, saddle, **arguments, tolerance=1e-12, max_hvps=quick.hvps)
+    limited = certify_point(problem, saddle, **settings, tolerance=1e-12, max_hvps=quick.hvps)
     assert (limited.verdict, limited.hvps) == (Verdict.SADDLE, quick.hvps + 1)
 
 
@@ -518,21 +525,21 @@ class Ridge:
 
 def test_a_plateau_that_passes_is_told_of() -> None:
     """Curvature -0.01 at epsilon = 1e-2 is a saddle for rho below 0.01, and passes for 1; eta = 0.5 takes 462 steps."""
-    certificate = certify_point(Ridge(0.01), torch.zeros(3).double(), lr=0.5)
+    certificate = certify_point(Ridge(0.01), torch.zeros(3).double())
     assert certificate.verdict == Verdict.SECOND_ORDER_STATIONARY
     assert certificate.saddle_below_rho == pytest.approx(0.01, rel=1e-9)
     x, steps = 1.0, 0
     while x < 10:  # SGD along v
         x, steps = x * (1 + 0.5 * 0.01), steps + 1
-    assert steps - 1 < certificate.escape_steps <= steps
+    assert steps - 1 < certificate.escape_steps(0.5) <= steps
+    assert certificate.escape_steps(0.0) is None
     text = str(certificate)
     assert text.startswith("second-order stationary, not a minimum\n")
     assert "not a minimum: v has curvature -1.0e-02" in text
-    assert "at lr 0.5 SGD's distance along v grows tenfold in about 462 steps" in text
     assert "rests on the estimate" not in text  # rho was given
     saddle = certify_point(Ridge(0.01), torch.zeros(3).double(), hessian_lipschitz=0.99 * certificate.saddle_below_rho)
     assert saddle.verdict == Verdict.SADDLE
-    assert saddle.escape_steps is None  # no lr
+    assert saddle.escape_steps(0.5) == pytest.approx(certificate.escape_steps(0.5), rel=1e-9)
 
 
 def test_an_estimated_rho_is_said_to_be_one() -> None:
@@ -541,18 +548,20 @@ def test_an_estimated_rho_is_said_to_be_one() -> None:
     def cubic(x: Tensor) -> Tensor:
         return Ridge(0.01)(x) + x[0] ** 3
 
-    certificate = certify_point(cubic, torch.zeros(3).double(), hessian_lipschitz=None, lr=0.5)
+    certificate = certify_point(cubic, torch.zeros(3).double(), hessian_lipschitz=None)
     assert certificate.hessian_lipschitz == pytest.approx(6.0, rel=1e-6)
     assert certificate.verdict == Verdict.SECOND_ORDER_STATIONARY
     assert "it rests on the estimate of rho: below rho = 1.0e-02 this is a saddle; a larger one" in str(certificate)
-    kept = certificate.to_dict()
-    assert (kept["saddle_below_rho"], kept["escape_steps"]) == (certificate.saddle_below_rho, certificate.escape_steps)
+    kept = certificate.to_dict(0.5)
+    assert kept["saddle_below_rho"] == certificate.saddle_below_rho
+    assert (kept["lr"], kept["escape_steps"]) == (0.5, certificate.escape_steps(0.5))
+    assert (certificate.to_dict()["lr"], certificate.to_dict()["escape_steps"]) == (None, None)
 
 
 def test_a_minimum_is_not_called_a_plateau() -> None:
-    certificate = certify_point(Bowl(), torch.zeros(5).double(), hessian_lipschitz=None, lr=0.5)
+    certificate = certify_point(Bowl(), torch.zeros(5).double(), hessian_lipschitz=None)
     assert certificate.verdict == Verdict.SECOND_ORDER_STATIONARY
-    assert (certificate.saddle_below_rho, certificate.escape_steps) == (None, None)
+    assert (certificate.saddle_below_rho, certificate.escape_steps(0.5)) == (None, None)
     assert "not a minimum" not in str(certificate)
     assert "it rests on the estimate of rho: a smaller one asks for more" in str(certificate)
 
@@ -560,7 +569,7 @@ def test_a_minimum_is_not_called_a_plateau() -> None:
 @pytest.mark.parametrize("lr", [-0.1, math.inf, math.nan])
 def test_a_bad_lr_is_named(lr: float) -> None:
     with pytest.raises(ValueError, match="lr must be finite and not negative"):
-        certify_point(Bowl(), torch.zeros(5).double(), lr=lr)
+        certify_point(Bowl(), torch.zeros(5).double()).escape_steps(lr)
 
 
 def test_a_large_gradient_is_all_that_is_said() -> None:

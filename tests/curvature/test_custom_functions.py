@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle import Verdict, certify, simulate
-from packsaddle.curvature import Curvature, certify_population, spectral_density
+from packsaddle.curvature import Curvature, Search, certify_population, spectral_density
 from packsaddle.curvature.custom_functions import custom_functions
 
 Loss = Callable[[Any, Any], Tensor]
@@ -142,7 +142,7 @@ def test_a_minimum_under_a_fused_loss_is_no_saddle(dtype: torch.dtype) -> None:
 
     optimizer.step(closure)  # type: ignore[arg-type]
     plain, by_fused = (
-        certify(model, loss_by(f), [batch], epsilon=1e-2, generator=started(), **SETTINGS)
+        certify(model, loss_by(f), [batch], epsilon=1e-2, search=Search(generator=started()), **SETTINGS)
         for f in (nn.functional.cross_entropy, fused)
     )
     exact = smallest_eigenvalue(model.double(), batch)
@@ -167,11 +167,11 @@ def concave_in_one(model: Any, batch: Tensor) -> Tensor:
 @DTYPES
 def test_a_saddle_inside_a_function_is_found(dtype: torch.dtype) -> None:
     arguments: Any = (Point(dtype), concave_in_one, [torch.zeros(1)])
-    found = certify(*arguments, epsilon=1e-2, hessian_lipschitz=1.0, generator=started())
+    found = certify(*arguments, epsilon=1e-2, hessian_lipschitz=1.0, search=Search(generator=started()))
     assert found.verdict is Verdict.SADDLE
     assert -1.001 <= found.lambda_min_upper < -0.1
     with pytest.raises(ValueError, match=r"hvp must be 'differences' or 'auto' for this loss: .*product .* Concave"):
-        certify(*arguments, epsilon=1e-2, hvp="double-backward")
+        certify(*arguments, epsilon=1e-2, search=Search(hvp="double-backward"))
 
 
 def test_the_direction_of_the_verdict_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_the_direction_of_the_verdict_is_compared_too(monkeypatch: pytest.Monkey
 def test_kinks_hide_no_wrong_product(dtype: torch.dtype) -> None:
     """Differences of a ReLU network in float32, or in 16 bits, are too coarse; a copy in float64 decides."""
     model, batch = classifier(dtype, nn.ReLU(), nn.ReLU())
-    found = certify(model, loss_by(fused), [batch], generator=started(), max_hvps=3, **SETTINGS)
+    found = certify(model, loss_by(fused), [batch], search=Search(generator=started(), max_hvps=3), **SETTINGS)
     assert found.hvp == "differences of gradients"
     assert str(found.hvp_reason).startswith("in float64 its product of norm ")
 
@@ -210,7 +210,11 @@ def test_a_function_that_is_right_twice_is_trusted(dtype: torch.dtype, activatio
     for square in (Squared, TorchsSquare):
         model, batch = classifier(dtype, activation(), square(), activation())
         found[square] = certify(
-            model, loss_by(nn.functional.cross_entropy), [batch], generator=started(), **SETTINGS, hvp="double-backward"
+            model,
+            loss_by(nn.functional.cross_entropy),
+            [batch],
+            search=Search(generator=started(), hvp="double-backward"),
+            **SETTINGS,
         )
         assert custom_functions(model(batch[0]).sum()) == ({"Square"} if square is Squared else set())
     own, torchs = found.values()
@@ -225,7 +229,7 @@ def test_a_loss_without_a_copy_in_double_precision_is_not_trusted() -> None:
     def loss(model: Any, batch: Any) -> Tensor:
         return Square.apply(model(batch[0]), True).mean()
 
-    found = certify(model, loss, [batch], generator=started(), max_hvps=3, **SETTINGS)
+    found = certify(model, loss, [batch], search=Search(generator=started(), max_hvps=3), **SETTINGS)
     assert found.hvp == "differences of gradients"
     assert "in float64 (TypeError); the loss has a custom autograd.Function, Square" in str(found.hvp_reason)
 
@@ -249,8 +253,7 @@ def test_a_pilot_and_the_proof_are_compared() -> None:
             list(flags),
             epsilon=1e-2,
             hessian_lipschitz=1.0,
-            pilot_examples=64,
-            generator=started(),
+            search=Search(pilot_examples=64, generator=started()),
         )
         assert found.hvp == "differences of gradients"
         assert found.lambda_min_upper == pytest.approx(-1.0, abs=1e-6)
@@ -267,7 +270,7 @@ def test_workers_decide_alike() -> None:
     def work(rank: int) -> Any:
         batches: list[Any] = [[(x[:32], labels[:32], False)], [(x[32:], labels[32:], True)], []]
         own, _ = classifier(torch.float32, nn.ReLU())
-        return certify(own, loss, batches[rank], epsilon=1.0, generator=started(), **SETTINGS)
+        return certify(own, loss, batches[rank], epsilon=1.0, search=Search(generator=started()), **SETTINGS)
 
     found = simulate(work, 3)
     assert {c.hvp for c in found} == {"differences of gradients"}
@@ -280,7 +283,14 @@ def test_populations_and_spectra_are_by_differences_too() -> None:
     model, (x, labels) = classifier(torch.float64)
     batches = list(zip(x.split(4), labels.split(4), strict=True))
     plain, by_fused = (
-        certify_population(model, loss_by(f), batches, epsilon=10.0, generator=started(), **SETTINGS)
+        certify_population(
+            model,
+            loss_by(f),
+            batches,
+            epsilon=10.0,
+            search=Search(failure_probability=0.05, generator=started()),
+            **SETTINGS,
+        )
         for f in (nn.functional.cross_entropy, fused)
     )
     assert by_fused.hvp == "differences of gradients"
@@ -289,7 +299,9 @@ def test_populations_and_spectra_are_by_differences_too() -> None:
     assert "by differences of gradients; no double backward" in str(by_fused)
     assert plain.hvp_reason is None
     exact, by_fused_spectrum = (
-        spectral_density(model, loss_by(f), batches, probes=1, steps=15, generator=started())  # to the end
+        spectral_density(
+            model, loss_by(f), batches, probes=1, steps=15, search=Search(generator=started())
+        )  # to the end
         for f in (nn.functional.cross_entropy, fused)
     )
     assert by_fused_spectrum.hvp == "differences of gradients"
@@ -307,9 +319,11 @@ def test_random_curvature_is_refused_where_the_loss_is_zero(hvp: Any) -> None:
             return ((1 + times * torch.randn(20)) * model.weight.square()).sum()
 
         with pytest.raises(ValueError, match="loss_fn gave two Hessian-vector products"):
-            certify(model, loss, [torch.zeros(1)], epsilon=1.0, hvp=hvp)
+            certify(model, loss, [torch.zeros(1)], epsilon=1.0, search=Search(hvp=hvp))
     # By differences what is random counts as their error.
-    found = certify(model, loss, [torch.zeros(1)], epsilon=1e-2, hessian_lipschitz=1e-4, hvp="differences")
+    found = certify(
+        model, loss, [torch.zeros(1)], epsilon=1e-2, hessian_lipschitz=1e-4, search=Search(hvp="differences")
+    )
     assert found.verdict is Verdict.UNDECIDED or found.hvp_error > 0
 
 
@@ -323,7 +337,7 @@ def test_what_products_and_comparisons_cost_is_counted() -> None:
         loss_by(nn.functional.cross_entropy),
         [batch],
         epsilon=10.0,
-        generator=started(),
+        search=Search(generator=started()),
         progress=lambda bounds: steps.append(bounds.products),
         **SETTINGS,
     )

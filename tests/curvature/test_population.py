@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 from scipy.stats import t as student
+from searches import arguments
 from torch import Tensor, nn
 
 from packsaddle import Verdict, simulate
 from packsaddle.comm import Communicator, Ledger, Solo
-from packsaddle.curvature import Curvature, certify_population
+from packsaddle.curvature import Curvature, Search, certify_population
 from packsaddle.curvature.population import _quotient, _variance_norm
 from packsaddle.curvature.products import DoubleBackward
 
@@ -46,10 +47,9 @@ def hessian(rows: Tensor) -> Tensor:
 
 
 def certificate(rows: Tensor, seed: int = 0, batch: int = 8, **options: Any) -> Any:
-    given = {"epsilon": 1.0, "hessian_lipschitz": 0.25, "failure_probability": 0.2, **options}
-    return certify_population(
-        Point(), loss_fn, list(rows.split(batch)), generator=torch.Generator().manual_seed(seed), **given
-    )
+    rng = torch.Generator().manual_seed(seed)
+    given = {"epsilon": 1.0, "hessian_lipschitz": 0.25, "failure_probability": 0.2, "generator": rng, **options}
+    return certify_population(Point(), loss_fn, list(rows.split(batch)), **arguments(**given))
 
 
 @pytest.mark.slow
@@ -92,9 +92,8 @@ def test_the_variances_norm_is_the_dense_ones() -> None:
     mean = hessian(rows)
     apart = sum(len(p) * (hessian(p) - mean) @ (hessian(p) - mean) for p in parts)
     exact = float(torch.linalg.eigvalsh(apart / ((len(parts) - 1) * len(rows)))[-1])  # type: ignore[operator]
-    found = _variance_norm(
-        DoubleBackward(curvature(rows, 7)), 0.01, torch.Generator().manual_seed(0), 2**20, lambda products: None
-    )
+    search = Search(generator=torch.Generator().manual_seed(0))
+    found = _variance_norm(DoubleBackward(curvature(rows, 7)), 0.01, search, lambda products: None)
     assert exact * (1 - 1e-9) <= found <= 1.5 * exact
 
 
@@ -136,8 +135,7 @@ def test_an_error_of_differences_is_in_the_upper_bound(dtype: torch.dtype) -> No
         [x.to(dtype)] * 8,
         epsilon=10.0,
         hessian_lipschitz=1e-6,
-        hvp="differences",
-        generator=torch.Generator().manual_seed(1),
+        search=Search(failure_probability=0.05, hvp="differences", generator=torch.Generator().manual_seed(1)),
     )
     v, error = found.escape_direction, found.lambda_min_upper - found.quotient
     curvature = Curvature(model.double(), mse, [x.double()], Communicator(Solo(), Ledger()))
@@ -194,8 +192,7 @@ def test_workers_have_the_union(hvp: str) -> None:
             mine,
             epsilon=1.0,
             hessian_lipschitz=0.25,
-            hvp=hvp,  # type: ignore[arg-type]
-            generator=torch.Generator().manual_seed(0),
+            search=Search(failure_probability=0.05, hvp=hvp, generator=torch.Generator().manual_seed(0)),  # type: ignore[arg-type]
         )
 
     alone = certificate(rows, failure_probability=0.05, hvp=hvp)

@@ -17,6 +17,7 @@ from packsaddle import Verdict, certify, simulate
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
+from packsaddle.curvature import Search
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.lanczos import Lanczos, random_start
 from packsaddle.curvature.products import Differences, choose_products
@@ -125,10 +126,12 @@ def uncovered(kind: str, seeds: range, products: int, delta: float) -> tuple[int
             [batch],
             epsilon=1e3,
             hessian_lipschitz=smallest**2 / 1e3,  # a threshold that takes all products
-            failure_probability=delta,
-            max_hvps=products,
-            hvp="differences",
-            generator=torch.Generator().manual_seed(seed),
+            search=Search(
+                failure_probability=delta,
+                max_hvps=products,
+                hvp="differences",
+                generator=torch.Generator().manual_seed(seed),
+            ),
         )
         assert certificate.lambda_min_upper >= smallest - rounding, seed
         failures += certificate.lambda_min_lower > smallest + rounding
@@ -176,7 +179,12 @@ def test_the_error_at_kinks_is_measured() -> None:
         return (x[0] - 1e-7).abs() + x.square().sum() / 2 + (x[1] ** 4) / 24
 
     certificate = certify(
-        Kink(), kinked, [torch.zeros(1)], epsilon=2.0, hessian_lipschitz=1e-9, hvp="differences", max_hvps=2
+        Kink(),
+        kinked,
+        [torch.zeros(1)],
+        epsilon=2.0,
+        hessian_lipschitz=1e-9,
+        search=Search(hvp="differences", max_hvps=2),
     )
     assert certificate.lambda_min_lower <= 1.0 <= certificate.lambda_min_upper
 
@@ -238,7 +246,7 @@ def test_fused_attention_is_certified_by_differences() -> None:
                 [(x, y)],
                 epsilon=1e3,
                 hessian_lipschitz=1e-6,
-                generator=torch.Generator().manual_seed(2),
+                search=Search(generator=torch.Generator().manual_seed(2)),
             )
     fused, plain = found.values()
     assert (fused.hvp, plain.hvp) == ("differences of gradients", "double backward")
@@ -250,16 +258,18 @@ def test_fused_attention_is_certified_by_differences() -> None:
     assert plain.hvp_step is None
     assert "by double backward, " in str(plain)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION), pytest.raises(RuntimeError, match="is not implemented"):
-        certify(Attention(), loss_fn, [(x, y)], epsilon=1e3, hvp="double-backward")
+        certify(Attention(), loss_fn, [(x, y)], epsilon=1e3, search=Search(hvp="double-backward"))
 
 
 @pytest.mark.slow
 def test_compiled_networks_are_certified_by_differences() -> None:
     model, batch = network(0, torch.float32)
     settings: dict[str, Any] = {"epsilon": 1e3, "hessian_lipschitz": 1e-6}
-    plain = certify(model, loss_fn, [batch], **settings, generator=torch.Generator().manual_seed(0))
+    plain = certify(model, loss_fn, [batch], **settings, search=Search(generator=torch.Generator().manual_seed(0)))
     compiled = torch.compile(model, backend="aot_eager")
-    certificate = certify(compiled, loss_fn, [batch], **settings, generator=torch.Generator().manual_seed(0))
+    certificate = certify(
+        compiled, loss_fn, [batch], **settings, search=Search(generator=torch.Generator().manual_seed(0))
+    )
     assert certificate.verdict == plain.verdict == Verdict.SADDLE
     assert "does not currently support double backward" in str(certificate.hvp_reason)
     assert certificate.lambda_min_upper == pytest.approx(plain.lambda_min_upper, abs=2 * certificate.hvp_error)
@@ -289,12 +299,18 @@ def test_workers_choose_alike_and_certify_the_union() -> None:
         model, (x, y) = network(0, torch.float64)
         mine: list[Any] = [[(x[:10], y[:10], False)], [(x[10:], y[10:], True)], []][rank]
         return certify(
-            model, loss, mine, epsilon=1e3, hessian_lipschitz=1e-6, generator=torch.Generator().manual_seed(0)
+            model,
+            loss,
+            mine,
+            epsilon=1e3,
+            hessian_lipschitz=1e-6,
+            search=Search(generator=torch.Generator().manual_seed(0)),
         )
 
     model, batch = network(0, torch.float64)
-    settings: dict[str, Any] = {"epsilon": 1e3, "hessian_lipschitz": 1e-6, "hvp": "differences"}
-    alone = certify(model, loss_fn, [batch], **settings, generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"epsilon": 1e3, "hessian_lipschitz": 1e-6}
+    search = Search(hvp="differences", generator=torch.Generator().manual_seed(0))
+    alone = certify(model, loss_fn, [batch], **settings, search=search)
     found = simulate(worker, 3)
     assert [c.hvp_reason for c in found[::2]] == ["another worker's batch has no double backward"] * 2
     assert found[1].hvp_reason == "a function is marked once_differentiable"
@@ -319,4 +335,4 @@ class _Once(torch.autograd.Function):
 def test_a_wrong_hvp_is_named() -> None:
     model, batch = network(0, torch.float64)
     with pytest.raises(ValueError, match="hvp must be one of auto, double-backward, differences, got 'exact'"):
-        certify(model, loss_fn, [batch], epsilon=1.0, hvp="exact")  # type: ignore[arg-type]
+        certify(model, loss_fn, [batch], epsilon=1.0, search=Search(hvp="exact"))  # type: ignore[arg-type]

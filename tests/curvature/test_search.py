@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from searches import arguments
 from torch import Tensor, nn
 
 from packsaddle import Verdict, certify, simulate
 from packsaddle.comm import Communicator, Ledger, Solo
-from packsaddle.curvature import Bounds, Curvature
+from packsaddle.curvature import Bounds, Curvature, Search
 from packsaddle.curvature.search import EveryNth
 
 D, N = 12, 512
@@ -38,8 +39,9 @@ def rows(last: float, spread: float = 0.3) -> Tensor:
 
 
 def certificate(data: Tensor, **options: Any) -> Any:
-    options = {"epsilon": 1.0, "hessian_lipschitz": 0.25, "pilot_examples": 64, **options}
-    return certify(Point(), quadratic, list(data.split(8)), generator=torch.Generator().manual_seed(1), **options)
+    rng = torch.Generator().manual_seed(1)
+    given = {"epsilon": 1.0, "hessian_lipschitz": 0.25, "pilot_examples": 64, "generator": rng, **options}
+    return certify(Point(), quadratic, list(data.split(8)), **arguments(**given))
 
 
 @pytest.mark.parametrize("hvp", ["double-backward", "differences"])
@@ -83,8 +85,7 @@ def test_a_pilots_proof_allows_for_rounding() -> None:
             list(data.split(8)),
             epsilon=1.0,
             hessian_lipschitz=1e-12,
-            pilot_examples=64,
-            generator=torch.Generator().manual_seed(seed),
+            search=Search(pilot_examples=64, generator=torch.Generator().manual_seed(seed)),
         )
         assert found.lambda_min_upper >= 1e-5
         verdicts.append(found.verdict)
@@ -143,8 +144,7 @@ def test_workers_pilot_alike() -> None:
             mine,
             epsilon=1.0,
             hessian_lipschitz=0.25,
-            pilot_examples=64,
-            generator=torch.Generator().manual_seed(1),
+            search=Search(pilot_examples=64, generator=torch.Generator().manual_seed(1)),
         )
 
     found = simulate(work, 3)
@@ -171,7 +171,9 @@ def test_sharpness_is_asked_for_where_the_gradient_is_too_large() -> None:
     def sloped(model: nn.Module, batch: Tensor) -> Tensor:
         return quadratic(model, batch) + 10 * model.x.sum()  # type: ignore[operator, union-attr]
 
-    found = certify(Point(), sloped, list(data.split(8)), epsilon=1.0, hessian_lipschitz=0.25, sharpness=0.1)
+    found = certify(
+        Point(), sloped, list(data.split(8)), epsilon=1.0, hessian_lipschitz=0.25, search=Search(sharpness=0.1)
+    )
     assert found.verdict is Verdict.GRADIENT_TOO_LARGE
     assert found.lambda_max_upper - found.lambda_max_lower <= 0.1 * found.lambda_max_upper
     assert "lambda_max" in str(found)
@@ -220,7 +222,9 @@ def test_no_short_steps_are_taken_where_the_loss_rounds(dtype: torch.dtype) -> N
         return x.to(dtype).square().mean().double() * 5 - 0.05 * x.square().mean()  # type: ignore[operator, no-any-return]
 
     exact = (10 - 0.1) / D
-    found = certify(model, rounded, [torch.zeros(1)], epsilon=10.0, hessian_lipschitz=1e-6, hvp="differences")
+    found = certify(
+        model, rounded, [torch.zeros(1)], epsilon=10.0, hessian_lipschitz=1e-6, search=Search(hvp="differences")
+    )
     assert found.verdict is not Verdict.SADDLE
     assert found.lambda_min_lower <= exact <= found.lambda_max_upper
     assert found.lambda_max_lower <= exact <= found.lambda_min_upper + 2 * found.hvp_error
@@ -261,8 +265,7 @@ def test_differences_in_double_precision_are_double_backward_at_kinks() -> None:
             [x],
             epsilon=10.0,
             hessian_lipschitz=1e-4,
-            hvp=hvp,  # type: ignore[arg-type]
-            generator=torch.Generator().manual_seed(0),
+            search=Search(hvp=hvp, generator=torch.Generator().manual_seed(0)),  # type: ignore[arg-type]
         )
     exact, differences = found["double-backward"], found["differences"]
     assert differences.verdict is exact.verdict

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from searches import arguments
 from torch import Tensor, nn
 
 from packsaddle import certify
-from packsaddle.curvature import spectral_density
+from packsaddle.curvature import Search, spectral_density
 from packsaddle.curvature.sharded import part_of
 
 EXACT = ("verdict", "examples", "hvps")  # the search for a step depends on rounding, and so do backward passes
@@ -35,17 +36,9 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def certificate(model: nn.Module, batches: list[Tensor], **options: Any) -> Any:
-    return certify(
-        model,
-        loss_fn,
-        batches,
-        epsilon=1e3,
-        hessian_lipschitz=1e-6,
-        hvp="differences",
-        tolerance=1e-3,
-        generator=torch.Generator().manual_seed(3),
-        **options,
-    )
+    search = {"hvp": "differences", "tolerance": 1e-3, "generator": torch.Generator().manual_seed(3)}
+    given = {"epsilon": 1e3, "hessian_lipschitz": 1e-6, **search, **options}
+    return certify(model, loss_fn, batches, **arguments(**given))
 
 
 def sharded(shape: tuple[int, ...]) -> tuple[nn.Module, list[Tensor]]:
@@ -72,7 +65,9 @@ def certify_sharded(shape: tuple[int, ...]) -> dict[str, Any]:
         assert p.grad is None
     assert found.hvp_reason is None
     assert certificate(model, batches, max_hvps=1).hvps > 0  # once more, of the same objects
-    spectrum = spectral_density(model, loss_fn, batches, probes=1, steps=4, generator=torch.Generator().manual_seed(1))
+    spectrum = spectral_density(
+        model, loss_fn, batches, probes=1, steps=4, search=Search(generator=torch.Generator().manual_seed(1))
+    )
     result = {name: getattr(found, name) for name in (*EXACT, *MEASURED)}
     return {**result, "held": held, "nodes": spectrum.nodes[0], "why": str(spectrum), "bytes": found.bytes_sent}
 
@@ -83,7 +78,12 @@ def test_a_sharded_model_has_the_whole_ones_certificate(gloo: Callable[..., list
     model, batches = network()
     alone = certificate(model, batches)
     nodes = spectral_density(
-        model, loss_fn, batches, probes=1, steps=4, hvp="differences", generator=torch.Generator().manual_seed(1)
+        model,
+        loss_fn,
+        batches,
+        probes=1,
+        steps=4,
+        search=Search(hvp="differences", generator=torch.Generator().manual_seed(1)),
     ).nodes[0]
     d = sum(p.numel() for p in model.parameters())
     many = gloo(certify_sharded, torch.Size(shape).numel(), shape)
@@ -98,10 +98,10 @@ def test_a_sharded_model_has_the_whole_ones_certificate(gloo: Callable[..., list
 def refuse() -> list[str]:
     model, batches = sharded((2,))
     told = []
-    for options in ({"hvp": "double-backward"}, {"hvp": "auto"}):
-        mine = batches if options["hvp"] == "double-backward" or dist.get_rank() == 0 else []
+    for hvp in ("double-backward", "auto"):
+        mine = batches if hvp == "double-backward" or dist.get_rank() == 0 else []
         with pytest.raises(ValueError, match="sharded model") as caught:
-            certify(model, loss_fn, mine, epsilon=1.0, **options)  # type: ignore[arg-type]
+            certify(model, loss_fn, mine, epsilon=1.0, search=Search(hvp=hvp))  # type: ignore[arg-type]
         told.append(str(caught.value))
     return told
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from searches import arguments
 from torch import Tensor, nn
 
 from packsaddle import simulate
@@ -26,8 +27,8 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def measured(seed: int, **options: Any) -> SpectralDensity:
-    rng = torch.Generator().manual_seed(seed)
-    return spectral_density(Quadratic(), loss_fn, [torch.zeros(1)], generator=rng, **options)
+    given = {"generator": torch.Generator().manual_seed(seed), **options}
+    return spectral_density(Quadratic(), loss_fn, [torch.zeros(1)], **arguments(**given))
 
 
 def smoothed(at: tuple[float, ...], width: float) -> Tensor:

@@ -12,7 +12,8 @@ from benchmarks import pieces
 from benchmarks.race import __main__ as race
 from experiments.paper import __main__ as paper
 from packsaddle import cli
-from packsaddle.cli.parsing import Command, Group, parse
+from packsaddle.cli.flags import Command
+from packsaddle.cli.parsing import Group, parse
 from packsaddle.runs.config import load
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,6 @@
 """Tables made from the code have every key, option, compressor and number, each with a meaning."""
 
 import dataclasses
-import inspect
 import json
 import re
 import sys
@@ -14,6 +13,7 @@ from benchmarks import pieces
 from benchmarks.race import __main__ as race
 from experiments.paper import __main__ as paper
 from packsaddle import cli
+from packsaddle.cli.flags import flags_of
 from packsaddle.cli.parsing import Group
 from packsaddle.compressors.registry import SUMMARIES, classes
 from packsaddle.curvature.certificate import Certificate
@@ -74,7 +74,7 @@ def test_every_option_of_every_command_is_explained() -> None:
     found += [(paper.PROGRAM, paper.reproduce)]
     assert len(found) > 15
     for name, command in found:
-        for argument in inspect.signature(command).parameters:
+        for argument in flags_of(command):
             shown = argument.replace("_", "-")
             assert re.search(rf"^\| `(--(no-)?{shown}|{argument.upper()})` \|", sections[name], re.MULTILINE), name
     assert not [row for row in rows(text) if not row[-1]]
@@ -93,6 +93,18 @@ def test_every_number_is_in_the_tables() -> None:
         assert all(f"`{key}`" in text and quantity.meaning for quantity in content for key in quantity.keys)
 
 
+def test_the_options_of_a_search_are_flags_and_keys() -> None:
+    names = ("max-hvps", "failure-probability", "tolerance", "sharpness", "pilot-examples", "hvp", "memory-limit")
+    text, certify = commands.markdown(), configuration.markdown().partition("### `[certify]`")[2].partition("###")[0]
+    for command in ("certify", "certify-script"):
+        section = text.partition(f"### packsaddle {command}\n")[2].partition("\n### ")[0]
+        assert all(f"| `--{name}` |" in section for name in names)
+        assert "generator" not in section
+    assert all(f"| `{name.replace('-', '_')}` |" in certify for name in names)
+    assert "generator" not in certify
+    assert "| `tolerance` | number | `inf` |" in certify
+
+
 def keys(content: tuple[Quantity, ...]) -> tuple[set[str], set[str]]:
     """All keys, and those that every run has."""
     needed = {key for quantity in content if not quantity.optional for key in quantity.keys}
@@ -100,7 +112,7 @@ def keys(content: tuple[Quantity, ...]) -> tuple[set[str], set[str]]:
 
 
 def test_a_certificate_has_the_documented_numbers() -> None:
-    properties = {"smallest_epsilon", "whose", "saddle_below_rho", "escape_steps"}
+    properties = {"smallest_epsilon", "whose", "saddle_below_rho", "lr", "escape_steps"}
     fields = {f.name for f in dataclasses.fields(Certificate)} - {"escape_direction", "sharpest_direction"}
     assert keys(CERTIFICATE)[0] == fields | properties
 

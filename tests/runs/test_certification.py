@@ -17,11 +17,13 @@ from commandline import command, refused
 from forked_python import environment, torchrun
 from scipy.stats import binomtest
 
-from packsaddle import Verdict, certify
+from packsaddle import Search, Verdict, certify
 from packsaddle.curvature.certificate import Share, draw_iterates, proposed_epsilon
+from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.runs.certification import Audit, read_config
 from packsaddle.runs.config import CertifyConfig, DataConfig
+from packsaddle.runs.findings import Questions
 from packsaddle.runs.report import write_report
 from packsaddle.runs.run_checks import Inspector
 from packsaddle.runs.run_folder import read_runs
@@ -110,7 +112,7 @@ def test_command_on_the_last_point(run: Path, tmp_path: Path, capfd: pytest.Capt
     assert point["profile"]["losses"][middle] == pytest.approx(point["loss"], rel=1e-12)
     assert (out / "certificate.png").stat().st_size > 10_000
     assert json.loads((out / "certificates.json").read_text())["points"] == document["points"]
-    expected = Audit(run, (run / "checkpoint" / "model.pt",), 0.5, 0.1, double=True).certify()[0].certificate
+    expected = Audit(run, (run / "checkpoint" / "model.pt",), Questions(0.5, 0.1), double=True).certify()[0].certificate
     assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
     assert point["lambda_min_upper"] == pytest.approx(expected.lambda_min_upper, rel=1e-6)
     assert point["hvps"] == expected.hvps
@@ -134,15 +136,52 @@ def test_command_under_torchrun(run: Path, tmp_path: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=180)
     assert done.returncode == 0, done.stderr
     (point,) = json.loads(done.stdout)["points"]
-    expected = (
-        Audit(run, (run / "checkpoint" / "model.pt",), 0.5, 0.1, max_hvps=60, double=True).certify()[0].certificate
-    )
+    search = read_config(run).certify
+    assert search is not None
+    assert search.max_hvps == 60
+    audit = Audit(run, (run / "checkpoint" / "model.pt",), Questions(0.5, 0.1, search), double=True)
+    expected = audit.certify()[0].certificate
     assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-9)
     assert (point["verdict"], point["hvps"]) == (str(expected.verdict), expected.hvps)
     assert point["bytes_sent"] > 0
     assert sorted(p.name for p in (tmp_path / "certificate").iterdir()) == sorted(
         ["certificate.direction.pt", "certificate.png", "certificate.svg", "certificates.json"]
     )
+
+
+def test_options_not_given_are_the_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its [certify] has max_hvps = 60; a pilot along the run is of other examples than the command's."""
+    audits: list[Audit] = []
+
+    def certify(audit: Audit, workers: int) -> None:
+        audits.append(audit)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(Audit, "execute", certify)
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    assert config["certify"]["tolerance"] == "inf"
+    config["certify"] |= {"tolerance": 0.25, "pilot_examples": 3, "hvp": "differences"}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert command("certify", copy, "--hvp", "auto", "--sharpness", 0.5) == 2
+    (audit,) = audits
+    assert (audit.questions.epsilon, audit.questions.hessian_lipschitz, audit.questions.lr) == (0.5, 0.1, 0.5)
+    found = audit.questions.search
+    assert (found.max_hvps, found.tolerance, found.sharpness) == (60, 0.25, 0.5)
+    assert (found.pilot_examples, found.hvp) == (2048, "auto")
+
+
+def test_the_steps_in_which_sgd_leaves_are_printed(run: Path) -> None:
+    """At the run's learning rate, where a point passes with negative curvature."""
+    search = Search(max_hvps=60, sharpness=1e-9)  # to the smallest Ritz value
+    questions = Questions(1e3, 1e3, search, lr=read_config(run).sgd_lr())
+    (found,) = Audit(run, (run / "checkpoint" / "model.pt",), questions, double=True).certify()
+    assert found.certificate.lambda_min_upper < 0
+    steps = math.log(10) / math.log1p(-0.5 * found.certificate.lambda_min_upper)
+    assert f"\n  at lr 0.5 SGD's distance along v grows tenfold in about {steps:,.0f} steps" in str(found)
+    kept = found.to_dict()
+    assert (kept["lr"], kept["escape_steps"]) == (0.5, pytest.approx(steps))
 
 
 @pytest.mark.slow
@@ -236,8 +275,10 @@ REFUSALS: list[tuple[Sequence[str], str]] = [
     (("RUN", "--epsilon", "0"), "--epsilon must be positive and finite, got 0.0"),
     (("RUN", "--hessian-lipschitz", "-1"), "--hessian-lipschitz must be positive and finite, got -1.0"),
     (("RUN", "--failure-probability", "1"), "--failure-probability must be in [1e-100, 1), got 1.0"),
-    (("RUN", "--tolerance", "0"), "--tolerance must be positive and finite, got 0.0"),
+    (("RUN", "--tolerance", "0"), "--tolerance must be positive, got 0.0"),
     (("RUN", "--max-hvps", "0"), "--max-hvps must be at least 1, got 0"),
+    (("RUN", "--pilot-examples", "-1"), "--pilot-examples must not be negative, got -1"),
+    (("RUN", "--memory-limit", "-1"), "--memory-limit must not be negative, got -1"),
     (("RUN", "--examples", "321"), "examples must be from 1 to 320, the training examples, got 321"),
     (("RUN", "--checkpoint", "none.pt"), "checkpoint none.pt does not exist"),
     (("RUN", "--checkpoint", "config.json"), "cannot be read"),

@@ -1,6 +1,7 @@
 """Configurations: TOML in, every mistake named in one line, and the saved form reads back."""
 
 import json
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from packsaddle import QSGD, AdaptiveTopK, Identity, LinearSketch, LowRank, Rand
 from packsaddle.compressors import identify
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import build, is_too_deep, plain
-from packsaddle.runs.config import Config, EscapeConfig, configure, load
+from packsaddle.runs.config import CertifyConfig, Config, EscapeConfig, configure, load
 
 BASE = """
 lr = 0.1
@@ -220,3 +221,20 @@ def test_every_compressor_reads_back(tmp_path: Path, compressor: Any) -> None:
     config = replace(load(write(tmp_path)), compressor=compressor)
     assert build(Config, json.loads(json.dumps(plain(config)))) == config
     assert identify(compressor) == plain(config)["compressor"]  # what a hook's state says of it
+
+
+def test_a_certificates_options_are_those_of_a_search() -> None:
+    """All are keys of [certify]; infinities survive the JSON of a run folder, which has none."""
+    keys = {"epsilon": 0.1, "tolerance": 0.1, "hvp": "differences", "pilot_examples": 64, "memory_limit": 0}
+    rule = build(CertifyConfig, keys)
+    assert (rule.tolerance, rule.sharpness, rule.max_hvps, rule.pilot_examples) == (0.1, math.inf, 100, 64)
+    assert CertifyConfig(epsilon=1.0).pilot_examples == 0
+    kept = json.dumps(plain(rule), allow_nan=False)
+    assert build(CertifyConfig, json.loads(kept)) == rule
+    for key, value, message in (
+        ("hvp", "exact", "hvp must be one of 'auto', 'double-backward', 'differences', got 'exact'"),
+        ("memory_limit", -1, "memory_limit must not be negative, got -1"),
+        ("generator", 1, "unknown key generator"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build(CertifyConfig, {**keys, key: value})

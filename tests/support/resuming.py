@@ -21,6 +21,7 @@ from torch import nn
 
 import packsaddle
 from packsaddle.comm.group import resolve
+from packsaddle.curvature import Search
 from packsaddle.integrations import callbacks
 
 Run = tuple[nn.Module, Any, Callable[[], Any] | None]  # the model, the exchange, and how to train once more
@@ -71,7 +72,7 @@ def lightning(folder: Path, steps: int, resume: bool) -> Run:
             certified.append(digest(module))
         return Digits.loss(of, batch)
 
-    certificates = CertificateCallback(loss, example, epsilon=9.0, max_hvps=2, every_n_steps=5)
+    certificates = CertificateCallback(loss, example, epsilon=9.0, search=Search(max_hvps=2), every_n_steps=5)
     trainer = Trainer(
         strategy="ddp",
         accelerator="cpu",

@@ -10,7 +10,8 @@ import tyro
 import packsaddle
 from packsaddle.cli import certify, certify_script, doctor, plan, report, run
 from packsaddle.cli.console import dated, is_first, plain_text, print_table, require_plots
-from packsaddle.cli.parsing import UNSAID, Command, Group, Seconds, Shell, parse, script
+from packsaddle.cli.flags import Command
+from packsaddle.cli.parsing import UNSAID, Group, Seconds, Shell, parse, script
 from packsaddle.comm.failures import PeerLostError, TerminatedError, WorkerFailedError
 from packsaddle.comm.launching import under_launcher
 from packsaddle.errors import ConfigError, GuardError

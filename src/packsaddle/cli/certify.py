@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from json import dumps
 from math import inf
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from packsaddle.cli.console import is_first
+from packsaddle.cli.flags import Given
 from packsaddle.comm.launching import under_launcher
-from packsaddle.curvature.lanczos import check_probability
+from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError
 from packsaddle.runs.config import Config
 from packsaddle.runs.run_folder import read_runs
@@ -26,15 +27,11 @@ def certify(
     iterates: bool = False,
     epsilon: float | None = None,
     hessian_lipschitz: float | None = None,
-    failure_probability: float | None = None,
-    max_hvps: int | None = None,
-    tolerance: float | None = None,
-    sharpness: float | None = None,
+    search: Given[Search] = Given(),  # noqa: B008 -- immutable
     spectrum: bool = False,
     population: bool = False,
     examples: int | Literal["all"] | None = None,
     batch_size: int | None = None,
-    hvp: Literal["auto", "double-backward", "differences"] = "auto",
     double: bool = False,
     distance: float | None = None,
     data_dir: Path | None = None,
@@ -47,6 +44,8 @@ def certify(
 
     Prints the certificate, of a random sample of the training examples unless --examples says other; writes it, the
     extreme directions and a picture of the loss along them into a new folder. Under torchrun the world it made is used.
+    Options of the search that are not given are those of the run's [certify], except pilot_examples; without one those
+    of packsaddle.Search.
 
     Examples:
         packsaddle certify runs/a
@@ -64,17 +63,10 @@ def certify(
             else the gradient's norm at the point and twice its standard error: then the curvature decides.
         hessian_lipschitz: rho. By default the run's certify.hessian_lipschitz, else measured along the direction
             found; it decides what counts as a saddle, so state it when you compare points.
-        failure_probability: Of the lower bound on the smallest eigenvalue. By default the run's, else 0.001.
-        max_hvps: Hessian-vector products at most. By default the run's, else 200.
-        tolerance: Go on after a saddle is found until the residual of its direction is so much of its curvature, for a
-            better direction; by default the search stops with the verdict.
-        sharpness: Go on until the bounds on the largest eigenvalue are apart by so much of it, as 0.01.
         spectrum: Estimate the density of all eigenvalues too, with 4 probes of 40 products.
         population: Certify also the loss of the population that the examples are drawn from; costs some 150 products.
         examples: Size of the random sample of training examples, or "all"; by default 512, or all if there are fewer.
         batch_size: Examples read at once; by default 64, and 500 if they are all.
-        hvp: How Hessian-vector products are taken; auto takes differences of gradients where there is no double
-            backward.
         double: Compute the products in float64.
         distance: How far to each side the picture follows the escape direction.
         data_dir: Folder of the dataset, as the run had it (not needed for digits, nor for Python's own text).
@@ -85,53 +77,27 @@ def certify(
     """
     from packsaddle.errors import require
     from packsaddle.runs.certification import Audit, certify_in_process_group, read_config
-    from packsaddle.runs.findings import new_folder, write
+    from packsaddle.runs.findings import Questions, new_folder, write
 
+    positive = {"epsilon": epsilon, "hessian-lipschitz": hessian_lipschitz, "distance": distance}
+    check_numbers(positive, {"batch-size": batch_size, "workers": workers})
+
+    # What is not given is the run's; its pilot is one of the examples along the run.
     config = read_config(run)
-    stated = config.certify
-    if epsilon is None and stated is not None:
-        epsilon = stated.epsilon
-    if hessian_lipschitz is None and stated is not None:
-        hessian_lipschitz = stated.hessian_lipschitz
-    if failure_probability is None:
-        failure_probability = 1e-3 if stated is None else stated.failure_probability
-    if max_hvps is None:
-        max_hvps = 200 if stated is None else stated.max_hvps
-    check_numbers(
-        {
-            "epsilon": epsilon,
-            "hessian-lipschitz": hessian_lipschitz,
-            "distance": distance,
-            "tolerance": tolerance,
-            "sharpness": sharpness,
-        },
-        failure_probability,
-        {"max-hvps": max_hvps, "batch-size": batch_size, "workers": workers},
-    )
-    require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
+    options = Search()
+    if config.certify is not None:
+        epsilon = config.certify.epsilon if epsilon is None else epsilon
+        hessian_lipschitz = config.certify.hessian_lipschitz if hessian_lipschitz is None else hessian_lipschitz
+        options = replace(config.certify, pilot_examples=options.pilot_examples)
+
+    # Bad input is reported, and the folder made, before the work.
+    require("matplotlib", "plot", "the certificate's picture")
     drawn = _drawn(run, config) if iterates else []
     folder = out or _numbered(run / "certificate")
-    audit = Audit(
-        run,
-        _files(run, checkpoint, drawn),
-        epsilon,
-        hessian_lipschitz,
-        failure_probability,
-        max_hvps,
-        inf if tolerance is None else tolerance,
-        inf if sharpness is None else sharpness,
-        spectrum,
-        population,
-        None if examples == "all" else examples,
-        _SAMPLE if examples is None else None,
-        hvp,
-        batch_size,
-        double,
-        distance,
-        data_dir,
-        seed,
-        quiet=json,
-    )
+    options, lr = search.over(options), config.sgd_lr()
+    questions = Questions(epsilon, hessian_lipschitz, options, spectrum, population, distance, lr, seed, quiet=json)
+    size, at_most = examples if isinstance(examples, int) else None, _SAMPLE if examples is None else None
+    audit = Audit(run, _files(run, checkpoint, drawn), questions, size, at_most, batch_size, double, data_dir)
     with new_folder(folder) if is_first() else nullcontext():
         findings = certify_in_process_group(audit) if under_launcher() else audit.execute(workers)
     if is_first():
@@ -198,15 +164,11 @@ def _numbered(folder: Path) -> Path:
     return chosen
 
 
-def check_numbers(positive: Mapping[str, float | None], probability: float, counts: Mapping[str, int | None]) -> None:
+def check_numbers(positive: Mapping[str, float | None], counts: Mapping[str, int | None]) -> None:
     """Raise ConfigError, naming the flag, for numbers that no certificate can have; None is not given."""
     for name, value in positive.items():
         if value is not None and not 0 < value < inf:
             raise ConfigError(f"--{name} must be positive and finite, got {value}")
-    try:
-        check_probability(probability)
-    except ValueError as error:
-        raise ConfigError(f"--{error}".replace("_", "-")) from None
     for option, count in counts.items():
         if count is not None and count < 1:
             raise ConfigError(f"--{option} must be at least 1, got {count}")

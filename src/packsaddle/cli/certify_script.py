@@ -5,15 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from importlib import import_module
 from json import dumps
-from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from packsaddle.cli.certify import check_numbers
 from packsaddle.cli.console import is_first
 from packsaddle.comm.launching import process_group, under_launcher
+from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError, require
 from packsaddle.messages import first_line
 
@@ -27,10 +27,7 @@ def certify_script(
     checkpoint: Annotated[Path, tyro.conf.Positional],
     epsilon: float | None = None,
     hessian_lipschitz: float | None = None,
-    failure_probability: float = 1e-3,
-    max_hvps: int = 200,
-    sharpness: float | None = None,
-    hvp: Literal["auto", "double-backward", "differences"] = "auto",
+    search: Search = Search(),  # noqa: B008 -- immutable
     spectrum: bool = False,
     population: bool = False,
     out: Path | None = None,
@@ -56,36 +53,25 @@ def certify_script(
         epsilon: The gradient's threshold; the curvature's is -sqrt(rho epsilon). By default the gradient's norm at the
             point: then the curvature decides.
         hessian_lipschitz: rho. By default measured along the direction found.
-        failure_probability: Of the lower bound on the smallest eigenvalue.
-        max_hvps: Hessian-vector products at most.
-        sharpness: Go on until the bounds on the largest eigenvalue are apart by so much of it, as 0.01.
-        hvp: How they are taken; auto takes differences of gradients where there is no double backward.
         spectrum: Estimate the density of all eigenvalues too, with 4 probes of 40 products.
         population: Certify also the loss of the population that the examples are drawn from; costs some 150 products.
         out: A new folder for the certificate, its directions, and a picture of the loss along them.
         seed: Of the random start.
         json: Print one JSON document instead.
     """
-    positive = {"epsilon": epsilon, "hessian-lipschitz": hessian_lipschitz, "sharpness": sharpness}
-    check_numbers(positive, failure_probability, {"max-hvps": max_hvps})
-    if out is not None:
-        require("matplotlib", "plot", "the certificate's picture")  # before the work, not after
-    options = {
-        "epsilon": epsilon,
-        "hessian_lipschitz": hessian_lipschitz,
-        "failure_probability": failure_probability,
-        "max_hvps": max_hvps,
-        "sharpness": inf if sharpness is None else sharpness,
-        "hvp": hvp,
-    }
-    from packsaddle.runs.findings import new_folder, write
+    from packsaddle.runs.findings import Questions, new_folder, write
 
+    # Bad input first, before the work.
+    check_numbers({"epsilon": epsilon, "hessian-lipschitz": hessian_lipschitz}, {})
+    if out is not None:
+        require("matplotlib", "plot", "the certificate's picture")
+    questions = Questions(epsilon, hessian_lipschitz, search, spectrum, population, seed=seed, quiet=json)
     with (
         new_folder(out) if out is not None and is_first() else nullcontext(),
         process_group() if under_launcher() else nullcontext(),
         _importing_from(Path.cwd()),
     ):
-        finding = _certify(function, checkpoint, options, seed, spectrum, population, quiet=json)
+        finding = _certify(function, checkpoint, questions)
     if is_first():
         print(dumps(finding.to_dict(), indent=2, allow_nan=False) if json else finding)
         if out is not None:
@@ -105,22 +91,10 @@ def _importing_from(folder: Path) -> Iterator[None]:
             sys.path.remove(str(folder))
 
 
-def _certify(
-    function: str,
-    checkpoint: Path,
-    options: dict[str, Any],
-    seed: int,
-    spectrum: bool,
-    population: bool,
-    *,
-    quiet: bool,
-) -> Any:
-    from packsaddle.curvature.certify import certify
+def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
     from packsaddle.curvature.population import check_population
-    from packsaddle.numerics.seeds import Stream, generator
-    from packsaddle.runs.findings import Further
-    from packsaddle.runs.progress import countdown
 
+    # The problem at the checkpoint.
     model, given, batches = _problem(function)
     _load(model, checkpoint)
 
@@ -130,31 +104,13 @@ def _certify(
         except Exception as error:
             raise ConfigError(f"the loss function of {function} failed: {first_line(error)}") from None
 
-    quiet = quiet or not is_first()
+    # The verdict, then the rest of the questions.
     try:
-        if population:
+        if questions.population:
             check_population(model, batches)  # before the work, not after
-        with countdown("certify", options["max_hvps"], quiet=quiet) as progress:
-            certificate = certify(
-                model,
-                loss_fn,
-                batches,
-                **options,
-                generator=generator(seed, 1, Stream.CERTIFY),
-                progress=lambda b: progress(b.products, f"{b.products} of at most {b.most} products: {b}"),
-            )
-        further = Further(
-            spectrum,
-            population,
-            options["hvp"],
-            options["epsilon"],
-            options["hessian_lipschitz"],
-            options["failure_probability"],
-            None,
-            seed,
-            quiet=quiet,
-        )
-        return further.look(checkpoint, model, loss_fn, batches, certificate)
+        with questions.countdown("certify", questions.search.max_hvps) as progress:
+            certificate = questions.certify(model, loss_fn, batches, progress)
+        return questions.look(checkpoint, model, loss_fn, batches, certificate)
     except ValueError as error:  # what certify says of the model, the loss and the batches
         raise ConfigError(f"{function}: {error}") from None
 

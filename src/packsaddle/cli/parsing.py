@@ -15,12 +15,14 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin
 
 import tyro
 from tyro.extras import SubcommandApp
 
+from packsaddle.cli.flags import Command, arguments_of, flags_of
 from packsaddle.errors import ConfigError
+from packsaddle.options.describe import descriptions
 from packsaddle.options.numerals import real, seconds, whole
 from packsaddle.options.schema import nearest
 
@@ -55,8 +57,6 @@ def _number(
 
 # A float parameter in seconds, which may be written with a unit.
 Seconds = Annotated[float, _number(float, seconds, "SECONDS", "seconds such as 30, 55ms or 2min")]
-
-Command = Callable[..., Any]  # a function, or a class whose instances are called
 
 MARKERS = (
     tyro.conf.DisallowNone,  # what may be left out is left out, not given as None
@@ -128,7 +128,7 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
 
 def _joined(command: Command, words: Sequence[str]) -> list[str]:
     """Put together what a flag of several values is given in several places, of which tyro would take the last."""
-    tuples = [name for name, hint in get_type_hints(command).items() if get_origin(hint) is tuple]
+    tuples = [name for name, flag in flags_of(command).items() if get_origin(flag.annotation) is tuple]
     several = {f"--{name.replace('_', '-')}" for name in tuples}
     values: dict[str, list[str]] = {}
     others: list[str] = []
@@ -156,24 +156,25 @@ def _description(command: Command) -> str:
 
 
 def deferred(command: Command) -> Command:
-    """Return a function of the same signature that returns the call to be made, as a class does by itself.
+    """Return a function of the command's flags that returns the call to be made, as a class does by itself.
 
     Where the default is nothing, or off, its help does not repeat it.
     """
     if inspect.isclass(command):
         return command
-    hints, signature = get_type_hints(command, include_extras=True), inspect.signature(command)
-    for name, parameter in signature.parameters.items():
-        if parameter.default is None or isinstance(parameter.default, bool) or parameter.default == ():
-            hints[name] = Annotated[hints[name], UNSAID]
+    flags, texts = flags_of(command), descriptions(command)
+    for name, flag in flags.items():
+        if flag.default is None or isinstance(flag.default, bool) or flag.default == ():
+            flags[name] = flag.replace(annotation=Annotated[flag.annotation, UNSAID])
+    signature = inspect.Signature(list(flags.values()))
 
     def later(*args: Any, **kwargs: Any) -> Callable[[], Any]:
-        return functools.partial(command, *args, **kwargs)
+        return functools.partial(command, **arguments_of(command, signature.bind(*args, **kwargs).arguments))
 
-    later.__doc__ = re.sub(r"\n {8}(?=\S)", " ", inspect.getdoc(command) or "")  # an argument's lines, joined
-    later.__name__, later.__annotations__ = command.__name__, hints
-    parameters = [p.replace(annotation=hints[name]) for name, p in signature.parameters.items()]
-    later.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
+    later.__doc__ = "\n    ".join([f"{about}\n\nArgs:", *(f"{name}: {texts[name]}" for name in flags if name in texts)])
+    later.__name__, later.__annotations__ = command.__name__, {name: flag.annotation for name, flag in flags.items()}
+    later.__signature__ = signature  # type: ignore[attr-defined]
     return later
 
 
@@ -203,7 +204,7 @@ def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
 
 def _flags(command: Command) -> list[str]:
     """Return its own flags; those that are on by default are turned off by --no-NAME."""
-    parameters = inspect.signature(command).parameters.values()
+    parameters = flags_of(command).values()
     positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
     names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
     return [f"--{name.replace('_', '-')}" for name in names]

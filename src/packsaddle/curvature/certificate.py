@@ -92,7 +92,6 @@ class Certificate:
     backward_passes: int  # over the examples, a pilot's by its share; two a product by double backward
     bytes_sent: int  # by this worker
     seconds: float  # for all of it
-    lr: float | None = None  # of SGD that may go on from here, for `escape_steps`
 
     @property
     def smallest_epsilon(self) -> float:
@@ -106,13 +105,15 @@ class Certificate:
         curvature was found."""
         return self.lambda_min_upper**2 / self.epsilon if self.lambda_min_upper < 0 else None
 
-    @property
-    def escape_steps(self) -> float | None:
-        """The steps of size `lr` in which SGD's distance from here along v grows tenfold, ln(10) / ln(1 + lr |lambda|)
-        for lambda = lambda_min_upper; None without `lr`, or if no negative curvature was found."""
-        if self.lr is None or not self.lr > 0 or not self.lambda_min_upper < 0:
-            return None
-        return math.log(10) / math.log1p(-self.lr * self.lambda_min_upper)
+    def escape_steps(self, lr: float) -> float | None:
+        """Return the steps in which SGD's distance from here along v grows tenfold.
+
+        They are ln(10) / ln(1 + lr |lambda|) for lambda = lambda_min_upper. With momentum m, lr is over 1 - m. Returns
+        None if lr is 0 or no negative curvature was found. Raises ValueError if lr is negative or not finite.
+        """
+        if not 0 <= lr < math.inf:
+            raise ValueError(f"lr must be finite and not negative, got {lr}")
+        return math.log(10) / math.log1p(-lr * self.lambda_min_upper) if lr and self.lambda_min_upper < 0 else None
 
     @property
     def _is_stationary(self) -> bool:
@@ -141,12 +142,16 @@ class Certificate:
         more = "" if error is None or not 0 < error < math.inf else " and twice its standard error"
         return f" (none was given: the gradient's norm{more}, so that the curvature decides)"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything but the directions as plain types, for JSON, which has no infinity: None."""
+    def to_dict(self, lr: float | None = None) -> dict[str, Any]:
+        """Return everything but the directions as plain types, for JSON, which has no infinity: None.
+
+        `escape_steps` are those of the step size `lr`, None without one.
+        """
         directions = ("escape_direction", "sharpest_direction")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in directions}
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "whose": self.whose}
-        values |= {"saddle_below_rho": self.saddle_below_rho, "escape_steps": self.escape_steps}
+        values |= {"saddle_below_rho": self.saddle_below_rho, "lr": lr}
+        values["escape_steps"] = None if lr is None else self.escape_steps(lr)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
     def __str__(self) -> str:
@@ -155,6 +160,8 @@ class Certificate:
         if self.grad_norm_error is not None:
             known = math.isfinite(self.grad_norm_error)
             error = f" (standard error {f'{self.grad_norm_error:.1e}' if known else 'unknown: one batch'})"
+
+        # lambda_min and lambda_max from both sides; a pilot's direction bounds lambda_min from above alone.
         bounds = [
             f"  lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with probability "
             f"{1 - self.failure_probability:g}, residual {self.residual:.1e}",
@@ -170,6 +177,8 @@ class Certificate:
         curvature = [*bounds, f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {value} ({rho})"]
         if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # for the record
             curvature = ["  curvature was not looked at: the gradient decides"]
+
+        # Definition 2.4: ||grad f|| <= epsilon, and lambda_min >= -sqrt(rho epsilon).
         is_plateau = self._is_stationary and self.saddle_below_rho is not None
         lines = [
             f"{self.verdict}{', not a minimum' if is_plateau else ''}",
@@ -179,6 +188,8 @@ class Certificate:
             f"  {self.hvps} product{'' if self.hvps == 1 else 's'} in {self.precision} by {self.hvp}{self._how}, "
             f"{self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
         ]
+
+        # The line that the verdict needs: f(x + s v), the gap between the bounds, or caveats.
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
@@ -195,24 +206,20 @@ class Certificate:
         """The remark on a verdict that leaves much open: Definition 2.4 asks for little where rho is large."""
         lines = []
         below = self.saddle_below_rho
+
+        # rho measured from below: the threshold -sqrt(rho epsilon) may be lower.
         if self.hessian_lipschitz_estimated:
             other = "a smaller one asks for more" if below is None else f"below rho = {below:.1e} this is a saddle"
             lines.append(
                 f"  it rests on the estimate of rho: {other}; a larger one lowers the threshold, and allows more "
                 f"negative curvature"
             )
+
+        # threshold <= lambda_min < 0.
         if below is None:
             return lines
-        pace = (
-            ""
-            if self.escape_steps is None
-            else (f"; at lr {self.lr:.3g} SGD's distance along v grows tenfold in about {self.escape_steps:,.0f} steps")
-        )
-        lines.append(
-            f"  not a minimum: v has curvature {self.lambda_min_upper:.1e}, which the threshold allows, as on a "
-            f"plateau{pace}"
-        )
-        return lines
+        plateau = f"v has curvature {self.lambda_min_upper:.1e}, which the threshold allows, as on a plateau"
+        return [*lines, f"  not a minimum: {plateau}"]
 
 
 def draw_iterates(m: int, steps: int, seed: int) -> list[int]:

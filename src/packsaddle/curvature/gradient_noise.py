@@ -86,6 +86,8 @@ def gradient_noise(
     group = resolve(process_group)
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+
+    # Sums over workers: of tr(Cov)'s estimates n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2, of their squares and numbers.
     apart, examples, d = _apart(model, loss_fn, batches)
     found = torch.tensor(apart, dtype=torch.float64)
     counts = torch.tensor([len(apart), examples, not apart], dtype=torch.float64)
@@ -96,6 +98,8 @@ def gradient_noise(
         raise ValueError("batches must be at least 2 on every worker, for their gradients to differ")
     if not math.isfinite(total):
         raise NotFiniteError("a mini-batch gradient is not finite at the present parameters")
+
+    # Their mean, and the variance of it: (sum of squares / K - mean^2) / (K - 1).
     mean = total / count
     spread = max(0.0, squares / count - mean * mean) / (count - 1) if count > 1 else math.inf
     drawn = int(count) + group.size

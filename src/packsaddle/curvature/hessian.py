@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import Solo
 from packsaddle.comm.ledger import Ledger
+from packsaddle.comm.sharding import local_part
 from packsaddle.curvature.custom_functions import graph_nodes
 from packsaddle.curvature.lanczos import random_start
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
@@ -72,13 +73,15 @@ class Curvature:
         self.parameters = trainable(model)
         self.d = sum(p.numel() for p in self.parameters)
         self.held = self.d  # numbers of a vector on the worker that has most of it
-        self._tensors = [local_part(p.detach()) for p in self.parameters]  # this worker's part of x
+        self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of x
         self.device = self.parameters[0].device
         self.products = 0  # Hessian-vector products so far
         self.passes = 0.0  # backward passes over the examples so far; a pass over a part of them is so much less
         self._sizes_of_batches: list[int] = []  # of this worker's
         self._derives = False  # whether the loss takes derivatives itself
         self._displaced = 0  # gradients at other points so far, for the seed of dithering
+
+        # sum_b n_b loss_b, twice: a loss is a function of the parameters if both are equal.
         watch = _Precision()
         first = self._totals(watch if self.parameters[0].dtype is torch.float64 else nullcontext())
         second = self._totals()
@@ -98,6 +101,8 @@ class Curvature:
             raise NotFiniteError(f"the loss is {loss} at the present parameters; there is nothing to certify")
         if not examples:
             raise ValueError("batches is empty on every worker")
+
+        # The coarsest precision in which the loss computes, and f = sum_b n_b loss_b / N.
         used = [p.dtype for p in self.parameters] + [dtype for dtype, n in zip(_SHORT, short, strict=True) if n]
         self.precision = max(torch.finfo(dtype).eps for dtype in used)  # the unit roundoff of what the loss computes
         self.examples = int(examples) // self._alike
@@ -322,6 +327,8 @@ class Curvature:
         where they should be: a displacement below their last place would else be lost.
         """
         before = [t.clone() for t in self._tensors]
+
+        # x + s v; of 16 bits with a mean of x + s v.
         pieces = torch.split(direction, [t.numel() for t in self._tensors])
         try:
             with torch.no_grad():
@@ -367,12 +374,6 @@ def whole(loss: Any) -> Tensor:
     """Return a loss, which tensor parallelism may have made a DTensor, as a plain tensor."""
     plain: Tensor = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
     return plain
-
-
-def local_part(p: Any) -> Tensor:
-    """A tensor, or this worker's shard of a DTensor, in the same memory."""
-    shard: Tensor = p.to_local() if hasattr(p, "to_local") else p
-    return shard
 
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:

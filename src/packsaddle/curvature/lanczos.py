@@ -167,6 +167,8 @@ class Lanczos:
         """Do one product and return what is known now. Raises RuntimeError after `exhausted`."""
         if self.exhausted:
             raise RuntimeError("the Krylov space is exhausted; there is no further step")
+
+        # beta_{k+1} q_{k+1} = A q_k - alpha_k q_k - beta_k q_{k-1}, orthogonalised against all q_j that are kept.
         before, q = self._pair
         w = self._product(q)
         alpha = self._dot(w, q)
@@ -181,6 +183,8 @@ class Lanczos:
                         self._error = max(self._error, abs(found))
         self._alphas.append(alpha)
         beta = self._norm(w)
+
+        # Ritz values: eigenvalues of the tridiagonal; the process ends where beta is rounding.
         thetas, vectors = torch.linalg.eigh(self._tridiagonal())
         self._ends = vectors[:, [0, -1]]
         scale = max(abs(float(thetas[0])), abs(float(thetas[-1])), beta)
@@ -190,6 +194,8 @@ class Lanczos:
             self._pair = (q, w.div_(beta))
             if len(self._basis) < self._limit:
                 self._basis.append(self._pair[1])
+
+        # ||A v - theta_min v|| = beta |last component of theta_min's vector|.
         return Ritz(
             self._n,
             tuple(self._alphas),

@@ -31,8 +31,9 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.certificate import Verdict, proposed_epsilon
 from packsaddle.curvature.hessian import LossFn, WithExamples, rank_0_buffers
-from packsaddle.curvature.lanczos import Lanczos, check_probability
-from packsaddle.curvature.products import Hvp, Products, choose_products, lanczos_over, with_products
+from packsaddle.curvature.lanczos import Lanczos
+from packsaddle.curvature.options import Search, check_goal
+from packsaddle.curvature.products import Products, choose_products, lanczos_over, with_products
 from packsaddle.curvature.sharded import derivatives
 
 _STATEMENTS = 5
@@ -84,6 +85,7 @@ class PopulationCertificate:
         return ": lambda_min may be on either side of the threshold"
 
     def __str__(self) -> str:
+        # Bounds on ||g||, on lambda_min(H), and v^T H v, with rho and its threshold.
         lower = f"[{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}]"
         below = f"lambda_min in {lower}: of the examples at least {self.sample_lower:.3e}, less {self.deviation:.1e}"
         if math.isinf(self.lambda_min_lower):
@@ -128,10 +130,7 @@ def certify_population(
     *,
     epsilon: float | None = None,
     hessian_lipschitz: float | None = None,
-    failure_probability: float = 0.05,
-    hvp: Hvp = "auto",
-    memory_limit: int = 4 * 2**30,
-    generator: torch.Generator | None = None,
+    search: Search = Search(failure_probability=0.05),  # noqa: B008 -- immutable
     process_group: Any = None,
     progress: Callable[[int], None] = lambda products: None,
 ) -> PopulationCertificate:
@@ -140,11 +139,12 @@ def certify_population(
     Batches are independent draws, eight or more on all workers together, and better many small ones.
 
     Args:
-        model, loss_fn, hvp, memory_limit, generator, process_group: as for `certify`.
+        model, loss_fn, process_group: as for `certify`.
         batches: as for `certify`; each an independent draw from the population.
         epsilon: the gradient's threshold; None takes the least that the bound on the gradient passes.
         hessian_lipschitz: rho; None measures it along the direction found, over the examples.
-        failure_probability: of all bounds together.
+        search: its `failure_probability`, of all bounds together, by default 0.05, and `hvp`, `memory_limit` and
+            `generator`; the other options do not apply.
         progress: called with the number of products so far, of `MOST_PRODUCTS` at most, about; a product of the
             variance costs three over the examples.
 
@@ -159,18 +159,15 @@ def certify_population(
     >>> str(certify_population(model, loss, x.split(8)).verdict)
     'second-order stationary'
     """
-    for name, value in (("epsilon", epsilon), ("hessian_lipschitz", hessian_lipschitz)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-    check_probability(failure_probability)
+    check_goal(epsilon, hessian_lipschitz)
     channel = Communicator(resolve(process_group), Ledger())
-    delta = failure_probability / _STATEMENTS
+    delta = search.failure_probability / _STATEMENTS
     batches = WithExamples(batches)
     # A DataLoader draws from torch's generator each time that it is read.
     with torch.random.fork_rng(devices=()), rank_0_buffers(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)
         count = check_population(model, batches, process_group)
-        chosen = choose_products(curvature, hvp)
+        chosen = choose_products(curvature, search.hvp)
         # The gradient.
         gradient, spread = curvature.gradient()
         grad_norm = curvature.norm(gradient)
@@ -182,7 +179,7 @@ def certify_population(
 
         def measure(products: Products) -> _Measured:
             seen, fresh = map(products.of, halves)
-            v = _lowest_direction(seen, generator, memory_limit, progress)
+            v = _lowest_direction(seen, search, progress)
             products.learn(seen)
             fresh.learn(seen)
             _, off_by = fresh.checked(v)
@@ -193,12 +190,12 @@ def certify_population(
             # The examples' own lower bound, less what their Hessian may be off by.
             lower, deviation = -math.inf, math.inf
             if grad_norm + off <= epsilon and upper >= threshold:
-                lower = _lower_bound(products, delta, threshold, generator, memory_limit, progress)
-                norm = _variance_norm(products, delta, generator, memory_limit, progress)
+                lower = _lower_bound(products, delta, threshold, search, progress)
+                norm = _variance_norm(products, delta, search, progress)
                 deviation = math.sqrt(2 * norm * math.log(curvature.d / delta))
             return _Measured(products, v, rho, threshold, quotient, error, upper, lower, deviation)
 
-        found = with_products(chosen, hvp, measure)
+        found = with_products(chosen, search.hvp, measure)
         lower = found.sample_lower - found.deviation
         passes = sum(c.passes * c.examples for c in (curvature, *halves)) / curvature.examples
     return PopulationCertificate(
@@ -218,7 +215,7 @@ def certify_population(
         sample_lower=found.sample_lower,
         deviation=found.deviation,
         escape_direction=found.v.cpu(),
-        failure_probability=failure_probability,
+        failure_probability=search.failure_probability,
         examples=curvature.examples,
         batches=count,
         hvp=found.products.name,
@@ -262,11 +259,9 @@ def _judge(least: float, most: float, epsilon: float, threshold: float, upper: f
     return Verdict.SECOND_ORDER_STATIONARY if lower >= threshold else Verdict.UNDECIDED
 
 
-def _lowest_direction(
-    products: Products, generator: torch.Generator | None, memory_limit: int, progress: Callable[[int], None]
-) -> Tensor:
+def _lowest_direction(products: Products, search: Search, progress: Callable[[int], None]) -> Tensor:
     """The Ritz vector of lambda_min, with a residual of a tenth of it or after all steps; any vector would be valid."""
-    lanczos = lanczos_over(products, generator, memory_limit)
+    lanczos = lanczos_over(products, search)
     for k in range(1, _STEPS + 1):
         ritz = lanczos.step()
         progress(k)
@@ -296,15 +291,10 @@ def _student(probability: float, degrees: int) -> float:
 
 
 def _lower_bound(
-    products: Products,
-    delta: float,
-    threshold: float,
-    generator: torch.Generator | None,
-    memory_limit: int,
-    progress: Callable[[int], None],
+    products: Products, delta: float, threshold: float, search: Search, progress: Callable[[int], None]
 ) -> float:
     """lambda_min of the examples from below, with steps until more would gain little, or they have a saddle."""
-    lanczos, lower = lanczos_over(products, generator, memory_limit), -math.inf
+    lanczos, lower = lanczos_over(products, search), -math.inf
     for k in range(1, _STEPS + 1):
         ritz = lanczos.step()
         progress(_STEPS + k)
@@ -315,13 +305,7 @@ def _lower_bound(
     return lower
 
 
-def _variance_norm(
-    products: Products,
-    delta: float,
-    generator: torch.Generator | None,
-    memory_limit: int,
-    progress: Callable[[int], None],
-) -> float:
+def _variance_norm(products: Products, delta: float, search: Search, progress: Callable[[int], None]) -> float:
     """An upper bound on the norm of the variance of H_n, sum_b n_b (H_b - H_n)^2 / ((B - 1) n); collective."""
     curvature = products.curvature
     count = curvature.batches()
@@ -340,10 +324,12 @@ def _variance_norm(
 
     lanczos = Lanczos(
         variance,
-        curvature.random_vector(generator),
-        max_vectors=max(2, memory_limit // (8 * curvature.held)),
+        curvature.random_vector(search.generator),
+        max_vectors=max(2, search.memory_limit // (8 * curvature.held)),
         precision=products.precision,
     )
+
+    # An upper bound on the largest eigenvalue, close to the largest Ritz value.
     upper = math.inf
     for k in range(1, _VARIANCE_STEPS + 1):
         ritz = lanczos.step()

@@ -1,8 +1,8 @@
 """The search for curvature below the threshold: Lanczos steps until the verdict is settled.
 
 A saddle is proved by one Rayleigh quotient over all examples, whatever its direction came from. So `pilot` looks for a
-direction on a part of the examples first, where a product costs a fraction, and `Search.proves` takes one product over
-all of them. Only the absence of negative curvature needs the whole process over all examples.
+direction on a part of the examples first, where a product costs a fraction, and `CurvatureSearch.proves` takes one
+product over all of them. Only the absence of negative curvature needs the whole process over all examples.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor
 from packsaddle.curvature.certificate import Verdict, judge
 from packsaddle.curvature.hessian import Curvature
 from packsaddle.curvature.lanczos import Lanczos, Ritz
+from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products, lanczos_over
 
 _LONGEST_WALK = 12
@@ -41,24 +42,22 @@ class Bounds:
         return f"lambda_min in [{low:.1e}, {high:.1e}] of {self.examples:,} examples{asked}"
 
 
-Told = Callable[[Bounds], None]
+Told = Callable[[Bounds], None] | None
+Walk = tuple[float, float, float]  # s, f(x + s v), and the most that [f(x + s v) + f(x - s v)] / 2 is below f(x)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The question of a search, and when it has been answered."""
+    """The question of a search, and its limits."""
 
     grad_norm: float
     epsilon: float
     rho: float | None  # None: measured along the direction found
-    failure_probability: float
-    max_hvps: int
-    tolerance: float  # of a saddle's direction: ||H v - lambda v|| <= tolerance |lambda|
-    sharpness: float  # of lambda_max: its bounds apart by at most this share of it
+    options: Search
 
 
 @dataclass
-class Search:
+class CurvatureSearch:
     """Steps of the Lanczos process until the goal is reached; after `run` or `proves`, the knowledge then."""
 
     products: Products
@@ -83,17 +82,19 @@ class Search:
         """The derivatives that products come from."""
         return self.products.curvature
 
-    def run(self, generator: torch.Generator | None, memory_limit: int) -> None:
+    def run(self) -> None:
         """Do steps from a random start until the verdict is settled, v and lambda_max good enough, `max_hvps` are done,
         or there are no more."""
         goal, measured_at = self.goal, 0
         self.rho = goal.rho or 0.0
-        self.lanczos = lanczos = lanczos_over(self.products, generator, memory_limit)
-        for k in range(1, goal.max_hvps + 1):
+        self.lanczos = lanczos = lanczos_over(self.products, goal.options)
+        for k in range(1, goal.options.max_hvps + 1):
             self.ritz = ritz = lanczos.step()
             self._bound(ritz)  # never worse than an earlier bound but by its error
             self._tell(k, measured_at > 0 or goal.rho is not None)
-            last = k == goal.max_hvps or lanczos.exhausted
+            last = k == goal.options.max_hvps or lanczos.exhausted
+
+            # rho where it is not given: ||H(x + h v) v - H(x - h v) v|| / (2 h), as soon as v is good enough.
             if goal.rho is None and not measured_at:
                 if not (last or goal.grad_norm > goal.epsilon or _settling(ritz)):
                     continue
@@ -103,6 +104,8 @@ class Search:
             if goal.rho is None and measured_at < k:  # rho is that of the final v at least
                 self.rho = max(self.rho, self._measure_rho(lanczos.ritz_vector()))
                 measured_at = k
+
+            # The verdict: v^T H v <= -sqrt(rho epsilon), or the lower bound on lambda_min above it.
             if last or self._settled(ritz):
                 self._measure_direction(ritz, lanczos.ritz_vector())
                 if last or self.verdict is not Verdict.UNDECIDED or not ritz.orthogonal:
@@ -130,7 +133,7 @@ class Search:
             return None
         return self.lanczos.ritz_vector(largest=True)
 
-    def walk(self, scout: "Search | None") -> tuple[float, float, float]:
+    def walk(self, scout: "CurvatureSearch | None") -> Walk:
         """Follow v both ways, from ||x|| / 1000 or less, each step four times the last, while the loss falls on a side.
 
         A scout follows it on its own examples, and the two steps that its losses choose are measured on all. Returns s
@@ -163,22 +166,23 @@ class Search:
         return self.curvature.loss_at(v, s), self.curvature.loss_at(v, -s)
 
     def _bound(self, ritz: Ritz) -> None:
-        probability = self.goal.failure_probability
+        probability = self.goal.options.failure_probability
         self.lower = ritz.lower_bound(probability)
         self.lambda_max = ritz.theta_max - ritz.rounding, ritz.upper_bound(probability)
 
     def _tell(self, k: int, known: bool) -> None:
-        assert self.ritz is not None
+        if self.told is None or self.ritz is None:
+            return
         threshold = -math.sqrt(self.rho * self.goal.epsilon) if known else None
         bounds = self.lower, self.ritz.theta_min + self.ritz.rounding
-        self.told(Bounds(k, self.goal.max_hvps, self.curvature.examples, bounds, self.lambda_max, threshold))
+        self.told(Bounds(k, self.goal.options.max_hvps, self.curvature.examples, bounds, self.lambda_max, threshold))
 
     def _settled(self, ritz: Ritz) -> bool:
         low, high = self.lambda_max
-        if high - low > self.goal.sharpness * max(abs(low), abs(high)):
+        if high - low > self.goal.options.sharpness * max(abs(low), abs(high)):
             return False
         verdict = self._judged(ritz.theta_min + ritz.rounding)
-        if verdict is Verdict.SADDLE and ritz.residual > self.goal.tolerance * abs(ritz.theta_min):
+        if verdict is Verdict.SADDLE and ritz.residual > self.goal.options.tolerance * abs(ritz.theta_min):
             return False
         return verdict is not Verdict.UNDECIDED
 
@@ -219,32 +223,31 @@ class EveryNth:
 def pilot(
     full: Products,
     goal: Goal,
-    examples: int,
     batches: Iterable[Any],
     derivatives: Callable[[Iterable[Any]], Curvature],
-    generator: torch.Generator | None,
-    memory_limit: int,
     told: Told,
-) -> Search | None:
-    """Search on about `examples` examples, evenly spaced batches of them; collective.
+) -> CurvatureSearch | None:
+    """Search on about `pilot_examples` examples, evenly spaced batches of them; collective.
 
     Returns the search if it has found a saddle of theirs. None if it has not, or if there are not eight times as many
     examples, or batches are too large to leave out seven of eight. Products are taken as `full` takes them, and cost
     at most about two over all examples.
     """
-    curvature = full.curvature
+    curvature, search = full.curvature, goal.options
+    examples = search.pilot_examples
     stride = curvature.examples // examples if examples else 0
     if stride < _PILOT_SHARE or _PILOT_SHARE * curvature.examples_of_every(stride) > curvature.examples:
         return None
     part = derivatives(EveryNth(batches, stride))
     most = max(1, _PILOT_COST * curvature.examples // part.examples)
-    search = Search(full.of(part), replace(goal, max_hvps=min(goal.max_hvps, most)), told)
+    goal = replace(goal, options=replace(search, max_hvps=min(search.max_hvps, most)))
+    scout = CurvatureSearch(full.of(part), goal, told)
     try:
-        search.run(generator, memory_limit)
+        scout.run()
     finally:
         curvature.passes += part.passes * part.examples / curvature.examples
-    full.learn(search.products)
-    return search if search.verdict is Verdict.SADDLE else None
+    full.learn(scout.products)
+    return scout if scout.verdict is Verdict.SADDLE else None
 
 
 def _settling(ritz: Ritz) -> bool:

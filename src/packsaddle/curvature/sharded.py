@@ -18,15 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.curvature.hessian import (
-    UNWATCHED,
-    Curvature,
-    LossFn,
-    NotFiniteError,
-    batch_size,
-    evaluating,
-    local_part,
-)
+from packsaddle.comm.sharding import is_sharded, local_part
+from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, NotFiniteError, batch_size, evaluating
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 
 
@@ -54,6 +47,8 @@ class ShardedCurvature(Curvature):
         for p in parameters:
             _check_mesh(p, workers, tensor_parallel)
         self._copies = [_copies(p, workers) for p in parameters]
+
+        # FSDP's passes are collective: all workers go through as many batches as the one that has most.
         mine = torch.tensor([sum(1 for _ in batches) for _ in range(2)], device=parameters[0].device)
         first, second = torch.stack(channel.group.all_gather(mine)).T.tolist()
         if first != second:
@@ -172,11 +167,6 @@ class ShardedCurvature(Curvature):
         return False  # every worker has another part
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Tell if trainable parameters are sharded."""
-    return any(p.requires_grad and hasattr(p, "placements") for p in model.parameters())
-
-
 def derivatives(
     model: nn.Module,
     loss_fn: LossFn,
@@ -194,6 +184,7 @@ def derivatives(
 
 def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
     """Raise ValueError unless FSDP averages a parameter's gradient over all workers that have other batches."""
+    # A DTensor's mesh times the one of equal batches must be all workers, with one worker in common.
     if hasattr(p, "placements"):
         size = p.device_mesh.size()
         if size == workers:
@@ -210,6 +201,8 @@ def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
             f"model must be sharded over the {workers // tensor_parallel.size()} workers with other batches, got a "
             f"mesh of {size} workers, {len(shared)} of them in this worker's tensor_parallel"
         )
+
+    # A whole parameter: the same on all workers only if all get the same batches.
     if tensor_parallel is None or tensor_parallel.size() != workers:
         raise ValueError("model must have all trainable parameters sharded, or none: some are not DTensors")
 
@@ -220,15 +213,9 @@ def _copies(p: Any, workers: int) -> int:
     for i, placement in enumerate(getattr(p, "placements", ())):
         if placement.is_partial():
             raise ValueError("model must not have parameters that are partial sums")
-        if _dim(placement) is not None:
+        if hasattr(placement, "dim"):  # a shard
             shards *= p.device_mesh.size(i)
     return workers // shards
-
-
-def _dim(placement: Any) -> int | None:
-    """The dimension of a tensor that a placement shards."""
-    found: int | None = getattr(placement, "dim", None)
-    return found
 
 
 def part_of(tensor: Tensor, p: Any) -> Tensor:
@@ -238,11 +225,10 @@ def part_of(tensor: Tensor, p: Any) -> Tensor:
     """
     placements = list(enumerate(getattr(p, "placements", ())))
     for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
-        dim = _dim(placement)
-        if dim is not None:
-            chunks = tensor.chunk(p.device_mesh.size(i), dim)
+        if hasattr(placement, "dim"):
+            chunks = tensor.chunk(p.device_mesh.size(i), placement.dim)
             place = p.device_mesh.get_coordinate()[i]
-            tensor = chunks[place] if place < len(chunks) else tensor.narrow(dim, 0, 0)
+            tensor = chunks[place] if place < len(chunks) else tensor.narrow(placement.dim, 0, 0)
     return tensor
 
 

@@ -24,7 +24,8 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature.hessian import LossFn, rank_0_buffers
 from packsaddle.curvature.lanczos import Ritz
-from packsaddle.curvature.products import Hvp, Products, choose_products, lanczos_over, with_products
+from packsaddle.curvature.options import Search
+from packsaddle.curvature.products import Products, choose_products, lanczos_over, with_products
 from packsaddle.curvature.sharded import derivatives
 
 
@@ -97,20 +98,19 @@ def spectral_density(
     steps: int = 40,
     width: float | None = None,
     points: int = 400,
-    hvp: Hvp = "auto",
-    memory_limit: int = 4 * 2**30,
-    generator: torch.Generator | None = None,
+    search: Search = Search(),  # noqa: B008 -- immutable
     process_group: Any = None,
     progress: Callable[[int], None] = lambda products: None,
 ) -> SpectralDensity:
     """Estimate the density of the Hessian's eigenvalues at the model's present parameters; collective.
 
     Args:
-        model, loss_fn, batches, hvp, memory_limit, generator, process_group: as for `certify`.
+        model, loss_fn, batches, process_group: as for `certify`.
         probes: random vectors; standard errors fall as the inverse square root of their number.
         steps: Hessian-vector products a probe, at most; fewer where its Krylov space ends.
         width: standard deviation of the smoothing Gaussian; None takes the spread of Ritz values over `steps`.
         points: at which the density is given, from four widths below the least Ritz value to as far above the largest.
+        search: its `hvp`, `memory_limit` and `generator`, of the probes; the other options do not apply.
         progress: called with the number of products so far, of probes * steps at most.
 
     Raises ValueError for bad arguments and for losses that are not a function of the parameters.
@@ -120,16 +120,18 @@ def spectral_density(
             raise ValueError(f"{name} must be at least 1, got {count}")
     if width is not None and not 0 < width < math.inf:
         raise ValueError(f"width must be positive and finite, got {width}")
+
+    # Nodes theta_j and weights tau_j of each probe's Gauss quadrature.
     channel = Communicator(resolve(process_group), Ledger())
     with rank_0_buffers(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)
 
         def quadratures(products: Products) -> tuple[str, list[Ritz]]:
-            return products.name, [
-                _quadrature(products, generator, steps, memory_limit, progress) for _ in range(probes)
-            ]
+            return products.name, [_quadrature(products, search, steps, progress) for _ in range(probes)]
 
-        name, ritzes = with_products(choose_products(curvature, hvp), hvp, quadratures)
+        name, ritzes = with_products(choose_products(curvature, search.hvp), search.hvp, quadratures)
+
+    # The mean over probes of sum_j tau_j exp(-(t - theta_j)^2 / (2 width^2)), and how probes differ.
     nodes, weights = tuple(r.thetas for r in ritzes), tuple(r.shares for r in ritzes)
     low, high = min(n[0] for n in nodes), max(n[-1] for n in nodes)
     narrowest = max(*(r.rounding for r in ritzes), 1e-12 * max(abs(low), abs(high)), 1e-30)
@@ -152,15 +154,9 @@ def spectral_density(
     )
 
 
-def _quadrature(
-    products: Products,
-    generator: torch.Generator | None,
-    steps: int,
-    memory_limit: int,
-    progress: Callable[[int], None],
-) -> Ritz:
+def _quadrature(products: Products, search: Search, steps: int, progress: Callable[[int], None]) -> Ritz:
     """The Lanczos process from a new probe; its Ritz values and shares are the quadrature."""
-    lanczos = lanczos_over(products, generator, memory_limit)
+    lanczos = lanczos_over(products, search)
     for _ in range(steps):
         ritz = lanczos.step()
         progress(products.curvature.products)

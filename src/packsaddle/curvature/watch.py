@@ -21,7 +21,7 @@ class CertifyEvery:
         at: where to certify: a function that returns a context within which all workers have one model, as
             `LocalUpdates.at_anchor`; by default the parameters as they are.
         told: called with each certificate, on every worker.
-        options: those of `certify`, as `epsilon` and `hessian_lipschitz`. State both to compare points.
+        options: those of `certify`, as `epsilon`, `hessian_lipschitz` and `search`. State both to compare points.
 
     `certificates` has the step and the certificate of each. Raises ValueError for `every` below 1, and what `certify`
     raises. One certificate costs as much as its products: two backward passes over the batches each.

@@ -26,7 +26,7 @@ from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.optim.compression import Compression, Schedule
 from packsaddle.optim.ddp_hook import Bucket, DDPHook
-from packsaddle.optim.fsdp import is_sharded
+from packsaddle.optim.fsdp import uses_fsdp
 from packsaddle.optim.hook import HookOptions, Scope
 from packsaddle.optim.inner_optimizer import innermost
 from packsaddle.optim.layout import Place, places
@@ -136,7 +136,7 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
     True
     """
     found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
-    if not found and is_sharded(model):
+    if not found and uses_fsdp(model):
         raise TypeError(
             "model is sharded by FSDP, whose gradients are already reduced over workers when its hooks see them; "
             "see packsaddle.register_fsdp_hook"

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor
 from packsaddle.numerics.finite import first_bad, is_usable, spoil
 from packsaddle.optim.background import Promise
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.error_feedback import Round, SliceFeedback
-from packsaddle.optim.inner_optimizer import local_part
 from packsaddle.optim.layout import Place, Shaped, Slice
 from packsaddle.optim.stages.contraction import SlicedMonitor
 from packsaddle.optim.stages.noise import GaussianNoise

@@ -29,8 +29,8 @@ from packsaddle.optim.saved_state import FORMAT, check_format, check_identity, c
 from packsaddle.optim.stages.noise import Noise
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Tell if a model, or a part of it, is sharded by FSDP."""
+def uses_fsdp(model: nn.Module) -> bool:
+    """Return True if FSDP or FSDP2 shards a model, or a part of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if it is in use
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     return any(isinstance(m, kinds) for m in model.modules())

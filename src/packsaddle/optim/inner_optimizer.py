@@ -8,14 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.group import resolve
+from packsaddle.comm.sharding import local_part
 from packsaddle.optim.layout import check_no_shared_memory
-
-
-def local_part(parameter: Tensor) -> Tensor:
-    """Return a parameter's data on this process: all of it, or of a DTensor its shard."""
-    to_local = getattr(parameter, "to_local", None)
-    here: Tensor = parameter.detach() if to_local is None else to_local().detach()
-    return here
 
 
 def innermost(optimizer: Any) -> Optimizer:

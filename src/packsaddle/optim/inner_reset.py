@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from packsaddle.comm.sharding import local_part
 from packsaddle.numerics.finite import is_finite
-from packsaddle.optim.inner_optimizer import local_part
 
 _log = logging.getLogger("packsaddle")
 

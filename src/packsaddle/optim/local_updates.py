@@ -27,6 +27,7 @@ from packsaddle.comm.group import training_group
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_of_nothing
+from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
@@ -40,7 +41,6 @@ from packsaddle.optim.inner_optimizer import (
     check_parameters,
     follow,
     innermost,
-    local_part,
     named_parameters,
     on_attempts,
 )

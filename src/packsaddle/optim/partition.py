@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.sharding import is_replicated, local_part
 from packsaddle.optim.fragment import Fragment
-from packsaddle.optim.inner_optimizer import local_part
 from packsaddle.optim.layout import places
 from packsaddle.optim.local_options import LocalOptions
 
@@ -64,9 +64,3 @@ def balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[lis
         found[at].append(name)
         done += size
     return found
-
-
-def is_replicated(parameter: Tensor) -> bool:
-    """Tell if all processes of a DTensor's mesh have the whole of it."""
-    placements = getattr(parameter, "placements", ())
-    return bool(placements) and all(placement.is_replicate() for placement in placements)

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.optim.inner_optimizer import local_part, named_parameters
+from packsaddle.comm.sharding import local_part
+from packsaddle.optim.inner_optimizer import named_parameters
 from packsaddle.optim.stages.drift import fingerprint
 
 

@@ -7,15 +7,26 @@ import re
 import textwrap
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 
 def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
     """Return the description of each argument of a function, or of each field of a dataclass.
 
-    A field's comes from its class's "Args:", else from its comment, else from the text below it.
+    A field's comes from its class's "Args:", else from its comment, else from the text below it. Of a function's
+    argument that is an option class, its fields' are among them.
     """
-    return {**(comments(of) if isinstance(of, type) else {}), **arguments(of)}
+    return {**(comments(of) if isinstance(of, type) else _options_of(of)), **arguments(of)}
+
+
+def _options_of(function: Callable[..., Any]) -> dict[str, str]:
+    classes = (option_class(hint) for name, hint in get_type_hints(function).items() if name != "return")
+    return {name: text for cls in classes if cls for name, text in descriptions(cls).items()}
+
+
+def option_class(hint: Any) -> type[Any] | None:
+    """Return the dataclass that an annotation is, or is a generic of; None for others."""
+    return next((h for h in (hint, *get_args(hint)) if inspect.isclass(h) and dataclasses.is_dataclass(h)), None)
 
 
 def arguments(of: type | Callable[..., Any]) -> dict[str, str]:

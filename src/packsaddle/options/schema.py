@@ -6,6 +6,7 @@ tomllib reads values but keeps no positions, so `key_lines` finds the line of ea
 import dataclasses
 import difflib
 import json
+import math
 import re
 import tomllib
 import types
@@ -44,8 +45,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
             raise _about((*where, key), f"unknown key {_dotted((*where, key))}{hint}")
     values = {key: _value(fields[key], hints[key], value, (*where, key)) for key, value in data.items()}
     for name, f in fields.items():
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if required and name not in values:
+        if is_required(f) and name not in values:
             raise _about(where, f"missing key {_dotted((*where, name))}")
     try:
         return cls(**values)
@@ -78,8 +78,14 @@ def _takes(cls: type[Any], names: list[str]) -> str:
 
 
 def settable(cls: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields a configuration may set: not those that code fills in."""
-    return [f for f in dataclasses.fields(cls) if f.init and not f.metadata.get("internal")]
+    """Return the fields a configuration may set, required ones first: not those that code fills in."""
+    found = [f for f in dataclasses.fields(cls) if f.init and not f.metadata.get("internal")]
+    return sorted(found, key=lambda f: not is_required(f))
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Return True for a field without a default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def plain(value: Any) -> Any:
@@ -87,6 +93,8 @@ def plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = get_type_hints(type(value))
         return {f.name: _plain_field(hints[f.name], getattr(value, f.name)) for f in settable(type(value))}
+    if isinstance(value, float) and not math.isfinite(value):  # JSON has no infinity; `build` reads "inf"
+        return str(value)
     return list(value) if isinstance(value, tuple) else value
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         configure,
         override,
     )
+    from packsaddle.runs.findings import Questions
     from packsaddle.runs.folder_lock import check_free, locked
     from packsaddle.runs.job import How, Job, fastest_simulation
     from packsaddle.runs.run_checkpoints import CheckpointPolicy, LoadingError
@@ -43,6 +44,7 @@ __all__ = [
     "LocalConfig",
     "ModelConfig",
     "NoiseConfig",
+    "Questions",
     "Run",
     "RunFolder",
     "Tracker",
@@ -63,6 +65,7 @@ _FILES = {
     "certification": "Audit read_config",
     "config": "AnyCompressor CertifyConfig Config DataConfig EscapeConfig LocalConfig ModelConfig NoiseConfig "
     "configure override",
+    "findings": "Questions",
     "folder_lock": "check_free locked",
     "job": "How Job fastest_simulation",
     "run_checkpoints": "CheckpointPolicy LoadingError",

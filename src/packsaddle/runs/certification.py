@@ -1,9 +1,7 @@
 """Certificates of a finished run's weights, by one process or several, with the loss along the escape direction."""
 
-import math
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,19 +12,15 @@ from torch import Tensor
 
 from packsaddle.comm.group import resolve
 from packsaddle.comm.launching import launch, local_device, process_group
-from packsaddle.curvature.certificate import Certificate
-from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import NotFiniteError
 from packsaddle.curvature.population import check_population
-from packsaddle.curvature.products import Hvp
-from packsaddle.curvature.search import Bounds
 from packsaddle.errors import ConfigError
 from packsaddle.messages import first_line
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.options.schema import build
 from packsaddle.runs.config import Config
-from packsaddle.runs.findings import Finding, Further
-from packsaddle.runs.progress import Report, countdown
+from packsaddle.runs.findings import Finding, Questions
+from packsaddle.runs.progress import Report
 from packsaddle.runs.run_folder import damaged, read_object
 from packsaddle.runs.tasks.images import Dataset, load_data
 from packsaddle.runs.tasks.models import Task, make_task, task_loss
@@ -43,23 +37,12 @@ class Audit:
 
     run: Path
     files: tuple[Path, ...]  # weights, as `Trainer` saves them
-    epsilon: float | None = None  # None: the least that each point's gradient passes
-    hessian_lipschitz: float | None = None
-    failure_probability: float = 1e-3
-    max_hvps: int = 200
-    tolerance: float = math.inf
-    sharpness: float = math.inf
-    spectrum: bool = False  # estimate the density of all eigenvalues
-    population: bool = False  # certify the loss that the examples are drawn from
-    examples: int | None = None  # size of a random sample; None: all training examples, or `at_most` of them
+    questions: Questions = Questions()  # noqa: RUF009 -- immutable
+    examples: int | None = None  # size of a random sample, by the questions' seed; None: all, or `at_most` of them
     at_most: int | None = None
-    hvp: Hvp = "auto"
     batch_size: int | None = None  # None: 500, and of a sample 64, so that a standard error has batches to come from
     double: bool = False  # products in float64
-    distance: float | None = None  # of the profiles to each side; None: as far as the certificate suggests
     data_dir: Path | None = None
-    seed: int = 0  # of the sample and of the start
-    quiet: bool = True  # else rank 0 shows progress on stderr
 
     def load(self) -> tuple[Task, Dataset, list[dict[str, Tensor]]]:
         """Return the run's network, its training examples and every file's weights, raising ConfigError for what is
@@ -96,48 +79,32 @@ class Audit:
         task, data, weights = self.load()
         examples = self._examples(data)
         task.to(examples.device, examples.dtype)
-        if self.population:
+        if self.questions.population:
             try:
                 check_population(task, examples)
             except ValueError as error:
                 raise ConfigError(f"{error}; --batch-size makes them smaller") from None
+
+        # All verdicts, with one countdown; then the rest of the questions.
         certificates = []
-        quiet = self.quiet or resolve(None).rank != 0
-        with countdown("certify", len(self.files) * self.max_hvps, quiet=quiet) as progress:
+        most = len(self.files) * self.questions.search.max_hvps
+        with self.questions.countdown("certify", most) as progress:
             for i, (file, tensors) in enumerate(zip(self.files, weights, strict=True)):
                 task.network.load_state_dict(tensors)
                 told = partial(self._tell, progress, i)
-                told()
                 try:
-                    certificates.append(self._certify(task, examples, len(data), told))
+                    certificates.append(self.questions.certify(task, task_loss, examples, told, len(data)))
                 except NotFiniteError as error:
                     raise ConfigError(f"{file}: {error}") from None
         findings = []
         for file, tensors, certificate in zip(self.files, weights, certificates, strict=True):
             task.network.load_state_dict(tensors)
-            further = Further(
-                self.spectrum,
-                self.population,
-                self.hvp,
-                self.epsilon,
-                self.hessian_lipschitz,
-                self.failure_probability,
-                self.distance,
-                self.seed,
-                quiet=quiet,
-            )
-            findings.append(further.look(file, task, task_loss, examples, certificate))
+            findings.append(self.questions.look(file, task, task_loss, examples, certificate))
         return findings
 
-    def _tell(self, progress: Report, point: int, bounds: Bounds | None = None) -> None:
-        """Show how far the certificates are, and the bounds as they close in; most need fewer products than they may
-        take."""
+    def _tell(self, progress: Report, point: int, done: int, text: str) -> None:
         which = f"point {point + 1} of {len(self.files)}, " if len(self.files) > 1 else ""
-        done = 0 if bounds is None else round(self.max_hvps * bounds.products / bounds.most)
-        told = "" if bounds is None else f": {bounds}"
-        products = 0 if bounds is None else bounds.products
-        most = self.max_hvps if bounds is None else bounds.most
-        progress(point * self.max_hvps + done, f"{which}{products} of at most {most} products{told}")
+        progress(point * self.questions.search.max_hvps + done, f"{which}{text}")
 
     def prepare(self) -> tuple[Task, Examples]:
         """Return the network with the last file's weights, and this worker's examples."""
@@ -148,35 +115,14 @@ class Audit:
     def _examples(self, data: Dataset) -> Examples:
         """This worker's part of the sample."""
         group, n = resolve(None), len(data)
-        order = torch.randperm(n, generator=generator(self.seed, 0, Stream.CERTIFY))
+        order = torch.randperm(n, generator=generator(self.questions.seed, 0, Stream.CERTIFY))
         dtype = torch.float64 if self.double else torch.float32
         chosen = order[: self.examples or self.at_most]
         mine = chosen[group.rank :: group.size]
         batch_size = self.batch_size or (_AUDIT_BATCH if len(chosen) == n else _BATCH_OF_SAMPLE)
-        if self.population and self.batch_size is None:
+        if self.questions.population and self.batch_size is None:
             batch_size = max(1, min(batch_size, len(chosen) // _BATCHES_OF_POPULATION))
         return Examples(data, mine, local_device(), dtype, batch_size)
-
-    def _certify(
-        self, task: Task, examples: Examples, population: int, progress: Callable[[Bounds], None]
-    ) -> Certificate:
-        config = read_config(self.run)
-        return certify(
-            task,
-            task_loss,
-            examples,
-            epsilon=self.epsilon,
-            hessian_lipschitz=self.hessian_lipschitz,
-            failure_probability=self.failure_probability,
-            max_hvps=self.max_hvps,
-            tolerance=self.tolerance,
-            sharpness=self.sharpness,
-            hvp=self.hvp,
-            sample_of=population,
-            lr=config.sgd_lr(),
-            generator=generator(self.seed, 1, Stream.CERTIFY, device=examples.device),
-            progress=progress,
-        )
 
 
 def certify_in_process_group(audit: Audit) -> list[Finding]:

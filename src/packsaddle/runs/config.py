@@ -23,7 +23,7 @@ from packsaddle.compressors import (
     SketchTopK,
     TopK,
 )
-from packsaddle.curvature.lanczos import check_probability
+from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError
 from packsaddle.messages import shortened, shown
 from packsaddle.optim.compression import Compression
@@ -124,8 +124,8 @@ class EscapeConfig(EscapeRule):
         _positive(self, "examples")
 
 
-@dataclass(frozen=True)
-class CertifyConfig:
+@dataclass(frozen=True, kw_only=True)
+class CertifyConfig(Search):
     """Certificates along the run (see `packsaddle.certify`), and iterates kept to be certified afterwards."""
 
     epsilon: float  # gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon)
@@ -135,17 +135,17 @@ class CertifyConfig:
     last_epsilon: float | None = None  # of the last point, where gradients may be larger; by default epsilon
     iterates: int = 0  # m, drawn uniformly from x_0 ... x_T and kept, for packsaddle certify --iterates
     examples: int = 1024  # of each worker, along the run
-    max_hvps: int = 100  # Hessian-vector products of a certificate at most
-    failure_probability: float = 1e-3  # of a lower bound on the smallest eigenvalue
+    max_hvps: int = 100
+    pilot_examples: int = 0  # curves need bounds from both sides
 
     def __post_init__(self) -> None:
-        _positive(self, "epsilon", "last_epsilon", "hessian_lipschitz", "examples", "max_hvps")
+        super().__post_init__()
+        _positive(self, "epsilon", "last_epsilon", "hessian_lipschitz", "examples")
         _epochs(self, "every")
         _not_negative(self, "iterates")
         _at_most(self, iterates=10**6)
         if any(not 0 < epoch <= _EPOCHS[1] for epoch in self.at):
             raise ValueError(f"at must be epochs after the start, at most {_EPOCHS[1]:g}, got {list(self.at)}")
-        check_probability(self.failure_probability)
 
 
 @dataclass(frozen=True)

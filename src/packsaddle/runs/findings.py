@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.certificate import Certificate
+from packsaddle.comm.sharding import is_sharded
+from packsaddle.curvature.certificate import Certificate, Verdict
+from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
+from packsaddle.curvature.options import Search
 from packsaddle.curvature.population import MOST_PRODUCTS, PopulationCertificate, certify_population
-from packsaddle.curvature.products import Hvp
-from packsaddle.curvature.search import EveryNth
+from packsaddle.curvature.search import Bounds, EveryNth
 from packsaddle.curvature.sharded import derivatives
 from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
 from packsaddle.numerics.seeds import Stream, generator
-from packsaddle.runs.progress import countdown
+from packsaddle.runs.progress import Report, countdown
 from packsaddle.runs.report import figures
 from packsaddle.runs.report.certificate_figure import draw_certificate
 from packsaddle.runs.run_folder import RunFolder, make_new, written
@@ -50,12 +52,13 @@ class Finding:
     spectrum: SpectralDensity | None
     population: PopulationCertificate | None
     sharded: bool  # the model was, and directions are a worker's part
+    lr: float | None  # of SGD that may go on from here, over 1 - momentum
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the directions as plain types, for JSON."""
         return {
             "file": str(self.file),
-            **self.certificate.to_dict(),
+            **self.certificate.to_dict(self.lr),
             "profile": asdict(self.profile),
             "sharpest_profile": None if self.sharpest is None else asdict(self.sharpest),
             "spectrum": None if self.spectrum is None else asdict(self.spectrum),
@@ -64,61 +67,84 @@ class Finding:
 
     def __str__(self) -> str:
         more = [str(part) for part in (self.population, self.spectrum) if part is not None]
+        steps = None if self.lr is None else self.certificate.escape_steps(self.lr)
+        if steps is not None and self.certificate.verdict is Verdict.SECOND_ORDER_STATIONARY:
+            more.insert(0, f"  at lr {self.lr:.3g} SGD's distance along v grows tenfold in about {steps:,.0f} steps")
         return "\n".join([f"{self.file}: {self.certificate}", *more])
 
 
 @dataclass(frozen=True)
-class Further:
-    """The questions beyond the verdict at a certified point."""
+class Questions:
+    """The questions at a point: the verdict, and others."""
 
-    spectrum: bool
-    population: bool
-    hvp: Hvp
-    epsilon: float | None  # the population's; None: the least that its gradient passes
-    hessian_lipschitz: float | None  # the population's; None: measured
-    failure_probability: float  # the population's
-    distance: float | None  # of the profiles to each side; None: as far as the certificate suggests
-    seed: int
-    quiet: bool  # else rank 0 shows progress on stderr
+    epsilon: float | None = None  # None: the least that the point's gradient passes
+    hessian_lipschitz: float | None = None  # rho; None: measured
+    search: Search = Search()  # noqa: RUF009 -- immutable
+    spectrum: bool = False  # estimate the density of all eigenvalues
+    population: bool = False  # certify the loss that the examples are drawn from
+    distance: float | None = None  # of the profiles to each side; None: as far as the certificate suggests
+    lr: float | None = None  # of SGD that may go on from here, over 1 - momentum
+    seed: int = 0  # of the random starts
+    quiet: bool = True  # else rank 0 shows progress on stderr
+
+    def certify(
+        self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], progress: Report, sample_of: int | None = None
+    ) -> Certificate:
+        """Return the certificate; progress is of `max_hvps` products, most of which are not needed; collective."""
+        most = self.search.max_hvps
+        progress(0, f"0 of at most {most} products")
+
+        def tell(b: Bounds) -> None:
+            progress(round(most * b.products / b.most), f"{b.products} of at most {b.most} products: {b}")
+
+        goal = {"epsilon": self.epsilon, "hessian_lipschitz": self.hessian_lipschitz}
+        search = self._started(1)
+        return certify(model, loss_fn, batches, **goal, search=search, sample_of=sample_of, progress=tell)
 
     def look(
         self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
     ) -> Finding:
         """Follow the extreme directions, and take the spectral density and the population's bounds; collective."""
+        # f(x + s v) along the extreme directions v.
         v, w = certificate.escape_direction, certificate.sharpest_direction
         every = EveryNth(batches, max(1, certificate.examples // _PROFILED))
         reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
         escape = _profile(model, loss_fn, every, v, reach)
         sharpest = None if w is None else _profile(model, loss_fn, every, w, reach)
+
+        # All eigenvalues, and those of the population.
         spectrum = self._density(model, loss_fn, batches) if self.spectrum else None
         population = None
         if self.population:
-            with countdown("population", MOST_PRODUCTS, quiet=self.quiet) as progress:
+            with self.countdown("population", MOST_PRODUCTS) as progress:
                 population = certify_population(
                     model,
                     loss_fn,
                     batches,
                     epsilon=self.epsilon,
                     hessian_lipschitz=self.hessian_lipschitz,
-                    failure_probability=self.failure_probability,
-                    hvp=self.hvp,
-                    generator=generator(self.seed, 3, Stream.CERTIFY),
+                    search=self._started(3),
                     progress=lambda products: progress(products, f"{products} of at most {MOST_PRODUCTS} products"),
                 )
-        sharded = any(hasattr(p, "placements") for p in model.parameters())
-        return Finding(file, certificate, escape, sharpest, spectrum, population, sharded)
+        return Finding(file, certificate, escape, sharpest, spectrum, population, is_sharded(model), self.lr)
+
+    def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
+        """Return the context of progress through `most` products, shown by rank 0 alone."""
+        return countdown(what, most, quiet=self.quiet or resolve(None).rank != 0)
+
+    def _started(self, step: int) -> Search:
+        return replace(self.search, generator=generator(self.seed, step, Stream.CERTIFY))
 
     def _density(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> SpectralDensity:
         most = _PROBES * _STEPS
-        with countdown("spectral density", most, quiet=self.quiet) as progress:
+        with self.countdown("spectral density", most) as progress:
             return spectral_density(
                 model,
                 loss_fn,
                 batches,
                 probes=_PROBES,
                 steps=_STEPS,
-                hvp=self.hvp,
-                generator=generator(self.seed, 2, Stream.CERTIFY),
+                search=self._started(2),
                 progress=lambda products: progress(products, f"{products} of at most {most} products"),
             )
 

@@ -9,7 +9,7 @@ twice, four times, ... as many, and at the end.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -143,17 +143,13 @@ class Inspector:
                 self.examples,
                 epsilon=rule.last_epsilon if rule.last_epsilon and step == self._steps else rule.epsilon,
                 hessian_lipschitz=rule.hessian_lipschitz,
-                failure_probability=rule.failure_probability,
-                max_hvps=rule.max_hvps,
-                pilot_examples=0,  # curves have both bounds
+                search=replace(rule, generator=generator(self._seed, step, Stream.CERTIFY, device=self._device)),
                 sample_of=self._population,
-                lr=self._lr,
-                generator=generator(self._seed, step, Stream.CERTIFY, device=self._device),
                 process_group=Solo() if isinstance(resolve(None), FusedGroup) else None,
             )
         except NotFiniteError:  # a run that diverged continues to its end and reports it
             return {"verdict": str(Verdict.GRADIENT_TOO_LARGE), "loss": None}
-        return certificate.to_dict()
+        return certificate.to_dict(self._lr)
 
 
 def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]:

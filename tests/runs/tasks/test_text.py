@@ -12,6 +12,7 @@ import torch
 from commandline import command, refused
 
 from packsaddle import certify
+from packsaddle.curvature import Search
 from packsaddle.errors import ConfigError
 from packsaddle.options.schema import build
 from packsaddle.runs.config import DataConfig, ModelConfig
@@ -179,7 +180,12 @@ def test_run_and_certify_commands(
     assert command("certify", run, "--data-dir", folder, "--double", "--json") == 0
     (point,) = json.loads(capsys.readouterr().out)["points"]
     expected = certify(
-        task.requires_grad_(), task_loss, [everything(train)], epsilon=10.0, hessian_lipschitz=1.0, max_hvps=20
+        task.requires_grad_(),
+        task_loss,
+        [everything(train)],
+        epsilon=10.0,
+        hessian_lipschitz=1.0,
+        search=Search(max_hvps=20),
     )
     assert point["loss"] == pytest.approx(expected.loss, rel=1e-5)
     assert point["grad_norm"] == pytest.approx(expected.grad_norm, rel=1e-3)

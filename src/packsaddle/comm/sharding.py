@@ -1,0 +1,22 @@
+"""Properties of DTensors and of models that have them, without importing torch.distributed."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return True if trainable parameters are DTensors, by FSDP2 or tensor parallelism."""
+    return any(p.requires_grad and hasattr(p, "placements") for p in model.parameters())
+
+
+def is_replicated(tensor: Tensor) -> bool:
+    """Return True for a DTensor of which every process of its mesh has the whole."""
+    placements = getattr(tensor, "placements", ())
+    return bool(placements) and all(placement.is_replicate() for placement in placements)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """Return a tensor's data on this process, in the same memory and without a graph: of a DTensor its shard."""
+    here: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return here.detach()

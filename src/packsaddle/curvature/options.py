@@ -1,0 +1,65 @@
+"""The options of a search for negative curvature."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+
+from packsaddle.curvature.lanczos import check_probability
+
+Hvp = Literal["auto", "double-backward", "differences"]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The limits of a search for negative curvature, and the method of its Hessian-vector products.
+
+    Raises ValueError for a value outside its range.
+
+    Args:
+        max_hvps: Hessian-vector products at most for the bounds, at least 1; a verdict needs a few more.
+        failure_probability: Of each bound that depends on the random start, in [1e-100, 1).
+        tolerance: Largest relative residual of a saddle's direction, above 0: the search continues until
+            ||H v - lambda v|| <= tolerance |lambda|. inf: it stops with the verdict.
+        sharpness: Largest relative distance between the bounds on lambda_max, above 0: the search continues until they
+            are that close, as 0.01. inf: it stops with the verdict.
+        pilot_examples: Number of examples of a first, cheaper search for a saddle's direction; one product over all
+            examples then proves the saddle, and no eigenvalue is bounded from the other side. Used if there are at
+            least eight times as many examples, and tolerance and sharpness are inf. 0: none.
+        hvp: Method of the products. "double-backward" is exact; "differences" of gradients have an error, which is
+            measured and taken off both bounds; "auto" is double backward, and differences where torch has none (fused
+            attention, compiled networks) or it is wrong (a custom autograd.Function, see docs/certificates.md).
+        memory_limit: Bytes of Lanczos vectors kept, of 8 d each, at least 0. Beyond, the bounds need a few more
+            products, and the escape direction a second pass over the vectors that were not kept.
+        generator: Of the random start, on rank 0; fresh for every certificate. None: seeded by the operating system.
+    """
+
+    max_hvps: int = 200
+    failure_probability: float = 1e-3
+    tolerance: float = math.inf
+    sharpness: float = math.inf
+    pilot_examples: int = 2048
+    hvp: Hvp = "auto"
+    memory_limit: int = 4 * 2**30
+    generator: torch.Generator | None = field(default=None, metadata={"internal": True})
+
+    def __post_init__(self) -> None:
+        if self.max_hvps < 1:
+            raise ValueError(f"max_hvps must be at least 1, got {self.max_hvps}")
+        check_probability(self.failure_probability)
+        for name in ("tolerance", "sharpness"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("pilot_examples", "memory_limit"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.hvp not in get_args(Hvp):
+            raise ValueError(f"hvp must be one of {', '.join(get_args(Hvp))}, got {self.hvp!r}")
+
+
+def check_goal(epsilon: float | None, hessian_lipschitz: float | None) -> None:
+    """Raise ValueError for an epsilon or a rho that is given and not positive and finite."""
+    for name, value in (("epsilon", epsilon), ("hessian_lipschitz", hessian_lipschitz)):
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -1,0 +1,41 @@
+"""Properties of DTensors, on a mesh of one process."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from packsaddle.comm.sharding import is_replicated, is_sharded, local_part
+
+
+def look() -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    whole = torch.arange(6.0)
+    sharded, copied = (distribute_tensor(whole.clone(), mesh, [placement]) for placement in (Shard(0), Replicate()))
+    model, frozen = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.weight = nn.Parameter(distribute_tensor(torch.ones(2, 2), mesh, [Shard(0)]))
+    frozen.weight = nn.Parameter(distribute_tensor(torch.ones(2, 2), mesh, [Shard(0)]), requires_grad=False)
+    part = local_part(model.weight)
+    part.zero_()  # in the same memory, and without a graph
+    return {
+        "replicated": [is_replicated(t) for t in (whole, sharded, copied)],
+        "parts": [local_part(t).tolist() for t in (whole, sharded, copied)],
+        "sharded": [is_sharded(m) for m in (nn.Linear(2, 2), model, frozen)],
+        "left": float(model.weight.detach().to_local().abs().sum()),
+        "leaf": part.requires_grad,
+    }
+
+
+def test_shards_and_copies_are_told_apart(gloo: Callable[..., list[Any]]) -> None:
+    first, second = gloo(look, 2)
+    numbers = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert first["parts"] == [numbers, numbers[:3], numbers]
+    assert second["parts"] == [numbers, numbers[3:], numbers]
+    for found in (first, second):
+        assert found["replicated"] == [False, False, True]
+        assert found["sharded"] == [False, True, False]
+        assert (found["left"], found["leaf"]) == (0.0, False)
