@@ -1,4 +1,4 @@
-"""What `packsaddle plan` foresees of a race's steps, and what its choice costs.
+"""What `packsaddle plan link` foresees of a race's steps, and what its choice costs.
 
     python -m benchmarks.race.regret experiments/race/gpt [--workers 2]
 

@@ -8,7 +8,7 @@
 #
 # 1. train the same model by both methods, with four simulated workers in one process;
 # 2. compare the loss with the bytes that a worker sends;
-# 3. ask `packsaddle plan` what a link of 50 Mbit/s makes of it.
+# 3. ask `packsaddle plan link` what a link of 50 Mbit/s makes of it.
 #
 # You need packsaddle with `pip install '.[plot,digits]'`. Run it with
 # `python examples/tutorials/03_adamw_over_a_slow_link.py`; it takes less than a minute.
@@ -168,14 +168,14 @@ figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
 #
 # ## What a link of 50 Mbit/s makes of it
 #
-# Bytes are not time. `packsaddle plan` predicts the time. It needs the size of your model (`--d`), the seconds that a
-# forward and backward pass takes on your worker (`--compute`), the number of workers and the link. Here: 10 million
-# parameters and a tenth of a second. It measures on this machine how long each compressor computes. `--local` adds a
-# second table, of local updates; we print that one and what follows.
+# Bytes are not time. `packsaddle plan link` predicts the time. It needs the link, the size of your model (`--d`), the
+# seconds that a forward and backward pass takes on your worker (`--compute`) and the number of workers. Here:
+# 10 million parameters and a tenth of a second. It measures on this machine how long each compressor computes.
+# `--local` adds a second table, of local updates; we print that one and what follows.
 
 # %% tags=["varies"]
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where packsaddle is installed
-command = "packsaddle plan --link 50mbit --d 10000000 --compute 0.1 --workers 4 --local"
+command = "packsaddle plan link 50mbit --d 10000000 --compute 0.1 --workers 4 --local"
 done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True)
 print(done.stdout[done.stdout.index("local updates") :])
 

@@ -120,7 +120,7 @@ def _table1(scale: Scale, folder: Path, resume: bool, jobs: int | None) -> None:
     )
     print_table(table)
     print(
-        f"Table 1 with numbers: {folder / 'table1.json'} (and packsaddle plan --table); figure: {folder / 'figure.png'}"
+        f"Table 1 with numbers: {folder / 'table1.json'} (and packsaddle plan table); figure: {folder / 'figure.png'}"
     )
 
 

@@ -1,5 +1,7 @@
 """The words of a command line: every mistake is one line with the nearest valid word, and help teaches by examples."""
 
+import dataclasses
+import inspect
 import shlex
 import subprocess
 from collections.abc import Callable, Iterator
@@ -14,14 +16,17 @@ from benchmarks import pieces
 from benchmarks.race import __main__ as race
 from experiments.paper import __main__ as paper
 from packsaddle.cli import COMMANDS, parsing
+from packsaddle.cli.flags import flags_of
 from packsaddle.cli.parsing import Group, parse
+from packsaddle.cli.plan_link import LinkOptions
+from packsaddle.theory import Assumptions
 
 MISTAKES = {
     "rnu": "unknown command rnu (did you mean run?)",
     "zebra": "unknown command zebra (there is demo, init, ",
     "'two words'": "unknown command 'two words' (there is ",
     "--verison": "unknown flag --verison (did you mean --version?)",
-    "--workers 2 run x.toml": "unknown flag --workers (flags come after a command)",
+    "--workers 2 run x.toml": "unknown flag --workers (flags come after a command: demo, init, ",
     "run": "run needs CONFIG, a TOML file (packsaddle init writes one), or --resume RUN_DIR",
     "run --wrokers 2": "run: unknown flag --wrokers (did you mean --workers?)",
     "run x.toml --wrokers=2": "run: unknown flag --wrokers (did you mean --workers?)",
@@ -34,18 +39,24 @@ MISTAKES = {
     "run x.toml --workers": "run: --workers needs a value after it",
     "run x.toml --workers 2 3": "run: unexpected argument 3",
     "demo --epochs=many": "demo: --epochs must be a number, got 'many'",
-    "plan --compute 55msec": "plan: --compute must be seconds such as 30, 55ms or 2min, got '55msec'",
-    "bench link --max-seconds": "bench link: --max-seconds needs seconds such as 30, 55ms or 2min after it",
-    "plan --mode theorie": "plan: --mode must be one of practical, theory, got 'theorie' (did you mean theory?)",
-    "plan --zebra": "plan: unknown flag --zebra (see --help)",
+    "plan link 1gbit --compute 55msec": "plan link: --compute must be seconds such as 30, 55ms or 2min, got '55msec'",
+    "benchmarks.race link --max-seconds": "link: --max-seconds needs a value after it",
+    "plan theory --mode theorie": "plan theory: --mode must be one of practical, theory, got 'theorie' (did you mean ",
+    "plan table --zebra": "plan table: unknown flag --zebra (see --help)",
+    "plan --link 100mbit --model resnet18": "plan: unknown flag --link (did you mean link?)",
+    "plan --d 1M --epsilon 0.2": "plan: unknown flag --d (flags come after a command: theory, table, link)",
+    "plan theory": "plan theory: missing --d INT Coordinates of the parameter vector x, as 25000000, 25e6 or 25M; --ep",
+    "plan theory --epsilon 0.2 --d 0": "--d must be an integer from 1 to 1e15, got 0",
+    "plan theory --epsilon 0.2 --d 10 --f-max -1": "--f-max must be positive, from 1e-20 to 1e+20, got -1.0",
     "experiments.paper fig3": "fig2-escape, text, text-variants, table1, got 'fig3' (did you mean fig2?)",
     "certify runs/a --checkpoint": "certify: --checkpoint needs a value after it",
     "benchmarks.pieces stp": "unknown command stp (did you mean step?)",
     "benchmarks.pieces step --dd 3": "step: unknown flag --dd (did you mean --d?)",
     "benchmarks.race train --model net": "train: --model must be one of mnist-autoencoder, resnet18, got 'net'",
-    "plan --link 1gbit --d 1M --sigma 5": "--sigma is for a plan by the theorems, not for the time of a step",
-    "plan --link 1gbit --d 1M --mode theory": "--mode is for a plan by the theorems",
-    "plan --d 1000 --epsilon 0.1 --table --ratio 0.1": "--ratio is for a plan, and --table has the paper's settings",
+    "plan link 1gbit --d 1M --sigma 5": "plan link: unknown flag --sigma (see --help)",
+    "plan link 1gbit --d 1M --mode theory": "plan link: unknown flag --mode (did you mean --model?)",
+    "plan theory --d 1M --epsilon 0.1 --spread 1": "plan theory: unknown flag --spread (see --help)",
+    "plan table --d 1000 --epsilon 0.1 --ratio 0.1": "plan table: unknown flag --ratio (see --help)",
     "benchmarks.pieces compress --d 0": "d must be at least 1, got 0",
     "completion csh": "completion: SHELL must be one of bash, zsh, fish, got 'csh' (did you mean zsh?)",
 }
@@ -159,6 +170,22 @@ def test_help_describes_every_flag(
     command(*names, "--help")
     for paragraph in capsys.readouterr().out.partition("Examples:")[0].split("\n\n")[2:]:
         assert all(len(line) <= 60 for line in paragraph.splitlines())
+
+
+def test_plans_have_the_fields_of_their_options_as_flags() -> None:
+    """Required ones without a default; the others with that of the class."""
+    group = COMMANDS.commands["plan"]
+    assert isinstance(group, Group)
+    for name, cls, others in (
+        ("theory", Assumptions, {"compressor", "ratio", "mode", "workers", "json"}),
+        ("link", LinkOptions, {"rate", "compressor", "ratio", "optimizer", "workers", "json"}),
+    ):
+        flags = flags_of(group.commands[name])
+        fields = {f.name: f.default for f in dataclasses.fields(cls)}
+        assert flags.keys() == fields.keys() | others
+        required = {n for n, flag in flags.items() if flag.default is inspect.Parameter.empty} - {"rate"}
+        assert required == {n for n, default in fields.items() if default is dataclasses.MISSING}
+        assert all(flags[n].default == default for n, default in fields.items() if n not in required)
 
 
 COMPLETED = {

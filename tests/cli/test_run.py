@@ -201,9 +201,9 @@ def test_a_refusal_under_torchrun_is_said_once(config: Path, tmp_path: Path) -> 
 READ_IN_PART: dict[str, tuple[str, ...]] = {
     "overview": (),
     "help": ("run", "--help"),
-    "table and lines": ("plan", "--d", "1000000", "--epsilon", "0.5"),
+    "table and lines": ("plan", "theory", "--d", "1000000", "--epsilon", "0.5"),
     "document": ("compressors", "--json"),
-    "refusal": ("plan", "--d", "0", "--epsilon", "0.5"),
+    "refusal": ("plan", "theory", "--d", "0", "--epsilon", "0.5"),
 }
 
 

@@ -37,7 +37,7 @@ def test_brief_names_may_be_typed() -> None:
 
 
 def test_a_plan_of_a_link_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("--link", "20mbit", "--d", "1e4", "--compute", "0.1", "--optimizer", "adamw", "--local")
+    words = ("link", "20mbit", "--d", "1e4", "--compute", "0.1", "--optimizer", "adamw", "--local")
     assert command("plan", *words) == 0
     printed = capsys.readouterr().out
     rules = [line for line in printed.splitlines() if set(line) == {"─"}]

@@ -74,13 +74,15 @@ def test_command_lines_parse(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_flags_named_in_passing_exist(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for program, words in inline_commands(page):
-        group = PROGRAMS[program]
-        if isinstance(group, Group):
-            for command in words[0].split("|"):
-                assert command in group.commands, f"{program} {' '.join(words)}"
+        entry, names = PROGRAMS[program], []
+        while isinstance(entry, Group) and len(names) < len(words):
+            for command in words[len(names)].split("|"):
+                assert command in entry.commands, f"{program} {' '.join(words)}"
+            names.append(words[len(names)].partition("|")[0])
+            entry = entry.commands[names[-1]]
         flags = {word for word in words if word.startswith("--")}
         if flags:
-            parsed(program, [*(words[:1] if isinstance(group, Group) else []), "--help"])
+            parsed(program, [*names, "--help"])
             known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
             assert flags <= known, f"{program} {' '.join(words)}"
 

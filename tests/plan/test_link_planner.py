@@ -1,4 +1,4 @@
-"""packsaddle plan --link: rates, the link measured, the verdict, and what the command refuses."""
+"""packsaddle plan link: rates, the link measured, the verdict, and what the command refuses."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def test_rates(text: str, bits: float) -> None:
 
 @pytest.mark.parametrize("text", ["12.5MBPS", "12.5MB/S"])
 def test_a_rate_that_may_be_of_bits_or_of_bytes_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="link must be a positive rate"):
+    with pytest.raises(ValueError, match="rate must be positive"):
         link_planner.parse_rate(text)
 
 
@@ -64,7 +64,7 @@ def test_no_text_breaks_the_parser(text: str) -> None:
         parsed = link_planner.parse_rate(text)
     except ValueError as error:
         parsed, message = 1.0, str(error)
-        assert message.startswith("link must be a positive rate")
+        assert message.startswith("rate must be positive")
     assert parsed > 0
 
 
@@ -192,8 +192,8 @@ def test_resnet_of_the_optimizer() -> None:
 
 
 def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("plan", "--d", 50_000, "--compute", "10ms", "--workers", 3)
-    assert command(*asked, "--link", "1mbit") == 0
+    asked = ("--d", 50_000, "--compute", "10ms", "--workers", 3)
+    assert command("plan", "link", "1mbit", *asked) == 0
     out = capsys.readouterr().out
     assert "Shortest step: " in out
     assert "Its step is the shorter one below" in out
@@ -201,10 +201,13 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
     assert "QSGD(levels=127" in out
     assert "DO NOT COMPRESS" not in out
     assert "This is the time of a step" in out
-    assert command(*asked, "--link", "100tbit", "--compressor", "qsgd") == 0
+    assert command("plan", "link", "100tbit", *asked, "--compressor", "qsgd") == 0
     out = capsys.readouterr().out
     assert "DO NOT COMPRESS: nothing is known to be quicker than dense training. Compression pays below" in out
-    assert command(*asked, "--link", "1mbit", "--compressor", "topk", "--ratio", 0.02, "--spread", 0.5, "--json") == 0
+    assert (
+        command("plan", "link", "1mbit", *asked, "--compressor", "topk", "--ratio", 0.02, "--spread", 0.5, "--json")
+        == 0
+    )
     document = json.loads(capsys.readouterr().out)
     assert document["fleet"]["compute"] == 0.01
     assert document["compress"] is True
@@ -219,7 +222,7 @@ def test_plan_link_says_which(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
     """RandomK's steps are the shortest; behind AdamW it is not what is recommended."""
-    asked = ("plan", "--d", 5_000_000, "--compute", 0.01, "--workers", 2, "--link", "10mbit")
+    asked = ("plan", "link", "10mbit", "--d", 5_000_000, "--compute", 0.01, "--workers", 2)
     assert command(*asked, "--optimizer", "adamw", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["optimizer"] == "adamw"
@@ -234,14 +237,12 @@ def test_plan_link_with_adamw(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown" in shown_text
     assert "Steps were not measured, or not to their end, for TopK(ratio=0.0123)." in shown_text
     assert "On no link" not in shown_text
-    message = "--optimizer is for the time of a step: it needs --link"
-    refused(capsys, message, "plan", "--d", 5, "--epsilon", 0.1, "--optimizer", "sgd")
 
 
 def test_plan_link_measures_the_computing(capsys: pytest.CaptureFixture[str]) -> None:
     asked = (
         "plan",
-        "--link",
+        "link",
         "1gbit",
         "--model",
         "mnist-autoencoder",
@@ -261,7 +262,7 @@ def test_plan_link_for_text(capsys: pytest.CaptureFixture[str]) -> None:
     """The model that a run of `packsaddle init`'s configuration trains."""
     asked = (
         "plan",
-        "--link",
+        "link",
         "1gbit",
         "--model",
         "char-transformer",
@@ -283,7 +284,7 @@ def test_plan_link_for_text(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.process
 def test_plan_link_auto(capsys: pytest.CaptureFixture[str]) -> None:
     """Between two processes of this machine."""
-    asked = ("plan", "--link", "auto", "--d", 5000, "--compute", 0.01, "--workers", 2, "--compressor", "randomk")
+    asked = ("plan", "link", "auto", "--d", 5000, "--compute", 0.01, "--workers", 2, "--compressor", "randomk")
     assert command(*asked, "--json") == 0
     link = json.loads(capsys.readouterr().out)["link"]
     assert link["rate"] > 0
@@ -293,7 +294,7 @@ def test_plan_link_auto(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_plan_link_auto_under_torchrun() -> None:
     """The link between torchrun's workers, said by the first of them only."""
-    asked = ("plan", "--link", "auto", "--d", "5000", "--compute", "0.01", "--compressor", "randomk", "--json")
+    asked = ("plan", "link", "auto", "--d", "5000", "--compute", "0.01", "--compressor", "randomk", "--json")
     words = torchrun("-m", "packsaddle.cli", "--", *asked)
     done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment())
     assert done.returncode == 0, done.stderr
@@ -302,17 +303,10 @@ def test_plan_link_auto_under_torchrun() -> None:
     assert document["link"]["source"] == "measured between torchrun's workers"
 
 
-LINK = ("--link", "1gbit")
+LINK = ("1gbit",)
 REFUSALS = {
-    (): "plan needs --d and --epsilon; or --link RATE, for the time of a step",
-    ("--d", "5"): "plan needs --epsilon; or --link RATE, for the time of a step",
-    ("--d", "5", "--epsilon", "0.1", "--model", "resnet18"): "--model is for the time of a step: it needs --link",
-    ("--d", "5", "--epsilon", "0.1", "--noise"): "--noise is for the time of a step: it needs --link",
-    ("--d", "5", "--epsilon", "0.1", "--spread", "1"): "--spread is for the time of a step: it needs --link",
-    (*LINK, "--d", "5", "--epsilon", "0.1"): "--epsilon is for a plan by the theorems",
-    (*LINK, "--d", "5", "--compute", "1", "--table"): "--table is for a plan by the theorems",
-    LINK: "--link needs one of --model and --d, got model=None and d=None",
-    (*LINK, "--d", "5", "--model", "resnet18"): "--link needs one of --model and --d, got model=resnet18 and d=5",
+    LINK: "--model or --d must be given, not both; got model=None and d=None",
+    (*LINK, "--d", "5", "--model", "resnet18"): "--model or --d must be given, not both; got model=resnet18 and d=5",
     (*LINK, "--d", "5"): "--d needs --compute SECONDS (a --model is measured)",
     (*LINK, "--d", "0", "--compute", "1"): "d must be at least 1, got 0",
     (*LINK, "--d", "5", "--compute", "-1"): "compute must be from 0 to 1e+09, got -1.0",
@@ -327,9 +321,9 @@ REFUSALS = {
     (*LINK, "--d", "5", "--compute", "1", "--ratio", "2"): "ratio of RandomK must be in (0, 1], got 2.0",
     (*LINK, "--model", "resnet19"): "model must be one of mnist-autoencoder, char-transformer, resnet18",
     (*LINK, "--model", "mnist-autoencoder", "--batch", "0"): "batch must be at least 1, got 0",
-    ("--link", "fast", "--d", "5", "--compute", "1"): "such as 100mbit, 1gbit or 12.5MB/s, got 'fast'",
-    ("--link", "0mbit", "--d", "5", "--compute", "1"): "link must be a positive rate",
-    ("--link", "auto", "--d", "5", "--compute", "1", "--latency", "1"): "--latency is measured by --link auto",
+    ("fast", "--d", "5", "--compute", "1"): "such as 100mbit, 1gbit or 12.5MB/s, got 'fast'",
+    ("0mbit", "--d", "5", "--compute", "1"): "rate must be positive",
+    ("auto", "--d", "5", "--compute", "1", "--latency", "1"): "--latency is measured where RATE is auto",
 }
 
 
@@ -337,7 +331,7 @@ REFUSALS = {
 def test_bad_input_is_one_line_and_code_2(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not refused(capsys, message, "plan", *arguments)
+    assert not refused(capsys, message, "plan", "link", *arguments)
 
 
 def test_a_compressor_pays_below_the_rate_at_which_no_exchange_of_it_does() -> None:
@@ -365,42 +359,47 @@ def test_the_line_to_use_names_an_exchange_that_must_be_asked_for() -> None:
     assert line.startswith('Use: register_ddp_hook with Compression(QSGD(levels=127), exchange="two-way"), ')
 
 
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [("20mbit/100mbit", 20e6), ("100mbit/20mbit", 20e6), ("12.5MB/s/50mbit", 50e6), ("50mbit/12.5MB/s", 50e6)],
+)
+def test_the_slower_direction_counts(text: str, bits: float) -> None:
+    assert link_planner.slower_rate(text) == bits
+
+
 def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("plan", "--d", 200_000, "--compute", 0.05, "--workers", 2, "--compressor", "randomk", "--json")
-    assert command(*asked, "--up", "20mbit", "--down", "100mbit", "--local") == 0
+    asked = ("--d", 200_000, "--compute", 0.05, "--workers", 2, "--compressor", "randomk", "--json")
+    assert command("plan", "link", "20mbit/100mbit", *asked, "--local") == 0
     asymmetric = json.loads(capsys.readouterr().out)
     assert asymmetric["link"]["nominal_bits"] == pytest.approx(20e6)
     assert {f["every"] for f in asymmetric["local"]} == {2, 8, 32}
-    assert command(*asked, "--link", "20mbit") == 0
+    assert command("plan", "link", "20mbit", *asked) == 0
     assert "local" not in json.loads(capsys.readouterr().out)
     refused = {
-        ("--up", "20mbit"): "--up and --down go together",
-        ("--link", "1gbit", "--up", "20mbit", "--down", "1mbit"): "leave it out, or --up and --down",
-        ("--up", "20mbit", "--down", "fast"): "link must be a positive rate",
-        ("--link", "1gbit", "--local", "--optimizer", "sgd"): "--local is with adamw, with which local updates were",
-        ("--link", "1gbit", "--optimizer", "adam"): "--optimizer must be one of adamw, sgd, got 'adam'",
-        ("--link", "1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
-        ("--link", "1gbit", "--local", "--most-steps", 0.5): "most-steps must be at least",
+        ("20mbit/fast",): "rate must be positive",
+        ("20mbit/1mbit/2mbit",): "rate must be positive",
+        ("1gbit", "--local", "--optimizer", "sgd"): "--local is with adamw, with which local updates were",
+        ("1gbit", "--optimizer", "adam"): "got 'adam' (did you mean adamw?)",
+        ("1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
+        ("1gbit", "--local", "--most-steps", 0.5): "most-steps must be at least",
     }
     for words, message in refused.items():
-        assert command(*asked, *words) == 2
+        assert command("plan", "link", *words, *asked) == 2
         assert message in capsys.readouterr().err
 
 
 def test_one_line_says_which_to_use(capsys: pytest.CaptureFixture[str]) -> None:
     """With local updates gradients count with their steps too; slow links are for local updates, fast ones for DDP."""
-    asked = ("plan", "--d", 200_000, "--workers", 2, "--local")
+    asked = ("--d", 200_000, "--workers", 2, "--local")
     verdicts = {
         ("1mbit", 0.05): "Use: LocalUpdates, ",
         ("100gbit", 10.0): "Use: DistributedDataParallel as it is.",
     }
     for (link, compute), verdict in verdicts.items():
-        assert command(*asked, "--link", link, "--compute", compute) == 0
+        assert command("plan", "link", link, *asked, "--compute", compute) == 0
         out = capsys.readouterr().out
         assert "x steps" in out.partition("local updates")[0]  # of gradients
         assert out.splitlines()[-1].startswith(verdict)
-    assert command("plan", "--d", 200_000, "--epsilon", 0.1, "--local") == 2
-    assert "--local is for the time of a step: it needs --link" in capsys.readouterr().err
 
 
 def test_milliseconds_have_no_powers_of_ten() -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, TextIO
 import tyro
 
 import packsaddle
-from packsaddle.cli import certify, certify_script, doctor, plan, report, run
+from packsaddle.cli import certify, certify_script, doctor, plan_link, plan_theory, report, run
 from packsaddle.cli.console import dated, is_first, plain_text, print_table, require_plots
 from packsaddle.cli.flags import Command
 from packsaddle.cli.parsing import UNSAID, Group, Seconds, Shell, parse, script
@@ -56,7 +56,10 @@ COMMANDS = Group(
         "certify-script": certify_script.certify_script,
         "report": report.report,
         "compressors": report.compressors,
-        "plan": plan.plan,
+        "plan": Group(
+            "Plan a run: its parameters by the theorems, or the time of its steps on a link",
+            {"theory": plan_theory.theory, "table": plan_theory.table, "link": plan_link.link},
+        ),
         "doctor": doctor.doctor,
         "completion": completion,
     },

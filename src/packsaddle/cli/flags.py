@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
 from packsaddle.errors import ConfigError
 from packsaddle.options.describe import option_class
-from packsaddle.options.schema import settable
+from packsaddle.options.schema import is_required, settable
 
 Command = Callable[..., Any]  # a function, or a class whose instances are called
 T = TypeVar("T")
@@ -27,7 +27,7 @@ class Given(Generic[T]):
 def flags_of(command: Command) -> dict[str, inspect.Parameter]:
     """Return a command's parameters with evaluated annotations, an option class replaced by its settable fields.
 
-    Defaults are those of the argument's own default; None for fields of a `Given`.
+    Defaults are those of the argument's own default, else of the class; None for fields of a `Given`.
     """
     found: dict[str, inspect.Parameter] = {}
     hints = get_type_hints(command, include_extras=True)
@@ -37,8 +37,10 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
             found[name] = parameter.replace(annotation=hints[name])
             continue
         for f in settable(cls):
-            hint, default = get_type_hints(cls)[f.name], getattr(parameter.default, f.name, None)
-            hint = hint | None if get_origin(hints[name]) is Given else hint
+            hint = get_type_hints(cls, include_extras=True)[f.name]
+            default = getattr(parameter.default, f.name, parameter.empty if is_required(f) else f.default)
+            if get_origin(hints[name]) is Given:
+                hint, default = hint | None, None
             found[f.name] = parameter.replace(name=f.name, annotation=hint, default=default)
     return found
 

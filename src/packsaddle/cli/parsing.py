@@ -98,7 +98,8 @@ def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[
     word, *rest = words
     if word not in group.commands:
         if word.startswith("-"):
-            hint = nearest(word, ["--help", "--version"]) or " (flags come after a command)"
+            hint = nearest(word, ["--help", "--version", *group.commands])
+            hint = hint or f" (flags come after a command: {', '.join(group.commands)})"
             raise ConfigError(f"{_subject(name)}unknown flag {_shown(word)}{hint}")
         hint = nearest(word, group.commands) or f" (there is {', '.join(group.commands)})"
         raise ConfigError(f"{_subject(name)}unknown command {_shown(word)}{hint}")
@@ -212,7 +213,7 @@ def _flags(command: Command) -> list[str]:
 
 # The text of tyro's errors, and what replaces it. Another version's wording is printed as it is.
 _ERRORS = (
-    (r"Error parsing (\S+): (?:.*<class '\w+'>: )?(must be .*)", r"\1 \2"),
+    (r"Error parsing (\S+): (?:.*(?:'>|\)\]): )?(must be .*)", r"\1 \2"),
     (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),
     (r"Missing from [^:]*: (.*) \(required\)", r"missing \1"),
 )
@@ -238,7 +239,7 @@ def _one_line(text: str, words: Sequence[str]) -> str:
     # Others, reworded if their wording is known.
     for pattern, replacement in _ERRORS:
         text = re.sub(pattern, replacement, text)
-    return text.replace(" (required) ", "; ")
+    return re.sub(r"\.? \(required\) ", "; ", text)
 
 
 def _subject(name: str) -> str:

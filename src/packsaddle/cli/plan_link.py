@@ -1,4 +1,4 @@
-"""packsaddle plan --link."""
+"""packsaddle plan link."""
 
 import math
 import os
@@ -7,19 +7,23 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from json import dumps
+from typing import Annotated
 
 import torch
+import tyro
 from rich.table import Table
 
+from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
 from packsaddle.cli.console import brief, is_first, print_table
+from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.group import Group
 from packsaddle.comm.launching import local_device, process_group, under_launcher
 from packsaddle.compressors import Compressor
-from packsaddle.compressors.registry import describe
+from packsaddle.compressors.registry import compressors, describe
 from packsaddle.errors import ConfigError
 from packsaddle.plan import link as link_planner
 from packsaddle.plan.coding import Pace, measure
-from packsaddle.plan.link import Forecast, Optimizer, Verdict, forecast, probe, probe_locally
+from packsaddle.plan.link import MEASURED, Forecast, Optimizer, Verdict, forecast, probe, probe_locally
 from packsaddle.plan.local import LocalForecast, check_most_steps, forecast_local, measured_with
 from packsaddle.plan.model_size import ModelSize, compute_seconds, update_seconds
 from packsaddle.plan.step_time import FRAMING, LATENCY, Fleet, Link
@@ -44,37 +48,44 @@ _LOCAL_NOTE = (
 
 @dataclass(frozen=True)
 class LinkOptions:
-    """The options about the model and the workers; None: not given."""
+    """The model and the workers of a plan for a link. Raises ValueError for options that exclude one another.
 
-    d: int | None
-    model: str | None
-    latency: float | None  # seconds
-    compute: float | None  # seconds
-    batch: int | None
-    spread: float | None
-    noise: bool | None
-    up: str | None = None  # rates, where they differ
-    down: str | None = None
-    local: bool | None = None  # local updates too
-    most_steps: float | None = None  # of dense training's
+    Args:
+        d: Coordinates of the parameter vector, as 25000000, 25e6 or 25M, instead of --model.
+        model: What is trained, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
+            Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images).
+        latency: Time that a small message takes on a link of a given rate, 100us by default.
+        compute: Time of a step's forward and backward pass, as in 55ms; by default the model's is measured here.
+        batch: Examples per worker and step, to measure that, 32 by default.
+        spread: Standard deviation of the workers' compute times, as a fraction of them.
+        noise: Count the drawing of the artificial noise in a step's time.
+        local: Plan local updates too (their period, compressor, fragments and overlap), and choose. What was measured
+            of them is with adamw, which is then the optimizer.
+        most_steps: Leave out local updates that need more than this multiple of dense training's steps.
+    """
 
-    def rate(self, link: str | None) -> str:
-        """The rate that counts: the slower direction's, where two are given. Raises ConfigError, ValueError."""
-        if (self.up is None) != (self.down is None):
-            raise ConfigError("--up and --down go together: the rates of the two directions of each worker's link")
-        if self.up is None or self.down is None:
-            return link or ""
-        if link is not None:
-            raise ConfigError("--link is the rate of both directions: leave it out, or --up and --down")
-        return min(self.up, self.down, key=link_planner.parse_rate)
+    d: int | None = None
+    model: str | None = None
+    latency: Seconds | None = None
+    compute: Seconds | None = None
+    batch: int | None = None
+    spread: float = 0.0
+    noise: bool = False
+    local: bool = False
+    most_steps: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.d is None) == (self.model is None):
+            raise ValueError(f"model or --d must be given, not both; got model={self.model} and d={self.d}")
+        if self.compute is None and self.model is None:
+            raise ValueError("d needs --compute SECONDS (a --model is measured)")
+        if self.compute is not None and self.batch is not None:
+            raise ValueError("batch is for measuring the computing, which --compute gives: leave one out")
+        if self.most_steps is not None and not self.local:
+            raise ValueError("most_steps is for local updates: it needs --local")
 
     def workload(self) -> ModelSize:
-        if (self.d is None) == (self.model is None):
-            raise ConfigError(f"--link needs one of --model and --d, got model={self.model} and d={self.d}")
-        if self.compute is None and self.model is None:
-            raise ConfigError("--d needs --compute SECONDS (a --model is measured)")
-        if self.compute is not None and self.batch is not None:
-            raise ConfigError("--batch is for measuring the computing, which --compute gives: leave one out")
+        """Return the sizes of the model. Raises ValueError."""
         return ModelSize.of_model(self.model) if self.model is not None else ModelSize.of_size(self.d or 0)
 
 
@@ -91,46 +102,102 @@ class _Asked:
     local: tuple[LocalForecast, ...]  # the quickest first; empty: not asked for
 
 
-def plan_link(
-    text: str,
+def link(
+    rate: Annotated[str, tyro.conf.Positional],
     options: LinkOptions,
-    candidates: Sequence[Compressor],
-    workers: int | None,
-    optimizer: Optimizer | None,
-    json: bool,
+    compressor: str = "best",
+    ratio: float | None = None,
+    optimizer: Optimizer | None = None,
+    workers: int | None = None,
+    json: bool = False,
 ) -> None:
-    """Predict the time of a step for every compressor and say which is shortest. Raises ConfigError."""
+    """Plan for a link: which compressor makes the shortest step on it, or that none beats dense training.
+
+    Examples:
+        packsaddle plan link 100mbit --model char-transformer --workers 2 --local
+        packsaddle plan link 100mbit --model resnet18 --optimizer sgd
+        packsaddle plan link 20mbit/100mbit --model char-transformer --local
+        torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan link auto --model resnet18
+
+    Args:
+        rate: Of each worker's link, as in 100mbit, 1gbit or 12.5MB/s; UP/DOWN as in 20mbit/100mbit, where it sends and
+            receives at different rates, of which the slower counts; or "auto" to measure it: between torchrun's
+            workers, else between processes on this machine.
+        compressor: "best" (all of them), or one of RandomK, TopK, SketchTopK, SharedTopK, LinearSketch, AdaptiveTopK,
+            Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
+        ratio: Fraction of the coordinates that are sent, as 0.01 or 1%; by default 0.01.
+        optimizer: Behind the DDP hook: multiply times by the steps that each compressor was measured to need with it.
+            Without --ratio, the compressors that were measured are compared.
+        workers: Number of workers, 4 by default; under torchrun its own.
+        json: Print one JSON document.
+    """
+    if options.local and optimizer == "sgd":
+        raise ConfigError("--local is with adamw, with which local updates were measured: leave out --optimizer sgd")
     try:
-        bits = None if text == "auto" else link_planner.parse_rate(text)
-        workers = _workers(workers)
-        if bits is None and options.latency is not None:
-            raise ConfigError("--latency is measured by --link auto: leave it out")
-        given = Link.nominal(bits or 1.0, LATENCY if options.latency is None else options.latency)
-        workload = options.workload()
-        most = math.inf if options.most_steps is None else options.most_steps
-        check_most_steps(most, workers)
-        unmeasured = Fleet(workers, options.compute or 0.0, options.spread or 0.0)  # refused now, not after measuring
-        with process_group() if under_launcher() else nullcontext() as group:
-            device = torch.device("cpu") if group is None else local_device()
-            link, source = (given, "as given") if bits else _measured(group, workers, device)
-            fleet = unmeasured
-            local: tuple[LocalForecast, ...] = ()
-            total = len(candidates) + len({s.compressor for s in measured_with(workers)}) * bool(options.local) + 1
-            with countdown("plan", total, quiet=not is_first()) as report:
-                report(0, "timing the model and an update")
-                if options.compute is None:
-                    batch = _BATCH if options.batch is None else options.batch
-                    fleet = replace(fleet, compute=compute_seconds(workload.name, batch, device=device))
-                update = update_seconds(workload.d, noise=bool(options.noise), device=device)
-                pace = _reporting(partial(measure, repeats=3, device=device), report)
-                verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
-                if options.local:
-                    local = forecast_local(workload, link, fleet, pace, update=update, most_steps=most)
+        verdict, asked = _answer(rate, options, compressor, ratio, "adamw" if options.local else optimizer, workers)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if is_first():
         show = _print_json if json else _print_tables
-        show(verdict, _Asked(workload, link, source, fleet, update, optimizer, local))
+        show(verdict, asked)
+
+
+def _answer(
+    rate: str,
+    options: LinkOptions,
+    compressor: str,
+    ratio: float | None,
+    optimizer: Optimizer | None,
+    workers: int | None,
+) -> tuple[Verdict, _Asked]:
+    # What can be refused is refused before anything is measured.
+    candidates = _candidates(compressor, ratio, optimizer)
+    bits = None if rate == "auto" else link_planner.slower_rate(rate)
+    workers = _workers(workers)
+    if bits is None and options.latency is not None:
+        raise ConfigError("--latency is measured where RATE is auto: leave it out")
+    link = Link.nominal(bits or 1.0, LATENCY if options.latency is None else options.latency)
+    source, workload = "as given", options.workload()
+    most = math.inf if options.most_steps is None else options.most_steps
+    check_most_steps(most, workers)
+    fleet = Fleet(workers, options.compute or 0.0, options.spread)
+
+    with process_group() if under_launcher() else nullcontext() as group:
+        # The link, the computing and the optimizer's own passes, where they are not given.
+        device = torch.device("cpu") if group is None else local_device()
+        if bits is None:
+            link, source = _measured(group, workers, device)
+        total = len(candidates) + len({s.compressor for s in measured_with(workers)}) * options.local + 1
+        with countdown("plan", total, quiet=not is_first()) as report:
+            report(0, "timing the model and an update")
+            if options.compute is None:
+                batch = _BATCH if options.batch is None else options.batch
+                fleet = replace(fleet, compute=compute_seconds(workload.name, batch, device=device))
+            update = update_seconds(workload.d, noise=options.noise, device=device)
+
+            # Each compressor is timed as its forecast asks for it.
+            pace = _reporting(partial(measure, repeats=3, device=device), report)
+            verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
+            local: tuple[LocalForecast, ...] = ()
+            if options.local:
+                local = forecast_local(workload, link, fleet, pace, update=update, most_steps=most)
+    return verdict, _Asked(workload, link, source, fleet, update, optimizer, local)
+
+
+def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
+    """Return the compressors to compare: all ("best"), or one; Identity is what dense training sends anyway."""
+    if "(" in name:
+        return [called(name, ratio)]
+    name = name.lower()
+    check_name(name)
+    if optimizer is not None and name == "best" and ratio is None:
+        return list(MEASURED[optimizer])
+    if ratio is not None and name in FIXED:
+        raise ConfigError(f"ratio is for one of best, {', '.join(WITH_RATIO)}, got compressor {name!r}")
+    ratio = 0.01 if ratio is None else ratio
+    if name == "best":
+        return [c for c in compressors(ratio) if not c.lossless]
+    return [WITH_RATIO[name](ratio)] if name in WITH_RATIO else [FIXED[name]]
 
 
 def _reporting(pace: Callable[[Compressor, int], Pace], report: Report) -> Callable[[Compressor, int], Pace]:

@@ -99,13 +99,21 @@ def parse_rate(text: str) -> float:
     except ValueError:  # two points, say
         number = 0.0
     if match is None or match[3] in ("BPS", "B/S") or not 0 < number < float("inf"):
-        raise ValueError(f"link must be a positive rate such as 100mbit, 1gbit or 12.5MB/s, got {text!r}")
+        raise ValueError(f"rate must be positive, such as 100mbit, 1gbit or 12.5MB/s, got {text!r}")
     byte = match[3] in ("B/s", "Bps")
     return number * _PREFIXES[match[2].lower()] * (8 if byte else 1)
 
 
+def slower_rate(text: str) -> float:
+    """Return the rate of a link, or the slower of UP/DOWN such as 20mbit/100mbit, in bits a second.
+
+    Every exchange receives as much as it sends, so the slower direction counts. Raises ValueError.
+    """
+    return min(map(parse_rate, re.split(r"/(?=\s*[\d.])", text, maxsplit=1)))
+
+
 def format_rate(bits: float) -> str:
-    """Return a rate in the form that `parse` reads, with three digits."""
+    """Return a rate in the form that `parse_rate` reads, with three digits."""
     for prefix, unit in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if bits >= 0.9995 * unit:
             return f"{float(f'{bits / unit:.3g}'):g} {prefix}bit/s"

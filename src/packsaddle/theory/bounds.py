@@ -22,19 +22,29 @@ class Assumptions:
 
     Raises ValueError for a constant that is out of range, and unless L >= sqrt(rho epsilon).
 
+    Args:
+        d: Coordinates of the parameter vector x, as 25000000, 25e6 or 25M.
+        epsilon: Target, an epsilon-SOSP: ||grad f|| <= epsilon and lambda_min >= -sqrt(rho epsilon).
+        smoothness: L, the Lipschitz constant of the gradient of f.
+        hessian_lipschitz: rho, the Lipschitz constant of the Hessian.
+        sigma: Standard deviation of the stochastic gradient: E||grad F - grad f||^2 <= sigma^2, whole vectors.
+        f_max: Largest difference |f(x) - f(y)|.
+        lipschitz_gradient: l-tilde, the Lipschitz constant of every stochastic gradient (Assumption C); by
+            default it is not assumed.
+
     >>> from packsaddle.theory import Assumptions
     >>> a = Assumptions(d=1_000_000, epsilon=0.2, lipschitz_gradient=1.0)
     >>> round(a.curvature, 3)
     0.447
     """
 
-    d: int  # coordinates of x
-    epsilon: float  # an epsilon-SOSP is wanted: ||grad f|| <= epsilon, lambda_min >= -sqrt(rho epsilon)
-    smoothness: float = 1.0  # L, of f
-    hessian_lipschitz: float = 1.0  # rho
-    sigma: float = 1.0  # E||grad F - grad f||^2 <= sigma^2, norms of whole vectors
-    f_max: float = 1.0  # |f(x) - f(y)| at most
-    lipschitz_gradient: float | None = None  # l-tilde of Assumption C; None: it does not hold
+    d: int
+    epsilon: float
+    smoothness: float = 1.0
+    hessian_lipschitz: float = 1.0
+    sigma: float = 1.0
+    f_max: float = 1.0
+    lipschitz_gradient: float | None = None
 
     def __post_init__(self) -> None:
         low, high = _RANGE

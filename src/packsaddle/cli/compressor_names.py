@@ -1,0 +1,47 @@
+"""Compressors by the names and calls that `packsaddle plan` takes for --compressor, with --ratio."""
+
+from collections.abc import Callable, Mapping
+
+from packsaddle.compressors import (
+    QSGD,
+    AdaptiveTopK,
+    Compressor,
+    Identity,
+    LinearSketch,
+    LowRank,
+    RandomK,
+    SharedTopK,
+    Sign,
+    SketchTopK,
+    TopK,
+)
+from packsaddle.compressors.registry import parse_compressor
+from packsaddle.errors import ConfigError
+from packsaddle.options.schema import nearest
+
+WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
+    "randomk": RandomK,
+    "topk": TopK,
+    "sketchtopk": SketchTopK,
+    "sharedtopk": SharedTopK,
+    "linearsketch": LinearSketch,
+    "adaptivetopk": AdaptiveTopK,
+}
+FIXED: Mapping[str, Compressor] = {"identity": Identity(), "sign": Sign(), "qsgd": QSGD(), "lowrank": LowRank()}
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError for a lowercase name that is neither a compressor's nor "best"."""
+    names = ["best", *WITH_RATIO, *FIXED]
+    if name not in names:
+        raise ConfigError(f"compressor must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
+
+
+def called(text: str, ratio: float | None) -> Compressor:
+    """Return the compressor of a call such as TopK(0.01). Raises ConfigError, also if a ratio is given."""
+    if ratio is not None:
+        raise ConfigError(f"ratio is for a compressor by name, got compressor {text!r}")
+    try:
+        return parse_compressor(text)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
