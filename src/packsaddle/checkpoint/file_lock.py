@@ -32,6 +32,7 @@ def acquire(path: Path) -> int:
 
     Raises HeldError if another process has the lock, NoLocksError, and OSError if the file cannot be opened.
     """
+    # The last holder may remove the file between open and lock: then the lock is on nothing.
     while True:
         number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

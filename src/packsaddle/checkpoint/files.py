@@ -113,6 +113,8 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
         raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise DamagedError(f"{path} is damaged: not a manifest") from None
+
+    # The digest covers all other keys; which keys there are depends on the format.
     if digest != _digest(found):
         raise DamagedError(f"{path} is damaged: its sha256 is another")
     if found.get("format") != FORMAT:
@@ -131,6 +133,8 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
 def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
     """Read a worker's tensors, to the CPU, if they are what its manifest says. Raises DamagedError."""
     path = step_folder(folder, manifest.step) / f"worker-{manifest.rank}.pt"
+
+    # Only bytes with the manifest's size and sha256 reach torch.load.
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

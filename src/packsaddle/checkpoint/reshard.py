@@ -133,6 +133,8 @@ def carried(
                 f"{name}: {'.'.join(map(str, lone))} is not in the state of each of the {workers} workers that saved "
                 f"it, or not of one shape, so it cannot be carried to another number of workers"
             )
+
+        # What differs has a mean if it is a buffer's, or a parameter's between rounds of local updates.
         different = _different(split, mine, together)
         buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
         own = apart and isinstance(part, nn.Module | Optimizer)  # between rounds of local updates
@@ -145,6 +147,8 @@ def carried(
                     f"{name}: {where} differs between the {workers} workers that saved it, and what the mean of it "
                     f"would be is not known, so it cannot be carried to another number of workers"
                 )
+
+        # Means over the workers that saved, each of whose files one worker has read.
         means = split.means | {path: split.equal[path] for path in different}
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
         _put(part, state, _mean(means, sums, workers, together))

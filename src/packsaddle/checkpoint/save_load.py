@@ -105,6 +105,8 @@ def save_checkpoint(
     content: dict[str, Any] = {"parts": {}, "extra": dict(extra or {})}
     on_all(together, partial(_gather_states, folder, parts, content, step, keep))
     had = min(together.gather(newest_of(folder, group.rank)))
+
+    # Tensors equal to worker 0's are in worker 0's file alone.
     common, common_sha256 = paths_in_common(content, together)
     content = {**without(content, common), "common": common}
     said = {"step": step, "rank": group.rank, "workers": group.size, "packsaddle": __version__}
@@ -126,6 +128,8 @@ def _gather_states(folder: Path, parts: Parts, content: dict[str, Any], step: in
     content["parts"] = {name: part.state_dict() for name, part in parts.items()}
     for name, value in {**content["parts"], "extra": content["extra"]}.items():
         check_plain(value, name)
+
+    # Later steps in the folder are another run's, and would be loaded in place of this one.
     try:
         later = [s for s in steps_in(folder) if s > step]
     except OSError as error:
@@ -194,6 +198,8 @@ class _Restoring:
         seen = [{int(step): v for step, v in survey.items()} for survey in self._together.gather(_survey(self._folder))]
         problems: dict[int, str] = {}  # by step
         damaged = False
+
+        # The newest whole step, with the problems of those passed over.
         for step in sorted({step for survey in seen for step in survey}, reverse=True):
             there = [survey.get(step, {}) for survey in seen]
             workers, problem, unfinished = _whole(there)
@@ -204,6 +210,8 @@ class _Restoring:
                     return self._load(step, contents, holders, problems)
             problems[step] = problem
             damaged = damaged or not unfinished
+
+        # One unfinished step alone is set aside: the run ended during its first save.
         if not problems:
             return None
         if damaged or len(problems) > 1:
@@ -292,9 +300,13 @@ def _whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
         for rank, found in survey.items():
             if isinstance(found, int):
                 ranks.setdefault(found, set()).add(int(rank))
+
+    # Whole: all the workers that a manifest counts are there.
     for workers, present in ranks.items():
         if present == set(range(workers)):
             return workers, "", False
+
+    # Damage comes before absence, which an interrupted save explains.
     wrong = [found for survey in there for found in survey.values() if isinstance(found, str)]
     if wrong:
         return 0, wrong[0], False

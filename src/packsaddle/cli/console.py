@@ -49,6 +49,8 @@ def print_table(table: Table, uncut: str = "") -> None:
         console.print(table)
         return
     table.box, table.pad_edge, table.show_edge, table.padding = box.SIMPLE_HEAD, False, False, (0, 1, 0, 0)
+
+    # A column is at least as wide as its longest word, at most as its longest cell.
     wide = console.options.update(width=_UNLIMITED)
     least, widths = [], []
     for column in table.columns:
@@ -59,6 +61,8 @@ def print_table(table: Table, uncut: str = "") -> None:
     needed = sum(least) + gaps
     if not console.is_terminal:
         console = Console(width=max(_WIDTH, needed))
+
+    # The widest column gives way first.
     while sum(widths) + gaps > console.width and widths != least:
         widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
         widths[widest] -= 1

@@ -291,6 +291,8 @@ def elastic() -> Iterator[Fact]:
         advice = "pip install 'packsaddle[torchft]'"
         yield Fact("exchange", "elastic", "workers cannot come and go: there is no torchft", "note", advice)
         return
+
+    # Its import can fail as well as the lighthouse's address: either is the fact to report.
     try:
         importlib.import_module("torchft")
         place = lighthouse_place()

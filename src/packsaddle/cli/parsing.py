@@ -110,6 +110,8 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
     words, said = _joined(command, words), io.StringIO()
     if not {"-h", "--help"} & {*words}:
         _check_flags(command, words, name)
+
+    # tyro prints its errors and exits: the printed text becomes one line.
     try:
         with redirect_stderr(said), _unwrapped(words):
             call: Callable[[], Any] = tyro.cli(
@@ -134,6 +136,8 @@ def _joined(command: Command, words: Sequence[str]) -> list[str]:
     values: dict[str, list[str]] = {}
     others: list[str] = []
     place, repeated = others, False
+
+    # A value belongs to the last flag before it.
     for word in words:
         flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-")
@@ -172,6 +176,7 @@ def deferred(command: Command) -> Command:
     def later(*args: Any, **kwargs: Any) -> Callable[[], Any]:
         return functools.partial(command, **arguments_of(command, signature.bind(*args, **kwargs).arguments))
 
+    # tyro reads docstring, name, annotations and signature.
     about = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0]
     later.__doc__ = "\n    ".join([f"{about}\n\nArgs:", *(f"{name}: {texts[name]}" for name in flags if name in texts)])
     later.__name__, later.__annotations__ = command.__name__, {name: flag.annotation for name, flag in flags.items()}

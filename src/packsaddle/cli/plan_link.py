@@ -269,6 +269,8 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
         name, style = ("none: dense (DDP)", "bold") if f.is_dense else (brief(f.compressor), None)
         table.add_row(name, f.exchange, megabytes(f.sent), *cells, _pays_below(f, verdict), style=style)
     print_table(table, _UNCUT)
+
+    # What every forecast of the table has in common.
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
     waiting = f" and {ms(fleet.waiting)} ms of waiting for the slowest worker" if fleet.waiting else ""
     print(f"In every step: {ms(fleet.compute)} ms of computing{waiting}.")
@@ -279,6 +281,8 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
     )
     payload = f"{link_planner.format_rate(8 * link.rate)} of payload each way, {1e6 * link.latency:.0f} us a message"
     print(f"Link: {_line(link.rate)}, {asked.source}: {payload}.")
+
+    # The verdict.
     of_what = "Gradients: " if asked.local else ""
     print(f"{of_what}{_sentence(verdict, link, counted=asked.optimizer is not None)}")
     print(_NOTE if asked.optimizer is None else _STEPS_NOTE.format(asked.optimizer))
@@ -297,6 +301,8 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
         cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), megabytes(f.sent), ms(f.step)]
         table.add_row(name, *cells, f"{f.computing:.0%}", f"{f.steps:.3g}")
     print_table(table, _UNCUT)
+
+    # The quickest: seconds of a step times the steps needed.
     best = forecasts[0]
     took = f"{ms(best.seconds)} ms for the progress of one dense step, which takes {ms(dense)}"
     setting = f"every={best.setting.every}, compressor={describe(best.setting.compressor)}"

@@ -76,6 +76,8 @@ def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ra
         return [plan(a, called(name, ratio), constants=constants, workers=workers)]
     name = name.lower()
     check_name(name)
+
+    # With a ratio this compressor; without one the best k of its family, or a compressor that has none.
     if ratio is not None and name not in WITH_RATIO:
         raise ConfigError(f"ratio is for one of {', '.join(WITH_RATIO)}, got compressor {name!r}")
     if ratio is not None:
@@ -104,6 +106,8 @@ def _show(plans: list[Plan]) -> None:
     for label, cell in _ROWS.items():
         table.add_row(label, *map(cell, plans))
     print_table(table, _UNCUT)
+
+    # r, R and F are the same for every compressor.
     setting = "Assumption C holds" if a.lipschitz_gradient is not None else "Assumption C is not assumed (alpha = d)"
     print(f"d = {a.d:,}, epsilon = {a.epsilon:g}, {setting}, {first.workers} workers.")
     print(
@@ -123,6 +127,8 @@ def _out_of_reach(reached: Reach, a: Assumptions) -> str:
         f"OUT OF REACH: the fewest steps here are {reached.steps:.1e}, and a plan of more than {MOST_STEPS:.0e} "
         f"({days:.0f} days at {_PACE:,} a second) is none.",
     ]
+
+    # What would have to change: epsilon, or the assumptions.
     if reached.at_twice_epsilon is not None:
         times = reached.steps / reached.at_twice_epsilon
         power = math.log2(times)
@@ -175,6 +181,8 @@ _ROWS: Mapping[str, Callable[[Plan], str]] = {
 def _how_far_to_trust(plans: list[Plan]) -> str:
     c = plans[0].constants
     lines = ["~ Order of magnitude: the theorems hide their constants."]
+
+    # What the numbers promise depends on where the constants come from.
     if c.mode == "theory":
         years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
         verdict = "Out of reach: at" if years > 1 else "At"

@@ -61,6 +61,8 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
         listed = registry.compressors(ratio)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+    # A document is printed as soon as its compressor is timed.
     if json:
         for compressor in listed:
             print(dumps(asdict(coding_speed.tabulate(compressor, d, workers))))

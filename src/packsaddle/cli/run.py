@@ -59,6 +59,8 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
         raise ConfigError(str(error)) from None
     folder = out or dated("demo")
     job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
+
+    # Checked before the folder is made, so that a refusal leaves nothing behind.
     job.check(workers)
     make_new(folder)
     job.run(workers, "serial" if serial else "processes")
@@ -115,6 +117,7 @@ def run(
     """
     from packsaddle.runs.job import Job, train_under_launcher
 
+    # Flags that exclude one another.
     how = _way(serial=serial, batched=batched, fused=fused)
     if timeout is not None and how != "processes":
         raise ConfigError(f"--timeout is of worker processes, and --{how} starts none")
@@ -125,6 +128,8 @@ def run(
         raise ConfigError("--memory goes with --elastic")
     if elastic is not None:
         _check_alone(workers, how, resume, checkpoint_every)
+
+    # The configuration, its folder, and how the run is saved or continued.
     loaded = _configured(config, set, workers, resume, out)
     if elastic is not None:
         loaded = _one_of_many(loaded)
@@ -135,6 +140,8 @@ def run(
     job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=patience)
     job = replace(job, lighthouse=elastic, memory=memory)
     job = replace(job, resume=resume is not None)
+
+    # Under torchrun this process is one of the workers; else it starts them.
     if under_launcher():
         done = train_under_launcher(job)
     else:
@@ -163,6 +170,8 @@ def remarks(run: Run) -> list[str]:
         was = f"noise.std was {noise['r']:g}{own}" if noise["r"] else "none was added"
         walk = f"noise.std = {suggested:.1g} would move x by {GOOD:g} times ||x_0|| over this run"
         said.append(f"noise: {was}; {walk}, which helps against plateaus")
+
+    # Noise of the suggested size helps against a plateau; too much of it keeps the loss up.
     if still is not None:
         remedy = ""
         if suggested is not None and noise["r"] < suggested / 2:
@@ -188,6 +197,8 @@ def _configured(
         if overrides:
             raise ConfigError("--set goes with CONFIG; a run that continues has its configuration in its folder")
         return ()
+
+    # Number of workers: torchrun's, else the flag's, else the configuration's.
     loaded = load(config, overrides)
     if workers is not None:
         loaded = _with_workers(loaded, workers)
@@ -302,6 +313,8 @@ def init(
         content = text.encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{printable(str(file))} is not a name that a file of UTF-8 text can hold") from None
+
+    # Mode x overwrites no file; one that was written in part is removed.
     try:
         with file.open("xb") as new:
             try:

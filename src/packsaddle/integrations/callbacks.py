@@ -177,6 +177,8 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
         "received": float(exchange.ledger.total.received),
         "reduction": alone / sent if sent else 1.0,
     }
+
+    # A hook exchanges in every step, local updates once a round.
     if isinstance(exchange, LocalUpdates):
         found["rounds"] = float(exchange.rounds)
     else:
@@ -230,6 +232,8 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
     whose = "hook: its error memory starts at zero"
     if isinstance(exchange, WorkerState):
         whose = "local updates: they start at worker 0's parameters, its optimizer's state and no errors"
+
+    # States of different steps, or of some workers only, must not be mixed.
     try:
         check_agreement(exchange.channel, found, exchange.device)
     except ValueError as error:

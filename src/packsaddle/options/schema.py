@@ -38,6 +38,8 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
         raise _about(where, f"{_dotted(where) or 'a configuration'} must be a table, got {shown(data)}")
     hints = get_type_hints(cls)
     fields = {f.name: f for f in settable(cls)}
+
+    # Unknown keys are named before any value is judged.
     for key in data:
         if key not in fields:
             moved = getattr(cls, "moved_keys", {}).get(key)
@@ -133,6 +135,8 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
         if not isinstance(value, Mapping) and (first := settable(hint)) and first[0].default is not dataclasses.MISSING:
             value = {first[0].name: value}  # a scalar stands for its first field
         return build(hint, value, where)  # type: ignore[arg-type]
+
+    # A plain type; a number may be written as people do, and a bool is none.
     if isinstance(value, int) and value not in _INT64:
         raise _about(where, f"{_dotted(where)} must fit in 64 bits, got {shown(value)}")
     if hint in (int, float) and not isinstance(value, bool):
@@ -237,6 +241,8 @@ def key_lines(text: str) -> dict[Key, int]:
             if number - start < _LONGEST:
                 continue
             break
+
+        # Keys are relative to the last header.
         brackets = re.match(r"\s*(\[*)", statement)
         depth = len(brackets[1]) if brackets else 0  # 1: the header of a table, 2: of a table of an array
         for key in given:

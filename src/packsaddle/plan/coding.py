@@ -121,6 +121,8 @@ def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
         begin = time.perf_counter()
         decoded = compressor(v, step=step)
         times.append(time.perf_counter() - begin)
+
+    # Bytes of the direct exchange, for a worker that is not rank 0.
     choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
     wire = choice.aggregator.wire(d, 0, min(1, workers - 1), workers, 4)
     return CompressorEntry(

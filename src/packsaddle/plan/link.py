@@ -261,10 +261,14 @@ def forecast(
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
+
+    # DDP: a ring sends 2 (n - 1) / n of the float32 gradients.
     nbytes = 4 * (workload.d + workload.dense)
     dense = Dense(nbytes, overlap)
     sent = round(2 * (fleet.workers - 1) / fleet.workers * nbytes)
     found = [Forecast(DENSE, "all-reduce", sent, dense.time(link, fleet), None, StepsNeeded(1.0))]
+
+    # A compressor takes its fastest exchange here, and breaks even with the fastest at each rate.
     for compressor in compressors:
         bound = workload.bind(compressor)
         seconds = pace(bound, workload.d).seconds

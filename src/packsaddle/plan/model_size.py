@@ -130,6 +130,7 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 
         return step
 
+    # With k = 1 there is nothing to code: what remains is the error memory and the noise.
     spec, std = Compression(RandomK(k=1), dense_below=0), 1e-6 if noise else 0.0
     times = side_by_side(
         {

@@ -250,6 +250,8 @@ class Config:
             raise ValueError(f'memory must be "buffer" with [local], got {self.memory!r}')
         if not self.decay:
             raise ValueError(f"decay must be in (0, 1] for local updates, got {self.decay!r}")
+
+        # Each worker steps with local.optimizer: lr, momentum and nesterov are its options.
         if self.storm is not None:
             raise ValueError("storm does not go with [local], whose workers step with optimizers of their own")
         if self.momentum and local.optimizer == "adamw":
@@ -343,6 +345,8 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
         value = text  # a bare word is a string
     except (ValueError, RecursionError):
         raise ConfigError(f"--set {shortened(assignment)}: too many digits, or brackets in brackets") from None
+
+    # Tables on the way are created.
     *path, last = key = tuple(name.strip().split("."))
     for part in path:
         data = data.setdefault(part, {})

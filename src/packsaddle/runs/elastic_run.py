@@ -69,6 +69,8 @@ class ElasticTrainer(Trainer):
         if not quiet:
             print("waiting for the other workers' next round", flush=True)
         training.updates.join()
+
+        # The end is a position of all workers together: one that joined late takes fewer steps.
         with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
             for index in self._indices():
                 if training.updates.position >= steps:
@@ -82,6 +84,8 @@ class ElasticTrainer(Trainer):
                 assert there is not None
                 loss = f"loss {tally.line['loss']:.4f}  " if tally.line else ""
                 report(min(steps, training.updates.position), f"{loss}{there.workers} workers")
+
+        # The last exchange, then what records this worker's part.
         training.finish()
         if tally.step > tally.since or not tally.line:  # else this worker has nothing to say since its last line
             tally.line = self._log(folder, time.perf_counter() - begin)

@@ -26,6 +26,8 @@ def make_inner(config: Config, local: LocalConfig, parameters: Named) -> Optimiz
     adamw: dict[str, Any] = {**rate, "betas": (beta1, beta2)}
     if local.optimizer == "adamw":
         return torch.optim.AdamW(named, **adamw)
+
+    # Muon steps on matrices; all else is AdamW's, at the same rate (match_rms_adamw).
     muon = getattr(torch.optim, "Muon", None)
     if muon is None:
         raise ConfigError(

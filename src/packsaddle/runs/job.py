@@ -131,6 +131,8 @@ class Job:
         together, problem = Together(resolve(None), torch.device("cpu")), None
         self._check_given(together)
         said: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
+
+        # Rank 0 alone checks, makes folders and takes locks.
         if together.group.rank == 0:
             try:
                 with ambient_group(Solo()):  # the check makes optimizers, which are collective
@@ -143,6 +145,8 @@ class Job:
                         said |= {"configs": [plain(c) for c in job.configs], "resume": job.saving.resume}
             except ConfigError as error:
                 problem, said["failed"] = error, True
+
+        # The outcome on rank 0 is shared before any worker stops.
         said = together.gather(said)[0]
         if problem is not None:
             raise problem

@@ -41,6 +41,7 @@ def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Rep
             task = bar.add_task(escape(label), total=total, completed=first, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
+        # A line at each tenth; the time left follows from the steps since `first`.
         tenths, last, begin = first * 10 // total, "", time.monotonic()
 
         def report(step: int, text: str) -> None:
@@ -69,6 +70,7 @@ def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
             task = bar.add_task(escape(label), total=total, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
+        # A line at most every few seconds, for logs.
         begin = printed = time.monotonic()
 
         def report(step: int, text: str) -> None:

@@ -118,6 +118,8 @@ def _checked(content: Any, name: str, where: str) -> dict[str, Any]:
             continue
         if not _is(kind, content[field]):
             raise ConfigError(f"{where}: {field} must be a {kind}, got {shown(content[field])}")
+
+    # Keys that a certificate lacks are null; its two bounds come together.
     if name == "certificates.jsonl":
         bounds = [content.setdefault(f"lambda_min_{end}", None) is None for end in ("lower", "upper")]
         content.setdefault("threshold", None)

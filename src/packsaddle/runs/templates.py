@@ -84,6 +84,8 @@ def _table(value: Any, name: str, hint: Any) -> Iterator[str]:
         yield from _line(f"{off}kind = {json.dumps(cls.__name__)}", f"one of {', '.join(kinds)}")
     hints = get_type_hints(cls)
     inner = [f for f in settable(cls) if any(map(dataclasses.is_dataclass, (hints[f.name], *get_args(hints[f.name]))))]
+
+    # In TOML a table's own keys come before the tables inside it.
     for f in settable(cls):
         if f not in inner:
             yield from _key(value, f, hints[f.name], f"{name}.{f.name}", off)
@@ -144,6 +146,8 @@ def demo_configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[st
         log_every=23,
         plateau=PLATEAU,
     )
+
+    # Noise is lowered from 60% to 85% of the epochs, so that the loss can settle.
     found = {}
     for name, (label, compressor, std) in settings.items():
         noise = NoiseConfig(std, lower_from=0.6 * epochs, lower_until=0.85 * epochs)

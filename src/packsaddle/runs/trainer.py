@@ -209,6 +209,8 @@ class Trainer:
             if not quiet:
                 where = f"continues from step {tally.step} of {self.calendar.steps}" if tally.step else "begins"
                 print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
+
+        # Save and stop are voted on: all workers do them at the same step.
         steps, first = self.calendar.steps, tally.step
         vote = StopAndSaveVote(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
         begin, text = time.perf_counter() - tally.elapsed, "starting"
@@ -223,6 +225,8 @@ class Trainer:
                         self.training.finish()
                 except NonFiniteError as error:
                     raise self._given_up(error, checkpoints) from error
+
+                # Recorded seconds are of training alone, without certificates, tests and saving.
                 tally.add(measured, taken=self.training.took, last=step >= steps - self.calendar.per_epoch)
                 tally.step = step + 1
                 if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
@@ -240,6 +244,8 @@ class Trainer:
                         return False
             self._inspect(steps, folder)
             self._look_at_noise(steps, quiet=quiet)
+
+        # Checkpoints go last: without a summary the run can still be continued.
         self._finish(folder, tally)
         checkpoints.remove()
         return True
@@ -395,6 +401,8 @@ class Trainer:
 
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
         said, moved = self.training.summary(), self.training.moved()
+
+        # compression = bytes of float32 gradients / payload of what trains.
         dense = self.tally.step * said["parameters"] * 4
         training = sum(b.payload for name, b in moved.items() if name not in _NOT_TRAINING)
         folder.write_json(

@@ -124,10 +124,14 @@ def plan(
     if workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
     mu, linear = compressor.mu(d), compressor.linear
+
+    # eta is the least of the theorem's three terms; I and T follow from it.
     terms = step_sizes(a, c, mu, linear=linear)
     bound_by = min(terms, key=lambda name: terms[name])
     interval, steps = interval_and_steps(a, c, terms[bound_by])
     protocol, sent = _exchange(compressor, d, workers)
+
+    # Bytes of Algorithm 1 without compression, over all of its own steps.
     dense = _exchange(Identity(), d, workers)[1] * _steps(a, c, Identity())
     return Plan(
         assumptions=a,

@@ -32,6 +32,7 @@ def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
         return math.log1p(eta * gamma)
     from scipy.integrate import quad  # slow to import, and only compressed runs need it
 
+    # mu E ln(1 + c T) by Frullani's integral, with s = exp(u).
     c = eta * gamma
 
     def integrand(u: float) -> float:  # at s = exp(u): exp(-s) (1 - E exp(-c T s))

@@ -27,6 +27,8 @@ def draw_certificate(
 
     random = len(certificate["ritz_values"]) == 1  # one product: v is the start, and the spectrum was not looked at
     panels = 1 + (sharpest is not None) + (spectrum is not None or not random)
+
+    # Panels from the left: along v, along w, the spectrum.
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2 * panels, 4.2), layout="constrained")
         axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -60,6 +62,8 @@ def _draw_profile(
     examples = profile["examples"]
     part = "" if examples == certificate["examples"] else f" on {examples:,} of the examples"
     axis.plot(s, measured, color=COLOURS[1], label=f"measured{part}")
+
+    # f(x) + slope s + bend s^2 / 2, which gradient and curvature at x predict.
     here = losses[len(losses) // 2]
     if slope is not None and bend is not None and here is not None:
         model = [here + slope * x + bend * x**2 / 2 for x in s]

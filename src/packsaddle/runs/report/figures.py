@@ -53,6 +53,8 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
     quantities = ["loss", "grad_norm", *tested]
     certified = any(points(setting) for setting in settings)
     rows = len(quantities) + certified
+
+    # A row for each quantity, and the certificates' bounds below them.
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.2 * rows + 0.5), layout="constrained")
         axes = figure.subplots(rows, 2, sharex="col", sharey="row")

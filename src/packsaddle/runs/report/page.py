@@ -51,6 +51,8 @@ def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
     templates = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     runs = [run for setting in settings for run in setting.runs]
     data, script = charts_of(settings, curves), _read("page.js")
+
+    # One file: scripts are inside, and the page's policy allows them by their hashes.
     page: str = templates.from_string(_read("page.html.j2")).render(
         axes=data["axes"],
         charts=data["charts"],
@@ -90,6 +92,8 @@ def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str,
             levels = plateaus(settings) if quantity == "loss" else []
             still = [_bar(i, s) for i, setting in enumerate(settings) for s in stills(setting) if quantity == "loss"]
             charts.append({"id": quantity, **_CHARTS[quantity], "levels": levels, "lines": lines, "still": still})
+
+    # Certificates are points: they are not computed at every step.
     certified = [_mark(i, point) for i, setting in enumerate(settings) for point in points(setting)]
     if certified:
         title = "Bounds on the smallest eigenvalue of the Hessian"

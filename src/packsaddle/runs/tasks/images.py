@@ -104,6 +104,8 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
         "mnist": (vision.datasets.MNIST, data_dir / "MNIST"),
         "cifar10": (vision.datasets.CIFAR10, data_dir / "cifar-10-batches-py"),
     }[name]
+
+    # Files that exist and cannot be read are damaged; others are missing.
     there = place.exists()
     damaged = f"{name} in --data-dir {data_dir} is damaged; remove {place}, and --download fetches it again"
     try:
@@ -115,6 +117,8 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"{name} could not be downloaded to --data-dir {data_dir}: {reason}") from None
         raise ConfigError(f"{name} is not in --data-dir {data_dir}; --download fetches it there") from None
+
+    # Damage that the reader overlooks: no images, or labels that do not match them.
     levels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     if len(levels) == 0 or len(levels) != len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < 10:
         raise ConfigError(damaged)
@@ -154,6 +158,8 @@ def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
         raise ConfigError(
             f"train and test of image folder {data_dir} must have the same classes; only one has {difference}"
         )
+
+    # Training images decide the size of all.
     first = None if part == "train" else _load("folder", data_dir, True, False).shape
     images: list[Tensor] = []
     for (path, _), index in zip(dataset.samples, range(len(dataset)), strict=True):

@@ -306,6 +306,8 @@ class Task(nn.Module):
         if self.reads_text != (len(shape) == 1):
             examples = "data.name = 'text'" if self.reads_text else "images"
             raise ConfigError(f"model {config.name} needs {examples}, got examples of shape {list(shape)}")
+
+        # Each network fits one kind of example.
         if self.reads_text:
             self.network: nn.Module = CharTransformer(
                 classes, shape[0], width=config.width, depth=config.depth, heads=config.heads
