@@ -1,11 +1,12 @@
-"""Choosing coordinates by magnitude: the k largest, and the fewest that hold a share of the energy.
+"""Choosing coordinates by magnitude: the k largest, and the fewest that hold a fraction of the energy.
 
 Magnitudes are compared as the integers of their bits, which have the same order and in which NaN is the largest, so
-every way of choosing gives the same coordinates.
+every way of choosing gives the same coordinates. How a choice among several sections divides between them is estimated
+from a sample of each.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ _WORTH_SAMPLING = 1 << 18  # elements from which `largest` samples
 _SAMPLE = 1 << 16
 _SLAB = 1 << 18  # elements at a time, so that scratch memory does not grow with d
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FEWEST = 64  # sampled coordinates that shares rest on; fewer would make them jump
 HISTOGRAM_BITS = 12  # of a magnitude, from the top: its exponent and the first bits of its mantissa
 
 
@@ -167,3 +169,65 @@ def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
         counts += torch.bincount(bins, minlength=len(counts))
         energy += torch.bincount(bins, weights=(slab.double() / top).square_(), minlength=len(counts))
     return counts, energy
+
+
+def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int) -> list[float]:
+    """Estimate how many of the k largest magnitudes of all sections each section has.
+
+    `samples` are coordinates of each section, float[m], of its `sizes`, in about the same proportion everywhere. Where
+    they are all the coordinates it is exact for k of 64 or more; below, it is in proportion to the 64 largest.
+    """
+    pooled = torch.cat(list(samples))
+    rank = min(len(pooled), max(_FEWEST, round(k * len(pooled) / sum(sizes))))
+    found = _by_section(largest(pooled, rank), torch.ones_like(pooled[:rank]), samples)
+    return [count * size / len(sample) for count, sample, size in zip(found, samples, sizes, strict=True)]
+
+
+def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
+    """Estimate what share of its own energy each section has in the smallest support that holds `share` of all energy.
+
+    `samples` are as in `counts_among_largest`. Each is from 1e-6 to 1; all are `share` if the samples are zero.
+    """
+    pooled = torch.cat(list(samples)).double()
+    energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
+    index = holding(pooled, share)
+    kept = _by_section(index, energies[index], samples)
+    totals = _by_section(torch.arange(len(pooled), device=pooled.device), energies, samples)
+    return [min(1.0, max(1e-6, k / t if t else share)) for k, t in zip(kept, totals, strict=True)]
+
+
+def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> list[float]:
+    """Sum the values of the pooled coordinates at increasing indices by the section whose sample has them."""
+    ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
+    section = torch.bucketize(index, ends, right=True)
+    sums = torch.zeros(len(samples), dtype=torch.float64, device=index.device)
+    found: list[float] = sums.index_add_(0, section, values.double()).tolist()
+    return found
+
+
+def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """Return whole numbers in proportion to `weights` that add up to `total`, each from 1 to its size.
+
+    Where bounds hold some back, or lift them, the others are in proportion; largest remainders decide on rounding.
+    `total` is raised to the number of sizes, if it is below, and lowered to their sum; sizes are at least 1.
+    """
+    total = min(max(total, len(sizes)), sum(sizes))
+    # A little by size, so that weights of zero do not keep the total from being met.
+    most = max(weights) or 1.0
+    shares = [w / most for w in weights]
+    lifted = [w + 1e-9 * (sum(shares) or 1.0) * n / sum(sizes) for w, n in zip(shares, sizes, strict=True)]
+
+    def exact(scale: float) -> list[float]:
+        return [min(max(scale * w, 1.0), float(n)) for w, n in zip(lifted, sizes, strict=True)]
+
+    # The scale at which they add up to the total, by bisection: the sum grows with it.
+    low, high = 0.0, max(n / w for w, n in zip(lifted, sizes, strict=True))
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(exact(middle)) <= total else (low, middle)
+    parts = exact(low)
+    counts = [int(part) for part in parts]
+    by_remainder = sorted(range(len(parts)), key=lambda i: counts[i] - parts[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
