@@ -49,14 +49,15 @@ def largest(v: Tensor, k: int) -> Tensor:
 def largest_of_blocks(
     blocks: Callable[[], Iterable[Tensor]], sample: Callable[[Tensor], Tensor], n: int, k: int, first: int = 0
 ) -> Tensor:
-    """Return what `largest` would of the n values that come in `blocks()`, without holding them all.
+    """Return `largest` of the n values in `blocks()`, on the CPU without holding them all.
 
-    `sample` returns the values at some indices; of equal magnitudes those from index `first` on are taken first, and
-    then those before it.
+    `sample` returns the values at given indices. Of equal magnitudes the first are chosen, counted from index `first`
+    on and then from 0.
     """
     device = next(iter(blocks())).device
     if device.type != "cpu":
         return (largest(torch.cat(list(blocks())).roll(-first), k) + first).remainder_(n).sort().values
+    # Hold only magnitudes that reach a sampled threshold; all of them if fewer than k do.
     threshold, expected = sampled_threshold(sample(torch.arange(0, n, max(1, n // _SAMPLE))), k, n)
     while True:
         start, found, values = 0, [], []
@@ -69,6 +70,7 @@ def largest_of_blocks(
         if len(index) >= k:
             break
         threshold, expected = 0, n  # the sample misled
+    # `_top` prefers the front: rotate those from `first` on to it.
     turn = int((index < first).sum())
     index, magnitudes = index.roll(-turn), magnitudes.roll(-turn)
     return index[_top(magnitudes, k)].sort().values
@@ -112,17 +114,19 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 
 def holding(v: Tensor, share: float) -> Tensor:
-    """Return the fewest indices, increasing int64, that hold a share of ||v||^2, in (0, 1]; none if v is zero.
+    """Return the fewest indices, increasing int64, that hold a fraction of ||v||^2, in (0, 1]; none if v is zero.
 
-    A histogram of the magnitudes by their first bits, with the energy in each bin, tells in which bin the last of them
-    lies; then a histogram of that bin by the next bits, until all bits are known. Of equal magnitudes the first are
-    taken. Where v is not finite, its largest magnitude is all there is.
+    A histogram of the energy by the first bits of the magnitudes gives the bin of the smallest chosen one; histograms
+    of that bin by the next bits narrow it down, until all bits are known. Of equal magnitudes the first are chosen.
+    Returns the index of the largest magnitude alone if v is non-finite.
     """
     top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
     if not math.isfinite(top):
         return largest(v, 1)
+    # Zeros hold no energy: none of them for a zero v, or for all of ||v||^2.
     if top == 0 or share == 1:
         return v.nonzero().squeeze(1)
+    # The bin of the smallest chosen magnitude; all magnitudes above it are chosen.
     shift = _bits(v) - HISTOGRAM_BITS
     counts, energy = _histogram(v, top, shift)
     needed = share * float(energy.sum())
@@ -131,6 +135,7 @@ def holding(v: Tensor, share: float) -> Tensor:
     reached = reaching(v, threshold, int(counts[last:].sum()))
     magnitudes = as_integers(v.index_select(0, reached))
     inside = reached[(magnitudes < threshold + (1 << shift)).nonzero().squeeze(1)]
+    # Narrow the bin down to one magnitude.
     while shift > 0:
         values, below = v[inside], shift
         shift = max(0, shift - HISTOGRAM_BITS)
@@ -139,6 +144,7 @@ def holding(v: Tensor, share: float) -> Tensor:
         last, needed = _last_bin(torch.bincount(bins, minlength=len(energy)), energy, needed)
         threshold += last << shift
         inside = inside[(bins == last).nonzero().squeeze(1)]
+    # Of the coordinates that have it, the first ceil(needed / x^2) suffice.
     one = float(v[inside[0]].double() / top) ** 2  # all inside are now of one magnitude
     taken = min(len(inside), max(1, math.ceil(needed / one))) if one else 1
     kept = (magnitudes >= threshold).nonzero().squeeze(1)
@@ -172,10 +178,10 @@ def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
 
 
 def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int) -> list[float]:
-    """Estimate how many of the k largest magnitudes of all sections each section has.
+    """Estimate each section's number of coordinates among the k largest magnitudes of all sections.
 
-    `samples` are coordinates of each section, float[m], of its `sizes`, in about the same proportion everywhere. Where
-    they are all the coordinates it is exact for k of 64 or more; below, it is in proportion to the 64 largest.
+    `samples` are coordinates of each section, float[m], in about equal proportion to its size in `sizes`. Exact if they
+    are all coordinates and k is at least 64; for a smaller k, proportional to the numbers among the 64 largest.
     """
     pooled = torch.cat(list(samples))
     rank = min(len(pooled), max(_FEWEST, round(k * len(pooled) / sum(sizes))))
@@ -184,9 +190,9 @@ def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int
 
 
 def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
-    """Estimate what share of its own energy each section has in the smallest support that holds `share` of all energy.
+    """Estimate the fraction of each section's energy in the smallest support that holds `share` of all energy.
 
-    `samples` are as in `counts_among_largest`. Each is from 1e-6 to 1; all are `share` if the samples are zero.
+    `samples` are as in `counts_among_largest`. Fractions are from 1e-6 to 1; all are `share` if the samples are zero.
     """
     pooled = torch.cat(list(samples)).double()
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
@@ -197,7 +203,7 @@ def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
 
 
 def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> list[float]:
-    """Sum the values of the pooled coordinates at increasing indices by the section whose sample has them."""
+    """Return the sum of the values in each section; `index` locates them in the pooled samples, increasing."""
     ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
     section = torch.bucketize(index, ends, right=True)
     sums = torch.zeros(len(samples), dtype=torch.float64, device=index.device)
@@ -206,10 +212,9 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Return whole numbers in proportion to `weights` that add up to `total`, each from 1 to its size.
+    """Return integers that add up to `total`, in proportion to `weights` except where the bounds 1 and size apply.
 
-    Where bounds hold some back, or lift them, the others are in proportion; largest remainders decide on rounding.
-    `total` is raised to the number of sizes, if it is below, and lowered to their sum; sizes are at least 1.
+    Fractions are rounded by largest remainders. `total` is clamped to the sums of the bounds; sizes are at least 1.
     """
     total = min(max(total, len(sizes)), sum(sizes))
     # A little by size, so that weights of zero do not keep the total from being met.
