@@ -26,7 +26,7 @@ from packsaddle import (
     register_ddp_hook,
 )
 from packsaddle.comm.group import resolve
-from packsaddle.compressors.sections import counts_among_largest, shared_out, shares_of_support
+from packsaddle.compressors.selection import counts_among_largest, shared_out, shares_of_support
 from packsaddle.optim.allocation import Allocation
 
 SIZES = [3000, 40, 700, 12_000]

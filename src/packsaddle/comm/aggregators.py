@@ -267,14 +267,17 @@ class LowRankAllReduce(Aggregator):
     def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         compressor, d = self.compressor, len(v)
         matrices = compressor.matrices(v)
+        # Q: the warm start plus a tenth of a fresh Gaussian, or the Gaussian alone.
         fresh = compressor.gaussian(v, seed=seed, step=step)
         warm = self._qs if self._qs and [q.shape for q in self._qs] == [f.shape for f in fresh] else None
         qs = [q + 0.1 * f for q, f in zip(warm, fresh, strict=True)] if warm else fresh
+        # The first all-reduce: the mean of M_i Q, whose columns P spans.
         products = [m @ q for m, q in zip(matrices, qs, strict=True)]
         if d:
             flat = channel.mean(torch.cat([p.reshape(-1) for p in products]), "left")
             pieces = torch.split(flat, [p.numel() for p in products])
             products = [piece.view(p.shape) for piece, p in zip(pieces, products, strict=True)]
+        # The second all-reduce: the mean of P^T M_i. This worker sent P P^T M_i; all apply the mean, P P^T M.
         own = compressor.message(matrices, [orthonormal(scaled(p)) for p in products])
         right = own.parts["right"] if d else dense[:0]
         mean, mean_dense = mean_with_dense(channel, right, "right", dense)
@@ -287,7 +290,7 @@ class LowRankAllReduce(Aggregator):
         return [RingAllReduce((left * itemsize,)), RingAllReduce((right * itemsize, dense * itemsize))]
 
     def _next_qs(self, message: Message, qs: list[Tensor]) -> list[Tensor] | None:
-        """Warm start: (P^T M)^T, brought to unit scale; a zero matrix would stay zero, so it starts afresh."""
+        """Return the next warm start, (P^T M)^T at unit scale; None if one of them is zero or non-finite."""
         right, following = message.parts["right"], []
         for q, (n, m) in zip(qs, self.compressor.shapes, strict=False):
             size = q.numel() or n * m

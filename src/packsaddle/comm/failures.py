@@ -58,10 +58,10 @@ def is_network(error: Exception) -> bool:
 
 
 def roll_call(store: Store, rank: int, ranks: Sequence[int], grace: float = GRACE) -> Roll:
-    """Say in the store that this worker is there, and return which others say so within `grace` seconds.
+    """Announce this worker in the store, and return which ranks announce themselves within `grace` seconds.
 
-    Every worker whose collective fails calls it, so that those that do not answer died or hang. The first of `ranks`
-    may hold the store; it stays until the others have read it.
+    Every worker whose collective fails calls it, so the absent ones are dead, hung or cut off. If the store does
+    not answer, `reached` is False and all others are absent.
     """
     found: list[Roll] = []
 
@@ -70,6 +70,7 @@ def roll_call(store: Store, rank: int, ranks: Sequence[int], grace: float = GRAC
             store.set(f"packsaddle/here/{rank}", "1")
             absent = _wait(store, "here", ranks, grace)
             answered = tuple(r for r in ranks if r not in absent)
+            # The first rank may host the store, which ends with it: it waits until the others have read the answers.
             store.set(f"packsaddle/heard/{rank}", "1")
             if rank == ranks[0]:
                 _wait(store, "heard", answered, grace)

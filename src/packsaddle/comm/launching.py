@@ -297,8 +297,8 @@ def _handlers_kept() -> Iterator[None]:
 def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> Any:
     """Run entry(*args) in `workers` processes under torch's launcher and return rank 0's result.
 
-    `entry` is called with the launcher's environment set (see `process_group`), and must be importable by
-    name. Raises WorkerFailedError if a worker fails, ConfigError if that is what it raised, TerminatedError on SIGTERM.
+    `entry` must be importable by name; it is called with the launcher's environment variables (see `process_group`).
+    Raises WorkerFailedError if a worker fails, ConfigError if a worker raised one, TerminatedError on SIGTERM.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -306,7 +306,9 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
 
     check_interface()
     preload_workers(entry.__module__)
+    # All cores, divided among the workers; torchrun would give each worker one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    # One machine, and a port that the system chooses. No restarts: a failed worker ends the launch with its error.
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -318,6 +320,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
         start_method="forkserver",  # torch is imported once, and every worker is a clean copy
         monitor_interval=0.1,
     )
+    # A signal to the launcher arrives here as SignalException, after the workers have ended.
     try:
         with _quiet_launcher(), short_shutdown_grace(), _handlers_kept():
             return elastic_launch(config, in_worker)(entry, *args)[0]

@@ -84,19 +84,19 @@ def connect(
     connect_timeout: float = 10.0,
     hostname: str | None = None,
 ) -> Any:
-    """Return a torchft Manager of this process, a worker by itself, for `LocalUpdates(..., workers=)`.
+    """Return a torchft Manager that makes this process one worker of `LocalUpdates(..., workers=)`.
 
     Args:
-        lighthouse: where `torchft_lighthouse` answers, http://HOST:PORT; by default the variable TORCHFT_LIGHTHOUSE.
-        name: of this worker in torchft's log.
-        min_workers: a round of fewer workers is not committed; the same on all of them.
-        timeout: seconds of a collective, and of fetching the state of another worker.
-        quorum_timeout: seconds that a worker waits for others to come to a round.
-        connect_timeout: seconds that it tries to reach the lighthouse.
-        hostname: by which others reach this machine; by default its address in the connection to the lighthouse.
+        lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT. None: the variable TORCHFT_LIGHTHOUSE.
+        name: this worker's name in torchft's log.
+        min_workers: fewest workers of a committed round; identical on all workers.
+        timeout: seconds that a collective may take, or fetching the state of another worker.
+        quorum_timeout: seconds to wait for other workers to join a round.
+        connect_timeout: seconds to wait for a connection to the lighthouse.
+        hostname: this machine's address for other workers. None: its address in the connection to the lighthouse.
 
-    What other workers send is read with weights_only=True, so it is tensors and plain types. Raises MissingExtraError
-    without torchft, and ConfigError if there is no lighthouse.
+    States of other workers are loaded with weights_only=True: tensors and plain types. Raises MissingExtraError without
+    torchft, and ConfigError if there is no lighthouse.
 
     >>> from packsaddle.comm import connect  # doctest: +SKIP
     >>> manager = connect("http://10.0.0.1:29510", min_workers=2)  # doctest: +SKIP
@@ -107,7 +107,9 @@ def connect(
     logging.getLogger("torchft.manager").addFilter(_is_of_use)
     address = lighthouse or os.environ.get(LIGHTHOUSE, "")
     host, port = _place(address)
+    # Other workers reach this machine by the interface that leads to the lighthouse.
     here = hostname or reach(host, port, connect_timeout)
+    # To torchft a worker is a replica group of one process, with its own store for the others to meet at.
     store: Any = _dist.TCPStore(here, 0, is_master=True, wait_for_workers=False)
     try:
         manager = torchft.Manager(
@@ -180,14 +182,16 @@ def _absent(address: str, reason: str) -> str:
 
 
 def _transport(host: str, seconds: float) -> Any:
-    """Return what serves this worker's state to newcomers: torchft's, at an address of ours, and without pickles."""
+    """Return torchft's transport of states to joining workers, at the address `host` and without pickled objects."""
     http: Any = require("torchft.checkpointing.http_transport", "torchft", "elastic training")
 
     class PlainTransport(http.HTTPTransport):  # type: ignore[misc]
+        # torchft's has this machine's hostname, which other machines may fail to resolve.
         def address(self) -> str:
             where = f"[{host}]" if ":" in host else host
             return f"http://{where}:{self._server.socket.getsockname()[1]}/checkpoint/"
 
+        # weights_only=True: unpickling a state must not run another worker's code.
         @classmethod
         def _load_from_address(cls, address: str, timeout: timedelta) -> object:
             with (

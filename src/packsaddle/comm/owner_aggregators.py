@@ -65,22 +65,26 @@ class Owners(Aggregator):
         return Term(compressor, compressor.encode(v[a:b], seed=seed, step=step), a, b)
 
     def _reply(self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int) -> Message:
-        """Average the messages of this worker's chunk and compress the mean plus the error of earlier replies.
+        """Return B(mean of this worker's chunk + owner error), and set the owner error to the residual.
 
-        Of a sum that cannot be used the reply is NaN, so that all know, even if it would have left the worst out.
+        If that sum is invalid, the reply is NaN, even where compression would have dropped the invalid coordinates.
         """
         a, b = chunk
         up, back = self.compressor.restrict(b - a, len(v)), self.back.restrict(b - a, len(v))
+        # v <- e + the mean of C(v_i), e the owner error.
         error = self.vectors(v)["residual"][a:b]
         corrected = error.clone()
         for worker, parts in enumerate(received):
             message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
             up.add_decoded(message, corrected, 1.0 / len(received))
+        # Compress ones in place of an invalid v, for which B(v) need not be defined.
         bad = ~is_usable(corrected)
         spoil(corrected, bad, 1.0)
         reply = back.encode(corrected, seed=mix(seed, rank, 1), step=step)
+        # e <- v - B(v).
         error.copy_(corrected)
         back.add_decoded(reply, error, -1.0)
+        # A NaN in the mean makes every worker reject the exchange.
         for part in reply.parts.values():
             if part.is_floating_point():
                 spoil(part, bad, float("nan"))

@@ -82,6 +82,7 @@ def _choose(
 ) -> Choice:
     check_exchange(exchange, back)
     name, direct = _direct(compressor)
+    # The exact mean, by the aggregator that the compressor names; "senders" weighs that mean afterwards.
     if exchange in ("direct", "senders", name):
         return Choice(direct, name, "asked for")
     if name not in get_args(Exchange) and exchange != "auto":
@@ -96,6 +97,7 @@ def _choose(
             "coordinator": Coordinator(compressor, back),
         }
         return Choice(made[exchange], exchange, "asked for")
+    # "auto": the least bytes of the busiest worker. A two-way exchange needs a chunk for each worker.
     if name == "all-gather" and d >= workers:
         candidates["two-way"] = TwoWay(compressor)
     sent = {n: max(p.wire(d, dense, r, workers, itemsize).sent for r in range(workers)) for n, p in candidates.items()}

@@ -147,9 +147,9 @@ class FusedGroup(Group):
 def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
     """Run worker(rank) for each rank of a simulated group of `workers`, and return the results by rank.
 
-    Workers run one at a time, in this process. Inside, `CompressedSGD(..., process_group=None)` finds the simulated
-    group. Raises ValueError if `workers` is below 1, RuntimeError if the workers' collectives do not match, and
-    whatever a worker raises.
+    Workers run one at a time, in this process. Inside, `CompressedSGD(..., process_group=None)` uses the simulated
+    group. Raises ValueError if `workers` is below 1, RuntimeError if the workers' collectives do not match, and the
+    exception of the first worker that failed.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, TopK, simulate
@@ -167,6 +167,7 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
     turns = _Turns(workers)
     results: list[Any] = [None] * workers
 
+    # After a failure the other workers end at their next collective, by _Aborted.
     def body(rank: int) -> None:
         try:
             turns.wait(rank)
@@ -178,6 +179,7 @@ def simulate(worker: Callable[[int], T], workers: int) -> list[T]:
         except BaseException as failure:
             turns.fail(failure)
 
+    # A context for each thread: the group that its worker uses is a context variable.
     contexts = [contextvars.copy_context() for _ in range(workers)]
     threads = [threading.Thread(target=c.run, args=(body, rank), daemon=True) for rank, c in enumerate(contexts)]
     try:

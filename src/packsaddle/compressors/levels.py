@@ -77,9 +77,10 @@ class Rice:
 
 
 def encode_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Code d levels from -top to top, which are `packed` as numbers level + top of `bits` bits, uint8[...]."""
+    """Return the code of d levels from -top to top, uint8[...]; `packed` has level + top in `bits` bits each."""
     if not d:
         return packed
+    # The sizes of all codes are predicted from how often each level occurs.
     levels: Tensor | None = None
     if loop := kernel("count_levels", device=packed.device):
         counts = loop(packed, d, top, bits)
@@ -87,8 +88,10 @@ def encode_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
         codes = wire.unpack(packed, bits, d)
         levels, counts = codes - top, torch.bincount(codes, minlength=2 * top + 1).tolist()
     layers, rice = _layers(_of_magnitudes(counts, top)), _shortest_rice(counts, top)
+    # Layers: the gaps, two numbers of each layer in the header, and a sign for each level that is not 0.
     in_layers = sum(layer.bits + 2 * _width(d) for layer in layers) + (layers[0].going_on if layers else 0)
     are_large = len(layers) > 1 and sum(layer.going_on for layer in layers) > _LARGE * layers[0].going_on
+    # Rice codes decode ten times as fast: where levels are large they may be 4% longer than layers.
     coded = None
     if rice.bits < min((_FOR_SPEED if are_large else 1.0) * in_layers, 8 * len(packed)):
         coded = _in_rice(packed, levels, d, top, bits, rice)
@@ -198,10 +201,11 @@ def _in_layers(packed: Tensor, levels: Tensor | None, d: int, top: int, bits: in
 
 
 def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
-    """The levels, int64[d]."""
+    """Return the levels that `_in_layers` coded, int64[d]."""
     layers, bodies, signs = _taken_apart(coded, d, top)
     levels = torch.zeros(d, dtype=torch.int64, device=coded.device)
     members = None
+    # Each layer adds 1 to the magnitudes in it; its indices count the members of the layer before.
     for layer, body in zip(layers, bodies, strict=True):
         kept = max(1, layer.coded)
         index = wire.unpack_gaps(body, layer.coded, kept, layer.members, layer.rice, layer.members, "levels")
@@ -211,6 +215,7 @@ def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
             index = goes_on.nonzero().squeeze(1)
         members = index if members is None else members[index]
         levels[members] += 1
+    # A sign for each level that is not 0, in the order of coordinates.
     if layers:
         negative = wire.unpack_bits(signs, layers[0].going_on)
         levels[levels > 0] *= torch.where(negative, -1, 1)

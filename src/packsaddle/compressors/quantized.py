@@ -205,7 +205,8 @@ class QSGD(Compressor):
         some.add(found, out)
 
     def _add(self, packed: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
-        """Add scale level norm to out, float[n], of buckets of b coordinates."""
+        """Add scale * level * norm to out, float[n]; each bucket of b coordinates has a norm."""
+        # Compiled loops decode and add in one pass; without one, coded levels are first brought to a fixed width.
         if self._codes_levels:
             if add_coded_levels(packed, self.levels, b, norms, out, scale):
                 return
@@ -214,6 +215,7 @@ class QSGD(Compressor):
             if not loop(packed, self.levels, self.bits, b, norms, out, scale):
                 raise MessageError("levels", f"codes of at most {2 * self.levels}", "a larger one")
             return
+        # In torch, by slabs that end at a byte and at a bucket.
         size = _slab(b)
         pieces = torch.split(packed, size * self.bits // 8), torch.split(norms, size // b)
         for slab, codes, scales in zip(torch.split(out, size), *pieces, strict=True):

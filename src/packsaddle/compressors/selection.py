@@ -1,11 +1,12 @@
-"""Choosing coordinates by magnitude: the k largest, and the fewest that hold a share of the energy.
+"""Choosing coordinates by magnitude: the k largest, and the fewest that hold a fraction of the energy.
 
 Magnitudes are compared as the integers of their bits, which have the same order and in which NaN is the largest, so
-every way of choosing gives the same coordinates.
+every way of choosing gives the same coordinates. How a choice among several sections divides between them is estimated
+from a sample of each.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ _WORTH_SAMPLING = 1 << 18  # elements from which `largest` samples
 _SAMPLE = 1 << 16
 _SLAB = 1 << 18  # elements at a time, so that scratch memory does not grow with d
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FEWEST = 64  # sampled coordinates that shares rest on; fewer would make them jump
 HISTOGRAM_BITS = 12  # of a magnitude, from the top: its exponent and the first bits of its mantissa
 
 
@@ -47,14 +49,15 @@ def largest(v: Tensor, k: int) -> Tensor:
 def largest_of_blocks(
     blocks: Callable[[], Iterable[Tensor]], sample: Callable[[Tensor], Tensor], n: int, k: int, first: int = 0
 ) -> Tensor:
-    """Return what `largest` would of the n values that come in `blocks()`, without holding them all.
+    """Return `largest` of the n values in `blocks()`, on the CPU without holding them all.
 
-    `sample` returns the values at some indices; of equal magnitudes those from index `first` on are taken first, and
-    then those before it.
+    `sample` returns the values at given indices. Of equal magnitudes the first are chosen, counted from index `first`
+    on and then from 0.
     """
     device = next(iter(blocks())).device
     if device.type != "cpu":
         return (largest(torch.cat(list(blocks())).roll(-first), k) + first).remainder_(n).sort().values
+    # Hold only magnitudes that reach a sampled threshold; all of them if fewer than k do.
     threshold, expected = sampled_threshold(sample(torch.arange(0, n, max(1, n // _SAMPLE))), k, n)
     while True:
         start, found, values = 0, [], []
@@ -67,6 +70,7 @@ def largest_of_blocks(
         if len(index) >= k:
             break
         threshold, expected = 0, n  # the sample misled
+    # `_top` prefers the front: rotate those from `first` on to it.
     turn = int((index < first).sum())
     index, magnitudes = index.roll(-turn), magnitudes.roll(-turn)
     return index[_top(magnitudes, k)].sort().values
@@ -110,17 +114,19 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 
 def holding(v: Tensor, share: float) -> Tensor:
-    """Return the fewest indices, increasing int64, that hold a share of ||v||^2, in (0, 1]; none if v is zero.
+    """Return the fewest indices, increasing int64, that hold a fraction of ||v||^2, in (0, 1]; none if v is zero.
 
-    A histogram of the magnitudes by their first bits, with the energy in each bin, tells in which bin the last of them
-    lies; then a histogram of that bin by the next bits, until all bits are known. Of equal magnitudes the first are
-    taken. Where v is not finite, its largest magnitude is all there is.
+    A histogram of the energy by the first bits of the magnitudes gives the bin of the smallest chosen one; histograms
+    of that bin by the next bits narrow it down, until all bits are known. Of equal magnitudes the first are chosen.
+    Returns the index of the largest magnitude alone if v is non-finite.
     """
     top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
     if not math.isfinite(top):
         return largest(v, 1)
+    # Zeros hold no energy: none of them for a zero v, or for all of ||v||^2.
     if top == 0 or share == 1:
         return v.nonzero().squeeze(1)
+    # The bin of the smallest chosen magnitude; all magnitudes above it are chosen.
     shift = _bits(v) - HISTOGRAM_BITS
     counts, energy = _histogram(v, top, shift)
     needed = share * float(energy.sum())
@@ -129,6 +135,7 @@ def holding(v: Tensor, share: float) -> Tensor:
     reached = reaching(v, threshold, int(counts[last:].sum()))
     magnitudes = as_integers(v.index_select(0, reached))
     inside = reached[(magnitudes < threshold + (1 << shift)).nonzero().squeeze(1)]
+    # Narrow the bin down to one magnitude.
     while shift > 0:
         values, below = v[inside], shift
         shift = max(0, shift - HISTOGRAM_BITS)
@@ -137,6 +144,7 @@ def holding(v: Tensor, share: float) -> Tensor:
         last, needed = _last_bin(torch.bincount(bins, minlength=len(energy)), energy, needed)
         threshold += last << shift
         inside = inside[(bins == last).nonzero().squeeze(1)]
+    # Of the coordinates that have it, the first ceil(needed / x^2) suffice.
     one = float(v[inside[0]].double() / top) ** 2  # all inside are now of one magnitude
     taken = min(len(inside), max(1, math.ceil(needed / one))) if one else 1
     kept = (magnitudes >= threshold).nonzero().squeeze(1)
@@ -167,3 +175,64 @@ def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
         counts += torch.bincount(bins, minlength=len(counts))
         energy += torch.bincount(bins, weights=(slab.double() / top).square_(), minlength=len(counts))
     return counts, energy
+
+
+def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int) -> list[float]:
+    """Estimate each section's number of coordinates among the k largest magnitudes of all sections.
+
+    `samples` are coordinates of each section, float[m], in about equal proportion to its size in `sizes`. Exact if they
+    are all coordinates and k is at least 64; for a smaller k, proportional to the numbers among the 64 largest.
+    """
+    pooled = torch.cat(list(samples))
+    rank = min(len(pooled), max(_FEWEST, round(k * len(pooled) / sum(sizes))))
+    found = _by_section(largest(pooled, rank), torch.ones_like(pooled[:rank]), samples)
+    return [count * size / len(sample) for count, sample, size in zip(found, samples, sizes, strict=True)]
+
+
+def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
+    """Estimate the fraction of each section's energy in the smallest support that holds `share` of all energy.
+
+    `samples` are as in `counts_among_largest`. Fractions are from 1e-6 to 1; all are `share` if the samples are zero.
+    """
+    pooled = torch.cat(list(samples)).double()
+    energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
+    index = holding(pooled, share)
+    kept = _by_section(index, energies[index], samples)
+    totals = _by_section(torch.arange(len(pooled), device=pooled.device), energies, samples)
+    return [min(1.0, max(1e-6, k / t if t else share)) for k, t in zip(kept, totals, strict=True)]
+
+
+def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> list[float]:
+    """Return the sum of the values in each section; `index` locates them in the pooled samples, increasing."""
+    ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
+    section = torch.bucketize(index, ends, right=True)
+    sums = torch.zeros(len(samples), dtype=torch.float64, device=index.device)
+    found: list[float] = sums.index_add_(0, section, values.double()).tolist()
+    return found
+
+
+def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
+    """Return integers that add up to `total`, in proportion to `weights` except where the bounds 1 and size apply.
+
+    Fractions are rounded by largest remainders. `total` is clamped to the sums of the bounds; sizes are at least 1.
+    """
+    total = min(max(total, len(sizes)), sum(sizes))
+    # A little by size, so that weights of zero do not keep the total from being met.
+    most = max(weights) or 1.0
+    shares = [w / most for w in weights]
+    lifted = [w + 1e-9 * (sum(shares) or 1.0) * n / sum(sizes) for w, n in zip(shares, sizes, strict=True)]
+
+    def exact(scale: float) -> list[float]:
+        return [min(max(scale * w, 1.0), float(n)) for w, n in zip(lifted, sizes, strict=True)]
+
+    # The scale at which they add up to the total, by bisection: the sum grows with it.
+    low, high = 0.0, max(n / w for w, n in zip(lifted, sizes, strict=True))
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(exact(middle)) <= total else (low, middle)
+    parts = exact(low)
+    counts = [int(part) for part in parts]
+    by_remainder = sorted(range(len(parts)), key=lambda i: counts[i] - parts[i])
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts

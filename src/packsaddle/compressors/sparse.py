@@ -16,8 +16,7 @@ from packsaddle.compressors import wire
 from packsaddle.compressors.base import Compressor, Message, check_count, check_flag, check_share
 from packsaddle.compressors.chunks import Chunks
 from packsaddle.compressors.parts import Expected, check_expected, decoding, floats
-from packsaddle.compressors.sections import counts_among_largest, shared_out, shares_of_support
-from packsaddle.compressors.selection import holding, largest
+from packsaddle.compressors.selection import counts_among_largest, holding, largest, shared_out, shares_of_support
 from packsaddle.compressors.values import (
     FORMATS,
     ValueFormat,

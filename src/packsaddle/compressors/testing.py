@@ -29,6 +29,7 @@ def nasty_vectors() -> dict[str, Tensor]:
     spike[17] = -3.0
     denormal = torch.full((30,), 1e-42)
     denormal[::3] *= -2
+    # Squares that under- or overflow, ties that every choice must break, and zeros of both signs.
     return {
         "gaussian": gaussian,
         "double": torch.randn(33, generator=rng, dtype=torch.float64),
@@ -136,7 +137,7 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check that a receiver decodes the vector that the sender subtracts, that alpha is a factor, and sizes.
+    """Check that sender and receiver decode the same vector, that alpha scales it, and that sizes are as declared.
 
     `compressor` acts on v, float[d]. Raises AssertionError, which begins with `where`.
 
@@ -150,11 +151,13 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     message = compressor.encode(scratch, seed=8, step=9)
     assert all(part.ndim == 1 for part in message.parts.values()), f"{where}: parts must be flat"
     scratch.fill_(7.0)  # the error memory changes v afterwards: a message must not be a view of it
+    # The receiver has the bytes alone, without the sender's context.
     wire = {
         name: part.clone().contiguous().view(torch.uint8).clone().view(part.dtype)
         for name, part in message.parts.items()
     }
     received = compressor.receive(wire, d, seed=8, step=9)
+    # Both compute y - 2 C(v) from y = 1, and differ in no bit.
     own, other = torch.ones_like(v), torch.ones_like(v)
     compressor.add_decoded(message, own, alpha=-2.0)
     compressor.add_decoded(received, other, alpha=-2.0)
@@ -162,6 +165,7 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     expected, tolerance = 1 - 2 * compressor(v, seed=8, step=9), 8 * torch.finfo(v.dtype).eps
     scale = 1 + _largest(v)
     assert torch.allclose(own, expected, rtol=tolerance, atol=tolerance * scale), f"{where}: alpha is not a factor"
+    # A fixed size depends on d alone, so it is that of C(0).
     if compressor.fixed_size:
         zeros = compressor.encode(torch.zeros_like(v), seed=1, step=1)
         sizes = [{name: part.numel() for name, part in m.parts.items()} for m in (message, zeros)]
@@ -218,6 +222,7 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
     if compressor.lossless:
         assert compressor.mu(len(v)) == 1, f"{where}: is declared lossless, and mu is {compressor.mu(len(v))}"
         assert torch.equal(compressor(v, seed=3, step=4), v), f"{where}: is declared lossless and is not"
+    # rates: the support is independent of v, and holds a coordinate with probability `rate`.
     ones, start = torch.ones_like(v), 0
     if (rates := compressor.rates(len(v))) is not None:
         assert sum(n for n, _ in rates) == len(v), f"{where}: rates are of {rates} coordinates"
@@ -229,6 +234,7 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
             spread = STANDARD_ERRORS * (rate * (1 - rate) / seeds) ** 0.5
             assert abs(found - rate) <= spread + 1e-9, f"{where}: rates say {rate:.4g}, and {found:.4g} is sent"
             start += n
+    # shared_cells: the message is v itself, at cells that (seed, step) determine.
     if (grid := compressor.shared_cells(len(v))) is not None:
         message = compressor.encode(v, seed=3, step=4)
         assert set(message.parts) == {"values"}, f"{where}: has shared cells, and the message {list(message.parts)}"

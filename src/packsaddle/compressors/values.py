@@ -30,20 +30,22 @@ _MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # below two units, as a 
 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
-    """Round float[k] values to a format (None: as they are): "values", and "scales" shared by blocks.
+    """Return the parts of float[k] values rounded to a format (None: unchanged): "values", and "scales" of blocks.
 
-    Scales in 16 bits have a "unit", float[1].
+    16-bit scales have a common "unit", float[1].
     """
     if how is None:
         return {"values": values}
     if not len(values):
         coded = values.to(torch.uint8 if how in _PACKED else _dtype(how))
         return {"values": coded, **(_scales_to_16_bits(values, values.dtype) if how in _PACKED else {"scales": values})}
+    # In units of its block's largest magnitude a value neither overflows nor underflows any format.
     blocks = torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
     if how in _HALVINGS:
         return _to_levels(values, blocks, how)
     scales = blocks.abs().amax(1)
     parts = {"scales": scales}
+    # Divide by the scale that the receiver multiplies by, which 16 bits have rounded.
     if how in _PACKED:
         parts = _scales_to_16_bits(scales, values.dtype)
         scales = _scales_of(parts, values.dtype)

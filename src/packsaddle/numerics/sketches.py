@@ -92,8 +92,9 @@ class RowHash:
 
 
 def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[Tensor]:
-    """Yield the median over rows of the estimate of every coordinate, float[d] in blocks; tables is float[rows, c]."""
+    """Yield the median over rows of each coordinate's estimate, float[d] in blocks; tables is float[rows, c]."""
     chunks, c = len(hashes[0].rotations), hashes[0].columns
+    # A row's estimate of coordinate (b, p) is sigma_b (S v)_{p + rho_b}; by indices for many short chunks,
     if chunks > _MANY:
         group = max(1, _BLOCK // c)
         rotations = torch.tensor([h.rotations for h in hashes], device=tables.device)
@@ -104,6 +105,7 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
             estimates = tables.gather(1, places).view(len(hashes), -1, c) * signs[:, b : b + group, None]
             yield _median(list(estimates.flatten(1)))[: d - b * c]
         return
+    # and by slices for a few long ones.
     doubled = torch.cat([tables, tables], dim=1)  # a rotated row is a slice of it
     for b in range(chunks):
         for start in range(0, min(c, d - b * c), _BLOCK):

@@ -136,13 +136,16 @@ def _levels_of(
     scratch = np.empty(1, bits.dtype)
     scratch[0] = most
     largest = scratch.view(x.dtype)[0]
+    # A non-finite bucket decodes to NaN: its levels are 0, its norm NaN.
     if not np.isfinite(largest):
         codes[:] = np.uint8(top)
         return x.dtype.type(np.nan)
+    # In units of the largest magnitude: squares neither over- nor underflow.
     for i in range(len(x)):
         unit[i] = abs(x[i]) / (largest if largest > zero else one)
     norm = x.dtype.type(np.sqrt(_sum_of_squares(unit)))
     divisor = max(norm, one)
+    # level = floor(s |x| / ||x|| + u), u uniform in [0, 1): unbiased.
     for i in range(len(x)):
         random = word(np.uint32(place + np.uint32(i)), first, second) >> np.uint32(8)
         chance = x.dtype.type(np.int32(random)) * x.dtype.type(2.0**-24)
@@ -256,6 +259,7 @@ def _pack_gaps(index: Array, kept: int, size: int, b: int, unary: Array, remaind
     for i in range(len(index)):
         if i % kept == 0:
             last = np.int64(i // kept) * size - 1
+        # The quotient by 2^b in unary, zeros and a one; then its remainder, of b bits.
         gap = np.uint64(index[i] - last - 1)
         last = index[i]
         bit += np.int64(gap >> np.uint64(b))
@@ -290,6 +294,7 @@ def _unpack_gaps(unary: Array, remainders: Array, kept: int, size: int, b: int, 
     for j in range(len(unary)):
         if m == len(out):
             return False
+        # The ones in this byte of quotients, each the end of one.
         byte = unary[j]
         found: Any = 0
         for i in range(8):  # no branch to mispredict: where there is no one, what is written is written over
@@ -297,12 +302,14 @@ def _unpack_gaps(unary: Array, remainders: Array, kept: int, size: int, b: int, 
             found += np.int64((byte >> (7 - i)) & 1)
         if found > len(out) - m:
             return False
+        # A remainder of b bits for each.
         for i in range(found):
             while held < b:
                 accumulator = (accumulator << np.uint64(8)) | np.uint64(remainders[place])
                 held += 8
                 place += 1
             held -= b
+            # A chunk's first gap begins at the chunk, which the chunk before must not have reached.
             if m % kept == 0:
                 before_chunk = np.int64(m // kept) * size - 1
                 if last > before_chunk:

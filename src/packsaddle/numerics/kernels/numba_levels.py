@@ -102,6 +102,7 @@ def _code_levels(
             coded[m] = i
             m += np.int64(held[i] != top)
         members = coded[:m]
+        # The first layer: gaps between levels that are not 0; inverted, between those that are.
         if table[0, 3]:
             zeros: Any = 0
             for i in range(len(held)):
@@ -112,6 +113,7 @@ def _code_levels(
             )
         else:
             last = _append_gaps(members, group, last, table[0, 2], unary, used, rest, place, accumulators, held_bits)
+        # Other layers: waiting[j] is the gap since the last coded member of layer j.
         for i in range(len(members)):
             level: Any = np.int64(held[members[i]]) - top
             signs[sign >> 3] |= np.uint8(np.uint8(level < 0) << (7 - (sign & 7)))
@@ -123,6 +125,7 @@ def _code_levels(
                     waiting[j] = 0
                 else:
                     waiting[j] += 1
+    # Zeros fill the last byte of remainders.
     for j in range(layers):
         if held_bits[j]:
             rest[place[j]] = np.uint8((accumulators[j] << np.uint64(8 - held_bits[j])) & np.uint64(255))
@@ -142,12 +145,14 @@ def _append_gaps(
     held_bits: Array,
 ) -> Any:
     """Append the gaps of the first layer between places of a group, and return the last one's number."""
+    # In local variables, which the loop keeps in registers, as it would not array elements.
     bit, at, accumulator, held = used[0], place[0], accumulators[0], held_bits[0]
     mask = np.uint64((1 << b) - 1)
     before: Any = last - group
     for i in range(len(places)):
         gap = np.uint64(places[i] - before - 1)
         before = places[i]
+        # The quotient by 2^b in unary, zeros and a one; then the remainder, of b bits.
         bit += np.int64(gap >> np.uint64(b))
         unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
         bit += 1

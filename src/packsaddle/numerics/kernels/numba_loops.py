@@ -155,12 +155,14 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
     """Return how many reach the limit; they are all in `out` if BLOCK places are left over."""
     m: Any = 0
     full = len(bits) // BLOCK * BLOCK
+    # A block in which none reaches the limit, as in most, costs a count alone.
     for s in range(0, full, BLOCK):
         block: Array = bits[s : s + BLOCK]
         c: Any = np.int32(0)
         for i in range(BLOCK):  # vector code; most blocks have no hit
             c += np.int32((block[i] & mask) >= limit)
         if c > 0:
+            # Out of room: count on, so that the caller knows how much is needed.
             if m + BLOCK > len(out):
                 m += c
                 continue
@@ -169,6 +171,7 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
                 out[n] = offset + s + i
                 n += np.int64((block[i] & mask) >= limit)
             m = n
+    # The block that is cut short.
     for i in range(full, len(bits)):
         if (bits[i] & mask) >= limit:
             if m < len(out):
@@ -236,10 +239,12 @@ def _least_of_largest(magnitudes: Array, k: int, step: int) -> Any:
         most = max(most, magnitudes[i])
     high = np.int64(most)
     low, reached = high, _count_reaching(magnitudes, most)
+    # Downwards until k or more reach `low`; fewer than k reach `high`, unless that is the largest.
     while reached < k:
         high, low = low, max(np.int64(0), low - step)
         step = min(2 * step, 1 << 61)
         reached = _count_reaching(magnitudes, magnitudes.dtype.type(low))
+    # Bisection keeps both, until exactly k reach `low` or it is the k-th largest.
     while reached > k and high - low > 1:
         middle = low + (high - low) // 2
         c = _count_reaching(magnitudes, magnitudes.dtype.type(middle))
@@ -313,6 +318,7 @@ def add_finite(sums: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple
     arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
     ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
     added, total = [], 0.0
+    # Threads divide long vectors. The caller undoes every stretch in `added` if a square is non-finite.
     for i, (o, m, factor) in enumerate(ready):
         if len(o) < WORTH_THREADS:
             stop, squares = _add_finite(o, m, factor)

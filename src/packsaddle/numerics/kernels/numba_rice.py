@@ -34,11 +34,13 @@ def _rice_levels(packed: Array, d: int, top: int, bits: int, b: int, unary: Arra
         unpack_codes(packed[group * bits // 8 :], bits, codes[:whole])
         for i in range(n):
             level = np.int32(codes[i]) - np.int32(top)
+            # 0, 1, -1, 2, -2, ... -> 0, 1, 2, 3, 4, ...: the quotient by 2^b in unary, zeros and a one.
             folded = 2 * level - 1 if level > 0 else -2 * level
             remainders[i] = np.uint8(folded & mask)
             bit += np.int64(folded >> b)
             unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
             bit += 1
+        # Remainders of b bits. Groups end at a byte; zeros fill the last one.
         remainders[n:whole] = 0
         if b:
             pack_codes(remainders[:whole], b, rest[group * b // 8 :])
