@@ -23,6 +23,7 @@ ALLOWED = {
     "packsaddle.integrations.huggingface": "imports transformers, which is optional",
     "packsaddle.integrations.lightning": "imports lightning, which is optional",
     "packsaddle.compressors.selection": "benchmarks/selection.py measures this internal function",
+    "packsaddle.options.describe": "docs/docstrings.py shows the comments of fields",
     "packsaddle.messages": "experiments/paper/progress.py prints what a terminal must not obey",
     "packsaddle.runs.progress": "experiments/paper/progress.py says the time left as a run does",
 }

@@ -115,7 +115,7 @@ ORIGINS: list[tuple[str, list[str], str]] = [
     (
         "[escape]\ninterval = 3\n",
         ["escape.radius=-1"],
-        "escape.radius=-1: escape: radius of Escape must be positive",
+        "--set escape.radius=-1: escape: radius of Escape must be",
     ),
     ("", ["escape.interval=3"], "--set escape.interval=3: missing key escape.radius"),
     ("", ["lrr=1"], "--set lrr=1: unknown key lrr (did you mean lr?)"),

@@ -44,6 +44,7 @@ class Overlap(Option):
 
     Raises ValueError for a setting that is out of range.
 
+    >>> import torch
     >>> from packsaddle import LocalUpdates, Overlap
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
     >>> local = LocalUpdates(torch.optim.AdamW(model.parameters()), every=30, overlap=Overlap(4, fragments=2))
@@ -77,6 +78,11 @@ class Workers(Option):
 
     With a weight or a sample there is no escape check, and messages are averaged directly; with a sample, no delay.
     Raises ValueError for a setting that is out of range.
+
+    >>> import torch
+    >>> from packsaddle import LocalUpdates, Workers
+    >>> optimizer = torch.optim.SGD(torch.nn.Linear(64, 64).parameters(), lr=0.1)
+    >>> local = LocalUpdates(optimizer, every=30, workers=Workers(weight=1000.0, sample=0.5))
     """
 
     group: Any = own(None)
@@ -156,6 +162,7 @@ class OuterSGD(Option):
 
     Raises ValueError for a setting that is out of range.
 
+    >>> import torch
     >>> from packsaddle import LocalUpdates, OuterSGD
     >>> optimizer = torch.optim.AdamW(torch.nn.Linear(64, 64).parameters())
     >>> local = LocalUpdates(optimizer, every=30, outer=OuterSGD())

@@ -21,7 +21,7 @@ from packsaddle.optim.stages.learning_rates import Rates, is_plain_sgd
 
 @dataclass(frozen=True)
 class EscapeRule:
-    """When the escape check fires, and what it compares (Algorithm 1, lines 4-8)."""
+    """Rule of the escape check: its firing times, and the point whose loss it compares (Algorithm 1, lines 4-8)."""
 
     interval: int  # I, in steps, at least 1; in local updates in rounds, as is every
     radius: float  # R > 0, in the norm of x
@@ -44,9 +44,18 @@ class EscapeRule:
 class Escape(EscapeRule):
     """The escape check (Algorithm 1, lines 4-8).
 
-    `objective()` returns this worker's f_i(x) at the parameters' present values, as a float or 0-dim tensor; f =
-    mean_i f_i is formed here. It is called without gradient, at x_t and at x_t', and should be the same function both
-    times. With several workers the norm is estimated by `sketch`. Raises ValueError for a value that is out of range.
+    Args:
+        interval: I, in steps, at least 1; in local updates in rounds, as is `every`.
+        radius: R > 0, in the norm of x.
+        objective: a function that returns this worker's f_i(x) at the parameters' present values, as a float or 0-dim
+            tensor; f = mean_i f_i is formed here. It is called without gradient, at x_t and at x_t', and should be the
+            same function both times.
+        compare: "x" is line 6 to the letter, f(x_t) < f(x_t'); "y" tests the point that would be accepted,
+            f(x_t - eta e_t) < f(x_t'), at the cost of a dense all-reduce per check.
+        every: steps between tests of the norm; the interval is tested at each step.
+        sketch: estimates the norm with several workers.
+
+    Raises ValueError for a value that is out of range.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, Escape, TopK

@@ -112,19 +112,19 @@ class Noise:
         return given if isinstance(given, Noise) else cls(given)
 
     def at_step(self, step: int) -> float:
-        """Return r at a step."""
+        """Return r at `step`. Raises ValueError if it is negative or not finite."""
         r = float(self.std(step)) if callable(self.std) else float(self.std)
         if not (math.isfinite(r) and r >= 0):
             raise ValueError(f"noise must be finite and not negative, got {r} at step {step}")
         return r
 
     def drawn(self, *, seed: int, step: int) -> GaussianNoise | None:
-        """Return xi_t, or None if r is 0."""
+        """Return xi_t for t = `step` and the workers' shared `seed`, or None if r is 0."""
         r = self.at_step(step)
         return GaussianNoise(r, keys(seed, step, Stream.NOISE)) if r else None
 
     def vector(self, like: Tensor, *, seed: int, step: int) -> Tensor | None:
-        """Return xi_t as a vector like `like`, float[d], or None if r is 0."""
+        """Return xi_t for t = `step` and `seed` as a vector like `like`, float[d], or None if r is 0."""
         noise = self.drawn(seed=seed, step=step)
         if noise is None:
             return None
@@ -133,7 +133,7 @@ class Noise:
         return xi
 
     def check_eager(self) -> "Noise":
-        """Return this noise. Raises ValueError if it must be lazy, for which only `CompressedSGD` is made."""
+        """Return this noise. Raises ValueError if it is lazy, which is for `CompressedSGD` only."""
         if self.lazy:
             raise ValueError("noise must be eager except in CompressedSGD, got lazy=True")
         return self
