@@ -1,4 +1,4 @@
-"""Compression: compressor, exchange and guards, alike for the optimizer, the hooks and local updates."""
+"""Compression: compressor, exchange and guards; one class for the optimizer, the hooks and local updates."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,25 +23,25 @@ class Compression(Option):
 
     Args:
         compressor: C, applied to the concatenation of all compressed tensors; where gradients or local updates are
-            exchanged also a function of the step that gives it (see `RatioRamp`).
+            exchanged also a function of the step that returns it (see `RatioRamp`).
         exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
             "coordinator", or "auto", by predicted bytes (see `select_aggregator`). In local updates also "senders":
             directly, and a coordinate over the workers that sent it, as in SparseLoCo's reference, which breaks
             y = a - mean e.
-        back: what compresses the mean on its way back in "two-way" and "coordinator".
-        dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent dense;
+        back: the compressor of the mean on its way back in "two-way" and "coordinator".
+        dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
             0 compresses everything.
-        decay: factor of the error memory in each step or round, in [0, 1]: below 1 errors are forgotten in time, and
-            with 0 there is no error feedback. `CompressedSGD` takes 1 only.
+        decay: factor of the error memory in each step or round, in [0, 1]: below 1 errors decay, and 0 means no
+            error feedback. It must be 1 in `CompressedSGD`.
         memory: where the error is kept: "buffer" is a vector of its own; "gradient" the parameters' gradients, which
             then must not be cleared, clipped or scaled between steps (see `GradientMemory`); "ef21" is a running
-            estimate of the gradient instead (see `EstimateMemory`). Hooks and local updates take "buffer" only.
-        max_skipped: a step in which a worker's vector is not finite is left out on all of them, and counted; after
-            more than this many in a row NonFiniteError is raised. None takes vectors as they come.
-        compare_every: every this many steps workers compare fingerprints of the parameters and of what
-            they have stepped by (rates, noise), 16 bytes; 0 never does.
-        on_drift: what to do where fingerprints differ: "stop" raises DriftError, "repair" has all take worker 0's.
-        monitor_every: measure the contraction every this many steps; 0 never does.
+            estimate of the gradient instead (see `EstimateMemory`). It must be "buffer" in hooks and local updates.
+        max_skipped: a step in which a worker's vector is invalid is skipped on all workers, and counted; more than this
+            many consecutive skips raise NonFiniteError. None does not check vectors.
+        compare_every: steps between two comparisons over workers of 16 bytes, the fingerprints of the parameters and of
+            the rates and noise that workers step by; 0 never compares.
+        on_drift: action where fingerprints differ: "stop" raises DriftError, "repair" broadcasts worker 0's parameters.
+        monitor_every: steps between two measurements of the contraction; 0 never measures.
 
     Raises ValueError for bad arguments.
 
@@ -65,6 +65,7 @@ class Compression(Option):
     monitor_every: int = field(default=0, metadata={"own": True})
 
     def __post_init__(self) -> None:
+        # A class is callable, so it would pass as a function of the step.
         if isinstance(self.compressor, type):
             name = self.compressor.__name__
             raise ValueError(f"compressor must be made, as RandomK(0.01) or Sign() is, got the class {name} itself")
@@ -79,7 +80,8 @@ class Compression(Option):
         for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
-        if self.memory != "buffer" and self.exchange != "direct":  # others hold errors back, in their messages' units
+        # Other exchanges keep owner errors, in the units of their messages.
+        if self.memory != "buffer" and self.exchange != "direct":
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_dense_below(self.dense_below)
         if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
@@ -92,16 +94,16 @@ class Compression(Option):
 
     @classmethod
     def of(cls, given: "Compressor | Schedule | Compression") -> "Compression":
-        """Return what was given, a compressor or schedule with everything else at its default."""
+        """Return `given`, a compressor or schedule with every other setting at its default."""
         return given if isinstance(given, Compression) else cls(given)
 
     def check_gradients(self) -> None:
-        """Raise ValueError for an exchange that is of local updates alone."""
+        """Raise ValueError for an exchange that is for local updates alone."""
         if self.exchange == "senders":
             raise ValueError('exchange "senders" is for local updates, not for gradients')
 
     def fixed(self) -> Compressor:
-        """Return the compressor where one is for all steps. Raises ValueError for a function of the step."""
+        """Return the one compressor of all steps. Raises ValueError for a function of the step."""
         if not isinstance(self.compressor, Compressor):
             raise ValueError(
                 f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {self.compressor!r}: functions "
@@ -110,7 +112,7 @@ class Compression(Option):
         return self.compressor
 
     def at(self, step: int) -> Compressor:
-        """Return the compressor of a step. Raises ValueError if a schedule gives something else."""
+        """Return the compressor of a step. Raises ValueError if a schedule returns something else."""
         if isinstance(self.compressor, Compressor):
             return self.compressor
         found = self.compressor(step)

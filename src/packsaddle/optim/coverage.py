@@ -27,17 +27,17 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
 class OtherOptimizers:
     """The other optimizers that have stepped in this process, and the parameters that they train.
 
-    `warn` warns, once and on rank 0, if nothing exchanges some of these and a module has both them and `parameters`.
+    `warn` warns, once and on rank 0, if some of these are not exchanged and share a module with `parameters`.
     """
 
     def __init__(self, parameters: Sequence[Tensor], group: Group) -> None:
         self._ours, self._group = parameters, group
         self._stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # ids of the parameters stepped
-        self._has_new = False  # whether there is one that `warn` has not checked
+        self._has_new = False  # there is an optimizer that `warn` has not checked
         _watches.add(self)
 
     def note(self, optimizer: Optimizer) -> None:
-        """Record an optimizer that has stepped, and the parameters that it has stepped first."""
+        """Record an optimizer that has stepped, and the parameters of its first step."""
         if optimizer not in self._stepped:
             trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             self._stepped[optimizer] = {id(p) for p in trained}
@@ -48,6 +48,7 @@ class OtherOptimizers:
         if not self._has_new:
             return
         self._has_new = False
+        # Parameters in one module with ours that no optimizer exchanges: a DistributedDataParallel may average them.
         alone = {o: ids for o, ids in self._stepped.items() if not _is_exchanged(o)}
         ours, theirs = {id(p) for p in self._ours}, set[int]().union(*alone.values())
         found = _beside(ours, theirs - ours) if theirs - ours else {}
@@ -66,7 +67,7 @@ class OtherOptimizers:
 
 
 class _Watches:
-    """All `OtherOptimizers`, which torch's one hook for all optimizers notes steps in.
+    """All `OtherOptimizers`, notified of steps by torch's one hook for all optimizers.
 
     The hook stays: torch may be calling its hooks while a garbage collection would remove it.
     """
@@ -91,7 +92,7 @@ _watches = _Watches()
 
 
 def _is_exchanged(optimizer: Optimizer) -> bool:
-    """Tell if local updates exchange an optimizer's steps, or it does so alone."""
+    """Return True if local updates exchange an optimizer's steps, or the optimizer does so itself."""
     return getattr(optimizer, "exchanged_by", None) is not None or hasattr(optimizer, "channel")
 
 

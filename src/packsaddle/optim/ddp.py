@@ -1,7 +1,7 @@
 """Compressed exchange behind DistributedDataParallel, with any optimizer: two lines in a script that has it.
 
 `register_ddp_hook` and `attach` return a `DDPHook` (see `ddp_hook`): the bytes, the steps, the error memory, and how to
-save it. `keep_gradients_local` has DistributedDataParallel exchange nothing, for `LocalUpdates`.
+save it. `keep_gradients_local` disables the exchange of DistributedDataParallel, for `LocalUpdates`.
 """
 
 import warnings
@@ -47,32 +47,32 @@ def register_ddp_hook(
     optimizer: Optimizer | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> DDPHook:
-    """Let DistributedDataParallel exchange its gradients compressed, perturbed and with error feedback; collective.
+    """Average the gradients of a DistributedDataParallel with compression, noise and error feedback; collective.
 
-    Every worker's p.grad after a backward pass is the mean of what all workers sent, and any optimizer may use it. With
+    Every worker's p.grad after a backward pass is the mean of all workers' messages, and any optimizer may use it. With
     plain SGD and scope="model" the run is that of `CompressedSGD` (with eager noise), step by step.
 
     Args:
-        model: what DistributedDataParallel made, on which no hook has been registered yet.
-        compressor: C, or a function of the step that gives it (see `RatioRamp`), or a `Compression`, which also says
-            how messages are averaged, which tensors go dense and what is checked on the way; its memory must be
-            "buffer" and its on_drift "stop".
+        model: a DistributedDataParallel without a communication hook.
+        compressor: C, or a function of the step that returns it (see `RatioRamp`), or a `Compression`, which also sets
+            how messages are averaged, which tensors are sent uncompressed and which checks are made; its memory must
+            be "buffer" and its on_drift "stop".
         noise: as in `CompressedSGD`, but not lazy.
         escape: the escape check of lines 4-8, made after each step of `optimizer`, which must be plain SGD.
-        start_step: steps to exchange uncompressed first.
+        start_step: the number of first steps that are exchanged uncompressed.
         seed: as in `CompressedSGD`.
-        scope: what is compressed as one vector: each of DDP's buckets, during the backward pass, or all of the
-            model at its end, as Algorithm 1 has it.
-        optimizer: what steps, to be kept from stepping where an exchange was not taken. If it is plain SGD the error
+        scope: the vector that is compressed: each of DDP's buckets ("bucket"), during the backward pass, or all of the
+            model ("model") at its end, as in Algorithm 1.
+        optimizer: the optimizer of the model, whose step is skipped after a rejected exchange. With plain SGD the error
             memory follows its learning rates, so that y = x - eta e does not jump; with any other it stays as it is.
-        scaler: the GradScaler whose scale is in the gradients; the error memory is then kept without it.
+        scaler: the GradScaler whose scale is in the gradients; the error memory is kept unscaled.
 
-    Where a worker's gradient is not finite the exchange is not taken: error memories, noise and step count stay as they
-    were, and every worker finds a NaN in its gradients, so that scalers skip the step on all of them together. It is
-    logged by the worker whose it was, with the name of the parameter (on a CPU), and entered in `hook.skips`. More than
-    `max_skipped` in a row raise NonFiniteError in the backward pass (with None they never do, and `optimizer` has
-    their NaNs), and parameters that are found to differ DriftError on all workers.
-    If gradients are computed and the hook is never called (the model is run past DistributedDataParallel, as
+    If a worker's gradient is invalid, all workers reject the exchange: error memories, noise and step count are rolled
+    back, and every worker's gradients have NaNs, so that scalers skip the step on all of them together. The worker with
+    the invalid gradient logs the name of the parameter (on a CPU), and `hook.skips` records the step. More than
+    `max_skipped` consecutive rejections raise NonFiniteError in the backward pass (with None they never do, and
+    `optimizer` receives the NaNs). Parameters that are found to differ raise DriftError on all workers.
+    If gradients are computed and the hook is never called (the model is run without DistributedDataParallel, as
     `model.module(x)`), the next forward pass raises RuntimeError.
 
     Raises TypeError or ValueError for bad arguments, also if workers differ in them, RuntimeError for a second hook.
@@ -95,6 +95,7 @@ def register_ddp_hook(
             f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
+    # The options, each alone and with this model.
     spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
     rules = HookOptions(spec, scope, start_step, as_seed(seed))
     _check_types(optimizer, scaler)
@@ -102,16 +103,19 @@ def register_ddp_hook(
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
+    # Lines 9-12 in the backward pass, lines 4-8 after the optimizer's step.
     channel, rates = Communicator(group_like(model), Ledger()), Rates(optimizer, found)
     scale = (lambda: 1.0) if scaler is None else scaler.get_scale
     hook = DDPHook(model.module, channel, rules, found, noise, rates, scale)
     if escape is not None:
         checker = EscapeAfterStep(escape, hook, optimizer, found, rates, dense_below=spec.dense_below, seed=rules.seed)
         hook.parts["escape"] = checker
+    # All workers must have been given the same.
     same = {**rules.agreement(), "noise": noise, "escape": escape, "lr": rates.now()}
     same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
+    # A rejected exchange leaves NaNs in the gradients, by which no optimizer should step.
     if scaler is not None:
         hook.trust(scaler)
     if optimizer is not None:
@@ -122,12 +126,12 @@ def register_ddp_hook(
 
 
 def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
-    """Register the hook on the DistributedDataParallel in what a framework made of a model.
+    """Register the hook on the DistributedDataParallel within a model that a framework has wrapped.
 
     It is found through torch.compile and other wrappers. `arguments` and `options` are those of `register_ddp_hook`.
     If there is no DistributedDataParallel and one worker, there is nothing to exchange, and None is returned.
-    Raises TypeError if there is none, or more than one, among several workers, or if the model is sharded by FSDP; and
-    what `register_ddp_hook` raises.
+    Raises TypeError for more than one, for none among several workers, and for a model that FSDP shards; and the errors
+    of `register_ddp_hook`.
 
     >>> import torch
     >>> import packsaddle
@@ -141,6 +145,7 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
             "model is sharded by FSDP, whose gradients are already reduced over workers when its hooks see them; "
             "see packsaddle.register_fsdp_hook"
         )
+    # One worker has nothing to exchange, so a script may run on it unchanged.
     if not found and training_group(None).size == 1:
         if options.get("noise") or options.get("escape") is not None:
             warnings.warn("there is one worker and no exchange, so no noise and no escape check either", stacklevel=2)
@@ -219,9 +224,10 @@ def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
 
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
-    """Raise at a forward pass if gradients came before it that should have gone through the hook and did not."""
-    for handle in _guards.pop(model.module, ()):  # of a DistributedDataParallel before this one
+    """Raise RuntimeError at a forward pass if gradients before it should have passed through the hook and did not."""
+    for handle in _guards.pop(model.module, ()):  # of an earlier DistributedDataParallel
         handle.remove()
+    # One gradient shows that a backward pass ran; a pass within no_sync does not call the hook.
     last = [p for p in model.module.parameters() if p.requires_grad][-1]
     missed, synchronized = False, True
 
@@ -232,6 +238,7 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
     def on_forward(module: nn.Module, _: Any) -> None:
         nonlocal synchronized
         synchronized = model.require_backward_grad_sync  # DDP goes by what it is in the forward pass
+        # One call proves that DistributedDataParallel uses the hook.
         if hook.calls:
             for handle in handles:
                 handle.remove()

@@ -37,7 +37,7 @@ class Stateful(Protocol):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Gradients that DistributedDataParallel hands over together; to be replaced by their means, in place."""
+    """Gradients that DistributedDataParallel exchanges together; the hook replaces them by their means, in place."""
 
     index: int  # 0 is the first of a backward pass
     is_last: bool
@@ -49,7 +49,7 @@ class Bucket:
 class DDPHook(GradientHook):
     """The hook of `register_ddp_hook`: it exchanges the buckets of each backward pass.
 
-    `places` are the parameters of `module`, the model; `scale()` is what gradients are multiplied by when they come.
+    `places` are the parameters of `module`, the model; `scale()` returns the factor of the incoming gradients.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -77,23 +77,25 @@ class DDPHook(GradientHook):
     ) -> None:
         super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
         self.resets: list[Reset] = []  # firings of the escape check
-        self.parts: dict[str, Stateful] = {}  # what else is saved with this
+        self.parts: dict[str, Stateful] = {}  # other parts of the saved state, by name
         self._module, self._places, self._rates, self._scale = module, places, rates, scale
         self._named = {id(place.parameter): place for place in places}
         self.device = places[0].parameter.device
         self._perturbation = noise
         self._background = Background(self.device)
+        # Slices are made as buckets come, since DistributedDataParallel may rebuild its buckets.
         self._slices: dict[frozenset[str], GradientSlice] = {}
-        self._loose: dict[str, Tensor] = {}  # error memory that is in no slice, by parameter
-        self.calls = 0  # buckets that DDP has handed over
+        self._loose: dict[str, Tensor] = {}  # error memory of parameters without a slice, by name
+        self.calls = 0  # buckets received from DDP
+        # The running backward pass, or the last one.
         self._waiting: list[tuple[Bucket, Promise]] = []
-        self._noise: GaussianNoise | None = None  # of the running backward pass, or of the last
+        self._noise: GaussianNoise | None = None
         self._factors: Mapping[str, float] = {}
-        self._scaled = 1.0  # what the gradients are multiplied by
-        self._failure: Exception | None = None  # of a bucket of that pass
+        self._scaled = 1.0  # the factor of the gradients
+        self._failure: Exception | None = None  # of one of its buckets
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
-        """Take a bucket; its means come with the future. Called in order by DDP, in the backward pass."""
+        """Submit a bucket; the future returns its means. DDP calls this in order, in the backward pass."""
         self.calls += 1
         if bucket.index == 0:
             self._check_parameters()
@@ -125,9 +127,9 @@ class DDPHook(GradientHook):
         return [self._named[id(p)].name for p in parameters]
 
     def _exchange(self, buckets: Sequence[Bucket]) -> None:
-        """Average some buckets as one vector, in place; not if another of the same pass has failed.
+        """Average buckets as one vector, in place; raise the error of an earlier bucket of the pass again.
 
-        DDP hands over the rest of a pass whatever became of its first buckets.
+        DDP sends all buckets of a pass, also after an error.
         """
         if buckets[0].index == 0:
             self._failure = None
@@ -164,7 +166,7 @@ class DDPHook(GradientHook):
         self._rates.settle(taken=taken)
 
     def _slice(self, names: frozenset[str]) -> GradientSlice:
-        """Return the slice of these parameters; if DDP has made its buckets anew, out of what the old ones hold."""
+        """Return the slice of these parameters; if DDP has rebuilt its buckets, with the old slices' memories."""
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
@@ -176,17 +178,17 @@ class DDPHook(GradientHook):
 
     @property
     def uncompressed(self) -> Bytes:
-        """The bytes of as many exchanges without the hook: ring all-reduces of gradients."""
+        """The bytes of the same number of exchanges without the hook: ring all-reduces of gradients."""
         exchanges = self.steps + self.skipped
         d = sum(place.size * place.parameter.element_size() for place in self._places)
         return ring_all_reduce(exchanges * d, self.channel.group.size)
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's e^(i), in units of a gradient, by parameter, with its share of what the exchange holds.
+        """Return this worker's e^(i) by parameter, in units of a gradient, with its share of the owner errors.
 
-        Each is shaped as its parameter, in float32 or wider. The mean over workers is all that has not been
-        applied yet. In a backward pass it is that of the step before.
+        Each is shaped as its parameter, in float32 or wider. The mean over workers is the sum of all updates that have
+        not been applied yet. In a backward pass it is that of the previous step.
         """
         self._settle()
         found = {place.name: torch.zeros_like(place.parameter, dtype=torch.float32) for place in self._places}
@@ -198,7 +200,7 @@ class DDPHook(GradientHook):
 
     @torch.no_grad()
     def forget(self, lost: Mapping[str, Tensor]) -> None:
-        """Set e to zero (line 7), or to `lost`, by parameter and shaped as it, in units of a gradient."""
+        """Reset e to zero (line 7), or to `lost`, by parameter and shaped as it, in units of a gradient."""
         self._settle()
         self._loose = {name: error.clone() for name, error in lost.items()}
         for part in self._slices.values():
@@ -208,12 +210,13 @@ class DDPHook(GradientHook):
                     view.copy_(self._loose.pop(place.name))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state: e^(i) by parameter, the step, what the exchange holds, the ledger's totals.
+        """Return this worker's state: e^(i) by parameter, the step, the owner errors, the ledger's totals.
 
-        Tensors and plain types only; each worker has its own. With scope="bucket" what a two-way exchange holds back is
-        in the error memory of its owner, since buckets may differ when it is loaded: nothing is lost, but only
-        with scope="model" does a run continue bit for bit.
+        Tensors and plain types only; each worker has its own. With scope="bucket" the owner errors of a two-way
+        exchange are in the error memory of their owner, since buckets may differ at loading: no update is lost, but
+        only with scope="model" does a run continue bitwise identically.
         """
+        # One slice of the whole model is the same at loading, so its owner errors are restored as such.
         pending, held = self.memory(), dict[str, Any]()
         if self._rules.scope == "model":
             for part in self._slices.values():
@@ -234,7 +237,7 @@ class DDPHook(GradientHook):
         }
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state`."""
+        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
         check_format(state, "register_ddp_hook")
         check_identity(state["identity"], self._identity())
         pending = state["pending"]
@@ -251,10 +254,11 @@ class DDPHook(GradientHook):
                 )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
+        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
         self.check_state_dict(state)
         pending = state["pending"]
         self._settle()
+        # Errors wait by parameter until buckets come and make slices.
         self._slices = {}
         self._step_rates.clear()
         self._loose = {name: error.to(self.device, copy=True) for name, error in pending.items()}
@@ -270,7 +274,7 @@ class DDPHook(GradientHook):
             part.load_state_dict(state["parts"][name])
 
     def _identity(self) -> dict[str, Any]:
-        """Return what must be equal at loading and at saving."""
+        """Return the settings that must be equal at saving and at loading."""
         group = self.channel.group
         return {
             "seed": self._rules.seed,
@@ -284,7 +288,7 @@ class DDPHook(GradientHook):
     def split_state(
         self, state: Mapping[str, Any], workers: int
     ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
-        """Return what of a `state` of `workers` others get the mean of, by place, and what they all get."""
+        """Return the tensors of a `state` of `workers` to be averaged, by place, and the rest, identical on all."""
         pending = {name: error.double() for name, error in state["pending"].items()}
         held = state["held"].get("vectors", {})
         for vector in held.values():  # owners' errors of the mean, on the compressed coordinates
@@ -301,7 +305,7 @@ class DDPHook(GradientHook):
         return {(name,): error for name, error in pending.items()}, rest
 
     def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
-        """Put means in a state, in place, and make it this worker's."""
+        """Write means into a state, in place, and set its rank and number of workers to this worker's."""
         for (name,), mean in means.items():
             state["pending"][name] = mean.to(state["pending"][name].dtype)
         for vector in state["held"].get("vectors", {}).values():

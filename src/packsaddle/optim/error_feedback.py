@@ -1,8 +1,8 @@
 """Error feedback on one slice of the parameters: lines 10 and 12 of Algorithm 1, once for the optimizer and the hooks.
 
 An `ErrorFeedback` owns a slice's memory and the aggregator that averages what is sent of it. A `Round` of it is one
-exchange, and a transaction: `correct`, `exchange`, `absorb` try it, `settle` takes it or forgets it as a whole. Line 11
-stands between exchange and absorb, and belongs to who has the round, as some move x and others fill gradients.
+exchange, and a transaction: after `correct`, `exchange` and `absorb`, `settle` commits it or rolls it back as a whole.
+Line 11, between exchange and absorb, is the caller's: some callers move x, others fill gradients.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,29 +42,29 @@ class ErrorFeedback:
         return self._aggregator
 
     def use(self, aggregator: Aggregator | None) -> None:
-        """Go on with another aggregator; what the last one held back goes to the memory, so that nothing is lost."""
+        """Switch to another aggregator. The residual of the old one is added to the memory, so no update is lost."""
         if self._aggregator is not None:
             self.memory.vector.copy_(self._aggregator.add_residual(self.memory.vector, self.channel.group.size))
         self._aggregator = aggregator
-        self.held()  # so that its vectors are as long as the memory
+        self.held()  # allocates its vectors, as long as the memory
 
     def round(self, step: int) -> "Round":
         """Begin an exchange."""
         return Round(self, step)
 
     def held(self) -> dict[str, Tensor]:
-        """Return what the aggregator holds back, float[n] each, by name; not copies."""
+        """Return the aggregator's residuals by name, float[n] each; views."""
         return self._aggregator.vectors(self.memory.vector) if self._aggregator is not None else {}
 
     def pending(self) -> Tensor:
-        """Return this worker's share of all that has not been applied yet, float[n]; not a copy if it need not be."""
+        """Return this worker's share of the unapplied updates, float[n]; may be a view."""
         pending = self.memory.pending()
         if self._aggregator is None:
             return pending
         return self._aggregator.add_residual(pending, self.channel.group.size)
 
     def reset(self, lost: Tensor | None = None) -> None:
-        """Clear e (line 7), or set it to `lost`, float[n], and forget what the aggregator holds back."""
+        """Clear e (line 7), or set it to `lost`, float[n], and clear the aggregator's residuals."""
         self.memory.reset(lost)
         if self._aggregator is not None:
             self._aggregator.reset()
@@ -73,8 +73,8 @@ class ErrorFeedback:
 class SliceFeedback(ErrorFeedback):
     """Error feedback on a slice of a vector of which `whole` coordinates are compressed in all.
 
-    The compressor may change from round to round, and the aggregator follows it. The slice that is all of the vector
-    has the seed as it is, and so the run that `CompressedSGD` gives; others have one of their own.
+    The compressor may change from round to round, and the aggregator follows it. A slice that is all of the vector uses
+    `seed` itself, so that its run is that of `CompressedSGD`; others derive seeds of their own.
     """
 
     def __init__(self, of: Slice, compression: Compression, channel: Communicator, seed: int, whole: int) -> None:
@@ -83,18 +83,19 @@ class SliceFeedback(ErrorFeedback):
         )
         self.of, self._compression, self._whole = of, compression, whole
         self._compressor: Compressor | None = None  # of the whole vector
-        self._by_size: Compressor | None = None  # what it is on this slice, if only its size counts
+        self._by_size: Compressor | None = None  # on this slice, by its size alone
 
     def changes_for(self, compressor: Compressor) -> bool:
-        """Tell if `prepare` will take another aggregator for this compressor."""
+        """Return True if `prepare` would switch to another aggregator for this compressor."""
         return compressor != self._compressor
 
     def prepare(self, compressor: Compressor, allotted: Compressor | None = None) -> None:
-        """Have the aggregator of this compressor; what another one holds back goes to the error memory.
+        """Switch to the aggregator of this compressor; the residual of another one is added to the error memory.
 
-        `allotted` is what it is on this slice, where that depends on the others.
+        `allotted` is the compressor on this slice, where its budget depends on the other slices.
         """
         if self.changes_for(compressor):
+            # Lossless messages are averaged directly: their mean needs no second compression.
             n, spec = self.of.compressed_d, self._compression
             self._by_size = self._restricted(compressor)
             chosen = choose(
@@ -109,6 +110,7 @@ class SliceFeedback(ErrorFeedback):
             self.use(chosen.aggregator)
             self._compressor = compressor
         assert self._by_size is not None
+        # The budget may change in each step, and the aggregator keeps its residuals.
         self.aggregator.adopt(allotted or self._by_size)
 
     def _restricted(self, compressor: Compressor) -> Compressor:
@@ -116,12 +118,12 @@ class SliceFeedback(ErrorFeedback):
         return compressor.restrict(n, self._whole).for_tensors(self.of.shapes) if n else compressor
 
     def fold(self) -> None:
-        """Move what the aggregator holds back into the error memory, so that nothing is lost when it goes."""
+        """Move the aggregator's residuals into the error memory, and drop the aggregator."""
         self.use(None)
         self._compressor = None
 
     def held_state(self) -> dict[str, Any]:
-        """Return what the aggregator holds and for which compressor, tensors and plain types; {} if there is none."""
+        """Return the aggregator's residuals, state and compressor, tensors and plain types; {} without one."""
         if self._compressor is None:
             return {}
         n = self.of.compressed_d
@@ -129,7 +131,7 @@ class SliceFeedback(ErrorFeedback):
         return {"compressor": identify(self._compressor), "vectors": copies, "state": self.aggregator.state_dict()}
 
     def restore(self, held: Mapping[str, Any], compressor: Compressor) -> None:
-        """Have this compressor's aggregator hold what was saved; if another's did, the error memory has it."""
+        """Restore residuals to this compressor's aggregator; those of another one are added to the error memory."""
         if not held:
             return
         self.prepare(compressor)
@@ -138,13 +140,13 @@ class SliceFeedback(ErrorFeedback):
             for name, there in mine.items():
                 there[:n].copy_(held["vectors"][name])
             self.aggregator.load_state_dict(held["state"], vector.device)
-        else:  # what aggregators hold in vectors is their owner's error of the mean
+        else:  # their vectors are owner errors, of the mean
             for there in held["vectors"].values():
                 vector[:n].add_(there.to(vector.device), alpha=self.channel.group.size)
 
 
 class Round:
-    """One exchange in the making. As a context it is taken at the end if `absorb` was reached, else forgotten."""
+    """One exchange. As a context manager it commits at the end if `absorb` was reached, and else rolls back."""
 
     def __init__(self, feedback: ErrorFeedback, step: int) -> None:
         self._memory, self._aggregator = feedback.memory, feedback.aggregator
@@ -157,9 +159,9 @@ class Round:
         return self._memory.correct(update)
 
     def exchange(self, v: Tensor, extras: Sequence[Tensor] = ()) -> tuple[Averaged, list[Tensor]]:
-        """Average C(v) over workers, v's dense part as it is, and `extras`, float[m] each; collective (line 10).
+        """Average C(v) over workers, v's uncompressed part as it is, and `extras`, float[m] each; collective (line 10).
 
-        Extras travel in the dense part, so there is no other collective; their means are the second result.
+        Extras are sent in the uncompressed part, without another collective; their means are the second result.
         """
         n = self._memory.compressed_d
         dense = torch.cat([v[n:], *extras]) if any(len(extra) for extra in extras) else v[n:]
@@ -168,12 +170,12 @@ class Round:
         return replace(g, dense=mean), [other.clone() for other in others]
 
     def absorb(self, g: Averaged, lost: Tensor | None = None) -> None:
-        """Keep what was not sent: e^(i) <- v - C(v) (line 12), plus `lost`, float[n], which could not be applied."""
+        """Keep the residual: e^(i) <- v - C(v) (line 12), plus `lost`, float[n], the part that was not applied."""
         self._memory.absorb(g.own, lost)
         self.taken = True
 
     def settle(self, *, taken: bool) -> None:
-        """Make the step that was tried the state, or be as before it."""
+        """Commit the exchange, or roll back."""
         if not taken:
             self._aggregator.restore(self._held)
         self._held = None

@@ -1,8 +1,8 @@
 """A fragment: some parameters whose local updates are exchanged together, with their anchor and error memory.
 
-The anchor a, float[n] in at least single precision, is where all workers last agreed to be. A worker's pseudo-gradient
-is what it has moved since, a - x. One exchange of it is a `Flight`: it starts, is carried out at once or during the
-next steps, and lands.
+The anchor a, float[n] in at least float32, has the parameters on which all workers last agreed. A worker's
+pseudo-gradient is its change since then, a - x. One exchange of it is a `Flight`, carried out immediately or during the
+next steps, and then applied or rejected.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,30 +28,29 @@ from packsaddle.optim.stages.noise import GaussianNoise
 
 @dataclass
 class Flight:
-    """One exchange of a fragment, from its start to its landing."""
+    """One exchange of a fragment, from its start until it is applied or rejected."""
 
-    due: int  # the inner step after which it lands
-    round: Round | None  # None once the memory has been settled
-    v: Tensor  # float[n]: decay e + a - x + xi, then what was not sent of it
-    bad: Tensor  # bool[]: this worker's v was of no use
-    name: str = ""  # of the first parameter of which it was not
-    before: list[Tensor] = field(default_factory=list)  # x at the start, where it lands later
+    due: int  # the inner step after which it is applied
+    round: Round | None  # None once the memory is committed or rolled back
+    v: Tensor  # float[n]: decay e + a - x + xi, then its residual
+    bad: Tensor  # bool[]: this worker's v is invalid
+    name: str = ""  # the first parameter whose part of v is invalid
+    before: list[Tensor] = field(default_factory=list)  # x at the start, if it moves until the end; empty: it does not
     averaged: Averaged | None = None
-    mean: Tensor | None = None  # float[n], where it lands later or an outer optimizer takes it
-    verdict: Tensor | None = None  # float[2]: the share of workers whose v was of no use; the mean's magnitude
-    names: list[str] = field(default_factory=list)  # by worker, of what could not be used
-    taken: bool | None = None  # whether all take it, once known
-    headers: Tensor | None = None  # int64[W, 2], of all workers' calls and steps, where they are yet to be compared
-    promise: Promise | None = None  # of the exchange, where it is carried out in the background
-    share: float = 1.0  # what v was multiplied by where it was sent; 0: this worker only listens, and keeps its update
+    mean: Tensor | None = None  # float[n], with a delay or an outer optimizer
+    verdict: Tensor | None = None  # float[2]: fraction of workers whose v is invalid; the mean's magnitude
+    names: list[str] = field(default_factory=list)  # the invalid parameter of each worker, by rank
+    taken: bool | None = None  # True: applied; False: rejected; None: not known yet
+    headers: Tensor | None = None  # int64[W, 2], calls and steps by rank, still to be compared
+    promise: Promise | None = None  # of an exchange in the background
+    share: float = 1.0  # weight of this worker's v; 0: it receives the mean but keeps its own update
 
 
 @dataclass(frozen=True)
 class PseudoGradient:
-    """The update of a fragment's memory, float[n]: what this worker has moved, a - x, and shared noise.
+    """The update of a fragment's memory, float[n]: the local update start - x, `Fragment.owed` and shared noise.
 
-    Of 16-bit parameters x began at the anchor rounded to 16 bits, so that is what they have moved from. `Fragment.owed`
-    is added.
+    A 16-bit x started at the start point rounded to 16 bits, so the local update is the change since that.
     """
 
     of: "Fragment"
@@ -61,10 +60,11 @@ class PseudoGradient:
     def add(self, base: Shaped, out: Shaped) -> None:
         """Set out to decay base + start - x + owed + xi, both float[n]; out is not base."""
         share, xs = self.decay, self.of.tensors()
+        # v = decay e + start - x, where start = a - e is folded in: (a - x) + (decay - 1) e
         starts: Sequence[Tensor] = self.of.anchor.views
         if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(xs, starts, strict=True)):
-            share -= 1.0  # a - e - x + decay e, without a pass for a - e
-        elif self.of.keeps:
+            share -= 1.0
+        elif self.of.keeps:  # with start rounded to x's precision, so made as a vector
             starts = self.of.starts()
         for x, start, v in zip(xs, starts, out.views, strict=True):
             x = x.to(start.device)
@@ -88,8 +88,8 @@ class PseudoGradient:
 class Fragment(Slice):
     """Some parameters, their anchor and their error memory.
 
-    `d` is the number of coordinates that all fragments compress together, and `parameters` are the optimizer's, by
-    name, of which `places` tell the parts on this process.
+    `d` is the number of compressed coordinates of all fragments, and `parameters` are the optimizer's, by name, of
+    which this process has the parts in `places`.
     """
 
     def __init__(
@@ -107,44 +107,44 @@ class Fragment(Slice):
         keep: bool,
     ) -> None:
         super().__init__(places, device)
-        self.keeps = keep  # x begins again at a - e
+        self.keeps = keep  # the start point is a - e
         self._every, self._offset = every, offset
         self.parameters = [parameters[place.name] for place in self.places]
         self.anchor = self.zeros()
-        self.leaves = [nn.Parameter(view) for view in self.anchor.views]  # the anchor, as an outer optimizer takes it
+        self.leaves = [nn.Parameter(view) for view in self.anchor.views]  # the anchor, for an outer optimizer
         self.meet()
         self.feedback = SliceFeedback(self, compression, channel, seed, d)
         self.monitor = SlicedMonitor(compression.monitor_every)
-        self.rounds = 0  # t: exchanges that were taken
+        self.rounds = 0  # t: applied exchanges
         self.flight: Flight | None = None
         # float[n]: update missing from start - x, because the start moved without x or x was rounded; None: 0
         self.owed: Tensor | None = None
 
     def is_due(self, step: int) -> bool:
-        """Tell if an exchange begins after inner step n, from 1: (n + offset) % every = 0."""
+        """Return True if an exchange begins after inner step n, from 1: (n + offset) % every = 0."""
         return (step + self._offset) % self._every == 0
 
     def until_due(self, step: int) -> int:
-        """Return how many inner steps after n an exchange begins, from 1."""
+        """Return the number of inner steps from n to the next exchange, at least 1."""
         return self._every - (step + self._offset) % self._every
 
     def tensors(self) -> list[Tensor]:
-        """Return this process's part of each parameter; not copies."""
+        """Return this process's part of each parameter; views."""
         return [local_part(p) for p in self.parameters]
 
     def starts(self) -> list[Tensor]:
-        """Return where x begins after an exchange, by parameter: the anchor, or there less what was not sent."""
+        """Return the start point of x after an exchange, by parameter: a, or a - e; may be views of a."""
         if not self.keeps:
             return self.anchor.views
         return self.views(self.anchor.flat - self.feedback.memory.vector)
 
     def meet(self) -> None:
-        """Take x as it is for where all workers have met."""
+        """Set the anchor to the current parameters."""
         for a, x in zip(self.anchor.views, self.tensors(), strict=True):
             a.copy_(x)
 
     def frozen(self, flat: Tensor) -> list[Tensor]:
-        """Return the views of the parameters that are frozen: they take neither noise nor anyone's updates."""
+        """Return the views of the frozen parameters, which receive neither noise nor updates."""
         if all(p.requires_grad for p in self.parameters):
             return []
         return [view for p, view in zip(self.parameters, self.views(flat), strict=True) if not p.requires_grad]
@@ -160,10 +160,10 @@ class Fragment(Slice):
         later: bool = False,
         share: float = 1.0,
     ) -> Flight:
-        """Make v = decay e + a - x + xi; zeros if it is of no use, as `agree` says on all shards of this worker.
+        """Compute v = decay e + a - x + xi, zeros if it is invalid on any shard of this worker (`agree`).
 
-        `later` the exchange ends at another step, and with a `share` of 0 the worker keeps its update: then x is to go
-        on from where it is.
+        If the exchange ends `later`, at another step, or if the worker keeps its update (a `share` of 0), x continues
+        from its current value.
         """
         self._prepare(compressor)
         began = [] if share else [s.to(x, copy=True) for s, x in zip(self.starts(), self.tensors(), strict=True)]
@@ -181,7 +181,7 @@ class Fragment(Slice):
         return self.flight
 
     def _prepare(self, compressor: Compressor) -> None:
-        """Have this compressor's aggregator. What another one held back goes to the memory, and x goes along."""
+        """Switch to this compressor's aggregator. The residual of another one is added to e, and x moves with a - e."""
         memory, changes = self.feedback.memory.vector, self.feedback.changes_for(compressor)
         before = memory.clone() if self.keeps and changes and self.feedback.held() else None
         self.feedback.prepare(compressor)
@@ -192,16 +192,18 @@ class Fragment(Slice):
             self._set(x.to(wide(x)) - part.to(x.device, wide(x)) for x, part in pairs)
 
     def send(self, flight: Flight, step: int, *, senders: bool, dense: bool) -> None:
-        """Exchange C(share v) and absorb what it leaves; collective, and perhaps in another thread.
+        """Exchange C(share v) and absorb the residual; collective, possibly in another thread.
 
-        `dense` computes the mean as a vector, as `senders` does anyway: there it is over those that sent a coordinate.
+        `dense` computes the mean as a vector. So does `senders`, over the workers that sent a coordinate.
         """
         r, channel = flight.round, self.feedback.channel
         assert r is not None
         channel.step = step
+        # Line 10: the mean of C(share v), and with it the fraction of invalid vectors.
         v = flight.v if flight.share == 1.0 else flight.v * flight.share
         g, (share,) = r.exchange(v, [flight.bad.reshape(1).to(v)])
         flight.verdict = torch.stack([share[0].double(), g.magnitude()])
+        # Line 12: e <- v - C(share v) / share
         if flight.share not in (0.0, 1.0):
             g = replace(g, own=tuple(replace(term, weight=term.weight / flight.share) for term in g.own))
         if flight.share:
@@ -214,13 +216,13 @@ class Fragment(Slice):
             self.name_bad(flight)
 
     def name_bad(self, flight: Flight) -> None:
-        """Learn whose v was of no use, if anyone's was and it is not known yet; collective."""
+        """Gather the names of invalid parameters if a v is invalid and they are unknown; collective."""
         assert flight.verdict is not None
         if flight.verdict[0] > 0 and not flight.names:
             flight.names = self.feedback.channel.gather_text(flight.name, flight.v.device, "guard")
 
     def _mean(self, g: Averaged, *, senders: bool) -> Tensor:
-        """The mean over workers, float[n]; with `senders` a coordinate's mean over those that sent it."""
+        """Return the mean over workers, float[n]; with `senders` that of a coordinate over those that sent it."""
         n, total = self.compressed_d, self.zeros().flat
         for term in g.mean:
             term.add_to(total[:n], 1.0)
@@ -234,7 +236,7 @@ class Fragment(Slice):
         return total
 
     def finish(self, flight: Flight) -> bool:
-        """Learn the outcome of a finished exchange, and settle the memory; return whether all take it."""
+        """Read the outcome of a finished exchange; commit or roll back the memory. Return True if it is applied."""
         if flight.taken is None:
             assert flight.verdict is not None
             assert flight.round is not None
@@ -248,20 +250,20 @@ class Fragment(Slice):
         assert flight.round is not None
         flight.round.settle(taken=taken)
         if taken:
-            self.owed = None  # v had it
+            self.owed = None  # v included it
         self.monitor.settle(flight.round.step, taken=taken)
         flight.round = None
 
     def forget(self) -> None:
-        """Be as before the exchange that was begun, if there is one that has not been taken."""
+        """Cancel the current exchange and roll back the error memory, unless already committed."""
         flight, self.flight = self.flight, None
         if flight is not None and flight.round is not None:
             self._settle(flight, taken=False)
 
     def land(self, outer: Optimizer | None, blend: float | None) -> Flight:
-        """Move the anchor by the exchange's outcome, and x with it. Returns the flight, which has ended.
+        """Apply the exchange to the anchor, and move x with it. Returns the flight, which has ended.
 
-        If the exchange was not taken, nothing moves but a worker whose x is of no use, which goes back to the anchor.
+        If the exchange is rejected, nothing moves, except that a worker whose v is invalid resets x to its start point.
         """
         flight, self.flight = self.flight, None
         assert flight is not None
@@ -269,6 +271,7 @@ class Fragment(Slice):
             if bool(flight.bad):
                 self.restart()
             return flight
+        # Line 11: a <- a - mean_i C(v_i), or an outer step with that mean as the gradient of a
         self.rounds += 1
         if flight.mean is None:
             assert flight.averaged is not None
@@ -281,11 +284,12 @@ class Fragment(Slice):
             outer.step()
             for leaf in self.leaves:
                 leaf.grad = None
+        # x <- start + (x - before)
         self._move(flight.before, blend)
         return flight
 
     def _move(self, before: Sequence[Tensor], blend: float | None) -> None:
-        """x <- a, and what this worker has moved since the start; with `blend` x <- (1 - blend) a + blend x."""
+        """x <- start + (x - before), or with `blend` (1 - blend) start + blend x; x <- start without `before`."""
         if not before:
             self.restart()
             return
@@ -297,7 +301,7 @@ class Fragment(Slice):
             self._set(torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts)
 
     def _set(self, places: Iterable[Tensor]) -> None:
-        """Move x, except frozen parameters, to places of at least single precision. The rounding of x is owed."""
+        """Set x, except frozen parameters, to `places`, at least float32. The rounding error of x is owed."""
         xs = self.tensors()
         rounds = any(x.dtype != wide(x) for x in xs)
         if rounds and self.owed is None:
@@ -310,11 +314,11 @@ class Fragment(Slice):
                     lost.add_((x.to(place.dtype) - place).to(lost))
 
     def follow(self, before: Sequence[Tensor]) -> None:
-        """Have x as far from where it begins as it was from `before`, where it began earlier."""
+        """Rebase x on the new start point: x <- start + (x - before)."""
         self._move(before, None)
 
     def restart(self) -> None:
-        """Have x where it begins after an exchange."""
+        """Reset x to its start point, with nothing owed."""
         self.owed = None
         if not self.keeps:
             self.go_to(self.anchor.views)
@@ -327,20 +331,20 @@ class Fragment(Slice):
                 x.copy_(a - e)
 
     def go_back(self) -> None:
-        """Discard what this worker has moved: x <- where a running exchange began, if that is usable, or its start."""
+        """Discard local progress: x <- its value at the start of a running exchange, if valid, or its start point."""
         if self.flight is not None and self.flight.before and not bool(self.flight.bad):
             self.go_to(self.flight.before)
         else:
             self.restart()
 
     def go_to(self, places: Sequence[Tensor]) -> None:
-        """Move x, but for frozen parameters."""
+        """Set x, except frozen parameters, to `places`."""
         for p, x, there in zip(self.parameters, self.tensors(), places, strict=True):
             if p.requires_grad:
                 x.copy_(there)
 
     def unapplied(self) -> Tensor:
-        """Return what the anchor has not received of this worker, float[n], after the current exchange."""
+        """Return this worker's updates that are not in the anchor, float[n], after the current exchange."""
         flight, found = self.flight, self.feedback.pending().clone()
         starts: Sequence[Tensor] = self.starts()
         if flight is not None and flight.taken:
@@ -363,6 +367,7 @@ class Fragment(Slice):
             "monitor": self.monitor.state_dict(),
             "flight": None,
         }
+        # A delayed exchange has its outcome already, and is applied at the step that is due.
         if flight is not None:
             before = {place.name: s.clone() for place, s in zip(self.places, flight.before, strict=True)}
             kept: dict[str, Any] = {"due": flight.due, "taken": flight.taken, "before": before, "mean": {}}
@@ -374,7 +379,7 @@ class Fragment(Slice):
         return state
 
     def load_state_dict(self, state: Mapping[str, Any], compressor: Compressor) -> None:
-        """Restore `state_dict`; `compressor` is that of the rounds taken so far."""
+        """Restore `state_dict`; `compressor` is that of its last round."""
         self.rounds = state["rounds"]
         self.monitor.load_state_dict(state["monitor"])
         memory = self.zeros().flat
@@ -385,7 +390,7 @@ class Fragment(Slice):
         self.feedback.memory.vector.copy_(memory)
         self.feedback.restore(state["held"], compressor)
         self.flight = self._flight(state["flight"]) if state["flight"] else None
-        # The residual of another aggregator moves the start of x without x, unless landing will move x to its start.
+        # The residual of another aggregator moves the start point without x, unless a delayed exchange moves x to it.
         owed = self.feedback.memory.vector.sub(memory).mul_(float(self.keeps))
         for place, view in self.named(owed) if state["owed"] else ():
             view.add_(state["owed"][place.name].to(view))
@@ -409,5 +414,5 @@ class Fragment(Slice):
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """Return the precision, at least single, in which x is computed before it is rounded to its own."""
+    """Return the dtype, at least float32, in which x is computed before it is rounded to its own."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -88,8 +88,8 @@ def _mesh(model: nn.Module) -> Any:
 class FSDPHook(GradientHook):
     """The hook of `register_fsdp_hook`. Every sharded module is a slice of its own, with its error memory.
 
-    The modules of a backward pass are one transaction: where one is not finite on some replica none is taken, and all
-    gradients become NaN on all replicas of the shard. Workers that have other shards do not hear of it.
+    The modules of a backward pass are one transaction: if one is invalid on some replica all are rejected, and all
+    gradients become NaN on all replicas of the shard. Workers that have other shards do not detect it.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -101,7 +101,7 @@ class FSDPHook(GradientHook):
     >>> model(torch.rand(8, 64)).square().mean().backward()
     >>> int((hook.memory()[""] == 0).sum())  # of the root module's 4,160 coordinates 10% were sent
     416
-    >>> model(torch.full((8, 64), torch.nan)).square().mean().backward()  # a pass that no replica takes
+    >>> model(torch.full((8, 64), torch.nan)).square().mean().backward()  # a pass that all replicas reject
     >>> hook.steps, hook.skipped, bool(model.weight.grad.to_local().isnan().all())
     (1, 1, True)
     >>> dist.destroy_process_group()
@@ -122,12 +122,12 @@ class FSDPHook(GradientHook):
         self._seeds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._bits: dict[str, Tensor] = {}  # of each module's index among the sharded ones, float[b]
-        self._loose: dict[str, Tensor] = {}  # errors that were loaded, until their modules come
-        self._seen: dict[str, int] = {}  # modules that have come in this backward pass, and autograd's number of it
+        self._loose: dict[str, Tensor] = {}  # loaded errors of modules without a slice
+        self._seen: dict[str, int] = {}  # modules of this backward pass, and autograd's number of it
 
     @torch.no_grad()
     def start(self) -> None:
-        """Take rank 0's parameters on all replicas; collective."""
+        """Broadcast rank 0's parameters to all replicas; collective."""
         for _, local in local_shards(self._model):
             if local.numel():
                 there = local.to(self.device)  # elsewhere only if FSDP offloads to the CPU
@@ -169,7 +169,7 @@ class FSDPHook(GradientHook):
 
     @torch.no_grad()
     def _end(self) -> None:
-        """End a backward pass: modules that came before one that was not finite get their NaNs now."""
+        """End a backward pass: set the gradients of modules before an invalid one to NaN as well."""
         if not self._tried:
             return
         bad = torch.stack(self._bad).sum() > 0
@@ -190,6 +190,7 @@ class FSDPHook(GradientHook):
 
     def _slice(self, name: str, index: int, gradient: Tensor) -> GradientSlice:
         if name not in self._slices:
+            # The first gradient of a module has the size of its slice, padding included.
             place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # a shape alone
             if name in self._loose and len(self._loose[name]) != len(gradient):
                 raise RuntimeError(
@@ -212,7 +213,7 @@ class FSDPHook(GradientHook):
 
     @property
     def uncompressed(self) -> Bytes:
-        """The bytes of as many exchanges without compression: ring all-reduces of gradients.
+        """The bytes of the same number of exchanges without compression: ring all-reduces of gradients.
 
         Modules count from the first backward pass on that this hook has seen.
         """
@@ -221,9 +222,9 @@ class FSDPHook(GradientHook):
 
     @torch.no_grad()
     def memory(self) -> dict[str, Tensor]:
-        """Return this worker's e^(i) by module, float[n], with its share of what the exchange holds back.
+        """Return this worker's e^(i) by module, float[n], with its share of the owner errors.
 
-        In a backward pass it is that of the step before.
+        In a backward pass it is that of the previous step.
         """
         self._settle()
         return self._loose | {name: part.pending() for name, part in self._slices.items()}
@@ -241,9 +242,10 @@ class FSDPHook(GradientHook):
         }
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state`."""
+        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
         check_format(state, "register_fsdp_hook")
         saved, mine = state["identity"], self._identity()
+        # An error memory belongs to one shard on one replica: it is neither split nor merged.
         for what in ("replicas", "shards"):
             if saved.get(what) != mine[what]:
                 raise ValueError(
@@ -261,7 +263,7 @@ class FSDPHook(GradientHook):
             raise ValueError(f"the state has an error of {unknown[0]}, which is no sharded module of this model")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
+        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
         self.check_state_dict(state)
         self._settle(broken_off=True)
         self._slices, self._seeds, self._bits, self._seen = {}, {}, {}, {}
@@ -274,7 +276,7 @@ class FSDPHook(GradientHook):
         self.ledger.load_state_dict(state["ledger"])
 
     def _identity(self) -> dict[str, int]:
-        """Return what must be equal at loading and at saving."""
+        """Return the settings that must be equal at saving and at loading."""
         group, (shard, shards) = self.channel.group, self._shard
         found = {"seed": self._rules.seed, "replica": group.rank, "replicas": group.size}
         return found | {"shard": shard, "shards": shards}
@@ -294,21 +296,21 @@ def register_fsdp_hook(
     Args:
         model: sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, that of one machine, say.
         replicas: the workers with the same shard on other machines: mesh["replicate"].get_group() of a mesh of two.
-        compressor: C for the flat shards of all modules, or a function of the step that gives it, or a `Compression` as
-            in `register_ddp_hook`, but that nothing goes dense. Each module's is one message; TopK and AdaptiveTopK
-            choose among the coordinates of them all, as behind DDP's buckets. Parameters are compared at the end of a
-            backward pass; each shard counts for itself the steps that were not taken.
+        compressor: C for the flat shards of all modules, or a function of the step that returns it, or a `Compression`
+            as in `register_ddp_hook`, except that all is compressed. Each module's is one message; TopK and
+            AdaptiveTopK choose among the coordinates of them all, as behind DDP's buckets. Parameters are compared at
+            the end of a backward pass; each shard counts its own skipped steps.
         noise, start_step, seed: as in `register_ddp_hook`.
 
-    Replicas start from rank 0's parameters: they take them here, or, if the model is on the meta device still, in the
-    first forward pass that records gradients; what is loaded into the model after that stays.
+    Replicas start from rank 0's parameters, broadcast here or, if the model is still on the meta device, in the first
+    forward pass that records gradients; weights that are loaded after that stay.
 
-    Where a gradient, or the mean, is not finite in any module of a backward pass, the pass is not taken: error
-    memories, noise and step count stay as they were, and after it all gradients are NaN on all replicas of the shard.
-    Other shards are not told: clip gradients by their norm, which goes over shards, or use a GradScaler on top, and
-    all skip the step, but where a shard knew nothing its error memory has taken part. `hook.protect(optimizer)` keeps
-    an optimizer without a scaler from the NaNs. Every sharded module must take part in every backward pass that
-    exchanges. A pass raises RuntimeError on all replicas of the shard if they reduce different modules of one size.
+    If a gradient, or the mean, is invalid in any module of a backward pass, the pass is rejected: error memories, noise
+    and step count are rolled back, and after it all gradients are NaN on all replicas of the shard. Other shards do not
+    detect it: clip gradients by their norm, which is over shards, or use a GradScaler as well, and all skip the step,
+    but the error memories of other shards have been committed. `hook.protect(optimizer)` makes an optimizer without a
+    scaler skip steps with NaNs. Every sharded module must be part of every backward pass that exchanges. A pass raises
+    RuntimeError on all replicas of the shard if they reduce different modules of one size.
 
     Raises TypeError if the model is not sharded, and ValueError if its mesh has two dimensions, for an argument that is
     out of range or one that differs between workers.
@@ -330,6 +332,7 @@ def register_fsdp_hook(
         raise TypeError(f"model must have been sharded by fully_shard, got {type(model).__name__}")
     spec, noise, shard = Compression.of(compressor), Noise.of(noise).check_eager(), shard_of(model)
     rules = HookOptions(spec, "bucket", start_step, as_seed(seed))
+    # In flat shards tensors are cut, so none is left to be sent uncompressed, or compressed as a matrix.
     if spec.dense_below not in (0, Compression.dense_below):
         raise ValueError(
             f"dense_below is for whole tensors, and flat shards are compressed as they are, got {spec.dense_below}"
@@ -341,6 +344,7 @@ def register_fsdp_hook(
         )
     channel = Communicator(resolve(replicas), Ledger())
     hook = FSDPHook(model, channel, rules, noise, shard)
+    # All replicas of the shard must have been given the same, and they start from the same x.
     same = {**rules.agreement(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
     same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
@@ -348,7 +352,7 @@ def register_fsdp_hook(
     choose(first, spec.exchange, d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)
     _start(model, hook)
     for index, (name, module) in enumerate(modules):
-        if hasattr(module, "set_reduce_scatter_unused_params"):  # so that a shard has one layout, whatever took part
+        if hasattr(module, "set_reduce_scatter_unused_params"):  # so that the layout of a shard does not change
             module.set_reduce_scatter_unused_params(True)
         module.set_all_reduce_hook(partial(hook.take, name, index))
     return hook

@@ -54,17 +54,17 @@ class Storm:
 class Gradient:
     """u = grad F_i(x) + weight_decay x + xi.
 
-    A parameter without a gradient counts as one whose gradient is zero. Whatever a direction keeps is as it was until
-    `settle` says that the step was taken.
+    A parameter without a gradient counts as one whose gradient is zero. The vectors of a direction change when `settle`
+    commits the step.
     """
 
     kind = "gradient"  # in saved states
     started = True
-    keeps = False  # whether it has a vector of its own, which a step changes
+    keeps = False  # it has a vector of its own, which a step changes
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
-        self.norm: Tensor | None = None  # at least the norm of what was added last, where it cost no pass to know
+        self.norm: Tensor | None = None  # upper bound on that of the last sum; None: would need a pass
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
         """Compute gradients by the closure, if there is one, and return its value."""
@@ -88,7 +88,7 @@ class Gradient:
         self._add_noise(out, scales, extras)
 
     def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
-        """Add scale u to out, float[d], in place, unless that is not finite; then out is as before, up to rounding."""
+        """Add scale u to out, float[d], in place. Return False, with out unchanged up to rounding, if non-finite."""
         squares = add_if_finite(self._sums(out, scales, extras))
         if squares is None:
             return False
@@ -103,23 +103,24 @@ class Gradient:
             view.sub_(grad, alpha=alpha)
 
     def _sums(self, out: Shaped, scales: Sequence[float], extras: Extras) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """A parameter's view of out, its gradient, and the factor of that, for every parameter that has a gradient."""
+        """Yield a view of out, a gradient and its factor, for every parameter that has a gradient."""
         for members, scale in zip(self._flat.members, scales, strict=True):
             for i in members:
                 if (grad := self._flat.parameters[i].grad) is not None:
                     yield out.views[i], grad, scale / extras.scale
 
     def first_bad(self) -> str | None:
-        """Return the name of the first parameter whose gradient cannot be used."""
+        """Return the name of the first parameter with an invalid gradient, None without one."""
         return first_bad(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
     def settle(self, *, taken: bool) -> None:
-        """Make what the step that was tried would keep the state, or forget it."""
+        """Commit the vectors of the step, or roll back."""
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
         in_one_pass = out is not base and out.flat.device.type == "cpu"  # elsewhere a pass is cheaper than many calls
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
+        # norm(base + alpha g) <= the sum of the tensors' norms, which is measured in the pass that adds.
         total = out.flat.new_zeros(())
         self.norm = total if in_one_pass else None
         for members, scale in zip(self._flat.members, scales, strict=True):
@@ -150,25 +151,25 @@ class Gradient:
 
     @property
     def spare_bytes(self) -> int:
-        """The size of the vector that is only there so that a step may be left out, if there is one."""
+        """The size of the vector that exists only to roll a step back, 0 without one."""
         return 0
 
     def vectors(self) -> dict[str, Tensor]:
-        """Return what is kept from step to step, float[d] each, by name."""
+        """Return the vectors kept between steps, float[d] each, by name."""
         return {}
 
     def views(self) -> dict[str, list[Tensor]]:
-        """Return those of the vectors that change places, shaped as the parameters."""
+        """Return the vectors that a step may swap, shaped as the parameters."""
         return {}
 
     def reset(self) -> None:
-        """Forget what was gathered along a segment that was rolled back."""
+        """Clear the vectors, gathered along a segment that was rolled back."""
 
 
 class _Gathered(Gradient):
     """A direction with a vector of its own, float[d], in at least single precision.
 
-    The step that is tried makes another, `_next`; in the same memory if no step is to be left out (not `spare`).
+    A step computes the next one, `_next`; in the same memory if steps are never rolled back (not `spare`).
     """
 
     keeps = True
@@ -193,7 +194,7 @@ class _Gathered(Gradient):
             self.started = True
 
     def _add_next(self, base: Shaped, out: Shaped, scales: Sequence[float], factor: float = 1.0) -> None:
-        """Set out to base + factor scale times the vector that was made of this step."""
+        """Set out to base + factor scale times the next vector."""
         for view in self._flat.frozen(self._next.flat):
             view.zero_()
         for run in self._flat.runs:
@@ -254,6 +255,7 @@ class StormGradient(_Gathered):
         self._here = here = self._flat.x.clone()
         if self._next is not self._now:
             self._next.flat.copy_(self._now.flat)
+        # (1 - a) (d_{t-1} - g(x_{t-1})); afterwards p.grad is g(x_t) again
         if self.started:
             gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
             self._flat.x.copy_(self._previous)

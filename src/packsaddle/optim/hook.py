@@ -250,7 +250,7 @@ class GradientSlice:
 
 
 class GradientHook:
-    """The slices that have been tried in the running or last pass, and the count of passes that were taken.
+    """The slices exchanged in the running or last pass, and the count of applied passes.
 
     A pass's outcome is read on demand or when the next one begins, so that a pass waits for no GPU. `d` is the
     number of coordinates that all slices compress together.
@@ -266,12 +266,12 @@ class GradientHook:
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
         self._tried: list[GradientSlice] = []
-        self._bad: list[Tensor] = []  # what `GradientSlice.exchange` has returned
-        self._bad_name = ""  # the first parameter of which this worker's vector was not finite
+        self._bad: list[Tensor] = []  # the results of `GradientSlice.exchange`
+        self._bad_name = ""  # the first parameter whose part of this worker's vector is invalid
         self._complete = False
         self._protected: list[Optimizer] = []
-        self._spoiled: list[Optimizer] = []  # those whose gradients have NaNs of a pass that was not taken
-        self._fresh = True  # the running pass is judged with all that gradients have gathered before
+        self._spoiled: list[Optimizer] = []  # those whose gradients have NaNs of a rejected pass
+        self._fresh = True  # the running pass exchanges all that gradients have accumulated
 
     def __repr__(self) -> str:  # without waiting for a running pass
         compressor, workers = describe(self._rules.at(self._steps)), self.channel.group.size
@@ -284,33 +284,33 @@ class GradientHook:
 
     @property
     def steps(self) -> int:
-        """The number of exchanges, without those that were `skipped`."""
+        """The number of applied exchanges, without those `skipped`."""
         self._settle()
         return self._steps
 
     @property
     def skipped(self) -> int:
-        """The number of steps skipped because a worker's gradient, or the mean, was not finite."""
+        """The number of steps skipped because a worker's gradient, or the mean, was invalid."""
         self._settle()
         return self._skips.count
 
     @property
     def skips(self) -> list[Skip]:
-        """Those steps, since this was made or loaded; each worker names its own part."""
+        """The skipped steps since construction or loading; each worker names its own invalid parameter."""
         self._settle()
         return self._skips.list
 
     @property
     def contraction(self) -> float | None:
-        """The share of its energy that this worker's vector kept when last measured (see `monitor_every`)."""
+        """The contraction mu of this worker's vector when last measured (see `monitor_every`)."""
         self._settle()
         return self._monitor.whole
 
     def protect(self, optimizer: Optimizer) -> None:
-        """Keep an optimizer from using the gradients of an exchange that was not taken, as scalers do by themselves.
+        """Make `optimizer` skip its step after a rejected exchange, as scalers do.
 
-        It finds no gradients then, and so leaves parameters and its own state alone; also where `step` calls a closure
-        for them, once.
+        Gradients are set to None for that step, so parameters and optimizer state do not change; also if `step` calls a
+        closure for them, once.
         """
         if self._skips.most is not None:
             optimizer.register_step_pre_hook(self._withhold)
@@ -318,11 +318,11 @@ class GradientHook:
             self._skips.protected = True
 
     def trust(self, scaler: torch.amp.GradScaler) -> None:
-        """Know that a scaler, if it is enabled, leaves out the steps whose gradients are NaNs."""
+        """Register a GradScaler, `scaler`. While enabled, it skips steps with non-finite gradients."""
         self._skips.protected |= scaler.is_enabled()
 
     def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Take away what an optimizer is not to use, before its step or else when the step's closure has run."""
+        """Clear the gradients of a rejected exchange, before the optimizer's step or after the step's closure."""
         named = kwargs.get("closure")
         closure = named or (args[1] if len(args) > 1 and callable(args[1]) else None)  # the optimizer is the first
         if closure is None:
@@ -359,7 +359,7 @@ class GradientHook:
         factors: Mapping[str, float] = _NO_FACTORS,
         bits: Tensor | None = None,
     ) -> Tensor:
-        """Exchange one slice of the pass; return its outcome, as `GradientSlice.exchange` does."""
+        """Exchange one slice of the pass; return the outcome of `GradientSlice.exchange`."""
         with self._lock:
             self._tried.append(part)
         watch = partial(self._monitor.measure, self._steps)
@@ -370,13 +370,14 @@ class GradientHook:
         return bad
 
     def _settle(self, *, broken_off: bool = False) -> None:
-        """Make the last step the state; or forget it, if it was broken off or a worker's gradient was not finite.
+        """Commit the last step, or roll it back if it was broken off or a worker's gradient was invalid.
 
-        Nothing during a backward pass. Raises RuntimeError if workers exchanged different slices.
+        No-op during a backward pass. Raises RuntimeError if workers exchanged different slices.
         """
         with self._lock:
             if not self._tried or not (self._complete or broken_off):
                 return
+            # All workers read the same outcomes, so all commit every slice, or none does.
             outcomes = torch.stack(self._bad).tolist() if self._complete else []
             told = [bad for bad in outcomes if bad != 0]
             taken = self._complete and not told
@@ -386,6 +387,7 @@ class GradientHook:
             for part in self._tried:
                 part.settle(taken=taken)
             self._monitor.settle(self._steps, taken=taken)
+            # A rejected pass leaves NaNs in the gradients: `_withhold` clears them for protected optimizers.
             if taken:
                 self._skips.took()
                 self._spoiled = [] if self._fresh else self._spoiled
@@ -403,7 +405,7 @@ class GradientHook:
                 )
 
     def _conclude(self, *, taken: bool) -> None:
-        """Do what else depends on whether a step was taken."""
+        """Commit or roll back other state of the hook."""
 
     def _report(self, name: str) -> None:
         self._bad_name = self._bad_name or name

@@ -99,11 +99,11 @@ def on_attempts(
     before: Callable[[], None],
     after: Callable[[], None],
 ) -> None:
-    """Call `before` ahead of each step of an optimizer, and `after` once it was attempted.
+    """Call `before` ahead of each step of an optimizer, and `after` each attempted step.
 
-    With a GradScaler an attempt is what the scaler is asked to do, so that workers stay in step when one of them leaves
-    a step out; then `before` is called for steps that are taken alone. Neither is put in the graph of an optimizer
-    that is compiled. Raises TypeError if the scaler is none.
+    With a GradScaler each call of its `step` is an attempt, so that workers count the same steps if one of them skips
+    one; then `before` is called only for steps that are applied. Neither is compiled into the graph of an optimizer.
+    Raises TypeError if `scaler` is not a GradScaler.
     """
     outside: Any = torch.compiler.disable
     inner.register_step_pre_hook(outside(lambda optimizer, args, kwargs: before()))
@@ -112,6 +112,7 @@ def on_attempts(
         return
     if not isinstance(scaler, torch.amp.GradScaler):
         raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    # A skipped step need not call the optimizer, nor its hooks, so attempts are counted at the scaler.
     step = scaler.step
 
     def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:

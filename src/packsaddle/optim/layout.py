@@ -33,9 +33,9 @@ class Shaped:
 
 
 class FlatParameters:
-    """The flat vector x and the place of every parameter in it: compressed tensors first, dense ones after.
+    """The flat vector x and the place of every parameter in it: compressed tensors first, uncompressed ones after.
 
-    `groups` are the optimizer's parameter groups. A tensor goes dense if it has fewer than `dense_below`
+    `groups` are the optimizer's parameter groups. A tensor is sent uncompressed if it has fewer than `dense_below`
     elements or fewer than two dimensions (biases, norms); `dense_below=0` compresses everything. Raises
     ValueError for parameters that are not floating point, or differ in dtype or device, or share memory.
     """
@@ -48,8 +48,9 @@ class FlatParameters:
         self._check()
         owner = [i for i, g in enumerate(groups) for _ in g["params"]]
         self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
+        # The order of x: compressed tensors, then uncompressed ones. Neighbors of one group form a run.
         dense = [goes_dense(p, dense_below) for p in self.parameters]
-        order = sorted(range(len(self.parameters)), key=lambda i: dense[i])  # stable: compressed, then dense
+        order = sorted(range(len(self.parameters)), key=lambda i: dense[i])  # stable
         self._offsets = [0] * len(self.parameters)
         self.runs: list[Run] = []  # contiguous, in flat order
         self.d = 0
@@ -116,13 +117,13 @@ class FlatParameters:
         ]
 
     def in_order(self, flat: Tensor) -> Tensor:
-        """Return a flat vector rearranged in the user's order, as torch's parameters_to_vector has it."""
+        """Return a flat vector rearranged in the user's order, that of torch's parameters_to_vector."""
         return torch.cat([view.reshape(-1) for view in self.views(flat)])
 
     def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
-        """Let work(x) change x in place, in at least single precision; frozen parameters stay where they are.
+        """Apply work(x) to x in place, in at least float32, except to frozen parameters.
 
-        Returns what rounding to x's own precision lost, float[d], or None if that is at least single.
+        Returns the rounding error of x, float[d], or None if x is at least float32.
         """
         frozen = [(view, view.clone()) for view in self.frozen(self.x)]
         exact = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
@@ -134,7 +135,7 @@ class FlatParameters:
 
     @property
     def has_frozen(self) -> bool:
-        """Tell if a parameter has been frozen since construction."""
+        """True if a parameter has been frozen since construction."""
         return not all(p.requires_grad for p in self.parameters)
 
     def frozen(self, flat: Tensor) -> list[Tensor]:

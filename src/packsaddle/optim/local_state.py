@@ -1,7 +1,7 @@
 """Saved states of local updates: whether one fits, and carrying one over to another number of workers.
 
-A state is tensors and plain types. Anchors and the outer optimizer's state are the same on all workers; error memories
-and running exchanges are each worker's own, so another number of workers gets their means.
+A state is tensors and plain types. Anchors and the outer optimizer's state are identical on all workers; error
+memories and running exchanges are each worker's own, so another number of workers gets their means.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,11 +43,10 @@ def check_fits(
 def split_state(
     state: Mapping[str, Any], fragments: Sequence[Fragment], workers: int
 ) -> tuple[dict[Path, Tensor], dict[str, Any]]:
-    """Return what another number of workers is to have the mean of, by its place, and what all must have.
+    """Return the tensors that another number of workers gets the mean of, by place, and the identical rest.
 
-    What an owner of a two-way exchange holds back is an error of the mean, so it counts once for every worker. With
-    `keep_unsent` it moves the start of x without x, so it is owed as well, unless x will be moved to its start when a
-    running exchange lands.
+    An owner error of a two-way exchange is an error of the mean, so it counts once for every worker. With `keep_unsent`
+    it moves the start point without x, so it is owed as well, unless a running exchange will move x to its start point.
     """
     means: dict[Path, Tensor] = {}
     rest = {k: v for k, v in state.items() if k not in ("fragments", "ledger", "skips")}
@@ -57,12 +56,14 @@ def split_state(
         pending = {name: error.double() for name, error in saved["pending"].items()}
         lands = saved["flight"] is not None and saved["flight"]["taken"]
         owed = {} if lands else {name: saved["owed"].get(name, 0 * error).double() for name, error in pending.items()}
+        # e <- e + W owner error
         for vector in saved["held"].get("vectors", {}).values():
             padded = torch.nn.functional.pad(vector.double(), (0, part.d - part.compressed_d))
             for place, view in part.named(padded):
                 pending[place.name] = pending[place.name] + workers * view
                 if part.keeps and not lands:
                     owed[place.name] = owed[place.name] + workers * view
+        # Each worker's own are averaged: e, what x is owed, and x at the start of a running exchange.
         means |= {("fragments", i, "pending", name): error for name, error in pending.items()}
         means |= {("fragments", i, "owed", name): value for name, value in owed.items()}
         flight = saved["flight"]
@@ -75,7 +76,7 @@ def split_state(
 
 
 def put_means(state: dict[str, Any], means: Mapping[Path, Tensor], identity: Mapping[str, Any]) -> None:
-    """Put means in a state, in place, and make it that of the worker with this identity."""
+    """Write means into a state, in place, and set the worker's identity."""
     for (*path, name), mean in means.items():
         place: Any = state
         for key in path:

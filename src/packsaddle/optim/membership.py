@@ -53,7 +53,7 @@ _PAUSE = 0.05  # seconds between two attempts at a round
 
 @dataclass(frozen=True)
 class Attempt:
-    """A round that has been exchanged, and waits for the vote."""
+    """A round that was exchanged, before the vote."""
 
     hellos: Sequence[Hello]  # by rank
     weights: Sequence[float]  # by rank
@@ -62,14 +62,14 @@ class Attempt:
 
 
 class RoundFailedError(RuntimeError):
-    """A round could not be tried to its end, and is tried again."""
+    """A round failed and is repeated."""
 
 
 class Membership:
     """This worker's part in the rounds of a Manager.
 
-    `send(part, dense, share)` makes a fragment's flight, exchanges it, and returns ||v||^2; `land(part)` ends one that
-    was committed. Both are `LocalUpdates`'s. `arguments` is the text of all that workers must have been given alike.
+    `send(part, dense, share)` makes a fragment's flight, exchanges it, and returns ||v||^2; `land(part)` applies a
+    committed one. Both are `LocalUpdates`'s. `arguments` is the text of all that must be equal on every worker.
 
     >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
     >>> local.join()  # doctest: +SKIP
@@ -103,15 +103,15 @@ class Membership:
         # Of this worker.
         self.worker = _new_name()
         self.joined = False
-        self.exchanged = False  # whether there was a round after the last inner step
-        self.steps = 0  # inner ones; of a worker that has just come, those of the one that it has its state from
+        self.exchanged = False  # there was a round after the last inner step
+        self.steps = 0  # inner steps; a newcomer's count starts at that of the worker which sent its state
         self.account = Account()
         self._target = self.period  # inner steps from one round to the next
         self._resumed = time.monotonic()  # when the last round ended
-        self._energy = 0.0  # of what it has tried to send: ||v||^2
+        self._energy = 0.0  # ||v||^2 of the uncommitted round
         self._doubt: Sequence[Fragment] = ()  # whose flights may have been committed by others
-        self._handed = False  # on SIGTERM, before the end of this worker's part: nothing is left to hand over
-        self._sends_all = False  # on the way out, and the memory is not in a file: the next round is the last
+        self._handed = False  # after SIGTERM: the memory is saved, or nothing is pending
+        self._sends_all = False  # leaving without a saved memory: the next round is the last
 
         self.roster = Roster()  # the same on all workers, after a round
         settings.manager.register_state_dict_fn("packsaddle", self._recover, self._shared)
@@ -137,14 +137,14 @@ class Membership:
     # Rounds.
 
     def join(self) -> None:
-        """Take part in a round without an update of one's own, and have the others' state after it."""
+        """Take part in a round without an update, which loads the others' state."""
         self.round(dense=False)
-        self.account.ahead = self.account.since  # what a worker that was restored had done of its next round
+        self.account.ahead = self.account.since  # of a restored worker: steps since its last round
         self._take_up()
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
 
     def stepped(self, steps: int) -> None:
-        """Count an inner step, which makes `steps`, and do what is due: leave if asked to, else a round."""
+        """Count an inner step, number `steps`; then leave after SIGTERM, or do a round that is due."""
         self.steps, self.exchanged = steps, False
         self.account.step()
         if self._sigterm.asked:
@@ -153,11 +153,12 @@ class Membership:
             self.round(dense=False)
 
     def round(self, *, dense: bool, patience: float | None = None) -> bool:
-        """Try a round until it is committed; whether all of it was taken. `dense`: all that is pending is sent.
+        """Repeat a round until it is committed; return True if all of it was applied. `dense`: send everything pending.
 
-        Raises PeerLostError if it does not come about in `patience` seconds, and ConfigError if this worker does not
-        fit the others.
+        Raises PeerLostError if none is committed in `patience` seconds, and ConfigError if this worker does not fit the
+        others.
         """
+        # The time of an inner step, by which `_set_pace` balances the workers.
         arrived, until = time.monotonic(), self.settings.patience if patience is None else patience
         ahead = self.account.ahead
         seconds = (arrived - self._resumed) / ahead if ahead else 0.0
@@ -172,11 +173,13 @@ class Membership:
             except BaseException:
                 self._forget()
                 raise
+            # Committed, and the last round of a worker that leaves without a saved memory.
             if taken is not None:
                 self._resumed, self.account.ahead, self.exchanged = time.monotonic(), 0, True
                 if self._sigterm.asked and self._sends_all:
                     self._exit()
                 return taken
+            # Not committed: all is as before, and is repeated with the workers that are left.
             if time.monotonic() - arrived > until:
                 self._forget()
                 why = f": {' '.join(reason.split())[:200]}" if reason else ""
@@ -186,11 +189,12 @@ class Membership:
             time.sleep(_PAUSE)
 
     def _once(self, dense: bool, seconds: float) -> bool | None:
-        """Try a round; whether it was taken, None if it was not committed."""
+        """Attempt a round; return True if it was applied, None if it was not committed."""
         self._quorum()
         self._settle_doubt(committed=False)  # others that are ahead have said otherwise in `_recover`
         manager = self.settings.manager
         attempt, reason = None, ""
+        # After an error no worker may wait for this one in a collective, and the vote must fail.
         if manager.errored() is None:
             try:
                 attempt = self._try(dense, seconds)
@@ -201,6 +205,7 @@ class Membership:
                 reason = str(error)
                 manager.report_error(error)
                 self._break()
+        # A round in `_doubt` may be committed on other workers: the next quorum decides.
         if not manager.should_commit():
             if not self._doubt:
                 self._forget()
@@ -211,7 +216,7 @@ class Membership:
         return self._commit(attempt)
 
     def _quorum(self) -> None:
-        """Wait for others; a worker that is behind has the others' state afterwards."""
+        """Wait for the others; a worker that is behind loads their state."""
         manager = self.settings.manager
         with self._sigterm.waiting():
             try:
@@ -224,24 +229,27 @@ class Membership:
                 raise RoundFailedError(str(error)) from error
 
     def _break(self) -> None:
-        """Let the others know at once: what they wait for in a collective will not come."""
+        """Abort the group, so that the others do not wait for this worker in a collective."""
         with suppress(RuntimeError):
             self._group.abort()
 
     def _try(self, dense: bool, seconds: float) -> Attempt:
-        """Exchange a round with those that are there."""
+        """Exchange a round with the workers of the quorum."""
         self._group.renew()
         self._channel.step = max(0, self.steps - 1)
         self.account.attempts += 1
+        # Hello: all must agree before the first collective whose size depends on arguments.
         mine = self._hello(dense, seconds)
         hellos = self._greet(mine)
         self._check(hellos, mine)
+        # Exchange: fragments in turn, or all of them. Without any weight there is no mean.
         dense = any(hello.dense for hello in hellos)
         weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
         parts = list(self._fragments) if dense else [self._fragments[self._rounds % len(self._fragments)]]
         if not any(weights):
             parts = []
         self._energy = sum(self._send(part, dense, share(weights, self._group.rank)) for part in parts)
+        # Confirm: it ends on one worker only if all have exchanged; from here on others may commit.
         norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
         self._doubt = parts
         confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
@@ -249,6 +257,7 @@ class Membership:
 
     def _hello(self, dense: bool, seconds: float) -> Hello:
         compared = self._compare_every > 0 and self._rounds % self._compare_every == 0
+        # A worker that has not joined listens (w = 0); an idle one counts if it has something left to send.
         return Hello(
             worker=self.worker,
             arguments=self._arguments_hash,
@@ -266,7 +275,7 @@ class Membership:
         )
 
     def _has_more(self) -> bool:
-        """Tell if fragments whose turn has not come have moved, where there was no step since the last round."""
+        """Return True if other fragments than the last round's have unsent updates, without a step since that round."""
         waiting = self.joined and not self.account.since and len(self._fragments) > 1
         return waiting and any(bool(part.unapplied().any()) for part in self._fragments)
 
@@ -278,7 +287,7 @@ class Membership:
         return self.account.weight(self.settings.weight)
 
     def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """See that workers have the same arguments and anchors: what most have, else what the first has."""
+        """Check that arguments and anchors are equal on all workers. The most frequent are right, else the first."""
         if len({h.arguments for h in hellos}) > 1:
             self._compare_arguments(hellos, mine)
         where = [(h.history, h.anchor) for h in hellos]
@@ -292,7 +301,7 @@ class Membership:
         raise RoundFailedError("workers have different anchors")
 
     def _compare_arguments(self, hellos: Sequence[Hello], mine: Hello) -> NoReturn:
-        """Raise ConfigError, naming the first argument that differs, on workers whose arguments are not the usual."""
+        """Raise ConfigError, naming the first difference, on workers whose arguments are not the most frequent."""
         texts = self._channel.gather_text(self._arguments, self._device, "members")
         usual = most([h.arguments for h in hellos])
         if mine.arguments == usual:
@@ -314,10 +323,11 @@ class Membership:
         return math.sqrt(squares)
 
     def _commit(self, attempt: Attempt) -> bool:
-        """Take a round that has been voted for."""
+        """Commit a round after the vote; return True if all its exchanges are applied."""
         taken = self._settle_doubt(committed=True)
         self._tell(attempt)
         self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
+        # This worker's account: ||sent||^2 = ||v||^2 - ||e||^2
         mine, weight = attempt.hellos[self._group.rank], attempt.weights[self._group.rank]
         own = self.account
         own.found_lost -= mine.lost
@@ -329,12 +339,13 @@ class Membership:
             if taken:
                 own.start_count(mine.weight)
         self._set_pace(attempt.hellos, mine)
+        # The file's memory was sent, so it is replaced before training continues.
         landed = [self._land(part) for part in attempt.parts]
         self._save()
         return all(landed)
 
     def _tell(self, attempt: Attempt) -> None:
-        """Say on one of the workers who is not here any more, and what becomes of its memory."""
+        """Log on one worker which workers have left, and where their memories are."""
         for worker, member in self.roster.missed(attempt.hellos).items():
             if self._group.rank == 0 and member.norm:
                 fate = "waits in its file" if member.keeps else "is lost"
@@ -344,25 +355,25 @@ class Membership:
                 )
 
     def _set_pace(self, hellos: Sequence[Hello], mine: Hello) -> None:
-        """Have a slower worker do fewer steps before the next round, so that the others need not wait for it."""
+        """Reduce a slower worker's steps before the next round, so that the others do not wait for it."""
         if self.settings.weight is None or not mine.seconds:
             return
         fastest = min(h.seconds for h in hellos if h.seconds)
         self._target = max(1, min(self.period, round(self.period * fastest / mine.seconds)))
 
     def _settle_doubt(self, *, committed: bool) -> bool:
-        """Take what was tried, or forget it; whether it was taken by all."""
+        """Commit the exchanges in doubt, or roll them back; return True if all are applied."""
         parts, self._doubt = self._doubt, ()
         if not committed:
             for part in parts:
                 part.forget()
             return False
         flights = [(part, part.flight) for part in parts if part.flight is not None]
-        taken = [part.finish(flight) for part, flight in flights]  # each of them
+        taken = [part.finish(flight) for part, flight in flights]  # a list, to finish all
         return all(taken)
 
     def _forget(self) -> None:
-        """Be as before the round that was tried."""
+        """Roll back the uncommitted round."""
         self._doubt = ()
         for part in self._fragments:
             part.forget()
@@ -377,19 +388,20 @@ class Membership:
     # Those that come.
 
     def _shared(self) -> dict[str, Any]:
-        """Return what is the same on all workers, for one that is behind."""
+        """Return the state that is identical on all workers, for one that is behind."""
         inner = self._inner if self.settings.share_optimizer_state else None
         return shared_state(self.steps, self._fragments, self._outer, inner, self.roster)
 
     @torch.no_grad()
     def _recover(self, state: Mapping[str, Any]) -> None:
-        """Take the state of a worker that is ahead.
+        """Load the state of a worker that is ahead.
 
-        What this worker has moved and not sent stays: x moves with the anchor. One that has never been in a round
-        begins at the anchor, and so does one that was restored to what it has sent since.
+        Unsent changes stay: x moves with the anchor. A worker that has never been in a round starts at the anchor, and
+        so does one that was restored to a state before its last round.
         """
         self._sigterm.hold()  # SIGTERM waits until this is done
         check_shared(state, self._fragments, self._outer)
+        # The exchange in doubt is committed if the others' anchor includes this worker's last attempt.
         own = self.account
         included = state["taken"].get(self.worker, 0)
         had = bool(self._doubt) and included == own.attempts
@@ -399,6 +411,7 @@ class Membership:
         taken = self._settle_doubt(committed=had)
         if had:
             own.included = own.attempts
+        # Updates that were sent are not sent again, and those sent in a round that the others lack are lost.
         stale = included > own.included
         if stale:
             own.found_lost += own.norm
@@ -412,6 +425,7 @@ class Membership:
                 "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
                 *(self.worker, own.sent),
             )
+        # x <- start + (x - before); x <- start if the anchor includes x - before, and for a newcomer
         for (part, before), saved in zip(was, state["fragments"], strict=True):
             take_anchor(part, saved)
             if (part in sent and taken) or stale or not self.roster.past:
@@ -422,6 +436,7 @@ class Membership:
             self._outer.load_state_dict(state["outer"])
         if had and taken:
             own.start_count(self._weight())
+        # A newcomer, which has no history, continues at the sender's step.
         if not self.roster.past:
             self.steps = state["steps"]
             if state["inner"] is not None and self.settings.share_optimizer_state:
@@ -429,7 +444,7 @@ class Membership:
         self.roster.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what all workers know of the rounds, and what this one does of its own, plain types."""
+        """Return the roster, this worker's account and its name, plain types."""
         return self.roster.state_dict() | self.account.state_dict() | {"worker": self.worker}
 
     def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
@@ -445,6 +460,7 @@ class Membership:
         if self._file is None:
             return
         shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
+        # This worker continues as the file's: its name, its attempts, its e; x <- the start point
         found, lost = self._file.claim(shapes, self.roster)
         self.account.found_lost += lost
         if found is not None:
@@ -460,10 +476,10 @@ class Membership:
                 *(self.worker, self._file.path, self.account.norm),
             )
         if not self._keeps:
-            self._save()  # now, so that the others are told the truth about this file
+            self._save()  # before a hello reports it
 
     def pending(self) -> dict[str, Tensor]:
-        """Return what this worker has moved and not sent, by parameter and shaped as it."""
+        """Return this worker's unsent updates, by parameter and shaped as it."""
         return {place.name: view for part in self._fragments for place, view in part.named(part.unapplied())}
 
     @property
@@ -478,16 +494,16 @@ class Membership:
         return self._file.save(MemoryFile(self.roster.run, self.worker, self.account.included, self.pending()))
 
     def _may_leave(self) -> bool:
-        """On SIGTERM hand the memory over to the file; return False if the next round must have it."""
+        """On SIGTERM save the memory to the file; return False if the next round must send it."""
         if not self._sends_all:
             self._handed = self._save() or not self._has_pending()
             self._sends_all = not self._handed
         return self._handed
 
     def leave(self) -> bool:
-        """Hand the memory over, to the file or else with one more round, and end this worker's part.
+        """Save the memory to the file, or else send it in one more round, and leave.
 
-        The round must come about in `grace` seconds. Returns False, with an error in the log, if something is lost.
+        The round must be committed in `grace` seconds. Returns False, with an error in the log, if updates are lost.
         """
         handed = self._handed or self._save() or self._send_all()
         self._forget()
@@ -528,7 +544,7 @@ class Membership:
         )
 
     def _exit(self) -> NoReturn:
-        """Leave, and end the process, with code 1 if something is lost."""
+        """Leave, and end the process, with code 1 if updates are lost."""
         end_process(0 if self.leave() else 1)
 
 

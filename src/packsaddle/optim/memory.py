@@ -1,8 +1,8 @@
 """Error memories: what compression has not sent yet (Stich et al. 2018; Algorithm 1, lines 10-12).
 
-All kinds have the contract of `ErrorMemory`: `correct` makes v of the memory and an update (line 10), `apply` moves x
-by the mean of what was sent (line 11), `absorb` keeps what was not sent (line 12), `settle` takes the step or forgets
-it, and `reset` clears the memory (line 7).
+All kinds implement the interface of `ErrorMemory`: `correct` adds an update to the memory, v = e + u (line 10), `apply`
+moves x by the mean update (line 11), `absorb` keeps the residual (line 12), `settle` commits the step or rolls back,
+and `reset` clears the memory (line 7).
 `InPlaceMemory` is the same for large vectors, without a second one.
 
 `ErrorMemory` stands for eta e^(i), the pending update, rather than e^(i), where updates have eta in them. For a
@@ -48,7 +48,7 @@ class RevocableUpdate(Update, Protocol):
     """An update that can be added in place and taken back in the same step, up to rounding."""
 
     def add_if_finite(self, out: Shaped) -> bool:
-        """Add u to out, float[n], in place, and return True; unless that may not be finite, then leave it as it was."""
+        """Add u to out, float[n], in place. Return False, with out unchanged, if the sum may be non-finite."""
 
     def take_back(self, out: Shaped) -> None:
         """Subtract u from out, float[n]."""
@@ -107,10 +107,10 @@ class ErrorMemory:
         return lrs
 
     def rates_of_x(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
-        """Return what this worker multiplies x's change by itself, so that it must be equal on all of them.
+        """Return the factors this worker applies to the update locally, which must be equal on all workers.
 
-        `grown` is the noise that is left outstanding if `lazy`. Unless `can_wait`, a step must not read numbers from a
-        device.
+        They are `unit` and `grown`, the std of noise that stays outstanding if `lazy`. Unless `can_wait`, a step must
+        not read numbers from a device.
         """
         return [self.unit, grown] if lazy and can_wait else []
 
@@ -119,7 +119,7 @@ class ErrorMemory:
         return magnitude * abs(self.unit)
 
     def pending(self) -> Tensor:
-        """Return what is still to be subtracted from x, eta e, float[n]; not a copy if it need not be one."""
+        """Return the pending update of x, eta e, float[n]; may be a view."""
         return self.vector
 
     def check(self) -> None:
@@ -141,9 +141,9 @@ class ErrorMemory:
         x[self.compressed_d :].sub_(g.dense, alpha=self.unit)
 
     def absorb(self, sent: Iterable[Term], lost: Tensor | None = None) -> None:
-        """Make v less what was sent the memory: C(v) of its compressed part and all of its dense one (line 12).
+        """Set the memory to the residual: v - C(v) on the compressed part, 0 on the uncompressed part (line 12).
 
-        `lost`, float[n], is what x's own precision could not take; it is to be sent again.
+        `lost`, float[n], is the rounding error of x; it is added, to be sent again.
         """
         rest = self._next.flat
         for term in sent:
@@ -154,12 +154,12 @@ class ErrorMemory:
         self._forget_frozen(rest)
 
     def leave(self, which: Collection[int]) -> None:
-        """Have e stay as it was on some parameters, by number, after `absorb`."""
+        """Restore the old e for the parameters with these indices. Call after `absorb`."""
         for i in which:
             self._next.views[i].copy_(self._now.views[i])
 
     def settle(self, *, taken: bool) -> None:
-        """Make the step that was tried the state, or forget it."""
+        """Commit the step, or roll back."""
         if taken:
             self._now, self._next = self._next, self._now
 
@@ -168,7 +168,7 @@ class ErrorMemory:
         self.vector[: len(update)].add_(update, alpha=1 / self.unit)
 
     def reset(self, lost: Tensor | None = None) -> None:
-        """Set the error to zero (line 7), or to what x's own precision could not take."""
+        """Set the error to zero (line 7), or to the rounding error of x."""
         self.vector.zero_()
         if lost is not None:
             self.vector.add_(lost)
@@ -179,7 +179,7 @@ class ErrorMemory:
         return {}
 
     def reload(self, unit: float | None = None) -> None:
-        """Take the vector as it now is for the state between two steps, in another unit if one is given."""
+        """Accept the vector as the state between two steps, in another unit if one is given."""
 
     def _forget_frozen(self, vector: Tensor) -> None:
         """Frozen parameters have no error: they take neither noise nor what a compressor makes of zeros."""
@@ -221,12 +221,12 @@ _HOLD = 'with memory="gradient" the gradients hold what has not been sent yet'
 class GradientMemory(ErrorMemory):
     """This worker's e^(i), float[d], as the parameters' gradients.
 
-    Whatever changes gradients between the backward pass and the step would change the memory with them, and raises
-    RuntimeError at the next step: clearing, replacing, clipping, unscaling (but what is done to `p.grad.data`, or in
-    numpy, leaves no trace). `rates` returns the learning rates by
-    parameter group, which must be equal; what was gathered under one rate is applied with it: when it changes, the
-    vector is rescaled before the next gradient comes, so that y stays. Raises ValueError if rates differ or are 0,
-    and for 16-bit parameters, whose gradients are too coarse to keep an error in.
+    A change of gradients between the backward pass and the step (clearing, replacing, clipping, unscaling) would change
+    the memory, and raises RuntimeError at the next step; a change of `p.grad.data`, or in numpy, is not detected.
+    `rates` returns the learning rates by parameter group, which must be equal. An update is applied at the rate under
+    which it was accumulated: when the rate changes, the vector is rescaled before the next gradient, so that y does not
+    jump. Raises ValueError if rates differ or are 0, and for 16-bit parameters, whose gradients are too coarse for an
+    error.
     """
 
     kind = "gradient"
@@ -269,7 +269,7 @@ class GradientMemory(ErrorMemory):
         self._version = self.vector._version
 
     def settle(self, *, taken: bool) -> None:
-        if taken:  # otherwise the backward pass stays in it, and `check` will find the vector changed
+        if taken:  # otherwise the gradient stays in it, and `check` raises at the next step
             self.reload()
 
     def reload(self, unit: float | None = None) -> None:
@@ -278,23 +278,25 @@ class GradientMemory(ErrorMemory):
         self._attach()
 
     def _attach(self) -> None:
-        """Make the views the gradients, and the vector's present state one that only backward passes may change."""
+        """Set the views as gradients, and record the vector's version, which only backward passes may change."""
         for p, view in zip(self._flat.parameters, self.views, strict=True):
             p.grad = view
         self._version = self.vector._version  # views share it, and every change in place raises it
 
     def _watch(self) -> None:
-        """Be called before and after a parameter's gradient is added to."""
+        """Register hooks that run before and after autograd adds to a parameter's gradient."""
+        # Weak, since parameters keep their hooks.
         memory, handles = weakref.ref(self), []
 
         def watched(p: Tensor, view: Tensor) -> "GradientMemory | None":
-            """The memory, unless it is gone, or another optimizer has taken the parameter over."""
+            """Return the memory, unless it is gone or another optimizer has replaced the gradient."""
             return memory() if p.grad is not None and p.grad.data_ptr() == view.data_ptr() else None
 
         def before(p: Tensor, view: Tensor, _: Tensor) -> None:
             if it := watched(p, view):
                 it._follow_rate()
 
+        # Autograd's addition raises the vector's version by one; `check` detects any other change.
         def after(view: Tensor, p: Tensor) -> None:
             if it := watched(p, view):
                 it._version += 1
@@ -314,7 +316,7 @@ class GradientMemory(ErrorMemory):
         return first
 
     def _follow_rate(self) -> None:
-        """Bring the vector to units of the present rate. One that cannot be is left for `step` to refuse."""
+        """Rescale the vector to units of the current rate. An invalid rate raises ValueError in `step`."""
         lr, *others = self._rates()
         if lr != self._unit and lr and all(lr == other for other in others):
             self.vector.mul_(self._unit / lr)

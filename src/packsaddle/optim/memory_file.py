@@ -74,7 +74,7 @@ class OwnFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._attempt: int | None = None  # after which the memory in the file was written; None: it is not known
+        self._attempt: int | None = None  # after which the file was written; None: unknown
         self._claimed = False
         self.close = weakref.finalize(self, _unlock, _locked(path), _lock_of(path), os.getpid())
 
@@ -83,9 +83,9 @@ class OwnFile:
         return self._attempt == attempt and self.path.is_file()
 
     def claim(self, shapes: Mapping[str, torch.Size], roster: Roster) -> tuple[MemoryFile | None, float]:
-        """Return the memory to continue with, None without one, and the norm of a lost one; allows `save` to write.
+        """Return the memory to continue with, None without one, and the norm of a lost one; enables `save`.
 
-        The memory is in the file, and zero if its worker has sent since it was written: what that worker had left is
+        The memory is that of the file, or zero if its worker has sent since it was written: then the later memory is
         lost. A file that is outdated, unreadable or of another run is set aside, with a warning. Raises ConfigError if
         its worker was in the last round, so that the file is a copy, or its lock did not work.
         """
@@ -93,6 +93,7 @@ class OwnFile:
         self._claimed = True
         if found is None:
             return None, 0.0
+        # The file of a worker of the last round is a copy.
         taken, member = roster.taken.get(found.worker, 0), roster.members.get(found.worker)
         if member is not None and member.here:
             self._claimed = False
@@ -100,6 +101,7 @@ class OwnFile:
                 f"the memory in {self.path} is that of worker {found.worker:x}, which is training now; give each "
                 "worker a file of its own"
             )
+        # A memory may be used once: one older than its worker's last attempt has been sent.
         if taken == found.attempt:
             self._attempt = taken
             return found, 0.0

@@ -1,7 +1,7 @@
 """The partition of a model into fragments: consecutive parameters of about equal total size.
 
-Replicated DTensors are in fragments apart from sharded ones. What is replicated over shards must come out alike on all
-of them, so its choice of coordinates must not depend on what only one shard has.
+Replicated DTensors are in fragments apart from sharded ones. Replicated parameters must stay identical on all shards,
+so the choice of their coordinates must not depend on values of one shard.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,8 +25,7 @@ def partition(
 ) -> list[Fragment]:
     """Cut the parameters into fragments by their order, each due `every` / `fragments` steps before the next.
 
-    Anchors and memories are on `device`. Raises ValueError for more fragments than
-    parameters.
+    Anchors and memories are on `device`. Raises ValueError for more fragments than parameters.
     """
     by_name = {p.name: p for p in places(parameters.items(), options.compression.dense_below, local_part)}
     names = list(parameters)
@@ -41,6 +40,7 @@ def partition(
         seed=options.seed,
         keep=options.keep_unsent,
     )
+    # A fragment is one vector with one choice of coordinates: replicated parameters have their own.
     found = []
     for i, members in enumerate(balanced(names, [by_name[name].size for name in names], options.overlap.fragments)):
         for replicated in (False, True):

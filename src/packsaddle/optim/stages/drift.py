@@ -106,7 +106,7 @@ class Drift:
 
 
 class DriftGuard:
-    """Compares every `every` steps (0: never); `action` is what to do where something differs."""
+    """Compares workers every `every` steps (0: never), and stops or repairs them as `action` says."""
 
     def __init__(self, every: int, action: OnDrift, channel: Communicator) -> None:
         self._every = Every(every)
@@ -114,20 +114,21 @@ class DriftGuard:
         self.found: list[Drift] = []
 
     def resume(self, steps: int) -> None:
-        """Count from this many steps on, whose comparisons are done, where a saved state is loaded."""
+        """Resume after this number of steps, whose comparisons are done, when a saved state is loaded."""
         self._every.finished(steps)
 
     def due(self, step: int) -> bool:
-        """Tell if a comparison is due after a step with an exchange, t from 0."""
+        """Return True if a comparison is due after a step with an exchange, t from 0."""
         return self._channel.group.size > 1 and self._every.due(step)
 
     def compare(
         self, step: int, vectors: Sequence[Tensor], parts: Callable[[], Named], rates: StepRates | None = None
     ) -> None:
-        """Compare vectors that must be equal; collective. `parts()` are the tensors that they consist of.
+        """Compare vectors that must be equal on all workers; collective. `parts()` returns the tensors in them by name.
 
-        Where they differ, raises DriftError on every worker, or copies rank 0's to all; where `rates` do, raises it.
+        If they differ, raises DriftError on every worker, or broadcasts rank 0's; if `rates` differ, raises DriftError.
         """
+        # One gather for all fingerprints. Another rate is no fault of x, and cannot be repaired.
         self._every.done(step)
         prints = [fingerprint(t) for t in vectors]
         apart = self._differing(prints if rates is None else [*prints, rates.digest(prints[0].device)])
@@ -135,6 +136,7 @@ class DriftGuard:
             raise DriftError(self._unlike_rates(step, rates, others, prints[0].device))
         if not any(apart):
             return
+        # Tensors are told apart only after a difference, in a second gather.
         named = parts()
         rows = self._differing([fingerprint(tensor) for _, tensor in named])
         first = next(i for i, row in enumerate(rows) if row)
@@ -148,7 +150,7 @@ class DriftGuard:
             self._channel.broadcast(vector, "guard")
 
     def _unlike_rates(self, step: int, rates: StepRates, workers: list[int], device: torch.device) -> str:
-        """Say what the first of these workers has stepped by; collective."""
+        """Return the message that names the rate of the first of these workers that differs; collective."""
         mine = torch.tensor(rates.last, dtype=torch.float64, device=device)
         last = [p["rates"].tolist() for p in self._channel.gather({"rates": mine}, fixed_size=True, purpose="guard")]
         verb = "differs" if len(workers) == 1 else "differ"

@@ -241,10 +241,11 @@ class EscapeAfterStep:
     @torch.no_grad()
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         steps = self._hook.steps
-        if steps == self._checked:  # the exchange was not taken
+        if steps == self._checked:  # the exchange was rejected
             return
         self._checked = steps
         self._flat.check_attached()
+        # eta e of this worker: the hook's memory is in units of a gradient.
         memory = self._hook.memory()
         rates = self._rates.now()
         pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
@@ -253,6 +254,7 @@ class EscapeAfterStep:
         reset, lost = self._check.run(steps, pending)
         if reset is None:
             return
+        # Line 7: e <- 0, or the rounding error of x, in units of a gradient.
         left = {}
         if lost is not None:
             for place, view in zip(self._places, self._flat.views(lost), strict=True):

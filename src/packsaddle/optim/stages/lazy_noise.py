@@ -97,8 +97,8 @@ class Perturber:
     """Line 9 of Algorithm 1 for an optimizer, and the noise it leaves outstanding if `lazy`.
 
     Raises ValueError if `lazy` and the aggregator is not an all-reduce of `shared_cells`, as RandomK's is, error
-    feedback not `plain`, or there is an `escape` check: only there do all workers keep the same coordinates of a vector
-    that is never looked at otherwise, so that k Gaussians a step do for d.
+    feedback not `plain`, or there is an `escape` check: only without these do all workers keep the same coordinates of
+    a vector that nothing else reads, so that k Gaussians a step suffice for d.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Perturber:
         self._seed, self._flat, self._d = seed, flat, flat.compressed_d
         self._outstanding: OutstandingNoise | None = None
         self.grown = 0.0  # the standard deviation, in units of x, of the noise that the last step left outstanding
+        # Noise may wait where all workers send the same cells, e is its only way to x, and nothing else reads e.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         if not plain:
             if lazy:
@@ -139,7 +140,7 @@ class Perturber:
         return self._outstanding is not None
 
     def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
-        """Return xi_t (None: zero), and how many coordinates at the start leave theirs outstanding."""
+        """Return xi_t (None: zero), and the number of first coordinates whose noise stays outstanding."""
         xi = self._noise.drawn(seed=self._seed, step=step)
         self.grown = 0.0
         if self._outstanding is None:
@@ -152,7 +153,7 @@ class Perturber:
         return xi, 0
 
     def _settle(self, outstanding: OutstandingNoise, memory: ErrorMemory, step: int) -> None:
-        """Draw all that is outstanding into the error memory, where eager noise would be."""
+        """Draw all outstanding noise into the error memory, where eager noise would be."""
         if outstanding.anything:
             memory.add(outstanding.draw(memory.vector[: self._d], seed=self._seed, step=step))
             outstanding.clear()

@@ -34,8 +34,9 @@ class Lockstep:
     def check(self, headers: Tensor) -> None:
         """Raise RuntimeError if the calls of `headers`, int64[W, 2], differ, or the steps of a round.
 
-        Where workers flush after unequal numbers of steps, but of equal rounds, rank 0 logs a warning, once.
+        If workers flush after unequal numbers of steps, but of equal rounds, rank 0 logs a warning, once.
         """
+        # The first worker with another call than worker 0, else with another number of steps.
         rows = headers.tolist()
         call, steps = rows[0]
         unlike = [worker for worker, row in enumerate(rows) if row[0] != call]
@@ -53,6 +54,7 @@ class Lockstep:
                 f"data of equal length (drop_last=True, DistributedSampler), and pass scaler= if a GradScaler skips "
                 f"steps"
             )
+        # Unequal steps in equal rounds pair collectives of one size, so no worker hangs.
         if self._channel.group.rank == 0 and not self._has_warned:
             self._has_warned = True
             _log.warning("%s: their numbers of rounds are equal, but not those of optimizer steps", found)
