@@ -50,12 +50,12 @@ def fully_sharded() -> tuple[list[Tensor], list[Tensor], int]:
     grid = mesh()
     replica, group = dist.get_rank() // 2, grid["replicate"].get_group()
     plain = network()
-    train(plain, replica, 7, compressor=WHOLE, process_group=group)
+    train(plain, replica, 7, compressor=WHOLE, group=group)
     model = network()
     for layer in (model[0], model[2]):
         fully_shard(layer, mesh=grid["shard"])
     fully_shard(model, mesh=grid["shard"])
-    local = train(model, replica, 7, compressor=WHOLE, process_group=group)
+    local = train(model, replica, 7, compressor=WHOLE, group=group)
     return [p.detach().clone() for p in plain.parameters()], whole(model), local.rounds
 
 
@@ -75,7 +75,7 @@ def tensor_parallel(ratio: float) -> tuple[list[Tensor], list[Tensor], bool, int
     model = network()
     parallelize_module(model, grid["shard"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     kind = Compression(TopK(ratio), dense_below=1)
-    local = train(model, replica, 7, compressor=kind, process_group=group, fragments=2)
+    local = train(model, replica, 7, compressor=kind, group=group, fragments=2)
     replicated = [p.to_local().detach().clone() for p in model.parameters() if p.placements[0].is_replicate()]  # type: ignore[attr-defined,operator]
     return whole(model), replicated, bool(local.error().any()), len(local._fragments)
 
@@ -227,4 +227,4 @@ def test_machines_of_unequal_size_are_refused(gloo: Gloo) -> None:
 def test_a_model_without_ddp_is_left_alone(tmp_path: Path) -> None:
     model = network()
     keep_gradients_local(model)
-    train(model, 0, 4, process_group=Solo(), compressor=WHOLE)
+    train(model, 0, 4, group=Solo(), compressor=WHOLE)
