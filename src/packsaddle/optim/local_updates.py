@@ -52,10 +52,9 @@ from packsaddle.optim.partition import partition
 from packsaddle.optim.stages.anchor_escape import AnchorEscape
 from packsaddle.optim.stages.drift import Drift, DriftGuard
 from packsaddle.optim.stages.escape import Escape, Reset
-from packsaddle.optim.stages.first_step import check_first_step
 from packsaddle.optim.stages.noise import Noise
 from packsaddle.optim.stages.nonfinite import Skip
-from packsaddle.optim.start import share_start, untrained_tensors
+from packsaddle.optim.start import check_first_step, share_start, untrained_tensors
 
 
 class LocalUpdates:

@@ -37,13 +37,11 @@ from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.numerics.seeds import mix
-from packsaddle.optim.account import Account
 from packsaddle.optim.fragment import Fragment
 from packsaddle.optim.local_options import Elastic
-from packsaddle.optim.memory_file import MemoryFile, OwnFile
+from packsaddle.optim.memory_file import MemoryFile, OwnFile, check_shared, shared_state, take_anchor, take_inner
 from packsaddle.optim.participation import share
-from packsaddle.optim.roster import Hello, Roster, most
-from packsaddle.optim.shared_state import check_shared, shared_state, take_anchor, take_inner
+from packsaddle.optim.roster import Account, Hello, Roster, most
 from packsaddle.optim.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.optim.stages.drift import fingerprint
 
