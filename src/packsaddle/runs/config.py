@@ -6,11 +6,10 @@ The comment on a field is what `packsaddle init` says of its key (see `templates
 import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from packsaddle.comm.select_aggregator import Exchange
 from packsaddle.compressors import (
     QSGD,
     AdaptiveTopK,
@@ -29,7 +28,6 @@ from packsaddle.messages import shortened, shown
 from packsaddle.optim.compression import Compression
 from packsaddle.optim.gradient import Storm
 from packsaddle.optim.local_options import LocalOptions, OuterSGD, Overlap
-from packsaddle.optim.stages.drift import OnDrift
 from packsaddle.optim.stages.escape import EscapeRule
 from packsaddle.options.schema import build, is_too_deep, line_of, syntax_error
 
@@ -189,9 +187,9 @@ class LocalConfig:
         LocalOptions(Compression(Identity()), self.every, overlap=self.overlap)
 
 
-@dataclass(frozen=True)
-class Config:
-    """One run."""
+@dataclass(frozen=True, kw_only=True)
+class Config(Compression):
+    """One run; the options of `Compression` are keys of it."""
 
     data: DataConfig
     model: ModelConfig
@@ -200,10 +198,6 @@ class Config:
     batch_size: int  # examples per worker and step
     # the compressor of each worker's vector in a step; `packsaddle compressors` compares the kinds
     compressor: AnyCompressor = field(default_factory=Identity)
-    # direct: all-reduce if the compressor is linear, else all-gather; senders: the same, with [local] alone, and a
-    # coordinate's mean over the workers that sent it
-    exchange: Exchange = "direct"
-    decay: float = 1.0  # factor of the error memory in each round of [local], in (0, 1]; 1 without [local]
     # the compressor of the mean on its way back, in the two-way and coordinator exchanges
     back: AnyCompressor | None = None
     noise: NoiseConfig = field(default_factory=NoiseConfig)
@@ -217,12 +211,10 @@ class Config:
     memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
     # STORM's variance reduction, by two gradients a step: the weight of a new one; by default off
     storm: float | None = None
-    dense_below: int = 1024  # tensors with fewer elements, and vectors, are sent uncompressed; 0: none
     precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
-    # steps in a row (with [local] rounds) that may be skipped because a gradient was not finite
+    # consecutive steps (with [local] rounds) that may be skipped because a gradient was not finite
     max_skipped: int = 20
-    compare_every: int = 100  # steps between comparisons of x over workers, with [local] rounds; 0: never
-    on_drift: OnDrift = "stop"  # if x differs between workers; stop: with an error; repair: continue from worker 0's
+    monitor_every: int = field(default=0, init=False)  # once for each line of metrics
     seed: int = 0  # of everything random
     workers: int = 1  # W; --workers overrides
     log_every: int = 100  # steps that one line of metrics averages
@@ -234,7 +226,7 @@ class Config:
         _positive(self, "batch_size", "workers", "log_every", "plateau")
         _at_most(self, batch_size=2**24, workers=2**20)
         _not_negative(self, "lr", "weight_decay")
-        self.compression()
+        super().__post_init__()
         if self.storm is not None:
             if self.momentum:
                 raise ValueError(f"storm takes the place of a momentum: it needs momentum = 0, got {self.momentum:g}")
@@ -266,19 +258,9 @@ class Config:
             raise ValueError("escape needs local.overlap.fragments = 1 and delay = 0: it compares whole anchors")
 
     def compression(self) -> Compression:
-        """Return what the optimizer is given; contraction is measured once for each line of metrics."""
-        return Compression(
-            self.compressor,
-            exchange=self.exchange,
-            back=self.back,
-            decay=self.decay,
-            dense_below=self.dense_below,
-            memory=self.memory,
-            max_skipped=self.max_skipped,
-            compare_every=self.compare_every,
-            on_drift=self.on_drift,
-            monitor_every=self.log_every,
-        )
+        """Return the options of compression alone; contraction is measured once for each line of metrics."""
+        values = {f.name: getattr(self, f.name) for f in fields(Compression)}
+        return Compression(**values | {"monitor_every": self.log_every})
 
     def sgd_lr(self) -> float | None:
         """Return the step size of the plain SGD that the run amounts to; None if it is none."""
