@@ -55,8 +55,7 @@ LOCAL = """
 [local]
 every = 3
 optimizer = "adamw"
-fragments = 2
-delay = 2
+overlap = { delay = 2, fragments = 2 }
 """
 TIMEOUT = 4  # seconds of the workers' collectives
 LONGEST = 60  # seconds after which an attempt is given up

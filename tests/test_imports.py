@@ -1,6 +1,7 @@
 """What importing costs: nothing that only some functions need is imported with the package or its command line."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,5 +25,12 @@ def test_an_interrupt_while_the_package_is_imported_ends_the_command_quietly(tmp
     source = Path(packsaddle_command.__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{source}"}
     words = [sys.executable, "-c", "import packsaddle_command; packsaddle_command.main()"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, env=environment)
+    done = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,  # a shell's background jobs ignore it
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

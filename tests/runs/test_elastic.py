@@ -18,7 +18,7 @@ from commandline import command
 from forked_python import environment, python
 from runs import CONFIG, differences, lines, result
 
-from packsaddle.comm import launch
+from packsaddle.comm import launching
 from packsaddle.comm.failures import TerminatedError, WorkerFailedError
 from packsaddle.runs.run_checkpoints import CheckpointPolicy, StopAndSaveVote
 
@@ -117,9 +117,9 @@ def test_a_stopped_worker_is_killed_soon_after_another_failed(tmp_path: Path, mo
         join(self, timeout)
 
     monkeypatch.setattr(BaseProcess, "join", heard)
-    monkeypatch.setattr(launch, "SHUTDOWN_SECONDS", 0.5)
+    monkeypatch.setattr(launching, "SHUTDOWN_SECONDS", 0.5)
     with pytest.raises(WorkerFailedError, match="worker 0 failed: ValueError: this batch is bad"):
-        launch.launch(launched.fail_beside_a_stopped_one, (tmp_path,), 2)
+        launching.launch(launched.fail_beside_a_stopped_one, (tmp_path,), 2)
     assert len(waits) >= 2
     assert max(waits) <= 0.5
     with pytest.raises(ProcessLookupError):
@@ -128,7 +128,7 @@ def test_a_stopped_worker_is_killed_soon_after_another_failed(tmp_path: Path, mo
 
 def test_workers_that_are_told_to_end_have_time_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By SIGTERM on the command, though they would have none after a failure; and then they end by themselves."""
-    monkeypatch.setattr(launch, "SHUTDOWN_SECONDS", 0.0)
+    monkeypatch.setattr(launching, "SHUTDOWN_SECONDS", 0.0)
     sent, kill = [], os.kill
 
     def heard(pid: int, how: signal.Signals) -> None:
@@ -146,7 +146,7 @@ def test_workers_that_are_told_to_end_have_time_to_save(tmp_path: Path, monkeypa
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
     with pytest.raises(TerminatedError):
-        launch.launch(launched.save_when_told, (tmp_path,), 2)
+        launching.launch(launched.save_when_told, (tmp_path,), 2)
     thread.join()
     assert [signal.getsignal(number) for number in signal.valid_signals()] == handlers
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}

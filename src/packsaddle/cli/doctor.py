@@ -147,7 +147,7 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 _PATIENCE = timedelta(seconds=60)  # for two processes to find each other, where it takes a second
 _MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # whose name differs from their package's
 _PURPOSES = {
-    "plot": "figures and pages of demo, report, certify and reproduce",
+    "plot": "figures and pages of demo, report and certify",
     "digits": "the digits that demo and data.name = digits train on",
     "vision": "MNIST, CIFAR-10 and image folders",
     "fast": "compiled loops on the CPU",
