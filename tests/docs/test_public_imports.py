@@ -16,7 +16,6 @@ LAZY = [
     "packsaddle.plan",
     "packsaddle.runs",
     "packsaddle.runs.tasks",
-    "packsaddle.optim",
 ]
 ALLOWED = {
     "packsaddle.compressors.testing": "the checks for a compressor of one's own; imported by tests only",

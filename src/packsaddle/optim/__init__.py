@@ -10,23 +10,18 @@ torch's wrappers. `local_updates` exchanges what any optimizer has moved, `fragm
 check) is in `stages`.
 """
 
-from typing import TYPE_CHECKING
-
-from packsaddle.lazy import importing
-
-if TYPE_CHECKING:
-    from packsaddle.optim.compression import Compression, Schedule
-    from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
-    from packsaddle.optim.ddp_hook import DDPHook
-    from packsaddle.optim.fsdp import FSDPHook, register_fsdp_hook
-    from packsaddle.optim.local_options import Elastic, OuterSGD, Overlap, Workers
-    from packsaddle.optim.local_updates import LocalUpdates
-    from packsaddle.optim.membership import Membership
-    from packsaddle.optim.sgd import CompressedSGD
-    from packsaddle.optim.stages.drift import Drift, DriftError, fingerprint
-    from packsaddle.optim.stages.escape import Escape, Reset
-    from packsaddle.optim.stages.noise import Noise, Ramp
-    from packsaddle.optim.stages.nonfinite import NonFiniteError, Skip
+from packsaddle.optim.compression import Compression, Schedule
+from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
+from packsaddle.optim.ddp_hook import DDPHook
+from packsaddle.optim.fsdp import FSDPHook, register_fsdp_hook
+from packsaddle.optim.local_options import Elastic, OuterSGD, Overlap, Workers
+from packsaddle.optim.local_updates import LocalUpdates
+from packsaddle.optim.membership import Membership
+from packsaddle.optim.sgd import CompressedSGD
+from packsaddle.optim.stages.drift import Drift, DriftError, fingerprint
+from packsaddle.optim.stages.escape import Escape, Reset
+from packsaddle.optim.stages.noise import Noise, Ramp
+from packsaddle.optim.stages.nonfinite import NonFiniteError, Skip
 
 __all__ = [
     "CompressedSGD",
@@ -54,18 +49,3 @@ __all__ = [
     "register_ddp_hook",
     "register_fsdp_hook",
 ]
-_FILES = {
-    "compression": "Compression Schedule",
-    "ddp": "attach keep_gradients_local register_ddp_hook",
-    "ddp_hook": "DDPHook",
-    "local_options": "Elastic OuterSGD Overlap Workers",
-    "fsdp": "FSDPHook register_fsdp_hook",
-    "local_updates": "LocalUpdates",
-    "membership": "Membership",
-    "sgd": "CompressedSGD",
-    "stages.drift": "Drift DriftError fingerprint",
-    "stages.escape": "Escape Reset",
-    "stages.noise": "Noise Ramp",
-    "stages.nonfinite": "NonFiniteError Skip",
-}
-__getattr__ = importing(__name__, _FILES)
