@@ -159,7 +159,7 @@ def _answer(
     link = Link.nominal(bits or 1.0, LATENCY if options.latency is None else options.latency)
     source, workload = "as given", options.workload()
     most = math.inf if options.most_steps is None else options.most_steps
-    check_most_steps(most, workers)
+    check_most_steps(most, measured_with(workers))
     fleet = Fleet(workers, options.compute or 0.0, options.spread)
 
     with process_group() if under_launcher() else nullcontext() as group:

@@ -104,4 +104,5 @@ def check_first_step(
 def _distinct(gradients: Sequence[Any]) -> int:
     """Return the number of different values in gradients, except 0, Inf and NaN."""
     found: list[Any] = [g[g.isfinite() & (g != 0)].double().unique() for g in gradients]
-    return len(set(torch.cat(found).tolist())) if found else 0
+    together: Any = torch.cat(found) if found else torch.empty(0)
+    return len(together.unique())

@@ -149,7 +149,7 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
 
 
 def _number(hint: type, value: Any) -> Any:
-    """A number for a count or a rate, also written as people do ("25M", "1%", 1e3); what is none stays as it is."""
+    """Return the number that a text such as "25M", "1%" or "1e3" stands for; other values are returned unchanged."""
     if isinstance(value, str):
         with suppress(ValueError):
             return whole(value) if hint is int else real(value)

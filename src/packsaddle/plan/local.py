@@ -100,7 +100,7 @@ class LocalForecast:
         return (self.compute - self.waiting) / self.step
 
     def plain(self) -> dict[str, Any]:
-        """Return it as plain types."""
+        """Return the setting and its cost as a dict of strings and numbers, for JSON."""
         return {
             "every": self.setting.every,
             "compressor": describe(self.setting.compressor),
@@ -134,20 +134,17 @@ def forecast_local(
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
     measured = measured_with(fleet.workers) if measured is None else measured
+    check_most_steps(most_steps, measured)
     chosen = {setting: steps for setting, steps in measured.items() if steps <= most_steps}
-    if not chosen:
-        raise ValueError(
-            f"most-steps must be at least {min(measured.values()):g}, the least measured, got {most_steps:g}"
-        )
     bound = {compressor: workload.bind(compressor) for compressor in (s.compressor for s in chosen)}
     paces = {compressor: pace(b, workload.d).seconds for compressor, b in bound.items()}
     found = [_forecast(s, steps, workload, link, fleet, paces[s.compressor], update) for s, steps in chosen.items()]
     return tuple(sorted(found, key=lambda f: f.seconds))
 
 
-def check_most_steps(most_steps: float, workers: int) -> None:
-    """Raise ValueError if no setting that was measured needs as few steps."""
-    least = min(measured_with(workers).values())
+def check_most_steps(most_steps: float, measured: Mapping[Setting, float]) -> None:
+    """Raise ValueError if every setting that was measured needs more steps."""
+    least = min(measured.values())
     if not most_steps >= least:
         raise ValueError(f"most-steps must be at least {least:g}, the least measured, got {most_steps:g}")
 

@@ -159,8 +159,10 @@ class Perturber:
             outstanding.clear()
 
     def join(self, g: Averaged, unit: float, step: int) -> None:
-        """Leave this step's noise outstanding where it is to be; add that of the cells that were exchanged to what all
-        apply, in units of `unit`."""
+        """Add the outstanding noise of the cells that this step exchanged to their values in g, which all apply.
+
+        Values are in multiples of `unit`. This step's noise becomes outstanding first. No-op if noise is never so.
+        """
         if self._outstanding is None:
             return
         self._outstanding.grow(self.grown)
