@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from packsaddle import CompressedSGD, Compression, RandomK, TopK
+from packsaddle.feedback.drift import fingerprint
 from packsaddle.numerics import is_usable
-from packsaddle.optim import fingerprint
 from packsaddle.plan import side_by_side
 
 

@@ -170,7 +170,9 @@ def main() -> None:
     rows = {
         "files of src": len(files),
         "lines of src": sum(lines.values()),
-        "lines of optim, compressors and comm": sum(packages[name] for name in ("optim", "compressors", "comm")),
+        "lines of the engine, its fronts, compressors and comm": sum(
+            packages[name] for name in ("feedback", "sgd", "hooks", "local", "compressors", "comm")
+        ),
         "lines of runs, plan and cli": sum(packages[name] for name in ("runs", "plan", "cli")),
         "files that one CompressedSGD step runs": files_of(step),
         "calls from file to file in it": hops_of(step),

@@ -28,7 +28,7 @@ def network() -> nn.Sequential:
 def report(
     rank: int,
     model: nn.Module,
-    exchange: packsaddle.optim.DDPHook | packsaddle.LocalUpdates | None,
+    exchange: packsaddle.hooks.DDPHook | packsaddle.LocalUpdates | None,
     steps: int,
     losses: list[float],
 ) -> None:

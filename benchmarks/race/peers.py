@@ -1,7 +1,7 @@
 """Contenders made ready to train: packsaddle's optimizer, or torch's DistributedDataParallel with its own hooks.
 
 The peers are torch.distributed's, so this module imports it, as otherwise only `packsaddle.comm` and
-`packsaddle.optim.ddp` do.
+`packsaddle.hooks.ddp` do.
 """
 
 import re
@@ -26,8 +26,12 @@ from benchmarks.race.workload import Batch
 from packsaddle.comm import Bytes, ring_all_gather, ring_all_reduce
 from packsaddle.compressors import TopK
 from packsaddle.errors import MissingExtraError
-from packsaddle.optim import CompressedSGD, Compression, LocalUpdates, OuterSGD, Overlap, register_ddp_hook
+from packsaddle.feedback.compression import Compression
+from packsaddle.hooks.ddp import register_ddp_hook
+from packsaddle.local.options import OuterSGD, Overlap
+from packsaddle.local.updates import LocalUpdates
 from packsaddle.runs.tasks import Task
+from packsaddle.sgd.optimizer import CompressedSGD
 
 # DDP makes its buckets anew after the first step, so torch's hook lets no error feedback begin before the third.
 _POWERSGD_FROM = 2

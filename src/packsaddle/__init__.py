@@ -24,18 +24,18 @@ from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.gradient_noise import GradientNoise, gradient_noise
 from packsaddle.curvature.options import Search
+from packsaddle.feedback.compression import Compression
+from packsaddle.feedback.drift import Drift, DriftError
+from packsaddle.feedback.escape import Escape, Reset
+from packsaddle.feedback.guard import NonFiniteError, Skip
+from packsaddle.feedback.noise import Noise, Ramp
+from packsaddle.hooks.ddp import attach, keep_gradients_local, register_ddp_hook
+from packsaddle.hooks.fsdp import register_fsdp_hook
+from packsaddle.local.options import Elastic, OuterSGD, Overlap, Workers
+from packsaddle.local.updates import LocalUpdates
 from packsaddle.numerics.sketches import NormSketch
-from packsaddle.optim.compression import Compression
-from packsaddle.optim.ddp import attach, keep_gradients_local, register_ddp_hook
-from packsaddle.optim.fsdp import register_fsdp_hook
-from packsaddle.optim.gradient import Storm
-from packsaddle.optim.local_options import Elastic, OuterSGD, Overlap, Workers
-from packsaddle.optim.local_updates import LocalUpdates
-from packsaddle.optim.sgd import CompressedSGD
-from packsaddle.optim.stages.drift import Drift, DriftError
-from packsaddle.optim.stages.escape import Escape, Reset
-from packsaddle.optim.stages.noise import Noise, Ramp
-from packsaddle.optim.stages.nonfinite import NonFiniteError, Skip
+from packsaddle.sgd.gradient import Storm
+from packsaddle.sgd.optimizer import CompressedSGD
 from packsaddle.theory.noise_walk import suggest_noise
 from packsaddle.version import __version__ as __version__
 

@@ -33,8 +33,8 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors.testing import check_compressor
+from packsaddle.feedback.noise import Noise
 from packsaddle.numerics.seeds import mix
-from packsaddle.optim.stages.noise import Noise
 
 # Compressor, exchange, compressor of the way back.
 CASES: list[tuple[Compressor, str, Compressor | None]] = [

@@ -11,7 +11,7 @@ import pytest
 from commandline import command, refused
 
 from packsaddle.compressors import TopK
-from packsaddle.optim.local_options import OuterSGD, Overlap
+from packsaddle.local.options import OuterSGD, Overlap
 from packsaddle.options.describe import descriptions
 from packsaddle.options.schema import build, settable
 from packsaddle.runs.config import (

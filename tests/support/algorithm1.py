@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from packsaddle import Compressor
-from packsaddle.optim.stages.noise import Noise
+from packsaddle.feedback.noise import Noise
 
 
 @dataclass

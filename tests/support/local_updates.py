@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from packsaddle import Compression, Compressor, LocalUpdates, Overlap
+from packsaddle.feedback.noise import Noise
 from packsaddle.numerics.seeds import mix
-from packsaddle.optim.stages.noise import Noise
 
 SHAPES = {"w": (9, 7), "b": (5,), "u": (4, 6), "c": (3,)}  # b and c are vectors, and go dense
 ORDER = ["w", "u", "b", "c"]  # compressed tensors first

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from experiments.paper.problems import Oracle
 from packsaddle.compressors import Compressor, Identity
-from packsaddle.optim import CompressedSGD, Compression, Escape, Noise
+from packsaddle.feedback.compression import Compression
+from packsaddle.feedback.escape import Escape
+from packsaddle.feedback.noise import Noise
+from packsaddle.sgd.optimizer import CompressedSGD
 
 
 @dataclass(frozen=True)

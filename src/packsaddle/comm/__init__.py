@@ -4,7 +4,7 @@ Read `group` first (four collectives, and which group `resolve` finds), then `co
 counted in a `ledger`) and `aggregators` (one class for each way to average messages, chosen by `select_aggregator`).
 `simulation` runs W workers in one process, `machines` has one of each machine's processes send for all, and the workers
 of a `managed` group come and go; `cost_model` predicts bytes. torch.distributed is imported here, and otherwise only in
-`optim.ddp` and by the benchmarks' peers.
+`hooks.ddp` and by the benchmarks' peers.
 """
 
 from packsaddle.comm.aggregators import Aggregator

@@ -16,12 +16,12 @@ from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import resolve
 from packsaddle.compressors import Compressor
 from packsaddle.curvature.certificate import Certificate, Verdict
-from packsaddle.optim.compression import Compression, Schedule
-from packsaddle.optim.ddp import attach, keep_gradients_local
-from packsaddle.optim.ddp_hook import DDPHook
-from packsaddle.optim.local_updates import LocalUpdates
-from packsaddle.optim.saved_state import check_shape
-from packsaddle.optim.start import persistent_buffers
+from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.state import check_shape
+from packsaddle.hooks.ddp import attach, keep_gradients_local
+from packsaddle.hooks.ddp_hook import DDPHook
+from packsaddle.local.start import persistent_buffers
+from packsaddle.local.updates import LocalUpdates
 
 NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no exchange"
 

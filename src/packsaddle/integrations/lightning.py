@@ -22,6 +22,8 @@ from packsaddle.compressors import QSGD, Compressor, Sign
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.curvature.certify import certify
 from packsaddle.curvature.hessian import LossFn
+from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.hooks.ddp_hook import DDPHook
 from packsaddle.integrations.callbacks import (
     WorkerState,
     attach_among_workers,
@@ -32,9 +34,7 @@ from packsaddle.integrations.callbacks import (
     monitored,
     save_state,
 )
-from packsaddle.optim.compression import Compression, Schedule
-from packsaddle.optim.ddp_hook import DDPHook
-from packsaddle.optim.local_updates import LocalUpdates
+from packsaddle.local.updates import LocalUpdates
 
 
 class _Attached(Callback):

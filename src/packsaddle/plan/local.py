@@ -14,7 +14,7 @@ from packsaddle.comm.cost_model import RingAllGather
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import Compressor, Identity, Sign, TopK
 from packsaddle.compressors.registry import describe
-from packsaddle.optim.stages.lockstep import HEADER
+from packsaddle.local.lockstep import HEADER
 from packsaddle.plan.coding import Pace
 from packsaddle.plan.model_size import ModelSize
 from packsaddle.plan.step_time import Fleet, Link, compressed

@@ -10,14 +10,14 @@ from torch import nn
 from packsaddle.comm.group import Solo
 from packsaddle.compressors import Compressor, RandomK
 from packsaddle.errors import ConfigError
-from packsaddle.optim.compression import Compression
-from packsaddle.optim.layout import FlatParameters
-from packsaddle.optim.sgd import CompressedSGD
+from packsaddle.feedback.compression import Compression
+from packsaddle.feedback.slices import FlatParameters
 from packsaddle.options.schema import nearest
 from packsaddle.plan.timing import side_by_side
 from packsaddle.runs.config import DataConfig, ModelConfig
 from packsaddle.runs.tasks.models import CharTransformer, mnist_autoencoder, resnet
 from packsaddle.runs.tasks.text import load_text
+from packsaddle.sgd.optimizer import CompressedSGD
 
 _LONG = 1 << 25  # coordinates; longer vectors take in proportion
 _DENSE_BELOW = 1024  # elements, as in CompressedSGD

@@ -24,12 +24,12 @@ from packsaddle.compressors import (
 )
 from packsaddle.curvature.options import Search
 from packsaddle.errors import ConfigError
+from packsaddle.feedback.compression import Compression
+from packsaddle.feedback.escape import EscapeRule
+from packsaddle.local.options import LocalOptions, OuterSGD, Overlap
 from packsaddle.messages import shortened, shown
-from packsaddle.optim.compression import Compression
-from packsaddle.optim.gradient import Storm
-from packsaddle.optim.local_options import LocalOptions, OuterSGD, Overlap
-from packsaddle.optim.stages.escape import EscapeRule
 from packsaddle.options.schema import build, is_too_deep, line_of, syntax_error
+from packsaddle.sgd.gradient import Storm
 
 _EPOCHS = (1e-9, 1e9)  # the least and the most that a number of epochs may be
 _WIDEST = 2**20  # units of a layer

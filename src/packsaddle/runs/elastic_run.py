@@ -17,7 +17,7 @@ from torch import Tensor
 
 from packsaddle.comm.group import Solo, ambient_group
 from packsaddle.errors import ConfigError
-from packsaddle.optim.local_options import Elastic
+from packsaddle.local.options import Elastic
 from packsaddle.runs.config import Config
 from packsaddle.runs.local_training import LocalTraining
 from packsaddle.runs.progress import live

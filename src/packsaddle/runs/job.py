@@ -20,9 +20,9 @@ from packsaddle.comm.managed import connect
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import FusedGroup, simulate
 from packsaddle.errors import ConfigError
-from packsaddle.optim.local_options import Elastic
-from packsaddle.optim.stages.drift import DriftError
-from packsaddle.optim.stages.nonfinite import NonFiniteError
+from packsaddle.feedback.drift import DriftError
+from packsaddle.feedback.guard import NonFiniteError
+from packsaddle.local.options import Elastic
 from packsaddle.options.schema import build, first_difference, plain
 from packsaddle.runs.batched import why_not_batched
 from packsaddle.runs.config import Config

@@ -13,11 +13,11 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.errors import ConfigError
-from packsaddle.optim.layout import goes_dense
-from packsaddle.optim.local_options import Elastic
-from packsaddle.optim.local_updates import LocalUpdates
-from packsaddle.optim.stages.drift import Drift
-from packsaddle.optim.stages.escape import Escape, Reset
+from packsaddle.feedback.drift import Drift
+from packsaddle.feedback.escape import Escape, Reset
+from packsaddle.feedback.slices import goes_dense
+from packsaddle.local.options import Elastic
+from packsaddle.local.updates import LocalUpdates
 from packsaddle.options.schema import plain
 from packsaddle.runs.config import Config
 from packsaddle.runs.inner_optimizers import make_inner, share_of_peak

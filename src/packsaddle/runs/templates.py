@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from packsaddle.compressors import Identity, RandomK, TopK
-from packsaddle.optim.local_options import OuterSGD, Overlap
+from packsaddle.local.options import OuterSGD, Overlap
 from packsaddle.options.describe import descriptions
 from packsaddle.options.schema import choices, settable
 from packsaddle.runs.config import (

@@ -24,9 +24,9 @@ from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.simulation import FusedGroup, SimulatedGroup
 from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions
 from packsaddle.errors import ConfigError
+from packsaddle.feedback.escape import Escape
+from packsaddle.feedback.guard import NonFiniteError
 from packsaddle.numerics.seeds import Stream, mix
-from packsaddle.optim.stages.escape import Escape
-from packsaddle.optim.stages.nonfinite import NonFiniteError
 from packsaddle.runs.batched import BatchedGradients
 from packsaddle.runs.config import Config
 from packsaddle.runs.local_training import LocalTraining

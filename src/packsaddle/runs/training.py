@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Bytes
 from packsaddle.errors import ConfigError
-from packsaddle.optim.gradient import Storm
-from packsaddle.optim.sgd import CompressedSGD
-from packsaddle.optim.stages.drift import Drift
-from packsaddle.optim.stages.escape import Escape, Reset
-from packsaddle.optim.stages.noise import Ramp, Rescheduled
+from packsaddle.feedback.drift import Drift
+from packsaddle.feedback.escape import Escape, Reset
+from packsaddle.feedback.noise import Ramp, Rescheduled
 from packsaddle.runs.config import Config, NoiseConfig
 from packsaddle.runs.tasks.sharding import Calendar
+from packsaddle.sgd.gradient import Storm
+from packsaddle.sgd.optimizer import CompressedSGD
 
 Closure = Callable[[], Tensor]  # clears the gradients, computes them, and returns the loss
 

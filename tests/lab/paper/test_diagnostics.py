@@ -37,7 +37,7 @@ from experiments.paper.proof import (
     residual_gap,
 )
 from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, LinearSketch, RandomK, Sign, TopK, simulate
-from packsaddle.optim.stages.noise import Noise
+from packsaddle.feedback.noise import Noise
 from packsaddle.theory import growth_rate, predicted_escape_time
 
 ETA, GAMMA, R = 0.05, 0.5, 1e-3

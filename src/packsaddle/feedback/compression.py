@@ -1,0 +1,124 @@
+"""Compression: compressor, exchange and guards; one class for the optimizer, the hooks and local updates."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import get_args
+
+from packsaddle.comm.select_aggregator import Exchange, check_exchange
+from packsaddle.compressors import Compressor
+from packsaddle.errors import is_below
+from packsaddle.feedback.drift import OnDrift
+from packsaddle.feedback.memory import Memory
+from packsaddle.feedback.slices import check_dense_below
+from packsaddle.options.agreement import Option
+
+Schedule = Callable[[int], Compressor]
+
+
+@dataclass(frozen=True)
+class Compression(Option):
+    """Settings of an exchange: compressor, average, error memory and guards.
+
+    A `Compressor` alone stands for `Compression(compressor)` wherever one is taken.
+
+    Args:
+        compressor: C, applied to the concatenation of all compressed tensors; where gradients or local updates are
+            exchanged also a function of the step that returns it (see `RatioRamp`).
+        exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
+            "coordinator", or "auto", by predicted bytes (see `select_aggregator`). In local updates also "senders":
+            directly, and a coordinate over the workers that sent it, as in SparseLoCo's reference, which breaks
+            y = a - mean e.
+        back: the compressor of the mean on its way back in "two-way" and "coordinator".
+        dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
+            0 compresses everything.
+        decay: factor of the error memory in each step or round, in [0, 1]: below 1 errors decay, and 0 means no
+            error feedback. It must be 1 in `CompressedSGD`.
+        memory: where the error is kept: "buffer" is a vector of its own; "gradient" the parameters' gradients, which
+            then must not be cleared, clipped or scaled between steps (see `GradientMemory`); "ef21" is a running
+            estimate of the gradient instead (see `EstimateMemory`). It must be "buffer" in hooks and local updates.
+        max_skipped: a step in which a worker's vector is invalid is skipped on all workers, and counted; more than this
+            many consecutive skips raise NonFiniteError. None does not check vectors.
+        compare_every: steps between two comparisons over workers of 16 bytes, the fingerprints of the parameters and of
+            the rates and noise that workers step by; 0 never compares.
+        on_drift: action where fingerprints differ: "stop" raises DriftError, "repair" broadcasts worker 0's parameters.
+        monitor_every: steps between two measurements of the contraction; 0 never measures.
+
+    Raises ValueError for bad arguments.
+
+    >>> import torch
+    >>> from packsaddle import Compression, CompressedSGD, TopK
+    >>> spec = Compression(TopK(0.01), exchange="two-way", dense_below=0)
+    >>> opt = CompressedSGD([torch.nn.Parameter(torch.zeros(64))], 0.1, spec)
+    >>> opt.compressed_numel
+    64
+    """
+
+    compressor: Compressor | Schedule
+    exchange: Exchange = "direct"
+    back: Compressor | None = None
+    dense_below: int = 1024
+    memory: Memory = "buffer"
+    decay: float = 1.0
+    max_skipped: int | None = 20
+    compare_every: int = 100
+    on_drift: OnDrift = "stop"
+    monitor_every: int = field(default=0, metadata={"own": True})
+
+    def __post_init__(self) -> None:
+        # A class is callable, so it would pass as a function of the step.
+        if isinstance(self.compressor, type):
+            name = self.compressor.__name__
+            raise ValueError(f"compressor must be made, as RandomK(0.01) or Sign() is, got the class {name} itself")
+        if not (isinstance(self.compressor, Compressor) or callable(self.compressor)):
+            raise ValueError(
+                f"compressor must be a packsaddle Compressor such as RandomK(0.01), or a function of the step that "
+                f"returns one, got {self.compressor!r}"
+            )
+        if not (self.back is None or isinstance(self.back, Compressor)):
+            raise ValueError(f"back must be a packsaddle Compressor or None, got {self.back!r}")
+        check_exchange(self.exchange, self.back)
+        for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        # Other exchanges keep owner errors, in the units of their messages.
+        if self.memory != "buffer" and self.exchange != "direct":
+            raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
+        check_dense_below(self.dense_below)
+        if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
+            raise ValueError(f"decay must be in [0, 1], got {self.decay!r}")
+        if self.max_skipped is not None and is_below(self.max_skipped, 0):
+            raise ValueError(f"max_skipped must be 0 or more steps, or None, got {self.max_skipped}")
+        for name in ("compare_every", "monitor_every"):
+            if is_below(getattr(self, name), 0):
+                raise ValueError(f"{name} must be 0 or more steps, got {getattr(self, name)}")
+
+    @classmethod
+    def of(cls, given: "Compressor | Schedule | Compression") -> "Compression":
+        """Return `given`, a compressor or schedule with every other setting at its default."""
+        return given if isinstance(given, Compression) else cls(given)
+
+    def check_gradients(self) -> None:
+        """Raise ValueError for an exchange that is for local updates alone."""
+        if self.exchange == "senders":
+            raise ValueError('exchange "senders" is for local updates, not for gradients')
+
+    def fixed(self) -> Compressor:
+        """Return the one compressor of all steps. Raises ValueError for a function of the step."""
+        if not isinstance(self.compressor, Compressor):
+            raise ValueError(
+                f"compressor must be a packsaddle Compressor such as RandomK(0.01), got {self.compressor!r}: functions "
+                f"of the step are for register_ddp_hook and register_fsdp_hook"
+            )
+        return self.compressor
+
+    def at(self, step: int) -> Compressor:
+        """Return the compressor of a step. Raises ValueError if a schedule returns something else."""
+        if isinstance(self.compressor, Compressor):
+            return self.compressor
+        found = self.compressor(step)
+        if not isinstance(found, Compressor):
+            raise ValueError(
+                f"compressor must be a packsaddle Compressor such as RandomK(0.01), or a function of the step that "
+                f"returns one, got {found!r} at step {step}"
+            )
+        return found

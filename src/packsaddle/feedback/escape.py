@@ -1,0 +1,177 @@
+"""The escape check of Algorithm 1, lines 4-8: has the run left x_t', and was the segment worth keeping?"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.errors import is_below
+from packsaddle.numerics.sketches import NormSketch
+
+
+@dataclass(frozen=True)
+class EscapeRule:
+    """Rule of the escape check: its firing times, and the point whose loss it compares (Algorithm 1, lines 4-8)."""
+
+    interval: int  # I, in steps, at least 1; in local updates in rounds, as is every
+    radius: float  # R > 0, in the norm of x
+    # x: f(x_t) < f(x_t') as in the paper's line 6; y: f(y_t) < f(x_t'), y_t = x_t - eta e_t, the point that would be
+    # accepted, at the cost of a dense all-reduce per check
+    compare: Literal["x", "y"] = field(default="x", kw_only=True)
+    every: int = field(default=1, kw_only=True)  # steps between tests of the norm; the interval is tested at each step
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "every"):
+            if is_below(getattr(self, name), 1):
+                raise ValueError(f"{name} of Escape must be at least 1 step, got {getattr(self, name)}")
+        if not 0 < self.radius < math.inf:
+            raise ValueError(f"radius of Escape must be positive and finite, got {self.radius}")
+        if self.compare not in ("x", "y"):
+            raise ValueError(f'compare of Escape must be "x" or "y", got {self.compare!r}')
+
+
+@dataclass(frozen=True)
+class Escape(EscapeRule):
+    """The escape check (Algorithm 1, lines 4-8).
+
+    Args:
+        interval: I, in steps, at least 1; in local updates in rounds, as is `every`.
+        radius: R > 0, in the norm of x.
+        objective: a function that returns this worker's f_i(x) at the parameters' present values, as a float or 0-dim
+            tensor; f = mean_i f_i is formed here. It is called without gradient, at x_t and at x_t', and should be the
+            same function both times.
+        compare: "x" is line 6 to the letter, f(x_t) < f(x_t'); "y" tests the point that would be accepted,
+            f(x_t - eta e_t) < f(x_t'), at the cost of a dense all-reduce per check.
+        every: steps between tests of the norm; the interval is tested at each step.
+        sketch: estimates the norm with several workers.
+
+    Raises ValueError for a value that is out of range.
+
+    >>> import torch
+    >>> from packsaddle import CompressedSGD, Escape, TopK
+    >>> x = torch.nn.Parameter(torch.zeros(64, 64))
+    >>> escape = Escape(interval=100, radius=1.0, objective=lambda: x.square().sum())
+    >>> opt = CompressedSGD([x], 0.1, TopK(0.1), noise=0.01, escape=escape)
+    >>> opt.resets
+    []
+    """
+
+    objective: Callable[[], float | Tensor] = field(repr=False)
+    sketch: NormSketch = field(default_factory=NormSketch)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.objective):
+            raise ValueError(f"objective of Escape must be callable, got {self.objective!r}")
+
+
+@dataclass(frozen=True)
+class Reset:
+    """One firing of the escape check, with its reason, the compared values and the decision (lines 5-8).
+
+    >>> import torch
+    >>> from packsaddle import CompressedSGD, Escape, TopK
+    >>> x = torch.nn.Parameter(torch.ones(64, 64))
+    >>> opt = CompressedSGD([x], 0.1, TopK(1.0), escape=Escape(2, 100.0, lambda: x.square().sum()))
+    >>> for _ in range(3):
+    ...     x.grad = 2 * x.detach()
+    ...     opt.step()
+    >>> [(reset.step, reset.reason, reset.committed) for reset in opt.resets]
+    [(3, 'interval', True)]
+    """
+
+    step: int  # t, the new t'
+    reason: Literal["interval", "radius"]  # I steps have passed, or ||x_t' - y_t|| > R
+    distance: float | None  # ||x_t' - y_t||, estimated if there are several workers; None if not measured
+    candidate: float  # f(x_t), or f(y_t) with compare="y"
+    anchor: float  # f(x_t')
+    committed: bool  # x_t <- y_t; else it was rolled back to x_t'
+
+
+class Vector(Protocol):
+    """x, float[d], of which the first `compressed_d` coordinates are compressed."""
+
+    x: Tensor
+    compressed_d: int
+
+
+class EscapeCheck:
+    """Runs an `Escape` rule on the flat vector x and the pending update eta e^(i), float[d]."""
+
+    def __init__(self, rule: Escape, flat: Vector, channel: Communicator, seed: int) -> None:
+        self.anchor = flat.x.clone()  # x_t', float[d]
+        self.anchor_step = 0  # t'
+        self._rule, self._flat, self._channel, self._seed = rule, flat, channel, seed
+
+    def begin(self) -> None:
+        """Take x as it is for x_0': weights may have been loaded since this was made."""
+        self.anchor.copy_(self._flat.x)
+
+    def run(self, step: int, pending: Tensor) -> tuple[Reset | None, Tensor | None]:
+        """Do lines 5-7 for iteration t = `step`.
+
+        If it fires, x is replaced, and `pending` must be set to zero, or to the second result, float[d]: what 16-bit
+        parameters could not take of y.
+        """
+        distance = self._distance(pending) if step % self._rule.every == 0 else None
+        late = step - self.anchor_step > self._rule.interval
+        if not late and (distance is None or distance <= self._rule.radius):
+            return None, None
+        candidate, anchor, y = self._compare(pending)
+        self.anchor.copy_(self._flat.x)
+        self.anchor_step = step
+        lost = None if y is None or y.dtype == self._flat.x.dtype else self._flat.x - y
+        return Reset(step, "interval" if late else "radius", distance, candidate, anchor, y is not None), lost
+
+    def _distance(self, pending: Tensor) -> float:
+        """||x_t' - (x_t - eta e_t)||: exact for one worker, else from the mean of the workers' sketches."""
+        moved = pending.sub(self._flat.x).add_(self.anchor)
+        if self._channel.group.size == 1:
+            return float(torch.linalg.vector_norm(moved, dtype=torch.float64))
+        # A new hash after each reset, since the points depend on the answers given so far.
+        sketch = self._rule.sketch.encode(moved, seed=self._seed, step=self.anchor_step)
+        return self._rule.sketch.norm(self._channel.mean(sketch, "escape norm"))
+
+    def _compare(self, pending: Tensor) -> tuple[float, float, Tensor | None]:
+        """Line 6: leave x at y_t if the objective improved on x_t', else at x_t'. If it raises, x is x_t again.
+
+        Returns the two objectives, and y_t, float[d], if it was accepted.
+        """
+        x, here = self._flat.x, self._flat.x.clone()
+        try:
+            y = self._corrected(here, pending) if self._rule.compare == "y" else None
+            if y is not None:
+                x.copy_(y)
+            candidate = self._objective()
+            x.copy_(self.anchor)
+            anchor = self._objective()
+        except BaseException:
+            x.copy_(here)
+            raise
+        if not candidate < anchor:
+            return candidate, anchor, None
+        y = self._corrected(here, pending) if y is None else y
+        # A NaN may wait in e_t although f(x_t) is finite: x has not received it yet. All workers see the same y.
+        if not torch.isfinite(y).all():
+            return candidate, anchor, None
+        x.copy_(y)
+        return candidate, anchor, y
+
+    def _corrected(self, x: Tensor, pending: Tensor) -> Tensor:
+        """Return y_t = x_t - eta e_t, float[d]: a dense all-reduce, since e_t is a mean over workers."""
+        y, compressed_d = x.to(pending.dtype, copy=True), self._flat.compressed_d
+        y[:compressed_d].sub_(self._channel.mean(pending[:compressed_d].clone(), "reset"))
+        return y.sub_(torch.nn.functional.pad(pending[compressed_d:], (compressed_d, 0)))
+
+    def _objective(self) -> float:
+        """f at the parameters' present values: the mean over workers of what they return."""
+        with torch.no_grad():
+            value = torch.as_tensor(self._rule.objective(), dtype=torch.float64, device=self._flat.x.device).detach()
+        if value.numel() != 1:
+            raise ValueError(f"objective of Escape must return one number, got shape {tuple(value.shape)}")
+        mean = float(self._channel.mean(value.reshape(1).clone(), "objective"))
+        return math.inf if math.isnan(mean) else mean

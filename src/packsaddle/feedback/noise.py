@@ -1,0 +1,139 @@
+"""The artificial noise xi_t of Algorithm 1, line 9, and schedules for its standard deviation r.
+
+r is the standard deviation of each coordinate (as in the paper's Figure 2), so ||xi_t|| is about r sqrt(d).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """The noise r that is `std` until step `start`, then falls linearly to `final` at step `stop` and stays there.
+
+    `std` and `final` are standard deviations of a coordinate, in units of a gradient. The paper lowers its noise late
+    in Figure 2 so that the gradient converges. Raises ValueError for a negative std or final, or stop before start.
+
+    >>> from packsaddle import Ramp
+    >>> noise = Ramp(0.01, start=100, stop=200)
+    >>> noise(0), noise(150), noise(200)
+    (0.01, 0.005, 0.0)
+    """
+
+    std: float
+    start: int
+    stop: int
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("std", "final"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} of Ramp must be finite and not negative, got {value}")
+        if not 0 <= self.start <= self.stop:
+            raise ValueError(f"Ramp needs 0 <= start <= stop, got start={self.start}, stop={self.stop}")
+
+    def __call__(self, step: int) -> float:
+        if step < self.start:
+            return self.std
+        if step >= self.stop:
+            return self.final
+        return self.std + (self.final - self.std) * (step - self.start) / (self.stop - self.start)
+
+    def squares(self, steps: int) -> float:
+        """Return the sum of r^2 over steps 0 ... steps - 1."""
+        before, width = min(self.start, steps), self.stop - self.start
+        n = min(self.stop, steps) - before  # steps on which it falls; of k = 0 ... n - 1
+        fall = (self.final - self.std) / max(1, width)
+        falling = n * self.std**2 + self.std * fall * n * (n - 1) + fall**2 * (n - 1) * n * (2 * n - 1) / 6
+        return before * self.std**2 + falling + (steps - before - n) * self.final**2
+
+
+class Rescheduled:
+    """A schedule that may be replaced by another on the way: where the steps of an epoch change, say."""
+
+    def __init__(self, ramp: Ramp) -> None:
+        self.ramp = ramp
+
+    def __call__(self, step: int) -> float:
+        return self.ramp(step)
+
+    def __repr__(self) -> str:
+        return repr(self.ramp)
+
+
+@dataclass(frozen=True)
+class GaussianNoise:
+    """xi_t, float[d], identical on all workers; a stretch of it can be added to a vector without drawing the rest."""
+
+    std: float
+    key: Keys
+
+    def add_to(self, out: Tensor, alpha: float = 1.0, start: int = 0) -> None:
+        """Add alpha times the coordinates `start`, start + 1, ... of xi_t to out, float[n], in place."""
+        add_gaussians(out, alpha * self.std, self.key, start)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The artificial noise of Algorithm 1, shared by all workers: xi_t is a pure function of (seed, t).
+
+    A number or a function alone stands for `Noise(it)` wherever noise is an argument.
+
+    Args:
+        std: r, the standard deviation of each coordinate of xi_t, in units of a gradient (in local updates of the
+            parameters), finite and at least 0; or a function of the step that returns it (see `Ramp`).
+        lazy: draw xi where and when it reaches x, O(k) a step instead of O(d), with the same law of x_0, x_1, ...
+            (see `packsaddle.sgd.lazy_noise.OutstandingNoise`). Only in `CompressedSGD`, with RandomK by
+            all-reduce and without an escape check, which reads e. None: wherever it is possible.
+
+    Raises ValueError if r is negative or not finite.
+
+    >>> from packsaddle import Noise, Ramp
+    >>> Noise(Ramp(0.01, start=100, stop=200)).at_step(150)
+    0.005
+    """
+
+    std: float | Callable[[int], float] = 0.0
+    lazy: bool | None = None
+
+    def __post_init__(self) -> None:
+        self.at_step(0)
+
+    @classmethod
+    def of(cls, given: "float | Callable[[int], float] | Noise") -> "Noise":
+        """Return `given`, a number or function as the noise that has it."""
+        return given if isinstance(given, Noise) else cls(given)
+
+    def at_step(self, step: int) -> float:
+        """Return r at `step`. Raises ValueError if it is negative or not finite."""
+        r = float(self.std(step)) if callable(self.std) else float(self.std)
+        if not (math.isfinite(r) and r >= 0):
+            raise ValueError(f"noise must be finite and not negative, got {r} at step {step}")
+        return r
+
+    def drawn(self, *, seed: int, step: int) -> GaussianNoise | None:
+        """Return xi_t for t = `step` and the workers' shared `seed`, or None if r is 0."""
+        r = self.at_step(step)
+        return GaussianNoise(r, keys(seed, step, Stream.NOISE)) if r else None
+
+    def vector(self, like: Tensor, *, seed: int, step: int) -> Tensor | None:
+        """Return xi_t for t = `step` and `seed` as a vector like `like`, float[d], or None if r is 0."""
+        noise = self.drawn(seed=seed, step=step)
+        if noise is None:
+            return None
+        xi = torch.zeros_like(like)
+        noise.add_to(xi)
+        return xi
+
+    def check_eager(self) -> "Noise":
+        """Return this noise. Raises ValueError if it is lazy, which is for `CompressedSGD` only."""
+        if self.lazy:
+            raise ValueError("noise must be eager except in CompressedSGD, got lazy=True")
+        return self

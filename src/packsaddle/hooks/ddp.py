@@ -1,0 +1,259 @@
+"""Compressed exchange behind DistributedDataParallel, with any optimizer: two lines in a script that has it.
+
+`register_ddp_hook` and `attach` return a `DDPHook` (see `ddp_hook`): the bytes, the steps, the error memory, and how to
+save it. `keep_gradients_local` disables the exchange of DistributedDataParallel, for `LocalUpdates`.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.futures import Future
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from packsaddle.comm.communicator import Communicator, check_agreement
+from packsaddle.comm.group import group_like, training_group
+from packsaddle.comm.ledger import Ledger
+from packsaddle.comm.select_aggregator import choose, warn_of_nothing
+from packsaddle.compressors import QSGD, Compressor
+from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.escape import Escape
+from packsaddle.feedback.noise import Noise
+from packsaddle.feedback.optimizers import innermost
+from packsaddle.feedback.slices import Place, places
+from packsaddle.hooks.ddp_hook import Bucket, DDPHook
+from packsaddle.hooks.escape import EscapeAfterStep
+from packsaddle.hooks.fsdp import uses_fsdp
+from packsaddle.hooks.hook import HookOptions, Scope
+from packsaddle.hooks.rates import Rates
+from packsaddle.numerics.kernels import compiler
+from packsaddle.numerics.seeds import as_seed
+
+
+def register_ddp_hook(
+    model: DistributedDataParallel,
+    compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+    *,
+    noise: float | Callable[[int], float] | Noise = 0.0,
+    escape: Escape | None = None,
+    start_step: int = 0,
+    seed: int = 0,
+    scope: Scope = "bucket",
+    optimizer: Optimizer | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+) -> DDPHook:
+    """Average the gradients of a DistributedDataParallel with compression, noise and error feedback; collective.
+
+    Every worker's p.grad after a backward pass is the mean of all workers' messages, and any optimizer may use it. With
+    plain SGD and scope="model" the run is that of `CompressedSGD` (with eager noise), step by step.
+
+    Args:
+        model: a DistributedDataParallel without a communication hook.
+        compressor: C, or a function of the step that returns it (see `RatioRamp`), or a `Compression`, which also sets
+            how messages are averaged, which tensors are sent uncompressed and which checks are made; its memory must
+            be "buffer" and its on_drift "stop".
+        noise: as in `CompressedSGD`, but not lazy.
+        escape: the escape check of lines 4-8, made after each step of `optimizer`, which must be plain SGD.
+        start_step: the number of first steps that are exchanged uncompressed.
+        seed: as in `CompressedSGD`.
+        scope: the vector that is compressed: each of DDP's buckets ("bucket"), during the backward pass, or all of the
+            model ("model") at its end, as in Algorithm 1.
+        optimizer: the optimizer of the model, whose step is skipped after a rejected exchange. With plain SGD the error
+            memory follows its learning rates, so that y = x - eta e does not jump; with any other it stays as it is.
+        scaler: the GradScaler whose scale is in the gradients; the error memory is kept unscaled.
+
+    If a worker's gradient is invalid, all workers reject the exchange: error memories, noise and step count are rolled
+    back, and every worker's gradients have NaNs, so that scalers skip the step on all of them together. The worker with
+    the invalid gradient logs the name of the parameter (on a CPU), and `hook.skips` records the step. More than
+    `max_skipped` consecutive rejections raise NonFiniteError in the backward pass (with None they never do, and
+    `optimizer` receives the NaNs). Parameters that are found to differ raise DriftError on all workers.
+    If gradients are computed and the hook is never called (the model is run without DistributedDataParallel, as
+    `model.module(x)`), the next forward pass raises RuntimeError.
+
+    Raises TypeError or ValueError for bad arguments, also if workers differ in them, RuntimeError for a second hook.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> import packsaddle
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> hook = packsaddle.register_ddp_hook(model, packsaddle.QSGD(127), optimizer=optimizer)
+    >>> model(torch.rand(8, 64)).square().mean().backward()
+    >>> optimizer.step()
+    >>> hook.steps
+    1
+    >>> dist.destroy_process_group()
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(
+            f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
+            f"or, where a framework has wrapped it, see packsaddle.attach"
+        )
+    # The options, each alone and with this model.
+    spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
+    rules = HookOptions(spec, scope, start_step, as_seed(seed))
+    _check_types(optimizer, scaler)
+    optimizer = None if optimizer is None else innermost(optimizer)
+    named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
+    found = places(named, spec.dense_below)
+    _check_sizes(found, rules, model.process_group.size())
+    # Lines 9-12 in the backward pass, lines 4-8 after the optimizer's step.
+    channel, rates = Communicator(group_like(model), Ledger()), Rates(optimizer, found)
+    scale = (lambda: 1.0) if scaler is None else scaler.get_scale
+    hook = DDPHook(model.module, channel, rules, found, noise, rates, scale)
+    if escape is not None:
+        checker = EscapeAfterStep(escape, hook, optimizer, found, rates, dense_below=spec.dense_below, seed=rules.seed)
+        hook.parts["escape"] = checker
+    # All workers must have been given the same.
+    same = {**rules.agreement(), "noise": noise, "escape": escape, "lr": rates.now()}
+    same["kernels"] = compiler(found[0].parameter.device)
+    same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
+    check_agreement(channel, same, found[0].parameter.device)
+    # A rejected exchange leaves NaNs in the gradients, by which no optimizer should step.
+    if scaler is not None:
+        hook.trust(scaler)
+    if optimizer is not None:
+        hook.protect(optimizer)
+    on_buckets(model, hook)
+    _guard(model, hook)
+    return hook
+
+
+def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
+    """Register the hook on the DistributedDataParallel within a model that a framework has wrapped.
+
+    It is found through torch.compile and other wrappers. `arguments` and `options` are those of `register_ddp_hook`.
+    If there is no DistributedDataParallel and one worker, there is nothing to exchange, and None is returned.
+    Raises TypeError for more than one, for none among several workers, and for a model that FSDP shards; and the errors
+    of `register_ddp_hook`.
+
+    >>> import torch
+    >>> import packsaddle
+    >>> hook = packsaddle.attach(torch.nn.Linear(4, 4), packsaddle.TopK(0.1))
+    >>> hook is None
+    True
+    """
+    found = [module for module in model.modules() if isinstance(module, DistributedDataParallel)]
+    if not found and uses_fsdp(model):
+        raise TypeError(
+            "model is sharded by FSDP, whose gradients are already reduced over workers when its hooks see them; "
+            "see packsaddle.register_fsdp_hook"
+        )
+    # One worker has nothing to exchange, so a script may run on it unchanged.
+    if not found and training_group(None).size == 1:
+        if options.get("noise") or options.get("escape") is not None:
+            warnings.warn("there is one worker and no exchange, so no noise and no escape check either", stacklevel=2)
+        return None
+    if len(found) != 1:
+        raise TypeError(
+            f"model must have one DistributedDataParallel in it, got {type(model).__name__} with {len(found)}; "
+            f"attach after the framework has wrapped the model"
+        )
+    return register_ddp_hook(found[0], *arguments, **options)
+
+
+def keep_gradients_local(model: nn.Module) -> None:
+    """Have every DistributedDataParallel in a model exchange neither gradients nor buffers, for `LocalUpdates`.
+
+    For frameworks that wrap each model: backward passes leave each worker's own gradient, and forward passes its own
+    buffers, such as running statistics. A model without one is left as it is. Raises RuntimeError for a
+    DistributedDataParallel that has a communication hook already.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> import packsaddle
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(64, 64))
+    >>> packsaddle.keep_gradients_local(model)
+    >>> local = packsaddle.LocalUpdates(torch.optim.AdamW(model.parameters()), every=30)
+    >>> dist.destroy_process_group()
+    """
+
+    def own(bucket: Bucket) -> Future[Tensor]:
+        future: Future[Tensor] = Future()
+        future.set_result(bucket.buffer)
+        return future
+
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            on_buckets(module, own)
+            module.broadcast_buffers = False  # which would wait for worker 0's at each forward pass
+
+
+def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[Tensor]"]) -> None:
+    """Let `take` exchange a model's buckets. Raises RuntimeError if the model has a communication hook already."""
+
+    def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
+        return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
+
+    try:
+        model.register_comm_hook(take, hook)
+    except RuntimeError as error:
+        if "can only be called once" not in str(error):
+            raise
+        raise RuntimeError(
+            "this DistributedDataParallel has a communication hook already, and takes no second one; "
+            "for another hook wrap model.module anew"
+        ) from error
+
+
+def _check_types(optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+
+
+def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
+    """Raise ValueError if the compressor cannot act on the model, before a step finds out."""
+    for place in found:
+        if not place.parameter.is_floating_point():
+            raise ValueError(f"parameters must be floating point, but {place.name} is {place.parameter.dtype}")
+    compressed = [place for place in found if not place.dense]
+    compressor, d = rules.at(rules.start_step), sum(place.size for place in compressed)
+    spec = rules.compression
+    warn_of_nothing(compressor, d, spec.dense_below, stacklevel=3)
+    shapes = [place.parameter.shape for place in compressed]
+    choose(compressor.for_tensors(shapes), spec.exchange, d=d, dense=1, workers=workers, back=spec.back)
+
+
+def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
+    """Raise RuntimeError at a forward pass if gradients before it should have passed through the hook and did not."""
+    for handle in _guards.pop(model.module, ()):  # of an earlier DistributedDataParallel
+        handle.remove()
+    # One gradient shows that a backward pass ran; a pass within no_sync does not call the hook.
+    last = [p for p in model.module.parameters() if p.requires_grad][-1]
+    missed, synchronized = False, True
+
+    def on_gradient(_: Tensor) -> None:
+        nonlocal missed
+        missed = missed or synchronized
+
+    def on_forward(module: nn.Module, _: Any) -> None:
+        nonlocal synchronized
+        synchronized = model.require_backward_grad_sync  # DDP goes by what it is in the forward pass
+        # One call proves that DistributedDataParallel uses the hook.
+        if hook.calls:
+            for handle in handles:
+                handle.remove()
+        elif missed:
+            raise RuntimeError(
+                "gradients were computed, but DistributedDataParallel never called the hook: workers train apart. "
+                "Is the model run as model.module, or wrapped again by a framework? attach to what is really run"
+            )
+
+    handles = [
+        last.register_post_accumulate_grad_hook(on_gradient),
+        model.module.register_forward_pre_hook(on_forward),
+    ]
+    _guards[model.module] = handles
+
+
+_guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # by the model that is wrapped

@@ -1,0 +1,107 @@
+"""The escape check behind a gradient hook: lines 4-8 of Algorithm 1 after each step of plain SGD."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
+from packsaddle.feedback.slices import FlatParameters, Place
+from packsaddle.hooks.rates import Rates, is_plain_sgd
+
+
+class Hook(Protocol):
+    """A gradient hook whose optimizer's steps are checked."""
+
+    resets: list[Reset]
+    channel: Communicator
+
+    @property
+    def steps(self) -> int:
+        """The number of exchanges so far."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """Return this worker's e^(i), in units of a gradient, by parameter."""
+
+    def forget(self, lost: Mapping[str, Tensor]) -> None:
+        """Set e to zero (line 7), or to what is given by parameter."""
+
+
+class EscapeAfterStep:
+    """Runs the check after each step of plain SGD behind a hook, with y = x - eta e.
+
+    That is the paper's y for plain SGD alone, so any other optimizer raises ValueError. The parameters are moved into
+    one flat tensor.
+    """
+
+    def __init__(
+        self,
+        rule: Escape,
+        hook: Hook,
+        optimizer: Optimizer | None,
+        places: Sequence[Place],
+        rates: Rates,
+        *,
+        dense_below: int,
+        seed: int,
+    ) -> None:
+        if optimizer is None or not is_plain_sgd(optimizer):
+            raise ValueError(
+                "escape needs optimizer=, a torch.optim.SGD without momentum or maximize: lines 4-8 compare "
+                f"y = x - eta e, and what an error e will do to x is known for no other; got {type(optimizer).__name__}"
+            )
+        names, parameters = [p.name for p in places], [p.parameter for p in places]
+        self._flat = FlatParameters([{"params": parameters, "param_names": names}], dense_below)
+        self._check = EscapeCheck(rule, self._flat, hook.channel, seed)
+        self._hook, self._places, self._rates = hook, places, rates
+        self._checked = hook.steps
+        self._has_begun = False
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._has_begun:
+            self._check.begin()
+            self._has_begun = True
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        steps = self._hook.steps
+        if steps == self._checked:  # the exchange was rejected
+            return
+        self._checked = steps
+        self._flat.check_attached()
+        # eta e of this worker: the hook's memory is in units of a gradient.
+        memory = self._hook.memory()
+        rates = self._rates.now()
+        pending = torch.zeros_like(self._flat.x, dtype=torch.promote_types(self._flat.x.dtype, torch.float32))
+        for place, view in zip(self._places, self._flat.views(pending), strict=True):
+            view.copy_(memory[place.name]).mul_(rates[place.name])
+        reset, lost = self._check.run(steps, pending)
+        if reset is None:
+            return
+        # Line 7: e <- 0, or the rounding error of x, in units of a gradient.
+        left = {}
+        if lost is not None:
+            for place, view in zip(self._places, self._flat.views(lost), strict=True):
+                left[place.name] = view / (rates[place.name] or 1.0)
+        self._hook.forget(left)
+        self._hook.resets.append(reset)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return x_t' by parameter, and t'."""
+        views = self._flat.views(self._check.anchor)
+        anchor = {place.name: view.clone() for place, view in zip(self._places, views, strict=True)}
+        return {"anchor": anchor, "anchor_step": self._check.anchor_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        for place, view in zip(self._places, self._flat.views(self._check.anchor), strict=True):
+            view.copy_(state["anchor"][place.name])
+        self._check.anchor_step = state["anchor_step"]
+        self._checked = self._hook.steps
+        self._has_begun = True

@@ -1,0 +1,378 @@
+"""Compressed exchange between replicas of a model that FSDP2 shards: dense inside a machine, compressed between them.
+
+`fully_shard` on a mesh of one machine reduces gradients there and then calls a hook with this worker's shard; the hook
+averages it over the workers that have the same shard on other machines. Whether a model is sharded is asked without
+importing FSDP.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packsaddle.comm.communicator import Communicator, check_agreement, ring_all_reduce
+from packsaddle.comm.group import ProcessGroup, resolve
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.compressors import QSGD, Compressor
+from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.noise import Noise
+from packsaddle.feedback.slices import Place, Slice
+from packsaddle.feedback.state import FORMAT, check_format, check_identity, check_shape
+from packsaddle.hooks.hook import UNLIKE, GradientHook, GradientSlice, HookOptions
+from packsaddle.numerics.finite import spoil
+from packsaddle.numerics.kernels import compiler
+from packsaddle.numerics.seeds import as_seed, mix
+
+
+def uses_fsdp(model: nn.Module) -> bool:
+    """Return True if FSDP or FSDP2 shards a model, or a part of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if it is in use
+    kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
+    return any(isinstance(m, kinds) for m in model.modules())
+
+
+def sharded_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return the modules that FSDP2 (`fully_shard`) shards, by name."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [(name, m) for name, m in model.named_modules() if fsdp and isinstance(m, fsdp.FSDPModule)]
+
+
+def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str, Tensor]]:
+    """Return this worker's shard of every parameter that FSDP2 shards, by name, or of its gradient, where it has one.
+
+    Outside of forward and backward passes, in which parameters are whole.
+    """
+    found: list[tuple[str, Tensor]] = []
+    for name, p in model.named_parameters():
+        sharded: Any = p.grad if gradients else p.detach()
+        if hasattr(sharded, "to_local"):
+            found.append((name, sharded.to_local()))
+    return found
+
+
+def padded_size(model: nn.Module) -> int:
+    """Return the coordinates of this worker's gradients, whose shards are padded to equal lengths (dimension 0)."""
+    shards, found = int(_mesh(model).size()), 0
+    for p in model.parameters():
+        if hasattr(p, "to_local") and p.requires_grad:
+            rows = p.shape[0] if p.ndim else 1
+            found += -(-rows // shards) * (p.numel() // max(rows, 1))
+    return found
+
+
+def shard_of(model: nn.Module) -> tuple[int, int]:
+    """Return which shard of a model that FSDP2 shards is this worker's, and of how many."""
+    mesh = _mesh(model)
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"model must be sharded on a mesh of one dimension, got {mesh.ndim}: with two, FSDP has averaged over the "
+            f"replicas before its hook is called"
+        )
+    return int(mesh.get_local_rank()), int(mesh.size())
+
+
+def mesh_device(model: nn.Module) -> torch.device:
+    """Return the device of the workers that share a model, also if its weights are elsewhere, or not made yet."""
+    return torch.device(_mesh(model).device_type)
+
+
+def _mesh(model: nn.Module) -> Any:
+    return next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
+
+
+class FSDPHook(GradientHook):
+    """The hook of `register_fsdp_hook`. Every sharded module is a slice of its own, with its error memory.
+
+    The modules of a backward pass are one transaction: if one is invalid on some replica all are rejected, and all
+    gradients become NaN on all replicas of the shard. Workers that have other shards do not detect it.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> import packsaddle
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    >>> model = dist.fsdp.fully_shard(torch.nn.Linear(64, 64), mesh=mesh["shard"])
+    >>> hook = packsaddle.register_fsdp_hook(model, mesh.get_group("replicate"), packsaddle.TopK(0.1))
+    >>> model(torch.rand(8, 64)).square().mean().backward()
+    >>> int((hook.memory()[""] == 0).sum())  # of the root module's 4,160 coordinates 10% were sent
+    416
+    >>> model(torch.full((8, 64), torch.nan)).square().mean().backward()  # a pass that all replicas reject
+    >>> hook.steps, hook.skipped, bool(model.weight.grad.to_local().isnan().all())
+    (1, 1, True)
+    >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        channel: Communicator,
+        rules: HookOptions,
+        noise: Noise,
+        shard: tuple[int, int],
+    ) -> None:
+        super().__init__(channel, rules, padded_size(model))
+        self._model, self._shard = model, shard
+        self._perturbation = noise
+        self._slices: dict[str, GradientSlice] = {}
+        self._seeds: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}  # bytes of each module's gradient
+        self._bits: dict[str, Tensor] = {}  # of each module's index among the sharded ones, float[b]
+        self._loose: dict[str, Tensor] = {}  # loaded errors of modules without a slice
+        self._seen: dict[str, int] = {}  # modules of this backward pass, and autograd's number of it
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Broadcast rank 0's parameters to all replicas; collective."""
+        for _, local in local_shards(self._model):
+            if local.numel():
+                there = local.to(self.device)  # elsewhere only if FSDP offloads to the CPU
+                self.channel.broadcast(there, "start")
+                if there is not local:
+                    local.copy_(there)
+
+    @torch.no_grad()
+    def take(self, name: str, index: int, gradient: Tensor) -> None:
+        """Average the `gradient` of a module's shard, float[n], over the replicas, in place.
+
+        FSDP calls it in the backward pass, with the `name` of the module and its `index` among the sharded ones.
+        """
+        number = torch._C._current_graph_task_id()
+        if number >= 0 and self._seen.get(name) == number and self._tried:
+            raise RuntimeError(
+                f"{name or 'the root module'} is used twice in one backward pass (a block that is shared, or a model "
+                f"that is called twice), and FSDP hands over its gradient in parts, which cannot be exchanged as one: "
+                f"call backward() after each use"
+            )
+        if not self._tried or name in self._seen:  # the pass before is over
+            self._open()
+            self._seen = {}
+            # FSDP adds this pass's gradients to those of earlier ones, which the exchange does not see.
+            self._fresh = all(p.grad is None for p in self._model.parameters())
+            self._step_rates.add([self._perturbation.at_step(self._steps)])
+            # After FSDP's own, which takes gradients to their parameters.
+            torch.autograd.Variable._execution_engine.queue_callback(self._end)
+        self._seen[name] = number
+        is_first = name not in self._bits
+        part = self._slice(name, index, gradient)
+        xi = self._perturbation.drawn(seed=self._seeds[name], step=self._steps)  # line 9
+        bad = self._try(part, {name: gradient}, xi, bits=self._bits[name])
+        spoil(gradient, bad > 0, float("nan"))
+        # On a GPU, reading the outcome waits for it: once for each module, later only where a pass is settled.
+        if (is_first or bad.device.type == "cpu") and bad >= UNLIKE:
+            self._complete = True
+            self._settle()
+
+    @torch.no_grad()
+    def _end(self) -> None:
+        """End a backward pass: set the gradients of modules before an invalid one to NaN as well."""
+        if not self._tried:
+            return
+        bad = torch.stack(self._bad).sum() > 0
+        for _, gradient in local_shards(self._model, gradients=True):
+            spoil(gradient, bad.to(gradient.device), float("nan"))
+        if self._steps and self._drift.due(self._steps - 1):
+            named = [(name, local.to(self.device)) for name, local in local_shards(self._model)]
+            self._drift.compare(self._steps - 1, [local for _, local in named], lambda: named, self._step_rates)
+        self._complete = True
+
+    def _report(self, name: str) -> None:
+        super()._report(name or "the root module")
+
+    @property
+    def device(self) -> torch.device:
+        """The device where gradients are averaged."""
+        return mesh_device(self._model)
+
+    def _slice(self, name: str, index: int, gradient: Tensor) -> GradientSlice:
+        if name not in self._slices:
+            # The first gradient of a module has the size of its slice, padding included.
+            place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # a shape alone
+            if name in self._loose and len(self._loose[name]) != len(gradient):
+                raise RuntimeError(
+                    f"the error of {name or 'the root module'} that was loaded has {len(self._loose[name])} "
+                    f"coordinates, and its gradient {len(gradient)}: is it another model, or sharded otherwise?"
+                )
+            self._seeds[name] = seed = mix(self._rules.seed, index, self._shard[0])  # replicas have the same
+            self._sizes[name] = gradient.numel() * gradient.element_size()
+            width = (len(sharded_modules(self._model)) - 1).bit_length()
+            self._bits[name] = torch.tensor([index >> i & 1 for i in range(width)], device=gradient.device)
+            rules = replace(self._rules, seed=seed)
+            of = Slice([place], gradient.device)
+            self._slices[name] = GradientSlice(of, self._loose, self.channel, rules, self._allocation)
+        if self._slices[name].of.d != len(gradient):
+            raise RuntimeError(
+                f"{name or 'the model'} came with {len(gradient)} coordinates, and with "
+                f"{self._slices[name].of.d} before: parameters were frozen or unfrozen, or had no gradient"
+            )
+        return self._slices[name]
+
+    @property
+    def uncompressed(self) -> Bytes:
+        """The bytes of the same number of exchanges without compression: ring all-reduces of gradients.
+
+        Modules count from the first backward pass on that this hook has seen.
+        """
+        exchanges = self.steps + self.skipped
+        return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
+
+    @torch.no_grad()
+    def memory(self) -> dict[str, Tensor]:
+        """Return this worker's e^(i) by module, float[n], with its share of the owner errors.
+
+        In a backward pass it is that of the previous step.
+        """
+        self._settle()
+        return self._loose | {name: part.pending() for name, part in self._slices.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state, tensors and plain types; each worker has its own."""
+        return {
+            "format": FORMAT,
+            "identity": self._identity(),
+            "steps": self.steps,
+            "skips": self._skips.state_dict(),
+            "pending": self.memory(),
+            "allocation": self._allocation.state_dict(),
+            "ledger": self.ledger.state_dict(),
+        }
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
+        check_format(state, "register_fsdp_hook")
+        saved, mine = state["identity"], self._identity()
+        # An error memory belongs to one shard on one replica: it is neither split nor merged.
+        for what in ("replicas", "shards"):
+            if saved.get(what) != mine[what]:
+                raise ValueError(
+                    f"the state was saved with {saved.get(what)} {what}, and there are {mine[what]}: an FSDP hook's "
+                    f"error memories go back to as many workers as they came from; otherwise leave the state out, and "
+                    f"the hook begins with empty ones"
+                )
+        check_identity(saved, mine)
+        for name, part in self._slices.items():
+            check_shape(
+                f"the error of {name or 'the root module'}", state["pending"].get(name), torch.Size([part.of.d])
+            )
+        names = {name for name, _ in sharded_modules(self._model)}
+        if unknown := sorted(state["pending"].keys() - names):
+            raise ValueError(f"the state has an error of {unknown[0]}, which is no sharded module of this model")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
+        self.check_state_dict(state)
+        self._settle(broken_off=True)
+        self._slices, self._seeds, self._bits, self._seen = {}, {}, {}, {}
+        self._step_rates.clear()
+        self._loose = {name: error.to(self.device, copy=True) for name, error in state["pending"].items()}
+        self._steps = state["steps"]
+        self._drift.resume(max(0, self._steps - 1))  # a step is compared when the next begins
+        self._skips.load_state_dict(state["skips"])
+        self._allocation.load_state_dict(state["allocation"], self.device)
+        self.ledger.load_state_dict(state["ledger"])
+
+    def _identity(self) -> dict[str, int]:
+        """Return the settings that must be equal at saving and at loading."""
+        group, (shard, shards) = self.channel.group, self._shard
+        found = {"seed": self._rules.seed, "replica": group.rank, "replicas": group.size}
+        return found | {"shard": shard, "shards": shards}
+
+
+def register_fsdp_hook(
+    model: nn.Module,
+    replicas: ProcessGroup,
+    compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
+    *,
+    noise: float | Callable[[int], float] | Noise = 0.0,
+    start_step: int = 0,
+    seed: int = 0,
+) -> FSDPHook:
+    """Average the gradients of a model that `fully_shard` shards over its replicas, compressed; collective.
+
+    Args:
+        model: sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, that of one machine, say.
+        replicas: the workers with the same shard on other machines: mesh["replicate"].get_group() of a mesh of two.
+        compressor: C for the flat shards of all modules, or a function of the step that returns it, or a `Compression`
+            as in `register_ddp_hook`, except that all is compressed. Each module's is one message; TopK and
+            AdaptiveTopK choose among the coordinates of them all, as behind DDP's buckets. Parameters are compared at
+            the end of a backward pass; each shard counts its own skipped steps.
+        noise, start_step, seed: as in `register_ddp_hook`.
+
+    Replicas start from rank 0's parameters, broadcast here or, if the model is still on the meta device, in the first
+    forward pass that records gradients; weights that are loaded after that stay.
+
+    If a gradient, or the mean, is invalid in any module of a backward pass, the pass is rejected: error memories, noise
+    and step count are rolled back, and after it all gradients are NaN on all replicas of the shard. Other shards do not
+    detect it: clip gradients by their norm, which is over shards, or use a GradScaler as well, and all skip the step,
+    but the error memories of other shards have been committed. `hook.protect(optimizer)` makes an optimizer without a
+    scaler skip steps with NaNs. Every sharded module must be part of every backward pass that exchanges. A pass raises
+    RuntimeError on all replicas of the shard if they reduce different modules of one size.
+
+    Raises TypeError if the model is not sharded, and ValueError if its mesh has two dimensions, for an argument that is
+    out of range or one that differs between workers.
+
+    >>> import torch
+    >>> import torch.distributed as dist
+    >>> import packsaddle
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> mesh = dist.init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicate", "shard"))
+    >>> model = dist.fsdp.fully_shard(torch.nn.Linear(64, 64), mesh=mesh["shard"])
+    >>> hook = packsaddle.register_fsdp_hook(model, mesh.get_group("replicate"), packsaddle.TopK(0.1))
+    >>> model(torch.rand(8, 64)).square().mean().backward()
+    >>> hook.steps
+    1
+    >>> dist.destroy_process_group()
+    """
+    modules = sharded_modules(model)
+    if not modules:
+        raise TypeError(f"model must have been sharded by fully_shard, got {type(model).__name__}")
+    spec, noise, shard = Compression.of(compressor), Noise.of(noise).check_eager(), shard_of(model)
+    rules = HookOptions(spec, "bucket", start_step, as_seed(seed))
+    # In flat shards tensors are cut, so none is left to be sent uncompressed, or compressed as a matrix.
+    if spec.dense_below not in (0, Compression.dense_below):
+        raise ValueError(
+            f"dense_below is for whole tensors, and flat shards are compressed as they are, got {spec.dense_below}"
+        )
+    first = rules.at(start_step)
+    if first.needs_tensors:
+        raise ValueError(
+            f"compressor must act on flat shards, in which tensors are cut, and {first!r} needs whole ones"
+        )
+    channel = Communicator(resolve(replicas), Ledger())
+    hook = FSDPHook(model, channel, rules, noise, shard)
+    # All replicas of the shard must have been given the same, and they start from the same x.
+    same = {**rules.agreement(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
+    same["kernels"] = compiler(hook.device)
+    same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
+    check_agreement(channel, same, hook.device)
+    choose(first, spec.exchange, d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)
+    _start(model, hook)
+    for index, (name, module) in enumerate(modules):
+        if hasattr(module, "set_reduce_scatter_unused_params"):  # so that the layout of a shard does not change
+            module.set_reduce_scatter_unused_params(True)
+        module.set_all_reduce_hook(partial(hook.take, name, index))
+    return hook
+
+
+def _start(model: nn.Module, hook: FSDPHook) -> None:
+    """Have replicas start alike: at once, or, where there are no weights yet, in the first forward pass for training.
+
+    Before FSDP's own hook, so that parameters are shards.
+    """
+    if not any(local.is_meta for _, local in local_shards(model)):
+        hook.start()
+        return
+
+    def on_forward(*_: Any) -> None:
+        if not torch.is_grad_enabled() or any(local.is_meta for _, local in local_shards(model)):
+            return  # one replica may evaluate alone; and FSDP has something to say of weights that are still missing
+        for handle in handles:
+            handle.remove()
+        hook.start()
+
+    called = {id(module): module for module in (model, *(module for _, module in sharded_modules(model)))}
+    handles = [module.register_forward_pre_hook(on_forward, prepend=True) for module in called.values()]

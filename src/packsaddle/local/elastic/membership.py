@@ -1,0 +1,561 @@
+"""Local updates of workers that come and go: the rounds that a torchft Manager commits, and who is in them.
+
+A round of local updates is a transaction of `error_feedback` anyway. Here it is tried by those that are in torchft's
+quorum, and the vote decides:
+
+    quorum     who is there; a worker that is behind gets the state of one that is not (`_recover`)
+    hello      who they are, and whether they agree: one all-gather of some numbers
+    exchange   C(share v) of the fragment whose turn it is, averaged; share = W w_i / sum_j w_j, 1 without weights
+    confirm    an all-gather, which ends on one worker only if all have what was exchanged
+    vote       Manager.should_commit: all is taken, or all is as before and tried again with whoever is left
+
+A worker whose confirmation fails does not know whether another has committed the round. It keeps what it tried until
+the next quorum: if others are ahead, their state says which of this worker's attempts is in the anchor, and what was
+tried is taken or forgotten accordingly. So nothing is applied twice, and nothing is dropped.
+
+A worker's first round is one in which it only listens (w_i = 0), as is any of one that has not moved.
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.failures import PeerLostError
+from packsaddle.comm.managed import ManagedGroup
+from packsaddle.errors import ConfigError, GuardError
+from packsaddle.feedback.drift import fingerprint
+from packsaddle.local.elastic.memory_file import (
+    MemoryFile,
+    OwnFile,
+    check_shared,
+    shared_state,
+    take_anchor,
+    take_inner,
+)
+from packsaddle.local.elastic.roster import Account, Hello, Roster, most
+from packsaddle.local.elastic.sigterm import LeavingError, Sigterm, end_process
+from packsaddle.local.fragment import Fragment
+from packsaddle.local.options import Elastic
+from packsaddle.local.participation import share
+from packsaddle.numerics.seeds import mix
+
+_log = logging.getLogger("packsaddle")
+_PAUSE = 0.05  # seconds between two attempts at a round
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A round that was exchanged, before the vote."""
+
+    hellos: Sequence[Hello]  # by rank
+    weights: Sequence[float]  # by rank
+    norms: Sequence[float]  # by rank, of the memories afterwards
+    parts: Sequence[Fragment]  # with their flights
+
+
+class RoundFailedError(RuntimeError):
+    """A round failed and is repeated."""
+
+
+class Membership:
+    """This worker's part in the rounds of a Manager.
+
+    `send(part, dense, share)` makes a fragment's flight, exchanges it, and returns ||v||^2; `land(part)` applies a
+    committed one. Both are `LocalUpdates`'s. `arguments` is the text of all that must be equal on every worker.
+
+    >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
+    >>> local.join()  # doctest: +SKIP
+    >>> local.membership.workers, local.membership.lost  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        settings: Elastic,
+        channel: Communicator,
+        fragments: Sequence[Fragment],
+        inner: Optimizer,
+        outer: Optimizer | None,
+        *,
+        every: int,
+        compare_every: int,
+        arguments: str,
+        send: Callable[[Fragment, bool, float], float],
+        land: Callable[[Fragment], bool],
+    ) -> None:
+        assert isinstance(channel.group, ManagedGroup)
+        self.settings, self._channel, self._group = settings, channel, channel.group
+        self._fragments, self._send, self._land = fragments, send, land
+        self._inner, self._outer = inner, outer
+        self._arguments, self._arguments_hash = arguments, mix(*arguments.encode()) >> 1
+        self._compare_every = compare_every
+        self._file = None if settings.memory_file is None else OwnFile(Path(settings.memory_file))
+        self._device = fragments[0].anchor.flat.device
+        self.period = max(1, every // len(fragments))  # inner steps of the fastest worker between two rounds
+
+        # Of this worker.
+        self.worker = _new_name()
+        self.joined = False
+        self.exchanged = False  # there was a round after the last inner step
+        self.steps = 0  # inner steps; a newcomer's count starts at that of the worker which sent its state
+        self.account = Account()
+        self._target = self.period  # inner steps from one round to the next
+        self._resumed = time.monotonic()  # when the last round ended
+        self._energy = 0.0  # ||v||^2 of the uncommitted round
+        self._doubt: Sequence[Fragment] = ()  # whose flights may have been committed by others
+        self._handed = False  # after SIGTERM: the memory is saved, or nothing is pending
+        self._sends_all = False  # leaving without a saved memory: the next round is the last
+
+        self.roster = Roster()  # the same on all workers, after a round
+        settings.manager.register_state_dict_fn("packsaddle", self._recover, self._shared)
+        self._sigterm = Sigterm(self._may_leave, settings.grace)
+        if settings.leave_on_sigterm:
+            self._sigterm.listen()
+
+    @property
+    def workers(self) -> int:
+        """The number of workers in the last round."""
+        return sum(member.here for member in self.roster.members.values())
+
+    @property
+    def lost(self) -> float:
+        """The sum of the norms of lost memories."""
+        return self.roster.gone + self.roster.absent(keeps=False)
+
+    @property
+    def waiting(self) -> float:
+        """The sum of the norms of memories that wait in files of absent workers."""
+        return self.roster.absent(keeps=True)
+
+    # Rounds.
+
+    def join(self) -> None:
+        """Take part in a round without an update, which loads the others' state."""
+        self.round(dense=False)
+        self.account.ahead = self.account.since  # of a restored worker: steps since its last round
+        self._take_up()
+        _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
+
+    def stepped(self, steps: int) -> None:
+        """Count an inner step, number `steps`; then leave after SIGTERM, or do a round that is due."""
+        self.steps, self.exchanged = steps, False
+        self.account.step()
+        if self._sigterm.asked:
+            self._exit()
+        if self.account.ahead >= self._target:
+            self.round(dense=False)
+
+    def round(self, *, dense: bool, patience: float | None = None) -> bool:
+        """Repeat a round until it is committed; return True if all of it was applied. `dense`: send everything pending.
+
+        Raises PeerLostError if none is committed in `patience` seconds, and ConfigError if this worker does not fit the
+        others.
+        """
+        # The time of an inner step, by which `_set_pace` balances the workers.
+        arrived, until = time.monotonic(), self.settings.patience if patience is None else patience
+        ahead = self.account.ahead
+        seconds = (arrived - self._resumed) / ahead if ahead else 0.0
+        while True:
+            reason = ""
+            try:
+                taken = self._once(dense, seconds)
+            except LeavingError:
+                self._exit()
+            except RoundFailedError as error:
+                taken, reason = None, str(error)
+            except BaseException:
+                self._forget()
+                raise
+            # Committed, and the last round of a worker that leaves without a saved memory.
+            if taken is not None:
+                self._resumed, self.account.ahead, self.exchanged = time.monotonic(), 0, True
+                if self._sigterm.asked and self._sends_all:
+                    self._exit()
+                return taken
+            # Not committed: all is as before, and is repeated with the workers that are left.
+            if time.monotonic() - arrived > until:
+                self._forget()
+                why = f": {' '.join(reason.split())[:200]}" if reason else ""
+                raise PeerLostError(f"no round has come about in {until:g} s{why}")
+            if self._sigterm.asked and not self._sends_all:
+                self._exit()
+            time.sleep(_PAUSE)
+
+    def _once(self, dense: bool, seconds: float) -> bool | None:
+        """Attempt a round; return True if it was applied, None if it was not committed."""
+        self._quorum()
+        self._settle_doubt(committed=False)  # others that are ahead have said otherwise in `_recover`
+        manager = self.settings.manager
+        attempt, reason = None, ""
+        # After an error no worker may wait for this one in a collective, and the vote must fail.
+        if manager.errored() is None:
+            try:
+                attempt = self._try(dense, seconds)
+            except (ConfigError, LeavingError):
+                self._break()
+                raise
+            except (RuntimeError, AssertionError) as error:  # of torch's backends, and of groups that are not there
+                reason = str(error)
+                manager.report_error(error)
+                self._break()
+        # A round in `_doubt` may be committed on other workers: the next quorum decides.
+        if not manager.should_commit():
+            if not self._doubt:
+                self._forget()
+            if attempt is None:
+                raise RoundFailedError(reason or str(manager.errored()))
+            return None
+        assert attempt is not None
+        return self._commit(attempt)
+
+    def _quorum(self) -> None:
+        """Wait for the others; a worker that is behind loads their state."""
+        manager = self.settings.manager
+        with self._sigterm.waiting():
+            try:
+                manager.start_quorum(timeout=timedelta(seconds=self._sigterm.left) if self._sends_all else None)
+            except (ConfigError, LeavingError):
+                raise
+            except Exception as error:  # torchft's own are of several types
+                # torchft 0.2.0 would raise it again at every later quorum.
+                manager._quorum_future = None
+                raise RoundFailedError(str(error)) from error
+
+    def _break(self) -> None:
+        """Abort the group, so that the others do not wait for this worker in a collective."""
+        with suppress(RuntimeError):
+            self._group.abort()
+
+    def _try(self, dense: bool, seconds: float) -> Attempt:
+        """Exchange a round with the workers of the quorum."""
+        self._group.renew()
+        self._channel.step = max(0, self.steps - 1)
+        self.account.attempts += 1
+        # Hello: all must agree before the first collective whose size depends on arguments.
+        mine = self._hello(dense, seconds)
+        hellos = self._greet(mine)
+        self._check(hellos, mine)
+        # Exchange: fragments in turn, or all of them. Without any weight there is no mean.
+        dense = any(hello.dense for hello in hellos)
+        weights = [h.weight or h.idle_weight if dense else h.weight for h in hellos]
+        parts = list(self._fragments) if dense else [self._fragments[self._rounds % len(self._fragments)]]
+        if not any(weights):
+            parts = []
+        self._energy = sum(self._send(part, dense, share(weights, self._group.rank)) for part in parts)
+        # Confirm: it ends on one worker only if all have exchanged; from here on others may commit.
+        norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
+        self._doubt = parts
+        confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
+        return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
+
+    def _hello(self, dense: bool, seconds: float) -> Hello:
+        compared = self._compare_every > 0 and self._rounds % self._compare_every == 0
+        # A worker that has not joined listens (w = 0); an idle one counts if it has something left to send.
+        return Hello(
+            worker=self.worker,
+            arguments=self._arguments_hash,
+            history=self.roster.history,
+            anchor=self._fingerprint() if compared else 0,
+            run=self.roster.run,
+            attempt=self.account.attempts,
+            steps=self.account.since,
+            dense=int(dense or self._sends_all),
+            keeps=int(self._keeps),
+            weight=self._weight() if self.joined else 0.0,
+            idle_weight=self.account.last_weight if self.account.norm or self._has_more() else 0.0,
+            seconds=seconds,
+            lost=self.account.found_lost,
+        )
+
+    def _has_more(self) -> bool:
+        """Return True if other fragments than the last round's have unsent updates, without a step since that round."""
+        waiting = self.joined and not self.account.since and len(self._fragments) > 1
+        return waiting and any(bool(part.unapplied().any()) for part in self._fragments)
+
+    def _greet(self, mine: Hello) -> list[Hello]:
+        gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
+        return [Hello.unpacked(parts["hello"]) for parts in gathered]
+
+    def _weight(self) -> float:
+        return self.account.weight(self.settings.weight)
+
+    def _check(self, hellos: Sequence[Hello], mine: Hello) -> None:
+        """Check that arguments and anchors are equal on all workers. The most frequent are right, else the first."""
+        if len({h.arguments for h in hellos}) > 1:
+            self._compare_arguments(hellos, mine)
+        where = [(h.history, h.anchor) for h in hellos]
+        if len(set(where)) == 1:
+            return
+        if not self.roster.past:
+            raise ConfigError("workers must begin at the same parameters: a Manager with init_sync=True sees to it")
+        if (mine.history, mine.anchor) != most(where):
+            _log.warning("worker %x has an anchor of its own, and takes that of the others", self.worker)
+            self.settings.manager.load_state_dict({"step": 0, "batches_committed": 0})  # so it is behind
+        raise RoundFailedError("workers have different anchors")
+
+    def _compare_arguments(self, hellos: Sequence[Hello], mine: Hello) -> NoReturn:
+        """Raise ConfigError, naming the first difference, on workers whose arguments are not the most frequent."""
+        texts = self._channel.gather_text(self._arguments, self._device, "members")
+        usual = most([h.arguments for h in hellos])
+        if mine.arguments == usual:
+            raise RoundFailedError("a worker was given other arguments")
+        theirs = texts[[h.arguments for h in hellos].index(usual)]
+        lines = zip_longest(self._arguments.split("\n"), theirs.split("\n"), fillvalue="nothing more")
+        here, there = next(pair for pair in lines if pair[0] != pair[1])
+        raise ConfigError(
+            f"workers must be given the same arguments, but this one has {here} and the others have {there}"
+        )
+
+    def _norm_after(self) -> float:
+        """Return the norm of this worker's memory if the round is committed."""
+        squares = 0.0
+        for part in self._fragments:
+            flight = part.flight
+            e = flight.v if flight is not None and flight.share else part.feedback.memory.vector
+            squares += _energy(e)
+        return math.sqrt(squares)
+
+    def _commit(self, attempt: Attempt) -> bool:
+        """Commit a round after the vote; return True if all its exchanges are applied."""
+        taken = self._settle_doubt(committed=True)
+        self._tell(attempt)
+        self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
+        # This worker's account: ||sent||^2 = ||v||^2 - ||e||^2
+        mine, weight = attempt.hellos[self._group.rank], attempt.weights[self._group.rank]
+        own = self.account
+        own.found_lost -= mine.lost
+        kept = sum(_energy(part.feedback.memory.vector) for part in attempt.parts)
+        own.norm = self.roster.members[self.worker].norm
+        self.joined = True
+        if weight:
+            own.included, own.sent = mine.attempt, math.sqrt(max(0.0, self._energy - kept))
+            if taken:
+                own.start_count(mine.weight)
+        self._set_pace(attempt.hellos, mine)
+        # The file's memory was sent, so it is replaced before training continues.
+        landed = [self._land(part) for part in attempt.parts]
+        self._save()
+        return all(landed)
+
+    def _tell(self, attempt: Attempt) -> None:
+        """Log on one worker which workers have left, and where their memories are."""
+        for worker, member in self.roster.missed(attempt.hellos).items():
+            if self._group.rank == 0 and member.norm:
+                fate = "waits in its file" if member.keeps else "is lost"
+                _log.warning(
+                    "worker %x is gone after %d rounds: its error memory, of norm %.3g, %s",
+                    *(worker, self._rounds, member.norm, fate),
+                )
+
+    def _set_pace(self, hellos: Sequence[Hello], mine: Hello) -> None:
+        """Reduce a slower worker's steps before the next round, so that the others do not wait for it."""
+        if self.settings.weight is None or not mine.seconds:
+            return
+        fastest = min(h.seconds for h in hellos if h.seconds)
+        self._target = max(1, min(self.period, round(self.period * fastest / mine.seconds)))
+
+    def _settle_doubt(self, *, committed: bool) -> bool:
+        """Commit the exchanges in doubt, or roll them back; return True if all are applied."""
+        parts, self._doubt = self._doubt, ()
+        if not committed:
+            for part in parts:
+                part.forget()
+            return False
+        flights = [(part, part.flight) for part in parts if part.flight is not None]
+        taken = [part.finish(flight) for part, flight in flights]  # a list, to finish all
+        return all(taken)
+
+    def _forget(self) -> None:
+        """Roll back the uncommitted round."""
+        self._doubt = ()
+        for part in self._fragments:
+            part.forget()
+
+    @property
+    def _rounds(self) -> int:
+        return sum(part.rounds for part in self._fragments)
+
+    def _fingerprint(self) -> int:
+        return int(torch.stack([fingerprint(part.anchor.flat) for part in self._fragments]).sum())
+
+    # Those that come.
+
+    def _shared(self) -> dict[str, Any]:
+        """Return the state that is identical on all workers, for one that is behind."""
+        inner = self._inner if self.settings.share_optimizer_state else None
+        return shared_state(self.steps, self._fragments, self._outer, inner, self.roster)
+
+    @torch.no_grad()
+    def _recover(self, state: Mapping[str, Any]) -> None:
+        """Load the state of a worker that is ahead.
+
+        Unsent changes stay: x moves with the anchor. A worker that has never been in a round starts at the anchor, and
+        so does one that was restored to a state before its last round.
+        """
+        self._sigterm.hold()  # SIGTERM waits until this is done
+        check_shared(state, self._fragments, self._outer)
+        # The exchange in doubt is committed if the others' anchor includes this worker's last attempt.
+        own = self.account
+        included = state["taken"].get(self.worker, 0)
+        had = bool(self._doubt) and included == own.attempts
+        was = [(part, [s.to(x, copy=True) for s, x in zip(part.starts(), part.tensors(), strict=True)])
+               for part in self._fragments]  # fmt: skip
+        sent = {part for part in self._doubt if had}
+        taken = self._settle_doubt(committed=had)
+        if had:
+            own.included = own.attempts
+        # Updates that were sent are not sent again, and those sent in a round that the others lack are lost.
+        stale = included > own.included
+        if stale:
+            own.found_lost += own.norm
+            _log.warning("worker %x has an older memory than it has sent since, of norm %.3g", self.worker, own.norm)
+            for part in self._fragments:
+                part.feedback.reset()
+            own.start_count(self._weight())
+        elif self.roster.past and self.roster.history not in (*state["past"], state["history"]):
+            own.found_lost += own.sent
+            _log.warning(
+                "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
+                *(self.worker, own.sent),
+            )
+        # x <- start + (x - before); x <- start if the anchor includes x - before, and for a newcomer
+        for (part, before), saved in zip(was, state["fragments"], strict=True):
+            take_anchor(part, saved)
+            if (part in sent and taken) or stale or not self.roster.past:
+                part.restart()
+            else:
+                part.follow(before)
+        if self._outer is not None:
+            self._outer.load_state_dict(state["outer"])
+        if had and taken:
+            own.start_count(self._weight())
+        # A newcomer, which has no history, continues at the sender's step.
+        if not self.roster.past:
+            self.steps = state["steps"]
+            if state["inner"] is not None and self.settings.share_optimizer_state:
+                take_inner(self._inner, state["inner"])
+        self.roster.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the roster, this worker's account and its name, plain types."""
+        return self.roster.state_dict() | self.account.state_dict() | {"worker": self.worker}
+
+    def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
+        """Restore `state`, from `state_dict`, of a worker after this number of inner `steps`."""
+        self.roster.load_state_dict(state)
+        self.account = Account.of(state)
+        self.worker, self.steps = state["worker"], steps
+
+    # Memories on disk, and those that go.
+
+    def _take_up(self) -> None:
+        """Continue with the memory in this worker's file, if it has not been sent since it was written."""
+        if self._file is None:
+            return
+        shapes = {place.name: place.parameter.shape for part in self._fragments for place in part.places}
+        # This worker continues as the file's: its name, its attempts, its e; x <- the start point
+        found, lost = self._file.claim(shapes, self.roster)
+        self.account.found_lost += lost
+        if found is not None:
+            self.worker = found.worker
+            self.account.attempts = self.account.included = found.attempt
+            for part in self._fragments:
+                for place, view in part.named(part.feedback.memory.vector):
+                    view.copy_(found.pending[place.name])
+                part.restart()
+            self.account.norm = self._norm_after()
+            _log.info(
+                "worker %x continues with its memory in %s, of norm %.3g",
+                *(self.worker, self._file.path, self.account.norm),
+            )
+        if not self._keeps:
+            self._save()  # before a hello reports it
+
+    def pending(self) -> dict[str, Tensor]:
+        """Return this worker's unsent updates, by parameter and shaped as it."""
+        return {place.name: view for part in self._fragments for place, view in part.named(part.unapplied())}
+
+    @property
+    def _keeps(self) -> bool:
+        """True if this worker's file has its memory as it was after its last round."""
+        return self._file is not None and self._file.holds(self.account.included)
+
+    def _save(self) -> bool:
+        """Write the memory to this worker's file; return False if it has none or that is impossible."""
+        if self._file is None:
+            return False
+        return self._file.save(MemoryFile(self.roster.run, self.worker, self.account.included, self.pending()))
+
+    def _may_leave(self) -> bool:
+        """On SIGTERM save the memory to the file; return False if the next round must send it."""
+        if not self._sends_all:
+            self._handed = self._save() or not self._has_pending()
+            self._sends_all = not self._handed
+        return self._handed
+
+    def leave(self) -> bool:
+        """Save the memory to the file, or else send it in one more round, and leave.
+
+        The round must be committed in `grace` seconds. Returns False, with an error in the log, if updates are lost.
+        """
+        handed = self._handed or self._save() or self._send_all()
+        self._forget()
+        if self._file is not None:
+            self._file.close()
+        self.settings.manager.shutdown(wait=False)
+        return handed
+
+    def _send_all(self) -> bool:
+        """Send all that is pending in one more round, uncompressed; return False if it is lost."""
+        self._sends_all = True
+        until, reason = time.monotonic() + self._sigterm.left, "its grace is over"
+        while self._has_pending() and (left := until - time.monotonic()) > 0:
+            try:
+                if not self.round(dense=True, patience=left):
+                    reason = "the last round was not taken"
+            except (PeerLostError, ConfigError, GuardError) as error:
+                reason = str(error)
+                break
+        if not self._has_pending():
+            if self._file is not None:
+                self._file.remove()
+            return True
+        self._count_lost(reason)
+        return False
+
+    def _has_pending(self) -> bool:
+        return self.joined and any(bool(part.unapplied().any()) for part in self._fragments)
+
+    def _count_lost(self, reason: str) -> None:
+        """Count the memory as lost, unless its file has it from before the last inner steps."""
+        own, kept = self.account, self._keeps
+        self.roster.gone += 0.0 if kept else own.norm
+        memory = "waits in its file" if kept else "is lost"
+        _log.error(
+            "worker %x leaves: its error memory, of norm %.3g, %s, and its last %d inner steps are lost: %s",
+            *(self.worker, own.norm, memory, own.since, reason),
+        )
+
+    def _exit(self) -> NoReturn:
+        """Leave, and end the process, with code 1 if updates are lost."""
+        end_process(0 if self.leave() else 1)
+
+
+def _new_name() -> int:
+    return int.from_bytes(os.urandom(8), "little") >> 1
+
+
+def _energy(vector: Tensor) -> float:
+    return float(vector.double().square().sum())

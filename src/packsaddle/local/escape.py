@@ -1,0 +1,66 @@
+"""The escape check of local updates: lines 4-8 of Algorithm 1 on the anchor, after each round of the whole model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
+from packsaddle.local.fragment import Fragment
+
+
+@dataclass
+class _Anchor:
+    """The anchor as `EscapeCheck` sees it: a flat vector, float[d], its first coordinates compressed."""
+
+    x: Tensor
+    compressed_d: int
+
+
+class AnchorEscape:
+    """Runs an `Escape` rule whose interval and `every` count rounds.
+
+    It moves the anchor, with the parameters at the anchor for the user's objective. Raises ValueError unless one
+    fragment is the whole model and its rounds end where they begin (`delay` is 0).
+    """
+
+    def __init__(
+        self, rule: Escape, fragments: Sequence[Fragment], channel: Communicator, seed: int, *, delay: int
+    ) -> None:
+        if len(fragments) > 1 or delay:
+            raise ValueError("escape needs fragments=1, delay=0 and no tensor parallelism: it compares whole anchors")
+        (self._whole,) = fragments
+        self._objective = rule.objective
+        x = _Anchor(self._whole.anchor.flat, self._whole.compressed_d)
+        self._check = EscapeCheck(replace(rule, objective=self._at_anchor), x, channel, seed)
+
+    def _at_anchor(self) -> float | Tensor:
+        self._whole.go_to(self._whole.anchor.views)
+        return self._objective()
+
+    def meet(self) -> None:
+        """Begin at the anchor as it is."""
+        self._check.begin()
+
+    def run(self) -> Reset | None:
+        """Do lines 4-8 after a round, and have x where it begins after one; return the firing, if there was one."""
+        try:
+            reset, lost = self._check.run(self._whole.rounds, self._whole.feedback.pending())
+            if reset is not None:
+                self._whole.feedback.reset(lost)
+            return reset
+        finally:
+            self._whole.restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return x_t', by parameter, and t'."""
+        anchor = {place.name: view.clone() for place, view in self._whole.named(self._check.anchor)}
+        return {"anchor": anchor, "anchor_step": self._check.anchor_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
+        for place, view in self._whole.named(self._check.anchor):
+            view.copy_(state["anchor"][place.name])
+        self._check.anchor_step = state["anchor_step"]

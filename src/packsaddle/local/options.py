@@ -1,0 +1,288 @@
+"""Options of local updates: the overlap of exchanges with training, the workers, the outer optimizer, all together."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce
+from packsaddle.feedback.compression import Compression
+from packsaddle.feedback.escape import Escape
+from packsaddle.feedback.noise import Noise
+from packsaddle.options.agreement import Option, agreement, own
+
+Outer = Callable[[list[Any]], Optimizer]
+
+
+def _check_whole(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Overlap(Option):
+    """The overlap of exchanges with training, as in Streaming DiLoCo (2025).
+
+    An integer alone stands for `Overlap(delay)` wherever one is taken.
+
+    Args:
+        delay: inner steps during which an exchange runs, at least 0 and below `every`. Above 0 it needs a copy of the
+            fragment.
+        fragments: P, parts of the model, cut by the order of the parameters and balanced by bytes, that are exchanged
+            at different steps, every / P apart; at least 1, at most `every` and the number of parameters.
+        blend: mixing factor in [0, 1] on completion of an exchange with a delay, x = (1 - blend) a + blend x. None adds
+            the progress made during the exchange to the new anchor instead.
+
+    Raises ValueError for a setting that is out of range.
+
+    >>> import torch
+    >>> from packsaddle import LocalUpdates, Overlap
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    >>> local = LocalUpdates(torch.optim.AdamW(model.parameters()), every=30, overlap=Overlap(4, fragments=2))
+    """
+
+    delay: int = 0
+    fragments: int = 1
+    blend: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("delay", 0), ("fragments", 1)):
+            _check_whole(name, getattr(self, name), least)
+        if self.blend is not None and not 0 <= self.blend <= 1:
+            raise ValueError(f"blend must be None or in [0, 1], got {self.blend!r}")
+        if self.blend is not None and not self.delay:
+            raise ValueError("blend needs a delay above 0: without one there is nothing to blend with")
+
+
+@dataclass(frozen=True)
+class Workers(Option):
+    """The workers of local updates, a fixed set, and their parts in the mean (McMahan et al. 2017, Algorithm 1).
+
+    A process group alone stands for `Workers(group)` wherever they are taken.
+
+    Args:
+        group: the process group of the workers; None is the default group, or this process alone without one.
+        weight: w_i > 0 of this worker in the mean sum_i w_i C(v_i) / sum_i w_i, its number of examples for instance;
+            given on all workers or on none. None: all count alike.
+        sample: fraction of the workers in (0, 1] that take part in a round, drawn anew for each, as in federated
+            averaging. Another worker keeps its own changes, or sits the round out (see `LocalUpdates.sampled`).
+
+    With a weight or a sample there is no escape check, and messages are averaged directly; with a sample, no delay.
+    Raises ValueError for a setting that is out of range.
+
+    >>> import torch
+    >>> from packsaddle import LocalUpdates, Workers
+    >>> optimizer = torch.optim.SGD(torch.nn.Linear(64, 64).parameters(), lr=0.1)
+    >>> local = LocalUpdates(optimizer, every=30, workers=Workers(weight=1000.0, sample=0.5))
+    """
+
+    group: Any = own(None)
+    weight: float | None = own(None)
+    sample: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not (_is_number(self.weight) and 0 < self.weight < math.inf):
+            raise ValueError(f"weight must be finite and above 0, or None, got {self.weight!r}")
+        if not (_is_number(self.sample) and 0 < self.sample <= 1):
+            raise ValueError(f"sample must be a fraction of the workers in (0, 1], got {self.sample!r}")
+
+
+@dataclass(frozen=True)
+class Elastic(Option):
+    """The part of a worker in a run whose workers come and go; `membership` has its rounds.
+
+    A Manager alone stands for `Elastic(manager)` wherever one is taken. There is no delay, no escape check and no
+    DTensor, and messages are averaged directly.
+
+    Args:
+        manager: a torchft Manager with use_async_quorum=False (see `packsaddle.comm.connect`).
+        memory_file: a file of this worker's own in which its error memory waits while it is away; one that is there
+            when it joins is loaded. It is written on joining, after every round and on leaving, and locked by
+            MEMORY_FILE.lock. None: no file.
+        weight: of a worker in the mean. None: all that have moved count alike; "steps": its inner steps since its last
+            round; or a function that returns the amount it has trained on so far, tokens for instance, of which the
+            growth counts. With a weight a slower worker takes fewer inner steps before a round, so as to arrive with
+            the fastest.
+        share_optimizer_state: a newcomer starts with the inner optimizer's state of the worker whose anchor it gets.
+        patience: seconds, above 0, in which a round must come about, or PeerLostError is raised.
+        leave_on_sigterm: on SIGTERM hand over the memory and end the process, by SystemExit out of the inner step or
+            out of waiting for the others. Without a file, or if it cannot be written, the memory goes with one more
+            round, uncompressed. The exit code is 0, or 1 if no such round came about: then something is lost.
+        grace: seconds, above 0, after SIGTERM, or after a call of `leave`, in which that round must come about.
+        group: the `ManagedGroup` of the manager, if there is one already.
+
+    Raises TypeError if the manager is none, and ValueError for a setting that is out of range.
+
+    >>> from packsaddle import Elastic, LocalUpdates  # doctest: +SKIP
+    >>> from packsaddle.comm import connect  # doctest: +SKIP
+    >>> elastic = Elastic(connect("http://10.0.0.1:29510"), memory_file="worker-3.memory")  # doctest: +SKIP
+    >>> local = LocalUpdates(optimizer, workers=elastic)  # doctest: +SKIP
+    """
+
+    manager: Any = own(None)
+    memory_file: str | Path | None = own(None)
+    weight: Literal["steps"] | Callable[[], float] | None = own(None)
+    share_optimizer_state: bool = own(True)
+    patience: float = own(3600.0)
+    leave_on_sigterm: bool = own(True)
+    grace: float = own(25.0)
+    group: Any = own(None)
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.manager, "start_quorum"):
+            raise TypeError(f"manager must be a torchft Manager, got {type(self.manager).__name__}")
+        if getattr(self.manager, "_use_async_quorum", False):
+            raise ValueError("manager must have use_async_quorum=False: state must not change between two rounds")
+        if not (self.weight is None or self.weight == "steps" or callable(self.weight)):
+            raise ValueError(f'weight must be None, "steps" or a function, got {self.weight!r}')
+        if self.memory_file is not None:
+            object.__setattr__(self, "memory_file", Path(self.memory_file))
+        for name in ("patience", "grace"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0 seconds, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class OuterSGD(Option):
+    """DiLoCo's outer optimizer: SGD with Nesterov's momentum on the anchor; the defaults are DiLoCo's.
+
+    Args:
+        lr: the learning rate, above 0. It scales the mean update, and is applied once per round.
+        momentum: the momentum, in [0, 1).
+        nesterov: Nesterov's form; None: if there is a momentum.
+
+    Raises ValueError for a setting that is out of range.
+
+    >>> import torch
+    >>> from packsaddle import LocalUpdates, OuterSGD
+    >>> optimizer = torch.optim.AdamW(torch.nn.Linear(64, 64).parameters())
+    >>> local = LocalUpdates(optimizer, every=30, outer=OuterSGD())
+    """
+
+    lr: float = 0.7
+    momentum: float = 0.9
+    nesterov: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+
+    def __call__(self, anchors: list[Any]) -> Optimizer:
+        nesterov = self.momentum > 0 if self.nesterov is None else self.nesterov
+        return torch.optim.SGD(anchors, lr=self.lr, momentum=self.momentum, nesterov=nesterov)
+
+
+@dataclass(frozen=True)
+class LocalOptions(Option):
+    """The arguments of `LocalUpdates` as one value. Raises ValueError for what does not go together."""
+
+    compression: Compression
+    every: int
+    outer: Outer | None = own(None)  # the optimizer that it makes is compared
+    overlap: Overlap = Overlap()
+    workers: Workers | Elastic = Workers()
+    noise: Noise = Noise()  # noqa: RUF009 -- immutable
+    escape: Escape | None = None
+    keep_unsent: bool = True
+    offload: bool = own(False)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # Rounds, and what they keep.
+        _check_whole("every", self.every, 1)
+        overlap, spec = self.overlap, self.compression
+        if overlap.fragments > self.every:
+            raise ValueError(
+                f"fragments must be at most every = {self.every}, so that each has a step, got {overlap.fragments}"
+            )
+        if overlap.delay >= self.every:
+            raise ValueError(
+                f"delay must be below every = {self.every} steps, so that rounds do not meet, got {overlap.delay}"
+            )
+        if not spec.decay:
+            raise ValueError(f"decay must be in (0, 1] for local updates, got {spec.decay!r}")
+        if spec.memory != "buffer":
+            raise ValueError(f'memory must be "buffer" for local updates, got {spec.memory!r}')
+        self.noise.check_eager()
+
+        # Who takes part.
+        if isinstance(self.workers, Elastic):
+            self._check_plain("with a manager", overlaps=True)
+        elif self.is_uneven:
+            self._check_plain("with weight or sample", overlaps=self.workers.sample < 1)
+
+    @classmethod
+    def of(cls, compressor: Any, overlap: Any, workers: Any, noise: Any, **others: Any) -> "LocalOptions":
+        """Return the options of arguments of which some may be scalars, a group or a Manager."""
+        overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
+        return cls(
+            Compression.of(compressor), overlap=overlap, workers=_workers(workers), noise=Noise.of(noise), **others
+        )
+
+    @property
+    def is_uneven(self) -> bool:
+        """True if a fixed set of workers has weights, or not all take part in each round."""
+        workers = self.workers
+        return isinstance(workers, Workers) and (workers.weight is not None or workers.sample < 1)
+
+    @property
+    def averages_senders(self) -> bool:
+        """True if a coordinate's mean is over the workers that sent it."""
+        return self.compression.exchange == "senders"
+
+    def _check_plain(self, where: str, *, overlaps: bool) -> None:
+        """Raise ValueError for an escape check, another mean or, if `overlaps` must not be, a delay."""
+        if self.escape is not None:
+            raise ValueError(f"escape must be None {where}: its checks are of the mean of all workers")
+        if self.averages_senders:
+            raise ValueError(f'exchange must not be "senders" {where}')
+        if overlaps and self.overlap.delay:
+            raise ValueError(f"delay must be 0 {where}, got {self.overlap.delay}")
+
+    def check_aggregators(self, aggregators: Iterable[Aggregator], *, sharded: bool) -> None:
+        """Raise ValueError for aggregators, or `sharded` parameters, that do not go with the workers."""
+        if isinstance(self.workers, Elastic) and sharded:
+            raise ValueError("parameters must be whole on each worker with a manager, and some are DTensors")
+        direct = isinstance(self.workers, Elastic) or self.workers.sample < 1
+        for aggregator in aggregators:
+            if direct and not isinstance(aggregator, AllReduce | AllGather):
+                name = type(aggregator).__name__
+                raise ValueError(
+                    f"compressor and exchange must average messages directly with a manager or a sample of workers "
+                    f"(TopK, RandomK, QSGD, Sign, Identity, LinearSketch, not what {name} needs): others keep state "
+                    f"that fits one set of workers"
+                )
+            # An owner's residual is of the weighted mean, and a round that sends it would weigh it again.
+            if self.is_uneven and type(aggregator).add_residual is not Aggregator.add_residual:
+                raise ValueError('exchange must be "direct" with weight: owner errors would be weighted twice')
+
+    def agreement(self) -> dict[str, object]:
+        """Return what all workers must be given, by dotted name."""
+        weight = {} if isinstance(self.workers, Elastic) else {"weight": self.workers.weight is not None}
+        found = {name.removeprefix("compression."): value for name, value in agreement(self).items()}
+        return found | weight
+
+
+def _workers(given: Any) -> Workers | Elastic:
+    if isinstance(given, Workers | Elastic):
+        return given
+    if hasattr(given, "start_quorum"):
+        return Elastic(given)
+    if isinstance(given, Real):
+        raise TypeError(
+            f"workers must be a process group, Workers or Elastic, got {given!r}: the launcher sets their number"
+        )
+    return Workers(given)

@@ -1,0 +1,108 @@
+"""The start of local updates: rank 0's tensors on every worker, and a check after the first inner step.
+
+The check finds two faults that raise no other error: workers that started at different parameters train models whose
+mean is none, and workers whose gradients are exchanged as well pay for all that local updates save.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.sharding import local_part
+from packsaddle.feedback.drift import fingerprint
+from packsaddle.local.inner import named_parameters
+
+_PROOF = 16  # different values: gradients with fewer may be equal on all workers by chance
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that checkpoints have, by name; others, such as caches, may differ in shape."""
+    passing = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return {name: b.detach() for name, b in model.named_buffers() if name not in passing}
+
+
+def untrained_tensors(optimizer: Optimizer, model: nn.Module | None) -> list[tuple[str, Tensor]]:
+    """Return the frozen parameters of the optimizer, and those and the persistent buffers of a model, with names."""
+    named = list(named_parameters(optimizer).items())
+    if model is not None:
+        known = {id(p) for _, p in named}
+        named += [(name, p) for name, p in model.named_parameters() if id(p) not in known]
+        named += persistent_buffers(model).items()
+    return [(name, t) for name, t in named if not t.requires_grad]
+
+
+@torch.no_grad()
+def share_start(channel: Communicator, trained: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Set tensors to rank 0's, in place; collective.
+
+    Of the others, a pretrained model around adapters for example, only those that differ are sent: 8 bytes of each are
+    compared first.
+    """
+    sent = [local_part(p) for p in trained]
+    if others and channel.group.size > 1:
+        parts = [local_part(p) for p in others]
+        prints = torch.stack([fingerprint(part).cpu() for part in parts]).to(sent[0].device)
+        gathered = [p["prints"] for p in channel.gather({"prints": prints}, fixed_size=True, purpose="start")]
+        differs = torch.stack([row != gathered[0] for row in gathered]).any(0).tolist()
+        sent += [part for part, differ in zip(parts, differs, strict=True) if differ]
+    for part in sent:
+        channel.broadcast(part, "start")
+
+
+def check_first_step(
+    channel: Communicator,
+    anchors: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    do: Callable[[Callable[[], object]], None],
+) -> None:
+    """Check that workers started at one x, and that nothing else exchanges gradients; collective if there are several.
+
+    `anchors` are this worker's start, `gradients` those of its first step, and `do` runs a collective. Raises
+    RuntimeError if anchors differ, or if gradients are bitwise identical on all workers. Those of fewer than 16
+    different values may be equal by chance, as that of a sum: then rank 0 warns. NaNs do not count.
+    """
+    if channel.group.size == 1:
+        return
+    # Each worker's start and gradients, as one fingerprint each.
+    gradients = [g if g.layout == torch.strided else g.to_dense() for g in gradients]
+    start = torch.stack([fingerprint(anchor) for anchor in anchors]).sum().cpu()
+    whole = torch.stack([fingerprint(g) for g in gradients]).sum().cpu() if gradients else start.new_zeros(())
+    gathered: list[Any] = []
+    mine = {"prints": torch.stack([start, whole]).to(anchors[0].device)}
+    do(lambda: gathered.extend(channel.gather(mine, fixed_size=True, purpose="start")))
+    prints = [parts["prints"].tolist() for parts in gathered]
+    others = [worker for worker, (anchor, _) in enumerate(prints) if anchor != prints[0][0]]
+    if others:
+        raise RuntimeError(
+            f"workers must begin at the same parameters, but worker {others[0]} differs from worker 0: load "
+            f"weights on all workers, or before LocalUpdates is made"
+        )
+    # Zeros are equal on all workers without an exchange, and a few different values may be.
+    values = _distinct(gradients) if all(grad == prints[0][1] for _, grad in prints) else 0
+    if not values:
+        return
+    found = (
+        f"gradients are equal bit for bit on all {len(prints)} workers at the first step: either they are exchanged as "
+        f"well (by DistributedDataParallel, say; see packsaddle.keep_gradients_local), or all workers have the same "
+        f"batch: give each its own, by a DistributedSampler or as data[rank::workers]"
+    )
+    if values >= _PROOF:
+        raise RuntimeError(found)
+    if channel.group.rank == 0:
+        warnings.warn(f"{found}. It may be chance: they have few different values, {values}", stacklevel=2)
+
+
+def _distinct(gradients: Sequence[Any]) -> int:
+    """Return the number of different values in gradients, except 0, Inf and NaN."""
+    found: list[Any] = [g[g.isfinite() & (g != 0)].double().unique() for g in gradients]
+    together: Any = torch.cat(found) if found else torch.empty(0)
+    return len(together.unique())

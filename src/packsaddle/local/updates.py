@@ -1,0 +1,539 @@
+"""LocalUpdates: workers step separately with any optimizer, and exchange their changes, compressed, at intervals.
+
+Read `LocalUpdates._attempted` first. What follows an inner step is in `local_rounds`, and a fragment's exchange in
+`fragment`: every `every` inner steps
+
+    v = decay e + (a - x) + xi              a: the anchor, where workers last agreed to be; x: this worker's parameters
+    e <- v - C(v)                           what is not sent waits
+    a <- outer step along mean_i C(v_i)     the same on all workers
+    x <- a - e                              or a (`keep_unsent`); with a `delay` later, and what was moved meanwhile
+
+With every=1, x <- a, plain SGD inside and no outer optimizer that is Algorithm 1. The design is that of DiLoCo
+(Douillard et al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019,
+Algorithm 1).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
+from packsaddle.comm.group import training_group
+from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.managed import ManagedGroup
+from packsaddle.comm.select_aggregator import warn_of_nothing
+from packsaddle.comm.sharding import local_part
+from packsaddle.compressors import Compressor, Sign, describe
+from packsaddle.feedback.background import Background
+from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.drift import Drift, DriftGuard
+from packsaddle.feedback.escape import Escape, Reset
+from packsaddle.feedback.guard import Skip
+from packsaddle.feedback.noise import Noise
+from packsaddle.feedback.optimizers import innermost, on_attempts
+from packsaddle.local import state as local_state
+from packsaddle.local.coverage import OtherOptimizers, check_covers
+from packsaddle.local.elastic.membership import Membership
+from packsaddle.local.escape import AnchorEscape
+from packsaddle.local.inner import Shards, check_no_others, check_parameters, follow, named_parameters
+from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
+from packsaddle.local.participation import Participation
+from packsaddle.local.partition import partition
+from packsaddle.local.rounds import LocalRounds
+from packsaddle.local.start import check_first_step, share_start, untrained_tensors
+from packsaddle.numerics.kernels import compiler
+from packsaddle.numerics.seeds import as_seed
+
+
+class LocalUpdates:
+    """Local updates of any torch optimizer, averaged over workers with compression and error feedback.
+
+    The training loop stays as it is: each `optimizer.step()` is counted, and the steps after which an exchange is due
+    do it. Gradients must not be exchanged as well: no DistributedDataParallel between workers (where a framework wraps
+    the model in one, see `keep_gradients_local`).
+
+    Args:
+        optimizer: the optimizer that steps on each worker: any torch optimizer of floating-point parameters on one
+            device, DTensors of FSDP2 and tensor parallelism among them, of which each process exchanges its own shard.
+        compressor: C, or a function of the round that returns it, or a `Compression` with more about the exchange.
+        every: H, inner steps between two exchanges of a fragment.
+        outer: the outer optimizer, such as `OuterSGD()`, DiLoCo's: a function that makes any torch optimizer of the
+            anchor's tensors, float32 or wider. Its gradient is the mean update. None moves the anchor by that mean.
+        overlap: inner steps during which an exchange runs, below `every`, or an `Overlap` with more about it.
+        workers: the process group of the workers, or `Workers` with weights or a sample of them, or a torchft Manager
+            or `Elastic` of workers that come and go. None: the default group, or this process alone without one.
+        noise: standard deviation of each coordinate of xi in units of the parameters, identical on all workers, added
+            in each round; or a function of the round that returns it.
+        escape: the escape check of lines 4-8 of Algorithm 1, made on the anchor after each round; its interval and
+            `every` count rounds. One fragment and no delay.
+        keep_unsent: x restarts not at a, as in Algorithm 1 and DiLoCo, but at a - e, so that the unsent part of this
+            worker's update stays in its own x, as in CSER (Xie et al. 2020). It trains better.
+        offload: keep anchor and error memory, and so the outer optimizer's state, on the CPU.
+        seed: seed of all shared randomness; identical on all workers.
+        scaler: the GradScaler that steps the optimizer, so that a step which it skips on one worker is counted there
+            too.
+        model: the module that the optimizer trains. Its frozen parameters and persistent buffers start from rank 0's
+            too, and a parameter of it that requires a gradient but is not in the optimizer raises ValueError. None
+            warns at a round or at `flush` if an optimizer without an exchange trains other parameters of one module.
+
+    A round in which a worker's x is not finite is rejected by all, and entered in `skips`. That worker goes back to the
+    anchor, and clears non-finite state of its optimizer, of those that it wraps and, if need be, of its `state_dict`.
+    The others keep what they have moved for the next round. NonFiniteError is raised on all workers after more than
+    `max_skipped` such rounds, and if an optimizer cannot be reset.
+
+    Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
+    step, on every worker. With a manager it is not: the first step, or `join`, waits for the others, and gives a worker
+    that comes later their anchor. Raises ValueError or TypeError for bad arguments, also if workers differ in them, and
+    RuntimeError at the first step if gradients are equal on all workers, since then they have been exchanged, and where
+    workers make different calls, one a round and one `flush`, say, since they have taken unequal numbers of steps.
+
+    >>> import torch
+    >>> from packsaddle import LocalUpdates, Sign
+    >>> model = torch.nn.Linear(64, 64)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> local = LocalUpdates(optimizer, every=2, compressor=Sign(per_tensor=True))
+    >>> for batch in torch.rand(4, 8, 64):
+    ...     optimizer.zero_grad()
+    ...     (model(batch) - batch).square().mean().backward()
+    ...     optimizer.step()
+    >>> local.rounds
+    2
+    >>> local.flush()
+    True
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
+        *,
+        every: int = 8,
+        outer: Outer | None = None,
+        overlap: int | Overlap = 0,
+        workers: Any = None,
+        noise: float | Callable[[int], float] | Noise = 0.0,
+        escape: Escape | None = None,
+        keep_unsent: bool = True,
+        offload: bool = False,
+        seed: int = 0,
+        scaler: torch.amp.GradScaler | None = None,
+        model: torch.nn.Module | None = None,
+    ) -> None:
+        self.optimizer = innermost(optimizer)
+        if hasattr(self.optimizer, "channel"):
+            name = type(self.optimizer).__name__
+            raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
+        self.options = options = LocalOptions.of(
+            *(compressor, overlap, workers, noise),
+            every=every,
+            outer=outer,
+            escape=escape,
+            keep_unsent=keep_unsent,
+            offload=offload,
+            seed=as_seed(seed),
+        )
+        self._compression = options.compression
+        self._compression.at(0)
+
+        # x, and what of the model is not in it.
+        self._parameters = {name: p for name, p in named_parameters(self.optimizer).items() if p.requires_grad}
+        check_parameters(self._parameters)
+        if model is not None:
+            check_covers(self._parameters.values(), model)
+        untrained = untrained_tensors(self.optimizer, model)
+        self._bytes = sum(local_part(p).nbytes for p in self._parameters.values())
+        self.steps = 0  # n: attempted inner steps
+
+        # Workers, and the place of exchanges: in the background if they have a delay and the group can.
+        elastic, fixed = _by_kind(options.workers)
+        group = training_group(fixed.group) if elastic is None else elastic.group or ManagedGroup(elastic.manager)
+        home = local_part(next(iter(self._parameters.values()))).device
+        device = torch.device("cpu") if offload else home
+        apart = group.background(device) if options.overlap.delay and group.size > 1 else None
+        self.ledger = Ledger()
+        self._channel = Communicator(apart or group, self.ledger)
+        background = Background(device) if apart is not None else None
+        self._participation = Participation(fixed.weight, fixed.sample, group.size, group.rank, options.seed)
+
+        # x's fragments, and the compressor of each.
+        with torch.no_grad():
+            self._fragments = partition(self._parameters, options, self._channel, device)
+        d = sum(part.compressed_d for part in self._fragments)
+        warn_of_nothing(self._compression.at(0), d, self._compression.dense_below, stacklevel=2)
+        self._compression.at(0).validate(d)
+        for part in self._fragments:
+            part.feedback.prepare(self._compression.at(0))
+        sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
+        options.check_aggregators([part.feedback.aggregator for part in self._fragments], sharded=sharded)
+
+        # A round and its stages.
+        self.outer = outer(self._leaves()) if outer is not None else None
+        if self.outer is not None and not isinstance(self.outer, Optimizer):
+            raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(self.outer).__name__}")
+        if self.outer is not None:
+            follow(self.outer, self)
+        compared = self._compression.compare_every
+        where = (self._fragments, self._channel, options.seed)
+        checker = AnchorEscape(escape, *where, delay=options.overlap.delay) if escape else None
+        self._rounds = LocalRounds(
+            self._fragments,
+            options,
+            self._channel,
+            background,
+            inner=self.optimizer,
+            outer=self.outer,
+            agree=Shards(self._parameters.values()),
+            participation=self._participation,
+            drift=DriftGuard(0 if elastic else compared, self._compression.on_drift, self._channel),
+            escape=checker,
+        )
+
+        # All workers must have been given the same, and they start from the same x.
+        same = self._agreement(untrained)
+        self.membership: Membership | None = None  # with a manager: who is there, and this worker's part
+        if elastic is None:
+            check_agreement(self._channel, same, device)
+            self._participation.exchange(self._channel, device)
+            share_start(self._channel, list(self._parameters.values()), [tensor for _, tensor in untrained])
+            self._rounds.meet()
+        else:
+            self.membership = Membership(
+                elastic,
+                self._channel,
+                self._fragments,
+                self.optimizer,
+                self.outer,
+                every=every,
+                compare_every=compared,
+                arguments=as_text(same),
+                send=lambda part, dense, share: self._rounds.try_out(part, self.steps, share, dense=dense),
+                land=self._rounds.land,
+            )
+
+        # The optimizer's steps are counted from here on.
+        watches = model is None and (group.size > 1 or elastic is not None)
+        self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
+        self._looks = 0  # at the anchor, one within another, while parameters are there
+        self._has_begun = False  # a first inner step has moved x, or was left out
+        follow(self.optimizer, self)
+        on_attempts(self.optimizer, scaler, self._before_step, self._attempted)
+
+    def __repr__(self) -> str:
+        compressor = describe(self._compression.at(self.rounds))
+        outer = type(self.outer).__name__ if self.outer else "mean"
+        return (
+            f"LocalUpdates({type(self.optimizer).__name__}, every={self.options.every}, {compressor}, outer={outer}, "
+            f"fragments={len(self._fragments)}, workers={self._channel.group.size}, steps={self.steps}, "
+            f"rounds={self.rounds})"
+        )
+
+    def _leaves(self) -> list[Any]:
+        """The anchor's tensors, in the optimizer's order."""
+        by_name = {p.name: leaf for part in self._fragments for p, leaf in zip(part.places, part.leaves, strict=True)}
+        return [by_name[name] for name in self._parameters]
+
+    def _agreement(self, untrained: Iterable[tuple[str, Tensor]]) -> dict[str, object]:
+        """Return what must be equal on all workers."""
+        outer = None if self.outer is None else (type(self.outer).__name__, self.outer.defaults)
+        same = self.options.agreement()
+        same |= {"kernels": compiler(self._fragments[0].anchor.flat.device), "outer": outer}
+        for kind, tensors in (("params", self._parameters.items()), ("untrained", untrained)):
+            for i, (name, p) in enumerate(tensors):
+                same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
+        return same
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        """Before each inner step; a worker that comes with its first has no gradient at its x."""
+        self._check_here("optimizer.step()")
+        check_no_others(self.optimizer, self._parameters.values())
+        self._meet()
+        self._has_begun = True
+        if self.membership is not None and not self.membership.joined:
+            self.join()
+            for p in self._parameters.values():
+                p.grad = None
+
+    def _check_here(self, call: str) -> None:
+        """Raise RuntimeError while parameters are at the anchor: they do not show what this worker has moved."""
+        if self._looks:
+            raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
+
+    @torch.no_grad()
+    def _meet(self) -> None:
+        """Before a step has moved x, take it as it is for where all workers have met: weights may have been loaded."""
+        joined = self.membership is not None and self.membership.joined
+        if self.steps == 0 and not self._has_begun and not joined:
+            self._rounds.meet()
+
+    @torch.no_grad()
+    def _attempted(self) -> None:
+        """Count an inner step, taken or left out by a scaler, and do what is due after it."""
+        self._meet()
+        self._has_begun = True
+        self.steps += 1
+        self._rounds.check_step()
+        if self.membership is not None:
+            self.membership.stepped(self.steps)
+        else:
+            self._exchange()
+        if self._others is not None and self.exchanging:
+            self._others.warn()
+
+    def _exchange(self) -> None:
+        """Do what is due after an inner step, the first of which is checked."""
+        if self.steps == 1:
+            anchors = [part.anchor.flat for part in self._fragments]
+            gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
+            together = partial(self._rounds.together, "checks its first step", self.steps)
+            check_first_step(self._channel, anchors, gradients, together)
+        self._rounds.after(self.steps)
+
+    @property
+    def sampled(self) -> bool:
+        """True if this worker is in the next exchange (see `sample`); one that is not may train, or `sit_out`."""
+        return self._participation.share_after(self._rounds.next_after(self.steps)) > 0
+
+    def sit_out(self) -> None:
+        """Stand in for the inner steps up to the next exchange, and take part in it without an update; collective.
+
+        Raises RuntimeError with a manager.
+        """
+        self._check_here("sit_out()")
+        if self.membership is not None:
+            raise RuntimeError(
+                "sit_out is for a fixed set of workers; with a manager, a worker that is away is left out"
+            )
+        self._attempted()
+        while not self.exchanging:
+            self._attempted()
+
+    @torch.no_grad()
+    def join(self) -> None:
+        """Wait for the other workers' next round, and have their anchor after it; with a manager, before training.
+
+        The first step does it otherwise, and its gradient, which was taken elsewhere, is dropped. A worker that was
+        here before continues with the memory in its file. Raises RuntimeError without a manager.
+        """
+        if self.membership is None:
+            raise RuntimeError("join is for workers that come and go: LocalUpdates(..., workers=Elastic(...))")
+        self._check_here("join()")
+        if self.membership.joined:
+            return
+        self._meet()
+        self.membership.join()
+        self.steps = max(self.steps, self.membership.steps)
+
+    def leave(self) -> bool:
+        """Hand this worker's memory over and take no part any more; with a manager, before the process ends early.
+
+        It goes to the file that `Elastic` names or, without a file or if that cannot be written, with one more round,
+        uncompressed. Returns False, with an error in the log, if that is impossible: then something is lost. Raises
+        RuntimeError without a manager.
+        """
+        if self.membership is None:
+            raise RuntimeError("leave is for workers that come and go: LocalUpdates(..., workers=Elastic(...))")
+        self._check_here("leave()")
+        with torch.no_grad():
+            return self.membership.leave()
+
+    @property
+    def rounds(self) -> int:
+        """Exchanges of fragments that have landed and were taken."""
+        return self._rounds.count
+
+    @property
+    def skips(self) -> list[Skip]:
+        """The rounds that were left out since this was made or loaded."""
+        return self._rounds.skips.list
+
+    @property
+    def skipped(self) -> int:
+        """The number of skipped rounds in total."""
+        return self._rounds.skips.count
+
+    @property
+    def drifts(self) -> list[Drift]:
+        """The comparisons at which workers' anchors differed (see `Compression.compare_every`)."""
+        return self._rounds.drifts
+
+    @property
+    def resets(self) -> list[Reset]:
+        """The firings of the escape check."""
+        return self._rounds.resets
+
+    @property
+    def lost(self) -> float:
+        """The sum of the norms of lost error memories; with a manager, else 0."""
+        return 0.0 if self.membership is None else self.membership.lost
+
+    @property
+    def position(self) -> int:
+        """The inner steps of the anchor, of all workers together, including workers that have left."""
+        return self.steps * self._channel.group.size if self.membership is None else self.membership.roster.position
+
+    @property
+    def contraction(self) -> float | None:
+        """The share of its energy that this worker's v kept when last measured (see `Compression.monitor_every`)."""
+        found = [part.monitor.whole for part in self._fragments if part.monitor.whole is not None]
+        return sum(found) / len(found) if found else None
+
+    @property
+    def uncompressed(self) -> Bytes:
+        """The bytes of an exchange of gradients at every step so far: ring all-reduces."""
+        return ring_all_reduce(self.steps * self._bytes, self._channel.group.size)
+
+    @property
+    def exchanging(self) -> bool:
+        """True if an exchange began after the last inner step; the same on all workers."""
+        if self.membership is not None:
+            return self.membership.exchanged
+        return self._rounds.is_due(self.steps)
+
+    def forgive(self) -> None:
+        """Count skipped rounds in a row from 0: a caller that continues after NonFiniteError may have mended it."""
+        self._rounds.skips.took()
+
+    @torch.no_grad()
+    def wait(self) -> None:
+        """Wait for running exchanges, so that the ledger has their bytes; they land when they are due."""
+        self._rounds.wait()
+
+    @torch.no_grad()
+    def error(self) -> Tensor:
+        """Return minus what the anchor has not received yet, a mean over workers, float[d], in the optimizer's order.
+
+        A mean by `weight`, if there is one.
+
+        That is e, the changes since the last exchange, and those in a running exchange: without an outer optimizer
+        y = a - error() moves as in training without compression. Collective; waits for running exchanges. d counts
+        this process's shards. Raises RuntimeError with a manager, whose workers meet in rounds only: see `pending`.
+        """
+        if self.membership is not None:
+            raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
+        self._check_here("error()")
+        self._meet()
+        return self._flat(self._rounds.error(self.steps))
+
+    @torch.no_grad()
+    def pending(self) -> Tensor:
+        """Return minus what the anchor has not received of this worker, float[d], in the optimizer's order."""
+        self._check_here("pending()")
+        self._meet()
+        return self._flat(self._rounds.pending())
+
+    def _flat(self, found: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([found[name].reshape(-1) for name in self._parameters])
+
+    def anchor(self) -> dict[str, Tensor]:
+        """Return copies of the anchor a by parameter, float32 or wider and shaped as this process's shard of it.
+
+        The anchor is the same on all workers.
+        """
+        self._meet()
+        found = self._rounds.anchor()
+        return {name: found[name] for name in self._parameters}
+
+    @contextmanager
+    def at_anchor(self) -> Iterator[None]:
+        """Have the parameters at the anchor for a while: to evaluate, certify or save one model for all workers.
+
+        Within, a step of the optimizer and whatever looks at this worker's own changes, as `flush`, raise RuntimeError.
+        """
+        self._meet()
+        with torch.no_grad():
+            before = [[x.clone() for x in part.tensors()] for part in self._fragments]
+            for part in self._fragments:
+                part.go_to(part.anchor.views)
+        self._looks += 1
+        try:
+            yield
+        finally:
+            self._looks -= 1
+            with torch.no_grad():
+                for part, kept in zip(self._fragments, before, strict=True):
+                    for x, old in zip(part.tensors(), kept, strict=True):
+                        x.copy_(old)
+
+    @torch.no_grad()
+    def flush(self) -> bool:
+        """Exchange all that is pending, uncompressed, so that all workers have the anchor and no errors; collective.
+
+        For the end of training. Running exchanges land first; then each fragment has a round with C(v) = v, without
+        noise. Returns whether all of it was taken. With a manager the round is one of all that are there, whether or
+        not they have come to their end.
+        """
+        self._check_here("flush()")
+        self._meet()
+        if self._others is not None:
+            self._others.warn()
+        if self.membership is not None:
+            return self.membership.round(dense=True)
+        return self._rounds.flush(self.steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state, tensors and plain types; collective during an exchange.
+
+        It has anchors, error memories, running exchanges, the outer optimizer's state and the counts. The parameters
+        and the inner optimizer's state are each worker's own, and are saved separately, on every worker.
+        """
+        self._meet()
+        return {
+            "format": local_state.FORMAT,
+            "identity": self._identity(),
+            "steps": self.steps,
+            **self._rounds.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            **({} if self.membership is None else {"membership": self.membership.state_dict()}),
+        }
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state`."""
+        local_state.check_fits(state, self._fragments, self._identity(), self._rounds.optional())
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
+        self.check_state_dict(state)
+        self.steps = state["steps"]
+        self._rounds.load_state_dict(state)
+        self.ledger.load_state_dict(state["ledger"])
+        if self.membership is not None:
+            self.membership.load_state_dict(state["membership"], self.steps)
+
+    def _identity(self) -> dict[str, Any]:
+        """Return what must be equal at loading and at saving."""
+        options, group = self.options, self._channel.group
+        same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
+        same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
+        if isinstance(options.workers, Elastic):
+            return same | {"elastic": True}
+        if self._participation.samples:
+            same["sample"] = options.workers.sample
+        return same | {"rank": group.rank, "workers": group.size}
+
+    trains_apart = True  # between rounds each worker has parameters and an inner optimizer's state of its own
+
+    def split_state(
+        self, state: Mapping[str, Any], workers: int
+    ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
+        """Return what of a `state` of `workers` others get the mean of, by place, and what they all get."""
+        return local_state.split_state(state, self._fragments, workers)
+
+    def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
+        """Put means in a state, in place, and make it this worker's."""
+        local_state.put_means(state, means, self._identity())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copying and pickling: optimizer, anchor and group belong together. Use `state_dict`."""
+        raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")
+
+
+def _by_kind(workers: Workers | Elastic) -> tuple[Elastic | None, Workers]:
+    """Return the settings of workers that come and go, if they do, and those of a fixed set."""
+    return (workers, Workers()) if isinstance(workers, Elastic) else (None, workers)

@@ -1,0 +1,343 @@
+"""Directions u^(i), float[d]: a worker's gradient, or what momentum or variance reduction makes of gradients over time.
+
+What is sent of u, and what becomes of the rest, is the memory's part. `GradientUpdate` is the u of one step.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from packsaddle.feedback.noise import GaussianNoise
+from packsaddle.feedback.slices import FlatParameters, Shaped
+from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_bad
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Terms added to gradients: weight decay by parameter group, and xi, left out before coordinate `noisy_from`.
+
+    `scale` is what gradients were multiplied by, and nothing else.
+    """
+
+    decays: Sequence[float]
+    noise: GaussianNoise | None = None
+    noisy_from: int = 0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Storm:
+    """STORM's variance reduction in place of momentum (Cutkosky and Orabona 2019); `step` then needs a closure.
+
+    Args:
+        a: the weight of a new gradient, in (0, 1].
+
+    Raises ValueError for another weight.
+
+    >>> import torch
+    >>> from packsaddle import CompressedSGD, Storm
+    >>> opt = CompressedSGD([torch.nn.Parameter(torch.zeros(64, 64))], 0.1, momentum=Storm(0.1))
+    """
+
+    a: float
+
+    def __post_init__(self) -> None:
+        if isinstance(self.a, bool) or not 0 < self.a <= 1:
+            raise ValueError(f"a, STORM's weight of a new gradient, must be in (0, 1], got {self.a!r}")
+
+
+class Gradient:
+    """u = grad F_i(x) + weight_decay x + xi.
+
+    A parameter without a gradient counts as one whose gradient is zero. The vectors of a direction change when `settle`
+    commits the step.
+    """
+
+    kind = "gradient"  # in saved states
+    started = True
+    keeps = False  # it has a vector of its own, which a step changes
+
+    def __init__(self, flat: FlatParameters) -> None:
+        self._flat = flat
+        self.norm: Tensor | None = None  # upper bound on that of the last sum; None: would need a pass
+
+    def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
+        """Compute gradients by the closure, if there is one, and return its value."""
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
+        """Set out to base + scale u, both float[d], and out may be base; scales by parameter group."""
+        if out is base:  # in place
+            self.perturb(out.flat, scales, extras)
+            self._add_gradients(base, out, scales, extras)
+        else:
+            self._add_gradients(base, out, scales, extras)
+            self.perturb(out.flat, scales, extras)
+
+    def perturb(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
+        """Add scale (xi + weight_decay x) to out, float[d]."""
+        self._add_decay(out, scales, extras.decays)
+        self._add_noise(out, scales, extras)
+
+    def add_if_finite(self, out: Shaped, scales: Sequence[float], extras: Extras) -> bool:
+        """Add scale u to out, float[d], in place. Return False, with out unchanged up to rounding, if non-finite."""
+        squares = add_if_finite(self._sums(out, scales, extras))
+        if squares is None:
+            return False
+        self.norm = out.flat.new_tensor(squares, dtype=torch.float64).sqrt()
+        self.perturb(out.flat, scales, extras)
+        return True
+
+    def take_back(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
+        """Subtract scale u from out, float[d], while gradients and x are as they were when it was added."""
+        self.perturb(out.flat, [-scale for scale in scales], extras)
+        for view, grad, alpha in self._sums(out, scales, extras):
+            view.sub_(grad, alpha=alpha)
+
+    def _sums(self, out: Shaped, scales: Sequence[float], extras: Extras) -> Iterator[tuple[Tensor, Tensor, float]]:
+        """Yield a view of out, a gradient and its factor, for every parameter that has a gradient."""
+        for members, scale in zip(self._flat.members, scales, strict=True):
+            for i in members:
+                if (grad := self._flat.parameters[i].grad) is not None:
+                    yield out.views[i], grad, scale / extras.scale
+
+    def first_bad(self) -> str | None:
+        """Return the name of the first parameter with an invalid gradient, None without one."""
+        return first_bad(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
+
+    def settle(self, *, taken: bool) -> None:
+        """Commit the vectors of the step, or roll back."""
+
+    def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
+        in_one_pass = out is not base and out.flat.device.type == "cpu"  # elsewhere a pass is cheaper than many calls
+        if out is not base and not in_one_pass:
+            out.flat.copy_(base.flat)
+        # norm(base + alpha g) <= the sum of the tensors' norms, which is measured in the pass that adds.
+        total = out.flat.new_zeros(())
+        self.norm = total if in_one_pass else None
+        for members, scale in zip(self._flat.members, scales, strict=True):
+            grads = {i: g for i in members if (g := self._flat.parameters[i].grad) is not None}
+            alpha = scale / extras.scale
+            if not in_one_pass:
+                if grads:
+                    torch._foreach_add_([out.views[i] for i in grads], list(grads.values()), alpha=alpha)
+                continue
+            for i in members:
+                if i in grads:
+                    total += add_and_measure(base.views[i], grads[i], alpha, out.views[i])
+                else:
+                    out.views[i].copy_(base.views[i])
+
+    def _add_noise(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
+        for run in self._flat.runs:
+            if extras.noise is not None and run.stop > extras.noisy_from:
+                start = max(run.start, extras.noisy_from)
+                extras.noise.add_to(out[start : run.stop], scales[run.group], start)
+
+    def _add_decay(self, out: Tensor, scales: Sequence[float], decays: Sequence[float]) -> None:
+        """The decay is part of the objective, so its gradient is compressed with the rest."""
+        for run in self._flat.runs:
+            if decays[run.group]:
+                stretch = slice(run.start, run.stop)
+                out[stretch].add_(self._flat.x[stretch], alpha=scales[run.group] * decays[run.group])
+
+    @property
+    def spare_bytes(self) -> int:
+        """The size of the vector that exists only to roll a step back, 0 without one."""
+        return 0
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Return the vectors kept between steps, float[d] each, by name."""
+        return {}
+
+    def views(self) -> dict[str, list[Tensor]]:
+        """Return the vectors that a step may swap, shaped as the parameters."""
+        return {}
+
+    def reset(self) -> None:
+        """Clear the vectors, gathered along a segment that was rolled back."""
+
+
+class _Gathered(Gradient):
+    """A direction with a vector of its own, float[d], in at least single precision.
+
+    A step computes the next one, `_next`; in the same memory if steps are never rolled back (not `spare`).
+    """
+
+    keeps = True
+
+    def __init__(self, flat: FlatParameters, *, spare: bool) -> None:
+        super().__init__(flat)
+        self._now = flat.zeros()
+        self._next = flat.zeros() if spare else self._now
+        self.started = False
+
+    def reset(self) -> None:
+        self._now.flat.zero_()
+        self.started = False
+
+    @property
+    def spare_bytes(self) -> int:
+        return 0 if self._next is self._now else self._next.flat.nbytes
+
+    def settle(self, *, taken: bool) -> None:
+        if taken:
+            self._now, self._next = self._next, self._now
+            self.started = True
+
+    def _add_next(self, base: Shaped, out: Shaped, scales: Sequence[float], factor: float = 1.0) -> None:
+        """Set out to base + factor scale times the next vector."""
+        for view in self._flat.frozen(self._next.flat):
+            view.zero_()
+        for run in self._flat.runs:
+            part, alpha = slice(run.start, run.stop), factor * scales[run.group]
+            torch.add(base.flat[part], self._next.flat[part], alpha=alpha, out=out.flat[part])
+
+
+class Momentum(_Gathered):
+    """m <- beta m + u on each worker, before compression; u = m, or with `nesterov` beta m + u.
+
+    With error feedback y then moves as in SGD with momentum on the mean gradient, whatever the compressor: the scheme
+    of Zheng, Huang and Kwok 2019 (dist-EF-SGDM). `averaging` has m <- beta m + (1 - beta) u instead, beginning
+    with the first u: with memory="ef21" that is EF21-SGDM of Fatkhullin, Tyurin and Richtarik 2023.
+    """
+
+    kind = "momentum"
+
+    def __init__(self, flat: FlatParameters, beta: float, *, nesterov: bool, averaging: bool, spare: bool) -> None:
+        super().__init__(flat, spare=spare)
+        self._beta, self._nesterov, self._averaging = beta, nesterov, averaging
+
+    def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
+        share = 1 - self._beta if self._averaging and self.started else 1.0
+        torch.mul(self._now.flat, self._beta, out=self._next.flat)
+        super().add(self._next, self._next, [share] * len(scales), extras)
+        if self._nesterov:
+            super().add(base, out, [share * scale for scale in scales], extras)
+            base = out
+            self.norm = None  # it is not that of the sum with m
+        self._add_next(base, out, scales, self._beta if self._nesterov else 1.0)
+
+    def vectors(self) -> dict[str, Tensor]:
+        return {"momentum": self._now.flat}
+
+    def views(self) -> dict[str, list[Tensor]]:
+        return {"momentum": self._now.views}
+
+
+class StormGradient(_Gathered):
+    """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), both g of the same examples.
+
+    So a step needs a closure that computes loss and gradients, and calls it twice, at x_t and at x_{t-1}. g has weight
+    decay in it; xi is added to d, not gathered. With memory="ef21" it is EF21-STORM of Fatkhullin et al. 2023.
+    """
+
+    kind = "storm"
+
+    def __init__(self, flat: FlatParameters, a: float, *, spare: bool) -> None:
+        super().__init__(flat, spare=spare)
+        self._keep = 1 - a
+        self._previous = flat.x.clone()
+        self._here = flat.x
+
+    def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
+        if closure is None:
+            raise ValueError("Storm takes the gradient at two points, so step needs a closure: opt.step(closure)")
+        loss = super().evaluate(closure, decays)
+        self._here = here = self._flat.x.clone()
+        if self._next is not self._now:
+            self._next.flat.copy_(self._now.flat)
+        # (1 - a) (d_{t-1} - g(x_{t-1})); afterwards p.grad is g(x_t) again
+        if self.started:
+            gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
+            self._flat.x.copy_(self._previous)
+            for p in self._flat.parameters:
+                p.grad = None  # else a closure that does not clear gradients would add to them
+            try:
+                super().evaluate(closure, decays)
+                minus = [-1.0] * len(decays)
+                self._add_gradients(self._next, self._next, minus, Extras(decays))
+                self._add_decay(self._next.flat, minus, decays)
+            finally:
+                self._flat.x.copy_(here)
+                for p, gradient in zip(self._flat.parameters, gradients, strict=True):
+                    p.grad = gradient
+            self._next.flat.mul_(self._keep)
+        return loss
+
+    def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
+        ones = [1.0] * len(scales)
+        self._add_gradients(self._next, self._next, ones, extras)
+        self._add_decay(self._next.flat, ones, extras.decays)
+        self._add_next(base, out, scales)
+        self._add_noise(out.flat, scales, extras)
+
+    def first_bad(self) -> str | None:  # of both gradients
+        return super().first_bad() or first_bad(zip(self._flat.names, self._next.views, strict=True))
+
+    def settle(self, *, taken: bool) -> None:
+        super().settle(taken=taken)
+        if taken:
+            self._previous.copy_(self._here)
+
+    def vectors(self) -> dict[str, Tensor]:
+        return {"storm": self._now.flat, "storm_previous": self._previous}
+
+    def views(self) -> dict[str, list[Tensor]]:
+        return {"storm": self._now.views}
+
+
+@dataclass(frozen=True)
+class GradientUpdate:
+    """scale u of one step, float[d], which is never made as a vector of its own; scales by parameter group."""
+
+    direction: Gradient
+    scales: Sequence[float]
+    extras: Extras
+    bounded: bool = True  # whether weight decay and noise are small enough for gradients alone to tell if it is finite
+
+    def add(self, base: Shaped, out: Shaped) -> None:
+        """Set out to base + scale u, both float[d]; out may be base."""
+        self.direction.add(base, out, self.scales, self.extras)
+
+    def add_if_finite(self, out: Shaped) -> bool:
+        """Add scale u to out, float[d], in place, unless that may not be finite: see `Gradient.add_if_finite`."""
+        return self.bounded and self.direction.add_if_finite(out, self.scales, self.extras)
+
+    def take_back(self, out: Shaped) -> None:
+        """Subtract scale u from out, float[d], within the same step."""
+        self.direction.take_back(out, self.scales, self.extras)
+
+    def perturb(self, out: Tensor) -> None:
+        """Add scale u to out, float[d], which has its gradient already."""
+        self.direction.perturb(out, self.scales, self.extras)
+
+
+def make_direction(
+    flat: FlatParameters, momentum: float | Storm, nesterov: bool, memory: str, *, spare: bool
+) -> Gradient:
+    """Return the direction asked for, with `spare` memory if it is to leave steps out.
+
+    Raises ValueError for values out of range and for what does not go together.
+    """
+    if memory == "gradient" and momentum:
+        raise ValueError('memory="gradient" leaves no gradient to make a momentum or Storm of; use memory="buffer"')
+    if isinstance(momentum, Storm):
+        if nesterov:
+            raise ValueError(f"nesterov must be False with {momentum}")
+        return StormGradient(flat, momentum.a, spare=spare)
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+    if nesterov and not momentum:
+        raise ValueError("nesterov needs a momentum above 0")
+    if momentum:
+        return Momentum(flat, momentum, nesterov=nesterov, averaging=memory == "ef21", spare=spare)
+    return Gradient(flat)

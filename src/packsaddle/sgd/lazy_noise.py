@@ -1,0 +1,212 @@
+"""The path of the noise xi_t to x: through the error memory, or, if the law is the same, drawn when x receives it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.comm.aggregators import Aggregator, AllReduce, Averaged
+from packsaddle.compressors.sparse import Cells
+from packsaddle.feedback.memory import ErrorMemory
+from packsaddle.feedback.noise import GaussianNoise, Noise
+from packsaddle.feedback.slices import FlatParameters
+from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
+
+_NEGLIGIBLE = 1e-9  # of a sum in double precision
+
+
+class OutstandingNoise:
+    """The noise that has not reached x yet, known by its variance alone: one number for each cell of a grid.
+
+    Where all workers keep the same cells of their vectors, the noise in the error memories is the same on all of them,
+    and all that x sees of it is what a kept cell has gathered since it was kept last, sum_s eta_s xi_s over those
+    steps s: Gaussian with variance sum_s (eta_s r_s)^2, independent of all that x has seen before. So it is drawn when
+    the cell is kept, a Gaussian for each coordinate sent instead of each coordinate there is, and x_0, x_1, ... have
+    the joint law that Algorithm 1 gives them. Whoever looks at what is outstanding (y, e) sees a draw of its own: its
+    law at that step is right, and jointly with other looks, or with x afterwards, it is not.
+    """
+
+    def __init__(self, cells: int, size: int, device: torch.device) -> None:
+        self._size = size
+        self._total = 0.0  # the variance that a coordinate would have if it had never been kept
+        self._kept = torch.zeros(cells, dtype=torch.float64, device=device)  # what the total was when a cell was kept
+
+    def grow(self, std: float) -> None:
+        """Add independent noise of this standard deviation to every coordinate."""
+        variance = std * std
+        if 0 < variance < _NEGLIGIBLE * self._total:  # what all cells have received already would swallow it
+            least = float(self._kept.min())
+            self._kept -= least
+            self._total -= least
+        self._total += variance
+
+    def take(self, cells: Cells, out: Tensor, alpha: float = 1.0, *, seed: int, step: int) -> None:
+        """Draw the noise at these cells and add alpha times it to out, float[m b]; none is outstanding there then."""
+        self._add(self._total - self._kept[cells.index], out, alpha, keys(seed, step, Stream.OUTSTANDING))
+        self._kept[cells.index] = self._total
+
+    def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
+        """Draw the noise at every coordinate, float[d] as `like`, and leave it outstanding."""
+        noise = like.new_zeros(len(self._kept) * self._size)
+        # Not the numbers that `take` draws at this step: what it takes may follow what was committed of these.
+        self._add(self._total - self._kept, noise, 1.0, keys(seed, step, Stream.SETTLED))
+        return noise[: len(like)]
+
+    def _add(self, variance: Tensor, out: Tensor, alpha: float, key: Keys) -> None:
+        add_cell_gaussians(out, variance.clamp_min_(0).sqrt_().mul_(alpha).to(out.dtype), key)
+
+    @property
+    def std(self) -> float:
+        """At least the standard deviation that is outstanding at any coordinate."""
+        return math.sqrt(self._total)
+
+    def clone(self) -> "OutstandingNoise":
+        """Return a copy."""
+        return self.from_state(self.state_dict(), self._kept.device)
+
+    @property
+    def anything(self) -> bool:
+        """True if noise was added since all was cleared."""
+        return self._total != 0
+
+    def clear(self) -> None:
+        """Leave none outstanding."""
+        self._total = 0.0
+        self._kept.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, tensors and plain types."""
+        return {"total": self._total, "kept": self._kept, "size": self._size}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "OutstandingNoise":
+        """Return what `state_dict` described."""
+        made = cls(len(state["kept"]), state["size"], device)
+        made._total = state["total"]
+        made._kept.copy_(state["kept"])
+        return made
+
+    def is_on_grid_of(self, other: "OutstandingNoise") -> bool:
+        """Tell if both have the same cells."""
+        return (len(self._kept), self._size) == (len(other._kept), other._size)
+
+
+class Perturber:
+    """Line 9 of Algorithm 1 for an optimizer, and the noise it leaves outstanding if `lazy`.
+
+    Raises ValueError if `lazy` and the aggregator is not an all-reduce of `shared_cells`, as RandomK's is, error
+    feedback not `plain`, or there is an `escape` check: only without these do all workers keep the same coordinates of
+    a vector that nothing else reads, so that k Gaussians a step suffice for d.
+    """
+
+    def __init__(
+        self,
+        noise: Noise,
+        *,
+        seed: int,
+        flat: FlatParameters,
+        aggregator: Aggregator,
+        escape: bool,
+        plain: bool,
+    ) -> None:
+        self._noise, lazy = noise, noise.lazy
+        self._seed, self._flat, self._d = seed, flat, flat.compressed_d
+        self._outstanding: OutstandingNoise | None = None
+        self.grown = 0.0  # the standard deviation, in units of x, of the noise that the last step left outstanding
+        # Noise may wait where all workers send the same cells, e is its only way to x, and nothing else reads e.
+        grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
+        if not plain:
+            if lazy:
+                raise ValueError("lazy noise goes with plain error feedback alone: no ef21, momentum or storm")
+        elif grid is None:
+            if lazy:
+                raise ValueError(
+                    f"lazy noise needs RandomK by all-reduce, got {aggregator.compressor!r} by "
+                    f"{type(aggregator).__name__}"
+                )
+        elif lazy and escape:
+            raise ValueError(
+                "lazy noise goes with no escape check, which looks at e: what is outstanding is drawn anew for "
+                "each look, so that resets would have another law; lazy=None draws noise eagerly there"
+            )
+        elif noise.std != 0 and self._d and lazy is not False and not escape:
+            self._outstanding = OutstandingNoise(*grid, flat.x.device)
+
+    @property
+    def lazy(self) -> bool:
+        """True if noise may be left outstanding."""
+        return self._outstanding is not None
+
+    def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
+        """Return xi_t (None: zero), and the number of first coordinates whose noise stays outstanding."""
+        xi = self._noise.drawn(seed=self._seed, step=step)
+        self.grown = 0.0
+        if self._outstanding is None:
+            return xi, 0
+        if len(set(lrs)) == 1 and not self._flat.has_frozen:
+            self.grown = lrs[0] * xi.std if xi else 0.0
+            return xi, self._d
+        # Cells do not end where parameters do, so what is outstanding goes the usual way.
+        self._settle(self._outstanding, memory, step)
+        return xi, 0
+
+    def _settle(self, outstanding: OutstandingNoise, memory: ErrorMemory, step: int) -> None:
+        """Draw all outstanding noise into the error memory, where eager noise would be."""
+        if outstanding.anything:
+            memory.add(outstanding.draw(memory.vector[: self._d], seed=self._seed, step=step))
+            outstanding.clear()
+
+    def join(self, g: Averaged, unit: float, step: int) -> None:
+        """Add the outstanding noise of the cells that this step exchanged to their values in g, which all apply.
+
+        Values are in multiples of `unit`. This step's noise becomes outstanding first. No-op if noise is never so.
+        """
+        if self._outstanding is None:
+            return
+        self._outstanding.grow(self.grown)
+        if self._outstanding.anything:
+            message = g.mean[0].message
+            values = message.parts["values"]
+            self._outstanding.take(message.context, values, 1 / unit, seed=self._seed, step=step)
+
+    @property
+    def reach(self) -> float:
+        """By how much `join` can move x in this step: Gaussians of 32 random bits stay below 7."""
+        return 0.0 if self._outstanding is None else 7 * math.hypot(self.grown, self._outstanding.std)
+
+    def snapshot(self) -> Any:
+        """Return all that is outstanding, for `restore`."""
+        return None if self._outstanding is None else self._outstanding.clone()
+
+    def restore(self, snapshot: Any) -> None:
+        """Have outstanding what was when `snapshot` was made."""
+        self._outstanding = snapshot
+
+    def add_outstanding(self, pending: Tensor, step: int) -> Tensor:
+        """Return eta e, float[d], with outstanding noise: drawn anew for each t, so looking does not change the run."""
+        if self._outstanding is None or not self._outstanding.anything:
+            return pending
+        noise = self._outstanding.draw(pending[: self._d], seed=self._seed, step=step)
+        return torch.cat([pending[: self._d] + noise, pending[self._d :]])
+
+    def clear(self) -> None:
+        """Leave no noise outstanding."""
+        if self._outstanding is not None:
+            self._outstanding.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the outstanding noise, tensors and plain types."""
+        return {} if self._outstanding is None else self._outstanding.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], memory: ErrorMemory, step: int) -> None:
+        """Restore `state_dict`; where it is of other cells, or noise is eager here, settle it in the error memory."""
+        self.clear()
+        if not state:
+            return
+        saved = OutstandingNoise.from_state(state, self._flat.x.device)
+        if self._outstanding is not None and saved.is_on_grid_of(self._outstanding):
+            self._outstanding = saved
+        else:
+            self._settle(saved, memory, step)

@@ -1,0 +1,186 @@
+"""The engine by itself: a round conserves what is to be applied, and one that is not taken leaves no trace."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from packsaddle import CompressedSGD, Compression, Compressor, Ledger, LowRank, RandomK, Sign, TopK, simulate
+from packsaddle.comm.aggregators import Averaged
+from packsaddle.comm.communicator import Communicator
+from packsaddle.comm.group import resolve
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.feedback.memory import ErrorMemory
+from packsaddle.feedback.round import ErrorFeedback
+from packsaddle.feedback.slices import Shaped, Slice, places
+
+SHAPES = {"w": (9, 7), "b": (5,)}  # b is a vector, and goes dense
+D, COMPRESSED = 68, 63
+KINDS: list[tuple[Compressor, str]] = [
+    (RandomK(0.25), "direct"),
+    (TopK(0.2), "direct"),
+    (TopK(0.2), "two-way"),
+    (Sign(), "coordinator"),
+    (LowRank(1), "direct"),
+]
+by_kind = pytest.mark.parametrize(("compressor", "exchange"), KINDS, ids=[f"{c} {e}" for c, e in KINDS])
+
+
+@dataclass(frozen=True)
+class Vector:
+    """An update that is a vector, float64[d]."""
+
+    u: Tensor
+
+    def add(self, base: Shaped, out: Shaped) -> None:
+        torch.add(base.flat, self.u, out=out.flat)
+
+    def perturb(self, out: Tensor) -> None:
+        out.add_(self.u)
+
+
+def engine(compressor: Compressor, exchange: str) -> ErrorFeedback:
+    named = [(name, torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()]
+    of, channel = Slice(places(named, 6), torch.device("cpu")), Communicator(resolve(None), Ledger())
+    kind = compressor.for_tensors([torch.Size(SHAPES["w"])])
+    protocol = choose(kind, exchange, d=COMPRESSED, dense=D - COMPRESSED, workers=channel.group.size).aggregator
+    return ErrorFeedback(ErrorMemory(of, spare=True), channel, 3, protocol)
+
+
+def update(rank: int, step: int) -> Vector:
+    rng = torch.Generator().manual_seed(100 * rank + step)
+    return Vector(torch.randn(D, dtype=torch.float64, generator=rng))
+
+
+def decoded(g: Averaged) -> Tensor:
+    """The mean that all apply, float64[d]."""
+    mean = torch.zeros(D, dtype=torch.float64)
+    for term in g.mean:
+        term.add_to(mean[:COMPRESSED], 1.0)
+    mean[COMPRESSED:] = g.dense
+    return mean
+
+
+def take(feedback: ErrorFeedback, rank: int, step: int) -> Tensor:
+    with feedback.round(step) as r:
+        g, _ = r.exchange(r.correct(update(rank, step)))
+        mean = decoded(g)
+        r.absorb(g)
+    return mean
+
+
+@by_kind
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_round_conserves(compressor: Compressor, exchange: str, workers: int) -> None:
+    """mean_i e_{t+1} = mean_i (e_t + u_t) - mean: nothing is lost, and nothing is applied twice."""
+
+    def run(rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        feedback, found = engine(compressor, exchange), []
+        for step in range(6):
+            mean = take(feedback, rank, step)
+            found.append((feedback.pending().clone(), update(rank, step).u, mean))
+        return found
+
+    results = simulate(run, workers)
+    pending = torch.zeros(D, dtype=torch.float64)
+    for step in range(6):
+        e, u, means = ([result[step][i] for result in results] for i in range(3))
+        assert all(torch.equal(means[0], mean) for mean in means)
+        before, pending = pending, torch.stack(e).mean(0)
+        # A few hundred additions of numbers below 100.
+        assert torch.allclose(pending, before + torch.stack(u).mean(0) - means[0], rtol=0, atol=1e-12)
+        assert float(pending[COMPRESSED:].abs().max()) == 0
+
+
+@by_kind
+@pytest.mark.parametrize("where", ["exchange", "absorb", "settle"])
+def test_a_round_that_is_not_taken_leaves_no_trace(compressor: Compressor, exchange: str, where: str) -> None:
+    def run(rank: int, broken: bool) -> list[Tensor]:
+        feedback, found = engine(compressor, exchange), []
+        for step in range(6):
+            if broken and step in (0, 3):
+                breaks(feedback, rank, step)
+            found += [take(feedback, rank, step), feedback.pending().clone()]
+        return found
+
+    def breaks(feedback: ErrorFeedback, rank: int, step: int) -> None:
+        if where == "settle":  # as a hook does, which learns later that it was not taken
+            r = feedback.round(step)
+            r.absorb(r.exchange(r.correct(update(rank, step + 50)))[0])
+            r.settle(taken=False)
+            return
+        with pytest.raises(RuntimeError, match="lost"):
+            loses(feedback, rank, step)
+
+    def loses(feedback: ErrorFeedback, rank: int, step: int) -> None:
+        with feedback.round(step) as r:
+            g, _ = r.exchange(r.correct(update(rank, step + 50)))
+            if where == "absorb":
+                r.absorb(g)
+            raise RuntimeError("connection lost")
+
+    plain = simulate(lambda rank: run(rank, False), 3)
+    again = simulate(lambda rank: run(rank, True), 3)
+    for a, b in zip(plain, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_extras_travel_in_the_one_collective() -> None:
+    def run(rank: int) -> tuple[list[Tensor], int]:
+        feedback = engine(RandomK(0.25), "direct")
+        group, calls = feedback.channel.group, []
+        reduce = group.all_reduce
+        group.all_reduce = lambda tensor: (calls.append(1), reduce(tensor))[1]  # type: ignore
+        with feedback.round(0) as r:
+            v = r.correct(update(rank, 0))
+            _, extras = r.exchange(v, [v[:0], v.new_tensor([rank, 10.0]), v.new_tensor([1.0])])
+        return extras, len(calls)
+
+    for extras, calls in simulate(run, 3):
+        assert [extra.tolist() for extra in extras] == [[], [1.0, 10.0], [1.0]]
+        assert calls == 1
+
+
+@by_kind
+def test_another_protocol_takes_over_what_the_last_one_held(compressor: Compressor, exchange: str) -> None:
+    def run(rank: int) -> list[Tensor]:
+        feedback = engine(compressor, exchange)
+        for step in range(3):
+            take(feedback, rank, step)
+        found = [feedback.pending().clone()]
+        feedback.use(None)
+        found.append(feedback.pending().clone())
+        feedback.use(engine(TopK(0.5), "two-way").aggregator)
+        return [*found, feedback.pending().clone()]
+
+    for found in simulate(run, 2):
+        assert float(found[0].abs().max()) > 0
+        assert all(torch.equal(a, b) for a, b in pairwise(found))
+
+
+def test_an_optimizer_goes_on_after_an_exchange_that_raised() -> None:
+    """As if it had not been tried: also what an owner holds back, which the exchange itself changes."""
+
+    def run(broken: bool) -> tuple[Tensor, Tensor]:
+        p = torch.nn.Parameter(torch.zeros(8, 8))
+        opt = CompressedSGD([p], 0.1, Compression(TopK(0.1), exchange="two-way", back=RandomK(0.3), dense_below=0))
+        average = opt.choice.aggregator.average
+
+        def lost(*arguments: object, **options: object) -> None:
+            average(*arguments, **options)  # type: ignore[arg-type]
+            raise RuntimeError("connection lost")
+
+        for step in range(5):
+            p.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
+            if broken and step == 3:
+                opt.choice.aggregator.average = lost  # type: ignore
+                with pytest.raises(RuntimeError, match="connection lost"):
+                    opt.step()
+                opt.choice.aggregator.average = average  # type: ignore[method-assign]
+            opt.step()
+        return p.detach().clone(), opt.error()
+
+    for a, b in zip(run(False), run(True), strict=True):
+        assert torch.equal(a, b)

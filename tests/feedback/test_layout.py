@@ -1,0 +1,114 @@
+"""Parameters keep their values, shapes and memory format in the flat vector, and refusals name the parameter."""
+
+import pytest
+import torch
+from torch import nn
+
+from packsaddle.feedback.slices import FlatParameters, check_no_shared_memory
+
+
+def flatten(module: nn.Module, dense_below: int = 0) -> FlatParameters:
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    return FlatParameters([{"params": list(parameters), "param_names": list(names)}], dense_below)
+
+
+def test_values_survive_and_parameters_are_views() -> None:
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(4))
+    images = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    before = module(images)
+    vector = nn.utils.parameters_to_vector(module.parameters())
+    flat = flatten(module, dense_below=100)
+    assert torch.equal(module(images), before)
+    assert torch.equal(flat.in_order(flat.x), vector)
+    flat.x.zero_()
+    assert all(not p.any() for p in module.parameters())
+
+
+def test_small_tensors_and_vectors_come_last() -> None:
+    module = nn.Sequential(nn.Linear(30, 10), nn.LayerNorm(10), nn.Linear(10, 2))  # 300, 10; 10, 10; 20, 2
+    flat = flatten(module, dense_below=100)
+    assert (flat.compressed_d, flat.d) == (300, 352)
+    assert torch.equal(flat.x[:300].view(10, 30), module[0].weight)
+    assert flatten(nn.Linear(30, 10)).compressed_d == 310  # dense_below=0 compresses vectors too
+
+
+def test_channels_last_is_kept() -> None:
+    conv = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    weight = conv.weight.clone()
+    flat = flatten(conv)
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(conv.weight, weight)
+    assert torch.equal(flat.in_order(flat.x), torch.cat([weight.reshape(-1), conv.bias]))
+
+
+def test_parameters_with_gaps_become_contiguous() -> None:
+    p = nn.Parameter(torch.arange(12.0).reshape(3, 4)[:, ::2])
+    FlatParameters([{"params": [p]}], 0)
+    assert p.is_contiguous()
+    assert p.tolist() == [[0, 2], [4, 6], [8, 10]]
+
+
+def test_runs_follow_groups() -> None:
+    groups = [{"params": [nn.Parameter(torch.ones(n, 10)), nn.Parameter(torch.ones(n))]} for n in (20, 3)]
+    flat = FlatParameters(groups, dense_below=100)  # order: 200 | 20, 30, 3
+    assert [(r.group, r.start, r.stop) for r in flat.runs] == [(0, 0, 220), (1, 220, 253)]
+
+
+def test_refusals() -> None:
+    def check(*parameters: torch.Tensor) -> None:
+        FlatParameters([{"params": list(parameters)}], 0)
+
+    with pytest.raises(ValueError, match=r"floating point, but parameter 1 is torch\.int64"):
+        check(torch.ones(2), torch.ones(2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"one dtype and device, but parameter 0 is torch\.float32"):
+        check(torch.ones(2), torch.ones(2, dtype=torch.float64))
+    shared = torch.ones(4)
+    with pytest.raises(ValueError, match="must not share memory, but parameter 0 and parameter 1 do"):
+        check(shared, shared.view(2, 2))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_memory_is_shared_by_elements(seed: int) -> None:
+    """Views of one vector with random shapes, strides and offsets, against the sets of their elements."""
+    rng, base = torch.Generator().manual_seed(seed), torch.zeros(200)
+
+    def draw(most: int) -> int:
+        return int(torch.randint(most, (1,), generator=rng))
+
+    views = []
+    for _ in range(2):
+        shape, strides = (1 + draw(5), 1 + draw(4)), (1 + draw(12), 1 + draw(6))
+        views.append(base.as_strided(shape, strides, draw(100)))
+    first, second = (
+        set(torch.arange(200).as_strided(v.shape, v.stride(), v.storage_offset()).flatten().tolist()) for v in views
+    )
+    named = {"a": views[0], "empty": base[:0], "b": views[1]}
+    if first & second:
+        with pytest.raises(ValueError, match=r"params must not share memory, but [ab] and [ab] do"):
+            check_no_shared_memory(named, "params")
+    else:
+        check_no_shared_memory(named, "params")
+
+
+def test_memory_of_one_address_space() -> None:
+    """Of several views at once, of two storages over one array, and of another dtype."""
+    base = torch.zeros(12)
+    check_no_shared_memory({f"{i}": base[i::4] for i in range(4)}, "params")
+    with pytest.raises(ValueError, match="but long and short do"):
+        check_no_shared_memory(
+            {"long": base, "before": base[:4], "short": base[9:]} | {"before": torch.ones(2)}, "params"
+        )
+    array = base.numpy()
+    with pytest.raises(ValueError, match="share memory"):
+        check_no_shared_memory({"a": torch.from_numpy(array[:8]), "b": torch.from_numpy(array[7:])}, "params")
+    with pytest.raises(ValueError, match="share memory"):
+        check_no_shared_memory({"a": base[::2], "b": base.view(torch.int32)[1::2]}, "params")
+
+
+def test_a_moved_parameter_is_noticed() -> None:
+    module = nn.Linear(4, 3)
+    flat = flatten(module)
+    flat.check_attached()
+    module.double()
+    with pytest.raises(RuntimeError, match=r"weight was moved or replaced.*make the optimizer last"):
+        flat.check_attached()

@@ -1,0 +1,887 @@
+"""The hook behind DistributedDataParallel, in real gloo processes: beside CompressedSGD, dense averages and itself."""
+
+import contextlib
+import io
+import math
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ddp_runs import COMPRESSORS, SEVERAL, WAYS, batches, loss, network, train, vector, wrapped
+from forked_python import environment, python
+from specs import folded
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector
+
+from packsaddle import (
+    QSGD,
+    CompressedSGD,
+    Compression,
+    Compressor,
+    Escape,
+    Identity,
+    Noise,
+    NormSketch,
+    RandomK,
+    RatioRamp,
+    TopK,
+    attach,
+    register_ddp_hook,
+)
+from packsaddle.comm.group import resolve
+from packsaddle.compressors import identify
+from packsaddle.feedback.slices import places
+from packsaddle.hooks.rates import Rates
+from packsaddle.numerics.kernels import torch_only
+
+Gloo = Callable[..., list[Any]]
+
+
+# ---- the same run as CompressedSGD, and as its definition
+
+STEPS = 8
+
+
+def beside_compressed_sgd(options: dict[str, Any], scope: str, cap: float) -> dict[str, Any]:
+    """Train both ways on the same batches, with a learning rate that falls."""
+    ours, theirs = network(), wrapped(network(), cap)
+    same = folded({"noise": 0.01, "seed": 3, "dense_below": 100, "monitor_every": 5, **options})
+    a = CompressedSGD(ours.parameters(), 0.2, **{**same, "noise": Noise(same["noise"], lazy=False)})
+    b = torch.optim.SGD(theirs.parameters(), 0.2)
+    hook = register_ddp_hook(theirs, scope=scope, optimizer=b, **same)
+    for step, batch in enumerate(batches(STEPS)):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            optimizer.param_groups[0]["lr"] = 0.2 * 0.9**step
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            optimizer.step()
+    memory = hook.memory()
+    e = hook.channel.mean(torch.cat([memory[n].reshape(-1) for n, _ in theirs.module.named_parameters()]), "test")
+    purposes = set(a.ledger.by_purpose) - {"start", "inspection"}
+    return {
+        "x": (vector(ours), vector(theirs)),
+        "e": (a.error(), e),
+        "bytes": tuple({k: h.ledger.by_purpose[k].sent for k in purposes} for h in (a, hook)),
+        "steps": (hook.skipped, hook.steps),
+        "mu": (a.monitor.whole, hook.contraction),
+    }
+
+
+def all_beside_compressed_sgd() -> dict[tuple[str, str], dict[str, Any]]:
+    """Every way in one bucket and in many; alone, by turns."""
+    cases = [("many buckets, model", "model", SEVERAL), ("one bucket", "bucket", 1000.0)]
+    return {
+        (way, name): beside_compressed_sgd(options, scope, cap)
+        for i, (way, options) in enumerate(WAYS.items())
+        for name, scope, cap in (cases if resolve(None).size > 1 else cases[i % 2 : i % 2 + 1])
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_with_sgd_it_is_compressed_sgd(gloo: Gloo, workers: int) -> None:
+    for rank, cases in enumerate(gloo(all_beside_compressed_sgd, workers)):
+        for case, run in cases.items():
+            for quantity in ("x", "e"):
+                a, b = run[quantity]
+                assert torch.allclose(a, b, rtol=1e-9, atol=1e-12), (rank, case, quantity, (a - b).abs().max())
+            ours, hooks = run["bytes"]
+            flags = 0 if workers == 1 else STEPS * 8 * 2  # one number a step more in the dense part, for finiteness
+            assert {k: v for k, v in hooks.items() if k != "dense"} == {k: v for k, v in ours.items() if k != "dense"}
+            assert 0 <= hooks["dense"] - ours["dense"] <= flags, case
+            assert run["steps"] == (0, STEPS)
+            assert run["mu"][0] == pytest.approx(run["mu"][1], rel=1e-9), case
+
+
+def by_bucket(compressor: Compressor, decay: float) -> dict[str, Any]:
+    """Buckets are compressed one by one: y moves as in SGD without compression, whatever the buckets are."""
+    model = wrapped(network(), SEVERAL)
+    hook = register_ddp_hook(model, Compression(compressor, dense_below=100, decay=decay), noise=0.02, seed=5)
+    dense = register_dense_twin(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sections = []
+    for batch in batches(12):
+        x, e = vector(model), mean_memory(hook, model)
+        g = dense(batch) + noise_of(hook, model, seed=5)
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+        before, after = x - 0.1 * e, vector(model) - 0.1 * mean_memory(hook, model)
+        sections.append(len(hook._slices))
+        if decay:
+            assert torch.allclose(after, before - 0.1 * g, rtol=1e-9, atol=1e-12)
+        else:
+            assert float(mean_memory(hook, model).abs().max()) == 0
+    return {"x": vector(model), "sections": sections}
+
+
+def register_dense_twin(model: DistributedDataParallel) -> Callable[[Tensor], Tensor]:
+    """The mean gradient at the model's present point, computed without DDP."""
+    twin, group = network(), resolve(None)
+
+    def gradient(batch: Tensor) -> Tensor:
+        twin.load_state_dict(model.module.state_dict())
+        g = parameters_to_vector(torch.autograd.grad(loss(twin, batch), list(twin.parameters())))
+        group.all_reduce(g)
+        return g / group.size
+
+    return gradient
+
+
+def mean_memory(hook: Any, model: DistributedDataParallel) -> Tensor:
+    e = torch.cat([hook.memory()[name].reshape(-1) for name, _ in model.module.named_parameters()])
+    hook.channel.group.all_reduce(e)
+    return e / hook.channel.group.size
+
+
+def noise_of(hook: Any, model: DistributedDataParallel, seed: int) -> Tensor:
+    """xi_t in the order of the parameters: one draw for the whole vector, matrices first."""
+    from packsaddle.feedback.noise import Noise
+
+    named = list(model.module.named_parameters())
+    order = sorted(named, key=lambda item: item[1].ndim < 2)
+    like = torch.zeros(sum(p.numel() for _, p in named), dtype=torch.float64)
+    xi = Noise(0.02).vector(like, seed=seed, step=hook.steps)
+    assert xi is not None
+    pieces = dict(zip([n for n, _ in order], torch.split(xi, [p.numel() for _, p in order]), strict=True))
+    return torch.cat([pieces[name] for name, _ in named])
+
+
+@pytest.mark.parametrize("name", ["RandomK", "TopK", "QSGD", "LowRank", "TopK k"])
+def test_nothing_is_lost_while_buckets_are_made_anew(gloo: Gloo, name: str) -> None:
+    first, second = gloo(by_bucket, 2, COMPRESSORS[name], 1.0)
+    assert torch.equal(first["x"], second["x"])
+    assert (first["sections"][0], first["sections"][-1]) == (1, 2)
+
+
+def test_without_error_feedback_nothing_is_kept(gloo: Gloo) -> None:
+    first, second = gloo(by_bucket, 2, TopK(0.05), 0.0)
+    assert torch.equal(first["x"], second["x"])
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda ps: torch.optim.SGD(ps, 0.5),
+    "momentum": lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9, nesterov=True, weight_decay=1e-4),
+    "AdamW": lambda ps: torch.optim.AdamW(ps, 3e-3),
+}
+
+
+def spy(hook: Any) -> list[int]:
+    """Count the bytes that this worker, one of two, sends to the other, in a list of one."""
+    group, seen = hook.channel.group, [0]
+
+    def spied(name: str) -> Any:
+        original = getattr(group, name)
+
+        def call(first: Any, *rest: Any) -> Any:
+            sent = [first[1 - group.rank]] if name == "all_to_all" else [first]
+            if name != "broadcast" or group.rank == 0:
+                seen[0] += sum(t.numel() * t.element_size() for t in sent)
+            return original(first, *rest)
+
+        return call
+
+    for name in ("all_reduce", "all_gather", "all_to_all", "broadcast"):
+        setattr(group, name, spied(name))
+    return seen
+
+
+def value_of(model: nn.Module, batch: Tensor) -> float:
+    with torch.no_grad():  # else DDP takes the pass for one that a backward pass will follow
+        return float(loss(model, batch))
+
+
+# A compiled model takes long, and only the kind of message matters to it.
+COMPILED = ("Identity", "TopK", "SketchTopK", "LowRank", "two-way")
+
+
+def matrix() -> dict[tuple[str, str], tuple[float, float, Tensor, int, int]]:
+    """Every compressor in every kind of loop: losses before and after, weights, bytes counted and seen.
+
+    Each compressor with every optimizer, and each optimizer in every kind of loop.
+    """
+    found = {}
+    data = batches(1, torch.float32) * 14
+    for i, (way, options) in enumerate(WAYS.items()):
+        for j, kind in enumerate(("plain", "accumulation", "scaler", *["compiled"] * (way in COMPILED))):
+            cap = 25 if kind == "compiled" else SEVERAL  # torch.compile cannot have buckets below the first, of 1 MiB
+            model = wrapped(network(torch.float32), cap)
+            optimizer = list(OPTIMIZERS.values())[(i + j) % len(OPTIMIZERS)](model.parameters())
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if kind == "scaler" else None
+            spec = Compression(**options, dense_below=100)
+            hook = register_ddp_hook(model, spec, scaler=scaler, optimizer=optimizer)
+            seen = spy(hook)
+            run = torch.compile(model, backend="aot_eager") if kind == "compiled" else model
+            before = value_of(model, data[0])
+            train(run, optimizer, data, scaler=scaler, accumulate=kind == "accumulation", clip=1.0)
+            after = value_of(model, data[0])
+            assert hook.steps == len(data), (way, kind, hook.steps, hook.skipped)
+            counted = sum(b.sent for purpose, b in hook.ledger.by_purpose.items() if purpose != "start")
+            found[way, kind] = (before, after, vector(model), counted, seen[0])
+    return found
+
+
+def test_every_compressor_in_every_loop_with_any_optimizer(gloo: Gloo) -> None:
+    first, second = gloo(matrix, 2)
+    for case, (before, after, x, counted, seen) in first.items():
+        assert after < 0.9 * before, (case, before, after)
+        assert torch.equal(x, second[case][2]), case
+        assert counted == seen, case
+
+
+def passed(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Tensor) -> Tensor:
+    optimizer.zero_grad()
+    value = loss(model, batch)
+    value.backward()
+    return value
+
+
+def closures() -> tuple[Tensor, Tensor, int]:
+    """A loop whose optimizer calls a closure, as Lightning's do, with a bad batch on one worker; and one without it."""
+    found = []
+    for bad in (True, False):
+        model = wrapped(network(torch.float32), SEVERAL)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        hook = register_ddp_hook(model, QSGD(7), optimizer=optimizer)
+        for t, batch in enumerate(batches(4, torch.float32)):
+            if t == 2 and not bad:
+                continue
+            if t == 2 and torch.distributed.get_rank() == 1:
+                batch = batch * math.nan
+
+            value = optimizer.step(partial(passed, model, optimizer, batch))
+            assert isinstance(value, Tensor)
+        found.append(vector(model))
+    return found[0], found[1], hook.steps
+
+
+def test_an_optimizer_that_calls_a_closure_leaves_a_bad_step_out(gloo: Gloo) -> None:
+    for with_bad, without, steps in gloo(closures, 2):
+        assert torch.equal(with_bad, without)
+        assert torch.isfinite(with_bad).all()
+        assert steps == 3
+
+
+def unlike_loops() -> str:
+    other = torch_only() if torch.distributed.get_rank() else contextlib.nullcontext()
+    with other, pytest.raises(ValueError, match="kernels") as raised:
+        register_ddp_hook(wrapped(network(torch.float32), SEVERAL), TopK(0.1))
+    return str(raised.value)
+
+
+def test_workers_have_the_same_loops(gloo: Gloo) -> None:
+    """Their sums of decoded messages differ in the last digit, and so would the replicas."""
+    pytest.importorskip("numba")
+    for message in gloo(unlike_loops, 2):
+        assert "worker 0 has kernels='numba' and worker 1 has kernels='torch'" in message
+
+
+def held_elsewhere() -> str:
+    """A hook, of another `dense_below`, takes a state; what it says, and that it is as before."""
+    hooks = []
+    for below in (100, 0):
+        model, spec = wrapped(network()), Compression(TopK(0.1), exchange="two-way", dense_below=below)
+        hooks.append(register_ddp_hook(model, spec, scope="model"))
+        loss(model, batches(1)[0]).backward()
+    before = hooks[1].state_dict()
+    with pytest.raises(ValueError, match="was dense_below another") as raised:
+        hooks[1].load_state_dict(hooks[0].state_dict())
+    after = hooks[1].state_dict()
+    assert all(torch.equal(after["pending"][name], e) for name, e in before["pending"].items())
+    return str(raised.value)
+
+
+def test_a_state_of_other_compressed_coordinates_is_refused(gloo: Gloo) -> None:
+    matrices = sum(p.numel() for p in network().parameters() if p.ndim > 1)
+    whole = sum(p.numel() for p in network().parameters())
+    for message in gloo(held_elsewhere, 2):
+        assert f"of {matrices} coordinates that are compressed, and here {whole} are" in message
+
+
+def accumulated() -> dict[str, Tensor]:
+    """Accumulation gives what the whole batch gives; clipping acts on what was exchanged."""
+    found = {}
+    for kind in ("whole", "accumulated"):
+        model = wrapped(network(), SEVERAL)
+        optimizer = torch.optim.SGD(model.parameters(), 0.3)
+        hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100))
+        train(model, optimizer, batches(10), accumulate=kind == "accumulated", clip=0.01)
+        assert hook.steps == 10
+        assert (
+            repr(hook)
+            == f"DDPHook(TopK(ratio=0.05), scope=bucket, workers={torch.distributed.get_world_size()}, steps=10)"
+        )
+        assert math.isclose(float(nn.utils.get_total_norm([p.grad for p in model.parameters()])), 0.01, rel_tol=1e-4)
+        found[kind] = vector(model)
+    return found
+
+
+def test_accumulation_is_the_whole_batch(gloo: Gloo) -> None:
+    for run in gloo(accumulated, 2):
+        assert torch.allclose(run["whole"], run["accumulated"], rtol=1e-9, atol=1e-12)
+
+
+class Tied(nn.Module):
+    """Two linear maps with one weight, an embedding's, and one that takes part in every other batch only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.sometimes, self.last = nn.Linear(30, 30), nn.Linear(30, 30), nn.Linear(30, 30)
+        self.last.weight = self.first.weight
+        self.used = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        h = h + self.sometimes(h) if self.used else h
+        out: Tensor = self.last(h)
+        return out
+
+
+def options_of_ddp() -> dict[str, Tensor]:
+    """Identity behind DDP's options must give what DDP alone gives."""
+    found = {}
+    cases: dict[str, dict[str, Any]] = {
+        "unused": {"find_unused_parameters": True},
+        "static": {"static_graph": True},
+        "views": {"gradient_as_bucket_view": True},
+    }
+    for name, options in cases.items():
+        for hooked in (False, True):
+            torch.manual_seed(0)
+            model = wrapped(Tied().double(), SEVERAL, **options)
+            if hooked:
+                register_ddp_hook(model, Identity())
+            optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+            for step, batch in enumerate(batches(12)):
+                model.module.used = name != "unused" or step % 2 == 0
+                train(model, optimizer, [batch])
+            found[f"{name} {hooked}"] = vector(model)
+    return found
+
+
+def test_options_of_ddp(gloo: Gloo) -> None:
+    for run in gloo(options_of_ddp, 2):
+        for name in ("unused", "static", "views"):
+            assert torch.allclose(run[f"{name} False"], run[f"{name} True"], rtol=1e-12, atol=1e-14), name
+
+
+def sixteen_bit() -> dict[str, Any]:
+    """bfloat16 parameters: what a gradient cannot hold of the mean goes to the memory, so that y is exact."""
+    model = wrapped(network(torch.bfloat16), SEVERAL)
+    hook = register_ddp_hook(model, Compression(RandomK(0.1), dense_below=100))
+    total = torch.zeros(sum(p.numel() for p in model.parameters()))
+    delivered = torch.zeros_like(total)
+    for batch in batches(10, torch.bfloat16):
+        model.zero_grad()
+        local = torch.autograd.grad(loss(model.module, batch), list(model.module.parameters()))
+        total += torch.cat([g.reshape(-1).float() for g in local])
+        loss(model, batch).backward()
+        delivered += torch.cat([p.grad.reshape(-1).float() for p in model.parameters() if p.grad is not None])
+    group = resolve(None)
+    group.all_reduce(total)
+    e = torch.cat([hook.memory()[name].reshape(-1) for name, _ in model.module.named_parameters()])
+    group.all_reduce(e)
+    return {"total": total / group.size, "kept": delivered + e / group.size, "scale": total.abs().max()}
+
+
+def test_sixteen_bit_gradients_lose_nothing(gloo: Gloo) -> None:
+    for run in gloo(sixteen_bit, 2):
+        assert float((run["total"] - run["kept"]).abs().max()) < 1e-5 * float(run["scale"])
+
+
+def under_ddp() -> tuple[str, str]:
+    """CompressedSGD on the parameters of a DistributedDataParallel over all workers, and within a machine of one."""
+    said = []
+    mine = [torch.distributed.new_group([rank]) for rank in range(2)][resolve(None).rank]
+    for group in (None, mine):
+        plain = network()
+        optimizer = CompressedSGD(plain.parameters(), 0.1)
+        model = DistributedDataParallel(plain, process_group=group)
+        loss(model, batches(1)[0]).backward()
+        try:
+            optimizer.step()
+            said.append("")
+        except RuntimeError as error:
+            said.append(str(error))
+        del model
+    return said[0], said[1]
+
+
+def test_compressed_sgd_after_an_uncompressed_exchange_is_refused(gloo: Gloo) -> None:
+    for everywhere, within in gloo(under_ddp, 2):
+        assert "a DistributedDataParallel has these parameters and sends every gradient uncompressed" in everywhere
+        assert within == ""
+
+
+# ---- gradients that are not finite
+
+
+def with_and_without_a_bad_batch() -> dict[tuple[str, str], dict[float | None, tuple[Tensor, Tensor]]]:
+    """Worker 1 meets a NaN or Inf in one layer at step 4 of 7; the run of None never had that step.
+
+    A NaN and an Inf by turns: in one scope the one, in the other scope the other.
+    """
+    found = {}
+    for i, (way, options) in enumerate(WAYS.items()):
+        for j, scope in enumerate(("bucket", "model")):
+            results: dict[float | None, tuple[Tensor, Tensor]] = {}
+            for bad in (None, (math.nan, math.inf)[(i + j) % 2]):
+                model = wrapped(network(torch.float32), SEVERAL)
+                optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.5)
+                scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+                spec = Compression(**options, dense_below=100)
+                hook = register_ddp_hook(model, spec, noise=0.01, scope=scope, scaler=scaler, optimizer=optimizer)
+                active: list[float | None] = [None]
+                layer = model.module[2].weight  # in one of the buckets, not in the last
+                layer.register_hook(lambda g, active=active: g if active[0] is None else g * active[0])
+                for step, batch in enumerate(batches(7, torch.float32)):
+                    active[0] = bad if step == 4 and resolve(None).rank == 1 else None
+                    if bad is not None or step != 4:
+                        train(model, optimizer, [batch], scaler=scaler)
+                assert (hook.steps, hook.skipped) == (6, int(bad is not None))
+                assert scaler.get_scale() == (1024.0 if bad is None else 512.0)
+                results[bad] = vector(model), torch.cat([e.reshape(-1) for e in hook.memory().values()])
+            found[way, scope] = results
+    return found
+
+
+def test_a_bad_batch_leaves_no_trace(gloo: Gloo) -> None:
+    for run in gloo(with_and_without_a_bad_batch, 2):
+        for case, results in run.items():
+            x, e = results.pop(None)
+            assert len(results) == 1
+            for bad, (x_with, e_with) in results.items():
+                assert torch.equal(x_with, x), (case, bad)
+                assert torch.equal(e_with, e), (case, bad)
+
+
+def bad_step_of_an_unused_parameter() -> dict[str, Any]:
+    """The last bucket begins with a parameter that no worker uses: DDP does not copy what the hook returns for it."""
+    torch.manual_seed(0)
+    model = wrapped(Tied(), SEVERAL, find_unused_parameters=True)
+    optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    hook = register_ddp_hook(model, TopK(0.1), scaler=scaler)
+    model.module.used = False
+    data = batches(3, torch.float32)
+    train(model, optimizer, data[:2], scaler=scaler)
+    before = vector(model)
+    poison = data[2] * (math.nan if resolve(None).rank else 1.0)
+    train(model, optimizer, [poison], scaler=scaler)
+    return {"same": torch.equal(before, vector(model)), "scale": scaler.get_scale(), "skipped": hook.skipped}
+
+
+def test_a_bad_step_is_skipped_with_unused_parameters_too(gloo: Gloo) -> None:
+    for found in gloo(bad_step_of_an_unused_parameter, 2):
+        assert found == {"same": True, "scale": 512.0, "skipped": 1}
+
+
+def rates_of_zero(exchange: str) -> float:
+    """How far y moves in steps at rate 0, after others; and whether it goes on as it should afterwards."""
+    model = wrapped(network(), SEVERAL)
+    optimizer = torch.optim.SGD(model.parameters(), 0.2)
+    hook = register_ddp_hook(model, Compression(TopK(0.05), exchange=exchange, dense_below=100), optimizer=optimizer)
+    train(model, optimizer, batches(5))
+    y = vector(model) - 0.2 * mean_memory(hook, model)
+    optimizer.param_groups[0]["lr"] = 0.0
+    train(model, optimizer, batches(3))
+    optimizer.param_groups[0]["lr"] = 0.2
+    return float((vector(model) - 0.2 * mean_memory(hook, model) - y).abs().max())
+
+
+@pytest.mark.parametrize("exchange", ["direct", "two-way"])
+def test_nothing_moves_at_rate_zero(gloo: Gloo, exchange: str) -> None:
+    assert max(gloo(rates_of_zero, 2, exchange)) < 1e-12
+
+
+def test_errors_follow_the_rate_of_plain_sgd_alone() -> None:
+    """Momentum and Adam would take what is multiplied for gradients, and blow up where a rate rises or ends at 0."""
+    model = network()
+    found = places(model.named_parameters(), 100)
+    for make, follows in ((torch.optim.SGD, True), (torch.optim.AdamW, False)):
+        optimizer = make(model.parameters(), lr=0.1)
+        rates = Rates(optimizer, found)
+        rates.factors()
+        rates.settle(taken=True)
+        optimizer.param_groups[0]["lr"] = 0.05
+        assert rates.factors() == ({place.name: 2.0 for place in found} if follows else {})
+    momentum = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    assert Rates(momentum, found).factors() == {}
+
+
+def read_in_the_middle() -> float:
+    """What is lost of the gradient by reading the hook in a backward pass."""
+    model = wrapped(network(), SEVERAL)
+    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100))
+    optimizer, dense = torch.optim.SGD(model.parameters(), 0.1), register_dense_twin(model)
+    model.module[0].weight.register_hook(lambda g: None if hook.memory() else g.new_zeros(hook.steps))
+    train(model, optimizer, batches(2))
+    (batch,) = batches(1)
+    y, g = vector(model) - 0.1 * mean_memory(hook, model), dense(batch)
+    train(model, optimizer, [batch])
+    return float((vector(model) - 0.1 * mean_memory(hook, model) - (y - 0.1 * g)).abs().max())
+
+
+def test_reading_in_a_backward_pass_changes_nothing(gloo: Gloo) -> None:
+    assert max(gloo(read_in_the_middle, 2)) < 1e-12
+
+
+# ---- the escape check, the noise schedule, warm-up, state
+
+
+def escape_runs(scope: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for hooked in (False, True):
+        model: nn.Module = wrapped(network(), SEVERAL) if hooked else network()
+        data = batches(40)
+
+        def objective(model: nn.Module = model, batch: Tensor = data[0]) -> Tensor:
+            return loss(model, batch)
+
+        rule = Escape(9, 0.4, objective, sketch=NormSketch(3, 64))
+        options: dict[str, Any] = {"noise": 0.02, "escape": rule, "seed": 2}
+        spec = Compression(TopK(0.02), dense_below=100)
+        if hooked:
+            assert isinstance(model, DistributedDataParallel)
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), 0.3)
+            hook: Any = register_ddp_hook(model, spec, scope=scope, optimizer=optimizer, **options)
+        else:
+            optimizer = hook = CompressedSGD(model.parameters(), 0.3, spec, **options)
+        train(model, optimizer, data)
+        found[f"x {hooked}"] = vector(model)
+        found[f"resets {hooked}"] = [(r.step, r.reason, r.committed) for r in hook.resets]
+    return found
+
+
+def escape_of_loaded_weights() -> int:
+    model = wrapped(network(), SEVERAL)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6)
+    rule = Escape(10**6, 1.0, lambda: 0.0)
+    hook = register_ddp_hook(model, Compression(TopK(0.02), dense_below=100), optimizer=optimizer, escape=rule)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    train(model, optimizer, batches(2))
+    return len(hook.resets)
+
+
+def test_the_escape_check_begins_at_weights_that_were_loaded(gloo: Gloo) -> None:
+    assert gloo(escape_of_loaded_weights, 2) == [0, 0]
+
+
+def test_the_escape_check_is_that_of_compressed_sgd(gloo: Gloo) -> None:
+    for run in gloo(escape_runs, 2, "model"):
+        assert len(run["resets True"]) >= 2
+        assert run["resets True"] == run["resets False"]
+        assert torch.allclose(run["x True"], run["x False"], rtol=1e-9, atol=1e-12)
+
+
+def resumed(way: str, scope: str, stop: int) -> dict[str, Tensor]:
+    """Stop after `stop` steps, load into a new model, hook and optimizer, go on; and never stop."""
+    found = {}
+    for stopped in (False, True):
+        data, saved = batches(14), None
+        for part in (data[:stop], data[stop:]) if stopped else (data,):
+            model = wrapped(network(), SEVERAL)
+            optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
+            spec = Compression(**RESUMED[way], dense_below=100)
+            hook = register_ddp_hook(model, spec, noise=0.01, start_step=3, scope=scope, optimizer=optimizer)
+            if saved is not None:
+                loaded = torch.load(io.BytesIO(saved), weights_only=True)
+                model.load_state_dict(loaded["model"])
+                optimizer.load_state_dict(loaded["optimizer"])
+                hook.load_state_dict(loaded["hook"])
+                assert hook.steps == stop
+                if scope == "model":
+                    assert loaded["hook"]["held"]["compressor"] == identify(spec.at(stop - 1))
+            train(model, optimizer, part)
+            file = io.BytesIO()
+            states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "hook": hook.state_dict()}
+            torch.save(states, file)
+            saved = file.getvalue()
+        found[f"x {stopped}"] = vector(model)
+        found[f"bytes {stopped}"] = torch.tensor(hook.ledger.total.payload)
+    return found
+
+
+RESUMED = WAYS | {"ramp, two-way": {"compressor": RatioRamp(TopK(0.05), 20), "exchange": "two-way"}}
+
+
+@pytest.mark.parametrize("way", ["RandomK", "TopK", "LowRank", "two-way", "coordinator", "ramp, two-way"])
+def test_a_resumed_run_is_the_run_that_never_stopped(gloo: Gloo, way: str) -> None:
+    for run in gloo(resumed, 2, way, "model", 8):
+        assert torch.equal(run["x False"], run["x True"])
+        assert torch.equal(run["bytes False"], run["bytes True"])
+
+
+def kept_by_loading(way: str) -> list[Tensor]:
+    memories = []
+    model = wrapped(network(), SEVERAL)
+    hook = register_ddp_hook(model, Compression(**WAYS[way], dense_below=100))
+    train(model, torch.optim.SGD(model.parameters(), 0.2), batches(6))
+    memories.append(mean_memory(hook, model))
+    other = wrapped(network(), SEVERAL)
+    loaded = register_ddp_hook(other, Compression(**WAYS[way], dense_below=100))
+    with pytest.raises(ValueError, match="the state has format 2, and this version of packsaddle reads 1"):
+        loaded.load_state_dict(hook.state_dict() | {"format": 2})
+    loaded.load_state_dict(hook.state_dict())
+    memories.append(mean_memory(loaded, other))
+    return memories
+
+
+@pytest.mark.parametrize("way", ["TopK", "two-way"])
+def test_with_buckets_a_state_keeps_all_of_the_error(gloo: Gloo, way: str) -> None:
+    for before, after in gloo(kept_by_loading, 2, way):
+        assert float(before.abs().max()) > 0
+        assert torch.allclose(before, after, rtol=1e-12, atol=1e-15)
+
+
+def warmed_up() -> list[int]:
+    model = wrapped(network())
+    ramp = RatioRamp(RandomK(0.01), 10, first=0.5)
+    hook = register_ddp_hook(model, Compression(ramp, dense_below=100), start_step=2)
+    train(model, torch.optim.SGD(model.parameters(), 0.1), batches(13))
+    return [hook.ledger.at(t)["values"].payload // 8 for t in range(13)]
+
+
+def test_a_ramp_begins_with_a_share_and_no_integer() -> None:
+    with pytest.raises(ValueError, match=r"first of RatioRamp must be in .* not an integer, got 1; .* 1% is 0\.01"):
+        RatioRamp(RandomK(0.01), 10, first=1)
+    assert RatioRamp(RandomK(0.01), 10, first=1.0)(0) == RandomK(1.0)
+
+
+def test_warm_up_is_dense_then_a_falling_ratio(gloo: Gloo) -> None:
+    d = 30 * 60 + 60 * 60 + 60 * 30
+    sent = gloo(warmed_up, 1)[0]
+    assert sent[:2] == [d, d]
+    assert sent[10:] == [d // 100] * 3
+    expected = [0.5 * (0.01 / 0.5) ** (t / 10) * d for t in range(2, 10)]
+    assert all(abs(a - b) <= max(8, 0.1 * b) for a, b in zip(sent[2:10], expected, strict=True)), (sent, expected)
+
+
+# ---- overlap, and what is refused
+
+
+def overlapping() -> bool:
+    """The first bucket's exchange waits for the gradient that comes last: a hook that blocks the pass never ends."""
+    model = wrapped(network(), SEVERAL)
+    hook = register_ddp_hook(model, Compression(RandomK(0.1), dense_below=100))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    train(model, optimizer, batches(2))  # DDP makes its buckets anew
+    reached, original, waited = threading.Event(), hook.channel.group.all_reduce, []
+    model.module[0].weight.register_hook(lambda g: reached.set())
+
+    def all_reduce(tensor: Tensor) -> None:
+        waited.append(reached.wait(30))
+        original(tensor)
+
+    hook.channel.group.all_reduce = all_reduce  # type: ignore[method-assign]
+    train(model, optimizer, batches(1))
+    return len(waited) == 2 and all(waited)
+
+
+def test_exchanges_go_on_beside_the_backward_pass(gloo: Gloo) -> None:
+    assert gloo(overlapping, 2) == [True, True]
+
+
+def message_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except (ValueError, TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+def refusals() -> dict[str, str]:
+    rank = resolve(None).rank
+    found = {}
+
+    def refused(name: str, **options: Any) -> None:
+        found[name] = message_of(lambda: register_ddp_hook(wrapped(network()), **folded(options, TopK(0.1))))
+
+    refused("compressor", compressor=0.01)
+    refused("schedule", compressor=lambda step: 0.01)
+    refused("class", compressor=TopK)
+    refused("k", compressor=TopK(k=10**6))
+    refused("noise", noise=-1.0)
+    refused("scope", scope="layer")
+    refused("start_step", start_step=-1)
+    refused("exchange", exchange="two-ways")
+    refused("memory", memory="ef21")
+    refused("on_drift", on_drift="repair")
+    refused("escape", escape=Escape(5, 1.0, lambda: 0.0))
+    refused("scaler", scaler=1024.0)
+    refused("lacks", optimizer=torch.optim.SGD(network().parameters(), 0.1))
+    refused("differs", compressor=RandomK(0.1 if rank else 0.2))
+    model = wrapped(network())
+    register_ddp_hook(model, RandomK(0.1))
+    found["second"] = message_of(lambda: register_ddp_hook(model, RandomK(0.1)))
+    found["plain"] = message_of(lambda: register_ddp_hook(network()))  # type: ignore[arg-type]
+
+    added = wrapped(network())
+    register_ddp_hook(added, RandomK(0.1))
+    loss(added, batches(1)[0]).backward()
+    added.module.extra = nn.Parameter(torch.zeros(3))
+    found["added"] = message_of(lambda: loss(added, batches(1)[0]).backward())
+
+    sparse = DistributedDataParallel(nn.Embedding(9, 4, sparse=True))
+    register_ddp_hook(sparse, Compression(RandomK(0.1), dense_below=0))
+    found["sparse"] = message_of(lambda: sparse(torch.tensor([1, 2])).sum().backward())
+    return found
+
+
+def test_what_is_refused_and_how(gloo: Gloo) -> None:
+    expected = {
+        "compressor": "compressor must be a packsaddle Compressor such as RandomK\\(0.01\\)",
+        "schedule": "function of the step that returns one, got 0.01",
+        "k": "k of TopK must be at most d = 7200",
+        "noise": "noise must be finite and not negative, got -1.0",
+        "scope": 'scope must be "bucket" or "model", got \'layer\'',
+        "start_step": "start_step must be 0 or more steps, got -1",
+        "exchange": "exchange must be one of .*got 'two-ways'",
+        "memory": 'memory must be "buffer" in a hook, got "ef21", which is for CompressedSGD',
+        "on_drift": 'on_drift must be "stop" in a hook, got "repair", which is for CompressedSGD',
+        "escape": "escape needs optimizer=",
+        "scaler": "scaler must be a torch.amp.GradScaler, got float",
+        "lacks": "optimizer must have all parameters of the model, and lacks",
+        "differs": r"the same arguments, but worker 0 has compressor=RandomK.* and worker 1 has compressor=RandomK",
+        "class": "made, as RandomK\\(0.01\\) or Sign\\(\\) is, got the class TopK itself",
+        "second": "has a communication hook already, and takes no second one; for another hook wrap model.module anew",
+        "plain": "model must be a DistributedDataParallel, got Sequential: wrap the model first",
+        "added": "extra was added, replaced or unfrozen after DistributedDataParallel",
+        "sparse": "has a sparse gradient, which is not supported",
+    }
+    for found in gloo(refusals, 2):
+        assert found.keys() == expected.keys()
+        for name, pattern in expected.items():
+            assert re.search(pattern, found[name]), (name, found[name])
+
+
+def attachments() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    compiled = torch.compile(wrapped(network()), backend="aot_eager")
+    hook = attach(compiled, RandomK(0.1))
+    assert hook is not None
+    train(compiled, torch.optim.SGD(compiled.parameters(), 0.1), batches(3))
+    found["steps"] = hook.steps
+    past = wrapped(network())
+    register_ddp_hook(past, RandomK(0.1))
+    loss(past.module, batches(1)[0]).backward()  # a framework that runs the model itself
+    found["past"] = message_of(lambda: loss(past.module, batches(1)[0]))
+    anew = wrapped(past.module)
+    again = register_ddp_hook(anew, RandomK(0.1))
+    train(anew, torch.optim.SGD(anew.parameters(), 0.1), batches(2))
+    found["anew"] = again.steps
+    late = wrapped(network())
+    taken = register_ddp_hook(late, RandomK(0.1))
+    for _ in range(2):
+        with late.no_sync():
+            value = loss(late, batches(1)[0])
+        value.backward()  # torch goes by the forward pass
+    loss(late, batches(1)[0]).backward()
+    found["late"] = taken.steps
+    quiet = wrapped(network())
+    attach(quiet, RandomK(0.1))
+    for _ in range(2):
+        with quiet.no_sync():
+            loss(quiet, batches(1)[0]).backward()
+    loss(quiet, batches(1)[0]).backward()
+    found["none"] = message_of(lambda: attach(network(), RandomK(0.1)))
+    return found
+
+
+def test_attach_finds_the_model_and_notices_a_hook_that_is_never_called(gloo: Gloo) -> None:
+    for found in gloo(attachments, 2):
+        assert found["steps"] == 3
+        assert (found["anew"], found["late"]) == (2, 1)
+        assert "DistributedDataParallel never called the hook" in found["past"]
+        assert "model must have one DistributedDataParallel in it, got Sequential with 0" in found["none"]
+
+
+def test_attach_without_workers_has_nothing_to_do() -> None:
+    assert attach(network(), RandomK(0.1)) is None
+
+
+def test_a_worker_that_fails_ends_though_its_exchange_cannot(tmp_path: Path) -> None:
+    """Its process must not wait for a collective that will not come about: a launcher would not see that it failed."""
+    script = str(Path(__file__).parents[1] / "support" / "failing_worker.py")
+    workers = [
+        subprocess.Popen(
+            [interpreter, script, str(rank), str(tmp_path / "store")],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        for rank, interpreter in enumerate((sys.executable, python()))
+    ]
+    try:
+        _, error = workers[0].communicate(timeout=120)
+        assert workers[0].returncode != 0
+        assert "ValueError: this batch is bad" in error
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def broken_exchange() -> str:
+    model = wrapped(network())
+    hook = register_ddp_hook(model, RandomK(0.1))
+
+    def all_reduce(tensor: Tensor) -> None:
+        raise RuntimeError("connection closed by peer")
+
+    hook.channel.group.all_reduce = all_reduce  # type: ignore[method-assign]
+    return message_of(lambda: loss(model, batches(1)[0]).backward())
+
+
+def test_an_error_in_the_exchange_is_that_of_the_backward_pass(gloo: Gloo) -> None:
+    for message in gloo(broken_exchange, 2):
+        assert "RuntimeError: connection closed by peer" in message
+        assert "cast" not in message
+
+
+def one_failed_bucket() -> tuple[list[str], list[int], list[int], bool]:
+    """The hook's second bucket of the third pass fails on all workers, and the loop goes on after it."""
+    model = wrapped(network(), SEVERAL / 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=0, monitor_every=0))
+    attempt, calls = hook._try, [0] * 5  # in each pass
+    steps: list[int] = []
+    errors: list[str] = []
+
+    def failing(*args: Any, **options: Any) -> Tensor:
+        calls[len(steps)] += 1
+        if hook._steps == 2 and len(hook._tried) == 1 and not errors:
+            raise ValueError("a bucket's own error")
+        return attempt(*args, **options)
+
+    hook._try = failing  # type: ignore[method-assign]
+    for batch in batches(5):
+        kept = hook.memory()
+        try:
+            train(model, optimizer, [batch])
+        except RuntimeError as error:
+            errors.append(str(error))
+            for thread in hook._background._threads:  # what is left of the pass
+                thread.join()
+        steps.append(hook.steps)
+        if steps[-1] == 2 and errors:
+            hook._settle(broken_off=True)
+            unchanged = all(torch.equal(e, kept[name]) for name, e in hook.memory().items())
+    return errors, steps, calls, unchanged
+
+
+def test_a_pass_of_which_a_bucket_failed_is_not_taken(gloo: Gloo) -> None:
+    for errors, steps, calls, unchanged in gloo(one_failed_bucket, 2):
+        assert len(errors) == 1
+        assert "a bucket's own error" in errors[0]
+        assert steps == [1, 2, 2, 3, 4]
+        assert calls[1:] == [3, 2, 3, 3]  # buckets after the one that failed are not exchanged
+        assert unchanged

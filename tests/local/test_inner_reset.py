@@ -1,0 +1,231 @@
+"""A worker whose parameters were not finite: its inner optimizer is reset, wherever it keeps its state."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from specs import local_options
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from packsaddle import Compression, Identity, LocalUpdates, NonFiniteError, simulate
+from packsaddle.local.inner_reset import clear_nonfinite
+from packsaddle.runs.inner_optimizers import Joined
+
+Make = Callable[[list[Any]], Optimizer]
+STEPS, EVERY, BAD = 24, 4, 5  # worker 1 has a batch of NaNs at step 5
+
+
+class Wrapper(Optimizer):
+    """Steps other optimizers, `held` in an attribute or behind a function; it has no state of its own."""
+
+    def __init__(self, members: list[Optimizer], held: object = None) -> None:
+        super().__init__([p for m in members for group in m.param_groups for p in group["params"]], {})
+        self.held, self.members = held, lambda: members
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for member in self.members():
+            member.step()
+
+
+class Saving(Wrapper):
+    """Its state dict has the members'."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"members": [m.state_dict() for m in self.members()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for member, state in zip(self.members(), state_dict["members"], strict=True):
+            member.load_state_dict(state)
+
+
+class Buffers(Optimizer):
+    """Momentum in a list of tensors, which its state dict has in its own way."""
+
+    def __init__(self, parameters: list[Any]) -> None:
+        super().__init__(parameters, {})
+        self.buffers = [torch.zeros_like(p) for p in parameters]
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for p, buffer in zip(self.param_groups[0]["params"], self.buffers, strict=True):
+            buffer.mul_(0.9).add_(p.grad)
+            p.sub_(buffer, alpha=0.05)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"buffers": (self.buffers, "heavy")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.buffers = [b.clone() for b in state_dict["buffers"][0]]
+
+
+def adamw(ps: list[Any]) -> Optimizer:
+    return AdamW(ps, lr=0.05)
+
+
+def held_in(hold: Callable[[list[Optimizer]], object], kind: type[Wrapper] = Wrapper) -> Make:
+    """Of two AdamW, one of each layer."""
+
+    def make(ps: list[Any]) -> Optimizer:
+        members = [adamw(ps[:2]), adamw(ps[2:])]
+        return kind(members, hold(members))
+
+    return make
+
+
+KNOWN: dict[str, Make] = {
+    "itself": adamw,
+    "attribute": lambda ps: Wrapper([one := adamw(ps)], one),
+    "list": held_in(list),
+    "dict of wrappers": held_in(lambda members: {"a": (Wrapper(members[:1], members[0]),), "b": {"c": members[1]}}),
+    "shared state": lambda ps: Joined([adamw(ps[:2]), adamw(ps[2:])]),
+}
+HIDDEN: dict[str, tuple[Make, Make]] = {
+    "state dict": (held_in(lambda _: None, Saving), adamw),
+    "buffers": (Buffers, lambda ps: SGD(ps, lr=0.05, momentum=0.9)),
+}
+
+
+def network() -> nn.Sequential:
+    net, rng = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)).double(), torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        nn.init.normal_(p, generator=rng)
+    return net
+
+
+def backward(net: nn.Module, worker: int, n: int, *, bad: bool) -> None:
+    """Of a loss in which a NaN reaches every gradient."""
+    rng = torch.Generator().manual_seed(100 * n + worker)
+    batch = torch.randn(5, 6, dtype=torch.float64, generator=rng) + (torch.nan if bad else 0.0)
+    net.zero_grad()
+    net(batch).square().mean().backward()
+
+
+def flat(net: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+
+
+def train(worker: int, make: Make, **options: Any) -> tuple[list[Tensor], LocalUpdates]:
+    net, seen = network(), []
+    optimizer = make(list(net.parameters()))
+    whole = Compression(Identity(), dense_below=0)
+    local = LocalUpdates(optimizer, every=EVERY, **local_options(compressor=whole, keep_unsent=False, **options))
+    for n in range(1, STEPS + 1):
+        backward(net, worker, n, bad=n == BAD and worker == 1)
+        optimizer.step()
+        seen.append(flat(net))
+    return seen, local
+
+
+def by_hand(make: Make, cut: list[list[int]], *, hidden: bool = False) -> list[list[Tensor]]:
+    """Of two workers, x after each step. The optimizer of worker 1 is made anew, for all its moments are NaN.
+
+    A hidden state is found at the first step after the round: that step is undone.
+    """
+    nets = [network(), network()]
+    optimizers = [make(list(net.parameters())) for net in nets]
+    anchor, seen, left_out = [p.detach().clone() for p in nets[0].parameters()], [[], []], 0
+    for n in range(1, STEPS + 1):
+        for worker, net in enumerate(nets):
+            backward(net, worker, n, bad=n == BAD and worker == 1)
+            optimizers[worker].step()
+        with torch.no_grad():
+            xs = [list(net.parameters()) for net in nets]
+            if hidden and left_out == n - 1 > 0:
+                optimizers[1] = make(xs[1])
+                for x, a in zip(xs[1], anchor, strict=True):
+                    x.copy_(a)
+            for i, part in enumerate(cut):
+                if (n + i * EVERY // len(cut)) % EVERY:
+                    continue
+                if flat(nets[1]).isnan().any():
+                    left_out = n
+                    optimizers[1] = optimizers[1] if hidden else make(xs[1])
+                    for x, a in zip(xs[1], anchor, strict=True):
+                        x.copy_(a)
+                    continue
+                for k in part:
+                    anchor[k] = (xs[0][k] + xs[1][k]) / 2
+                    xs[0][k].copy_(anchor[k]), xs[1][k].copy_(anchor[k])
+        for worker, net in enumerate(nets):
+            seen[worker].append(flat(net))
+    return seen
+
+
+def check(make: Make, expected: list[list[Tensor]], rounds: int, **options: Any) -> None:
+    for (xs, local), ours in zip(simulate(lambda worker: train(worker, make, **options), 2), expected, strict=True):
+        assert (local.rounds, local.skipped) == (rounds, 1)
+        assert local.skips[0].workers == (1,)
+        for n, (x, y) in enumerate(zip(xs, ours, strict=True), start=1):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12, equal_nan=True, msg=f"after step {n}")
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_nested_optimizers_are_reset(name: str) -> None:
+    """One bad batch costs one round, and the runs of both workers are those of AdamW made anew on worker 1."""
+    check(KNOWN[name], by_hand(adamw, [[0, 1, 2, 3]]), STEPS // EVERY - 1)
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_a_state_that_is_elsewhere_is_reset_through_the_state_dict(name: str) -> None:
+    make, plain = HIDDEN[name]
+    check(make, by_hand(plain, [[0, 1, 2, 3]], hidden=True), STEPS // EVERY - 1)
+
+
+@pytest.mark.parametrize("name", ["itself", "list"])
+def test_all_fragments_go_back(name: str) -> None:
+    """Else the NaN of one fragment would reach the others' gradients again, and all rounds would be rejected."""
+    check(KNOWN[name], by_hand(adamw, [[0], [1, 2, 3]]), 2 * STEPS // EVERY - 1, fragments=2)
+
+
+def test_fragments_go_back_during_exchanges() -> None:
+    """Of each fragment the exchange that began with NaNs is rejected, and no other."""
+    for xs, local in simulate(lambda worker: train(worker, adamw, fragments=2, delay=3), 2):
+        assert (local.rounds, local.skipped) == (2 * STEPS // EVERY - 4, 2)  # the last have not landed
+        assert bool(xs[-1].isfinite().all())
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+def test_a_state_that_cannot_be_reset(delay: int) -> None:
+    """All workers raise, in the second round after the bad batch."""
+
+    def body(worker: int) -> str:
+        with pytest.raises(NonFiniteError) as raised:
+            train(worker, held_in(lambda _: None), delay=delay)
+        return str(raised.value)
+
+    one, two = simulate(body, 2)
+    assert one == two
+    assert one.startswith("parameter 0 on worker 1 is not finite after a step with finite gradients, and Wrapper could")
+
+
+def test_bad_batches_are_not_taken_for_state() -> None:
+    """Gradients that stay non-finite are skipped as `max_skipped` allows."""
+
+    def body(worker: int) -> tuple[int, int]:
+        net = network()
+        optimizer = held_in(lambda _: None)(list(net.parameters()))
+        kind = Compression(Identity(), dense_below=0, max_skipped=None)
+        local = LocalUpdates(optimizer, every=2, compressor=kind)
+        for n in range(1, 21):
+            backward(net, worker, n, bad=n > 4 and worker == 1)
+            optimizer.step()
+        return local.rounds, local.skipped
+
+    assert simulate(body, 2) == [(2, 8), (2, 8)]
+
+
+def test_values_of_groups() -> None:
+    """They become the defaults, as of optimizers that estimate their rate; infinite settings stay."""
+    x = nn.Parameter(torch.ones(2))
+    optimizer = SGD([x], lr=0.5)
+    optimizer.defaults |= {"d": 1e-6, "limit": float("inf")}
+    norm, d = torch.tensor(float("nan")), torch.tensor(float("inf"))
+    optimizer.param_groups[0] |= {"lr": float("nan"), "d": d, "norm": norm, "limit": float("inf")}
+    optimizer.state[x] = {"history": [torch.ones(2), torch.tensor([1.0, float("nan")])]}
+    clear_nonfinite(optimizer)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], float(d), float(norm), group["limit"]) == (0.5, pytest.approx(1e-6), 0.0, float("inf"))
+    assert group["d"] is d
+    assert not optimizer.state

@@ -1,0 +1,382 @@
+"""Momentum, EF21 and STORM in CompressedSGD: naive twins from the papers, torch's SGD, known problems."""
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import problems
+import pytest
+import torch
+from specs import folded
+from torch import Tensor, nn
+
+from packsaddle import CompressedSGD, Compressor, Escape, Identity, RandomK, Storm, TopK, simulate
+from packsaddle.comm.group import resolve
+from packsaddle.feedback.noise import Noise
+
+Gloo = Callable[..., list[Any]]
+WORKERS, STEPS, LR, SEED, R = 3, 30, 0.03, 5, 0.05
+COMPRESSORS: dict[str, Compressor] = {"TopK": TopK(k=3), "RandomK": RandomK(0.25)}
+
+
+class Run:
+    """A worker on the toy problem: x as two parameters; `more(x, t)` is added to the gradient."""
+
+    def __init__(self, more: Callable[[Tensor, int, int], Tensor] | None = None, **options: Any) -> None:
+        self.rank, self.more = resolve(None).rank, more
+        start = problems.start()
+        self.weights = [nn.Parameter(start[:8].reshape(2, 4).clone()), nn.Parameter(start[8:].clone())]
+        given: dict[str, Any] = {"lr": LR, "noise": R, "lazy": False, "seed": SEED, "dense_below": 0}
+        self.opt = CompressedSGD(self.weights, **folded(given | options))
+
+    @property
+    def x(self) -> Tensor:
+        return torch.cat([w.detach().reshape(-1) for w in self.weights])
+
+    def gradient(self, t: int) -> Tensor:
+        g = problems.gradient(self.rank)(self.x)
+        return g if self.more is None else g + self.more(self.x, self.rank, t)
+
+    def step(self, t: int) -> None:
+        def closure() -> float:
+            g = self.gradient(t)
+            self.weights[0].grad, self.weights[1].grad = g[:8].reshape(2, 4).clone(), g[8:].clone()
+            return float(problems.f_i(self.x, self.rank))
+
+        self.opt.step(closure)
+
+    def trace(self, steps: int = STEPS) -> dict[str, list[Tensor]]:
+        seen: dict[str, list[Tensor]] = {"x": [self.x], "y": [self.opt.corrected()]}
+        for t in range(steps):
+            self.step(t)
+            seen["x"].append(self.x)
+            seen["y"].append(self.opt.corrected())
+        return seen
+
+
+def xi(t: int, r: float = R) -> Tensor:
+    drawn = Noise(r).vector(torch.zeros(problems.D, dtype=torch.float64), seed=SEED, step=t)
+    assert drawn is not None
+    return drawn
+
+
+def sampled(x: Tensor, rank: int, t: int) -> Tensor:
+    """A sample's part of the gradient, a function of x too, as STORM needs: the same sample at two points."""
+    rng = torch.Generator().manual_seed(1000 * t + rank)
+    a, b = torch.randn(2, problems.D, generator=rng, dtype=torch.float64)
+    return 0.3 * a * x + 0.3 * b
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+
+
+# ---- momentum
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_without_compression_momentum_is_torchs(nesterov: bool, weight_decay: float) -> None:
+    run = Run(noise=0.0, compressor=Identity(), momentum=0.9, nesterov=nesterov, weight_decay=weight_decay)
+    twin = nn.Parameter(problems.start().clone())
+    sgd = torch.optim.SGD([twin], LR, momentum=0.9, nesterov=nesterov, weight_decay=weight_decay)
+    for t in range(STEPS):
+        run.step(t)
+        twin.grad = problems.gradient(0)(twin.detach())
+        sgd.step()
+        assert same(run.x, twin.detach())
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_y_moves_as_in_sgd_with_momentum(name: str, nesterov: bool) -> None:
+    """With the gradients taken at the compressed run's x, y is what uncompressed momentum makes of their mean."""
+    traces = simulate(lambda rank: Run(compressor=COMPRESSORS[name], momentum=0.8, nesterov=nesterov).trace(), WORKERS)
+    xs, ys = traces[0]["x"], traces[0]["y"]
+    assert not same(xs[-1], ys[-1])
+    y, m = ys[0], torch.zeros(problems.D, dtype=torch.float64)
+    for t in range(STEPS):
+        u = sum(problems.gradient(w)(xs[t]) for w in range(WORKERS)) / WORKERS + xi(t)
+        m = 0.8 * m + u
+        y = y - LR * (0.8 * m + u if nesterov else m)
+        assert same(ys[t + 1], y)
+
+
+def test_momentum_is_forgotten_with_a_rolled_back_segment() -> None:
+    rule = Escape(5, 1e9, lambda: 0.0)  # never better: every segment is rolled back
+    run = Run(noise=0.0, compressor=Identity(), momentum=0.9, escape=rule)
+    run.trace(6)
+    first = run.opt.resets[0]
+    assert not first.committed
+    assert same(run.x, problems.start())
+    run.step(6)
+    assert same(run.x, problems.start() - LR * problems.gradient(0)(problems.start()))
+
+
+# ---- EF21
+
+
+def ef21_twin(compressor: Compressor, beta: float, steps: int) -> list[Tensor]:
+    """Richtarik et al. 2021, Algorithm 2, and with beta Fatkhullin et al. 2023's EF21-SGDM, from zero estimates."""
+    x = problems.start()
+    g = [torch.zeros_like(x) for _ in range(WORKERS)]
+    v: list[Tensor] = []
+    xs = [x]
+    for t in range(steps):
+        u = [problems.gradient(w)(x) + xi(t) for w in range(WORKERS)]
+        v = [beta * old + (1 - beta) * new for old, new in zip(v, u, strict=True)] if v else u
+        g = [gi + compressor(vi - gi, seed=SEED, step=t) for gi, vi in zip(g, v, strict=True)]
+        x = x - LR * sum(g) / WORKERS
+        xs.append(x)
+    return xs
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.7])
+@pytest.mark.parametrize("name", COMPRESSORS)
+def test_ef21_is_its_definition(name: str, beta: float) -> None:
+    compressor = COMPRESSORS[name]
+    traces = simulate(lambda rank: Run(compressor=compressor, memory="ef21", momentum=beta).trace(), WORKERS)
+    for x, y, expected in zip(traces[1]["x"], traces[1]["y"], ef21_twin(compressor, beta, STEPS), strict=True):
+        assert same(x, expected)
+        assert same(y, x)  # nothing is ever pending
+
+
+def quadratics(steps: int, lr: float, noise: float = 0.0, seed: int = 0, **options: Any) -> float:
+    """Distance to the minimum of a mean of quadratics whose minima differ; each worker's gradient has its own noise."""
+
+    def worker(rank: int) -> float:
+        rng = torch.Generator().manual_seed(rank)
+        a = 0.5 + torch.rand(20, generator=rng, dtype=torch.float64)
+        b = 5 * torch.randn(20, generator=rng, dtype=torch.float64)
+        p = nn.Parameter(torch.zeros(20, dtype=torch.float64))
+        opt = CompressedSGD([p], lr, **folded({"compressor": TopK(k=2), "dense_below": 0} | options))
+        rng.manual_seed(100 * seed + rank)
+        for _ in range(steps):
+            p.grad = a * p.detach() - b + noise * torch.randn(20, generator=rng, dtype=torch.float64)
+            opt.step()
+        sums = torch.stack([a, b])
+        resolve(None).all_reduce(sums)
+        return float((p.detach() - sums[1] / sums[0]).norm())
+
+    return simulate(worker, WORKERS)[0]
+
+
+@pytest.mark.slow
+def test_ef21_converges_where_error_feedback_hovers() -> None:
+    """Where workers disagree, error feedback with a constant step keeps a distance; EF21 has none (its Theorem 1)."""
+    assert quadratics(150, 0.15, memory="ef21") < 1e-7
+    assert quadratics(150, 0.15, memory="buffer") > 1
+
+
+@pytest.mark.slow
+def test_momentum_calms_ef21_under_noise() -> None:
+    """EF21 alone follows noisy gradients badly, with momentum well (Fatkhullin et al. 2023, section 2)."""
+
+    def distance(momentum: float) -> float:
+        runs = [quadratics(100, 0.03, noise=10.0, seed=s, memory="ef21", momentum=momentum) for s in range(2)]
+        return sum(runs) / len(runs)
+
+    calm, alone = distance(0.95), distance(0.0)
+    assert calm < 0.6 * alone, (calm, alone)
+
+
+# ---- STORM
+
+
+def storm_twin(a: float, weight_decay: float, steps: int) -> list[Tensor]:
+    """Cutkosky and Orabona 2019, equation 3, on every worker, without compression; xi beside the estimate."""
+    x = problems.start()
+    previous, d, xs = x, None, [x]
+
+    def g(w: int, at: Tensor, t: int) -> Tensor:
+        return problems.gradient(w)(at) + sampled(at, w, t) + weight_decay * at
+
+    for t in range(steps):
+        new = [g(w, x, t) for w in range(WORKERS)]
+        d = (
+            [n + (1 - a) * (old - g(w, previous, t)) for w, (n, old) in enumerate(zip(new, d, strict=True))]
+            if d
+            else new
+        )
+        previous, x = x, x - LR * (sum(d) / WORKERS + xi(t))
+        xs.append(x)
+    return xs
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_storm_is_its_definition(weight_decay: float) -> None:
+    def worker(rank: int) -> dict[str, list[Tensor]]:
+        return Run(sampled, compressor=Identity(), momentum=Storm(0.2), weight_decay=weight_decay).trace()
+
+    for x, expected in zip(simulate(worker, WORKERS)[2]["x"], storm_twin(0.2, weight_decay, STEPS), strict=True):
+        assert same(x, expected)
+
+
+def estimate_error(**options: Any) -> float:
+    """Mean squared distance of x's movement to the true gradient, over a run."""
+
+    def worker(rank: int) -> float:
+        run, total = Run(sampled, compressor=Identity(), noise=0.0, lr=0.003, **options), 0.0
+        for t in range(200):
+            before = run.x
+            run.step(t)
+            moved = (before - run.x) / 0.003
+            total += float((moved - sum(problems.gradient(w)(before) for w in range(WORKERS)) / WORKERS).square().sum())
+        return total / 200
+
+    return simulate(worker, WORKERS)[0]
+
+
+@pytest.mark.slow
+def test_storm_reduces_the_variance() -> None:
+    plain, storm = estimate_error(), estimate_error(momentum=Storm(0.05))
+    assert storm < 0.25 * plain, (storm, plain)
+
+
+def test_storm_leaves_gradient_and_x_as_they_were_and_needs_a_closure() -> None:
+    run = Run(sampled, compressor=Identity(), momentum=Storm(0.2), lr=0.0, noise=0.0)
+    for t in range(3):
+        run.step(t)
+    assert same(run.x, problems.start())
+    now = torch.cat([w.grad.reshape(-1) for w in run.weights if w.grad is not None])
+    assert same(now, run.gradient(2))
+    with pytest.raises(ValueError, match="step needs a closure"):
+        run.opt.step()
+
+
+# ---- with everything else
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "momentum": {"momentum": 0.9},
+    "nesterov, two-way": {"momentum": 0.9, "nesterov": True, "exchange": "two-way"},
+    "ef21": {"memory": "ef21"},
+    "ef21, momentum": {"memory": "ef21", "momentum": 0.9},
+    "storm": {"momentum": Storm(0.3)},
+    "ef21, storm": {"memory": "ef21", "momentum": Storm(0.3)},
+    "ef21, escape": {"memory": "ef21", "momentum": 0.5, "escape": True},
+    "storm, escape": {"momentum": Storm(0.3), "escape": True},
+}
+
+
+def variant(name: str, stop: int | None = None) -> tuple[Tensor, int]:
+    """A run, or one that stops, is saved, and goes on in another optimizer."""
+    options = dict(VARIANTS[name])
+
+    def make() -> Run:
+        return Run(sampled, compressor=TopK(k=3), **options)
+
+    if options.pop("escape", False):
+        held: list[Run] = []
+        options["escape"] = Escape(5, 1e9, lambda: problems.f_i(held[-1].x, held[-1].rank))
+        plain = make
+
+        def make() -> Run:
+            run = plain()
+            held.append(run)
+            return run
+
+    run = make()
+    for t in range(26):
+        if t == stop:
+            file = io.BytesIO()
+            torch.save({"opt": run.opt.state_dict(), "x": run.weights}, file)
+            file.seek(0)
+            saved = torch.load(file, weights_only=True)
+            run = make()
+            with torch.no_grad():
+                for w, old in zip(run.weights, saved["x"], strict=True):
+                    w.copy_(old)
+            run.opt.load_state_dict(saved["opt"])
+        run.step(t)
+    return run.x, len(run.opt.resets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resumed_is_never_stopped(name: str) -> None:
+    whole = simulate(lambda rank: variant(name), WORKERS)
+    for stop in (1, 13, 14):
+        resumed = simulate(lambda rank, stop=stop: variant(name, stop), WORKERS)
+        for (x, resets), (again, _) in zip(whole, resumed, strict=True):
+            assert torch.equal(x, again), stop
+            assert bool(resets) == ("escape" in name)
+
+
+def variants() -> dict[str, Tensor]:
+    return {name: variant(name)[0] for name in VARIANTS}
+
+
+def test_processes_equal_the_simulation(gloo: Gloo) -> None:
+    simulated = simulate(lambda rank: variants(), 2)
+    for real, serial in zip(gloo(variants, 2), simulated, strict=True):
+        for name in VARIANTS:
+            assert same(real[name], serial[name]), name
+
+
+def test_weights_that_are_loaded_later_stay() -> None:
+    run = Run(compressor=TopK(k=1), lr=0.0)
+    with torch.no_grad():
+        for w in run.weights:
+            w.add_(1.0)
+    for t in range(4):
+        run.step(t)
+    assert same(run.x, problems.start() + 1.0)
+
+
+def test_storm_takes_closures_that_do_not_clear_gradients() -> None:
+    runs = [Run(sampled, compressor=Identity(), momentum=Storm(0.3), noise=0.0) for _ in range(2)]
+    for t in range(6):
+        runs[0].step(t)
+        runs[1].opt.zero_grad()
+
+        def closure(t: int = t) -> float:
+            g = runs[1].gradient(t)
+            for w, part in zip(runs[1].weights, (g[:8].reshape(2, 4), g[8:]), strict=True):
+                w.grad = part.clone() if w.grad is None else w.grad + part
+            return 0.0
+
+        runs[1].opt.step(closure)
+    assert same(runs[0].x, runs[1].x)
+
+
+def test_a_state_of_another_variant_is_refused() -> None:
+    state = Run(compressor=TopK(k=2), momentum=0.5).opt.state_dict()
+    with pytest.raises(ValueError, match="direction is gradient here, but the state was saved with direction momentum"):
+        Run(compressor=TopK(k=2)).opt.load_state_dict(state)
+
+
+def test_estimates_need_one_rate() -> None:
+    """x moves by each worker's own rate, so a scheduler that looks at a worker's own loss would drive them apart."""
+
+    def worker(rank: int) -> None:
+        Run(compressor=TopK(k=2), memory="ef21", lr=0.1).step(0)
+        run = Run(compressor=TopK(k=2), memory="ef21", lr=0.1)
+        run.opt.param_groups[0]["lr"] = 0.1 * (1 + rank)
+        run.step(0)
+
+    with pytest.raises(RuntimeError, match="workers must have one lr"):
+        simulate(worker, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
+        ({"momentum": -0.1}, "momentum must be in"),
+        ({"nesterov": True}, "nesterov needs a momentum above 0"),
+        ({"momentum": Storm(0.5), "nesterov": True}, "nesterov must be False with Storm"),
+        ({"memory": "gradient", "momentum": 0.5}, 'memory="gradient" leaves no gradient'),
+        ({"memory": "ef21", "exchange": "two-way"}, "memory must be \"buffer\" with exchange 'two-way', got 'ef21'"),
+        ({"momentum": 0.5, "lazy": True, "noise": 0.1}, "lazy noise goes with plain error feedback alone"),
+    ],
+)
+def test_what_does_not_go_together_is_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Run(**({"compressor": RandomK(0.25)} | options))
+
+
+def test_sixteen_bits_are_too_few_for_estimates() -> None:
+    p = nn.Parameter(torch.zeros(4, 4, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"parameters of 32 or 64 bits, got torch\.bfloat16"):
+        CompressedSGD([p], 0.1, **folded({"dense_below": 0, "memory": "ef21"}))
