@@ -508,7 +508,7 @@ def test_errors_follow_the_rate_of_plain_sgd_alone() -> None:
         optimizer = make(model.parameters(), lr=0.1)
         rates = Rates(optimizer, found)
         rates.factors()
-        rates.settle(taken=True)
+        rates.close(apply=True)
         optimizer.param_groups[0]["lr"] = 0.05
         assert rates.factors() == ({place.name: 2.0 for place in found} if follows else {})
     momentum = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -852,17 +852,17 @@ def one_failed_bucket() -> tuple[list[str], list[int], list[int], bool]:
     model = wrapped(network(), SEVERAL / 2)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=0, monitor_every=0))
-    attempt, calls = hook._try, [0] * 5  # in each pass
+    attempt, calls = hook._exchange, [0] * 5  # in each pass
     steps: list[int] = []
     errors: list[str] = []
 
     def failing(*args: Any, **options: Any) -> Tensor:
         calls[len(steps)] += 1
-        if hook._steps == 2 and len(hook._tried) == 1 and not errors:
+        if hook._steps == 2 and len(hook._pass) == 1 and not errors:
             raise ValueError("a bucket's own error")
         return attempt(*args, **options)
 
-    hook._try = failing  # type: ignore[method-assign]
+    hook._exchange = failing  # type: ignore[method-assign]
     for batch in batches(5):
         kept = hook.memory()
         try:

@@ -81,7 +81,7 @@ def gives_up(*, told: bool = True) -> tuple[str, bool, int]:
 
 def test_too_many_in_a_row_stop_all_workers(gloo: Gloo) -> None:
     for message, same, skipped in gloo(gives_up, 2):
-        assert "3 in a row could not be taken, and max_skipped=2" in message
+        assert "3 consecutive steps skipped, more than max_skipped=2" in message
         assert same
         assert skipped == 3
 
@@ -103,7 +103,7 @@ def test_without_an_optimizer_nothing_is_promised(gloo: Gloo, caplog: pytest.Log
         skips.enter(Skip(5, (0,), "0.weight"))
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("step 5: 0.weight is not finite on worker 0; unless a GradScaler leaves it out")
-    assert second.endswith("on worker 0; the step is left out (2 in a row)")
+    assert second.endswith("on worker 0; the step is skipped (2 in a row)")
 
 
 class Wrapper(torch.optim.Optimizer):

@@ -6,7 +6,7 @@ next steps, and then applied or rejected.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor
 from packsaddle.feedback.background import Promise
 from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.contraction import SlicedMonitor
+from packsaddle.feedback.contraction import Contraction
+from packsaddle.feedback.guard import Guard
+from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.noise import GaussianNoise
-from packsaddle.feedback.round import Round, SliceFeedback
+from packsaddle.feedback.round import ErrorFeedback, Round
 from packsaddle.feedback.slices import Place, Shaped, Slice
-from packsaddle.numerics.finite import first_bad, is_usable, spoil
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Flight:
 
 
 @dataclass(frozen=True)
-class PseudoGradient:
+class PseudoGradient(Update):
     """The update of a fragment's memory, float[n]: the local update start - x, `Fragment.owed` and shared noise.
 
     A 16-bit x started at the start point rounded to 16 bits, so the local update is the change since that.
@@ -104,6 +105,7 @@ class Fragment(Slice):
         d: int,
         seed: int,
         *,
+        agree: Callable[[Tensor], Tensor],
         keep: bool,
     ) -> None:
         super().__init__(places, device)
@@ -113,8 +115,13 @@ class Fragment(Slice):
         self.anchor = self.zeros()
         self.leaves = [nn.Parameter(view) for view in self.anchor.views]  # the anchor, for an outer optimizer
         self.meet()
-        self.feedback = SliceFeedback(self, compression, channel, seed, d)
-        self.monitor = SlicedMonitor(compression.monitor_every)
+        self.monitor = Contraction(compression.monitor_every)
+        self._compression = compression
+        memory = ErrorMemory(self, spare=True)
+        guard = Guard("extra", unnamed="another shard", agree=agree)
+        self.feedback = ErrorFeedback(
+            self, memory, channel, guard, self.monitor, seed=seed, back=compression.back, whole=d
+        )
         self.rounds = 0  # t: applied exchanges
         self.flight: Flight | None = None
         # float[n]: update missing from start - x, because the start moved without x or x was rounded; None: 0
@@ -155,12 +162,11 @@ class Fragment(Slice):
         noise: GaussianNoise | None,
         decay: float,
         due: int,
-        agree: Callable[[Tensor], Tensor],
         *,
         later: bool = False,
         share: float = 1.0,
     ) -> Flight:
-        """Compute v = decay e + a - x + xi, zeros if it is invalid on any shard of this worker (`agree`).
+        """Compute v = decay e + a - x + xi, zeros if it is invalid on any shard of this worker.
 
         If the exchange ends `later`, at another step, or if the worker keeps its update (a `share` of 0), x continues
         from its current value.
@@ -169,27 +175,24 @@ class Fragment(Slice):
         began = [] if share else [s.to(x, copy=True) for s, x in zip(self.starts(), self.tensors(), strict=True)]
         r = self.feedback.round(self.rounds)
         v = r.correct(PseudoGradient(self, decay, noise))
-        mine = ~is_usable(v)
-        bad = agree(mine)
-        name = ""
-        if v.device.type == "cpu" and bad:
-            name = first_bad((place.name, view) for place, view in self.named(v)) or "another shard"
-        spoil(v, bad, 0.0)
-        self.monitor.measure(self.rounds, v)
         before = [x.clone() for x in self.tensors()] if later else began
-        self.flight = Flight(due, r, v, bad, name, before, share=share)
+        self.flight = Flight(due, r, v, r.invalid, r.name, before, share=share)
         return self.flight
 
     def _prepare(self, compressor: Compressor) -> None:
         """Switch to this compressor's aggregator. The residual of another one is added to e, and x moves with a - e."""
-        memory, changes = self.feedback.memory.vector, self.feedback.changes_for(compressor)
-        before = memory.clone() if self.keeps and changes and self.feedback.held() else None
-        self.feedback.prepare(compressor)
+        memory, changes = self.feedback.memory.vector, not self.feedback.uses(compressor)
+        before = memory.clone() if self.keeps and changes and self.feedback.owner_errors() else None
+        self.use(compressor)
         if before is not None:
             self.owed = memory - before if self.owed is None else self.owed.add_(memory - before)
         if self.owed is not None:
             pairs, self.owed = zip(self.tensors(), self.views(self.owed), strict=True), None
             self._set(x.to(wide(x)) - part.to(x.device, wide(x)) for x, part in pairs)
+
+    def use(self, compressor: Compressor) -> None:
+        """Use a compressor. Lossless messages are averaged directly: their mean needs no second compression."""
+        self.feedback.use(compressor, "direct" if compressor.lossless else self._compression.exchange)
 
     def send(self, flight: Flight, step: int, *, senders: bool, dense: bool) -> None:
         """Exchange C(share v) and absorb the residual; collective, possibly in another thread.
@@ -200,15 +203,13 @@ class Fragment(Slice):
         assert r is not None
         channel.step = step
         # Line 10: the mean of C(share v), and with it the fraction of invalid vectors.
-        v = flight.v if flight.share == 1.0 else flight.v * flight.share
-        g, (share,) = r.exchange(v, [flight.bad.reshape(1).to(v)])
-        flight.verdict = torch.stack([share[0].double(), g.magnitude()])
+        g = r.exchange(weight=flight.share)
+        fraction = r.verdict.fraction
+        assert fraction is not None
+        flight.verdict = torch.stack([fraction.double(), torch.as_tensor(r.verdict.magnitude)])
         # Line 12: e <- v - C(share v) / share
-        if flight.share not in (0.0, 1.0):
-            g = replace(g, own=tuple(replace(term, weight=term.weight / flight.share) for term in g.own))
         if flight.share:
-            r.absorb(g)
-        self.monitor.measure(r.step, flight.v)
+            r.absorb()
         flight.averaged = g
         if dense or senders:
             flight.mean = self._mean(g, senders=senders)
@@ -248,10 +249,10 @@ class Fragment(Slice):
 
     def _settle(self, flight: Flight, *, taken: bool) -> None:
         assert flight.round is not None
-        flight.round.settle(taken=taken)
+        flight.round.commit() if taken else flight.round.roll_back()
         if taken:
             self.owed = None  # v included it
-        self.monitor.settle(flight.round.step, taken=taken)
+        self.monitor.close(flight.round.step, apply=taken)
         flight.round = None
 
     def forget(self) -> None:
@@ -275,7 +276,7 @@ class Fragment(Slice):
         self.rounds += 1
         if flight.mean is None:
             assert flight.averaged is not None
-            self.feedback.memory.apply(self.anchor.flat, flight.averaged)
+            self.feedback.memory.apply_mean(self.anchor.flat, flight.averaged)
         elif outer is None:
             self.anchor.flat.sub_(flight.mean)
         else:
@@ -386,9 +387,11 @@ class Fragment(Slice):
         for key, flat in (("anchor", self.anchor.flat), ("pending", memory)):
             for place, view in self.named(flat):
                 view.copy_(state[key][place.name])
-        self.feedback.fold()
+        self.feedback.drop_aggregator()
         self.feedback.memory.vector.copy_(memory)
-        self.feedback.restore(state["held"], compressor)
+        if state["held"]:
+            self.use(compressor)
+            self.feedback.restore(state["held"])
         self.flight = self._flight(state["flight"]) if state["flight"] else None
         # The residual of another aggregator moves the start point without x, unless a delayed exchange moves x to it.
         owed = self.feedback.memory.vector.sub(memory).mul_(float(self.keeps))

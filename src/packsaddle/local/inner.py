@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.group import resolve
 from packsaddle.comm.sharding import local_part
-from packsaddle.feedback.slices import check_no_shared_memory
+from packsaddle.feedback.parameters import check_no_shared_memory
 
 
 def follow(optimizer: Any, local: object) -> None:

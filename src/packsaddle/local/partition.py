@@ -4,7 +4,7 @@ Replicated DTensors are in fragments apart from sharded ones. Replicated paramet
 so the choice of their coordinates must not depend on values of one shard.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -22,6 +22,7 @@ def partition(
     options: LocalOptions,
     channel: Communicator,
     device: torch.device,
+    agree: Callable[[Tensor], Tensor],
 ) -> list[Fragment]:
     """Cut the parameters into fragments by their order, each due `every` / `fragments` steps before the next.
 
@@ -39,6 +40,7 @@ def partition(
         d=sum(place.size for place in by_name.values() if not place.dense),
         seed=options.seed,
         keep=options.keep_unsent,
+        agree=agree,
     )
     # A fragment is one vector with one choice of coordinates: replicated parameters have their own.
     found = []

@@ -146,9 +146,7 @@ class LocalRounds:
         later: bool,
     ) -> Flight:
         """Make v. After a failed reset of the inner optimizer, the name of the parameter is marked for all workers."""
-        flight = part.start(
-            compressor, noise, self._options.compression.decay, due, self._agree, later=later, share=share
-        )
+        flight = part.start(compressor, noise, self._options.compression.decay, due, later=later, share=share)
         if self._reset.rejected and not bool(flight.bad):
             self._reset.end(part)
         elif self._reset.failed:
@@ -226,7 +224,7 @@ class LocalRounds:
         if not flight.taken:
             self._leave_out(part, t, flight)
             return False
-        self.skips.took()
+        self.skips.reset_streak()
         if self._drift.due(t) and part is self.fragments[-1]:
             self.together("compares anchors", flight.due - self._options.overlap.delay, partial(self._compare, t))
         if self._escape is not None and (reset := self._escape.run()) is not None:
@@ -240,7 +238,7 @@ class LocalRounds:
         if bool(flight.bad):
             self._reset.reset(part)
             self._go_back()
-        self.skips.enter(Skip(t, workers, f"the local update of {name}" if workers else name))
+        self.skips.record(Skip(t, workers, f"the local update of {name}" if workers else name))
         self._check_resets(flight.names)
         self.skips.check(self.skips.in_a_row)
 

@@ -162,14 +162,15 @@ class LocalUpdates:
 
         # x's fragments, and the compressor of each.
         with torch.no_grad():
-            self._fragments = partition(self._parameters, options, self._channel, device)
+            agree = Shards(self._parameters.values())
+            self._fragments = partition(self._parameters, options, self._channel, device, agree)
         d = sum(part.compressed_d for part in self._fragments)
         warn_of_nothing(self._compression.at(0), d, self._compression.dense_below, stacklevel=2)
         self._compression.at(0).validate(d)
         for part in self._fragments:
-            part.feedback.prepare(self._compression.at(0))
+            part.use(self._compression.at(0))
         sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
-        options.check_aggregators([part.feedback.aggregator for part in self._fragments], sharded=sharded)
+        options.check_aggregators([part.feedback.choice.aggregator for part in self._fragments], sharded=sharded)
 
         # A round and its stages.
         self.outer = outer(self._leaves()) if outer is not None else None
@@ -187,7 +188,7 @@ class LocalUpdates:
             background,
             inner=self.optimizer,
             outer=self.outer,
-            agree=Shards(self._parameters.values()),
+            agree=agree,
             participation=self._participation,
             drift=DriftGuard(0 if elastic else compared, self._compression.on_drift, self._channel),
             escape=checker,
@@ -397,7 +398,7 @@ class LocalUpdates:
 
     def forgive(self) -> None:
         """Count skipped rounds in a row from 0: a caller that continues after NonFiniteError may have mended it."""
-        self._rounds.skips.took()
+        self._rounds.skips.reset_streak()
 
     @torch.no_grad()
     def wait(self) -> None:
