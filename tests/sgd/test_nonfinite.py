@@ -296,7 +296,7 @@ def test_too_many_in_a_row_stop_all_workers_with_nothing_lost() -> None:
     for most in (0, 2):
         for message, found in simulate(lambda rank, most=most: gives_up(most, most + 1), 2):
             assert message.startswith("step 1: weights is not finite on worker 1; ")
-            assert f"{most + 1} in a row" in message
+            assert f"{most + 1} consecutive step" in message
             assert f"max_skipped={most}" in message
             assert found == {"kept": True, "steps": 1, "skipped": most + 1}
         for message, found in simulate(lambda rank, most=most: gives_up(most, most), 2):
