@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import elastic_runs
 import torch
 from gloo import run_in_processes
 from specs import folded, local_options
@@ -85,12 +86,13 @@ def fold_how(options: Mapping[str, Any]) -> tuple[How, dict[str, Any]]:
 
 def by_round(t: int) -> packsaddle.Compressor:
     """A compressor that changes its budget, and once its kind."""
-    return packsaddle.QSGD() if t == 2 else TopK(0.05 * (1 + t % 3))
+    return packsaddle.QSGD() if t in (2, 7) else TopK(0.05 * (1 + t % 3))
 
 
 ESCAPE = {"interval": 6, "radius": 0.01}
 FALLING = {6: (0.03, 0.05), 12: (0.1, 0.02)}
 PAUSING = {5: (0.1, 0.0), 9: (0.0, 0.0), 11: (0.1, 0.1)}
+LARGE = {"compressor": TopK(0.01), "noise": 0.01, "width": 1024}  # above 2^20 coordinates
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     **{name: {"compressor": c, "noise": 0.01, "monitor_every": 7} for name, c in COMPRESSORS.items()},
     "two-way": {"compressor": TopK(0.05), "exchange": "two-way"},
@@ -109,6 +111,40 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "NaN": {"compressor": RandomK(0.05), "noise": 0.01, "bad": (5,)},
     "NaN two-way": {"compressor": TopK(0.05), "exchange": "two-way", "bad": (5,)},
     "float64": {"compressor": TopK(0.05), "dtype": torch.float64},
+    "bfloat16": {"compressor": TopK(0.05), "dtype": torch.bfloat16, "noise": 0.01},
+    "bfloat16, two-way": {"compressor": TopK(0.05), "dtype": torch.bfloat16, "exchange": "two-way", "bad": (5,)},
+    "float16": {"compressor": RandomK(0.05), "dtype": torch.float16},
+    "changing lr": {"compressor": TopK(0.05), "rates": FALLING, "noise": 0.01},
+    "changing lr, two-way": {"compressor": TopK(0.05), "rates": FALLING, "exchange": "two-way"},
+    "changing lr, gradient memory": {"compressor": RandomK(0.05), "memory": "gradient", "rates": FALLING},
+    "changing lr, gradient memory, lazy noise": {"memory": "gradient", "rates": FALLING, "lazy": True, "noise": 0.01},
+    "changing lr, EF21": {"compressor": TopK(0.05), "memory": "ef21", "rates": FALLING},
+    "lr 0": {"compressor": TopK(0.05), "rates": {5: (0.0,), 9: (0.1,)}, "noise": 0.01},
+    "lr 0, lazy noise": {"compressor": RandomK(0.05), "rates": {5: (0.0,), 9: (0.1,)}, "lazy": True, "noise": 0.01},
+    "groups": {"compressor": TopK(0.05), "groups": True, "noise": 0.01},
+    "groups, changing lr": {"compressor": TopK(0.05), "groups": True, "rates": PAUSING, "momentum": 0.9},
+    "groups, EF21": {"compressor": TopK(0.05), "groups": True, "memory": "ef21", "rates": PAUSING},
+    "groups, lazy noise": {"compressor": RandomK(0.05), "groups": True, "lazy": True, "noise": 0.01},
+    "frozen": {"compressor": TopK(0.05), "frozen": (6, 13), "noise": 0.01},
+    "frozen, lazy noise": {"compressor": RandomK(0.05), "frozen": (6, 13), "noise": 0.01, "lazy": True},
+    "frozen, two-way": {"compressor": TopK(0.05), "frozen": (6, 13), "exchange": "two-way"},
+    "scaler": {"compressor": TopK(0.05), "scaler": True},
+    "scaler, NaN": {"compressor": TopK(0.05), "scaler": True, "bad": (5,), "dtype": torch.float16},
+    "scalars": {"compressor": TopK(0.05), "scalars": True, "bad": (5,)},
+    "large": LARGE,
+    "large, NaN": LARGE | {"bad": (2, 7)},
+    "large, NaN, momentum": LARGE | {"bad": (2, 7), "momentum": 0.9},
+    "large, NaN, EF21": LARGE | {"bad": (2, 7), "memory": "ef21"},
+    "large, frozen": LARGE | {"frozen": (6, 13)},
+    "huge": {"compressor": TopK(0.05), "huge": True},
+    "huge, two-way": {"compressor": TopK(0.05), "huge": True, "exchange": "two-way"},
+    "huge, EF21": {"compressor": TopK(0.05), "huge": True, "memory": "ef21"},
+    "huge, lazy noise": {"compressor": RandomK(0.5), "huge": True, "lazy": True, "noise": 0.01},
+    "NaN, STORM": {"compressor": TopK(0.05), "momentum": packsaddle.Storm(0.1), "closure": True, "bad": (0, 5)},
+    "NaN, Nesterov": {"compressor": RandomK(0.05), "momentum": 0.9, "nesterov": True, "bad": (5, 6)},
+    "NaN, EF21": {"compressor": TopK(0.05), "memory": "ef21", "bad": (5,)},
+    "NaN, lazy noise": {"compressor": RandomK(0.05), "noise": 0.01, "lazy": True, "bad": (5,)},
+    "NaN, all compressed": {"compressor": TopK(0.05), "dense_below": 0, "bad": (5,)},
 }
 HOOKS: dict[str, dict[str, Any]] = {
     **{
@@ -121,9 +157,40 @@ HOOKS: dict[str, dict[str, Any]] = {
     "escape": {"compressor": TopK(0.05), "noise": 0.05, "escape": ESCAPE, "scope": "model"},
     "AdamW": {"compressor": TopK(0.1), "inner": "adamw", "start_step": 4},
     "no error feedback": {"compressor": RandomK(0.1), "decay": 0.0},
+    "bfloat16": {"compressor": TopK(0.05), "dtype": torch.bfloat16, "noise": 0.01},
+    "bfloat16 model": {"compressor": TopK(0.05), "dtype": torch.bfloat16, "scope": "model", "bad": (5,)},
+    "changing lr": {"compressor": TopK(0.05), "rates": FALLING, "noise": 0.01},
+    "changing lr, two-way": {"compressor": TopK(0.05), "rates": FALLING, "exchange": "two-way"},
+    "changing lr, two-way model": {"compressor": TopK(0.05), "rates": FALLING, "exchange": "two-way", "scope": "model"},
+    "changing lr, NaN": {"compressor": TopK(0.05), "rates": FALLING, "bad": (6,)},
+    "groups": {"compressor": TopK(0.05), "groups": True, "monitor_every": 3},
+    "lr 0 in a group": {"compressor": TopK(0.05), "groups": True, "rates": PAUSING},
+    "lr 0 in a group, model": {"compressor": TopK(0.05), "groups": True, "rates": PAUSING, "scope": "model"},
+    "lr 0 in a group, two-way": {"compressor": TopK(0.05), "groups": True, "rates": PAUSING, "exchange": "two-way"},
+    "scaler": {"compressor": TopK(0.05), "scaler": True},
+    "scaler, NaN": {"compressor": TopK(0.05), "scaler": True, "bad": (5,), "scope": "model", "exchange": "two-way"},
+    "decay": {"compressor": TopK(0.05), "decay": 0.5},
+    "two-way bucket": {"compressor": TopK(0.05), "exchange": "two-way"},
+    "two-way, NaN": {"compressor": TopK(0.05), "exchange": "two-way", "bad": (5,)},
+    "by the step": {"compressor": by_round, "start_step": 3},
+    "by the step, two-way": {"compressor": by_round, "start_step": 3, "exchange": "two-way"},
+    "by the step, two-way model": {"compressor": by_round, "exchange": "two-way", "scope": "model"},
+    "NaN, Adam": {"compressor": TopK(0.05), "bad": (5, 6), "inner": "adamw", "noise": 0.01, "scope": "model"},
+    "NaN, AdaptiveTopK": {"compressor": packsaddle.AdaptiveTopK(0.3), "bad": (5,)},
+    "large": LARGE,
+    "large, NaN": LARGE | {"bad": (2, 7), "scope": "model"},
+    "measured": {"compressor": TopK(0.05), "monitor_every": 3, "bad": (6,)},
+    "measured, model": {"compressor": TopK(0.05), "monitor_every": 3, "scope": "model", "compare_every": 1},
+    "no limit": {"compressor": TopK(0.05), "max_skipped": None, "bad": (5, 6), "scaler": True},
 }
-SHARDED: dict[str, dict[str, Any]] = {name: {"compressor": COMPRESSORS[name], "noise": 0.01}
-                                      for name in ("Identity", "RandomK", "TopK", "QSGD")}  # fmt: skip
+SHARDED: dict[str, dict[str, Any]] = {
+    **{name: {"compressor": COMPRESSORS[name], "noise": 0.01} for name in ("Identity", "RandomK", "TopK", "QSGD")},
+    "NaN": {"compressor": TopK(0.05), "noise": 0.01, "bad": (5, 6)},
+    "two-way": {"compressor": TopK(0.05), "exchange": "two-way"},
+    "two-way, NaN": {"compressor": TopK(0.05), "exchange": "two-way", "bad": (5,), "inner": "adamw"},
+    "by the step": {"compressor": by_round, "start_step": 3, "decay": 0.5},
+    "bfloat16": {"compressor": TopK(0.05), "dtype": torch.bfloat16, "monitor_every": 3},
+}
 DELAY = {"compressor": TopK(0.1), "delay": 2}
 LOCAL: dict[str, dict[str, Any]] = {
     "Sign": {},
@@ -347,7 +414,7 @@ def with_escape(options: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 def parameters(model: nn.Module, how: How) -> Any:
     """Return the parameters, or two groups of them."""
     found = list(model.parameters())
-    return [{"params": found[:3]}, {"params": found[3:], "lr": 0.03}] if how.groups else found
+    return [{"params": found[:3]}, {"params": found[3:], "lr": 0.03, "weight_decay": 0.02}] if how.groups else found
 
 
 def stepper(model: nn.Module, how: How) -> torch.optim.Optimizer:
@@ -447,6 +514,14 @@ def carried(folder: str, front: str, options: Mapping[str, Any]) -> dict[str, st
     return run.hashes()
 
 
+def elastic(name: str) -> dict[str, str]:
+    """Run workers that come and go, in threads of this process that take turns."""
+    found = elastic_runs.run(**elastic_runs.SETTINGS[name])
+    parts = {"x": "x", "e": "e", "state": "counts"}
+    hashes = {part: digest([worker[key] for worker in found]) for part, key in parts.items()}
+    return hashes | {"bytes": digest([counted(worker["ledger"]) for worker in found])}
+
+
 Job = tuple[Callable[..., dict[str, str]], tuple[Any, ...]]
 
 
@@ -459,6 +534,8 @@ def jobs(workers: int) -> dict[str, Job]:
     for name, (front, options) in RESUMED.items():
         if front in tables:
             found[f"resume, {name}"] = resumed, (front, options)
+    if workers == 1:
+        found |= {f"elastic, {name}": (elastic, (name,)) for name in elastic_runs.SETTINGS}
     return found
 
 
