@@ -89,7 +89,8 @@ def by_round(t: int) -> packsaddle.Compressor:
     return packsaddle.QSGD() if t in (2, 7) else TopK(0.05 * (1 + t % 3))
 
 
-ESCAPE = {"interval": 6, "radius": 0.01}
+ESCAPE = {"interval": 6, "radius": 0.01}  # at each step
+RARELY = {"interval": 6, "radius": 10.0, "compare": "y"}
 FALLING = {6: (0.03, 0.05), 12: (0.1, 0.02)}
 PAUSING = {5: (0.1, 0.0), 9: (0.0, 0.0), 11: (0.1, 0.1)}
 LARGE = {"compressor": TopK(0.01), "noise": 0.01, "width": 1024}  # above 2^20 coordinates
@@ -144,6 +145,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "NaN, Nesterov": {"compressor": RandomK(0.05), "momentum": 0.9, "nesterov": True, "bad": (5, 6)},
     "NaN, EF21": {"compressor": TopK(0.05), "memory": "ef21", "bad": (5,)},
     "NaN, lazy noise": {"compressor": RandomK(0.05), "noise": 0.01, "lazy": True, "bad": (5,)},
+    "escape by the interval": {"compressor": TopK(0.05), "noise": 0.05, "escape": RARELY, "bad": (5,)},
     "NaN, all compressed": {"compressor": TopK(0.05), "dense_below": 0, "bad": (5,)},
 }
 HOOKS: dict[str, dict[str, Any]] = {
@@ -181,6 +183,7 @@ HOOKS: dict[str, dict[str, Any]] = {
     "large, NaN": LARGE | {"bad": (2, 7), "scope": "model"},
     "measured": {"compressor": TopK(0.05), "monitor_every": 3, "bad": (6,)},
     "measured, model": {"compressor": TopK(0.05), "monitor_every": 3, "scope": "model", "compare_every": 1},
+    "escape by the interval": {"compressor": TopK(0.05), "noise": 0.05, "escape": RARELY, "scope": "model"},
     "no limit": {"compressor": TopK(0.05), "max_skipped": None, "bad": (5, 6), "scaler": True},
 }
 SHARDED: dict[str, dict[str, Any]] = {
@@ -218,7 +221,8 @@ LOCAL: dict[str, dict[str, Any]] = {
     "two-way by the round, with delay": {"compressor": by_round, "exchange": "two-way", "every": 2, "delay": 1},
     "noise": {"compressor": TopK(0.1), "noise": 0.01},
     "decay": {"compressor": TopK(0.1), "decay": 0.8},
-    "escape": {"every": 2, "compressor": TopK(0.1), "noise": 0.05, "escape": {"interval": 2, "radius": 0.01}},
+    "escape": {"every": 2, "compressor": TopK(0.1), "noise": 0.05, "escape": RARELY | {"interval": 3}},
+    "escape in each round": {"every": 2, "compressor": TopK(0.1), "noise": 0.05, "escape": ESCAPE},
     "flush": {"compressor": TopK(0.1), "flush": (10, STEPS)},
     "flush with delay": DELAY | {"flush": (10, STEPS), "fragments": 2, "outer": OuterSGD()},
     "NaN": {"compressor": TopK(0.1), "bad": (6,)},
