@@ -1,4 +1,4 @@
-"""Resets the inner optimizer of a worker whose parameters were not finite, wherever the optimizer keeps its state.
+"""Outcomes of rounds: rejected ones are counted, and an inner optimizer that made x non-finite is reset.
 
 Non-finite entries are cleared from its own state and from that of the optimizers it wraps. If a step with finite
 gradients still makes a parameter non-finite, the optimizer has state elsewhere, and its `state_dict` is cleared and
@@ -15,65 +15,117 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.sharding import local_part
-from packsaddle.numerics.finite import is_finite
+from packsaddle.feedback.guard import THE_MEAN, NonFiniteError, Skip, Skips
+from packsaddle.local.fragment import Fragment, PendingExchange
+from packsaddle.numerics.finite import first_bad, is_finite
 
 _log = logging.getLogger("packsaddle")
+_FAILED = " (its optimizer was reset)"  # after the name of a parameter: resets have not helped
 
 
-class InnerReset:
-    """Resets an inner optimizer, and checks its steps until the local updates that were rejected are finite again.
+class Outcomes:
+    """Outcomes of rounds: counts rejected ones, at most `most` in a row, and resets this worker's inner optimizer.
 
-    `agree` returns whether a bool[] is True on any shard of this worker; collective over the shards.
+    Steps of a reset optimizer are checked until the local updates that were rejected are finite again. `agree` returns
+    whether a bool[] is True on any shard of this worker; collective over the shards.
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor], agree: Callable[[Tensor], Tensor]) -> None:
-        self._optimizer, self._parameters, self._agree = optimizer, parameters, agree
-        self._device = local_part(parameters[0]).device
-        self.rejected = set[object]()  # fragments without a finite local update since their last one was rejected
-        self._reloaded = False  # the state dict was cleared since `rejected` was empty
-        self.failed = False  # x became non-finite after that too, by a step with finite gradients
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        fragments: Sequence[Fragment],
+        agree: Callable[[Tensor], Tensor],
+        most: int | None,
+        rank: int,
+    ) -> None:
+        self._optimizer, self._fragments, self._agree = optimizer, fragments, agree
+        self.skips = Skips(most, rank)
+        self._device = local_part(fragments[0].parameters[0]).device
+        self._rejected = set[Fragment]()  # without a finite local update since their last one was rejected
+        self._reloaded = False  # the state dict was cleared since `_rejected` was empty
+        self._failed = False  # x became non-finite after that too, by a step with finite gradients
 
-    def reset(self, fragment: object) -> None:
-        """Clear non-finite state, after a round of a fragment was rejected; the caller makes x finite."""
-        self._clear()
-        self.rejected.add(fragment)
+    def register(self, part: Fragment, exchange: PendingExchange) -> None:
+        """Record if a fragment's local update is valid again. After a failed reset mark its name, for all workers."""
+        if self._rejected and not bool(exchange.invalid):
+            self._rejected.discard(part)
+            if not self._rejected:
+                self._reloaded = self._failed = False
+        elif self._failed:
+            named = zip(part.places, part.anchor.tensors(), strict=True)
+            assert exchange.round is not None
+            exchange.round.name = (first_bad((place.name, x) for place, x in named) or "another shard") + _FAILED
 
-    def end(self, fragment: object) -> None:
-        """Register a finite local update of a fragment. Checks of steps end when `rejected` is empty."""
-        self.rejected.discard(fragment)
-        if not self.rejected:
-            self._reloaded = self.failed = False
+    def record(self, part: Fragment, t: int, exchange: PendingExchange) -> bool:
+        """Record the outcome of a fragment's round t; return True if it was applied.
 
-    def reset_again(self) -> bool:
-        """Clear the state dict as well if gradients are finite and x is not; the caller makes x finite.
-
-        Call after each step while `rejected` is not empty. Returns True if the state dict was cleared. The second time
-        it sets `failed` instead. Collective over the shards.
+        Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset.
         """
-        trained = [p for p in self._parameters if p.requires_grad]
+        if exchange.applied:
+            self.skips.reset_streak()
+            return True
+        # On the worker that it is due to, clear non-finite state and make x finite.
+        if bool(exchange.invalid):
+            self._clear()
+            self._rejected.add(part)
+            self._restore()
+        # Count it, and raise on all workers.
+        workers = tuple(worker for worker, name in enumerate(exchange.names) if name)
+        name = f"the local update of {exchange.names[workers[0]]}" if workers else THE_MEAN
+        self.skips.record(Skip(t, workers, name))
+        self._raise_if_failed(exchange.names)
+        self.skips.check(self.skips.in_a_row)
+        return False
+
+    def check_step(self) -> None:
+        """Clear the state dict as well if x is not finite after an inner step with finite gradients.
+
+        The second time the reset has failed. No-op unless a local update was rejected. Collective over the shards.
+        """
+        if not self._rejected or self._failed:
+            return
+        trained = [p for part in self._fragments for p in part.parameters if p.requires_grad]
         gradients = [p.grad for p in trained if p.grad is not None]
-        if self.failed or not self.are_finite(gradients) or self.are_finite(trained):
-            return False
+        if not self._are_finite(gradients) or self._are_finite(trained):
+            return
         if self._reloaded:
-            self.failed = True
-            return False
+            self._failed = True
+            return
         self._clear()
-        reload_finite(self._optimizer)
+        _reload_finite(self._optimizer)
         self._reloaded = True
-        return True
+        self._restore()
+
+    def _raise_if_failed(self, names: Sequence[str]) -> None:
+        """Raise NonFiniteError if one of the workers' names is marked: its inner optimizer could not be reset."""
+        for worker, name in enumerate(names):
+            if name.endswith(_FAILED):
+                raise NonFiniteError(
+                    f"{name.removesuffix(_FAILED)} on worker {worker} is not finite after a step with finite "
+                    f"gradients, and {type(self._optimizer).__name__} could not be reset: it has non-finite state "
+                    f"outside of its state_dict() and of the torch optimizers in its attributes, or a learning rate "
+                    f"that overflows. Implement state_dict() and load_state_dict() for all of its state, or lower the "
+                    f"learning rate"
+                )
 
     def _clear(self) -> None:
-        self.failed = False
-        for optimizer in nested(self._optimizer):
+        self._failed = False
+        for optimizer in _nested(self._optimizer):
             clear_nonfinite(optimizer)
 
-    def are_finite(self, tensors: Iterable[Tensor]) -> bool:
+    def _restore(self) -> None:
+        """Make x finite in all fragments, since a gradient would spread what is not; collective over the shards."""
+        for part in self._fragments:
+            if not self._are_finite(p for p in part.parameters if p.requires_grad):
+                part.discard_progress()
+
+    def _are_finite(self, tensors: Iterable[Tensor]) -> bool:
         """Return True if tensors are finite on all shards of this worker; collective over them."""
         here = all(bool(is_finite(local_part(t))) for t in tensors)
         return not bool(self._agree(torch.tensor(not here, device=self._device)))
 
 
-def nested(optimizer: Optimizer) -> list[Optimizer]:
+def _nested(optimizer: Optimizer) -> list[Optimizer]:
     """Return an optimizer and those it wraps: in its attributes, or in lists, tuples, sets and dicts there."""
     found: list[Optimizer] = []
     seen, waiting = set[int](), list[Any]([optimizer])
@@ -110,7 +162,7 @@ def clear_nonfinite(optimizer: Optimizer) -> None:
                 group[name] = default
 
 
-def reload_finite(optimizer: Optimizer) -> None:
+def _reload_finite(optimizer: Optimizer) -> None:
     """Clear non-finite tensors from an optimizer's state dict, and load it back. Errors are logged."""
     try:
         state = optimizer.state_dict()
