@@ -2,6 +2,6 @@
 
 - `fragment`: parameters exchanged together; `anchor`: where they last agreed, and x's moves; `escape`: its check
 - `options`: overlap, workers, the outer optimizer; `participation`: weights and samples of workers
-- `inner`, `inner_reset`, `start`, `lockstep`: the optimizer inside, and checks
+- `inner`, `start`, `lockstep`: the optimizer inside, and checks; `outcomes`: rejected rounds
 - `elastic`: workers that come and go
 """

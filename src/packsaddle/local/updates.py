@@ -50,9 +50,9 @@ from packsaddle.local.inner import (
     follow,
     named_parameters,
 )
-from packsaddle.local.inner_reset import Outcomes
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
+from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
 from packsaddle.local.start import check_first_step, share_start, untrained_tensors
 from packsaddle.numerics.kernels import compiler

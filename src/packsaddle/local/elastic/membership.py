@@ -47,8 +47,8 @@ from packsaddle.local.elastic.memory_file import (
 from packsaddle.local.elastic.roster import Account, Hello, Roster, most
 from packsaddle.local.elastic.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.local.fragment import Fragment, by_parameter
-from packsaddle.local.inner_reset import Outcomes
 from packsaddle.local.options import Elastic, LocalOptions
+from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import share
 from packsaddle.numerics.seeds import mix
 
