@@ -169,7 +169,8 @@ class Guard:
         """
         if self._flag == "none":
             return torch.tensor(False), ""
-        known = update.norm is not None and bool(update.norm.isfinite())
+        norm = update.norm
+        known = norm is not None and bool(norm.isfinite())
         invalid = torch.tensor(False) if known else ~is_usable(v)
         invalid = self._agree(torch.ones_like(invalid) if update.is_known_invalid else invalid)
         name = ""

@@ -245,7 +245,8 @@ class Round:
         """Set e^(i) to v - C(v), uncommitted (line 12), plus the rounding error of the target, float[n]."""
         self._memory.absorb(self.g.own, rounding)
         self.feedback.contraction.measure(self.step, self.v)
-        self._memory.keep(keep)
+        if keep:
+            self._memory.keep(keep)
         self.absorbed = True
 
     def commit(self) -> None:

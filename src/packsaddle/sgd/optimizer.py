@@ -5,7 +5,7 @@ transaction. `FlatTarget` applies its mean to x.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -240,9 +240,11 @@ class CompressedSGD(Optimizer):
         t = self._begin()
         update = self._update(t)  # line 9: u = eta (grad F_i(x_t) + xi_t)
         with self._feedback.round(t) as round:  # all workers take the step, or none does
-            round.correct(update)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
-            round.exchange(self._extras(scalars))  # line 10: g^(i) = C(v), and its mean over workers
-            self._read_extras(round.extras)
+            v = round.correct(update)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
+            factors = self._factors(v)
+            round.exchange([self._given(scalars, v), factors])  # line 10: g^(i) = C(v), and its mean over workers
+            self.scalars, mean_factors = round.extras
+            self._compare_factors(factors, mean_factors)
             round.apply(self._target)  # line 11: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i)
         self._finish_step(round)
         if round.absorbed:
@@ -303,11 +305,9 @@ class CompressedSGD(Optimizer):
         overflowed = found is not None and bool(found)
         return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
 
-    def _extras(self, scalars: Tensor | None) -> list[Tensor]:
-        """Return what is averaged in the same collective: the user's scalars, and the factors to compare."""
-        like = self._memory.vector
-        given = like[:0] if scalars is None else scalars.detach().reshape(-1).to(like)
-        return [given, self._factors(like)]
+    def _given(self, scalars: Tensor | None, like: Tensor) -> Tensor:
+        """Return the user's scalars, to be averaged in the same collective, float[n] like `like`."""
+        return like[:0] if scalars is None else scalars.detach().reshape(-1).to(like)
 
     def _factors(self, like: Tensor) -> Tensor:
         """Return the factors of the update, which must be equal on all workers: float[2], or [0] if not compared.
@@ -319,10 +319,8 @@ class CompressedSGD(Optimizer):
         can_wait = like.device.type == "cpu"
         return like.new_tensor(self._memory.local_factors(self._noise.grown, lazy=self._noise.lazy, can_wait=can_wait))
 
-    def _read_extras(self, means: Sequence[Tensor]) -> None:
-        """Keep the mean scalars; raise RuntimeError if the factors of the update differ between workers."""
-        self.scalars, mean = means
-        here = self._factors(self._memory.vector)
+    def _compare_factors(self, here: Tensor, mean: Tensor) -> None:
+        """Raise RuntimeError if the factors of the update differ between workers."""
         if len(here) and not torch.allclose(mean, here, rtol=1e-5, atol=0):
             raise RuntimeError(
                 f"workers must have one lr and one noise at every step, but the factors of the update (lr, std of the "
