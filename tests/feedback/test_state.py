@@ -20,7 +20,7 @@ NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 
 # Every path of every front's state, "*" for the key of a parameter, group or fragment, and its kind.
 OPTIMIZER = """
-error: state.*.error, state.*.momentum, state.*.storm
+error: state.*.momentum, state.*.pending, state.*.storm
 owner: state.*.owner_error
 own: contraction.by_tensor, contraction.steps, contraction.whole, ledger, skips.consecutive, skips.total
 constant: param_groups.*.owners, param_groups.*.rank, param_groups.*.workers

@@ -48,7 +48,7 @@ class Applied:
 
 
 class Target(Protocol):
-    """What a mean is applied to (line 11)."""
+    """The parameters or gradients to which a mean is applied (line 11)."""
 
     defers: bool  # applied before the verdict is read
 
@@ -173,7 +173,10 @@ class ErrorFeedback:
         return SavedAggregator(identify(self._compressor), self.choice.aggregator.state_dict())
 
     def load_aggregator(self, saved: SavedAggregator) -> bool:
-        """Restore the aggregator's state; return False, without it, if it is of another compressor. Call after `use`."""
+        """Restore the aggregator's state; return False, with nothing restored, if it is of another compressor.
+
+        Call after `use`.
+        """
         assert self._compressor is not None
         fits = saved.compressor == identify(self._compressor)
         self.choice.aggregator.load_state_dict(saved.state if fits else {}, self.memory.vector.device)
