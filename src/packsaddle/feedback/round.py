@@ -85,14 +85,14 @@ class ErrorFeedback:
     ) -> None:
         self.slice, self.memory, self.channel, self.guard, self.contraction = of, memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
-        self.seed = seed if of.compressed_d == self._whole else mix(seed, of.places[0].start)
+        self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
         self._compressor: Compressor | None = None  # of the whole vector
         self._by_size: Compressor | None = None  # on this slice, by its size alone
         self._choice: Choice | None = None
 
     @property
     def choice(self) -> Choice:
-        """How messages are averaged, and why."""
+        """The way messages are averaged, and the reason."""
         assert self._choice is not None, "no compressor has been chosen yet"
         return self._choice
 
