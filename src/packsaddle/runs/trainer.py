@@ -43,7 +43,7 @@ from packsaddle.runs.run_folder import RunFolder
 from packsaddle.runs.tasks.images import load_data
 from packsaddle.runs.tasks.models import Task, average_buffers, connect, make_task
 from packsaddle.runs.tasks.sharding import Calendar, deal, shard
-from packsaddle.runs.training import CompressedTraining, Training, plain_guards
+from packsaddle.runs.training import CompressedTraining, Training
 
 
 @dataclass
@@ -369,8 +369,8 @@ class Trainer:
             **asdict(moved),
             "seconds": seconds,
             "rounds": self.training.rounds,
-            "resets": len(self.training.resets),
-            "skipped": self.training.skipped,
+            "resets": len(self.training.front.resets),
+            "skipped": self.training.front.skipped,
             **self.training.contraction(),
         }
 
@@ -419,7 +419,7 @@ class Trainer:
                 "bytes_by_purpose": {name: asdict(b) for name, b in moved.items()},
                 "compression": dense / training if training else math.inf,
                 "seconds": self.tally.line["seconds"],
-                **plain_guards(self.training),
+                **self.training.guards(),
                 "noise": self.tally.noise,
                 "warnings": self.warnings,
             },
