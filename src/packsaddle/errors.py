@@ -1,4 +1,4 @@
-"""Errors that users meet as one line, checks of single numbers, and the import of optional packages.
+"""Errors that users meet as one line, checks of numbers, the text of a file, and the import of optional packages.
 
 Every layer may raise them, so they are apart from all algorithms. The command line prints a ConfigError and exits with
 code 2, and a GuardError with code 1.
@@ -6,6 +6,7 @@ code 2, and a GuardError with code 1.
 
 import importlib
 import math
+from pathlib import Path
 from types import ModuleType
 
 
@@ -59,6 +60,16 @@ def check_not_negative(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def read_text(path: Path, name: str) -> str:
+    """Return the text of a UTF-8 file, or raise ConfigError that calls the file `name`."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} must be UTF-8, but byte {error.start} is not") from None
+    except OSError as error:
+        raise ConfigError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:

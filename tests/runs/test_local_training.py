@@ -16,7 +16,7 @@ from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import Stream, mix
 from packsaddle.runs.config import Config, load
 from packsaddle.runs.local_training import LocalTraining, make_inner
-from packsaddle.runs.run_folder import RunFolder
+from packsaddle.runs.run_folder import RunFolder, make_new
 from packsaddle.runs.tasks.images import load_data
 from packsaddle.runs.tasks.models import make_task
 from packsaddle.runs.tasks.sharding import Calendar, deal
@@ -137,7 +137,7 @@ def test_certificates_and_iterates_are_of_the_anchor(path: Path, tmp_path: Path)
     keys = (*KEYS, "certify={epsilon=1.0, at=[0.4], iterates=3, max_hvps=2}", "log_every=1")
     config = load(path, keys)
     folder = RunFolder(tmp_path / "run")
-    folder.create()
+    make_new(folder.path)
 
     def train(rank: int) -> list[list[Tensor]]:
         trainer, seen = Trainer(config, None, False), []
@@ -219,7 +219,7 @@ class Poisoned(Trainer):
 def test_a_round_that_is_left_out_is_in_no_mean(path: Path, tmp_path: Path) -> None:
     config = load(path, [*KEYS, "local={every=3}"])
     folder = RunFolder(tmp_path / "run")
-    folder.create()
+    make_new(folder.path)
     assert all(simulate(lambda rank: Poisoned(config, None, False).run(folder, quiet=True), 2))
     lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((folder.path / "summary.json").read_text())

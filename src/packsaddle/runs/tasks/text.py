@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, read_text
 from packsaddle.runs.config import DataConfig
 
 UNKNOWN = 0  # the code of every character outside the vocabulary
@@ -144,13 +144,4 @@ def _files(data_dir: Path) -> str:
     files = sorted(p for p in data_dir.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
     if not files:
         raise ConfigError(f"--data-dir {data_dir} must hold *.txt or *.md files, in it or in its folders, but has none")
-    return "\n".join(map(_read, files))
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"text file {file} must be UTF-8, but byte {error.start} is not") from None
-    except OSError as error:
-        raise ConfigError(f"text file {file} cannot be read: {error.strerror}") from None
+    return "\n".join(read_text(file, f"text file {file}") for file in files)
