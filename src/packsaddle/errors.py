@@ -6,6 +6,8 @@ code 2, and a GuardError with code 1.
 
 import importlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -60,6 +62,22 @@ def check_not_negative(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+@contextmanager
+def config_errors(prefix: str = "") -> Iterator[None]:
+    """Raise a ValueError of the body as a ConfigError, its message after `prefix`.
+
+    With "--" the message must begin with a parameter, which is written as its flag: --checkpoint-every.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        name, blank, problem = str(error).partition(" ")
+        name = name.replace("_", "-") if prefix == "--" else name
+        raise ConfigError(f"{prefix}{name}{blank}{problem}") from error
 
 
 def read_text(path: Path, name: str) -> str:

@@ -16,7 +16,7 @@ from packsaddle.compressors import (
     TopK,
 )
 from packsaddle.compressors.registry import parse_compressor
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, config_errors
 from packsaddle.options.schema import nearest
 
 WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
@@ -41,7 +41,5 @@ def called(text: str, ratio: float | None) -> Compressor:
     """Return the compressor of a call such as TopK(0.01). Raises ConfigError, also if a ratio is given."""
     if ratio is not None:
         raise ConfigError(f"ratio is for a compressor by name, got compressor {text!r}")
-    try:
+    with config_errors():
         return parse_compressor(text)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None

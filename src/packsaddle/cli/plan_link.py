@@ -20,7 +20,7 @@ from packsaddle.comm.group import Group
 from packsaddle.comm.launching import local_device, process_group, under_launcher
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import compressors, describe
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, config_errors
 from packsaddle.plan import link as link_planner
 from packsaddle.plan.coding import Pace, measure
 from packsaddle.plan.link import MEASURED, Forecast, Optimizer, Verdict, forecast, probe, probe_locally
@@ -133,10 +133,8 @@ def link(
     """
     if options.local and optimizer == "sgd":
         raise ConfigError("--local is with adamw, with which local updates were measured: leave out --optimizer sgd")
-    try:
+    with config_errors():
         verdict, asked = _answer(rate, options, compressor, ratio, "adamw" if options.local else optimizer, workers)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     if is_first():
         show = _print_json if json else _print_tables
         show(verdict, asked)

@@ -11,7 +11,7 @@ from rich.table import Table
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
 from packsaddle.cli.console import print_table
 from packsaddle.compressors import Identity
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, config_errors
 from packsaddle.runs.progress import megabytes
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, first_order_plan
 from packsaddle.theory.plans import FAMILIES, MOST_STEPS, Plan, Reach, balanced_k, best_plan, plan, reach
@@ -51,13 +51,11 @@ def theory(
         json: Print one JSON document.
     """
     # The uncompressed plan comes first: the others are compared with it.
-    try:
+    with config_errors():
         constants = Constants.theory(assumptions) if mode == "theory" else PRACTICAL
         plans = [plan(assumptions, Identity(), constants=constants, workers=workers)]
         plans += _asked_for(assumptions, constants, workers, compressor, ratio)
         reached = reach(assumptions, constants)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
     # Its document or its table.
     if json:
@@ -215,10 +213,8 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
         epsilon: Target: gradient norm at most epsilon, in (0, 1).
         json: Print one JSON document.
     """
-    try:
+    with config_errors("--"):
         check_range(d, epsilon)
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from None
     if json:
         print(_dump({"d": d, "epsilon": epsilon, "table": [row.plain(d, epsilon) for row in TABLE_1]}))
         return

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from packsaddle.cli.console import brief, print_runs, print_table, require_plots
 from packsaddle.cli.parsing import UNSAID
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, config_errors
 from packsaddle.runs.progress import megabytes
 from packsaddle.runs.run_folder import read_runs
 
@@ -57,10 +57,8 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
 
     if d < 1 or workers < 1:
         raise ConfigError(f"d and workers must be at least 1, got {d} and {workers}")
-    try:
+    with config_errors():
         listed = registry.compressors(ratio)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
     # A document is printed as soon as its compressor is timed.
     if json:

@@ -14,7 +14,7 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose
-from packsaddle.errors import ConfigError
+from packsaddle.errors import config_errors
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.slices import goes_dense
 from packsaddle.local.options import Elastic
@@ -49,7 +49,7 @@ class LocalTraining(Training):
         super().__init__(config, calendar, local.every)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._inner = make_inner(config, local, model.named_parameters())
-        try:
+        with config_errors():
             self.front = LocalUpdates(
                 self._inner,
                 replace(config.compression(), monitor_every=max(1, config.log_every // local.every)),
@@ -62,8 +62,6 @@ class LocalTraining(Training):
                 keep_unsent=local.keep_unsent,
                 seed=config.seed,
             )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         self.channel = Communicator(resolve(None), Ledger())
         self._mu: dict[str, Any] = {}  # as measured before `finish`, which sends everything
 

@@ -23,7 +23,7 @@ from packsaddle.comm.launching import local_device
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.simulation import FusedGroup, SimulatedGroup
 from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions
-from packsaddle.errors import ConfigError
+from packsaddle.errors import config_errors
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.guard import NonFiniteError
 from packsaddle.numerics.seeds import Stream, mix
@@ -147,10 +147,8 @@ class Trainer:
     def _check_data(self) -> None:
         """Raise ConfigError if workers have read unlike data."""
         found = {"training examples": len(self.data), "test examples": len(self.test_data)}
-        try:
+        with config_errors():
             check_agreement(Communicator(self.group, Ledger()), found, self.device)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
 
     def _plan(self) -> None:
         """Deal the data and lay out the run, as the history of the numbers of workers has it."""

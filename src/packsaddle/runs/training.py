@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Bytes
-from packsaddle.errors import ConfigError
+from packsaddle.errors import config_errors
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Ramp
 from packsaddle.runs.config import Config
@@ -134,7 +134,7 @@ class CompressedTraining(Training):
 
     def __init__(self, config: Config, model: nn.Module, calendar: Calendar, escape: Escape | None) -> None:
         super().__init__(config, calendar, 1)
-        try:
+        with config_errors():
             self.front = CompressedSGD(
                 model.named_parameters(),
                 config.lr,
@@ -146,8 +146,6 @@ class CompressedTraining(Training):
                 nesterov=config.nesterov,
                 seed=config.seed,
             )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         self.channel, self.reach = self.front.channel, config.lr
         self._parameters = list(model.parameters())
 

@@ -23,7 +23,7 @@ from packsaddle.runs.report.curves import (
     smallest_threshold,
     stills,
 )
-from packsaddle.runs.report.figures import COLOURS, line_style
+from packsaddle.runs.report.figures import COLOURS, QUANTITY_NAMES, line_style
 from packsaddle.runs.report.settings import Setting
 from packsaddle.runs.run_folder import Run
 
@@ -34,12 +34,6 @@ _AXES = {
     "rounds": {"title": "rounds", "log": True},
     "seconds": {"title": "seconds", "log": False},
     "step": {"title": "steps", "log": False},
-}
-_CHARTS: dict[str, dict[str, Any]] = {
-    "loss": {"title": "Training loss", "log": False},
-    "grad_norm": {"title": "Stochastic gradient norm", "log": True},
-    "test_loss": {"title": "Test loss", "log": False},
-    "test_accuracy": {"title": "Test accuracy", "log": False, "percent": True},
 }
 _DASHES = {"-": ("solid", ""), "--": ("dash", "6 4"), ":": ("dot", "2 3")}  # plotly's, SVG's
 
@@ -91,7 +85,9 @@ def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str,
         if lines:
             levels = plateaus(settings) if quantity == "loss" else []
             still = [_bar(i, s) for i, setting in enumerate(settings) for s in stills(setting) if quantity == "loss"]
-            charts.append({"id": quantity, **_CHARTS[quantity], "levels": levels, "lines": lines, "still": still})
+            title, log = QUANTITY_NAMES[quantity].capitalize(), quantity == "grad_norm"
+            kind = {"id": quantity, "title": title, "log": log, "percent": quantity == "test_accuracy"}
+            charts.append({**kind, "levels": levels, "lines": lines, "still": still})
 
     # Certificates are points: they are not computed at every step.
     certified = [_mark(i, point) for i, setting in enumerate(settings) for point in points(setting)]
