@@ -7,7 +7,6 @@ twice, four times, ... as many, and at the end.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -101,7 +100,6 @@ class Inspector:
         self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
         like = next(task.parameters())
         self._device = like.device
-        self.seconds = 0.0  # spent here
         self.examples = Examples(data, torch.cat(list(shards)), like.device, like.dtype)
         if self._rule is None:
             return
@@ -126,14 +124,12 @@ class Inspector:
         """Keep x_t if it was drawn, and certify it if it is due; t = `step`, before its gradient."""
         if self._rule is None:
             return
-        begin = time.perf_counter()
         if step in self._iterates and resolve(None).rank == 0:
             folder.save_tensors(iterate_name(step), self._task.network.state_dict())
         if step in self._due:
             line = {"step": step, "epoch": step / self._per_epoch, **self._certify(self._rule, step)}
             if resolve(None).rank == 0:
                 folder.append("certificates.jsonl", line)
-        self.seconds += time.perf_counter() - begin
 
     def _certify(self, rule: CertifyConfig, step: int) -> dict[str, Any]:
         try:

@@ -138,6 +138,7 @@ class Trainer:
         self.footing = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
+        self.inspected = 0.0  # seconds of checks along the run
         self.tally = RunCounters()
 
     def _training(self) -> Training:
@@ -214,9 +215,7 @@ class Trainer:
         begin, text = time.perf_counter() - tally.elapsed, "starting"
         with live(self.config.label or folder.path.name, steps, quiet=quiet, first=first) as report:
             for step in range(first, steps):
-                self._inspect(step, folder)
-                self._look_ahead(step, quiet=quiet)
-                self._look_at_noise(step, quiet=quiet)
+                self._look(step, folder, quiet=quiet)
                 try:
                     measured = self._step(step, vote.scalars(step))
                     if step + 1 == steps:
@@ -228,7 +227,7 @@ class Trainer:
                 tally.add(measured, taken=self.training.took, last=step >= steps - self.calendar.per_epoch)
                 tally.step = step + 1
                 if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
-                    seconds = time.perf_counter() - begin - self.inspector.seconds - tally.tested - tally.saved
+                    seconds = time.perf_counter() - begin - self.inspected - tally.tested - tally.saved
                     tally.line = line = self._log(folder, seconds)
                     text = _describe(line, self.group.size)
                 report(step + 1, text)
@@ -240,8 +239,7 @@ class Trainer:
                     if stop:
                         checkpoints.say_stopped(tally.step, steps, quiet=quiet)
                         return False
-            self._inspect(steps, folder)
-            self._look_at_noise(steps, quiet=quiet)
+            self._look(steps, folder, quiet=quiet)
 
         # Checkpoints go last: without a summary the run can still be continued.
         self._finish(folder, tally)
@@ -251,7 +249,7 @@ class Trainer:
     def _go_on_from(self, found: Checkpoint) -> None:
         """Take over counters and history from a checkpoint whose parts are loaded. Raises CheckpointError."""
         self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
-        self.inspector.seconds, self.warnings = found.extra["inspected"], found.extra["warnings"]
+        self.inspected, self.warnings = found.extra["inspected"], found.extra["warnings"]
         history = [(step, workers) for step, workers in found.extra["history"]]
         size = self.group.size
         self.history = history if history[-1][1] == size else [*history, (found.step, size)]
@@ -269,12 +267,7 @@ class Trainer:
         """Save a checkpoint; return the seconds it took."""
         tally = self.tally
         extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
-        extra |= {
-            "warnings": self.warnings,
-            "inspected": self.inspector.seconds,
-            "sums": tally.sums,
-            "final": tally.final,
-        }
+        extra |= {"warnings": self.warnings, "inspected": self.inspected, "sums": tally.sums, "final": tally.final}
         seconds = checkpoints.save(tally.step, extra)
         tally.saved += seconds
         return seconds
@@ -302,34 +295,28 @@ class Trainer:
         tally.begin_line()
         return line
 
-    def _inspect(self, step: int, folder: RunFolder) -> None:
-        """Keep and certify x where all workers agree to be, if that is due."""
+    def _look(self, step: int, folder: RunFolder, *, quiet: bool) -> None:
+        """Do the checks that are due before step `step`, or at the end: certificates, step size, noise; collective."""
+        begin, steps, per_epoch = time.perf_counter(), self.calendar.steps, self.calendar.per_epoch
         if self.inspector.due(step):
             with self.training.at_anchor():
                 self.inspector.look(step, folder)
 
-    def _look_ahead(self, step: int, *, quiet: bool) -> None:
-        """Warn if the steps to come are past stability."""
-        if self.group.rank == 0 and self.footing.due(step, self.calendar):
-            before, said = time.perf_counter(), self.footing.warning(step)
-            self.inspector.seconds += time.perf_counter() - before
-            if said and said not in self.warnings:
-                self._warn(said, quiet=quiet)
+        # Warnings are of rank 0: of steps past stability, and at the start of noise that carries x too far.
+        if self.group.rank == 0 and step < steps and self.footing.due(step, self.calendar):
+            self._warn(self.footing.warning(step), quiet=quiet)
+        if self.group.rank == 0 and self.noise_check.due(step, steps, per_epoch):
+            found = self.tally.noise = self.noise_check.look(step, self.batches[0], self.training.walk())
+            if step == 0:
+                self._warn(noise_warning(found, by_round=self.config.local is not None), quiet=quiet)
+        self.inspected += time.perf_counter() - begin
 
-    def _look_at_noise(self, step: int, *, quiet: bool) -> None:
-        """Measure the mini-batches' noise; warn at the start if the artificial noise is set to carry x too far."""
-        if self.group.rank == 0 and self.noise_check.due(step, self.calendar.steps, self.calendar.per_epoch):
-            before = time.perf_counter()
-            found = self.noise_check.look(step, self.batches[0], self.training.walk())
-            self.tally.noise = found
-            self.inspector.seconds += time.perf_counter() - before
-            if step == 0 and (said := noise_warning(found, by_round=self.config.local is not None)):
-                self._warn(said, quiet=quiet)
-
-    def _warn(self, text: str, *, quiet: bool) -> None:
-        self.warnings.append(text)
-        if not quiet:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+    def _warn(self, text: str | None, *, quiet: bool) -> None:
+        """Record and print a warning, once."""
+        if text and text not in self.warnings:
+            self.warnings.append(text)
+            if not quiet:
+                print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _step(self, step: int, scalars: Tensor | None) -> Tensor:
         """One step of the algorithm, `scalars` exchanged with it; returns this worker's loss and gradient norm,
