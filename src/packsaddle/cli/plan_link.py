@@ -219,15 +219,13 @@ def ms(seconds: float) -> str:
 
 def _workers(asked: int | None) -> int:
     """torchrun's, if it runs; else as many as asked for."""
-    if not under_launcher():
-        workers = 4 if asked is None else asked
-        if workers < 2:
-            raise ConfigError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
-        return workers
-    world = int(os.environ["WORLD_SIZE"])
-    if asked not in (None, world):
+    world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
+    if world is not None and asked not in (None, world):
         raise ConfigError(f"workers must be torchrun's {world}, or be left out, got {asked}")
-    return world
+    workers = world or (4 if asked is None else asked)
+    if workers < 2 and world is None:
+        raise ConfigError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
+    return workers
 
 
 def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[Link, str]:

@@ -6,7 +6,6 @@ compressor, are multiples of dense training's, from measurements.
 """
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -22,6 +21,7 @@ from packsaddle.compressors.registry import describe
 from packsaddle.plan.coding import Pace
 from packsaddle.plan.model_size import ModelSize
 from packsaddle.plan.step_time import Dense, Fastest, Fleet, Link, Step, StepTime, break_even, compressed
+from packsaddle.plan.timing import clocked
 
 _SMALL = 20  # all-reduces of one element
 _ENOUGH = 0.5  # seconds: an all-reduce that takes so long tells the rate
@@ -59,17 +59,10 @@ def _seconds(group: Group, elements: int, repeats: int, device: torch.device | s
     """The median time of an all-reduce, averaged over workers so that all go on alike."""
     tensor = torch.zeros(elements, device=device)
     group.all_reduce(tensor)  # connects, allocates, and lets all begin together
-    taken = torch.tensor(median(_clocked(lambda: group.all_reduce(tensor), tensor) for _ in range(repeats)))
+    taken = torch.tensor(median(clocked(lambda: group.all_reduce(tensor)) for _ in range(repeats)))
     shared = taken.to(device)
     group.all_reduce(shared)
     return float(shared) / group.size
-
-
-def _clocked(work: Callable[[], None], tensor: torch.Tensor) -> float:
-    begin = time.perf_counter()
-    work()
-    tensor[:1].tolist()  # waits for a GPU's stream
-    return time.perf_counter() - begin
 
 
 def probe_locally(workers: int) -> Link:

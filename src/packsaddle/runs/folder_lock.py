@@ -47,7 +47,17 @@ def locked(folder: Path) -> Iterator[FolderLock | None]:
     path = folder / LOCK
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        number = _taken(path)
+        try:
+            number = acquire(path)
+        except HeldError as holder:
+            raise _in_use(folder, holder) from None
+        except NoLocksError as error:
+            number = None
+            print(
+                f"packsaddle: warning: {folder} is on a file system without locks ({error.strerror}), so nothing "
+                f"keeps a second process from training in it",
+                file=sys.stderr,
+            )
     try:
         yield None if number is None else FolderLock(number)
     finally:
@@ -61,21 +71,6 @@ def check_free(folder: Path) -> None:
         check_not_held(folder / LOCK)
     except HeldError as holder:
         raise _in_use(folder, holder) from None
-
-
-def _taken(path: Path) -> int | None:
-    """Open and lock a lock's file; None if there are no locks."""
-    try:
-        return acquire(path)
-    except HeldError as holder:
-        raise _in_use(path.parent, holder) from None
-    except NoLocksError as error:
-        print(
-            f"packsaddle: warning: {path.parent} is on a file system without locks ({error.strerror}), so nothing "
-            f"keeps a second process from training in it",
-            file=sys.stderr,
-        )
-        return None
 
 
 def _in_use(folder: Path, holder: HeldError) -> ConfigError:
