@@ -18,9 +18,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 
@@ -134,7 +134,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file atomically."""
-        self._replace(name, lambda file: file.write(json.dumps(content, indent=2, allow_nan=True).encode() + b"\n"))
+        self._write(name, json.dumps(content, indent=2).encode() + b"\n")
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add one line to a .jsonl file."""
@@ -158,7 +158,7 @@ class RunFolder:
                     raise ConfigError(f"{path} is damaged: {error}") from None
                 text = "".join(json.dumps(line) + "\n" for line in lines).encode()
                 if text != path.read_bytes():
-                    self._replace(name, partial(_write, text))
+                    self._write(name, text)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -166,14 +166,10 @@ class RunFolder:
 
     def save_tensors(self, name: str, content: Mapping[str, Any]) -> None:
         """Write tensors and plain types atomically, to be read with torch.load(weights_only=True)."""
-        self._replace(name, lambda file: torch.save(content, file))
+        write_whole(self.path / name, lambda file: torch.save(content, file))
 
-    def _replace(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
-        write_whole(self.path / name, write)
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
+    def _write(self, name: str, content: bytes) -> None:
+        write_whole(self.path / name, lambda file: file.write(content))
 
 
 def make_new(path: Path) -> None:
