@@ -97,9 +97,8 @@ class Questions:
         def tell(b: Bounds) -> None:
             progress(round(most * b.products / b.most), f"{b.products} of at most {b.most} products: {b}")
 
-        goal = {"epsilon": self.epsilon, "hessian_lipschitz": self.hessian_lipschitz}
         search = self._started(1)
-        return certify(model, loss_fn, batches, **goal, search=search, sample_of=sample_of, progress=tell)
+        return certify(model, loss_fn, batches, **self._goal, search=search, sample_of=sample_of, progress=tell)
 
     def look(
         self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
@@ -121,15 +120,17 @@ class Questions:
                 spectrum = spectral_density(model, loss_fn, batches, **limits, search=search, progress=progress)
         if self.population:
             with self._counting("population", MOST_PRODUCTS) as progress:
-                goal = {"epsilon": self.epsilon, "hessian_lipschitz": self.hessian_lipschitz}
-                population = certify_population(
-                    model, loss_fn, batches, **goal, search=self._started(3), progress=progress
-                )
+                goal, search = self._goal, self._started(3)
+                population = certify_population(model, loss_fn, batches, **goal, search=search, progress=progress)
         return Finding(file, certificate, escape, sharpest, spectrum, population, is_sharded(model), self.lr)
 
     def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
         """Return the context of progress through `most` products, shown by rank 0 alone."""
         return countdown(what, most, quiet=self.quiet or resolve(None).rank != 0)
+
+    @property
+    def _goal(self) -> dict[str, float | None]:
+        return {"epsilon": self.epsilon, "hessian_lipschitz": self.hessian_lipschitz}
 
     def _started(self, step: int) -> Search:
         return replace(self.search, generator=generator(self.seed, step, Stream.CERTIFY))

@@ -31,13 +31,7 @@ from packsaddle.runs.batched import BatchedGradients
 from packsaddle.runs.config import Config
 from packsaddle.runs.local_training import LocalTraining
 from packsaddle.runs.progress import live, megabytes
-from packsaddle.runs.run_checkpoints import (
-    FINAL_WEIGHTS,
-    NEVER,
-    CheckpointPolicy,
-    RunCheckpoints,
-    StopAndSaveVote,
-)
+from packsaddle.runs.run_checkpoints import FINAL_WEIGHTS, NEVER, CheckpointPolicy, RunCheckpoints, StopAndSaveVote
 from packsaddle.runs.run_checks import Inspector, NoiseCheck, StepSizeCheck, noise_warning
 from packsaddle.runs.run_folder import RunFolder
 from packsaddle.runs.tasks.images import load_data
