@@ -11,10 +11,9 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.table import Table
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
-from packsaddle.cli.console import brief, is_first, print_table
+from packsaddle.cli.console import brief, is_first, number_table, print_table
 from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.group import Group
 from packsaddle.comm.launching import local_device, process_group, under_launcher
@@ -256,9 +255,7 @@ def _print_json(verdict: Verdict, asked: _Asked) -> None:
 def _print_tables(verdict: Verdict, asked: _Asked) -> None:
     workload, link, fleet = asked.workload, asked.link, asked.fleet
     steps = ("x steps",) if asked.optimizer else ()
-    table = Table("compressor", "by", "sent", "step ms", "coding", "exchange", *steps, "pays below")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = number_table("compressor", "by", "sent", "step ms", "coding", "exchange", *steps, "pays below", words=2)
     for f in verdict.forecasts:
         cells = [ms(part) for part in (f.time.total, f.time.compression, f.time.exchange)]
         cells += [_steps(f)] * len(steps)
@@ -289,9 +286,7 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
     """Print the table of local updates, and the best of them compared with dense training, in seconds a step."""
-    table = Table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = number_table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
     for f in forecasts:
         name = brief(describe(f.setting.compressor)) + (", kept" if f.setting.keep_unsent else "")
         cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), megabytes(f.sent), ms(f.step)]

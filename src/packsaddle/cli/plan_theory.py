@@ -1,15 +1,15 @@
 """packsaddle plan theory and packsaddle plan table."""
 
-import json as json_format
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, Literal
+from json import dumps
+from typing import Literal
 
 from rich.table import Table
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
-from packsaddle.cli.console import print_table
+from packsaddle.cli.console import number_table, print_table
 from packsaddle.compressors import Identity
 from packsaddle.errors import ConfigError, config_errors
 from packsaddle.runs.progress import megabytes
@@ -60,8 +60,13 @@ def theory(
     # Its document or its table.
     if json:
         shown = [{**p.plain(), "balanced_k": _balanced_k(p)} for p in plans]
-        document = {"assumptions": asdict(assumptions), "constants": asdict(constants), "workers": workers}
-        print(_dump({**document, "plans": shown, "out_of_reach": reached.out_of_reach, "reach": asdict(reached)}))
+        document: dict[str, Any] = {
+            "assumptions": asdict(assumptions),
+            "constants": asdict(constants),
+            "workers": workers,
+        }
+        document |= {"plans": shown, "out_of_reach": reached.out_of_reach, "reach": asdict(reached)}
+        print(dumps(document, indent=2))
         return
     _show(plans)
     if reached.out_of_reach:
@@ -98,9 +103,7 @@ def _balanced_k(p: Plan) -> int | None:
 
 def _show(plans: list[Plan]) -> None:
     first, a = plans[0], plans[0].assumptions
-    table = Table("~ order of magnitude", *(type(p.compressor).__name__ + "*" * _outside(p) for p in plans))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = number_table("~ order of magnitude", *(type(p.compressor).__name__ + "*" * _outside(p) for p in plans))
     for label, cell in _ROWS.items():
         table.add_row(label, *map(cell, plans))
     print_table(table, _UNCUT)
@@ -216,7 +219,7 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
     with config_errors("--"):
         check_range(d, epsilon)
     if json:
-        print(_dump({"d": d, "epsilon": epsilon, "table": [row.plain(d, epsilon) for row in TABLE_1]}))
+        print(dumps({"d": d, "epsilon": epsilon, "table": [row.plain(d, epsilon) for row in TABLE_1]}, indent=2))
         return
 
     # A row's numbers stand below its formulas.
@@ -237,7 +240,3 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
 
 def _formula(order: Order, d: int, epsilon: float) -> str:
     return f"{order}\n= {order(d, epsilon):.2e}"
-
-
-def _dump(document: dict[str, Any]) -> str:
-    return json_format.dumps(document, indent=2)

@@ -128,7 +128,9 @@ class Trainer:
         if batched:
             assert isinstance(self.group, SimulatedGroup)
             self.batched = BatchedGradients(self.task, self.group, self._batch, self.training.channel, self._autocast)
-        self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
+        self.inspector = None
+        if config.certify is not None:
+            self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
         self.footing = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
@@ -292,7 +294,7 @@ class Trainer:
     def _look(self, step: int, folder: RunFolder, *, quiet: bool) -> None:
         """Do the checks that are due before step `step`, or at the end: certificates, step size, noise; collective."""
         begin, steps, per_epoch = time.perf_counter(), self.calendar.steps, self.calendar.per_epoch
-        if self.inspector.due(step):
+        if self.inspector is not None and self.inspector.due(step):
             with self.training.at_anchor():
                 self.inspector.look(step, folder)
 
