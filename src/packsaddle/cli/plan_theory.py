@@ -59,13 +59,14 @@ def theory(
 
     # Its document or its table.
     if json:
-        shown = [{**p.plain(), "balanced_k": _balanced_k(p)} for p in plans]
-        document: dict[str, Any] = {
+        document = {
             "assumptions": asdict(assumptions),
             "constants": asdict(constants),
             "workers": workers,
+            "plans": [{**p.plain(), "balanced_k": _balanced_k(p)} for p in plans],
+            "out_of_reach": reached.out_of_reach,
+            "reach": asdict(reached),
         }
-        document |= {"plans": shown, "out_of_reach": reached.out_of_reach, "reach": asdict(reached)}
         print(dumps(document, indent=2))
         return
     _show(plans)
