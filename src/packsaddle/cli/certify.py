@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import chain, count
 from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -155,8 +156,5 @@ def _share(findings: list[Any], drawn: list[str]) -> Any:
 
 def _numbered(folder: Path) -> Path:
     """The folder, or the first of its numbered siblings that does not exist."""
-    number, chosen = 1, folder
-    while chosen.exists():
-        number += 1
-        chosen = folder.with_name(f"{folder.name}-{number}")
-    return chosen
+    siblings = (folder.with_name(f"{folder.name}-{n}") for n in count(2))
+    return next(path for path in chain([folder], siblings) if not path.exists())

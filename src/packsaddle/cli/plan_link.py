@@ -198,7 +198,6 @@ def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> 
 
 
 def _reporting(pace: Callable[[Compressor, int], Pace], report: Report) -> Callable[[Compressor, int], Pace]:
-    """Return `pace`, which reports the compressor that it times."""
     done = 0
 
     def reported(compressor: Compressor, d: int) -> Pace:

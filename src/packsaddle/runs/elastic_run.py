@@ -98,7 +98,6 @@ class ElasticTrainer(Trainer):
         return super()._line(min(self.calendar.steps, self.training.front.position), means, seconds)
 
     def _test_due(self, steps: int, since: int) -> bool:
-        """See `Trainer`."""
         seen, self._seen = self._seen, self.training.front.position
         return super()._test_due(self._seen, seen)
 

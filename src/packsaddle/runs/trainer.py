@@ -159,7 +159,6 @@ class Trainer:
         return self.data.batch(index, self.device, self.dtype)
 
     def _loss(self, index: Tensor) -> Tensor:
-        """The mean loss of the chosen examples."""
         with self._autocast():
             loss: Tensor = self.task(*self._batch(index))
         return loss
@@ -278,7 +277,6 @@ class Trainer:
         return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept{hint}")
 
     def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
-        """Write a line of metrics and return it."""
         tally = self.tally
         line = self._line(tally.step, self._means(tally.totals()), seconds)
         if self._test_due(tally.step, tally.since):

@@ -103,13 +103,10 @@ def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str,
         }
         for i, setting in enumerate(settings)
     ]
-    return {"axes": _axes(settings), "settings": named, "charts": charts}
-
-
-def _axes(settings: Sequence[Setting]) -> dict[str, dict[str, Any]]:
-    """The axes to choose from: rounds where a run has local updates, as they are steps elsewhere."""
+    # Rounds are steps, unless a run has local updates.
     has_rounds = any(setting.config.get("local") for setting in settings)
-    return {name: axis for name, axis in _AXES.items() if name != "rounds" or has_rounds}
+    axes = {name: axis for name, axis in _AXES.items() if name != "rounds" or has_rounds}
+    return {"axes": axes, "settings": named, "charts": charts}
 
 
 def _line(i: int, c: Curve, quantity: str) -> dict[str, Any]:
@@ -161,6 +158,7 @@ def for_script(data: Any) -> str:
 
 def _described(i: int, setting: Setting) -> dict[str, Any]:
     """Return the page's text on a setting."""
+    commands = [printable(str(c)) for run in setting.runs if (c := run.environment.get("command"))]
     environments = [{k: v for k, v in run.environment.items() if k != "command"} for run in setting.runs]
     return {
         "label": setting.label,
@@ -168,14 +166,10 @@ def _described(i: int, setting: Setting) -> dict[str, Any]:
         "dashes": _DASHES[line_style(i)["linestyle"]][1],
         "config": json.dumps({k: v for k, v in setting.config.items() if k != "seed"}, indent=2),
         "seeds": setting.seeds,
-        "environments": _distinct([json.dumps(e, indent=2) for e in environments]),
-        "commands": _distinct([printable(str(c)) for run in setting.runs if (c := run.environment.get("command"))]),
+        "environments": list(dict.fromkeys(json.dumps(e, indent=2) for e in environments)),
+        "commands": list(dict.fromkeys(commands)),
         "folders": [printable(str(run.path.absolute())) for run in setting.runs],
     }
-
-
-def _distinct(texts: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(texts))
 
 
 def _read(name: str) -> str:

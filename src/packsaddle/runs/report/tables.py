@@ -196,7 +196,6 @@ def certificate_table(runs: Sequence[Run]) -> Table:
 
 
 def _certificate_cells(c: dict[str, Any]) -> list[str]:
-    """Format a certificate of a run for people."""
     looked = c.get("lambda_min_lower") is not None and c["verdict"] != "gradient too large"
     bounds = f"[{c['lambda_min_lower']:.2e}, {c['lambda_min_upper']:.2e}]" if looked else "-"
     return [
