@@ -151,16 +151,7 @@ DENSE = "none"
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast of one contender.
-
-    >>> from functools import partial
-    >>> from packsaddle import TopK
-    >>> from packsaddle.plan import Fleet, Link, ModelSize, forecast, measure
-    >>> link, size = Link.nominal(100e6, 1e-4), ModelSize.of_size(1_000_000)
-    >>> verdict = forecast(size, link, Fleet(2, 0.1), [TopK(0.01)], partial(measure, repeats=3))
-    >>> [(f.compressor, f.exchange, f.sent) for f in verdict.forecasts]
-    [('TopK(ratio=0.01)', 'all-gather', 50495), ('none', 'all-reduce', 4000000)]
-    """
+    """The forecast of one contender."""
 
     compressor: str  # "none" for DistributedDataParallel
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
@@ -187,16 +178,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The forecasts of all contenders, the quickest first, those whose steps are not known last.
-
-    >>> from functools import partial
-    >>> from packsaddle import TopK
-    >>> from packsaddle.plan import Fleet, Link, ModelSize, forecast, measure
-    >>> link, size = Link.nominal(100e6, 1e-4), ModelSize.of_size(1_000_000)
-    >>> verdict = forecast(size, link, Fleet(2, 0.1), [TopK(0.01)], partial(measure, repeats=3))
-    >>> verdict.dense.sent, verdict.best.seconds < verdict.dense.seconds
-    (4000000, True)
-    """
+    """The forecasts of all contenders, the quickest first, those whose steps are not known last."""
 
     forecasts: tuple[Forecast, ...]  # dense training among them
 

@@ -44,6 +44,7 @@ def locked(folder: Path) -> Iterator[FolderLock | None]:
     Raises ConfigError, naming the holder, if another process has it, and if the folder cannot be written. None, with a
     warning on stderr, where the file system has no locks.
     """
+    # Only a file system without locks lets the work begin without one.
     path = folder / LOCK
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)

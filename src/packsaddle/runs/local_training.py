@@ -47,6 +47,8 @@ class LocalTraining(Training):
         assert config.local is not None
         self._local = local = config.local
         super().__init__(config, calendar, local.every)
+
+        # The optimizer of this worker, then the exchanges around it.
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._inner = make_inner(config, local, model.named_parameters())
         with config_errors():

@@ -180,6 +180,8 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
                 f"--resume: {path} is not a run folder (it has no config.json); to begin one, give CONFIG"
             )
         return config, state
+
+    # A run that was begun has its configuration in its folder.
     file = path / "config.json"
     try:
         saved = build(Config, json.loads(file.read_text()))
