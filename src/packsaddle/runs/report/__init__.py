@@ -11,7 +11,7 @@ from packsaddle.runs.report.curves import Curve, curve, read_curves, write_curve
 from packsaddle.runs.report.figures import COLOURS, STYLE, save
 from packsaddle.runs.report.page import render
 from packsaddle.runs.report.settings import Estimate, Setting, estimate, settings
-from packsaddle.runs.report.tables import ESTIMATED, SettingRow, plateau, row, setting_row
+from packsaddle.runs.report.tables import SettingRow, plateau, row, setting_row
 from packsaddle.runs.run_folder import Run, make_new, written
 
 __all__ = [
@@ -55,13 +55,10 @@ def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) 
 
 def _flat(r: SettingRow) -> dict[str, Any]:
     """Return a setting's columns: of an estimate its mean and the ends of its interval."""
-    found: dict[str, Any] = {}
-    for name, value in vars(r).items():
-        if name in ESTIMATED:
-            ends = (None, None, None) if value is None else (value.mean, value.low, value.high)
-            found |= zip((name, f"{name}_low", f"{name}_high"), ends, strict=True)
-        else:
-            found[name] = value
+    found = {name: value for name, value in vars(r).items() if name != "estimates"}
+    for name, e in r.estimates.items():
+        ends = (None, None, None) if e is None else (e.mean, e.low, e.high)
+        found |= zip((name, f"{name}_low", f"{name}_high"), ends, strict=True)
     return found
 
 
