@@ -67,15 +67,15 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
                 _draw_bounds(column[-1], settings, along)
             column[-1].set_xlabel(name)
 
-        # Names and scales of the axes, which the panels of a row or a column share.
+        # Names and scales, which the panels of a row or a column share; limits depend on the order.
         for axis, quantity in zip(axes[:, 0], quantities, strict=False):
             axis.set_ylabel(QUANTITY_NAMES[quantity])
+        if certified:
+            _name_bounds(axes[-1][0], settings)
         if any(_positive(c.columns["grad_norm_mean"]) for c in curves):
             axes[1][0].set_yscale("log")
         if any(_positive(c.columns["megabytes"], c.columns["loss_mean"]) for c in curves):
             axes[-1][1].set_xscale("log")
-        if certified:
-            _name_bounds(axes[-1][0], settings)
         _add_legend(figure, *axes[0][0].get_legend_handles_labels())
         return figure
 
