@@ -10,8 +10,7 @@ from packsaddle.comm.aggregators import (
     AllGather,
     AllReduce,
     LowRankAllReduce,
-    ProjectedAllReduce,
-    SketchedAllReduce,
+    SharedSupportAllReduce,
 )
 from packsaddle.comm.owner_aggregators import Coordinator, TwoWay
 from packsaddle.compressors import Compressor
@@ -20,8 +19,8 @@ from packsaddle.compressors import Compressor
 _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "all-reduce": AllReduce,
     "all-gather": AllGather,
-    "sketched all-reduce": SketchedAllReduce,
-    "projected all-reduce": ProjectedAllReduce,
+    "sketched all-reduce": SharedSupportAllReduce,
+    "projected all-reduce": SharedSupportAllReduce,
     "low-rank all-reduce": LowRankAllReduce,
 }
 

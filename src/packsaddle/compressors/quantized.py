@@ -71,9 +71,6 @@ class Sign(Compressor):
             _add_signs(signs, first, alpha * scale, tensor)
             first += len(tensor)
 
-    def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        return math.ceil(d / 8) + itemsize * len(self._sizes(d))
-
     def _sizes(self, d: int) -> list[int]:
         return list(self.sizes) if sum(self.sizes) == d and self.sizes else [d]
 
@@ -190,7 +187,8 @@ class QSGD(Compressor):
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
         levels = level_bytes(d, self.bits) if self._codes_levels else octets(math.ceil(d * self.bits / 8))
-        return {"levels": levels, "scales": floats(math.ceil(d / self._width(d)))}
+        norms = floats(math.ceil(d / self._width(d)), torch.float32, torch.float64)
+        return {"levels": levels, "scales": norms}
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         packed, norms = message.parts["levels"], message.parts["scales"]
@@ -236,12 +234,6 @@ class QSGD(Compressor):
     def _width(self, d: int) -> int:
         """Coordinates of a bucket."""
         return max(1, min(d, self.bucket))
-
-    def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        if self._codes_levels:
-            return super().message_bytes(d, itemsize)
-        b = self._width(d)
-        return math.ceil(d * self.bits / 8) + max(4, itemsize) * math.ceil(d / b)  # norms are not in 16 bits
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from packsaddle.compressors.base import Compressor
+from packsaddle.compressors.linear_sketch import LinearSketch
 from packsaddle.compressors.low_rank import LowRank
 from packsaddle.compressors.quantized import QSGD, Sign
-from packsaddle.compressors.shared import SharedTopK
-from packsaddle.compressors.sketched import LinearSketch, SketchTopK
+from packsaddle.compressors.shared import SharedTopK, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 from packsaddle.compressors.stages import Stages
 
@@ -82,10 +82,7 @@ def parse_compressor(text: str) -> Compressor:
 
 def classes() -> dict[str, type[Compressor]]:
     """Return every compressor's class by its name."""
-    from packsaddle import compressors
-
-    found = {name: getattr(compressors, name) for name in compressors.__all__}
-    return {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, Compressor) and c is not Compressor}
+    return {kind.__name__: kind for kind in SUMMARIES}
 
 
 def _called(call: ast.expr) -> Compressor:

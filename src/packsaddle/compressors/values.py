@@ -182,14 +182,3 @@ def value_retention(how: ValueFormat | None) -> float:
         twice = (2 * _LARGEST[how]) ** 2
         return twice / (twice + VALUE_BLOCK - 1) * (1 if how == "int8" else 1 - 2.0**-7)
     return 1 - (2.0**-16 if how == "bfloat16" else 2.0**-20)
-
-
-def value_bytes(k: int, how: ValueFormat | None, itemsize: int) -> int:
-    """Bytes of k values of a vector whose own dtype takes `itemsize` bytes."""
-    if how is None:
-        return itemsize * k
-    blocks = math.ceil(k / VALUE_BLOCK)
-    if how in _PACKED:
-        scales = 2 * blocks * (1 << _HALVINGS.get(how, 0))
-        return math.ceil(k * _PACKED[how] / 8) + 1 + scales + itemsize if k else 0
-    return {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[how] * k + blocks * itemsize
