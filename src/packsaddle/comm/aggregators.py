@@ -155,11 +155,9 @@ class AllReduce(Aggregator):
         own = self.compressor.encode(v, seed=seed, step=step)
         ((name, payload),) = own.parts.items()
         shares = {name: payload.numel(), "dense": dense.numel()}
-        if len(self._buffer) != len(payload) + len(dense) or (self._buffer.dtype, self._buffer.device) != (
-            payload.dtype,
-            payload.device,
-        ):
-            self._buffer = payload.new_empty(len(payload) + len(dense))
+        n = len(payload) + len(dense)
+        if len(self._buffer) != n or self._buffer.dtype != payload.dtype or self._buffer.device != payload.device:
+            self._buffer = payload.new_empty(n)
         mean = channel.mean(torch.cat([payload, dense], out=self._buffer), shares)
         reduced = Message({name: mean[: payload.numel()]}, own.context)
         return Averaged(self._terms(own, len(v)), self._terms(reduced, len(v)), mean[payload.numel() :])
@@ -177,14 +175,12 @@ class AllGather(Aggregator):
             return Averaged((), (), mean_dense)
         own = self.compressor.encode(v, seed=self._seed_of(channel.group.rank, seed), step=step)
         gathered = channel.gather(own.parts, fixed_size=self.compressor.fixed_size)
-        messages = [
-            own
-            if worker == channel.group.rank
-            else self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
-            for worker, parts in enumerate(gathered)
-        ]
-        weight = 1.0 / channel.group.size
-        mean = [t for message in messages for t in self._terms(message, len(v), weight)]
+        mean: list[Term] = []
+        for worker, parts in enumerate(gathered):
+            message = own
+            if worker != channel.group.rank:
+                message = self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
+            mean += self._terms(message, len(v), 1.0 / channel.group.size)
         return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
@@ -273,10 +269,8 @@ class LowRankAllReduce(Aggregator):
             following.append(scaled(right[:size].view(-1, m).T).clone() if q.numel() else q)
             right = right[size:]
         # Without `for_tensors` the shapes are unknown here, and Q stays Gaussian.
-        usable = len(following) == len(qs) and all(
-            bool(q.any()) and bool(q.isfinite().all()) for q in following if q.numel()
-        )
-        return following if usable else None
+        valid = all(bool(q.any()) and bool(q.isfinite().all()) for q in following if q.numel())
+        return following if valid and len(following) == len(qs) else None
 
     def reset(self) -> None:
         self._qs = None
@@ -294,13 +288,10 @@ class LowRankAllReduce(Aggregator):
         self._qs = [q.to(device, copy=True) for q in state.get("qs", [])] or None
 
 
-_PART = 1 << 20  # coordinates that are compressed to learn about the messages of a huge vector, without its memory
-
-
 @cache
 def part_count(compressor: Compressor, d: int) -> int:
     """Return the number of parts of a compressor's messages."""
-    part = min(d, _PART)
+    part = min(d, 1 << 20)  # of a huge vector, without its memory
     return len(compressor.restrict(part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 
 

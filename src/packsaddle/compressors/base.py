@@ -73,8 +73,7 @@ class Compressor(ABC):
     """A (possibly random) map C of flat vectors, written as `encode` to a message and `add_decoded` from it.
 
     It satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 (Definition 2.1 of the paper). A subclass is a frozen dataclass
-    that writes `mu`, `encode` and `add_decoded`; `check_compressor` of `packsaddle.compressors.testing` tries it. It
-    also overrides
+    with `mu`, `encode` and `add_decoded`; `packsaddle.compressors.testing.check_compressor` tests it. It also overrides
     - `linear`, to return True, if it is; then `encode` makes one floating part, linear in v, whose length v does
       not change;
     - `receive` if its messages have a context; it begins with `check_parts`;

@@ -3,7 +3,7 @@
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
@@ -113,13 +113,16 @@ def _argument(node: ast.expr) -> Any:
 
 def describe(compressor: Compressor) -> str:
     """The compressor with those of its fields that are not at their defaults; by its name if it is no dataclass."""
-    if not is_dataclass(compressor):
-        return f"{type(compressor).__name__}()"
-    given = [f for f in fields(compressor) if not f.metadata.get("internal")]
-    changed = [f for f in given if getattr(compressor, f.name) != f.default]
-    values = [getattr(compressor, f.name) for f in changed]
-    shown = [f"{f.name}={_described(value)}" for f, value in zip(changed, values, strict=True)]
+    given = [(f, getattr(compressor, f.name)) for f in _fields(compressor)]
+    shown = [f"{f.name}={_described(value)}" for f, value in given if value != f.default]
     return f"{type(compressor).__name__}({', '.join(shown)})"
+
+
+def _fields(compressor: Compressor) -> "list[Field[Any]]":
+    """Return the fields that a user sets; none if it is no dataclass."""
+    if not is_dataclass(compressor):
+        return []
+    return [f for f in fields(compressor) if not f.metadata.get("internal")]
 
 
 def _described(value: Any) -> str:
@@ -130,10 +133,8 @@ def _described(value: Any) -> str:
 
 def identify(compressor: Compressor) -> dict[str, Any]:
     """Return a compressor's name (its `kind` in a configuration) and parameters, in plain types, for a saved state."""
-    names: list[str] = []
-    if is_dataclass(compressor):
-        names = [f.name for f in fields(compressor) if not f.metadata.get("internal")]
-    return {"kind": type(compressor).__name__} | {name: _plain(getattr(compressor, name)) for name in names}
+    values = {f.name: _plain(getattr(compressor, f.name)) for f in _fields(compressor)}
+    return {"kind": type(compressor).__name__, **values}
 
 
 def _plain(value: Any) -> Any:
