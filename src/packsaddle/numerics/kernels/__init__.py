@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import os
 import warnings
-from collections import ChainMap
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -56,20 +55,21 @@ def obstacle(device: torch.device | str) -> str:
 
 
 @cache
-def _load(where: str) -> tuple[ChainMap[str, Any], str]:
+def _load(where: str) -> tuple[dict[str, Any], str]:
     """Return the compiled loops by name, or none and the reason."""
     if os.environ.get("PACKSADDLE_KERNELS") == "torch":
-        return ChainMap(), "PACKSADDLE_KERNELS=torch asks for torch alone"
+        return {}, "PACKSADDLE_KERNELS=torch asks for torch alone"
     if where not in _COMPILERS:
-        return ChainMap(), f"there are no compiled loops for {where}"
+        return {}, f"there are no compiled loops for {where}"
     needed, modules = _COMPILERS[where]
     if importlib.util.find_spec(needed) is None:
-        return ChainMap(), f"{needed} is not installed"
+        return {}, f"{needed} is not installed"
     try:  # not at the top: numba takes a second to import
-        return ChainMap(*(vars(importlib.import_module(f"{__name__}.{module}")) for module in modules)), ""
+        loops = [vars(importlib.import_module(f"{__name__}.{module}")).items() for module in modules]
+        return {name: loop for found in loops for name, loop in found}, ""
     except (ImportError, RuntimeError) as error:  # numba raises the latter where it may write no cache anywhere
         warnings.warn(f"{needed} cannot be used: {error}", SlowKernelsWarning, stacklevel=4)
-        return ChainMap(), f"{needed} cannot be used: {error}"
+        return {}, f"{needed} cannot be used: {error}"
 
 
 @cache
