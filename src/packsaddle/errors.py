@@ -1,10 +1,11 @@
-"""Errors that users meet as one line, and the import of optional packages.
+"""Errors that users meet as one line, checks of single numbers, and the import of optional packages.
 
 Every layer may raise them, so they are apart from all algorithms. The command line prints a ConfigError and exits with
 code 2, and a GuardError with code 1.
 """
 
 import importlib
+import math
 from types import ModuleType
 
 
@@ -44,6 +45,20 @@ class MissingExtraError(ConfigError):
 def is_below(value: float, least: int) -> bool:
     """Return whether a value is not an integer of at least `least`; True and False are not."""
     return isinstance(value, bool) or value < least
+
+
+def check_positive(**values: float | None) -> None:
+    """Raise ValueError, with the name, for a value that is not positive and finite; None is not given, and passes."""
+    for name, value in values.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def check_not_negative(**values: float | None) -> None:
+    """Raise ValueError, with the name, for a value that is negative or not finite; None is not given, and passes."""
+    for name, value in values.items():
+        if value is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
