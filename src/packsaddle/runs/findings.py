@@ -15,10 +15,10 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import is_sharded
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
-from packsaddle.curvature.hessian import LossFn
+from packsaddle.curvature.hessian import LossFn, every_nth
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.population import MOST_PRODUCTS, PopulationCertificate, certify_population
-from packsaddle.curvature.search import Bounds, EveryNth
+from packsaddle.curvature.search import Bounds
 from packsaddle.curvature.sharded import derivatives
 from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
 from packsaddle.numerics.seeds import Stream, generator
@@ -106,7 +106,7 @@ class Questions:
         """Follow the extreme directions, and take the spectral density and the population's bounds; collective."""
         # f(x + s v) along the extreme directions v.
         v, w = certificate.escape_direction, certificate.sharpest_direction
-        every = EveryNth(batches, max(1, certificate.examples // _PROFILED))
+        every = every_nth(batches, max(1, certificate.examples // _PROFILED))
         reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
         escape = _profile(model, loss_fn, every, v, reach)
         sharpest = None if w is None else _profile(model, loss_fn, every, w, reach)
