@@ -139,7 +139,7 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
             file.seek(0)
             if size != manifest.bytes:
                 raise DamagedError(f"{path} is damaged: {size} bytes, not {manifest.bytes}")
-            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:  # type: ignore[arg-type]
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:
                 raise DamagedError(f"{path} is damaged: its sha256 is another")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)

@@ -242,7 +242,7 @@ class Reach:
 def reach(a: Assumptions, constants: Constants) -> Reach:
     """Return how far away a plan is, and what its steps would be on easier terms."""
 
-    def steps(**easier: float) -> int:
+    def steps(**easier: Any) -> int:
         b, c = replace(a, **easier), constants
         if c.mode == "theory":  # whose logarithm depends on the problem
             c = Constants.theory(b, c.failure_probability or 0.1)
