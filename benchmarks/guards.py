@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from packsaddle import CompressedSGD, Compression, RandomK, TopK
-from packsaddle.feedback.drift import fingerprint
+from packsaddle.feedback.checks import fingerprint
 from packsaddle.numerics import is_usable
 from packsaddle.plan import side_by_side
 

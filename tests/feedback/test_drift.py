@@ -29,7 +29,7 @@ from packsaddle import (
 )
 from packsaddle.comm.group import resolve
 from packsaddle.errors import ConfigError
-from packsaddle.feedback.drift import fingerprint
+from packsaddle.feedback.checks import fingerprint
 from packsaddle.runs.job import Job
 from packsaddle.runs.templates import TASKS
 

@@ -11,7 +11,7 @@ from packsaddle import CompressedSGD, Compression, Compressor, Ledger, LowRank, 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
-from packsaddle.feedback.contraction import Contraction
+from packsaddle.feedback.checks import Contraction
 from packsaddle.feedback.guard import Guard
 from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.round import ErrorFeedback

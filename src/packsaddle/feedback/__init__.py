@@ -3,6 +3,6 @@
 - `round`: one exchange, v = e + u sent as C(v), then committed or rolled back (Algorithm 1, lines 10-12)
 - `memory`: the error memory e, of several kinds
 - `slices`: parameters as one flat vector, or parts of it
-- `guard`, `drift`, `contraction`, `escape`, `noise`: checks and measurements of a step
+- `guard`, `checks`, `escape`, `noise`: validation, measurements and checks of a step
 - `compression`: the settings that all fronts share; `state`: saved states; `background`: exchanges during training
 """

@@ -7,7 +7,7 @@ from typing import get_args
 from packsaddle.comm.select_aggregator import Exchange, check_exchange
 from packsaddle.compressors import Compressor
 from packsaddle.errors import is_below
-from packsaddle.feedback.drift import OnDrift
+from packsaddle.feedback.checks import OnDrift
 from packsaddle.feedback.memory import Memory
 from packsaddle.feedback.slices import check_dense_below
 from packsaddle.options.agreement import Option

@@ -24,7 +24,7 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.select_aggregator import Choice, choose
 from packsaddle.compressors import Compressor, identify
-from packsaddle.feedback.contraction import Contraction
+from packsaddle.feedback.checks import Contraction
 from packsaddle.feedback.guard import Guard, Verdict
 from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.slices import Slice

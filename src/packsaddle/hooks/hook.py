@@ -21,9 +21,8 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Ledger, Totals
 from packsaddle.compressors import Compressor, Identity, describe
 from packsaddle.errors import is_below
+from packsaddle.feedback.checks import Contraction, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.contraction import Contraction
-from packsaddle.feedback.drift import DriftGuard, StepRates
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.noise import GaussianNoise

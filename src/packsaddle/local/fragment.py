@@ -17,7 +17,7 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import is_replicated, local_part
 from packsaddle.compressors import Compressor, Identity
-from packsaddle.feedback.contraction import Contraction
+from packsaddle.feedback.checks import Contraction
 from packsaddle.feedback.guard import Guard
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.round import ErrorFeedback, Round, SavedAggregator

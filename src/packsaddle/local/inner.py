@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from packsaddle.comm.group import Group, is_averaged_by_ddp, resolve
 from packsaddle.comm.sharding import local_part
-from packsaddle.feedback.parameters import check_no_shared_memory
+from packsaddle.feedback.slices import check_no_shared_memory
 
 
 def follow(optimizer: Any, local: object) -> None:

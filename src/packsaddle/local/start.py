@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import local_part
-from packsaddle.feedback.drift import fingerprint
+from packsaddle.feedback.checks import fingerprint
 from packsaddle.local.inner import named_parameters
 
 _PROOF = 16  # different values: gradients with fewer may be equal on all workers by chance

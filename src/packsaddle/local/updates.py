@@ -30,8 +30,8 @@ from packsaddle.comm.select_aggregator import warn_of_nothing
 from packsaddle.comm.sharding import local_part
 from packsaddle.compressors import Compressor, Sign, describe
 from packsaddle.feedback.background import Background
+from packsaddle.feedback.checks import Drift, DriftGuard
 from packsaddle.feedback.compression import Compression, Schedule
-from packsaddle.feedback.drift import Drift, DriftGuard
 from packsaddle.feedback.escape import Escape, Reset
 from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise

@@ -11,7 +11,7 @@ from packsaddle.comm.group import Solo
 from packsaddle.compressors import Compressor, RandomK
 from packsaddle.errors import ConfigError
 from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.parameters import FlatParameters
+from packsaddle.feedback.slices import FlatParameters
 from packsaddle.options.schema import nearest
 from packsaddle.plan.timing import side_by_side
 from packsaddle.runs.config import DataConfig, ModelConfig

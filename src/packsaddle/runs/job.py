@@ -20,7 +20,7 @@ from packsaddle.comm.managed import connect
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.comm.simulation import FusedGroup, simulate
 from packsaddle.errors import ConfigError
-from packsaddle.feedback.drift import DriftError
+from packsaddle.feedback.checks import DriftError
 from packsaddle.feedback.guard import NonFiniteError
 from packsaddle.local.options import Elastic
 from packsaddle.options.schema import build, first_difference, plain

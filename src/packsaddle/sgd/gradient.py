@@ -12,8 +12,7 @@ from torch import Tensor
 
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.noise import GaussianNoise
-from packsaddle.feedback.parameters import FlatParameters
-from packsaddle.feedback.slices import Shaped
+from packsaddle.feedback.slices import FlatParameters, Shaped
 from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_bad
 
 T = TypeVar("T")

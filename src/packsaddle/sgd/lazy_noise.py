@@ -12,7 +12,7 @@ from packsaddle.comm.aggregators import Aggregator, AllReduce, Averaged
 from packsaddle.compressors.sparse import Cells
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import GaussianNoise, Noise
-from packsaddle.feedback.parameters import FlatParameters
+from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged, Term
 from packsaddle.feedback.memory import ErrorMemory, InPlaceMemory, Memory, Update
-from packsaddle.feedback.parameters import FlatParameters
+from packsaddle.feedback.slices import FlatParameters
 from packsaddle.numerics.finite import magnitude as measured
 
 _LARGE = 1 << 20  # coordinates: a smaller vector's spare fits a cache, and rolls a step back exactly
@@ -191,7 +191,7 @@ class EstimateMemory(ErrorMemory):
         compressed, dense = slice(self.compressed_d), slice(self.compressed_d, None)
         for term in sent:
             term.add_to(self.vector[compressed], 1.0)
-            term.add_to(self._lacking.flat[compressed], -1.0)  # the residual, for `feedback.contraction`
+            term.add_to(self._lacking.flat[compressed], -1.0)  # the residual, for `feedback.checks`
         self.vector[dense].add_(self._lacking.flat[dense])
         self._lacking.flat[dense].zero_()
         self._clear_frozen(self.vector)

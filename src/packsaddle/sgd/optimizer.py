@@ -21,15 +21,14 @@ from packsaddle.comm.group import is_averaged_by_ddp, training_group
 from packsaddle.comm.ledger import Ledger, Totals
 from packsaddle.comm.select_aggregator import warn_of_nothing
 from packsaddle.compressors import Compressor, RandomK, describe
+from packsaddle.feedback.checks import Contraction, Drift, DriftGuard, StepRates
 from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.contraction import Contraction
-from packsaddle.feedback.drift import Drift, DriftGuard, StepRates
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, NonFiniteError, Skip, Skips
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.parameters import FlatParameters
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
+from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, parameter_ids
 from packsaddle.numerics.finite import unnoticed
 from packsaddle.numerics.kernels import compiler

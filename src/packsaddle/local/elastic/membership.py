@@ -35,7 +35,7 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.errors import ConfigError, GuardError
-from packsaddle.feedback.drift import fingerprint
+from packsaddle.feedback.checks import fingerprint
 from packsaddle.feedback.state import Rule, State, Value, Vector, attribute
 from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Account, Hello, Roster, most

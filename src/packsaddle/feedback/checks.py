@@ -1,16 +1,7 @@
-"""Comparison of x over workers, at intervals, by fingerprints: x is never sent, so it could drift.
-
-A worker whose memory is faulty, whose processor rounds otherwise or whose script changes its parameters alone would
-train another model without a word.
-
-Rates that each worker steps by on its own are compared by a digest of all so far. Learning rates, weight decays and the
-noise's r are never sent. Where every worker makes its own part of v = e + u of them, x stays equal when they differ,
-and the algorithm is another one without a word: e is in units of the worker's own rate, and the mean of unlike noises
-is not xi.
-"""
+"""Measurements and checks at intervals of steps: the contraction of an exchange, and differences between workers."""
 
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal
@@ -20,38 +11,111 @@ from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.errors import GuardError
-from packsaddle.feedback.contraction import Every
+from packsaddle.feedback.slices import Slice
+from packsaddle.feedback.state import Path, Value, attribute
 from packsaddle.messages import numbered
 
 OnDrift = Literal["stop", "repair"]
 Named = Sequence[tuple[str, Tensor]]
 
 
+class Every:
+    """Falls due every N steps, and stays due until done, since not every step exchanges; never if N is 0."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.last = 0  # the step count when it was done last
+
+    def due(self, step: int) -> bool:
+        """Return True if it is due in this step, from 0."""
+        return self.steps > 0 and (step + 1) // self.steps > self.last // self.steps
+
+    def done(self, step: int) -> None:
+        """Mark it as done in this step."""
+        self.last = step + 1
+
+
+class Contraction:
+    """Measures mu_t = 1 - ||v - C(v)||^2 / ||v||^2 of this worker's v every `every` steps; 0 never measures.
+
+    A step has one slice or several, and mu_t is of all of them together. Nothing is read from a device before `close`.
+    Noise that is drawn only where it reaches x (see `sgd.lazy_noise.OutstandingNoise`) is not in v.
+
+    Args:
+        every: steps between two measurements.
+        of: the one slice of all steps, to measure each of its tensors as well.
+    """
+
+    def __init__(self, every: int, of: Slice | None = None) -> None:
+        self._every, self._slice = Every(every), of
+        self.whole: float | None = None  # the last mu_t
+        self.by_tensor: Mapping[str, float] = {}  # the last mu_t of each tensor; 1 for a tensor of zeros
+        self._energies: list[Tensor] = []  # of v and of its residual for each slice, float64[tensors or 1]
+
+    def measure(self, step: int, vector: Tensor) -> None:
+        """Measure v of a slice, float[n], and after the exchange its residual, if the step is due."""
+        if self._every.due(step):
+            self._energies.append(self._energy(vector))
+
+    def _energy(self, vector: Tensor) -> Tensor:
+        if self._slice is None:
+            energies: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64).square().reshape(1)
+        else:
+            views = [view.reshape(-1) for view in self._slice.views(vector)]
+            energies = torch.stack(torch._foreach_norm(views)).double().square()
+        return energies
+
+    def close(self, step: int, *, apply: bool) -> None:
+        """End a step; a rejected one is not measured."""
+        energies, self._energies = self._energies, []
+        if not (apply and energies):
+            return
+        before, after = torch.stack(energies).view(-1, 2, len(energies[0])).sum(0).tolist()
+        self.whole = contraction(sum(before), sum(after))
+        if self._slice is not None:
+            each = zip(self._slice.names, before, after, strict=True)
+            self.by_tensor = {name: contraction(b, a) for name, b, a in each}
+        self._every.done(step)
+
+    def fields(self, path: Path = ("contraction",)) -> list[Value]:
+        """Return the fields of the saved state, at a path: the last measurement and its step."""
+        last = (
+            attribute((*path, "whole"), self, "whole", float | None),
+            attribute((*path, "steps"), self._every, "last", int),
+        )
+        tensors = attribute((*path, "by_tensor"), self, "by_tensor", dict[str, float])
+        return [*last] if self._slice is None else [*last, tensors]
+
+
+def contraction(before: float, after: float) -> float:
+    """Return 1 - ||v - C(v)||^2 / ||v||^2, from the two squares; 1 for v = 0."""
+    return 1.0 - after / before if before != 0 else 1.0  # a NaN stays one
+
+
 class StepRates:
-    """The last step's r, then each parameter group's learning rate and weight decay; and 8 bytes that a difference in
-    any step since the start has changed."""
+    """The last step's r, then each group's learning rate and weight decay; and an 8-byte digest of all steps."""
 
     def __init__(self) -> None:
         self._digest = bytes(8)
         self.last: Sequence[float] = ()
 
     def add(self, rates: Sequence[float]) -> None:
-        """Take note of a step's rates, as many on all workers."""
+        """Record a step's rates, the same number on all workers."""
         packed = struct.pack(f"<{len(rates)}d", *rates)
         self._digest = blake2b(self._digest + packed, digest_size=8).digest()
         self.last = rates
 
     def clear(self) -> None:
-        """Begin anew, where a saved state is loaded."""
+        """Reset the record, when a saved state is loaded."""
         self._digest, self.last = bytes(8), ()
 
     def digest(self, device: torch.device) -> Tensor:
-        """Return the 8 bytes, int64[]."""
+        """Return the digest, int64[]."""
         return torch.tensor(int.from_bytes(self._digest, "little", signed=True), device=device)
 
 
 def first_difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
-    """Name what differs first in two steps' rates, with both values; "" if nothing does."""
+    """Return the first difference of two steps' rates, with both values; "" if there is none."""
     for i, (here, there) in enumerate(zip(mine, theirs, strict=True)):
         if here != there:
             group, is_decay = divmod(i - 1, 2)
@@ -61,7 +125,7 @@ def first_difference(mine: Sequence[float], theirs: Sequence[float]) -> str:
 
 
 class DriftError(GuardError):
-    """The error where workers' parameters, or the rates and the noise that they step by, are no longer equal.
+    """The error if workers' parameters, learning rates or noise differ.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, DriftError, TopK, simulate
@@ -81,7 +145,7 @@ class DriftError(GuardError):
 
 @dataclass(frozen=True)
 class Drift:
-    """A comparison of the workers' parameters, rates and noise that failed.
+    """A comparison that found workers' parameters to differ.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, TopK, simulate
@@ -96,9 +160,9 @@ class Drift:
     [Drift(step=0, name='parameter 0', workers=(1, 2))]
     """
 
-    step: int  # t, after which it was made
+    step: int  # t of the step before it
     name: str  # the first tensor that differs
-    workers: tuple[int, ...]  # that differ in it from rank 0
+    workers: tuple[int, ...]  # ranks whose tensor differs from rank 0's
 
     def __str__(self) -> str:
         verb = "differs" if len(self.workers) == 1 else "differ"
@@ -106,7 +170,12 @@ class Drift:
 
 
 class DriftGuard:
-    """Compares workers every `every` steps (0: never), and stops or repairs them as `action` says."""
+    """Compares x over workers every `every` steps (0: never) by fingerprints; `action`: raise, or broadcast rank 0's x.
+
+    x is never sent, so faulty memory, other rounding or a script that changes parameters on one worker would go
+    unnoticed. Learning rates, weight decays and r are never sent either: x stays equal if they differ, but e would be
+    in units of each worker's own rate, and the mean of different noises is not xi. So their digests are compared too.
+    """
 
     def __init__(self, every: int, action: OnDrift, channel: Communicator) -> None:
         self._every = Every(every)
@@ -114,7 +183,7 @@ class DriftGuard:
         self.found: list[Drift] = []
 
     def resume(self, steps: int) -> None:
-        """Resume after this number of steps, whose comparisons are done, when a saved state is loaded."""
+        """Set the number of steps whose comparisons are done, when a saved state is loaded."""
         self._every.last = steps
 
     def due(self, step: int) -> bool:
@@ -128,7 +197,7 @@ class DriftGuard:
 
         If they differ, raises DriftError on every worker, or broadcasts rank 0's; if `rates` differ, raises DriftError.
         """
-        # One gather for all fingerprints. Another rate is no fault of x, and cannot be repaired.
+        # One gather for all fingerprints. A difference in rates cannot be repaired.
         self._every.done(step)
         prints = [fingerprint(t) for t in vectors]
         apart = self._differing(prints if rates is None else [*prints, rates.digest(prints[0].device)])
@@ -136,21 +205,21 @@ class DriftGuard:
             raise DriftError(self._unlike_rates(step, rates, others, prints[0].device))
         if not any(apart):
             return
-        # Tensors are told apart only after a difference, in a second gather.
+        # Only after a difference, single tensors are compared in a second gather.
         named = parts()
         rows = self._differing([fingerprint(tensor) for _, tensor in named])
         first = next(i for i, row in enumerate(rows) if row)
         self.found.append(Drift(step, named[first][0], tuple(rows[first])))
         if self._action == "stop":
             raise DriftError(
-                f"{self.found[-1]}; go on from a checkpoint, and find out why: faulty memory, unlike processors, a "
-                f"script that changes parameters on one worker?"
+                f"{self.found[-1]}. Find the cause before resuming from a checkpoint: faulty memory, different "
+                f"processors, or a script that changes parameters on one worker"
             )
         for vector in vectors:
             self._channel.broadcast(vector, "guard")
 
     def _unlike_rates(self, step: int, rates: StepRates, workers: list[int], device: torch.device) -> str:
-        """Return the message that names the rate of the first of these workers that differs; collective."""
+        """Return the message, which names the rate of the first of these workers that differs; collective."""
         mine = torch.tensor(rates.last, dtype=torch.float64, device=device)
         last = [p["rates"].tolist() for p in self._channel.gather({"rates": mine}, fixed_size=True, purpose="guard")]
         verb = "differs" if len(workers) == 1 else "differ"
@@ -161,7 +230,7 @@ class DriftGuard:
         )
 
     def _differing(self, prints: Sequence[Tensor]) -> list[list[int]]:
-        """Return, for each fingerprint, int64[], the workers whose own is not rank 0's."""
+        """Return the ranks whose fingerprint, int64[], differs from rank 0's, for each of `prints`."""
         mine = torch.stack(list(prints))
         gathered = [p["prints"] for p in self._channel.gather({"prints": mine}, fixed_size=True, purpose="guard")]
         differs = torch.stack([prints != gathered[0] for prints in gathered]).T.tolist()
@@ -169,9 +238,10 @@ class DriftGuard:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor's bits read as integers, modulo 2^64, int64[]; any single change changes it.
+    """Return the sum of a tensor's bits as integers, modulo 2^64, int64[].
 
-    So do all but one in 2^64 of random ones. It is read at the speed of memory: 6 ms for 25 million float32 on a CPU.
+    Any single change changes it, and all but one in 2^64 of random changes do. It is limited by memory bandwidth: 6 ms
+    for 25 million float32 on a CPU.
     """
     whole = tensor.detach().flatten().view(torch.uint8)
     wide = len(whole) // 8 * 8
