@@ -120,7 +120,7 @@ def test_workers_that_are_equal_are_left_alone(way: str) -> None:
 def test_one_flipped_bit_is_named_on_all_workers(way: str) -> None:
     for result in simulate(lambda rank: run({2: 9}, **WAYS[way]), 3):
         assert result["found"] == [(11, "second", (2,))]
-        assert result["message"].startswith("after step 11: worker 2 differs from worker 0 in second; go on from")
+        assert result["message"].startswith("after step 11: worker 2 differs from worker 0 in second. Find the cause")
         assert result["steps"] == 12
 
 
