@@ -173,7 +173,7 @@ class ErrorFeedback:
         return SavedAggregator(identify(self._compressor), self.choice.aggregator.state_dict())
 
     def load_aggregator(self, saved: SavedAggregator) -> bool:
-        """Restore the aggregator's state; return False, without it, if it is of another compressor. Call after `use`."""
+        """Restore the aggregator's state. Return False, without it, if it is another compressor's. Call after `use`."""
         assert self._compressor is not None
         fits = saved.compressor == identify(self._compressor)
         self.choice.aggregator.load_state_dict(saved.state if fits else {}, self.memory.vector.device)

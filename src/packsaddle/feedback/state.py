@@ -94,7 +94,7 @@ class Value:
     path: Path
     hint: Any  # the type, as in an annotation
     get: Callable[[], Any]
-    load: Callable[[Any], None]
+    load: Callable[[Any], object]
     check: Callable[[Any], None] | None = None  # raises ValueError if the saved value does not fit here
 
     def save(self, state: dict[str, Any]) -> None:
