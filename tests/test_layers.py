@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": {"options", "numerics", "compressors", "comm", *FRONTS, "theory", "runs"},
     "cli": {"options", "compressors", "comm", "checkpoint", "curvature", "theory", "runs", "plan", "numerics"},
 }
-ROOT_MODULES = {"errors", "lazy", "messages", "version"}
+ROOT_MODULES = {"errors", "messages", "version"}
 # Modules of packsaddle that a report may import; it never imports torch.
 REPORT = ("errors", "messages", "version", "checkpoint.atomic_files", "runs.run_folder", "runs.report")
 DISTRIBUTED = ("comm.", "hooks.ddp.")
@@ -70,7 +70,7 @@ def modules() -> dict[str, set[str]]:
     return {module_name(p): imports(p) for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py"}
 
 
-def test_the_root_has_packages_and_four_modules() -> None:
+def test_the_root_has_packages_and_three_modules() -> None:
     assert {p.parent.name for p in ROOT.glob("*/__init__.py")} == ALLOWED.keys()
     assert {p.stem for p in ROOT.glob("*.py")} == {"__init__"} | ROOT_MODULES
 

@@ -6,16 +6,32 @@ folder's, or the source of Python's standard library, 11 million characters that
 ResNet-18 with a quarter of the channels.
 """
 
+import hashlib
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from packsaddle.errors import ConfigError
 from packsaddle.runs import DataConfig, ModelConfig
-from packsaddle.runs.tasks import Batches, Dataset, Images, Task, load_images, load_library, load_text, make_task, shard
+from packsaddle.runs.tasks import (
+    Batches,
+    Dataset,
+    Images,
+    Task,
+    Text,
+    cut_text,
+    encode_text,
+    load_images,
+    load_text,
+    make_task,
+    shard,
+)
 
 Network = Literal["mnist-autoencoder", "resnet18", "resnet18-16", "gpt", "gpt-10m"]
 Batch = tuple[Tensor, Tensor]  # float32[b, channels, height, width] in [0, 1], int64[b]; or int64[b, context] both
@@ -114,3 +130,29 @@ def _synthetic(shape: tuple[int, int, int]) -> Images:
     patterns = (torch.rand(10, *shape, generator=rng) < 0.2).to(torch.uint8) * 200
     noise = torch.randint(56, (_SYNTHETIC, *shape), generator=rng, dtype=torch.uint8)
     return Images(patterns[labels] + noise, labels, 255, 10)
+
+
+_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folders of what is no module's source
+
+
+def load_library(config: DataConfig, *, train: bool) -> Text:
+    """Load the source of Python's standard library (its modules in ASCII, without tests), cut as by `load_text`.
+
+    Modules follow each other in an order of their own, the same on every machine, so that the last tenth is like the
+    rest. Raises ConfigError where the library is not there as files.
+    """
+    return cut_text(config, *_library(), "the standard library", train=train)
+
+
+@lru_cache(maxsize=1)
+def _library() -> tuple[Tensor, str]:
+    """The codes of the standard library's modules, int16[n], and their vocabulary."""
+    root = Path(sysconfig.get_path("stdlib"))
+    parts = []
+    for file in root.rglob("*.py"):
+        name = file.relative_to(root)
+        if not _FOREIGN.intersection(name.parts) and (source := file.read_bytes()).isascii():
+            parts.append((hashlib.sha256(name.as_posix().encode()).digest(), source))
+    if not parts:
+        raise ConfigError(f"the standard library has no modules as files in {root}; name a folder of text")
+    return encode_text(b"\n".join(source for _, source in sorted(parts)).decode())

@@ -1,7 +1,6 @@
-"""The numbers of a run's files, of loggers and of the ledger, from packsaddle.runs.quantities."""
+"""The numbers of a run's files, of loggers and of the ledger, from generated.quantities."""
 
-from generated import table
-from packsaddle.runs import quantities
+from generated import quantities, table
 
 
 def markdown() -> str:

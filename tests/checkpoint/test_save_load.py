@@ -1,6 +1,7 @@
 """save_checkpoint and load_checkpoint: bit-equal on the same workers, refused in one line, and whole or not at all."""
 
 import contextlib
+import errno
 import json
 import os
 import warnings
@@ -426,18 +427,36 @@ def test_a_worker_that_cannot_write_keeps_what_all_have(tmp_path: Path, monkeypa
     assert simulate(work, 2) == [10, 10]
 
 
-def test_what_cannot_be_set_aside_changes_nothing(tmp_path: Path) -> None:
+def test_what_cannot_be_set_aside_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     for step in (1, 2):
         save_checkpoint(tmp_path, {"model": model}, step=step)
     (tmp_path / "step-00000002" / "worker-0.json").unlink()
-    aside = tmp_path / "step-00000002.unusable"
-    aside.mkdir()
-    (aside / "note.txt").write_text("mine")
     before = other.weight.detach().clone()
-    with pytest.raises(CheckpointError, match="cannot be set aside"):
+
+    def rename(path: Path, target: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(CheckpointError, match="step-00000002 cannot be set aside: Permission denied"):
         load_checkpoint(tmp_path, {"model": other})
     assert torch.equal(other.weight, before)
+
+
+def test_a_step_that_was_set_aside_earlier_is_kept_until_it_is_old(tmp_path: Path) -> None:
+    """A later step of the same number takes the next free name; both go once newer steps are enough."""
+    model = torch.nn.Linear(4, 4)
+    save_checkpoint(tmp_path, {"model": model}, step=1)
+    for damage in (b"first", b"second"):
+        save_checkpoint(tmp_path, {"model": model}, step=2)
+        (tmp_path / "step-00000002" / "worker-0.pt").write_bytes(damage)
+        with pytest.warns(UserWarning, match="step 2 is not whole, and is set aside"):
+            load_checkpoint(tmp_path, {"model": model})
+    names = ("step-00000002.unusable", "step-00000002.unusable-2")
+    assert [(tmp_path / name / "worker-0.pt").read_bytes() for name in names] == [b"first", b"second"]
+    for step in (3, 4):
+        save_checkpoint(tmp_path, {"model": model}, step=step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,7 @@ RUN: dict[str, Any] = {
 DAMAGE: dict[tuple[str, bytes], str] = {
     ("config.json", b""): "config.json: not valid JSON",
     ("config.json", b'{"seed": 1'): "config.json: not valid JSON",
-    ("config.json", b"\xff\xfe"): "config.json: byte 0 is not UTF-8",
+    ("config.json", b"\xff\xfe"): "config.json must be UTF-8, but byte 0 is not",
     ("config.json", b"[1]"): "config.json must be a JSON object, got [1]",
     ("config.json", b"[" * 100_000): "config.json: not valid JSON: lists or objects are nested too deeply",
     ("config.json", b'{"seed": null}'): "config.json: seed must be a count, got None",

@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch_loops import torch_only
 
 from packsaddle import CompressedSGD, Compression, Compressor, TopK, simulate
 from packsaddle.compressors import wire
 from packsaddle.compressors.testing import nasty_vectors
 from packsaddle.compressors.values import ValueFormat, value_retention
-from packsaddle.numerics.kernels import torch_only
 
 
 def both(work: Callable[[], Any]) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
+from torch_loops import torch_only
 
 from packsaddle import (
     QSGD,
@@ -34,7 +35,6 @@ from packsaddle import (
 )
 from packsaddle.compressors.selection import largest
 from packsaddle.compressors.testing import check_compressor, nasty_vectors
-from packsaddle.numerics.kernels import torch_only
 
 by_vector = pytest.mark.parametrize("v", nasty_vectors().values(), ids=nasty_vectors().keys())
 # Those between which the energy that is lost differs; the others are of another scale, dtype or length.

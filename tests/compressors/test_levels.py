@@ -8,12 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch_loops import torch_only
 
 from packsaddle import QSGD, CompressedSGD, Compression, Stages, simulate
 from packsaddle.compressors import wire
 from packsaddle.compressors.levels import add_coded_levels, decode_levels, encode_levels
 from packsaddle.compressors.testing import nasty_vectors
-from packsaddle.numerics.kernels import kernel, torch_only
+from packsaddle.numerics.kernels import kernel
 
 
 def bits_of(top: int) -> int:

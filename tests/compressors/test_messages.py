@@ -9,12 +9,13 @@ import pytest
 import torch
 from corruption import SETTINGS, VECTORS, D, corrupted, mutated, outcome, replaced
 from torch import Tensor
+from torch_loops import torch_only
 
 from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, Message, Sign, Stages, TopK
 from packsaddle.compressors import wire
 from packsaddle.compressors.testing import nasty_vectors
 from packsaddle.errors import MessageError
-from packsaddle.numerics.kernels import kernel, torch_only
+from packsaddle.numerics.kernels import kernel
 
 by_setting = pytest.mark.parametrize("compressor", SETTINGS, ids=repr)
 by_loops = pytest.mark.parametrize("loops", [contextlib.nullcontext, torch_only], ids=["compiled", "torch"])

@@ -128,7 +128,7 @@ def test_shapes_by_default() -> None:
                 assert c.message_bytes(d) <= SharedTopK(min(1.0, 2 * ratio)).message_bytes(d) * 1.05 + 100
                 assert c.message_bytes(d) >= 4 * 1.9 * d**0.5
             if r and k > 50 and k * k > 40 * d:
-                projected, values = c.payloads(d, 4)
+                projected, values = (part.nbytes(4) for part in c.expected_parts(d).values())
                 assert values <= 4 * k * 1.03
                 assert 0.2 <= projected / values <= 0.3
 

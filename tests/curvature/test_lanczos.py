@@ -10,7 +10,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from scipy.special import betaincinv
 from torch import Tensor
 
-from packsaddle.curvature.lanczos import Lanczos, Ritz, random_start
+from packsaddle.curvature.lanczos import Lanczos, Ritz
 
 
 def spectrum(name: str, n: int) -> Tensor:
@@ -52,7 +52,7 @@ KINDS = ["chebyshev", "outlier", "clustered", "repeated", "zero", "nearly zero",
 
 
 def start(n: int, seed: int) -> Tensor:
-    return random_start(n, torch.Generator().manual_seed(seed))
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def steps(eigenvalues: Tensor, seed: int, **options: Any) -> Iterator[Ritz]:

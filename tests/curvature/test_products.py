@@ -19,7 +19,7 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.curvature import Search
 from packsaddle.curvature.hessian import Curvature
-from packsaddle.curvature.lanczos import Lanczos, random_start
+from packsaddle.curvature.lanczos import Lanczos
 from packsaddle.curvature.products import Differences, choose_products
 
 Batch = tuple[Tensor, Tensor]
@@ -86,7 +86,7 @@ def test_a_products_error_is_at_most_what_is_measured(kind: str) -> None:
         hessian = dense_hessian(model, batch)
         eigenvalues, vectors = torch.linalg.eigh(hessian)
         differences = Differences(derivatives(model, batch, loss))
-        random = random_start(len(hessian), torch.Generator().manual_seed(seed))
+        random = torch.randn(len(hessian), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         for v in (random / random.norm(), vectors[:, 0], vectors[:, -1]):
             product, error = differences.checked(v)
             assert float((product - hessian @ v).norm()) <= error <= differences.error
@@ -151,7 +151,7 @@ def test_small_failure_probabilities_are_kept(dtype: torch.dtype) -> None:
         eigenvalues, vectors = torch.linalg.eigh(dense_hessian(model, batch))
         v, n = vectors[:, 0], len(vectors)
         along = 3 * seed / runs * math.sqrt(float(betaincinv(0.5, (n - 1) / 2, delta)))
-        across = random_start(n, torch.Generator().manual_seed(seed))
+        across = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         across -= (across @ v) * v
         differences = Differences(derivatives(model, batch))
         lanczos = Lanczos(
@@ -278,7 +278,7 @@ def test_compiled_networks_are_certified_by_differences() -> None:
 def test_rho_by_differences_is_rho_by_double_backward() -> None:
     for dtype, within in ((torch.float64, 1e-3), (torch.float32, 0.05)):
         model, batch = network(3, dtype)
-        v = random_start(26, torch.Generator().manual_seed(0))
+        v = torch.randn(26, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         curvature = derivatives(model, batch)
         differences = Differences(curvature)
         differences.checked(v / v.norm())

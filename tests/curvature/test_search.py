@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from packsaddle import Verdict, certify, simulate
 from packsaddle.comm import Communicator, Ledger, Solo
 from packsaddle.curvature import Bounds, Curvature, Search
-from packsaddle.curvature.search import EveryNth
+from packsaddle.curvature.hessian import every_nth
 
 D, N = 12, 512
 
@@ -193,7 +193,7 @@ def test_progress_tells_bounds_that_close_in() -> None:
 
 
 def test_every_nth_batch_can_be_read_again() -> None:
-    every = EveryNth([1, 2, 3, 4, 5], 2)
+    every = every_nth([1, 2, 3, 4, 5], 2)
     assert [list(every), list(every)] == [[1, 3, 5], [1, 3, 5]]
 
 

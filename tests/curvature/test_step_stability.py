@@ -1,6 +1,7 @@
 """The effective step of a coordinate that waits: against its recursion, dense Hessians, a network that dies."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,6 +70,39 @@ def test_the_worst_coordinate_of_a_dense_hessian_is_found(seed: int) -> None:
     assert (found.step.name, found.index) == ("a", (1, 2))  # 4 waiting 50 steps is worse than 9 at once
     assert found.curvature == pytest.approx(float(hessian[7, 7]), rel=1e-12)
     assert found.gain == pytest.approx(5.0 * float(hessian[7, 7]), rel=1e-12)
+    assert found.is_unstable
+
+
+class SavedGradient(torch.autograd.Function):
+    """x^T H x / 2 with a backward that returns the gradient of the forward pass: a constant for double backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, hessian: Tensor) -> Tensor:
+        ctx.save_for_backward(hessian @ x)
+        return 0.5 * x @ hessian @ x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.saved_tensors[0], None
+
+
+class Fused(Quadratic):
+    """The quadratic of a fused kernel, with a second term that torch differentiates twice."""
+
+    def forward(self) -> Tensor:
+        x = torch.cat([self.a.reshape(-1), self.b])
+        return SavedGradient.apply(x, self.hessian) + 0.05 * x.square().sum()
+
+
+def test_a_function_that_double_backward_leaves_out_is_detected() -> None:
+    """Double backward finds the second term alone, and calls a step of gain 20 stable."""
+    hessian = torch.diag(torch.linspace(0.1, 1.0, 30, dtype=torch.float64))
+    hessian[7, 7] = 4.0
+    steps = [CoordinateStep("a", 0.1, 50.0), CoordinateStep("b", 0.1, 1.0)]
+    found = largest_overshoot(curvature_of(Fused(hessian)), steps, torch.Generator().manual_seed(0))
+    assert (found.step.name, found.index) == ("a", (1, 2))
+    assert found.curvature == pytest.approx(4.1, rel=1e-6)
+    assert found.curvature <= 4.1
     assert found.is_unstable
 
 

@@ -19,13 +19,13 @@ from packsaddle.compressors.registry import SUMMARIES, classes
 from packsaddle.curvature.certificate import Certificate
 from packsaddle.options.schema import choices, settable
 from packsaddle.runs.config import Config
-from packsaddle.runs.quantities import CERTIFICATE, FILES, METRICS, PURPOSES, SUMMARY, Quantity
 
 pytest.importorskip("sphinx")
 DOCS = Path(__file__).parents[2] / "docs"
 sys.path.insert(0, str(DOCS))
 
 from generated import commands, compressors, configuration, metrics  # noqa: E402
+from generated.quantities import CERTIFICATE, FILES, METRICS, PURPOSES, SUMMARY, Quantity  # noqa: E402
 
 
 def rows(markdown: str) -> list[list[str]]:

@@ -20,7 +20,7 @@ NAMES = ("0.weight", "0.bias", "2.weight", "2.bias")
 
 # Every path of every front's state, "*" for the key of a parameter, group or fragment, and its kind.
 OPTIMIZER = """
-error: state.*.error, state.*.momentum, state.*.storm
+error: state.*.momentum, state.*.pending, state.*.storm
 owner: state.*.owner_error
 own: contraction.by_tensor, contraction.steps, contraction.whole, ledger, skips.consecutive, skips.total
 constant: param_groups.*.owners, param_groups.*.rank, param_groups.*.workers
@@ -63,7 +63,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, *, closures: bool = Fals
 
         def closure(x: Tensor = x) -> Tensor:
             optimizer.zero_grad()
-            loss = (model(x) - x).square().mean()
+            loss: Tensor = (model(x) - x).square().mean()
             loss.backward()
             return loss
 
@@ -123,7 +123,7 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def kinds(table: str) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for line in table.replace(",\n    ", ", ").strip().split("\n"):
         kind, _, paths = line.partition(": ")
         found |= dict.fromkeys(paths.split(", "), kind)

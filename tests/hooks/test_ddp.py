@@ -20,6 +20,7 @@ from specs import folded
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector
+from torch_loops import torch_only
 
 from packsaddle import (
     QSGD,
@@ -40,7 +41,6 @@ from packsaddle.comm.group import resolve
 from packsaddle.compressors import identify
 from packsaddle.feedback.slices import places
 from packsaddle.hooks.rates import Rates
-from packsaddle.numerics.kernels import torch_only
 
 Gloo = Callable[..., list[Any]]
 

@@ -12,6 +12,7 @@ from families import COMPRESSORS
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch_loops import torch_only
 
 from packsaddle import QSGD, AdaptiveTopK, Compressor, LinearSketch, RandomK, SharedTopK, Sign, SketchTopK, TopK
 from packsaddle.compressors import wire
@@ -19,7 +20,7 @@ from packsaddle.compressors.selection import as_integers, holding, largest, larg
 from packsaddle.compressors.sparse import Cells
 from packsaddle.compressors.testing import nasty_vectors
 from packsaddle.numerics.finite import add_if_finite
-from packsaddle.numerics.kernels import SlowKernelsWarning, compiler, kernel, torch_only
+from packsaddle.numerics.kernels import SlowKernelsWarning, compiler, kernel
 from packsaddle.numerics.seeds import sample_without_replacement
 
 pytest.importorskip("numba")

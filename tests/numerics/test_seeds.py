@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare, kstest, norm
+from torch_loops import torch_only
 
-from packsaddle.numerics.kernels import compiler, torch_only
+from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import (
     Keys,
     Stream,

@@ -16,7 +16,7 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.runs.config import load
-from packsaddle.runs.run_folder import RunFolder
+from packsaddle.runs.run_folder import RunFolder, make_new
 from packsaddle.runs.tasks.sharding import Calendar
 from packsaddle.runs.trainer import RunCounters, Trainer
 
@@ -104,7 +104,7 @@ def test_what_was_left_out_is_in_no_mean(tmp_path: Path) -> None:
         training = Poisoned(config, None, False)
         training.bad = bad
         folder = RunFolder(tmp_path / name)
-        folder.create()
+        make_new(folder.path)
         assert training.run(folder, quiet=True)
         lines = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
         found[name] = (lines, json.loads((folder.path / "summary.json").read_text()))
@@ -126,7 +126,7 @@ def test_a_line_of_no_step_that_was_taken_has_no_loss(tmp_path: Path) -> None:
         training = Poisoned(config, None, False)
         training.bad = tuple(bad)
         folder = RunFolder(tmp_path / name)
-        folder.create()
+        make_new(folder.path)
         assert training.run(folder, quiet=True)
         losses = [json.loads(line)["loss"] for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
         assert [step for step, loss in enumerate(losses) if math.isnan(loss)] == sorted(bad & set(range(len(losses))))

@@ -376,7 +376,7 @@ def test_an_owners_error_is_part_of_the_state() -> None:
     train(model, data, opt, 5)
     saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
     y = opt.corrected()
-    assert not torch.allclose(opt.error(), torch.cat([s["error"].reshape(-1) for s in opt.state.values()]) / 0.1)
+    assert not torch.allclose(opt.error(), torch.cat([s["pending"].reshape(-1) for s in opt.state.values()]) / 0.1)
     weights = copy.deepcopy(model.state_dict())
     train(model, data, opt, 3)
     model.load_state_dict(weights)

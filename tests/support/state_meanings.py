@@ -19,7 +19,7 @@ _ALLOCATION = {"allocation/*/*": "allocation {} {}"}
 # Several tensors of one name make one vector, and several plain values of one name must be equal.
 FORMATS: dict[str, dict[str, str | None]] = {
     "optimizer": {
-        "state/*/error": "error of {}",
+        "state/*/pending": "error of {}",
         "state/*/owner_error": "owner error of {}",
         "state/*/anchor": "escape anchor of {}",
         "state/*/*": "vector of {}: {}",  # momentum, STORM's direction, EF21's mean

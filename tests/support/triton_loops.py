@@ -4,11 +4,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch_loops import torch_only
 
 from packsaddle import QSGD
 from packsaddle.compressors import wire
 from packsaddle.compressors.sparse import Cells
-from packsaddle.numerics.kernels import torch_only, triton_loops
+from packsaddle.numerics.kernels import triton_loops
 from packsaddle.numerics.seeds import Stream, add_gaussians, keys
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

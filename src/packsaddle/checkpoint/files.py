@@ -15,16 +15,16 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from packsaddle.checkpoint.atomic_files import Hashing, sha256_of, write_whole
+from packsaddle.checkpoint.atomic_files import set_aside, write_whole
 from packsaddle.errors import ConfigError
 
 FORMAT = 2  # 1, of development versions, had all tensors in every worker's file
-_STEP = re.compile(r"step-(\d{8,18})")
+_STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # set aside with the suffix
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
 _LARGEST_MANIFEST = 1 << 26  # bytes; names and shapes of 100,000 parameters take a tenth
@@ -74,8 +74,13 @@ def step_folder(folder: Path, step: int) -> Path:
 
 def steps_in(folder: Path) -> list[int]:
     """The steps of which a folder has anything, in rising order."""
-    found = [_STEP.fullmatch(p.name) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
-    return sorted(int(m[1]) for m in found if m)
+    return sorted(step for step, _, aside in _step_folders(folder) if not aside)
+
+
+def _step_folders(folder: Path) -> list[tuple[int, Path, bool]]:
+    """Return each step with its folder, and True if that is set aside."""
+    found = [(_STEP.fullmatch(p.name), p) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
+    return [(int(match[1]), path, match[2] is not None) for match, path in found if match]
 
 
 def ranks_in(step: Path) -> list[int]:
@@ -87,16 +92,9 @@ def ranks_in(step: Path) -> list[int]:
 def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
     """Write a worker's file of a step, then its manifest, of which `said` is the rest. Raises OSError."""
     base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
-    wrote: Hashing | None = None
-
-    def write(file: BinaryIO) -> None:
-        nonlocal wrote
-        wrote = Hashing(file)
-        torch.save(content, wrote)  # type: ignore[arg-type]
-
-    write_whole(base.with_suffix(".pt"), write)
-    assert wrote is not None
-    manifest = {"format": FORMAT, **said, "bytes": wrote.size, "sha256": wrote.sha256, "torch": torch.__version__}
+    digest = hashlib.sha256()
+    size = write_whole(base.with_suffix(".pt"), lambda file: torch.save(content, file), digest)
+    manifest = {"format": FORMAT, **said, "bytes": size, "sha256": digest.hexdigest(), "torch": torch.__version__}
     text = json.dumps({**manifest, "manifest": _digest(manifest)}, indent=1).encode() + b"\n"
     write_whole(base.with_suffix(".json"), lambda file: file.write(text))
 
@@ -141,7 +139,7 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
             file.seek(0)
             if size != manifest.bytes:
                 raise DamagedError(f"{path} is damaged: {size} bytes, not {manifest.bytes}")
-            if sha256_of(file) != manifest.sha256:
+            if hashlib.file_digest(file, "sha256").hexdigest() != manifest.sha256:
                 raise DamagedError(f"{path} is damaged: its sha256 is another")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
@@ -182,7 +180,6 @@ def _digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-_ASIDE = re.compile(r"step-(\d{8,18})\.unusable")
 _OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
 
 
@@ -194,10 +191,15 @@ def newest_of(folder: Path, rank: int) -> int:
 def rotate(folder: Path, keep: int, had: int) -> None:
     """Remove the files of all but the newest steps, the others' too; all workers have saved step `had`, which stays."""
     oldest = min(steps_in(folder)[-keep:][0], had)
-    aside = [(int(m[1]), p) for p in folder.iterdir() if (m := _ASIDE.fullmatch(p.name))]
-    for step, path in [(s, step_folder(folder, s)) for s in steps_in(folder)] + aside:
+    for step, path, _ in _step_folders(folder):
         if step < oldest:
             remove(path)
+
+
+def remove_all(folder: Path) -> None:
+    """Remove the files of all steps, when they are not needed any more."""
+    for _, path, _ in _step_folders(folder):
+        remove(path)
 
 
 def remove(step: Path) -> None:
@@ -211,23 +213,12 @@ def remove(step: Path) -> None:
         pass
 
 
-def set_aside(folder: Path, step: int) -> None:
-    """Rename what is newer than a step and could not be used, so that this run never reads it."""
-    for later in [s for s in steps_in(folder) if s > step]:
-        path = step_folder(folder, later)
-        aside = path.with_name(path.name + ".unusable")
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename the folders of later steps, which could not be used, so that this run never reads them."""
+    for path in [step_folder(folder, later) for later in steps_in(folder) if later > step]:
         try:
-            if path.exists() and aside.exists():
-                remove(aside)
-            path.rename(aside)
+            set_aside(path)
         except FileNotFoundError:  # another worker was faster
             pass
         except OSError as error:
             raise CheckpointError(f"{path} cannot be set aside: {error.strerror}") from None
-
-
-def remove_all(folder: Path) -> None:
-    """Remove the files of all steps, when they are not needed any more."""
-    for path in [*(step_folder(folder, s) for s in steps_in(folder)), *folder.glob("step-*.unusable")]:
-        if path.suffix != ".unusable" or _ASIDE.fullmatch(path.name):
-            remove(path)

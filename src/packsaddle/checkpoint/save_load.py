@@ -18,7 +18,7 @@ from packsaddle.checkpoint.files import (
     read_content,
     read_manifest,
     rotate,
-    set_aside,
+    set_aside_after,
     step_folder,
     steps_in,
     write_files,
@@ -217,7 +217,7 @@ class _Restoring:
         if damaged or len(problems) > 1:
             reasons = "; ".join(f"step {step}: {problem}" for step, problem in problems.items())
             raise CheckpointError(f"{self._folder} has no whole checkpoint: {reasons}")
-        on_all(self._together, lambda: set_aside(self._folder, -1))
+        on_all(self._together, lambda: set_aside_after(self._folder, -1))
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
     def _read(self, step: int, holders: list[int], see_first: list[bool]) -> tuple[Contents, str]:
@@ -247,7 +247,7 @@ class _Restoring:
         workers = len(holders)
         content = self._same(contents, holders) if workers == self._size else self._carried(contents, holders)
         on_all(self._together, lambda: check_fit(self._parts, content["parts"]))
-        on_all(self._together, lambda: set_aside(self._folder, step))
+        on_all(self._together, lambda: set_aside_after(self._folder, step))
         fill_all(self._parts, content["parts"], self._together)
         notes = _notes(problems)
         if workers != self._size:

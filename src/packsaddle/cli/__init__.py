@@ -120,7 +120,6 @@ def _is_unread(stream: TextIO) -> bool:
 
 
 def _obey(commands: Command | Group, program: str) -> None:
-    """Run the command, and end the process if it fails."""
     if sys.argv[1:] == ["--version"]:
         print(f"packsaddle {packsaddle.__version__}")
         return

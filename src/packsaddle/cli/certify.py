@@ -1,10 +1,9 @@
 """packsaddle certify."""
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from itertools import chain, count
 from json import dumps
-from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from packsaddle.cli.console import is_first
 from packsaddle.cli.flags import Given
 from packsaddle.comm.launching import under_launcher
 from packsaddle.curvature.options import Search
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, check_positive, config_errors, require
 from packsaddle.runs.config import Config
 from packsaddle.runs.run_folder import read_runs
 
@@ -75,12 +74,12 @@ def certify(
         out: A new folder for the results; by default certificate/ in the run folder, or certificate-2/ and so on.
         json: Print one JSON document instead.
     """
-    from packsaddle.errors import require
     from packsaddle.runs.certification import Audit, certify_in_process_group, read_config
     from packsaddle.runs.findings import Questions, new_folder, write
 
-    positive = {"epsilon": epsilon, "hessian-lipschitz": hessian_lipschitz, "distance": distance}
-    check_numbers(positive, {"batch-size": batch_size, "workers": workers})
+    with config_errors("--"):
+        check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz, distance=distance)
+        check_positive(batch_size=batch_size, workers=workers)
 
     # What is not given is the run's; its pilot is one of the examples along the run.
     config = read_config(run)
@@ -157,18 +156,5 @@ def _share(findings: list[Any], drawn: list[str]) -> Any:
 
 def _numbered(folder: Path) -> Path:
     """The folder, or the first of its numbered siblings that does not exist."""
-    number, chosen = 1, folder
-    while chosen.exists():
-        number += 1
-        chosen = folder.with_name(f"{folder.name}-{number}")
-    return chosen
-
-
-def check_numbers(positive: Mapping[str, float | None], counts: Mapping[str, int | None]) -> None:
-    """Raise ConfigError, naming the flag, for numbers that no certificate can have; None is not given."""
-    for name, value in positive.items():
-        if value is not None and not 0 < value < inf:
-            raise ConfigError(f"--{name} must be positive and finite, got {value}")
-    for option, count in counts.items():
-        if count is not None and count < 1:
-            raise ConfigError(f"--{option} must be at least 1, got {count}")
+    siblings = (folder.with_name(f"{folder.name}-{n}") for n in count(2))
+    return next(path for path in chain([folder], siblings) if not path.exists())

@@ -10,11 +10,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from packsaddle.cli.certify import check_numbers
 from packsaddle.cli.console import is_first
 from packsaddle.comm.launching import process_group, under_launcher
 from packsaddle.curvature.options import Search
-from packsaddle.errors import ConfigError, require
+from packsaddle.errors import ConfigError, check_positive, config_errors, require
 from packsaddle.messages import first_line
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scripts keep weights
@@ -62,7 +61,8 @@ def certify_script(
     from packsaddle.runs.findings import Questions, new_folder, write
 
     # Bad input first, before the work.
-    check_numbers({"epsilon": epsilon, "hessian-lipschitz": hessian_lipschitz}, {})
+    with config_errors("--"):
+        check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if out is not None:
         require("matplotlib", "plot", "the certificate's picture")
     questions = Questions(epsilon, hessian_lipschitz, search, spectrum, population, seed=seed, quiet=json)

@@ -2,32 +2,26 @@
 
 from collections.abc import Callable, Mapping
 
-from packsaddle.compressors import (
-    QSGD,
-    AdaptiveTopK,
-    Compressor,
-    Identity,
-    LinearSketch,
-    LowRank,
-    RandomK,
-    SharedTopK,
-    Sign,
-    SketchTopK,
-    TopK,
-)
+from packsaddle import compressors
+from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import parse_compressor
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, config_errors
 from packsaddle.options.schema import nearest
 
 WITH_RATIO: Mapping[str, Callable[[float], Compressor]] = {
-    "randomk": RandomK,
-    "topk": TopK,
-    "sketchtopk": SketchTopK,
-    "sharedtopk": SharedTopK,
-    "linearsketch": LinearSketch,
-    "adaptivetopk": AdaptiveTopK,
+    "randomk": compressors.RandomK,
+    "topk": compressors.TopK,
+    "sketchtopk": compressors.SketchTopK,
+    "sharedtopk": compressors.SharedTopK,
+    "linearsketch": compressors.LinearSketch,
+    "adaptivetopk": compressors.AdaptiveTopK,
 }
-FIXED: Mapping[str, Compressor] = {"identity": Identity(), "sign": Sign(), "qsgd": QSGD(), "lowrank": LowRank()}
+FIXED: Mapping[str, Compressor] = {
+    "identity": compressors.Identity(),
+    "sign": compressors.Sign(),
+    "qsgd": compressors.QSGD(),
+    "lowrank": compressors.LowRank(),
+}
 
 
 def check_name(name: str) -> None:
@@ -41,7 +35,5 @@ def called(text: str, ratio: float | None) -> Compressor:
     """Return the compressor of a call such as TopK(0.01). Raises ConfigError, also if a ratio is given."""
     if ratio is not None:
         raise ConfigError(f"ratio is for a compressor by name, got compressor {text!r}")
-    try:
+    with config_errors():
         return parse_compressor(text)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None

@@ -26,12 +26,19 @@ def print_runs(runs: Sequence[Run]) -> None:
     still = any(cell.endswith("+") for cells in found.rows for cell in cells[1:])
     caption = "MB per worker: without rank 0's parameters at the start"
     caption += "; + still on the plateau at the end of the run" if still else ""
-    table = Table(*found.headings, caption=caption, caption_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = number_table(*found.headings)
+    table.caption, table.caption_justify = caption, "left"
     for cells in found.rows:
         table.add_row(*map(plain_text, cells))
     print_table(table)
+
+
+def number_table(*headings: str, words: int = 1) -> Table:
+    """Return a table whose first `words` columns are of words, and the others of numbers."""
+    table = Table(*headings)
+    for column in table.columns[words:]:
+        column.justify = "right"
+    return table
 
 
 def plain_text(text: str) -> Text:

@@ -83,7 +83,6 @@ def _read(path: Path) -> str | None:
 
 
 def _inet(name: str) -> tuple[str, ...]:
-    """Its first IPv4 address."""
     if sys.platform != "linux":
         return ()
     import fcntl

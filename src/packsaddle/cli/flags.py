@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, get_origin, get_type_hints
 
-from packsaddle.errors import ConfigError
+from packsaddle.errors import config_errors
 from packsaddle.options.describe import option_class
 from packsaddle.options.schema import is_required, settable
 
@@ -58,10 +58,7 @@ def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
         options = {f.name: arguments.pop(f.name) for f in settable(cls)}
         is_partial = get_origin(hint) is Given
         options = {key: value for key, value in options.items() if value is not None or not is_partial}
-        try:
+        with config_errors("--"):
             made = cls(**options)
-        except ValueError as error:
-            field_name, _, problem = str(error).partition(" ")
-            raise ConfigError(f"--{field_name.replace('_', '-')} {problem}") from None
         arguments[name] = Given(options) if is_partial else made
     return arguments

@@ -11,16 +11,15 @@ from typing import Annotated
 
 import torch
 import tyro
-from rich.table import Table
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
-from packsaddle.cli.console import brief, is_first, print_table
+from packsaddle.cli.console import brief, is_first, number_table, print_table
 from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.group import Group
 from packsaddle.comm.launching import local_device, process_group, under_launcher
 from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import compressors, describe
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, config_errors
 from packsaddle.plan import link as link_planner
 from packsaddle.plan.coding import Pace, measure
 from packsaddle.plan.link import MEASURED, Forecast, Optimizer, Verdict, forecast, probe, probe_locally
@@ -133,10 +132,8 @@ def link(
     """
     if options.local and optimizer == "sgd":
         raise ConfigError("--local is with adamw, with which local updates were measured: leave out --optimizer sgd")
-    try:
+    with config_errors():
         verdict, asked = _answer(rate, options, compressor, ratio, "adamw" if options.local else optimizer, workers)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     if is_first():
         show = _print_json if json else _print_tables
         show(verdict, asked)
@@ -201,7 +198,6 @@ def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> 
 
 
 def _reporting(pace: Callable[[Compressor, int], Pace], report: Report) -> Callable[[Compressor, int], Pace]:
-    """Return `pace`, which reports the compressor that it times."""
     done = 0
 
     def reported(compressor: Compressor, d: int) -> Pace:
@@ -221,15 +217,13 @@ def ms(seconds: float) -> str:
 
 def _workers(asked: int | None) -> int:
     """torchrun's, if it runs; else as many as asked for."""
-    if not under_launcher():
-        workers = 4 if asked is None else asked
-        if workers < 2:
-            raise ConfigError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
-        return workers
-    world = int(os.environ["WORLD_SIZE"])
-    if asked not in (None, world):
+    world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
+    if world is not None and asked not in (None, world):
         raise ConfigError(f"workers must be torchrun's {world}, or be left out, got {asked}")
-    return world
+    workers = world or (4 if asked is None else asked)
+    if workers < 2 and world is None:
+        raise ConfigError(f"workers must be at least 2 (one worker sends nothing), got {workers}")
+    return workers
 
 
 def _measured(group: Group | None, workers: int, device: torch.device) -> tuple[Link, str]:
@@ -260,9 +254,7 @@ def _print_json(verdict: Verdict, asked: _Asked) -> None:
 def _print_tables(verdict: Verdict, asked: _Asked) -> None:
     workload, link, fleet = asked.workload, asked.link, asked.fleet
     steps = ("x steps",) if asked.optimizer else ()
-    table = Table("compressor", "by", "sent", "step ms", "coding", "exchange", *steps, "pays below")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = number_table("compressor", "by", "sent", "step ms", "coding", "exchange", *steps, "pays below", words=2)
     for f in verdict.forecasts:
         cells = [ms(part) for part in (f.time.total, f.time.compression, f.time.exchange)]
         cells += [_steps(f)] * len(steps)
@@ -293,9 +285,7 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
     """Print the table of local updates, and the best of them compared with dense training, in seconds a step."""
-    table = Table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = number_table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
     for f in forecasts:
         name = brief(describe(f.setting.compressor)) + (", kept" if f.setting.keep_unsent else "")
         cells = [str(f.setting.every), str(f.fragments), str(f.setting.delay), megabytes(f.sent), ms(f.step)]

@@ -1,17 +1,17 @@
 """packsaddle plan theory and packsaddle plan table."""
 
-import json as json_format
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any, Literal
+from json import dumps
+from typing import Literal
 
 from rich.table import Table
 
 from packsaddle.cli.compressor_names import FIXED, WITH_RATIO, called, check_name
-from packsaddle.cli.console import print_table
+from packsaddle.cli.console import number_table, print_table
 from packsaddle.compressors import Identity
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, config_errors
 from packsaddle.runs.progress import megabytes
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, first_order_plan
 from packsaddle.theory.plans import FAMILIES, MOST_STEPS, Plan, Reach, balanced_k, best_plan, plan, reach
@@ -51,19 +51,23 @@ def theory(
         json: Print one JSON document.
     """
     # The uncompressed plan comes first: the others are compared with it.
-    try:
+    with config_errors():
         constants = Constants.theory(assumptions) if mode == "theory" else PRACTICAL
         plans = [plan(assumptions, Identity(), constants=constants, workers=workers)]
         plans += _asked_for(assumptions, constants, workers, compressor, ratio)
         reached = reach(assumptions, constants)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
     # Its document or its table.
     if json:
-        shown = [{**p.plain(), "balanced_k": _balanced_k(p)} for p in plans]
-        document = {"assumptions": asdict(assumptions), "constants": asdict(constants), "workers": workers}
-        print(_dump({**document, "plans": shown, "out_of_reach": reached.out_of_reach, "reach": asdict(reached)}))
+        document = {
+            "assumptions": asdict(assumptions),
+            "constants": asdict(constants),
+            "workers": workers,
+            "plans": [{**p.plain(), "balanced_k": _balanced_k(p)} for p in plans],
+            "out_of_reach": reached.out_of_reach,
+            "reach": asdict(reached),
+        }
+        print(dumps(document, indent=2))
         return
     _show(plans)
     if reached.out_of_reach:
@@ -100,9 +104,7 @@ def _balanced_k(p: Plan) -> int | None:
 
 def _show(plans: list[Plan]) -> None:
     first, a = plans[0], plans[0].assumptions
-    table = Table("~ order of magnitude", *(type(p.compressor).__name__ + "*" * _outside(p) for p in plans))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = number_table("~ order of magnitude", *(type(p.compressor).__name__ + "*" * _outside(p) for p in plans))
     for label, cell in _ROWS.items():
         table.add_row(label, *map(cell, plans))
     print_table(table, _UNCUT)
@@ -215,12 +217,10 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
         epsilon: Target: gradient norm at most epsilon, in (0, 1).
         json: Print one JSON document.
     """
-    try:
+    with config_errors("--"):
         check_range(d, epsilon)
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from None
     if json:
-        print(_dump({"d": d, "epsilon": epsilon, "table": [row.plain(d, epsilon) for row in TABLE_1]}))
+        print(dumps({"d": d, "epsilon": epsilon, "table": [row.plain(d, epsilon) for row in TABLE_1]}, indent=2))
         return
 
     # A row's numbers stand below its formulas.
@@ -241,7 +241,3 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
 
 def _formula(order: Order, d: int, epsilon: float) -> str:
     return f"{order}\n= {order(d, epsilon):.2e}"
-
-
-def _dump(document: dict[str, Any]) -> str:
-    return json_format.dumps(document, indent=2)

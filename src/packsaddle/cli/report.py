@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.table import Table
 
-from packsaddle.cli.console import brief, print_runs, print_table, require_plots
+from packsaddle.cli.console import brief, number_table, print_runs, print_table, require_plots
 from packsaddle.cli.parsing import UNSAID
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, config_errors
 from packsaddle.runs.progress import megabytes
 from packsaddle.runs.run_folder import read_runs
 
@@ -57,31 +56,18 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
 
     if d < 1 or workers < 1:
         raise ConfigError(f"d and workers must be at least 1, got {d} and {workers}")
-    try:
+    with config_errors():
         listed = registry.compressors(ratio)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
 
     # A document is printed as soon as its compressor is timed.
     if json:
         for compressor in listed:
             print(dumps(asdict(coding_speed.tabulate(compressor, d, workers))))
         return
-    table = Table("compressor", "mu", "kept", "linear", "protocol", "sent", "received", "ms")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = number_table("compressor", "mu", "kept", "linear", "protocol", "sent", "received", "ms")
     for e in (coding_speed.tabulate(compressor, d, workers) for compressor in listed):
-        linear = "yes" if e.linear else "no"
-        sent, received = megabytes(e.sent), megabytes(e.received)
-        table.add_row(
-            brief(e.compressor),
-            f"{e.mu:.2g}",
-            f"{e.kept:.1%}",
-            linear,
-            e.protocol,
-            sent,
-            received,
-            f"{e.milliseconds:.1f}",
-        )
+        cells = [f"{e.mu:.2g}", f"{e.kept:.1%}", "yes" if e.linear else "no", e.protocol]
+        cells += [megabytes(e.sent), megabytes(e.received), f"{e.milliseconds:.1f}"]
+        table.add_row(brief(e.compressor), *cells)
     table.caption = f"d = {d:,}, {workers} workers; mu holds for every vector, kept is measured on a Gaussian one"
     print_table(table, "--json prints it whole")

@@ -15,7 +15,7 @@ from packsaddle.cli.console import dated, is_first, print_runs, require_plots
 from packsaddle.cli.parsing import Seconds
 from packsaddle.comm.launching import check_interface, under_launcher
 from packsaddle.comm.managed import check_lighthouse
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, config_errors
 from packsaddle.messages import printable
 from packsaddle.runs.config import Config, load
 from packsaddle.runs.run_folder import Run, make_new, read_runs
@@ -25,7 +25,6 @@ from packsaddle.theory.noise_walk import FAR, GOOD
 
 if TYPE_CHECKING:
     from packsaddle.runs.job import How, Job
-    from packsaddle.runs.run_checkpoints import CheckpointPolicy
 
 
 _LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts milliseconds and takes 0 for no wait at all
@@ -53,10 +52,8 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
     from packsaddle.runs.report import write_report
 
     require_plots("the demo's report")
-    try:
+    with config_errors():
         configs = templates.demo_configs(workers, epochs, seed)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     folder = out or dated("demo")
     job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
 
@@ -116,6 +113,7 @@ def run(
         memory: With --elastic, the file in which this worker's error memory waits while it is away.
     """
     from packsaddle.runs.job import Job, train_under_launcher
+    from packsaddle.runs.run_checkpoints import CheckpointPolicy
 
     # Flags that exclude one another.
     how = _way(serial=serial, batched=batched, fused=fused)
@@ -132,11 +130,15 @@ def run(
     # The configuration, its folder, and how the run is saved or continued.
     loaded = _configured(config, set, workers, resume, out)
     if elastic is not None:
-        loaded = _one_of_many(loaded)
+        from packsaddle.runs.elastic_run import check_elastic
+
+        loaded = tuple(map(check_elastic, loaded))
         check_lighthouse(elastic)
     folder = resume or out or dated(config.stem if config else "run")
     again = {"--checkpoint-every": checkpoint_every, "--timeout": timeout, "--track": " ".join(track) or None}
-    saving = _saving(0 if elastic else checkpoint_every, _going_on(folder, how, workers, data_dir, again))
+    with config_errors("--"):
+        every = 0 if elastic else checkpoint_every
+        saving = CheckpointPolicy(every, hint=_going_on(folder, how, workers, data_dir, again))
     job = Job(loaded, (folder,), data_dir, download, track=track, saving=saving, timeout=patience)
     job = replace(job, lighthouse=elastic, memory=memory)
     job = replace(job, resume=resume is not None)
@@ -231,21 +233,6 @@ def _check_alone(workers: int | None, how: "How", resume: Path | None, every: in
         raise ConfigError("--elastic needs no torchrun: each worker is started by itself")
 
 
-def _one_of_many(loaded: tuple[Config, ...]) -> tuple[Config, ...]:
-    from packsaddle.runs.elastic_run import check_elastic
-
-    return tuple(map(check_elastic, loaded))
-
-
-def _saving(every: int | None, hint: str) -> "CheckpointPolicy":
-    from packsaddle.runs.run_checkpoints import CheckpointPolicy
-
-    try:
-        return CheckpointPolicy(every, hint=hint)
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from None
-
-
 def _going_on(folder: Path, how: str, workers: int | None, data_dir: Path | None, again: Mapping[str, object]) -> str:
     """Return the command that resumes a stopped run, with those of the flags that are not None."""
     if under_launcher():
@@ -278,10 +265,8 @@ def _patience(seconds: float | None) -> timedelta | None:
 
 
 def _with_workers(config: Config, workers: int) -> Config:
-    try:
+    with config_errors("--"):
         return replace(config, workers=workers)
-    except ValueError as error:
-        raise ConfigError(f"--{error}") from None
 
 
 _HEADING = """{about}

@@ -12,8 +12,9 @@ from torch import Tensor
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.cost_model import Collective, RingAllGather, RingAllReduce
 from packsaddle.comm.ledger import Bytes
-from packsaddle.compressors import Compressor, LowRank, Message, SharedTopK, SketchTopK
+from packsaddle.compressors import Compressor, LowRank, Message
 from packsaddle.compressors.low_rank import orthonormal, scaled
+from packsaddle.compressors.shared import SharedSupport
 from packsaddle.numerics.finite import magnitude
 from packsaddle.numerics.seeds import mix
 
@@ -154,11 +155,9 @@ class AllReduce(Aggregator):
         own = self.compressor.encode(v, seed=seed, step=step)
         ((name, payload),) = own.parts.items()
         shares = {name: payload.numel(), "dense": dense.numel()}
-        if len(self._buffer) != len(payload) + len(dense) or (self._buffer.dtype, self._buffer.device) != (
-            payload.dtype,
-            payload.device,
-        ):
-            self._buffer = payload.new_empty(len(payload) + len(dense))
+        n = len(payload) + len(dense)
+        if len(self._buffer) != n or self._buffer.dtype != payload.dtype or self._buffer.device != payload.device:
+            self._buffer = payload.new_empty(n)
         mean = channel.mean(torch.cat([payload, dense], out=self._buffer), shares)
         reduced = Message({name: mean[: payload.numel()]}, own.context)
         return Averaged(self._terms(own, len(v)), self._terms(reduced, len(v)), mean[payload.numel() :])
@@ -176,14 +175,12 @@ class AllGather(Aggregator):
             return Averaged((), (), mean_dense)
         own = self.compressor.encode(v, seed=self._seed_of(channel.group.rank, seed), step=step)
         gathered = channel.gather(own.parts, fixed_size=self.compressor.fixed_size)
-        messages = [
-            own
-            if worker == channel.group.rank
-            else self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
-            for worker, parts in enumerate(gathered)
-        ]
-        weight = 1.0 / channel.group.size
-        mean = [t for message in messages for t in self._terms(message, len(v), weight)]
+        mean: list[Term] = []
+        for worker, parts in enumerate(gathered):
+            message = own
+            if worker != channel.group.rank:
+                message = self.compressor.receive(parts, len(v), seed=self._seed_of(worker, seed), step=step)
+            mean += self._terms(message, len(v), 1.0 / channel.group.size)
         return Averaged(self._terms(own, len(v)), tuple(mean), mean_dense)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
@@ -195,58 +192,33 @@ class AllGather(Aggregator):
         return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # its own message it need not decode
 
 
-class SketchedAllReduce(Aggregator):
-    """Ivkin et al. 2019: sketches are all-reduced, then the exact mean at the candidates they show, of which k stay.
+class SharedSupportAllReduce(Aggregator):
+    """An all-reduce of sketches, and one of the exact values at the places that the mean sketch shows.
 
-    Workers find the same support because an all-reduce leaves them the same bits.
+    After Ivkin et al. 2019 (SketchTopK) and ARC-TopK (SharedTopK).
+    Workers find the same places because an all-reduce leaves them the same bits.
     """
 
-    compressor: SketchTopK
+    compressor: SharedSupport
 
     def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         d, compressor = len(v), self.compressor
         if not d:
             return Averaged((), (), mean_of_dense(channel, dense))
-        hashes = compressor.hashes(d, seed=seed, step=step)
-        counters = compressor.sketch(v, hashes)
-        if hashes:
-            counters = channel.mean(counters, "sketch")
-        index = compressor.candidates(counters, hashes, d, seed=seed, step=step)
-        own = v[index]
+        drawn = compressor.draw(d, seed=seed, step=step)
+        sketch = compressor.sketch(v, drawn)
+        if len(sketch):
+            sketch = channel.mean(sketch, "sketch")
+        places = compressor.places(sketch, drawn, d)
+        own = places.gather(v)
         mean, mean_dense = mean_with_dense(channel, own, "values", dense)
-        chosen = compressor.keep(index, mean, d)
-        sent, reduced = (Message({"values": values}, chosen) for values in (own, mean))
+        kept = compressor.keep(places, mean, d)
+        sent, reduced = (Message({"values": values}, kept) for values in (own, mean))
         return Averaged(self._terms(sent, d), self._terms(reduced, d), mean_dense)
 
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
-        values = self.compressor.shape(d)[2] * itemsize
-        return [RingAllReduce((self.compressor.sketch_bytes(d, itemsize),)), RingAllReduce((values, dense * itemsize))]
-
-
-class ProjectedAllReduce(Aggregator):
-    """After ARC-TopK: projections of blocks are all-reduced, then the exact mean of the blocks of largest energy.
-
-    Workers keep the same blocks because an all-reduce leaves them the same bits.
-    """
-
-    compressor: SharedTopK
-
-    def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
-        d, compressor = len(v), self.compressor
-        if not d:
-            return Averaged((), (), mean_of_dense(channel, dense))
-        projected = compressor.project(v, seed=seed, step=step)
-        if len(projected):
-            projected = channel.mean(projected, "sketch")
-        cells = compressor.choose(projected, d, seed=seed, step=step)
-        own = cells.gather(v)
-        mean, mean_dense = mean_with_dense(channel, own, "values", dense)
-        sent, reduced = (Message({"values": values}, cells) for values in (own, mean))
-        return Averaged(self._terms(sent, d), self._terms(reduced, d), mean_dense)
-
-    def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
-        projected, values = self.compressor.payloads(d, itemsize)
-        return [RingAllReduce((projected,)), RingAllReduce((values, dense * itemsize))]
+        sketch, values = (part.nbytes(itemsize) for part in self.compressor.expected_parts(d).values())
+        return [RingAllReduce((sketch,)), RingAllReduce((values, dense * itemsize))]
 
 
 class LowRankAllReduce(Aggregator):
@@ -297,10 +269,8 @@ class LowRankAllReduce(Aggregator):
             following.append(scaled(right[:size].view(-1, m).T).clone() if q.numel() else q)
             right = right[size:]
         # Without `for_tensors` the shapes are unknown here, and Q stays Gaussian.
-        usable = len(following) == len(qs) and all(
-            bool(q.any()) and bool(q.isfinite().all()) for q in following if q.numel()
-        )
-        return following if usable else None
+        valid = all(bool(q.any()) and bool(q.isfinite().all()) for q in following if q.numel())
+        return following if valid and len(following) == len(qs) else None
 
     def reset(self) -> None:
         self._qs = None
@@ -318,24 +288,17 @@ class LowRankAllReduce(Aggregator):
         self._qs = [q.to(device, copy=True) for q in state.get("qs", [])] or None
 
 
-_PART = 1 << 20  # coordinates that are compressed to learn about the messages of a huge vector, without its memory
-
-
 @cache
 def part_count(compressor: Compressor, d: int) -> int:
     """Return the number of parts of a compressor's messages."""
-    part = min(d, _PART)
+    part = min(d, 1 << 20)  # of a huge vector, without its memory
     return len(compressor.restrict(part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 
 
 @cache
 def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
-    """Predict the bytes of a message; where only compressing a vector can tell, a part of a huge one does."""
-    if not d:
-        return 0
-    has_formula = type(compressor).message_bytes is not Compressor.message_bytes
-    part = d if has_formula else min(d, _PART)
-    return round(compressor.restrict(part, d).message_bytes(part, itemsize) * (d / part if d else 1))
+    """Predict the bytes of a message."""
+    return round(compressor.message_bytes(d, itemsize)) if d else 0
 
 
 def mean_of_dense(channel: Communicator, dense: Tensor) -> Tensor:

@@ -13,13 +13,8 @@ from packsaddle.messages import numbered
 
 GRACE = 5.0  # seconds in which the workers that are left say so
 _PAUSE = 0.1
-_NETWORK = (
-    "gloo/transport",
-    "pair closure",
-    "Connection closed",
-    "Connection reset",
-    "Broken pipe",
-)  # in gloo's errors
+# In errors of gloo.
+_NETWORK = ("gloo/transport", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
 
 
 class PeerLostError(RuntimeError):
@@ -40,6 +35,8 @@ class Store(Protocol):
 
     def set(self, key: str, value: str) -> None: ...
 
+    def get(self, key: str) -> bytes: ...
+
     def check(self, keys: list[str]) -> bool: ...
 
 
@@ -53,7 +50,7 @@ class Roll:
 
 
 def is_network(error: Exception) -> bool:
-    """Tell if a collective's error is about connections or waiting, and not about its arguments."""
+    """Return True if a collective's error is about connections or waiting, and not about its arguments."""
     return any(sign in str(error) for sign in _NETWORK)
 
 

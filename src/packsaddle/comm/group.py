@@ -87,7 +87,14 @@ class TorchGroup(Group):
     @property
     def ranks(self) -> list[int]:
         """The workers' ranks in the default group."""
-        return dist.get_process_group_ranks(self._group or dist.group.WORLD)
+        return dist.get_process_group_ranks(self.process_group)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The group itself, where None was given the default one."""
+        group = self._group or dist.group.WORLD
+        assert group is not None
+        return group
 
     def all_reduce(self, tensor: Tensor) -> None:
         with self.told():
@@ -108,17 +115,14 @@ class TorchGroup(Group):
         return list(torch.split(received, list(sizes)))
 
     def broadcast(self, tensor: Tensor) -> None:
-        source = 0 if self._group is None else dist.get_global_rank(self._group, 0)
         whole = tensor.contiguous()  # gloo would fill a tensor with gaps as if it had none
         with self.told():
-            dist.broadcast(whole, src=source, group=self._group)
+            dist.broadcast(whole, src=self.ranks[0], group=self._group)
         if whole is not tensor:
             tensor.copy_(whole)
 
     def background(self, device: torch.device) -> Group:
-        group = self._group or dist.group.WORLD
-        assert group is not None
-        return TorchGroup(same_workers(group, device))
+        return TorchGroup(same_workers(self.process_group, device))
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -131,18 +135,15 @@ class TorchGroup(Group):
             raise self._lost(error) from error
 
     def _lost(self, error: RuntimeError) -> PeerLostError:
-        group = self._group or dist.group.WORLD
-        assert group is not None
-        backend: Any = group._get_backend(torch.device("cpu"))
+        backend: Any = self.process_group._get_backend(torch.device("cpu"))
         for peer in range(self.size):
             # A receive that is never answered: when it times out gloo closes the group's connections, so that workers
             # which wait for this one fail too, and answer the roll call.
             with suppress(RuntimeError):
                 if peer != self.rank:
                     backend.recv([torch.empty(1)], peer, _NO_TAG).wait(timedelta(milliseconds=1))
-        ranks = self.ranks
-        mine = ranks[self.rank]
-        roll = roll_call(group.get_group_store(), mine, ranks)
+        mine = self.ranks[self.rank]
+        roll = roll_call(self.process_group.get_group_store(), mine, self.ranks)
         return PeerLostError(explanation(roll, mine, self.size, error, backend.options._timeout))
 
 
@@ -191,9 +192,9 @@ def training_group(process_group: Group | dist.ProcessGroup | None, *, stackleve
 
 
 def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
-    """Tell if a DistributedDataParallel, with no hook on it, averages gradients of these over workers of the group.
+    """Return True if a DistributedDataParallel without a hook averages gradients of these over workers of the group.
 
-    It may have been made after them and be known to the script alone, so all objects are looked through (30 ms).
+    It may have been made after them and be known to the script alone, so all objects are searched (30 ms).
     """
     if not isinstance(group, TorchGroup) or group.size == 1:
         return False

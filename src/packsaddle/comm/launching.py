@@ -1,13 +1,8 @@
 """Worker processes: the launcher's environment, joining and leaving the process group, starting and ending workers.
 
-Four subjects, in the order of a run:
-
-- the environment variables that a launcher sets, and what is wrong with them;
-- a store prefix that is unique to this start. torchrun's store outlives a restart (torch 2.13), and in it the
-  addresses of the workers before, which the new ones would try to reach without end; so the new ones write under
-  their own prefix. The number of restarts would not do: with several machines each torchrun counts for itself;
-- SIGTERM as a request to stop at the next opportunity, with everything saved;
-- how launched workers end: those that are left after one has failed, and those that were told to stop.
+torchrun's store outlives a restart (torch 2.13), and in it the addresses of the workers before, which the new ones
+would try to reach without end. So each start writes under its own prefix, on which workers agree; the number of
+restarts would not do, since with several machines each torchrun counts its own.
 """
 
 import logging
@@ -23,22 +18,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessContext
 
-from packsaddle.comm.failures import TerminatedError, failure_of
+from packsaddle.comm.failures import Store, TerminatedError, failure_of
 from packsaddle.comm.group import Group, TorchGroup
 from packsaddle.errors import ConfigError
 from packsaddle.messages import shown
 
 
 def under_launcher() -> bool:
-    """Tell if torchrun (or any launcher that sets RANK and WORLD_SIZE) started this process.
+    """Return True if torchrun, or another launcher that sets RANK and WORLD_SIZE, started this process.
 
-    Raises ConfigError if the launcher's variables do not make sense.
+    Raises ConfigError if the launcher's variables are invalid.
     """
     there = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
     if len(there) == 1:
@@ -90,21 +85,11 @@ _PAUSE = 0.02
 _ROUND = 1.0  # seconds after which what has been heard is looked at again
 
 
-class Store(Protocol):
-    """The methods used of torch.distributed's stores."""
-
-    def set(self, key: str, value: str) -> None: ...
-
-    def get(self, key: str) -> bytes: ...
-
-    def check(self, keys: list[str]) -> bool: ...
-
-
 def agree_on_prefix(store: Store, rank: int, size: int, seconds: float) -> str:
-    """Return the word; collective. Raises RuntimeError after `seconds`.
+    """Agree on a key prefix for this launch; collective. Raises RuntimeError after `seconds`.
 
-    Rank 0 makes it, lists the workers that have answered to it, by what each has called itself, and waits until each
-    has found itself in the list: an answer may be an earlier worker's last word.
+    Rank 0 proposes it and waits until every worker of this launch has acknowledged it: each finds its own name in the
+    list of those that answered, where an earlier worker may have answered last.
     """
     me, deadline = uuid.uuid4().hex, time.monotonic() + seconds
     if rank == 0:
@@ -151,7 +136,7 @@ _asked = threading.Event()
 
 
 def asked_to_stop() -> bool:
-    """Tell if this process has received SIGTERM in `hearing_sigterm`."""
+    """Return True if this process has received SIGTERM in `hearing_sigterm`."""
     return _asked.is_set()
 
 
@@ -177,11 +162,10 @@ SHUTDOWN_SECONDS = 3.0  # before SIGTERM, and then before SIGKILL
 
 @contextmanager
 def short_shutdown_grace() -> Iterator[None]:
-    """Within, others than a worker that has failed have SECONDS to end by themselves, and as long again by SIGTERM.
+    """After a worker failed, give the others SHUTDOWN_SECONDS to end, and as long again after SIGTERM.
 
-    torch's launcher joins its workers with the default grace period of torch.multiprocessing: SIGTERM at once and 30 s,
-    which a worker that is stopped uses up. No setting of the launcher changes that; LaunchConfig's shutdown_timeout is
-    for signals to the launcher, when workers save: 30 s, here too.
+    torch's launcher gives them 30 s after SIGTERM, which a stopped worker uses up, and has no setting for it.
+    LaunchConfig's shutdown_timeout is for signals to the launcher, when workers save: 30 s, here too.
     """
     context: Any = ProcessContext
     join = context.join
@@ -201,10 +185,10 @@ _MOMENT = 2.0  # seconds, in which a launcher that still listens has heard a res
 
 
 def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
-    """Return entry(*args), in a launched worker, which ends when its launcher was told to or is killed.
+    """Return entry(*args), in a launched worker, which ends when its launcher gets SIGTERM or is killed.
 
-    Workers wait for the news that all have returned. A launcher that was sent SIGTERM no longer tells them, and would
-    kill them after 30 s: as long as SLURM and Kubernetes give it itself. So the process ends a moment later.
+    Workers wait for the launcher's news that all have returned, which one that got SIGTERM does not send: it would kill
+    them after 30 s, as long as SLURM and Kubernetes give it itself. So the process ends a moment later.
     """
     threading.Thread(target=_follow_launcher, daemon=True).start()
     result = entry(*args)
@@ -276,9 +260,10 @@ def local_device() -> torch.device:
 
 
 def preload_workers(module: str) -> None:
-    """Have processes of multiprocessing's forkserver, if it has not been started, find the module and torch imported;
-    the compiled loops; and torch._dynamo, which the first optimizer of a process imports, and which takes as long as
-    torch."""
+    """Import `module`, torch and the compiled loops in multiprocessing's forkserver, unless it has been started.
+
+    And torch._dynamo, which the first optimizer of a process imports, and which takes as long as torch.
+    """
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", module])
 
 

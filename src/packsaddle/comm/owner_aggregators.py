@@ -49,20 +49,15 @@ class Owners(Aggregator):
         rank, size = channel.group.rank, channel.group.size
         chunks = list(pairwise(self.bounds(len(v), size)))
         self._own = chunks[rank]
-        own = {
-            owner: self._compress(v, chunk, mix(self._seed_of(rank, seed), owner), step)
-            for owner, chunk in enumerate(chunks)
-            if chunk[0] < chunk[1]
-        }
+        own = {}
+        for owner, (a, b) in enumerate(chunks):
+            if a < b:
+                part, own_seed = self.compressor.restrict(b - a, len(v)), mix(self._seed_of(rank, seed), owner)
+                own[owner] = Term(part, part.encode(v[a:b], seed=own_seed, step=step), a, b)
         outgoing = [own[j].message.parts if j in own else None for j in range(size)]
         received = channel.exchange(outgoing, own[min(own)].message.parts)
         reply = self._reply(v, received, chunks[rank], rank, seed, step) if rank in own else None
         return Averaged(tuple(own.values()), self._return(channel, reply, v, chunks, seed, step), mean_dense)
-
-    def _compress(self, v: Tensor, chunk: Chunk, seed: int, step: int) -> Term:
-        a, b = chunk
-        compressor = self.compressor.restrict(b - a, len(v))
-        return Term(compressor, compressor.encode(v[a:b], seed=seed, step=step), a, b)
 
     def _reply(self, v: Tensor, received: list[Parts], chunk: Chunk, rank: int, seed: int, step: int) -> Message:
         """Return B(mean of this worker's chunk + owner error), and set the owner error to the residual.
@@ -95,13 +90,10 @@ class Owners(Aggregator):
     ) -> tuple[Term, ...]:
         """Send every owner's reply to every worker, and return them as terms of the mean."""
         # Names and dtypes of the parts, from a compression of zeros, for workers that own nothing.
-        owned = next(chunk for chunk in chunks if chunk[0] < chunk[1])
-        n = owned[1] - owned[0]
-        like = (
-            reply.parts if reply else self.back.restrict(n, len(v)).encode(v.new_zeros(n), seed=seed, step=step).parts
-        )
-        empty = {name: part[:0] for name, part in like.items()}
-        gathered = self._send_back(channel, empty if reply is None else reply.parts, like)
+        n = next(b - a for a, b in chunks if a < b)
+        example = reply or self.back.restrict(n, len(v)).encode(v.new_zeros(n), seed=seed, step=step)
+        like = example.parts
+        gathered = self._send_back(channel, reply.parts if reply else {name: p[:0] for name, p in like.items()}, like)
         terms = []
         for owner, ((a, b), parts) in enumerate(zip(chunks, gathered, strict=True)):
             if a < b:
@@ -140,12 +132,8 @@ class Owners(Aggregator):
 
     def mu(self, d: int, workers: int) -> float:
         """Both compressions keep their share, chunk by chunk; the second one's error is kept at the owner."""
-        sizes = self._sizes(d, workers)
-        return (
-            sum(n / d * self.compressor.restrict(n, d).mu(n) * self.back.restrict(n, d).mu(n) for n in sizes)
-            if d
-            else 1.0
-        )
+        parts = [(n, self.compressor.restrict(n, d), self.back.restrict(n, d)) for n in self._sizes(d, workers)]
+        return sum(n / d * up.mu(n) * back.mu(n) for n, up, back in parts) if d else 1.0
 
     def validate(self, d: int, workers: int) -> None:
         for n in set(self._sizes(d, workers)):
@@ -157,11 +145,9 @@ class Owners(Aggregator):
         first: list[Collective] = [RingAllReduce((dense * itemsize,))]
         if not d:
             return first
-        sizes = [b - a for a, b in pairwise(self.bounds(d, workers))]
-        up, down = ([_chunk_bytes(c, n, d, itemsize) for n in sizes] for c in (self.compressor, self.back))
-        header, back_header = (
-            8 * part_count(c.restrict(max(sizes), d), max(sizes)) for c in (self.compressor, self.back)
-        )
+        sizes, both = [b - a for a, b in pairwise(self.bounds(d, workers))], (self.compressor, self.back)
+        up, down = ([message_bytes(c.restrict(n, d), n, itemsize) if n else 0 for n in sizes] for c in both)
+        header, back_header = (8 * part_count(c.restrict(max(sizes), d), max(sizes)) for c in both)
         announced = AllToAll([header] * workers, to_self=False)
         return [*first, announced, AllToAll(up), *self._sent_back(down, back_header)]
 
@@ -182,10 +168,6 @@ class Owners(Aggregator):
 
     def _sizes(self, d: int, workers: int) -> list[int]:
         return [b - a for a, b in pairwise(self.bounds(d, workers)) if a < b]
-
-
-def _chunk_bytes(compressor: Compressor, n: int, d: int, itemsize: int) -> int:
-    return message_bytes(compressor.restrict(n, d), n, itemsize) if n else 0
 
 
 class TwoWay(Owners):

@@ -10,8 +10,7 @@ from packsaddle.comm.aggregators import (
     AllGather,
     AllReduce,
     LowRankAllReduce,
-    ProjectedAllReduce,
-    SketchedAllReduce,
+    SharedSupportAllReduce,
 )
 from packsaddle.comm.owner_aggregators import Coordinator, TwoWay
 from packsaddle.compressors import Compressor
@@ -20,8 +19,8 @@ from packsaddle.compressors import Compressor
 _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "all-reduce": AllReduce,
     "all-gather": AllGather,
-    "sketched all-reduce": SketchedAllReduce,
-    "projected all-reduce": ProjectedAllReduce,
+    "sketched all-reduce": SharedSupportAllReduce,
+    "projected all-reduce": SharedSupportAllReduce,
     "low-rank all-reduce": LowRankAllReduce,
 }
 
@@ -81,7 +80,10 @@ def _choose(
     compressor: Compressor, exchange: str, d: int, dense: int, workers: int, itemsize: int, back: Compressor | None
 ) -> Choice:
     check_exchange(exchange, back)
-    name, direct = _direct(compressor)
+    name = compressor.aggregation
+    if name not in _DIRECT:
+        raise ValueError(f"aggregation of {compressor!r} must be one of {', '.join(_DIRECT)}, got {name!r}")
+    direct = _DIRECT[name](compressor)
     # The exact mean, by the aggregator that the compressor names; "senders" weighs that mean afterwards.
     if exchange in ("direct", "senders", name):
         return Choice(direct, name, "asked for")
@@ -89,25 +91,15 @@ def _choose(
         raise ValueError(f"exchange of {type(compressor).__name__} is its own {name}, it cannot be {exchange!r}")
     if exchange == "all-reduce":
         raise ValueError(f'exchange "all-reduce" needs a linear compressor, and {compressor!r} is not')
-    candidates: dict[str, Aggregator] = {name: direct}
-    if exchange in ("two-way", "coordinator", "all-gather"):
-        made = {
-            "all-gather": AllGather(compressor),
-            "two-way": TwoWay(compressor, back),
-            "coordinator": Coordinator(compressor, back),
-        }
-        return Choice(made[exchange], exchange, "asked for")
+    if exchange == "all-gather":
+        return Choice(AllGather(compressor), exchange, "asked for")
+    if exchange in ("two-way", "coordinator"):
+        return Choice((TwoWay if exchange == "two-way" else Coordinator)(compressor, back), exchange, "asked for")
     # "auto": the least bytes of the busiest worker. A two-way exchange needs a chunk for each worker.
+    candidates: dict[str, Aggregator] = {name: direct}
     if name == "all-gather" and d >= workers:
         candidates["two-way"] = TwoWay(compressor)
     sent = {n: max(p.wire(d, dense, r, workers, itemsize).sent for r in range(workers)) for n, p in candidates.items()}
     best = min(sent, key=lambda n: sent[n])
     others = ", ".join(f"{n} {sent[n]:,}" for n in sent if n != best) or "nothing else applies"
     return Choice(candidates[best], best, f"{sent[best]:,} bytes sent per step by the busiest worker; {others}")
-
-
-def _direct(compressor: Compressor) -> tuple[str, Aggregator]:
-    name = compressor.aggregation
-    if name not in _DIRECT:
-        raise ValueError(f"aggregation of {compressor!r} must be one of {', '.join(_DIRECT)}, got {name!r}")
-    return name, _DIRECT[name](compressor)

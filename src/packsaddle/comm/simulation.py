@@ -1,8 +1,7 @@
-"""A serial simulation of W workers in one process: many workers on few cores, and the same code above the group.
+"""A serial simulation of W workers in one process, which runs a script written for torchrun unchanged.
 
-Each worker is a thread with its own model and optimizer, and only one thread runs at a time: the turn passes
-from rank to rank at every collective. So there is no race and no oversubscription, results do not depend on
-scheduling, and a script written for torchrun runs unchanged.
+Each worker is a thread with its own model and optimizer, and only one thread runs at a time: the turn passes from rank
+to rank at every collective. So results do not depend on scheduling.
 """
 
 import contextvars
@@ -69,7 +68,10 @@ class _Turns:
         self.wait(rank)
         if rank == 0:  # the first to be woken, after everyone has put something down
             entries = self._clear_table()
-            self._result = [(_sum([t for (t,) in entries]),)] if kind == "all_reduce" else entries
+            if kind == "all_reduce":
+                for (other,) in entries[1:]:
+                    entries[0][0].add_(other)
+            self._result = entries
         return self._result
 
     def _clear_table(self) -> list[tuple[Tensor, ...]]:
@@ -80,13 +82,6 @@ class _Turns:
                 raise RuntimeError(f"workers disagree: worker 0 calls {calls[0]}, worker {rank} calls {call}")
         self._table = [None] * self.size
         return [tensors for _, tensors in entries]
-
-
-def _sum(tensors: list[Tensor]) -> Tensor:
-    """Add tensors up in order of rank, into the first."""
-    for other in tensors[1:]:
-        tensors[0].add_(other)
-    return tensors[0]
 
 
 class SimulatedGroup(Group):

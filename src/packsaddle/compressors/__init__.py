@@ -1,11 +1,11 @@
 """Gradient compressors."""
 
 from packsaddle.compressors.base import Compressor, Message, RatioRamp
+from packsaddle.compressors.linear_sketch import LinearSketch
 from packsaddle.compressors.low_rank import LowRank
 from packsaddle.compressors.quantized import QSGD, Sign
 from packsaddle.compressors.registry import compressors, describe, identify, parse_compressor
-from packsaddle.compressors.shared import SharedTopK
-from packsaddle.compressors.sketched import LinearSketch, SketchTopK
+from packsaddle.compressors.shared import SharedTopK, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 from packsaddle.compressors.stages import Stages
 

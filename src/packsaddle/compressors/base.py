@@ -73,8 +73,7 @@ class Compressor(ABC):
     """A (possibly random) map C of flat vectors, written as `encode` to a message and `add_decoded` from it.
 
     It satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 (Definition 2.1 of the paper). A subclass is a frozen dataclass
-    that writes `mu`, `encode` and `add_decoded`; `check_compressor` of `packsaddle.compressors.testing` tries it. It
-    also overrides
+    with `mu`, `encode` and `add_decoded`; `packsaddle.compressors.testing.check_compressor` tests it. It also overrides
     - `linear`, to return True, if it is; then `encode` makes one floating part, linear in v, whose length v does
       not change;
     - `receive` if its messages have a context; it begins with `check_parts`;
@@ -191,8 +190,11 @@ class Compressor(ABC):
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         """Predict the bytes of the message of a vector of d coordinates of `itemsize` bytes.
 
-        By default a Gaussian vector, or as much of it as a million coordinates, is compressed and its message weighed.
+        Exact if `expected_parts` have fixed lengths. Else a Gaussian vector, or a million coordinates of it, is
+        compressed and its message weighed.
         """
+        if (expected := _expected_parts(self, d)) is not None and all(e.least == e.most for e in expected.values()):
+            return sum(e.nbytes(itemsize) for e in expected.values())
         dtype, part = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[itemsize], min(d, _PART)
         v = torch.randn(part, generator=torch.Generator().manual_seed(0)).to(dtype)
         return self.restrict(part, d).encode(v, seed=0, step=0).nbytes * (d / part if d else 1)

@@ -193,8 +193,16 @@ def _from_rice(coded: Tensor, d: int, top: int) -> Tensor:
 
 
 def _in_layers(packed: Tensor, levels: Tensor | None, d: int, top: int, bits: int, layers: Sequence[Layer]) -> Tensor:
-    loop = kernel("code_levels", device=packed.device)
-    bodies, signs = loop(packed, d, top, bits, _table(layers)) if loop else _bodies(levels, layers)
+    if loop := kernel("code_levels", device=packed.device):
+        bodies, signs = loop(packed, d, top, bits, _table(layers))
+    else:
+        assert levels is not None
+        magnitudes, bodies, signs = levels.abs(), [], wire.pack_bits(levels[levels != 0] < 0)
+        for j, layer in enumerate(layers):
+            goes_on = magnitudes > j
+            index = (goes_on != layer.inverted).nonzero().squeeze(1)
+            bodies.append(wire.pack_gaps(index, max(1, layer.coded), layer.members, layer.rice))
+            magnitudes = magnitudes[goes_on]
     sizes = [number for layer, body in zip(layers, bodies, strict=True) for number in (layer.going_on, len(body))]
     head = wire.pack(torch.tensor(sizes, dtype=torch.int64, device=packed.device), _width(d))
     return torch.cat([packed.new_tensor([_LAYERS, len(layers)]), head, *bodies, signs])
@@ -236,18 +244,6 @@ def _layers(counts: Sequence[int]) -> list[Layer]:
 def _table(layers: Sequence[Layer]) -> list[tuple[int, int, int, bool]]:
     """Return the arguments of compiled loops: members, number of coded ones, Rice parameter, inverted or not."""
     return [(layer.members, layer.coded, layer.rice, layer.inverted) for layer in layers]
-
-
-def _bodies(levels: Tensor | None, layers: Sequence[Layer]) -> tuple[list[Tensor], Tensor]:
-    """The gaps of each layer and the signs, of int64[d] levels."""
-    assert levels is not None
-    bodies, magnitudes = [], levels.abs()
-    for j, layer in enumerate(layers):
-        goes_on = magnitudes > j
-        index = (goes_on != layer.inverted).nonzero().squeeze(1)
-        bodies.append(wire.pack_gaps(index, max(1, layer.coded), layer.members, layer.rice))
-        magnitudes = magnitudes[goes_on]
-    return bodies, wire.pack_bits(levels[levels != 0] < 0)
 
 
 def _taken_apart(coded: Tensor, d: int, top: int) -> tuple[list[Layer], list[Tensor], Tensor]:

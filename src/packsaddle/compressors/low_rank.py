@@ -102,9 +102,6 @@ class LowRank(Compressor):
             q, right = right[:size], right[size:]
             matrix.add_(p @ q.view(r, m) if r else q.view(n, m), alpha=alpha)
 
-    def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        return itemsize * sum(self.factor_sizes(d))
-
     def factor_sizes(self, d: int) -> tuple[int, int]:
         """Return how many numbers the left and right factors of d coordinates have; matrices sent whole are right."""
         shapes = self._shapes(d)

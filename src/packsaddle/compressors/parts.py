@@ -25,9 +25,14 @@ class Expected(NamedTuple):
     last: int | None = None  # the value of the last element. None: any
 
     def __str__(self) -> str:
-        kind = "float" if self.dtypes == _FLOATING else str(self.dtypes[0]).removeprefix("torch.")
+        kind = str(self.dtypes[0]).removeprefix("torch.") if len(self.dtypes) == 1 else "float"
         length = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
         return f"{kind}[{length}]" + ("" if self.last is None else f" that ends with {self.last}")
+
+    def nbytes(self, itemsize: int) -> int:
+        """Return the most bytes of the part, in a message of a vector with elements of `itemsize` bytes."""
+        sizes = [dtype.itemsize for dtype in self.dtypes]
+        return self.most * min(max(itemsize, min(sizes)), max(sizes))
 
     def describes(self, part: Tensor) -> bool:
         """Return True if a flat part has such a dtype, length and end."""
@@ -35,9 +40,9 @@ class Expected(NamedTuple):
         return fits and (self.last is None or int(part[-1]) == self.last)
 
 
-def floats(n: int, dtype: torch.dtype | None = None) -> Expected:
+def floats(n: int, *dtypes: torch.dtype) -> Expected:
     """Return the description of n floating-point numbers, of any such dtype by default."""
-    return Expected(_FLOATING if dtype is None else (dtype,), n, n)
+    return Expected(dtypes or _FLOATING, n, n)
 
 
 def octets(least: int, most: int | None = None, last: int | None = None) -> Expected:

@@ -71,9 +71,6 @@ class Sign(Compressor):
             _add_signs(signs, first, alpha * scale, tensor)
             first += len(tensor)
 
-    def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        return math.ceil(d / 8) + itemsize * len(self._sizes(d))
-
     def _sizes(self, d: int) -> list[int]:
         return list(self.sizes) if sum(self.sizes) == d and self.sizes else [d]
 
@@ -131,18 +128,14 @@ class QSGD(Compressor):
         check_flag("coded of QSGD", self.coded)
 
     @property
-    def fixed_size(self) -> bool:  # type: ignore[override]
-        """True if levels travel in a fixed width."""
-        return not self._codes_levels
-
-    @property
-    def _codes_levels(self) -> bool:
-        return self.coded and self.bits <= MOST_BITS
-
-    @property
     def bits(self) -> int:
         """Bits of one coordinate that is not coded."""
         return (2 * self.levels).bit_length()
+
+    @property
+    def fixed_size(self) -> bool:  # type: ignore[override]
+        """True if levels travel in a fixed width."""
+        return not self.coded or self.bits > MOST_BITS
 
     def omega(self, d: int) -> float:
         """Return the variance bound of the unscaled Q on d coordinates (Alistarh et al. 2017, Lemma 3.1)."""
@@ -170,7 +163,7 @@ class QSGD(Compressor):
         return self._message(torch.cat(packed), torch.cat(norms), len(v))
 
     def _message(self, packed: Tensor, norms: Tensor, d: int) -> Message:
-        if not self._codes_levels:
+        if self.fixed_size:
             return Message({"levels": packed, "scales": norms})
         if (some := self._not_zero(norms, d)) is not None:  # levels of the others are not sent
             packed, d = some.of(packed, self._width(d) * self.bits // 8), some.coordinates
@@ -189,13 +182,14 @@ class QSGD(Compressor):
         return codes.to(torch.int64), (norms * largest).squeeze(1)
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
-        levels = level_bytes(d, self.bits) if self._codes_levels else octets(math.ceil(d * self.bits / 8))
-        return {"levels": levels, "scales": floats(math.ceil(d / self._width(d)))}
+        levels = octets(math.ceil(d * self.bits / 8)) if self.fixed_size else level_bytes(d, self.bits)
+        norms = floats(math.ceil(d / self._width(d)), torch.float32, torch.float64)
+        return {"levels": levels, "scales": norms}
 
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         packed, norms = message.parts["levels"], message.parts["scales"]
         scale = alpha / (self.levels * (1 + self.omega(len(out))))
-        some = self._not_zero(norms, len(out)) if self._codes_levels else None
+        some = None if self.fixed_size else self._not_zero(norms, len(out))
         with decoding(self):
             if some is None:
                 self._add(packed, norms, self._width(len(out)), out, scale)
@@ -207,7 +201,7 @@ class QSGD(Compressor):
     def _add(self, packed: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
         """Add scale * level * norm to out, float[n]; each bucket of b coordinates has a norm."""
         # Compiled loops decode and add in one pass; without one, coded levels are first brought to a fixed width.
-        if self._codes_levels:
+        if not self.fixed_size:
             if add_coded_levels(packed, self.levels, b, norms, out, scale):
                 return
             packed = decode_levels(packed, len(out), self.levels, self.bits)
@@ -236,12 +230,6 @@ class QSGD(Compressor):
     def _width(self, d: int) -> int:
         """Coordinates of a bucket."""
         return max(1, min(d, self.bucket))
-
-    def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        if self._codes_levels:
-            return super().message_bytes(d, itemsize)
-        b = self._width(d)
-        return math.ceil(d * self.bits / 8) + max(4, itemsize) * math.ceil(d / b)  # norms are not in 16 bits
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,15 @@
 import ast
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from packsaddle.compressors.base import Compressor
+from packsaddle.compressors.linear_sketch import LinearSketch
 from packsaddle.compressors.low_rank import LowRank
 from packsaddle.compressors.quantized import QSGD, Sign
-from packsaddle.compressors.shared import SharedTopK
-from packsaddle.compressors.sketched import LinearSketch, SketchTopK
+from packsaddle.compressors.shared import SharedTopK, SketchTopK
 from packsaddle.compressors.sparse import AdaptiveTopK, Identity, RandomK, TopK
 from packsaddle.compressors.stages import Stages
 
@@ -82,10 +82,7 @@ def parse_compressor(text: str) -> Compressor:
 
 def classes() -> dict[str, type[Compressor]]:
     """Return every compressor's class by its name."""
-    from packsaddle import compressors
-
-    found = {name: getattr(compressors, name) for name in compressors.__all__}
-    return {n: c for n, c in found.items() if isinstance(c, type) and issubclass(c, Compressor) and c is not Compressor}
+    return {kind.__name__: kind for kind in SUMMARIES}
 
 
 def _called(call: ast.expr) -> Compressor:
@@ -116,13 +113,16 @@ def _argument(node: ast.expr) -> Any:
 
 def describe(compressor: Compressor) -> str:
     """The compressor with those of its fields that are not at their defaults; by its name if it is no dataclass."""
-    if not is_dataclass(compressor):
-        return f"{type(compressor).__name__}()"
-    given = [f for f in fields(compressor) if not f.metadata.get("internal")]
-    changed = [f for f in given if getattr(compressor, f.name) != f.default]
-    values = [getattr(compressor, f.name) for f in changed]
-    shown = [f"{f.name}={_described(value)}" for f, value in zip(changed, values, strict=True)]
+    given = [(f, getattr(compressor, f.name)) for f in _fields(compressor)]
+    shown = [f"{f.name}={_described(value)}" for f, value in given if value != f.default]
     return f"{type(compressor).__name__}({', '.join(shown)})"
+
+
+def _fields(compressor: Compressor) -> "list[Field[Any]]":
+    """Return the fields that a user sets; none if it is no dataclass."""
+    if not is_dataclass(compressor):
+        return []
+    return [f for f in fields(compressor) if not f.metadata.get("internal")]
 
 
 def _described(value: Any) -> str:
@@ -133,10 +133,8 @@ def _described(value: Any) -> str:
 
 def identify(compressor: Compressor) -> dict[str, Any]:
     """Return a compressor's name (its `kind` in a configuration) and parameters, in plain types, for a saved state."""
-    names: list[str] = []
-    if is_dataclass(compressor):
-        names = [f.name for f in fields(compressor) if not f.metadata.get("internal")]
-    return {"kind": type(compressor).__name__} | {name: _plain(getattr(compressor, name)) for name in names}
+    values = {f.name: _plain(getattr(compressor, f.name)) for f in _fields(compressor)}
+    return {"kind": type(compressor).__name__, **values}
 
 
 def _plain(value: Any) -> Any:

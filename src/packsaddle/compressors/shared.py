@@ -1,54 +1,110 @@
-"""SharedTopK: one support of blocks for all workers, found by all-reduce from projections of the blocks."""
+"""One support for all workers, found in an all-reduced linear sketch of their mean: SharedTopK and SketchTopK."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from packsaddle.compressors.base import Message, check_count, check_flag
 from packsaddle.compressors.parts import Expected, floats
-from packsaddle.compressors.selection import largest
+from packsaddle.compressors.selection import largest, largest_of_blocks
 from packsaddle.compressors.sparse import Cells, KOfD
 from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys, mix
+from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
 _SLAB = 1 << 17  # random numbers at a time, so that scratch memory stays in a near cache
+_MOST_ROWS = 100  # beyond some ten a median hardly gains
+_COUNTERS = 16  # columns of a row for each kept coordinate
+_OVERSAMPLE = 4  # candidates for each kept coordinate
+
+
+class Drawn(NamedTuple):
+    """The randomness of a sketch, a function of (seed, step)."""
+
+    numbers: Any  # Keys of projections, or the RowHash of each row
+    first: int  # of equal estimates, the first from here on are chosen
+
+
+class Kept(NamedTuple):
+    """The context of a message: the kept cells, and which of its values they have."""
+
+    cells: Cells
+    which: Tensor | None  # int64[k], increasing. None: all
+
+
+class SharedSupport(KOfD):
+    """Base of compressors that choose places by a linear sketch, and send the exact values there.
+
+    Over workers (`comm.aggregators.SharedSupportAllReduce`) the sketches are all-reduced, every worker finds the same
+    places in the mean, and a second all-reduce carries the values. On one vector it is the same without workers.
+    """
+
+    half: bool
+
+    @abstractmethod
+    def draw(self, d: int, *, seed: int, step: int) -> Drawn:
+        """Return the randomness of a sketch of d coordinates."""
+
+    @abstractmethod
+    def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
+        """Return the sketch of v, float[d], bfloat16 or float[n]; empty if the values are no more numbers."""
+
+    @abstractmethod
+    def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
+        """Return the places among d coordinates whose values travel."""
+
+    @abstractmethod
+    def sizes(self, d: int) -> tuple[int, int]:
+        """Return the numbers of a sketch of d coordinates, and of values."""
+
+    def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
+        """Return which of these values at `places` of d coordinates are kept."""
+        return Kept(places, None)
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        drawn = self.draw(len(v), seed=seed, step=step)
+        sketch = self.sketch(v, drawn)
+        places = self.places(sketch, drawn, len(v))
+        values = places.gather(v)
+        return Message({"sketch": sketch, "values": values}, self.keep(places, values, len(v)))
+
+    def expected_parts(self, d: int) -> Mapping[str, Expected]:
+        numbers, values = self.sizes(d)
+        return {"sketch": floats(numbers, *[torch.bfloat16] * self.half), "values": floats(values)}
+
+    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
+        self.check_parts(parts, d)
+        places = self.places(parts["sketch"], self.draw(d, seed=seed, step=step), d)
+        return Message(parts, self.keep(places, parts["values"], d))
+
+    def support_of(self, message: Message, d: int) -> Tensor:
+        kept: Kept = message.context
+        return kept.cells.coordinates(d)
+
+    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
+        cells, which = message.context
+        values = message.parts["values"]
+        cells.add_to(out, (values if which is None else values[which]).to(out.dtype), alpha)
 
 
 @dataclass(frozen=True)
-class SharedTopK(KOfD):
+class SharedTopK(SharedSupport):
     """The compressor that keeps the blocks of largest estimated energy, the same on all workers (after ARC-TopK, 2025).
 
     No index travels. k is `ratio` * d, rounded and at least 1, or given. The vector is cut in B blocks of `block_size`
-    b coordinates. Over workers (`comm.aggregators.ProjectedAllReduce`)
-    `projections` r random numbers G_j v_j of each block, G_j float[r, b] of independent N(0, 1), equal on all workers,
-    are all-reduced; every worker keeps the same K blocks of largest ||G_j v_j||^2, v the mean; a second all-reduce
-    carries their exact values (ARC-TopK, arXiv 2510.26709, does so with the rows of each matrix). Given the support C
-    is linear, so the mean of C(v_i) is C(mean v_i): Algorithm 1 on the mean, which is what Theorem 3.1 speaks of, at
-    any W and at a cost that does not depend on W. Called on one vector it does the same by itself.
+    b coordinates, of which the K of largest ||G_j v_j||^2 are kept, v the mean over workers and G_j float[r, b] of
+    independent N(0, 1), equal on all workers. The projections G_j v_j, r = `projections`, are all-reduced first, and
+    then the exact values of the K blocks (arXiv 2510.26709 does so with the rows of each matrix). Given the support C
+    is linear, so the mean of C(v_i) is C(mean v_i): Algorithm 1 on the mean, as in Theorem 3.1, at a cost that does not
+    depend on W.
 
-    *mu = K / B >= k/d, in expectation, for every v.* Let e_1, ..., e_B be the blocks' energies. A Gaussian matrix has
-    the same law in all directions, so ||G_j v_j||^2 = e_j X_j with X_j independent and of one law (chi squared of r
-    degrees), whatever v_j is and however short the last block. Let e_i >= e_j, and fix all X but X_i and X_j. If j is
-    kept and i is not, e_j X_j >= e_i X_i, so X_j >= X_i. Exchange the two: i now has e_i X_j, no less than j had, and j
-    has e_j X_i, no more than i had, so i is kept and j is not. Exchanging preserves probability, hence
-    P(i is kept) >= P(j is kept). These probabilities are ordered as the energies are and add up to K, so by Chebyshev's
-    sum inequality E[energy kept] = sum_j e_j P(j is kept) >= (1 / B) sum_j e_j sum_j P(j is kept) = (K / B) ||v||^2.
-    Rounding one vector's projections (`half`) changes nothing, being monotone in e_j. In an all-reduce the bound holds
-    up to what rounding between hops does: it adds a relative variance of about (W + 1) 2^-14 to an estimate that has
-    2 / r, where workers do not cancel. Random signs instead of Gaussians would be cheaper, but the law of X_j would
-    depend on the direction of v_j, and the bound fails: of two blocks of energies 1.5 (spread) and 1 (one spike), with
-    K = r = 1, 0.483 of the energy is kept in the mean.
-
-    *Bytes.* B r numbers of 2 bytes (`half`: bfloat16) and K b values. By default r is 2, and b the one nearest to
-    2 r d / k for which whole blocks make k coordinates; then the projections have a quarter of the bytes of float32
-    values. Where k is below sqrt(2 r d) one block of k is kept, and they have more. A k below sqrt(r d / 2) would make
-    them cost more than is saved: one block of sqrt(r d / 2) is sent instead, twice as many numbers in all, the fewest
-    there can be. On gradients r = 2 keeps the most energy at equal bytes of r = 1, 2 and 4, and this b more than 64,
-    256 and 1024 (experiments/shared-supports). Where B r + K b is d or more nothing is projected and all blocks are
-    kept, exactly.
+    mu = K / B >= k/d, in expectation, for every v. The proof, and the default block size, which makes the projections a
+    quarter of the values' bytes, are in docs/compressors.md. Where B r + K b is d or more nothing is projected, and all
+    blocks are kept, exactly.
 
     Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and the others are in
     range.
@@ -107,55 +163,28 @@ class SharedTopK(KOfD):
         blocks, kept, _ = self.grid(d)
         return kept / blocks if d else 1.0
 
-    def project(self, v: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return the projections of v's blocks, bfloat16 or float[blocks * rows], a function of v, seed and step."""
-        rows = self.grid(len(v))[2]
-        sent = torch.bfloat16 if self.half else v.dtype
-        if not rows:
-            return v.new_empty(0, dtype=sent)
-        return project_blocks(v, self.block(len(v)), rows, keys(seed, step, Stream.PROJECTION)).to(sent)
+    def sizes(self, d: int) -> tuple[int, int]:
+        blocks, kept, rows = self.grid(d)
+        return blocks * rows, kept * self.block(d)
 
-    def choose(self, projected: Tensor, d: int, *, seed: int, step: int) -> Cells:
-        """Return the blocks of d coordinates of largest energy in `projected`, [blocks * rows].
+    def draw(self, d: int, *, seed: int, step: int) -> Drawn:
+        """Return the keys of the projections, and a random block."""
+        first = mix(seed, step, int(Stream.PROJECTION)) % max(1, self.grid(d)[0])
+        return Drawn(keys(seed, step, Stream.PROJECTION), first)
 
-        Ties go to the first from a random block on, a function of seed and step.
-        """
+    def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
+        """Return the projections of v's blocks, bfloat16 or float[blocks * rows]."""
+        rows, sent = self.grid(len(v))[2], torch.bfloat16 if self.half else v.dtype
+        return project_blocks(v, self.block(len(v)), rows, drawn.numbers).to(sent) if rows else v[:0].to(sent)
+
+    def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
+        """Return the blocks of d coordinates of largest energy in a sketch, [blocks * rows]."""
         blocks, kept, rows = self.grid(d)
         if not rows:
-            return Cells(torch.arange(blocks, device=projected.device), self.block(d))
-        energies = projected.view(blocks, rows).double().square().sum(1)
-        first = mix(seed, step, int(Stream.PROJECTION)) % blocks
-        index = (largest(energies.roll(-first), kept) + first).remainder_(blocks)
+            return Cells(torch.arange(blocks, device=sketch.device), self.block(d))
+        energies = sketch.view(blocks, rows).double().square().sum(1)
+        index = (largest(energies.roll(-drawn.first), kept) + drawn.first).remainder_(blocks)
         return Cells(index.sort().values, self.block(d))
-
-    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        projected = self.project(v, seed=seed, step=step)
-        cells = self.choose(projected, len(v), seed=seed, step=step)
-        return Message({"sketch": projected, "values": cells.gather(v)}, cells)
-
-    def expected_parts(self, d: int) -> Mapping[str, Expected]:
-        blocks, kept, rows = self.grid(d)
-        sketch = floats(blocks * rows, torch.bfloat16 if self.half else None)
-        return {"sketch": sketch, "values": floats(kept * self.block(d))}
-
-    def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        self.check_parts(parts, d)
-        return Message(parts, self.choose(parts["sketch"], d, seed=seed, step=step))
-
-    def support_of(self, message: Message, d: int) -> Tensor:
-        cells: Cells = message.context
-        return cells.coordinates(d)
-
-    def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
-        message.context.add_to(out, message.parts["values"].to(out.dtype), alpha)
-
-    def payloads(self, d: int, itemsize: int) -> tuple[int, int]:
-        """Return the bytes of the projections and of the values of d coordinates of `itemsize` bytes."""
-        blocks, kept, rows = self.grid(d)
-        return blocks * rows * (2 if self.half else itemsize), kept * self.block(d) * itemsize
-
-    def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        return sum(self.payloads(d, itemsize))
 
 
 def project_blocks(v: Tensor, size: int, rows: int, key: Keys) -> Tensor:
@@ -175,3 +204,107 @@ def project_blocks(v: Tensor, size: int, rows: int, key: Keys) -> Tensor:
         add_gaussians(g, 1.0, key, start=i * together * rows * size)
         projected.append(torch.linalg.vecdot(g.view(blocks, rows, size), padded.view(blocks, 1, size)).view(-1))
     return torch.cat(projected) if projected else torch.zeros(0, dtype=dtype, device=v.device)
+
+
+@dataclass(frozen=True)
+class SketchTopK(SharedSupport):
+    """The compressor that finds the k largest coordinates of a mean by a count sketch (Ivkin et al. 2019).
+
+    Of the P k coordinates of largest estimated magnitude in the mean over workers it keeps the k of largest exact
+    magnitude; k is `ratio` * d, rounded and at least 1, or given, and P is `oversample`. The sketches, `rows` x
+    `columns` counters, are all-reduced first, and then the exact values of the P k candidates; so one support serves
+    all and the mean is compressed, as Theorem 3.1 wants.
+
+    An estimate has variance at most ||v||^2 / columns in each row (see `numerics.sketches`), and the median over rows
+    is taken. docs/compressors.md derives the default sizes, 16 k columns and rows of order log(d / k). Where a sketch
+    and its candidates would be d numbers or more none is made: all values travel and the k largest stay, which is TopK
+    of the mean.
+
+    mu is stated as k/d. Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and
+    the others are in range.
+
+    >>> import torch
+    >>> from packsaddle import SketchTopK
+    >>> v = torch.zeros(10_000)
+    >>> v[17] = 5.0
+    >>> SketchTopK(k=1)(v).nonzero()
+    tensor([[17]])
+    """
+
+    rows: int | None = None  # R, over which the median is taken; by default of order log(d / k), odd
+    columns: int | None = None  # c, counters of a row; by default 16 k
+    oversample: int = _OVERSAMPLE  # P, candidates by kept coordinate; their exact values travel
+    half: bool = True  # counters travel in bfloat16, else in the vector's format
+
+    @property
+    def aggregation(self) -> str:
+        return "sketched all-reduce"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rows", "columns", "oversample"):
+            if getattr(self, name) is not None:
+                check_count(f"{name} of SketchTopK", getattr(self, name))
+        if self.rows is not None and self.rows > _MOST_ROWS:
+            raise ValueError(f"rows of SketchTopK must be at most {_MOST_ROWS}, got {self.rows}: each is a sketch more")
+        check_flag("half of SketchTopK", self.half)
+
+    def restrict(self, part: int, d: int) -> "SketchTopK":
+        columns = None if self.columns is None else max(1, round(self.columns * part / d))
+        return replace(self, columns=columns, k=super().restrict(part, d).k)
+
+    def shape(self, d: int) -> tuple[int, int, int]:
+        """Return rows and columns of the sketch of d coordinates, and the number of candidates.
+
+        (0, 0, d) if no sketch is made, since the values themselves are no more numbers.
+        """
+        if not d:
+            return 0, 0, 0
+        k = self.count(d)
+        tied = d / (8 * (_OVERSAMPLE - 1) * k)
+        rows = self.rows or 2 * max(1, math.ceil(math.log(tied, 8))) + 1
+        columns = min(d, self.columns or _COUNTERS * k)
+        candidates = min(d, self.oversample * k)
+        return (rows, columns, candidates) if rows * columns + candidates < d else (0, 0, d)
+
+    def hashes(self, d: int, *, seed: int, step: int) -> list[RowHash]:
+        """Return the hash of each row of the sketch of d coordinates, a function of seed and step."""
+        rows, columns, _ = self.shape(d)
+        return [RowHash.draw(d, columns, seed=seed, step=step, row=r) for r in range(rows)]
+
+    def sizes(self, d: int) -> tuple[int, int]:
+        rows, columns, candidates = self.shape(d)
+        return rows * columns, candidates
+
+    def draw(self, d: int, *, seed: int, step: int) -> Drawn:
+        """Return the rows' hashes, and a random coordinate."""
+        return Drawn(self.hashes(d, seed=seed, step=step), mix(seed, step, int(Stream.SKETCH)) % max(1, d))
+
+    def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
+        """Return the counters of v by the rows' hashes, bfloat16 or float[rows * columns]."""
+        counters = [h.sketch(v) for h in drawn.numbers] or [v[:0]]
+        return torch.cat(counters).to(torch.bfloat16 if self.half else v.dtype)
+
+    def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
+        """Return the coordinates of largest estimated magnitude of d, increasing.
+
+        Coordinates that share a counter with a much larger one tie with it in that row, so ties must not be broken by
+        position, but from a random place on.
+        """
+        hashes = drawn.numbers
+        if not hashes:
+            return Cells(torch.arange(d, device=sketch.device), 1)
+        tables = sketch.view(len(hashes), -1).to(torch.promote_types(sketch.dtype, torch.float32))
+        index = largest_of_blocks(
+            lambda: median_estimates(hashes, tables, d),
+            lambda index: estimates_at(hashes, tables, index),
+            d,
+            self.shape(d)[2],
+            first=drawn.first,
+        )
+        return Cells(index, 1)
+
+    def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
+        """Return the k places of largest values, float[m]."""
+        which = largest(values, min(len(values), self.count(d) if d else 0))
+        return Kept(Cells(places.index[which], 1), which)

@@ -4,6 +4,7 @@ A vector is laid out as a grid of cells, runs of consecutive coordinates, so tha
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -22,7 +23,6 @@ from packsaddle.compressors.values import (
     ValueFormat,
     decode_values,
     encode_values,
-    value_bytes,
     value_count,
     value_parts,
     value_retention,
@@ -125,9 +125,6 @@ class Identity(Compressor):
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
         return {"values": floats(d)}
-
-    def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        return d * itemsize
 
 
 @dataclass(frozen=True)
@@ -308,21 +305,23 @@ class RandomK(_OfEachTensor):
             values = decode_values(message.parts, self.values, out.dtype)
         message.context.add_to(out, values, alpha)
 
-    def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        return value_bytes(self.grid(d)[1] * self.block(d), self.values, itemsize)
-
 
 class _CodedSupport(Compressor):
-    """A support that depends on v: its indices travel, coded in the fewest bytes, with the values."""
+    """Base of compressors whose support depends on v: coded indices travel with the values."""
 
     values: ValueFormat | None
 
-    def _message(self, v: Tensor, index: Tensor) -> Message:
-        """`index` increases."""
-        return Message(
-            {"indices": wire.encode_indices(index, v.numel()), **encode_values(v.index_select(0, index), self.values)},
-            index,
-        )
+    @abstractmethod
+    def select(self, v: Tensor) -> Tensor:
+        """Return the coordinates of v, float[d], that are sent, increasing int64[k]."""
+
+    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+        index = self.select(v)
+        values = encode_values(v.index_select(0, index), self.values)
+        return Message({"indices": self._encode_indices(index, len(v)), **values}, index)
+
+    def _encode_indices(self, index: Tensor, d: int) -> Tensor:
+        return wire.encode_indices(index, d)
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
         """Raise MessageError unless `parts` are those of the number of values among them, at most d."""
@@ -345,9 +344,6 @@ class _CodedSupport(Compressor):
         with decoding(self):
             values = decode_values(message.parts, self.values, out.dtype)
         out.index_add_(0, index, values, alpha=alpha)
-
-    def _bytes(self, d: int, k: int, itemsize: int) -> float:
-        return math.ceil(wire.index_bits(d, k) / 8) + value_bytes(k, self.values, itemsize)
 
 
 @dataclass(frozen=True)
@@ -416,14 +412,11 @@ class TopK(_CodedSupport, _OfEachTensor):
         counts = shared_out(counts_among_largest(samples, sizes, k), sizes, k)
         return [replace(self, ratio=None, k=count) for count in counts]
 
-    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
+    def select(self, v: Tensor) -> Tensor:
         if (chunks := self.chunks(len(v))) is not None:
-            index = chunks.largest(v)
-            return Message(
-                {"indices": chunks.encode(index), **encode_values(v.index_select(0, index), self.values)}, index
-            )
+            return chunks.largest(v)
         parts = [largest(v[at : at + n], KOfD.count(self, n)) + at for at, n in self.tensors(v.numel())]
-        return self._message(v, torch.cat(parts) if len(parts) > 1 else parts[0] if parts else largest(v, 0))
+        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else largest(v, 0)
 
     def expected_parts(self, d: int) -> Mapping[str, Expected]:
         chunks, k = self.chunks(d), self.count(d)
@@ -436,14 +429,18 @@ class TopK(_CodedSupport, _OfEachTensor):
         else:
             super().check_parts(parts, d)
 
+    def _encode_indices(self, index: Tensor, d: int) -> Tensor:
+        chunks = self.chunks(d)
+        return chunks.encode(index) if chunks else super()._encode_indices(index, d)
+
     def _decode_indices(self, parts: Mapping[str, Tensor], d: int) -> Tensor:
         chunks = self.chunks(d)
         return chunks.decode(parts["indices"]) if chunks else super()._decode_indices(parts, d)
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        if (chunks := self.chunks(d)) is not None:
-            return chunks.bits() / 8 + value_bytes(chunks.total, self.values, itemsize)
-        return self._bytes(d, self.count(d), itemsize)
+        chunks, k = self.chunks(d), self.count(d)
+        indices = math.ceil(wire.index_bits(d, k) / 8) if chunks is None else chunks.bits() / 8
+        return indices + sum(part.nbytes(itemsize) for part in value_parts(k, self.values).values())
 
 
 @dataclass(frozen=True)
@@ -476,8 +473,8 @@ class AdaptiveTopK(_CodedSupport):
         """Give each section the share of its energy in the smallest support of all, by `samples`, whatever `sizes`."""
         return [replace(self, share=share) for share in shares_of_support(samples, self.share)]
 
-    def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        return self._message(v, holding(v, self.share))
+    def select(self, v: Tensor) -> Tensor:
+        return holding(v, self.share)
 
 
 def _check_values(compressor: Compressor, how: ValueFormat | None) -> None:

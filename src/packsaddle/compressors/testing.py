@@ -1,7 +1,7 @@
 """A conformance suite for compressors, ours and yours: `check_compressor(C)` in a test of your own.
 
-Each check has an oracle that knows nothing of the compressor's code: the definition of contraction, the message
-sent through the wire format, sums and multiples of vectors.
+Each check has an oracle that knows nothing of the compressor's code. The checks of one vector v, float[d], raise
+AssertionError, whose message begins with `where`.
 """
 
 from collections.abc import Mapping
@@ -79,14 +79,7 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
 
 
 def check_fields(compressor: Compressor) -> None:
-    """Check that the `compressor` is a frozen dataclass whose fields can be hashed; raises AssertionError, naming it.
-
-    What shows, saves and compares compressors needs it.
-
-    >>> from packsaddle import TopK
-    >>> from packsaddle.compressors.testing import check_fields
-    >>> check_fields(TopK(0.1))
-    """
+    """Check that the `compressor` is a frozen dataclass whose fields can be hashed, for saving and comparing it."""
     name = type(compressor).__name__
     assert is_dataclass(compressor), f"{name}: must be a frozen dataclass"
     try:
@@ -96,15 +89,9 @@ def check_fields(compressor: Compressor) -> None:
 
 
 def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """Check that E||v - C(v)||^2 <= (1 - mu) ||v||^2 with 0 < mu <= 1 (Definition 2.1).
+    """Check `compressor` on v: E||v - C(v)||^2 <= (1 - mu) ||v||^2, a mean over `seeds`, and 0 < mu <= 1.
 
-    `compressor` acts on v, float[d]; the mean is over `seeds` draws. Raises AssertionError, which begins with `where`,
-    and ValueError unless seeds is a positive integer.
-
-    >>> import torch
-    >>> from packsaddle import TopK
-    >>> from packsaddle.compressors.testing import check_contraction
-    >>> check_contraction(TopK(0.1), torch.ones(20), "ones")
+    Raises AssertionError, which begins with `where`, and ValueError unless seeds is a positive integer.
     """
     check_count("seeds", seeds)
     mu, scale = compressor.mu(len(v)), _largest(v) or 1.0
@@ -120,14 +107,9 @@ def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: i
 
 
 def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check that C(v) is a function of (v, seed, step), and that v and the global random state stay as they are.
+    """Check `compressor` on v: C is a function of (v, seed, step) alone, and changes neither v nor global random state.
 
-    `compressor` acts on v, float[d]. Raises AssertionError, which begins with `where`.
-
-    >>> import torch
-    >>> from packsaddle import TopK
-    >>> from packsaddle.compressors.testing import check_purity
-    >>> check_purity(TopK(0.1), torch.ones(20), "ones")
+    Raises AssertionError, which begins with `where`.
     """
     before, state = v.clone(), torch.random.get_rng_state()
     first = compressor(v, seed=1, step=2)
@@ -137,14 +119,9 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check that sender and receiver decode the same vector, that alpha scales it, and that sizes are as declared.
+    """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, sizes are as declared.
 
-    `compressor` acts on v, float[d]. Raises AssertionError, which begins with `where`.
-
-    >>> import torch
-    >>> from packsaddle import TopK
-    >>> from packsaddle.compressors.testing import check_message
-    >>> check_message(TopK(0.1), torch.ones(20), "ones")
+    Raises AssertionError, which begins with `where`.
     """
     d = len(v)
     scratch = v.clone()
@@ -174,30 +151,14 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check that C(2 v) = 2 C(v), so that the error memory may hold eta e.
-
-    `compressor` acts on v, float[d]. Raises AssertionError, which begins with `where`.
-
-    >>> import torch
-    >>> from packsaddle import Sign
-    >>> from packsaddle.compressors.testing import check_homogeneity
-    >>> check_homogeneity(Sign(), torch.ones(20), "ones")
-    """
+    """Check `compressor` on v: C(2 v) = 2 C(v), so that the error memory may hold eta e; `where` begins the error."""
     doubled, single = compressor(v * 2, seed=4, step=5), compressor(v, seed=4, step=5)
     eps = torch.finfo(v.dtype).eps
     assert torch.allclose(doubled, 2 * single, rtol=8 * eps, atol=_subnormal(v)), f"{where}: C(2 v) is not 2 C(v)"
 
 
 def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check that C(a + b) = C(a) + C(b) at fixed randomness (Definition 2.2), to rounding.
-
-    `compressor` acts on v, float[d], and its reverse. Raises AssertionError, which begins with `where`.
-
-    >>> import torch
-    >>> from packsaddle import RandomK
-    >>> from packsaddle.compressors.testing import check_linearity
-    >>> check_linearity(RandomK(0.1), torch.ones(20), "ones")
-    """
+    """Check `compressor` on v and its reverse: C(a + b) = C(a) + C(b) to rounding; `where` begins the error."""
     a, b = v, v.flip(0) * 0.5
     whole = compressor(a + b, seed=6, step=7)
     parts = compressor(a, seed=6, step=7) + compressor(b, seed=6, step=7)
@@ -208,15 +169,9 @@ def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """Check the declared `lossless`, `aggregation`, `rates` and `shared_cells` against C(v).
+    """Check the `lossless`, `aggregation`, `rates` and `shared_cells` of `compressor` against C(v).
 
-    `compressor` acts on v, float[d]; rates are means over `seeds` draws. Raises AssertionError, which begins with
-    `where`.
-
-    >>> import torch
-    >>> from packsaddle import RandomK
-    >>> from packsaddle.compressors.testing import check_declared
-    >>> check_declared(RandomK(0.1), torch.ones(20), "ones", seeds=20)
+    Rates are means over `seeds` draws. Raises AssertionError, which begins with `where`.
     """
     assert compressor.aggregation != "all-reduce" or compressor.linear, f"{where}: an all-reduce needs a linear C"
     if compressor.lossless:
@@ -246,12 +201,7 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
 
 
 def check_empty(compressor: Compressor) -> None:
-    """Check that the message of an empty vector decodes to one; raises AssertionError, naming the `compressor`.
-
-    >>> from packsaddle import TopK
-    >>> from packsaddle.compressors.testing import check_empty
-    >>> check_empty(TopK(0.1))
-    """
+    """Check that the message of an empty vector decodes to one; raises AssertionError, naming the `compressor`."""
     empty = torch.zeros(0)
     message = compressor.encode(empty, seed=0, step=0)
     out = torch.zeros(0)

@@ -24,6 +24,7 @@ VALUE_BLOCK = 256  # values that share a scale
 _LARGEST = {"int8": 127, "int4": 7}
 _PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits; a last byte has the number of values modulo 8
 _HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # partings at a mean, of which two levels each come
+_DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
 _SCALE_UNIT = 2.0**126  # what the largest scale is then, so that all exponents are used
 _MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # below two units, as a subnormal one may be half the largest
@@ -37,7 +38,7 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
     if how is None:
         return {"values": values}
     if not len(values):
-        coded = values.to(torch.uint8 if how in _PACKED else _dtype(how))
+        coded = values.to(torch.uint8 if how in _PACKED else _DTYPES[how])
         return {"values": coded, **(_scales_to_16_bits(values, values.dtype) if how in _PACKED else {"scales": values})}
     # In units of its block's largest magnitude a value neither overflows nor underflows any format.
     blocks = torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
@@ -51,7 +52,7 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
         scales = _scales_of(parts, values.dtype)
     unit = torch.where(scales[:, None] > 0, blocks / scales[:, None], blocks).view(-1)[: len(values)]
     if how not in _LARGEST:
-        return {"values": unit.to(_dtype(how)), **parts}
+        return {"values": unit.to(_DTYPES[how]), **parts}
     rounded = (unit * _LARGEST[how]).round().clamp_(-_LARGEST[how], _LARGEST[how])
     if how == "int8":
         return {"values": rounded.to(torch.int8), **parts}
@@ -60,8 +61,7 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
 
 def _to_levels(values: Tensor, blocks: Tensor, how: ValueFormat) -> dict[str, Tensor]:
     """A sign and a level each, and a block's levels. The padding of the last block is in no level."""
-    there = torch.ones_like(values, dtype=torch.bool)
-    there = torch.nn.functional.pad(there, (0, blocks.numel() - len(values))).view_as(blocks)
+    there = (torch.arange(blocks.numel(), device=values.device) < len(values)).view_as(blocks)
     codes, levels = _parted(blocks.abs().double(), there, _HALVINGS[how])
     codes += (blocks < 0).to(torch.uint8) << _HALVINGS[how]
     parts = _scales_to_16_bits(torch.cat(levels, 1).view(-1), values.dtype)
@@ -85,8 +85,8 @@ def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
     Below 2^-252 of the largest they are 0. In its own dtype the unit says whether all are finite.
     """
-    unit = scales.amax(0, keepdim=True).to(dtype) if len(scales) else scales.to(dtype)
-    ratio = torch.where(unit > 0, scales.double() / unit.double(), 0.0) if len(scales) else scales.double()
+    unit = (scales.amax(0, keepdim=True) if len(scales) else scales).to(dtype)
+    ratio = torch.where(unit > 0, scales.double() / unit.double(), 0.0)
     bits = (ratio * _SCALE_UNIT).to(torch.float32).view(torch.int32)
     return {"scales": ((bits + (1 << (_SCALE_SHIFT - 1))) >> _SCALE_SHIFT).to(torch.int16), "unit": unit}
 
@@ -135,7 +135,7 @@ def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:
         return {"values": floats(k)}
     blocks = math.ceil(k / VALUE_BLOCK)
     if how not in _PACKED:
-        return {"values": Expected((_dtype(how),), k, k), "scales": floats(blocks)}
+        return {"values": Expected((_DTYPES[how],), k, k), "scales": floats(blocks)}
     values = octets(math.ceil(k * _PACKED[how] / 8) + 1, last=k % 8) if k else octets(0)
     scales = blocks << _HALVINGS.get(how, 0)
     return {"values": values, "scales": Expected((torch.int16,), scales, scales), "unit": floats(min(k, 1))}
@@ -153,11 +153,6 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
 def _packed(numbers: Tensor, width: int) -> Tensor:
     """Pack numbers, and how many there are modulo 8."""
     return torch.cat([pack(numbers, width), numbers.new_tensor([len(numbers) % 8]).to(torch.uint8)])
-
-
-def _dtype(how: ValueFormat) -> torch.dtype:
-    found: torch.dtype = getattr(torch, how)
-    return found
 
 
 def value_retention(how: ValueFormat | None) -> float:
@@ -182,14 +177,3 @@ def value_retention(how: ValueFormat | None) -> float:
         twice = (2 * _LARGEST[how]) ** 2
         return twice / (twice + VALUE_BLOCK - 1) * (1 if how == "int8" else 1 - 2.0**-7)
     return 1 - (2.0**-16 if how == "bfloat16" else 2.0**-20)
-
-
-def value_bytes(k: int, how: ValueFormat | None, itemsize: int) -> int:
-    """Bytes of k values of a vector whose own dtype takes `itemsize` bytes."""
-    if how is None:
-        return itemsize * k
-    blocks = math.ceil(k / VALUE_BLOCK)
-    if how in _PACKED:
-        scales = 2 * blocks * (1 << _HALVINGS.get(how, 0))
-        return math.ceil(k * _PACKED[how] / 8) + 1 + scales + itemsize if k else 0
-    return {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[how] * k + blocks * itemsize

@@ -5,7 +5,7 @@ stationary, not that x_T is. If at least half are, m independent uniform draws a
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import Any
@@ -25,13 +25,15 @@ class Verdict(StrEnum):
     UNDECIDED = "undecided"
 
 
-def judge(grad_norm: float, epsilon: float, threshold: float, upper: float, lower: float) -> Verdict:
-    """Compare the evidence with Definition 2.4; `upper` and `lower` bound lambda_min.
+def judge(least: float, most: float, epsilon: float, threshold: float, upper: float, lower: float) -> Verdict:
+    """Compare the evidence with Definition 2.4: `least` and `most` bound ||grad f||, `upper` and `lower` lambda_min.
 
     A Rayleigh quotient below the threshold is proof of a saddle, whatever its residual.
     """
-    if not grad_norm <= epsilon:
+    if not least <= epsilon:
         return Verdict.GRADIENT_TOO_LARGE
+    if most > epsilon:
+        return Verdict.UNDECIDED
     if upper < threshold:
         return Verdict.SADDLE
     return Verdict.SECOND_ORDER_STATIONARY if lower >= threshold else Verdict.UNDECIDED
@@ -50,6 +52,11 @@ def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float
     digits = 1 - math.floor(math.log10(most))
     rounded = float(f"{most:.1e}")
     return rounded if rounded >= most else float(f"{most + 10.0**-digits:.1e}")
+
+
+def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values with None for each float that is not finite, which JSON does not have."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -116,10 +123,6 @@ class Certificate:
         return math.log(10) / math.log1p(-lr * self.lambda_min_upper) if lr and self.lambda_min_upper < 0 else None
 
     @property
-    def _is_stationary(self) -> bool:
-        return self.verdict is Verdict.SECOND_ORDER_STATIONARY
-
-    @property
     def whose(self) -> str:
         """The function whose Hessian it is."""
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
@@ -152,74 +155,71 @@ class Certificate:
         values |= {"verdict": str(self.verdict), "smallest_epsilon": self.smallest_epsilon, "whose": self.whose}
         values |= {"saddle_below_rho": self.saddle_below_rho, "lr": lr}
         values["escape_steps"] = None if lr is None else self.escape_steps(lr)
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return for_json(values)
 
     def __str__(self) -> str:
-        rho = "estimated along v, from below" if self.hessian_lipschitz_estimated else "given"
+        # Definition 2.4: ||grad f|| <= epsilon, and lambda_min >= -sqrt(rho epsilon).
+        is_plateau = self.verdict is Verdict.SECOND_ORDER_STATIONARY and self.saddle_below_rho is not None
         error = ""
         if self.grad_norm_error is not None:
             known = math.isfinite(self.grad_norm_error)
             error = f" (standard error {f'{self.grad_norm_error:.1e}' if known else 'unknown: one batch'})"
-
-        # lambda_min and lambda_max from both sides; a pilot's direction bounds lambda_min from above alone.
-        bounds = [
-            f"  lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with probability "
-            f"{1 - self.failure_probability:g}, residual {self.residual:.1e}",
-            f"  lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with the same "
-            f"probability",
+        lines = [
+            f"{self.verdict}{', not a minimum' if is_plateau else ''}",
+            f"gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
+            *self._curvature(),
+            *self._remarks(),
+            f"loss {self.loss:.6f}; the Hessian is that of {self.whose}",
+            f"{self.hvps} product{'' if self.hvps == 1 else 's'} in {self.precision} by {self.hvp}{self._how}, "
+            f"{self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
         ]
-        if self.pilot_examples is not None:
+        return "\n  ".join(lines)
+
+    def _curvature(self) -> list[str]:
+        """The bounds on both extreme eigenvalues, or the one that a pilot's direction gives, and the threshold."""
+        if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # for the record
+            return ["curvature was not looked at: the gradient decides"]
+        if self.pilot_examples is None:
             bounds = [
-                f"  lambda_min is at most {self.lambda_min_upper:.3e}, by a direction found on {self.pilot_examples:,} "
+                f"lambda_min in [{self.lambda_min_lower:.3e}, {self.lambda_min_upper:.3e}], from below with "
+                f"probability {1 - self.failure_probability:g}, residual {self.residual:.1e}",
+                f"lambda_max in [{self.lambda_max_lower:.3e}, {self.lambda_max_upper:.3e}], from above with the same "
+                f"probability",
+            ]
+        else:
+            bounds = [
+                f"lambda_min is at most {self.lambda_min_upper:.3e}, by a direction found on {self.pilot_examples:,} "
                 f"examples with {self.pilot_hvps} products"
             ]
         value = f"{self.hessian_lipschitz:.3e}" if self.hessian_lipschitz > 1e-300 else "about 0: quadratic along v"
-        curvature = [*bounds, f"  threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {value} ({rho})"]
-        if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # for the record
-            curvature = ["  curvature was not looked at: the gradient decides"]
+        given = "estimated along v, from below" if self.hessian_lipschitz_estimated else "given"
+        return [*bounds, f"threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {value} ({given})"]
 
-        # Definition 2.4: ||grad f|| <= epsilon, and lambda_min >= -sqrt(rho epsilon).
-        is_plateau = self._is_stationary and self.saddle_below_rho is not None
-        lines = [
-            f"{self.verdict}{', not a minimum' if is_plateau else ''}",
-            f"  gradient norm {self.grad_norm:.3e}{error}, epsilon {self.epsilon:.3e}{self._whence}",
-            *curvature,
-            f"  loss {self.loss:.6f}; the Hessian is that of {self.whose}",
-            f"  {self.hvps} product{'' if self.hvps == 1 else 's'} in {self.precision} by {self.hvp}{self._how}, "
-            f"{self.bytes_sent:,} bytes sent, {self.seconds:.1f} s",
-        ]
-
-        # The line that the verdict needs: f(x + s v), the gap between the bounds, or caveats.
+    def _remarks(self) -> list[str]:
+        """The lines that the verdict needs: f(x + s v), the gap between the bounds, or what the verdict leaves open."""
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
             bend = "" if self.escape_bend > 0 else "; their mean does not fall (kinks? finite steps see no saddle)"
-            lines.insert(2 + len(curvature), f"  a step of {self.escape_distance:.3g} along v: the loss {found}{bend}")
-        elif self.verdict is Verdict.UNDECIDED:
+            return [f"a step of {self.escape_distance:.3g} along v: the loss {found}{bend}"]
+        if self.verdict is Verdict.UNDECIDED:
             gap = self.lambda_min_upper - self.lambda_min_lower
-            lines.insert(2 + len(curvature), f"  more products may settle it: the bounds are {gap:.1e} apart")
-        elif self._is_stationary:
-            lines[2 + len(curvature) : 2 + len(curvature)] = self._caveats()
-        return "\n".join(lines)
+            return [f"more products may settle it: the bounds are {gap:.1e} apart"]
+        if self.verdict is not Verdict.SECOND_ORDER_STATIONARY:
+            return []
 
-    def _caveats(self) -> list[str]:
-        """The remark on a verdict that leaves much open: Definition 2.4 asks for little where rho is large."""
-        lines = []
-        below = self.saddle_below_rho
-
-        # rho measured from below: the threshold -sqrt(rho epsilon) may be lower.
+        # Definition 2.4 asks for little where rho is large, and rho measured from below may be too small.
+        below, lines = self.saddle_below_rho, []
         if self.hessian_lipschitz_estimated:
             other = "a smaller one asks for more" if below is None else f"below rho = {below:.1e} this is a saddle"
             lines.append(
-                f"  it rests on the estimate of rho: {other}; a larger one lowers the threshold, and allows more "
+                f"it rests on the estimate of rho: {other}; a larger one lowers the threshold, and allows more "
                 f"negative curvature"
             )
-
-        # threshold <= lambda_min < 0.
-        if below is None:
-            return lines
-        plateau = f"v has curvature {self.lambda_min_upper:.1e}, which the threshold allows, as on a plateau"
-        return [*lines, f"  not a minimum: {plateau}"]
+        if below is not None:
+            plateau = f"v has curvature {self.lambda_min_upper:.1e}, which the threshold allows, as on a plateau"
+            lines.append(f"not a minimum: {plateau}")
+        return lines
 
 
 def draw_iterates(m: int, steps: int, seed: int) -> list[int]:

@@ -18,11 +18,12 @@ from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import is_sharded
 from packsaddle.curvature.certificate import Certificate, Verdict, proposed_epsilon
-from packsaddle.curvature.hessian import LossFn, WithExamples, rank_0_buffers
-from packsaddle.curvature.options import Search, check_goal
+from packsaddle.curvature.hessian import LossFn, certifying, with_examples
+from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Differences, Products, choose_products, with_products
 from packsaddle.curvature.search import Bounds, CurvatureSearch, Goal, Walk, pilot
 from packsaddle.curvature.sharded import derivatives
+from packsaddle.errors import check_positive
 
 
 def certify(
@@ -60,14 +61,13 @@ def certify(
     losses that are not a function of the parameters, and for "double-backward" where it is wrong.
     """
     begin = time.perf_counter()
-    check_goal(epsilon, hessian_lipschitz)
+    check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if sample_of is not None and sample_of < 1:
         raise ValueError(f"sample_of must be at least 1 example, got {sample_of}")
     channel = Communicator(resolve(process_group), Ledger())
     if not is_sharded(model):  # whose workers go through as many batches together
-        batches = WithExamples(batches)
-    # A DataLoader draws from torch's generator each time that it is read.
-    with torch.random.fork_rng(devices=()), rank_0_buffers(model, channel):
+        batches = with_examples(batches)
+    with certifying(model, channel):
         # The point: its loss, its gradient, and how products are taken.
         of = partial(derivatives, model, loss_fn, channel=channel, tensor_parallel=tensor_parallel)
         curvature = of(batches)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.hessian import LossFn, NotFiniteError, batch_size, evaluating, trainable
-from packsaddle.curvature.narrow_convolutions import safe_derivatives
+from packsaddle.curvature.hessian import LossFn, NotFiniteError, batch_size, differentiating, trainable
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _apart(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[l
     mean = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
     found: list[float] = []
     seen = 0
-    with torch.enable_grad(), evaluating(model), safe_derivatives(model):
+    with differentiating(model):
         for batch in batches:
             n = batch_size(batch)
             grads = torch.autograd.grad(loss_fn(model, batch), parameters, allow_unused=True)

@@ -10,19 +10,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import Solo
 from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import local_part
 from packsaddle.curvature.custom_functions import graph_nodes
-from packsaddle.curvature.lanczos import random_start
 from packsaddle.curvature.narrow_convolutions import safe_derivatives
 from packsaddle.numerics.seeds import Stream, generator
 
@@ -109,7 +110,7 @@ class Curvature:
         self.loss = loss / examples
 
     def _differs_from_rank_0(self) -> bool:
-        """Tell if this worker's parameters, frozen ones too, differ from rank 0's, by two sums."""
+        """Compare this worker's parameters, frozen ones too, with rank 0's by two sums."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for p in self._model.parameters():
             values = p.detach().to(self.device, torch.float64)
@@ -158,17 +159,24 @@ class Curvature:
 
     def batches(self) -> int:
         """Return the number of batches of all workers; collective."""
-        return round(float(self.sum(torch.tensor([len(self._sizes_of_batches)], dtype=torch.float64))))
+        return round(self.sum_of(len(self._sizes_of_batches)))
 
     def examples_of_every(self, n: int) -> int:
         """Return the number of examples in every n-th batch of every worker; collective."""
-        mine = torch.tensor([sum(self._sizes_of_batches[::n])], dtype=torch.float64)
-        return round(float(self.sum(mine))) // self._alike
+        return round(self.sum_of(sum(self._sizes_of_batches[::n]))) // self._alike
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over workers, float64; collective."""
         values = values.to(self.device, torch.float64)
         return self._channel.mean(values, "certificate").mul_(self._channel.group.size)
+
+    def sum_of(self, value: float) -> float:
+        """Return the sum of one number over workers; collective."""
+        return float(self.sum(torch.tensor([value], dtype=torch.float64)))
+
+    def on_any_worker(self, found: bool) -> bool:
+        """Return True if `found` is true on any worker; collective."""
+        return self.sum_of(found) > 0
 
     def gradient(self) -> tuple[Tensor, float]:
         """Return grad f, float64[d], and its standard error if the examples are a sample; collective.
@@ -187,14 +195,14 @@ class Curvature:
         self.passes += 1
         mean = self._mean(derivative)
         squares, batches = self.sum(spread).tolist()
-        if batches == 1:
-            return mean, math.inf
-        within = max(0.0, squares - self.examples * float(mean.square().sum())) / (batches - 1)
-        return mean, math.sqrt(within / self.examples)
+        return mean, self._standard_error(squares, float(mean.square().sum()), batches)
 
-    def on_any_worker(self, found: bool) -> bool:
-        """Return True if `found` is true on any worker; collective."""
-        return float(self.sum(torch.tensor([float(found)]))) > 0
+    def _standard_error(self, squares: float, square_of_mean: float, batches: float) -> float:
+        """Return that of the mean gradient, for squares = sum_b n_b ||g_b||^2; inf with a single batch."""
+        if batches == 1:
+            return math.inf
+        within = max(0.0, squares - self.examples * square_of_mean) / (batches - 1)
+        return math.sqrt(within / self.examples)
 
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
         """Return H v, float64[d], for v float64[d], by double backward; collective.
@@ -221,16 +229,15 @@ class Curvature:
 
     def product_of_batch(self, batch: Any, v: Tensor) -> Tensor:
         """Return H_b v, float64[d], of one batch's mean loss by double backward; not collective."""
-        with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
+        with differentiating(self._model):
             return self._flat(self._differentiate_twice(self._loss_of(batch), self._shaped(v)))
 
     def gradient_of_batch(self, batch: Any) -> Tensor:
         """Return the gradient of one batch's mean loss, float64[d]; not collective."""
-        with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
+        with differentiating(self._model):
             return self._flat(torch.autograd.grad(self._loss_of(batch), self.parameters, allow_unused=True))
 
     def _flat(self, parts: tuple[Tensor | None, ...]) -> Tensor:
-        """Derivatives by the parameters as one vector, float64[d]."""
         flat = [
             torch.zeros_like(p).reshape(-1) if g is None else g.detach().reshape(-1)
             for g, p in zip(parts, self.parameters, strict=True)
@@ -238,7 +245,6 @@ class Curvature:
         return torch.cat(flat).double()
 
     def _shaped(self, v: Tensor) -> list[Tensor]:
-        """A flat vector as pieces of the parameters' shapes and dtypes."""
         pieces = torch.split(v, [p.numel() for p in self.parameters])
         return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)]
 
@@ -251,7 +257,7 @@ class Curvature:
 
     def _try_double_backward(self) -> str | None:
         ones = [torch.ones_like(p) for p in self.parameters]
-        with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
+        with differentiating(self._model):
             for batch in self._batches:
                 try:
                     loss = self._loss_of(batch)
@@ -272,8 +278,8 @@ class Curvature:
         tensors become float64 too; None without examples; not collective."""
         if not sum(self._sizes_of_batches):
             return None
-        model = copy.deepcopy(self._model).double()
-        return Curvature(model, self._loss_fn, _InDouble(self._batches), Communicator(Solo(), Ledger()))
+        model, doubled = copy.deepcopy(self._model).double(), partial(map, _doubled)
+        return Curvature(model, self._loss_fn, Reread(self._batches, doubled), Communicator(Solo(), Ledger()))
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
         """Return grad f(x + distance * direction), float64[d]; parameters of 16 bits are dithered; collective."""
@@ -286,7 +292,8 @@ class Curvature:
         """Return a Gaussian vector, float64[d], equal on every worker, from rank 0's generator; None takes a seed from
         the operating system; collective."""
         rng = self._shared_generator(generator)
-        return torch.cat([random_start(p.numel(), rng) for p in self.parameters]).to(self.device)
+        parts = [torch.randn(p.numel(), generator=rng, dtype=torch.float64) for p in self.parameters]
+        return torch.cat(parts).to(self.device)
 
     def _shared_generator(self, generator: torch.Generator | None) -> torch.Generator:
         """A generator on the CPU, seeded on every worker by what rank 0's draws."""
@@ -310,7 +317,7 @@ class Curvature:
     def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor | None, ...]]) -> Tensor:
         """Sum a derivative of every batch's total loss, and average over all examples of all workers."""
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
-        with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
+        with differentiating(self._model):
             for batch, n in self.read():
                 parts = derivative(self._loss_of(batch), n)
                 total.add_(self._flat(parts), alpha=n)
@@ -326,33 +333,22 @@ class Curvature:
         With a seed `dither`, parameters of 16 bits are rounded to a neighbour by chance, so that they are in the mean
         where they should be: a displacement below their last place would else be lost.
         """
-        before = [t.clone() for t in self._tensors]
-
-        # x + s v; of 16 bits with a mean of x + s v.
         pieces = torch.split(direction, [t.numel() for t in self._tensors])
-        try:
-            with torch.no_grad():
-                for i, (p, piece) in enumerate(zip(self._tensors, pieces, strict=True)):
-                    shift = (piece * distance).view(p.shape).to(p.device)
-                    if dither is None or p.element_size() > 2:
-                        p.add_(shift.to(p.dtype))
-                    else:
-                        p.copy_(
-                            _dithered(
-                                p.double() + shift, p.dtype, generator(dither, i, Stream.ROUNDING, device=p.device)
-                            )
-                        )
+        with _restored(self._tensors):
+            for i, (p, piece) in enumerate(zip(self._tensors, pieces, strict=True)):
+                shift = (piece * distance).view(p.shape).to(p.device)
+                if dither is None or p.element_size() > 2:
+                    p.add_(shift.to(p.dtype))
+                else:
+                    rng = generator(dither, i, Stream.ROUNDING, device=p.device)
+                    p.copy_(_dithered(p.double() + shift, p.dtype, rng))
             yield
-        finally:
-            with torch.no_grad():
-                for p, old in zip(self._tensors, before, strict=True):
-                    p.copy_(old)
 
     def loss_at(self, direction: Tensor, distance: float) -> float:
         """Return f(x + distance * direction); collective."""
         with self.moved(direction, distance):
-            total = torch.tensor([self._totals()[0]], dtype=torch.float64)
-        return float(self.sum(total)) / self._alike / self.examples
+            total = self._totals()[0]
+        return self.sum_of(total) / self._alike / self.examples
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -383,17 +379,34 @@ def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
 
 
 @contextmanager
-def rank_0_buffers(model: nn.Module, channel: Communicator) -> Iterator[None]:
-    """Within, every worker has rank 0's buffers (statistics of batch normalisation); afterwards its own; collective."""
-    buffers = [b for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
-    before = [b.clone() for b in buffers]
-    for b in buffers:
-        channel.broadcast(b.data, "certificate")
+def certifying(model: nn.Module, channel: Communicator) -> Iterator[None]:
+    """Within, every worker has rank 0's buffers (statistics of batch normalisation); collective.
+
+    Afterwards its own are restored, and so is torch's generator, from which a DataLoader draws each time it is read.
+    """
+    buffers = [b.data for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
+    with torch.random.fork_rng(devices=()), _restored(buffers):
+        for b in buffers:
+            channel.broadcast(b, "certificate")
+        yield
+
+
+@contextmanager
+def _restored(tensors: list[Tensor]) -> Iterator[None]:
+    """Within, tensors may be changed; afterwards they are as before, to the bit."""
+    before = [t.clone() for t in tensors]
     try:
         yield
     finally:
-        for b, old in zip(buffers, before, strict=True):
-            b.data.copy_(old)
+        for t, old in zip(tensors, before, strict=True):
+            t.copy_(old)
+
+
+@contextmanager
+def differentiating(model: nn.Module) -> Iterator[None]:
+    """Within, a loss of the model in evaluation mode has a graph, and its derivatives are right."""
+    with torch.enable_grad(), evaluating(model), safe_derivatives(model):
+        yield
 
 
 @contextmanager
@@ -409,27 +422,28 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class WithExamples:
-    """Those batches that have examples, whose mean loss is a number; can be read as often as the batches."""
+class Reread:
+    """What `read` makes of an iterator over batches; can be read as often as the batches."""
 
     batches: Iterable[Any]
+    read: Callable[[Iterator[Any]], Iterator[Any]]
 
     def __iter__(self) -> Iterator[Any]:
-        return (batch for batch in self.batches if batch_size(batch))
+        return self.read(iter(self.batches))
 
 
-@dataclass(frozen=True)
-class _InDouble:
-    """Batches, with floating-point tensors in float64; can be read as often as the batches."""
-
-    batches: Iterable[Any]
-
-    def __iter__(self) -> Iterator[Any]:
-        return (tree_map(_doubled, batch) for batch in self.batches)
+def with_examples(batches: Iterable[Any]) -> Reread:
+    """Return the batches that have examples, whose mean loss is a number."""
+    return Reread(batches, partial(filter, batch_size))
 
 
-def _doubled(part: Any) -> Any:
-    return part.double() if isinstance(part, Tensor) and part.is_floating_point() else part
+def every_nth(batches: Iterable[Any], n: int, first: int = 0) -> Reread:
+    """Return every n-th batch, from the one with index `first` on."""
+    return Reread(batches, lambda read: islice(read, first, None, n))
+
+
+def _doubled(batch: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
 
 
 def batch_size(batch: Any) -> int:

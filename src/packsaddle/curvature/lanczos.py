@@ -70,6 +70,11 @@ class Ritz:
         """lambda_max is at least this."""
         return self.thetas[-1]
 
+    @property
+    def is_settling(self) -> bool:
+        """True if the Ritz vector of theta_min is nearly an eigenvector: a residual of a tenth of the curvature."""
+        return self.residual <= 0.1 * abs(self.theta_min)
+
     def lower_bound(self, failure_probability: float) -> float:
         """Return a lower bound on lambda_min that holds, for all k at once, but with `failure_probability` over the
         start.
@@ -208,6 +213,20 @@ class Lanczos:
             orthogonal,
         )
 
+    def run(
+        self, most: int, is_enough: Callable[[Ritz], bool], progress: Callable[[int], None] = lambda steps: None
+    ) -> Ritz:
+        """Do steps until one is enough, `most` are done or none is possible; call `progress` with their number.
+
+        Returns what is known then.
+        """
+        for k in range(1, most + 1):
+            ritz = self.step()
+            progress(k)
+            if self.exhausted or is_enough(ritz):
+                break
+        return ritz
+
     def ritz_vector(self, *, largest: bool = False) -> Tensor:
         """Return the unit Ritz vector v of theta_min, or with `largest` of theta_max, float64[n]; vectors not kept cost
         one product each."""
@@ -250,12 +269,6 @@ def check_probability(failure_probability: float) -> None:
     """Raise ValueError unless a failure probability can be worked with."""
     if not _LEAST_PROBABILITY <= failure_probability < 1:
         raise ValueError(f"failure_probability must be in [{_LEAST_PROBABILITY:g}, 1), got {failure_probability}")
-
-
-def random_start(n: int, generator: torch.Generator) -> Tensor:
-    """Return a Gaussian vector, float64[n], on the generator's device."""
-    start: Tensor = torch.randn(n, generator=generator, dtype=torch.float64, device=generator.device)
-    return start
 
 
 def _rounding(n: int) -> float:

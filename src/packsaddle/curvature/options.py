@@ -56,10 +56,3 @@ class Search:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.hvp not in get_args(Hvp):
             raise ValueError(f"hvp must be one of {', '.join(get_args(Hvp))}, got {self.hvp!r}")
-
-
-def check_goal(epsilon: float | None, hessian_lipschitz: float | None) -> None:
-    """Raise ValueError for an epsilon or a rho that is given and not positive and finite."""
-    for name, value in (("epsilon", epsilon), ("hessian_lipschitz", hessian_lipschitz)):
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")

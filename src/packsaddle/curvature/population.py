@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.certificate import Verdict, proposed_epsilon
-from packsaddle.curvature.hessian import LossFn, WithExamples, rank_0_buffers
-from packsaddle.curvature.lanczos import Lanczos
-from packsaddle.curvature.options import Search, check_goal
+from packsaddle.curvature.certificate import Verdict, for_json, judge, proposed_epsilon
+from packsaddle.curvature.hessian import LossFn, certifying, every_nth, with_examples
+from packsaddle.curvature.lanczos import Ritz
+from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products, choose_products, lanczos_over, with_products
 from packsaddle.curvature.sharded import derivatives
+from packsaddle.errors import check_positive
 
 _STATEMENTS = 5
 _FEWEST_BATCHES = 8
@@ -74,10 +75,9 @@ class PopulationCertificate:
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the escape direction as plain types, for JSON, which has no infinity: None."""
         values = {k: v for k, v in asdict(self).items() if k != "escape_direction"} | {"verdict": str(self.verdict)}
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return for_json(values)
 
     def _why_open(self) -> str:
-        """Return what a verdict that is none waits for."""
         if self.verdict is not Verdict.UNDECIDED:
             return ""
         if self.grad_norm_lower <= self.epsilon < self.grad_norm_upper:
@@ -106,21 +106,6 @@ class PopulationCertificate:
                 f"{1 - self.failure_probability:g} if means of batches are near Gaussian and vary as measured",
             ]
         )
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """Numbers of a `PopulationCertificate` that products give."""
-
-    products: Products
-    v: Tensor
-    rho: float
-    threshold: float
-    quotient: float
-    error: float
-    upper: float
-    sample_lower: float
-    deviation: float
 
 
 def certify_population(
@@ -159,69 +144,69 @@ def certify_population(
     >>> str(certify_population(model, loss, x.split(8)).verdict)
     'second-order stationary'
     """
-    check_goal(epsilon, hessian_lipschitz)
+    check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     channel = Communicator(resolve(process_group), Ledger())
     delta = search.failure_probability / _STATEMENTS
-    batches = WithExamples(batches)
-    # A DataLoader draws from torch's generator each time that it is read.
-    with torch.random.fork_rng(devices=()), rank_0_buffers(model, channel):
+    batches = with_examples(batches)
+    with certifying(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)
         count = check_population(model, batches, process_group)
         chosen = choose_products(curvature, search.hvp)
-        # The gradient.
+
+        # The gradient, and a direction from every second batch, measured on the others; half of the workers begin with
+        # the second batch, so that both halves have about as many.
         gradient, spread = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         off = spread * (1 + math.sqrt(2 * math.log(1 / delta)))
         given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm + off, None, torch.finfo(torch.float32).eps)
-        # A direction from every second batch, measured on the others.
-        rank = channel.group.rank
-        halves = [derivatives(model, loss_fn, _Half(batches, (rank + half) % 2), channel) for half in (0, 1)]
+        starts = ((channel.group.rank + half) % 2 for half in (0, 1))
+        halves = [derivatives(model, loss_fn, every_nth(batches, 2, start), channel) for start in starts]
 
-        def measure(products: Products) -> _Measured:
+        def measure(products: Products) -> PopulationCertificate:
             seen, fresh = map(products.of, halves)
             v = _lowest_direction(seen, search, progress)
             products.learn(seen)
             fresh.learn(seen)
             _, off_by = fresh.checked(v)
-            rho = hessian_lipschitz or max(products.change(v), torch.finfo(torch.float64).tiny)
+            rho = hessian_lipschitz or products.rho(v)
             threshold = -math.sqrt(rho * epsilon)
             quotient, error, degrees = _quotient(fresh, v)
             upper = quotient + _student(1 - delta, degrees) * error + off_by
+
             # The examples' own lower bound, less what their Hessian may be off by.
-            lower, deviation = -math.inf, math.inf
+            sample_lower, deviation = -math.inf, math.inf
             if grad_norm + off <= epsilon and upper >= threshold:
-                lower = _lower_bound(products, delta, threshold, search, progress)
+                sample_lower = _lower_bound(products, delta, threshold, search, progress)
                 norm = _variance_norm(products, delta, search, progress)
                 deviation = math.sqrt(2 * norm * math.log(curvature.d / delta))
-            return _Measured(products, v, rho, threshold, quotient, error, upper, lower, deviation)
+            least, most, lower = max(0.0, grad_norm - off), grad_norm + off, sample_lower - deviation
+            passes = sum(c.passes * c.examples for c in (curvature, *halves)) / curvature.examples
+            return PopulationCertificate(
+                verdict=judge(least, most, epsilon, threshold, upper, lower),
+                epsilon=epsilon,
+                epsilon_proposed=given is None,
+                hessian_lipschitz=rho,
+                hessian_lipschitz_estimated=hessian_lipschitz is None,
+                threshold=threshold,
+                grad_norm=grad_norm,
+                grad_norm_lower=least,
+                grad_norm_upper=most,
+                quotient=quotient,
+                quotient_error=error,
+                lambda_min_upper=upper,
+                lambda_min_lower=lower,
+                sample_lower=sample_lower,
+                deviation=deviation,
+                escape_direction=v.cpu(),
+                failure_probability=search.failure_probability,
+                examples=curvature.examples,
+                batches=count,
+                hvp=products.name,
+                hvp_reason=products.reason,
+                backward_passes=math.ceil(passes),
+            )
 
-        found = with_products(chosen, search.hvp, measure)
-        lower = found.sample_lower - found.deviation
-        passes = sum(c.passes * c.examples for c in (curvature, *halves)) / curvature.examples
-    return PopulationCertificate(
-        verdict=_judge(max(0.0, grad_norm - off), grad_norm + off, epsilon, found.threshold, found.upper, lower),
-        epsilon=epsilon,
-        epsilon_proposed=given is None,
-        hessian_lipschitz=found.rho,
-        hessian_lipschitz_estimated=hessian_lipschitz is None,
-        threshold=found.threshold,
-        grad_norm=grad_norm,
-        grad_norm_lower=max(0.0, grad_norm - off),
-        grad_norm_upper=grad_norm + off,
-        quotient=found.quotient,
-        quotient_error=found.error,
-        lambda_min_upper=found.upper,
-        lambda_min_lower=lower,
-        sample_lower=found.sample_lower,
-        deviation=found.deviation,
-        escape_direction=found.v.cpu(),
-        failure_probability=search.failure_probability,
-        examples=curvature.examples,
-        batches=count,
-        hvp=found.products.name,
-        hvp_reason=found.products.reason,
-        backward_passes=math.ceil(passes),
-    )
+        return with_products(chosen, search.hvp, measure)
 
 
 def check_population(model: nn.Module, batches: Iterable[Any], process_group: Any = None) -> int:
@@ -230,43 +215,17 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
         raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
     channel = Communicator(resolve(process_group), Ledger())
     device = next(model.parameters()).device
-    mine = torch.tensor([float(sum(1 for _ in batches))], dtype=torch.float64, device=device)
+    mine = torch.tensor([sum(1 for _ in batches)], dtype=torch.float64, device=device)
     count = round(float(channel.mean(mine, "certificate")) * channel.group.size)
     if count < _FEWEST_BATCHES:
         raise ValueError(f"batches must be {_FEWEST_BATCHES} or more, on all workers together, got {count}")
     return count
 
 
-@dataclass(frozen=True)
-class _Half:
-    """Every second batch; workers begin with either half in turn, so that both have about as many."""
-
-    batches: Iterable[Any]
-    first: int
-
-    def __iter__(self) -> Any:
-        return (batch for i, batch in enumerate(self.batches) if i % 2 == self.first)
-
-
-def _judge(least: float, most: float, epsilon: float, threshold: float, upper: float, lower: float) -> Verdict:
-    """Compare bounds on ||g|| and on lambda_min(H) with Definition 2.4."""
-    if least > epsilon:
-        return Verdict.GRADIENT_TOO_LARGE
-    if most > epsilon:
-        return Verdict.UNDECIDED
-    if upper < threshold:
-        return Verdict.SADDLE
-    return Verdict.SECOND_ORDER_STATIONARY if lower >= threshold else Verdict.UNDECIDED
-
-
 def _lowest_direction(products: Products, search: Search, progress: Callable[[int], None]) -> Tensor:
-    """The Ritz vector of lambda_min, with a residual of a tenth of it or after all steps; any vector would be valid."""
+    """Return the Ritz vector of lambda_min, nearly an eigenvector or after all steps; any vector would be valid."""
     lanczos = lanczos_over(products, search)
-    for k in range(1, _STEPS + 1):
-        ritz = lanczos.step()
-        progress(k)
-        if lanczos.exhausted or ritz.residual <= 0.1 * abs(ritz.theta_min):
-            break
+    lanczos.run(_STEPS, lambda ritz: ritz.is_settling, progress)
     return lanczos.ritz_vector()
 
 
@@ -293,16 +252,14 @@ def _student(probability: float, degrees: int) -> float:
 def _lower_bound(
     products: Products, delta: float, threshold: float, search: Search, progress: Callable[[int], None]
 ) -> float:
-    """lambda_min of the examples from below, with steps until more would gain little, or they have a saddle."""
-    lanczos, lower = lanczos_over(products, search), -math.inf
-    for k in range(1, _STEPS + 1):
-        ritz = lanczos.step()
-        progress(_STEPS + k)
-        lower = ritz.lower_bound(delta)
+    """Bound lambda_min of the examples from below, until more steps would gain little, or they have a saddle."""
+
+    def is_enough(ritz: Ritz) -> bool:
         room = ritz.theta_min - threshold
-        if lanczos.exhausted or room < 0 or ritz.theta_min - lower <= 0.1 * room:
-            break
-    return lower
+        return room < 0 or ritz.theta_min - ritz.lower_bound(delta) <= 0.1 * room
+
+    lanczos = lanczos_over(products, search)
+    return lanczos.run(_STEPS, is_enough, lambda k: progress(_STEPS + k)).lower_bound(delta)
 
 
 def _variance_norm(products: Products, delta: float, search: Search, progress: Callable[[int], None]) -> float:
@@ -322,19 +279,11 @@ def _variance_norm(products: Products, delta: float, search: Search, progress: C
         curvature.passes += 4
         return curvature.sum(total).div_((count - 1) * curvature.examples)
 
-    lanczos = Lanczos(
-        variance,
-        curvature.random_vector(search.generator),
-        max_vectors=max(2, search.memory_limit // (8 * curvature.held)),
-        precision=products.precision,
-    )
-
     # An upper bound on the largest eigenvalue, close to the largest Ritz value.
-    upper = math.inf
-    for k in range(1, _VARIANCE_STEPS + 1):
-        ritz = lanczos.step()
-        progress(2 * _STEPS + 3 * k)
-        upper = ritz.upper_bound(delta)
-        if lanczos.exhausted or upper <= _CLOSE * ritz.theta_max:
-            break
-    return max(upper, 0.0)
+    lanczos = lanczos_over(products, search, variance)
+    ritz = lanczos.run(
+        _VARIANCE_STEPS,
+        lambda ritz: ritz.upper_bound(delta) <= _CLOSE * ritz.theta_max,
+        lambda k: progress(2 * _STEPS + 3 * k),
+    )
+    return max(ritz.upper_bound(delta), 0.0)

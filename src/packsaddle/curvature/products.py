@@ -92,7 +92,11 @@ class Products(ABC):
 
     @abstractmethod
     def change(self, v: Tensor) -> float:
-        """Return ||d/ds H(x + s v) v|| as measured over |s| <= 0.01 or more: an estimate of rho from below."""
+        """Return ||d/ds H(x + s v) v|| as measured over |s| <= 0.01 or more."""
+
+    def rho(self, v: Tensor) -> float:
+        """Return an estimate of rho from below, the change along v; never 0."""
+        return max(self.change(v), torch.finfo(torch.float64).tiny)
 
 
 class DoubleBackward(Products):
@@ -338,15 +342,18 @@ class Differences(Products):
         return math.sqrt(max(square, 0.0)) / (s * s)
 
 
-def lanczos_over(products: Products, search: Search) -> Lanczos:
-    """Return a Lanczos process of products from a random start; vectors are kept up to `search.memory_limit` bytes."""
+def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], Tensor] | None = None) -> Lanczos:
+    """Return a Lanczos process of products from a random start; vectors are kept up to `search.memory_limit` bytes.
+
+    `matvec` is that of a matrix made of products, for the process of that instead.
+    """
     curvature = products.curvature
     return Lanczos(
-        products,
+        matvec or products,
         curvature.random_vector(search.generator),
         max_vectors=max(2, search.memory_limit // (8 * curvature.held)),
         precision=products.precision,
-        error=lambda: products.error,
+        error=lambda: 0.0 if matvec else products.error,
         n=curvature.d,
         dot=curvature.dot,
     )

@@ -6,16 +6,14 @@ product over all of them. Only the absence of negative curvature needs the whole
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from packsaddle.curvature.certificate import Verdict, judge
-from packsaddle.curvature.hessian import Curvature
+from packsaddle.curvature.hessian import Curvature, every_nth
 from packsaddle.curvature.lanczos import Lanczos, Ritz
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products, lanczos_over
@@ -96,13 +94,13 @@ class CurvatureSearch:
 
             # rho where it is not given: ||H(x + h v) v - H(x - h v) v|| / (2 h), as soon as v is good enough.
             if goal.rho is None and not measured_at:
-                if not (last or goal.grad_norm > goal.epsilon or _settling(ritz)):
+                if not (last or goal.grad_norm > goal.epsilon or ritz.is_settling):
                     continue
-                self.rho, measured_at = self._measure_rho(lanczos.ritz_vector()), k
+                self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
             if not (last or self._settled(ritz)):
                 continue
             if goal.rho is None and measured_at < k:  # rho is that of the final v at least
-                self.rho = max(self.rho, self._measure_rho(lanczos.ritz_vector()))
+                self.rho = max(self.rho, self.products.rho(lanczos.ritz_vector()))
                 measured_at = k
 
             # The verdict: v^T H v <= -sqrt(rho epsilon), or the lower bound on lambda_min above it.
@@ -116,13 +114,12 @@ class CurvatureSearch:
 
         `rounding` is what products of other examples were found to be wrong by, and no less is allowed for here.
         """
-        product, error = self.products.checked(v)
+        self.v = v
+        quotient, error = self._measure_quotient()
         self.error = max(error, rounding)
-        quotient = self.curvature.dot(v, product)
-        self.v, self.upper = v, quotient + self.error
-        self.residual = self.curvature.norm(product.sub_(v, alpha=quotient))
+        self.upper = quotient + self.error
         if self.goal.rho is None:
-            self.rho = self._measure_rho(v)
+            self.rho = self.products.rho(v)
         self.verdict = self._judged(self.upper)
         return self.verdict is Verdict.SADDLE
 
@@ -186,38 +183,29 @@ class CurvatureSearch:
             return False
         return verdict is not Verdict.UNDECIDED
 
-    def _measure_rho(self, v: Tensor) -> float:
-        return max(self.products.change(v), torch.finfo(torch.float64).tiny)
-
     def _measure_direction(self, ritz: Ritz, v: Tensor) -> None:
         """v, its Rayleigh quotient and its residual: known from the recurrence if the basis is orthonormal and products
         are exact, else measured, and then the verdict is what the measurement says."""
         self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
         if not ritz.orthogonal or self.products.error or (self.products.unproven and ritz.steps > 1):
-            product, error = self.products.checked(v)
+            quotient, error = self._measure_quotient()
             if error > ritz.rounding:
                 self.ritz = ritz = replace(ritz, rounding=error)
                 self._bound(ritz)
-            quotient = self.curvature.dot(v, product)
-            self.residual = self.curvature.norm(product.sub_(v, alpha=quotient))
         self.error = ritz.rounding
         self.upper = quotient + self.error
         self.verdict = self._judged(self.upper)
 
+    def _measure_quotient(self) -> tuple[float, float]:
+        """Measure v's residual; return its Rayleigh quotient and the error of the product."""
+        product, error = self.products.checked(self.v)
+        quotient = self.curvature.dot(self.v, product)
+        self.residual = self.curvature.norm(product.sub_(self.v, alpha=quotient))
+        return quotient, error
+
     def _judged(self, upper: float) -> Verdict:
-        goal = self.goal
-        return judge(goal.grad_norm, goal.epsilon, -math.sqrt(self.rho * goal.epsilon), upper, self.lower)
-
-
-@dataclass(frozen=True)
-class EveryNth:
-    """Every n-th batch, the first one among them; can be read as often as the batches."""
-
-    batches: Iterable[Any]
-    n: int
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(self.batches), 0, None, self.n)
+        norm, epsilon = self.goal.grad_norm, self.goal.epsilon
+        return judge(norm, norm, epsilon, -math.sqrt(self.rho * epsilon), upper, self.lower)
 
 
 def pilot(
@@ -238,7 +226,7 @@ def pilot(
     stride = curvature.examples // examples if examples else 0
     if stride < _PILOT_SHARE or _PILOT_SHARE * curvature.examples_of_every(stride) > curvature.examples:
         return None
-    part = derivatives(EveryNth(batches, stride))
+    part = derivatives(every_nth(batches, stride))
     most = max(1, _PILOT_COST * curvature.examples // part.examples)
     goal = replace(goal, options=replace(search, max_hvps=min(search.max_hvps, most)))
     scout = CurvatureSearch(full.of(part), goal, told)
@@ -248,8 +236,3 @@ def pilot(
         curvature.passes += part.passes * part.examples / curvature.examples
     full.learn(scout.products)
     return scout if scout.verdict is Verdict.SADDLE else None
-
-
-def _settling(ritz: Ritz) -> bool:
-    """Tell if v is good enough to measure rho along: a residual of a tenth of the curvature."""
-    return ritz.residual <= 0.1 * abs(ritz.theta_min)

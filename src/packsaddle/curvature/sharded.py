@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.sharding import is_sharded, local_part
-from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, NotFiniteError, batch_size, evaluating
-from packsaddle.curvature.narrow_convolutions import safe_derivatives
+from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, NotFiniteError, batch_size, differentiating
 
 
 class ShardedCurvature(Curvature):
@@ -71,14 +70,11 @@ class ShardedCurvature(Curvature):
         total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=self.device)
         for part, examples in self._backward():
             total += part
-            seen = self._sum(examples) / self._alike
+            seen = self.sum_of(examples) / self._alike
             spread += self.dot(part, part) / seen
             rounds += 1
         mean = self._finite(total.div_(self.examples))
-        if rounds == 1:
-            return mean, math.inf
-        within = max(0.0, spread - self.examples * self.dot(mean, mean)) / (rounds - 1)
-        return mean, math.sqrt(within / self.examples)
+        return mean, self._standard_error(spread, self.dot(mean, mean), rounds)
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
         """Return this worker's part of grad f(x + distance * direction), given that of the direction; collective."""
@@ -91,7 +87,7 @@ class ShardedCurvature(Curvature):
         return self._finite(total.div_(self.examples))
 
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
-        """Raise NotImplementedError."""
+        """Raise NotImplementedError: there is no double backward."""
         raise NotImplementedError("a sharded model has no double backward")
 
     def why_no_double_backward(self) -> str | None:
@@ -101,12 +97,12 @@ class ShardedCurvature(Curvature):
     def dot(self, a: Tensor, b: Tensor) -> float:
         """Return <a, b> of two vectors of which each worker has its part; collective, one double."""
         pieces = zip(torch.split(a, self._sizes), torch.split(b, self._sizes), self._copies, strict=True)
-        return self._sum(sum(float(x @ y) / copies for x, y, copies in pieces))
+        return self.sum_of(sum(float(x @ y) / copies for x, y, copies in pieces))
 
     def size_of_parameters(self) -> float:
         """Return ||x||; collective."""
         pieces = zip(self._tensors, self._copies, strict=True)
-        return math.sqrt(self._sum(sum(float(t.double().square().sum()) / copies for t, copies in pieces)))
+        return math.sqrt(self.sum_of(sum(float(t.double().square().sum()) / copies for t, copies in pieces)))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
         """Return this worker's part of the vector that an unsharded model has; a parameter's at a time is whole."""
@@ -116,9 +112,6 @@ class ShardedCurvature(Curvature):
             vector = torch.randn(p.shape.numel(), generator=rng, dtype=torch.float64).view(p.shape)
             parts.append(part_of(vector, p).reshape(-1).to(self.device))
         return torch.cat(parts)
-
-    def _sum(self, value: float) -> float:
-        return float(self.sum(torch.tensor([value], dtype=torch.float64)))
 
     def _finite(self, vector: Tensor) -> Tensor:
         if not math.isfinite(self.dot(vector, vector)):
@@ -131,7 +124,7 @@ class ShardedCurvature(Curvature):
         parameters: list[Any] = self.parameters
         before = [p.grad for p in parameters]
         try:
-            with torch.enable_grad(), evaluating(self._model), safe_derivatives(self._model):
+            with differentiating(self._model):
                 for batch, n in self.read():
                     for p in parameters:
                         p.grad = None

@@ -22,11 +22,12 @@ from torch import nn
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Ledger
-from packsaddle.curvature.hessian import LossFn, rank_0_buffers
+from packsaddle.curvature.hessian import LossFn, certifying
 from packsaddle.curvature.lanczos import Ritz
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.products import Products, choose_products, lanczos_over, with_products
 from packsaddle.curvature.sharded import derivatives
+from packsaddle.errors import check_positive
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,11 @@ def spectral_density(
     for name, count in (("probes", probes), ("steps", steps), ("points", points)):
         if count < 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
-    if width is not None and not 0 < width < math.inf:
-        raise ValueError(f"width must be positive and finite, got {width}")
+    check_positive(width=width)
 
     # Nodes theta_j and weights tau_j of each probe's Gauss quadrature.
     channel = Communicator(resolve(process_group), Ledger())
-    with rank_0_buffers(model, channel):
+    with certifying(model, channel):
         curvature = derivatives(model, loss_fn, batches, channel)
 
         def quadratures(products: Products) -> tuple[str, list[Ritz]]:
@@ -157,12 +157,7 @@ def spectral_density(
 def _quadrature(products: Products, search: Search, steps: int, progress: Callable[[int], None]) -> Ritz:
     """The Lanczos process from a new probe; its Ritz values and shares are the quadrature."""
     lanczos = lanczos_over(products, search)
-    for _ in range(steps):
-        ritz = lanczos.step()
-        progress(products.curvature.products)
-        if lanczos.exhausted:
-            break
-    return ritz
+    return lanczos.run(steps, lambda ritz: False, lambda k: progress(products.curvature.products))
 
 
 def _smooth(grid: torch.Tensor, nodes: Sequence[float], weights: Sequence[float], width: float) -> torch.Tensor:

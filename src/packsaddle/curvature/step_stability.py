@@ -6,12 +6,14 @@ E ln|1 - eta T H_jj| > 0: for small mu, with T mu exponential, where (eta / mu) 
 Directions that are spread over many coordinates are not concerned: of them only a few coordinates move at a time.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from packsaddle.curvature.hessian import Curvature
+from packsaddle.curvature.products import Products, choose_products, with_products
 
 LIMIT = 2.684  # E ln|1 - a U| = 0 for U exponential
 
@@ -36,7 +38,7 @@ class Overshoot:
 
     step: CoordinateStep  # of the parameter that has it
     index: tuple[int, ...]  # in its parameter
-    curvature: float  # H_jj, exact
+    curvature: float  # H_jj; less the error of products that are not exact
 
     @property
     def gain(self) -> float:
@@ -71,26 +73,36 @@ def largest_overshoot(
     """Return the worst coordinate that `probes` + `candidates` Hessian-vector products find; collective.
 
     Hutchinson's estimate of the diagonal (Bekas, Kokiopoulou and Saad 2007) proposes candidates, whose curvature is
-    then computed exactly, so what is returned is true of its coordinate, and a lower bound for the worst. `steps` are
-    in the order of `curvature.parameters`; the generator, on the CPU, must be in the same state on every worker.
+    then computed, so what is returned is true of its coordinate, and a lower bound for the worst. Products are taken as
+    for a certificate with hvp="auto": by differences of gradients where double backward is wrong. `steps` are in the
+    order of `curvature.parameters`; the generator, on the CPU, must be in the same state on every worker.
     """
     sizes = [p.numel() for p in curvature.parameters]
     scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])
     scale = scale.to(curvature.device)
-    diagonal = torch.zeros_like(scale)
-    for _ in range(probes):
-        signs = torch.randint(0, 2, (curvature.d,), generator=generator, dtype=torch.int8).to(scale) * 2 - 1
-        diagonal += signs * curvature.hessian_vector(signs) / probes
-    found = torch.topk(scale * diagonal, min(candidates, curvature.d)).indices.tolist()
-    return max((_exact(curvature, steps, sizes, j) for j in found), key=lambda o: o.gain)
+    length = 2.0 ** round(
+        math.log2(curvature.d) / 2
+    )  # of the signs, to a power of two, by which numbers divide exactly
+
+    def worst(products: Products) -> Overshoot:
+        # The diagonal is E[s * H s] for random signs s.
+        diagonal = torch.zeros_like(scale)
+        for _ in range(probes):
+            signs = torch.randint(0, 2, (curvature.d,), generator=generator, dtype=torch.int8).to(scale) * 2 - 1
+            diagonal += signs * products(signs / length) * length / probes
+        found = torch.topk(scale * diagonal, min(candidates, curvature.d)).indices.tolist()
+        return max((_measured(products, steps, sizes, j) for j in found), key=lambda o: o.gain)
+
+    return with_products(choose_products(curvature, "auto"), "auto", worst)
 
 
-def _exact(curvature: Curvature, steps: Sequence[CoordinateStep], sizes: Sequence[int], j: int) -> Overshoot:
+def _measured(products: Products, steps: Sequence[CoordinateStep], sizes: Sequence[int], j: int) -> Overshoot:
+    curvature = products.curvature
     unit = torch.zeros(curvature.d, dtype=torch.float64, device=curvature.device)
     unit[j] = 1.0
-    value = float(curvature.hessian_vector(unit)[j])
+    product, error = products.checked(unit)
     which, rest = 0, j
     while rest >= sizes[which]:
         which, rest = which + 1, rest - sizes[which]
     place = torch.unravel_index(torch.tensor(rest), curvature.parameters[which].shape)
-    return Overshoot(steps[which], tuple(int(i) for i in place), value)
+    return Overshoot(steps[which], tuple(int(i) for i in place), float(product[j]) - error)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
-from packsaddle.errors import is_below
+from packsaddle.errors import check_positive, is_below
 from packsaddle.numerics.sketches import NormSketch
 
 
@@ -28,8 +28,7 @@ class EscapeRule:
         for name in ("interval", "every"):
             if is_below(getattr(self, name), 1):
                 raise ValueError(f"{name} of Escape must be at least 1 step, got {getattr(self, name)}")
-        if not 0 < self.radius < math.inf:
-            raise ValueError(f"radius of Escape must be positive and finite, got {self.radius}")
+        check_positive(**{"radius of Escape": self.radius})
         if self.compare not in ("x", "y"):
             raise ValueError(f'compare of Escape must be "x" or "y", got {self.compare!r}')
 

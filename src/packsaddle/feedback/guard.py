@@ -121,7 +121,7 @@ class Skips:
 
 @dataclass
 class Verdict:
-    """Whether all workers apply an exchange, from averaged numbers; on the device until it is read."""
+    """The outcome of an exchange, applied or rejected, from averaged numbers; on the device until it is read."""
 
     fraction: Tensor | None  # float[], of workers with an invalid v; None: they have sent NaNs
     magnitude: Tensor | float  # an approximate maximum of the mean, float64[]; non-finite if the mean is

@@ -55,19 +55,6 @@ class Ramp:
         return before * self.std**2 + falling + (steps - before - n) * self.final**2
 
 
-class Rescheduled:
-    """A schedule that may be replaced by another on the way: where the steps of an epoch change, say."""
-
-    def __init__(self, ramp: Ramp) -> None:
-        self.ramp = ramp
-
-    def __call__(self, step: int) -> float:
-        return self.ramp(step)
-
-    def __repr__(self) -> str:
-        return repr(self.ramp)
-
-
 @dataclass(frozen=True)
 class GaussianNoise:
     """xi_t, float[d], identical on all workers; a stretch of it can be added to a vector without drawing the rest."""

@@ -48,7 +48,7 @@ class Applied:
 
 
 class Target(Protocol):
-    """What a mean is applied to (line 11)."""
+    """The parameters or gradients to which a mean is applied (line 11)."""
 
     defers: bool  # applied before the verdict is read
 
@@ -85,14 +85,14 @@ class ErrorFeedback:
     ) -> None:
         self.slice, self.memory, self.channel, self.guard, self.contraction = of, memory, channel, guard, contraction
         self._whole, self._back = of.compressed_d if whole is None else whole, back
-        self.seed = seed if of.compressed_d == self._whole else mix(seed, of.places[0].start)
+        self.seed = seed if of.compressed_d == self._whole else mix(seed, of.start)
         self._compressor: Compressor | None = None  # of the whole vector
         self._by_size: Compressor | None = None  # on this slice, by its size alone
         self._choice: Choice | None = None
 
     @property
     def choice(self) -> Choice:
-        """How messages are averaged, and why."""
+        """The way messages are averaged, and the reason."""
         assert self._choice is not None, "no compressor has been chosen yet"
         return self._choice
 
@@ -173,7 +173,10 @@ class ErrorFeedback:
         return SavedAggregator(identify(self._compressor), self.choice.aggregator.state_dict())
 
     def load_aggregator(self, saved: SavedAggregator) -> bool:
-        """Restore the aggregator's state. Return False, without it, if it is another compressor's. Call after `use`."""
+        """Restore the aggregator's state; return False, with nothing restored, if it is of another compressor.
+
+        Call after `use`.
+        """
         assert self._compressor is not None
         fits = saved.compressor == identify(self._compressor)
         self.choice.aggregator.load_state_dict(saved.state if fits else {}, self.memory.vector.device)

@@ -50,6 +50,7 @@ class Slice:
         order = sorted(range(len(self.places)), key=lambda i: self.places[i].start)  # stable
         self._in_order = [self.places[i] for i in order]
         self.compressed_d = sum(place.size for place in self.places if not place.dense)
+        self.start = self._in_order[0].start if order else 0  # in the whole vector
         self.d, self._offsets = 0, [0] * len(self.places)
         for i in order:
             self._offsets[i] = self.d

@@ -1,4 +1,4 @@
-"""What the hooks of DistributedDataParallel and FSDP share: a backward pass as one transaction.
+"""A backward pass as one transaction, for the hooks of DistributedDataParallel and FSDP.
 
 Gradients come in slices, DDP's buckets or FSDP's modules, each with an `ErrorFeedback`; the rounds of a pass are all
 committed, or all rolled back. DistributedDataParallel makes its buckets anew after the first step or two, so an error

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Aggregator, AllGather, AllReduce
+from packsaddle.errors import check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
@@ -173,8 +174,7 @@ class OuterSGD(Option):
     nesterov: bool | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {self.lr!r}")
+        check_positive(lr=self.lr)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum!r}")
         if self.nesterov and not self.momentum:

@@ -124,14 +124,9 @@ def _feistel(x: Tensor, bits: int, keys: list[int]) -> Tensor:
 
 def _round(half: Tensor, key: int) -> Tensor:
     """Hash int64 values under a key; products wrap modulo 2^64, and shifts are masked to be logical."""
-    h = (half + _signed64(key)) * _signed64(0x9E3779B97F4A7C15)
-    h = (h ^ ((h >> 32) & 0xFFFFFFFF)) * _signed64(0xD6E8FEB86659FD93)
+    h = (half + _signed(key, 64)) * _signed(0x9E3779B97F4A7C15, 64)
+    h = (h ^ ((h >> 32) & 0xFFFFFFFF)) * _signed(0xD6E8FEB86659FD93, 64)
     return (h >> 32) & 0xFFFFFFFF
-
-
-def _signed64(word: int) -> int:
-    """Reinterpret 64 unsigned bits as the int64 that torch accepts."""
-    return word - (1 << 64) if word >= 1 << 63 else word
 
 
 _PAIRS = 1024  # the normal numbers 2048 c + i and 2048 c + 1024 + i, i < 1024, come from counter 1024 c + i
@@ -166,9 +161,9 @@ def _mixed(h: Tensor) -> Tensor:
     return h
 
 
-def _signed(word: int) -> int:
-    """Reinterpret 32 unsigned bits as the int32 that torch accepts."""
-    return word - (1 << 32) if word >= 1 << 31 else word
+def _signed(word: int, bits: int = 32) -> int:
+    """Reinterpret unsigned bits as the signed integer that torch accepts."""
+    return word - (1 << bits) if word >= 1 << (bits - 1) else word
 
 
 def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:

@@ -4,17 +4,12 @@ Read `step_time` first (what a step costs, term by term), then `link` (compresse
 (local updates). `coding` times compressors, `model_size` a model's computing.
 """
 
-from typing import TYPE_CHECKING
-
-from packsaddle.lazy import importing
-
-if TYPE_CHECKING:
-    from packsaddle.plan.coding import Line, Pace, measure
-    from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast, probe
-    from packsaddle.plan.local import LocalForecast, Setting, forecast_local, measured_with
-    from packsaddle.plan.model_size import MODELS, ModelSize, compute_seconds, update_seconds
-    from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed, expected_maximum
-    from packsaddle.plan.timing import Timing, clocked, copy_bandwidth, side_by_side
+from packsaddle.plan.coding import Line, Pace, measure
+from packsaddle.plan.link import MEASURED, Forecast, Verdict, forecast, probe
+from packsaddle.plan.local import LocalForecast, Setting, forecast_local, measured_with
+from packsaddle.plan.model_size import MODELS, ModelSize, compute_seconds, update_seconds
+from packsaddle.plan.step_time import LATENCY, Dense, Fleet, Link, Step, StepTime, compressed, expected_maximum
+from packsaddle.plan.timing import Timing, clocked, copy_bandwidth, side_by_side
 
 __all__ = [
     "LATENCY",
@@ -46,12 +41,3 @@ __all__ = [
     "side_by_side",
     "update_seconds",
 ]
-_FILES = {
-    "coding": "Line Pace measure",
-    "link": "MEASURED Forecast Verdict forecast probe",
-    "local": "LocalForecast Setting forecast_local measured_with",
-    "model_size": "MODELS ModelSize compute_seconds update_seconds",
-    "step_time": "LATENCY Dense Fleet Link Step StepTime compressed expected_maximum",
-    "timing": "Timing clocked copy_bandwidth side_by_side",
-}
-__getattr__ = importing(__name__, _FILES)

@@ -6,7 +6,6 @@ compressor, are multiples of dense training's, from measurements.
 """
 
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -22,6 +21,7 @@ from packsaddle.compressors.registry import describe
 from packsaddle.plan.coding import Pace
 from packsaddle.plan.model_size import ModelSize
 from packsaddle.plan.step_time import Dense, Fastest, Fleet, Link, Step, StepTime, break_even, compressed
+from packsaddle.plan.timing import clocked
 
 _SMALL = 20  # all-reduces of one element
 _ENOUGH = 0.5  # seconds: an all-reduce that takes so long tells the rate
@@ -59,17 +59,10 @@ def _seconds(group: Group, elements: int, repeats: int, device: torch.device | s
     """The median time of an all-reduce, averaged over workers so that all go on alike."""
     tensor = torch.zeros(elements, device=device)
     group.all_reduce(tensor)  # connects, allocates, and lets all begin together
-    taken = torch.tensor(median(_clocked(lambda: group.all_reduce(tensor), tensor) for _ in range(repeats)))
+    taken = torch.tensor(median(clocked(lambda: group.all_reduce(tensor)) for _ in range(repeats)))
     shared = taken.to(device)
     group.all_reduce(shared)
     return float(shared) / group.size
-
-
-def _clocked(work: Callable[[], None], tensor: torch.Tensor) -> float:
-    begin = time.perf_counter()
-    work()
-    tensor[:1].tolist()  # waits for a GPU's stream
-    return time.perf_counter() - begin
 
 
 def probe_locally(workers: int) -> Link:
@@ -158,16 +151,7 @@ DENSE = "none"
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast of one contender.
-
-    >>> from functools import partial
-    >>> from packsaddle import TopK
-    >>> from packsaddle.plan import Fleet, Link, ModelSize, forecast, measure
-    >>> link, size = Link.nominal(100e6, 1e-4), ModelSize.of_size(1_000_000)
-    >>> verdict = forecast(size, link, Fleet(2, 0.1), [TopK(0.01)], partial(measure, repeats=3))
-    >>> [(f.compressor, f.exchange, f.sent) for f in verdict.forecasts]
-    [('TopK(ratio=0.01)', 'all-gather', 50495), ('none', 'all-reduce', 4000000)]
-    """
+    """The forecast of one contender."""
 
     compressor: str  # "none" for DistributedDataParallel
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
@@ -194,16 +178,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The forecasts of all contenders, the quickest first, those whose steps are not known last.
-
-    >>> from functools import partial
-    >>> from packsaddle import TopK
-    >>> from packsaddle.plan import Fleet, Link, ModelSize, forecast, measure
-    >>> link, size = Link.nominal(100e6, 1e-4), ModelSize.of_size(1_000_000)
-    >>> verdict = forecast(size, link, Fleet(2, 0.1), [TopK(0.01)], partial(measure, repeats=3))
-    >>> verdict.dense.sent, verdict.best.seconds < verdict.dense.seconds
-    (4000000, True)
-    """
+    """The forecasts of all contenders, the quickest first, those whose steps are not known last."""
 
     forecasts: tuple[Forecast, ...]  # dense training among them
 

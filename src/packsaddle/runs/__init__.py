@@ -4,9 +4,8 @@ Read `config` first, then `job` (a run, from its configuration to its folder) an
 `tasks` has data and networks, `report` reads finished runs.
 """
 
-from typing import TYPE_CHECKING
-
-from packsaddle.lazy import importing
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from packsaddle.runs.certification import Audit, read_config
@@ -73,4 +72,11 @@ _FILES = {
     "trackers": "Tracker",
     "trainer": "Trainer",
 }
-__getattr__ = importing(__name__, _FILES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562), so that the command line starts without a trainer."""
+    for file, names in _FILES.items():
+        if name in names.split():
+            return getattr(import_module(f"{__name__}.{file}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -59,7 +59,6 @@ class BatchedGradients:
         return loss
 
     def _of_all(self, indices: list[Tensor]) -> Sequence[tuple[Tensor, Tensors]]:
-        """Return the losses and gradients by worker."""
         together = self._batch(torch.cat(indices))
         inputs, targets = (t.view(len(indices), -1, *t.shape[1:]) for t in together)
         # Channels last are slower here, and warn.

@@ -3,7 +3,6 @@
 The comment on a field is what `packsaddle init` says of its key (see `templates`).
 """
 
-import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -23,7 +22,7 @@ from packsaddle.compressors import (
     TopK,
 )
 from packsaddle.curvature.options import Search
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, check_not_negative, check_positive
 from packsaddle.feedback.compression import Compression
 from packsaddle.feedback.escape import EscapeRule
 from packsaddle.local.options import LocalOptions, OuterSGD, Overlap
@@ -50,7 +49,7 @@ class DataConfig:
     context: int = 64  # of text: characters of a window, which is an example
 
     def __post_init__(self) -> None:
-        _positive(self, "limit", "context")
+        check_positive(limit=self.limit, context=self.context)
         if self.name != "text" and self.context != 64:
             raise ValueError(f"context is an option of text, and {self.name} has none")
 
@@ -82,7 +81,7 @@ class ModelConfig:
             raise ValueError(f"widths are for the autoencoder, and it needs them, got {list(self.widths)}")
         if any(not 1 <= w <= _WIDEST for w in self.widths):
             raise ValueError(f"widths must be from 1 to {_WIDEST:,}, got {list(self.widths)}")
-        _positive(self, "depth", "heads")
+        check_positive(depth=self.depth, heads=self.heads)
         if text and self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
 
@@ -103,7 +102,7 @@ class NoiseConfig:
     lower_until: float | None = None  # ... to zero here, in epochs; by default at the end of the run
 
     def __post_init__(self) -> None:
-        _not_negative(self, "std", "lower_from", "lower_until")
+        check_not_negative(std=self.std, lower_from=self.lower_from, lower_until=self.lower_until)
         start, stop = self.lower_from, self.lower_until
         if max(start or 0, stop or 0) > _EPOCHS[1]:
             raise ValueError(f"lower_from and lower_until must be at most {_EPOCHS[1]:g}, got {start} and {stop}")
@@ -119,7 +118,7 @@ class EscapeConfig(EscapeRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "examples")
+        check_positive(examples=self.examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +137,10 @@ class CertifyConfig(Search):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _positive(self, "epsilon", "last_epsilon", "hessian_lipschitz", "examples")
+        check_positive(epsilon=self.epsilon, last_epsilon=self.last_epsilon, examples=self.examples)
+        check_positive(hessian_lipschitz=self.hessian_lipschitz)
         _epochs(self, "every")
-        _not_negative(self, "iterates")
+        check_not_negative(iterates=self.iterates)
         _at_most(self, iterates=10**6)
         if any(not 0 < epoch <= _EPOCHS[1] for epoch in self.at):
             raise ValueError(f"at must be epochs after the start, at most {_EPOCHS[1]:g}, got {list(self.at)}")
@@ -177,9 +177,9 @@ class LocalConfig:
     }
 
     def __post_init__(self) -> None:
-        _positive(self, "every", "clip")
+        check_positive(every=self.every, clip=self.clip)
         _at_most(self, every=10**6)
-        _not_negative(self, "warm_up")
+        check_not_negative(warm_up=self.warm_up)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {list(self.betas)}")
         if self.optimizer == "sgd" and self.betas != (0.9, 0.999):
@@ -223,9 +223,9 @@ class Config(Compression):
 
     def __post_init__(self) -> None:
         _epochs(self, "epochs", "test_every")
-        _positive(self, "batch_size", "workers", "log_every", "plateau")
+        check_positive(batch_size=self.batch_size, workers=self.workers, log_every=self.log_every, plateau=self.plateau)
         _at_most(self, batch_size=2**24, workers=2**20)
-        _not_negative(self, "lr", "weight_decay")
+        check_not_negative(lr=self.lr, weight_decay=self.weight_decay)
         super().__post_init__()
         if self.storm is not None:
             if self.momentum:
@@ -341,16 +341,9 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
     return key
 
 
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
 def _epochs(config: Any, *names: str) -> None:
     """Check numbers of epochs: between those, steps can be counted in 64 bits."""
-    _positive(config, *names)
+    check_positive(**{name: getattr(config, name) for name in names})
     for name in names:
         value = getattr(config, name)
         if value is not None and not _EPOCHS[0] <= value <= _EPOCHS[1]:
@@ -361,10 +354,3 @@ def _at_most(config: Any, **most: int) -> None:
     for name, limit in most.items():
         if getattr(config, name) > limit:
             raise ValueError(f"{name} must be at most {limit:,}, got {getattr(config, name)}")
-
-
-def _not_negative(config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value}")

@@ -68,22 +68,22 @@ class ElasticTrainer(Trainer):
         tally, training, steps, begin = self.tally, self.training, self.calendar.steps, time.perf_counter()
         if not quiet:
             print("waiting for the other workers' next round", flush=True)
-        training.updates.join()
+        training.front.join()
 
         # The end is a position of all workers together: one that joined late takes fewer steps.
         with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
             for index in self._indices():
-                if training.updates.position >= steps:
+                if training.front.position >= steps:
                     break
                 measured = self._step_on(index, None)
                 tally.add(measured, taken=training.took, last=False)
                 tally.step += 1
                 if tally.step % self.config.log_every == 0:
                     tally.line = self._log(folder, time.perf_counter() - begin)
-                there = training.updates.membership
+                there = training.front.membership
                 assert there is not None
                 loss = f"loss {tally.line['loss']:.4f}  " if tally.line else ""
-                report(min(steps, training.updates.position), f"{loss}{there.workers} workers")
+                report(min(steps, training.front.position), f"{loss}{there.workers} workers")
 
         # The last exchange, then what records this worker's part.
         training.finish()
@@ -95,11 +95,10 @@ class ElasticTrainer(Trainer):
 
     def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
         """See `Trainer`; the step is that of all workers together."""
-        return super()._line(min(self.calendar.steps, self.training.updates.position), means, seconds)
+        return super()._line(min(self.calendar.steps, self.training.front.position), means, seconds)
 
     def _test_due(self, steps: int, since: int) -> bool:
-        """See `Trainer`."""
-        seen, self._seen = self._seen, self.training.updates.position
+        seen, self._seen = self._seen, self.training.front.position
         return super()._test_due(self._seen, seen)
 
     def _final_loss(self, tally: RunCounters) -> float:

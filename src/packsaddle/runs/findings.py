@@ -1,7 +1,7 @@
 """The findings at a certified point: the certificate, the loss along its directions, the spectrum, the population."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,10 +15,10 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.comm.sharding import is_sharded
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.curvature.certify import certify
-from packsaddle.curvature.hessian import LossFn
+from packsaddle.curvature.hessian import LossFn, every_nth
 from packsaddle.curvature.options import Search
 from packsaddle.curvature.population import MOST_PRODUCTS, PopulationCertificate, certify_population
-from packsaddle.curvature.search import Bounds, EveryNth
+from packsaddle.curvature.search import Bounds
 from packsaddle.curvature.sharded import derivatives
 from packsaddle.curvature.spectral_density import SpectralDensity, spectral_density
 from packsaddle.numerics.seeds import Stream, generator
@@ -97,9 +97,8 @@ class Questions:
         def tell(b: Bounds) -> None:
             progress(round(most * b.products / b.most), f"{b.products} of at most {b.most} products: {b}")
 
-        goal = {"epsilon": self.epsilon, "hessian_lipschitz": self.hessian_lipschitz}
         search = self._started(1)
-        return certify(model, loss_fn, batches, **goal, search=search, sample_of=sample_of, progress=tell)
+        return certify(model, loss_fn, batches, **self._goal, search=search, sample_of=sample_of, progress=tell)
 
     def look(
         self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
@@ -107,46 +106,40 @@ class Questions:
         """Follow the extreme directions, and take the spectral density and the population's bounds; collective."""
         # f(x + s v) along the extreme directions v.
         v, w = certificate.escape_direction, certificate.sharpest_direction
-        every = EveryNth(batches, max(1, certificate.examples // _PROFILED))
+        every = every_nth(batches, max(1, certificate.examples // _PROFILED))
         reach = self.distance or 2 * abs(certificate.escape_distance or 0.5)
         escape = _profile(model, loss_fn, every, v, reach)
         sharpest = None if w is None else _profile(model, loss_fn, every, w, reach)
 
         # All eigenvalues, and those of the population.
-        spectrum = self._density(model, loss_fn, batches) if self.spectrum else None
-        population = None
+        spectrum = population = None
+        if self.spectrum:
+            with self._counting("spectral density", _PROBES * _STEPS) as progress:
+                limits = {"probes": _PROBES, "steps": _STEPS}
+                search = self._started(2)
+                spectrum = spectral_density(model, loss_fn, batches, **limits, search=search, progress=progress)
         if self.population:
-            with self.countdown("population", MOST_PRODUCTS) as progress:
-                population = certify_population(
-                    model,
-                    loss_fn,
-                    batches,
-                    epsilon=self.epsilon,
-                    hessian_lipschitz=self.hessian_lipschitz,
-                    search=self._started(3),
-                    progress=lambda products: progress(products, f"{products} of at most {MOST_PRODUCTS} products"),
-                )
+            with self._counting("population", MOST_PRODUCTS) as progress:
+                goal, search = self._goal, self._started(3)
+                population = certify_population(model, loss_fn, batches, **goal, search=search, progress=progress)
         return Finding(file, certificate, escape, sharpest, spectrum, population, is_sharded(model), self.lr)
 
     def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
         """Return the context of progress through `most` products, shown by rank 0 alone."""
         return countdown(what, most, quiet=self.quiet or resolve(None).rank != 0)
 
+    @property
+    def _goal(self) -> dict[str, float | None]:
+        return {"epsilon": self.epsilon, "hessian_lipschitz": self.hessian_lipschitz}
+
     def _started(self, step: int) -> Search:
         return replace(self.search, generator=generator(self.seed, step, Stream.CERTIFY))
 
-    def _density(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> SpectralDensity:
-        most = _PROBES * _STEPS
-        with self.countdown("spectral density", most) as progress:
-            return spectral_density(
-                model,
-                loss_fn,
-                batches,
-                probes=_PROBES,
-                steps=_STEPS,
-                search=self._started(2),
-                progress=lambda products: progress(products, f"{products} of at most {most} products"),
-            )
+    @contextmanager
+    def _counting(self, what: str, most: int) -> Iterator[Callable[[int], None]]:
+        """Give a function to call with the number of products so far."""
+        with self.countdown(what, most) as progress:
+            yield lambda products: progress(products, f"{products} of at most {most} products")
 
 
 def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], direction: Tensor, reach: float) -> Profile:
@@ -176,18 +169,15 @@ def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -
 
     Directions of a sharded model are not written: each worker has a part of them.
     """
+    writer = RunFolder(folder)
     with written(folder):
-        _write(findings, document, RunFolder(folder))
-
-
-def _write(findings: Sequence[Finding], document: dict[str, Any], writer: RunFolder) -> None:
-    writer.write_json("certificates.json", document)
-    for finding, point in zip(findings, document["points"], strict=True):
-        name = "certificate" if len(findings) == 1 else finding.file.stem
-        directions = {"escape_direction": finding.certificate.escape_direction}
-        if finding.certificate.sharpest_direction is not None:
-            directions["sharpest_direction"] = finding.certificate.sharpest_direction
-        if not finding.sharded:
-            writer.save_tensors(f"{name}.direction.pt", directions)
-        figure = draw_certificate(point, point["profile"], point["sharpest_profile"], point["spectrum"])
-        figures.save(figure, writer.path, name)
+        writer.write_json("certificates.json", document)
+        for finding, point in zip(findings, document["points"], strict=True):
+            name = "certificate" if len(findings) == 1 else finding.file.stem
+            directions = {"escape_direction": finding.certificate.escape_direction}
+            if finding.certificate.sharpest_direction is not None:
+                directions["sharpest_direction"] = finding.certificate.sharpest_direction
+            if not finding.sharded:
+                writer.save_tensors(f"{name}.direction.pt", directions)
+            figure = draw_certificate(point, point["profile"], point["sharpest_profile"], point["spectrum"])
+            figures.save(figure, folder, name)

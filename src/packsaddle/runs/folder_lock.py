@@ -44,10 +44,21 @@ def locked(folder: Path) -> Iterator[FolderLock | None]:
     Raises ConfigError, naming the holder, if another process has it, and if the folder cannot be written. None, with a
     warning on stderr, where the file system has no locks.
     """
+    # Only a file system without locks lets the work begin without one.
     path = folder / LOCK
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        number = _taken(path)
+        try:
+            number = acquire(path)
+        except HeldError as holder:
+            raise _in_use(folder, holder) from None
+        except NoLocksError as error:
+            number = None
+            print(
+                f"packsaddle: warning: {folder} is on a file system without locks ({error.strerror}), so nothing "
+                f"keeps a second process from training in it",
+                file=sys.stderr,
+            )
     try:
         yield None if number is None else FolderLock(number)
     finally:
@@ -61,21 +72,6 @@ def check_free(folder: Path) -> None:
         check_not_held(folder / LOCK)
     except HeldError as holder:
         raise _in_use(folder, holder) from None
-
-
-def _taken(path: Path) -> int | None:
-    """Open and lock a lock's file; None if there are no locks."""
-    try:
-        return acquire(path)
-    except HeldError as holder:
-        raise _in_use(path.parent, holder) from None
-    except NoLocksError as error:
-        print(
-            f"packsaddle: warning: {path.parent} is on a file system without locks ({error.strerror}), so nothing "
-            f"keeps a second process from training in it",
-            file=sys.stderr,
-        )
-        return None
 
 
 def _in_use(folder: Path, holder: HeldError) -> ConfigError:

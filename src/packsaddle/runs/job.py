@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,14 +27,7 @@ from packsaddle.options.schema import build, first_difference, plain
 from packsaddle.runs.batched import why_not_batched
 from packsaddle.runs.config import Config
 from packsaddle.runs.folder_lock import FolderLock, check_free, locked
-from packsaddle.runs.run_checkpoints import (
-    NEVER,
-    STOPPED,
-    CheckpointPolicy,
-    LoadingError,
-    find,
-    state_of,
-)
+from packsaddle.runs.run_checkpoints import NEVER, STOPPED, CheckpointPolicy, LoadingError, find, state_of
 from packsaddle.runs.run_folder import RunFolder, environment, make_new, written
 from packsaddle.runs.tasks.sharding import shard
 from packsaddle.runs.trackers import TrackerName, require_tracker, tracked
@@ -212,7 +205,7 @@ class Job:
             return self._launch(workers, locks) if how == "processes" and workers > 1 else self._run_here(workers, how)
 
     def _run_here(self, workers: int, how: How) -> bool:
-        with hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext():
+        with self._hearing():
             if workers == 1:
                 return self.train()
             self._check_simulation(how)
@@ -220,6 +213,9 @@ class Job:
                 return all(simulate(lambda rank: self.train(batched=how == "batched"), workers))
             with ambient_group(FusedGroup(workers)):
                 return self.train()
+
+    def _hearing(self) -> AbstractContextManager[None]:
+        return hearing_sigterm() if self.saving.on and self.saving.stops else nullcontext()
 
     def _launch(self, workers: int, locks: tuple[FolderLock | None, ...]) -> bool:
         try:
@@ -269,5 +265,5 @@ def train_under_launcher(job: Job) -> bool | None:
 @contextmanager
 def _in_process_group(job: Job) -> Iterator[None]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
-    with process_group(job.timeout), hearing_sigterm() if job.saving.on and job.saving.stops else nullcontext():
+    with process_group(job.timeout), job._hearing():
         yield

@@ -1,28 +1,30 @@
 """Training by local updates: an optimizer on each worker, and LocalUpdates between them."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
 from packsaddle.comm.ledger import Bytes, Ledger
-from packsaddle.comm.select_aggregator import Choice, choose
-from packsaddle.errors import ConfigError
-from packsaddle.feedback.drift import Drift
-from packsaddle.feedback.escape import Escape, Reset
+from packsaddle.comm.select_aggregator import choose
+from packsaddle.errors import config_errors
+from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.slices import goes_dense
 from packsaddle.local.options import Elastic
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.options.schema import plain
-from packsaddle.runs.config import Config
-from packsaddle.runs.inner_optimizers import make_inner, share_of_peak
+from packsaddle.runs.config import Config, LocalConfig
 from packsaddle.runs.tasks.sharding import Calendar
-from packsaddle.runs.training import Closure, Training, noise_schedule, noisy, ramp_of
+from packsaddle.runs.training import Closure, Training
+
+_LAST_FRACTION = 0.1  # of the peak rate, at the end of a cosine
 
 
 class LocalTraining(Training):
@@ -31,6 +33,8 @@ class LocalTraining(Training):
     Other averages of workers go through the main group and have a ledger of their own, because an exchange may run in
     another thread at the same time.
     """
+
+    front: LocalUpdates
 
     def __init__(
         self,
@@ -41,161 +45,171 @@ class LocalTraining(Training):
         elastic: Elastic | None = None,
     ) -> None:
         assert config.local is not None
-        self._config, self._local, self._calendar = config, config.local, calendar
-        self._noise = noise_schedule(config.noise, calendar, self._local.every)
+        self._local = local = config.local
+        super().__init__(config, calendar, local.every)
+
+        # The optimizer of this worker, then the exchanges around it.
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._inner = make_inner(config, self._local, model.named_parameters())
-        by_round = replace(config.compression(), monitor_every=max(1, config.log_every // self._local.every))
-        try:
-            self.updates = LocalUpdates(
+        self._inner = make_inner(config, local, model.named_parameters())
+        with config_errors():
+            self.front = LocalUpdates(
                 self._inner,
-                by_round,
-                every=self._local.every,
-                outer=self._local.outer,
-                overlap=self._local.overlap,
+                replace(config.compression(), monitor_every=max(1, config.log_every // local.every)),
+                every=local.every,
+                outer=local.outer,
+                overlap=local.overlap,
                 workers=elastic,
                 noise=self._noise or config.noise.std,
                 escape=escape,
-                keep_unsent=self._local.keep_unsent,
+                keep_unsent=local.keep_unsent,
                 seed=config.seed,
             )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         self.channel = Communicator(resolve(None), Ledger())
-        self._mu: dict[str, Any] = {}  # what was measured last, at the end of the run
+        self._mu: dict[str, Any] = {}  # as measured before `finish`, which sends everything
 
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
-        """See `Training`; the norm is that before clipping."""
-        self.channel.step = self.updates.steps
+        # Gradients, clipped if that is asked for.
+        self.channel.step = self.front.steps
         loss = closure()
-        norm = self._clipped()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        if self._local.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._local.clip, norm)
         measured = torch.stack([loss, norm])
         self.took = bool(measured.isfinite().all())
+
+        # A step at the rate of the calendar: with workers that come and go, of the anchor's steps.
+        done = self.front.steps if self.front.membership is None else self.front.position
         for group in self._inner.param_groups:
-            group["lr"] = self.rate(self._done())
+            group["lr"] = self.rate(done)
         self._inner.step()
         self.scalars = None
-        if scalars is not None and self.updates.exchanging:
+        if scalars is not None and self.front.exchanging:
             self.scalars = self.channel.mean(scalars.clone(), "metrics")
         return measured
 
-    def _done(self) -> int:
-        """Steps so far, by the calendar: with workers that come and go, those that the anchor has of all of them."""
-        return self.updates.steps if self.updates.membership is None else self.updates.position
-
-    def _clipped(self) -> Tensor:
-        """Clip the gradients, if they are to be; return what their norm was, float[]."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if self._local.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._local.clip, norm)
-        return norm
-
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step, from 0: rising in proportion, then constant or on half a cosine."""
-        calendar = self._calendar
+        """Return the learning rate of a step, from 0: a linear warm-up, then constant or half a cosine to a tenth."""
+        calendar, peak = self._calendar, self._config.lr
         done, end = calendar.position(step), calendar.position(calendar.steps)
         rising = self._local.warm_up * calendar.per_epoch
         if done + 1 < rising:
-            return self._config.lr * (done + 1) / rising
+            return peak * (done + 1) / rising
         if self._local.schedule == "constant":
-            return self._config.lr
-        return self._config.lr * share_of_peak(done, rising, end)
-
-    def replan(self, calendar: Calendar) -> None:
-        """See `Training`."""
-        self._calendar = calendar
-        if self._noise is not None:
-            self._noise.ramp = ramp_of(self._config.noise, calendar, self._local.every)
+            return peak
+        passed = min(1.0, max(0.0, (done - rising) / max(1.0, end - rising)))
+        return peak * (_LAST_FRACTION + (1 - _LAST_FRACTION) * (1 + math.cos(math.pi * passed)) / 2)
 
     def finish(self) -> None:
-        """Exchange all that is pending, and again what others have moved if one worker's x was of no use."""
-        self._mu = self.contraction()  # all of it is sent now, which would be measured too
-        if not self.updates.flush():
-            self.updates.flush()
+        """Exchange all that is pending, and again what the others have moved if the first exchange is rejected."""
+        self._mu = self.contraction()
+        if not self.front.flush():
+            self.front.flush()
 
     def at_anchor(self) -> AbstractContextManager[None]:
-        """See `Training`."""
-        return self.updates.at_anchor()
+        return self.front.at_anchor()
 
     def parts(self) -> dict[str, Any]:
         """See `Training`; schedules are functions of the step, and have no state."""
-        return {"optimizer": self._inner, "local": self.updates, "ledger": self.channel.ledger}
+        return {"optimizer": self._inner, "local": self.front, "ledger": self.channel.ledger}
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Training`."""
-        return {"optimizer": self._inner.state_dict(), "local": self.updates.state_dict()}
+        return {"optimizer": self._inner.state_dict(), "local": self.front.state_dict()}
 
     def forgive(self) -> None:
-        """See `Training`."""
-        self.updates.forgive()
+        self.front.forgive()
 
     def moved(self) -> Mapping[str, Bytes]:
-        """See `Training`."""
-        self.updates.wait()
-        found = dict(self.updates.ledger.by_purpose)
+        self.front.wait()
+        found = dict(self.front.ledger.by_purpose)
         for purpose, moved in self.channel.ledger.by_purpose.items():
             found[purpose] = found.get(purpose, Bytes()) + moved
         return found
 
-    def walk(self) -> tuple[float, float]:
-        """See `Training`; a round moves x by xi."""
-        return 1.0, noisy(self._config.noise, self._noise, self._calendar.steps // self._local.every)
-
     def contraction(self) -> dict[str, Any]:
-        """See `Training`."""
-        return self._mu or {"mu": self.updates.contraction, "mu_by_tensor": {}}
+        return self._mu or {"mu": self.front.contraction, "mu_by_tensor": {}}
 
     def summary(self) -> dict[str, Any]:
         """See `Training`; the exchange is that of all fragments together."""
-        compressed = [p for p in self._parameters if not goes_dense(p, self._config.dense_below)]
+        # n of the d coordinates are compressed.
+        config = self._config
+        compressed = [p for p in self._parameters if not goes_dense(p, config.dense_below)]
         d, n = (sum(p.numel() for p in some) for some in (self._parameters, compressed))
-        choice = self._choice([p.shape for p in compressed], d, n)
-        mu = (choice.aggregator.mu(n, self.channel.group.size) * n + d - n) / d
-        return {
-            "parameters": d,
-            "compressed_parameters": n,
-            "mu": mu,
-            "exchange": choice.name,
-            "exchange_reason": choice.reason,
-            "local": plain(self._local),
-            **self._elastic_summary(),
-        }
-
-    def _elastic_summary(self) -> dict[str, Any]:
-        there = self.updates.membership
-        return {} if there is None else {"elastic": {"workers": there.workers, "lost": there.lost}}
-
-    def _choice(self, shapes: list[torch.Size], d: int, n: int) -> Choice:
-        """Return the exchange of the compressed part, n coordinates of d in tensors of these shapes."""
-        config, back = self._config, self._config.back
-        dense = config.compressor.lossless
-        return choose(
+        shapes, lossless = [p.shape for p in compressed], config.compressor.lossless
+        choice = choose(
             config.compressor.for_tensors(shapes) if n else config.compressor,
-            "direct" if dense else config.exchange,
+            "direct" if lossless else config.exchange,
             d=n,
             dense=d - n + 1,
             workers=self.channel.group.size,
             itemsize=self._parameters[0].element_size(),
-            back=back.for_tensors(shapes) if back is not None and n and not dense else None,
+            back=config.back.for_tensors(shapes) if config.back is not None and n and not lossless else None,
         )
+        there = self.front.membership
+        return {
+            "parameters": d,
+            "compressed_parameters": n,
+            "mu": (choice.aggregator.mu(n, self.channel.group.size) * n + d - n) / d,
+            "exchange": choice.name,
+            "exchange_reason": choice.reason,
+            "local": plain(self._local),
+            **({} if there is None else {"elastic": {"workers": there.workers, "lost": there.lost}}),
+        }
 
     @property
     def rounds(self) -> int:
-        """See `Training`; of fragments."""
-        return self.updates.rounds
+        return self.front.rounds
 
-    @property
-    def skipped(self) -> int:
-        """See `Training`."""
-        return self.updates.skipped
 
-    @property
-    def resets(self) -> list[Reset]:
-        """See `Training`."""
-        return self.updates.resets
+def make_inner(config: Config, local: LocalConfig, parameters: Iterable[tuple[str, Tensor]]) -> Optimizer:
+    """Return the optimizer of a configuration's [local], which steps on each worker between exchanges."""
+    named = [(name, p) for name, p in parameters if p.requires_grad]
+    rate: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    with_momentum: dict[str, Any] = {**rate, "momentum": config.momentum, "nesterov": config.nesterov}
+    adamw: dict[str, Any] = {**rate, "betas": tuple(local.betas)}
+    if local.optimizer == "sgd":
+        return torch.optim.SGD(named, **with_momentum)
+    if local.optimizer == "adamw":
+        return torch.optim.AdamW(named, **adamw)
 
-    @property
-    def drifts(self) -> list[Drift]:
-        """See `Training`."""
-        return self.updates.drifts
+    # Muon steps on matrices; all else is AdamW's, at the same rate (match_rms_adamw).
+    matrices = [(name, p) for name, p in named if p.ndim == 2]
+    others = [(name, p) for name, p in named if p.ndim != 2]
+    made: list[Optimizer] = []
+    if matrices:
+        made.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **with_momentum))
+    if others:
+        made.append(torch.optim.AdamW(others, **adamw))
+    return Joined(made)
+
+
+class Joined(Optimizer):
+    """Several optimizers of different parameters as one; it has their groups and their state."""
+
+    def __init__(self, members: list[Optimizer]) -> None:
+        self._members = members
+        self._sizes = [len(member.param_groups) for member in members]
+        super().__init__([group for member in members for group in member.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Set the groups and the state of the members to those of the whole."""
+        start = 0
+        for member, size in zip(self._members, self._sizes, strict=True):
+            member.param_groups = self.param_groups[start : start + size]
+            member.state = self.state
+            start += size
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step all of them, after the closure, whose value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for member in self._members:
+            member.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()

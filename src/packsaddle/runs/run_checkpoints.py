@@ -180,9 +180,16 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
                 f"--resume: {path} is not a run folder (it has no config.json); to begin one, give CONFIG"
             )
         return config, state
-    saved = _saved(path)
-    if config is not None:
-        _compare(config, saved, path)
+
+    # A run that was begun has its configuration in its folder.
+    file = path / "config.json"
+    try:
+        saved = build(Config, json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--resume: {file} cannot be read: {error}") from None
+    if config is not None and (different := first_difference(plain(config), plain(saved))) is not None:
+        key, ours, theirs = different
+        raise ConfigError(f"--resume: {key} is {ours!r} in CONFIG, but {theirs!r} in {file}")
     return saved, state
 
 
@@ -203,17 +210,3 @@ def state_of(path: Path) -> State:
     if others or (path.exists() and not path.is_dir()):
         raise ConfigError(f"--resume: {path} is not a run folder (it has no config.json), and not empty")
     return "new"
-
-
-def _saved(path: Path) -> Config:
-    try:
-        return build(Config, json.loads((path / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--resume: {path / 'config.json'} cannot be read: {error}") from None
-
-
-def _compare(given: Config, saved: Config, path: Path) -> None:
-    different = first_difference(plain(given), plain(saved))
-    if different is not None:
-        key, ours, theirs = different
-        raise ConfigError(f"--resume: {key} is {ours!r} in CONFIG, but {theirs!r} in {path / 'config.json'}")

@@ -7,7 +7,6 @@ twice, four times, ... as many, and at the end.
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -96,22 +95,16 @@ class Inspector:
         self, config: Config, task: Task, data: Dataset, shards: Sequence[Tensor], steps: int, per_epoch: int
     ) -> None:
         """`shards` has the shard of each worker that this process stands for (see `FusedGroup`)."""
-        self._rule: CertifyConfig | None = config.certify
-        self._lr = config.sgd_lr()
-        self._task, self._seed, self._steps, self._per_epoch = task, config.seed, steps, per_epoch
+        assert config.certify is not None
+        self._rule, self._lr, self._seed = config.certify, config.sgd_lr(), config.seed
+        self._task, self._steps, self._per_epoch, self._population = task, steps, per_epoch, len(data)
         like = next(task.parameters())
-        self._device = like.device
-        self.seconds = 0.0  # spent here
-        self.examples = Examples(data, torch.cat(list(shards)), like.device, like.dtype)
-        if self._rule is None:
-            return
         # At random, since a shard may be sorted by class.
         chosen = [
             mine[self._order(len(mine), worker)[: self._rule.examples]]
             for worker, mine in enumerate(shards, start=resolve(None).rank)
         ]
         self.examples = Examples(data, torch.cat(chosen), like.device, like.dtype)
-        self._population = len(data)
         self._due = certified_steps(self._rule, steps, per_epoch)
         self._iterates = set(draw_iterates(self._rule.iterates, steps, self._seed))
 
@@ -120,22 +113,19 @@ class Inspector:
 
     def due(self, step: int) -> bool:
         """Tell if x_t is to be kept or certified."""
-        return self._rule is not None and (step in self._iterates or step in self._due)
+        return step in self._iterates or step in self._due
 
     def look(self, step: int, folder: RunFolder) -> None:
         """Keep x_t if it was drawn, and certify it if it is due; t = `step`, before its gradient."""
-        if self._rule is None:
-            return
-        begin = time.perf_counter()
         if step in self._iterates and resolve(None).rank == 0:
             folder.save_tensors(iterate_name(step), self._task.network.state_dict())
         if step in self._due:
-            line = {"step": step, "epoch": step / self._per_epoch, **self._certify(self._rule, step)}
+            line = {"step": step, "epoch": step / self._per_epoch, **self._certify(step)}
             if resolve(None).rank == 0:
                 folder.append("certificates.jsonl", line)
-        self.seconds += time.perf_counter() - begin
 
-    def _certify(self, rule: CertifyConfig, step: int) -> dict[str, Any]:
+    def _certify(self, step: int) -> dict[str, Any]:
+        rule, device = self._rule, self.examples.device
         try:
             certificate = certify(
                 self._task,
@@ -143,7 +133,7 @@ class Inspector:
                 self.examples,
                 epsilon=rule.last_epsilon if rule.last_epsilon and step == self._steps else rule.epsilon,
                 hessian_lipschitz=rule.hessian_lipschitz,
-                search=replace(rule, generator=generator(self._seed, step, Stream.CERTIFY, device=self._device)),
+                search=replace(rule, generator=generator(self._seed, step, Stream.CERTIFY, device=device)),
                 sample_of=self._population,
                 process_group=Solo() if isinstance(resolve(None), FusedGroup) else None,
             )

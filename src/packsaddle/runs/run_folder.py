@@ -18,15 +18,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 
 from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.curvature.certificate import Verdict
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, read_text
 from packsaddle.messages import printable, shown
 from packsaddle.version import __version__
 
@@ -40,40 +40,38 @@ _TYPES: dict[Kind, Any] = {
     "finite number": int | float,
 }
 
-_CONFIG: Fields = ({}, {"label": "text", "seed": "count", "plateau": "finite number"})
-_METRICS: Fields = (
-    {"step": "count", "epoch": "finite number", "loss": "number", "seconds": "finite number"},
-    dict.fromkeys(("sent", "received", "payload", "grad_norm", "test_loss", "test_accuracy", "mu", "rounds"), "number"),
-)
-_SUMMARY: Fields = (
-    {},
-    {
-        **dict.fromkeys(("final_loss", "test_loss", "test_accuracy", "compression", "seconds"), "number"),
-        "steps": "count",
-    },
-)
-_CERTIFICATES: Fields = (
-    {"verdict": "verdict", "step": "count", "epoch": "finite number"},
-    dict.fromkeys(("loss", "grad_norm", "lambda_min_lower", "lambda_min_upper", "threshold"), "number"),
-)
 _FIELDS: dict[str, Fields] = {
-    "config.json": _CONFIG,
+    "config.json": ({}, {"label": "text", "seed": "count", "plateau": "finite number"}),
     "environment.json": ({}, {"packsaddle": "text"}),
-    "summary.json": _SUMMARY,
-    "metrics.jsonl": _METRICS,
-    "certificates.jsonl": _CERTIFICATES,
+    "summary.json": (
+        {},
+        {
+            "steps": "count",
+            **dict.fromkeys(("final_loss", "test_loss", "test_accuracy", "compression", "seconds"), "number"),
+        },
+    ),
+    "metrics.jsonl": (
+        {"step": "count", "epoch": "finite number", "loss": "number", "seconds": "finite number"},
+        dict.fromkeys(
+            ("sent", "received", "payload", "grad_norm", "test_loss", "test_accuracy", "mu", "rounds"), "number"
+        ),
+    ),
+    "certificates.jsonl": (
+        {"verdict": "verdict", "step": "count", "epoch": "finite number"},
+        dict.fromkeys(("loss", "grad_norm", "lambda_min_lower", "lambda_min_upper", "threshold"), "number"),
+    ),
 }
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in one file of a run folder. Raises ConfigError that names the file and the field."""
-    return _checked(_parsed(_text(path), path.name), path.name, path.name)
+    return _checked(_parsed(read_text(path, path.name), path.name), path.name, path.name)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the JSON lines in a file of a run folder, none if there is no such file; the last one may be cut off, as
     by a kill in the middle of it. Raises ConfigError that names the line and the field."""
-    lines = _text(path).splitlines() if path.exists() else []
+    lines = read_text(path, path.name).splitlines() if path.exists() else []
     found = []
     for number, line in enumerate(lines, 1):
         where = f"{path.name}, line {number}"
@@ -85,15 +83,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             raise
         found.append(_checked(content, path.name, where))
     return found
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path.name}: byte {error.start} is not UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{path.name} cannot be read: {error.strerror}") from None
 
 
 def _parsed(text: str, where: str) -> Any:
@@ -143,13 +132,9 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(self) -> None:
-        """Make the folder. Raises ConfigError if it exists or cannot be made; nothing is touched then."""
-        make_new(self.path)
-
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a JSON file atomically."""
-        self._replace(name, lambda file: file.write(json.dumps(content, indent=2, allow_nan=True).encode() + b"\n"))
+        self._write(name, json.dumps(content, indent=2).encode() + b"\n")
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
         """Add one line to a .jsonl file."""
@@ -173,7 +158,7 @@ class RunFolder:
                     raise ConfigError(f"{path} is damaged: {error}") from None
                 text = "".join(json.dumps(line) + "\n" for line in lines).encode()
                 if text != path.read_bytes():
-                    self._replace(name, partial(_write, text))
+                    self._write(name, text)
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -181,14 +166,10 @@ class RunFolder:
 
     def save_tensors(self, name: str, content: Mapping[str, Any]) -> None:
         """Write tensors and plain types atomically, to be read with torch.load(weights_only=True)."""
-        self._replace(name, lambda file: torch.save(content, file))
+        write_whole(self.path / name, lambda file: torch.save(content, file))
 
-    def _replace(self, name: str, write: Callable[[BinaryIO], Any]) -> None:
-        write_whole(self.path / name, write)
-
-
-def _write(content: bytes, file: BinaryIO) -> None:
-    file.write(content)
+    def _write(self, name: str, content: bytes) -> None:
+        write_whole(self.path / name, lambda file: file.write(content))
 
 
 def make_new(path: Path) -> None:

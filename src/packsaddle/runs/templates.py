@@ -63,15 +63,21 @@ def template(config: Config, heading: str) -> str:
 
     The values of the latter are examples. `heading` is what the file begins with.
     """
-    hints, fields = get_type_hints(Config), settable(Config)
+    lines = [f"# {line}".rstrip() for line in heading.splitlines()]
+    return "\n".join([*lines, "", *_content(config, "")]) + "\n"
+
+
+def _content(value: Any, where: str, off: str = "") -> Iterator[str]:
+    """Yield a table's own keys, then the tables inside it, the order that TOML needs; `where` ends in a point."""
+    hints, fields = get_type_hints(type(value)), settable(type(value))
     tables = [f for f in fields if any(map(dataclasses.is_dataclass, (hints[f.name], *get_args(hints[f.name]))))]
-    lines = [f"# {line}".rstrip() for line in heading.splitlines()] + [""]
     for f in fields:
         if f not in tables:
-            lines += _key(config, f, hints[f.name], f.name)
+            yield from _key(value, f, hints[f.name], where + f.name, off)
     for f in tables:
-        lines += ["", *_table(getattr(config, f.name), f.name, hints[f.name])]
-    return "\n".join(lines) + "\n"
+        inner = None if off else getattr(value, f.name)
+        yield ""
+        yield from _table(inner if inner != f.default else None, where + f.name, hints[f.name])
 
 
 def _table(value: Any, name: str, hint: Any) -> Iterator[str]:
@@ -82,17 +88,7 @@ def _table(value: Any, name: str, hint: Any) -> Iterator[str]:
     yield from _line(f"{off}[{name}]", about)
     if kinds:
         yield from _line(f"{off}kind = {json.dumps(cls.__name__)}", f"one of {', '.join(kinds)}")
-    hints = get_type_hints(cls)
-    inner = [f for f in settable(cls) if any(map(dataclasses.is_dataclass, (hints[f.name], *get_args(hints[f.name]))))]
-
-    # In TOML a table's own keys come before the tables inside it.
-    for f in settable(cls):
-        if f not in inner:
-            yield from _key(value, f, hints[f.name], f"{name}.{f.name}", off)
-    for f in inner:
-        there = None if off else getattr(value, f.name)
-        yield ""
-        yield from _table(there if there != f.default else None, f"{name}.{f.name}", hints[f.name])
+    yield from _content(value, f"{name}.", off)
 
 
 def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str = "") -> Iterator[str]:

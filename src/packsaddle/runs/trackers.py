@@ -41,16 +41,10 @@ class Tracker(Protocol):
         """Write what is left, and close."""
 
 
-class TensorBoard:
+class TensorBoard(Tracker):
     """A tracker that writes event files to a folder: `tensorboard --logdir FOLDER`.
 
     Raises MissingExtraError without tensorboard.
-
-    >>> from pathlib import Path  # doctest: +SKIP
-    >>> from packsaddle.runs.trackers import TensorBoard  # doctest: +SKIP
-    >>> tracker = TensorBoard(Path("runs/a/tensorboard"))  # doctest: +SKIP
-    >>> tracker.log({"loss": 0.5}, step=10)  # doctest: +SKIP
-    >>> tracker.finish()  # doctest: +SKIP
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,26 +54,18 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record the `metrics` of a step as scalars."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def finish(self) -> None:
-        """Write what is left, and close."""
         self._writer.close()
 
 
-class WandB:
+class WandB(Tracker):
     """A tracker that records a run of Weights & Biases, in `folder`/wandb.
 
     It is offline, to be sent with `wandb sync`, unless WANDB_MODE says other. `project`, `name` and `config` are those
     of `wandb.init`. Raises MissingExtraError without wandb.
-
-    >>> from pathlib import Path  # doctest: +SKIP
-    >>> from packsaddle.runs.trackers import WandB  # doctest: +SKIP
-    >>> tracker = WandB(Path("runs/a"), name="a")  # doctest: +SKIP
-    >>> tracker.log({"loss": 0.5}, step=10)  # doctest: +SKIP
-    >>> tracker.finish()  # doctest: +SKIP
     """
 
     def __init__(
@@ -102,25 +88,17 @@ class WandB:
         )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record the `metrics` of a step as one row."""
         self._run.log(dict(metrics), step=step)
 
     def finish(self) -> None:
-        """Write what is left, and close."""
         self._run.finish()
 
 
-class MLflow:
+class MLflow(Tracker):
     """A tracker that records a run of MLflow, in `folder`/mlflow.db (SQLite) or in the store of MLFLOW_TRACKING_URI.
 
     `mlflow ui --backend-store-uri sqlite:///FOLDER/mlflow.db` shows it. `experiment` and `name` are the experiment's
     and the run's, `config` becomes its parameters. Raises MissingExtraError without mlflow.
-
-    >>> from pathlib import Path  # doctest: +SKIP
-    >>> from packsaddle.runs.trackers import MLflow  # doctest: +SKIP
-    >>> tracker = MLflow(Path("runs/a/mlflow"), name="a")  # doctest: +SKIP
-    >>> tracker.log({"loss": 0.5}, step=10)  # doctest: +SKIP
-    >>> tracker.finish()  # doctest: +SKIP
     """
 
     def __init__(
@@ -144,13 +122,11 @@ class MLflow:
             self._client.log_param(self._run_id, key, value)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record the `metrics` of a step as one batch."""
         now = int(time.time() * 1000)
         found = [self._metric(name, value, now, step) for name, value in metrics.items()]
         self._client.log_batch(self._run_id, metrics=found)
 
     def finish(self) -> None:
-        """Mark the run as finished."""
         self._client.set_terminated(self._run_id)
 
 
@@ -211,7 +187,6 @@ def _open(name: TrackerName, folder: Path, label: str, config: Mapping[str, Any]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield a configuration's values by dotted key."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")

@@ -23,7 +23,7 @@ from packsaddle.comm.launching import local_device
 from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.simulation import FusedGroup, SimulatedGroup
 from packsaddle.curvature.narrow_convolutions import has_narrow_convolutions
-from packsaddle.errors import ConfigError
+from packsaddle.errors import config_errors
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.guard import NonFiniteError
 from packsaddle.numerics.seeds import Stream, mix
@@ -31,19 +31,13 @@ from packsaddle.runs.batched import BatchedGradients
 from packsaddle.runs.config import Config
 from packsaddle.runs.local_training import LocalTraining
 from packsaddle.runs.progress import live, megabytes
-from packsaddle.runs.run_checkpoints import (
-    FINAL_WEIGHTS,
-    NEVER,
-    CheckpointPolicy,
-    RunCheckpoints,
-    StopAndSaveVote,
-)
+from packsaddle.runs.run_checkpoints import FINAL_WEIGHTS, NEVER, CheckpointPolicy, RunCheckpoints, StopAndSaveVote
 from packsaddle.runs.run_checks import Inspector, NoiseCheck, StepSizeCheck, noise_warning
 from packsaddle.runs.run_folder import RunFolder
 from packsaddle.runs.tasks.images import load_data
 from packsaddle.runs.tasks.models import Task, average_buffers, connect, make_task
 from packsaddle.runs.tasks.sharding import Calendar, deal, shard
-from packsaddle.runs.training import CompressedTraining, Training, plain_guards
+from packsaddle.runs.training import CompressedTraining, Training
 
 
 @dataclass
@@ -134,10 +128,13 @@ class Trainer:
         if batched:
             assert isinstance(self.group, SimulatedGroup)
             self.batched = BatchedGradients(self.task, self.group, self._batch, self.training.channel, self._autocast)
-        self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
+        self.inspector = None
+        if config.certify is not None:
+            self.inspector = Inspector(config, self.task, self.data, self.shards, calendar.steps, calendar.per_epoch)
         self.footing = StepSizeCheck(config, self.task, self.training.waits(), self.data, self.shards)
         self.noise_check = NoiseCheck(config, self.task, self.data, size)
         self.warnings: list[str] = []
+        self.inspected = 0.0  # seconds of checks along the run
         self.tally = RunCounters()
 
     def _training(self) -> Training:
@@ -147,10 +144,8 @@ class Trainer:
     def _check_data(self) -> None:
         """Raise ConfigError if workers have read unlike data."""
         found = {"training examples": len(self.data), "test examples": len(self.test_data)}
-        try:
+        with config_errors():
             check_agreement(Communicator(self.group, Ledger()), found, self.device)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
 
     def _plan(self) -> None:
         """Deal the data and lay out the run, as the history of the numbers of workers has it."""
@@ -164,7 +159,6 @@ class Trainer:
         return self.data.batch(index, self.device, self.dtype)
 
     def _loss(self, index: Tensor) -> Tensor:
-        """The mean loss of the chosen examples."""
         with self._autocast():
             loss: Tensor = self.task(*self._batch(index))
         return loss
@@ -216,9 +210,7 @@ class Trainer:
         begin, text = time.perf_counter() - tally.elapsed, "starting"
         with live(self.config.label or folder.path.name, steps, quiet=quiet, first=first) as report:
             for step in range(first, steps):
-                self._inspect(step, folder)
-                self._look_ahead(step, quiet=quiet)
-                self._look_at_noise(step, quiet=quiet)
+                self._look(step, folder, quiet=quiet)
                 try:
                     measured = self._step(step, vote.scalars(step))
                     if step + 1 == steps:
@@ -230,7 +222,7 @@ class Trainer:
                 tally.add(measured, taken=self.training.took, last=step >= steps - self.calendar.per_epoch)
                 tally.step = step + 1
                 if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
-                    seconds = time.perf_counter() - begin - self.inspector.seconds - tally.tested - tally.saved
+                    seconds = time.perf_counter() - begin - self.inspected - tally.tested - tally.saved
                     tally.line = line = self._log(folder, seconds)
                     text = _describe(line, self.group.size)
                 report(step + 1, text)
@@ -242,8 +234,7 @@ class Trainer:
                     if stop:
                         checkpoints.say_stopped(tally.step, steps, quiet=quiet)
                         return False
-            self._inspect(steps, folder)
-            self._look_at_noise(steps, quiet=quiet)
+            self._look(steps, folder, quiet=quiet)
 
         # Checkpoints go last: without a summary the run can still be continued.
         self._finish(folder, tally)
@@ -253,7 +244,7 @@ class Trainer:
     def _go_on_from(self, found: Checkpoint) -> None:
         """Take over counters and history from a checkpoint whose parts are loaded. Raises CheckpointError."""
         self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
-        self.inspector.seconds, self.warnings = found.extra["inspected"], found.extra["warnings"]
+        self.inspected, self.warnings = found.extra["inspected"], found.extra["warnings"]
         history = [(step, workers) for step, workers in found.extra["history"]]
         size = self.group.size
         self.history = history if history[-1][1] == size else [*history, (found.step, size)]
@@ -271,12 +262,7 @@ class Trainer:
         """Save a checkpoint; return the seconds it took."""
         tally = self.tally
         extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
-        extra |= {
-            "warnings": self.warnings,
-            "inspected": self.inspector.seconds,
-            "sums": tally.sums,
-            "final": tally.final,
-        }
+        extra |= {"warnings": self.warnings, "inspected": self.inspected, "sums": tally.sums, "final": tally.final}
         seconds = checkpoints.save(tally.step, extra)
         tally.saved += seconds
         return seconds
@@ -291,7 +277,6 @@ class Trainer:
         return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept{hint}")
 
     def _log(self, folder: RunFolder, seconds: float) -> dict[str, Any]:
-        """Write a line of metrics and return it."""
         tally = self.tally
         line = self._line(tally.step, self._means(tally.totals()), seconds)
         if self._test_due(tally.step, tally.since):
@@ -304,34 +289,28 @@ class Trainer:
         tally.begin_line()
         return line
 
-    def _inspect(self, step: int, folder: RunFolder) -> None:
-        """Keep and certify x where all workers agree to be, if that is due."""
-        if self.inspector.due(step):
+    def _look(self, step: int, folder: RunFolder, *, quiet: bool) -> None:
+        """Do the checks that are due before step `step`, or at the end: certificates, step size, noise; collective."""
+        begin, steps, per_epoch = time.perf_counter(), self.calendar.steps, self.calendar.per_epoch
+        if self.inspector is not None and self.inspector.due(step):
             with self.training.at_anchor():
                 self.inspector.look(step, folder)
 
-    def _look_ahead(self, step: int, *, quiet: bool) -> None:
-        """Warn if the steps to come are past stability."""
-        if self.group.rank == 0 and self.footing.due(step, self.calendar):
-            before, said = time.perf_counter(), self.footing.warning(step)
-            self.inspector.seconds += time.perf_counter() - before
-            if said and said not in self.warnings:
-                self._warn(said, quiet=quiet)
+        # Warnings are of rank 0: of steps past stability, and at the start of noise that carries x too far.
+        if self.group.rank == 0 and step < steps and self.footing.due(step, self.calendar):
+            self._warn(self.footing.warning(step), quiet=quiet)
+        if self.group.rank == 0 and self.noise_check.due(step, steps, per_epoch):
+            found = self.tally.noise = self.noise_check.look(step, self.batches[0], self.training.walk())
+            if step == 0:
+                self._warn(noise_warning(found, by_round=self.config.local is not None), quiet=quiet)
+        self.inspected += time.perf_counter() - begin
 
-    def _look_at_noise(self, step: int, *, quiet: bool) -> None:
-        """Measure the mini-batches' noise; warn at the start if the artificial noise is set to carry x too far."""
-        if self.group.rank == 0 and self.noise_check.due(step, self.calendar.steps, self.calendar.per_epoch):
-            before = time.perf_counter()
-            found = self.noise_check.look(step, self.batches[0], self.training.walk())
-            self.tally.noise = found
-            self.inspector.seconds += time.perf_counter() - before
-            if step == 0 and (said := noise_warning(found, by_round=self.config.local is not None)):
-                self._warn(said, quiet=quiet)
-
-    def _warn(self, text: str, *, quiet: bool) -> None:
-        self.warnings.append(text)
-        if not quiet:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+    def _warn(self, text: str | None, *, quiet: bool) -> None:
+        """Record and print a warning, once."""
+        if text and text not in self.warnings:
+            self.warnings.append(text)
+            if not quiet:
+                print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _step(self, step: int, scalars: Tensor | None) -> Tensor:
         """One step of the algorithm, `scalars` exchanged with it; returns this worker's loss and gradient norm,
@@ -369,8 +348,8 @@ class Trainer:
             **asdict(moved),
             "seconds": seconds,
             "rounds": self.training.rounds,
-            "resets": len(self.training.resets),
-            "skipped": self.training.skipped,
+            "resets": len(self.training.front.resets),
+            "skipped": self.training.front.skipped,
             **self.training.contraction(),
         }
 
@@ -419,7 +398,7 @@ class Trainer:
                 "bytes_by_purpose": {name: asdict(b) for name, b in moved.items()},
                 "compression": dense / training if training else math.inf,
                 "seconds": self.tally.line["seconds"],
-                **plain_guards(self.training),
+                **self.training.guards(),
                 "noise": self.tally.noise,
                 "warnings": self.warnings,
             },

@@ -3,58 +3,99 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.ledger import Bytes
-from packsaddle.errors import ConfigError
-from packsaddle.feedback.drift import Drift
-from packsaddle.feedback.escape import Escape, Reset
-from packsaddle.feedback.noise import Ramp, Rescheduled
-from packsaddle.runs.config import Config, NoiseConfig
+from packsaddle.errors import config_errors
+from packsaddle.feedback.escape import Escape
+from packsaddle.feedback.noise import Ramp
+from packsaddle.runs.config import Config
 from packsaddle.runs.tasks.sharding import Calendar
 from packsaddle.sgd.gradient import Storm
 from packsaddle.sgd.optimizer import CompressedSGD
 
+if TYPE_CHECKING:
+    from packsaddle.local.updates import LocalUpdates
+
 Closure = Callable[[], Tensor]  # clears the gradients, computes them, and returns the loss
+
+
+@dataclass
+class Rescheduled:
+    """A noise schedule whose ramp is replaced when the number of workers, and so of steps in an epoch, changes."""
+
+    ramp: Ramp
+
+    def __call__(self, exchange: int) -> float:
+        return self.ramp(exchange)
 
 
 class Training(ABC):
     """One worker's optimizer with its exchanges, as a trainer sees it.
 
-    `channel` is for what else workers average, entered in the same totals of bytes.
+    `front` has the exchanges, `every` steps apart. `channel` averages everything else, with its bytes in the same
+    totals. `reach` is the distance that noise of r = 1 moves a coordinate in one exchange.
     """
 
+    front: "CompressedSGD | LocalUpdates"
     channel: Communicator
-    scalars: Tensor | None = None  # means over workers of what they gave to the last step; None if it had no exchange
+    reach = 1.0
+    scalars: Tensor | None = None  # means over workers of the last step's scalars; None if it had no exchange
     took: bool = True  # whether the last step counts in means of losses
+
+    def __init__(self, config: Config, calendar: Calendar, every: int) -> None:
+        self._config, self._calendar, self._every = config, calendar, every
+        self._noise = None if config.noise.lower_from is None else Rescheduled(self._ramp())
+
+    def _ramp(self) -> Ramp:
+        """Translate the noise schedule from epochs to exchanges."""
+        noise, calendar = self._config.noise, self._calendar
+        assert noise.lower_from is not None
+        stop = calendar.steps if noise.lower_until is None else calendar.step_at(noise.lower_until)
+        start = min(calendar.step_at(noise.lower_from), stop)
+        return Ramp(noise.std, start // self._every, stop // self._every)
+
+    def replan(self, calendar: Calendar) -> None:
+        """Change the calendar of the schedules, since the number of workers has changed."""
+        self._calendar = calendar
+        if self._noise is not None:
+            self._noise.ramp = self._ramp()
+
+    def walk(self) -> tuple[float, float]:
+        """Return `reach`, and the sum of (r_t / r)^2 over the run's exchanges."""
+        exchanges, std = self._calendar.steps // self._every, self._config.noise.std
+        return self.reach, self._noise.ramp.squares(exchanges) / std**2 if self._noise and std else float(exchanges)
+
+    def guards(self) -> dict[str, Any]:
+        """Return the findings of the guards and of the escape check, as plain types."""
+        return {
+            "resets": [asdict(reset) for reset in self.front.resets],
+            "skipped": self.front.skipped,
+            "drifts": [asdict(drift) for drift in self.front.drifts],
+        }
 
     @abstractmethod
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
         """Do a step, averaging `scalars` over workers if it has an exchange; collective then.
 
-        Returns this worker's loss and the norm of its gradient, float[2]. Raises NonFiniteError.
+        Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError.
         """
 
-    @abstractmethod
-    def replan(self, calendar: Calendar) -> None:
-        """Take another calendar for schedules, as the number of workers has changed."""
+    def finish(self) -> None:  # noqa: B027 -- nothing to do where there is one x throughout
+        """Set one x on all workers at the end of a run; collective. Raises NonFiniteError."""
 
-    @abstractmethod
-    def finish(self) -> None:
-        """Have one x on all workers at the end of a run; collective. Raises NonFiniteError."""
-
-    @abstractmethod
     def at_anchor(self) -> AbstractContextManager[None]:
-        """Have the parameters where all workers agree to be, for a while."""
+        """Return a context in which the parameters are those on which all workers agree."""
+        return nullcontext()
 
     @abstractmethod
     def parts(self) -> dict[str, Any]:
-        """Return what a checkpoint has in addition to the model, by name."""
+        """Return the parts of a checkpoint in addition to the model, by name."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -62,15 +103,11 @@ class Training(ABC):
 
     @abstractmethod
     def forgive(self) -> None:
-        """Count steps that were left out in a row anew."""
+        """Reset the count of consecutive skips."""
 
     @abstractmethod
     def moved(self) -> Mapping[str, Bytes]:
         """Return this worker's bytes by purpose; collective."""
-
-    @abstractmethod
-    def walk(self) -> tuple[float, float]:
-        """Return by how much noise of r = 1 moves a coordinate at once, and how often it does, with (r_t / r)^2."""
 
     @abstractmethod
     def contraction(self) -> dict[str, Any]:
@@ -78,41 +115,27 @@ class Training(ABC):
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """Return what is the same from a run's start to its end, as plain types."""
+        """Return the entries of the summary that do not change in a run, as plain types."""
 
     @property
     @abstractmethod
     def rounds(self) -> int:
-        """Exchanges that were taken."""
-
-    @property
-    @abstractmethod
-    def skipped(self) -> int:
-        """Exchanges that were not."""
-
-    @property
-    @abstractmethod
-    def resets(self) -> list[Reset]:
-        """Firings of the escape check."""
-
-    @property
-    @abstractmethod
-    def drifts(self) -> list[Drift]:
-        """The comparisons at which workers differed."""
+        """The number of exchanges that were applied; with local updates of fragments."""
 
     def waits(self) -> list[float] | None:
-        """Return the mean number of steps that a coordinate waits to be sent, by parameter, if that is known."""
+        """Return the mean number of steps that a coordinate waits to be sent, by parameter; None if unknown."""
         return None
 
 
 class CompressedTraining(Training):
     """CompressedSGD: an exchange in every step, and one x."""
 
+    front: CompressedSGD
+
     def __init__(self, config: Config, model: nn.Module, calendar: Calendar, escape: Escape | None) -> None:
-        self._config, self._calendar = config, calendar
-        self._noise = noise_schedule(config.noise, calendar, 1)
-        try:
-            self._optimizer = CompressedSGD(
+        super().__init__(config, calendar, 1)
+        with config_errors():
+            self.front = CompressedSGD(
                 model.named_parameters(),
                 config.lr,
                 config.compression(),
@@ -123,115 +146,43 @@ class CompressedTraining(Training):
                 nesterov=config.nesterov,
                 seed=config.seed,
             )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        self.channel = self._optimizer.channel
+        self.channel, self.reach = self.front.channel, config.lr
         self._parameters = list(model.parameters())
 
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
-        """See `Training`."""
-        skipped = self._optimizer.skipped
-        loss = self._optimizer.step(closure, scalars=scalars)
-        self.scalars, self.took = self._optimizer.scalars, self._optimizer.skipped == skipped
+        skipped = self.front.skipped
+        loss = self.front.step(closure, scalars=scalars)
+        self.scalars, self.took = self.front.scalars, self.front.skipped == skipped
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         return torch.stack([loss, torch.nn.utils.get_total_norm(gradients)])
 
-    def replan(self, calendar: Calendar) -> None:
-        """See `Training`."""
-        self._calendar = calendar
-        if self._noise is not None:
-            self._noise.ramp = ramp_of(self._config.noise, calendar, 1)
-
-    def finish(self) -> None:
-        """There is one x throughout."""
-
-    def at_anchor(self) -> AbstractContextManager[None]:
-        """They always are there."""
-        return nullcontext()
-
     def parts(self) -> dict[str, Any]:
-        """See `Training`."""
-        return {"optimizer": self._optimizer}
+        return {"optimizer": self.front}
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Training`."""
-        return self._optimizer.state_dict()
+        return self.front.state_dict()
 
     def forgive(self) -> None:
-        """See `Training`."""
-        self._optimizer.reset_skip_streak()
+        self.front.reset_skip_streak()
 
     def moved(self) -> Mapping[str, Bytes]:
-        """See `Training`."""
-        return self._optimizer.ledger.by_purpose
-
-    def walk(self) -> tuple[float, float]:
-        """See `Training`; a step moves x by eta xi."""
-        return self._config.lr, noisy(self._config.noise, self._noise, self._calendar.steps)
+        return self.front.ledger.by_purpose
 
     def contraction(self) -> dict[str, Any]:
-        """See `Training`."""
-        monitor = self._optimizer.monitor
-        return {"mu": monitor.whole, "mu_by_tensor": monitor.by_tensor}
+        return {"mu": self.front.monitor.whole, "mu_by_tensor": self.front.monitor.by_tensor}
 
     def summary(self) -> dict[str, Any]:
-        """See `Training`."""
-        opt = self._optimizer
         return {
-            "parameters": opt.numel,
-            "compressed_parameters": opt.compressed_numel,
-            "mu": opt.mu,
-            "exchange": opt.choice.name,
-            "exchange_reason": opt.choice.reason,
+            "parameters": self.front.numel,
+            "compressed_parameters": self.front.compressed_numel,
+            "mu": self.front.mu,
+            "exchange": self.front.choice.name,
+            "exchange_reason": self.front.choice.reason,
         }
 
     @property
     def rounds(self) -> int:
-        """See `Training`."""
-        return self._optimizer.steps
-
-    @property
-    def skipped(self) -> int:
-        """See `Training`."""
-        return self._optimizer.skipped
-
-    @property
-    def resets(self) -> list[Reset]:
-        """See `Training`."""
-        return self._optimizer.resets
-
-    @property
-    def drifts(self) -> list[Drift]:
-        """See `Training`."""
-        return self._optimizer.drifts
+        return self.front.steps
 
     def waits(self) -> list[float] | None:
-        """See `Training`."""
-        return self._optimizer.waits()
-
-
-def noise_schedule(config: NoiseConfig, calendar: Calendar, every: int) -> Rescheduled | None:
-    """Return the schedule of the noise by exchange, if it has one; exchanges are `every` steps apart."""
-    return None if config.lower_from is None else Rescheduled(ramp_of(config, calendar, every))
-
-
-def ramp_of(config: NoiseConfig, calendar: Calendar, every: int) -> Ramp:
-    """Translate a noise schedule from epochs to exchanges."""
-    assert config.lower_from is not None
-    stop = calendar.steps if config.lower_until is None else calendar.step_at(config.lower_until)
-    start = min(calendar.step_at(config.lower_from), stop)
-    return Ramp(config.std, start // every, stop // every)
-
-
-def noisy(config: NoiseConfig, schedule: Rescheduled | None, exchanges: int) -> float:
-    """Return the sum of (r_t / r)^2 over exchanges: their number, less where r falls."""
-    return schedule.ramp.squares(exchanges) / config.std**2 if schedule and config.std else float(exchanges)
-
-
-def plain_guards(training: Training) -> dict[str, Any]:
-    """Return what guards and escape check have found, as plain types."""
-    return {
-        "resets": [asdict(reset) for reset in training.resets],
-        "skipped": training.skipped,
-        "drifts": [asdict(drift) for drift in training.drifts],
-    }
+        return self.front.waits()

@@ -51,12 +51,12 @@ _DROPPED: dict[str, Any] = {
     "resets": [],
     "drifts": [],
 }
-_ERROR = ("state", ANY, "error")
+_PENDING = ("state", ANY, "pending")
 _RULES = [
-    Rule(_ERROR, "error"),
+    Rule(_PENDING, "error"),
     Rule(("state", ANY, "momentum"), "error"),
     Rule(("state", ANY, "storm"), "error"),
-    Rule(("state", ANY, "owner_error"), "owner", into=[_ERROR]),
+    Rule(("state", ANY, "owner_error"), "owner", into=[_PENDING]),
     *(Rule(("state", ANY, name), "shared") for name in ("anchor", "mean_estimate", "storm_previous")),
     *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers", "owners")),
     *(Rule((name,), "own") for name in ("skips", "contraction", "ledger")),
@@ -392,7 +392,7 @@ class CompressedSGD(Optimizer):
     def _count(self, steps: int) -> None:
         """Set the step counter, and refresh the views in `self.state`, since a step may swap buffers."""
         self._step = steps
-        for name, views in {"error": self._memory.views, **self._direction.views()}.items():
+        for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
             for p, view in zip(self._flat.parameters, views, strict=True):
                 self.state[p][name] = view
 
@@ -508,7 +508,7 @@ class CompressedSGD(Optimizer):
         """The flat vectors of a checkpoint: this worker's memory, and x_t' if there is an escape check."""
         anchor = {"anchor": self._escape.anchor} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
-        return {"error": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
+        return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
 
     def _shared(self) -> dict[str, Tensor]:
         """Those of them that are the same on every worker."""
@@ -523,9 +523,9 @@ class CompressedSGD(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, of tensors and plain types only; each worker has its own.
 
-        It has "error" (eta e^(i), or e^(i) with memory="gradient") and "anchor" (x_t') of each parameter, shaped as it;
-        format, t, t', seed, rank and number of workers in each group; the aggregator's state; outstanding noise; the
-        ledger's totals; resets. The tensors of parameters are not copies.
+        It has "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor" (x_t') of each parameter, shaped as
+        it; format, t, t', seed, rank and number of workers in each group; the aggregator's state; outstanding noise;
+        the ledger's totals; resets. The tensors of parameters are not copies.
         """
         return self.saved_state.save(super().state_dict())
 

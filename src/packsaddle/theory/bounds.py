@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from packsaddle.errors import check_positive
 from packsaddle.theory.saddle_dynamics import predicted_escape_time
 
 Mode = Literal["practical", "theory"]
@@ -54,8 +55,7 @@ class Assumptions:
             raise ValueError(f"sigma must be from 0 to {high:g}, got {self.sigma}")
         for name in ("epsilon", "smoothness", "hessian_lipschitz", "f_max", "lipschitz_gradient"):
             value = getattr(self, name)
-            absent = name == "lipschitz_gradient" and value is None
-            if not absent and not low <= value <= high:
+            if value is not None and not low <= value <= high:
                 raise ValueError(f"{name} must be positive, from {low:g} to {high:g}, got {value}")
         if self.curvature > self.smoothness:
             raise ValueError(
@@ -110,10 +110,7 @@ class Constants:
     descent_factor: float = 100.0  # of T's second term
 
     def __post_init__(self) -> None:
-        for f in fields(self)[1:]:
-            value = getattr(self, f.name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise ValueError(f"{f.name} must be positive and finite, got {value}")
+        check_positive(**{f.name: getattr(self, f.name) for f in fields(self)[1:]})
 
     @classmethod
     def theory(cls, a: Assumptions, failure_probability: float = 0.1, log_factor: float = 1.0) -> "Constants":

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from packsaddle.errors import check_positive
+
 GOOD = 3.0  # times ||x_0||
 FAR = 8.0
 
@@ -52,9 +54,7 @@ def suggest_noise(model: nn.Module, *, lr: float, steps: float, times: float = G
     >>> round(packsaddle.suggest_noise(model, lr=0.1, steps=10_000), 3)
     0.022
     """
-    for name, value in (("lr", lr), ("steps", steps), ("times", times)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    check_positive(lr=lr, steps=steps, times=times)
     found = Walk(lr, steps, rms(model)).suggested(times)
     if found is None:
         raise ValueError("model must have trainable parameters that are not all zero, for a size to compare noise with")

@@ -241,38 +241,30 @@ class Reach:
 
 def reach(a: Assumptions, constants: Constants) -> Reach:
     """Return how far away a plan is, and what its steps would be on easier terms."""
-    steps = _dense_steps(a, constants)
+
+    def steps(**easier: Any) -> int:
+        b, c = replace(a, **easier), constants
+        if c.mode == "theory":  # whose logarithm depends on the problem
+            c = Constants.theory(b, c.failure_probability or 0.1)
+        return _steps(b, c, Identity())
+
     greatest = a.smoothness**2 / a.hessian_lipschitz
-    twice = _dense_steps(replace(a, epsilon=2 * a.epsilon), constants) if 2 * a.epsilon <= greatest else None
-    assumed = replace(a, lipschitz_gradient=a.smoothness)
     return Reach(
-        steps,
-        twice,
-        _least_epsilon(a, constants, greatest),
-        _dense_steps(assumed, constants) if a.lipschitz_gradient is None else None,
+        steps(),
+        steps(epsilon=2 * a.epsilon) if 2 * a.epsilon <= greatest else None,
+        _least_epsilon(lambda epsilon: steps(epsilon=epsilon) <= MOST_STEPS, a.epsilon, greatest),
+        steps(lipschitz_gradient=a.smoothness) if a.lipschitz_gradient is None else None,
     )
 
 
-def _dense_steps(a: Assumptions, constants: Constants) -> int:
-    return plan(a, Identity(), constants=_constants(a, constants)).steps
-
-
-def _constants(a: Assumptions, constants: Constants) -> Constants:
-    """The same kind of constants; a theory's logarithm is of the problem."""
-    if constants.mode == "practical":
-        return constants
-    return Constants.theory(a, constants.failure_probability or 0.1)
-
-
-def _least_epsilon(a: Assumptions, constants: Constants, greatest: float) -> float | None:
-    """Steps fall as epsilon grows, so halve the interval between an epsilon that has too many and one that has not."""
-    low, high = math.log(a.epsilon), math.log(greatest) - 1e-12  # inside what rounding allows
-    if _dense_steps(a, constants) <= MOST_STEPS:
-        return a.epsilon
-    if high <= low or _dense_steps(replace(a, epsilon=math.exp(high)), constants) > MOST_STEPS:
+def _least_epsilon(within: Callable[[float], bool], given: float, greatest: float) -> float | None:
+    """Bisect in log(epsilon) for the least epsilon with few enough steps, which fall as it grows."""
+    low, high = math.log(given), math.log(greatest) - 1e-12  # inside what rounding allows
+    if within(given):
+        return given
+    if high <= low or not within(math.exp(high)):
         return None
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        within = _dense_steps(replace(a, epsilon=math.exp(middle)), constants) <= MOST_STEPS
-        low, high = (low, middle) if within else (middle, high)
+        low, high = (low, middle) if within(math.exp(middle)) else (middle, high)
     return math.exp(high)

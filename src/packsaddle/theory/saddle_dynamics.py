@@ -7,6 +7,8 @@ Along the unstable direction x_{t+1} = (1 + eta gamma) x_t - eta xi_t, so a diff
 import math
 from itertools import pairwise
 
+from packsaddle.errors import check_positive
+
 _MEDIAN_OF_ABSOLUTE_NORMAL = 0.6744897501960817
 _NEGLIGIBLE = 45.0  # powers of e
 
@@ -25,7 +27,7 @@ def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
     >>> round(growth_rate(0.1, 1.0), 4), round(growth_rate(0.1, 1.0, mu=0.1), 4)
     (0.0953, 0.0606)
     """
-    _check_positive(eta=eta, gamma=gamma)
+    check_positive(eta=eta, gamma=gamma)
     if not 0 < mu <= 1:
         raise ValueError(f"mu must be in (0, 1], got {mu}")
     if mu == 1:
@@ -56,12 +58,6 @@ def predicted_escape_time(eta: float, gamma: float, noise: float, radius: float,
     >>> round(predicted_escape_time(0.1, 1.0, noise=0.01, radius=0.5), 1)
     60.9
     """
-    _check_positive(eta=eta, gamma=gamma, noise=noise, radius=radius)
+    check_positive(eta=eta, gamma=gamma, noise=noise, radius=radius)
     amplification = radius * math.sqrt(2 * gamma / eta) / (_MEDIAN_OF_ABSOLUTE_NORMAL * noise)
     return max(0.0, math.log(amplification)) / growth_rate(eta, gamma, mu)
-
-
-def _check_positive(**values: float) -> None:
-    for name, value in values.items():
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive and finite, got {value}")

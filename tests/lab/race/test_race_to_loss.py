@@ -32,10 +32,9 @@ from benchmarks.race.time_to_loss import (
     targets_of,
     verdicts,
 )
-from benchmarks.race.workload import TrainingWorkload
+from benchmarks.race.workload import TrainingWorkload, load_library
 from packsaddle.comm.group import resolve
 from packsaddle.runs.config import DataConfig
-from packsaddle.runs.tasks.text import load_library
 
 IMAGES = TrainingWorkload("mnist-autoencoder", 4)
 

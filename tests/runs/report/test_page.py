@@ -17,10 +17,10 @@ from scipy import stats
 from packsaddle.errors import MissingExtraError
 from packsaddle.messages import printable
 from packsaddle.runs.report import write_report
-from packsaddle.runs.report.curves import read_curves
+from packsaddle.runs.report.curves import curve, read_curves
 from packsaddle.runs.report.page import for_plotly, for_script
-from packsaddle.runs.report.settings import band, estimate, settings
-from packsaddle.runs.run_folder import RunFolder, read_runs
+from packsaddle.runs.report.settings import estimate, settings
+from packsaddle.runs.run_folder import RunFolder, make_new, read_runs
 
 NASTY = "</script><script>alert(1)</script><a href='https://evil.example/'>x</a>\u2028%{x} $a_b$ \"quoted\""
 STEPS = range(10, 60, 10)
@@ -31,7 +31,7 @@ def make_run(folder: Path, label: str, seed: int, *, done: bool = True, **lines:
     rng = np.random.default_rng(seed)
     values = {"loss": rng.random(len(STEPS)).tolist(), "grad_norm": rng.random(len(STEPS)).tolist()} | lines
     run = RunFolder(folder)
-    run.create()
+    make_new(run.path)
     run.write_json("config.json", {"label": label, "seed": seed, "plateau": 0.1})
     run.write_json("environment.json", {"torch": "2", "command": f"packsaddle run {label}"})
     for i, step in enumerate(STEPS):
@@ -237,10 +237,9 @@ def test_bands_equal_numpy() -> None:
         values = rng.random(n)
         runs = [_one_line(seed, float(v)) for seed, v in enumerate(values)]
         (setting,) = settings(runs)
-        found = band(setting, "loss", "epoch")
-        assert found is not None
-        assert found.low == pytest.approx([np.quantile(values, 0.1)], abs=1e-15)
-        assert found.high == pytest.approx([np.quantile(values, 0.9)], abs=1e-15)
+        found = curve(setting).columns
+        assert found["loss_low"] == pytest.approx([np.quantile(values, 0.1)], abs=1e-15)
+        assert found["loss_high"] == pytest.approx([np.quantile(values, 0.9)], abs=1e-15)
 
 
 def _one_line(seed: int, loss: float) -> Any:

@@ -18,7 +18,7 @@ from packsaddle.runs.report.curves import curve, read_curves, write_curves
 from packsaddle.runs.report.page import charts_of
 from packsaddle.runs.report.settings import position, settings
 from packsaddle.runs.report.tables import plateau, row
-from packsaddle.runs.run_folder import RunFolder, read_runs
+from packsaddle.runs.run_folder import RunFolder, make_new, read_runs
 
 
 def line(epoch: float, loss: float) -> dict[str, Any]:
@@ -41,7 +41,7 @@ LINES = [line(*p) for p in ((0.5, 0.2), (1.0, 0.104), (1.5, 0.1), (2.0, 0.096), 
 
 def make_run(folder: Path, label: str, lines: list[dict[str, Any]], *, done: bool = True) -> Path:
     run = RunFolder(folder)
-    run.create()
+    make_new(run.path)
     run.write_json("config.json", {"label": label, "plateau": 0.1})
     run.write_json("environment.json", {"torch": "2"})
     for entry in lines:
@@ -147,10 +147,10 @@ def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
 def test_folders_are_never_overwritten(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "a", "a", LINES)
     with pytest.raises(ConfigError, match="exists already; choose another with --out"):
-        RunFolder(folder).create()
+        make_new(folder)
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be made"):
-        RunFolder(tmp_path / "file" / "run").create()
+        make_new(tmp_path / "file" / "run")
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

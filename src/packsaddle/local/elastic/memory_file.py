@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle.checkpoint.atomic_files import write_whole
+from packsaddle.checkpoint.atomic_files import set_aside, write_whole
 from packsaddle.checkpoint.file_lock import HeldError, NoLocksError, acquire, release_everywhere
 from packsaddle.errors import ConfigError
 from packsaddle.feedback.state import FORMAT, check_format
@@ -129,13 +129,7 @@ class OwnFile:
         return found
 
     def _set_aside(self, reason: str) -> None:
-        """Rename the file to a name that is free, so that nothing overwrites it."""
-        aside, more = self.path.with_name(f"{self.path.name}.unusable"), 1
-        while aside.exists():
-            more += 1
-            aside = self.path.with_name(f"{self.path.name}.unusable-{more}")
-        self.path.rename(aside)
-        _log.warning("%s; it is set aside as %s", reason, aside)
+        _log.warning("%s; it is set aside as %s", reason, set_aside(self.path))
 
     def save(self, memory: MemoryFile) -> bool:
         """Write a memory, once what was in the file is claimed; return False, with a warning, if that is impossible."""

@@ -1,19 +1,15 @@
 """Choice of the inner loops: compiled ones if possible, torch's otherwise.
 
-On the CPU numba (the extra `packsaddle[fast]`) compiles `numerics.kernels.numba_loops`; on CUDA Triton, which comes
-with torch there, compiles `numerics.kernels.triton_loops`. Every caller of one has a twin of it in torch,
-with the same results, and takes that where `kernel` returns None: also if `PACKSADDLE_KERNELS=torch`.
+On the CPU numba compiles them (the extra `packsaddle[fast]`), on CUDA Triton, which comes with torch there. Every
+caller has a twin of each loop in torch, with the same results, for where `kernel` returns None.
 """
 
 import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,11 +17,10 @@ from torch import Tensor
 
 _LARGE = 1 << 20  # coordinates from which it matters
 _DTYPES = (torch.float32, torch.float64)
-_COMPILERS = {
-    "cpu": ("numba", "packsaddle.numerics.kernels.numba_loops"),
-    "cuda": ("triton", "packsaddle.numerics.kernels.triton_loops"),
+_COMPILERS = {  # of a device, with the modules of their loops
+    "cpu": ("numba", ("numba_loops", "numba_random", "numba_codes", "numba_levels")),
+    "cuda": ("triton", ("triton_loops",)),
 }
-_torch_only: ContextVar[bool] = ContextVar("packsaddle_torch_only", default=False)
 
 
 class SlowKernelsWarning(UserWarning):
@@ -37,22 +32,21 @@ def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> C
 
     Vectors must lie on one device, be of stride 1, in single or double precision, and not require a gradient.
     """
-    if _torch_only.get() or any(not _takes(v) for v in vectors):
+    if any(v.dtype not in _DTYPES or v.stride() != (1,) or v.requires_grad for v in vectors):
         return None
     where = vectors[0].device.type if vectors else torch.device(device).type
     if any(v.device.type != where for v in vectors):
         return None
-    module = _module(where)
-    if module is None and where == "cpu" and vectors and max(v.numel() for v in vectors) >= _LARGE:
+    loops = _load(where)[0]
+    if not loops and where == "cpu" and vectors and max(v.numel() for v in vectors) >= _LARGE:
         _announce()
-    found: Callable[..., Any] | None = getattr(module, name, None)
-    return found
+    return loops.get(name)
 
 
 def compiler(device: torch.device | str) -> str:
     """Return what compiles loops for a device: "numba", "triton", or "torch" where nothing does."""
     where = torch.device(device).type
-    return _COMPILERS[where][0] if not _torch_only.get() and _module(where) else "torch"
+    return _COMPILERS[where][0] if _load(where)[0] else "torch"
 
 
 def obstacle(device: torch.device | str) -> str:
@@ -60,34 +54,27 @@ def obstacle(device: torch.device | str) -> str:
     return _load(torch.device(device).type)[1]
 
 
-def _takes(v: Tensor) -> bool:
-    return v.dtype in _DTYPES and v.stride() == (1,) and not v.requires_grad
-
-
-def _module(where: str) -> ModuleType | None:
-    return _load(where)[0]
-
-
 @cache
-def _load(where: str) -> tuple[ModuleType | None, str]:
-    """The module of compiled loops, or why there is none."""
+def _load(where: str) -> tuple[dict[str, Any], str]:
+    """Return the compiled loops by name, or none and the reason."""
     if os.environ.get("PACKSADDLE_KERNELS") == "torch":
-        return None, "PACKSADDLE_KERNELS=torch asks for torch alone"
+        return {}, "PACKSADDLE_KERNELS=torch asks for torch alone"
     if where not in _COMPILERS:
-        return None, f"there are no compiled loops for {where}"
-    needed, module = _COMPILERS[where]
+        return {}, f"there are no compiled loops for {where}"
+    needed, modules = _COMPILERS[where]
     if importlib.util.find_spec(needed) is None:
-        return None, f"{needed} is not installed"
-    try:
-        return importlib.import_module(module), ""  # not at the top: numba takes a second to import
+        return {}, f"{needed} is not installed"
+    try:  # not at the top: numba takes a second to import
+        loops = [vars(importlib.import_module(f"{__name__}.{module}")).items() for module in modules]
+        return {name: loop for found in loops for name, loop in found}, ""
     except (ImportError, RuntimeError) as error:  # numba raises the latter where it may write no cache anywhere
         warnings.warn(f"{needed} cannot be used: {error}", SlowKernelsWarning, stacklevel=4)
-        return None, f"{needed} cannot be used: {error}"
+        return {}, f"{needed} cannot be used: {error}"
 
 
 @cache
 def _announce() -> None:
-    """Say once that there is a faster way, unless the slow one was asked for."""
+    """Warn once that numba is missing, unless torch was asked for."""
     if os.environ.get("PACKSADDLE_KERNELS") != "torch" and importlib.util.find_spec("numba") is None:
         warnings.warn(
             "numba is not installed, so large vectors are compressed by torch alone, some of them several times "
@@ -95,13 +82,3 @@ def _announce() -> None:
             SlowKernelsWarning,
             stacklevel=4,
         )
-
-
-@contextmanager
-def torch_only() -> Iterator[None]:
-    """Use torch alone inside, to compare."""
-    token = _torch_only.set(True)
-    try:
-        yield
-    finally:
-        _torch_only.reset(token)

@@ -85,13 +85,11 @@ def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int,
     norms = torch.empty(-(-d // bucket), dtype=v.dtype)
     a, b, o, s = v.numpy(), bits_of(v), out.numpy(), norms.numpy()
     mask = b.dtype.type(MAGNITUDE[v.dtype])
-    first, second = np.uint32(keys[0]), np.uint32(keys[1])
+    shape, key = (levels, bits, bucket), (np.uint32(keys[0]), np.uint32(keys[1]))
 
     def part(start: int, stop: int) -> None:
-        places, buckets = slice(start * bits // 8, -(-stop * bits // 8)), slice(start // bucket, -(-stop // bucket))
-        _pack_levels(
-            a[start:stop], b[start:stop], mask, levels, bits, bucket, first, second, start, o[places], s[buckets]
-        )
+        packed, of_buckets = o[start * bits // 8 : -(-stop * bits // 8)], s[start // bucket : -(-stop // bucket)]
+        _pack_levels(a[start:stop], b[start:stop], mask, shape, key, start, packed, of_buckets)
 
     in_parts(d, 8 * bucket, part)
     return out, norms
@@ -99,18 +97,9 @@ def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int,
 
 @compiled_loop
 def _pack_levels(
-    v: Array,
-    bits_of_v: Array,
-    mask: int,
-    levels: int,
-    bits: int,
-    bucket: int,
-    first: Any,
-    second: Any,
-    offset: int,
-    out: Array,
-    norms: Array,
+    v: Array, bits_of_v: Array, mask: int, shape: Any, key: Any, offset: int, out: Array, norms: Array
 ) -> None:
+    levels, bits, bucket = shape
     # Loops run over slices: numba then knows that no index is negative, and makes vector code of them.
     unit, codes = np.empty(bucket, v.dtype), np.zeros(8 * bucket, np.uint8)  # eight buckets end at a byte
     for group in range(0, len(v), 8 * bucket):
@@ -118,17 +107,16 @@ def _pack_levels(
         for start in range(0, len(held), bucket):
             x, c = held[start : start + bucket], codes[start : start + bucket]
             x_bits, place = bits_of_v[group + start : group + start + len(x)], offset + group + start
-            norms[(group + start) // bucket] = _levels_of(
-                x, x_bits, mask, unit[: len(x)], v.dtype.type(levels), first, second, np.uint32(place), c
-            )
+            norm = _levels_of(x, x_bits, mask, unit[: len(x)], v.dtype.type(levels), key, np.uint32(place), c)
+            norms[(group + start) // bucket] = norm
         codes[len(held) :] = 0
         pack_codes(codes[: -(-len(held) // 8) * 8], bits, out[group * bits // 8 :])
 
 
 @compiled_loop
-def _levels_of(
-    x: Array, bits: Array, mask: int, unit: Array, top: float, first: Any, second: Any, place: Any, codes: Array
-) -> Any:
+def _levels_of(x: Array, bits: Array, mask: int, unit: Array, top: float, key: Any, place: Any, codes: Array) -> Any:
+    """Write the codes of a bucket, whose first coordinate is number `place`, and return its norm."""
+    first, second = key
     zero, one = x.dtype.type(0), x.dtype.type(1)
     most = bits.dtype.type(0)
     for i in range(len(x)):  # as integers, magnitudes have an order that NaN is part of, and vector code

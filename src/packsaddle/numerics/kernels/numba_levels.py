@@ -1,12 +1,12 @@
-"""Compiled loops of levels coded in layers; see `compressors.levels`, which has the same in torch."""
+"""Compiled loops of levels in layers and in Rice codes; see `compressors.levels`, which has the same in torch."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.numerics.kernels.numba_codes import unpack_codes
+from packsaddle.numerics.kernels.numba_codes import pack_codes, unpack_codes
 from packsaddle.numerics.kernels.numba_common import Array, check_room, compiled_loop, scalar
 
 Table = list[tuple[int, int, int, bool]]  # of each layer: members, how many are coded, the Rice parameter, inverted
@@ -57,13 +57,11 @@ def code_levels(packed: Tensor, d: int, top: int, bits: int, layers: Table) -> t
     unary, rest = torch.zeros(sum(unary_bytes), dtype=torch.uint8), torch.empty(sum(rest_bytes), dtype=torch.uint8)
     going_on = layers[0][0] - layers[0][1] if layers and layers[0][3] else layers[0][1] if layers else 0
     signs = torch.zeros(-(-going_on // 8), dtype=torch.uint8)
-    starts = np.cumsum([0, *unary_bytes])[:-1] * 8
-    used = starts.copy()
+    starts, empty = _starts(unary_bytes) * 8, np.zeros(len(layers), np.int64)
+    writer = _Writer(unary.numpy(), starts.copy(), rest.numpy(), _starts(rest_bytes), empty.astype(np.uint64), empty)
     if layers:
-        _code_levels(
-            packed.numpy(), d, top, bits, table, unary.numpy(), used, rest.numpy(), _starts(rest_bytes), signs.numpy()
-        )
-    lengths = -(-(used - starts) // 8)
+        _code_levels(packed.numpy(), d, top, bits, table, writer, signs.numpy())
+    lengths = -(-(writer.used - starts) // 8)
     cut = zip(torch.split(unary, unary_bytes), lengths.tolist(), torch.split(rest, rest_bytes), strict=True)
     return [torch.cat([u[:length], r]) for u, length, r in cut], signs
 
@@ -72,25 +70,21 @@ def _starts(lengths: list[int]) -> Array:
     return np.cumsum([0, *lengths])[:-1].astype(np.int64)
 
 
+class _Writer(NamedTuple):
+    """The gaps of all layers as far as they are written; in `used`, `place`, `waiting` and `held` a number for each."""
+
+    unary: Array  # bits of quotients
+    used: Array  # the next bit
+    rest: Array  # bytes of remainders
+    place: Array  # the next byte
+    waiting: Array  # bits that do not fill a byte yet
+    held: Array  # their number
+
+
 @compiled_loop
-def _code_levels(
-    packed: Array,
-    d: int,
-    top: int,
-    bits: int,
-    table: Array,
-    unary: Array,
-    used: Array,
-    rest: Array,
-    place: Array,
-    signs: Array,
-) -> None:
+def _code_levels(packed: Array, d: int, top: int, bits: int, table: Array, writer: _Writer, signs: Array) -> None:
     layers = len(table)
-    waiting, accumulators, held_bits = (
-        np.zeros(layers, np.int64),
-        np.zeros(layers, np.uint64),
-        np.zeros(layers, np.int64),
-    )
+    gaps = np.zeros(layers, np.int64)  # of each layer, since its last coded member
     codes, coded, others = np.empty(_GROUP, np.uint8), np.empty(_GROUP + 1, np.int32), np.empty(_GROUP + 1, np.int32)
     last: Any = np.int64(-1)
     sign = 0
@@ -108,12 +102,10 @@ def _code_levels(
             for i in range(len(held)):
                 others[zeros] = i
                 zeros += np.int64(held[i] == top)
-            last = _append_gaps(
-                others[:zeros], group, last, table[0, 2], unary, used, rest, place, accumulators, held_bits
-            )
+            last = _append_gaps(others[:zeros], group, last, table[0, 2], writer)
         else:
-            last = _append_gaps(members, group, last, table[0, 2], unary, used, rest, place, accumulators, held_bits)
-        # Other layers: waiting[j] is the gap since the last coded member of layer j.
+            last = _append_gaps(members, group, last, table[0, 2], writer)
+        # The other layers.
         for i in range(len(members)):
             level: Any = np.int64(held[members[i]]) - top
             signs[sign >> 3] |= np.uint8(np.uint8(level < 0) << (7 - (sign & 7)))
@@ -121,32 +113,23 @@ def _code_levels(
             magnitude = abs(level)
             for j in range(1, min(magnitude + 1, layers)):
                 if (magnitude > j) != (table[j, 3] != 0):
-                    _append(j, waiting[j], table[j, 2], unary, used, rest, place, accumulators, held_bits)
-                    waiting[j] = 0
+                    _append(j, gaps[j], table[j, 2], writer)
+                    gaps[j] = 0
                 else:
-                    waiting[j] += 1
+                    gaps[j] += 1
     # Zeros fill the last byte of remainders.
     for j in range(layers):
-        if held_bits[j]:
-            rest[place[j]] = np.uint8((accumulators[j] << np.uint64(8 - held_bits[j])) & np.uint64(255))
+        if writer.held[j]:
+            byte = np.uint8((writer.waiting[j] << np.uint64(8 - writer.held[j])) & np.uint64(255))
+            writer.rest[writer.place[j]] = byte
 
 
 @compiled_loop
-def _append_gaps(
-    places: Array,
-    group: int,
-    last: int,
-    b: int,
-    unary: Array,
-    used: Array,
-    rest: Array,
-    place: Array,
-    accumulators: Array,
-    held_bits: Array,
-) -> Any:
+def _append_gaps(places: Array, group: int, last: int, b: int, writer: _Writer) -> Any:
     """Append the gaps of the first layer between places of a group, and return the last one's number."""
     # In local variables, which the loop keeps in registers, as it would not array elements.
-    bit, at, accumulator, held = used[0], place[0], accumulators[0], held_bits[0]
+    unary, rest = writer.unary, writer.rest
+    bit, at, accumulator, held = writer.used[0], writer.place[0], writer.waiting[0], writer.held[0]
     mask = np.uint64((1 << b) - 1)
     before: Any = last - group
     for i in range(len(places)):
@@ -162,31 +145,32 @@ def _append_gaps(
             held -= 8
             rest[at] = np.uint8((accumulator >> np.uint64(held)) & np.uint64(255))
             at += 1
-    used[0], place[0], accumulators[0], held_bits[0] = bit, at, accumulator, held
+    writer.used[0], writer.place[0], writer.waiting[0], writer.held[0] = bit, at, accumulator, held
     return before + group
 
 
 @compiled_loop
-def _append(
-    j: int,
-    gap: int,
-    b: int,
-    unary: Array,
-    used: Array,
-    rest: Array,
-    place: Array,
-    accumulators: Array,
-    held_bits: Array,
-) -> None:
+def _append(j: int, gap: int, b: int, writer: _Writer) -> None:
+    """Append a gap of layer j."""
+    unary, used, rest, place, waiting, held = writer
     used[j] += gap >> b
     unary[used[j] >> 3] |= np.uint8(128 >> (used[j] & 7))
     used[j] += 1
-    accumulators[j] = (accumulators[j] << np.uint64(b)) | np.uint64(gap & ((1 << b) - 1))
-    held_bits[j] += b
-    while held_bits[j] >= 8:
-        held_bits[j] -= 8
-        rest[place[j]] = np.uint8((accumulators[j] >> np.uint64(held_bits[j])) & np.uint64(255))
+    waiting[j] = (waiting[j] << np.uint64(b)) | np.uint64(gap & ((1 << b) - 1))
+    held[j] += b
+    while held[j] >= 8:
+        held[j] -= 8
+        rest[place[j]] = np.uint8((waiting[j] >> np.uint64(held[j])) & np.uint64(255))
         place[j] += 1
+
+
+class _Reader(NamedTuple):
+    """The gaps of all layers as far as they are read; in `left`, `unary_at` and `rest_at` a number for each."""
+
+    stream: Array
+    left: Array  # gaps that are not read yet
+    unary_at: Array  # the next bit of quotients
+    rest_at: Array  # the next bit of remainders
 
 
 def add_coded_levels(
@@ -204,38 +188,24 @@ def add_coded_levels(
     # A search for a one that leads beyond its body ends in ones behind all bodies, as many as there are codes.
     codes = max((coded for _, coded, _, _ in layers), default=0)
     stream = torch.cat([*bodies, torch.full((codes // 8 + 2,), 255, dtype=torch.uint8)]).numpy()
-    ends = _starts([len(body) for body in bodies])
-    unary_at, rest_at = ends * 8, (ends + np.array(unary_bytes, np.int64)) * 8
-    o = out.numpy()
-    complete: bool = _add_coded_levels(
-        table, stream, unary_at, rest_at, signs.numpy(), top, bucket, norms.numpy(), o, scalar(alpha, o)
-    )
-    return complete
+    starts = _starts([len(body) for body in bodies])
+    reader = _Reader(stream, table[:, 1].copy(), starts * 8, (starts + np.array(unary_bytes, np.int64)) * 8)
+    o, factor = out.numpy(), scalar(alpha, out.numpy())
+    return bool(_add_coded_levels(table, reader, signs.numpy(), top, bucket, norms.numpy(), o, factor))
 
 
 @compiled_loop
 def _add_coded_levels(
-    table: Array,
-    stream: Array,
-    unary_at: Array,
-    rest_at: Array,
-    signs: Array,
-    top: int,
-    bucket: int,
-    norms: Array,
-    out: Array,
-    alpha: float,
+    table: Array, reader: _Reader, signs: Array, top: int, bucket: int, norms: Array, out: Array, alpha: float
 ) -> bool:
     d, layers = len(out), len(table)
+    stream, left, unary_at, rest_at = reader
     size = bucket * max(1, _GROUP // bucket)
     codes, hits = np.empty(size, np.uint8), np.empty(size + 16, np.int64)
     places, marks, ends = np.empty(size + 1, np.int64), np.empty(size, np.uint8), np.empty(9, np.int64)
-    waiting, left = np.zeros(layers, np.int64), np.zeros(layers, np.int64)
-    unary_end = rest_at.copy()
-    for j in range(layers):
-        left[j] = table[j, 1]
-        if j:
-            waiting[j] = _next_gap(j, table[j, 2], left, stream, unary_at, rest_at)
+    waiting, unary_end = np.zeros(layers, np.int64), rest_at.copy()
+    for j in range(1, layers):
+        waiting[j] = _next_gap(j, table[j, 2], reader)
     unary, rest = stream[unary_at[0] >> 3 :], stream[rest_at[0] >> 3 :]
     b, mask, accumulator = table[0, 2], np.uint64((1 << table[0, 2]) - 1), np.uint64(0)
     held, at, byte_at, before = 0, 0, 0, np.int64(-1)
@@ -290,7 +260,7 @@ def _add_coded_levels(
             magnitude = 1
             for j in range(1, layers):
                 if waiting[j] == 0:
-                    waiting[j] = _next_gap(j, table[j, 2], left, stream, unary_at, rest_at)
+                    waiting[j] = _next_gap(j, table[j, 2], reader)
                     goes_on = table[j, 3] == 0
                 else:
                     waiting[j] -= 1
@@ -317,8 +287,9 @@ def _add_coded_levels(
 
 
 @compiled_loop
-def _next_gap(j: int, b: int, left: Array, stream: Array, unary_at: Array, rest_at: Array) -> Any:
+def _next_gap(j: int, b: int, reader: _Reader) -> Any:
     """Read a layer's next gap, bit by bit; _NEVER after the last."""
+    stream, left, unary_at, rest_at = reader
     if left[j] == 0:
         return np.int64(_NEVER)
     left[j] -= 1
@@ -333,3 +304,99 @@ def _next_gap(j: int, b: int, left: Array, stream: Array, unary_at: Array, rest_
         bit += 1
     rest_at[j] = bit
     return (quotient << b) | remainder
+
+
+def rice_levels(packed: Tensor, d: int, top: int, bits: int, b: int, unary_bits: int) -> Tensor:
+    """Return the Rice codes of d levels, which `pack_levels` packed: quotients in unary, then remainders, uint8[...].
+
+    `unary_bits` is the sum of all quotients, plus d.
+    """
+    unary = torch.zeros(-(-unary_bits // 8), dtype=torch.uint8)
+    rest = torch.empty(-(-d * b // 8), dtype=torch.uint8)
+    _rice_levels(packed.numpy(), d, top, bits, b, unary.numpy(), rest.numpy())
+    return torch.cat([unary, rest])
+
+
+@compiled_loop
+def _rice_levels(packed: Array, d: int, top: int, bits: int, b: int, unary: Array, rest: Array) -> None:
+    codes, remainders = np.empty(_GROUP, np.uint8), np.empty(_GROUP, np.uint8)
+    mask = np.int32((1 << b) - 1)
+    bit: Any = 0
+    for group in range(0, d, _GROUP):
+        n = min(_GROUP, d - group)
+        whole = -(-n // 8) * 8
+        unpack_codes(packed[group * bits // 8 :], bits, codes[:whole])
+        for i in range(n):
+            level = np.int32(codes[i]) - np.int32(top)
+            # 0, 1, -1, 2, -2, ... -> 0, 1, 2, 3, 4, ...: the quotient by 2^b in unary, zeros and a one.
+            folded = 2 * level - 1 if level > 0 else -2 * level
+            remainders[i] = np.uint8(folded & mask)
+            bit += np.int64(folded >> b)
+            unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
+            bit += 1
+        # Remainders of b bits. Groups end at a byte; zeros fill the last one.
+        remainders[n:whole] = 0
+        if b:
+            pack_codes(remainders[:whole], b, rest[group * b // 8 :])
+
+
+def add_rice_levels(body: Tensor, top: int, b: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
+    """Add alpha level norm to out, float[d], for what `rice_levels` returned and a norm for each bucket.
+
+    Returns False if others than d levels are coded, or if one is not from -top to top.
+    """
+    check_room("norms", norms, -(-len(out) // bucket))
+    o = out.numpy()
+    split = len(body) - -(-len(out) * b // 8)
+    stream = body.numpy()
+    return split >= 0 and bool(
+        _add_rice_levels(stream[:split], stream[split:], top, b, bucket, norms.numpy(), o, scalar(alpha, o))
+    )
+
+
+@compiled_loop
+def _add_rice_levels(
+    unary: Array, rest: Array, top: int, b: int, bucket: int, norms: Array, out: Array, alpha: float
+) -> bool:
+    longest = np.int64((2 * top >> b) + 1)  # bits of a quotient
+    size = 8 * bucket * max(1, _GROUP // (8 * bucket))  # whole buckets, whose remainders end at a byte
+    remainders, quotients, levels = np.zeros(size, np.uint8), np.empty(size + 8, np.int32), np.empty(size, np.int32)
+    ends = np.empty(9, np.int64)
+    pending, byte_at, before = 0, 0, np.int64(-1)
+    for group in range(0, len(out), size):
+        n = min(size, len(out) - group)
+        if b:
+            unpack_codes(rest[group * b // 8 :], b, remainders[: -(-n // 8) * 8])
+        # The quotients of this group, and up to seven of the next.
+        while pending < n and byte_at < len(unary):
+            if 8 * byte_at - before > longest:
+                return False
+            byte = unary[byte_at]
+            ones: Any = 0
+            for i in range(8):  # no branch to mispredict: where there is no one, what is written is written over
+                ends[ones] = 8 * byte_at + i
+                ones += np.int64((byte >> (7 - i)) & 1)
+            byte_at += 1
+            for i in range(ones):
+                quotients[pending + i] = np.int32(ends[i] - before - 1)
+                before = ends[i]
+            pending += ones
+        if pending < n:
+            return False
+        for i in range(n):
+            folded = (quotients[i] << b) | np.int32(remainders[i])
+            levels[i] = (folded + 1) >> 1 if folded & 1 else -(folded >> 1)
+        largest = np.int32(0)
+        for i in range(n):
+            largest = max(largest, abs(levels[i]))
+        if largest > top:
+            return False
+        for i in range(n, pending):
+            quotients[i - n] = quotients[i]
+        pending -= n
+        for start in range(0, n, bucket):
+            x, c = out[group + start : group + min(n, start + bucket)], levels[start : start + bucket]
+            norm = norms[(group + start) // bucket]
+            for i in range(len(x)):
+                x[i] += (alpha * out.dtype.type(c[i])) * norm  # in this order: no overflow
+    return pending == 0 and byte_at == len(unary)

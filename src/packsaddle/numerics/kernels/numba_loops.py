@@ -1,8 +1,6 @@
-"""Inner loops compiled by numba, each of which reads and writes memory once; `kernels.kernel` returns them by name.
+"""Compiled loops of sparse vectors (cells of b coordinates, permutations, selection by magnitude) and of safe sums.
 
-For sparse vectors: runs of b coordinates (cells), keyed permutations, selection by magnitude. For error memories: a sum
-that is taken only where it is finite. The loops that pack are in `numba_codes`, `numba_levels` and `numba_rice`,
-those that draw random numbers in `numba_random`.
+Each reads and writes memory once.
 """
 
 from collections.abc import Sequence
@@ -12,17 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packsaddle.numerics.kernels.numba_codes import (
-    add_levels,
-    add_signs,
-    pack_gaps,
-    pack_levels,
-    pack_numbers,
-    pack_signs,
-    sum_of_magnitudes,
-    unpack_gaps,
-    unpack_numbers,
-)
 from packsaddle.numerics.kernels.numba_common import (
     BLOCK,
     MAGNITUDE,
@@ -34,35 +21,6 @@ from packsaddle.numerics.kernels.numba_common import (
     in_parts,
     scalar,
 )
-from packsaddle.numerics.kernels.numba_levels import add_coded_levels, code_levels, count_levels
-from packsaddle.numerics.kernels.numba_random import add_cell_gaussians, add_gaussians
-from packsaddle.numerics.kernels.numba_rice import add_rice_levels, rice_levels
-
-__all__ = [
-    "add_cell_gaussians",
-    "add_cells",
-    "add_coded_levels",
-    "add_finite",
-    "add_gaussians",
-    "add_levels",
-    "add_rice_levels",
-    "add_signs",
-    "code_levels",
-    "count_levels",
-    "energy_histogram",
-    "feistel_sample",
-    "gather_cells",
-    "largest_of_chunks",
-    "pack_gaps",
-    "pack_levels",
-    "pack_numbers",
-    "pack_signs",
-    "reaching",
-    "rice_levels",
-    "sum_of_magnitudes",
-    "unpack_gaps",
-    "unpack_numbers",
-]
 
 
 def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:

@@ -10,6 +10,6 @@ import torch
 
 if os.environ.get("PACKSADDLE_KERNELS") != "torch":
     with suppress(ImportError, RuntimeError):  # where numba is missing, or may write no cache
-        from packsaddle.numerics.kernels import numba_loops
+        from packsaddle.numerics.kernels import numba_random
 
-        numba_loops.add_gaussians(torch.zeros(1), 1.0, (0, 0, 0), 0)
+        numba_random.add_gaussians(torch.zeros(1), 1.0, (0, 0, 0), 0)

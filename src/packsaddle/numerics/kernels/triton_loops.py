@@ -162,21 +162,8 @@ def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tenso
 
     Returns True: to find a code above 2 levels the device would have to be waited for. It adds at most twice a level.
     """
-    programs = -(-len(out) // _AT_ONCE)
-    _launch(
-        _add_levels,
-        programs,
-        packed,
-        norms,
-        out,
-        alpha,
-        levels,
-        bucket,
-        len(out),
-        len(packed),
-        BITS=bits,
-        SIZE=_AT_ONCE,
-    )
+    programs, sizes = -(-len(out) // _AT_ONCE), (len(out), len(packed))
+    _launch(_add_levels, programs, packed, norms, out, alpha, levels, bucket, *sizes, BITS=bits, SIZE=_AT_ONCE)
     return True
 
 

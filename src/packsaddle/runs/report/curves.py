@@ -17,7 +17,7 @@ from typing import Any
 
 from packsaddle.errors import ConfigError
 from packsaddle.messages import cell, read_cell
-from packsaddle.runs.report.settings import Axis, Setting, band, position
+from packsaddle.runs.report.settings import Axis, Setting, position
 from packsaddle.runs.run_folder import Run
 
 LEAST_LINES = 8  # of a window, which is cut into as many blocks
@@ -109,17 +109,37 @@ class Curve:
 
 
 def curve(setting: Setting) -> Curve:
-    """Average a setting's metrics over its seeds, line by line; axes and `seeds` are of all that wrote the line."""
-    lines = {axis: band(setting, "step", axis) for axis in AXES}
-    if (first := lines["step"]) is None:
-        return Curve(setting.label, {name: [] for name in _names()})
-    columns = {axis: b.x for axis, b in lines.items() if b is not None} | {"seeds": [float(n) for n in first.seeds]}
+    """Average a setting's metrics over its seeds, step by step; axes and `seeds` are of all that wrote the line."""
+    by_step: dict[int, list[dict[str, Any]]] = {}
+    for run in setting.runs:
+        for line in run.metrics:
+            by_step.setdefault(int(line["step"]), []).append(line)
+    lines = [by_step[step] for step in sorted(by_step)]
+    columns: dict[str, list[float]] = {
+        axis: [_mean([position(line, axis) for line in same]) for same in lines] for axis in AXES
+    }
+    columns["seeds"] = [float(len(same)) for same in lines]
+
+    # Bands are from the 10% to the 90% quantile.
     for quantity in QUANTITIES:
-        found = band(setting, quantity, "step")
-        for part in _PARTS:
-            by_step = {} if found is None else dict(zip(found.x, getattr(found, part), strict=True))
-            columns[f"{quantity}_{part}"] = [by_step.get(step, math.nan) for step in first.x]
+        values = [[float(line[quantity]) for line in same if line.get(quantity) is not None] for same in lines]
+        columns[f"{quantity}_mean"] = [_mean(v) for v in values]
+        columns[f"{quantity}_low"] = [_quantile(v, 0.1) for v in values]
+        columns[f"{quantity}_high"] = [_quantile(v, 0.9) for v in values]
     return Curve(setting.label, columns)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    """numpy.quantile's answer, NaN where a value is not finite or there is none; much sooner for a few values."""
+    if not values or any(not math.isfinite(v) for v in values):
+        return math.nan
+    ordered, place = sorted(values), q * (len(values) - 1)
+    below = int(place)
+    return ordered[below] + (place - below) * (ordered[min(below + 1, len(ordered) - 1)] - ordered[below])
 
 
 def _names() -> list[str]:

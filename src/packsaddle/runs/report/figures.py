@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from packsaddle.errors import require
-from packsaddle.runs.report.curves import Curve, Point, plateaus, points, smallest_threshold, stills
-from packsaddle.runs.report.settings import Setting
+from packsaddle.runs.report.curves import Curve, plateaus, points, smallest_threshold, stills
+from packsaddle.runs.report.settings import Axis, Setting
 
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -24,14 +24,13 @@ STYLE: dict[Any, Any] = {
 _NO_METADATA = {"Date": None, "Creator": None}
 # Okabe and Ito's palette, distinguishable by colour-blind readers; black first, for the baseline.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
-
-
-_QUANTITIES = {
+QUANTITY_NAMES = {
     "loss": "training loss",
     "grad_norm": "stochastic gradient norm",
     "test_loss": "test loss",
     "test_accuracy": "test accuracy",
 }
+_COLUMNS: dict[Axis, str] = {"epoch": "epochs", "megabytes": "megabytes per worker"}
 
 
 def line_style(i: int) -> dict[str, str]:
@@ -58,40 +57,42 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.2 * rows + 0.5), layout="constrained")
         axes = figure.subplots(rows, 2, sharex="col", sharey="row")
-        for row, quantity in zip(axes, quantities, strict=False):  # the certificates' row is left
-            _draw_quantity(row, curves, quantity)
-        for level in plateaus(settings):
-            for axis in axes[0]:
-                axis.axhline(level, color="grey", linewidth=1, linestyle=":")
-        _draw_stills(axes[0], settings)
+        for column, (along, name) in zip(axes.T, _COLUMNS.items(), strict=True):
+            for axis, quantity in zip(column, quantities, strict=False):  # the certificates' row is left
+                _draw_curves(axis, curves, along, quantity)
+            for level in plateaus(settings):
+                column[0].axhline(level, color="grey", linewidth=1, linestyle=":")
+            _draw_stills(column[0], settings, along)
+            if certified:
+                _draw_bounds(column[-1], settings, along)
+            column[-1].set_xlabel(name)
+
+        # Names and scales, which the panels of a row or a column share; limits depend on the order.
+        for axis, quantity in zip(axes[:, 0], quantities, strict=False):
+            axis.set_ylabel(QUANTITY_NAMES[quantity])
         if certified:
-            _draw_bounds(axes[-1], settings)
-        axes[-1][0].set_xlabel("epochs")
-        axes[-1][1].set_xlabel("megabytes per worker")
+            _name_bounds(axes[-1][0], settings)
+        if any(_positive(c.columns["grad_norm_mean"]) for c in curves):
+            axes[1][0].set_yscale("log")
         if any(_positive(c.columns["megabytes"], c.columns["loss_mean"]) for c in curves):
             axes[-1][1].set_xscale("log")
         _add_legend(figure, *axes[0][0].get_legend_handles_labels())
         return figure
 
 
-def _draw_quantity(row: Any, curves: Sequence[Curve], quantity: str) -> None:
-    row[0].set_ylabel(_QUANTITIES[quantity])
-    for axes, along in zip(row, ("epoch", "megabytes"), strict=True):
-        for i, c in enumerate(curves):
-            x, mean, low, high = c.along(along, quantity)
-            axes.plot(x, mean, label=_plain(c.setting), **line_style(i))
-            axes.fill_between(x, low, high, color=line_style(i)["color"], alpha=0.2, linewidth=0)
-    if quantity == "grad_norm" and any(_positive(c.columns["grad_norm_mean"]) for c in curves):
-        row[0].set_yscale("log")
+def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str) -> None:
+    for i, c in enumerate(curves):
+        x, mean, low, high = c.along(along, quantity)
+        axes.plot(x, mean, label=_plain(c.setting), **line_style(i))
+        axes.fill_between(x, low, high, color=line_style(i)["color"], alpha=0.2, linewidth=0)
 
 
-def _draw_stills(row: Any, settings: Sequence[Setting]) -> None:
+def _draw_stills(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
     """A broad, pale bar where a run's loss stood still, at its level there."""
-    for axes, along in zip(row, ("epoch", "megabytes"), strict=True):
-        for i, setting in enumerate(settings):
-            for still in stills(setting):
-                style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 7, "alpha": 0.3, "solid_capstyle": "butt"}
-                axes.plot(still.x[along], [still.found.level] * 2, **style)
+    for i, setting in enumerate(settings):
+        for still in stills(setting):
+            style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 7, "alpha": 0.3, "solid_capstyle": "butt"}
+            axes.plot(still.x[along], [still.found.level] * 2, **style)
 
 
 def _positive(*columns: Sequence[float]) -> bool:
@@ -119,32 +120,30 @@ def _add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> N
 _MARKERS = {"saddle": "v", "second-order stationary": "o", "gradient too large": "x", "undecided": "."}
 
 
-def _draw_bounds(row: Any, settings: Sequence[Setting]) -> None:
+def _draw_bounds(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
     """A bar from the lower to the upper bound for every certificate, its verdict, and the threshold."""
-    for axes, along in zip(row, ("epoch", "megabytes"), strict=True):
-        for i, setting in enumerate(settings):
-            colour = COLOURS[i % len(COLOURS)]
-            for run in setting.runs:
-                known = [p for p in points(setting) if p.run is run]
-                thresholds = [p.certificate["threshold"] for p in known]
-                axes.plot([p.x[along] for p in known], thresholds, color=colour, linewidth=1, linestyle=":")
-            for p in points(setting):
-                _draw_certified(axes, p, p.x[along], colour)
-    row[0].set_ylabel("smallest eigenvalue of the Hessian")
-    row[0].set_yscale("symlog", linthresh=smallest_threshold(settings))
-    handles, labels = row[0].get_legend_handles_labels()
+    for i, setting in enumerate(settings):
+        colour, known = COLOURS[i % len(COLOURS)], points(setting)
+        for run in setting.runs:
+            own = [p for p in known if p.run is run]
+            thresholds = [p.certificate["threshold"] for p in own]
+            axes.plot([p.x[along] for p in own], thresholds, color=colour, linewidth=1, linestyle=":")
+        for p in known:
+            c, x = p.certificate, p.x[along]
+            if p.looked:
+                axes.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], colors=colour)
+            # Where curvature was not looked into, the mark lies on the threshold.
+            height = c["lambda_min_upper"] if p.looked else c["threshold"]
+            axes.plot(x, height, _MARKERS[c["verdict"]], color=colour, markersize=7, label=c["verdict"])
+
+
+def _name_bounds(axes: Any, settings: Sequence[Setting]) -> None:
+    axes.set_ylabel("smallest eigenvalue of the Hessian")
+    axes.set_yscale("symlog", linthresh=smallest_threshold(settings))
+    handles, labels = axes.get_legend_handles_labels()
     by_verdict = dict(zip(labels, handles, strict=True))
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}  # above the axes
-    row[0].legend(by_verdict.values(), by_verdict.keys(), ncols=4, fontsize=8, columnspacing=1, **place)
-
-
-def _draw_certified(axes: Any, point: Point, x: float, colour: str) -> None:
-    c = point.certificate
-    if point.looked:
-        axes.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], colors=colour)
-    # Where curvature was not looked into, the mark lies on the threshold.
-    height = c["lambda_min_upper"] if point.looked else c["threshold"]
-    axes.plot(x, height, _MARKERS[c["verdict"]], color=colour, markersize=7, label=c["verdict"])
+    axes.legend(by_verdict.values(), by_verdict.keys(), ncols=4, fontsize=8, columnspacing=1, **place)
 
 
 def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:

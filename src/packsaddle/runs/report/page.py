@@ -23,7 +23,7 @@ from packsaddle.runs.report.curves import (
     smallest_threshold,
     stills,
 )
-from packsaddle.runs.report.figures import COLOURS, line_style
+from packsaddle.runs.report.figures import COLOURS, QUANTITY_NAMES, line_style
 from packsaddle.runs.report.settings import Setting
 from packsaddle.runs.run_folder import Run
 
@@ -34,12 +34,6 @@ _AXES = {
     "rounds": {"title": "rounds", "log": True},
     "seconds": {"title": "seconds", "log": False},
     "step": {"title": "steps", "log": False},
-}
-_CHARTS: dict[str, dict[str, Any]] = {
-    "loss": {"title": "Training loss", "log": False},
-    "grad_norm": {"title": "Stochastic gradient norm", "log": True},
-    "test_loss": {"title": "Test loss", "log": False},
-    "test_accuracy": {"title": "Test accuracy", "log": False, "percent": True},
 }
 _DASHES = {"-": ("solid", ""), "--": ("dash", "6 4"), ":": ("dot", "2 3")}  # plotly's, SVG's
 
@@ -91,7 +85,9 @@ def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str,
         if lines:
             levels = plateaus(settings) if quantity == "loss" else []
             still = [_bar(i, s) for i, setting in enumerate(settings) for s in stills(setting) if quantity == "loss"]
-            charts.append({"id": quantity, **_CHARTS[quantity], "levels": levels, "lines": lines, "still": still})
+            title, log = QUANTITY_NAMES[quantity].capitalize(), quantity == "grad_norm"
+            kind = {"id": quantity, "title": title, "log": log, "percent": quantity == "test_accuracy"}
+            charts.append({**kind, "levels": levels, "lines": lines, "still": still})
 
     # Certificates are points: they are not computed at every step.
     certified = [_mark(i, point) for i, setting in enumerate(settings) for point in points(setting)]
@@ -107,13 +103,10 @@ def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str,
         }
         for i, setting in enumerate(settings)
     ]
-    return {"axes": _axes(settings), "settings": named, "charts": charts}
-
-
-def _axes(settings: Sequence[Setting]) -> dict[str, dict[str, Any]]:
-    """The axes to choose from: rounds where a run has local updates, as they are steps elsewhere."""
+    # Rounds are steps, unless a run has local updates.
     has_rounds = any(setting.config.get("local") for setting in settings)
-    return {name: axis for name, axis in _AXES.items() if name != "rounds" or has_rounds}
+    axes = {name: axis for name, axis in _AXES.items() if name != "rounds" or has_rounds}
+    return {"axes": axes, "settings": named, "charts": charts}
 
 
 def _line(i: int, c: Curve, quantity: str) -> dict[str, Any]:
@@ -165,6 +158,7 @@ def for_script(data: Any) -> str:
 
 def _described(i: int, setting: Setting) -> dict[str, Any]:
     """Return the page's text on a setting."""
+    commands = [printable(str(c)) for run in setting.runs if (c := run.environment.get("command"))]
     environments = [{k: v for k, v in run.environment.items() if k != "command"} for run in setting.runs]
     return {
         "label": setting.label,
@@ -172,14 +166,10 @@ def _described(i: int, setting: Setting) -> dict[str, Any]:
         "dashes": _DASHES[line_style(i)["linestyle"]][1],
         "config": json.dumps({k: v for k, v in setting.config.items() if k != "seed"}, indent=2),
         "seeds": setting.seeds,
-        "environments": _distinct([json.dumps(e, indent=2) for e in environments]),
-        "commands": _distinct([printable(str(c)) for run in setting.runs if (c := run.environment.get("command"))]),
+        "environments": list(dict.fromkeys(json.dumps(e, indent=2) for e in environments)),
+        "commands": list(dict.fromkeys(commands)),
         "folders": [printable(str(run.path.absolute())) for run in setting.runs],
     }
-
-
-def _distinct(texts: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(texts))
 
 
 def _read(name: str) -> str:

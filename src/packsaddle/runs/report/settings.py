@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, as one setting: means, quantiles and confidence intervals over seeds."""
+"""Runs that differ in their seed alone, as one setting: means and confidence intervals over seeds."""
 
 import json
 import math
@@ -10,7 +10,6 @@ from typing import Any, Literal
 from packsaddle.runs.run_folder import Run
 
 Axis = Literal["step", "epoch", "megabytes", "seconds", "rounds"]
-QUANTILES = (0.1, 0.9)
 
 
 @dataclass(frozen=True)
@@ -28,17 +27,6 @@ class Setting:
     @property
     def seeds(self) -> list[int]:
         return [int(run.config.get("seed", 0)) for run in self.runs]
-
-
-@dataclass(frozen=True)
-class Band:
-    """A quantity over seeds along an axis; lists of one length. With one seed the band is a line."""
-
-    x: list[float]
-    mean: list[float]
-    low: list[float]  # 10% quantile
-    high: list[float]  # 90% quantile
-    seeds: list[int]  # how many runs got there
 
 
 @dataclass(frozen=True)
@@ -77,25 +65,6 @@ def _identity(run: Run) -> str:
     return json.dumps({k: v for k, v in run.config.items() if k not in ("seed", "certify")}, sort_keys=True)
 
 
-def band(setting: Setting, quantity: str, axis: Axis) -> Band | None:
-    """Return a quantity of the metrics along an axis; None if no line has it.
-
-    Lines are matched by step. Bytes and seconds on the axis are means over the seeds that got there.
-    """
-    by_step: dict[int, list[dict[str, Any]]] = {}
-    for run in setting.runs:
-        for line in run.metrics:
-            if line.get(quantity) is not None:
-                by_step.setdefault(int(line["step"]), []).append(line)
-    if not by_step:
-        return None
-    steps = sorted(by_step)
-    xs = [_mean([position(line, axis) for line in by_step[step]]) for step in steps]
-    values = [[float(line[quantity]) for line in by_step[step]] for step in steps]
-    low, high = ([_quantile(v, q) for v in values] for q in QUANTILES)
-    return Band(xs, [_mean(v) for v in values], low, high, [len(v) for v in values])
-
-
 def position(line: dict[str, Any], axis: Axis) -> float:
     """Return a line's position on an axis; megabytes are those a worker sent (with one: of its messages).
 
@@ -107,24 +76,11 @@ def position(line: dict[str, Any], axis: Axis) -> float:
     return math.nan if found is None else float(found)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _quantile(values: Sequence[float], q: float) -> float:
-    """numpy.quantile's answer, undefined where a value is; much sooner for a few values."""
-    if any(not math.isfinite(v) for v in values):
-        return float("nan")
-    ordered, place = sorted(values), q * (len(values) - 1)
-    below = int(place)
-    return ordered[below] + (place - below) * (ordered[min(below + 1, len(ordered) - 1)] - ordered[below])
-
-
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
     """Return the mean and its confidence interval (none if a value diverged). Raises ValueError without values."""
     if not values:
         raise ValueError("values must hold at least one number")
-    mean = _mean(values)
+    mean = sum(values) / len(values)
     if len(values) == 1 or not math.isfinite(mean):
         return Estimate(mean, None, None, tuple(values))
     from scipy import stats  # slow to import, and only intervals need it

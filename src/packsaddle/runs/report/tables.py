@@ -1,7 +1,7 @@
 """Tables of runs and of settings: one row each, as numbers and as people read them."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,13 +37,7 @@ class SettingRow:
     unfinished: int  # how many of them have not finished
     on_plateau: int  # how many were still on the plateau at the end
     still: int  # of how many the loss stood still at the end
-    final_loss: Estimate | None
-    test_loss: Estimate | None
-    test_accuracy: Estimate | None
-    plateau_epochs: Estimate | None
-    megabytes: Estimate | None
-    compression: Estimate | None
-    seconds: Estimate | None
+    estimates: dict[str, Estimate | None]  # by quantity, in the order of the table
 
 
 def row(run: Run) -> Row:
@@ -85,7 +79,7 @@ def setting_row(setting: Setting) -> SettingRow:
         unfinished=sum(run.summary is None for run in setting.runs),
         on_plateau=sum(r.left_plateau is False for r in rows),
         still=sum(r.still_since is not None for r in rows),
-        **{quantity: over(quantity) for quantity in ESTIMATED},
+        estimates={quantity: over(quantity) for quantity in _COLUMNS if quantity != "still_since"},
     )
 
 
@@ -116,7 +110,6 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "compression": ("compression", "{:,.1f}x".format),
     "seconds": ("seconds", "{:.1f}".format),
 }
-ESTIMATED = tuple(name for name in _COLUMNS if name != "still_since")
 _OPTIONAL = {"test_accuracy", "still_since"}  # not every run has them: a column without a number is left out
 
 
@@ -131,7 +124,7 @@ class Table:
 def run_table(runs: Sequence[Run]) -> Table:
     """Return the table of every single run."""
     rows = [row(run) for run in runs]
-    shown = _shown(rows)
+    shown = _shown(map(vars, rows))
     return Table(
         ("run", "seed", *(_COLUMNS[name][0] for name in shown)),
         tuple(
@@ -144,11 +137,11 @@ def run_table(runs: Sequence[Run]) -> Table:
 def setting_table(settings: Sequence[Setting]) -> Table:
     """Return the table of settings: means over seeds, and 95% intervals where there are several."""
     rows = [setting_row(setting) for setting in settings]
-    shown = _shown(rows)
+    shown = _shown(r.estimates for r in rows)
     return Table(
         ("setting", "seeds", *(_COLUMNS[name][0] for name in shown)),
         tuple(
-            (r.setting + _progress(r), str(r.seeds), *(_interval(name, getattr(r, name), r) for name in shown))
+            (r.setting + _progress(r), str(r.seeds), *(_interval(name, r.estimates[name], r) for name in shown))
             for r in rows
         ),
     )
@@ -158,8 +151,10 @@ def _seed(run: Run) -> str:
     return str(run.config.get("seed", "-"))
 
 
-def _shown(rows: Sequence[Row | SettingRow]) -> list[str]:
-    return [n for n in _COLUMNS if n not in _OPTIONAL or any(getattr(r, n, None) is not None for r in rows)]
+def _shown(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the quantities that have a column."""
+    found = [*rows]
+    return [n for n in _COLUMNS if n not in _OPTIONAL or any(r.get(n) is not None for r in found)]
 
 
 def _progress(r: SettingRow) -> str:
@@ -196,7 +191,6 @@ def certificate_table(runs: Sequence[Run]) -> Table:
 
 
 def _certificate_cells(c: dict[str, Any]) -> list[str]:
-    """Format a certificate of a run for people."""
     looked = c.get("lambda_min_lower") is not None and c["verdict"] != "gradient too large"
     bounds = f"[{c['lambda_min_lower']:.2e}, {c['lambda_min_upper']:.2e}]" if looked else "-"
     return [

@@ -1,33 +1,23 @@
 """Data and networks of runs: images, text, their split over workers, models, batch normalisation."""
 
-from typing import TYPE_CHECKING
-
-from packsaddle.lazy import importing
-
-if TYPE_CHECKING:
-    from packsaddle.runs.tasks.images import Dataset, Images, load_data, load_images
-    from packsaddle.runs.tasks.models import Task, make_task, mnist_autoencoder, task_loss
-    from packsaddle.runs.tasks.sharding import Batches, shard
-    from packsaddle.runs.tasks.text import load_library, load_text
+from packsaddle.runs.tasks.images import Dataset, Images, load_data, load_images
+from packsaddle.runs.tasks.models import Task, make_task, mnist_autoencoder, task_loss
+from packsaddle.runs.tasks.sharding import Batches, shard
+from packsaddle.runs.tasks.text import Text, cut_text, encode_text, load_text
 
 __all__ = [
     "Batches",
     "Dataset",
     "Images",
     "Task",
+    "Text",
+    "cut_text",
+    "encode_text",
     "load_data",
     "load_images",
-    "load_library",
     "load_text",
     "make_task",
     "mnist_autoencoder",
     "shard",
     "task_loss",
 ]
-_FILES = {
-    "images": "Dataset Images load_data load_images",
-    "models": "Task make_task mnist_autoencoder task_loss",
-    "sharding": "Batches shard",
-    "text": "load_library load_text",
-}
-__getattr__ = importing(__name__, _FILES)

@@ -1,8 +1,6 @@
 """Text in memory as codes of characters, read in windows; the reference of the Python language, or a folder's files."""
 
-import hashlib
 import importlib
-import sysconfig
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -10,14 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from packsaddle.errors import ConfigError
+from packsaddle.errors import ConfigError, read_text
 from packsaddle.runs.config import DataConfig
 
 UNKNOWN = 0  # the code of every character outside the vocabulary
 _MOST = 1024  # codes, the unknown one included
 _LEAST = 5  # occurrences in the training text, below which a character is unknown
 _CODE_POINTS = 0x110000
-_FOREIGN = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # folders of what is no module's source
 
 
 @dataclass(frozen=True)
@@ -57,20 +54,14 @@ def load_text(config: DataConfig, data_dir: Path | None, *, train: bool) -> Text
 
     `data.limit` keeps the first windows, so that they stay one stretch; the vocabulary is the whole training text's.
     """
-    return _cut(config, *_encoded(data_dir), data_dir or "pydoc_data.topics", train=train)
+    return cut_text(config, *_encoded(data_dir), data_dir or "pydoc_data.topics", train=train)
 
 
-def load_library(config: DataConfig, *, train: bool) -> Text:
-    """Load the source of Python's standard library (its modules in ASCII, without tests), cut as by `load_text`.
+def cut_text(config: DataConfig, codes: Tensor, vocabulary: str, source: object, *, train: bool) -> Text:
+    """Return all of a text but its last tenth, or that, in whole windows. Raises ConfigError if there is none.
 
-    Modules follow each other in an order of their own, the same on every machine, so that the last tenth is like the
-    rest. Raises ConfigError where the library is not there as files.
+    `codes` are in the `vocabulary`, `source` is the text's name in messages.
     """
-    return _cut(config, *_library(), "the standard library", train=train)
-
-
-def _cut(config: DataConfig, codes: Tensor, vocabulary: str, source: object, *, train: bool) -> Text:
-    """The training text, or the last tenth, in whole windows."""
     cut, c = len(codes) - len(codes) // 10, config.context
     part = codes[:cut] if train else codes[cut:]
     windows = (len(part) - 1) // c
@@ -92,25 +83,11 @@ def _encoded(data_dir: Path | None) -> tuple[Tensor, str]:
     text = _topics() if data_dir is None else _files(data_dir)
     if not text:
         raise ConfigError(f"the text in --data-dir {data_dir} is empty")
-    return _codes(text)
+    return encode_text(text)
 
 
-@lru_cache(maxsize=1)
-def _library() -> tuple[Tensor, str]:
-    """The codes of the standard library's modules, int16[n], and their vocabulary."""
-    root = Path(sysconfig.get_path("stdlib"))
-    parts = []
-    for file in root.rglob("*.py"):
-        name = file.relative_to(root)
-        if not _FOREIGN.intersection(name.parts) and (source := file.read_bytes()).isascii():
-            parts.append((hashlib.sha256(name.as_posix().encode()).digest(), source))
-    if not parts:
-        raise ConfigError(f"the standard library has no modules as files in {root}; name a folder of text")
-    return _codes(b"\n".join(source for _, source in sorted(parts)).decode())
-
-
-def _codes(text: str) -> tuple[Tensor, str]:
-    """A text's codes, int16[n], in the vocabulary of all but its last tenth."""
+def encode_text(text: str) -> tuple[Tensor, str]:
+    """Return a text's codes, int16[n], and their vocabulary, that of all but its last tenth."""
     # A code point per character; a table of every code point is a thousandth of a dictionary's time.
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     vocabulary = frequent(points[: len(points) - len(points) // 10])
@@ -144,13 +121,4 @@ def _files(data_dir: Path) -> str:
     files = sorted(p for p in data_dir.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
     if not files:
         raise ConfigError(f"--data-dir {data_dir} must hold *.txt or *.md files, in it or in its folders, but has none")
-    return "\n".join(map(_read, files))
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"text file {file} must be UTF-8, but byte {error.start} is not") from None
-    except OSError as error:
-        raise ConfigError(f"text file {file} cannot be read: {error.strerror}") from None
+    return "\n".join(read_text(file, f"text file {file}") for file in files)

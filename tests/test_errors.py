@@ -1,0 +1,19 @@
+"""Checks of single numbers: the words in which every package says that one is out of range."""
+
+import math
+
+import pytest
+
+from packsaddle.errors import check_not_negative, check_positive
+
+
+@pytest.mark.parametrize("value", [0, -1.5, math.inf, math.nan])
+def test_what_is_not_positive_and_finite_is_named(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^rho must be positive and finite, got {value}$"):
+        check_positive(epsilon=1e-300, lr=None, rho=value)
+
+
+@pytest.mark.parametrize("value", [-1e-300, -math.inf, math.inf, math.nan])
+def test_what_is_negative_or_not_finite_is_named(value: float) -> None:
+    with pytest.raises(ValueError, match=rf"^std must be finite and not negative, got {value}$"):
+        check_not_negative(zero=0, absent=None, std=value)
