@@ -63,7 +63,7 @@ def train(model: nn.Module, optimizer: Any, steps: int, *, closures: bool = Fals
 
         def closure(x: Tensor = x) -> Tensor:
             optimizer.zero_grad()
-            loss = (model(x) - x).square().mean()
+            loss: Tensor = (model(x) - x).square().mean()
             loss.backward()
             return loss
 
@@ -123,7 +123,7 @@ def leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def kinds(table: str) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for line in table.replace(",\n    ", ", ").strip().split("\n"):
         kind, _, paths = line.partition(": ")
         found |= dict.fromkeys(paths.split(", "), kind)

@@ -79,12 +79,10 @@ class Contraction:
 
     def fields(self, path: Path = ("contraction",)) -> list[Value]:
         """Return the fields of the saved state, at a path: the last measurement and its step."""
-        last = (
-            attribute((*path, "whole"), self, "whole", float | None),
-            attribute((*path, "steps"), self._every, "last", int),
-        )
+        whole = attribute((*path, "whole"), self, "whole", float | None)
         tensors = attribute((*path, "by_tensor"), self, "by_tensor", dict[str, float])
-        return [*last] if self._slice is None else [*last, tensors]
+        last = attribute((*path, "steps"), self._every, "last", int)
+        return [whole, last] if self._slice is None else [whole, tensors, last]
 
 
 def contraction(before: float, after: float) -> float:

@@ -66,7 +66,10 @@ class Vector:
         if not isinstance(saved, Mapping):
             raise ValueError(f"{_dotted(self.path[:at])} must be a dictionary, found {type(saved).__name__}")
         if self.optional and saved.keys() != self.shapes.keys():
-            raise ValueError(f"the state's {name} is of other parameters here: was dense_below another?")
+            raise ValueError(
+                f"{name} is of {len(saved)} parameters in the state, and of {len(self.shapes)} here: was dense_below "
+                f"another?"
+            )
         for key, shape in self.shapes.items():
             tensor: Any = saved.get(key)
             for inner in rest:

@@ -555,7 +555,8 @@ class CompressedSGD(Optimizer):
         if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
             raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
         for group in groups:
-            check_format(group.get("format", "none"), "the state")
+            if "format" in group:  # `validate` names a missing one
+                check_format(group["format"], "the state")
         sizes, here = ([len(g.get("params", ())) for g in gs] for gs in (groups, self.param_groups))
         if sizes != here:
             raise ValueError(f"the state is of {sum(sizes)} parameters, and there are {sum(here)}")
