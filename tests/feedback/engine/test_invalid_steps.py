@@ -72,7 +72,7 @@ def gives_up(front: str, way: str) -> tuple[str, bool, int]:
     # A rejected round takes all fragments back, and the next one that is due may have a finite update, 0.
     options = {"fragments": 1} if front == "local overlapped" else {}
     one = made(front, compressor=TopK(0.1), max_skipped=2, **options)
-    every = 1 if front in WAYS else 6  # steps after which local updates have had two rounds
+    every = 1 if front in WAYS else 7  # steps in which local updates have a round at least; no exchange is pending
     for t in range(2 * every):
         one.step(t)
     x, message = one.x(), ""
