@@ -1,4 +1,4 @@
-"""The engine by itself: a round conserves what is to be applied, and one that is not taken leaves no trace."""
+"""The engine alone: a round conserves the updates to be applied, and a rejected one leaves no trace."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,8 +11,9 @@ from packsaddle import CompressedSGD, Compression, Compressor, Ledger, LowRank, 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
 from packsaddle.comm.group import resolve
-from packsaddle.comm.select_aggregator import choose
-from packsaddle.feedback.memory import ErrorMemory
+from packsaddle.feedback.contraction import Contraction
+from packsaddle.feedback.guard import Guard
+from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Shaped, Slice, places
 
@@ -29,7 +30,7 @@ by_kind = pytest.mark.parametrize(("compressor", "exchange"), KINDS, ids=[f"{c} 
 
 
 @dataclass(frozen=True)
-class Vector:
+class Vector(Update):
     """An update that is a vector, float64[d]."""
 
     u: Tensor
@@ -44,9 +45,9 @@ class Vector:
 def engine(compressor: Compressor, exchange: str) -> ErrorFeedback:
     named = [(name, torch.zeros(shape, dtype=torch.float64)) for name, shape in SHAPES.items()]
     of, channel = Slice(places(named, 6), torch.device("cpu")), Communicator(resolve(None), Ledger())
-    kind = compressor.for_tensors([torch.Size(SHAPES["w"])])
-    protocol = choose(kind, exchange, d=COMPRESSED, dense=D - COMPRESSED, workers=channel.group.size).aggregator
-    return ErrorFeedback(ErrorMemory(of, spare=True), channel, 3, protocol)
+    found = ErrorFeedback(of, ErrorMemory(of, spare=True), channel, Guard("none"), Contraction(0), seed=3)
+    found.use(compressor, exchange)
+    return found
 
 
 def update(rank: int, step: int) -> Vector:
@@ -65,9 +66,9 @@ def decoded(g: Averaged) -> Tensor:
 
 def take(feedback: ErrorFeedback, rank: int, step: int) -> Tensor:
     with feedback.round(step) as r:
-        g, _ = r.exchange(r.correct(update(rank, step)))
-        mean = decoded(g)
-        r.absorb(g)
+        r.correct(update(rank, step))
+        mean = decoded(r.exchange())
+        r.absorb()
     return mean
 
 
@@ -95,8 +96,8 @@ def test_a_round_conserves(compressor: Compressor, exchange: str, workers: int) 
 
 
 @by_kind
-@pytest.mark.parametrize("where", ["exchange", "absorb", "settle"])
-def test_a_round_that_is_not_taken_leaves_no_trace(compressor: Compressor, exchange: str, where: str) -> None:
+@pytest.mark.parametrize("where", ["exchange", "absorb", "roll_back"])
+def test_a_rejected_round_leaves_no_trace(compressor: Compressor, exchange: str, where: str) -> None:
     def run(rank: int, broken: bool) -> list[Tensor]:
         feedback, found = engine(compressor, exchange), []
         for step in range(6):
@@ -106,19 +107,22 @@ def test_a_round_that_is_not_taken_leaves_no_trace(compressor: Compressor, excha
         return found
 
     def breaks(feedback: ErrorFeedback, rank: int, step: int) -> None:
-        if where == "settle":  # as a hook does, which learns later that it was not taken
+        if where == "roll_back":  # as a hook does, which reads the verdict later
             r = feedback.round(step)
-            r.absorb(r.exchange(r.correct(update(rank, step + 50)))[0])
-            r.settle(taken=False)
+            r.correct(update(rank, step + 50))
+            r.exchange()
+            r.absorb()
+            r.roll_back()
             return
         with pytest.raises(RuntimeError, match="lost"):
             loses(feedback, rank, step)
 
     def loses(feedback: ErrorFeedback, rank: int, step: int) -> None:
         with feedback.round(step) as r:
-            g, _ = r.exchange(r.correct(update(rank, step + 50)))
+            r.correct(update(rank, step + 50))
+            r.exchange()
             if where == "absorb":
-                r.absorb(g)
+                r.absorb()
             raise RuntimeError("connection lost")
 
     plain = simulate(lambda rank: run(rank, False), 3)
@@ -135,8 +139,8 @@ def test_extras_travel_in_the_one_collective() -> None:
         group.all_reduce = lambda tensor: (calls.append(1), reduce(tensor))[1]  # type: ignore
         with feedback.round(0) as r:
             v = r.correct(update(rank, 0))
-            _, extras = r.exchange(v, [v[:0], v.new_tensor([rank, 10.0]), v.new_tensor([1.0])])
-        return extras, len(calls)
+            r.exchange([v[:0], v.new_tensor([rank, 10.0]), v.new_tensor([1.0])])
+        return r.extras, len(calls)
 
     for extras, calls in simulate(run, 3):
         assert [extra.tolist() for extra in extras] == [[], [1.0, 10.0], [1.0]]
@@ -144,15 +148,15 @@ def test_extras_travel_in_the_one_collective() -> None:
 
 
 @by_kind
-def test_another_protocol_takes_over_what_the_last_one_held(compressor: Compressor, exchange: str) -> None:
+def test_another_exchange_takes_over_the_owner_errors(compressor: Compressor, exchange: str) -> None:
     def run(rank: int) -> list[Tensor]:
         feedback = engine(compressor, exchange)
         for step in range(3):
             take(feedback, rank, step)
         found = [feedback.pending().clone()]
-        feedback.use(None)
+        feedback.drop_aggregator()
         found.append(feedback.pending().clone())
-        feedback.use(engine(TopK(0.5), "two-way").aggregator)
+        feedback.use(TopK(0.5), "two-way")
         return [*found, feedback.pending().clone()]
 
     for found in simulate(run, 2):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from packsaddle.feedback.slices import FlatParameters, check_no_shared_memory
+from packsaddle.feedback.parameters import FlatParameters, check_no_shared_memory
 
 
 def flatten(module: nn.Module, dense_below: int = 0) -> FlatParameters:

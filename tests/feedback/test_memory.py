@@ -186,7 +186,7 @@ def test_what_would_spoil_the_memory_is_refused(spoil: Callable[[nn.Module], Non
         spoil(model)
         backward(model, data)
     x = vector(model)
-    with pytest.raises(RuntimeError, match='with memory="gradient" the gradients hold what has not been sent yet, but'):
+    with pytest.raises(RuntimeError, match='with memory="gradient" the gradients store the error memory, but'):
         opt.step()
     assert torch.equal(vector(model), x)
 

@@ -45,12 +45,12 @@ def test_without_an_optimizer_nothing_is_promised(gloo: Gloo, caplog: pytest.Log
         assert not same
     with caplog.at_level("WARNING", "packsaddle"):
         skips = Skips(3, 0, protected=False)
-        skips.enter(Skip(5, (0,), "0.weight"))
+        skips.record(Skip(5, (0,), "0.weight"))
         skips.protected = True
-        skips.enter(Skip(5, (0,), "0.weight"))
+        skips.record(Skip(5, (0,), "0.weight"))
     first, second = (record.getMessage() for record in caplog.records)
     assert first.startswith("step 5: 0.weight is not finite on worker 0; unless a GradScaler leaves it out")
-    assert second.endswith("on worker 0; the step is left out (2 in a row)")
+    assert second.endswith("on worker 0; the step is skipped (2 in a row)")
 
 
 class Wrapper(torch.optim.Optimizer):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from packsaddle import Compression, Identity, LocalUpdates, NonFiniteError, simulate
-from packsaddle.local.inner_reset import clear_nonfinite
+from packsaddle.local.outcomes import clear_nonfinite
 from packsaddle.runs.inner_optimizers import Joined
 
 Make = Callable[[list[Any]], Optimizer]

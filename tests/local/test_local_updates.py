@@ -242,7 +242,7 @@ def test_flush_leaves_nothing_behind() -> None:
         for n in range(1, 15):
             step(Case(every=8, compressor=TopK(0.1)), n, worker, parameters, optimizer)
             moved -= 0.1 * torch.cat([x.grad.reshape(-1) for x in parameters.values()])  # type: ignore[union-attr]
-        assert any(part.flight is not None for part in local._fragments)
+        assert any(part.current is not None for part in local._fragments)
         y = torch.cat([a.reshape(-1) for a in local.anchor().values()]) - local.error()
         assert local.flush()
         assert not local.error().any()

@@ -178,6 +178,22 @@ def test_a_round_that_others_do_not_have_is_counted_as_lost(caplog: pytest.LogCa
     assert "was in a round that the others do not have" in caplog.text
 
 
+def test_a_newcomer_enters_the_bytes_of_its_first_round_at_the_step_of_the_others() -> None:
+    def run(rank: int) -> list[tuple[int, int]]:
+        worker = Worker(_group())
+        worker.local.join()
+        worker.train(3)
+        if rank == 0:
+            worker.train(3)
+            return []
+        newcomer = Worker(_group())
+        newcomer.manager.before_quorum = lambda: newcomer.manager.load(worker.manager.save())
+        newcomer.local.join()
+        return [(span.first, span.last) for span in newcomer.local.ledger.spans]
+
+    assert simulate(run, 2)[1] == [(2, 2)]
+
+
 @pytest.mark.parametrize("inner", [True, False])
 def test_a_newcomer_begins_at_the_anchor_with_the_steps_and_the_position_of_the_others(inner: bool) -> None:
     """The inner optimizer's state too, unless it is not wanted."""

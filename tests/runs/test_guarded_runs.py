@@ -74,7 +74,7 @@ def test_a_run_that_has_blown_up_ends_with_a_line_and_a_checkpoint(tmp_path: Pat
     *before, last = [line for line in result.stderr.splitlines() if not line.startswith("warning")]
     assert all("is not finite on worker" in line for line in before)
     assert last.startswith("packsaddle: step ")
-    assert "4 in a row could not be taken, and max_skipped=3" in last
+    assert "4 consecutive steps skipped, more than max_skipped=3" in last
     hint = f"packsaddle run --resume {tmp_path / 'run'}"
     assert hint in last
     (step,) = (tmp_path / "run" / "checkpoint").iterdir()

@@ -31,8 +31,8 @@ from packsaddle import (
     simulate,
 )
 from packsaddle.comm.group import resolve
-from packsaddle.feedback import memory
 from packsaddle.numerics.finite import is_finite
+from packsaddle.sgd import memories
 
 Gloo = Callable[..., list[Any]]
 Batch = tuple[int, bool]  # its number, and whether one worker's is bad
@@ -182,7 +182,7 @@ def test_in_a_large_memory_it_leaves_rounding(way: str, monkeypatch: pytest.Monk
     batches = plan(0)
     without = [batch for batch in batches if not batch[1]]
     beside = simulate(lambda rank: run(without, **WAYS[way]), WORKERS)
-    monkeypatch.setattr(memory, "_LARGE", 0)
+    monkeypatch.setattr(memories, "_LARGE", 0)
     twins = simulate(lambda rank: run(without, **WAYS[way]), WORKERS)
     assert [differences(mine, twin) for mine, twin in zip(twins, beside, strict=True)] == [[]] * WORKERS
     runs = simulate(lambda rank: run(batches, **WAYS[way]), WORKERS)
@@ -237,7 +237,7 @@ def test_what_is_huge_is_tried_beside_the_memory(size: float, monkeypatch: pytes
         return [p.detach(), opt.state[p]["pending"].clone(), torch.tensor(opt.skipped)]
 
     beside = two_steps()
-    monkeypatch.setattr(memory, "_LARGE", 0)
+    monkeypatch.setattr(memories, "_LARGE", 0)
     assert equal(two_steps(), beside)
 
 
@@ -294,8 +294,8 @@ def gives_up(most: int, bad: int) -> tuple[str, dict[str, Any]]:
 def test_too_many_in_a_row_stop_all_workers_with_nothing_lost() -> None:
     for most in (0, 2):
         for message, found in simulate(lambda rank, most=most: gives_up(most, most + 1), 2):
-            assert message.startswith("step 1: weights is not finite on worker 1: ")
-            assert f"{most + 1} in a row" in message
+            assert message.startswith("step 1: weights is not finite on worker 1; ")
+            assert f"{most + 1} consecutive step" in message
             assert f"max_skipped={most}" in message
             assert found == {"kept": True, "steps": 1, "skipped": most + 1}
         for message, found in simulate(lambda rank, most=most: gives_up(most, most), 2):
@@ -317,7 +317,7 @@ def test_a_step_that_is_taken_begins_the_row_anew() -> None:
     opt.step()
     again.load_state_dict(opt.state_dict())
     again.param_groups[0]["params"][0].grad = torch.full((5, 5), math.nan)
-    with pytest.raises(NonFiniteError, match="2 in a row"):
+    with pytest.raises(NonFiniteError, match="2 consecutive steps"):
         again.step()
 
 

@@ -1,4 +1,4 @@
-"""Measured contraction: the share mu of its energy that a vector keeps in single steps, whole and by tensor."""
+"""Measured contraction mu: the fraction of its energy that a vector keeps in one exchange."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,110 +6,76 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle.feedback.slices import FlatParameters
+from packsaddle.feedback.slices import Slice
 
 
 class Every:
-    """Falls due every N steps, and stays due until it is done: not every step exchanges. Never, if N is 0."""
+    """Falls due every N steps, and stays due until done, since not every step exchanges; never if N is 0."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self._done = 0  # the step count when it was done last
+        self.last = 0  # the step count when it was done last
 
     def due(self, step: int) -> bool:
-        """Tell if a measurement is due in this step, from 0."""
-        return self.steps > 0 and (step + 1) // self.steps > self._done // self.steps
+        """Return True if it is due in this step, from 0."""
+        return self.steps > 0 and (step + 1) // self.steps > self.last // self.steps
 
     def done(self, step: int) -> None:
         """Mark it as done in this step."""
-        self.finished(step + 1)
-
-    def finished(self, steps: int) -> None:
-        """Mark it as done at a number of steps."""
-        self._done = steps
-
-    @property
-    def last(self) -> int:
-        """The number of steps at the last measurement."""
-        return self._done
+        self.last = step + 1
 
 
-class ContractionMonitor:
-    """Measures mu_t = 1 - ||v - C(v)||^2 / ||v||^2 of this worker's v = eta (e + grad F_i + xi) every `every` steps.
+class Contraction:
+    """Measures mu_t = 1 - ||v - C(v)||^2 / ||v||^2 of this worker's v every `every` steps; 0 never measures.
 
+    A step has one slice or several, and mu_t is of all of them together. Nothing is read from a device before `close`.
     Noise that is drawn only where it reaches x (see `sgd.lazy_noise.OutstandingNoise`) is not in v.
 
-    Two norms of a vector at each measured step, and nothing at the others; 0 switches it off.
+    Args:
+        every: steps between two measurements.
+        of: the one slice of all steps, to measure each of its tensors as well.
     """
 
-    def __init__(self, flat: FlatParameters, every: int) -> None:
-        self._every = Every(every)
-        self.whole: float | None = None  # the last measured mu_t
-        self.by_tensor: Mapping[str, float] = {}  # the same for each tensor; a tensor of zeros counts as 1
-        self._flat = flat
-        self._before: list[float] | None = None
-
-    def before(self, step: int, pending: Tensor) -> None:
-        """Measure what is to be exchanged, float[d], if the step is due."""
-        self._before = self._energies(pending) if self._every.due(step) else None
-
-    def after(self, step: int, pending: Tensor) -> None:
-        """Measure what the exchange has left of it, if the step is due."""
-        before = self._before
-        if before is None:
-            return
-        self._every.done(step)
-        after = self._energies(pending)
-        self.whole = contraction(sum(before), sum(after))
-        self.by_tensor = {name: contraction(b, a) for name, b, a in zip(self._flat.names, before, after, strict=True)}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what was measured last, and when."""
-        return {"whole": self.whole, "by_tensor": dict(self.by_tensor), "steps": self._every.last}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`, if it has anything."""
-        self.whole, self.by_tensor = state.get("whole"), dict(state.get("by_tensor", {}))
-        self._every.finished(state.get("steps", 0))
-
-    def _energies(self, pending: Tensor) -> list[float]:
-        views = [view.reshape(-1) for view in self._flat.views(pending)]
-        norms = torch.stack(torch._foreach_norm(views)) if views else torch.zeros(0)
-        energies: list[float] = norms.double().square().tolist()
-        return energies
-
-
-class SlicedMonitor:
-    """Measures mu_t of a vector that is exchanged slice by slice: of the whole, once it is known that a step was taken.
-
-    Nothing is read before `settle`, so that an exchange waits for no GPU.
-    """
-
-    def __init__(self, every: int) -> None:
-        self._every = Every(every)
-        self.whole: float | None = None  # the last measured mu_t
-        self._energies: list[Tensor] = []  # ||v||^2 and ||v - C(v)||^2 of each slice
+    def __init__(self, every: int, of: Slice | None = None) -> None:
+        self._every, self._slice = Every(every), of
+        self.whole: float | None = None  # the last mu_t
+        self.by_tensor: Mapping[str, float] = {}  # the last mu_t of each tensor; 1 for a tensor of zeros
+        self._energies: list[Tensor] = []  # of v and of its residual for each slice, float64[tensors or 1]
 
     def measure(self, step: int, vector: Tensor) -> None:
-        """Measure a slice, float[n], before it is exchanged, or what that has left of it, if the step is due."""
+        """Measure v of a slice, float[n], and after the exchange its residual, if the step is due."""
         if self._every.due(step):
-            self._energies.append(torch.linalg.vector_norm(vector, dtype=torch.float64).square())
+            self._energies.append(self._energy(vector))
 
-    def settle(self, step: int, *, taken: bool) -> None:
-        """End a step; one that was not taken has measured nothing."""
+    def _energy(self, vector: Tensor) -> Tensor:
+        if self._slice is None:
+            energies: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64).square().reshape(1)
+        else:
+            views = [view.reshape(-1) for view in self._slice.views(vector)]
+            energies = torch.stack(torch._foreach_norm(views)).double().square()
+        return energies
+
+    def close(self, step: int, *, apply: bool) -> None:
+        """End a step; a rejected one is not measured."""
         energies, self._energies = self._energies, []
-        if taken and energies:
-            self.whole = contraction(*torch.stack(energies).view(-1, 2).sum(0).tolist())
-            self._every.done(step)
+        if not (apply and energies):
+            return
+        before, after = torch.stack(energies).view(-1, 2, len(energies[0])).sum(0).tolist()
+        self.whole = contraction(sum(before), sum(after))
+        if self._slice is not None:
+            each = zip(self._slice.names, before, after, strict=True)
+            self.by_tensor = {name: contraction(b, a) for name, b, a in each}
+        self._every.done(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was measured last, and when."""
-        return {"whole": self.whole, "steps": self._every.last}
+        """Return the last measurement and its step."""
+        tensors = {} if self._slice is None else {"by_tensor": dict(self.by_tensor)}
+        return {"whole": self.whole, **tensors, "steps": self._every.last}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self.whole = state["whole"]
-        self._every.finished(state["steps"])
+        """Restore `state_dict`; {} restores nothing."""
+        self.whole, self.by_tensor = state.get("whole"), dict(state.get("by_tensor", {}))
+        self._every.last = state.get("steps", 0)
 
 
 def contraction(before: float, after: float) -> float:

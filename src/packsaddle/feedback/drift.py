@@ -115,7 +115,7 @@ class DriftGuard:
 
     def resume(self, steps: int) -> None:
         """Resume after this number of steps, whose comparisons are done, when a saved state is loaded."""
-        self._every.finished(steps)
+        self._every.last = steps
 
     def due(self, step: int) -> bool:
         """Return True if a comparison is due after a step with an exchange, t from 0."""

@@ -1,34 +1,38 @@
-"""Non-finite steps, which would bring an Inf or NaN into x or an error memory: skipped on all workers, and counted.
+"""The guard of an exchange: an invalid v, with an Inf or NaN or too large, is rejected by all workers, and counted.
 
-`NonFiniteGuard` is the optimizer's, which knows the outcome at once. A hook learns it later, and keeps `Skips` alone.
+A worker whose v is invalid sends zeros and a flag, which is averaged with the rest, so all workers read the same
+`Verdict` and apply the exchange, or none does. `Skips` counts the rejected ones.
 """
 
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from packsaddle.comm.aggregators import Averaged
-from packsaddle.comm.communicator import Communicator
 from packsaddle.errors import GuardError
+from packsaddle.feedback.memory import Update
+from packsaddle.feedback.slices import Slice
 from packsaddle.messages import numbered
-from packsaddle.numerics.finite import is_usable, spoil
+from packsaddle.numerics.finite import first_bad, is_usable, spoil
 
 _log = logging.getLogger("packsaddle")
 
-THE_SUM = "the sum of what was left and the gradient"  # where each is finite
+THE_SUM = "the sum of the error memory and the gradient"  # where both are finite
+ROOT = "the root module"  # FSDP calls it ""
 THE_MEAN = "a mean of finite gradients"
-_UNPROTECTED = "unless a GradScaler leaves it out, the optimizer steps by NaNs: call hook.protect(optimizer)"
+_UNPROTECTED = "unless a GradScaler skips it, the optimizer steps by NaNs: call hook.protect(optimizer)"
 
 
 class NonFiniteError(GuardError):
-    """The error after more than `max_skipped` steps in a row in which a gradient was not finite.
+    """The error after more than `max_skipped` consecutive steps were skipped because a gradient was not finite.
 
-    Parameters and error memories are as they were before the first of them. Local updates raise it also if the inner
-    optimizer of a worker cannot be reset.
+    Parameters and error memories are as before the first of them. Local updates raise it also if the inner optimizer
+    of a worker cannot be reset.
 
     >>> import torch
     >>> from packsaddle import Compression, CompressedSGD, NonFiniteError, TopK
@@ -45,7 +49,7 @@ class NonFiniteError(GuardError):
 
 @dataclass(frozen=True)
 class Skip:
-    """A step that was not taken.
+    """A skipped step, or a rejected round.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, TopK
@@ -57,9 +61,9 @@ class Skip:
     [Skip(step=0, workers=(0,), parameter='parameter 0')]
     """
 
-    step: int  # t, which the next step has again
-    workers: tuple[int, ...]  # whose gradients were not finite, as far as is known here
-    parameter: str  # the first whose gradient was not, on the first of them
+    step: int  # t; the next step reuses this index
+    workers: tuple[int, ...]  # ranks with an invalid vector; behind a hook only this worker's own
+    parameter: str  # the first invalid parameter of the first of these workers
 
     def __str__(self) -> str:
         where = f" on {numbered('worker', self.workers)}" if self.workers else ""
@@ -67,39 +71,40 @@ class Skip:
 
 
 class Skips:
-    """The steps that this worker knows of, at most `most` in a row; None: any number.
+    """Counts skipped steps, and raises NonFiniteError after more than `most` consecutive ones; None: never.
 
-    `protected` tells if parameters stay as they are in such a step: behind a hook another optimizer may step by NaNs.
+    `protected`: a skipped step leaves the parameters unchanged; behind a hook another optimizer may step by NaNs.
     """
 
     def __init__(self, most: int | None, rank: int, *, protected: bool = True) -> None:
         self.most, self._rank, self.protected = most, rank, protected
-        self.list: list[Skip] = []  # since it was made or loaded
+        self.list: list[Skip] = []  # since construction or loading
         self.count = self.in_a_row = 0
 
-    def enter(self, skip: Skip) -> None:
-        """Count a step, and log it on the first of the workers that it is due to; in a row, the 1st, 2nd, 4th, ..."""
+    def record(self, skip: Skip) -> None:
+        """Record a skipped step. Its first worker, or rank 0, logs it at consecutive counts 1, 2, 4, ..."""
         self.list.append(skip)
         self.count += 1
         self.in_a_row += 1
         is_mine = skip.workers[:1] == (self._rank,) or (not skip.workers and self._rank == 0)
         if is_mine and self.in_a_row & (self.in_a_row - 1) == 0:
             row = f" ({self.in_a_row} in a row)" if self.in_a_row > 1 else ""
-            _log.warning("%s; %s%s", skip, "the step is left out" if self.protected else _UNPROTECTED, row)
+            _log.warning("%s; %s%s", skip, "the step is skipped" if self.protected else _UNPROTECTED, row)
 
-    def took(self) -> None:
-        """Know that a step was taken."""
+    def reset_streak(self) -> None:
+        """Reset the count of consecutive skips."""
         self.in_a_row = 0
 
     def check(self, in_a_row: int) -> None:
-        """Raise NonFiniteError if that is too many; the last is the one to be named."""
+        """Raise NonFiniteError, naming the last skip, if `in_a_row` are too many."""
         if self.most is not None and in_a_row > self.most:
-            before = "parameters, error memories and step count are as before"
+            same = "Parameters, error memories and step count are unchanged."
             if not self.protected:
-                before = f"error memories and step count are as before, but {_UNPROTECTED}"
+                same = f"Error memories and step count are unchanged, but {_UNPROTECTED}."
             raise NonFiniteError(
-                f"{self.list[-1]}: {in_a_row} in a row could not be taken, and max_skipped={self.most}; {before}. "
-                f"Is the learning rate too high, or the data bad?"
+                f"{self.list[-1]}; {in_a_row} consecutive step{'s' * (in_a_row > 1)} skipped, more than "
+                f"max_skipped={self.most}. "
+                f"{same} Lower the learning rate or check the data"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,68 +116,88 @@ class Skips:
         self.count, self.in_a_row, self.list = state.get("skipped", 0), state.get("in_a_row", 0), []
 
 
-class Source(Protocol):
-    """The source of gradients."""
+@dataclass
+class Verdict:
+    """Whether all workers apply an exchange, from averaged numbers; on the device until it is read."""
 
-    def first_bad(self) -> str | None:
-        """Return the name of the first parameter whose gradient cannot be used."""
+    fraction: Tensor | None  # float[], of workers with an invalid v; None: they have sent NaNs
+    magnitude: Tensor | float  # an approximate maximum of the mean, float64[]; non-finite if the mean is
+    fits: Tensor | bool = True  # the target can hold the mean
+
+    def code(self) -> Tensor:
+        """Return 0 if the exchange is applied, at most 1 if a worker's v is invalid, 2 or more if the mean is."""
+        assert self.fraction is not None
+        fits = torch.as_tensor(self.fits, device=self.fraction.device)
+        return self.fraction + 2 * (~fits).to(self.fraction)
+
+    def read(self) -> bool:
+        """Return True if the exchange is applied. Waits for the device once; `magnitude` is a float afterwards."""
+        if self.fraction is None:
+            self.magnitude = float(self.magnitude)
+            return math.isfinite(self.magnitude)
+        fraction, self.magnitude = torch.stack([self.fraction.double(), torch.as_tensor(self.magnitude)]).tolist()
+        return fraction == 0 and math.isfinite(self.magnitude)
 
 
-class NonFiniteGuard:
-    """Leaves steps out, at most `most` in a row; None leaves none out and looks at nothing.
+class Guard:
+    """Validates this worker's v, and flags an invalid one to all workers in the exchange.
 
-    A worker that cannot use its gradient sends zeros, and NaNs in the dense part, whose mean then tells all of them: no
-    collective, and no byte, that is not there anyway. Only where nothing goes dense is there a number for it. Finite
-    vectors may have a mean that is not, or one that x cannot take: all workers see that alike.
+    Args:
+        flag: "dense" sets the uncompressed part to NaN, or sends a number more where there is none; "extra" always
+            sends a number, the fraction of workers with an invalid v; "none" checks nothing.
+        unnamed: the name of an invalid v whose tensors are all valid. None: tensors are not named.
+        agree: returns whether a bool[] is True on any shard of this worker; collective over the shards.
     """
 
-    def __init__(self, most: int | None, channel: Communicator) -> None:
-        self.skips, self._channel = Skips(most, channel.group.rank), channel
-        self.overflowed = False  # a GradScaler has found an Inf in this worker's gradient
-        self.x_is_large = False  # it has moved by what might have been too much
-        self._bad = torch.tensor(False)  # whether this worker could not use its gradient in the step that is tried
+    def __init__(
+        self,
+        flag: Literal["dense", "extra", "none"],
+        *,
+        unnamed: str | None = None,
+        agree: Callable[[Tensor], Tensor] = lambda invalid: invalid,
+    ) -> None:
+        self._flag, self._unnamed, self._agree = flag, unnamed, agree
 
-    def inspect(self, vector: Tensor, norm: Tensor | None, *, blank: bool) -> None:
-        """Look at what this worker is to send, float[d]; if it is of no use, make it zeros where `blank`.
+    def numbers(self, dense: int) -> int:
+        """Return the length of the uncompressed part of an exchange with `dense` uncompressed coordinates."""
+        return {"dense": max(dense, 1), "extra": dense + 1, "none": dense}[self._flag]
 
-        `norm` is at least the norm of it, but for noise and decay, if that is known: one that is finite says that the
-        vector can be used (its square is finite too), unless x was seen to be so large that its decay might not be.
+    def validate(self, v: Tensor, update: Update, of: Slice, *, blank: bool) -> tuple[Tensor, str]:
+        """Return whether v, float[n], is invalid, bool[], and on a CPU its first invalid tensor's name, or "".
+
+        An invalid v is set to zero if `blank`. A finite `update.norm` saves a pass over v.
         """
-        if self.skips.most is None:
-            return
-        known = norm is not None and not self.x_is_large and bool(norm.isfinite())
-        bad = torch.tensor(False) if known else ~is_usable(vector)
-        self._bad = torch.ones_like(bad) if self.overflowed else bad
+        if self._flag == "none":
+            return torch.tensor(False), ""
+        norm = update.norm
+        known = norm is not None and bool(norm.isfinite())
+        invalid = torch.tensor(False) if known else ~is_usable(v)
+        invalid = self._agree(torch.ones_like(invalid) if update.is_known_invalid else invalid)
+        name = ""
+        if self._unnamed is not None and v.device.type == "cpu" and invalid:
+            named = ((place.name or ROOT, view) for place, view in of.named(v))
+            name = first_bad(named) or self._unnamed
         if blank:
-            spoil(vector, self._bad, 0.0)
+            spoil(v, invalid, 0.0)
+        return invalid, name
 
-    def mark(self, dense: Tensor) -> Tensor:
-        """Make the dense part, float[n], NaNs if the step cannot be taken, in place: the mean tells all workers.
+    def flag(self, dense: Tensor, invalid: Tensor) -> Tensor:
+        """Return the flag, float[0 or 1], that is averaged with the uncompressed part of v, float[m].
 
-        Returns what else is to be averaged with it: nothing, or where nothing goes dense a number in its place.
+        Without a number of its own it is in `dense`, which is changed in place.
         """
-        if self.skips.most is None:
+        if self._flag == "none":
             return dense[:0]
-        mark = dense[:0] if len(dense) else dense.new_zeros(1)
-        spoil(dense if len(dense) else mark, self._bad, float("nan"))
-        return mark
+        if self._flag == "extra":
+            return invalid.reshape(1).to(dense)
+        flag = dense[:0] if len(dense) else dense.new_zeros(1)
+        spoil(dense if len(dense) else flag, invalid, float("nan"))
+        return flag
 
-    def weigh(self, g: Averaged, mark: Tensor) -> float:
-        """Return about the largest magnitude of an outcome, and of the mean of what `mark` returned.
-
-        Not finite if a worker's vector was not, or the mean is not; the same on all workers.
-        """
-        if self.skips.most is None:
-            return 0.0
-        return float((replace(g, dense=mark) if len(mark) else g).magnitude())
-
-    def leave_out(self, source: Source, step: int) -> None:
-        """Enter a step that all leave out; collective. Raises NonFiniteError if there were too many in a row."""
-        name = (source.first_bad() or THE_SUM) if self._bad else ""
-        text, row = torch.tensor(list(name.encode()), dtype=torch.uint8), torch.tensor([self.skips.in_a_row + 1])
-        parts = {"name": text.to(self._bad.device), "row": row.to(self._bad.device)}
-        gathered = self._channel.gather(parts, fixed_size=False, purpose="guard")
-        names = [bytes(p["name"].tolist()).decode() for p in gathered]
-        workers = tuple(worker for worker, found in enumerate(names) if found)
-        self.skips.enter(Skip(step, workers, names[workers[0]] if workers else THE_MEAN))
-        self.skips.check(max(int(p["row"]) for p in gathered))
+    def verdict(self, g: Averaged, flag: Tensor) -> Verdict:
+        """Return the verdict on an exchange, of which `flag` is the mean of the workers' flags."""
+        if self._flag == "none":
+            return Verdict(None, 0.0)
+        if self._flag == "extra":
+            return Verdict(flag[0], g.magnitude())
+        return Verdict(None, (replace(g, dense=flag) if len(flag) else g).magnitude())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packsaddle.feedback.slices import FlatParameters
+from packsaddle.feedback.parameters import FlatParameters
 
 FORMAT = 1  # of optimizers' and hooks' states
 Path = tuple[Any, ...]  # where something is in a state: keys from the outermost

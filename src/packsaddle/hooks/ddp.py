@@ -118,7 +118,7 @@ def register_ddp_hook(
     check_agreement(channel, same, found[0].parameter.device)
     # A rejected exchange leaves NaNs in the gradients, by which no optimizer should step.
     if scaler is not None:
-        hook.trust(scaler)
+        hook.register_scaler(scaler)
     if optimizer is not None:
         hook.protect(optimizer)
     on_buckets(model, hook)

@@ -18,9 +18,10 @@ from packsaddle.comm.ledger import Bytes
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.escape import Reset
 from packsaddle.feedback.noise import GaussianNoise, Noise
+from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Place, Slice, dense_strides
 from packsaddle.feedback.state import FORMAT, check_format, check_identity, check_shape
-from packsaddle.hooks.hook import GradientHook, GradientSlice, HookOptions
+from packsaddle.hooks.hook import GradientHook, HookOptions
 from packsaddle.hooks.rates import Rates
 from packsaddle.numerics.finite import spoil
 
@@ -84,7 +85,7 @@ class DDPHook(GradientHook):
         self._perturbation = noise
         self._background = Background(self.device)
         # Slices are made as buckets come, since DistributedDataParallel may rebuild its buckets.
-        self._slices: dict[frozenset[str], GradientSlice] = {}
+        self._slices: dict[frozenset[str], ErrorFeedback] = {}
         self._loose: dict[str, Tensor] = {}  # error memory of parameters without a slice, by name
         self.calls = 0  # buckets received from DDP
         # The running backward pass, or the last one.
@@ -106,7 +107,7 @@ class DDPHook(GradientHook):
         self._waiting.append((bucket, promise))
         if bucket.is_last or self._rules.scope == "bucket":
             waiting, self._waiting = self._waiting, []
-            work = partial(self._exchange, [b for b, _ in waiting])
+            work = partial(self._exchange_buckets, [b for b, _ in waiting])
             self._background.submit(work, [(p, b.buffer) for b, p in waiting])
         return promise.future
 
@@ -126,7 +127,7 @@ class DDPHook(GradientHook):
             )
         return [self._named[id(p)].name for p in parameters]
 
-    def _exchange(self, buckets: Sequence[Bucket]) -> None:
+    def _exchange_buckets(self, buckets: Sequence[Bucket]) -> None:
         """Average buckets as one vector, in place; raise the error of an earlier bucket of the pass again.
 
         DDP sends all buckets of a pass, also after an error.
@@ -147,9 +148,9 @@ class DDPHook(GradientHook):
             if buckets[0].index == 0:
                 self._begin()
             part = self._slice(frozenset(gradients))
-        bad = self._try(part, gradients, self._noise, self._scaled, self._factors)
+        code = self._exchange(part, gradients, self._noise, self._scaled, self._factors)
         for bucket in buckets:  # all workers get NaNs if one had any, so that the scalers of all skip the step
-            spoil(bucket.buffer, bad > 0, float("nan"))
+            spoil(bucket.buffer, code > 0, float("nan"))
         self._complete = buckets[-1].is_last
 
     def _begin(self) -> None:
@@ -162,18 +163,18 @@ class DDPHook(GradientHook):
         self._factors, self._scaled = self._rates.factors(), self._scale()
         self._step_rates.add([self._noise.std if self._noise else 0.0])
 
-    def _conclude(self, *, taken: bool) -> None:
-        self._rates.settle(taken=taken)
+    def _conclude(self, *, apply: bool) -> None:
+        self._rates.close(apply=apply)
 
-    def _slice(self, names: frozenset[str]) -> GradientSlice:
+    def _slice(self, names: frozenset[str]) -> ErrorFeedback:
         """Return the slice of these parameters; if DDP has rebuilt its buckets, with the old slices' memories."""
         if names not in self._slices:
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
-                part.fold()
-                self._loose |= {place.name: view for place, view in part.views()}
+                part.drop_aggregator()
+                self._loose |= dict(zip(part.slice.names, part.memory.views, strict=True))
             of = Slice([place for place in self._places if place.name in names], self.device)
-            self._slices[names] = GradientSlice(of, self._loose, self.channel, self._rules, self._allocation)
+            self._slices[names] = self._feedback(of, self._loose, self._rules.seed)
         return self._slices[names]
 
     @property
@@ -195,7 +196,7 @@ class DDPHook(GradientHook):
         with self._lock:
             found |= {name: view.clone() for name, view in self._loose.items()}
             for part in self._slices.values():
-                found |= {place.name: view for place, view in part.of.named(part.pending())}
+                found |= dict(zip(part.slice.names, part.slice.views(part.pending().clone()), strict=True))
         return found
 
     @torch.no_grad()
@@ -205,9 +206,9 @@ class DDPHook(GradientHook):
         self._loose = {name: error.clone() for name, error in lost.items()}
         for part in self._slices.values():
             part.reset()
-            for place, view in part.views():
-                if place.name in self._loose:
-                    view.copy_(self._loose.pop(place.name))
+            for name, view in zip(part.slice.names, part.memory.views, strict=True):
+                if name in self._loose:
+                    view.copy_(self._loose.pop(name))
 
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state: e^(i) by parameter, the step, the owner errors, the ledger's totals.
@@ -220,8 +221,8 @@ class DDPHook(GradientHook):
         pending, held = self.memory(), dict[str, Any]()
         if self._rules.scope == "model":
             for part in self._slices.values():
-                pending |= {place.name: view.clone() for place, view in part.views()}
-                held = part.held()
+                pending |= {name: view.clone() for name, view in zip(part.slice.names, part.memory.views, strict=True)}
+                held = part.held_state()
         return {
             "format": FORMAT,
             "identity": self._identity(),
@@ -266,7 +267,10 @@ class DDPHook(GradientHook):
         self._drift.resume(max(0, self._steps - 1))  # a step is compared when the next begins
         self._skips.load_state_dict(state["skips"])
         if self._rules.scope == "model":
-            self._slice(frozenset(place.name for place in self._places)).restore(state["held"], self._steps)
+            whole = self._slice(frozenset(place.name for place in self._places))
+            if state["held"]:
+                self._use(whole, self._steps)
+                whole.restore(state["held"])
         self._allocation.load_state_dict(state["allocation"], self.device)
         self.ledger.load_state_dict(state["ledger"])
         self.resets = [Reset(**reset) for reset in state["resets"]]

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
-from packsaddle.feedback.slices import FlatParameters, Place
+from packsaddle.feedback.parameters import FlatParameters
+from packsaddle.feedback.slices import Place
 from packsaddle.hooks.rates import Rates, is_plain_sgd
 
 

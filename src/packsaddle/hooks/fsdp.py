@@ -7,7 +7,6 @@ importing FSDP.
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +20,10 @@ from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import QSGD, Compressor
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.noise import Noise
+from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import FORMAT, check_format, check_identity, check_shape
-from packsaddle.hooks.hook import UNLIKE, GradientHook, GradientSlice, HookOptions
+from packsaddle.hooks.hook import UNLIKE, GradientHook, HookOptions
 from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed, mix
@@ -118,7 +118,7 @@ class FSDPHook(GradientHook):
         super().__init__(channel, rules, padded_size(model))
         self._model, self._shard = model, shard
         self._perturbation = noise
-        self._slices: dict[str, GradientSlice] = {}
+        self._slices: dict[str, ErrorFeedback] = {}
         self._seeds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
         self._bits: dict[str, Tensor] = {}  # of each module's index among the sharded ones, float[b]
@@ -142,13 +142,13 @@ class FSDPHook(GradientHook):
         FSDP calls it in the backward pass, with the `name` of the module and its `index` among the sharded ones.
         """
         number = torch._C._current_graph_task_id()
-        if number >= 0 and self._seen.get(name) == number and self._tried:
+        if number >= 0 and self._seen.get(name) == number and self._pass:
             raise RuntimeError(
                 f"{name or 'the root module'} is used twice in one backward pass (a block that is shared, or a model "
                 f"that is called twice), and FSDP hands over its gradient in parts, which cannot be exchanged as one: "
                 f"call backward() after each use"
             )
-        if not self._tried or name in self._seen:  # the pass before is over
+        if not self._pass or name in self._seen:  # the pass before is over
             self._open()
             self._seen = {}
             # FSDP adds this pass's gradients to those of earlier ones, which the exchange does not see.
@@ -160,19 +160,19 @@ class FSDPHook(GradientHook):
         is_first = name not in self._bits
         part = self._slice(name, index, gradient)
         xi = self._perturbation.drawn(seed=self._seeds[name], step=self._steps)  # line 9
-        bad = self._try(part, {name: gradient}, xi, bits=self._bits[name])
-        spoil(gradient, bad > 0, float("nan"))
+        code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
+        spoil(gradient, code > 0, float("nan"))
         # On a GPU, reading the outcome waits for it: once for each module, later only where a pass is settled.
-        if (is_first or bad.device.type == "cpu") and bad >= UNLIKE:
+        if (is_first or code.device.type == "cpu") and code >= UNLIKE:
             self._complete = True
             self._settle()
 
     @torch.no_grad()
     def _end(self) -> None:
         """End a backward pass: set the gradients of modules before an invalid one to NaN as well."""
-        if not self._tried:
+        if not self._pass:
             return
-        bad = torch.stack(self._bad).sum() > 0
+        bad = torch.stack(self._codes).sum() > 0
         for _, gradient in local_shards(self._model, gradients=True):
             spoil(gradient, bad.to(gradient.device), float("nan"))
         if self._steps and self._drift.due(self._steps - 1):
@@ -180,15 +180,12 @@ class FSDPHook(GradientHook):
             self._drift.compare(self._steps - 1, [local for _, local in named], lambda: named, self._step_rates)
         self._complete = True
 
-    def _report(self, name: str) -> None:
-        super()._report(name or "the root module")
-
     @property
     def device(self) -> torch.device:
         """The device where gradients are averaged."""
         return mesh_device(self._model)
 
-    def _slice(self, name: str, index: int, gradient: Tensor) -> GradientSlice:
+    def _slice(self, name: str, index: int, gradient: Tensor) -> ErrorFeedback:
         if name not in self._slices:
             # The first gradient of a module has the size of its slice, padding included.
             place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # a shape alone
@@ -197,17 +194,15 @@ class FSDPHook(GradientHook):
                     f"the error of {name or 'the root module'} that was loaded has {len(self._loose[name])} "
                     f"coordinates, and its gradient {len(gradient)}: is it another model, or sharded otherwise?"
                 )
-            self._seeds[name] = seed = mix(self._rules.seed, index, self._shard[0])  # replicas have the same
+            self._seeds[name] = mix(self._rules.seed, index, self._shard[0])  # replicas have the same
             self._sizes[name] = gradient.numel() * gradient.element_size()
             width = (len(sharded_modules(self._model)) - 1).bit_length()
             self._bits[name] = torch.tensor([index >> i & 1 for i in range(width)], device=gradient.device)
-            rules = replace(self._rules, seed=seed)
-            of = Slice([place], gradient.device)
-            self._slices[name] = GradientSlice(of, self._loose, self.channel, rules, self._allocation)
-        if self._slices[name].of.d != len(gradient):
+            self._slices[name] = self._feedback(Slice([place], gradient.device), self._loose, self._seeds[name])
+        if self._slices[name].slice.d != len(gradient):
             raise RuntimeError(
                 f"{name or 'the model'} came with {len(gradient)} coordinates, and with "
-                f"{self._slices[name].of.d} before: parameters were frozen or unfrozen, or had no gradient"
+                f"{self._slices[name].slice.d} before: parameters were frozen or unfrozen, or had no gradient"
             )
         return self._slices[name]
 
@@ -227,7 +222,7 @@ class FSDPHook(GradientHook):
         In a backward pass it is that of the previous step.
         """
         self._settle()
-        return self._loose | {name: part.pending() for name, part in self._slices.items()}
+        return self._loose | {name: part.pending().clone() for name, part in self._slices.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, tensors and plain types; each worker has its own."""
@@ -256,7 +251,7 @@ class FSDPHook(GradientHook):
         check_identity(saved, mine)
         for name, part in self._slices.items():
             check_shape(
-                f"the error of {name or 'the root module'}", state["pending"].get(name), torch.Size([part.of.d])
+                f"the error of {name or 'the root module'}", state["pending"].get(name), torch.Size([part.slice.d])
             )
         names = {name for name, _ in sharded_modules(self._model)}
         if unknown := sorted(state["pending"].keys() - names):

@@ -1,14 +1,13 @@
-"""Gradient hooks: what those of DistributedDataParallel and FSDP have in common.
+"""What the hooks of DistributedDataParallel and FSDP share: a backward pass as one transaction.
 
-Gradients come in slices, buckets or modules, each with an `ErrorFeedback` of its own (`GradientSlice`), and the slices
-of a backward pass are one transaction (`GradientHook`). DistributedDataParallel makes its buckets anew after the first
-step or two, so what has not been sent yet belongs to a parameter, never to a bucket. The memory is in units of a
-gradient, so it must follow the learning rate of plain SGD (see `stages.learning_rates`).
+Gradients come in slices, DDP's buckets or FSDP's modules, each with an `ErrorFeedback`; the rounds of a pass are all
+committed, or all rolled back. DistributedDataParallel makes its buckets anew after the first step or two, so an error
+belongs to a parameter, never to a bucket. The memory is in units of a gradient, so it must follow the learning rate of
+plain SGD (see `rates`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from threading import RLock
 from typing import Any, Literal, get_args
 
@@ -22,14 +21,15 @@ from packsaddle.comm.ledger import Ledger
 from packsaddle.compressors import Compressor, Identity, describe
 from packsaddle.errors import is_below
 from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.contraction import SlicedMonitor
+from packsaddle.feedback.contraction import Contraction
 from packsaddle.feedback.drift import DriftGuard, StepRates
-from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Skip, Skips
+from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, Skip, Skips
+from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.noise import GaussianNoise
-from packsaddle.feedback.round import Round, SliceFeedback
-from packsaddle.feedback.slices import Place, Shaped, Slice
+from packsaddle.feedback.round import Applied, ErrorFeedback, Round
+from packsaddle.feedback.slices import Shaped, Slice
 from packsaddle.hooks.budget import Allocation
-from packsaddle.numerics.finite import first_bad, is_finite, is_usable, spoil
+from packsaddle.numerics.finite import is_finite
 from packsaddle.options.agreement import Option, agreement
 
 Scope = Literal["bucket", "model"]
@@ -67,23 +67,23 @@ class HookOptions(Option):
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """A slice's gradients by parameter: the update of its memory, and where the mean is to be.
+class BucketUpdate(Update):
+    """A slice's gradients as the update of its memory, g / scale + xi, after e was multiplied by its factor.
 
-    As an update they are g / scale + xi; e is multiplied by `decay` and by `factors`, 1 where none is given, first.
+    `decay` and `factors` are the factors of e, of all of it and by parameter, 1 where none is given.
     """
 
     of: Slice
-    grads: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
     noise: GaussianNoise | None
     scale: float
     factors: Mapping[str, float]
     decay: float = 1.0
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to factor base + g / scale + xi, both float[n]."""
+        """Set out to factor base + g / scale + xi, both float[n]; out is not base."""
         for place, e, v in zip(self.of.places, base.views, out.views, strict=True):
-            g, factor = self.grads[place.name], self.decay * self.factors.get(place.name, 1.0)
+            g, factor = self.gradients[place.name], self.decay * self.factors.get(place.name, 1.0)
             if self.scale == 1.0:
                 torch.add(g, e, alpha=factor, out=v)
             else:
@@ -96,177 +96,58 @@ class Gradients:
             for first, last, start in self.of.stretches():
                 self.noise.add_to(out[first:last], 1.0, start)
 
-    def replace(self, g: Averaged) -> Tensor | None:
-        """Write mean_i g^(i), times the scale, over the gradients (line 11).
 
-        Returns what 16-bit gradients could not take of it, the same on every worker, float[n]; else None.
-        """
-        total = self.of.zeros()
+@dataclass(frozen=True)
+class BucketTarget:
+    """A slice's gradients as the target of a round: another optimizer applies the mean (line 11)."""
+
+    of: Slice
+    gradients: Mapping[str, Tensor]
+    scale: float
+    defers = True
+
+    def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
+        """Write mean_i g^(i), times the scale, over the gradients. Their rounding error is that of 16-bit gradients."""
+        total, n = self.of.zeros(), self.of.compressed_d
         for term in g.mean:
-            term.add_to(total.flat[: self.of.compressed_d], 1.0)
-        total.flat[self.of.compressed_d :] = g.dense
-        exact = all(out.element_size() >= total.flat.element_size() for out in self.grads.values())
-        for place, view in zip(self.of.places, total.views, strict=True):
-            out = self.grads[place.name]
+            term.add_to(total.flat[:n], 1.0)
+        total.flat[n:] = g.dense
+        outs = [self.gradients[place.name] for place in self.of.places]
+        exact = all(out.element_size() >= total.flat.element_size() for out in outs)
+        for view, out in zip(total.views, outs, strict=True):
             torch.mul(view, self.scale, out=out)
             if not exact:
                 view.sub_(out, alpha=1 / self.scale)
-        return None if exact else total.flat
-
-    def fit(self, g: Averaged) -> Tensor:
-        """Tell if gradients can hold the mean times the scale, bool[]; the same on all workers."""
-        dtypes = {torch.promote_types(out.dtype, torch.float32) for out in self.grads.values()}  # 16 bits: `replace`
-        return g.magnitude() * self.scale <= min((torch.finfo(dtype).max for dtype in dtypes), default=0.0)
+        # Gradients must hold the mean times the scale; what 16 bits cannot hold is in the rounding error.
+        dtypes = {torch.promote_types(out.dtype, torch.float32) for out in outs}
+        fits = torch.as_tensor(magnitude) * self.scale <= min((torch.finfo(t).max for t in dtypes), default=0.0)
+        return Applied(fits) if exact else Applied(fits & is_finite(total.flat), total.flat)
 
 
 _NO_FACTORS: Mapping[str, float] = {}
-UNLIKE = 4.0  # the outcome of an exchange in which workers had different slices
-
-
-class GradientSlice:
-    """Error feedback on a slice of the gradient, by a compressor that may change from step to step.
-
-    The aggregator follows the compressor, and the allocation of its budget. `pending` has what these parameters have
-    gathered elsewhere, by name; what is taken from it is removed.
-    """
-
-    def __init__(
-        self,
-        of: Slice,
-        pending: dict[str, Tensor],
-        channel: Communicator,
-        rules: HookOptions,
-        allocation: Allocation,
-    ) -> None:
-        self.of, self._rules, self._allocation = of, rules, allocation
-        self._names = tuple(place.name for place in of.places)
-        self.feedback = SliceFeedback(of, rules.compression, channel, rules.seed, allocation.d)
-        self._round: Round | None = None  # the exchange that is being tried
-        for place, view in self.views():
-            if (known := pending.pop(place.name, None)) is not None:
-                view.copy_(known)
-
-    def exchange(
-        self,
-        gradients: Mapping[str, Tensor],
-        noise: GaussianNoise | None,
-        step: int,
-        *,
-        scale: float = 1.0,
-        factors: Mapping[str, float] = _NO_FACTORS,
-        bits: Tensor | None = None,
-        watch: Callable[[Tensor], None] = lambda vector: None,
-        report: Callable[[str], None] = lambda name: None,
-    ) -> Tensor:
-        """Lines 10-12 of Algorithm 1: replace the gradients by their mean, and try what that leaves of the error.
-
-        A worker whose vector is not finite sends zeros and says so. Returns 0 if all is well, at most 1 if there was
-        such a worker, and more if there was none but the mean is not finite or not for gradients to hold.
-        `bits` of 0 or 1, float[b], identify the slice; if they differ between workers, returns `UNLIKE` or more.
-        `factors` are what errors are to be multiplied by first, by parameter (see `Rates`); those of 0 stand still.
-        `watch` sees this worker's vector, float[n], before and after; `report` the name of the first parameter of which
-        it is not finite, on a CPU, since on a GPU to look would be to wait.
-        """
-        # While an error stands still, no exchange may hold a part of it.
-        still = [i for i, place in enumerate(self.of.places) if factors.get(place.name) == 0]
-        dense = bool(still) and self._rules.compression.exchange != "direct"
-        compressor = Identity() if dense else self._rules.at(step)
-        self.feedback.prepare(compressor, self._allocation.of(self._names, compressor))
-
-        # Line 10: v = e^(i) + grad F_i(x_t) + xi_t, of which C(v) is averaged, with a number that says if v is of use.
-        update = Gradients(self.of, gradients, noise, scale, factors, self._rules.compression.decay)
-        self._round = r = self.feedback.round(step)
-        v = r.correct(update)
-        bad = self._blank(v, report)
-        self._allocation.observe(self._names, v[: self.of.compressed_d], compressor)
-        watch(v)
-        self._rescale_held(factors)
-        g, (share, means) = r.exchange(v, [bad.reshape(1).to(v), v.new_empty(0) if bits is None else bits.to(v)])
-
-        # Line 11, by way of the optimizer that has the gradients. 16-bit ones may overflow.
-        lost = update.replace(g)
-        fits = update.fit(g) if lost is None else update.fit(g) & is_finite(lost)
-
-        # Line 12: e^(i) <- v - g^(i), except where an error is to stand still, or none is wanted.
-        r.absorb(g, lost)
-        watch(v)
-        self.feedback.memory.leave(still)
-        if not self._rules.compression.decay:
-            self._release(v)
-        differs = (means * (1 - means) > 1e-6).any()  # a mean of equal bits is 0 or 1, to rounding
-        return share[0] + 2 * (~fits).to(share) + UNLIKE * differs.to(share)
-
-    def settle(self, *, taken: bool) -> None:
-        """Make the step that was tried the state, or forget it."""
-        if self._round is not None:
-            self._round.settle(taken=taken)
-            self._round = None
-
-    def _blank(self, v: Tensor, report: Callable[[str], None]) -> Tensor:
-        """Make v zeros if it cannot be used; return whether, bool[]."""
-        bad = ~is_usable(v)
-        if v.device.type == "cpu" and bad:
-            named = [(place.name, view) for place, view in self.of.named(v)]
-            report(first_bad(named) or THE_SUM)
-        spoil(v, bad, 0.0)
-        return bad
-
-    def _rescale_held(self, factors: Mapping[str, float]) -> None:
-        """Bring what the aggregator holds back to the units of the present rates; 0 only where it holds nothing."""
-        if factors:
-            for held in self.feedback.held().values():
-                for place, view in self.of.named(held):
-                    view.mul_(factors.get(place.name, 1.0))
-
-    def _release(self, v: Tensor) -> None:
-        """Keep no error, where none is to be fed back."""
-        v.zero_()
-        for held in self.feedback.held().values():
-            held.zero_()
-
-    def views(self) -> list[tuple[Place, Tensor]]:
-        """Return e^(i) by parameter, without what the aggregator holds back; not copies."""
-        return list(zip(self.of.places, self.feedback.memory.views, strict=True))
-
-    def pending(self) -> Tensor:
-        """Return a copy of e^(i), float[n], with this worker's share of what the aggregator holds back."""
-        return self.feedback.pending().clone()
-
-    def fold(self) -> None:
-        """Move what the aggregator holds back into the error memory, so that nothing is lost when it goes."""
-        self.feedback.fold()
-
-    def reset(self) -> None:
-        """Clear all errors (line 7)."""
-        self.feedback.reset()
-
-    def held(self) -> dict[str, Any]:
-        """Return what the aggregator holds and for which compressor, tensors and plain types; {} if there is none."""
-        return self.feedback.held_state()
-
-    def restore(self, held: Mapping[str, Any], step: int) -> None:
-        """Have the step's aggregator hold what was saved; if another compressor's did, the error memory has it."""
-        self.feedback.restore(held, self._rules.at(step))
+UNLIKE = 4.0  # the code of an exchange in which workers had different slices
 
 
 class GradientHook:
-    """The slices exchanged in the running or last pass, and the count of applied passes.
+    """The rounds of the running or last backward pass, and the count of applied passes.
 
-    A pass's outcome is read on demand or when the next one begins, so that a pass waits for no GPU. `d` is the
-    number of coordinates that all slices compress together.
+    A pass's verdicts are read on demand or when the next one begins, so that a pass waits for no GPU. `d` is the number
+    of coordinates that all slices compress together.
     """
 
     def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
         self.channel = channel
-        self._allocation = Allocation(d)
-        self._rules, self._monitor = rules, SlicedMonitor(rules.compression.monitor_every)
+        self._rules, self._allocation = rules, Allocation(d)
+        self._guard = Guard("extra", unnamed=THE_SUM)
+        self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
         self._step_rates = StepRates()
         self._lock = RLock()  # a backward pass may read what a background thread is making
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
-        self._tried: list[GradientSlice] = []
-        self._bad: list[Tensor] = []  # the results of `GradientSlice.exchange`
+        # The running or last pass.
+        self._pass: list[Round] = []
+        self._codes: list[Tensor] = []  # `Verdict.code` of each round, UNLIKE more if workers had different slices
         self._bad_name = ""  # the first parameter whose part of this worker's vector is invalid
         self._complete = False
         self._protected: list[Optimizer] = []
@@ -304,7 +185,7 @@ class GradientHook:
     def contraction(self) -> float | None:
         """The contraction mu of this worker's vector when last measured (see `monitor_every`)."""
         self._settle()
-        return self._monitor.whole
+        return self._contraction.whole
 
     def protect(self, optimizer: Optimizer) -> None:
         """Make `optimizer` skip its step after a rejected exchange, as scalers do.
@@ -317,7 +198,7 @@ class GradientHook:
             self._protected.append(optimizer)
             self._skips.protected = True
 
-    def trust(self, scaler: torch.amp.GradScaler) -> None:
+    def register_scaler(self, scaler: torch.amp.GradScaler) -> None:
         """Register a GradScaler, `scaler`. While enabled, it skips steps with non-finite gradients."""
         self._skips.protected |= scaler.is_enabled()
 
@@ -350,24 +231,65 @@ class GradientHook:
         self.channel.step = self._steps
         self._allocation.begin(self._rules.at(self._steps))
 
-    def _try(
+    def _feedback(self, of: Slice, loose: dict[str, Tensor], seed: int) -> ErrorFeedback:
+        """Return the error feedback of a slice. Errors in `loose`, by parameter name, are moved into its memory."""
+        memory = ErrorMemory(of, spare=True)
+        for place, view in of.named(memory.vector):
+            if (error := loose.pop(place.name, None)) is not None:
+                view.copy_(error)
+        parts = (of, memory, self.channel, self._guard, self._contraction)
+        return ErrorFeedback(*parts, seed=seed, back=self._rules.compression.back, whole=self._allocation.d)
+
+    def _use(self, part: ErrorFeedback, step: int, *, still: bool = False) -> Compressor:
+        """Set and return a slice's compressor of a step. While an error stands `still`, no owner may hold a part of it.
+
+        Lossless messages are averaged directly: their mean needs no second compression.
+        """
+        exchange = self._rules.compression.exchange
+        compressor = Identity() if still and exchange != "direct" else self._rules.at(step)
+        allotted = self._allocation.of(tuple(part.slice.names), compressor)
+        part.use(compressor, "direct" if compressor.lossless else exchange, allotted=allotted)
+        return compressor
+
+    def _exchange(
         self,
-        part: GradientSlice,
+        part: ErrorFeedback,
         gradients: Mapping[str, Tensor],
         noise: GaussianNoise | None,
         scale: float = 1.0,
         factors: Mapping[str, float] = _NO_FACTORS,
-        bits: Tensor | None = None,
+        identity: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Exchange one slice of the pass; return the outcome of `GradientSlice.exchange`."""
+        """Replace a slice's gradients by their mean; return the code of the exchange, float[], 0: it is applied.
+
+        Lines 10-12 of Algorithm 1, uncommitted until the pass ends. `factors` multiply the errors first, by parameter;
+        errors with a factor of 0 stay as they are. `identity` has bits of 0 or 1, float[b], that identify the slice: if
+        they differ between workers, the code is UNLIKE or more.
+        """
+        decay = self._rules.compression.decay
+        still = [i for i, name in enumerate(part.slice.names) if factors.get(name) == 0]
+        compressor = self._use(part, self._steps, still=bool(still))
+        r = part.round(self._steps)
         with self._lock:
-            self._tried.append(part)
-        watch = partial(self._monitor.measure, self._steps)
-        bad = part.exchange(
-            gradients, noise, self._steps, scale=scale, factors=factors, bits=bits, watch=watch, report=self._report
-        )
-        self._bad.append(bad)
-        return bad
+            self._pass.append(r)
+        # Line 10: v = e^(i) + grad F_i(x_t) + xi_t, of which C(v) is averaged.
+        v = r.correct(BucketUpdate(part.slice, gradients, noise, scale, factors, decay))
+        self._bad_name = self._bad_name or r.name
+        self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
+        for owner_error in part.owner_errors().values() if factors else ():
+            for name, view in zip(part.slice.names, part.slice.views(owner_error), strict=True):
+                view.mul_(factors.get(name, 1.0))
+        r.exchange([bits.to(v) for bits in identity])
+        # Lines 11 and 12: the optimizer that has the gradients moves x.
+        r.apply(BucketTarget(part.slice, gradients, scale), keep=still)
+        if not decay:  # no error feedback
+            for vector in (v, *part.owner_errors().values()):
+                vector.zero_()
+        code = r.verdict.code()
+        for mean in r.extras:  # a mean of equal bits is 0 or 1, to rounding
+            code = code + UNLIKE * (mean * (1 - mean) > 1e-6).any().to(code)
+        self._codes.append(code)
+        return code
 
     def _settle(self, *, broken_off: bool = False) -> None:
         """Commit the last step, or roll it back if it was broken off or a worker's gradient was invalid.
@@ -375,37 +297,34 @@ class GradientHook:
         No-op during a backward pass. Raises RuntimeError if workers exchanged different slices.
         """
         with self._lock:
-            if not self._tried or not (self._complete or broken_off):
+            if not self._pass or not (self._complete or broken_off):
                 return
-            # All workers read the same outcomes, so all commit every slice, or none does.
-            outcomes = torch.stack(self._bad).tolist() if self._complete else []
-            told = [bad for bad in outcomes if bad != 0]
-            taken = self._complete and not told
-            unlike = [part.of.places[0].name for part, bad in zip(self._tried, outcomes, strict=False) if bad >= UNLIKE]
-            self._conclude(taken=taken)
-            self._allocation.settle(taken=taken)
-            for part in self._tried:
-                part.settle(taken=taken)
-            self._monitor.settle(self._steps, taken=taken)
+            # All workers read the same codes, so all commit every slice, or none does.
+            codes = torch.stack(self._codes).tolist() if self._complete else []
+            rejected = [code for code in codes if code != 0]
+            applied = self._complete and not rejected
+            unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code >= UNLIKE]
+            self._conclude(apply=applied)
+            self._allocation.settle(taken=applied)
+            for r in self._pass:
+                r.commit() if applied else r.roll_back()
+            self._contraction.close(self._steps, apply=applied)
             # A rejected pass leaves NaNs in the gradients: `_withhold` clears them for protected optimizers.
-            if taken:
-                self._skips.took()
+            if applied:
+                self._skips.reset_streak()
                 self._spoiled = [] if self._fresh else self._spoiled
             elif self._complete and not unlike:
                 self._spoiled = list(self._protected)
                 workers = (self.channel.group.rank,) if self._bad_name else ()
-                others = "a gradient of another worker" if min(told) <= 1 else THE_MEAN
-                self._skips.enter(Skip(self._steps, workers, self._bad_name or others))
-            self._steps += taken
-            self._tried, self._bad, self._complete, self._bad_name = [], [], False, ""
+                others = "a gradient of another worker" if min(rejected) <= 1 else THE_MEAN
+                self._skips.record(Skip(self._steps, workers, self._bad_name or others))
+            self._steps += applied
+            self._pass, self._codes, self._complete, self._bad_name = [], [], False, ""
             if unlike:
                 raise RuntimeError(
                     f"replicas must use the same modules in a backward pass, in one order, but while this one reduced "
                     f"{unlike[0] or 'the root module'}, another reduced another module of its size"
                 )
 
-    def _conclude(self, *, taken: bool) -> None:
+    def _conclude(self, *, apply: bool) -> None:
         """Commit or roll back other state of the hook."""
-
-    def _report(self, name: str) -> None:
-        self._bad_name = self._bad_name or name

@@ -37,7 +37,7 @@ class Rates:
         return {name: float(groups[i]["lr"]) for name, i in self._group.items()}
 
     def factors(self) -> Mapping[str, float]:
-        """Return the factor of every parameter whose rate has changed, and take note of the rates for `settle`.
+        """Return the factor of every parameter whose rate has changed, and note the rates for `close`.
 
         It is 0 where the rate is 0: x will not move, so e is to be left as it is, and out of what is exchanged.
         """
@@ -49,7 +49,7 @@ class Rates:
         factors = {name: units[name] / rate if rate else 0.0 for name, rate in rates.items()}
         return {name: factor for name, factor in factors.items() if factor != 1.0}
 
-    def settle(self, *, taken: bool) -> None:
-        """Take e to be in the rates of the last `factors`, or not."""
-        if taken:
+    def close(self, *, apply: bool) -> None:
+        """Commit the rates of the last `factors` as the units of e, or roll back."""
+        if apply:
             self.units = self._next

@@ -12,18 +12,18 @@ from packsaddle.local.fragment import Fragment
 
 
 @dataclass
-class _Anchor:
-    """The anchor as `EscapeCheck` sees it: a flat vector, float[d], its first coordinates compressed."""
+class _Vector:
+    """The anchor for `EscapeCheck`: a flat vector, float[d], its first coordinates compressed."""
 
     x: Tensor
     compressed_d: int
 
 
 class AnchorEscape:
-    """Runs an `Escape` rule whose interval and `every` count rounds.
+    """Runs an `Escape` rule whose interval and `every` count rounds, on the anchor.
 
-    It moves the anchor, with the parameters at the anchor for the user's objective. Raises ValueError unless one
-    fragment is the whole model and its rounds end where they begin (`delay` is 0).
+    The user's objective is evaluated with the parameters at the anchor. Raises ValueError unless one fragment is the
+    whole model and its exchanges have no `delay`.
     """
 
     def __init__(
@@ -32,27 +32,24 @@ class AnchorEscape:
         if len(fragments) > 1 or delay:
             raise ValueError("escape needs fragments=1, delay=0 and no tensor parallelism: it compares whole anchors")
         (self._whole,) = fragments
-        self._objective = rule.objective
-        x = _Anchor(self._whole.anchor.flat, self._whole.compressed_d)
+        self._anchor, self._objective = self._whole.anchor, rule.objective
+        x = _Vector(self._anchor.flat, self._whole.compressed_d)
         self._check = EscapeCheck(replace(rule, objective=self._at_anchor), x, channel, seed)
+        self.begin = self._check.begin  # starts at the anchor as it is
 
     def _at_anchor(self) -> float | Tensor:
-        self._whole.go_to(self._whole.anchor.views)
+        self._anchor.set_parameters(self._anchor.views)
         return self._objective()
 
-    def meet(self) -> None:
-        """Begin at the anchor as it is."""
-        self._check.begin()
-
     def run(self) -> Reset | None:
-        """Do lines 4-8 after a round, and have x where it begins after one; return the firing, if there was one."""
+        """Run lines 4-8 after a round, and reset x to its start point; return the firing, if any."""
         try:
             reset, lost = self._check.run(self._whole.rounds, self._whole.feedback.pending())
             if reset is not None:
                 self._whole.feedback.reset(lost)
             return reset
         finally:
-            self._whole.restart()
+            self._anchor.move_to_start()
 
     def state_dict(self) -> dict[str, Any]:
         """Return x_t', by parameter, and t'."""

@@ -1,8 +1,8 @@
 """A fragment: some parameters whose local updates are exchanged together, with their anchor and error memory.
 
-The anchor a, float[n] in at least float32, has the parameters on which all workers last agreed. A worker's
-pseudo-gradient is its change since then, a - x. One exchange of it is a `Flight`, carried out immediately or during the
-next steps, and then applied or rejected.
+An exchange is `begin`, which makes v in the main thread, `exchange`, which is collective, immediate or in the
+background during the next steps, `close`, which reads the outcome, and `apply_exchange`. An elastic round is closed
+by its vote, so `close` and `apply_exchange` are two calls.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,223 +10,143 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.sharding import local_part
-from packsaddle.compressors import Compressor
-from packsaddle.feedback.background import Promise
-from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.contraction import SlicedMonitor
-from packsaddle.feedback.noise import GaussianNoise
-from packsaddle.feedback.round import Round, SliceFeedback
-from packsaddle.feedback.slices import Place, Shaped, Slice
-from packsaddle.numerics.finite import first_bad, is_usable, spoil
+from packsaddle.comm.sharding import is_replicated, local_part
+from packsaddle.compressors import Compressor, Identity
+from packsaddle.feedback.contraction import Contraction
+from packsaddle.feedback.guard import Guard
+from packsaddle.feedback.memory import ErrorMemory
+from packsaddle.feedback.round import ErrorFeedback, Round
+from packsaddle.feedback.slices import Place, Slice, places
+from packsaddle.local.anchor import Anchor, PseudoGradient
+from packsaddle.local.inner import Shards
+from packsaddle.local.options import LocalOptions
+
+
+def _nothing() -> None:
+    """Wait for an exchange that is over."""
 
 
 @dataclass
-class Flight:
-    """One exchange of a fragment, from its start until it is applied or rejected."""
+class PendingExchange:
+    """One exchange of a fragment, from its begin until it is applied or rejected."""
 
     due: int  # the inner step after which it is applied
-    round: Round | None  # None once the memory is committed or rolled back
-    v: Tensor  # float[n]: decay e + a - x + xi, then its residual
-    bad: Tensor  # bool[]: this worker's v is invalid
-    name: str = ""  # the first parameter whose part of v is invalid
-    before: list[Tensor] = field(default_factory=list)  # x at the start, if it moves until the end; empty: it does not
-    averaged: Averaged | None = None
-    mean: Tensor | None = None  # float[n], with a delay or an outer optimizer
-    verdict: Tensor | None = None  # float[2]: fraction of workers whose v is invalid; the mean's magnitude
-    names: list[str] = field(default_factory=list)  # the invalid parameter of each worker, by rank
-    taken: bool | None = None  # True: applied; False: rejected; None: not known yet
-    headers: Tensor | None = None  # int64[W, 2], calls and steps by rank, still to be compared
-    promise: Promise | None = None  # of an exchange in the background
+    round: Round | None  # of the error memory; None: it has ended, and a saved state had the exchange
+    invalid: Tensor  # bool[], this worker's v is invalid
     share: float = 1.0  # weight of this worker's v; 0: it receives the mean but keeps its own update
-
-
-@dataclass(frozen=True)
-class PseudoGradient:
-    """The update of a fragment's memory, float[n]: the local update start - x, `Fragment.owed` and shared noise.
-
-    A 16-bit x started at the start point rounded to 16 bits, so the local update is the change since that.
-    """
-
-    of: "Fragment"
-    decay: float
-    noise: GaussianNoise | None
-
-    def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to decay base + start - x + owed + xi, both float[n]; out is not base."""
-        share, xs = self.decay, self.of.tensors()
-        # v = decay e + start - x, where start = a - e is folded in: (a - x) + (decay - 1) e
-        starts: Sequence[Tensor] = self.of.anchor.views
-        if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(xs, starts, strict=True)):
-            share -= 1.0
-        elif self.of.keeps:  # with start rounded to x's precision, so made as a vector
-            starts = self.of.starts()
-        for x, start, v in zip(xs, starts, out.views, strict=True):
-            x = x.to(start.device)
-            if x.dtype == start.dtype:
-                torch.sub(start, x, out=v)
-            else:
-                torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
-        if share:
-            out.flat.add_(base.flat, alpha=share)
-        if self.of.owed is not None:
-            out.flat.add_(self.of.owed)
-        self.perturb(out.flat)
-
-    def perturb(self, out: Tensor) -> None:
-        """Add xi to out, float[n]; its coordinates are those of the vector of all parameters."""
-        if self.noise is not None:
-            for first, last, start in self.of.stretches():
-                self.noise.add_to(out[first:last], 1.0, start)
+    before: list[Tensor] = field(default_factory=list)  # x at the start, if it moves until the end; empty: it does not
+    wait: Callable[[], None] = _nothing  # for an exchange in the background, of which it raises the errors
+    mean: Averaged | Tensor | None = None  # float[n] with a delay or an outer optimizer
+    names: list[str] = field(default_factory=list)  # the invalid parameter of each worker, by rank
+    applied: bool | None = None  # False: rejected; None: unknown
 
 
 class Fragment(Slice):
-    """Some parameters, their anchor and their error memory.
+    """Some parameters, their anchor, their error memory and the one exchange of them that is not over.
 
-    `d` is the number of compressed coordinates of all fragments, and `parameters` are the optimizer's, by name, of
-    which this process has the parts in `places`.
+    Args:
+        places: of this process's part of each parameter.
+        parameters: the optimizer's, by name; more than the fragment's.
+        options: of the local updates.
+        channel: over which exchanges run.
+        device: of the anchor and the error memory.
+        agree: returns whether a bool[] is True on any shard of this worker; collective over the shards.
+        offset: inner steps by which its exchanges are earlier than those of the first fragment.
+        d: the number of compressed coordinates of all fragments.
     """
 
     def __init__(
         self,
         places: Sequence[Place],
         parameters: Mapping[str, Tensor],
-        device: torch.device,
-        every: int,
-        offset: int,
-        compression: Compression,
+        options: LocalOptions,
         channel: Communicator,
-        d: int,
-        seed: int,
+        device: torch.device,
+        agree: Shards,
         *,
-        keep: bool,
+        offset: int,
+        d: int,
     ) -> None:
-        super().__init__(places, device)
-        self.keeps = keep  # the start point is a - e
-        self._every, self._offset = every, offset
+        super().__init__([replace(place, trained=parameters[place.name]) for place in places], device)
+        self._options, self._offset = options, offset
         self.parameters = [parameters[place.name] for place in self.places]
-        self.anchor = self.zeros()
-        self.leaves = [nn.Parameter(view) for view in self.anchor.views]  # the anchor, for an outer optimizer
-        self.meet()
-        self.feedback = SliceFeedback(self, compression, channel, seed, d)
-        self.monitor = SlicedMonitor(compression.monitor_every)
+        memory, spec = ErrorMemory(self, spare=True), options.compression
+        self.anchor = Anchor(self, self.parameters, memory, keeps=options.keep_unsent)
+        self.contraction = Contraction(spec.monitor_every)
+        guard = Guard("extra", unnamed="another shard", agree=agree)
+        self.feedback = ErrorFeedback(
+            self, memory, channel, guard, self.contraction, seed=options.seed, back=spec.back, whole=d
+        )
         self.rounds = 0  # t: applied exchanges
-        self.flight: Flight | None = None
-        # float[n]: update missing from start - x, because the start moved without x or x was rounded; None: 0
-        self.owed: Tensor | None = None
+        self.current: PendingExchange | None = None
 
     def is_due(self, step: int) -> bool:
         """Return True if an exchange begins after inner step n, from 1: (n + offset) % every = 0."""
-        return (step + self._offset) % self._every == 0
+        return (step + self._offset) % self._options.every == 0
 
     def until_due(self, step: int) -> int:
         """Return the number of inner steps from n to the next exchange, at least 1."""
-        return self._every - (step + self._offset) % self._every
+        return self._options.every - (step + self._offset) % self._options.every
 
-    def tensors(self) -> list[Tensor]:
-        """Return this process's part of each parameter; views."""
-        return [local_part(p) for p in self.parameters]
+    def begin(self, due: int, share: float, *, later: bool = False, uncompressed: bool = False) -> PendingExchange:
+        """Compute v = decay e + a - x + xi, zeros if it is invalid on any shard of this worker.
 
-    def starts(self) -> list[Tensor]:
-        """Return the start point of x after an exchange, by parameter: a, or a - e; may be views of a."""
-        if not self.keeps:
-            return self.anchor.views
-        return self.views(self.anchor.flat - self.feedback.memory.vector)
-
-    def meet(self) -> None:
-        """Set the anchor to the current parameters."""
-        for a, x in zip(self.anchor.views, self.tensors(), strict=True):
-            a.copy_(x)
-
-    def frozen(self, flat: Tensor) -> list[Tensor]:
-        """Return the views of the frozen parameters, which receive neither noise nor updates."""
-        if all(p.requires_grad for p in self.parameters):
-            return []
-        return [view for p, view in zip(self.parameters, self.views(flat), strict=True) if not p.requires_grad]
-
-    def start(
-        self,
-        compressor: Compressor,
-        noise: GaussianNoise | None,
-        decay: float,
-        due: int,
-        agree: Callable[[Tensor], Tensor],
-        *,
-        later: bool = False,
-        share: float = 1.0,
-    ) -> Flight:
-        """Compute v = decay e + a - x + xi, zeros if it is invalid on any shard of this worker (`agree`).
-
-        If the exchange ends `later`, at another step, or if the worker keeps its update (a `share` of 0), x continues
-        from its current value.
+        Args:
+            due: the inner step after which the exchange is applied.
+            share: the weight of v.
+            later: that is a later step. Then, or at a share of 0, x continues from its current value.
+            uncompressed: send all that is pending, without noise.
         """
-        self._prepare(compressor)
-        began = [] if share else [s.to(x, copy=True) for s, x in zip(self.starts(), self.tensors(), strict=True)]
-        r = self.feedback.round(self.rounds)
-        v = r.correct(PseudoGradient(self, decay, noise))
-        mine = ~is_usable(v)
-        bad = agree(mine)
-        name = ""
-        if v.device.type == "cpu" and bad:
-            name = first_bad((place.name, view) for place, view in self.named(v)) or "another shard"
-        spoil(v, bad, 0.0)
-        self.monitor.measure(self.rounds, v)
-        before = [x.clone() for x in self.tensors()] if later else began
-        self.flight = Flight(due, r, v, bad, name, before, share=share)
-        return self.flight
+        t, spec = self.rounds, self._options.compression
+        compressor = Identity() if uncompressed else spec.at(t)
+        noise = None if uncompressed else self._options.noise.drawn(seed=self._options.seed, step=t)
+        self._switch(compressor)
+        kept = [] if share else self.anchor.copy_starts()
+        r = self.feedback.round(t)
+        r.correct(PseudoGradient(self.anchor, spec.decay, noise))
+        before = [x.clone() for x in self.anchor.tensors()] if later else kept
+        self.current = PendingExchange(due, r, r.invalid, share, before)
+        return self.current
 
-    def _prepare(self, compressor: Compressor) -> None:
-        """Switch to this compressor's aggregator. The residual of another one is added to e, and x moves with a - e."""
-        memory, changes = self.feedback.memory.vector, self.feedback.changes_for(compressor)
-        before = memory.clone() if self.keeps and changes and self.feedback.held() else None
-        self.feedback.prepare(compressor)
+    def _switch(self, compressor: Compressor) -> None:
+        """Switch to a compressor. The owner errors of another one are added to e, and x moves with a - e."""
+        memory, changes = self.feedback.memory.vector, not self.feedback.uses(compressor)
+        before = memory.clone() if self.anchor.keeps and changes and self.feedback.owner_errors() else None
+        self.use(compressor)
         if before is not None:
-            self.owed = memory - before if self.owed is None else self.owed.add_(memory - before)
-        if self.owed is not None:
-            pairs, self.owed = zip(self.tensors(), self.views(self.owed), strict=True), None
-            self._set(x.to(wide(x)) - part.to(x.device, wide(x)) for x, part in pairs)
+            self.anchor.owe(memory - before)
+        self.anchor.subtract_owed()
 
-    def send(self, flight: Flight, step: int, *, senders: bool, dense: bool) -> None:
+    def use(self, compressor: Compressor) -> None:
+        """Use a compressor. Lossless messages are averaged directly: their mean needs no second compression."""
+        self.feedback.use(compressor, "direct" if compressor.lossless else self._options.compression.exchange)
+
+    def exchange(self, p: PendingExchange, step: int, *, as_vector: bool) -> None:
         """Exchange C(share v) and absorb the residual; collective, possibly in another thread.
 
-        `dense` computes the mean as a vector. So does `senders`, over the workers that sent a coordinate.
+        `as_vector` computes the mean as a vector. So does exchange "senders", over the workers that sent a coordinate.
         """
-        r, channel = flight.round, self.feedback.channel
-        assert r is not None
-        channel.step = step
-        # Line 10: the mean of C(share v), and with it the fraction of invalid vectors.
-        v = flight.v if flight.share == 1.0 else flight.v * flight.share
-        g, (share,) = r.exchange(v, [flight.bad.reshape(1).to(v)])
-        flight.verdict = torch.stack([share[0].double(), g.magnitude()])
-        # Line 12: e <- v - C(share v) / share
-        if flight.share not in (0.0, 1.0):
-            g = replace(g, own=tuple(replace(term, weight=term.weight / flight.share) for term in g.own))
-        if flight.share:
-            r.absorb(g)
-        self.monitor.measure(r.step, flight.v)
-        flight.averaged = g
-        if dense or senders:
-            flight.mean = self._mean(g, senders=senders)
-        if flight.v.device.type == "cpu":
-            self.name_bad(flight)
+        assert p.round is not None
+        self.feedback.channel.step = step
+        g = p.round.exchange(weight=p.share)
+        if p.share:
+            p.round.absorb()
+        p.mean = self._mean(g) if as_vector or self._options.averages_senders else g
+        # Here, since a collective of the main thread could overtake another fragment's exchange.
+        if p.invalid.device.type == "cpu":
+            self.name_workers(p)
 
-    def name_bad(self, flight: Flight) -> None:
-        """Gather the names of invalid parameters if a v is invalid and they are unknown; collective."""
-        assert flight.verdict is not None
-        if flight.verdict[0] > 0 and not flight.names:
-            flight.names = self.feedback.channel.gather_text(flight.name, flight.v.device, "guard")
-
-    def _mean(self, g: Averaged, *, senders: bool) -> Tensor:
-        """Return the mean over workers, float[n]; with `senders` that of a coordinate over those that sent it."""
+    def _mean(self, g: Averaged) -> Tensor:
+        """Return the mean over workers, float[n]; with "senders" that of a coordinate over those that sent it."""
         n, total = self.compressed_d, self.zeros().flat
         for term in g.mean:
             term.add_to(total[:n], 1.0)
-        if senders and len(g.mean) > 1:
+        if self._options.averages_senders and len(g.mean) > 1:
             counts = torch.zeros_like(total[:n])
             for term in g.mean:
                 sent = term.compressor.support_of(term.message, n)
@@ -235,184 +155,182 @@ class Fragment(Slice):
         total[n:] = g.dense
         return total
 
-    def finish(self, flight: Flight) -> bool:
-        """Read the outcome of a finished exchange; commit or roll back the memory. Return True if it is applied."""
-        if flight.taken is None:
-            assert flight.verdict is not None
-            assert flight.round is not None
-            share, magnitude = flight.verdict.tolist()
-            flight.taken = share == 0 and magnitude < float("inf")
-            self.name_bad(flight)
-            self._settle(flight, taken=flight.taken and flight.share > 0)
-        return flight.taken
+    def name_workers(self, p: PendingExchange) -> None:
+        """Gather the names of invalid parameters if a v is invalid and they are unknown; collective."""
+        assert p.round is not None
+        fraction = p.round.verdict.fraction
+        assert fraction is not None
+        if fraction > 0 and not p.names:
+            p.names = self.feedback.channel.gather_text(p.round.name, p.invalid.device, "guard")
 
-    def _settle(self, flight: Flight, *, taken: bool) -> None:
-        assert flight.round is not None
-        flight.round.settle(taken=taken)
-        if taken:
-            self.owed = None  # v included it
-        self.monitor.settle(flight.round.step, taken=taken)
-        flight.round = None
+    def close(self) -> bool:
+        """Wait for the current exchange, and commit or roll back the memory; idempotent. Return True if it is applied.
 
-    def forget(self) -> None:
-        """Cancel the current exchange and roll back the error memory, unless already committed."""
-        flight, self.flight = self.flight, None
-        if flight is not None and flight.round is not None:
-            self._settle(flight, taken=False)
-
-    def land(self, outer: Optimizer | None, blend: float | None) -> Flight:
-        """Apply the exchange to the anchor, and move x with it. Returns the flight, which has ended.
-
-        If the exchange is rejected, nothing moves, except that a worker whose v is invalid resets x to its start point.
+        Raises the errors of an exchange in the background.
         """
-        flight, self.flight = self.flight, None
-        assert flight is not None
-        if not self.finish(flight):
-            if bool(flight.bad):
-                self.restart()
-            return flight
-        # Line 11: a <- a - mean_i C(v_i), or an outer step with that mean as the gradient of a
-        self.rounds += 1
-        if flight.mean is None:
-            assert flight.averaged is not None
-            self.feedback.memory.apply(self.anchor.flat, flight.averaged)
-        elif outer is None:
-            self.anchor.flat.sub_(flight.mean)
+        p = self.current
+        assert p is not None
+        p.wait()
+        p.wait = _nothing
+        if p.applied is None:
+            assert p.round is not None
+            p.applied = p.round.verdict.read()
+            self.name_workers(p)
+            self._end(p, commit=p.applied and p.share > 0)
+        return p.applied
+
+    def _end(self, p: PendingExchange, *, commit: bool) -> None:
+        """End the round of the error memory."""
+        assert p.round is not None
+        if commit:
+            p.round.commit()
+            self.anchor.owed = None  # v included it
         else:
-            for leaf, grad in zip(self.leaves, self.views(flight.mean), strict=True):
-                leaf.grad = grad
-            outer.step()
-            for leaf in self.leaves:
-                leaf.grad = None
-        # x <- start + (x - before)
-        self._move(flight.before, blend)
-        return flight
+            p.round.roll_back()
+        self.contraction.close(p.round.step, apply=commit)
+        p.round = None
 
-    def _move(self, before: Sequence[Tensor], blend: float | None) -> None:
-        """x <- start + (x - before), or with `blend` (1 - blend) start + blend x; x <- start without `before`."""
-        if not before:
-            self.restart()
-            return
-        where = zip(self.tensors(), self.starts(), before, strict=True)
-        starts = ((x, a.to(x.device, x.dtype).to(wide(x)), s) for x, a, s in where)
-        if blend is None:
-            self._set((x.to(start.dtype) - s).add_(start) for x, start, s in starts)
+    def roll_back(self) -> None:
+        """Cancel the current exchange and roll back the error memory, unless already committed."""
+        p, self.current = self.current, None
+        if p is not None and p.round is not None:
+            self._end(p, commit=False)
+
+    def apply_exchange(self, outer: Optimizer | None) -> PendingExchange:
+        """Close the current exchange, apply it to the anchor, and move x with it; return the exchange.
+
+        If it is rejected, nothing moves, except that a worker whose v is invalid resets x to its start point.
+        """
+        p, applied = self.current, self.close()
+        assert p is not None
+        self.current = None
+        if applied:
+            assert p.mean is not None
+            self.rounds += 1
+            self.anchor.apply_mean(p.mean, outer)
+            self.anchor.move(p.before, self._options.overlap.blend)
+        elif bool(p.invalid):
+            self.anchor.move_to_start()
+        return p
+
+    def discard_progress(self) -> None:
+        """Set x to its value at the begin of the current exchange, if valid, or to its start point."""
+        if self.current is not None and self.current.before and not bool(self.current.invalid):
+            self.anchor.set_parameters(self.current.before)
         else:
-            self._set(torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts)
-
-    def _set(self, places: Iterable[Tensor]) -> None:
-        """Set x, except frozen parameters, to `places`, at least float32. The rounding error of x is owed."""
-        xs = self.tensors()
-        rounds = any(x.dtype != wide(x) for x in xs)
-        if rounds and self.owed is None:
-            self.owed = self.zeros().flat
-        owed = self.views(self.owed) if rounds and self.owed is not None else [None] * len(xs)
-        for p, x, place, lost in zip(self.parameters, xs, places, owed, strict=True):
-            if p.requires_grad:
-                x.copy_(place)
-                if lost is not None:
-                    lost.add_((x.to(place.dtype) - place).to(lost))
-
-    def follow(self, before: Sequence[Tensor]) -> None:
-        """Rebase x on the new start point: x <- start + (x - before)."""
-        self._move(before, None)
-
-    def restart(self) -> None:
-        """Reset x to its start point, with nothing owed."""
-        self.owed = None
-        if not self.keeps:
-            self.go_to(self.anchor.views)
-            return
-        memory = self.feedback.memory.views
-        for p, x, a, e in zip(self.parameters, self.tensors(), self.anchor.views, memory, strict=True):
-            if p.requires_grad and x.dtype == a.dtype and x.device == a.device:
-                torch.sub(a, e, out=x)
-            elif p.requires_grad:
-                x.copy_(a - e)
-
-    def go_back(self) -> None:
-        """Discard local progress: x <- its value at the start of a running exchange, if valid, or its start point."""
-        if self.flight is not None and self.flight.before and not bool(self.flight.bad):
-            self.go_to(self.flight.before)
-        else:
-            self.restart()
-
-    def go_to(self, places: Sequence[Tensor]) -> None:
-        """Set x, except frozen parameters, to `places`."""
-        for p, x, there in zip(self.parameters, self.tensors(), places, strict=True):
-            if p.requires_grad:
-                x.copy_(there)
+            self.anchor.move_to_start()
 
     def unapplied(self) -> Tensor:
         """Return this worker's updates that are not in the anchor, float[n], after the current exchange."""
-        flight, found = self.flight, self.feedback.pending().clone()
-        starts: Sequence[Tensor] = self.starts()
-        if flight is not None and flight.taken:
-            assert flight.mean is not None
-            starts = flight.before
-            found.add_(flight.mean)
-        for x, start, view in zip(self.tensors(), starts, self.views(found), strict=True):
-            view.add_(start.to(x).to(view) - x.to(view))
-        return found if self.owed is None else found.add_(self.owed)
+        p, found = self.current, self.feedback.pending().clone()
+        if p is None or not p.applied:
+            return self.anchor.add_local_update(found)
+        assert isinstance(p.mean, Tensor)
+        return self.anchor.add_local_update(found.add_(p.mean), p.before)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fragment's state by parameter, tensors and plain types, after the current exchange."""
-        flight = self.flight
+        p, owed = self.current, self.anchor.owed
         state: dict[str, Any] = {
             "rounds": self.rounds,
             "anchor": self._named(self.anchor.flat),
             "pending": self._named(self.feedback.memory.vector),
             "held": self.feedback.held_state(),
-            "owed": {} if self.owed is None else self._named(self.owed),
-            "monitor": self.monitor.state_dict(),
+            "owed": {} if owed is None else self._named(owed),
+            "monitor": self.contraction.state_dict(),
             "flight": None,
         }
         # A delayed exchange has its outcome already, and is applied at the step that is due.
-        if flight is not None:
-            before = {place.name: s.clone() for place, s in zip(self.places, flight.before, strict=True)}
-            kept: dict[str, Any] = {"due": flight.due, "taken": flight.taken, "before": before, "mean": {}}
-            kept |= {"bad": bool(flight.bad), "names": list(flight.names)}
-            if flight.taken:
-                assert flight.mean is not None
-                kept["mean"] = self._named(flight.mean)
+        if p is not None:
+            before = {place.name: s.clone() for place, s in zip(self.places, p.before, strict=True)}
+            kept: dict[str, Any] = {"due": p.due, "taken": p.applied, "before": before, "mean": {}}
+            kept |= {"bad": bool(p.invalid), "names": list(p.names)}
+            if p.applied:
+                assert isinstance(p.mean, Tensor)
+                kept["mean"] = self._named(p.mean)
             state["flight"] = kept
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any], compressor: Compressor) -> None:
-        """Restore `state_dict`; `compressor` is that of its last round."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state_dict`."""
         self.rounds = state["rounds"]
-        self.monitor.load_state_dict(state["monitor"])
+        self.contraction.load_state_dict(state["monitor"])
         memory = self.zeros().flat
         for key, flat in (("anchor", self.anchor.flat), ("pending", memory)):
             for place, view in self.named(flat):
                 view.copy_(state[key][place.name])
-        self.feedback.fold()
+        self.feedback.drop_aggregator()
         self.feedback.memory.vector.copy_(memory)
-        self.feedback.restore(state["held"], compressor)
-        self.flight = self._flight(state["flight"]) if state["flight"] else None
+        if state["held"]:
+            self.use(self._options.compression.at(max(0, self.rounds - 1)))
+            self.feedback.restore(state["held"])
+        self.current = self._load_exchange(state["flight"]) if state["flight"] else None
         # The residual of another aggregator moves the start point without x, unless a delayed exchange moves x to it.
-        owed = self.feedback.memory.vector.sub(memory).mul_(float(self.keeps))
+        owed = self.feedback.memory.vector.sub(memory).mul_(float(self.anchor.keeps))
         for place, view in self.named(owed) if state["owed"] else ():
             view.add_(state["owed"][place.name].to(view))
-        lands = self.flight is not None and self.flight.taken
-        self.owed = owed if not lands and owed.any() else None
+        moves = self.current is not None and self.current.applied
+        self.anchor.owed = owed if not moves and owed.any() else None
 
-    def _flight(self, saved: Mapping[str, Any]) -> Flight:
+    def _load_exchange(self, saved: Mapping[str, Any]) -> PendingExchange:
         device, mean = self.anchor.flat.device, None
         if saved["taken"]:
             mean = self.zeros().flat
             for place, view in self.named(mean):
                 view.copy_(saved["mean"][place.name])
-        here = self.tensors()
+        here = self.anchor.tensors()
         before = [saved["before"][place.name].to(x, copy=True) for place, x in zip(self.places, here, strict=True)]
-        nothing = torch.zeros(0, device=device)
-        bad, names = torch.tensor(saved["bad"], device=device), list(saved["names"])
-        return Flight(saved["due"], None, nothing, bad, before=before, mean=mean, names=names, taken=saved["taken"])
+        invalid, names = torch.tensor(saved["bad"], device=device), list(saved["names"])
+        return PendingExchange(
+            saved["due"], None, invalid, before=before, mean=mean, names=names, applied=saved["taken"]
+        )
 
     def _named(self, flat: Tensor) -> dict[str, Tensor]:
         return {place.name: view.clone() for place, view in self.named(flat)}
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """Return the dtype, at least float32, in which x is computed before it is rounded to its own."""
-    return torch.promote_types(x.dtype, torch.float32)
+def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the fragments' vectors, float[n] each, by parameter; views."""
+    pairs = zip(fragments, vectors, strict=True)
+    return {place.name: view for part, vector in pairs for place, view in part.named(vector)}
+
+
+def partition(
+    parameters: Mapping[str, Tensor],
+    options: LocalOptions,
+    channel: Communicator,
+    device: torch.device,
+    agree: Shards,
+) -> list[Fragment]:
+    """Cut the parameters into fragments by their order, each due `every` / `fragments` steps before the next.
+
+    Replicated DTensors are in fragments apart from sharded ones: they must stay identical on all shards, so the choice
+    of their coordinates must not depend on values of one shard. Raises ValueError for more fragments than parameters.
+    """
+    by_name = {p.name: p for p in places(parameters.items(), options.compression.dense_below, local_part)}
+    names = list(parameters)
+    d = sum(place.size for place in by_name.values() if not place.dense)
+    found = []
+    for i, members in enumerate(_balanced(names, [by_name[name].size for name in names], options.overlap.fragments)):
+        offset = i * options.every // options.overlap.fragments
+        for replicated in (False, True):
+            mine = [by_name[n] for n in members if is_replicated(parameters[n]) == replicated]
+            if mine:
+                found.append(Fragment(mine, parameters, options, channel, device, agree, offset=offset, d=d))
+    return found
+
+
+def _balanced(names: Sequence[str], sizes: Sequence[int], parts: int) -> list[list[str]]:
+    """Cut a list in consecutive parts of about equal total size, none of them empty."""
+    if parts > len(names):
+        raise ValueError(f"fragments must be at most the number of parameters, {len(names)}, got {parts}")
+    total, done, found = sum(sizes), 0, [list[str]() for _ in range(parts)]
+    at = 0
+    for i, (name, size) in enumerate(zip(names, sizes, strict=True)):
+        middle = (done + size / 2) / total if total else 0.0
+        left = len(names) - i
+        while at < parts - 1 and found[at] and (middle >= (at + 1) / parts or left <= parts - 1 - at):
+            at += 1
+        found[at].append(name)
+        done += size
+    return found

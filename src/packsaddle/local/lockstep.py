@@ -1,15 +1,17 @@
-"""The check before each collective of local updates that all workers make the same call, after the same step.
+"""Collectives of local updates in one order, before each a check that all workers make the same call after one step.
 
 Workers that differ would pair collectives of different sizes, for which gloo aborts the process and NCCL hangs.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
+from packsaddle.feedback.background import Background
 
 _log = logging.getLogger("packsaddle")
 Call = Literal["exchanges a round", "calls flush()", "calls error()", "compares anchors", "checks its first step"]
@@ -18,20 +20,71 @@ HEADER = 16  # bytes of a header: a call and a number of steps, int64[2]
 
 
 class Lockstep:
-    """Headers of all workers, gathered ahead of a collective and compared; the ledger has their bytes as "guard"."""
+    """Runs collectives in the order of their calls; the ledger has the bytes of the checks as "guard".
 
-    def __init__(self, channel: Communicator, device: torch.device) -> None:
-        self._channel, self._device = channel, device
+    `background` carries out those that overlap with inner steps. None: nothing overlaps.
+    """
+
+    def __init__(self, channel: Communicator, device: torch.device, background: Background | None) -> None:
+        self._channel, self._device, self._background = channel, device, background
         self._has_warned = False
 
-    def gather(self, call: Call, steps: int) -> Tensor:
+    def run(self, call: Call, steps: int, work: Callable[[], object]) -> None:
+        """Run `work`, which is collective, after everything in the background; raises its errors.
+
+        Raises RuntimeError if workers make different calls, or the same after unequal numbers of `steps`.
+        """
+
+        def checked() -> None:
+            if self._channel.group.size > 1:
+                self._check(self._gather(call, steps))
+            work()
+
+        if self._background is None:
+            checked()
+            return
+        promise = self._background.promise()
+        self._background.submit(checked, [(promise, torch.zeros(0))])
+        promise.future.wait()
+
+    def start(self, call: Call, steps: int, work: Callable[[], object], result: Tensor) -> Callable[[], None]:
+        """Start `work` in the background, which computes `result`; return a function that waits, and raises as `run`.
+
+        In a GPU's stream the host does not wait for the headers before that.
+        """
+        unchecked: list[Tensor] = []
+
+        def checked() -> None:
+            if self._channel.group.size > 1:
+                headers = self._gather(call, steps)
+                if headers.device.type == "cpu":
+                    self._check(headers)
+                else:
+                    unchecked.append(headers)
+            work()
+
+        promise = None if self._background is None else self._background.promise()
+        if self._background is None or promise is None:
+            checked()
+        else:
+            self._background.submit(checked, [(promise, result)])
+
+        def wait() -> None:
+            if promise is not None:
+                promise.future.wait()
+            for headers in unchecked:
+                self._check(headers)
+
+        return wait
+
+    def _gather(self, call: Call, steps: int) -> Tensor:
         """Return the call and the steps of every worker, int64[W, 2]; collective. On a GPU the host does not wait."""
         mine = torch.tensor([_CALLS.index(call), steps], device=self._device)
         self._channel.step = max(self._channel.step, steps - 1)
         gathered = self._channel.gather({"header": mine}, fixed_size=True, purpose="guard")
         return torch.stack([parts["header"] for parts in gathered])
 
-    def check(self, headers: Tensor) -> None:
+    def _check(self, headers: Tensor) -> None:
         """Raise RuntimeError if the calls of `headers`, int64[W, 2], differ, or the steps of a round.
 
         If workers flush after unequal numbers of steps, but of equal rounds, rank 0 logs a warning, once.

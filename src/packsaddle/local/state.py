@@ -61,7 +61,7 @@ def split_state(
             padded = torch.nn.functional.pad(vector.double(), (0, part.d - part.compressed_d))
             for place, view in part.named(padded):
                 pending[place.name] = pending[place.name] + workers * view
-                if part.keeps and not lands:
+                if part.anchor.keeps and not lands:
                     owed[place.name] = owed[place.name] + workers * view
         # Each worker's own are averaged: e, what x is owed, and x at the start of a running exchange.
         means |= {("fragments", i, "pending", name): error for name, error in pending.items()}

@@ -1,12 +1,12 @@
 """LocalUpdates: workers step separately with any optimizer, and exchange their changes, compressed, at intervals.
 
-Read `LocalUpdates._attempted` first. What follows an inner step is in `local_rounds`, and a fragment's exchange in
-`fragment`: every `every` inner steps
+Read `LocalUpdates._attempted` first: what follows an inner step. An exchange is in `fragment`; every `every` inner
+steps
 
     v = decay e + (a - x) + xi              a: the anchor, where workers last agreed to be; x: this worker's parameters
-    e <- v - C(v)                           what is not sent waits
-    a <- outer step along mean_i C(v_i)     the same on all workers
-    x <- a - e                              or a (`keep_unsent`); with a `delay` later, and what was moved meanwhile
+    e <- v - C(v)                           the residual
+    a <- outer step along mean_i C(v_i)     identical on all workers
+    x <- a - e                              or a (`keep_unsent`); with a `delay` later, plus the progress meanwhile
 
 With every=1, x <- a, plain SGD inside and no outer optimizer that is Algorithm 1. The design is that of DiLoCo
 (Douillard et al. 2023) and its streaming form (2025), with the error feedback of Qsparse-local-SGD (Basu et al. 2019,
@@ -15,6 +15,7 @@ Algorithm 1).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -37,14 +38,22 @@ from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import innermost, on_attempts
 from packsaddle.local import state as local_state
-from packsaddle.local.coverage import OtherOptimizers, check_covers
 from packsaddle.local.elastic.membership import Membership
 from packsaddle.local.escape import AnchorEscape
-from packsaddle.local.inner import Shards, check_no_others, check_parameters, follow, named_parameters
+from packsaddle.local.fragment import Fragment, by_parameter, partition
+from packsaddle.local.inner import (
+    OtherOptimizers,
+    Shards,
+    check_covers,
+    check_no_others,
+    check_parameters,
+    follow,
+    named_parameters,
+)
+from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
+from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import Participation
-from packsaddle.local.partition import partition
-from packsaddle.local.rounds import LocalRounds
 from packsaddle.local.start import check_first_step, share_start, untrained_tensors
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
@@ -137,8 +146,8 @@ class LocalUpdates:
             offload=offload,
             seed=as_seed(seed),
         )
-        self._compression = options.compression
-        self._compression.at(0)
+        spec = options.compression
+        spec.at(0)
 
         # x, and what of the model is not in it.
         self._parameters = {name: p for name, p in named_parameters(self.optimizer).items() if p.requires_grad}
@@ -146,10 +155,11 @@ class LocalUpdates:
         if model is not None:
             check_covers(self._parameters.values(), model)
         untrained = untrained_tensors(self.optimizer, model)
-        self._bytes = sum(local_part(p).nbytes for p in self._parameters.values())
         self.steps = 0  # n: attempted inner steps
+        self._has_begun = False  # a first inner step has moved x, or was skipped by a scaler
+        self._at_anchor = 0  # contexts of `at_anchor` that are open, one within another
 
-        # Workers, and the place of exchanges: in the background if they have a delay and the group can.
+        # Workers, and where exchanges run: in the background if they have a delay and the group can.
         elastic, fixed = _by_kind(options.workers)
         group = training_group(fixed.group) if elastic is None else elastic.group or ManagedGroup(elastic.manager)
         home = local_part(next(iter(self._parameters.values()))).device
@@ -157,41 +167,28 @@ class LocalUpdates:
         apart = group.background(device) if options.overlap.delay and group.size > 1 else None
         self.ledger = Ledger()
         self._channel = Communicator(apart or group, self.ledger)
-        background = Background(device) if apart is not None else None
+        self._lockstep = Lockstep(self._channel, device, Background(device) if apart is not None else None)
         self._participation = Participation(fixed.weight, fixed.sample, group.size, group.rank, options.seed)
 
-        # x's fragments, and the compressor of each.
+        # The fragments of x, and the compressor of each.
+        agree = Shards(self._parameters.values())
         with torch.no_grad():
-            self._fragments = partition(self._parameters, options, self._channel, device)
+            self._fragments = partition(self._parameters, options, self._channel, device, agree)
         d = sum(part.compressed_d for part in self._fragments)
-        warn_of_nothing(self._compression.at(0), d, self._compression.dense_below, stacklevel=2)
-        self._compression.at(0).validate(d)
+        warn_of_nothing(spec.at(0), d, spec.dense_below, stacklevel=2)
+        spec.at(0).validate(d)
         for part in self._fragments:
-            part.feedback.prepare(self._compression.at(0))
+            part.use(spec.at(0))
         sharded = any(hasattr(p, "device_mesh") for p in self._parameters.values())
-        options.check_aggregators([part.feedback.aggregator for part in self._fragments], sharded=sharded)
+        options.check_aggregators([part.feedback.choice.aggregator for part in self._fragments], sharded=sharded)
 
-        # A round and its stages.
-        self.outer = outer(self._leaves()) if outer is not None else None
-        if self.outer is not None and not isinstance(self.outer, Optimizer):
-            raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(self.outer).__name__}")
-        if self.outer is not None:
-            follow(self.outer, self)
-        compared = self._compression.compare_every
+        # What may follow an exchange: an outer step, a reset of the inner optimizer, a comparison, an escape check.
+        self.outer = None if outer is None else self._make_outer(outer)
+        self._outcomes = Outcomes(self.optimizer, self._fragments, agree, spec.max_skipped, group.rank)
+        self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
         where = (self._fragments, self._channel, options.seed)
-        checker = AnchorEscape(escape, *where, delay=options.overlap.delay) if escape else None
-        self._rounds = LocalRounds(
-            self._fragments,
-            options,
-            self._channel,
-            background,
-            inner=self.optimizer,
-            outer=self.outer,
-            agree=Shards(self._parameters.values()),
-            participation=self._participation,
-            drift=DriftGuard(0 if elastic else compared, self._compression.on_drift, self._channel),
-            escape=checker,
-        )
+        self._escape = AnchorEscape(escape, *where, delay=options.overlap.delay) if escape else None
+        self._resets: list[Reset] = []
 
         # All workers must have been given the same, and they start from the same x.
         same = self._agreement(untrained)
@@ -200,31 +197,21 @@ class LocalUpdates:
             check_agreement(self._channel, same, device)
             self._participation.exchange(self._channel, device)
             share_start(self._channel, list(self._parameters.values()), [tensor for _, tensor in untrained])
-            self._rounds.meet()
+            self._set_anchors()
         else:
+            optimizers = (self.optimizer, self.outer)
             self.membership = Membership(
-                elastic,
-                self._channel,
-                self._fragments,
-                self.optimizer,
-                self.outer,
-                every=every,
-                compare_every=compared,
-                arguments=as_text(same),
-                send=lambda part, dense, share: self._rounds.try_out(part, self.steps, share, dense=dense),
-                land=self._rounds.land,
+                options, self._fragments, self._channel, *optimizers, self._outcomes, as_text(same)
             )
 
         # The optimizer's steps are counted from here on.
         watches = model is None and (group.size > 1 or elastic is not None)
         self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
-        self._looks = 0  # at the anchor, one within another, while parameters are there
-        self._has_begun = False  # a first inner step has moved x, or was left out
         follow(self.optimizer, self)
         on_attempts(self.optimizer, scaler, self._before_step, self._attempted)
 
     def __repr__(self) -> str:
-        compressor = describe(self._compression.at(self.rounds))
+        compressor = describe(self.options.compression.at(self.rounds))
         outer = type(self.outer).__name__ if self.outer else "mean"
         return (
             f"LocalUpdates({type(self.optimizer).__name__}, every={self.options.every}, {compressor}, outer={outer}, "
@@ -232,10 +219,16 @@ class LocalUpdates:
             f"rounds={self.rounds})"
         )
 
-    def _leaves(self) -> list[Any]:
-        """The anchor's tensors, in the optimizer's order."""
-        by_name = {p.name: leaf for part in self._fragments for p, leaf in zip(part.places, part.leaves, strict=True)}
-        return [by_name[name] for name in self._parameters]
+    def _make_outer(self, make: Outer) -> Optimizer:
+        """Return the outer optimizer, of the anchor's tensors in the optimizer's order."""
+        by_name = {
+            p.name: leaf for part in self._fragments for p, leaf in zip(part.places, part.anchor.leaves, strict=True)
+        }
+        outer = make([by_name[name] for name in self._parameters])
+        if not isinstance(outer, Optimizer):
+            raise TypeError(f"outer must be a function that returns a torch optimizer, got {type(outer).__name__}")
+        follow(outer, self)
+        return outer
 
     def _agreement(self, untrained: Iterable[tuple[str, Tensor]]) -> dict[str, object]:
         """Return what must be equal on all workers."""
@@ -247,57 +240,105 @@ class LocalUpdates:
                 same[f"{kind}[{i}]"] = f"{name} {list(p.shape)} {p.dtype}"
         return same
 
+    # Inner steps, and the rounds that follow them.
+
     @torch.no_grad()
     def _before_step(self) -> None:
-        """Before each inner step; a worker that comes with its first has no gradient at its x."""
+        """Before each inner step. A worker that joins with its first step has no gradient at its new x."""
         self._check_here("optimizer.step()")
         check_no_others(self.optimizer, self._parameters.values())
-        self._meet()
+        self._set_anchor_before_first_step()
         self._has_begun = True
         if self.membership is not None and not self.membership.joined:
             self.join()
             for p in self._parameters.values():
                 p.grad = None
 
-    def _check_here(self, call: str) -> None:
-        """Raise RuntimeError while parameters are at the anchor: they do not show what this worker has moved."""
-        if self._looks:
-            raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
-
-    @torch.no_grad()
-    def _meet(self) -> None:
-        """Before a step has moved x, take it as it is for where all workers have met: weights may have been loaded."""
-        joined = self.membership is not None and self.membership.joined
-        if self.steps == 0 and not self._has_begun and not joined:
-            self._rounds.meet()
-
     @torch.no_grad()
     def _attempted(self) -> None:
-        """Count an inner step, taken or left out by a scaler, and do what is due after it."""
-        self._meet()
+        """Count an inner step, applied or skipped by a scaler; finish the rounds that are due, and begin others."""
+        self._set_anchor_before_first_step()
         self._has_begun = True
         self.steps += 1
-        self._rounds.check_step()
+        self._outcomes.check_step()
         if self.membership is not None:
             self.membership.stepped(self.steps)
         else:
-            self._exchange()
+            if self.steps == 1:
+                self._check_first_step()
+            for part in self._fragments:
+                if part.current is not None and part.current.due == self.steps:
+                    self._finish_round(part)
+            for part in self._fragments:
+                if part.is_due(self.steps):
+                    share = self._participation.share_after(self.steps)
+                    self._begin_round("exchanges a round", part, share, delay=self.options.overlap.delay)
         if self._others is not None and self.exchanging:
             self._others.warn()
 
-    def _exchange(self) -> None:
-        """Do what is due after an inner step, the first of which is checked."""
-        if self.steps == 1:
-            anchors = [part.anchor.flat for part in self._fragments]
-            gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
-            together = partial(self._rounds.together, "checks its first step", self.steps)
-            check_first_step(self._channel, anchors, gradients, together)
-        self._rounds.after(self.steps)
+    def _check_first_step(self) -> None:
+        anchors = [part.anchor.flat for part in self._fragments]
+        gradients = [local_part(p.grad) for p in self._parameters.values() if p.grad is not None]
+        run = partial(self._lockstep.run, "checks its first step", self.steps)
+        check_first_step(self._channel, anchors, gradients, run)
+
+    def _begin_round(self, call: Call, part: Fragment, share: float, *, delay: int, uncompressed: bool = False) -> bool:
+        """Begin a round of a fragment. Without a delay finish it, too; then return False if it is rejected."""
+        p = part.begin(self.steps + delay, share, later=delay > 0, uncompressed=uncompressed)
+        self._outcomes.register(part, p)
+        as_vector = delay > 0 or self.outer is not None
+        exchange = partial(part.exchange, p, self.steps - 1, as_vector=as_vector)
+        if delay:
+            assert p.round is not None
+            p.wait = self._lockstep.start(call, self.steps, exchange, p.round.v)
+            return True
+        self._lockstep.run(call, self.steps, exchange)
+        return self._finish_round(part)
+
+    def _finish_round(self, part: Fragment) -> bool:
+        """Apply the current exchange of a fragment; return False if it is rejected."""
+        t, p = part.rounds, part.apply_exchange(self.outer)
+        if not self._outcomes.record(part, t, p):
+            return False
+        if self._drift.due(t) and part is self._fragments[-1]:
+            self._lockstep.run("compares anchors", p.due - self.options.overlap.delay, partial(self._compare, t))
+        if self._escape is not None and (reset := self._escape.run()) is not None:
+            self._resets.append(reset)
+        return True
+
+    def _compare(self, t: int) -> None:
+        """Compare the anchors of all fragments, which must be equal on all workers."""
+
+        def named() -> list[tuple[str, Tensor]]:
+            return [(f"anchor of {p.name}", view) for f in self._fragments for p, view in f.named(f.anchor.flat)]
+
+        self._drift.compare(t, [part.anchor.flat for part in self._fragments], named)
+
+    def _set_anchor_before_first_step(self) -> None:
+        """Set the anchor to x until a step has moved x, since weights may have been loaded."""
+        joined = self.membership is not None and self.membership.joined
+        if self.steps == 0 and not self._has_begun and not joined:
+            self._set_anchors()
+
+    @torch.no_grad()
+    def _set_anchors(self) -> None:
+        for part in self._fragments:
+            part.anchor.set_from_parameters()
+        if self._escape is not None:
+            self._escape.begin()
+
+    def _check_here(self, call: str) -> None:
+        """Raise RuntimeError while parameters are at the anchor, and so do not show this worker's progress."""
+        if self._at_anchor:
+            raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
+
+    # Workers that sit out, join and leave.
 
     @property
     def sampled(self) -> bool:
         """True if this worker is in the next exchange (see `sample`); one that is not may train, or `sit_out`."""
-        return self._participation.share_after(self._rounds.next_after(self.steps)) > 0
+        next_round = self.steps + min(part.until_due(self.steps) for part in self._fragments)
+        return self._participation.share_after(next_round) > 0
 
     def sit_out(self) -> None:
         """Stand in for the inner steps up to the next exchange, and take part in it without an update; collective.
@@ -315,57 +356,59 @@ class LocalUpdates:
 
     @torch.no_grad()
     def join(self) -> None:
-        """Wait for the other workers' next round, and have their anchor after it; with a manager, before training.
+        """Wait for the other workers' next round, and continue at their anchor; with a manager, before training.
 
-        The first step does it otherwise, and its gradient, which was taken elsewhere, is dropped. A worker that was
+        The first step does it otherwise, and its gradient, which was computed elsewhere, is dropped. A worker that was
         here before continues with the memory in its file. Raises RuntimeError without a manager.
         """
-        if self.membership is None:
-            raise RuntimeError("join is for workers that come and go: LocalUpdates(..., workers=Elastic(...))")
-        self._check_here("join()")
-        if self.membership.joined:
-            return
-        self._meet()
-        self.membership.join()
-        self.steps = max(self.steps, self.membership.steps)
+        membership = self._elastic("join")
+        if not membership.joined:
+            self._set_anchor_before_first_step()
+            membership.join()
+            self.steps = max(self.steps, membership.steps)
 
+    @torch.no_grad()
     def leave(self) -> bool:
-        """Hand this worker's memory over and take no part any more; with a manager, before the process ends early.
+        """Save or send this worker's memory, and leave; with a manager, before the process ends early.
 
         It goes to the file that `Elastic` names or, without a file or if that cannot be written, with one more round,
         uncompressed. Returns False, with an error in the log, if that is impossible: then something is lost. Raises
         RuntimeError without a manager.
         """
+        return self._elastic("leave").leave()
+
+    def _elastic(self, call: str) -> Membership:
         if self.membership is None:
-            raise RuntimeError("leave is for workers that come and go: LocalUpdates(..., workers=Elastic(...))")
-        self._check_here("leave()")
-        with torch.no_grad():
-            return self.membership.leave()
+            raise RuntimeError(f"{call} is for workers that come and go: LocalUpdates(..., workers=Elastic(...))")
+        self._check_here(f"{call}()")
+        return self.membership
+
+    # Counts and records.
 
     @property
     def rounds(self) -> int:
-        """Exchanges of fragments that have landed and were taken."""
-        return self._rounds.count
+        """The number of applied exchanges of fragments."""
+        return sum(part.rounds for part in self._fragments)
 
     @property
     def skips(self) -> list[Skip]:
-        """The rounds that were left out since this was made or loaded."""
-        return self._rounds.skips.list
+        """The rounds that were rejected since this was made or loaded."""
+        return self._outcomes.skips.list
 
     @property
     def skipped(self) -> int:
-        """The number of skipped rounds in total."""
-        return self._rounds.skips.count
+        """The number of rejected rounds in total."""
+        return self._outcomes.skips.count
 
     @property
     def drifts(self) -> list[Drift]:
         """The comparisons at which workers' anchors differed (see `Compression.compare_every`)."""
-        return self._rounds.drifts
+        return self._drift.found
 
     @property
     def resets(self) -> list[Reset]:
         """The firings of the escape check."""
-        return self._rounds.resets
+        return self._resets
 
     @property
     def lost(self) -> float:
@@ -380,29 +423,34 @@ class LocalUpdates:
     @property
     def contraction(self) -> float | None:
         """The share of its energy that this worker's v kept when last measured (see `Compression.monitor_every`)."""
-        found = [part.monitor.whole for part in self._fragments if part.monitor.whole is not None]
+        found = [part.contraction.whole for part in self._fragments if part.contraction.whole is not None]
         return sum(found) / len(found) if found else None
 
     @property
     def uncompressed(self) -> Bytes:
         """The bytes of an exchange of gradients at every step so far: ring all-reduces."""
-        return ring_all_reduce(self.steps * self._bytes, self._channel.group.size)
+        size = sum(local_part(p).nbytes for p in self._parameters.values())
+        return ring_all_reduce(self.steps * size, self._channel.group.size)
 
     @property
     def exchanging(self) -> bool:
-        """True if an exchange began after the last inner step; the same on all workers."""
+        """True if an exchange began after the last inner step; identical on all workers."""
         if self.membership is not None:
             return self.membership.exchanged
-        return self._rounds.is_due(self.steps)
+        return any(part.is_due(self.steps) for part in self._fragments)
 
     def forgive(self) -> None:
-        """Count skipped rounds in a row from 0: a caller that continues after NonFiniteError may have mended it."""
-        self._rounds.skips.took()
+        """Reset the count of consecutive rejected rounds: a caller may have corrected the cause of a NonFiniteError."""
+        self._outcomes.skips.reset_streak()
+
+    # The anchor, and what it has not received.
 
     @torch.no_grad()
     def wait(self) -> None:
-        """Wait for running exchanges, so that the ledger has their bytes; they land when they are due."""
-        self._rounds.wait()
+        """Wait for running exchanges, so that the ledger has their bytes; they are applied when they are due."""
+        for part in self._fragments:
+            if part.current is not None:
+                part.close()
 
     @torch.no_grad()
     def error(self) -> Tensor:
@@ -416,65 +464,79 @@ class LocalUpdates:
         """
         if self.membership is not None:
             raise RuntimeError("error is of workers that are all there; with a manager, pending() is this worker's own")
-        self._check_here("error()")
-        self._meet()
-        return self._flat(self._rounds.error(self.steps))
+        found = self._unapplied("error()")
+        for vector in found:
+            vector.mul_(self._participation.share())
+            self._lockstep.run("calls error()", self.steps, partial(self._channel.mean, vector, "inspection"))
+        return self._joined(found)
 
     @torch.no_grad()
     def pending(self) -> Tensor:
         """Return minus what the anchor has not received of this worker, float[d], in the optimizer's order."""
-        self._check_here("pending()")
-        self._meet()
-        return self._flat(self._rounds.pending())
+        return self._joined(self._unapplied("pending()"))
 
-    def _flat(self, found: Mapping[str, Tensor]) -> Tensor:
+    def _unapplied(self, call: str) -> list[Tensor]:
+        """Return this worker's unapplied updates, float[n] of each fragment; waits for running exchanges."""
+        self._check_here(call)
+        self._set_anchor_before_first_step()
+        self.wait()
+        return [part.unapplied() for part in self._fragments]
+
+    def _joined(self, vectors: Iterable[Tensor]) -> Tensor:
+        """Return vectors of the fragments as one, float[d], in the optimizer's order."""
+        found = by_parameter(self._fragments, vectors)
         return torch.cat([found[name].reshape(-1) for name in self._parameters])
 
     def anchor(self) -> dict[str, Tensor]:
         """Return copies of the anchor a by parameter, float32 or wider and shaped as this process's shard of it.
 
-        The anchor is the same on all workers.
+        The anchor is identical on all workers.
         """
-        self._meet()
-        found = self._rounds.anchor()
-        return {name: found[name] for name in self._parameters}
+        self._set_anchor_before_first_step()
+        found = by_parameter(self._fragments, [part.anchor.flat for part in self._fragments])
+        return {name: found[name].clone() for name in self._parameters}
 
     @contextmanager
     def at_anchor(self) -> Iterator[None]:
-        """Have the parameters at the anchor for a while: to evaluate, certify or save one model for all workers.
+        """Set the parameters to the anchor within a context: to evaluate, certify or save one model for all workers.
 
-        Within, a step of the optimizer and whatever looks at this worker's own changes, as `flush`, raise RuntimeError.
+        Within, a step of the optimizer and calls that read this worker's own changes, as `flush`, raise RuntimeError.
         """
-        self._meet()
+        self._set_anchor_before_first_step()
+        before = [x.clone() for part in self._fragments for x in part.anchor.tensors()]
         with torch.no_grad():
-            before = [[x.clone() for x in part.tensors()] for part in self._fragments]
             for part in self._fragments:
-                part.go_to(part.anchor.views)
-        self._looks += 1
+                part.anchor.set_parameters(part.anchor.views)
+        self._at_anchor += 1
         try:
             yield
         finally:
-            self._looks -= 1
-            with torch.no_grad():
-                for part, kept in zip(self._fragments, before, strict=True):
-                    for x, old in zip(part.tensors(), kept, strict=True):
-                        x.copy_(old)
+            self._at_anchor -= 1
+            xs = [x for part in self._fragments for x in part.anchor.tensors()]
+            for x, old in zip(xs, before, strict=True):
+                x.copy_(old)
 
     @torch.no_grad()
     def flush(self) -> bool:
         """Exchange all that is pending, uncompressed, so that all workers have the anchor and no errors; collective.
 
-        For the end of training. Running exchanges land first; then each fragment has a round with C(v) = v, without
-        noise. Returns whether all of it was taken. With a manager the round is one of all that are there, whether or
-        not they have come to their end.
+        For the end of training. Running exchanges are applied first; then each fragment has a round with C(v) = v,
+        without noise. Returns True if all of it was applied. With a manager the round is one of all that are there,
+        whether or not they have come to their end.
         """
         self._check_here("flush()")
-        self._meet()
+        self._set_anchor_before_first_step()
         if self._others is not None:
             self._others.warn()
         if self.membership is not None:
-            return self.membership.round(dense=True)
-        return self._rounds.flush(self.steps)
+            return self.membership.round(uncompressed=True)
+        applied = [self._finish_round(part) for part in self._fragments if part.current is not None]
+        share = self._participation.share()
+        for part in self._fragments:
+            applied.append(self._begin_round("calls flush()", part, share, delay=0, uncompressed=True))
+        return all(applied)
+
+    # State.
 
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, tensors and plain types; collective during an exchange.
@@ -482,29 +544,46 @@ class LocalUpdates:
         It has anchors, error memories, running exchanges, the outer optimizer's state and the counts. The parameters
         and the inner optimizer's state are each worker's own, and are saved separately, on every worker.
         """
-        self._meet()
+        self._set_anchor_before_first_step()
+        self.wait()
         return {
             "format": local_state.FORMAT,
             "identity": self._identity(),
             "steps": self.steps,
-            **self._rounds.state_dict(),
+            "fragments": [part.state_dict() for part in self._fragments],
+            **{name: None if part is None else part.state_dict() for name, part in self._optional().items()},
+            "skips": self._outcomes.skips.state_dict(),
+            "resets": [asdict(reset) for reset in self._resets],
+            "drifts": [asdict(drift) for drift in self._drift.found],
             "ledger": self.ledger.state_dict(),
             **({} if self.membership is None else {"membership": self.membership.state_dict()}),
         }
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state`."""
-        local_state.check_fits(state, self._fragments, self._identity(), self._rounds.optional())
+        local_state.check_fits(state, self._fragments, self._identity(), self._optional())
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
         self.check_state_dict(state)
         self.steps = state["steps"]
-        self._rounds.load_state_dict(state)
+        for part, saved in zip(self._fragments, state["fragments"], strict=True):
+            part.load_state_dict(saved)
+        for name, stage in self._optional().items():
+            if stage is not None:
+                stage.load_state_dict(state[name])
+        self._outcomes.skips.load_state_dict(state["skips"])
+        self._resets = [Reset(**reset) for reset in state["resets"]]
+        self._drift.found = [Drift(**drift) for drift in state["drifts"]]
+        self._drift.resume(self._fragments[-1].rounds)
         self.ledger.load_state_dict(state["ledger"])
         if self.membership is not None:
             self.membership.load_state_dict(state["membership"], self.steps)
+
+    def _optional(self) -> dict[str, Optimizer | AnchorEscape | None]:
+        """Return the parts with a state of their own that not every run has, by name."""
+        return {"outer": self.outer, "escape": self._escape}
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be equal at loading and at saving."""
@@ -522,15 +601,15 @@ class LocalUpdates:
     def split_state(
         self, state: Mapping[str, Any], workers: int
     ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
-        """Return what of a `state` of `workers` others get the mean of, by place, and what they all get."""
+        """Return the tensors of a `state` that another number of workers gets the mean of, by place, and the rest."""
         return local_state.split_state(state, self._fragments, workers)
 
     def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
-        """Put means in a state, in place, and make it this worker's."""
+        """Write means into a state, in place, and set this worker's identity."""
         local_state.put_means(state, means, self._identity())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse copying and pickling: optimizer, anchor and group belong together. Use `state_dict`."""
+        """Raise TypeError: optimizer, anchor and group belong together. Use `state_dict`."""
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")
 
 

@@ -11,7 +11,7 @@ from packsaddle.comm.group import Solo
 from packsaddle.compressors import Compressor, RandomK
 from packsaddle.errors import ConfigError
 from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.slices import FlatParameters
+from packsaddle.feedback.parameters import FlatParameters
 from packsaddle.options.schema import nearest
 from packsaddle.plan.timing import side_by_side
 from packsaddle.runs.config import DataConfig, ModelConfig
@@ -59,8 +59,7 @@ class ModelSize:
         """Return the size of the `trained` parameters of a model called `name`."""
         parameters = list(trained)
         flat = FlatParameters([{"params": parameters}], _DENSE_BELOW)
-        shapes = tuple(parameters[i].shape for i in flat.compressed)
-        return cls(name, flat.compressed_d, flat.d - flat.compressed_d, shapes)
+        return cls(name, flat.compressed_d, flat.d - flat.compressed_d, tuple(flat.shapes))
 
 
 def _char_transformer() -> CharTransformer:

@@ -159,7 +159,7 @@ class CompressedTraining(Training):
 
     def forgive(self) -> None:
         """See `Training`."""
-        self._optimizer.guard.skips.took()
+        self._optimizer.reset_skip_streak()
 
     def moved(self) -> Mapping[str, Bytes]:
         """See `Training`."""

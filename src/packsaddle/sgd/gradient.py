@@ -10,8 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from packsaddle.feedback.memory import Update
 from packsaddle.feedback.noise import GaussianNoise
-from packsaddle.feedback.slices import FlatParameters, Shaped
+from packsaddle.feedback.parameters import FlatParameters
+from packsaddle.feedback.slices import Shaped
 from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_bad
 
 T = TypeVar("T")
@@ -54,7 +56,7 @@ class Storm:
 class Gradient:
     """u = grad F_i(x) + weight_decay x + xi.
 
-    A parameter without a gradient counts as one whose gradient is zero. The vectors of a direction change when `settle`
+    A parameter without a gradient counts as one whose gradient is zero. The vectors of a direction change when `close`
     commits the step.
     """
 
@@ -96,7 +98,7 @@ class Gradient:
         self.perturb(out.flat, scales, extras)
         return True
 
-    def take_back(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
+    def subtract(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
         """Subtract scale u from out, float[d], while gradients and x are as they were when it was added."""
         self.perturb(out.flat, [-scale for scale in scales], extras)
         for view, grad, alpha in self._sums(out, scales, extras):
@@ -113,7 +115,7 @@ class Gradient:
         """Return the name of the first parameter with an invalid gradient, None without one."""
         return first_bad(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
-    def settle(self, *, taken: bool) -> None:
+    def close(self, *, apply: bool) -> None:
         """Commit the vectors of the step, or roll back."""
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
@@ -137,14 +139,14 @@ class Gradient:
                     out.views[i].copy_(base.views[i])
 
     def _add_noise(self, out: Tensor, scales: Sequence[float], extras: Extras) -> None:
-        for run in self._flat.runs:
+        for run in self._flat.ranges:
             if extras.noise is not None and run.stop > extras.noisy_from:
                 start = max(run.start, extras.noisy_from)
                 extras.noise.add_to(out[start : run.stop], scales[run.group], start)
 
     def _add_decay(self, out: Tensor, scales: Sequence[float], decays: Sequence[float]) -> None:
         """The decay is part of the objective, so its gradient is compressed with the rest."""
-        for run in self._flat.runs:
+        for run in self._flat.ranges:
             if decays[run.group]:
                 stretch = slice(run.start, run.stop)
                 out[stretch].add_(self._flat.x[stretch], alpha=scales[run.group] * decays[run.group])
@@ -188,8 +190,8 @@ class _Gathered(Gradient):
     def spare_bytes(self) -> int:
         return 0 if self._next is self._now else self._next.flat.nbytes
 
-    def settle(self, *, taken: bool) -> None:
-        if taken:
+    def close(self, *, apply: bool) -> None:
+        if apply:
             self._now, self._next = self._next, self._now
             self.started = True
 
@@ -197,7 +199,7 @@ class _Gathered(Gradient):
         """Set out to base + factor scale times the next vector."""
         for view in self._flat.frozen(self._next.flat):
             view.zero_()
-        for run in self._flat.runs:
+        for run in self._flat.ranges:
             part, alpha = slice(run.start, run.stop), factor * scales[run.group]
             torch.add(base.flat[part], self._next.flat[part], alpha=alpha, out=out.flat[part])
 
@@ -283,9 +285,9 @@ class StormGradient(_Gathered):
     def first_bad(self) -> str | None:  # of both gradients
         return super().first_bad() or first_bad(zip(self._flat.names, self._next.views, strict=True))
 
-    def settle(self, *, taken: bool) -> None:
-        super().settle(taken=taken)
-        if taken:
+    def close(self, *, apply: bool) -> None:
+        super().close(apply=apply)
+        if apply:
             self._previous.copy_(self._here)
 
     def vectors(self) -> dict[str, Tensor]:
@@ -296,13 +298,20 @@ class StormGradient(_Gathered):
 
 
 @dataclass(frozen=True)
-class GradientUpdate:
+class GradientUpdate(Update):
     """scale u of one step, float[d], which is never made as a vector of its own; scales by parameter group."""
+
+    is_revocable = True
 
     direction: Gradient
     scales: Sequence[float]
     extras: Extras
-    bounded: bool = True  # whether weight decay and noise are small enough for gradients alone to tell if it is finite
+    is_known_invalid: bool = False  # a GradScaler found an Inf
+    x_is_large: bool = False  # then weight decay may overflow, and gradients alone do not show if u is finite
+
+    @property
+    def norm(self) -> Tensor | None:  # type: ignore[override]
+        return None if self.x_is_large else self.direction.norm
 
     def add(self, base: Shaped, out: Shaped) -> None:
         """Set out to base + scale u, both float[d]; out may be base."""
@@ -310,11 +319,12 @@ class GradientUpdate:
 
     def add_if_finite(self, out: Shaped) -> bool:
         """Add scale u to out, float[d], in place, unless that may not be finite: see `Gradient.add_if_finite`."""
-        return self.bounded and self.direction.add_if_finite(out, self.scales, self.extras)
+        bounded = not (self.is_known_invalid or self.x_is_large)
+        return bounded and self.direction.add_if_finite(out, self.scales, self.extras)
 
-    def take_back(self, out: Shaped) -> None:
+    def subtract(self, out: Shaped) -> None:
         """Subtract scale u from out, float[d], within the same step."""
-        self.direction.take_back(out, self.scales, self.extras)
+        self.direction.subtract(out, self.scales, self.extras)
 
     def perturb(self, out: Tensor) -> None:
         """Add scale u to out, float[d], which has its gradient already."""

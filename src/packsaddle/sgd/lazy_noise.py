@@ -11,7 +11,7 @@ from packsaddle.comm.aggregators import Aggregator, AllReduce, Averaged
 from packsaddle.compressors.sparse import Cells
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import GaussianNoise, Noise
-from packsaddle.feedback.slices import FlatParameters
+from packsaddle.feedback.parameters import FlatParameters
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
 _NEGLIGIBLE = 1e-9  # of a sum in double precision
@@ -113,6 +113,7 @@ class Perturber:
     ) -> None:
         self._noise, lazy = noise, noise.lazy
         self._seed, self._flat, self._d = seed, flat, flat.compressed_d
+        self._step = 0  # t of the last draw
         self._outstanding: OutstandingNoise | None = None
         self.grown = 0.0  # the standard deviation, in units of x, of the noise that the last step left outstanding
         # Noise may wait where all workers send the same cells, e is its only way to x, and nothing else reads e.
@@ -141,7 +142,7 @@ class Perturber:
 
     def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
         """Return xi_t (None: zero), and the number of first coordinates whose noise stays outstanding."""
-        xi = self._noise.drawn(seed=self._seed, step=step)
+        xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
         if self._outstanding is None:
             return xi, 0
@@ -158,7 +159,7 @@ class Perturber:
             memory.add(outstanding.draw(memory.vector[: self._d], seed=self._seed, step=step))
             outstanding.clear()
 
-    def join(self, g: Averaged, unit: float, step: int) -> None:
+    def add_outstanding(self, g: Averaged, unit: float) -> None:
         """Add the outstanding noise of the cells that this step exchanged to their values in g, which all apply.
 
         Values are in multiples of `unit`. This step's noise becomes outstanding first. No-op if noise is never so.
@@ -169,11 +170,11 @@ class Perturber:
         if self._outstanding.anything:
             message = g.mean[0].message
             values = message.parts["values"]
-            self._outstanding.take(message.context, values, 1 / unit, seed=self._seed, step=step)
+            self._outstanding.take(message.context, values, 1 / unit, seed=self._seed, step=self._step)
 
     @property
-    def reach(self) -> float:
-        """By how much `join` can move x in this step: Gaussians of 32 random bits stay below 7."""
+    def bound(self) -> float:
+        """A bound on the change of x by `add_outstanding`: Gaussians of 32 random bits stay below 7."""
         return 0.0 if self._outstanding is None else 7 * math.hypot(self.grown, self._outstanding.std)
 
     def snapshot(self) -> Any:
@@ -184,7 +185,7 @@ class Perturber:
         """Have outstanding what was when `snapshot` was made."""
         self._outstanding = snapshot
 
-    def add_outstanding(self, pending: Tensor, step: int) -> Tensor:
+    def pending(self, pending: Tensor, step: int) -> Tensor:
         """Return eta e, float[d], with outstanding noise: drawn anew for each t, so looking does not change the run."""
         if self._outstanding is None or not self._outstanding.anything:
             return pending

@@ -1,7 +1,7 @@
 """CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD" as a torch optimizer.
 
-Read `CompressedSGD.step` first. What it calls is its parts': `gradient` and `memory` make v, `error_feedback` is the
-round in which it is exchanged, `stages` are noise, guard, drift and escape.
+Read `CompressedSGD.step` first. `gradient` makes the update u, and `feedback.round` the exchange of v = e + u, a
+transaction. `FlatTarget` applies its mean to x.
 """
 
 import math
@@ -20,17 +20,17 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import is_averaged_by_ddp, training_group
 from packsaddle.comm.ledger import Ledger
-from packsaddle.comm.select_aggregator import choose, warn_of_nothing
+from packsaddle.comm.select_aggregator import warn_of_nothing
 from packsaddle.compressors import Compressor, RandomK, describe
 from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.contraction import ContractionMonitor
+from packsaddle.feedback.contraction import Contraction
 from packsaddle.feedback.drift import Drift, DriftGuard, StepRates
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
-from packsaddle.feedback.guard import NonFiniteError, NonFiniteGuard, Skip
-from packsaddle.feedback.memory import make_memory
+from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, NonFiniteError, Skip, Skips
+from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.round import ErrorFeedback, Round
-from packsaddle.feedback.slices import FlatParameters
+from packsaddle.feedback.parameters import FlatParameters
+from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.state import FORMAT, check_fits, fill, put_means, split_state
 from packsaddle.numerics.finite import unnoticed
 from packsaddle.numerics.kernels import compiler
@@ -38,8 +38,42 @@ from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_direction
 from packsaddle.sgd.lazy_noise import Perturber
+from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
+
+
+class FlatTarget:
+    """x as the target of a round. A step that would overflow it is rejected."""
+
+    defers = False
+
+    def __init__(self, flat: FlatParameters, memory: ErrorMemory, noise: Perturber) -> None:
+        self._flat, self._memory, self._noise = flat, memory, noise
+        self.x_was_large = False  # a step might have overflowed x
+
+    def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
+        """Subtract the mean g from x (line 11)."""
+        # A small step cannot overflow x, whatever x is.
+        bound = self._memory.bound(float(magnitude)) + self._noise.bound
+        if bound <= unnoticed(self._flat.x.dtype):
+            return Applied(rounding=self._move(g))
+        # x may overflow: try it, look, and restore it if it did.
+        self.x_was_large = True
+        moved = {"x": self._flat.x, **self._memory.vectors()}
+        before, noise = {name: vector.clone() for name, vector in moved.items()}, self._noise.snapshot()
+        rounding = self._move(g)
+        if all(bool((moved[name].isfinite() | ~old.isfinite()).all()) for name, old in before.items()):
+            return Applied(rounding=rounding)
+        for name, old in before.items():
+            moved[name].copy_(old)
+        self._noise.restore(noise)
+        return Applied(fits=False)
+
+    def _move(self, g: Averaged) -> Tensor | None:
+        """x <- x - mean_i g^(i), where eta is in the messages or the memory's unit; return the rounding error of x."""
+        self._noise.add_outstanding(g, self._memory.unit)
+        return self._flat.change(lambda x: self._memory.apply_mean(x, g))
 
 
 class CompressedSGD(Optimizer):
@@ -119,32 +153,27 @@ class CompressedSGD(Optimizer):
         # x as one vector, and what workers exchange over.
         self._flat = FlatParameters(self.param_groups, spec.dense_below)
         warn_of_nothing(given, self._flat.compressed_d, spec.dense_below, stacklevel=2)
-        shapes = [self._flat.parameters[i].shape for i in self._flat.compressed]
-        self.compressor = given.for_tensors(shapes)
         self.ledger = Ledger()
         self.channel = Communicator(training_group(process_group), self.ledger)
 
-        # What is made of gradients, what is kept of it, and how it is averaged.
+        # The update, the error memory, the exchange, and where its mean goes.
         spare = spec.max_skipped is not None
         self._direction = make_direction(self._flat, momentum, nesterov, spec.memory, spare=spare)
         rates = partial(self._each, "lr")
         self._memory = make_memory(spec.memory, self._flat, rates, spare=spare, revocable=not self._direction.keeps)
-        self.choice = choose(
-            self.compressor,
-            spec.exchange,
-            d=self._flat.compressed_d,
-            dense=max(self._flat.d - self._flat.compressed_d, int(spare)),
-            workers=self.channel.group.size,
-            itemsize=self._memory.vector.element_size(),
-            back=None if spec.back is None else spec.back.for_tensors(shapes),
+        self.monitor = Contraction(spec.monitor_every, self._flat)
+        self._feedback = ErrorFeedback(
+            self._flat,
+            self._memory,
+            self.channel,
+            Guard("dense" if spare else "none"),
+            self.monitor,
+            seed=self.seed,
+            back=spec.back,
         )
-        self._feedback = ErrorFeedback(self._memory, self.channel, self.seed, self.choice.aggregator)
-
-        # Stages of a step.
-        self.guard = NonFiniteGuard(spec.max_skipped, self.channel)
-        self.monitor = ContractionMonitor(self._flat, spec.monitor_every)
-        self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
-        self._rates = StepRates()
+        self._feedback.use(given, spec.exchange)
+        self.choice = self._feedback.choice
+        self.compressor = self.choice.aggregator.compressor
         self._noise = Perturber(
             Noise.of(noise),
             seed=self.seed,
@@ -153,6 +182,12 @@ class CompressedSGD(Optimizer):
             escape=escape is not None,
             plain=spec.memory != "ef21" and not momentum,
         )
+        self._target = FlatTarget(self._flat, self._memory, self._noise)
+
+        # Checks after a step.
+        self._skips = Skips(spec.max_skipped, self.channel.group.rank)
+        self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
+        self._rates = StepRates()
 
         # All workers must have been given the same, and they start from the same x.
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
@@ -203,16 +238,17 @@ class CompressedSGD(Optimizer):
         with self._busy():
             loss = self._direction.evaluate(closure, self._each("weight_decay"))  # grad F_i(x_t)
         t = self._begin()
-        u = self._perturbed(t)  # line 9: u = eta (grad F_i(x_t) + xi_t)
-        with self._feedback.round(t) as r:  # all workers take the step, or none does
-            v = r.correct(u)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
-            g, weight = self._exchange(r, v, scalars)  # line 10: g^(i) = C(v), and its mean over workers
-            fits, lost = self._apply(g, weight, t)  # line 11: x <- x - mean_i g^(i)
-            if fits:
-                r.absorb(g, lost)  # line 12: eta e^(i) <- v - g^(i)
-        self._settle(t, v, taken=r.taken)
-        if r.taken:
-            self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is taken at the new x
+        update = self._update(t)  # line 9: u = eta (grad F_i(x_t) + xi_t)
+        with self._feedback.round(t) as round:  # all workers take the step, or none does
+            v = round.correct(update)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
+            factors = self._factors(v)
+            round.exchange([self._given(scalars, v), factors])  # line 10: g^(i) = C(v), and its mean over workers
+            self.scalars, mean_factors = round.extras
+            self._compare_factors(factors, mean_factors)
+            round.apply(self._target)  # line 11: x <- x - mean_i g^(i); line 12: eta e^(i) <- v - g^(i)
+        self._finish_step(round)
+        if round.absorbed:
+            self._check_escape()  # lines 4-8 of iteration t + 1, so that the next gradient is at the new x
         return loss
 
     def _check_rates(self) -> None:
@@ -228,7 +264,7 @@ class CompressedSGD(Optimizer):
 
     @contextmanager
     def _busy(self) -> Iterator[None]:
-        """Within, a function of the user's is called, which must not step."""
+        """Guard against re-entry: the closure and the objective must not call step()."""
         if self._is_busy:
             raise RuntimeError("step() was called within a step, by its closure or by the escape check's objective")
         self._is_busy = True
@@ -238,7 +274,7 @@ class CompressedSGD(Optimizer):
             self._is_busy = False
 
     def _begin(self) -> int:
-        """See that parameters and gradients can be read; return t."""
+        """Validate parameters and gradients; return the step index t."""
         if self._step == 0 and is_averaged_by_ddp(self._flat.parameters, self.channel.group):
             raise RuntimeError(
                 "a DistributedDataParallel has these parameters and sends every gradient uncompressed before the step: "
@@ -249,143 +285,125 @@ class CompressedSGD(Optimizer):
             self._escape.begin()
         if not self._memory.in_gradients:
             self._flat.check_gradients()
-        self._memory.check()
+        self._memory.validate()
         self.channel.step = self._step
         return self._step
 
-    def _perturbed(self, t: int) -> GradientUpdate:
-        """Return eta (grad F_i(x_t) + weight_decay x + xi_t), with momentum or STORM what they make of it (line 9)."""
-        lrs = self._each("lr")
+    def _update(self, t: int) -> GradientUpdate:
+        """Return eta (grad F_i(x_t) + weight_decay x + xi_t), with momentum or STORM its sum over steps (line 9)."""
+        lrs, decays = self._each("lr"), self._each("weight_decay")
         noise, noisy_from = self._noise.draw(self._memory, lrs, t)
-        decays = self._each("weight_decay")
         if self.channel.group.size > 1:
             by_group = zip(lrs, decays, strict=True)
             self._rates.add([noise.std if noise else 0.0, *(rate for group in by_group for rate in group)])
-        extras = Extras(decays, noise, noisy_from, scale=self._scale())
-        bounded = not (self.guard.overflowed or self.guard.x_is_large)
-        return GradientUpdate(self._direction, self._memory.scales(lrs), extras, bounded)
-
-    def _scale(self) -> float:
-        """Return a GradScaler's factor of the gradients; note if it found an Inf in them."""
+        # A GradScaler's factor of the gradients, and whether it found an Inf in them.
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found is not None and self._memory.in_gradients:
-            raise RuntimeError('memory="gradient" goes with no GradScaler, which would scale the error memory too')
-        self.guard.overflowed = found is not None and bool(found)
-        return 1.0 if scale is None else float(scale)
+            raise RuntimeError('memory="gradient" does not support a GradScaler, which would scale the error memory')
+        extras = Extras(decays, noise, noisy_from, scale=1.0 if scale is None else float(scale))
+        scales = [1.0] * len(lrs) if self._memory.in_gradient_units else lrs
+        overflowed = found is not None and bool(found)
+        return GradientUpdate(self._direction, scales, extras, overflowed, self._target.x_was_large)
 
-    def _exchange(self, r: Round, v: Tensor, scalars: Tensor | None) -> tuple[Averaged, float]:
-        """Send C(v), v float[d], with what goes dense; average it, and the scalars.
+    def _given(self, scalars: Tensor | None, like: Tensor) -> Tensor:
+        """Return the user's scalars, to be averaged in the same collective, float[n] like `like`."""
+        return like[:0] if scalars is None else scalars.detach().reshape(-1).to(like)
 
-        Returns the outcome, and about its largest magnitude: not finite if it, or a worker's vector, is not.
-        """
-        # A worker whose v is of no use sends zeros, and NaNs in the dense part.
-        self.guard.inspect(v, self._direction.norm, blank=not self._memory.in_gradients)
-        self.monitor.before(r.step, v)
-        dense = v[self._flat.compressed_d :]
-        mark, rates = self.guard.mark(dense), self._rates_of_x(dense)
-        given = dense[:0] if scalars is None else scalars.detach().reshape(-1).to(dense)
-        g, (mark, self.scalars, mean_rates) = r.exchange(v, [mark, given, rates])
-        if len(rates) and not torch.allclose(mean_rates, rates, rtol=1e-5, atol=0):
-            raise RuntimeError(
-                f"workers must have one lr and one noise at every step, but what they make of x's change is "
-                f"{rates.tolist()} here (lr, std of the noise) and {mean_rates.tolist()} in the mean"
-            )
-        return g, self.guard.weigh(g, mark)
+    def _factors(self, like: Tensor) -> Tensor:
+        """Return the factors of the update, which must be equal on all workers: float[2], or [0] if not compared.
 
-    def _rates_of_x(self, like: Tensor) -> Tensor:
-        """Return the factors of x's change, which must be equal on all workers: float[2], or [0] if not compared.
-
-        Compared in the collective there is; on a GPU not at all, since a step would have to wait to read it.
+        On a GPU they are not compared, since a step would have to wait to read them.
         """
         if self.channel.group.size == 1:
             return like[:0]
         can_wait = like.device.type == "cpu"
-        return like.new_tensor(self._memory.rates_of_x(self._noise.grown, lazy=self._noise.lazy, can_wait=can_wait))
+        return like.new_tensor(self._memory.local_factors(self._noise.grown, lazy=self._noise.lazy, can_wait=can_wait))
 
-    def _apply(self, g: Averaged, weight: float, t: int) -> tuple[bool, Tensor | None]:
-        """Subtract the outcome from x, unless x cannot take it; return whether it was, and what `_move` does.
+    def _compare_factors(self, here: Tensor, mean: Tensor) -> None:
+        """Raise RuntimeError if the factors of the update differ between workers."""
+        if len(here) and not torch.allclose(mean, here, rtol=1e-5, atol=0):
+            raise RuntimeError(
+                f"workers must have one lr and one noise at every step, but the factors of the update (lr, std of the "
+                f"noise) are {here.tolist()} here and {mean.tolist()} in the mean"
+            )
 
-        Where x cannot overflow, whatever it is, there is nothing to be looked at and nothing to be undone.
-        """
-        if not math.isfinite(weight):
-            return False, None
-        if self._memory.reach(weight) + self._noise.reach <= unnoticed(self._flat.x.dtype):
-            return True, self._move(g, t)
-        # x may overflow: try it, look, and go back if it did.
-        self.guard.x_is_large = True
-        moved = {"x": self._flat.x, **self._memory.vectors()}
-        before, noise = {name: vector.clone() for name, vector in moved.items()}, self._noise.snapshot()
-        lost = self._move(g, t)
-        if all(bool((moved[name].isfinite() | ~old.isfinite()).all()) for name, old in before.items()):
-            return True, lost
-        for name, old in before.items():
-            moved[name].copy_(old)
-        self._noise.restore(noise)
-        return False, None
-
-    def _move(self, g: Averaged, t: int) -> Tensor | None:
-        """x <- x - mean_i g^(i); eta is in the messages or the memory's unit.
-
-        What 16-bit parameters lose by rounding, the same on every worker, is returned, float[d], to be kept in the
-        error memory, so that y does not lose it.
-        """
-        self._noise.join(g, self._memory.unit, t)
-        return self._flat.change(lambda x: self._memory.apply(x, g))
-
-    def _settle(self, t: int, rest: Tensor, *, taken: bool) -> None:
-        """End a step with an exchange, which has left `rest`, float[d], of v if it was taken."""
-        self._direction.settle(taken=taken)
-        if not taken:
-            self.guard.leave_out(self._direction, t)
-            if self._memory.in_gradients:
-                raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
-        self._count(t, taken=taken)
-        if not taken:
+    def _finish_step(self, round: Round) -> None:
+        """Commit or roll back the direction, count the step or the skip, and compare workers at intervals."""
+        t, applied = round.step, round.absorbed
+        self._direction.close(apply=applied)
+        if not applied:
+            self._skip(round)
             return
-        self.monitor.after(t, rest)
-        self.guard.skips.took()
-        # What all workers should have alike is compared at intervals.
+        self._count(t + 1)
+        self._skips.reset_streak()
         if self._drift.due(t):
             shared = {"": self._flat.x, **self._shared()}
-            self._drift.compare(t, list(shared.values()), lambda: self._flat.named(shared), self._rates)
+            self._drift.compare(t, list(shared.values()), partial(self._named, shared), self._rates)
 
-    def _count(self, t: int, *, taken: bool) -> None:
-        """Count a step, and show what it has put in the place of other vectors."""
-        self._step = t + taken
+    def _named(self, vectors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """Return the parts of some flat vectors, float[d], as "VECTOR of PARAMETER", or the parameter's name alone."""
+        return [
+            (f"{kind} of {place.name}" if kind else place.name, view)
+            for kind, vector in vectors.items()
+            for place, view in self._flat.named(vector)
+        ]
+
+    def _skip(self, round: Round) -> None:
+        """Record a step that all workers skip; collective. Raises NonFiniteError after too many."""
+        # The first invalid parameter of each worker, and its count of consecutive skips.
+        name = (self._direction.first_bad() or THE_SUM) if round.invalid else ""
+        text = torch.tensor(list(name.encode()), dtype=torch.uint8)
+        row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device
+        parts = {"name": text.to(device), "row": row.to(device)}
+        gathered = self.channel.gather(parts, fixed_size=False, purpose="guard")
+        names = [bytes(p["name"].tolist()).decode() for p in gathered]
+        workers = tuple(worker for worker, found in enumerate(names) if found)
+        self._skips.record(Skip(round.step, workers, names[workers[0]] if workers else THE_MEAN))
+        self._skips.check(max(int(p["row"]) for p in gathered))
+        if self._memory.in_gradients:
+            raise NonFiniteError(f'{self.skips[-1]}; with memory="gradient" the error memory is lost with it')
+
+    def _count(self, steps: int) -> None:
+        """Set the step counter, and refresh the views in `self.state`, since a step may swap buffers."""
+        self._step = steps
         for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
             for p, view in zip(self._flat.parameters, views, strict=True):
                 self.state[p][name] = view
+
+    def reset_skip_streak(self) -> None:
+        """Reset the count of consecutive skips, so that training may continue after NonFiniteError."""
+        self._skips.reset_streak()
 
     def _check_escape(self) -> None:
         """Lines 4-8."""
         if self._escape is None:
             return
         with self._busy():
-            reset, lost = self._escape.run(self._step, self._outstanding())
+            reset, rounding = self._escape.run(self._step, self._outstanding())
         if reset is not None:
-            self._feedback.reset(lost)
+            self._feedback.reset(rounding)
             if not reset.committed:
                 self._direction.reset()
             self.resets.append(reset)
 
     @property
     def steps(self) -> int:
-        """The number of steps taken, t."""
+        """The number of applied steps, t."""
         return self._step
 
     @property
     def skips(self) -> list[Skip]:
-        """The steps that were left out since the optimizer was made or loaded (see `Compression.max_skipped`)."""
-        return self.guard.skips.list
+        """The skipped steps since construction or loading (see `Compression.max_skipped`)."""
+        return self._skips.list
 
     @property
     def skipped(self) -> int:
         """The number of skipped steps in total."""
-        return self.guard.skips.count
+        return self._skips.count
 
     @property
     def spare_bytes(self) -> int:
-        """Memory that only a step which is left out needs: what `max_skipped=None` saves."""
+        """Bytes of the vectors that exist only to roll a step back, which `max_skipped=None` saves."""
         return self._memory.spare_bytes + self._direction.spare_bytes
 
     @property
@@ -437,8 +455,8 @@ class CompressedSGD(Optimizer):
         if 0.0 in self._each("lr"):
             raise RuntimeError("error() divides by the learning rate, which is 0; use corrected()")
         e = self._mean_pending()
-        for run in self._flat.runs:
-            e[run.start : run.stop].div_(self._each("lr")[run.group])
+        for part in self._flat.ranges:
+            e[part.start : part.stop].div_(self._each("lr")[part.group])
         return self._flat.in_order(e)
 
     @torch.no_grad()
@@ -452,7 +470,7 @@ class CompressedSGD(Optimizer):
 
     def _outstanding(self) -> Tensor:
         """This worker's part of eta e: its own memory, what the aggregator holds back, outstanding noise."""
-        return self._noise.add_outstanding(self._feedback.pending(), self._step)
+        return self._noise.pending(self._feedback.pending(), self._step)
 
     def _mean_pending(self) -> Tensor:
         return self.channel.mean(self._outstanding().clone(), "inspection")
@@ -464,7 +482,7 @@ class CompressedSGD(Optimizer):
         """The flat vectors of a checkpoint: this worker's memory, and x_t' if there is an escape check."""
         anchor = {"anchor": self._escape.anchor} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
-        return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.held()}
+        return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
 
     def _shared(self) -> dict[str, Tensor]:
         """Those of them that are the same on every worker."""
@@ -490,7 +508,7 @@ class CompressedSGD(Optimizer):
             group["anchor_step"] = self._escape.anchor_step if self._escape else 0
         state["exchange"] = self.choice.aggregator.state_dict()
         state["noise"] = self._noise.state_dict()
-        state["guard"] = self.guard.skips.state_dict()
+        state["guard"] = self._skips.state_dict()
         state["ledger"] = self.ledger.state_dict()
         state["monitor"] = self.monitor.state_dict()
         state["resets"] = [asdict(reset) for reset in self.resets]
@@ -513,7 +531,7 @@ class CompressedSGD(Optimizer):
         # torch would cast state to the parameters' dtype, so only the groups go through it.
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         fill(state_dict, self._flat, self._flat_state())
-        self._memory.reload(unit)
+        self._memory.after_load(unit)
         self._publish_state()
         self._step = step
         if self._escape:
@@ -523,7 +541,7 @@ class CompressedSGD(Optimizer):
                 group.pop(name, None)
         self.choice.aggregator.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
         self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
-        self.guard.skips.load_state_dict(state_dict.get("guard", {}))
+        self._skips.load_state_dict(state_dict.get("guard", {}))
         self.ledger.load_state_dict(state_dict.get("ledger", []))
         self.monitor.load_state_dict(state_dict.get("monitor", {}))
         self.resets = [Reset(**reset) for reset in state_dict.get("resets", [])]

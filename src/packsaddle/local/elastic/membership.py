@@ -1,26 +1,25 @@
-"""Local updates of workers that come and go: the rounds that a torchft Manager commits, and who is in them.
+"""Rounds of local updates whose workers come and go: a torchft Manager commits them.
 
-A round of local updates is a transaction of `error_feedback` anyway. Here it is tried by those that are in torchft's
-quorum, and the vote decides:
+The workers in torchft's quorum exchange a round, which the fragments can roll back, and the vote decides:
 
     quorum     who is there; a worker that is behind gets the state of one that is not (`_recover`)
     hello      who they are, and whether they agree: one all-gather of some numbers
     exchange   C(share v) of the fragment whose turn it is, averaged; share = W w_i / sum_j w_j, 1 without weights
     confirm    an all-gather, which ends on one worker only if all have what was exchanged
-    vote       Manager.should_commit: all is taken, or all is as before and tried again with whoever is left
+    vote       Manager.should_commit: all commit, or all roll back and repeat it with the workers that are left
 
-A worker whose confirmation fails does not know whether another has committed the round. It keeps what it tried until
-the next quorum: if others are ahead, their state says which of this worker's attempts is in the anchor, and what was
-tried is taken or forgotten accordingly. So nothing is applied twice, and nothing is dropped.
+A worker whose confirmation fails does not know whether another has committed the round. It keeps the exchange until the
+next quorum: if others are ahead, their state says which of this worker's attempts is in the anchor, and the exchange is
+committed or rolled back accordingly. So nothing is applied twice, and nothing is dropped.
 
-A worker's first round is one in which it only listens (w_i = 0), as is any of one that has not moved.
+A worker's first round is one in which it only receives (w_i = 0), as is any of one that has not moved.
 """
 
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -47,8 +46,9 @@ from packsaddle.local.elastic.memory_file import (
 )
 from packsaddle.local.elastic.roster import Account, Hello, Roster, most
 from packsaddle.local.elastic.sigterm import LeavingError, Sigterm, end_process
-from packsaddle.local.fragment import Fragment
-from packsaddle.local.options import Elastic
+from packsaddle.local.fragment import Fragment, by_parameter
+from packsaddle.local.options import Elastic, LocalOptions
+from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import share
 from packsaddle.numerics.seeds import mix
 
@@ -63,7 +63,7 @@ class Attempt:
     hellos: Sequence[Hello]  # by rank
     weights: Sequence[float]  # by rank
     norms: Sequence[float]  # by rank, of the memories afterwards
-    parts: Sequence[Fragment]  # with their flights
+    parts: Sequence[Fragment]  # with their exchanges
 
 
 class RoundFailedError(RuntimeError):
@@ -73,8 +73,8 @@ class RoundFailedError(RuntimeError):
 class Membership:
     """This worker's part in the rounds of a Manager.
 
-    `send(part, dense, share)` makes a fragment's flight, exchanges it, and returns ||v||^2; `land(part)` applies a
-    committed one. Both are `LocalUpdates`'s. `arguments` is the text of all that must be equal on every worker.
+    `inner` and `outer` are the optimizers of x and of the anchor, `outcomes` records rounds, `arguments` is the text of
+    all that must be equal on every worker.
 
     >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
     >>> local.join()  # doctest: +SKIP
@@ -83,30 +83,27 @@ class Membership:
 
     def __init__(
         self,
-        settings: Elastic,
-        channel: Communicator,
+        options: LocalOptions,
         fragments: Sequence[Fragment],
+        channel: Communicator,
         inner: Optimizer,
         outer: Optimizer | None,
-        *,
-        every: int,
-        compare_every: int,
+        outcomes: Outcomes,
         arguments: str,
-        send: Callable[[Fragment, bool, float], float],
-        land: Callable[[Fragment], bool],
     ) -> None:
+        settings = options.workers
+        assert isinstance(settings, Elastic)
         assert isinstance(channel.group, ManagedGroup)
         self.settings, self._channel, self._group = settings, channel, channel.group
-        self._fragments, self._send, self._land = fragments, send, land
-        self._inner, self._outer = inner, outer
+        self._fragments, self._inner, self._outer, self._outcomes = fragments, inner, outer, outcomes
+        self._compare_every = options.compression.compare_every
         self._arguments, self._arguments_hash = arguments, mix(*arguments.encode()) >> 1
-        self._compare_every = compare_every
         self._file = None if settings.memory_file is None else OwnFile(Path(settings.memory_file))
         self._device = fragments[0].anchor.flat.device
-        self.period = max(1, every // len(fragments))  # inner steps of the fastest worker between two rounds
+        self.period = max(1, options.every // len(fragments))  # inner steps of the fastest worker between two rounds
 
         # Of this worker.
-        self.worker = _new_name()
+        self.worker = int.from_bytes(os.urandom(8), "little") >> 1  # its name
         self.joined = False
         self.exchanged = False  # there was a round after the last inner step
         self.steps = 0  # inner steps; a newcomer's count starts at that of the worker which sent its state
@@ -114,7 +111,7 @@ class Membership:
         self._target = self.period  # inner steps from one round to the next
         self._resumed = time.monotonic()  # when the last round ended
         self._energy = 0.0  # ||v||^2 of the uncommitted round
-        self._doubt: Sequence[Fragment] = ()  # whose flights may have been committed by others
+        self._in_doubt: Sequence[Fragment] = ()  # whose exchanges may have been committed by others
         self._handed = False  # after SIGTERM: the memory is saved, or nothing is pending
         self._sends_all = False  # leaving without a saved memory: the next round is the last
 
@@ -143,7 +140,7 @@ class Membership:
 
     def join(self) -> None:
         """Take part in a round without an update, which loads the others' state."""
-        self.round(dense=False)
+        self.round(uncompressed=False)
         self.account.ahead = self.account.since  # of a restored worker: steps since its last round
         self._take_up()
         _log.info("worker %x joins at round %d, with %d others", self.worker, self._rounds, self.workers - 1)
@@ -155,10 +152,12 @@ class Membership:
         if self._sigterm.asked:
             self._exit()
         if self.account.ahead >= self._target:
-            self.round(dense=False)
+            self.round(uncompressed=False)
 
-    def round(self, *, dense: bool, patience: float | None = None) -> bool:
-        """Repeat a round until it is committed; return True if all of it was applied. `dense`: send everything pending.
+    def round(self, *, uncompressed: bool, patience: float | None = None) -> bool:
+        """Repeat a round until it is committed; return True if all of it was applied.
+
+        `uncompressed`: send everything that is pending.
 
         Raises PeerLostError if none is committed in `patience` seconds, and ConfigError if this worker does not fit the
         others.
@@ -170,13 +169,13 @@ class Membership:
         while True:
             reason = ""
             try:
-                taken = self._once(dense, seconds)
+                taken = self._once(uncompressed, seconds)
             except LeavingError:
                 self._exit()
             except RoundFailedError as error:
                 taken, reason = None, str(error)
             except BaseException:
-                self._forget()
+                self._roll_back()
                 raise
             # Committed, and the last round of a worker that leaves without a saved memory.
             if taken is not None:
@@ -186,7 +185,7 @@ class Membership:
                 return taken
             # Not committed: all is as before, and is repeated with the workers that are left.
             if time.monotonic() - arrived > until:
-                self._forget()
+                self._roll_back()
                 why = f": {' '.join(reason.split())[:200]}" if reason else ""
                 raise PeerLostError(f"no round has come about in {until:g} s{why}")
             if self._sigterm.asked and not self._sends_all:
@@ -196,7 +195,7 @@ class Membership:
     def _once(self, dense: bool, seconds: float) -> bool | None:
         """Attempt a round; return True if it was applied, None if it was not committed."""
         self._quorum()
-        self._settle_doubt(committed=False)  # others that are ahead have said otherwise in `_recover`
+        self._roll_back()  # if others are ahead, `_recover` has decided
         manager = self.settings.manager
         attempt, reason = None, ""
         # After an error no worker may wait for this one in a collective, and the vote must fail.
@@ -210,10 +209,10 @@ class Membership:
                 reason = str(error)
                 manager.report_error(error)
                 self._break()
-        # A round in `_doubt` may be committed on other workers: the next quorum decides.
+        # A round in `_in_doubt` may be committed on other workers: the next quorum decides.
         if not manager.should_commit():
-            if not self._doubt:
-                self._forget()
+            if not self._in_doubt:
+                self._roll_back()
             if attempt is None:
                 raise RoundFailedError(reason or str(manager.errored()))
             return None
@@ -245,7 +244,8 @@ class Membership:
         self.account.attempts += 1
         # Hello: all must agree before the first collective whose size depends on arguments.
         mine = self._hello(dense, seconds)
-        hellos = self._greet(mine)
+        gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
+        hellos = [Hello.unpacked(parts["hello"]) for parts in gathered]
         self._check(hellos, mine)
         # Exchange: fragments in turn, or all of them. Without any weight there is no mean.
         dense = any(hello.dense for hello in hellos)
@@ -253,16 +253,28 @@ class Membership:
         parts = list(self._fragments) if dense else [self._fragments[self._rounds % len(self._fragments)]]
         if not any(weights):
             parts = []
-        self._energy = sum(self._send(part, dense, share(weights, self._group.rank)) for part in parts)
+        self._energy = sum(self._exchange(part, share(weights, self._group.rank), dense) for part in parts)
         # Confirm: it ends on one worker only if all have exchanged; from here on others may commit.
         norm = torch.tensor([self._norm_after()], dtype=torch.float64, device=self._device)
-        self._doubt = parts
+        self._in_doubt = parts
         confirmed = self._channel.gather({"norm": norm}, fixed_size=True, purpose="members")
         return Attempt(hellos, weights, [float(c["norm"][0]) for c in confirmed], parts)
 
+    def _exchange(self, part: Fragment, weight: float, dense: bool) -> float:
+        """Exchange a fragment's local update, without committing it; return norm(v)^2."""
+        p = part.begin(self.steps, weight, uncompressed=dense)
+        self._outcomes.register(part, p)
+        assert p.round is not None
+        energy = _energy(p.round.v)
+        part.exchange(p, self._channel.step, as_vector=self._outer is not None)
+        part.name_workers(p)
+        return energy
+
     def _hello(self, dense: bool, seconds: float) -> Hello:
         compared = self._compare_every > 0 and self._rounds % self._compare_every == 0
-        # A worker that has not joined listens (w = 0); an idle one counts if it has something left to send.
+        # A worker that has not joined only receives (w = 0). An idle one counts if it has an error memory, or unsent
+        # updates of other fragments than the last round's.
+        has_more = len(self._fragments) > 1 and not self.account.since and self._has_pending()
         return Hello(
             worker=self.worker,
             arguments=self._arguments_hash,
@@ -274,19 +286,10 @@ class Membership:
             dense=int(dense or self._sends_all),
             keeps=int(self._keeps),
             weight=self._weight() if self.joined else 0.0,
-            idle_weight=self.account.last_weight if self.account.norm or self._has_more() else 0.0,
+            idle_weight=self.account.last_weight if self.account.norm or has_more else 0.0,
             seconds=seconds,
             lost=self.account.found_lost,
         )
-
-    def _has_more(self) -> bool:
-        """Return True if other fragments than the last round's have unsent updates, without a step since that round."""
-        waiting = self.joined and not self.account.since and len(self._fragments) > 1
-        return waiting and any(bool(part.unapplied().any()) for part in self._fragments)
-
-    def _greet(self, mine: Hello) -> list[Hello]:
-        gathered = self._channel.gather({"hello": mine.packed(self._device)}, fixed_size=True, purpose="members")
-        return [Hello.unpacked(parts["hello"]) for parts in gathered]
 
     def _weight(self) -> float:
         return self.account.weight(self.settings.weight)
@@ -320,16 +323,13 @@ class Membership:
 
     def _norm_after(self) -> float:
         """Return the norm of this worker's memory if the round is committed."""
-        squares = 0.0
-        for part in self._fragments:
-            flight = part.flight
-            e = flight.v if flight is not None and flight.share else part.feedback.memory.vector
-            squares += _energy(e)
-        return math.sqrt(squares)
+        exchanges = [(part, part.current) for part in self._fragments]
+        errors = [p.round.v if p and p.round and p.share else part.feedback.memory.vector for part, p in exchanges]
+        return math.sqrt(sum(map(_energy, errors)))
 
     def _commit(self, attempt: Attempt) -> bool:
         """Commit a round after the vote; return True if all its exchanges are applied."""
-        taken = self._settle_doubt(committed=True)
+        taken = self._close_exchanges()
         self._tell(attempt)
         self.roster.commit(attempt.hellos, attempt.weights, attempt.norms, taken=taken)
         # This worker's account: ||sent||^2 = ||v||^2 - ||e||^2
@@ -345,9 +345,12 @@ class Membership:
                 own.start_count(mine.weight)
         self._set_pace(attempt.hellos, mine)
         # The file's memory was sent, so it is replaced before training continues.
-        landed = [self._land(part) for part in attempt.parts]
+        applied = True
+        for part in attempt.parts:
+            t, p = part.rounds, part.apply_exchange(self._outer)
+            applied &= self._outcomes.record(part, t, p)
         self._save()
-        return all(landed)
+        return applied
 
     def _tell(self, attempt: Attempt) -> None:
         """Log on one worker which workers have left, and where their memories are."""
@@ -366,22 +369,17 @@ class Membership:
         fastest = min(h.seconds for h in hellos if h.seconds)
         self._target = max(1, min(self.period, round(self.period * fastest / mine.seconds)))
 
-    def _settle_doubt(self, *, committed: bool) -> bool:
-        """Commit the exchanges in doubt, or roll them back; return True if all are applied."""
-        parts, self._doubt = self._doubt, ()
-        if not committed:
-            for part in parts:
-                part.forget()
-            return False
-        flights = [(part, part.flight) for part in parts if part.flight is not None]
-        taken = [part.finish(flight) for part, flight in flights]  # a list, to finish all
-        return all(taken)
+    def _close_exchanges(self) -> bool:
+        """Close the exchanges in doubt, whose round is committed; return True if all are applied."""
+        parts, self._in_doubt = self._in_doubt, ()
+        applied = [part.close() for part in parts if part.current is not None]  # a list, to close all
+        return all(applied)
 
-    def _forget(self) -> None:
+    def _roll_back(self) -> None:
         """Roll back the uncommitted round."""
-        self._doubt = ()
+        self._in_doubt = ()
         for part in self._fragments:
-            part.forget()
+            part.roll_back()
 
     @property
     def _rounds(self) -> int:
@@ -409,13 +407,13 @@ class Membership:
         # The exchange in doubt is committed if the others' anchor includes this worker's last attempt.
         own = self.account
         included = state["taken"].get(self.worker, 0)
-        had = bool(self._doubt) and included == own.attempts
-        was = [(part, [s.to(x, copy=True) for s, x in zip(part.starts(), part.tensors(), strict=True)])
-               for part in self._fragments]  # fmt: skip
-        sent = {part for part in self._doubt if had}
-        taken = self._settle_doubt(committed=had)
+        had = bool(self._in_doubt) and included == own.attempts
+        was = [(part, part.anchor.copy_starts()) for part in self._fragments]
+        sent, taken = set[Fragment](), False
         if had:
-            own.included = own.attempts
+            sent, taken, own.included = set(self._in_doubt), self._close_exchanges(), own.attempts
+        else:
+            self._roll_back()
         # Updates that were sent are not sent again, and those sent in a round that the others lack are lost.
         stale = included > own.included
         if stale:
@@ -434,9 +432,9 @@ class Membership:
         for (part, before), saved in zip(was, state["fragments"], strict=True):
             take_anchor(part, saved)
             if (part in sent and taken) or stale or not self.roster.past:
-                part.restart()
+                part.anchor.move_to_start()
             else:
-                part.follow(before)
+                part.anchor.move(before)
         if self._outer is not None:
             self._outer.load_state_dict(state["outer"])
         if had and taken:
@@ -474,7 +472,7 @@ class Membership:
             for part in self._fragments:
                 for place, view in part.named(part.feedback.memory.vector):
                     view.copy_(found.pending[place.name])
-                part.restart()
+                part.anchor.move_to_start()
             self.account.norm = self._norm_after()
             _log.info(
                 "worker %x continues with its memory in %s, of norm %.3g",
@@ -482,10 +480,6 @@ class Membership:
             )
         if not self._keeps:
             self._save()  # before a hello reports it
-
-    def pending(self) -> dict[str, Tensor]:
-        """Return this worker's unsent updates, by parameter and shaped as it."""
-        return {place.name: view for part in self._fragments for place, view in part.named(part.unapplied())}
 
     @property
     def _keeps(self) -> bool:
@@ -496,7 +490,8 @@ class Membership:
         """Write the memory to this worker's file; return False if it has none or that is impossible."""
         if self._file is None:
             return False
-        return self._file.save(MemoryFile(self.roster.run, self.worker, self.account.included, self.pending()))
+        pending = by_parameter(self._fragments, [part.unapplied() for part in self._fragments])
+        return self._file.save(MemoryFile(self.roster.run, self.worker, self.account.included, pending))
 
     def _may_leave(self) -> bool:
         """On SIGTERM save the memory to the file; return False if the next round must send it."""
@@ -511,7 +506,7 @@ class Membership:
         The round must be committed in `grace` seconds. Returns False, with an error in the log, if updates are lost.
         """
         handed = self._handed or self._save() or self._send_all()
-        self._forget()
+        self._roll_back()
         if self._file is not None:
             self._file.close()
         self.settings.manager.shutdown(wait=False)
@@ -523,7 +518,7 @@ class Membership:
         until, reason = time.monotonic() + self._sigterm.left, "its grace is over"
         while self._has_pending() and (left := until - time.monotonic()) > 0:
             try:
-                if not self.round(dense=True, patience=left):
+                if not self.round(uncompressed=True, patience=left):
                     reason = "the last round was not taken"
             except (PeerLostError, ConfigError, GuardError) as error:
                 reason = str(error)
@@ -551,10 +546,6 @@ class Membership:
     def _exit(self) -> NoReturn:
         """Leave, and end the process, with code 1 if updates are lost."""
         end_process(0 if self.leave() else 1)
-
-
-def _new_name() -> int:
-    return int.from_bytes(os.urandom(8), "little") >> 1
 
 
 def _energy(vector: Tensor) -> float:

@@ -226,7 +226,7 @@ def check_shared(state: Mapping[str, Any], fragments: Sequence[Fragment], outer:
 
 def take_anchor(part: Fragment, saved: Mapping[str, Any]) -> None:
     """Set a fragment's anchor and its count of rounds to the others'; x does not move."""
-    part.flight = None
+    part.current = None
     part.rounds = saved["rounds"]
     for place, view in part.named(part.anchor.flat):
         view.copy_(saved["anchor"][place.name])

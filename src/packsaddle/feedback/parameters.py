@@ -1,0 +1,141 @@
+"""All parameters of an optimizer in one flat tensor x, of which they become views.
+
+So an update of k coordinates costs O(k), and an anchor or an error memory is one tensor, however many layers there are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packsaddle.feedback.slices import Place, Slice, check_dense_below, extent, goes_dense
+
+
+@dataclass(frozen=True)
+class GroupRange:
+    """A range of the flat vector whose parameters are of one parameter group, so have one learning rate."""
+
+    group: int
+    start: int
+    stop: int
+
+
+class FlatParameters(Slice):
+    """The flat vector x, float[d], of an optimizer's parameters; places and views are in the user's order.
+
+    `groups` are the optimizer's parameter groups. A tensor is sent uncompressed if it has fewer than `dense_below`
+    elements or fewer than two dimensions (biases, norms); `dense_below=0` compresses everything. Raises ValueError for
+    parameters that are not floating point, or differ in dtype or device, or share memory.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], dense_below: int) -> None:
+        self.parameters: list[Tensor] = [p for g in groups for p in g["params"]]
+        names = [n for g in groups for n in g.get("param_names", [])]
+        names = names or [f"parameter {i}" for i in range(len(self.parameters))]
+        _check(names, self.parameters)
+        check_dense_below(dense_below)
+        first, owner = self.parameters[0], [i for i, g in enumerate(groups) for _ in g["params"]]
+        self.members = [[i for i, o in enumerate(owner) if o == group] for group in range(len(groups))]
+        # The order of x: compressed tensors, then uncompressed ones.
+        dense, start, found = [goes_dense(p, dense_below) for p in self.parameters], 0, dict[int, Place]()
+        for i in sorted(range(len(dense)), key=lambda i: dense[i]):  # stable
+            p = self.parameters[i]
+            found[i] = Place(names[i], p, dense[i], start, owner[i], trained=p)
+            start += p.numel()
+        self.ranges = _ranges(list(found.values()))  # in the order of x
+        super().__init__([found[i] for i in range(len(found))], first.device)
+        # Move the parameters into x, each in its memory format (channels_last, say).
+        self.x = torch.empty(self.d, dtype=first.dtype, device=first.device)
+        for p, view in zip(self.parameters, self.views(self.x), strict=True):
+            view.copy_(p.data)
+            p.data = view
+
+    def kinds(self) -> dict[str, str]:
+        """Describe the parameters, in the user's order."""
+        each = zip(self.names, self.parameters, strict=True)
+        return {f"params[{i}]": f"{name} {list(p.shape)} {p.dtype}" for i, (name, p) in enumerate(each)}
+
+    def in_order(self, flat: Tensor) -> Tensor:
+        """Return a flat vector rearranged in the user's order, that of torch's parameters_to_vector."""
+        return torch.cat([view.reshape(-1) for view in self.views(flat)])
+
+    def change(self, work: Callable[[Tensor], None]) -> Tensor | None:
+        """Apply work(x) to x in place, in at least float32, except to frozen parameters.
+
+        Returns the rounding error of x, float[d], or None if x is at least float32.
+        """
+        frozen = [(view, view.clone()) for view in self.frozen(self.x)]
+        exact = self.x.to(torch.promote_types(self.x.dtype, torch.float32))
+        work(exact)
+        lost = None if exact is self.x else self.x.copy_(exact) - exact
+        for view, before in frozen:
+            view.copy_(before)
+        return lost
+
+    def check_attached(self) -> None:
+        """Raise RuntimeError if a parameter no longer lives in x (moved or replaced after construction)."""
+        base, size = self.x.data_ptr(), self.x.element_size()
+        for name, p, offset in zip(self.names, self.parameters, self._offsets, strict=True):
+            if p.numel() and p.data_ptr() != base + offset * size:
+                raise RuntimeError(
+                    f"{name} was moved or replaced after the optimizer was made (by model.to(), or another "
+                    f"CompressedSGD?); make the optimizer last"
+                )
+
+    def check_gradients(self) -> None:
+        """Raise RuntimeError if a gradient is sparse."""
+        for p, name in zip(self.parameters, self.names, strict=True):
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError(f"{name} has a sparse gradient, which is not supported")
+
+
+def _ranges(in_order: Sequence[Place]) -> list[GroupRange]:
+    found: list[GroupRange] = []
+    for place in in_order:
+        stop = place.start + place.size
+        if found and found[-1].group == place.group:
+            found[-1] = replace(found[-1], stop=stop)
+        else:
+            found.append(GroupRange(place.group, place.start, stop))
+    return found
+
+
+def _check(names: Sequence[str], parameters: Sequence[Tensor]) -> None:
+    first = parameters[0]
+    for name, p in zip(names, parameters, strict=True):
+        if not p.is_floating_point():
+            raise ValueError(f"params must be floating point, but {name} is {p.dtype}")
+        if (p.dtype, p.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"params must share one dtype and device, but {names[0]} is {first.dtype} on {first.device} and "
+                f"{name} is {p.dtype} on {p.device}"
+            )
+    check_no_shared_memory(dict(zip(names, parameters, strict=True)), "params")
+
+
+def check_no_shared_memory(named: Mapping[str, Tensor], what: str) -> None:
+    """Raise ValueError, beginning with `what`, if two tensors have an element in common.
+
+    Views whose elements alternate, such as x[::2] and x[1::2], have none. Tensors of two dtypes count as sharing.
+    """
+    before: list[tuple[str, Tensor]] = []  # tensors that extend beyond the start of the next
+    for name, p in sorted(named.items(), key=lambda item: item[1].data_ptr()):
+        if not p.numel():
+            continue
+        before = [(n, o) for n, o in before if o.data_ptr() + extent(o) * o.element_size() > p.data_ptr()]
+        for other, o in before:
+            if _share_elements(o, p):
+                raise ValueError(f"{what} must not share memory, but {other} and {name} do")
+        before.append((name, p))
+
+
+def _share_elements(first: Tensor, second: Tensor) -> bool:
+    """Return True if two tensors, the first at the lower address, have an element in common; exact for one dtype."""
+    start, rest = divmod(second.data_ptr() - first.data_ptr(), first.element_size())
+    if rest or first.dtype != second.dtype:
+        return True
+    occupied = torch.zeros(max(extent(first), start + extent(second)), dtype=torch.bool)
+    occupied.as_strided(first.shape, first.stride(), 0).fill_(True)
+    return bool(occupied.as_strided(second.shape, second.stride(), start).any())

@@ -1,0 +1,174 @@
+"""The anchor of a fragment, and how the parameters x move away from it and back.
+
+The anchor a, float[n] in at least float32, has the parameters on which all workers last agreed. x starts at its start
+point, a or a - e with `keep_unsent`; `PseudoGradient` is the local update, by which inner steps have moved it from
+there.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from packsaddle.comm.aggregators import Averaged
+from packsaddle.comm.sharding import local_part
+from packsaddle.feedback.memory import ErrorMemory, Update
+from packsaddle.feedback.noise import GaussianNoise
+from packsaddle.feedback.slices import Shaped, Slice
+
+
+class Anchor:
+    """The anchor a of some parameters, float[n], and x, this process's part of them.
+
+    `keeps`: the start point is a - e, where e is the error memory.
+    """
+
+    def __init__(self, layout: Slice, parameters: Sequence[Tensor], memory: ErrorMemory, *, keeps: bool) -> None:
+        a = layout.zeros()
+        self.flat, self.views = a.flat, a.views
+        self.leaves = [nn.Parameter(view) for view in self.views]  # the anchor, for an outer optimizer
+        self.layout, self.keeps = layout, keeps
+        self._parameters, self._memory = parameters, memory
+        # float[n]: update missing from start - x, because the start moved without x or x was rounded; None: 0
+        self.owed: Tensor | None = None
+        self.set_from_parameters()
+
+    def tensors(self) -> list[Tensor]:
+        """Return x: this process's part of each parameter; views."""
+        return [local_part(p) for p in self._parameters]
+
+    def starts(self) -> list[Tensor]:
+        """Return the start point of x after an exchange, by parameter: a, or a - e; may be views of a."""
+        return self.layout.views(self.flat - self._memory.vector) if self.keeps else self.views
+
+    def copy_starts(self) -> list[Tensor]:
+        """Return a copy of the start point by parameter, in x's dtype and on its device."""
+        return [start.to(x, copy=True) for start, x in zip(self.starts(), self.tensors(), strict=True)]
+
+    def set_from_parameters(self) -> None:
+        """Set the anchor to x."""
+        for a, x in zip(self.views, self.tensors(), strict=True):
+            a.copy_(x)
+
+    def apply_mean(self, mean: Tensor | Averaged, outer: Optimizer | None) -> None:
+        """Apply the mean update (line 11): a <- a - mean, or an outer step with the mean, float[n], as its gradient."""
+        if isinstance(mean, Averaged):
+            self._memory.apply_mean(self.flat, mean)
+        elif outer is None:
+            self.flat.sub_(mean)
+        else:
+            for leaf, grad in zip(self.leaves, self.layout.views(mean), strict=True):
+                leaf.grad = grad
+            outer.step()
+            for leaf in self.leaves:
+                leaf.grad = None
+
+    def move(self, before: Sequence[Tensor], blend: float | None = None) -> None:
+        """Move x to its new start point, by parameter.
+
+        x <- start + (x - before), or with `blend` (1 - blend) start + blend x; x <- start without `before`.
+        """
+        if not before:
+            self.move_to_start()
+            return
+        where = zip(self.tensors(), self.starts(), before, strict=True)
+        starts = ((x, a.to(x.device, x.dtype).to(_wide(x)), s) for x, a, s in where)
+        if blend is None:
+            self._set((x.to(start.dtype) - s).add_(start) for x, start, s in starts)
+        else:
+            self._set(torch.lerp(start, x.to(start.dtype), blend) for x, start, _ in starts)
+
+    def move_to_start(self) -> None:
+        """Reset x to its start point, with nothing owed."""
+        self.owed = None
+        if not self.keeps:
+            self.set_parameters(self.views)
+            return
+        for p, x, a, e in zip(self._parameters, self.tensors(), self.views, self._memory.views, strict=True):
+            if p.requires_grad and x.dtype == a.dtype and x.device == a.device:
+                torch.sub(a, e, out=x)
+            elif p.requires_grad:
+                x.copy_(a - e)
+
+    def set_parameters(self, values: Sequence[Tensor]) -> None:
+        """Set x, except frozen parameters, to `values`."""
+        for p, x, value in zip(self._parameters, self.tensors(), values, strict=True):
+            if p.requires_grad:
+                x.copy_(value)
+
+    def owe(self, change: Tensor) -> None:
+        """Record that e grew by `change`, float[n], and with it the start point fell, without x."""
+        self.owed = change if self.owed is None else self.owed.add_(change)
+
+    def subtract_owed(self) -> None:
+        """x <- x - owed, except for the rounding error of 16-bit x, which is owed anew."""
+        if self.owed is None:
+            return
+        pairs, self.owed = zip(self.tensors(), self.layout.views(self.owed), strict=True), None
+        self._set(x.to(_wide(x)) - part.to(x.device, _wide(x)) for x, part in pairs)
+
+    def _set(self, values: Iterable[Tensor]) -> None:
+        """Set x, except frozen parameters, to `values`, at least float32. The rounding error of x is owed."""
+        xs = self.tensors()
+        rounds = any(x.dtype != _wide(x) for x in xs)
+        if rounds and self.owed is None:
+            self.owed = self.layout.zeros().flat
+        owed = self.layout.views(self.owed) if rounds and self.owed is not None else [None] * len(xs)
+        for p, x, value, lost in zip(self._parameters, xs, values, owed, strict=True):
+            if p.requires_grad:
+                x.copy_(value)
+                if lost is not None:
+                    lost.add_((x.to(value.dtype) - value).to(lost))
+
+    def add_local_update(self, out: Tensor, starts: Sequence[Tensor] | None = None) -> Tensor:
+        """Add start - x + owed to out, float[n], and return it; `starts` are other start points, by parameter."""
+        starts = self.starts() if starts is None else starts
+        for x, start, view in zip(self.tensors(), starts, self.layout.views(out), strict=True):
+            view.add_(start.to(x).to(view) - x.to(view))
+        return out if self.owed is None else out.add_(self.owed)
+
+
+@dataclass(frozen=True)
+class PseudoGradient(Update):
+    """The update of a fragment's memory, float[n]: the local update start - x, `Anchor.owed` and shared noise.
+
+    A 16-bit x started at the start point rounded to 16 bits, so the local update is the change since that.
+    """
+
+    of: Anchor
+    decay: float
+    noise: GaussianNoise | None
+
+    def add(self, base: Shaped, out: Shaped) -> None:
+        """Set out to decay base + start - x + owed + xi, both float[n]; out is not base."""
+        share, xs = self.decay, self.of.tensors()
+        # v = decay e + start - x, where start = a - e is folded in: (a - x) + (decay - 1) e
+        starts: Sequence[Tensor] = self.of.views
+        if self.of.keeps and all(x.dtype == a.dtype for x, a in zip(xs, starts, strict=True)):
+            share -= 1.0
+        elif self.of.keeps:  # with start rounded to x's precision, so made as a vector
+            starts = self.of.starts()
+        for x, start, v in zip(xs, starts, out.views, strict=True):
+            x = x.to(start.device)
+            if x.dtype == start.dtype:
+                torch.sub(start, x, out=v)
+            else:
+                torch.sub(start.to(x.dtype).to(start.dtype), x, out=v)
+        if share:
+            out.flat.add_(base.flat, alpha=share)
+        if self.of.owed is not None:
+            out.flat.add_(self.of.owed)
+        self.perturb(out.flat)
+
+    def perturb(self, out: Tensor) -> None:
+        """Add xi to out, float[n]; its coordinates are those of the vector of all parameters."""
+        if self.noise is not None:
+            for first, last, start in self.of.layout.stretches():
+                self.noise.add_to(out[first:last], 1.0, start)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Return the dtype, at least float32, in which x is computed before it is rounded to its own."""
+    return torch.promote_types(x.dtype, torch.float32)

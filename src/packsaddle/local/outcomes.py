@@ -1,0 +1,194 @@
+"""Outcomes of rounds: rejected ones are counted, and an inner optimizer that made x non-finite is reset.
+
+Non-finite entries are cleared from its own state and from that of the optimizers it wraps. If a step with finite
+gradients still makes a parameter non-finite, the optimizer has state elsewhere, and its `state_dict` is cleared and
+loaded back. If that does not help either, the optimizer cannot be reset.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from packsaddle.comm.sharding import local_part
+from packsaddle.feedback.guard import THE_MEAN, NonFiniteError, Skip, Skips
+from packsaddle.local.fragment import Fragment, PendingExchange
+from packsaddle.numerics.finite import first_bad, is_finite
+
+_log = logging.getLogger("packsaddle")
+_FAILED = " (its optimizer was reset)"  # after the name of a parameter: resets have not helped
+
+
+class Outcomes:
+    """Outcomes of rounds: counts rejected ones, at most `most` in a row, and resets this worker's inner optimizer.
+
+    Steps of a reset optimizer are checked until the local updates that were rejected are finite again. `agree` returns
+    whether a bool[] is True on any shard of this worker; collective over the shards.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        fragments: Sequence[Fragment],
+        agree: Callable[[Tensor], Tensor],
+        most: int | None,
+        rank: int,
+    ) -> None:
+        self._optimizer, self._fragments, self._agree = optimizer, fragments, agree
+        self.skips = Skips(most, rank)
+        self._device = local_part(fragments[0].parameters[0]).device
+        self._rejected = set[Fragment]()  # without a finite local update since their last one was rejected
+        self._reloaded = False  # the state dict was cleared since `_rejected` was empty
+        self._failed = False  # x became non-finite after that too, by a step with finite gradients
+
+    def register(self, part: Fragment, exchange: PendingExchange) -> None:
+        """Record if a fragment's local update is valid again. After a failed reset mark its name, for all workers."""
+        if self._rejected and not bool(exchange.invalid):
+            self._rejected.discard(part)
+            if not self._rejected:
+                self._reloaded = self._failed = False
+        elif self._failed:
+            named = zip(part.places, part.anchor.tensors(), strict=True)
+            assert exchange.round is not None
+            exchange.round.name = (first_bad((place.name, x) for place, x in named) or "another shard") + _FAILED
+
+    def record(self, part: Fragment, t: int, exchange: PendingExchange) -> bool:
+        """Record the outcome of a fragment's round t; return True if it was applied.
+
+        Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset.
+        """
+        if exchange.applied:
+            self.skips.reset_streak()
+            return True
+        # On the worker that it is due to, clear non-finite state and make x finite.
+        if bool(exchange.invalid):
+            self._clear()
+            self._rejected.add(part)
+            self._restore()
+        # Count it, and raise on all workers.
+        workers = tuple(worker for worker, name in enumerate(exchange.names) if name)
+        name = f"the local update of {exchange.names[workers[0]]}" if workers else THE_MEAN
+        self.skips.record(Skip(t, workers, name))
+        self._raise_if_failed(exchange.names)
+        self.skips.check(self.skips.in_a_row)
+        return False
+
+    def check_step(self) -> None:
+        """Clear the state dict as well if x is not finite after an inner step with finite gradients.
+
+        The second time the reset has failed. No-op unless a local update was rejected. Collective over the shards.
+        """
+        if not self._rejected or self._failed:
+            return
+        trained = [p for part in self._fragments for p in part.parameters if p.requires_grad]
+        gradients = [p.grad for p in trained if p.grad is not None]
+        if not self._are_finite(gradients) or self._are_finite(trained):
+            return
+        if self._reloaded:
+            self._failed = True
+            return
+        self._clear()
+        _reload_finite(self._optimizer)
+        self._reloaded = True
+        self._restore()
+
+    def _raise_if_failed(self, names: Sequence[str]) -> None:
+        """Raise NonFiniteError if one of the workers' names is marked: its inner optimizer could not be reset."""
+        for worker, name in enumerate(names):
+            if name.endswith(_FAILED):
+                raise NonFiniteError(
+                    f"{name.removesuffix(_FAILED)} on worker {worker} is not finite after a step with finite "
+                    f"gradients, and {type(self._optimizer).__name__} could not be reset: it has non-finite state "
+                    f"outside of its state_dict() and of the torch optimizers in its attributes, or a learning rate "
+                    f"that overflows. Implement state_dict() and load_state_dict() for all of its state, or lower the "
+                    f"learning rate"
+                )
+
+    def _clear(self) -> None:
+        self._failed = False
+        for optimizer in _nested(self._optimizer):
+            clear_nonfinite(optimizer)
+
+    def _restore(self) -> None:
+        """Make x finite in all fragments, since a gradient would spread what is not; collective over the shards."""
+        for part in self._fragments:
+            if not self._are_finite(p for p in part.parameters if p.requires_grad):
+                part.discard_progress()
+
+    def _are_finite(self, tensors: Iterable[Tensor]) -> bool:
+        """Return True if tensors are finite on all shards of this worker; collective over them."""
+        here = all(bool(is_finite(local_part(t))) for t in tensors)
+        return not bool(self._agree(torch.tensor(not here, device=self._device)))
+
+
+def _nested(optimizer: Optimizer) -> list[Optimizer]:
+    """Return an optimizer and those it wraps: in its attributes, or in lists, tuples, sets and dicts there."""
+    found: list[Optimizer] = []
+    seen, waiting = set[int](), list[Any]([optimizer])
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Optimizer):
+            found.append(value)
+            waiting += [v for name, v in vars(value).items() if name not in ("state", "param_groups", "defaults")]
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+    return found
+
+
+def clear_nonfinite(optimizer: Optimizer) -> None:
+    """Delete the state of parameters of which it is non-finite, as before their first step.
+
+    Non-finite values of parameter groups become the defaults; tensors that have no default become 0.
+    """
+    for p in [p for p, entry in optimizer.state.items() if not _all_finite(entry)]:
+        del optimizer.state[p]
+    for group in optimizer.param_groups:
+        for name, value in [(n, v) for n, v in group.items() if n != "params" and not _all_finite(v)]:
+            default = optimizer.defaults.get(name)
+            if not isinstance(default, int | float) or not math.isfinite(default):
+                default = None
+            if isinstance(value, Tensor):
+                value.fill_(default or 0.0)
+            elif default is not None:
+                group[name] = default
+
+
+def _reload_finite(optimizer: Optimizer) -> None:
+    """Clear non-finite tensors from an optimizer's state dict, and load it back. Errors are logged."""
+    try:
+        state = optimizer.state_dict()
+        if not _all_finite(state):
+            optimizer.load_state_dict(_finite_part(state))
+    except Exception:  # the other workers wait for this one; its next round reports that x is still non-finite
+        _log.warning("the state of %s could not be reset", type(optimizer).__name__, exc_info=True)
+
+
+def _finite_part(value: Any, name: Any = None) -> Any:
+    """Return a copy without the entries of a "state" that are non-finite, and with 0 in other non-finite tensors."""
+    if isinstance(value, Mapping):
+        kept = {k: v for k, v in value.items() if name != "state" or _all_finite(v)}
+        return {k: _finite_part(v, k) for k, v in kept.items()}
+    if isinstance(value, list | tuple):
+        parts = [_finite_part(v) for v in value]
+        return parts if isinstance(value, list) else tuple(parts)
+    return torch.zeros_like(value) if isinstance(value, Tensor) and not _all_finite(value) else value
+
+
+def _all_finite(value: Any) -> bool:
+    """Return True unless a tensor within is non-finite, or a number NaN: an infinite one may be a setting."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(is_finite(local_part(value)))
+    if isinstance(value, Mapping):
+        return all(map(_all_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_all_finite, value))
+    return not (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,114 @@
+"""Runs of simulated workers that come and go, with a fault or a change of who is there, by public results alone."""
+
+import tempfile
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from elastic_fakes import FakeManager, Worker
+
+from packsaddle import OuterSGD, simulate
+from packsaddle.comm import Solo, resolve
+
+ROUNDS = 6
+CONFIRM = 11  # the collective, from 0, that confirms the second round: after two of the join, five a round
+
+
+def adamw(tensors: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(tensors, 0.05)
+
+
+# By step of a worker: where worker 0 is joined by the other, which has begun alone if `apart`; where worker 1 leaves
+# and worker 0 goes on alone; where x of worker 0 is not finite. By worker: the collectives that break.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "all there": {"workers": 3, "noise": 0.01},
+    "join": {"together": 7},
+    "join, Nesterov outside": {"together": 7, "outer": OuterSGD(), "inner": adamw},
+    "apart": {"together": 7, "apart": True},
+    "leave": {"leaves": (10, 12)},
+    "leave, fragments": {"leaves": (3, 4), "fragments": 2, "every": 2, "outer": OuterSGD()},
+    "leave with a file": {"leaves": (10, 10), "file": True},
+    "confirmation lost, not committed": {"broken": {0: {CONFIRM}, 1: {CONFIRM}}},
+    "confirmation lost, committed by the other": {"broken": {1: {CONFIRM}}},
+    "confirmation lost, committed, Nesterov outside": {"broken": {1: {CONFIRM}}, "outer": OuterSGD(), "inner": adamw},
+    "confirmation lost, committed by one of three": {"broken": {1: {CONFIRM}, 2: {CONFIRM}}, "workers": 3},
+    "exchange lost": {"broken": {0: {CONFIRM - 1}, 1: {CONFIRM - 1}}},
+    "votes lost": {"refused": {2, 3}, "keep_unsent": False},
+    "flush": {"flush": True, "keep_unsent": False},
+    "NaN": {"bad": 7, "noise": 0.01},
+}
+
+
+def run(
+    workers: int = 2,
+    together: int = 0,
+    leaves: tuple[int, int] | None = None,
+    broken: Mapping[int, set[int]] | None = None,
+    bad: int = -1,
+    *,
+    apart: bool = False,
+    file: bool = False,
+    flush: bool = False,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Return what each worker ends with: x and anchor, what is pending, the ledger, and the counts."""
+    managers: list[FakeManager] = []
+
+    def begin(rank: int, folder: str) -> Worker:
+        group = resolve(None)
+        settings = {"memory_file": f"{folder}/memory"} if file else {}
+        worker = Worker(group, broken=(broken or {}).get(rank, ()), settings=settings, **options)
+        if together and (rank == 0 or apart):
+            worker.manager.group = Solo()
+        managers.append(worker.manager)
+        worker.manager.before_quorum = lambda: catch_up(worker.manager, managers)
+        return worker
+
+    def work(rank: int) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as folder:
+            worker, group = begin(rank, folder), resolve(None)
+            worker.local.join()
+            steps = 0
+            while worker.local.rounds < ROUNDS:
+                # Who is there from this step on.
+                if steps == together and together:
+                    if worker.manager.group is not group and rank:
+                        worker.manager.step = 0  # its own rounds are not the others'
+                    worker.manager.group = group
+                if leaves and rank == 1 and steps == leaves[0]:
+                    worker.local.leave()
+                    break
+                if leaves and rank == 0 and steps == leaves[1]:
+                    worker.manager.group = Solo()
+                # An inner step, and a round that is due.
+                if steps == bad and rank == 0:
+                    worker.parameters[0].data[0, 0] = torch.nan
+                worker.train(1)
+                steps += 1
+            if flush:
+                worker.local.flush()
+            return results(worker)
+
+    return simulate(work, workers)
+
+
+def catch_up(manager: FakeManager, managers: list[FakeManager]) -> None:
+    """Load the state of the worker that is ahead, as torchft does at a quorum."""
+    ahead = max(managers, key=lambda other: other.step)
+    if manager.group.size > 1 and ahead.step > manager.step:
+        manager.load(deepcopy(ahead.save()))  # a copy, as of what comes from another machine
+        manager.step = ahead.step
+
+
+def results(worker: Worker) -> dict[str, Any]:
+    local = worker.local
+    assert local.membership is not None
+    counts = [local.steps, local.rounds, local.position, local.lost, local.skipped, local.membership.workers]
+    skips = [(skip.step, skip.workers) for skip in local.skips]
+    return {
+        "x": [worker.x(), worker.anchor()],
+        "e": local.pending(),
+        "ledger": local.ledger,
+        "counts": [counts, local.membership.waiting, skips],
+    }
