@@ -49,8 +49,8 @@ def test_without_an_optimizer_nothing_is_promised(gloo: Gloo, caplog: pytest.Log
         skips.protected = True
         skips.record(Skip(5, (0,), "0.weight"))
     first, second = (record.getMessage() for record in caplog.records)
-    assert first.startswith("step 5: 0.weight is not finite on worker 0; unless a GradScaler leaves it out")
-    assert second.endswith("on worker 0; the step is skipped (2 in a row)")
+    assert first.startswith("step 5: 0.weight is not finite on worker 0; unless a GradScaler")
+    assert second.endswith("(2 in a row)")
 
 
 class Wrapper(torch.optim.Optimizer):
