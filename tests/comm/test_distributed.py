@@ -73,7 +73,7 @@ def network_run(compressor: Compressor) -> dict[str, Any]:
         opt.step()
     return {
         "x": nn.utils.parameters_to_vector(model.parameters()).detach(),
-        "pending": torch.cat([s["pending"].reshape(-1) for s in opt.state.values()]),
+        "error": torch.cat([s["error"].reshape(-1) for s in opt.state.values()]),
         "resets": [(r.step, r.reason, r.committed) for r in opt.resets],
         "bytes": {name: (b.payload, b.sent, b.received) for name, b in opt.ledger.by_purpose.items()},
         "fell": loss().item() < first,
@@ -88,11 +88,11 @@ def test_a_network_on_three_processes(gloo: Callable[..., list[Any]], compressor
         assert torch.equal(a["x"], real[0]["x"])  # workers agree bit for bit
         # Single precision, 40 steps.
         assert torch.allclose(a["x"], b["x"], rtol=1e-4, atol=1e-5)
-        assert torch.allclose(a["pending"], b["pending"], rtol=1e-3, atol=1e-5)
+        assert torch.allclose(a["error"], b["error"], rtol=1e-3, atol=1e-5)
         assert a["resets"] == b["resets"]
         assert a["bytes"] == b["bytes"]
         assert a["fell"]
-    assert not torch.allclose(real[0]["pending"], real[1]["pending"])  # errors are each worker's own
+    assert not torch.allclose(real[0]["error"], real[1]["error"])  # errors are each worker's own
 
 
 def test_bytes_of_a_network() -> None:

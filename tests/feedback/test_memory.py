@@ -120,7 +120,7 @@ def test_gradients_accumulate_over_backward_passes() -> None:
 
 def test_there_is_no_second_vector() -> None:
     model, _, opt = small()
-    storages = {state["pending"].untyped_storage().data_ptr() for state in opt.state.values()}
+    storages = {state["error"].untyped_storage().data_ptr() for state in opt.state.values()}
     assert storages == {p.grad.untyped_storage().data_ptr() for p in model.parameters()}  # type: ignore[union-attr]
     assert len(storages) == 1
 

@@ -426,8 +426,8 @@ def loaded_wrongly() -> list[str]:
         state | {"identity": identity | {"seed": 8}},
         {name: value for name, value in state.items() if name != "format"},
         state | {"format": 7},
-        state | {"pending": {name: e[1:] for name, e in state["pending"].items()}},
-        state | {"pending": state["pending"] | {"other": torch.zeros(3)}},
+        state | {"error": {name: e[1:] for name, e in state["error"].items()}},
+        state | {"error": state["error"] | {"other": torch.zeros(3)}},
     ]
     for bad in wrong:
         try:
@@ -436,7 +436,7 @@ def loaded_wrongly() -> list[str]:
         except ValueError as error:
             found.append(str(error))
     hook.load_state_dict(state)
-    assert all(torch.equal(e, state["pending"][name]) for name, e in hook.memory().items())
+    assert all(torch.equal(e, state["error"][name]) for name, e in hook.memory().items())
     return found
 
 
@@ -445,13 +445,13 @@ def test_states_that_do_not_fit_are_refused(gloo: Gloo) -> None:
         for message, part in zip(
             messages,
             (
-                "the state was saved with 3 replicas, and there are 2: an FSDP hook's error memories go back to",
-                "the state was saved with 4 shards, and there are 2",
+                "replicas is 2 here, but the state was saved with replicas 3: an FSDP hook's error memories go back to",
+                "shards is 2 here, but the state was saved with shards 4: an FSDP hook's",
                 "seed is 0 here, but the state was saved with seed 8",
                 "the state has no format; was it saved by register_fsdp_hook?",
-                "the state has format 7, and this version of packsaddle reads 1",
-                "the error of 4 must have shape",
-                "the state has an error of other, which is no sharded module",
+                "the state has format 7, and this version of packsaddle reads format 2",
+                "error of 4 must have shape",
+                "the state has error of other, and there is no such parameter here",
             ),
             strict=True,
         ):

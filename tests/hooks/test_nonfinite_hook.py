@@ -68,7 +68,7 @@ def in_a_wrapper() -> tuple[bool, bool]:
     train(model, optimizer, [batches(1, torch.float32)[0] * math.nan])
     untouched = torch.equal(before, vector(model))
     train(model, optimizer, batches(1, torch.float32))
-    return untouched, set(hook.state_dict()["rates"].values()) == {0.1}
+    return untouched, set(hook.state_dict()["units"].values()) == {0.1}
 
 
 def test_the_optimizer_in_a_frameworks_is_the_one_that_is_kept(gloo: Gloo) -> None:

@@ -168,7 +168,7 @@ def drifts(worker: int, dtype: torch.dtype, steps: int, *, keep: bool, **options
             before = flat()
         elif overlap.blend is not None and n > 4 and n % 4 == overlap.delay:
             (part,) = local.state_dict()["fragments"]
-            starts = [(a - part["pending"][name] * keep).to(dtype) for name, a in local.anchor().items()]
+            starts = [(a - part["error"][name] * keep).to(dtype) for name, a in local.anchor().items()]
             kept = at - torch.cat([s.double().reshape(-1) for s in starts])
             moved += overlap.blend * kept - (at - before)
         if n % 23 == 0 or n == steps:

@@ -69,9 +69,9 @@ class Training:
         found = {f"adam {i} {k}": v for i, s in moments.items() for k, v in s.items()}
         found |= {f"x {name}": p.detach() for name, p in self.net.named_parameters()}
         for i, part in enumerate(state["fragments"]):
-            found |= {f"{i} {kind} {name}": v for kind in ("anchor", "pending") for name, v in part[kind].items()}
-            for kind in ("before", "mean"):
-                found |= {f"{i} {kind} {name}": v for name, v in ((part["flight"] or {}).get(kind) or {}).items()}
+            found |= {f"{i} {kind} {name}": v for kind in ("anchor", "error") for name, v in part[kind].items()}
+            for kind in ("start", "mean"):
+                found |= {f"{i} {kind} {name}": v for name, v in (part["exchange"] or {}).get(kind, {}).items()}
         moved = [b.sent for _, b in sorted(self.local.ledger.by_purpose.items())]
         return {name: value.clone() for name, value in found.items()} | {"bytes": torch.tensor(moved)}
 
@@ -90,21 +90,17 @@ def sums(rank: int, folder: str, options: dict[str, Any], at: int | None) -> dic
     for key, value in one.everything().items():
         if key == "bytes":
             continue
-        if key.split()[1] in ("pending", "before") or key.startswith(("x ", "adam")):
+        if key.split()[1] in ("error", "start") or key.startswith(("x ", "adam")):
             total = value.double()
             group.all_reduce(total)
             found[key] = total / group.size
         else:
             found[key] = value
     for i, part in enumerate(state["fragments"]):  # an owner's error of the mean
-        for vector in part["held"].get("vectors", {}).values():
-            total = vector.double()
+        for name, error in (part["owner_error"] or {}).items():
+            total = error.double()
             group.all_reduce(total)
-            places = one.local._fragments[i].named(
-                nn.functional.pad(total, (0, one.local._fragments[i].d - len(total)))
-            )
-            for place, view in places:
-                found[f"{i} pending {place.name}"] = found[f"{i} pending {place.name}"] + view
+            found[f"{i} error {name}"] = found[f"{i} error {name}"] + total
     return found
 
 
@@ -192,10 +188,14 @@ def test_a_state_that_does_not_fit() -> None:
         (
             lambda: Training(0, {"every": 4, "outer": OUTERS["nesterov"]}).local,
             state,
-            "outer: there is one here, and none",
+            "outer is True here, but the state was saved with outer False",
         ),
-        (lambda: one.local, {**state, "format": 99}, "must have format 1 of LocalUpdates, found 99"),
-        (lambda: one.local, {}, "must have format 1 of LocalUpdates, found None"),
+        (
+            lambda: one.local,
+            {**state, "format": 1},
+            "has format 1, .* reads format 2: finish the run",
+        ),
+        (lambda: one.local, {}, r"the state has no format; was it saved by LocalUpdates\?"),
     ]
     for make, given, message in cases:
         local = make()

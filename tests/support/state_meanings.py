@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 _REST = {"format": None, "ledger": None, "identity/*": "{}", "resets/**": "resets {}"}
-_SKIPS = {"skips/skipped": "skipped", "skips/in_a_row": "skipped in a row"}
+_SKIPS = {"skips/total": "skipped", "skips/consecutive": "skipped in a row"}
 _ALLOCATION = {"allocation/*/*": "allocation {} {}"}
 
-# Format 1: the names of what is at a path of a state. "*" is one key, "**" one or more, "{}" what they stand for.
+# Format 2: the names of what is at a path of a state. "*" is one key, "**" one or more, "{}" what they stand for.
 # Several tensors of one name make one vector, and several plain values of one name must be equal.
 FORMATS: dict[str, dict[str, str | None]] = {
     "optimizer": {
-        "state/*/pending": "error of {}",
-        "state/*/residual": "owner error of {}",
+        "state/*/error": "error of {}",
+        "state/*/owner_error": "owner error of {}",
         "state/*/anchor": "escape anchor of {}",
         "state/*/*": "vector of {}: {}",  # momentum, STORM's direction, EF21's mean
         "param_groups/*/params": None,
@@ -29,47 +29,49 @@ FORMATS: dict[str, dict[str, str | None]] = {
         "param_groups/*/format": None,
         "param_groups/*/anchor_step": "escape step",
         "param_groups/*/*": "{1}",  # repeated in all groups
-        "exchange/**": "exchange {}",
+        "aggregator/compressor/**": None,
+        "aggregator/state/**": "exchange {}",
         "noise/*": "noise {}",
-        "guard/skipped": "skipped",
-        "guard/in_a_row": "skipped in a row",
-        "monitor/**": "contraction {}",
+        "contraction/**": "contraction {}",
         "drifts/**": "drifts {}",
+        **_SKIPS,
         **_REST,
     },
     "hook": {
         "steps": "step",
-        "pending/*": "error of {}",
-        "held/compressor/**": "compressor of the owner errors: {}",
-        "held/vectors/*": "owner errors",
-        "held/state/**": "exchange {}",
-        "rates/*": "units of {}",
-        "parts/escape/anchor/*": "escape anchor of {}",
-        "parts/escape/anchor_step": "escape step",
+        "error/*": "error of {}",
+        "aggregator/compressor/**": "compressor of the owner errors: {}",
+        "owner_error/*": "owner errors",
+        "aggregator/state/**": "exchange {}",
+        "units/*": "units of {}",
+        "escape/anchor/*": "escape anchor of {}",
+        "escape/step": "escape step",
         **_SKIPS,
         **_ALLOCATION,
         **_REST,
     },
-    "sharded": {"steps": "step", "pending/*": "error of {}", **_SKIPS, **_ALLOCATION, **_REST},
+    "sharded": {"steps": "step", "error/*": "error of {}", **_SKIPS, **_ALLOCATION, **_REST},
     "local": {
+        "identity/outer": None,
+        "identity/escape": None,
         "steps": "step",
         "fragments/*/rounds": "rounds of fragment {}",
         "fragments/*/anchor/*": "anchor of {1}",
-        "fragments/*/pending/*": "error of {1}",
-        "fragments/*/held/compressor/**": "compressor of the owner errors: {1}",
-        "fragments/*/held/vectors/*": "owner errors of fragment {0}",
-        "fragments/*/held/state/**": "exchange of fragment {}: {}",
+        "fragments/*/error/*": "error of {1}",
+        "fragments/*/aggregator/compressor/**": "compressor of the owner errors: {1}",
+        "fragments/*/owner_error/*": "owner errors of fragment {0}",
+        "fragments/*/aggregator/state/**": "exchange of fragment {}: {}",
         "fragments/*/owed/*": "owed of {1}",
-        "fragments/*/monitor/**": "contraction of fragment {}: {}",
-        "fragments/*/flight/due": "step at which fragment {} is due",
-        "fragments/*/flight/taken": "pending exchange of fragment {} is applied",
-        "fragments/*/flight/bad": "pending exchange of fragment {} is not finite here",
-        "fragments/*/flight/names": "not finite in the pending exchange of fragment {}",
-        "fragments/*/flight/before/*": "x before the pending exchange of {1}",
-        "fragments/*/flight/mean/*": "mean of the pending exchange of {1}",
+        "fragments/*/contraction/**": "contraction of fragment {}: {}",
+        "fragments/*/exchange/due": "step at which fragment {} is due",
+        "fragments/*/exchange/applied": "pending exchange of fragment {} is applied",
+        "fragments/*/exchange/invalid": "pending exchange of fragment {} is not finite here",
+        "fragments/*/exchange/names": "not finite in the pending exchange of fragment {}",
+        "fragments/*/exchange/start/*": "x before the pending exchange of {1}",
+        "fragments/*/exchange/mean/*": "mean of the pending exchange of {1}",
         "outer/**": "outer {}",
         "escape/anchor/*": "escape anchor of {}",
-        "escape/anchor_step": "escape step",
+        "escape/step": "escape step",
         "drifts/**": "drifts {}",
         **_SKIPS,
         **_REST,
@@ -108,7 +110,7 @@ def _name(path: str, front: str) -> str | None:
 
 
 def _joined(name: str, values: list[Any]) -> Any:
-    if len(values) > 1 and all(isinstance(value, Tensor) for value in values):
+    if (len(values) > 1 or name.startswith("owner errors")) and all(isinstance(value, Tensor) for value in values):
         return torch.cat([value.reshape(-1) for value in values])
     if any(value is not values[0] and value != values[0] for value in values):
         raise ValueError(f"{name} is {values[0]} and {values[1]} in one state")

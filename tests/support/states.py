@@ -68,7 +68,7 @@ class Small:
         state = self.memory.state_dict()
         found = {name: t.clone() for name, t in self.parts["model"].state_dict().items()}
         if "hook" in self.parts:
-            return found | {f"pending {n}": t.clone() for n, t in self.memory.memory().items()}
+            return found | {f"error {n}": t.clone() for n, t in self.memory.memory().items()}
         return found | {f"{n} {i}": t.clone() for i, v in state["state"].items() for n, t in v.items()}
 
 

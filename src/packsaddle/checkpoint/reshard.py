@@ -227,9 +227,8 @@ def _different(template: Split, mine: Sequence[Split], together: Together) -> li
 
 
 def _split(part: Any, state: Mapping[str, Any], workers: int) -> Split:
-    if hasattr(part, "split_state"):
-        means, equal = part.split_state(state, workers)
-        return Split(means, _leaves(equal))
+    if hasattr(part, "saved_state"):
+        return Split(*part.saved_state.split(_leaves(state), workers))
     return Split(equal=_leaves(state))
 
 
@@ -243,8 +242,9 @@ def _leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
 
 def _put(part: Any, state: dict[str, Any], means: Mapping[Path, Tensor]) -> None:
     """Put means in a state, in place, and make it this worker's."""
-    if hasattr(part, "put_means"):
-        part.put_means(state, means)
-    else:
-        for path, mean in means.items():
-            _at(state, path[:-1])[path[-1]] = mean
+    replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
+    for path, value in {**means, **replaced}.items():
+        *outer, key = path
+        if outer and _at(state, tuple(outer)) is None:  # worker 0 had none of these tensors
+            _at(state, tuple(outer[:-1]))[outer[-1]] = {}
+        _at(state, tuple(outer))[key] = value

@@ -1,11 +1,12 @@
 """The ledger: how many bytes this worker put on the wire and took from it, by step and by purpose."""
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 _KEPT = 1000  # spans
+Totals = list[tuple[str, str, int, int, int]]  # purpose, collective, and the bytes of `Bytes`
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Ledger:
         """Return the totals as plain types; the per-step history is not kept across checkpoints."""
         return [[*key, b.payload, b.sent, b.received] for key, b in self._totals.copy().items()]
 
-    def load_state_dict(self, state: Sequence[Sequence[Any]]) -> None:
+    def load_state_dict(self, state: Totals) -> None:
         """Restore the totals in `state`, from `state_dict`."""
         self._totals = {(purpose, collective): Bytes(*counts) for purpose, collective, *counts in state}
         self._spans.clear()

@@ -72,7 +72,7 @@ class Owners(Aggregator):
         a, b = chunk
         up, back = self.compressor.restrict(b - a, len(v)), self.back.restrict(b - a, len(v))
         # v <- e + the mean of C(v_i), e the owner error.
-        error = self.vectors(v)["residual"][a:b]
+        error = self.vectors(v)["owner_error"][a:b]
         corrected = error.clone()
         for worker, parts in enumerate(received):
             message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
@@ -116,7 +116,7 @@ class Owners(Aggregator):
     def vectors(self, like: Tensor) -> dict[str, Tensor]:
         if self._residual is None:
             self._residual = torch.zeros_like(like)
-        return {"residual": self._residual}
+        return {"owner_error": self._residual}
 
     def add_residual(self, pending: Tensor, workers: int) -> Tensor:
         return pending if self._residual is None else pending.add(self._residual, alpha=workers)

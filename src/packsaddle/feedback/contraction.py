@@ -1,12 +1,12 @@
 """Measured contraction mu: the fraction of its energy that a vector keeps in one exchange."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from packsaddle.feedback.slices import Slice
+from packsaddle.feedback.state import Path, Value, attribute
 
 
 class Every:
@@ -67,15 +67,14 @@ class Contraction:
             self.by_tensor = {name: contraction(b, a) for name, b, a in each}
         self._every.done(step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the last measurement and its step."""
-        tensors = {} if self._slice is None else {"by_tensor": dict(self.by_tensor)}
-        return {"whole": self.whole, **tensors, "steps": self._every.last}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`; {} restores nothing."""
-        self.whole, self.by_tensor = state.get("whole"), dict(state.get("by_tensor", {}))
-        self._every.last = state.get("steps", 0)
+    def fields(self, path: Path = ("contraction",)) -> list[Value]:
+        """Return the fields of the saved state, at a path: the last measurement and its step."""
+        last = (
+            attribute((*path, "whole"), self, "whole", float | None),
+            attribute((*path, "steps"), self._every, "last", int),
+        )
+        tensors = attribute((*path, "by_tensor"), self, "by_tensor", dict[str, float])
+        return [*last] if self._slice is None else [*last, tensors]
 
 
 def contraction(before: float, after: float) -> float:

@@ -6,9 +6,9 @@ A worker whose v is invalid sends zeros and a flag, which is averaged with the r
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from packsaddle.comm.aggregators import Averaged
 from packsaddle.errors import GuardError
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.slices import Slice
+from packsaddle.feedback.state import Value, attribute
 from packsaddle.messages import numbered
 from packsaddle.numerics.finite import first_bad, is_usable, spoil
 
@@ -107,13 +108,15 @@ class Skips:
                 f"{same} Lower the learning rate or check the data"
             )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counts."""
-        return {"skipped": self.count, "in_a_row": self.in_a_row}
+    def fields(self) -> list[Value]:
+        """Return the fields of the saved state: the counts."""
+        return [
+            Value(("skips", "total"), int, lambda: self.count, self._resume),
+            attribute(("skips", "consecutive"), self, "in_a_row", int),
+        ]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the counts."""
-        self.count, self.in_a_row, self.list = state.get("skipped", 0), state.get("in_a_row", 0), []
+    def _resume(self, total: int) -> None:
+        self.count, self.list = total, []
 
 
 @dataclass

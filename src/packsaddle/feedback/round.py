@@ -32,6 +32,14 @@ from packsaddle.numerics.seeds import mix
 
 
 @dataclass(frozen=True)
+class SavedAggregator:
+    """An aggregator in a saved state, without its owner errors."""
+
+    compressor: dict[str, Any]  # see `identify`
+    state: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Applied:
     """The outcome of applying a mean, identical on all workers."""
 
@@ -153,32 +161,36 @@ class ErrorFeedback:
         if self._choice is not None:
             self._choice.aggregator.reset()
 
-    def held_state(self) -> dict[str, Any]:
-        """Return owner errors, the aggregator's state and the compressor, tensors and plain types; {} without one."""
-        if self._compressor is None:
-            return {}
-        n = self.slice.compressed_d
-        copies = {name: vector[:n].clone() for name, vector in self.owner_errors().items()}
-        return {
-            "compressor": identify(self._compressor),
-            "vectors": copies,
-            "state": self.choice.aggregator.state_dict(),
-        }
+    def owner_errors_by_name(self) -> dict[str, Tensor]:
+        """Return the owner errors by compressed parameter; views. {} without owners."""
+        errors = self.owner_errors().values()
+        return {place.name: view for e in errors for place, view in self.slice.named(e) if not place.dense}
 
-    def restore(self, held: Mapping[str, Any]) -> None:
-        """Restore owner errors from `held_state`. Those of another compressor are added to the error memory.
+    def aggregator_state(self) -> SavedAggregator | None:
+        """Return the aggregator's state and the compressor, None without one."""
+        if self._compressor is None:
+            return None
+        return SavedAggregator(identify(self._compressor), self.choice.aggregator.state_dict())
+
+    def load_aggregator(self, saved: SavedAggregator) -> bool:
+        """Restore the aggregator's state; return False, without it, if it is of another compressor. Call after `use`."""
+        assert self._compressor is not None
+        fits = saved.compressor == identify(self._compressor)
+        self.choice.aggregator.load_state_dict(saved.state if fits else {}, self.memory.vector.device)
+        return fits
+
+    def restore(self, saved: SavedAggregator, errors: Mapping[str, Tensor]) -> None:
+        """Restore the aggregator and owner errors by parameter; those of another are added to the error memory.
 
         Call after `use`.
         """
-        mine, n, vector = self.owner_errors(), self.slice.compressed_d, self.memory.vector
-        assert self._compressor is not None
-        if held["compressor"] == identify(self._compressor) and mine.keys() == held["vectors"].keys():
-            for name, there in mine.items():
-                there[:n].copy_(held["vectors"][name])
-            self.choice.aggregator.load_state_dict(held["state"], vector.device)
-        else:  # their vectors are owner errors, of the mean
-            for there in held["vectors"].values():
-                vector[:n].add_(there.to(vector.device), alpha=self.channel.group.size)
+        mine, memory = self.owner_errors_by_name(), dict(zip(self.slice.names, self.memory.views, strict=True))
+        fits = self.load_aggregator(saved) and mine.keys() == errors.keys()
+        for name, error in errors.items():
+            if fits:
+                mine[name].copy_(error)
+            else:  # an error of the mean
+                memory[name].add_(error.to(memory[name].device), alpha=self.channel.group.size)
 
 
 class Round:

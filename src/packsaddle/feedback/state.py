@@ -1,113 +1,338 @@
-"""Saved states: whether one fits the parameters, filling flat vectors from one, and carrying an optimizer's over to
-another number of workers.
+"""Saved states: declared by their paths; saved, validated, loaded, and split for another number of workers.
 
-A state is tensors and plain types: vectors by parameter in "state", numbers in "param_groups", as torch has it. Its
-format is a number, which an optimizer's groups repeat, for torch's checkpoint tools keep nothing else.
+A state is nested dictionaries and lists of tensors and plain types. A front declares its fields once: a `Vector` is
+saved by parameter and validated by shape, a `Value` is validated by its type. Loading validates all fields before it
+changes any. Fields are loaded in the order in which they are declared.
+
+A `Rule` gives the kind of what a saved state has at a path, for paths and not for fields, since the worker that loads
+may not have all that the state has (a pending exchange, for example). For another number of workers,
+
+    shared      is identical on all workers
+    error       is averaged: error memories, momenta, x at the start of an exchange
+    owner       is an owner error, an error of the mean: added to errors, once for every worker, and then zero
+    own         is each worker's own, and new workers have worker 0's
+    constant    is replaced, by a value of the new worker's identity if that has one of its name
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
 
-from packsaddle.feedback.parameters import FlatParameters
-
-FORMAT = 1  # of optimizers' and hooks' states
-Path = tuple[Any, ...]  # where something is in a state: keys from the outermost
-_AVERAGED = ("pending", "momentum", "storm")  # of an optimizer's vectors; the others are the same everywhere
-_ITS_OWN = ("state", "ledger", "monitor", "guard")  # of one worker, apart from the groups: not carried over as they are
+FORMAT = 2  # of the states of optimizers, hooks and local updates, and of the files of elastic workers
+ANY = "*"  # in a path: any key
+Path = tuple[Any, ...]  # keys from the outermost
+Kind = Literal["shared", "error", "owner", "own", "constant"]
 
 
-def parameter_ids(state_dict: Mapping[str, Any]) -> list[Any]:
-    """Return the keys by which a state dict refers to the parameters, in order (integers, or names in torch's DCP)."""
-    return [key for group in state_dict["param_groups"] for key in group["params"]]
+@dataclass(frozen=True)
+class Rule:
+    """The kind of all that a state has at a path, or below it."""
+
+    path: Path
+    kind: Kind
+    into: Sequence[Path] = ()  # of an owner error: the errors to which it is added
+    like: Path = ()  # of an error that may be missing: the tensors like which it is zero then
+    value: Any = None  # of a constant
 
 
-def check_fits(
-    state_dict: Mapping[str, Any],
-    flat: FlatParameters,
-    vectors: Mapping[str, Tensor],
-    identity: Mapping[str, int | str],
-) -> None:
-    """Raise ValueError unless a state dict fits these parameters, flat vectors and values that every group repeats."""
-    for group in state_dict["param_groups"]:
-        check_format(group, "CompressedSGD")
-        check_identity(group, identity)
-        for name in ("step", "anchor_step"):
-            if not isinstance(group.get(name), int):
-                raise ValueError(f"the state has no {name} in its parameter groups; was it saved by CompressedSGD?")
-    ids = parameter_ids(state_dict)
-    if len(ids) != len(flat.parameters):
-        raise ValueError(f"the state is of {len(ids)} parameters, and there are {len(flat.parameters)}")
-    for name in vectors:
-        for key, p, label in zip(ids, flat.parameters, flat.names, strict=True):
-            check_shape(f'state "{name}" of {label}', state_dict["state"].get(key, {}).get(name), p.shape)
+@dataclass(frozen=True)
+class Vector:
+    """Tensors by parameter; the parameter's key is where `path` has ANY."""
+
+    path: Path
+    shapes: Mapping[Any, torch.Size | None]  # by key; None: any length, and may be missing
+    get: Callable[[], Mapping[Any, Tensor]]  # by key; a function, since a step may swap buffers
+    set: Callable[[Mapping[Any, Tensor]], None] | None = None  # None: copy into the tensors that `get` returns
+    optional: bool = False  # may be missing as a whole: None in a state, {} from `get`
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write copies of the tensors into a state; torch's optimizers save those at "state" themselves."""
+        if self.path[-1] == ANY:
+            found = {key: tensor.clone() for key, tensor in self.get().items()}
+            _put(state, self.path[:-1], None if self.optional and not found else found)
+
+    def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> dict[Any, Tensor]:
+        """Return the saved tensors. Raises ValueError unless they have the shapes here."""
+        at = self.path.index(ANY)
+        (saved,) = (found for _, found in _matches(state, self.path[:at]))
+        rest, name = self.path[at + 1 :], next(str(key) for key in reversed(self.path) if key != ANY)
+        found: dict[Any, Tensor] = {}
+        if self.optional and saved is None:
+            return found
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"{_dotted(self.path[:at])} must be a dictionary, found {type(saved).__name__}")
+        if self.optional and saved.keys() != self.shapes.keys():
+            raise ValueError(f"the state's {name} is of other parameters here: was dense_below another?")
+        for key, shape in self.shapes.items():
+            tensor: Any = saved.get(key)
+            for inner in rest:
+                tensor = tensor.get(inner) if isinstance(tensor, Mapping) else None
+            if tensor is not None or shape is not None:
+                check_tensor(f"{name} of {names.get(key, key)}", tensor, shape)
+                found[key] = tensor
+        if unknown := [key for key in saved if key not in self.shapes]:
+            raise ValueError(f"the state has {name} of {unknown[0]}, and there is no such parameter here")
+        return found
+
+    def load(self, saved: Mapping[Any, Tensor]) -> None:
+        """Load what `read` returned."""
+        if self.set is not None:
+            self.set(saved)
+            return
+        for key, tensor in self.get().items():
+            tensor.copy_(saved[key])
 
 
-def check_format(saved: Mapping[str, Any], owner: str) -> None:
-    """Raise ValueError unless what was saved is of the format that is read here."""
-    if "format" not in saved:
-        raise ValueError(f"the state has no format; was it saved by {owner}?")
-    if saved["format"] != FORMAT:
-        raise ValueError(f"the state has format {saved['format']!r}, and this version of packsaddle reads {FORMAT}")
+@dataclass(frozen=True)
+class Value:
+    """Plain types, dataclasses, and tensors that belong to no parameter."""
+
+    path: Path
+    hint: Any  # the type, as in an annotation
+    get: Callable[[], Any]
+    load: Callable[[Any], None]
+    check: Callable[[Any], None] | None = None  # raises ValueError if the saved value does not fit here
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the value into a state."""
+        _put(state, self.path, _plain(self.get()))
+
+    def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> Any:
+        """Return the saved value, equal wherever the path leads. Raises ValueError if it is missing or of no use."""
+        found = [typed(self.hint, value, path) for path, value in _matches(state, self.path)]
+        if any(value != found[0] for value in found[1:]):
+            raise ValueError(f"{_dotted(self.path)} must have one value, found {found}")
+        if self.check is not None:
+            self.check(found[0])
+        return found[0]
 
 
-def check_identity(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the first that differs, unless what was saved has these values."""
-    for name, expected in identity.items():
-        if saved.get(name) != expected:
-            raise ValueError(f"{name} is {expected} here, but the state was saved with {name} {saved.get(name)}")
+def attribute(path: Path, owner: Any, name: str, hint: Any) -> Value:
+    """Return the field of an attribute."""
+    return Value(path, hint, partial(getattr, owner, name), partial(setattr, owner, name))
 
 
-def check_shape(what: str, found: Tensor | None, shape: torch.Size) -> None:
-    """Raise ValueError unless a tensor is there and has this shape."""
-    if found is None or found.shape != shape:
-        have = "nothing" if found is None else f"shape {tuple(found.shape)}"
-        raise ValueError(f"{what} must have shape {tuple(shape)}, found {have}")
+class State:
+    """The saved state of a front: its fields, and what must be equal where it is saved and where it is loaded.
 
-
-def fill(state_dict: Mapping[str, Any], flat: FlatParameters, vectors: Mapping[str, Tensor]) -> None:
-    """Copy a state dict's tensors into the flat vectors, in their own precision."""
-    ids = parameter_ids(state_dict)
-    for name, vector in vectors.items():
-        for key, view in zip(ids, flat.views(vector), strict=True):
-            view.copy_(state_dict["state"][key][name])
-
-
-def split_state(state: Mapping[str, Any], workers: int) -> tuple[dict[Path, Tensor], dict[str, Any]]:
-    """Return what another number of workers is to have the mean of, by its place, and what all must have.
-
-    What an owner of a two-way exchange holds back is an error of the mean, so it counts once for every worker.
+    Args:
+        owner: the name of the front.
+        rules: the kinds of all paths; the first that fits a path holds.
+        identity: returns the values that must be equal, by name.
+        fields: returns the fields, in the order in which they are loaded.
+        head: the path of the format and the identity, () for "format" and "identity" at the top.
+        names: the names of parameters in messages, by key, where they differ.
+        only_with: the remedy by name of the values with which alone a state can be loaded; {}: it can be split.
     """
-    means: dict[Path, Tensor] = {}
-    same: dict[Any, dict[str, Any]] = {}
-    for key, vectors in state["state"].items():
-        for name, vector in vectors.items():
-            if name in _AVERAGED:
-                means[key, name] = vector
-            elif name != "residual":
-                same.setdefault(key, {})[name] = vector
-        if "residual" in vectors:
-            means[key, "pending"] = vectors["pending"].double() + workers * vectors["residual"].double()
-    rest = {k: v for k, v in state.items() if k not in _ITS_OWN}
-    rest["param_groups"] = [{k: v for k, v in g.items() if k != "rank"} for g in state["param_groups"]]
-    return means, {"state": same} | rest
+
+    def __init__(
+        self,
+        owner: str,
+        rules: Sequence[Rule],
+        identity: Callable[[], Mapping[str, Any]],
+        fields: Callable[[], Iterable[Vector | Value]],
+        *,
+        head: Path = (),
+        names: Mapping[Any, str] | None = None,
+        only_with: Mapping[str, str] | None = None,
+    ) -> None:
+        self._owner, self._rules, self._identity, self._fields = owner, rules, identity, fields
+        self._head, self._where = head, head or ("identity",)
+        self._names, self._only_with = names or {}, only_with or {}
+
+    def save(self, state: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return the state, tensors and plain types, written into `state` if that is given."""
+        state = {} if state is None else state
+        _put(state, (*self._head, "format"), FORMAT)
+        for name, value in self._identity().items():
+            _put(state, (*self._where, name), value)
+        for field in self._fields():
+            field.save(state)
+        return state
+
+    def validate(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, unless a state can be loaded here."""
+        self._read(state)
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Load a state. Raises ValueError, with nothing changed, if it does not fit."""
+        for field, value in self._read(state):
+            field.load(value)
+
+    def _read(self, state: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+        """Return the fields, each with its saved value."""
+        self._check_format(state)
+        for name, here in self._identity().items():
+            for saved in self._saved_in(state, (*self._where, name)):
+                if saved != here:
+                    remedy = f": {self._only_with[name]}" if name in self._only_with else ""
+                    raise ValueError(f"{name} is {here} here, but the state was saved with {name} {saved}{remedy}")
+        return [(field, field.read(state, self._names)) for field in self._fields()]
+
+    def _check_format(self, state: Mapping[str, Any]) -> None:
+        for found in self._saved_in(state, (*self._head, "format")):
+            check_format(found, "the state")
+
+    def _saved_in(self, state: Mapping[str, Any], path: Path) -> list[Any]:
+        try:
+            return [value for _, value in _matches(state, path)]
+        except ValueError as error:
+            raise ValueError(f"{error}; was it saved by {self._owner}?") from None
+
+    def rule(self, path: Path) -> Rule:
+        """Return the rule of a path. Raises ValueError if there is none."""
+        for rule in self._rules:
+            if _fits(path, rule.path):
+                return rule
+        raise ValueError(f"{_dotted(path)} is in the state, and {self._owner} has no rule for it")
+
+    def split(self, leaves: Mapping[Path, Any], workers: int) -> tuple[dict[Path, Tensor], dict[Path, Any]]:
+        """Return the tensors to be averaged, and what is identical on all workers, of a state that `workers` saved.
+
+        `leaves` are the tensors and plain values of the state by path, as are the results. Raises ValueError if it is
+        of another format.
+        """
+        for path, value in leaves.items():
+            if path[-1] == "format":
+                check_format(value, "the state")
+        for remedy in self._only_with.values():
+            raise ValueError(remedy)
+        kinds = {path: self.rule(path) for path in leaves}
+        means = {path: leaves[path] for path, rule in kinds.items() if rule.kind == "error"}
+        for rule in self._rules:
+            if rule.like:
+                for path in [path for path in means if _fits(path, rule.like)]:
+                    means.setdefault(_filled(rule.path, path, rule.like), torch.zeros_like(means[path]))
+        # An owner error is an error of the mean, so it counts once for every worker.
+        for path, rule in kinds.items():
+            for into in (_filled(pattern, path, rule.path) for pattern in rule.into):
+                means[into] = means[into].double() + workers * leaves[path].double()
+        return means, {path: leaves[path] for path, rule in kinds.items() if rule.kind == "shared"}
+
+    def merge(self, leaves: Mapping[Path, Any]) -> dict[Path, Any]:
+        """Return what this worker has of a state in place of owner errors and constants, by path.
+
+        `leaves` are as in `split`, which has added the owner errors to what is averaged.
+        """
+        identity, found = self._identity(), {}
+        for path, value in leaves.items():
+            rule = self.rule(path)
+            if rule.kind == "owner":
+                found[path] = torch.zeros_like(value)
+            elif rule.kind == "constant":
+                found[path] = identity.get(path[-1], rule.value)
+        for field in self._fields():
+            if isinstance(field, Vector) and not field.optional and self.rule(field.path).kind == "owner":
+                for key, tensor in field.get().items():
+                    found[_filled(field.path, (key,), (ANY,))] = torch.zeros_like(tensor, device="cpu")
+        return found
 
 
-def put_means(
-    state: dict[str, Any],
-    means: Mapping[Path, Tensor],
-    flat: FlatParameters,
-    vectors: Mapping[str, Tensor],
-    identity: Mapping[str, int | str],
-) -> None:
-    """Put means in a state, in place, and make it that of the worker with these vectors and this identity."""
-    for (key, name), mean in means.items():
-        state["state"][key][name] = mean
-    for p, kept in zip(flat.parameters, state["state"].values(), strict=True):
-        kept.pop("residual", None)
-        if "residual" in vectors:  # the means of the memories have it
-            kept["residual"] = torch.zeros_like(p, dtype=vectors["residual"].dtype, device="cpu")
-    for group in state["param_groups"]:
-        group.update({name: identity[name] for name in ("rank", "workers", "owners")})
+def skip(saved: Any) -> None:
+    """Load nothing: the front loads the field after all others."""
+
+
+def check_format(found: Any, what: str) -> None:
+    """Raise ValueError, with the remedy, unless a saved format is the one that is read here."""
+    if type(found) is not int or found != FORMAT:
+        raise ValueError(
+            f"{what} has format {found!r}, and this version of packsaddle reads format {FORMAT}: finish the run with "
+            f"the packsaddle that saved it, or load the weights alone"
+        )
+
+
+def check_tensor(what: str, found: Any, shape: torch.Size | None, *, floating: bool = True) -> None:
+    """Raise ValueError unless a saved tensor has this shape (None: any length), and floating-point or whole numbers."""
+    if not isinstance(found, Tensor) or (found.ndim != 1 if shape is None else found.shape != shape):
+        have = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else "nothing"
+        raise ValueError(f"{what} must have shape {'(n,)' if shape is None else tuple(shape)}, found {have}")
+    if found.is_floating_point() != floating:
+        raise ValueError(f"{what} must be of {'floating-point' if floating else 'whole'} numbers, found {found.dtype}")
+
+
+def parameter_ids(state: Mapping[str, Any]) -> list[Any]:
+    """Return the keys by which a state dict refers to the parameters, in order (integers, or names in torch's DCP)."""
+    return [key for group in state["param_groups"] for key in group["params"]]
+
+
+def typed(hint: Any, value: Any, path: Path = ()) -> Any:
+    """Return a saved value as its type, an annotation. Raises ValueError, with its path, if it is of another."""
+    origin, args = get_origin(hint), get_args(hint)
+    if type(None) in args:
+        return None if value is None else typed(next(arg for arg in args if arg is not type(None)), value, path)
+    if hint is Any:
+        return value
+    if hint is Tensor:
+        check_tensor(_dotted(path), value, getattr(value, "shape", None))
+    expected: dict[Any, Any] = {list: (list, tuple), tuple: (list, tuple), dict: Mapping, float: (float, int)}
+    is_made = is_dataclass(hint)
+    kind: Any = Mapping if is_made else object if origin is Literal else origin or hint
+    if not isinstance(value, expected.get(kind, kind)) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{_dotted(path)} must be of type {getattr(kind, '__name__', kind)}, found {value!r:.80}")
+    if origin is Literal and value not in args:
+        raise ValueError(f"{_dotted(path)} must be one of {', '.join(map(repr, args))}, found {value!r:.80}")
+    if is_made:
+        hints = get_type_hints(hint)
+        inner = {f.name: next(_matches(value, (f.name,), path)) for f in fields(hint)}
+        return hint(**{name: typed(hints[name], found, where) for name, (where, found) in inner.items()})
+    if origin is dict:
+        return {key: typed(args[1], inner, (*path, key)) for key, inner in value.items()}
+    if origin in (list, tuple):
+        types = args[:1] * len(value) if origin is list or args[1:] == (...,) else args
+        if len(types) != len(value):
+            raise ValueError(f"{_dotted(path)} must have {len(types)} entries, found {len(value)}")
+        return origin(typed(t, inner, (*path, i)) for i, (t, inner) in enumerate(zip(types, value, strict=True)))
+    return value
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy of a value, with dictionaries in place of dataclasses."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _matches(state: Any, pattern: Path, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Yield the paths of a state that a pattern fits, and the values there. Raises ValueError for a missing one."""
+    if not pattern:
+        yield path, state
+        return
+    key, *rest = pattern
+    found = range(len(state)) if isinstance(state, list | tuple) else state if isinstance(state, Mapping) else ()
+    if key != ANY and key not in found:
+        raise ValueError(f"the state has no {_dotted((*path, key))}")
+    for each in found if key == ANY else (key,):
+        yield from _matches(state[each], tuple(rest), (*path, each))
+
+
+def _put(state: Any, path: Path, value: Any) -> None:
+    """Write a value into a state, at each place to which the path leads."""
+    key, *rest = path
+    for each in range(len(state)) if key == ANY else (key,):
+        if rest:
+            _put(state.setdefault(each, {}) if isinstance(state, dict) else state[each], tuple(rest), value)
+        else:
+            state[each] = value
+
+
+def _fits(path: Path, pattern: Path) -> bool:
+    """Return True if a path, or a part from its beginning, is one of a pattern."""
+    return len(path) >= len(pattern) and all(p in (ANY, key) for key, p in zip(path, pattern, strict=False))
+
+
+def _filled(pattern: Path, path: Path, of: Path) -> Path:
+    """Return a pattern with the keys that `path` has where `of`, its own pattern, has ANY."""
+    keys = iter([key for key, p in zip(path, of, strict=False) if p == ANY])
+    return tuple(next(keys) if p == ANY else p for p in pattern)
+
+
+def _dotted(path: Path) -> str:
+    return ".".join(map(str, path))

@@ -7,14 +7,14 @@ model's k largest a step ago: k is met at every step, a bucket leaves as soon as
 too little of at one step is in its error memory, and so in its count, at the next.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from packsaddle.compressors import Compressor
+from packsaddle.feedback.state import Value, check_tensor
 
 Names = tuple[str, ...]
 _SAMPLE = 1 << 17  # coordinates of the model that are looked at; a smaller model's are all
@@ -24,8 +24,12 @@ _SAMPLE = 1 << 17  # coordinates of the model that are looked at; a smaller mode
 class _Sample:
     """Some coordinates of a slice's vector, float[m], and how many it has."""
 
-    values: Tensor
+    names: Names  # of the slice's parameters
     size: int
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        check_tensor("allocation", self.values, None)
 
 
 class Allocation:
@@ -60,7 +64,7 @@ class Allocation:
         """Look at a slice's corrected vector, float[n], in this step, if compressors of this kind want to know."""
         if 0 < len(vector) < self.d and type(compressor).apportion is not Compressor.apportion:
             first = min(self._stride, len(vector)) // 2
-            self._next[part] = _Sample(vector[first :: self._stride].clone(), len(vector))
+            self._next[part] = _Sample(part, len(vector), vector[first :: self._stride].clone())
 
     def settle(self, *, taken: bool) -> None:
         """Go by what was observed in this step, or by what was before it."""
@@ -68,11 +72,11 @@ class Allocation:
             self._last = self._next
         self._next = {}
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """Return what the next step goes by, tensors and plain types."""
-        return [{"names": list(k), "size": s.size, "values": s.values.clone()} for k, s in self._last.items()]
+    def field(self, device: Callable[[], torch.device]) -> Value:
+        """Return the field of the saved state: the samples of the last step, loaded to a device."""
 
-    def load_state_dict(self, state: Sequence[Mapping[str, Any]], device: torch.device) -> None:
-        """Restore `state_dict`."""
-        self._last = {tuple(s["names"]): _Sample(s["values"].to(device, copy=True), s["size"]) for s in state}
-        self._next, self._allotted = {}, {}
+        def load(saved: Sequence[_Sample]) -> None:
+            self._last = {s.names: replace(s, values=s.values.to(device(), copy=True)) for s in saved}
+            self._next, self._allotted = {}, {}
+
+        return Value(("allocation",), list[_Sample], lambda: list(self._last.values()), load)

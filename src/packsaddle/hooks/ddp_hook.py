@@ -5,9 +5,9 @@ hook keeps a slice, with an error memory, for each set of parameters that has co
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,22 +18,13 @@ from packsaddle.comm.ledger import Bytes
 from packsaddle.feedback.background import Background, Promise
 from packsaddle.feedback.escape import Reset
 from packsaddle.feedback.noise import GaussianNoise, Noise
-from packsaddle.feedback.round import ErrorFeedback
-from packsaddle.feedback.slices import Place, Slice, dense_strides
-from packsaddle.feedback.state import FORMAT, check_format, check_identity, check_shape
+from packsaddle.feedback.round import ErrorFeedback, SavedAggregator
+from packsaddle.feedback.slices import Place, Slice
+from packsaddle.feedback.state import ANY, Value, Vector, attribute, skip, typed
+from packsaddle.hooks.escape import EscapeAfterStep
 from packsaddle.hooks.hook import GradientHook, HookOptions
 from packsaddle.hooks.rates import Rates
 from packsaddle.numerics.finite import spoil
-
-
-class Stateful(Protocol):
-    """An object with a state of its own."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return it, tensors and plain types."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore it."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +69,9 @@ class DDPHook(GradientHook):
     ) -> None:
         super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
         self.resets: list[Reset] = []  # firings of the escape check
-        self.parts: dict[str, Stateful] = {}  # other parts of the saved state, by name
+        self.parts: dict[str, EscapeAfterStep] = {}  # other parts of the saved state, by name
         self._module, self._places, self._rates, self._scale = module, places, rates, scale
         self._named = {id(place.parameter): place for place in places}
-        self.device = places[0].parameter.device
         self._perturbation = noise
         self._background = Background(self.device)
         # Slices are made as buckets come, since DistributedDataParallel may rebuild its buckets.
@@ -94,6 +84,10 @@ class DDPHook(GradientHook):
         self._factors: Mapping[str, float] = {}
         self._scaled = 1.0  # the factor of the gradients
         self._failure: Exception | None = None  # of one of its buckets
+
+    @property
+    def device(self) -> torch.device:
+        return self._places[0].parameter.device
 
     def __call__(self, bucket: Bucket) -> Future[Tensor]:
         """Submit a bucket; the future returns its means. DDP calls this in order, in the backward pass."""
@@ -217,65 +211,53 @@ class DDPHook(GradientHook):
         exchange are in the error memory of their owner, since buckets may differ at loading: no update is lost, but
         only with scope="model" does a run continue bitwise identically.
         """
-        # One slice of the whole model is the same at loading, so its owner errors are restored as such.
-        pending, held = self.memory(), dict[str, Any]()
-        if self._rules.scope == "model":
-            for part in self._slices.values():
-                pending |= {name: view.clone() for name, view in zip(part.slice.names, part.memory.views, strict=True)}
-                held = part.held_state()
-        return {
-            "format": FORMAT,
-            "identity": self._identity(),
-            "steps": self._steps,
-            "skips": self._skips.state_dict(),
-            "rates": dict(self._rates.units),
-            "pending": pending,
-            "held": held,
-            "allocation": self._allocation.state_dict(),
-            "ledger": self.ledger.state_dict(),
-            "resets": [asdict(reset) for reset in self.resets],
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-        }
+        return super().state_dict()
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
-        check_format(state, "register_ddp_hook")
-        check_identity(state["identity"], self._identity())
-        pending = state["pending"]
-        for place in self._places:
-            check_shape(f"the error of {place.name}", pending.get(place.name), place.parameter.shape)
-        if len(pending) > len(self._places):
-            raise ValueError(f"the state is of {len(pending)} parameters, and there are {len(self._places)}")
-        compressed = sum(place.size for place in self._places if not place.dense)
-        for vector in state["held"].get("vectors", {}).values():
-            if len(vector) != compressed:
-                raise ValueError(
-                    f"the state is of {len(vector)} coordinates that are compressed, and here {compressed} are: was "
-                    f"dense_below another?"
-                )
+    def _saved_fields(self) -> list[Vector | Value]:
+        shapes = {place.name: place.parameter.shape for place in self._places}
+        compressed = {place.name: place.parameter.shape for place in self._places if not place.dense}
+        return [
+            *super()._saved_fields(),
+            replace(attribute(("units",), self._rates, "units", dict[str, float]), check=self._check_units),
+            Vector(("error", ANY), shapes, self._errors, self._load_errors),
+            Vector(("owner_error", ANY), compressed, self._owner_errors, skip, optional=True),
+            Value(("aggregator",), SavedAggregator | None, self._aggregator_state, skip),
+            attribute(("resets",), self, "resets", list[Reset]),
+            *(field for part in self.parts.values() for field in part.fields()),
+        ]
+
+    def _check_units(self, saved: Mapping[str, float]) -> None:
+        if saved and saved.keys() != {place.name for place in self._places}:
+            raise ValueError("the state's units must be of all parameters or of none")
+
+    @property
+    def _whole(self) -> ErrorFeedback | None:
+        """The slice of all parameters, once there is one; it is the same after loading."""
+        return next(iter(self._slices.values()), None) if self._rules.scope == "model" else None
+
+    def _errors(self) -> dict[str, Tensor]:
+        whole = self._whole
+        own = {} if whole is None else dict(zip(whole.slice.names, whole.memory.views, strict=True))
+        return self.memory() | own
+
+    def _owner_errors(self) -> dict[str, Tensor]:
+        return {} if self._whole is None else self._whole.owner_errors_by_name()
+
+    def _aggregator_state(self) -> SavedAggregator | None:
+        return None if self._whole is None else self._whole.aggregator_state()
+
+    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
+        """Keep errors by parameter until buckets come and make slices."""
+        self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
-        self.check_state_dict(state)
-        pending = state["pending"]
-        self._settle()
-        # Errors wait by parameter until buckets come and make slices.
-        self._slices = {}
-        self._step_rates.clear()
-        self._loose = {name: error.to(self.device, copy=True) for name, error in pending.items()}
-        self._steps, self._rates.units = state["steps"], dict(state["rates"])
-        self._drift.resume(max(0, self._steps - 1))  # a step is compared when the next begins
-        self._skips.load_state_dict(state["skips"])
+        super().load_state_dict(state)
         if self._rules.scope == "model":
             whole = self._slice(frozenset(place.name for place in self._places))
-            if state["held"]:
+            aggregator = typed(SavedAggregator | None, state["aggregator"])
+            if aggregator is not None:
                 self._use(whole, self._steps)
-                whole.restore(state["held"])
-        self._allocation.load_state_dict(state["allocation"], self.device)
-        self.ledger.load_state_dict(state["ledger"])
-        self.resets = [Reset(**reset) for reset in state["resets"]]
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
+                whole.restore(aggregator, state["owner_error"] or {})
 
     def _identity(self) -> dict[str, Any]:
         """Return the settings that must be equal at saving and at loading."""
@@ -288,31 +270,3 @@ class DDPHook(GradientHook):
             "exchange": self._rules.compression.exchange,
             "parts": ", ".join(self.parts) or "none",
         }
-
-    def split_state(
-        self, state: Mapping[str, Any], workers: int
-    ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
-        """Return the tensors of a `state` of `workers` to be averaged, by place, and the rest, identical on all."""
-        pending = {name: error.double() for name, error in state["pending"].items()}
-        held = state["held"].get("vectors", {})
-        for vector in held.values():  # owners' errors of the mean, on the compressed coordinates
-            for place in self._places:
-                if not place.dense:
-                    p = place.parameter
-                    pending[place.name] = pending[place.name] + workers * vector.as_strided(
-                        p.shape, dense_strides(p), vector.storage_offset() + place.start
-                    )
-        left_out = ("pending", "ledger", "identity", "held", "monitor", "allocation")
-        rest = {k: v for k, v in state.items() if k not in left_out}
-        rest["identity"] = {k: v for k, v in state["identity"].items() if k != "rank"}
-        rest["held"] = {k: v for k, v in state["held"].items() if k != "vectors"}
-        return {(name,): error for name, error in pending.items()}, rest
-
-    def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
-        """Write means into a state, in place, and set its rank and number of workers to this worker's."""
-        for (name,), mean in means.items():
-            state["pending"][name] = mean.to(state["pending"][name].dtype)
-        for vector in state["held"].get("vectors", {}).values():
-            vector.zero_()
-        here = self._identity()
-        state["identity"] |= {name: here[name] for name in ("rank", "workers")}

@@ -11,6 +11,7 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.parameters import FlatParameters
 from packsaddle.feedback.slices import Place
+from packsaddle.feedback.state import ANY, Value, Vector
 from packsaddle.hooks.rates import Rates, is_plain_sgd
 
 
@@ -93,16 +94,14 @@ class EscapeAfterStep:
         self._hook.forget(left)
         self._hook.resets.append(reset)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return x_t' by parameter, and t'."""
-        views = self._flat.views(self._check.anchor)
-        anchor = {place.name: view.clone() for place, view in zip(self._places, views, strict=True)}
-        return {"anchor": anchor, "anchor_step": self._check.anchor_step}
+    def fields(self) -> list[Vector | Value]:
+        """Return the fields of the hook's saved state: x_t' by parameter, and t'. Load them after the hook's steps."""
+        anchor = {p.name: view for p, view in zip(self._places, self._flat.views(self._check.anchor), strict=True)}
+        shapes = {name: view.shape for name, view in anchor.items()}
+        return [
+            Vector(("escape", "anchor", ANY), shapes, lambda: anchor),
+            Value(("escape", "step"), int, lambda: self._check.anchor_step, self._resume),
+        ]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
-        for place, view in zip(self._places, self._flat.views(self._check.anchor), strict=True):
-            view.copy_(state["anchor"][place.name])
-        self._check.anchor_step = state["anchor_step"]
-        self._checked = self._hook.steps
-        self._has_begun = True
+    def _resume(self, anchor_step: int) -> None:
+        self._check.anchor_step, self._checked, self._has_begun = anchor_step, self._hook.steps, True

@@ -22,7 +22,7 @@ from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Place, Slice
-from packsaddle.feedback.state import FORMAT, check_format, check_identity, check_shape
+from packsaddle.feedback.state import ANY, Value, Vector
 from packsaddle.hooks.hook import UNLIKE, GradientHook, HookOptions
 from packsaddle.numerics.finite import spoil
 from packsaddle.numerics.kernels import compiler
@@ -85,6 +85,13 @@ def _mesh(model: nn.Module) -> Any:
     return next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
 
 
+_OTHERS = (
+    "an FSDP hook's error memories go back to as many workers as they came from; otherwise leave the state out, and "
+    "the hook begins with empty ones"
+)
+_SHARDS = {"replicas": _OTHERS, "shards": _OTHERS}
+
+
 class FSDPHook(GradientHook):
     """The hook of `register_fsdp_hook`. Every sharded module is a slice of its own, with its error memory.
 
@@ -115,7 +122,7 @@ class FSDPHook(GradientHook):
         noise: Noise,
         shard: tuple[int, int],
     ) -> None:
-        super().__init__(channel, rules, padded_size(model))
+        super().__init__(channel, rules, padded_size(model), names={"": "the root module"}, only_with=_SHARDS)
         self._model, self._shard = model, shard
         self._perturbation = noise
         self._slices: dict[str, ErrorFeedback] = {}
@@ -224,51 +231,15 @@ class FSDPHook(GradientHook):
         self._settle()
         return self._loose | {name: part.pending().clone() for name, part in self._slices.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, tensors and plain types; each worker has its own."""
-        return {
-            "format": FORMAT,
-            "identity": self._identity(),
-            "steps": self.steps,
-            "skips": self._skips.state_dict(),
-            "pending": self.memory(),
-            "allocation": self._allocation.state_dict(),
-            "ledger": self.ledger.state_dict(),
-        }
+    def _saved_fields(self) -> list[Vector | Value]:
+        shapes: dict[Any, torch.Size | None] = {name: None for name, _ in sharded_modules(self._model)}
+        shapes |= {name: torch.Size([part.slice.d]) for name, part in self._slices.items()}
+        return [*super()._saved_fields(), Vector(("error", ANY), shapes, self.memory, self._load_errors)]
 
-    def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
-        check_format(state, "register_fsdp_hook")
-        saved, mine = state["identity"], self._identity()
-        # An error memory belongs to one shard on one replica: it is neither split nor merged.
-        for what in ("replicas", "shards"):
-            if saved.get(what) != mine[what]:
-                raise ValueError(
-                    f"the state was saved with {saved.get(what)} {what}, and there are {mine[what]}: an FSDP hook's "
-                    f"error memories go back to as many workers as they came from; otherwise leave the state out, and "
-                    f"the hook begins with empty ones"
-                )
-        check_identity(saved, mine)
-        for name, part in self._slices.items():
-            check_shape(
-                f"the error of {name or 'the root module'}", state["pending"].get(name), torch.Size([part.slice.d])
-            )
-        names = {name for name, _ in sharded_modules(self._model)}
-        if unknown := sorted(state["pending"].keys() - names):
-            raise ValueError(f"the state has an error of {unknown[0]}, which is no sharded module of this model")
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
-        self.check_state_dict(state)
-        self._settle(broken_off=True)
+    def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
+        """Keep errors by module until gradients come and make slices."""
         self._slices, self._seeds, self._bits, self._seen = {}, {}, {}, {}
-        self._step_rates.clear()
-        self._loose = {name: error.to(self.device, copy=True) for name, error in state["pending"].items()}
-        self._steps = state["steps"]
-        self._drift.resume(max(0, self._steps - 1))  # a step is compared when the next begins
-        self._skips.load_state_dict(state["skips"])
-        self._allocation.load_state_dict(state["allocation"], self.device)
-        self.ledger.load_state_dict(state["ledger"])
+        self._loose = {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def _identity(self) -> dict[str, int]:
         """Return the settings that must be equal at saving and at loading."""

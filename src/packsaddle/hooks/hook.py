@@ -6,6 +6,7 @@ belongs to a parameter, never to a bucket. The memory is in units of a gradient,
 plain SGD (see `rates`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import RLock
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator
-from packsaddle.comm.ledger import Ledger
+from packsaddle.comm.ledger import Ledger, Totals
 from packsaddle.compressors import Compressor, Identity, describe
 from packsaddle.errors import is_below
 from packsaddle.feedback.compression import Compression
@@ -28,6 +29,7 @@ from packsaddle.feedback.memory import ErrorMemory, Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round
 from packsaddle.feedback.slices import Shaped, Slice
+from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.hooks.budget import Allocation
 from packsaddle.numerics.finite import is_finite
 from packsaddle.options.agreement import Option, agreement
@@ -128,15 +130,35 @@ _NO_FACTORS: Mapping[str, float] = {}
 UNLIKE = 4.0  # the code of an exchange in which workers had different slices
 
 
-class GradientHook:
+_RULES = [
+    Rule(("error", ANY), "error"),
+    Rule(("owner_error", ANY), "owner", into=[("error", ANY)]),
+    *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
+    *(Rule((name,), "own") for name in ("owner_error", "allocation", "ledger")),
+    *(Rule((name,), "shared") for name in ("format", "identity", "steps", "skips", "units", "aggregator")),
+    *(Rule((name,), "shared") for name in ("resets", "escape")),
+]
+
+
+class GradientHook(ABC):
     """The rounds of the running or last backward pass, and the count of applied passes.
 
     A pass's verdicts are read on demand or when the next one begins, so that a pass waits for no GPU. `d` is the number
     of coordinates that all slices compress together.
     """
 
-    def __init__(self, channel: Communicator, rules: HookOptions, d: int) -> None:
+    def __init__(
+        self,
+        channel: Communicator,
+        rules: HookOptions,
+        d: int,
+        names: Mapping[Any, str] | None = None,
+        only_with: Mapping[str, str] | None = None,
+    ) -> None:
         self.channel = channel
+        owner = f"register_{type(self).__name__.lower().replace('hook', '_hook')}"
+        identity = self._identity
+        self.saved_state = State(owner, _RULES, identity, self._saved_fields, names=names, only_with=only_with)
         self._rules, self._allocation = rules, Allocation(d)
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
@@ -326,5 +348,40 @@ class GradientHook:
                     f"{unlike[0] or 'the root module'}, another reduced another module of its size"
                 )
 
-    def _conclude(self, *, apply: bool) -> None:
+    def _conclude(self, *, apply: bool) -> None:  # noqa: B027 -- FSDP's has none
         """Commit or roll back other state of the hook."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """The device where gradients are averaged."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, Any]:
+        """Return the settings that must be equal at saving and at loading."""
+
+    def _saved_fields(self) -> list[Vector | Value]:
+        """Return the fields of the saved state; those that depend on others are loaded after them."""
+        return [
+            attribute(("steps",), self, "_steps", int),
+            *self._skips.fields(),
+            self._allocation.field(lambda: self.device),
+            Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this worker's state, tensors and plain types; each worker has its own."""
+        self._settle()
+        return self.saved_state.save()
+
+    def check_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
+        self.saved_state.validate(state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore `state`, this worker's `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
+        self.saved_state.validate(state)
+        self._settle(broken_off=True)
+        self._step_rates.clear()
+        self.saved_state.load(state)
+        self._drift.resume(max(0, self._steps - 1))  # a step is compared when the next begins

@@ -17,7 +17,7 @@ from packsaddle.comm.group import resolve
 from packsaddle.compressors import Compressor
 from packsaddle.curvature.certificate import Certificate, Verdict
 from packsaddle.feedback.compression import Compression, Schedule
-from packsaddle.feedback.state import check_shape
+from packsaddle.feedback.state import check_tensor
 from packsaddle.hooks.ddp import attach, keep_gradients_local
 from packsaddle.hooks.ddp_hook import DDPHook
 from packsaddle.local.start import persistent_buffers
@@ -104,7 +104,7 @@ class WorkerState:
         self.local.check_state_dict(state["local"])
         here = self._tensors()
         for name, tensor in here.items():
-            check_shape(name, state["model"].get(name), tensor.shape)
+            check_tensor(name, state["model"].get(name), tensor.shape, floating=tensor.is_floating_point())
         self.local.optimizer.load_state_dict(state["optimizer"])  # which checks its groups before it changes any
         for name, tensor in here.items():
             tensor.copy_(state["model"][name])

@@ -1,13 +1,13 @@
 """The escape check of local updates: lines 4-8 of Algorithm 1 on the anchor, after each round of the whole model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor
 
 from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
+from packsaddle.feedback.state import ANY, Value, Vector, attribute
 from packsaddle.local.fragment import Fragment
 
 
@@ -51,13 +51,9 @@ class AnchorEscape:
         finally:
             self._anchor.move_to_start()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return x_t', by parameter, and t'."""
-        anchor = {place.name: view.clone() for place, view in self._whole.named(self._check.anchor)}
-        return {"anchor": anchor, "anchor_step": self._check.anchor_step}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
-        for place, view in self._whole.named(self._check.anchor):
-            view.copy_(state["anchor"][place.name])
-        self._check.anchor_step = state["anchor_step"]
+    def fields(self) -> list[Vector | Value]:
+        """Return the fields of the saved state: x_t', by parameter, and t'."""
+        anchor = {place.name: view for place, view in self._whole.named(self._check.anchor)}
+        shapes = {name: view.shape for name, view in anchor.items()}
+        step = attribute(("escape", "step"), self._check, "anchor_step", int)
+        return [Vector(("escape", "anchor", ANY), shapes, lambda: anchor), step]

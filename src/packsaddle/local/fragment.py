@@ -20,8 +20,9 @@ from packsaddle.compressors import Compressor, Identity
 from packsaddle.feedback.contraction import Contraction
 from packsaddle.feedback.guard import Guard
 from packsaddle.feedback.memory import ErrorMemory
-from packsaddle.feedback.round import ErrorFeedback, Round
+from packsaddle.feedback.round import ErrorFeedback, Round, SavedAggregator
 from packsaddle.feedback.slices import Place, Slice, places
+from packsaddle.feedback.state import ANY, Path, Value, Vector, attribute, check_tensor, skip, typed
 from packsaddle.local.anchor import Anchor, PseudoGradient
 from packsaddle.local.inner import Shards
 from packsaddle.local.options import LocalOptions
@@ -44,6 +45,18 @@ class PendingExchange:
     mean: Averaged | Tensor | None = None  # float[n] with a delay or an outer optimizer
     names: list[str] = field(default_factory=list)  # the invalid parameter of each worker, by rank
     applied: bool | None = None  # False: rejected; None: unknown
+
+
+@dataclass(frozen=True)
+class SavedExchange:
+    """A pending exchange in a saved state, which has its outcome already."""
+
+    due: int
+    applied: bool
+    invalid: bool  # this worker's v
+    names: list[str]
+    start: dict[str, Tensor]  # x at the start, by parameter
+    mean: dict[str, Tensor]  # empty if it is rejected
 
 
 class Fragment(Slice):
@@ -228,65 +241,83 @@ class Fragment(Slice):
         assert isinstance(p.mean, Tensor)
         return self.anchor.add_local_update(found.add_(p.mean), p.before)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fragment's state by parameter, tensors and plain types, after the current exchange."""
-        p, owed = self.current, self.anchor.owed
-        state: dict[str, Any] = {
-            "rounds": self.rounds,
-            "anchor": self._named(self.anchor.flat),
-            "pending": self._named(self.feedback.memory.vector),
-            "held": self.feedback.held_state(),
-            "owed": {} if owed is None else self._named(owed),
-            "monitor": self.contraction.state_dict(),
-            "flight": None,
-        }
-        # A delayed exchange has its outcome already, and is applied at the step that is due.
-        if p is not None:
-            before = {place.name: s.clone() for place, s in zip(self.places, p.before, strict=True)}
-            kept: dict[str, Any] = {"due": p.due, "taken": p.applied, "before": before, "mean": {}}
-            kept |= {"bad": bool(p.invalid), "names": list(p.names)}
-            if p.applied:
-                assert isinstance(p.mean, Tensor)
-                kept["mean"] = self._named(p.mean)
-            state["flight"] = kept
-        return state
+    def shared_fields(self, path: Path) -> list[Vector | Value]:
+        """Return the fields of the saved state, below a path, that are identical on all workers after a round."""
+        shapes = {place.name: place.parameter.shape for place in self.places}
+        anchor = Vector((*path, "anchor", ANY), shapes, lambda: self._named(self.anchor.flat))
+        return [attribute((*path, "rounds"), self, "rounds", int), anchor]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self.rounds = state["rounds"]
-        self.contraction.load_state_dict(state["monitor"])
-        memory = self.zeros().flat
-        for key, flat in (("anchor", self.anchor.flat), ("pending", memory)):
-            for place, view in self.named(flat):
-                view.copy_(state[key][place.name])
+    def fields(self, path: Path) -> list[Vector | Value]:
+        """Return the fields of the saved state, below a path, after the current exchange; `resume` loads the rest.
+
+        A delayed exchange has its outcome already, and is applied at the step that is due.
+        """
+        feedback, shapes = self.feedback, {place.name: place.parameter.shape for place in self.places}
+        compressed = {place.name: place.parameter.shape for place in self.places if not place.dense}
+        exchange = Value(
+            (*path, "exchange"), SavedExchange | None, self._saved_exchange, self._load_exchange, self._check_exchange
+        )
+        return [
+            *self.shared_fields(path),
+            *self.contraction.fields((*path, "contraction")),
+            Vector((*path, "error", ANY), shapes, lambda: self._named(feedback.memory.vector), self._load_error),
+            Vector((*path, "owner_error", ANY), compressed, feedback.owner_errors_by_name, skip, optional=True),
+            Vector((*path, "owed", ANY), shapes, lambda: self._named(self.anchor.owed), skip, optional=True),
+            Value((*path, "aggregator"), SavedAggregator | None, feedback.aggregator_state, skip),
+            exchange,
+        ]
+
+    def _load_error(self, saved: Mapping[str, Tensor]) -> None:
         self.feedback.drop_aggregator()
-        self.feedback.memory.vector.copy_(memory)
-        if state["held"]:
+        for name, view in self._named(self.feedback.memory.vector).items():
+            view.copy_(saved[name])
+
+    def resume(self, saved: Mapping[str, Any]) -> None:
+        """Restore the aggregator, the exchange and what x is owed from the fragment's saved state."""
+        memory = self.feedback.memory.vector
+        before = memory.clone()
+        aggregator = typed(SavedAggregator | None, saved["aggregator"])
+        if aggregator is not None:
             self.use(self._options.compression.at(max(0, self.rounds - 1)))
-            self.feedback.restore(state["held"])
-        self.current = self._load_exchange(state["flight"]) if state["flight"] else None
+            self.feedback.restore(aggregator, saved["owner_error"] or {})
         # The residual of another aggregator moves the start point without x, unless a delayed exchange moves x to it.
-        owed = self.feedback.memory.vector.sub(memory).mul_(float(self.anchor.keeps))
-        for place, view in self.named(owed) if state["owed"] else ():
-            view.add_(state["owed"][place.name].to(view))
+        owed = memory.sub(before).mul_(float(self.anchor.keeps))
+        for place, view in self.named(owed) if saved["owed"] else ():
+            view.add_(saved["owed"][place.name].to(view))
         moves = self.current is not None and self.current.applied
         self.anchor.owed = owed if not moves and owed.any() else None
 
-    def _load_exchange(self, saved: Mapping[str, Any]) -> PendingExchange:
-        device, mean = self.anchor.flat.device, None
-        if saved["taken"]:
-            mean = self.zeros().flat
-            for place, view in self.named(mean):
-                view.copy_(saved["mean"][place.name])
+    def _saved_exchange(self) -> SavedExchange | None:
+        p = self.current
+        if p is None:
+            return None
+        assert p.applied is not None
+        start = {place.name: s for place, s in zip(self.places, p.before, strict=True)}
+        mean = self._named(p.mean if p.applied and isinstance(p.mean, Tensor) else None)
+        return SavedExchange(p.due, p.applied, bool(p.invalid), list(p.names), start, mean)
+
+    def _check_exchange(self, saved: SavedExchange | None) -> None:
+        vectors = {} if saved is None else {"start": saved.start} | ({"mean": saved.mean} if saved.applied else {})
+        for kind, vector in vectors.items():
+            for place in self.places:
+                check_tensor(f"{kind} of {place.name}", vector.get(place.name), place.parameter.shape)
+
+    def _load_exchange(self, saved: SavedExchange | None) -> None:
+        self.current = None
+        if saved is None:
+            return
+        mean = self.zeros().flat if saved.applied else None
+        for name, view in self._named(mean).items():
+            view.copy_(saved.mean[name])
         here = self.anchor.tensors()
-        before = [saved["before"][place.name].to(x, copy=True) for place, x in zip(self.places, here, strict=True)]
-        invalid, names = torch.tensor(saved["bad"], device=device), list(saved["names"])
-        return PendingExchange(
-            saved["due"], None, invalid, before=before, mean=mean, names=names, applied=saved["taken"]
+        before = [saved.start[place.name].to(x, copy=True) for place, x in zip(self.places, here, strict=True)]
+        invalid = torch.tensor(saved.invalid, device=self.anchor.flat.device)
+        self.current = PendingExchange(
+            saved.due, None, invalid, before=before, mean=mean, names=saved.names, applied=saved.applied
         )
 
-    def _named(self, flat: Tensor) -> dict[str, Tensor]:
-        return {place.name: view.clone() for place, view in self.named(flat)}
+    def _named(self, flat: Tensor | None) -> dict[str, Tensor]:
+        return {} if flat is None else {place.name: view for place, view in self.named(flat)}
 
 
 def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ Algorithm 1).
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch.optim import Optimizer
 
 from packsaddle.comm.communicator import Communicator, as_text, check_agreement, ring_all_reduce
 from packsaddle.comm.group import training_group
-from packsaddle.comm.ledger import Bytes, Ledger
+from packsaddle.comm.ledger import Bytes, Ledger, Totals
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.comm.select_aggregator import warn_of_nothing
 from packsaddle.comm.sharding import local_part
@@ -37,7 +36,7 @@ from packsaddle.feedback.escape import Escape, Reset
 from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.optimizers import innermost, on_attempts
-from packsaddle.local import state as local_state
+from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.local.elastic.membership import Membership
 from packsaddle.local.escape import AnchorEscape
 from packsaddle.local.fragment import Fragment, by_parameter, partition
@@ -189,6 +188,9 @@ class LocalUpdates:
         where = (self._fragments, self._channel, options.seed)
         self._escape = AnchorEscape(escape, *where, delay=options.overlap.delay) if escape else None
         self._resets: list[Reset] = []
+
+        rules = _rules(keep_unsent=keep_unsent)
+        self.saved_state = State("LocalUpdates", rules, self._identity, self._saved_fields)
 
         # All workers must have been given the same, and they start from the same x.
         same = self._agreement(untrained)
@@ -546,50 +548,46 @@ class LocalUpdates:
         """
         self._set_anchor_before_first_step()
         self.wait()
-        return {
-            "format": local_state.FORMAT,
-            "identity": self._identity(),
-            "steps": self.steps,
-            "fragments": [part.state_dict() for part in self._fragments],
-            **{name: None if part is None else part.state_dict() for name, part in self._optional().items()},
-            "skips": self._outcomes.skips.state_dict(),
-            "resets": [asdict(reset) for reset in self._resets],
-            "drifts": [asdict(drift) for drift in self._drift.found],
-            "ledger": self.ledger.state_dict(),
-            **({} if self.membership is None else {"membership": self.membership.state_dict()}),
-        }
+        return self.saved_state.save({"fragments": [{} for _ in self._fragments]})
 
     def check_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state`."""
-        local_state.check_fits(state, self._fragments, self._identity(), self._optional())
+        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state`."""
+        self.saved_state.validate(state)
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
-        self.check_state_dict(state)
-        self.steps = state["steps"]
+        self.saved_state.load(state)
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
-            part.load_state_dict(saved)
-        for name, stage in self._optional().items():
-            if stage is not None:
-                stage.load_state_dict(state[name])
-        self._outcomes.skips.load_state_dict(state["skips"])
-        self._resets = [Reset(**reset) for reset in state["resets"]]
-        self._drift.found = [Drift(**drift) for drift in state["drifts"]]
+            part.resume(saved)
         self._drift.resume(self._fragments[-1].rounds)
-        self.ledger.load_state_dict(state["ledger"])
         if self.membership is not None:
-            self.membership.load_state_dict(state["membership"], self.steps)
+            self.membership.steps = self.steps
 
-    def _optional(self) -> dict[str, Optimizer | AnchorEscape | None]:
-        """Return the parts with a state of their own that not every run has, by name."""
-        return {"outer": self.outer, "escape": self._escape}
+    def _saved_fields(self) -> list[Vector | Value]:
+        """Return the fields of the saved state. An optimizer raises ValueError itself, so it is loaded first."""
+        outer = self.outer
+        fields: list[Vector | Value] = []
+        if outer is not None:
+            fields.append(Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict))
+        return [
+            *fields,
+            attribute(("steps",), self, "steps", int),
+            *(field for i, part in enumerate(self._fragments) for field in part.fields(("fragments", i))),
+            *(() if self._escape is None else self._escape.fields()),
+            *self._outcomes.skips.fields(),
+            attribute(("resets",), self, "_resets", list[Reset]),
+            attribute(("drifts",), self._drift, "found", list[Drift]),
+            Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
+            *(() if self.membership is None else self.membership.fields()),
+        ]
 
     def _identity(self) -> dict[str, Any]:
         """Return what must be equal at loading and at saving."""
         options, group = self.options, self._channel.group
         same: dict[str, Any] = {"seed": options.seed, "every": options.every, "delay": options.overlap.delay}
         same |= {"fragments": len(self._fragments), "keep_unsent": options.keep_unsent}
+        same |= {"outer": self.outer is not None, "escape": self._escape is not None}
         if isinstance(options.workers, Elastic):
             return same | {"elastic": True}
         if self._participation.samples:
@@ -598,19 +596,31 @@ class LocalUpdates:
 
     trains_apart = True  # between rounds each worker has parameters and an inner optimizer's state of its own
 
-    def split_state(
-        self, state: Mapping[str, Any], workers: int
-    ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
-        """Return the tensors of a `state` that another number of workers gets the mean of, by place, and the rest."""
-        return local_state.split_state(state, self._fragments, workers)
-
-    def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
-        """Write means into a state, in place, and set this worker's identity."""
-        local_state.put_means(state, means, self._identity())
-
     def __getstate__(self) -> dict[str, Any]:
         """Raise TypeError: optimizer, anchor and group belong together. Use `state_dict`."""
         raise TypeError("LocalUpdates cannot be copied or pickled; use state_dict() and load_state_dict()")
+
+
+def _rules(*, keep_unsent: bool) -> list[Rule]:
+    """Return the kinds of the saved state.
+
+    With `keep_unsent` an owner error moves the start point without x, so it is owed as well.
+    """
+    part = ("fragments", ANY)
+    error, owed = (*part, "error", ANY), (*part, "owed", ANY)
+    return [
+        Rule(error, "error"),
+        Rule(owed, "error", like=error),
+        Rule((*part, "owner_error", ANY), "owner", into=[error, owed] if keep_unsent else [error]),
+        Rule((*part, "exchange", "start", ANY), "error"),
+        Rule((*part, "exchange", "invalid"), "constant", value=False),  # the mean of x is judged in the next round
+        *(Rule((*part, name), "own") for name in ("owner_error", "owed", "aggregator", "contraction")),
+        *(Rule((*part, name), "shared") for name in ("rounds", "anchor", "exchange")),
+        *(Rule(("identity", name), "constant") for name in ("rank", "workers")),
+        *(Rule((name,), "own") for name in ("skips", "ledger", "membership")),
+        *(Rule((name,), "shared") for name in ("format", "identity", "steps", "outer", "escape")),
+        *(Rule((name,), "shared") for name in ("resets", "drifts")),
+    ]
 
 
 def _by_kind(workers: Workers | Elastic) -> tuple[Elastic | None, Workers]:

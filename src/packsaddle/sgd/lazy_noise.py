@@ -1,7 +1,8 @@
 """The path of the noise xi_t to x: through the error memory, or, if the law is the same, drawn when x receives it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,22 @@ from packsaddle.compressors.sparse import Cells
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import GaussianNoise, Noise
 from packsaddle.feedback.parameters import FlatParameters
+from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
 _NEGLIGIBLE = 1e-9  # of a sum in double precision
+
+
+@dataclass(frozen=True)
+class SavedNoise:
+    """Outstanding noise in a saved state."""
+
+    total: float  # the variance of a coordinate that was never kept
+    kept: Tensor  # float[cells], the total when each cell was kept last
+    size: int  # coordinates of a cell
+
+    def __post_init__(self) -> None:
+        check_tensor("noise", self.kept, None)
 
 
 class OutstandingNoise:
@@ -64,7 +78,7 @@ class OutstandingNoise:
 
     def clone(self) -> "OutstandingNoise":
         """Return a copy."""
-        return self.from_state(self.state_dict(), self._kept.device)
+        return self.of(self.state(), self._kept.device)
 
     @property
     def anything(self) -> bool:
@@ -76,16 +90,16 @@ class OutstandingNoise:
         self._total = 0.0
         self._kept.zero_()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state, tensors and plain types."""
-        return {"total": self._total, "kept": self._kept, "size": self._size}
+    def state(self) -> SavedNoise:
+        """Return the state."""
+        return SavedNoise(self._total, self._kept, self._size)
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> "OutstandingNoise":
-        """Return what `state_dict` described."""
-        made = cls(len(state["kept"]), state["size"], device)
-        made._total = state["total"]
-        made._kept.copy_(state["kept"])
+    def of(cls, saved: SavedNoise, device: torch.device) -> "OutstandingNoise":
+        """Return a copy of the noise with this state."""
+        made = cls(len(saved.kept), saved.size, device)
+        made._total = saved.total
+        made._kept.copy_(saved.kept)
         return made
 
     def is_on_grid_of(self, other: "OutstandingNoise") -> bool:
@@ -197,17 +211,17 @@ class Perturber:
         if self._outstanding is not None:
             self._outstanding.clear()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the outstanding noise, tensors and plain types."""
-        return {} if self._outstanding is None else self._outstanding.state_dict()
+    def state(self) -> SavedNoise | None:
+        """Return the outstanding noise; None if noise is eager."""
+        return None if self._outstanding is None else self._outstanding.state()
 
-    def load_state_dict(self, state: Mapping[str, Any], memory: ErrorMemory, step: int) -> None:
-        """Restore `state_dict`; where it is of other cells, or noise is eager here, settle it in the error memory."""
+    def load(self, saved: SavedNoise | None, memory: ErrorMemory, step: int) -> None:
+        """Restore `state`; outstanding noise of other cells, or where noise is eager, is added to the error memory."""
         self.clear()
-        if not state:
+        if saved is None:
             return
-        saved = OutstandingNoise.from_state(state, self._flat.x.device)
-        if self._outstanding is not None and saved.is_on_grid_of(self._outstanding):
-            self._outstanding = saved
+        found = OutstandingNoise.of(saved, self._flat.x.device)
+        if self._outstanding is not None and found.is_on_grid_of(self._outstanding):
+            self._outstanding = found
         else:
-            self._settle(saved, memory, step)
+            self._settle(found, memory, step)

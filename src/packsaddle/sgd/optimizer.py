@@ -7,7 +7,6 @@ transaction. `FlatTarget` applies its mean to x.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from numbers import Real
 from typing import Any, TypeVar, overload
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.aggregators import Averaged
 from packsaddle.comm.communicator import Communicator, check_agreement
 from packsaddle.comm.group import is_averaged_by_ddp, training_group
-from packsaddle.comm.ledger import Ledger
+from packsaddle.comm.ledger import Ledger, Totals
 from packsaddle.comm.select_aggregator import warn_of_nothing
 from packsaddle.compressors import Compressor, RandomK, describe
 from packsaddle.feedback.compression import Compression
@@ -30,17 +29,39 @@ from packsaddle.feedback.guard import THE_MEAN, THE_SUM, Guard, NonFiniteError, 
 from packsaddle.feedback.memory import ErrorMemory
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.parameters import FlatParameters
-from packsaddle.feedback.round import Applied, ErrorFeedback, Round
-from packsaddle.feedback.state import FORMAT, check_fits, fill, put_means, split_state
+from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
+from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, parameter_ids
 from packsaddle.numerics.finite import unnoticed
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
 from packsaddle.sgd.gradient import Extras, GradientUpdate, Storm, make_direction
-from packsaddle.sgd.lazy_noise import Perturber
+from packsaddle.sgd.lazy_noise import Perturber, SavedNoise
 from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
+_NUMBERS = ("step", "unit", "started", "anchor_step")  # of a saved state, in each parameter group
+# Entries of a saved state that torch's checkpoint tools drop, and their values then.
+_DROPPED: dict[str, Any] = {
+    "aggregator": {"compressor": {}, "state": {}},
+    "noise": None,
+    "skips": {"total": 0, "consecutive": 0},
+    "contraction": {"whole": None, "by_tensor": {}, "steps": 0},
+    "ledger": [],
+    "resets": [],
+    "drifts": [],
+}
+_ERROR = ("state", ANY, "error")
+_RULES = [
+    Rule(_ERROR, "error"),
+    Rule(("state", ANY, "momentum"), "error"),
+    Rule(("state", ANY, "storm"), "error"),
+    Rule(("state", ANY, "owner_error"), "owner", into=[_ERROR]),
+    *(Rule(("state", ANY, name), "shared") for name in ("anchor", "mean_estimate", "storm_previous")),
+    *(Rule(("param_groups", ANY, name), "constant") for name in ("rank", "workers", "owners")),
+    *(Rule((name,), "own") for name in ("skips", "contraction", "ledger")),
+    *(Rule((name,), "shared") for name in ("param_groups", "aggregator", "noise", "resets", "drifts")),
+]
 
 
 class FlatTarget:
@@ -198,6 +219,11 @@ class CompressedSGD(Optimizer):
         with torch.no_grad():
             self.channel.broadcast(self._flat.x, "start")
         self._escape = EscapeCheck(escape, self._flat, self.channel, self.seed) if escape else None
+        self.saved_state = State(
+            *("CompressedSGD", _RULES, self._identity, self._saved_fields),
+            head=("param_groups", ANY),
+            names=dict(enumerate(self._flat.names)),
+        )
         self._publish_state()
 
     def __repr__(self) -> str:
@@ -366,7 +392,7 @@ class CompressedSGD(Optimizer):
     def _count(self, steps: int) -> None:
         """Set the step counter, and refresh the views in `self.state`, since a step may swap buffers."""
         self._step = steps
-        for name, views in {"pending": self._memory.views, **self._direction.views()}.items():
+        for name, views in {"error": self._memory.views, **self._direction.views()}.items():
             for p, view in zip(self._flat.parameters, views, strict=True):
                 self.state[p][name] = view
 
@@ -482,7 +508,7 @@ class CompressedSGD(Optimizer):
         """The flat vectors of a checkpoint: this worker's memory, and x_t' if there is an escape check."""
         anchor = {"anchor": self._escape.anchor} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
-        return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
+        return {"error": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
 
     def _shared(self) -> dict[str, Tensor]:
         """Those of them that are the same on every worker."""
@@ -497,62 +523,85 @@ class CompressedSGD(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return this worker's state, of tensors and plain types only; each worker has its own.
 
-        It has "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor" (x_t') of each parameter, shaped as
-        it; format, t, t', seed, rank and number of workers in each group; what the exchange holds back; outstanding
-        noise; the ledger's totals; resets.
+        It has "error" (eta e^(i), or e^(i) with memory="gradient") and "anchor" (x_t') of each parameter, shaped as it;
+        format, t, t', seed, rank and number of workers in each group; the aggregator's state; outstanding noise; the
+        ledger's totals; resets. The tensors of parameters are not copies.
         """
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            group.update(self._identity(), format=FORMAT, step=self._step, unit=self._memory.unit)
-            group["started"] = self._direction.started
-            group["anchor_step"] = self._escape.anchor_step if self._escape else 0
-        state["exchange"] = self.choice.aggregator.state_dict()
-        state["noise"] = self._noise.state_dict()
-        state["guard"] = self._skips.state_dict()
-        state["ledger"] = self.ledger.state_dict()
-        state["monitor"] = self.monitor.state_dict()
-        state["resets"] = [asdict(reset) for reset in self.resets]
-        state["drifts"] = [asdict(drift) for drift in self._drift.found]
-        return state
+        return self.saved_state.save(super().state_dict())
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError, naming the first difference, if `load_state_dict` would not take `state_dict`."""
-        if not isinstance(state_dict.get("param_groups"), list):
-            raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
-        check_fits(state_dict, self._flat, self._flat_state(), self._identity())
+        """Raise ValueError, naming the first difference, unless `load_state_dict` accepts `state_dict`."""
+        self.saved_state.validate(self._by_index(state_dict))
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore this worker's `state_dict`; raises ValueError, changing nothing, if it does not fit."""
-        self.check_state_dict(state_dict)
-        first = state_dict["param_groups"][0]
-        step, anchor_step, unit = first["step"], first["anchor_step"], first["unit"]
-        self._direction.started = first.get("started", True)
+        state = self._by_index(state_dict)
+        self.saved_state.validate(state)
         # torch would cast state to the parameters' dtype, so only the groups go through it.
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        fill(state_dict, self._flat, self._flat_state())
-        self._memory.after_load(unit)
+        ours = ("format", *_NUMBERS, *self._identity())
+        groups = [{name: group[name] for name in group if name not in ours} for group in state["param_groups"]]
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.saved_state.load(state)
         self._publish_state()
-        self._step = step
-        if self._escape:
-            self._escape.anchor_step = anchor_step
-        for group in self.param_groups:
-            for name in ("format", "step", "anchor_step", "unit", "started", *self._identity()):
-                group.pop(name, None)
-        self.choice.aggregator.load_state_dict(state_dict.get("exchange", {}), self._flat.x.device)
-        self._noise.load_state_dict(state_dict.get("noise", {}), self._memory, step)
-        self._skips.load_state_dict(state_dict.get("guard", {}))
-        self.ledger.load_state_dict(state_dict.get("ledger", []))
-        self.monitor.load_state_dict(state_dict.get("monitor", {}))
-        self.resets = [Reset(**reset) for reset in state_dict.get("resets", [])]
         self._rates.clear()
-        self._drift.found = [Drift(**drift) for drift in state_dict.get("drifts", [])]
-        self._drift.resume(step)
+        self._drift.resume(self._step)
+
+    def _by_index(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state with the parameters' indices as keys, and what torch's checkpoint tools drop at its default.
+
+        They keep groups and tensors alone, and have names as keys. Raises ValueError for other parameters.
+        """
+        groups = state_dict.get("param_groups")
+        if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
+            raise ValueError("the state has no param_groups; was it saved by CompressedSGD?")
+        for group in groups:
+            check_format(group.get("format", "none"), "the state")
+        sizes, here = ([len(g.get("params", ())) for g in gs] for gs in (groups, self.param_groups))
+        if sizes != here:
+            raise ValueError(f"the state is of {sum(sizes)} parameters, and there are {sum(here)}")
+        vectors = {i: state_dict["state"].get(key, {}) for i, key in enumerate(parameter_ids(state_dict))}
+        rest = state_dict if state_dict.keys() & _DROPPED.keys() else _DROPPED
+        return {**rest, "param_groups": groups, "state": vectors}
+
+    def _saved_fields(self) -> list[Vector | Value]:
+        """Return the fields of the saved state; those that depend on others are loaded after them."""
+        shapes = {i: p.shape for i, p in enumerate(self._flat.parameters)}
+        group = ("param_groups", ANY)
+        fields: list[Vector | Value] = [
+            Vector(("state", ANY, name), shapes, partial(self._views_by_index, name)) for name in self._flat_state()
+        ]
+        return [
+            *fields,
+            attribute((*group, "step"), self, "_step", int),
+            Value((*group, "unit"), float, lambda: self._memory.unit, self._memory.after_load),
+            attribute((*group, "started"), self._direction, "started", bool),
+            Value((*group, "anchor_step"), int, self._anchor_step, self._set_anchor_step),
+            Value(("aggregator",), SavedAggregator, self._feedback.aggregator_state, self._feedback.load_aggregator),
+            Value(("noise",), SavedNoise | None, self._noise.state, self._load_noise),
+            *self._skips.fields(),
+            *self.monitor.fields(),
+            Value(("ledger",), Totals, self.ledger.state_dict, self.ledger.load_state_dict),
+            attribute(("resets",), self, "resets", list[Reset]),
+            attribute(("drifts",), self._drift, "found", list[Drift]),
+        ]
+
+    def _views_by_index(self, name: str) -> dict[int, Tensor]:
+        return dict(enumerate(self._flat.views(self._flat_state()[name])))
+
+    def _anchor_step(self) -> int:
+        return self._escape.anchor_step if self._escape else 0
+
+    def _set_anchor_step(self, step: int) -> None:
+        if self._escape:
+            self._escape.anchor_step = step
+
+    def _load_noise(self, saved: SavedNoise | None) -> None:
+        self._noise.load(saved, self._memory, self._step)
 
     def _identity(self) -> dict[str, int | str]:
-        """Return what must be equal at loading and at saving: an error memory is one worker's, and
-        an owner's error belongs to its chunk (the other exchanges hold nothing back)."""
-        owners = self.choice.name if "residual" in self._flat_state() else "none"
+        """Return the values that must be equal at saving and at loading; only some exchanges have owner errors."""
+        owners = self.choice.name if "owner_error" in self._flat_state() else "none"
         return {
             "seed": self.seed,
             "rank": self.channel.group.rank,
@@ -565,13 +614,3 @@ class CompressedSGD(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Refuse copying and pickling: parameters, flat vector and group belong together. Use `state_dict`."""
         raise TypeError("CompressedSGD cannot be copied or pickled; use state_dict() and load_state_dict()")
-
-    def split_state(
-        self, state: Mapping[str, Any], workers: int
-    ) -> tuple[dict[tuple[Any, ...], Tensor], dict[str, Any]]:
-        """Return what of a `state` of `workers` others get the mean of, by place, and what they all get."""
-        return split_state(state, workers)
-
-    def put_means(self, state: dict[str, Any], means: Mapping[tuple[Any, ...], Tensor]) -> None:
-        """Put means in a state, in place, and make it this worker's."""
-        put_means(state, means, self._flat, self._flat_state(), self._identity())

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from fronts import FRONTS, differences, made, parameters_of
 
@@ -147,3 +148,17 @@ def test_by_buckets_and_modules_a_state_keeps_all_of_the_error(
 ) -> None:
     """DDP makes buckets anew after the first step, and owners' errors go to the memory: other bits, but the same y."""
     assert on_workers(kept, front, way) == [(True, True)] * 2
+
+
+def refused(front: str, way: str) -> str:
+    one = made(front)
+    state = one.engine.state_dict()
+    with pytest.raises(ValueError, match="format") as raised:
+        one.engine.load_state_dict(state | {"format": 1})
+    return str(raised.value)
+
+
+@parameters_of({front: ["format 1"] for front in FRONTS})
+def test_states_of_another_format_are_refused(front: str, way: str, on_workers: Callable[..., list[Any]]) -> None:
+    for message in on_workers(refused, front, way):
+        assert way in message

@@ -36,14 +36,8 @@ from packsaddle.comm.failures import PeerLostError
 from packsaddle.comm.managed import ManagedGroup
 from packsaddle.errors import ConfigError, GuardError
 from packsaddle.feedback.drift import fingerprint
-from packsaddle.local.elastic.memory_file import (
-    MemoryFile,
-    OwnFile,
-    check_shared,
-    shared_state,
-    take_anchor,
-    take_inner,
-)
+from packsaddle.feedback.state import Rule, State, Value, Vector, attribute
+from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Account, Hello, Roster, most
 from packsaddle.local.elastic.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.local.fragment import Fragment, by_parameter
@@ -116,6 +110,8 @@ class Membership:
         self._sends_all = False  # leaving without a saved memory: the next round is the last
 
         self.roster = Roster()  # the same on all workers, after a round
+        rules = [Rule((), "shared")]
+        self._shared_state = State("LocalUpdates", rules, self._shared_identity, self._shared_fields)
         settings.manager.register_state_dict_fn("packsaddle", self._recover, self._shared)
         self._sigterm = Sigterm(self._may_leave, settings.grace)
         if settings.leave_on_sigterm:
@@ -391,9 +387,20 @@ class Membership:
     # Those that come.
 
     def _shared(self) -> dict[str, Any]:
-        """Return the state that is identical on all workers, for one that is behind."""
-        inner = self._inner if self.settings.share_optimizer_state else None
-        return shared_state(self.steps, self._fragments, self._outer, inner, self.roster)
+        """Return the state that is identical on all workers, for one that is behind; and this worker's optimizer's."""
+        inner = self._inner.state_dict() if self.settings.share_optimizer_state else None
+        state = {"fragments": [{} for _ in self._fragments], "steps": self.steps, "inner": inner}
+        return self._shared_state.save(state)
+
+    def _shared_fields(self) -> list[Vector | Value]:
+        outer, numbered = self._outer, enumerate(self._fragments)
+        found = [field for i, part in numbered for field in part.shared_fields(("fragments", i))]
+        if outer is not None:
+            found.append(Value(("outer",), dict[str, Any], outer.state_dict, outer.load_state_dict))
+        return [*found, *self.roster.fields(("roster",))]
+
+    def _shared_identity(self) -> dict[str, Any]:
+        return {"fragments": len(self._fragments), "outer": self._outer is not None}
 
     @torch.no_grad()
     def _recover(self, state: Mapping[str, Any]) -> None:
@@ -403,10 +410,13 @@ class Membership:
         so does one that was restored to a state before its last round.
         """
         self._sigterm.hold()  # SIGTERM waits until this is done
-        check_shared(state, self._fragments, self._outer)
+        try:
+            self._shared_state.validate(state)
+        except ValueError as error:  # a worker that is behind gets this state before any hello compares arguments
+            raise ConfigError(f"workers must be given the same arguments: {error}") from None
         # The exchange in doubt is committed if the others' anchor includes this worker's last attempt.
-        own = self.account
-        included = state["taken"].get(self.worker, 0)
+        own, is_new = self.account, not self.roster.past
+        included = state["roster"]["included"].get(self.worker, 0)
         had = bool(self._in_doubt) and included == own.attempts
         was = [(part, part.anchor.copy_starts()) for part in self._fragments]
         sent, taken = set[Fragment](), False
@@ -422,39 +432,43 @@ class Membership:
             for part in self._fragments:
                 part.feedback.reset()
             own.start_count(self._weight())
-        elif self.roster.past and self.roster.history not in (*state["past"], state["history"]):
+        elif not is_new and self.roster.history not in (*state["roster"]["past"], state["roster"]["history"]):
             own.found_lost += own.sent
             _log.warning(
                 "worker %x was in a round that the others do not have: what it sent, of norm %.3g, is lost",
                 *(self.worker, own.sent),
             )
         # x <- start + (x - before); x <- start if the anchor includes x - before, and for a newcomer
-        for (part, before), saved in zip(was, state["fragments"], strict=True):
-            take_anchor(part, saved)
-            if (part in sent and taken) or stale or not self.roster.past:
+        self._shared_state.load(state)
+        for part, before in was:
+            part.current = None
+            if (part in sent and taken) or stale or is_new:
                 part.anchor.move_to_start()
             else:
                 part.anchor.move(before)
-        if self._outer is not None:
-            self._outer.load_state_dict(state["outer"])
         if had and taken:
             own.start_count(self._weight())
         # A newcomer, which has no history, continues at the sender's step.
-        if not self.roster.past:
+        if is_new:
             self.steps = state["steps"]
             if state["inner"] is not None and self.settings.share_optimizer_state:
-                take_inner(self._inner, state["inner"])
-        self.roster.load_state_dict(state)
+                self._load_inner(state["inner"])
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the roster, this worker's account and its name, plain types."""
-        return self.roster.state_dict() | self.account.state_dict() | {"worker": self.worker}
+    def _load_inner(self, state: dict[str, Any]) -> None:
+        """Load another worker's state of the inner optimizer: the first steps from empty estimates would be too large.
 
-    def load_state_dict(self, state: Mapping[str, Any], steps: int) -> None:
-        """Restore `state`, from `state_dict`, of a worker after this number of inner `steps`."""
-        self.roster.load_state_dict(state)
-        self.account = Account.of(state)
-        self.worker, self.steps = state["worker"], steps
+        Raises ConfigError if it is that of another optimizer.
+        """
+        try:
+            self._inner.load_state_dict(state)
+        except ValueError as error:
+            raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None
+
+    def fields(self) -> list[Value]:
+        """Return the fields of the saved state of `LocalUpdates`: the name, the account and the roster."""
+        path = ("membership",)
+        own = attribute((*path, "worker"), self, "worker", int), attribute((*path, "account"), self, "account", Account)
+        return [*own, *self.roster.fields((*path, "roster"))]
 
     # Memories on disk, and those that go.
 

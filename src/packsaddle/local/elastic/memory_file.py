@@ -1,18 +1,15 @@
-"""The two states with which a worker returns: its error memory, from its own file, and the others' shared state.
+"""The error memory with which a worker returns, in its own file.
 
 The file is written whole or not at all, and read with weights_only=True. A memory may be used once: updates that were
 sent after it was written must not be sent again. So it names its worker, its run and the last of that worker's attempts
 at a round, and `OwnFile.claim` compares them with the others' roster. An `OwnFile` is locked by its worker.
-
-The shared state is identical on all workers after a round: the anchor and its optimizer's state, by parameter, and the
-roster. For a newcomer it has the sender's own inner optimizer's state as well.
 """
 
 import logging
 import math
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,18 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from packsaddle.checkpoint.atomic_files import write_whole
 from packsaddle.checkpoint.file_lock import HeldError, NoLocksError, acquire, release_everywhere
 from packsaddle.errors import ConfigError
-from packsaddle.feedback.state import check_shape
+from packsaddle.feedback.state import FORMAT, check_format
 from packsaddle.local.elastic.roster import Roster
-from packsaddle.local.fragment import Fragment
 
 _log = logging.getLogger("packsaddle")
-FORMAT = 1  # of files
-SHARED_FORMAT = 1  # of the shared state
 
 
 @dataclass(frozen=True)
@@ -61,9 +54,11 @@ class MemoryFile:
         except Exception as error:  # torch raises what unpickling brings
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"the memory in {path} cannot be read: {reason}") from None
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            have = found.get("format") if isinstance(found, dict) else type(found).__name__
-            raise ConfigError(f"the memory in {path} has format {have}, and this version of packsaddle reads {FORMAT}")
+        found = found if isinstance(found, dict) else {}
+        try:
+            check_format(found.get("format"), f"the memory in {path}")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         if found.keys() != {field.name for field in fields(cls)}:
             raise ConfigError(f"the memory in {path} is damaged: it lacks or has other entries")
         memory = cls(**found)
@@ -184,60 +179,3 @@ def _locked(path: Path) -> int | None:
 def _unlock(number: int | None, path: Path, owner: int) -> None:
     if number is not None and os.getpid() == owner:  # and not a process that was forked since
         release_everywhere(number, path)
-
-
-def shared_state(
-    steps: int, fragments: Sequence[Fragment], outer: Optimizer | None, inner: Optimizer | None, roster: Roster
-) -> dict[str, Any]:
-    """Return the shared state, tensors and plain types; `steps` are the sender's, `inner` None: without its state."""
-    return {
-        "format": SHARED_FORMAT,
-        "steps": steps,
-        "fragments": [
-            {"rounds": part.rounds, "anchor": {place.name: v.clone() for place, v in part.named(part.anchor.flat)}}
-            for part in fragments
-        ],
-        "outer": None if outer is None else outer.state_dict(),
-        "inner": None if inner is None else inner.state_dict(),
-        **roster.state_dict(),
-    }
-
-
-def check_shared(state: Mapping[str, Any], fragments: Sequence[Fragment], outer: Optimizer | None) -> None:
-    """Raise ConfigError, naming the first difference, unless another worker's state fits these parts."""
-    if state.get("format") != SHARED_FORMAT:
-        raise ConfigError(f"the others' state has format {state.get('format')!r}, and this one reads {SHARED_FORMAT}")
-    # A worker that is behind gets this state before any hello compares arguments.
-    given = {"fragments": len(fragments), "outer": None if outer is None else "an optimizer"}
-    others = {"fragments": len(state["fragments"]), "outer": None if state["outer"] is None else "an optimizer"}
-    for name, theirs in others.items():
-        if given[name] != theirs:
-            raise ConfigError(
-                f"workers must be given the same arguments, but this one has {name}={given[name]} and the others have "
-                f"{name}={theirs}"
-            )
-    for part, saved in zip(fragments, state["fragments"], strict=True):
-        for place in part.places:
-            try:
-                check_shape(f"the others' {place.name}", saved["anchor"].get(place.name), place.parameter.shape)
-            except ValueError as error:
-                raise ConfigError(str(error)) from None
-
-
-def take_anchor(part: Fragment, saved: Mapping[str, Any]) -> None:
-    """Set a fragment's anchor and its count of rounds to the others'; x does not move."""
-    part.current = None
-    part.rounds = saved["rounds"]
-    for place, view in part.named(part.anchor.flat):
-        view.copy_(saved["anchor"][place.name])
-
-
-def take_inner(inner: Optimizer, state: dict[str, Any]) -> None:
-    """Load another worker's state of the inner optimizer: the first steps from empty estimates would be too large.
-
-    Raises ConfigError if it is that of another optimizer.
-    """
-    try:
-        inner.load_state_dict(state)
-    except ValueError as error:
-        raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None

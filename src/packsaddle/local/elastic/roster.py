@@ -8,14 +8,15 @@ newcomer gets it with the anchor. An `Account` has one worker's attempts, inner 
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from packsaddle.errors import ConfigError
+from packsaddle.feedback.state import Path, Value, attribute
 from packsaddle.numerics.seeds import mix
 
 _log = logging.getLogger("packsaddle")
@@ -115,24 +116,18 @@ class Roster:
         names = {hello.worker for hello in hellos}
         return {worker: m for worker, m in self.members.items() if m.here and worker not in names}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the roster as plain types."""
-        return {
-            "run": self.run,
-            "position": self.position,
-            "gone": self.gone,
-            "history": self.history,
-            "past": list(self.past),
-            "taken": dict(self.taken),
-            "members": {worker: astuple(member) for worker, member in self.members.items()},
-        }
+    def fields(self, path: Path) -> list[Value]:
+        """Return the fields of the saved state, below a path."""
+        return [
+            *(attribute((*path, name), self, name, int) for name in ("run", "position", "history")),
+            attribute((*path, "gone"), self, "gone", float),
+            Value((*path, "past"), list[int], lambda: list(self.past), self._load_past),
+            attribute((*path, "included"), self, "taken", dict[int, int]),
+            attribute((*path, "members"), self, "members", dict[int, Member]),
+        ]
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self.run, self.position, self.gone = state["run"], state["position"], state["gone"]
-        self.history, self.taken = state["history"], dict(state["taken"])
-        self.past = deque(state["past"], maxlen=_PAST)
-        self.members = {worker: Member(*member) for worker, member in state["members"].items()}
+    def _load_past(self, saved: Sequence[int]) -> None:
+        self.past = deque(saved, maxlen=_PAST)
 
 
 @dataclass
@@ -171,12 +166,3 @@ class Account:
     def start_count(self, weight: float) -> None:
         """Restart the count of inner steps, after a round has included them with this weight."""
         self.since, self.counted, self.last_weight = 0, self.counted + weight, weight or self.last_weight
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the account as plain types."""
-        return asdict(self)
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "Account":
-        """Return the account in a `state`, which may have other entries."""
-        return cls(**{field.name: state[field.name] for field in fields(cls)})
