@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,20 +140,6 @@ class Compared:
         self.weight.data.copy_(weight)
 
 
-def test_comparisons_go_on_after_loading() -> None:
-    def work(rank: int) -> tuple[int, int]:
-        straight, before, after = Compared(), Compared(), Compared()
-        straight.go(0, 20)
-        before.go(0, 13)
-        after.load(before.opt.state_dict(), before.weight)
-        after.go(13, 20)
-        one, two = (c.opt.ledger.by_purpose["guard"].sent for c in (straight, after))
-        return one, two
-
-    for straight, resumed in simulate(work, 2):
-        assert straight == resumed == 4 * 16
-
-
 def test_a_state_loaded_back_is_compared_as_soon() -> None:
     def work(rank: int) -> list[int]:
         one = Compared()
@@ -167,32 +152,6 @@ def test_a_state_loaded_back_is_compared_as_soon() -> None:
         return [drift.step for drift in one.opt.drifts]
 
     assert simulate(work, 2) == [[4], [4]]
-
-
-def hook_resumed(stop: int) -> tuple[int, int]:
-    """The guard's bytes of eight passes, and of as many with another hook from pass `stop` on, compared every third."""
-    found = []
-    for stops in ((), (stop,)):
-        model = wrapped(network(), SEVERAL)
-        spec = Compression(TopK(0.1), dense_below=100, compare_every=3)
-        hook = register_ddp_hook(model, spec)
-        for first, last in pairwise((0, *stops, 8)):
-            train(model, torch.optim.SGD(model.parameters(), 0.1), batches(8)[first:last])
-            if last < 8:
-                state, fresh = hook.state_dict(), wrapped(network(), SEVERAL)
-                fresh.load_state_dict(model.state_dict())
-                model, hook = fresh, register_ddp_hook(fresh, spec)
-                hook.load_state_dict(state)
-        found.append(hook.ledger.by_purpose["guard"].sent)
-    return found[0], found[1]
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("stop", [4, 6])
-def test_a_hooks_comparisons_go_on_after_loading(gloo: Gloo, stop: int) -> None:
-    """Also where the comparison of the last step is still to come: it is made when the next step begins."""
-    for straight, resumed in gloo(hook_resumed, 2, stop):
-        assert straight == resumed > 0
 
 
 def test_several_workers_are_named() -> None:
@@ -208,30 +167,6 @@ def test_a_repair_copies_worker_0(way: str) -> None:
         assert len(result["found"]) == 1
         assert all(torch.equal(a, b) for a, b in zip(result["x"], results[0]["x"], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(result["anchor"], results[0]["anchor"], strict=True))
-
-
-def hooked(every: int) -> tuple[str, int]:
-    model = wrapped(network(torch.float32), SEVERAL)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    hook = register_ddp_hook(model, Compression(TopK(0.05), dense_below=100, compare_every=every), optimizer=optimizer)
-    message = ""
-    try:
-        for t, batch in enumerate(batches(12, torch.float32)):
-            train(model, optimizer, [batch])
-            if t == 5 and resolve(None).rank == 1:
-                model.module[2].weight.data[0, 0] += 1e-3
-    except RuntimeError as error:
-        message = str(error)
-    for thread in hook._background._threads:  # what is left of the pass
-        thread.join()
-    return message, hook.steps
-
-
-def test_behind_ddp_too(gloo: Gloo) -> None:
-    for message, steps in gloo(hooked, 2, 4):
-        assert "after step 7: worker 1 differs from worker 0 in 2.weight" in message
-        assert steps == 8
-    assert gloo(hooked, 2, 0) == [("", 12)] * 2
 
 
 def unlike(what: str, from_step: int, until: int, way: str) -> tuple[str, int]:

@@ -48,7 +48,7 @@ def test_without_noise_it_ends_at_the_saddle(compressor: Compressor) -> None:
 
 @pytest.mark.slow
 @by_compressor
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))  # to either side, and so to either minimum
 def test_with_noise_it_ends_at_a_minimum(compressor: Compressor, seed: int) -> None:
     x, resets = descend(compressor, noise=0.05, interval=400, radius=0.5, seed=seed)
     # Stationary spread of the noise: lr r^2 / (2 curvature) has a root of 0.005; compression delays it a few times.

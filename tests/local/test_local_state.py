@@ -1,13 +1,11 @@
 """State of local updates: resumed bit for bit, also with an exchange under way; carried to other numbers of workers."""
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gloo import run_in_processes
 from local_updates import INNERS, OUTERS, begin, flat, gradient
 from specs import local_options
 from torch import Tensor, nn
@@ -76,58 +74,6 @@ class Training:
                 found |= {f"{i} {kind} {name}": v for name, v in (part["exchange"] or {}).get(kind, {}).items()}
         moved = [b.sent for _, b in sorted(self.local.ledger.by_purpose.items())]
         return {name: value.clone() for name, value in found.items()} | {"bytes": torch.tensor(moved)}
-
-
-def resumed(rank: int, folder: str, options: dict[str, Any], stops: Sequence[int], end: int) -> list[str]:
-    """What differs between a run, one that is saved at some steps, and those that are made anew and loaded there."""
-    straight = Training(rank, options)
-    straight.train(0, end)
-    expected = straight.everything()
-    saved = Training(rank, options)
-    for first, last in pairwise((0, *stops, end)):  # saving changes nothing
-        saved.train(first, last)
-        if last < end:
-            packsaddle.save_checkpoint(f"{folder}/{last}", saved.parts, step=last)
-    others = {"saved": saved.everything()}
-    for stop in stops:
-        again = Training(rank, options)
-        again.train(0, 2)  # to be forgotten
-        assert packsaddle.load_checkpoint(f"{folder}/{stop}", again.parts) is not None
-        again.train(stop, end)
-        assert straight.local.rounds == again.local.rounds
-        assert straight.local.steps == again.local.steps == end
-        others[f"again from {stop}"] = again.everything()
-    assert all(expected.keys() == other.keys() for other in others.values())
-    return [
-        f"{who}: {name}"
-        for who, other in others.items()
-        for name in expected
-        if not torch.equal(expected[name], other[name])
-    ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
-    found = simulate(lambda rank: resumed(rank, str(tmp_path), dict(VARIANTS[name]), (0, 5, 6, 7), 13), 3)
-    assert found == 3 * [[]]
-
-
-def test_goes_on_bit_for_bit_with_escapes(tmp_path: Path) -> None:
-    options = {"every": 2, "escapes": True}
-    assert simulate(lambda rank: resumed(rank, str(tmp_path), dict(options), (7,), 21), 2) == 2 * [[]]
-
-
-def all_resumed(folder: str) -> list[list[str]]:
-    rank = torch.distributed.get_rank()
-    return [resumed(rank, f"{folder}/{name}", dict(VARIANTS[name]), (6,), 13) for name in VARIANTS if name != "senders"]
-
-
-@pytest.mark.process
-def test_goes_on_bit_for_bit_in_processes(tmp_path: Path) -> None:
-    """Where an exchange that is under way is in a thread when it is saved."""
-    for found in run_in_processes(all_resumed, 2, tmp_path, str(tmp_path)):
-        assert found == (len(VARIANTS) - 1) * [[]]
 
 
 def sums(rank: int, folder: str, options: dict[str, Any], at: int | None) -> dict[str, Tensor]:

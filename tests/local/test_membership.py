@@ -553,28 +553,6 @@ def test_leaving_without_a_file_is_a_round_of_all_that_is_pending() -> None:
     torch.testing.assert_close(moved, (first + second) / 2, rtol=1e-12, atol=1e-12)
 
 
-def test_a_checkpoint_goes_on_bit_for_bit() -> None:
-    def run(rank: int, stop: bool) -> list[Tensor]:
-        worker = Worker(_group(), inner=adamw, outer=nesterov)
-        worker.local.join()
-        worker.train(8)
-        if stop:
-            saved = worker.local.state_dict(), worker.optimizer.state_dict(), [p.detach() for p in worker.parameters]
-            position = worker.local.position
-            worker = Worker(_group(), inner=adamw, outer=nesterov)
-            worker.optimizer.load_state_dict(saved[1])
-            for p, old in zip(worker.parameters, saved[2], strict=True):
-                p.data.copy_(old)
-            worker.local.load_state_dict(saved[0])
-            worker.local.join()
-            assert worker.local.position == position
-        worker.train(7)
-        return worker.everything()
-
-    for mine, theirs in zip(simulate(lambda r: run(r, True), 2), simulate(lambda r: run(r, False), 2), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-
-
 def test_a_checkpoint_of_what_has_been_sent_since_is_not_sent_again(caplog: pytest.LogCaptureFixture) -> None:
     """Others have gone on with this worker after it was saved: its memory counts as lost. If without it, it goes on."""
     for gone_on in (True, False):

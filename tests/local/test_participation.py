@@ -180,35 +180,6 @@ def test_processes_are_the_simulation(gloo: Gloo) -> None:
             assert torch.equal(a, b)
 
 
-def resumed(rank: int) -> tuple[Tensor, Tensor]:
-    """x after six rounds, and after two, a state, and four more of another object."""
-    ends = []
-    for stop in (None, 6):
-        x = nn.Parameter(start().view(5, 8))
-        optimizer, n, local = torch.optim.SGD([x], lr=0.1), 0, None
-        spec = Compression(TopK(k=7), dense_below=0)
-        make = local_options(every=3, compressor=spec, sample=0.5, weight=WEIGHTS[rank])
-        local = LocalUpdates(optimizer, **make)
-        while n < 18:
-            if n == stop:
-                state, kept = local.state_dict(), x.detach().clone()
-                x = nn.Parameter(start().view(5, 8))
-                optimizer = torch.optim.SGD([x], lr=0.1)
-                local = LocalUpdates(optimizer, **make)
-                local.load_state_dict(state)
-                x.data.copy_(kept)
-            x.grad = gradient(x.detach().view(-1), rank, n).view(5, 8)
-            optimizer.step()
-            n += 1
-        ends.append(x.detach().clone())
-    return ends[0], ends[1]
-
-
-def test_a_run_goes_on_with_the_same_workers() -> None:
-    for whole, again in simulate(resumed, 4):
-        assert torch.equal(whole, again)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,6 +1,5 @@
 """Momentum, EF21 and STORM in CompressedSGD: naive twins from the papers, torch's SGD, known problems."""
 
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -259,8 +258,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def variant(name: str, stop: int | None = None) -> tuple[Tensor, int]:
-    """A run, or one that stops, is saved, and goes on in another optimizer."""
+def variant(name: str) -> Tensor:
+    """x of a run with everything that goes with momentum."""
     options = dict(VARIANTS[name])
 
     def make() -> Run:
@@ -278,33 +277,13 @@ def variant(name: str, stop: int | None = None) -> tuple[Tensor, int]:
 
     run = make()
     for t in range(26):
-        if t == stop:
-            file = io.BytesIO()
-            torch.save({"opt": run.opt.state_dict(), "x": run.weights}, file)
-            file.seek(0)
-            saved = torch.load(file, weights_only=True)
-            run = make()
-            with torch.no_grad():
-                for w, old in zip(run.weights, saved["x"], strict=True):
-                    w.copy_(old)
-            run.opt.load_state_dict(saved["opt"])
         run.step(t)
-    return run.x, len(run.opt.resets)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", VARIANTS)
-def test_resumed_is_never_stopped(name: str) -> None:
-    whole = simulate(lambda rank: variant(name), WORKERS)
-    for stop in (1, 13, 14):
-        resumed = simulate(lambda rank, stop=stop: variant(name, stop), WORKERS)
-        for (x, resets), (again, _) in zip(whole, resumed, strict=True):
-            assert torch.equal(x, again), stop
-            assert bool(resets) == ("escape" in name)
+    assert bool(run.opt.resets) == ("escape" in name)
+    return run.x
 
 
 def variants() -> dict[str, Tensor]:
-    return {name: variant(name)[0] for name in VARIANTS}
+    return {name: variant(name) for name in VARIANTS}
 
 
 def test_processes_equal_the_simulation(gloo: Gloo) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from algorithm1 import algorithm1
 from commandline import command, refused
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +27,7 @@ from packsaddle import (
     TopK,
     simulate,
 )
+from packsaddle.reference import algorithm1
 from packsaddle.theory.bounds import PRACTICAL, Assumptions, Constants, balanced_mu, first_order_plan, step_sizes
 from packsaddle.theory.plans import FAMILIES, balanced_k, best_plan, plan
 from packsaddle.theory.saddle_dynamics import predicted_escape_time
@@ -288,9 +288,8 @@ def test_the_first_order_plan_keeps_its_promise(sigma: float, epsilon: float, k:
         total = 0.0
         for seed in range(3):
             oracle = Oracle(problem, sigma=sigma, seed=seed)
-            t = iter(range(steps))
-            gradient = lambda x, oracle=oracle, t=t: oracle.gradient(x, step=next(t))  # noqa: E731
-            trace = algorithm1(x, [gradient], RandomK(k=k), eta=eta, steps=steps, r=0.0, seed=seed)
+            gradients = [lambda x, t, oracle=oracle: oracle.gradient(x, step=t)]
+            trace = algorithm1(x, gradients, RandomK(k=k), eta=eta, steps=steps, seed=seed)
             total += float(problem.gradient(torch.stack(trace.x[:-1])).square().sum(1).mean()) / 3
         return total
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import scipy
 import torch
-from algorithm1 import algorithm1
 from torch import Tensor
 
 from experiments.paper.problems import (
@@ -38,6 +37,7 @@ from experiments.paper.proof import (
 )
 from packsaddle import QSGD, AdaptiveTopK, Compressor, Identity, LinearSketch, RandomK, Sign, TopK, simulate
 from packsaddle.feedback.noise import Noise
+from packsaddle.reference import Check, algorithm1
 from packsaddle.theory import growth_rate, predicted_escape_time
 
 ETA, GAMMA, R = 0.05, 0.5, 1e-3
@@ -283,8 +283,9 @@ def test_escape_times_are_the_naive_twins(compressor: Compressor) -> None:
     problem, start = DoubleWells(8), zeros(8)
     measured = escape_times(Oracle(problem), Method(ETA, compressor, 0.02), start, radius=0.5, limit=400, seeds=3)
     for seed, time in enumerate(measured.times.tolist()):
-        options = {"eta": ETA, "steps": 400, "r": 0.02, "seed": seed, "interval": 400, "radius": 0.5}
-        trace = algorithm1(start, [problem.gradient], compressor, **options, f=lambda x: float(problem(x)))
+        options = {"eta": ETA, "steps": 401, "r": 0.02, "seed": seed}
+        check = Check(lambda x: float(problem(x)), interval=400, radius=0.5)
+        trace = algorithm1(start, [lambda x, t: problem.gradient(x)], compressor, **options, check=check)
         assert time == trace.resets[0][0]
 
 

@@ -1,0 +1,111 @@
+"""Algorithm 1 of "Escaping Saddle Points with Compressed SGD" on plain tensors, line by line: the file to read first.
+
+W workers minimize f, the mean of their objectives f_i, from one point x of d coordinates. In every iteration
+
+- worker i computes a stochastic gradient of f_i at x and adds the noise xi, which is identical on all workers
+  (line 9), and its error memory e^(i), the residuals that compression has left so far;
+- it sends the compressed sum g^(i) = C(v^(i)) of v^(i) = e^(i) + gradient + xi (line 10);
+- all workers step along the mean: x <- x - eta mean_i g^(i) (line 11);
+- the residual is the new error memory: e^(i) = v^(i) - g^(i) (line 12).
+
+So nothing is lost, only delayed: y = x - eta e, e the mean error memory, moves by eta (mean gradient + xi) exactly,
+whatever C is. Noise and curvature carry x away from a saddle. The escape check (lines 5 to 7) divides the run into
+segments: one ends after `interval` iterations, or where y is farther than `radius` from its first point. Then x moves
+to y if f has decreased, else back to that point, and the error memories are cleared.
+
+One loop runs all workers, on dense vectors, so this file is slow and easy to check. `CompressedSGD` computes the same
+iterates between processes, and the tests compare the two.
+
+Two workers, whose parabolas have their minima at (1, 2) and (3, 6), find that of the mean, by one coordinate at a time:
+
+>>> import torch
+>>> from packsaddle import RandomK
+>>> from packsaddle.reference import algorithm1
+>>> minima = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+>>> gradients = [lambda x, t, m=m: x - m for m in minima]
+>>> algorithm1(torch.zeros(2), gradients, RandomK(k=1), eta=0.1, steps=300).x[-1]
+tensor([2.0000, 4.0000])
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from packsaddle.compressors.base import Compressor
+from packsaddle.numerics.seeds import Stream, add_gaussians, keys
+
+Gradient = Callable[[Tensor, int], Tensor]  # (x_t, t) -> grad F_i(x_t, theta_t), float[d]; t selects the sample theta_t
+
+
+@dataclass(frozen=True)
+class Check:
+    """The escape check of lines 5 to 7: f, the iterations I of a segment and its radius R."""
+
+    objective: Callable[[Tensor], float]  # f
+    interval: float = math.inf  # I
+    radius: float = math.inf  # R, in units of x
+
+
+@dataclass
+class Trace:
+    """All iterates of a run; only `x[-1]` is the paper's output."""
+
+    x: list[Tensor] = field(default_factory=list)  # x_0 ... x_T, float[d]; each x_t after the check of its iteration
+    e: list[Tensor] = field(default_factory=list)  # e_0 ... e_T, float[d], the means over workers, in gradient units
+    resets: list[tuple[int, bool]] = field(default_factory=list)  # t at line 7, and True if f had decreased
+
+
+def algorithm1(
+    x: Tensor,
+    gradients: Sequence[Gradient],
+    compressor: Compressor,
+    *,
+    eta: float,
+    steps: int,
+    r: float = 0.0,
+    check: Check | None = None,
+    seed: int = 0,
+) -> Trace:
+    """Run Algorithm 1 for T = `steps` iterations from x, float[d], on one worker for each of `gradients`.
+
+    Args:
+        compressor: C, with the same randomness on all workers, a function of (seed, t).
+        eta: the step size.
+        r: standard deviation of each coordinate of the noise xi_t.
+        check: the escape check; None: no check.
+    """
+    trace = Trace()
+    e = [torch.zeros_like(x) for _ in gradients]  # line 1
+    x_start, t_start = x, 0  # line 2: t'
+    for t in range(steps):  # line 3
+        y = x - eta * mean(e)
+        if check and (t - t_start > check.interval or (x_start - y).norm() > check.radius):  # lines 4 and 5
+            decreased = check.objective(x) < check.objective(x_start)
+            x = y if decreased else x_start  # line 6
+            x_start, t_start, e = x, t, [torch.zeros_like(x) for _ in gradients]  # line 7
+            trace.resets.append((t, decreased))
+        trace.x.append(x)
+        trace.e.append(mean(e))
+        xi = noise(x, r, seed, t)  # line 9
+        v = [e_i + gradient(x, t) + xi for e_i, gradient in zip(e, gradients, strict=True)]
+        g = [compressor(v_i, seed=seed, step=t) for v_i in v]  # line 10
+        x = x - eta * mean(g)  # line 11
+        e = [v_i - g_i for v_i, g_i in zip(v, g, strict=True)]  # line 12
+    trace.x.append(x)
+    trace.e.append(mean(e))
+    return trace  # line 14: x_T is its last x
+
+
+def mean(vectors: Sequence[Tensor]) -> Tensor:
+    """Return the mean of `vectors`, one float[d] per worker."""
+    return sum(vectors, torch.zeros_like(vectors[0])) / len(vectors)
+
+
+def noise(like: Tensor, r: float, seed: int, t: int) -> Tensor:
+    """Return xi_t ~ N(0, r^2 Id), a tensor like `like`, float[d]; a function of (seed, t), so all workers share it."""
+    xi = torch.zeros_like(like)
+    add_gaussians(xi, r, keys(seed, t, Stream.NOISE))
+    return xi

@@ -1,0 +1,319 @@
+"""One adapter for each front of the engine, so that a property is stated once and checked on all of them.
+
+A `Training` is one worker's: a small network on batches that are functions of (rank, t). Fronts behind torch's wrappers
+need real processes; the others are simulated. `run_on` hides the difference.
+"""
+
+import io
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from ddp_runs import SEVERAL
+from elastic_fakes import FakeGroup, FakeManager
+from specs import folded
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import packsaddle
+from packsaddle import Elastic, Escape, LocalUpdates, TopK
+from packsaddle.comm.group import resolve
+
+LR = 0.1
+
+
+class Spoiled(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a value in its first row."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, value: float) -> Tensor:
+        ctx.value = value
+        return w.view_as(w)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        g = g.clone()
+        g[0] *= ctx.value
+        return g, None
+
+
+class Layer(nn.Linear):
+    """A layer of whose weight the gradient can be spoiled."""
+
+    value: float | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = self.weight if self.value is None else Spoiled.apply(self.weight, self.value)
+        return nn.functional.linear(x, w, self.bias)
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Three layers, in several of DDP's buckets of `SEVERAL` MiB, with three matrices and three vectors."""
+    rng = torch.Generator().manual_seed(1)
+    model = nn.Sequential(Layer(30, 60), nn.Tanh(), nn.Linear(60, 60), nn.Tanh(), nn.Linear(60, 30))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.2, generator=rng)
+    return model.to(dtype)
+
+
+def batch(t: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    rng = torch.Generator().manual_seed(1000 * t + resolve(None).rank)
+    return torch.randn(12, 30, generator=rng, dtype=torch.float64).to(dtype)
+
+
+class Training:
+    """One worker's training through a front: its `engine` has `steps`, `skips`, `drifts`, `ledger` and a state."""
+
+    plain: nn.Sequential  # the network, without a wrapper
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    engine: Any
+    defaults: ClassVar[dict[str, Any]] = {"dense_below": 100}
+    keeps_gradients = False  # the error memory is in the gradients, which are not cleared
+
+    def __init__(self, **options: Any) -> None:
+        """Make the front with options of `folded`; the default compressor is TopK(0.05).
+
+        Further options: `dtype`; `inner`, which makes the user's optimizer; `escape` as (interval, radius).
+        """
+        self.dtype = options.pop("dtype", torch.float64)
+        self.inner = options.pop("inner", lambda ps: torch.optim.SGD(ps, LR))
+        self.plain = network(self.dtype)
+        if "escape" in options:
+            options["escape"] = Escape(*options["escape"], self.objective)
+        self.build(folded(self.defaults | options, TopK(0.05)))
+
+    def build(self, options: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+    def objective(self) -> Tensor:
+        """The loss on a batch that all steps leave alone."""
+        data = batch(-1, self.dtype)
+        return (self.plain(data) - data).square().mean()  # type: ignore[no-any-return]
+
+    def begin(self) -> None:
+        """Do what the front needs before its first step, and after loading."""
+
+    def end(self) -> None:
+        """Do what the front needs after a step that raised."""
+
+    def step(self, t: int, value: float | None = None) -> None:
+        """Train on batch t; `value` multiplies the first row of the first layer's gradient on this worker."""
+        self.plain[0].value = value  # type: ignore[assignment]
+        data = batch(t, self.dtype)
+
+        def closure() -> Tensor:
+            if not self.keeps_gradients:
+                self.optimizer.zero_grad()
+            loss: Tensor = (self.model(data) - data).square().mean()
+            loss.backward()
+            return loss
+
+        self.optimizer.step(closure)
+
+    def parameters(self) -> list[Tensor]:
+        """This worker's parameters as plain tensors; views."""
+        return [p.detach() for p in self.plain.parameters()]
+
+    def x(self) -> Tensor:
+        """The point on which workers agree, float[d]."""
+        return flat(self.parameters())
+
+    def y(self) -> Tensor:
+        """x less all that is unsent, float[d]; collective."""
+        raise NotImplementedError
+
+    def disturb(self) -> str:
+        """Change one number of what all workers share; return the parameter's name."""
+        self.parameters()[2].view(-1)[3] += 1e-6
+        return "2.weight"
+
+    def everything(self) -> dict[str, Any]:
+        """All on which later steps depend, as copies."""
+        state = {"x": self.parameters(), "optimizer": self.optimizer.state_dict(), "engine": self.engine.state_dict()}
+        return copied(state)  # type: ignore[no-any-return]
+
+    def outcome(self) -> dict[str, Any]:
+        """All that is a function of the options and the batches, as copies."""
+        return self.everything()
+
+    def load(self, state: dict[str, Any]) -> None:
+        for p, old in zip(self.parameters(), state["x"], strict=True):
+            p.copy_(old)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.engine is not self.optimizer:
+            self.engine.load_state_dict(state["engine"])
+
+
+class Optimizer(Training):
+    def build(self, options: dict[str, Any]) -> None:
+        self.keeps_gradients = options["compressor"].memory == "gradient"
+        self.model = self.plain
+        self.engine = self.optimizer = packsaddle.CompressedSGD(self.plain.named_parameters(), LR, **options)
+
+    def y(self) -> Tensor:
+        return self.engine.corrected()  # type: ignore[no-any-return]
+
+
+class Hook(Training):
+    def y(self) -> Tensor:
+        memory = self.engine.memory()
+        e = torch.cat([memory[name].reshape(-1) for name, _ in self.plain.named_parameters()])
+        return self.x() - LR * mean(e)
+
+
+class DDPBuckets(Hook):
+    scope = "bucket"
+
+    def build(self, options: dict[str, Any]) -> None:
+        self.model = DistributedDataParallel(self.plain, bucket_cap_mb=SEVERAL)
+        self.optimizer = self.inner(self.plain.parameters())
+        self.engine = packsaddle.register_ddp_hook(self.model, scope=self.scope, optimizer=self.optimizer, **options)
+
+    def end(self) -> None:
+        """Wait for the exchanges of a backward pass that raised."""
+        for thread in self.engine._background._threads:
+            thread.join()
+
+
+class DDPModel(DDPBuckets):
+    scope = "model"
+
+
+class FSDP(Hook):
+    """One shard, so that a parameter's local part is all of it."""
+
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def build(self, options: dict[str, Any]) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("replicate", "shard"))
+        for layer in (self.plain[0], self.plain[2], self.plain[4], self.plain):
+            fully_shard(layer, mesh=mesh["shard"])
+        self.model = self.plain
+        self.optimizer = self.inner(self.plain.parameters())
+        self.engine = packsaddle.register_fsdp_hook(self.plain, mesh["replicate"].get_group(), **options)
+        self.engine.protect(self.optimizer)
+
+    def parameters(self) -> list[Tensor]:
+        return [p.detach().to_local() for p in self.plain.parameters()]  # type: ignore[attr-defined]
+
+    def y(self) -> Tensor:
+        """A module's error is one vector, in the order of its parameters; the first step is without."""
+        memory = self.engine.memory()
+        return self.x() - LR * mean(flat([memory[name] for name in sorted(memory)])) if memory else self.x()
+
+
+class Local(Training):
+    defaults: ClassVar[dict[str, Any]] = {"dense_below": 100, "every": 3}
+
+    def build(self, options: dict[str, Any]) -> None:
+        self.model = self.plain
+        self.optimizer = self.inner(self.plain.parameters())
+        self.optimizer.param_groups[0]["param_names"] = [name for name, _ in self.plain.named_parameters()]
+        self.engine = LocalUpdates(self.optimizer, **options)
+
+    def x(self) -> Tensor:
+        return flat(list(self.engine.anchor().values()))
+
+    def y(self) -> Tensor:
+        return self.x() - self.engine.error()  # type: ignore[no-any-return]
+
+    def disturb(self) -> str:
+        state = self.engine.state_dict()
+        state["fragments"][0]["anchor"]["0.weight"].view(-1)[3] += 1e-6
+        self.engine.load_state_dict(state)
+        return "anchor of 0.weight"
+
+
+class LocalOverlapped(Local):
+    defaults: ClassVar[dict[str, Any]] = {"dense_below": 100, "every": 4, "delay": 2, "fragments": 2}
+
+
+class ElasticLocal(Local):
+    def build(self, options: dict[str, Any]) -> None:
+        manager = FakeManager(resolve(None))
+        workers = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False)
+        super().build({"workers": workers} | options)
+
+    def begin(self) -> None:
+        self.engine.join()
+
+    def y(self) -> Tensor:
+        return self.x() - mean(self.engine.pending())
+
+    def outcome(self) -> dict[str, Any]:
+        """A run's and its rounds' names are random, and joining again costs bytes."""
+        state = self.everything()
+        for name in ("membership", "ledger"):
+            del state["engine"][name]
+        return state
+
+
+@dataclass(frozen=True)
+class Front:
+    """A front, and if it needs real processes."""
+
+    make: Callable[..., Training]
+    processes: bool = False
+
+
+FRONTS = {
+    "CompressedSGD": Front(Optimizer),
+    "DDP by buckets": Front(DDPBuckets, processes=True),
+    "DDP by model": Front(DDPModel, processes=True),
+    "FSDP": Front(FSDP, processes=True),
+    "local": Front(Local),
+    "local overlapped": Front(LocalOverlapped),
+    "elastic": Front(ElasticLocal),
+}
+
+
+def made(front: str, **options: Any) -> Training:
+    """Return a training that is ready for its first step."""
+    one = FRONTS[front].make(**options)
+    one.begin()
+    return one
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors]).clone()
+
+
+def mean(vector: Tensor) -> Tensor:
+    """Return the mean over workers; collective."""
+    group, total = resolve(None), vector.double()
+    group.all_reduce(total)
+    return total / group.size
+
+
+def copied(state: Any) -> Any:
+    """Return a state as a file would give it back."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """Return where two states differ in any bit."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype and torch.equal(torch.nan_to_num(a), torch.nan_to_num(b))
+        return [] if same else [place]
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [d for key in a for d in differences(a[key], b[key], f"{place}.{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{place}.{i}")]
+    return [] if bool(a == b) else [f"{place}: {a} and {b}"]
+
+
+def parameters_of(fronts: Mapping[str, Iterable[str]]) -> Any:
+    """Parametrize a test over (front, way), with the mark of those that start processes."""
+    marks = {name: [pytest.mark.process] if FRONTS[name].processes else [] for name in fronts}
+    cases = [pytest.param(name, way, marks=marks[name]) for name, ways in fronts.items() for way in ways]
+    return pytest.mark.parametrize(("front", "way"), cases)
