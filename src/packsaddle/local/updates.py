@@ -441,7 +441,7 @@ class LocalUpdates:
             return self.membership.exchanged
         return any(part.is_due(self.steps) for part in self._fragments)
 
-    def forgive(self) -> None:
+    def reset_skip_streak(self) -> None:
         """Reset the count of consecutive rejected rounds: a caller may have corrected the cause of a NonFiniteError."""
         self._outcomes.skips.reset_streak()
 

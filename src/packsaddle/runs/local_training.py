@@ -115,9 +115,6 @@ class LocalTraining(Training):
     def state_dict(self) -> dict[str, Any]:
         return {"optimizer": self._inner.state_dict(), "local": self.front.state_dict()}
 
-    def forgive(self) -> None:
-        self.front.forgive()
-
     def moved(self) -> Mapping[str, Bytes]:
         self.front.wait()
         found = dict(self.front.ledger.by_purpose)

@@ -271,7 +271,7 @@ class Trainer:
         """Keep what there was before, when a run cannot go on; return the error to raise."""
         if not checkpoints.policy.on:
             return error
-        self.training.forgive()  # the caller that continues may have mended it
+        self.training.front.reset_skip_streak()  # whoever resumes may have corrected the cause
         self._save(checkpoints)
         hint = f"; to go on: {checkpoints.policy.hint}" if checkpoints.policy.hint else ""
         return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept{hint}")

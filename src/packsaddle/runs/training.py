@@ -102,10 +102,6 @@ class Training(ABC):
         """Return this worker's state, to be kept at the end of a run."""
 
     @abstractmethod
-    def forgive(self) -> None:
-        """Reset the count of consecutive skips."""
-
-    @abstractmethod
     def moved(self) -> Mapping[str, Bytes]:
         """Return this worker's bytes by purpose; collective."""
 
@@ -161,9 +157,6 @@ class CompressedTraining(Training):
 
     def state_dict(self) -> dict[str, Any]:
         return self.front.state_dict()
-
-    def forgive(self) -> None:
-        self.front.reset_skip_streak()
 
     def moved(self) -> Mapping[str, Bytes]:
         return self.front.ledger.by_purpose
