@@ -202,5 +202,5 @@ class Guard:
         if self._flag == "none":
             return Verdict(None, 0.0)
         if self._flag == "extra":
-            return Verdict(flag[0], g.magnitude())
+            return Verdict(flag[0].clone(), g.magnitude())  # the aggregator reuses its buffer
         return Verdict(None, (replace(g, dense=flag) if len(flag) else g).magnitude())

@@ -202,7 +202,7 @@ class Round:
     v: Tensor  # float[n], then its residual
     invalid: Tensor  # bool[], this worker's v is invalid, and was set to zero
     name: str  # the first invalid parameter, on a CPU, where the guard names them; "": none
-    g: Averaged  # the mean
+    g: Averaged  # the mean, until `absorb`
     extras: list[Tensor]  # the means of the extras
     verdict: Verdict
 
@@ -263,6 +263,7 @@ class Round:
         if keep:
             self._memory.keep(keep)
         self.absorbed = True
+        del self.g  # the messages of all workers, while a hook's round waits for its commit
 
     def commit(self) -> None:
         """Commit the error memory. No-op if the round has ended."""
