@@ -86,3 +86,13 @@ def test_bad_arguments_are_named() -> None:
     for name, value in (("probes", 0), ("steps", 0), ("points", 0), ("width", 0.0), ("width", math.inf)):
         with pytest.raises(ValueError, match=f"{name} must be .*, got {value}"):
             measured(0, **{name: value})
+
+
+def test_torchs_generator_is_left_as_it_was() -> None:
+    """A DataLoader draws from it each time it is read, which would change the training that goes on."""
+    rows = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    model = torch.nn.Linear(4, 4)
+    before = torch.get_rng_state()
+    loader = torch.utils.data.DataLoader(rows, batch_size=8)
+    spectral_density(model, lambda m, x: (m(x) - x).square().mean(), loader, probes=1, steps=2)
+    assert torch.equal(torch.get_rng_state(), before)

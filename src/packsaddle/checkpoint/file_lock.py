@@ -36,19 +36,17 @@ def acquire(path: Path) -> int:
     while True:
         number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if not _lock(number):
-                raise _held(path)
+            locked = _lock(number)
         except OSError as error:
             path.unlink(missing_ok=True)
             os.close(number)
             raise NoLocksError(error.errno, error.strerror) from None
-        except HeldError:
-            os.close(number)
-            raise
-        if _is_at(number, path):
+        if locked and _is_at(number, path):
             _sign(number)
             return number
-        os.close(number)  # its last holder has removed it since it was opened
+        os.close(number)
+        if not locked:
+            raise _held(path)
 
 
 def release(number: int, path: Path) -> None:

@@ -1,11 +1,12 @@
 """The parts of a checkpoint: what may be one, whether a saved state fits it, and filling all of them or none."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.comm.communicator import Together
@@ -39,34 +40,24 @@ def check_parts(parts: Parts) -> None:
 
 
 def modules(parts: Parts) -> list[str]:
-    """The names of those that are modules."""
+    """Return the names of those that are modules."""
     return [name for name, part in parts.items() if isinstance(part, nn.Module)]
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, str]:
-    """dtype and shape of each tensor of a module's state, by name."""
-    return {
-        name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
-        for name, t in state.items()
-        if isinstance(t, Tensor)
-    }
+    """Return dtype and shape of each tensor of a module's state, by name."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    return {name: f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for name, t in tensors.items()}
 
 
 def device_of(parts: Parts) -> torch.device:
     """Return the device on which workers exchange: that of the first part that has tensors."""
     for part in parts.values():
-        held = [p for g in part.param_groups for p in g["params"]] if isinstance(part, Optimizer) else part.state_dict()
-        for tensor in _tensors(held):
-            return tensor.device
+        held = [g["params"] for g in part.param_groups] if isinstance(part, Optimizer) else part.state_dict()
+        for leaf in tree_leaves(held):
+            if isinstance(leaf, Tensor):
+                return leaf.device
     return torch.device("cpu")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(inner)
 
 
 def check_shapes(part: str, saved: Mapping[str, str], here: Mapping[str, str]) -> None:

@@ -37,7 +37,7 @@ def certify(
     sample_of: int | None = None,
     process_group: Any = None,
     tensor_parallel: Any = None,
-    progress: Callable[[Bounds], None] | None = None,
+    progress: Callable[[Bounds], None] = lambda bounds: None,
 ) -> Certificate:
     """Certify the model's present parameters; collective, with each worker's own batches.
 

@@ -423,7 +423,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reread:
-    """What `read` makes of an iterator over batches; can be read as often as the batches."""
+    """Batches as `read` yields them from an iterator over others; can be read as often as those."""
 
     batches: Iterable[Any]
     read: Callable[[Iterator[Any]], Iterator[Any]]

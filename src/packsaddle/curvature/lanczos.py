@@ -216,9 +216,9 @@ class Lanczos:
     def run(
         self, most: int, is_enough: Callable[[Ritz], bool], progress: Callable[[int], None] = lambda steps: None
     ) -> Ritz:
-        """Do steps until one is enough, `most` are done or none is possible; call `progress` with their number.
+        """Do steps until `is_enough`, `most` are done or none is possible; return what is known then.
 
-        Returns what is known then.
+        `progress` is called with the number of steps so far.
         """
         for k in range(1, most + 1):
             ritz = self.step()

@@ -144,6 +144,8 @@ def certify_population(
     >>> str(certify_population(model, loss, x.split(8)).verdict)
     'second-order stationary'
     """
+    from scipy.special import stdtrit  # slow to import, and only certificates need it
+
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     channel = Communicator(resolve(process_group), Ledger())
     delta = search.failure_probability / _STATEMENTS
@@ -171,7 +173,7 @@ def certify_population(
             rho = hessian_lipschitz or products.rho(v)
             threshold = -math.sqrt(rho * epsilon)
             quotient, error, degrees = _quotient(fresh, v)
-            upper = quotient + _student(1 - delta, degrees) * error + off_by
+            upper = quotient + float(stdtrit(degrees, 1 - delta)) * error + off_by
 
             # The examples' own lower bound, less what their Hessian may be off by.
             sample_lower, deviation = -math.inf, math.inf
@@ -241,12 +243,6 @@ def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
     mean, n = total / curvature.examples, curvature.examples
     within = max(0.0, squares - n * mean * mean) / (count - 1)
     return mean, math.sqrt(within / n), int(count) - 1
-
-
-def _student(probability: float, degrees: int) -> float:
-    from scipy.special import stdtrit  # slow to import, and only certificates need it
-
-    return float(stdtrit(degrees, probability))
 
 
 def _lower_bound(

@@ -40,7 +40,7 @@ class Bounds:
         return f"lambda_min in [{low:.1e}, {high:.1e}] of {self.examples:,} examples{asked}"
 
 
-Told = Callable[[Bounds], None] | None
+Told = Callable[[Bounds], None]
 Walk = tuple[float, float, float]  # s, f(x + s v), and the most that [f(x + s v) + f(x - s v)] / 2 is below f(x)
 
 
@@ -89,7 +89,7 @@ class CurvatureSearch:
         for k in range(1, goal.options.max_hvps + 1):
             self.ritz = ritz = lanczos.step()
             self._bound(ritz)  # never worse than an earlier bound but by its error
-            self._tell(k, measured_at > 0 or goal.rho is not None)
+            self._tell(ritz, k, measured_at > 0 or goal.rho is not None)
             last = k == goal.options.max_hvps or lanczos.exhausted
 
             # rho where it is not given: ||H(x + h v) v - H(x - h v) v|| / (2 h), as soon as v is good enough.
@@ -167,11 +167,9 @@ class CurvatureSearch:
         self.lower = ritz.lower_bound(probability)
         self.lambda_max = ritz.theta_max - ritz.rounding, ritz.upper_bound(probability)
 
-    def _tell(self, k: int, known: bool) -> None:
-        if self.told is None or self.ritz is None:
-            return
+    def _tell(self, ritz: Ritz, k: int, known: bool) -> None:
         threshold = -math.sqrt(self.rho * self.goal.epsilon) if known else None
-        bounds = self.lower, self.ritz.theta_min + self.ritz.rounding
+        bounds = self.lower, ritz.theta_min + ritz.rounding
         self.told(Bounds(k, self.goal.options.max_hvps, self.curvature.examples, bounds, self.lambda_max, threshold))
 
     def _settled(self, ritz: Ritz) -> bool:

@@ -127,7 +127,12 @@ def spectral_density(
         curvature = derivatives(model, loss_fn, batches, channel)
 
         def quadratures(products: Products) -> tuple[str, list[Ritz]]:
-            return products.name, [_quadrature(products, search, steps, progress) for _ in range(probes)]
+            def quadrature() -> Ritz:
+                return lanczos_over(products, search).run(
+                    steps, lambda _: False, lambda _: progress(curvature.products)
+                )
+
+            return products.name, [quadrature() for _ in range(probes)]
 
         name, ritzes = with_products(choose_products(curvature, search.hvp), search.hvp, quadratures)
 
@@ -152,12 +157,6 @@ def spectral_density(
         hvp_error=max(r.rounding for r in ritzes),
         hvps=curvature.products,
     )
-
-
-def _quadrature(products: Products, search: Search, steps: int, progress: Callable[[int], None]) -> Ritz:
-    """The Lanczos process from a new probe; its Ritz values and shares are the quadrature."""
-    lanczos = lanczos_over(products, search)
-    return lanczos.run(steps, lambda ritz: False, lambda k: progress(products.curvature.products))
 
 
 def _smooth(grid: torch.Tensor, nodes: Sequence[float], weights: Sequence[float], width: float) -> torch.Tensor:

@@ -26,6 +26,24 @@ from packsaddle.local.updates import LocalUpdates
 NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no exchange"
 
 
+class Attached:
+    """A framework's callback with the exchange attached to its model; None before training, and with one worker."""
+
+    def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
+        self._compressor, self._options = compressor, options  # of the exchange
+        self.exchange: DDPHook | WorkerState | None = None
+
+    @property
+    def hook(self) -> DDPHook | None:
+        """The hook, once training has begun among workers; None for local updates."""
+        return self.exchange if isinstance(self.exchange, DDPHook) else None
+
+    @property
+    def local(self) -> LocalUpdates | None:
+        """The local updates, once training has begun among workers; None for a hook."""
+        return self.exchange.local if isinstance(self.exchange, WorkerState) else None
+
+
 def attach_among_workers(
     model: nn.Module,
     compressor: Compressor | Schedule | Compression,

@@ -5,7 +5,7 @@ The Trainer makes DistributedDataParallel itself and has no argument for a commu
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import wraps
 from pathlib import Path
@@ -22,6 +22,7 @@ from packsaddle.curvature.hessian import LossFn
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.hooks.ddp_hook import DDPHook
 from packsaddle.integrations.callbacks import (
+    Attached,
     WorkerState,
     attach_among_workers,
     attach_local_updates,
@@ -31,16 +32,21 @@ from packsaddle.integrations.callbacks import (
     monitored,
     save_state,
 )
-from packsaddle.local.updates import LocalUpdates
 
 
-class _Attached(TrainerCallback):
+class _Attached(Attached, TrainerCallback):
     """Attaches an exchange to a trainer when training begins, logs its measures and keeps its state."""
 
-    def __init__(self, trainer: Trainer, resume_from: str | Path | None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        compressor: Compressor | Schedule | Compression,
+        resume_from: str | Path | None,
+        options: Mapping[str, Any],
+    ) -> None:
+        super().__init__(compressor, options)
         self._trainer, self._resume_from = trainer, resume_from
         self._resumed: Path | None = None  # the checkpoint that `train` was given
-        self._exchange: DDPHook | WorkerState | None = None
         self._attached: Any = None  # to this model
         trainer.train = self._hearing(trainer.train)
         trainer._save_checkpoint = self._saving(trainer._save_checkpoint)
@@ -66,9 +72,9 @@ class _Attached(TrainerCallback):
         def saving(model: nn.Module, trial: Any = None) -> None:
             save(model, trial)
             trainer = self._trainer
-            if self._exchange is not None and not trainer.args.save_only_model:
+            if self.exchange is not None and not trainer.args.save_only_model:
                 folder = Path(trainer._get_output_dir(trial=trial))  # a trial of a search has its own
-                save_state(self._exchange, folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
+                save_state(self.exchange, folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
         return saving
 
@@ -76,16 +82,17 @@ class _Attached(TrainerCallback):
         """Attach, and restore in a run that continues; raises what attaching raises."""
         if self._trainer.model_wrapped is not self._attached:  # it is the same at another call of train()
             self._attached = self._trainer.model_wrapped
-            self._exchange = self._attach(state)
-        if self._exchange is not None and state.global_step:
-            load_state(self._exchange, self._resume_from or self._resumed or _checkpoint(args, state))
+            self.exchange = self._attach(state)
+        if self.exchange is not None and state.global_step:
+            newest = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            load_state(self.exchange, self._resume_from or self._resumed or newest)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Log with the training loss, and only then."""
-        if self._exchange is not None and logs is not None and "loss" in logs:
-            self._trainer.log({f"packsaddle/{name}": value for name, value in measures(self._exchange).items()})
+        if self.exchange is not None and logs is not None and "loss" in logs:
+            self._trainer.log({f"packsaddle/{name}": value for name, value in measures(self.exchange).items()})
 
 
 class PacksaddleCallback(_Attached):
@@ -108,13 +115,7 @@ class PacksaddleCallback(_Attached):
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(trainer, resume_from)
-        self._compressor, self._options = compressor, options
-
-    @property
-    def hook(self) -> DDPHook | None:
-        """The hook, once training has begun among workers."""
-        return self._exchange if isinstance(self._exchange, DDPHook) else None
+        super().__init__(trainer, compressor, resume_from, options)
 
     def _attach(self, state: TrainerState) -> DDPHook | None:
         trainer = self._trainer  # callbacks are shown the model that is inside DistributedDataParallel alone
@@ -148,17 +149,11 @@ class LocalUpdatesCallback(_Attached):
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(trainer, resume_from)
-        self._compressor, self._options = compressor, options
+        super().__init__(trainer, compressor, resume_from, options)
         self._at_anchor = False  # whether there are workers apart
         self._ended_at_best = False
         for name in ("evaluate", "predict", "save_model"):  # callbacks hear of these when they are over
             setattr(trainer, name, self._inside(getattr(trainer, name)))
-
-    @property
-    def local(self) -> LocalUpdates | None:
-        """The local updates, once training has begun among workers."""
-        return self._exchange.local if isinstance(self._exchange, WorkerState) else None
 
     def _attach(self, state: TrainerState) -> WorkerState | None:
         trainer = self._trainer
@@ -186,8 +181,8 @@ class LocalUpdatesCallback(_Attached):
         """Exchange what is pending, unless all workers have just loaded the best model."""
         self._at_anchor = False
         self._ended_at_best = bool(args.load_best_model_at_end and state.best_model_checkpoint is not None)
-        if isinstance(self._exchange, WorkerState) and not self._ended_at_best:
-            self._exchange.finish()
+        if isinstance(self.exchange, WorkerState) and not self._ended_at_best:
+            self.exchange.finish()
 
 
 class CertificateCallback(TrainerCallback):
@@ -206,14 +201,13 @@ class CertificateCallback(TrainerCallback):
         loss_fn: LossFn | None = None,
         *,
         every_n_steps: int,
-        epsilon: float | None = None,
         **options: Any,
     ) -> None:
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
         self.certificate: Certificate | None = None
         self._trainer, self._batches, self._loss_fn = trainer, batches, loss_fn
-        self._every, self._options = every_n_steps, {"epsilon": epsilon, **options}
+        self._every, self._options = every_n_steps, options
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Certify if the step is due."""
@@ -221,7 +215,7 @@ class CertificateCallback(TrainerCallback):
             return
         with ExitStack() as stack:
             for callback in self._trainer.callback_handler.callbacks:
-                if isinstance(callback, LocalUpdatesCallback) and callback.local is not None:
+                if isinstance(callback, Attached) and callback.local is not None:
                     stack.enter_context(callback.local.at_anchor())
             self.certificate = certify(self._trainer.model, self._loss, self._batches, **self._options)
         self._trainer.log(certificate_scalars(self.certificate))
@@ -230,7 +224,3 @@ class CertificateCallback(TrainerCallback):
         batch = self._trainer._prepare_inputs(batch)  # on the device
         loss: Tensor = model(**batch).loss if self._loss_fn is None else self._loss_fn(model, batch)
         return loss
-
-
-def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -7,7 +7,7 @@ does. Needs lightning 2.x: pip install 'packsaddle[lightning]'.
 
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from packsaddle.curvature.hessian import LossFn
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.hooks.ddp_hook import DDPHook
 from packsaddle.integrations.callbacks import (
+    Attached,
     WorkerState,
     attach_among_workers,
     attach_local_updates,
@@ -34,14 +35,13 @@ from packsaddle.integrations.callbacks import (
     monitored,
     save_state,
 )
-from packsaddle.local.updates import LocalUpdates
 
 
-class _Attached(Callback):
+class _Attached(Attached, Callback):
     """Attaches an exchange when training starts, logs its measures and keeps its state with checkpoints."""
 
-    def __init__(self) -> None:
-        self._exchange: DDPHook | WorkerState | None = None
+    def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
+        super().__init__(compressor, options)
         self._saved = False  # whether the checkpoint that is being loaded has workers' states next to it
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> DDPHook | WorkerState | None:
@@ -50,35 +50,30 @@ class _Attached(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Have the strategy save and remove this worker's state with its checkpoints."""
         if stage == "fit":
-            self._exchange, self._saved = None, False  # the latter may be of a checkpoint that was tested
+            self.exchange, self._saved = None, False  # the latter may be of a checkpoint that was tested
             _Files(self).accompany(trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach, and restore; raises what attaching raises."""
-        self._exchange = self._attach(trainer, pl_module)
-        if self._exchange is not None and self._saved:
-            load_state(self._exchange, folder_of(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
+        self.exchange = self._attach(trainer, pl_module)
+        if self.exchange is not None and self._saved:
+            load_state(self.exchange, folder_of(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
         self._saved = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Log in double precision, since single is too short for bytes; rank 0's numbers are those that loggers get."""
-        if self._exchange is not None:
-            now = measures(self._exchange).items()
+        if self.exchange is not None:
+            now = measures(self.exchange).items()
             found = {f"packsaddle/{k}": torch.tensor(v, dtype=torch.float64) for k, v in now}
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Mark a checkpoint that has workers' states next to it."""
-        return {} if self._exchange is None else {"steps": self._exchange.steps}
+        return {} if self.exchange is None else {"steps": self.exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Note the mark; `on_train_start` restores, once there is an exchange."""
         self._saved = "steps" in state
-
-    @property
-    def exchange(self) -> DDPHook | WorkerState | None:
-        """The object whose state is kept on every worker."""
-        return self._exchange
 
     def apart(self) -> AbstractContextManager[None]:
         """Have this worker's own parameters for a while."""
@@ -105,13 +100,7 @@ class PacksaddleCallback(_Attached):
         compressor: Compressor | Schedule | Compression = QSGD(127),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
-        super().__init__()
-        self._compressor, self._options = compressor, options
-
-    @property
-    def hook(self) -> DDPHook | None:
-        """The hook, once training has started among workers."""
-        return self._exchange if isinstance(self._exchange, DDPHook) else None
+        super().__init__(compressor, options)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> DDPHook | None:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
@@ -140,15 +129,9 @@ class LocalUpdatesCallback(_Attached):
         compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         **options: Any,
     ) -> None:
-        super().__init__()
-        self._compressor, self._options = compressor, options
+        super().__init__(compressor, options)
         self._training = self._evaluating = False
         self._evaluation = ExitStack()  # has the parameters at the anchor while there is something in it
-
-    @property
-    def local(self) -> LocalUpdates | None:
-        """The local updates, once training has started among workers."""
-        return self._exchange.local if isinstance(self._exchange, WorkerState) else None
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState | None:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
@@ -176,8 +159,8 @@ class LocalUpdatesCallback(_Attached):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Exchange what is pending."""
         self._training = False
-        if isinstance(self._exchange, WorkerState):
-            self._exchange.finish()
+        if isinstance(self.exchange, WorkerState):
+            self.exchange.finish()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the parameters to others."""
@@ -279,7 +262,6 @@ class CertificateCallback(Callback):
         loss_fn: LossFn,
         batches: Iterable[Any],
         *,
-        epsilon: float | None = None,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
         **options: Any,
@@ -289,7 +271,7 @@ class CertificateCallback(Callback):
                 f"give one of every_n_epochs and every_n_steps, at least 1, got {every_n_epochs} and {every_n_steps}"
             )
         self.certificate: Certificate | None = None
-        self._loss_fn, self._batches, self._options = loss_fn, batches, {"epsilon": epsilon, **options}
+        self._loss_fn, self._batches, self._options = loss_fn, batches, options
         self._epochs, self._steps = every_n_epochs, every_n_steps
         self._seen = 0  # steps at the last batch's end
 
