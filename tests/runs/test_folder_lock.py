@@ -166,8 +166,8 @@ def test_a_run_that_ends_between_the_look_and_the_lock_is_not_trained_again(
     def ended(_: Path) -> None:
         (folder / "summary.json").write_text("{}")
 
-    taken = folder_lock._taken
-    monkeypatch.setattr(folder_lock, "_taken", lambda path: (ended(path), taken(path))[1])
+    taken = folder_lock.acquire
+    monkeypatch.setattr(folder_lock, "acquire", lambda path: (ended(path), taken(path))[1])
     capsys.readouterr()
     refused(capsys, "has been trained in by another process meanwhile; try again", "run", "--resume", folder)
 

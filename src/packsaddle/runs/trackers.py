@@ -41,7 +41,7 @@ class Tracker(Protocol):
         """Write what is left, and close."""
 
 
-class TensorBoard(Tracker):
+class TensorBoard:
     """A tracker that writes event files to a folder: `tensorboard --logdir FOLDER`.
 
     Raises MissingExtraError without tensorboard.
@@ -54,14 +54,16 @@ class TensorBoard(Tracker):
         self._writer = SummaryWriter(str(folder))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the `metrics` of a step as scalars."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
     def finish(self) -> None:
+        """Write what is left, and close."""
         self._writer.close()
 
 
-class WandB(Tracker):
+class WandB:
     """A tracker that records a run of Weights & Biases, in `folder`/wandb.
 
     It is offline, to be sent with `wandb sync`, unless WANDB_MODE says other. `project`, `name` and `config` are those
@@ -88,13 +90,15 @@ class WandB(Tracker):
         )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the `metrics` of a step as one row."""
         self._run.log(dict(metrics), step=step)
 
     def finish(self) -> None:
+        """Write what is left, and close."""
         self._run.finish()
 
 
-class MLflow(Tracker):
+class MLflow:
     """A tracker that records a run of MLflow, in `folder`/mlflow.db (SQLite) or in the store of MLFLOW_TRACKING_URI.
 
     `mlflow ui --backend-store-uri sqlite:///FOLDER/mlflow.db` shows it. `experiment` and `name` are the experiment's
@@ -122,11 +126,13 @@ class MLflow(Tracker):
             self._client.log_param(self._run_id, key, value)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record the `metrics` of a step as one batch."""
         now = int(time.time() * 1000)
         found = [self._metric(name, value, now, step) for name, value in metrics.items()]
         self._client.log_batch(self._run_id, metrics=found)
 
     def finish(self) -> None:
+        """Mark the run as finished."""
         self._client.set_terminated(self._run_id)
 
 
