@@ -84,7 +84,7 @@ def test_two_blocks_are_kept_as_often_as_their_energies_say(shape: str, half: bo
     v = torch.cat([torch.full((b,), 1e4), first, torch.zeros(b), second])
     c = SharedTopK(k=90, block_size=b, half=half)
     assert c.grid(len(v)) == (4, 2, 2)
-    cells = [c.encode(v, seed=s, step=0).context.index.tolist() for s in range(draws)]
+    cells = [c.encode(v, seed=s, step=0).context.cells.index.tolist() for s in range(draws)]
     assert all(kept in ([0, 1], [0, 3]) for kept in cells)
     p = ratio / (ratio + 1)
     assert abs(cells.count([0, 1]) / draws - p) <= 5 * (p * (1 - p) / draws) ** 0.5 + 2**-8

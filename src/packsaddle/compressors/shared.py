@@ -47,15 +47,15 @@ class SharedSupport(KOfD):
 
     @abstractmethod
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Return the randomness of a sketch of d coordinates."""
+        """Return the randomness of a sketch of d coordinates, a function of `seed` and `step`."""
 
     @abstractmethod
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the sketch of v, float[d], bfloat16 or float[n]; empty if the values are no more numbers."""
+        """Return the sketch of v, float[d], by `drawn`, bfloat16 or float[n]; empty if all values travel."""
 
     @abstractmethod
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the places among d coordinates whose values travel."""
+        """Return the places among d coordinates whose values travel, by their `sketch` and `drawn`."""
 
     @abstractmethod
     def sizes(self, d: int) -> tuple[int, int]:
@@ -168,17 +168,17 @@ class SharedTopK(SharedSupport):
         return blocks * rows, kept * self.block(d)
 
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Return the keys of the projections, and a random block."""
+        """Return the keys of the projections of d coordinates, and a random block, a function of `seed` and `step`."""
         first = mix(seed, step, int(Stream.PROJECTION)) % max(1, self.grid(d)[0])
         return Drawn(keys(seed, step, Stream.PROJECTION), first)
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the projections of v's blocks, bfloat16 or float[blocks * rows]."""
+        """Return the projections of v's blocks by the keys in `drawn`, bfloat16 or float[blocks * rows]."""
         rows, sent = self.grid(len(v))[2], torch.bfloat16 if self.half else v.dtype
         return project_blocks(v, self.block(len(v)), rows, drawn.numbers).to(sent) if rows else v[:0].to(sent)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the blocks of d coordinates of largest energy in a sketch, [blocks * rows]."""
+        """Return the blocks of d coordinates of largest energy in a `sketch`, [blocks * rows], by `drawn`."""
         blocks, kept, rows = self.grid(d)
         if not rows:
             return Cells(torch.arange(blocks, device=sketch.device), self.block(d))
@@ -277,16 +277,16 @@ class SketchTopK(SharedSupport):
         return rows * columns, candidates
 
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Return the rows' hashes, and a random coordinate."""
+        """Return the rows' hashes of d coordinates, and a random one of these, a function of `seed` and `step`."""
         return Drawn(self.hashes(d, seed=seed, step=step), mix(seed, step, int(Stream.SKETCH)) % max(1, d))
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the counters of v by the rows' hashes, bfloat16 or float[rows * columns]."""
+        """Return the counters of v by the rows' hashes in `drawn`, bfloat16 or float[rows * columns]."""
         counters = [h.sketch(v) for h in drawn.numbers] or [v[:0]]
         return torch.cat(counters).to(torch.bfloat16 if self.half else v.dtype)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the coordinates of largest estimated magnitude of d, increasing.
+        """Return the coordinates of largest estimated magnitude of d by their `sketch` and `drawn`, increasing.
 
         Coordinates that share a counter with a much larger one tie with it in that row, so ties must not be broken by
         position, but from a random place on.
@@ -305,6 +305,6 @@ class SketchTopK(SharedSupport):
         return Cells(index, 1)
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Return the k places of largest values, float[m]."""
+        """Return the k `places` of largest values, float[m], of d coordinates."""
         which = largest(values, min(len(values), self.count(d) if d else 0))
         return Kept(Cells(places.index[which], 1), which)

@@ -79,7 +79,7 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
 
 
 def check_fields(compressor: Compressor) -> None:
-    """Check that the `compressor` is a frozen dataclass whose fields can be hashed, for saving and comparing it."""
+    """Check that the `compressor` is a frozen dataclass whose fields can be hashed; raises AssertionError."""
     name = type(compressor).__name__
     assert is_dataclass(compressor), f"{name}: must be a frozen dataclass"
     try:
