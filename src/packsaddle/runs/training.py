@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Closure = Callable[[], Tensor]  # clears the gradients, computes them, and returns the loss
 
 
-@dataclass
+@dataclass(repr=False)
 class Rescheduled:
     """A noise schedule whose ramp is replaced when the number of workers, and so of steps in an epoch, changes."""
 
@@ -33,6 +33,9 @@ class Rescheduled:
 
     def __call__(self, exchange: int) -> float:
         return self.ramp(exchange)
+
+    def __repr__(self) -> str:
+        return repr(self.ramp)  # as workers compare it
 
 
 class Training(ABC):
