@@ -48,10 +48,10 @@ def test_parameters_with_gaps_become_contiguous() -> None:
     assert p.tolist() == [[0, 2], [4, 6], [8, 10]]
 
 
-def test_runs_follow_groups() -> None:
+def test_ranges_follow_groups() -> None:
     groups = [{"params": [nn.Parameter(torch.ones(n, 10)), nn.Parameter(torch.ones(n))]} for n in (20, 3)]
     flat = FlatParameters(groups, dense_below=100)  # order: 200 | 20, 30, 3
-    assert [(r.group, r.start, r.stop) for r in flat.runs] == [(0, 0, 220), (1, 220, 253)]
+    assert [(r.group, r.start, r.stop) for r in flat.ranges] == [(0, 0, 220), (1, 220, 253)]
 
 
 def test_refusals() -> None:

@@ -132,7 +132,8 @@ def test_what_a_step_goes_by_is_saved() -> None:
     for i, part in enumerate(sections()):
         allocation.observe((str(i),), part, compressor)
     allocation.settle(taken=True)
-    loaded.load_state_dict(allocation.state_dict(), torch.device("cpu"))
+    saved, there = (a.field(lambda: torch.device("cpu")) for a in (allocation, loaded))
+    there.load(saved.get())
     loaded.begin(compressor)
     assert [loaded.of((str(i),), compressor) for i in range(4)] == compressor.apportion(sections(), SIZES)
 

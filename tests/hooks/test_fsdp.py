@@ -407,7 +407,7 @@ def drifting() -> str:
 def test_replicas_that_drift_apart_are_found(gloo: Gloo) -> None:
     """Both shards of a replica have changed; compared after steps 2 and 5, at the end of the next pass."""
     for found in gloo(drifting, 4):
-        assert found.startswith("6: after step 5: worker 1 differs from worker 0 in 2.weight; ")
+        assert found.startswith("6: after step 5: worker 1 differs from worker 0 in 2.weight. ")
 
 
 # ---- states

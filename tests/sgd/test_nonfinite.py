@@ -85,7 +85,7 @@ def run(batches: list[Batch], seed: int = 0, scaler: float = 0.0, **options: Any
         "skipped": opt.skipped,
         "skips": [(s.step, s.workers, s.parameter) for s in opt.skips],
         "noise": state["noise"],
-        "exchange": state["exchange"],
+        "aggregator": state["aggregator"],
         "resets": [(r.step, r.committed, r.distance) for r in opt.resets],
         **flat,
     }

@@ -47,7 +47,7 @@ def optimizer_run(kind: str, *, has_them: bool, **options: Any) -> dict[str, Any
         "x": [w.detach().clone() for w in weights],
         "steps": opt.steps,
         "noise": state["noise"],
-        "exchange": state["exchange"],
+        "aggregator": state["aggregator"],
         "skips": [(s.step, s.workers) for s in opt.skips],
         "finite": all(bool(v.isfinite().all()) for v in [*weights, *vectors.values()]),
         **vectors,
