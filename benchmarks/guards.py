@@ -13,7 +13,7 @@ from torch import nn
 
 from packsaddle import CompressedSGD, Compression, RandomK, TopK
 from packsaddle.feedback.checks import fingerprint
-from packsaddle.numerics import is_usable
+from packsaddle.numerics import is_in_range
 from packsaddle.plan import side_by_side
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     vector, other = torch.randn(arguments.d), torch.zeros(arguments.d)
     parts = {
         "copy": lambda: other.copy_(vector),
-        "is_usable": lambda: is_usable(vector),
+        "is_in_range": lambda: is_in_range(vector),
         "fingerprint": lambda: fingerprint(vector),
     }
     for name, timing in side_by_side(parts).items():

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from packsaddle import CompressedSGD, Compression, Identity, Noise, RandomK, Storm, TopK, register_ddp_hook, simulate
 from packsaddle.comm.group import resolve
-from packsaddle.numerics.finite import is_usable, magnitude
+from packsaddle.numerics.finite import is_in_range, magnitude
 
 Gloo = Callable[..., list[Any]]
 STEPS, HUGE = 8, (2, 3, 6)
@@ -246,12 +246,12 @@ def test_an_owner_whose_error_has_grown_too_large_tells_all() -> None:
 
 def test_bounds_hold() -> None:
     largest = torch.finfo(torch.float32).max
-    assert bool(is_usable(torch.full((4,), largest / 64 / 4)))
-    assert not bool(is_usable(torch.full((5,), largest / 64 / 4)))
-    assert bool(is_usable(torch.full((5000,), 1e30, dtype=torch.bfloat16)))
-    assert bool(is_usable(torch.zeros(0)))
+    assert bool(is_in_range(torch.full((4,), largest / 64 / 4)))
+    assert not bool(is_in_range(torch.full((5,), largest / 64 / 4)))
+    assert bool(is_in_range(torch.full((5000,), 1e30, dtype=torch.bfloat16)))
+    assert bool(is_in_range(torch.zeros(0)))
     for value in (math.nan, math.inf, -math.inf):
-        assert not bool(is_usable(torch.tensor([1.0, value])))
+        assert not bool(is_in_range(torch.tensor([1.0, value])))
         assert not math.isfinite(float(magnitude(torch.tensor([1.0, value]))))
     for vector in ([3.0, -4.0], [3e38, -3e38, 1.0], [1e-10, 0.0], [0.0]):
         found = float(magnitude(torch.tensor(vector)))

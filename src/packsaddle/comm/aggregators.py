@@ -51,7 +51,7 @@ class Averaged:
         """Return about the largest magnitude of the mean, float64[]; the same bits on every worker.
 
         What is sparse is judged by what was sent of it. A worker sends nothing of which C(.) could overflow (see
-        `numerics.finite.is_usable`), so the mean is finite if its messages and its dense part are.
+        `numerics.finite.is_in_range`), so the mean is finite if its messages and its dense part are.
         """
         return torch.stack([magnitude(self.dense), *(term.magnitude() for term in self.mean)]).sum()
 

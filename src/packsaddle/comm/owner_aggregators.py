@@ -14,7 +14,7 @@ from packsaddle.comm.aggregators import Aggregator, Averaged, Term, Work, mean_o
 from packsaddle.comm.communicator import Communicator, Parts
 from packsaddle.comm.cost_model import AllToAll, Broadcast, Collective, RingAllGather, RingAllReduce
 from packsaddle.compressors import Compressor, Identity, Message
-from packsaddle.numerics.finite import is_usable, spoil
+from packsaddle.numerics.finite import fill_where, is_in_range
 from packsaddle.numerics.seeds import mix
 
 Chunk = tuple[int, int]
@@ -73,8 +73,8 @@ class Owners(Aggregator):
             message = up.receive(parts, b - a, seed=mix(self._seed_of(worker, seed), rank), step=step)
             up.add_decoded(message, corrected, 1.0 / len(received))
         # Compress ones in place of an invalid v, for which B(v) need not be defined.
-        bad = ~is_usable(corrected)
-        spoil(corrected, bad, 1.0)
+        bad = ~is_in_range(corrected)
+        fill_where(corrected, bad, 1.0)
         reply = back.encode(corrected, seed=mix(seed, rank, 1), step=step)
         # e <- v - B(v).
         error.copy_(corrected)
@@ -82,7 +82,7 @@ class Owners(Aggregator):
         # A NaN in the mean makes every worker reject the exchange.
         for part in reply.parts.values():
             if part.is_floating_point():
-                spoil(part, bad, float("nan"))
+                fill_where(part, bad, float("nan"))
         return reply
 
     def _return(

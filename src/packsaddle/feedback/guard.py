@@ -19,7 +19,7 @@ from packsaddle.feedback.memory import Update
 from packsaddle.feedback.slices import Slice
 from packsaddle.feedback.state import Value, attribute
 from packsaddle.messages import numbered
-from packsaddle.numerics.finite import first_bad, is_usable, spoil
+from packsaddle.numerics.finite import fill_where, first_out_of_range, is_in_range
 
 _log = logging.getLogger("packsaddle")
 
@@ -174,14 +174,14 @@ class Guard:
             return torch.tensor(False), ""
         norm = update.norm
         known = norm is not None and bool(norm.isfinite())
-        invalid = torch.tensor(False) if known else ~is_usable(v)
+        invalid = torch.tensor(False) if known else ~is_in_range(v)
         invalid = self._agree(torch.ones_like(invalid) if update.is_known_invalid else invalid)
         name = ""
         if self._unnamed is not None and v.device.type == "cpu" and invalid:
             named = ((place.name or ROOT, view) for place, view in of.named(v))
-            name = first_bad(named) or self._unnamed
+            name = first_out_of_range(named) or self._unnamed
         if blank:
-            spoil(v, invalid, 0.0)
+            fill_where(v, invalid, 0.0)
         return invalid, name
 
     def flag(self, dense: Tensor, invalid: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ class Guard:
         if self._flag == "extra":
             return invalid.reshape(1).to(dense)
         flag = dense[:0] if len(dense) else dense.new_zeros(1)
-        spoil(dense if len(dense) else flag, invalid, float("nan"))
+        fill_where(dense if len(dense) else flag, invalid, float("nan"))
         return flag
 
     def verdict(self, g: Averaged, flag: Tensor) -> Verdict:

@@ -24,7 +24,7 @@ from packsaddle.feedback.state import ANY, Value, Vector, attribute, skip, typed
 from packsaddle.hooks.escape import EscapeAfterStep
 from packsaddle.hooks.hook import GradientHook, HookOptions
 from packsaddle.hooks.rates import Rates
-from packsaddle.numerics.finite import spoil
+from packsaddle.numerics.finite import fill_where
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class DDPHook(GradientHook):
             part = self._slice(frozenset(gradients))
         code = self._exchange(part, gradients, self._noise, self._scaled, self._factors)
         for bucket in buckets:  # all workers get NaNs if one had any, so that the scalers of all skip the step
-            spoil(bucket.buffer, code > 0, float("nan"))
+            fill_where(bucket.buffer, code > 0, float("nan"))
         self._complete = buckets[-1].is_last
 
     def _begin(self) -> None:

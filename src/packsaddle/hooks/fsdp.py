@@ -24,7 +24,7 @@ from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Place, Slice
 from packsaddle.feedback.state import ANY, Value, Vector
 from packsaddle.hooks.hook import UNLIKE, GradientHook, HookOptions
-from packsaddle.numerics.finite import spoil
+from packsaddle.numerics.finite import fill_where
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed, mix
 
@@ -168,7 +168,7 @@ class FSDPHook(GradientHook):
         part = self._slice(name, index, gradient)
         xi = self._perturbation.drawn(seed=self._seeds[name], step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
-        spoil(gradient, code > 0, float("nan"))
+        fill_where(gradient, code > 0, float("nan"))
         # On a GPU, reading the outcome waits for it: once for each module, later only where a pass is settled.
         if (is_first or code.device.type == "cpu") and code >= UNLIKE:
             self._complete = True
@@ -181,7 +181,7 @@ class FSDPHook(GradientHook):
             return
         bad = torch.stack(self._codes).sum() > 0
         for _, gradient in local_shards(self._model, gradients=True):
-            spoil(gradient, bad.to(gradient.device), float("nan"))
+            fill_where(gradient, bad.to(gradient.device), float("nan"))
         if self._steps and self._drift.due(self._steps - 1):
             named = [(name, local.to(self.device)) for name, local in local_shards(self._model)]
             self._drift.compare(self._steps - 1, [local for _, local in named], lambda: named, self._step_rates)

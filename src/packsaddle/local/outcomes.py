@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.guard import THE_MEAN, NonFiniteError, Skip, Skips
 from packsaddle.local.fragment import Fragment, PendingExchange
-from packsaddle.numerics.finite import first_bad, is_finite
+from packsaddle.numerics.finite import first_out_of_range, is_finite
 
 _log = logging.getLogger("packsaddle")
 _FAILED = " (its optimizer was reset)"  # after the name of a parameter: resets have not helped
@@ -54,7 +54,9 @@ class Outcomes:
         elif self._failed:
             named = zip(part.places, part.anchor.tensors(), strict=True)
             assert exchange.round is not None
-            exchange.round.name = (first_bad((place.name, x) for place, x in named) or "another shard") + _FAILED
+            exchange.round.name = (
+                first_out_of_range((place.name, x) for place, x in named) or "another shard"
+            ) + _FAILED
 
     def record(self, part: Fragment, t: int, exchange: PendingExchange) -> bool:
         """Record the outcome of a fragment's round t; return True if it was applied.

@@ -3,8 +3,8 @@
 Pure functions, which know nothing of workers or of training. Read `seeds` first.
 """
 
-from packsaddle.numerics.finite import is_usable
+from packsaddle.numerics.finite import is_in_range
 from packsaddle.numerics.seeds import Stream, generator, mix
 from packsaddle.numerics.sketches import NormSketch
 
-__all__ = ["NormSketch", "Stream", "generator", "is_usable", "mix"]
+__all__ = ["NormSketch", "Stream", "generator", "is_in_range", "mix"]

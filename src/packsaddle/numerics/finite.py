@@ -1,4 +1,4 @@
-"""Gradients that can be used at all: finite, and small enough that nothing overflows which is computed from them."""
+"""Tests of vectors: whether they are finite, and small enough for everything computed from them to be finite too."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,10 +13,10 @@ _ROOM = 64.0
 
 
 def is_finite(vector: Tensor) -> Tensor:
-    """Return whether no coordinate is Inf or NaN, bool[]; a GPU is not waited for.
+    """Return True if no coordinate is Inf or NaN, bool[], without waiting for a GPU.
 
-    A sum, which one of them would spoil, is read ten times as fast as coordinates are tested (4 ms against 39 ms for 25
-    million on a CPU), which are tested only if it has overflowed.
+    The sum of the coordinates takes a tenth of the time of testing each (4 ms against 39 ms for 25 million on a CPU).
+    They are tested only if it is not finite.
     """
     if vector.device.type != "cpu":
         return vector.sum(dtype=torch.float64).isfinite()
@@ -24,15 +24,14 @@ def is_finite(vector: Tensor) -> Tensor:
     return finite if finite else torch.isfinite(vector).all()
 
 
-def is_usable(vector: Tensor) -> Tensor:
-    """Return whether ||v||_1 <= M / 64, M the largest number there is, bool[]; a GPU is not waited for.
+def is_in_range(vector: Tensor) -> Tensor:
+    """Return True if ||v||_1 <= M / 64, bool[], M the largest number of the dtype, without waiting for a GPU.
 
-    Then the vector is finite, and so is whatever a compressor makes of it: counters of sketches and factors (at most
-    ||v||_1 times the largest of some Gaussians, below 7), norms, what is decoded from them (at most 36 ||v||_1), and
-    v - C(v). 16-bit vectors count as float32, in which memories are kept.
+    Then v is finite, and so is everything that a compressor computes from it: counters of sketches and factors (at most
+    ||v||_1 times a Gaussian, below 7), norms, C(v) (at most 36 ||v||_1), and v - C(v). 16-bit vectors count as float32,
+    the dtype of error memories.
 
-    On a CPU the Euclidean norm, read as fast as a sum (4 ms for 25 million), answers for all but vectors whose squares
-    overflow: ||v||_1 <= sqrt(d) ||v||_2.
+    On a CPU the Euclidean norm, as fast as a sum, decides unless squares overflow: ||v||_1 <= sqrt(d) ||v||_2.
     """
     dtype = torch.promote_types(vector.dtype, torch.float32)
     limit = torch.finfo(dtype).max / _ROOM
@@ -40,12 +39,12 @@ def is_usable(vector: Tensor) -> Tensor:
         norm = torch.linalg.vector_norm(vector, dtype=dtype)
         if norm <= limit / max(1, vector.numel()) ** 0.5:
             return torch.tensor(True)
-    usable: Tensor = torch.linalg.vector_norm(vector, 1, dtype=torch.float64) <= limit
-    return usable
+    is_small: Tensor = torch.linalg.vector_norm(vector, 1, dtype=torch.float64) <= limit
+    return is_small
 
 
 def magnitude(vector: Tensor) -> Tensor:
-    """Return a bound on the magnitude of the coordinates, float64[], finite if they are; a GPU is not waited for."""
+    """Return an upper bound on the largest magnitude, float64[], finite if v is, without waiting for a GPU."""
     if not vector.numel():
         return torch.zeros((), dtype=torch.float64, device=vector.device)
     if vector.device.type == "cpu":  # where it is much faster than the largest magnitude, but overflows sooner
@@ -56,19 +55,19 @@ def magnitude(vector: Tensor) -> Tensor:
     return largest.double()
 
 
-def unnoticed(dtype: torch.dtype) -> float:
-    """Return a magnitude that no finite number overflows by when it is added, with room for `magnitude`'s being rough.
+def overflow_margin(dtype: torch.dtype) -> float:
+    """Return a magnitude below which adding to any finite number cannot overflow, with room for a rough `magnitude`.
 
-    Half a unit in the last place of the largest number is lost in rounding.
+    Less than half a unit in the last place of the largest number is lost in rounding.
     """
     limits = torch.finfo(dtype)
     return limits.max * limits.eps / 1024
 
 
 def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Tensor:
-    """Set out to base + alpha more, tensors of one shape, base without gaps in memory, and return at least its norm.
+    """Set out to base + alpha more, tensors of one shape, and return an upper bound on its norm; base has no gaps.
 
-    By parts that fit a cache, so that what the norm reads has not left it yet; it is the sum of theirs.
+    Works by parts that fit a cache, so that the norm reads from it; the bound is the sum of the parts' norms.
     """
     n = out.numel()
     if n <= _PART or not base.stride() == more.stride() == out.stride():
@@ -82,14 +81,14 @@ def add_and_measure(base: Tensor, more: Tensor, alpha: float, out: Tensor) -> Te
     return total
 
 
-Sum = tuple[Tensor, Tensor, float]  # out, more, alpha: alpha more is to be added to out, tensors of one shape, in place
+Sum = tuple[Tensor, Tensor, float]  # out, more, alpha: out += alpha more, tensors of one shape
 
 
 def add_if_finite(sums: Iterable[Sum]) -> float | None:
-    """Do all sums, and return at least the squared norm of all that they give.
+    """Do all sums in place, and return an upper bound on the squared norm of all results.
 
-    None if a square of an out or of an alpha more is not finite: then all are as before, up to rounding. Each part is
-    read and written once; what was added before is subtracted again.
+    Returns None if a square of an out or of an alpha more is not finite. Sums done before are subtracted again then, so
+    all tensors are unchanged up to rounding. Each part is read and written once.
     """
     lines = [(*_lines(out, more), alpha) for out, more, alpha in sums]
     add = kernel("add_finite", *(line for out, more, _ in lines for line in (out, more))) or _add_finite
@@ -103,7 +102,7 @@ def add_if_finite(sums: Iterable[Sum]) -> float | None:
 
 
 def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
-    """Two tensors as vectors of the same order, or with a first dimension of 1 where there is no such view."""
+    """Return two tensors as vectors of the same order, or with a first dimension of 1 if there is no such view."""
     if out.is_contiguous() and more.is_contiguous():
         return out.view(-1), more.view(-1)
     if out.stride() == more.stride():  # channels last; without gaps in memory
@@ -112,7 +111,7 @@ def _lines(out: Tensor, more: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_finite(sums: Sequence[Sum]) -> tuple[list[tuple[int, int, int]], float]:
-    """`kernels.numba_loops.add_finite` in torch."""
+    """The loop `kernels.numba_loops.add_finite` in torch."""
     added: list[tuple[int, int, int]] = []
     total = 0.0
     for i, (out, more, alpha) in enumerate(sums):
@@ -120,7 +119,7 @@ def _add_finite(sums: Sequence[Sum]) -> tuple[list[tuple[int, int, int]], float]
             o, m = out[start : start + _PART], more[start : start + _PART]
             norms = [float(torch.linalg.vector_norm(part, dtype=out.dtype)) for part in (o, m)]
             squares = norms[0] ** 2 + (alpha * norms[1]) ** 2
-            if not squares <= torch.finfo(out.dtype).max:  # NaN is not either
+            if not squares <= torch.finfo(out.dtype).max:  # False for a NaN
                 return added, math.inf
             o.add_(m, alpha=alpha)
             added.append((i, start, start + len(o)))
@@ -128,12 +127,12 @@ def _add_finite(sums: Sequence[Sum]) -> tuple[list[tuple[int, int, int]], float]
     return added, total
 
 
-def spoil(vector: Tensor, bad: Tensor, value: float) -> None:
-    """Fill a vector with a value if `bad`, bool[]; a GPU is not waited for."""
-    if vector.device.type != "cpu" or bad:
-        vector.masked_fill_(bad, value)
+def fill_where(vector: Tensor, condition: Tensor, value: float) -> None:
+    """Fill a vector with a value if `condition`, bool[], without waiting for a GPU."""
+    if vector.device.type != "cpu" or condition:
+        vector.masked_fill_(condition, value)
 
 
-def first_bad(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
-    """Return the name of the first tensor that cannot be used."""
-    return next((name for name, tensor in named if tensor is not None and not bool(is_usable(tensor))), None)
+def first_out_of_range(named: Iterable[tuple[str, Tensor | None]]) -> str | None:
+    """Return the name of the first tensor that is not in range, None without one."""
+    return next((name for name, tensor in named if tensor is not None and not bool(is_in_range(tensor))), None)

@@ -13,7 +13,7 @@ from torch import Tensor
 from packsaddle.feedback.memory import Update
 from packsaddle.feedback.noise import GaussianNoise
 from packsaddle.feedback.slices import FlatParameters, Shaped
-from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_bad
+from packsaddle.numerics.finite import add_and_measure, add_if_finite, first_out_of_range
 
 T = TypeVar("T")
 
@@ -110,9 +110,9 @@ class Gradient:
                 if (grad := self._flat.parameters[i].grad) is not None:
                     yield out.views[i], grad, scale / extras.scale
 
-    def first_bad(self) -> str | None:
+    def first_out_of_range(self) -> str | None:
         """Return the name of the first parameter with an invalid gradient, None without one."""
-        return first_bad(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
+        return first_out_of_range(zip(self._flat.names, (p.grad for p in self._flat.parameters), strict=True))
 
     def close(self, *, apply: bool) -> None:
         """Commit the vectors of the step, or roll back."""
@@ -281,8 +281,8 @@ class StormGradient(_Gathered):
         self._add_next(base, out, scales)
         self._add_noise(out.flat, scales, extras)
 
-    def first_bad(self) -> str | None:  # of both gradients
-        return super().first_bad() or first_bad(zip(self._flat.names, self._next.views, strict=True))
+    def first_out_of_range(self) -> str | None:  # of both gradients
+        return super().first_out_of_range() or first_out_of_range(zip(self._flat.names, self._next.views, strict=True))
 
     def close(self, *, apply: bool) -> None:
         super().close(apply=apply)

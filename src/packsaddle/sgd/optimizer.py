@@ -30,7 +30,7 @@ from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.round import Applied, ErrorFeedback, Round, SavedAggregator
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute, check_format, parameter_ids
-from packsaddle.numerics.finite import unnoticed
+from packsaddle.numerics.finite import overflow_margin
 from packsaddle.numerics.kernels import compiler
 from packsaddle.numerics.seeds import as_seed
 from packsaddle.options.agreement import agreement
@@ -76,7 +76,7 @@ class FlatTarget:
         """Subtract the mean g from x (line 11)."""
         # A small step cannot overflow x, whatever x is.
         bound = self._memory.bound(float(magnitude)) + self._noise.bound
-        if bound <= unnoticed(self._flat.x.dtype):
+        if bound <= overflow_margin(self._flat.x.dtype):
             return Applied(rounding=self._move(g))
         # x may overflow: try it, look, and restore it if it did.
         self.x_was_large = True
@@ -376,7 +376,7 @@ class CompressedSGD(Optimizer):
     def _skip(self, round: Round) -> None:
         """Record a step that all workers skip; collective. Raises NonFiniteError after too many."""
         # The first invalid parameter of each worker, and its count of consecutive skips.
-        name = (self._direction.first_bad() or THE_SUM) if round.invalid else ""
+        name = (self._direction.first_out_of_range() or THE_SUM) if round.invalid else ""
         text = torch.tensor(list(name.encode()), dtype=torch.uint8)
         row, device = torch.tensor([self._skips.in_a_row + 1]), round.invalid.device
         parts = {"name": text.to(device), "row": row.to(device)}
