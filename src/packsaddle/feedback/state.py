@@ -57,6 +57,7 @@ class Vector:
 
     def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> dict[Any, Tensor]:
         """Return the saved tensors. Raises ValueError unless they have the shapes here."""
+        # The dictionary by parameter.
         at = self.path.index(ANY)
         (saved,) = (found for _, found in _matches(state, self.path[:at]))
         rest, name = self.path[at + 1 :], next(str(key) for key in reversed(self.path) if key != ANY)
@@ -70,6 +71,7 @@ class Vector:
                 f"{name} is of {len(saved)} parameters in the state, and of {len(self.shapes)} here: was dense_below "
                 f"another?"
             )
+        # The tensor of each parameter, below further keys.
         for key, shape in self.shapes.items():
             tensor: Any = saved.get(key)
             for inner in rest:
@@ -105,7 +107,7 @@ class Value:
         _put(state, self.path, _plain(self.get()))
 
     def read(self, state: Mapping[str, Any], names: Mapping[Any, str]) -> Any:
-        """Return the saved value, equal wherever the path leads. Raises ValueError if it is missing or of no use."""
+        """Return the saved value, equal wherever the path leads. Raises ValueError if it is missing or invalid."""
         found = [typed(self.hint, value, path) for path, value in _matches(state, self.path)]
         if any(value != found[0] for value in found[1:]):
             raise ValueError(f"{_dotted(self.path)} must have one value, found {found}")
@@ -271,6 +273,7 @@ def typed(hint: Any, value: Any, path: Path = ()) -> Any:
         return value
     if hint is Tensor:
         check_tensor(_dotted(path), value, getattr(value, "shape", None))
+    # The outer type.
     expected: dict[Any, Any] = {list: (list, tuple), tuple: (list, tuple), dict: Mapping, float: (float, int)}
     is_made = is_dataclass(hint)
     kind: Any = Mapping if is_made else object if origin is Literal else origin or hint
@@ -278,6 +281,7 @@ def typed(hint: Any, value: Any, path: Path = ()) -> Any:
         raise ValueError(f"{_dotted(path)} must be of type {getattr(kind, '__name__', kind)}, found {value!r:.80}")
     if origin is Literal and value not in args:
         raise ValueError(f"{_dotted(path)} must be one of {', '.join(map(repr, args))}, found {value!r:.80}")
+    # The types of what is inside.
     if is_made:
         hints = get_type_hints(hint)
         inner = {f.name: next(_matches(value, (f.name,), path)) for f in fields(hint)}

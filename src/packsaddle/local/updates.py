@@ -263,11 +263,12 @@ class LocalUpdates:
         self._has_begun = True
         self.steps += 1
         self._outcomes.check_step()
-        if self.membership is not None:
+        if self.membership is not None:  # its rounds are due by the workers that are there
             self.membership.stepped(self.steps)
         else:
             if self.steps == 1:
                 self._check_first_step()
+            # Exchanges whose delay is over, then those that begin; without a delay they end immediately.
             for part in self._fragments:
                 if part.current is not None and part.current.due == self.steps:
                     self._finish_round(part)
