@@ -229,7 +229,7 @@ def test_a_scaler_works_with_a_memory_of_its_own() -> None:
 
 def test_zero_grad_is_refused() -> None:
     opt = small()[2]
-    with pytest.raises(RuntimeError, match=r"zero_grad\(\) would throw away the error memory; leave it out"):
+    with pytest.raises(RuntimeError, match=r"zero_grad\(\) would clear the error memory"):
         opt.zero_grad()
 
 

@@ -1,6 +1,6 @@
-"""Directions u^(i), float[d]: a worker's gradient, or what momentum or variance reduction makes of gradients over time.
+"""Directions u^(i), float[d]: a worker's gradient, its momentum or its variance-reduced estimate (STORM).
 
-What is sent of u, and what becomes of the rest, is the memory's part. `GradientUpdate` is the u of one step.
+`GradientUpdate` is the update of one step, eta u, which enters the error memory.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Extras:
-    """Terms added to gradients: weight decay by parameter group, and xi, left out before coordinate `noisy_from`.
+    """Terms added to gradients: weight decay by parameter group, and xi from coordinate `noisy_from` on.
 
-    `scale` is what gradients were multiplied by, and nothing else.
+    `scale` is a GradScaler's factor, which the gradients have and the terms have not.
     """
 
     decays: Sequence[float]
@@ -55,13 +55,12 @@ class Storm:
 class Gradient:
     """u = grad F_i(x) + weight_decay x + xi.
 
-    A parameter without a gradient counts as one whose gradient is zero. The vectors of a direction change when `close`
-    commits the step.
+    A parameter without a gradient has gradient zero. The vectors of a direction change when `close` commits the step.
     """
 
     kind = "gradient"  # in saved states
     started = True
-    keeps = False  # it has a vector of its own, which a step changes
+    keeps = False  # has a vector that a step changes
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat

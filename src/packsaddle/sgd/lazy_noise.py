@@ -1,4 +1,4 @@
-"""The path of the noise xi_t to x: through the error memory, or, if the law is the same, drawn when x receives it."""
+"""Lazy noise: xi_t is drawn when a step applies it to x, instead of passing through the error memory."""
 
 import math
 from collections.abc import Sequence
@@ -32,39 +32,38 @@ class SavedNoise:
 
 
 class OutstandingNoise:
-    """The noise that has not reached x yet, known by its variance alone: one number for each cell of a grid.
+    """The noise that has not been applied to x yet, represented by its variance: one number for each cell of a grid.
 
-    Where all workers keep the same cells of their vectors, the noise in the error memories is the same on all of them,
-    and all that x sees of it is what a kept cell has gathered since it was kept last, sum_s eta_s xi_s over those
-    steps s: Gaussian with variance sum_s (eta_s r_s)^2, independent of all that x has seen before. So it is drawn when
-    the cell is kept, a Gaussian for each coordinate sent instead of each coordinate there is, and x_0, x_1, ... have
-    the joint law that Algorithm 1 gives them. Whoever looks at what is outstanding (y, e) sees a draw of its own: its
-    law at that step is right, and jointly with other looks, or with x afterwards, it is not.
+    If all workers send the same cells, the noise in the error memories is identical on all of them. x receives from a
+    cell that is sent sum_s eta_s xi_s over the steps s since it was last sent: Gaussian with variance
+    sum_s (eta_s r_s)^2, independent of all that x received before. So it is drawn when the cell is sent, one Gaussian
+    for each coordinate sent, and x_0, x_1, ... have the joint law of Algorithm 1. A reader of the outstanding noise (y,
+    e) gets a draw of its own: its law at that step is right, but not jointly with other draws or with x afterwards.
     """
 
     def __init__(self, cells: int, size: int, device: torch.device) -> None:
         self._size = size
-        self._total = 0.0  # the variance that a coordinate would have if it had never been kept
-        self._kept = torch.zeros(cells, dtype=torch.float64, device=device)  # what the total was when a cell was kept
+        self._total = 0.0  # variance of a coordinate that was never sent
+        self._kept = torch.zeros(cells, dtype=torch.float64, device=device)  # the total when a cell was last sent
 
     def grow(self, std: float) -> None:
         """Add independent noise of this standard deviation to every coordinate."""
         variance = std * std
-        if 0 < variance < _NEGLIGIBLE * self._total:  # what all cells have received already would swallow it
+        if 0 < variance < _NEGLIGIBLE * self._total:  # rounding would lose it
             least = float(self._kept.min())
             self._kept -= least
             self._total -= least
         self._total += variance
 
     def take(self, cells: Cells, out: Tensor, alpha: float = 1.0, *, seed: int, step: int) -> None:
-        """Draw the noise at these cells and add alpha times it to out, float[m b]; none is outstanding there then."""
+        """Draw the noise at these cells, add alpha times it to out, float[m b], and leave none outstanding there."""
         self._add(self._total - self._kept[cells.index], out, alpha, keys(seed, step, Stream.OUTSTANDING))
         self._kept[cells.index] = self._total
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
         """Draw the noise at every coordinate, float[d] as `like`, and leave it outstanding."""
         noise = like.new_zeros(len(self._kept) * self._size)
-        # Not the numbers that `take` draws at this step: what it takes may follow what was committed of these.
+        # Not the numbers that `take` draws at this step, since both may reach x.
         self._add(self._total - self._kept, noise, 1.0, keys(seed, step, Stream.SETTLED))
         return noise[: len(like)]
 
@@ -73,7 +72,7 @@ class OutstandingNoise:
 
     @property
     def std(self) -> float:
-        """At least the standard deviation that is outstanding at any coordinate."""
+        """An upper bound on the standard deviation outstanding at any coordinate."""
         return math.sqrt(self._total)
 
     def clone(self) -> "OutstandingNoise":
@@ -108,11 +107,11 @@ class OutstandingNoise:
 
 
 class Perturber:
-    """Line 9 of Algorithm 1 for an optimizer, and the noise it leaves outstanding if `lazy`.
+    """The noise of CompressedSGD (line 9 of Algorithm 1), and the part of it that is outstanding if `lazy`.
 
-    Raises ValueError if `lazy` and the aggregator is not an all-reduce of `shared_cells`, as RandomK's is, error
-    feedback not `plain`, or there is an `escape` check: only without these do all workers keep the same coordinates of
-    a vector that nothing else reads, so that k Gaussians a step suffice for d.
+    Noise can be lazy if all workers send the same coordinates of a vector that nothing else reads, so that k Gaussians
+    a step replace d. Raises ValueError if `lazy` is True and the aggregator is not an all-reduce of `shared_cells`,
+    such as RandomK's, the error feedback is not `plain`, or there is an `escape` check.
     """
 
     def __init__(
@@ -129,8 +128,8 @@ class Perturber:
         self._seed, self._flat, self._d = seed, flat, flat.compressed_d
         self._step = 0  # t of the last draw
         self._outstanding: OutstandingNoise | None = None
-        self.grown = 0.0  # the standard deviation, in units of x, of the noise that the last step left outstanding
-        # Noise may wait where all workers send the same cells, e is its only way to x, and nothing else reads e.
+        self.grown = 0.0  # std, in units of x, of the noise that the last step added to the outstanding
+        # The cells that all workers send, if there are such.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         if not plain:
             if lazy:
@@ -163,7 +162,7 @@ class Perturber:
         if len(set(lrs)) == 1 and not self._flat.has_frozen:
             self.grown = lrs[0] * xi.std if xi else 0.0
             return xi, self._d
-        # Cells do not end where parameters do, so what is outstanding goes the usual way.
+        # Cells cross the borders of parameters, so the outstanding noise joins the error memory.
         self._settle(self._outstanding, memory, step)
         return xi, 0
 

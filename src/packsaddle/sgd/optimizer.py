@@ -102,11 +102,11 @@ class CompressedSGD(Optimizer):
     Args:
         params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: the step size eta.
-        compressor: C, or a `Compression`, which also says how messages are averaged, which tensors go dense, where
-            the error is kept and what is checked on the way. Not a function of the step.
+        compressor: C, or a `Compression`, which also sets how messages are averaged, which tensors are sent
+            uncompressed, where the error is kept and which checks are made. Not a function of the step.
         noise: r, the standard deviation of each coordinate of xi_t, in units of a gradient; a function of the step that
             returns it (see `Ramp`); or a `Noise`.
-        escape: the escape check of lines 4-8; None leaves it out.
+        escape: the escape check of lines 4-8; None: no check.
         momentum: of each worker's gradients, before compression (see `Momentum`); or a `Storm`.
         nesterov: Nesterov's form of the momentum.
         weight_decay: coefficient of x added to the gradient, before compression.
@@ -119,10 +119,10 @@ class CompressedSGD(Optimizer):
     range or differs between workers, and TypeError for one of another type. The first `step` raises RuntimeError if a
     DistributedDataParallel exchanges the same gradients.
 
-    `choice` says why messages are averaged as they are, `monitor` has the measured contraction, `skips` the steps that
-    were left out (with x, memories and t as they were), `drifts` where workers were found apart.
+    `choice` has the way messages are averaged and the reason, `monitor` the measured contraction, `skips` the skipped
+    steps (x, memories and t do not change in them), `drifts` the comparisons at which workers differed.
 
-    A parameter without a gradient counts as one with gradient zero: noise and weight decay still apply.
+    A parameter without a gradient has gradient zero: noise and weight decay still apply.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, TopK
@@ -165,12 +165,12 @@ class CompressedSGD(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._check_rates()
         self._step = 0
-        self._is_busy = False  # with what the user's functions are called for
-        self._step_supports_amp_scaling = True  # a GradScaler then leaves it to `step` to leave a step out
+        self._is_busy = False  # a function of the user's is running
+        self._step_supports_amp_scaling = True  # a GradScaler then lets `step` skip steps
         self.resets: list[Reset] = []
         self.scalars = torch.zeros(0)
 
-        # x as one vector, and what workers exchange over.
+        # x as one vector, and the workers.
         self._flat = FlatParameters(self.param_groups, spec.dense_below)
         warn_of_nothing(given, self._flat.compressed_d, spec.dense_below, stacklevel=2)
         self.ledger = Ledger()
@@ -209,7 +209,7 @@ class CompressedSGD(Optimizer):
         self._drift = DriftGuard(spec.compare_every, spec.on_drift, self.channel)
         self._rates = StepRates()
 
-        # All workers must have been given the same, and they start from the same x.
+        # Arguments must be equal on all workers; all start from rank 0's x.
         sizes = {"numel": self.numel, "compressed_numel": self.compressed_numel}
         same: dict[str, object] = {"lr": self._each("lr"), "weight_decay": self._each("weight_decay")}
         same |= {"seed": self.seed, **agreement(spec), "noise": noise, "momentum": momentum, "nesterov": nesterov}
@@ -234,7 +234,7 @@ class CompressedSGD(Optimizer):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse a `param_group` after construction, by RuntimeError: the flat vector and its memory are fixed then."""
+        """Raise RuntimeError for a `param_group` after construction: the flat vector and its memory are fixed then."""
         if hasattr(self, "_flat"):
             raise RuntimeError("CompressedSGD takes all its parameters at construction; make a new optimizer")
         super().add_param_group(param_group)
@@ -242,7 +242,7 @@ class CompressedSGD(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, to None or with set_to_none=False to zero. Raises RuntimeError with memory="gradient"."""
         if self._memory.in_gradients:
-            raise RuntimeError('with memory="gradient" zero_grad() would throw away the error memory; leave it out')
+            raise RuntimeError('with memory="gradient" zero_grad() would clear the error memory. Do not call it')
         super().zero_grad(set_to_none)
 
     @overload
@@ -254,17 +254,17 @@ class CompressedSGD(Optimizer):
     def step(self, closure: Callable[[], T] | None = None, *, scalars: Tensor | None = None) -> T | None:
         """Do one iteration of Algorithm 1; collective. Returns the closure's value, if one is given.
 
-        Gradients are read and left as they are; call `zero_grad` as with any optimizer (but see `memory`). `scalars`,
-        float[n], a loss, say, are averaged over workers in the same collective, as part of what goes dense, and are
-        then in `opt.scalars`. Raises ValueError for a learning rate or weight decay that is negative or not finite,
-        RuntimeError if it is called within a step, by the closure, say.
+        Gradients do not change; call `zero_grad` as with any optimizer (but see `memory`). `scalars`, float[n], such as
+        a loss, are averaged over workers in the same collective, and their means are in `opt.scalars`. Raises
+        ValueError for a learning rate or weight decay that is negative or not finite, and RuntimeError if it is called
+        within a step, such as by the closure.
         """
         self._check_rates()
         with self._busy():
             loss = self._direction.evaluate(closure, self._each("weight_decay"))  # grad F_i(x_t)
         t = self._begin()
         update = self._update(t)  # line 9: u = eta (grad F_i(x_t) + xi_t)
-        with self._feedback.round(t) as round:  # all workers take the step, or none does
+        with self._feedback.round(t) as round:  # applied by all workers, or by none
             v = round.correct(update)  # line 10: v = eta (e^(i) + grad F_i(x_t) + xi_t)
             factors = self._factors(v)
             round.exchange([self._given(scalars, v), factors])  # line 10: g^(i) = C(v), and its mean over workers
@@ -277,7 +277,7 @@ class CompressedSGD(Optimizer):
         return loss
 
     def _check_rates(self) -> None:
-        """Raise TypeError or ValueError for a rate or weight decay that is none: a script may set them at any time."""
+        """Raise TypeError or ValueError for an invalid rate or weight decay; a script may set them at any time."""
         for name in ("lr", "weight_decay"):
             for i, value in enumerate(group[name] for group in self.param_groups):
                 if not isinstance(value, Real | Tensor) or isinstance(value, bool):
