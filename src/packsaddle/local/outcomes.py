@@ -41,7 +41,8 @@ class Outcomes:
         self._optimizer, self._fragments, self._agree = optimizer, fragments, agree
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
-        self._rejected = set[Fragment]()  # without a finite local update since their last one was rejected
+        self._skipped = set[Fragment]()  # whose last round was rejected; identical on all workers
+        self._rejected = set[Fragment]()  # of this worker: without a finite local update since their last one was rejected
         self._reloaded = False  # the state dict was cleared since `_rejected` was empty
         self._failed = False  # x became non-finite after that too, by a step with finite gradients
 
@@ -63,9 +64,13 @@ class Outcomes:
 
         Raises NonFiniteError after too many rejected rounds, or if a worker's inner optimizer could not be reset.
         """
+        # A rejected round takes all fragments back, so the next one of another fragment may have the update 0.
         if exchange.applied:
-            self.skips.reset_streak()
+            self._skipped.discard(part)
+            if not self._skipped:
+                self.skips.reset_streak()
             return True
+        self._skipped.add(part)
         # On the worker that it is due to, clear non-finite state and make x finite.
         if bool(exchange.invalid):
             self._clear()
