@@ -42,7 +42,7 @@ class Outcomes:
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
         self._skipped = set[Fragment]()  # whose last round was rejected; identical on all workers
-        self._rejected = set[Fragment]()  # of this worker: without a finite local update since their last one was rejected
+        self._rejected = set[Fragment]()  # of this worker: no finite local update since a rejected one
         self._reloaded = False  # the state dict was cleared since `_rejected` was empty
         self._failed = False  # x became non-finite after that too, by a step with finite gradients
 
