@@ -13,14 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.result import Question, Result, machine
+from packsaddle import CompressedSGD, Compression
 from packsaddle.cli import Group as Commands
 from packsaddle.cli import serve
 from packsaddle.comm import Communicator, Group, Ledger, choose, launch, process_group, resolve, ring_all_reduce
 from packsaddle.compressors import Compressor, RandomK, SketchTopK, TopK, compressors, describe
 from packsaddle.compressors.selection import largest
-from packsaddle.feedback.compression import Compression
 from packsaddle.plan import Timing, copy_bandwidth, side_by_side
-from packsaddle.sgd.optimizer import CompressedSGD
 
 
 def _check_repeats(repeats: int) -> None:

@@ -23,15 +23,11 @@ from benchmarks.race import torchft_diloco
 from benchmarks.race.contenders import ALONE, DENSE, Contender
 from benchmarks.race.recipe import CONSTANT, Recipe
 from benchmarks.race.workload import Batch
+from packsaddle import CompressedSGD, Compression, LocalUpdates, OuterSGD, Overlap, register_ddp_hook
 from packsaddle.comm import Bytes, ring_all_gather, ring_all_reduce
 from packsaddle.compressors import TopK
 from packsaddle.errors import MissingExtraError
-from packsaddle.feedback.compression import Compression
-from packsaddle.hooks.ddp import register_ddp_hook
-from packsaddle.local.options import OuterSGD, Overlap
-from packsaddle.local.updates import LocalUpdates
 from packsaddle.runs.tasks import Task
-from packsaddle.sgd.optimizer import CompressedSGD
 
 # DDP makes its buckets anew after the first step, so torch's hook lets no error feedback begin before the third.
 _POWERSGD_FROM = 2

@@ -12,16 +12,13 @@ import packsaddle
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ["packsaddle"] + [p.name for p in pkgutil.walk_packages(packsaddle.__path__, "packsaddle.") if p.ispkg]
-LAZY = [
-    "packsaddle.plan",
-    "packsaddle.runs",
-    "packsaddle.runs.tasks",
-]
+LAZY = ["packsaddle.runs"]
 ALLOWED = {
     "packsaddle.compressors.testing": "the checks for a compressor of one's own; imported by tests only",
     "packsaddle.integrations.huggingface": "imports transformers, which is optional",
     "packsaddle.integrations.lightning": "imports lightning, which is optional",
     "packsaddle.compressors.selection": "benchmarks/selection.py measures this internal function",
+    "packsaddle.feedback.checks": "benchmarks/guards.py measures this internal function",
     "packsaddle.options.describe": "docs/docstrings.py shows the comments of fields",
     "packsaddle.messages": "experiments/paper/progress.py prints what a terminal must not obey",
     "packsaddle.runs.progress": "experiments/paper/progress.py says the time left as a run does",

@@ -17,6 +17,7 @@ from packsaddle.cli.plan_link import _use, ms
 from packsaddle.comm.group import Solo
 from packsaddle.plan import link as link_planner
 from packsaddle.plan import model_size as workload
+from packsaddle.plan import timing
 from packsaddle.plan.coding import Line, Pace
 from packsaddle.plan.link import MEASURED, StepsNeeded, forecast, steps_needed
 from packsaddle.plan.local import Setting, forecast_local
@@ -84,7 +85,7 @@ class Modelled(Solo):
 @pytest.mark.parametrize("true", [Link(1e-4, 1.25e6), Link(0.05, 1e9), Link(1e-6, 1e11)], ids=str)
 def test_a_probe_finds_the_link(workers: int, true: Link, monkeypatch: pytest.MonkeyPatch) -> None:
     group = Modelled(workers, true)
-    monkeypatch.setattr(link_planner.time, "perf_counter", lambda: group.now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: group.now)
     found = link_planner.probe(group)
     assert found.latency == pytest.approx(true.latency, rel=0.01, abs=1e-8)
     assert found.rate == pytest.approx(true.rate, rel=0.01)

@@ -14,7 +14,7 @@ from torch import Tensor
 from experiments.paper.problems import Octopus, Oracle, Problem
 from experiments.paper.proof.error_growth import accumulate
 from experiments.paper.proof.trajectory import Method, Run, Trajectory, follow
-from packsaddle.feedback.noise import Noise
+from packsaddle import Noise
 
 
 @dataclass(frozen=True)

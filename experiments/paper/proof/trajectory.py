@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.paper.problems import Oracle
+from packsaddle import CompressedSGD, Compression, Escape, Noise
 from packsaddle.compressors import Compressor, Identity
-from packsaddle.feedback.compression import Compression
-from packsaddle.feedback.escape import Escape
-from packsaddle.feedback.noise import Noise
-from packsaddle.sgd.optimizer import CompressedSGD
 
 
 @dataclass(frozen=True)

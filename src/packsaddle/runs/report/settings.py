@@ -68,11 +68,11 @@ def _identity(run: Run) -> str:
 def position(line: dict[str, Any], axis: Axis) -> float:
     """Return a line's position on an axis; megabytes are those a worker sent (with one: of its messages).
 
-    Rounds are NaN where they were not counted.
+    A position is NaN if it was not recorded.
     """
     if axis == "megabytes":
         return float(line.get("sent") or line.get("payload") or 0) / 1e6
-    found = line.get("rounds") if axis == "rounds" else line[axis]
+    found = line.get(axis)
     return math.nan if found is None else float(found)
 
 
