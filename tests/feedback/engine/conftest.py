@@ -13,10 +13,10 @@ from packsaddle import simulate
 def on_workers(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
     """on_workers(fn, front, *args) returns fn(front, *args) of two workers, in processes if the front needs it."""
 
-    def run(fn: Callable[..., Any], front: str, *args: Any) -> list[Any]:
+    def run(fn: Callable[..., Any], front: str, *args: Any, workers: int = 2) -> list[Any]:
         if FRONTS[front].processes:
-            found: list[Any] = request.getfixturevalue("gloo")(fn, 2, front, *args)
+            found: list[Any] = request.getfixturevalue("gloo")(fn, workers, front, *args)
             return found
-        return simulate(lambda rank: fn(front, *args), 2)
+        return simulate(lambda rank: fn(front, *args), workers)
 
     return run

@@ -1,0 +1,72 @@
+"""Another number of workers, on any front: x and y, x less all that is unsent, stay; and workers go on with one x.
+
+tests/checkpoint/test_reshard.py has what a file may lack. FSDP refuses (tests/hooks/test_fsdp.py).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fronts import Training, made, parameters_of
+from torch import Tensor
+
+from packsaddle import QSGD, Storm, TopK, load_checkpoint, save_checkpoint
+
+COMMON: dict[str, dict[str, Any]] = {
+    "TopK": {},
+    "two-way": {"exchange": "two-way"},
+    "coordinator": {"exchange": "coordinator", "back": TopK(0.2)},
+}
+FURTHER: dict[str, dict[str, Any]] = {
+    "momentum": {"momentum": 0.9},
+    "STORM": {"momentum": Storm(0.3)},
+    "QSGD": {"compressor": QSGD()},
+    "x at the anchor": {"exchange": "two-way", "keep_unsent": False},
+}
+WAYS = {
+    "CompressedSGD": COMMON | {name: FURTHER[name] for name in ("momentum", "STORM")},
+    "DDP by buckets": COMMON,
+    "DDP by model": COMMON,
+    "local": COMMON | {name: FURTHER[name] for name in ("QSGD", "x at the anchor")},
+    "local overlapped": COMMON | {"x at the anchor": FURTHER["x at the anchor"]},
+}
+
+
+def parts(one: Training) -> dict[str, Any]:
+    both = {"optimizer": one.optimizer, "engine": one.engine}
+    return {"model": one.plain, **(both if one.engine is not one.optimizer else {"engine": one.engine})}
+
+
+def saved(front: str, way: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Save after a step that is between two rounds of local updates, or within the delay of one."""
+    one = made(front, **WAYS[front][way])
+    for t in range(7):
+        one.step(t)
+    found = one.x(), one.y()
+    save_checkpoint(folder, parts(one), step=7)
+    return found
+
+
+def carried(front: str, way: str, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    one = made(front, **WAYS[front][way])
+    load_checkpoint(folder, parts(one))
+    found = one.x(), one.y()
+    for t in range(7, 13):
+        one.step(t)
+    return *found, one.x()
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint of step 7 was saved by")
+@pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 3)])
+@parameters_of(WAYS)
+def test_y_stays(front: str, way: str, old: int, new: int, on_workers: Callable[..., Any], tmp_path: Path) -> None:
+    (x, y), *_ = on_workers(saved, front, way, tmp_path, workers=old)
+    assert (x - y).abs().max() > 1e-6
+    found = on_workers(carried, front, way, tmp_path, workers=new)
+    for here, corrected, later in found:
+        torch.testing.assert_close(here, x, rtol=0, atol=1e-12)
+        torch.testing.assert_close(corrected, y, rtol=0, atol=1e-12)
+        assert torch.equal(later, found[0][2])
+        assert (later - x).abs().max() > 1e-3
