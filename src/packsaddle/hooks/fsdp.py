@@ -111,6 +111,8 @@ class FSDPHook(GradientHook):
     >>> model(torch.full((8, 64), torch.nan)).square().mean().backward()  # a pass that all replicas reject
     >>> hook.steps, hook.skipped, bool(model.weight.grad.to_local().isnan().all())
     (1, 1, True)
+    >>> hook.skips[0].parameter
+    'the root module'
     >>> dist.destroy_process_group()
     """
 
