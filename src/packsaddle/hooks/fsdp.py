@@ -109,10 +109,8 @@ class FSDPHook(GradientHook):
     >>> int((hook.memory()[""] == 0).sum())  # of the root module's 4,160 coordinates 10% were sent
     416
     >>> model(torch.full((8, 64), torch.nan)).square().mean().backward()  # a pass that all replicas reject
-    >>> hook.steps, hook.skipped, bool(model.weight.grad.to_local().isnan().all())
-    (1, 1, True)
-    >>> hook.skips[0].parameter
-    'the root module'
+    >>> hook.steps, hook.skips[0].parameter, bool(model.weight.grad.to_local().isnan().all())
+    (1, 'the root module', True)
     >>> dist.destroy_process_group()
     """
 
