@@ -101,7 +101,7 @@ def test_a_vector_that_stays_is_chosen_from_as_one(compressor: Compressor) -> No
     for i, part in enumerate(v):
         assert allocation.of((str(i),), compressor) is None  # nothing is known yet
         allocation.observe((str(i),), part, compressor)
-    allocation.settle(taken=True)
+    allocation.close(apply=True)
     allocation.begin(compressor)
     one, parts = (
         compressor(torch.cat(v)),
@@ -121,7 +121,7 @@ def test_a_step_that_was_not_taken_is_not_gone_by() -> None:
         allocation.begin(compressor)
         for i, part in enumerate(sections(seed)):
             allocation.observe((str(i),), part, compressor)
-        allocation.settle(taken=taken)
+        allocation.close(apply=taken)
     allocation.begin(compressor)
     assert [allocation.of((str(i),), compressor) for i in range(4)] == compressor.apportion(sections(1), SIZES)
 
@@ -131,7 +131,7 @@ def test_what_a_step_goes_by_is_saved() -> None:
     allocation.begin(compressor)
     for i, part in enumerate(sections()):
         allocation.observe((str(i),), part, compressor)
-    allocation.settle(taken=True)
+    allocation.close(apply=True)
     saved, there = (a.field(lambda: torch.device("cpu")) for a in (allocation, loaded))
     there.load(saved.get())
     loaded.begin(compressor)

@@ -47,6 +47,14 @@ class Averaged:
     mean: tuple[Term, ...]  # what all apply
     dense: Tensor  # float[d - compressed d], the mean of the dense parts
 
+    def write_to(self, out: Tensor) -> Tensor:
+        """Write the mean to out, float[d] of zeros, and return it."""
+        n = len(out) - len(self.dense)
+        for term in self.mean:
+            term.add_to(out[:n], 1.0)
+        out[n:] = self.dense
+        return out
+
     def magnitude(self) -> Tensor:
         """Return about the largest magnitude of the mean, float64[]; the same bits on every worker.
 

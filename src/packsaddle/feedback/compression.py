@@ -97,6 +97,10 @@ class Compression(Option):
         """Return `given`, a compressor or schedule with every other setting at its default."""
         return given if isinstance(given, Compression) else cls(given)
 
+    def exchange_of(self, compressor: Compressor) -> Exchange:
+        """Return the exchange of a compressor; directly if lossless, since its mean needs no second compression."""
+        return "direct" if compressor.lossless else self.exchange
+
     def check_gradients(self) -> None:
         """Raise ValueError for an exchange that is for local updates alone."""
         if self.exchange == "senders":

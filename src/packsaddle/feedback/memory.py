@@ -26,7 +26,6 @@ class Update:
 
     norm: Tensor | None = None  # an upper bound on ||e + u|| after `add`; None: it would need a pass of its own
     is_known_invalid = False  # a GradScaler found an Inf in this worker's gradients
-    is_revocable = False  # implements `add_if_finite` and `subtract`
 
     def add(self, base: Shaped, out: Shaped) -> None:
         """Set out to base + u, both float[n]; out may be base unless the subclass says otherwise."""

@@ -109,7 +109,7 @@ class ErrorFeedback:
         if not self.uses(compressor):
             n = self.slice.compressed_d
             self._by_size = self._restricted(compressor)
-            has_back = self._back is not None and exchange in ("two-way", "coordinator")
+            back = self._back if exchange in ("two-way", "coordinator") else None
             choice = choose(
                 self._by_size,
                 exchange,
@@ -117,7 +117,7 @@ class ErrorFeedback:
                 dense=self.guard.numbers(self.slice.d - n),
                 workers=self.channel.group.size,
                 itemsize=self.memory.vector.element_size(),
-                back=self._restricted(self._back) if self._back is not None and has_back else None,
+                back=None if back is None else self._restricted(back),
             )
             self._replace(choice, compressor)
         assert self._by_size is not None
@@ -187,7 +187,7 @@ class ErrorFeedback:
 
         Call after `use`.
         """
-        mine, memory = self.owner_errors_by_name(), dict(zip(self.slice.names, self.memory.views, strict=True))
+        mine, memory = self.owner_errors_by_name(), self.slice.by_name(self.memory.vector)
         fits = self.load_aggregator(saved) and mine.keys() == errors.keys()
         for name, error in errors.items():
             if fits:

@@ -75,6 +75,10 @@ class Slice:
         """Return the places with their views of a vector, float[d]."""
         return zip(self.places, self.views(flat), strict=True)
 
+    def by_name(self, flat: Tensor) -> dict[str, Tensor]:
+        """Return the views of a vector, float[d], by the parameters' names."""
+        return dict(zip(self.names, self.views(flat), strict=True))
+
     def shaped(self, flat: Tensor) -> Shaped:
         """Return a vector, float[d], with its views."""
         return Shaped(flat, self.views(flat))

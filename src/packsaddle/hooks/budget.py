@@ -66,9 +66,9 @@ class Allocation:
             first = min(self._stride, len(vector)) // 2
             self._next[part] = _Sample(part, len(vector), vector[first :: self._stride].clone())
 
-    def settle(self, *, taken: bool) -> None:
+    def close(self, *, apply: bool) -> None:
         """Go by what was observed in this step, or by what was before it."""
-        if taken:
+        if apply:
             self._last = self._next
         self._next = {}
 

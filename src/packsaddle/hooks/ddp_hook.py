@@ -67,7 +67,7 @@ class DDPHook(GradientHook):
         rates: Rates,
         scale: Callable[[], float],
     ) -> None:
-        super().__init__(channel, rules, sum(place.size for place in places if not place.dense))
+        super().__init__(channel, rules, sum(place.size for place in places if not place.dense), "register_ddp_hook")
         self.resets: list[Reset] = []  # firings of the escape check
         self.parts: dict[str, EscapeAfterStep] = {}  # other parts of the saved state, by name
         self._module, self._places, self._rates, self._scale = module, places, rates, scale
@@ -166,7 +166,7 @@ class DDPHook(GradientHook):
             for old in [key for key in self._slices if not key.isdisjoint(names)]:
                 part = self._slices.pop(old)
                 part.drop_aggregator()
-                self._loose |= dict(zip(part.slice.names, part.memory.views, strict=True))
+                self._loose |= part.slice.by_name(part.memory.vector)
             of = Slice([place for place in self._places if place.name in names], self.device)
             self._slices[names] = self._feedback(of, self._loose, self._rules.seed)
         return self._slices[names]
@@ -190,7 +190,7 @@ class DDPHook(GradientHook):
         with self._lock:
             found |= {name: view.clone() for name, view in self._loose.items()}
             for part in self._slices.values():
-                found |= dict(zip(part.slice.names, part.slice.views(part.pending().clone()), strict=True))
+                found |= part.slice.by_name(part.pending().clone())
         return found
 
     @torch.no_grad()
@@ -200,7 +200,7 @@ class DDPHook(GradientHook):
         self._loose = {name: error.clone() for name, error in lost.items()}
         for part in self._slices.values():
             part.reset()
-            for name, view in zip(part.slice.names, part.memory.views, strict=True):
+            for name, view in part.slice.by_name(part.memory.vector).items():
                 if name in self._loose:
                     view.copy_(self._loose.pop(name))
 
@@ -237,7 +237,7 @@ class DDPHook(GradientHook):
 
     def _errors(self) -> dict[str, Tensor]:
         whole = self._whole
-        own = {} if whole is None else dict(zip(whole.slice.names, whole.memory.views, strict=True))
+        own = {} if whole is None else whole.slice.by_name(whole.memory.vector)
         return self.memory() | own
 
     def _owner_errors(self) -> dict[str, Tensor]:

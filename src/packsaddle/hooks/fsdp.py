@@ -19,6 +19,7 @@ from packsaddle.comm.ledger import Bytes, Ledger
 from packsaddle.comm.select_aggregator import choose
 from packsaddle.compressors import QSGD, Compressor
 from packsaddle.feedback.compression import Compression, Schedule
+from packsaddle.feedback.guard import ROOT
 from packsaddle.feedback.noise import Noise
 from packsaddle.feedback.round import ErrorFeedback
 from packsaddle.feedback.slices import Place, Slice
@@ -122,7 +123,7 @@ class FSDPHook(GradientHook):
         noise: Noise,
         shard: tuple[int, int],
     ) -> None:
-        super().__init__(channel, rules, padded_size(model), names={"": "the root module"}, only_with=_SHARDS)
+        super().__init__(channel, rules, padded_size(model), "register_fsdp_hook", {"": ROOT}, _SHARDS)
         self._model, self._shard = model, shard
         self._perturbation = noise
         self._slices: dict[str, ErrorFeedback] = {}
@@ -151,7 +152,7 @@ class FSDPHook(GradientHook):
         number = torch._C._current_graph_task_id()
         if number >= 0 and self._seen.get(name) == number and self._pass:
             raise RuntimeError(
-                f"{name or 'the root module'} is used twice in one backward pass (a block that is shared, or a model "
+                f"{name or ROOT} is used twice in one backward pass (a block that is shared, or a model "
                 f"that is called twice), and FSDP hands over its gradient in parts, which cannot be exchanged as one: "
                 f"call backward() after each use"
             )
@@ -198,7 +199,7 @@ class FSDPHook(GradientHook):
             place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # a shape alone
             if name in self._loose and len(self._loose[name]) != len(gradient):
                 raise RuntimeError(
-                    f"the error of {name or 'the root module'} that was loaded has {len(self._loose[name])} "
+                    f"the error of {name or ROOT} that was loaded has {len(self._loose[name])} "
                     f"coordinates, and its gradient {len(gradient)}: is it another model, or sharded otherwise?"
                 )
             self._seeds[name] = mix(self._rules.seed, index, self._shard[0])  # replicas have the same

@@ -109,10 +109,8 @@ class BucketTarget:
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
         """Write mean_i g^(i), times the scale, over the gradients. Their rounding error is that of 16-bit gradients."""
-        total, n = self.of.zeros(), self.of.compressed_d
-        for term in g.mean:
-            term.add_to(total.flat[:n], 1.0)
-        total.flat[n:] = g.dense
+        total = self.of.zeros()
+        g.write_to(total.flat)
         outs = [self.gradients[place.name] for place in self.of.places]
         exact = all(out.element_size() >= total.flat.element_size() for out in outs)
         for view, out in zip(total.views, outs, strict=True):
@@ -143,7 +141,7 @@ class GradientHook(ABC):
     """The rounds of the running or last backward pass, and the count of applied passes.
 
     A pass's verdicts are read on demand or when the next one begins, so that a pass waits for no GPU. `d` is the number
-    of coordinates that all slices compress together.
+    of coordinates that all slices compress together, `owner` the function that registers the hook.
     """
 
     def __init__(
@@ -151,13 +149,13 @@ class GradientHook(ABC):
         channel: Communicator,
         rules: HookOptions,
         d: int,
+        owner: str,
         names: Mapping[Any, str] | None = None,
         only_with: Mapping[str, str] | None = None,
     ) -> None:
         self.channel = channel
-        owner = f"register_{type(self).__name__.lower().replace('hook', '_hook')}"
-        identity = self._identity
-        self.saved_state = State(owner, _RULES, identity, self._saved_fields, names=names, only_with=only_with)
+        fields = (self._identity, self._saved_fields)
+        self.saved_state = State(owner, _RULES, *fields, names=names, only_with=only_with)
         self._rules, self._allocation = rules, Allocation(d)
         self._guard = Guard("extra", unnamed=THE_SUM)
         self._contraction = Contraction(rules.compression.monitor_every)
@@ -262,14 +260,11 @@ class GradientHook(ABC):
         return ErrorFeedback(*parts, seed=seed, back=self._rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback, step: int, *, still: bool = False) -> Compressor:
-        """Set and return a slice's compressor of a step. While an error stands `still`, no owner may hold a part of it.
-
-        Lossless messages are averaged directly: their mean needs no second compression.
-        """
+        """Set and return a slice's compressor of a step. With `still` errors it is one that leaves no owner errors."""
         exchange = self._rules.compression.exchange
         compressor = Identity() if still and exchange != "direct" else self._rules.at(step)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
-        part.use(compressor, "direct" if compressor.lossless else exchange, allotted=allotted)
+        part.use(compressor, self._rules.compression.exchange_of(compressor), allotted=allotted)
         return compressor
 
     def _exchange(
@@ -298,7 +293,7 @@ class GradientHook(ABC):
         self._bad_name = self._bad_name or r.name
         self._allocation.observe(tuple(part.slice.names), v[: part.slice.compressed_d], compressor)
         for owner_error in part.owner_errors().values() if factors else ():
-            for name, view in zip(part.slice.names, part.slice.views(owner_error), strict=True):
+            for name, view in part.slice.by_name(owner_error).items():
                 view.mul_(factors.get(name, 1.0))
         r.exchange([bits.to(v) for bits in identity])
         # Lines 11 and 12: the optimizer that has the gradients moves x.
@@ -326,7 +321,7 @@ class GradientHook(ABC):
             applied = self._complete and not rejected
             unlike = [r.feedback.slice.names[0] for r, code in zip(self._pass, codes, strict=False) if code >= UNLIKE]
             self._conclude(apply=applied)
-            self._allocation.settle(taken=applied)
+            self._allocation.close(apply=applied)
             for r in self._pass:
                 r.commit() if applied else r.roll_back()
             self._contraction.close(self._steps, apply=applied)

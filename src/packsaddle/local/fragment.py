@@ -136,8 +136,8 @@ class Fragment(Slice):
         self.anchor.subtract_owed()
 
     def use(self, compressor: Compressor) -> None:
-        """Use a compressor. Lossless messages are averaged directly: their mean needs no second compression."""
-        self.feedback.use(compressor, "direct" if compressor.lossless else self._options.compression.exchange)
+        """Use a compressor from now on."""
+        self.feedback.use(compressor, self._options.compression.exchange_of(compressor))
 
     def exchange(self, p: PendingExchange, step: int, *, as_vector: bool) -> None:
         """Exchange C(share v) and absorb the residual; collective, possibly in another thread.
@@ -156,16 +156,13 @@ class Fragment(Slice):
 
     def _mean(self, g: Averaged) -> Tensor:
         """Return the mean over workers, float[n]; with "senders" that of a coordinate over those that sent it."""
-        n, total = self.compressed_d, self.zeros().flat
-        for term in g.mean:
-            term.add_to(total[:n], 1.0)
+        n, total = self.compressed_d, g.write_to(self.zeros().flat)
         if self._options.averages_senders and len(g.mean) > 1:
             counts = torch.zeros_like(total[:n])
             for term in g.mean:
                 sent = term.compressor.support_of(term.message, n)
                 counts.add_(1.0) if sent is None else counts.index_add_(0, sent, torch.ones_like(counts[: len(sent)]))
             total[:n].mul_(len(g.mean) / counts.clamp_(min=1.0))
-        total[n:] = g.dense
         return total
 
     def name_workers(self, p: PendingExchange) -> None:
@@ -317,7 +314,7 @@ class Fragment(Slice):
         )
 
     def _named(self, flat: Tensor | None) -> dict[str, Tensor]:
-        return {} if flat is None else {place.name: view for place, view in self.named(flat)}
+        return {} if flat is None else self.by_name(flat)
 
 
 def by_parameter(fragments: Iterable[Fragment], vectors: Iterable[Tensor]) -> dict[str, Tensor]:

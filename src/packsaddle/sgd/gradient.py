@@ -299,8 +299,6 @@ class StormGradient(_Gathered):
 class GradientUpdate(Update):
     """scale u of one step, float[d], which is never made as a vector of its own; scales by parameter group."""
 
-    is_revocable = True
-
     direction: Gradient
     scales: Sequence[float]
     extras: Extras
