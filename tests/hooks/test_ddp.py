@@ -505,13 +505,13 @@ def test_errors_follow_the_rate_of_plain_sgd_alone() -> None:
     found = places(model.named_parameters(), 100)
     for make, follows in ((torch.optim.SGD, True), (torch.optim.AdamW, False)):
         optimizer = make(model.parameters(), lr=0.1)
-        rates = Rates(optimizer, found)
+        rates = Rates([optimizer], found)
         rates.factors()
         rates.close(apply=True)
         optimizer.param_groups[0]["lr"] = 0.05
         assert rates.factors() == ({place.name: 2.0 for place in found} if follows else {})
     momentum = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    assert Rates(momentum, found).factors() == {}
+    assert Rates([momentum], found).factors() == {}
 
 
 def read_in_the_middle() -> float:

@@ -95,3 +95,23 @@ def shared_optimizer() -> tuple[bool, bool, bool]:
 
 def test_a_bad_pass_holds_back_one_step_of_each_optimizer(gloo: Gloo) -> None:
     assert gloo(shared_optimizer, 2) == [(True, True, True)] * 2
+
+
+def two_optimizers() -> tuple[bool, bool]:
+    """Of Muon and AdamW behind one hook: whether a bad step moves nothing, and a good one all."""
+    model = wrapped(network(torch.float32), SEVERAL)
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim == 2) is two] for two in (True, False))
+    pair = [torch.optim.Muon(matrices, lr=0.1), torch.optim.AdamW(vectors, lr=0.1)]
+    register_ddp_hook(model, TopK(0.05), optimizer=pair)
+    poison, start, moved = math.nan if resolve(None).rank == 1 else 1.0, vector(model), []
+    for data in (batches(1, torch.float32)[0] * poison, batches(1, torch.float32)[0]):
+        model(data).square().mean().backward()
+        for optimizer in pair:
+            optimizer.step()
+        model.zero_grad()
+        moved.append(vector(model) != start)
+    return not bool(moved[0].any()), bool(moved[1].float().mean() > 0.9)
+
+
+def test_a_bad_pass_holds_back_all_optimizers_of_a_list(gloo: Gloo) -> None:
+    assert gloo(two_optimizers, 2) == [(True, True)] * 2

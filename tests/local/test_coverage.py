@@ -1,7 +1,6 @@
-"""Parameters that another optimizer trains: an error where the model is given, else a warning."""
+"""Parameters that another optimizer trains, and that no exchange has: an error."""
 
 import gc
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -43,26 +42,26 @@ def train(net: nn.Module, optimizers: list[torch.optim.Optimizer], steps: int, w
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("steps", [2, 4], ids=["flush", "round"])
+@pytest.mark.parametrize("steps", [1, 4], ids=["flush", "step"])
 def test_another_optimizer_of_the_model_is_noticed(steps: int) -> None:
-    """By a round after step 4, or by a flush; the parameters are those that come to differ."""
+    """After the step in which it first stepped, or by a flush; the parameters are those that come to differ."""
 
-    def body(worker: int) -> list[str]:
+    def body(worker: int) -> tuple[list[str], int]:
         net = Pair()
         optimizers = [sgd(net.body), sgd(net.head)]
         local = LocalUpdates(optimizers[0], every=4, compressor=WHOLE)
-        train(net, optimizers, steps, worker)
-        if steps < 4:
-            assert local.flush()
-        train(net, optimizers, 4 - steps % 4, worker)
-        group = resolve(None)
-        everywhere = {name: group.all_gather(p.detach()) for name, p in net.named_parameters()}
-        return [name for name, (one, other) in everywhere.items() if not torch.equal(one, other)]
 
-    with pytest.warns(UserWarning, match="LocalUpdates exchanges") as caught:
-        assert simulate(body, 2) == [["head.weight", "head.bias"]] * 2
-    (said,) = caught
-    assert "but SGD trains others of the model, which no worker sends: head.weight, head.bias." in str(said.message)
+        def run() -> None:
+            train(net, optimizers, steps, worker)
+            local.flush()
+
+        with pytest.raises(RuntimeError, match=r"SGD trains .* does not exchange: head\.weight, head\.bias\."):
+            run()
+        group = resolve(None)
+        everywhere = {name: group.all_gather(p.detach()) for name, p in net.head.named_parameters()}
+        return [name for name, (one, other) in everywhere.items() if not torch.equal(one, other)], local.rounds
+
+    assert simulate(body, 2) == [(["weight", "bias"], 0)] * 2
 
 
 def one_optimizer(net: Pair) -> list[torch.optim.Optimizer]:
@@ -103,9 +102,7 @@ def one_exchange_each(net: Pair) -> list[torch.optim.Optimizer]:
 @pytest.mark.parametrize(
     "make", [one_optimizer, frozen, a_model_of_its_own, no_gradient, an_optimizer_that_never_steps, one_exchange_each]
 )
-def test_no_warning(make: Callable[[Pair], list[torch.optim.Optimizer]]) -> None:
-    """pytest makes warnings errors."""
-
+def test_no_error(make: Callable[[Pair], list[torch.optim.Optimizer]]) -> None:
     def body(worker: int) -> bool:
         net = Pair()
         optimizers = make(net)
@@ -117,7 +114,7 @@ def test_no_warning(make: Callable[[Pair], list[torch.optim.Optimizer]]) -> None
     gc.collect()
 
 
-def behind_ddp(local: bool) -> list[str]:
+def behind_ddp(local: bool) -> str:
     """The head's gradients are averaged by a DistributedDataParallel of its own, or left alone by it."""
     worker, net = torch.distributed.get_rank(), Pair()
     net.head = nn.parallel.DistributedDataParallel(net.head)
@@ -125,17 +122,17 @@ def behind_ddp(local: bool) -> list[str]:
         keep_gradients_local(net)
     optimizers = [sgd(net.body), sgd(net.head)]
     LocalUpdates(optimizers[0], every=4, compressor=WHOLE)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    try:
         train(net, optimizers, 4, worker)
-    return [str(w.message) for w in caught if "no worker sends" in str(w.message)]
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def test_averaged_gradients_are_an_exchange(gloo: Callable[..., list[Any]]) -> None:
-    assert gloo(behind_ddp, 2, False) == [[], []]
-    (said,), none = gloo(behind_ddp, 2, True)
-    assert "head.module.weight, head.module.bias" in said
-    assert none == []
+    assert gloo(behind_ddp, 2, False) == ["", ""]
+    for said in gloo(behind_ddp, 2, True):
+        assert "does not exchange: head.module.weight, head.module.bias" in said
 
 
 def test_a_given_model_is_covered() -> None:

@@ -324,10 +324,11 @@ def test_equal_gradients_of_few_values_may_be_chance() -> None:
 def test_nans_on_all_workers_at_the_first_step_are_a_skipped_round(every: int) -> None:
     def body(worker: int) -> tuple[list[tuple[int, ...]], Tensor, Tensor]:
         local = stepped_once(torch.full((40,), torch.nan), every)
-        (x,) = local.optimizer.param_groups[0]["params"]
+        (optimizer,) = local.optimizers
+        (x,) = optimizer.param_groups[0]["params"]
         for n in range(2, 2 * every + 1):
             x.grad = torch.full_like(x, n + worker)
-            local.optimizer.step()
+            optimizer.step()
         return [skip.workers for skip in local.skips], local.anchor()["parameter 0"], x.detach()
 
     for workers, anchor, x in simulate(body, 2):

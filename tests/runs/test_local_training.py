@@ -178,11 +178,11 @@ def test_muon_is_for_matrices(path: Path) -> None:
     """As two optimizers side by side; also after its state was saved and loaded."""
     config = load(path, ["local.optimizer=muon", "momentum=0.9", "nesterov=true", "lr=0.01", "local.betas=[0.8, 0.9]"])
     assert config.local is not None
-    nets = [nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)) for _ in range(2)]
+    nets = [nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
-    ours = make_inner(config, config.local, nets[0].named_parameters())
-    matrices = [p for p in nets[1].parameters() if p.ndim == 2]
-    others = [p for p in nets[1].parameters() if p.ndim != 2]
+    ours = make_inner(config, config.local, nets[0])
+    matrices = [nets[1][1].weight]  # not the embedding, nor the output layer
+    others = [p for p in nets[1].parameters() if p is not matrices[0]]
     apart: list[Any] = [
         torch.optim.Muon(matrices, 0.01, 0.0, 0.9, True, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, 0.01, (0.8, 0.9), weight_decay=0.0),
@@ -190,18 +190,19 @@ def test_muon_is_for_matrices(path: Path) -> None:
     for step in range(6):
         if step == 3:
             state = ours.state_dict()
-            ours = make_inner(config, config.local, nets[0].named_parameters())
+            ours = make_inner(config, config.local, nets[0])
             ours.load_state_dict(state)
-        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        codes = torch.randint(7, (8,), generator=torch.Generator().manual_seed(step))
         for net in nets:
             net.zero_grad()
-            net(x).square().sum().backward()
+            net(codes).square().sum().backward()
         for optimizer in (ours, *apart):
             optimizer.step()
     for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert torch.equal(a, b)
-    only = nn.Linear(4, 4, bias=False)
-    assert len(make_inner(config, config.local, only.named_parameters()).param_groups) == 1
+    assert len(make_inner(config, config.local, nn.Linear(4, 4)).param_groups) == 1  # AdamW's
+    (muon, _) = make_inner(load(path, ["local.optimizer=muon"]), config.local, nets[0]).param_groups
+    assert (muon["momentum"], muon["nesterov"]) == (0.95, True)  # Muon's own, where the configuration has none
 
 
 class Poisoned(Trainer):

@@ -232,6 +232,49 @@ class Local(Training):
         return "anchor of 0.weight"
 
 
+class LocalSeveral(Local):
+    """Two optimizers, one of the matrices and one of the biases; the latter steps first."""
+
+    def build(self, options: dict[str, Any]) -> None:
+        self.model = self.plain
+        matrices, vectors = ([p for p in self.plain.parameters() if (p.ndim == 2) is two] for two in (True, False))
+        muon = options.pop("muon", lambda ps: torch.optim.SGD(ps, LR))
+        self.members = [muon(matrices), self.inner(vectors)]
+        self.engine = LocalUpdates(self.members, **options)
+
+    def step(self, t: int, value: float | None = None) -> None:
+        self.plain[0].value = value  # type: ignore[assignment]
+        data = batch(t, self.dtype)
+        self.plain.zero_grad()
+        (self.model(data) - data).square().mean().backward()
+        for member in reversed(self.members):
+            member.step()
+
+    def x(self) -> Tensor:
+        return self._in_order(super().x())
+
+    def y(self) -> Tensor:
+        return self.x() - self._in_order(self.engine.error())
+
+    def everything(self) -> dict[str, Any]:
+        optimizers = [member.state_dict() for member in self.members]
+        state = {"x": self.parameters(), "optimizer": optimizers, "engine": self.engine.state_dict()}
+        return copied(state)  # type: ignore[no-any-return]
+
+    def load(self, state: dict[str, Any]) -> None:
+        for p, old in zip(self.parameters(), state["x"], strict=True):
+            p.copy_(old)
+        for member, saved in zip(self.members, state["optimizer"], strict=True):
+            member.load_state_dict(saved)
+        self.engine.load_state_dict(state["engine"])
+
+    def _in_order(self, vector: Tensor) -> Tensor:
+        """Of float[d], in the order of the optimizers' parameters, that in the network's."""
+        held = [p for member in self.members for p in member.param_groups[0]["params"]]
+        parts = dict(zip(map(id, held), vector.split([p.numel() for p in held]), strict=True))
+        return torch.cat([parts[id(p)] for p in self.plain.parameters()])
+
+
 class LocalOverlapped(Local):
     defaults: ClassVar[dict[str, Any]] = {"dense_below": 100, "every": 4, "delay": 2, "fragments": 2}
 
@@ -270,6 +313,7 @@ FRONTS = {
     "DDP by model": Front(DDPModel, processes=True),
     "FSDP": Front(FSDP, processes=True),
     "local": Front(Local),
+    "local, two optimizers": Front(LocalSeveral),
     "local overlapped": Front(LocalOverlapped),
     "elastic": Front(ElasticLocal),
 }

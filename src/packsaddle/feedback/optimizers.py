@@ -1,9 +1,10 @@
-"""Hooks on the steps of any torch optimizer, also one that a framework or a GradScaler steps."""
+"""Hooks on the steps of torch optimizers, one or several, also where a framework or a GradScaler steps them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -21,32 +22,87 @@ def innermost(optimizer: Any) -> Optimizer:
     return optimizer
 
 
-def on_attempts(
-    inner: Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    before: Callable[[], None],
-    after: Callable[[], None],
-) -> None:
-    """Call `before` ahead of each step of an optimizer, and `after` each attempted step.
+def as_optimizers(given: object) -> tuple[Optimizer, ...]:
+    """Return the torch optimizers that an argument names, one or a list of them, without a framework's wrappers.
 
-    With a GradScaler each call of its `step` is an attempt, so that workers count the same steps if one of them skips
-    one; then `before` is called only for steps that are applied. Neither is compiled into the graph of an optimizer.
-    Raises TypeError if `scaler` is not a GradScaler.
+    Raises TypeError for what is no optimizer, and ValueError for an empty list, for one given twice and
+    for a parameter in two of them.
     """
-    outside: Any = torch.compiler.disable
-    inner.register_step_pre_hook(outside(lambda optimizer, args, kwargs: before()))
-    if scaler is None:
-        inner.register_step_post_hook(outside(lambda optimizer, args, kwargs: after()))
-        return
-    if not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
-    # A skipped step need not call the optimizer, nor its hooks, so attempts are counted at the scaler.
-    step = scaler.step
+    found = tuple(innermost(optimizer) for optimizer in (given if isinstance(given, list | tuple) else [given]))
+    if not found:
+        raise ValueError("optimizer must be a torch optimizer or a list of them, and the list is empty")
+    for i, optimizer in enumerate(found):
+        if optimizer in found[:i]:
+            raise ValueError(f"optimizers must be different, and one {type(optimizer).__name__} is given twice")
+    whose: dict[int, Optimizer] = {}
+    for optimizer in found:
+        for p in parameters_of([optimizer]):
+            other = whose.setdefault(id(p), optimizer)
+            if other is not optimizer:
+                both = f"{type(other).__name__} and {type(optimizer).__name__}"
+                raise ValueError(f"optimizers must have no parameter in common, but {both} have one of {list(p.shape)}")
+    return found
 
-    def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        result = step(optimizer, *args, **kwargs)
-        if innermost(optimizer) is inner:
-            after()
-        return result
 
-    scaler.step = attempt  # type: ignore[method-assign]
+def parameters_of(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """Return all parameters of some optimizers, in order."""
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+
+class Attempts:
+    """Counts the steps of one or several optimizers: `after` is called when each of them has attempted its own.
+
+    `before(optimizer)` is called ahead of each optimizer's step. With a GradScaler each call of its `step` is an
+    attempt, so that workers count the same steps if one of them skips one; then `before` is called only for steps that
+    are applied. Neither is compiled into the graph of an optimizer. Raises TypeError if `scaler` is not a GradScaler.
+    """
+
+    def __init__(
+        self,
+        optimizers: Sequence[Optimizer],
+        scaler: torch.amp.GradScaler | None,
+        before: Callable[[Optimizer], None],
+        after: Callable[[], None],
+    ) -> None:
+        if not (scaler is None or isinstance(scaler, torch.amp.GradScaler)):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+        self._optimizers, self._after = optimizers, after
+        self._stepped = list[Optimizer]()  # in the current step; empty between two steps
+        outside: Any = torch.compiler.disable
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(outside(lambda optimizer, args, kwargs: before(optimizer)))
+            if scaler is None:
+                optimizer.register_step_post_hook(outside(lambda optimizer, args, kwargs: self._attempted(optimizer)))
+        if scaler is not None:
+            self._count_at(scaler)
+
+    def _count_at(self, scaler: torch.amp.GradScaler) -> None:
+        """Count at the scaler: a step that it skips need not call the optimizer, nor its hooks."""
+        step = scaler.step
+
+        def attempt(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+            result = step(optimizer, *args, **kwargs)
+            if (inner := innermost(optimizer)) in self._optimizers:
+                self._attempted(inner)
+            return result
+
+        scaler.step = attempt  # type: ignore[method-assign]
+
+    def _attempted(self, optimizer: Optimizer) -> None:
+        if optimizer in self._stepped:
+            raise RuntimeError(
+                f"{type(optimizer).__name__} has stepped twice and {self.missing()} not: a step counts when all "
+                f"optimizers have taken theirs, so step each of them every time"
+            )
+        self._stepped.append(optimizer)
+        if len(self._stepped) == len(self._optimizers):
+            self.restart()
+            self._after()
+
+    def missing(self) -> str:
+        """Return the names of the optimizers that have still to step, if some have; empty between two steps."""
+        return " and ".join(type(o).__name__ for o in self._optimizers if self._stepped and o not in self._stepped)
+
+    def restart(self) -> None:
+        """Begin a step anew, as after a state was loaded."""
+        self._stepped.clear()

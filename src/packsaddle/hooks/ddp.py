@@ -5,7 +5,7 @@ save it. `keep_gradients_local` disables the exchange of DistributedDataParallel
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,7 +25,7 @@ from packsaddle.compressors import QSGD, Compressor
 from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.optimizers import innermost
+from packsaddle.feedback.optimizers import as_optimizers
 from packsaddle.feedback.slices import Place, places
 from packsaddle.hooks.ddp_hook import Bucket, DDPHook
 from packsaddle.hooks.escape import EscapeAfterStep
@@ -45,7 +45,7 @@ def register_ddp_hook(
     start_step: int = 0,
     seed: int = 0,
     scope: Scope = "bucket",
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> DDPHook:
     """Average the gradients of a DistributedDataParallel with compression, noise and error feedback; collective.
@@ -64,8 +64,9 @@ def register_ddp_hook(
         seed: as in `CompressedSGD`.
         scope: the vector that is compressed: each of DDP's buckets ("bucket"), during the backward pass, or all of the
             model ("model") at its end, as in Algorithm 1.
-        optimizer: the optimizer of the model, whose step is skipped after a rejected exchange. With plain SGD the error
-            memory follows its learning rates, so that y = x - eta e does not jump; with any other it stays as it is.
+        optimizer: the optimizer of the model, or a list of them, as [muon, adamw], whose steps are skipped after a
+            rejected exchange. With plain SGD the error memory follows its learning rates, so that y = x - eta e does
+            not jump; with any other it stays as it is.
         scaler: the GradScaler whose scale is in the gradients; the error memory is kept unscaled.
 
     If a worker's gradient is invalid, all workers reject the exchange: error memories, noise and step count are rolled
@@ -99,17 +100,21 @@ def register_ddp_hook(
     # The options, each alone and with this model.
     spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
     rules = HookOptions(spec, scope, start_step, as_seed(seed))
-    _check_types(optimizer, scaler)
-    optimizer = None if optimizer is None else innermost(optimizer)
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
+    optimizers = () if optimizer is None else as_optimizers(optimizer)
     named = [(name, p) for name, p in model.module.named_parameters() if p.requires_grad]
     found = places(named, spec.dense_below)
     _check_sizes(found, rules, model.process_group.size())
     # Lines 9-12 in the backward pass, lines 4-8 after the optimizer's step.
-    channel, rates = Communicator(group_like(model), Ledger()), Rates(optimizer, found)
+    channel, rates = Communicator(group_like(model), Ledger()), Rates(optimizers, found)
     scale = (lambda: 1.0) if scaler is None else scaler.get_scale
     hook = DDPHook(model.module, channel, rules, found, noise, rates, scale)
     if escape is not None:
-        checker = EscapeAfterStep(escape, hook, optimizer, found, rates, dense_below=spec.dense_below, seed=rules.seed)
+        if len(optimizers) > 1:
+            raise ValueError(f"escape needs one optimizer, got {len(optimizers)}")
+        one = optimizers[0] if optimizers else None
+        checker = EscapeAfterStep(escape, hook, one, found, rates, dense_below=spec.dense_below, seed=rules.seed)
         hook.parts["escape"] = checker
     # All workers must have been given the same.
     same = {**rules.agreement(), "noise": noise, "escape": escape, "lr": rates.now()}
@@ -119,8 +124,8 @@ def register_ddp_hook(
     # A rejected exchange leaves NaNs in the gradients, by which no optimizer should step.
     if scaler is not None:
         hook.register_scaler(scaler)
-    if optimizer is not None:
-        hook.protect(optimizer)
+    for each in optimizers:
+        hook.protect(each)
     on_buckets(model, hook)
     _guard(model, hook)
     return hook
@@ -202,13 +207,6 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
             "this DistributedDataParallel has a communication hook already, and takes no second one; "
             "for another hook wrap model.module anew"
         ) from error
-
-
-def _check_types(optimizer: Optimizer | None, scaler: torch.amp.GradScaler | None) -> None:
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
-    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")
 
 
 def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:

@@ -11,7 +11,7 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.escape import Escape, EscapeCheck, Reset
 from packsaddle.feedback.slices import FlatParameters, Place
 from packsaddle.feedback.state import ANY, Value, Vector
-from packsaddle.hooks.rates import Rates, is_plain_sgd
+from packsaddle.hooks.rates import Rates, are_plain_sgd
 
 
 class Hook(Protocol):
@@ -49,7 +49,7 @@ class EscapeAfterStep:
         dense_below: int,
         seed: int,
     ) -> None:
-        if optimizer is None or not is_plain_sgd(optimizer):
+        if optimizer is None or not are_plain_sgd([optimizer]):
             raise ValueError(
                 "escape needs optimizer=, a torch.optim.SGD without momentum or maximize: lines 4-8 compare "
                 f"y = x - eta e, and what an error e will do to x is known for no other; got {type(optimizer).__name__}"

@@ -5,5 +5,6 @@ have callbacks that also log and save. Those modules import their framework; thi
 """
 
 from packsaddle.integrations.callbacks import WorkerState, load_state, measures, save_state
+from packsaddle.local.joined import JoinedOptimizer
 
-__all__ = ["WorkerState", "load_state", "measures", "save_state"]
+__all__ = ["JoinedOptimizer", "WorkerState", "load_state", "measures", "save_state"]

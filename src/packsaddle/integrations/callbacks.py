@@ -20,6 +20,7 @@ from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.state import check_tensor
 from packsaddle.hooks.ddp import attach, keep_gradients_local
 from packsaddle.hooks.ddp_hook import DDPHook
+from packsaddle.local.inner import load_states
 from packsaddle.local.start import persistent_buffers
 from packsaddle.local.updates import LocalUpdates
 
@@ -52,27 +53,18 @@ def attach_among_workers(
 ) -> DDPHook | None:
     """`packsaddle.attach`; or a warning and None where there is one worker, in DistributedDataParallel or not.
 
-    The hook is given the optimizer; where there are several, it only keeps each from stepping with gradients that are
-    not finite. Raises ValueError for an escape check then, and what `register_ddp_hook` raises.
+    Raises what `register_ddp_hook` raises.
     """
     if resolve(None).size == 1:
         warnings.warn(NOTHING_TO_DO, stacklevel=3)
         return None
-    if len(optimizers) == 1:
-        return attach(model, compressor, optimizer=optimizers[0], **options)
-    if options.get("escape") is not None:
-        raise ValueError(f"escape needs one optimizer, and the framework has {len(optimizers)}")
-    hook = attach(model, compressor, **options)
-    if hook is not None:
-        for optimizer in optimizers:
-            hook.protect(optimizer)
-    return hook
+    return attach(model, compressor, optimizer=optimizers, **options)
 
 
 class WorkerState:
     """The state of one worker of local updates; a framework's checkpoint has worker 0's alone.
 
-    That is the state of `local`, of its optimizer and of the GradScaler `scaler`, and the trained parameters and the
+    That is the state of `local`, of its optimizers and of the GradScaler `scaler`, and the trained parameters and the
     persistent buffers of `model`. To be loaded after the framework has loaded its checkpoint.
 
     >>> import torch
@@ -111,7 +103,7 @@ class WorkerState:
             "steps": self.steps,
             "local": self.local.state_dict(),
             "model": self._tensors(),
-            "optimizer": self.local.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.local.optimizers],
             "scaler": None if self._scaler is None else self._scaler.state_dict(),
         }
 
@@ -123,7 +115,7 @@ class WorkerState:
         here = self._tensors()
         for name, tensor in here.items():
             check_tensor(name, state["model"].get(name), tensor.shape, floating=tensor.is_floating_point())
-        self.local.optimizer.load_state_dict(state["optimizer"])  # which checks its groups before it changes any
+        load_states(self.local.optimizers, state["optimizers"])
         for name, tensor in here.items():
             tensor.copy_(state["model"][name])
         self.local.load_state_dict(state["local"])
@@ -143,11 +135,11 @@ def attach_local_updates(
     compressor: Compressor | Schedule | Compression,
     **options: Any,
 ) -> WorkerState | None:
-    """Make `LocalUpdates` of a framework's optimizer; or warn and return None where there is one worker.
+    """Make `LocalUpdates` of a framework's optimizers; or warn and return None where there is one worker.
 
     `wrapped` is what the framework made of `model`: its DistributedDataParallel exchanges no gradients from here on.
     The contraction is measured in every round; a `Compression` says itself when. Raises TypeError without a
-    DistributedDataParallel, ValueError unless there is one optimizer, and what `LocalUpdates` raises.
+    DistributedDataParallel, and what `LocalUpdates` raises.
     """
     if resolve(None).size == 1:
         warnings.warn(NOTHING_TO_DO, stacklevel=3)
@@ -157,9 +149,7 @@ def attach_local_updates(
             f"local updates need a framework that wraps the model in DistributedDataParallel, got "
             f"{type(wrapped).__name__}; where it is sharded, make packsaddle.LocalUpdates yourself"
         )
-    if len(optimizers) != 1:
-        raise ValueError(f"local updates need one optimizer, and the framework has {len(optimizers)}")
-    local = LocalUpdates(optimizers[0], compressor=monitored(compressor, 1), **{"model": model, **options})
+    local = LocalUpdates(optimizers, compressor=monitored(compressor, 1), **{"model": model, **options})
     keep_gradients_local(wrapped)
     return WorkerState(local, model, options.get("scaler"))
 

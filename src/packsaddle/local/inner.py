@@ -1,10 +1,9 @@
-"""The inner optimizer of local updates: its parameters by name, their shards, and parameters that it does not train.
+"""The inner optimizers of local updates: their parameters by name, shards of those, and parameters of others.
 
-Those are not exchanged, so they would differ between workers: an error where the model is given, else a warning.
+Parameters that none of these optimizers trains are not exchanged, and would come to differ between workers: an error.
 """
 
 import gc
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -17,7 +16,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from packsaddle.comm.group import Group, is_averaged_by_ddp, resolve
 from packsaddle.comm.sharding import local_part
+from packsaddle.feedback.optimizers import parameters_of
 from packsaddle.feedback.slices import check_no_shared_memory
+
+
+def names_of(optimizers: Iterable[Optimizer]) -> str:
+    """Return the names of the optimizers' classes, for a message."""
+    return " + ".join(type(optimizer).__name__ for optimizer in optimizers)
 
 
 def follow(optimizer: Any, local: object) -> None:
@@ -33,18 +38,34 @@ def follow(optimizer: Any, local: object) -> None:
     optimizer.exchanged_by = local
 
 
-def named_parameters(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's parameters by name; by number if two groups have a name in common."""
-    groups = optimizer.param_groups
+def named_parameters(optimizers: Sequence[Optimizer]) -> dict[str, Tensor]:
+    """Return the optimizers' parameters by name; by number if not all have a name of their own."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     names = [name for group in groups for name in group.get("param_names", [])]
-    parameters = [p for group in groups for p in group["params"]]
+    parameters = parameters_of(optimizers)
     if len(set(names)) < len(parameters):
         names = [f"parameter {i}" for i in range(len(parameters))]
     return dict(zip(names, parameters, strict=True))
 
 
+def load_states(optimizers: Sequence[Optimizer], states: Sequence[Mapping[str, Any]]) -> None:
+    """Load the optimizers' state dicts; raises ValueError, changing nothing, if they are of others."""
+
+    def sizes(groups: Iterable[Mapping[str, Any]]) -> list[int]:
+        return [len(group["params"]) for group in groups]
+
+    if len(states) != len(optimizers):
+        raise ValueError(f"the state is of {len(states)} optimizers, and here are {len(optimizers)}")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        here, saved = sizes(optimizer.param_groups), sizes(state.get("param_groups", optimizer.param_groups))
+        if here != saved:
+            raise ValueError(f"{type(optimizer).__name__} has groups of {here} parameters, and the state of {saved}")
+    for optimizer, state in zip(optimizers, states, strict=True):
+        optimizer.load_state_dict(dict(state))
+
+
 def check_no_others(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Raise RuntimeError if an optimizer trains any but these parameters: workers would step them apart."""
+    """Raise RuntimeError if an optimizer trains any but these parameters, which no exchange has."""
     known = {id(p) for p in parameters}
     for i, group in enumerate(optimizer.param_groups):
         for p in group["params"]:
@@ -93,20 +114,20 @@ def check_covers(parameters: Iterable[Tensor], model: nn.Module) -> None:
     if missed := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
         raise ValueError(
             f"optimizer must have all parameters of model that require gradients, but {_some(missed)} would be trained "
-            f"by each worker alone: add them to the optimizer, or freeze them (requires_grad_(False))"
+            f"by each worker alone: pass all optimizers, [muon, adamw] say, or freeze them (requires_grad_(False))"
         )
 
 
 class OtherOptimizers:
     """The other optimizers that have stepped in this process, and the parameters that they train.
 
-    `warn` warns, once and on rank 0, if some of these are not exchanged and share a module with `parameters`.
+    `check` raises if some of these are not exchanged and share a module with `parameters`.
     """
 
     def __init__(self, parameters: Sequence[Tensor], group: Group) -> None:
         self._ours, self._group = parameters, group
         self._stepped: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()  # ids of the parameters stepped
-        self._has_new = False  # there is an optimizer that `warn` has not checked
+        self._has_new = False  # there is an optimizer that `check` has not seen
         _watches.add(self)
         _watch_steps()
 
@@ -117,27 +138,21 @@ class OtherOptimizers:
             self._stepped[optimizer] = {id(p) for p in trained}
             self._has_new = True
 
-    def warn(self) -> None:
-        """Warn if an optimizer that has stepped since the last call trains parameters that nothing exchanges."""
+    def check(self) -> None:
+        """Raise RuntimeError if another optimizer that has stepped trains parameters that nothing exchanges."""
         if not self._has_new:
             return
-        self._has_new = False
         # Parameters in one module with ours that no optimizer exchanges: a DistributedDataParallel may average them.
         alone = {o: ids for o, ids in self._stepped.items() if not _is_exchanged(o)}
         ours, theirs = {id(p) for p in self._ours}, set[int]().union(*alone.values())
         found = _beside(ours, theirs - ours) if theirs - ours else {}
-        if not found or is_averaged_by_ddp(found.values(), self._group):
-            return
-        _watches.discard(self)  # once is enough
-        if self._group.rank:
-            return
-        names = ", ".join(sorted({type(o).__name__ for o in alone}))
-        warnings.warn(
-            f"LocalUpdates exchanges the parameters of one optimizer, but {names} trains others of the model, which no "
-            f"worker sends: {_some(list(found))}. They differ between workers: put all in one optimizer, or give each "
-            f"optimizer LocalUpdates of its own",
-            stacklevel=2,
-        )
+        if found and not is_averaged_by_ddp(found.values(), self._group):
+            names = ", ".join(sorted({type(o).__name__ for o in alone}))
+            raise RuntimeError(
+                f"{names} trains parameters of the model that LocalUpdates does not exchange: {_some(list(found))}. "
+                f"They would differ between workers: pass all optimizers, LocalUpdates([muon, adamw]) say"
+            )
+        self._has_new = False
 
 
 _watches: WeakSet[OtherOptimizers] = WeakSet()

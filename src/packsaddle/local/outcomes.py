@@ -1,10 +1,11 @@
-"""Outcomes of rounds: rejected ones are counted, and an inner optimizer that made x non-finite is reset.
+"""Outcomes of rounds: rejected ones are counted, and inner optimizers that made x non-finite are reset.
 
-Non-finite entries are cleared from its own state and from that of the optimizers it wraps. If a step with finite
-gradients still makes a parameter non-finite, the optimizer has state elsewhere, and its `state_dict` is cleared and
-loaded back. If that does not help either, the optimizer cannot be reset.
+Non-finite entries are cleared from the state of every torch optimizer that has parameters of x, those that another one
+wraps among them. If a step with finite gradients still makes a parameter non-finite, an optimizer has state elsewhere:
+the `state_dict` of each inner optimizer is cleared and loaded back. If that does not help either, it cannot be reset.
 """
 
+import gc
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from packsaddle.comm.sharding import local_part
 from packsaddle.feedback.guard import THE_MEAN, NonFiniteError, Skip, Skips
 from packsaddle.local.fragment import Fragment, PendingExchange
+from packsaddle.local.inner import names_of
 from packsaddle.numerics.finite import first_out_of_range, is_finite
 
 _log = logging.getLogger("packsaddle")
@@ -24,21 +26,21 @@ _FAILED = " (its optimizer was reset)"  # after the name of a parameter: resets 
 
 
 class Outcomes:
-    """Outcomes of rounds: counts rejected ones, at most `most` in a row, and resets this worker's inner optimizer.
+    """Outcomes of rounds: counts rejected ones, at most `most` in a row, and resets this worker's inner optimizers.
 
-    Steps of a reset optimizer are checked until the local updates that were rejected are finite again. `agree` returns
+    Steps of reset optimizers are checked until the local updates that were rejected are finite again. `agree` returns
     whether a bool[] is True on any shard of this worker; collective over the shards.
     """
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         fragments: Sequence[Fragment],
         agree: Callable[[Tensor], Tensor],
         most: int | None,
         rank: int,
     ) -> None:
-        self._optimizer, self._fragments, self._agree = optimizer, fragments, agree
+        self._optimizers, self._fragments, self._agree = optimizers, fragments, agree
         self.skips = Skips(most, rank)
         self._device = local_part(fragments[0].parameters[0]).device
         self._skipped = set[Fragment]()  # whose last round was rejected; identical on all workers
@@ -99,7 +101,8 @@ class Outcomes:
             self._failed = True
             return
         self._clear()
-        _reload_finite(self._optimizer)
+        for optimizer in self._optimizers:
+            _reload_finite(optimizer)
         self._reloaded = True
         self._restore()
 
@@ -109,15 +112,15 @@ class Outcomes:
             if name.endswith(_FAILED):
                 raise NonFiniteError(
                     f"{name.removesuffix(_FAILED)} on worker {worker} is not finite after a step with finite "
-                    f"gradients, and {type(self._optimizer).__name__} could not be reset: it has non-finite state "
-                    f"outside of its state_dict() and of the torch optimizers in its attributes, or a learning rate "
-                    f"that overflows. Implement state_dict() and load_state_dict() for all of its state, or lower the "
+                    f"gradients, and {names_of(self._optimizers)} could not be reset: there is non-finite state "
+                    f"outside of the state of torch optimizers and of state_dict(), or a learning rate that "
+                    f"overflows. Implement state_dict() and load_state_dict() for all of the state, or lower the "
                     f"learning rate"
                 )
 
     def _clear(self) -> None:
         self._failed = False
-        for optimizer in _nested(self._optimizer):
+        for optimizer in _optimizers_of(p for part in self._fragments for p in part.parameters):
             clear_nonfinite(optimizer)
 
     def _restore(self) -> None:
@@ -132,23 +135,15 @@ class Outcomes:
         return not bool(self._agree(torch.tensor(not here, device=self._device)))
 
 
-def _nested(optimizer: Optimizer) -> list[Optimizer]:
-    """Return an optimizer and those it wraps: in its attributes, or in lists, tuples, sets and dicts there."""
-    found: list[Optimizer] = []
-    seen, waiting = set[int](), list[Any]([optimizer])
-    while waiting:
-        value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, Optimizer):
-            found.append(value)
-            waiting += [v for name, v in vars(value).items() if name not in ("state", "param_groups", "defaults")]
-        elif isinstance(value, Mapping):
-            waiting += value.values()
-        elif isinstance(value, list | tuple | set):
-            waiting += value
-    return found
+def _optimizers_of(parameters: Iterable[Tensor]) -> list[Optimizer]:
+    """Return all torch optimizers of these parameters, wherever a wrapper keeps them: all objects are looked through.
+
+    That takes about 0.1 s, and is done only after a rejected round.
+    """
+    known = {id(p) for p in parameters}
+    every = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
+    groups = [(found, getattr(found, "param_groups", [])) for found in every]
+    return [found for found, held in groups if not known.isdisjoint(id(p) for group in held for p in group["params"])]
 
 
 def clear_nonfinite(optimizer: Optimizer) -> None:

@@ -30,9 +30,9 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return {name: b.detach() for name, b in model.named_buffers() if name not in passing}
 
 
-def untrained_tensors(optimizer: Optimizer, model: nn.Module | None) -> list[tuple[str, Tensor]]:
-    """Return the frozen parameters of the optimizer, and those and the persistent buffers of a model, with names."""
-    named = list(named_parameters(optimizer).items())
+def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) -> list[tuple[str, Tensor]]:
+    """Return the frozen parameters of the optimizers, and those and the persistent buffers of a model, with names."""
+    named = list(named_parameters(optimizers).items())
     if model is not None:
         known = {id(p) for _, p in named}
         named += [(name, p) for name, p in model.named_parameters() if id(p) not in known]

@@ -13,7 +13,7 @@ With every=1, x <- a, plain SGD inside and no outer optimizer that is Algorithm 
 Algorithm 1).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ from packsaddle.feedback.compression import Compression, Schedule
 from packsaddle.feedback.escape import Escape, Reset
 from packsaddle.feedback.guard import Skip
 from packsaddle.feedback.noise import Noise
-from packsaddle.feedback.optimizers import innermost, on_attempts
+from packsaddle.feedback.optimizers import Attempts, as_optimizers
 from packsaddle.feedback.state import ANY, Rule, State, Value, Vector, attribute
 from packsaddle.local.elastic.membership import Membership
 from packsaddle.local.escape import AnchorEscape
@@ -48,6 +48,7 @@ from packsaddle.local.inner import (
     check_parameters,
     follow,
     named_parameters,
+    names_of,
 )
 from packsaddle.local.lockstep import Call, Lockstep
 from packsaddle.local.options import Elastic, LocalOptions, Outer, Overlap, Workers
@@ -59,15 +60,16 @@ from packsaddle.numerics.seeds import as_seed
 
 
 class LocalUpdates:
-    """Local updates of any torch optimizer, averaged over workers with compression and error feedback.
+    """Local updates of any torch optimizers, averaged over workers with compression and error feedback.
 
-    The training loop stays as it is: each `optimizer.step()` is counted, and the steps after which an exchange is due
-    do it. Gradients must not be exchanged as well: no DistributedDataParallel between workers (where a framework wraps
+    The training loop stays as it is: `optimizer.step()` is counted, and the steps after which an exchange is due do it.
+    Gradients must not be exchanged as well: no DistributedDataParallel between workers (where a framework wraps
     the model in one, see `keep_gradients_local`).
 
     Args:
-        optimizer: the optimizer that steps on each worker: any torch optimizer of floating-point parameters on one
-            device, DTensors of FSDP2 and tensor parallelism among them, of which each process exchanges its own shard.
+        optimizer: the optimizer that steps on each worker, or a list of them, as [muon, adamw]: any torch optimizers
+            of floating-point parameters on one device, DTensors of FSDP2 and tensor parallelism among them, of which
+            each process exchanges its own shard. A step is counted when each of them has stepped.
         compressor: C, or a function of the round that returns it, or a `Compression` with more about the exchange.
         every: H, inner steps between two exchanges of a fragment.
         outer: the outer optimizer, such as `OuterSGD()`, DiLoCo's: a function that makes any torch optimizer of the
@@ -85,14 +87,14 @@ class LocalUpdates:
         seed: seed of all shared randomness; identical on all workers.
         scaler: the GradScaler that steps the optimizer, so that a step which it skips on one worker is counted there
             too.
-        model: the module that the optimizer trains. Its frozen parameters and persistent buffers start from rank 0's
-            too, and a parameter of it that requires a gradient but is not in the optimizer raises ValueError. None
-            warns at a round or at `flush` if an optimizer without an exchange trains other parameters of one module.
+        model: the module that the optimizers train. Its frozen parameters and persistent buffers start from rank 0's
+            too, and a parameter of it that requires a gradient but is in none of them raises ValueError. Without it,
+            RuntimeError is raised once another optimizer has stepped with parameters of the same module.
 
     A round in which a worker's x is not finite is rejected by all, and entered in `skips`. That worker goes back to the
-    anchor, and clears non-finite state of its optimizer, of those that it wraps and, if need be, of its `state_dict`.
-    The others keep what they have moved for the next round. NonFiniteError is raised on all workers after more than
-    `max_skipped` such rounds, and if an optimizer cannot be reset.
+    anchor, and clears non-finite state of the torch optimizers that have its parameters and, if need be, of their
+    `state_dict`. The others keep what they have moved for the next round. NonFiniteError is raised on all workers after
+    more than `max_skipped` such rounds, and if an optimizer cannot be reset.
 
     Construction is collective: every worker starts from rank 0's parameters. Weights may be loaded until the first
     step, on every worker. With a manager it is not: the first step, or `join`, waits for the others, and gives a worker
@@ -117,7 +119,7 @@ class LocalUpdates:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         compressor: Compressor | Schedule | Compression = Sign(per_tensor=True),  # noqa: B008 -- immutable
         *,
         every: int = 8,
@@ -132,10 +134,11 @@ class LocalUpdates:
         scaler: torch.amp.GradScaler | None = None,
         model: torch.nn.Module | None = None,
     ) -> None:
-        self.optimizer = innermost(optimizer)
-        if hasattr(self.optimizer, "channel"):
-            name = type(self.optimizer).__name__
-            raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
+        self.optimizers = as_optimizers(optimizer)
+        for each in self.optimizers:
+            if hasattr(each, "channel"):
+                name = type(each).__name__
+                raise TypeError(f"optimizer must step on this worker alone, and {name} exchanges by itself")
         self.options = options = LocalOptions.of(
             *(compressor, overlap, workers, noise),
             every=every,
@@ -149,11 +152,11 @@ class LocalUpdates:
         spec.at(0)
 
         # x, and what of the model is not in it.
-        self._parameters = {name: p for name, p in named_parameters(self.optimizer).items() if p.requires_grad}
+        self._parameters = {name: p for name, p in named_parameters(self.optimizers).items() if p.requires_grad}
         check_parameters(self._parameters)
         if model is not None:
             check_covers(self._parameters.values(), model)
-        untrained = untrained_tensors(self.optimizer, model)
+        untrained = untrained_tensors(self.optimizers, model)
         self.steps = 0  # n: attempted inner steps
         self._has_begun = False  # a first inner step has moved x, or was skipped by a scaler
         self._at_anchor = 0  # contexts of `at_anchor` that are open, one within another
@@ -183,7 +186,7 @@ class LocalUpdates:
 
         # What may follow an exchange: an outer step, a reset of the inner optimizer, a comparison, an escape check.
         self.outer = None if outer is None else self._make_outer(outer)
-        self._outcomes = Outcomes(self.optimizer, self._fragments, agree, spec.max_skipped, group.rank)
+        self._outcomes = Outcomes(self.optimizers, self._fragments, agree, spec.max_skipped, group.rank)
         self._drift = DriftGuard(0 if elastic else spec.compare_every, spec.on_drift, self._channel)
         where = (self._fragments, self._channel, options.seed)
         self._escape = AnchorEscape(escape, *where, delay=options.overlap.delay) if escape else None
@@ -201,22 +204,23 @@ class LocalUpdates:
             share_start(self._channel, list(self._parameters.values()), [tensor for _, tensor in untrained])
             self._set_anchors()
         else:
-            optimizers = (self.optimizer, self.outer)
+            inner_and_outer = (self.optimizers, self.outer)
             self.membership = Membership(
-                options, self._fragments, self._channel, *optimizers, self._outcomes, as_text(same)
+                options, self._fragments, self._channel, *inner_and_outer, self._outcomes, as_text(same)
             )
 
-        # The optimizer's steps are counted from here on.
+        # The optimizers' steps are counted from here on.
         watches = model is None and (group.size > 1 or elastic is not None)
         self._others = OtherOptimizers(list(self._parameters.values()), group) if watches else None
-        follow(self.optimizer, self)
-        on_attempts(self.optimizer, scaler, self._before_step, self._attempted)
+        for each in self.optimizers:
+            follow(each, self)
+        self._attempts = Attempts(self.optimizers, scaler, self._before_step, self._attempted)
 
     def __repr__(self) -> str:
         compressor = describe(self.options.compression.at(self.rounds))
         outer = type(self.outer).__name__ if self.outer else "mean"
         return (
-            f"LocalUpdates({type(self.optimizer).__name__}, every={self.options.every}, {compressor}, outer={outer}, "
+            f"LocalUpdates({names_of(self.optimizers)}, every={self.options.every}, {compressor}, outer={outer}, "
             f"fragments={len(self._fragments)}, workers={self._channel.group.size}, steps={self.steps}, "
             f"rounds={self.rounds})"
         )
@@ -245,10 +249,10 @@ class LocalUpdates:
     # Inner steps, and the rounds that follow them.
 
     @torch.no_grad()
-    def _before_step(self) -> None:
-        """Before each inner step. A worker that joins with its first step has no gradient at its new x."""
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """Before each optimizer's step. A worker that joins with its first step has no gradient at its new x."""
         self._check_here("optimizer.step()")
-        check_no_others(self.optimizer, self._parameters.values())
+        check_no_others(optimizer, self._parameters.values())
         self._set_anchor_before_first_step()
         self._has_begun = True
         if self.membership is not None and not self.membership.joined:
@@ -259,6 +263,8 @@ class LocalUpdates:
     @torch.no_grad()
     def _attempted(self) -> None:
         """Count an inner step, applied or skipped by a scaler; finish the rounds that are due, and begin others."""
+        if self._others is not None:
+            self._others.check()
         self._set_anchor_before_first_step()
         self._has_begun = True
         self.steps += 1
@@ -276,8 +282,6 @@ class LocalUpdates:
                 if part.is_due(self.steps):
                     share = self._participation.share_after(self.steps)
                     self._begin_round("exchanges a round", part, share, delay=self.options.overlap.delay)
-        if self._others is not None and self.exchanging:
-            self._others.warn()
 
     def _check_first_step(self) -> None:
         anchors = [part.anchor.flat for part in self._fragments]
@@ -335,6 +339,11 @@ class LocalUpdates:
         if self._at_anchor:
             raise RuntimeError(f"{call} within at_anchor(), which puts parameters back at its end")
 
+    def _check_between_steps(self, call: str) -> None:
+        """Raise RuntimeError if some optimizers have stepped and others have still to."""
+        if missing := self._attempts.missing():
+            raise RuntimeError(f"{call} must come between two steps, and {missing} has still to take its own")
+
     # Workers that sit out, join and leave.
 
     @property
@@ -349,6 +358,7 @@ class LocalUpdates:
         Raises RuntimeError with a manager.
         """
         self._check_here("sit_out()")
+        self._check_between_steps("sit_out()")
         if self.membership is not None:
             raise RuntimeError(
                 "sit_out is for a fixed set of workers; with a manager, a worker that is away is left out"
@@ -528,9 +538,10 @@ class LocalUpdates:
         whether or not they have come to their end.
         """
         self._check_here("flush()")
+        self._check_between_steps("flush()")
         self._set_anchor_before_first_step()
         if self._others is not None:
-            self._others.warn()
+            self._others.check()
         if self.membership is not None:
             return self.membership.round(uncompressed=True)
         applied = [self._finish_round(part) for part in self._fragments if part.current is not None]
@@ -545,8 +556,10 @@ class LocalUpdates:
         """Return this worker's state, tensors and plain types; collective during an exchange.
 
         It has anchors, error memories, running exchanges, the outer optimizer's state and the counts. The parameters
-        and the inner optimizer's state are each worker's own, and are saved separately, on every worker.
+        and the inner optimizers' state are each worker's own, and are saved separately, on every worker. Raises
+        RuntimeError where one optimizer has stepped and another not.
         """
+        self._check_between_steps("state_dict()")
         self._set_anchor_before_first_step()
         self.wait()
         return self.saved_state.save({"fragments": [{} for _ in self._fragments]})
@@ -559,6 +572,7 @@ class LocalUpdates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
         self.saved_state.load(state)
+        self._attempts.restart()
         for part, saved in zip(self._fragments, state["fragments"], strict=True):
             part.resume(saved)
         self._drift.resume(self._fragments[-1].rounds)

@@ -155,7 +155,7 @@ class LocalConfig:
 
     every: int = 30  # H, steps between two exchanges
     # the optimizer of each worker, with lr and weight_decay, and of sgd and muon with momentum and nesterov; muon:
-    # matrices by Muon, its steps as long as AdamW's, and the rest by AdamW
+    # matrices of hidden layers by Muon (momentum 0.95 with nesterov unless there is one), the rest by AdamW
     optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
     betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW
     warm_up: float = 0.0  # epochs in which lr rises linearly at the start

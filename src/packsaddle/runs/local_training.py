@@ -1,7 +1,7 @@
 """Training by local updates: an optimizer on each worker, and LocalUpdates between them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from packsaddle.comm.select_aggregator import choose
 from packsaddle.errors import config_errors
 from packsaddle.feedback.escape import Escape
 from packsaddle.feedback.slices import goes_dense
+from packsaddle.local.joined import JoinedOptimizer
 from packsaddle.local.options import Elastic
 from packsaddle.local.updates import LocalUpdates
 from packsaddle.options.schema import plain
@@ -25,6 +26,7 @@ from packsaddle.runs.tasks.sharding import Calendar
 from packsaddle.runs.training import Closure, Training
 
 _LAST_FRACTION = 0.1  # of the peak rate, at the end of a cosine
+_MUON_MOMENTUM = 0.95  # with Nesterov's form, where the configuration has none
 
 
 class LocalTraining(Training):
@@ -50,7 +52,7 @@ class LocalTraining(Training):
 
         # The optimizer of this worker, then the exchanges around it.
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._inner = make_inner(config, local, model.named_parameters())
+        self._inner = make_inner(config, local, model)
         with config_errors():
             self.front = LocalUpdates(
                 self._inner,
@@ -157,56 +159,31 @@ class LocalTraining(Training):
         return self.front.rounds
 
 
-def make_inner(config: Config, local: LocalConfig, parameters: Iterable[tuple[str, Tensor]]) -> Optimizer:
+def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimizer:
     """Return the optimizer of a configuration's [local], which steps on each worker between exchanges."""
-    named = [(name, p) for name, p in parameters if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rate: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
-    with_momentum: dict[str, Any] = {**rate, "momentum": config.momentum, "nesterov": config.nesterov}
-    adamw: dict[str, Any] = {**rate, "betas": tuple(local.betas)}
     if local.optimizer == "sgd":
-        return torch.optim.SGD(named, **with_momentum)
+        return torch.optim.SGD(named, **rate, momentum=config.momentum, nesterov=config.nesterov)
+    adamw: dict[str, Any] = {**rate, "betas": tuple(local.betas)}
     if local.optimizer == "adamw":
         return torch.optim.AdamW(named, **adamw)
 
-    # Muon steps on matrices; all else is AdamW's, at the same rate (match_rms_adamw).
-    matrices = [(name, p) for name, p in named if p.ndim == 2]
-    others = [(name, p) for name, p in named if p.ndim != 2]
+    # Muon steps on the matrices of hidden layers; all else is AdamW's, at the same rate (match_rms_adamw).
+    hidden = hidden_matrices(model)
+    matrices = [(name, p) for name, p in named if name in hidden]
+    others = [(name, p) for name, p in named if name not in hidden]
     made: list[Optimizer] = []
     if matrices:
-        made.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **with_momentum))
+        nesterov = config.nesterov or not config.momentum
+        muon: dict[str, Any] = {**rate, "momentum": config.momentum or _MUON_MOMENTUM, "nesterov": nesterov}
+        made.append(torch.optim.Muon(matrices, **muon, adjust_lr_fn="match_rms_adamw"))
     if others:
         made.append(torch.optim.AdamW(others, **adamw))
-    return Joined(made)
+    return JoinedOptimizer(made)
 
 
-class Joined(Optimizer):
-    """Several optimizers of different parameters as one; it has their groups and their state."""
-
-    def __init__(self, members: list[Optimizer]) -> None:
-        self._members = members
-        self._sizes = [len(member.param_groups) for member in members]
-        super().__init__([group for member in members for group in member.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        """Set the groups and the state of the members to those of the whole."""
-        start = 0
-        for member, size in zip(self._members, self._sizes, strict=True):
-            member.param_groups = self.param_groups[start : start + size]
-            member.state = self.state
-            start += size
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step all of them, after the closure, whose value is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for member in self._members:
-            member.step()
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
+def hidden_matrices(model: nn.Module) -> set[str]:
+    """Return the names of the weights of linear layers but for the last one, the output's, which Muon is not for."""
+    linear = [f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return set(linear[:-1])

@@ -33,6 +33,7 @@ WAYS = {
     "DDP by buckets": {**COMMON, "LowRank": FURTHER["LowRank"]},
     "FSDP": COMMON,
     "local": COMMON | FURTHER,
+    "local, two optimizers": {name: COMMON[name] for name in ("TopK", "two-way")},
     "local overlapped": COMMON,
     "elastic": {name: COMMON[name] for name in ("TopK", "RandomK", "QSGD")},
 }

@@ -30,11 +30,14 @@ WAYS = {
     "DDP by buckets": COMMON,
     "DDP by model": COMMON,
     "local": COMMON | {name: FURTHER[name] for name in ("QSGD", "x at the anchor")},
+    "local, two optimizers": {"two-way": COMMON["two-way"]},
     "local overlapped": COMMON | {"x at the anchor": FURTHER["x at the anchor"]},
 }
 
 
 def parts(one: Training) -> dict[str, Any]:
+    if members := getattr(one, "members", []):  # of several optimizers
+        return {"model": one.plain, "muon": members[0], "adamw": members[1], "engine": one.engine}
     both = {"optimizer": one.optimizer, "engine": one.engine}
     return {"model": one.plain, **(both if one.engine is not one.optimizer else {"engine": one.engine})}
 

@@ -36,6 +36,10 @@ def adam(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.Adam(parameters, lr=0.03)
 
 
+def muon(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Muon(parameters, lr=0.05, adjust_lr_fn="match_rms_adamw")
+
+
 def nesterov(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.7, momentum=0.9, nesterov=True)
 
@@ -73,6 +77,10 @@ WAYS: dict[str, dict[str, dict[str, Any]]] = {
         "warm start": {"compressor": LowRank(1)},
         "sampled": {"every": 2, "sample": 0.5, "weight": 1.5},
         "escape": {"every": 2, "escape": ESCAPE},
+    },
+    "local, two optimizers": {
+        "Muon and AdamW": {"muon": muon, "inner": adamw},
+        "outer": {"muon": muon, "inner": adamw, "outer": nesterov, "exchange": "two-way"},
     },
     "local overlapped": {
         "three fragments": {"fragments": 3, "delay": 3, "inner": adamw},

@@ -41,6 +41,7 @@ from packsaddle.local.elastic.memory_file import MemoryFile, OwnFile
 from packsaddle.local.elastic.roster import Account, Hello, Roster, most
 from packsaddle.local.elastic.sigterm import LeavingError, Sigterm, end_process
 from packsaddle.local.fragment import Fragment, by_parameter
+from packsaddle.local.inner import load_states
 from packsaddle.local.options import Elastic, LocalOptions
 from packsaddle.local.outcomes import Outcomes
 from packsaddle.local.participation import share
@@ -67,8 +68,8 @@ class RoundFailedError(RuntimeError):
 class Membership:
     """This worker's part in the rounds of a Manager.
 
-    `inner` and `outer` are the optimizers of x and of the anchor, `outcomes` records rounds, `arguments` is the text of
-    all that must be equal on every worker.
+    `inner` are the optimizers of x, `outer` is that of the anchor, `outcomes` records rounds, `arguments` is the text
+    of all that must be equal on every worker.
 
     >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
     >>> local.join()  # doctest: +SKIP
@@ -80,7 +81,7 @@ class Membership:
         options: LocalOptions,
         fragments: Sequence[Fragment],
         channel: Communicator,
-        inner: Optimizer,
+        inner: Sequence[Optimizer],
         outer: Optimizer | None,
         outcomes: Outcomes,
         arguments: str,
@@ -387,8 +388,8 @@ class Membership:
     # Those that come.
 
     def _shared(self) -> dict[str, Any]:
-        """Return the state that is identical on all workers, for one that is behind; and this worker's optimizer's."""
-        inner = self._inner.state_dict() if self.settings.share_optimizer_state else None
+        """Return the state that is identical on all workers, for one that is behind; and this worker's optimizers'."""
+        inner = [o.state_dict() for o in self._inner] if self.settings.share_optimizer_state else None
         state = {"fragments": [{} for _ in self._fragments], "steps": self.steps, "inner": inner}
         return self._shared_state.save(state)
 
@@ -454,13 +455,13 @@ class Membership:
             if state["inner"] is not None and self.settings.share_optimizer_state:
                 self._load_inner(state["inner"])
 
-    def _load_inner(self, state: dict[str, Any]) -> None:
-        """Load another worker's state of the inner optimizer: the first steps from empty estimates would be too large.
+    def _load_inner(self, states: Sequence[dict[str, Any]]) -> None:
+        """Load another worker's state of the inner optimizers: first steps from empty estimates would be too large.
 
-        Raises ConfigError if it is that of another optimizer.
+        Raises ConfigError if it is that of other optimizers.
         """
         try:
-            self._inner.load_state_dict(state)
+            load_states(self._inner, states)
         except ValueError as error:
             raise ConfigError(f"workers must be given the same inner optimizer: {error}") from None
 

@@ -1,0 +1,262 @@
+"""Several optimizers within one exchange, Muon of matrices and AdamW of the rest: one step is a step of each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from elastic_fakes import FakeGroup, FakeManager
+from local_updates import gradient
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+from packsaddle import Compression, Elastic, Identity, LocalUpdates, TopK, Workers, simulate
+from packsaddle.comm import Solo, resolve
+from packsaddle.integrations import JoinedOptimizer
+
+WHOLE = Compression(Identity(), dense_below=0)
+
+
+def network() -> nn.Sequential:
+    net, rng = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), torch.Generator().manual_seed(0)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.5, generator=rng)
+    return net
+
+
+def muon_and_adamw(net: nn.Module) -> tuple[Optimizer, Optimizer]:
+    matrices, vectors = ([p for p in net.parameters() if (p.ndim == 2) is two] for two in (True, False))
+    return Muon(matrices, lr=0.02, adjust_lr_fn="match_rms_adamw"), AdamW(vectors, lr=0.05)
+
+
+def set_gradients(net: nn.Module, worker: int, n: int) -> None:
+    for name, p in net.named_parameters():
+        p.grad = gradient(name, p.detach(), worker, n)
+
+
+def flat(net: nn.Module) -> Tensor:
+    return nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+
+
+def averaged(net: nn.Module) -> None:
+    group = resolve(None)
+    for p in net.parameters():
+        total = p.detach().double()
+        group.all_reduce(total)
+        p.data.copy_(total / group.size)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_against_averages_by_hand(order: tuple[int, int]) -> None:
+    """Every 3 steps of both, whichever steps first."""
+
+    def body(worker: int) -> tuple[Tensor, Tensor, int]:
+        nets = [network(), network()]
+        pairs = [muon_and_adamw(net) for net in nets]
+        local = LocalUpdates(pairs[0], every=3, compressor=WHOLE)
+        for n in range(1, 10):
+            for net, pair in zip(nets, pairs, strict=True):
+                set_gradients(net, worker, n)
+                for i in order:
+                    pair[i].step()
+            if n % 3 == 0:
+                averaged(nets[1])
+        return flat(nets[0]), flat(nets[1]), local.rounds
+
+    found = simulate(body, 2)
+    assert torch.equal(found[0][0], found[1][0])
+    for ours, by_hand, rounds in found:
+        torch.testing.assert_close(ours, by_hand, rtol=1e-4, atol=1e-5)
+        assert rounds == 3
+
+
+def test_as_one_joined_optimizer() -> None:
+    """Bit for bit, but for the order of the parameters."""
+
+    def body(worker: int) -> list[Tensor]:
+        found = []
+        for join in (False, True):
+            net = network()
+            muon, adamw = muon_and_adamw(net)
+            joined = JoinedOptimizer([muon, adamw])
+            steps: list[Optimizer] = [joined] if join else [muon, adamw]
+            LocalUpdates(joined if join else [muon, adamw], every=2, compressor=Compression(TopK(0.2), dense_below=0))
+            for n in range(1, 9):
+                set_gradients(net, worker, n)
+                for optimizer in steps:
+                    optimizer.step()
+            found.append(flat(net))
+        return found
+
+    for several, joined in simulate(body, 2):
+        assert torch.equal(several, joined)
+
+
+def test_schedulers_and_closures_of_each() -> None:
+    net = network()
+    muon, adamw = muon_and_adamw(net)
+    local = LocalUpdates([muon, adamw], every=2, compressor=WHOLE)
+    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.5, 4) for o in (muon, adamw)]
+
+    def closure() -> Tensor:
+        net.zero_grad()
+        loss: Tensor = net(torch.ones(3, 6)).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(4):
+        muon.step(closure)
+        adamw.step()
+        for schedule in schedules:
+            schedule.step()
+    assert (local.steps, local.rounds) == (4, 2)
+    assert [o.param_groups[0]["lr"] for o in (muon, adamw)] == pytest.approx([0.01, 0.025])
+
+
+def test_a_scaler_skips_one_optimizer_on_one_worker() -> None:
+    """A gradient of AdamW's alone is infinite: Muon steps, AdamW does not, and the step counts on both workers."""
+
+    def body(worker: int) -> tuple[int, int, Tensor, Tensor]:
+        a, b = nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))
+        first, second = SGD([a], lr=0.125), SGD([b], lr=0.125)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        local = LocalUpdates([first, second], every=4, compressor=WHOLE, scaler=scaler)
+        for n in range(8):
+            a.grad = b.grad = None
+            bad = float("inf") if worker == 1 and n == 2 else 1.0
+            scaler.scale((worker + 1) * (a.sum() + bad * b.sum())).backward()
+            scaler.step(first)
+            scaler.step(second)
+            scaler.update()
+        return local.steps, local.rounds, a.detach().clone(), b.detach().clone()
+
+    for steps, rounds, a, b in simulate(body, 2):
+        assert (steps, rounds) == (8, 2)
+        assert float(a[0, 0]) == 1 - 0.125 * (8 + 8 * 2) / 2
+        assert float(b[0]) == 1 - 0.125 * (8 + 7 * 2) / 2
+
+
+@pytest.mark.parametrize("bad", ["matrix", "vector"])
+def test_a_nan_in_one_of_two(bad: str) -> None:
+    """The round is rejected, that optimizer begins anew on that worker, and the other keeps its state."""
+
+    def body(worker: int) -> tuple[Tensor, Tensor, list[tuple[int, ...]]]:
+        nets = [network(), network()]
+        pairs = [list(muon_and_adamw(net)) for net in nets]
+        local = LocalUpdates(pairs[0], every=3, compressor=WHOLE, keep_unsent=False)
+        start = network().parameters()
+        for n in range(1, 10):
+            for net, pair in zip(nets, pairs, strict=True):
+                set_gradients(net, worker, n)
+                if n == 2 and worker == 1:
+                    for p in net.parameters():
+                        if (p.ndim == 2) is (bad == "matrix"):
+                            assert p.grad is not None
+                            p.grad.fill_(torch.nan)
+                for optimizer in pair:
+                    optimizer.step()
+            # By hand: worker 1 goes back to the start, with one optimizer made anew; worker 0 keeps its progress.
+            if n == 3 and worker == 1:
+                for p, old in zip(nets[1].parameters(), start, strict=True):
+                    p.data.copy_(old)
+                which = 0 if bad == "matrix" else 1
+                pairs[1][which] = muon_and_adamw(nets[1])[which]
+            elif n in (6, 9):
+                averaged(nets[1])
+        return flat(nets[0]), flat(nets[1]), [skip.workers for skip in local.skips]
+
+    for ours, by_hand, skips in simulate(body, 2):
+        assert skips == [(1,)]
+        torch.testing.assert_close(ours, by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_a_newcomer_gets_the_state_of_each() -> None:
+    def worker() -> tuple[nn.Sequential, tuple[Optimizer, Optimizer], LocalUpdates, FakeManager]:
+        net, manager = network(), FakeManager(Solo())
+        pair = muon_and_adamw(net)
+        elastic = Elastic(manager, group=FakeGroup(manager), leave_on_sigterm=False)
+        return net, pair, LocalUpdates(pair, every=3, compressor=WHOLE, workers=elastic), manager
+
+    net, pair, local, manager = worker()
+    local.join()
+    for n in range(1, 8):
+        set_gradients(net, 0, n)
+        for optimizer in pair:
+            optimizer.step()
+    new, new_pair, newcomer, new_manager = worker()
+    new_manager.before_quorum = lambda: new_manager.load(manager.save())
+    set_gradients(new, 1, 1)
+    for optimizer in new_pair:  # the first joins, and both gradients are dropped
+        optimizer.step()
+    assert newcomer.steps == 8
+    assert torch.equal(flat(new), torch.cat([a.reshape(-1) for a in in_order(net, local.anchor(), pair)]))
+    for theirs, mine in zip(pair, new_pair, strict=True):
+        expected, found = theirs.state_dict()["state"], mine.state_dict()["state"]
+        assert expected.keys() == found.keys() != set()
+        assert all(torch.equal(found[i][k], v) for i, held in expected.items() for k, v in held.items())
+
+
+def in_order(net: nn.Module, anchor: dict[str, Tensor], pair: tuple[Optimizer, ...]) -> list[Tensor]:
+    """Return the anchor's tensors in the order of the network's parameters."""
+    held = [id(p) for optimizer in pair for group in optimizer.param_groups for p in group["params"]]
+    by_id = dict(zip(held, anchor.values(), strict=True))
+    return [by_id[id(p)] for p in net.parameters()]
+
+
+def step_one_twice(net: nn.Module, pair: tuple[Optimizer, Optimizer]) -> None:
+    LocalUpdates(pair, compressor=WHOLE)
+    pair[0].step()
+    pair[0].step()
+
+
+def one_of_them_alone(net: nn.Module, pair: tuple[Optimizer, Optimizer]) -> None:
+    local = LocalUpdates(pair[0], workers=Workers(resolve(None)), compressor=WHOLE)
+    for n in range(1, 3):
+        set_gradients(net, resolve(None).rank, n)
+        pair[0].step()
+        pair[1].step()
+    local.flush()
+
+
+def flush_within_a_step(net: nn.Module, pair: tuple[Optimizer, Optimizer]) -> None:
+    local = LocalUpdates(pair, compressor=WHOLE)
+    pair[1].step()
+    local.flush()
+
+
+def save_within_a_step(net: nn.Module, pair: tuple[Optimizer, Optimizer]) -> None:
+    local = LocalUpdates(pair, compressor=WHOLE)
+    pair[1].step()
+    local.state_dict()
+
+
+MISUSES: dict[str, tuple[Callable[[Any, Any], object], type[Exception], str]] = {
+    "twice": (step_one_twice, RuntimeError, r"Muon has stepped twice and AdamW not: a step counts when all"),
+    "alone": (one_of_them_alone, RuntimeError, r"AdamW trains parameters .* not exchange: 0\.bias, 2\.bias\. They"),
+    "flush": (flush_within_a_step, RuntimeError, r"flush\(\) must come between two steps, and Muon has still to"),
+    "save": (save_within_a_step, RuntimeError, r"state_dict\(\) must come between two steps, and Muon has still to"),
+    "none": (lambda net, pair: LocalUpdates([]), ValueError, r"list of them, and the list is empty"),
+    "common": (
+        lambda net, pair: LocalUpdates([*pair, SGD([net[0].bias], lr=0.1)]),
+        ValueError,
+        r"no parameter in common, but AdamW and SGD have one of \[8\]",
+    ),
+    "missing": (
+        lambda net, pair: LocalUpdates([pair[0]], model=net),
+        ValueError,
+        r"but 0\.bias, 2\.bias would be trained by each worker alone: pass all optimizers, \[muon, adamw\] say",
+    ),
+    "no optimizer": (lambda net, pair: LocalUpdates([pair[0], net]), TypeError, "torch optimizer, got Sequential"),
+}
+
+
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuses(name: str) -> None:
+    misuse, error, message = MISUSES[name]
+
+    def body(worker: int) -> None:
+        net = network()
+        with pytest.raises(error, match=message):
+            misuse(net, muon_and_adamw(net))
+
+    simulate(body, 2)
