@@ -26,6 +26,7 @@ from packsaddle import (
     Sign,
     Stages,
     TopK,
+    Workers,
     simulate,
 )
 
@@ -548,3 +549,30 @@ def test_workers_must_agree() -> None:
 
     with pytest.raises(ValueError, match="worker 0 has keep_unsent=True and worker 1 has keep_unsent=False"):
         simulate(keeping, 2)
+
+
+@pytest.mark.parametrize(
+    ("workers", "options", "messages"),
+    [
+        (2, {}, 1),
+        (4, {}, 1.5),
+        (8, {}, 1.75),
+        (4, {"compressor": Compression(Sign(), exchange="direct")}, 3),
+        (4, {"workers": Workers(weight=2.0)}, 3),
+        (4, {"workers": Workers(sample=0.9)}, 3),
+    ],
+    ids=["two", "four", "eight", "asked for", "weights", "sample"],
+)
+def test_the_exchange_follows_the_number_of_workers(workers: int, options: dict[str, Any], messages: float) -> None:
+    """Gathered messages grow with it, (W - 1) of them a worker; by owners they are 2 (W - 1) / W."""
+
+    def body(worker: int) -> int:
+        x = torch.nn.Parameter(torch.zeros(256, 256))
+        optimizer = torch.optim.SGD([x], lr=1.0)
+        local = LocalUpdates(optimizer, every=1, **{"compressor": Sign()} | options)
+        x.grad = torch.randn(256, 256, generator=torch.Generator().manual_seed(worker))
+        optimizer.step()
+        return local.ledger.total.sent - local.ledger.by_purpose["start"].sent
+
+    for sent in simulate(body, workers):
+        assert sent / (256 * 256 / 8) == pytest.approx(messages, rel=0.06)

@@ -80,16 +80,18 @@ def test_a_delay_costs_steps() -> None:
 
 def test_steps_wait_for_an_exchange_that_outlasts_its_delay() -> None:
     """The forecast against arithmetic by hand: bytes, what a delay hides in fragments, the share of computing."""
-    link, fleet, size = Link(1e-3, 1e6), Fleet(4, 0.1), ModelSize.of_size(1_000_000)
+    link, fleet, size = Link(1e-3, 1e6), Fleet(2, 0.1), ModelSize.of_size(1_000_000)
     for f in forecast_local(size, link, fleet, lambda compressor, d: FREE):
         every, kind, delay = f.setting.every, f.setting.compressor, f.setting.delay
-        if kind == Identity():  # a ring: 2 (W - 1) / W of 4 bytes each, and a flag
-            seconds, hops = 1.5 * 4 * 1_000_001 / 1e6, 6
-        else:  # a ring all-gather of a message, of its sizes where they differ, and an all-reduce of the flag
+        # Reduced: of Identity all, 2 (W - 1) / W of 4 bytes each; else a flag. Gathered: headers of 16 bytes, a message,
+        # and its sizes where they differ, which take half as long again with two workers (see `RingAllGather`).
+        if kind == Identity():
+            reduced, gathered, hops = 4 * 1_000_001, 16.0, 2 + 1
+        else:
             message, announced = kind.message_bytes(1_000_000), 0 if kind.fixed_size else 1
-            seconds, hops = (3 * (message + 24 * announced) + 6) / 1e6, 3 + 3 * announced + 6
-        seconds, hops = seconds + 3 * 16 / 1e6, hops + 3  # a ring all-gather of headers of 16 bytes
-        assert f.sent == pytest.approx(seconds * 1e6 / every, rel=1e-3)
+            reduced, gathered, hops = 4, 16 + message + 32 * announced, 2 + 1 + 1 + announced
+        assert f.sent == pytest.approx((reduced + gathered) / every, rel=1e-3)
+        seconds = (reduced + 1.5 * gathered) / 1e6
         total = f.fragments * hops * 1e-3 + seconds
         if not delay:
             assert f.fragments == 1
@@ -101,6 +103,15 @@ def test_steps_wait_for_an_exchange_that_outlasts_its_delay() -> None:
             assert f.exchange == pytest.approx(late / every, rel=1e-3, abs=1e-5)
         assert f.computing == pytest.approx(0.1 / (0.1 + f.exchange))
         assert f.seconds == pytest.approx(f.steps * f.step)
+
+
+def test_with_more_than_two_workers_messages_go_by_owners() -> None:
+    """2 (W - 1) / W messages in place of W - 1, as in local updates."""
+    for workers in (4, 16):
+        fleet, size = Fleet(workers, 0.1), ModelSize.of_size(1_000_000)
+        for f in forecast_local(size, Link(1e-3, 1e6), fleet, lambda compressor, d: FREE):
+            message = 2 * (workers - 1) / workers * f.setting.compressor.message_bytes(1_000_000)
+            assert f.sent == pytest.approx(message / f.setting.every, rel=0.05)
 
 
 def test_a_plan_takes_the_quickest_number_of_fragments_and_counts_the_delays_steps() -> None:
@@ -144,7 +155,7 @@ def test_a_slower_link_plans_no_shorter_a_step() -> None:
 
 def test_waiting_for_the_slowest_is_no_computing() -> None:
     fleet = Fleet(64, 0.1, spread=1.0)
-    for f in forecast_local(ModelSize.of_size(1_000_000), Link(1e-6, 1e12), fleet, lambda compressor, d: FREE):
+    for f in forecast_local(ModelSize.of_size(1_000_000), Link(0.0, 1e12, overhead=0.0), fleet, lambda compressor, d: FREE):
         assert f.computing == pytest.approx(0.1 / (0.1 + fleet.waiting / f.setting.every**0.5), rel=1e-3)
 
 

@@ -476,7 +476,9 @@ def local(options: Mapping[str, Any]) -> Run:
     if how.weighted:
         options["weight"] = 1.0 + group.rank
     inner, scaler = stepper(model, how), scaler_of(how)
-    part = packsaddle.LocalUpdates(inner, scaler=scaler, **local_options(**with_escape({"every": 4} | options, model)))
+    part = packsaddle.LocalUpdates(
+        inner, scaler=scaler, **local_options(**with_escape({"every": 4, "exchange": "direct"} | options, model))
+    )
     return Run("local", how, model, inner, part, group.rank, scaler)
 
 

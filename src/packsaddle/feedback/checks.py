@@ -241,7 +241,7 @@ def fingerprint(tensor: Tensor) -> Tensor:
     Any single change changes it, and all but one in 2^64 of random changes do. It is limited by memory bandwidth: 6 ms
     for 25 million float32 on a CPU.
     """
-    whole = tensor.detach().flatten().view(torch.uint8)
+    whole = tensor.detach().flatten().contiguous().view(torch.uint8)
     wide = len(whole) // 8 * 8
     if whole.storage_offset() % 8:  # cannot be read eight bytes at a time
         whole = whole.clone()

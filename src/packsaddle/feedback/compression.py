@@ -1,7 +1,7 @@
 """Compression: compressor, exchange and guards; one class for the optimizer, the hooks and local updates."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from packsaddle.comm.select_aggregator import Exchange, check_exchange
@@ -27,7 +27,7 @@ class Compression(Option):
         exchange: how messages are averaged: "direct" (the exact mean: all-reduce or all-gather), "two-way",
             "coordinator", or "auto", by predicted bytes (see `select_aggregator`). In local updates also "senders":
             directly, and a coordinate over the workers that sent it, as in SparseLoCo's reference, which breaks
-            y = a - mean e.
+            y = a - mean e. None: "auto" in local updates of workers that all take part alike, else "direct".
         back: the compressor of the mean on its way back in "two-way" and "coordinator".
         dense_below: tensors with fewer elements, and all with fewer than two dimensions, are sent uncompressed;
             0 compresses everything.
@@ -54,7 +54,7 @@ class Compression(Option):
     """
 
     compressor: Compressor | Schedule
-    exchange: Exchange = "direct"
+    exchange: Exchange | None = None
     back: Compressor | None = None
     dense_below: int = 1024
     memory: Memory = "buffer"
@@ -76,12 +76,12 @@ class Compression(Option):
             )
         if not (self.back is None or isinstance(self.back, Compressor)):
             raise ValueError(f"back must be a packsaddle Compressor or None, got {self.back!r}")
-        check_exchange(self.exchange, self.back)
+        check_exchange(self.exchange or "direct", self.back)
         for name, allowed in {"memory": get_args(Memory), "on_drift": get_args(OnDrift)}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         # Other exchanges keep owner errors, in the units of their messages.
-        if self.memory != "buffer" and self.exchange != "direct":
+        if self.memory != "buffer" and self.exchange not in (None, "direct"):
             raise ValueError(f'memory must be "buffer" with exchange {self.exchange!r}, got {self.memory!r}')
         check_dense_below(self.dense_below)
         if isinstance(self.decay, bool) or not isinstance(self.decay, int | float) or not 0 <= self.decay <= 1:
@@ -93,13 +93,17 @@ class Compression(Option):
                 raise ValueError(f"{name} must be 0 or more steps, got {getattr(self, name)}")
 
     @classmethod
-    def of(cls, given: "Compressor | Schedule | Compression") -> "Compression":
-        """Return `given`, a compressor or schedule with every other setting at its default."""
-        return given if isinstance(given, Compression) else cls(given)
+    def of(cls, given: "Compressor | Schedule | Compression", exchange: Exchange = "direct") -> "Compression":
+        """Return `given`, a compressor or schedule with every other setting at its default.
+
+        `exchange` is that of one that says none.
+        """
+        spec = given if isinstance(given, Compression) else cls(given)
+        return spec if spec.exchange is not None else replace(spec, exchange=exchange)
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
         """Return the exchange of a compressor; directly if lossless, since its mean needs no second compression."""
-        return "direct" if compressor.lossless else self.exchange
+        return "direct" if compressor.lossless else self.exchange or "direct"
 
     def check_gradients(self) -> None:
         """Raise ValueError for an exchange that is for local updates alone."""

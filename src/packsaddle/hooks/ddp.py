@@ -219,7 +219,7 @@ def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
     spec = rules.compression
     warn_of_nothing(compressor, d, spec.dense_below, stacklevel=3)
     shapes = [place.parameter.shape for place in compressed]
-    choose(compressor.for_tensors(shapes), spec.exchange, d=d, dense=1, workers=workers, back=spec.back)
+    choose(compressor.for_tensors(shapes), spec.exchange_of(compressor), d=d, dense=1, workers=workers, back=spec.back)
 
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:

@@ -316,7 +316,7 @@ def register_fsdp_hook(
     same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
     check_agreement(channel, same, hook.device)
-    choose(first, spec.exchange, d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)
+    choose(first, spec.exchange_of(first), d=padded_size(model), dense=1, workers=channel.group.size, back=spec.back)
     _start(model, hook)
     for index, (name, module) in enumerate(modules):
         if hasattr(module, "set_reduce_scatter_unused_params"):  # so that the layout of a shard does not change

@@ -90,6 +90,11 @@ class Workers(Option):
     weight: float | None = own(None)
     sample: float = 1.0
 
+    @property
+    def are_uneven(self) -> bool:
+        """True if workers have weights, or not all take part in each round."""
+        return self.weight is not None or self.sample < 1
+
     def __post_init__(self) -> None:
         if self.weight is not None and not (_is_number(self.weight) and 0 < self.weight < math.inf):
             raise ValueError(f"weight must be finite and above 0, or None, got {self.weight!r}")
@@ -228,15 +233,16 @@ class LocalOptions(Option):
     def of(cls, compressor: Any, overlap: Any, workers: Any, noise: Any, **others: Any) -> "LocalOptions":
         """Return the options of arguments of which some may be scalars, a group or a Manager."""
         overlap = overlap if isinstance(overlap, Overlap) else Overlap(overlap)
-        return cls(
-            Compression.of(compressor), overlap=overlap, workers=_workers(workers), noise=Noise.of(noise), **others
-        )
+        # Owners of coordinates keep errors that fit one set of workers, all alike.
+        workers = _workers(workers)
+        alike = isinstance(workers, Workers) and not workers.are_uneven
+        compression = Compression.of(compressor, "auto" if alike else "direct")
+        return cls(compression, overlap=overlap, workers=workers, noise=Noise.of(noise), **others)
 
     @property
     def is_uneven(self) -> bool:
         """True if a fixed set of workers has weights, or not all take part in each round."""
-        workers = self.workers
-        return isinstance(workers, Workers) and (workers.weight is not None or workers.sample < 1)
+        return isinstance(self.workers, Workers) and self.workers.are_uneven
 
     @property
     def averages_senders(self) -> bool:

@@ -41,21 +41,21 @@ def untrained_tensors(optimizers: Sequence[Optimizer], model: nn.Module | None) 
 
 
 @torch.no_grad()
-def share_start(channel: Communicator, trained: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+def share_start(channel: Communicator, tensors: Sequence[Tensor], device: torch.device) -> None:
     """Set tensors to rank 0's, in place; collective.
 
-    Of the others, a pretrained model around adapters for example, only those that differ are sent: 8 bytes of each are
-    compared first.
+    Only those that differ are sent, none where all workers have made their model with one seed or loaded one file: 8
+    bytes of each are compared first, on `device`.
     """
-    sent = [local_part(p) for p in trained]
-    if others and channel.group.size > 1:
-        parts = [local_part(p) for p in others]
-        prints = torch.stack([fingerprint(part).cpu() for part in parts]).to(sent[0].device)
-        gathered = [p["prints"] for p in channel.gather({"prints": prints}, fixed_size=True, purpose="start")]
-        differs = torch.stack([row != gathered[0] for row in gathered]).any(0).tolist()
-        sent += [part for part, differ in zip(parts, differs, strict=True) if differ]
-    for part in sent:
-        channel.broadcast(part, "start")
+    if channel.group.size == 1:
+        return
+    parts = [local_part(p) for p in tensors]
+    prints = torch.stack([fingerprint(part).cpu() for part in parts]).to(device)
+    gathered = [p["prints"] for p in channel.gather({"prints": prints}, fixed_size=True, purpose="start")]
+    differs = torch.stack([row != gathered[0] for row in gathered]).any(0).tolist()
+    for part, differ in zip(parts, differs, strict=True):
+        if differ:
+            channel.broadcast(part, "start")
 
 
 def check_first_step(

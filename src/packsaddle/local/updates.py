@@ -201,7 +201,7 @@ class LocalUpdates:
         if elastic is None:
             check_agreement(self._channel, same, device)
             self._participation.exchange(self._channel, device)
-            share_start(self._channel, list(self._parameters.values()), [tensor for _, tensor in untrained])
+            share_start(self._channel, [*self._parameters.values(), *(tensor for _, tensor in untrained)], device)
             self._set_anchors()
         else:
             inner_and_outer = (self.optimizers, self.outer)

@@ -159,7 +159,8 @@ def _forecast(
     update: float,
 ) -> LocalForecast:
     bound, every = workload.bind(setting.compressor), setting.every
-    choice = choose(bound, "direct", d=workload.d, dense=workload.dense + 1, workers=fleet.workers)
+    exchange = "direct" if bound.lossless else "auto"
+    choice = choose(bound, exchange, d=workload.d, dense=workload.dense + 1, workers=fleet.workers)
     coded = compressed(choice.aggregator, workload.d, workload.dense + 1, fleet.workers, seconds)
     header = RingAllGather(HEADER)
     latency, bandwidth = link.parts(coded.cost + header.cost(fleet.workers))

@@ -46,7 +46,7 @@ def can_be_fused(config: Config) -> bool:
     if config.local is not None:
         return False
     try:
-        choice = choose(config.compressor, config.exchange, d=1 << 20, dense=1, workers=max(2, config.workers))
+        choice = choose(config.compressor, config.averaging, d=1 << 20, dense=1, workers=max(2, config.workers))
     except ValueError:  # also for a compressor that does not know its tensors yet
         return False
     wires = choice.aggregator.collectives(1 << 20, 1, max(2, config.workers), 4)
@@ -238,7 +238,7 @@ class Job:
                     raise ConfigError("local: workers have an x each, and a fused simulation has one; use --serial")
                 raise ConfigError(
                     f"a fused simulation needs workers that exchange means alone, but "
-                    f"{type(config.compressor).__name__} by exchange {config.exchange!r} sends more; use --serial"
+                    f"{type(config.compressor).__name__} by exchange {config.averaging!r} sends more; use --serial"
                 )
 
 

@@ -191,7 +191,7 @@ class CompressedSGD(Optimizer):
             seed=self.seed,
             back=spec.back,
         )
-        self._feedback.use(given, spec.exchange)
+        self._feedback.use(given, spec.exchange or "direct")
         self.choice = self._feedback.choice
         self.compressor = self.choice.aggregator.compressor
         self._noise = Perturber(
