@@ -39,8 +39,12 @@ def result(worker: Worker, steps: int = 30) -> list[Tensor]:
 
 
 CASES: list[dict[str, Any]] = [
-    {"inner": adamw, "outer": nesterov},
-    {"inner": adamw, "compressor": Compression(TopK(0.2, values="int8"), dense_below=10), "keep_unsent": False},
+    {"inner": adamw, "outer": nesterov, "exchange": "direct"},
+    {
+        "inner": adamw,
+        "compressor": Compression(TopK(0.2, values="int8"), "direct", dense_below=10),
+        "keep_unsent": False,
+    },
     {"compressor": Compression(RandomK(0.3), dense_below=0), "noise": 0.01, "decay": 0.9},
 ]
 

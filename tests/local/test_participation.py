@@ -107,7 +107,9 @@ def twin(
 def test_it_is_the_algorithm(weights: tuple[float, ...] | None, sample: float, idle: bool, keep: bool) -> None:
     def run(rank: int) -> dict[str, Any]:
         mine = None if weights is None else weights[rank]
-        return worker_run(rank, 18, idle, mine, compressor=TopK(k=7), sample=sample, keep_unsent=keep)
+        return worker_run(
+            rank, 18, idle, mine, compressor=TopK(k=7), sample=sample, keep_unsent=keep, exchange="direct"
+        )
 
     found = simulate(run, 4)
     sampled = [each["sampled"] for each in found]

@@ -83,8 +83,8 @@ def test_steps_wait_for_an_exchange_that_outlasts_its_delay() -> None:
     link, fleet, size = Link(1e-3, 1e6), Fleet(2, 0.1), ModelSize.of_size(1_000_000)
     for f in forecast_local(size, link, fleet, lambda compressor, d: FREE):
         every, kind, delay = f.setting.every, f.setting.compressor, f.setting.delay
-        # Reduced: of Identity all, 2 (W - 1) / W of 4 bytes each; else a flag. Gathered: headers of 16 bytes, a message,
-        # and its sizes where they differ, which take half as long again with two workers (see `RingAllGather`).
+        # Reduced: of Identity all, 2 (W - 1) / W of 4 bytes each; else a flag. Gathered: headers of 16 bytes, a
+        # message, and its sizes where they differ; they take half as long again with two workers (`RingAllGather`).
         if kind == Identity():
             reduced, gathered, hops = 4 * 1_000_001, 16.0, 2 + 1
         else:
@@ -155,7 +155,9 @@ def test_a_slower_link_plans_no_shorter_a_step() -> None:
 
 def test_waiting_for_the_slowest_is_no_computing() -> None:
     fleet = Fleet(64, 0.1, spread=1.0)
-    for f in forecast_local(ModelSize.of_size(1_000_000), Link(0.0, 1e12, overhead=0.0), fleet, lambda compressor, d: FREE):
+    for f in forecast_local(
+        ModelSize.of_size(1_000_000), Link(0.0, 1e12, overhead=0.0), fleet, lambda compressor, d: FREE
+    ):
         assert f.computing == pytest.approx(0.1 / (0.1 + fleet.waiting / f.setting.every**0.5), rel=1e-3)
 
 

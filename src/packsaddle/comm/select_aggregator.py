@@ -70,8 +70,8 @@ def choose(
 
     "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (or brings its
     own two rounds: SketchTopK, SharedTopK, LowRank), else an all-gather. "auto" takes the aggregator whose busiest
-    worker sends clearly the fewest predicted bytes; "two-way" and "coordinator" may compress the mean again, with `back`.
-    Raises ValueError if the exchange is unknown or impossible for the compressor, or a compressor for d.
+    worker sends clearly the fewest predicted bytes; "two-way" and "coordinator" may compress the mean again, with
+    `back`. Raises ValueError if the exchange is unknown or impossible for the compressor, or a compressor for d.
     """
     choice = _choose(compressor, exchange, d, dense, workers, itemsize, back)
     choice.aggregator.validate(d, workers)

@@ -45,6 +45,7 @@ class PendingExchange:
     mean: Averaged | Tensor | None = None  # float[n] with a delay or an outer optimizer
     names: list[str] = field(default_factory=list)  # the invalid parameter of each worker, by rank
     applied: bool | None = None  # False: rejected; None: unknown
+    uncompressed: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Fragment(Slice):
         r = self.feedback.round(t)
         r.correct(PseudoGradient(self.anchor, spec.decay, noise))
         before = [x.clone() for x in self.anchor.tensors()] if later else kept
-        self.current = PendingExchange(due, r, r.invalid, share, before)
+        self.current = PendingExchange(due, r, r.invalid, share, before, uncompressed=uncompressed)
         return self.current
 
     def _switch(self, compressor: Compressor) -> None:
@@ -218,6 +219,8 @@ class Fragment(Slice):
             assert p.mean is not None
             self.rounds += 1
             self.anchor.apply_mean(p.mean, outer)
+            if p.uncompressed and p.share:  # of a weighted v the residual is its rounding error
+                self.feedback.memory.vector.zero_()
             self.anchor.move(p.before, self._options.overlap.blend)
         elif bool(p.invalid):
             self.anchor.move_to_start()

@@ -14,7 +14,14 @@ from packsaddle.comm.communicator import Communicator
 from packsaddle.feedback.background import Background
 
 _log = logging.getLogger("packsaddle")
-Call = Literal["exchanges a round", "calls flush()", "calls error()", "compares anchors", "checks its first step"]
+Call = Literal[
+    "exchanges a round",
+    "calls flush()",
+    "calls error()",
+    "compares anchors",
+    "checks its first step",
+    "calls average()",
+]
 _CALLS = get_args(Call)
 HEADER = 16  # bytes of a header: a call and a number of steps, int64[2]
 

@@ -279,7 +279,7 @@ class LocalOptions(Option):
         """Return what all workers must be given, by dotted name."""
         weight = {} if isinstance(self.workers, Elastic) else {"weight": self.workers.weight is not None}
         found = {name.removeprefix("compression."): value for name, value in agreement(self).items()}
-        return found | weight
+        return weight | found
 
 
 def _workers(given: Any) -> Workers | Elastic:

@@ -550,6 +550,45 @@ class LocalUpdates:
             applied.append(self._begin_round("calls flush()", part, share, delay=0, uncompressed=True))
         return all(applied)
 
+    @torch.no_grad()
+    def average(self, tensors: torch.nn.Module | Iterable[Tensor]) -> None:
+        """Replace tensors of this worker's own by their means over workers, in place; collective, uncompressed.
+
+        For what follows each worker's parameters, and so differs between workers even after `flush`: a module such as
+        torch's AveragedModel, of which parameters and buffers are averaged, or tensors such as the z of a schedule-free
+        optimizer. A mean of moving averages is the moving average of the workers' mean. Tensors that are not floating
+        point become worker 0's. Workers count by `Workers.weight`. Raises RuntimeError with a manager.
+
+        >>> import torch
+        >>> from packsaddle import LocalUpdates
+        >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+        >>> model = torch.nn.Linear(64, 64)
+        >>> local = LocalUpdates(torch.optim.AdamW(model.parameters()))
+        >>> ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # update_parameters after each step
+        >>> local.flush()
+        True
+        >>> local.average(ema)
+        """
+        if self.membership is not None:
+            raise RuntimeError("average is for a fixed set of workers; with a manager, evaluate the anchor")
+        if isinstance(tensors, torch.nn.Module):
+            tensors = [*tensors.parameters(), *tensors.buffers()]
+        parts = [local_part(t) for t in tensors]
+        means = [part for part in parts if part.is_floating_point()]
+
+        def exchange() -> None:
+            for dtype in dict.fromkeys(torch.promote_types(part.dtype, torch.float32) for part in means):
+                mine = [part for part in means if torch.promote_types(part.dtype, torch.float32) == dtype]
+                flat = torch.cat([part.reshape(-1).to(dtype) for part in mine]).mul_(self._participation.share())
+                self._channel.mean(flat, "average")
+                for part, mean in zip(mine, torch.split(flat, [part.numel() for part in mine]), strict=True):
+                    part.copy_(mean.view(part.shape))
+            for part in parts:
+                if not part.is_floating_point():
+                    self._channel.broadcast(part, "average")
+
+        self._lockstep.run("calls average()", self.steps, exchange)
+
     # State.
 
     def state_dict(self) -> dict[str, Any]:
