@@ -69,7 +69,7 @@ def train(case: Case, worker: int, **options: Any) -> tuple[list[Tensor], LocalU
     optimizer.param_groups[0]["param_names"] = list(parameters)
     local = LocalUpdates(
         optimizer,
-        Compression(case.compressor, dense_below=1, decay=case.decay),
+        Compression(case.compressor, "direct", dense_below=1, decay=case.decay),
         every=case.every,
         outer=OUTERS[case.outer],
         overlap=Overlap(case.delay, case.fragments),

@@ -99,7 +99,9 @@ class Compression(Option):
         `exchange` is that of one that says none.
         """
         spec = given if isinstance(given, Compression) else cls(given)
-        return spec if spec.exchange is not None else replace(spec, exchange=exchange)
+        if spec.exchange is not None:
+            return spec
+        return replace(spec, exchange=exchange if spec.memory == "buffer" else "direct")
 
     def exchange_of(self, compressor: Compressor) -> Exchange:
         """Return the exchange of a compressor; directly if lossless, since its mean needs no second compression."""

@@ -29,6 +29,7 @@ from packsaddle.runs.config import (
 
 # What stands, commented out, where a configuration has nothing.
 _EXAMPLES: dict[str, Any] = {
+    "exchange": "two-way",
     "storm": 0.1,
     "test_every": 1.0,
     "plateau": 0.1,
