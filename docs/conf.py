@@ -23,6 +23,7 @@ include_patterns = [
     "CONTRIBUTING.md",
     "docs/**.md",
     "examples/README.md",
+    "experiments/README.md",
     "experiments/*/README.md",
     "benchmarks/*.md",
 ]

@@ -1,4 +1,4 @@
-"""packsaddle: training over slow networks with compressed gradients, without getting stuck at saddle points."""
+"""packsaddle: train on slow networks with the optimizer you have, and know where you have arrived."""
 
 from packsaddle.checkpoint.files import CheckpointError
 from packsaddle.checkpoint.save_load import Checkpoint, load_checkpoint, save_checkpoint

@@ -379,7 +379,7 @@ def test_plan_for_an_asymmetric_link(capsys: pytest.CaptureFixture[str]) -> None
     refused = {
         ("20mbit/fast",): "rate must be positive",
         ("20mbit/1mbit/2mbit",): "rate must be positive",
-        ("1gbit", "--local", "--optimizer", "sgd"): "--local is with adamw, with which local updates were",
+        ("1gbit", "--local", "--optimizer", "sgd"): "--local is with adamw or muon, with which it was measured",
         ("1gbit", "--optimizer", "adam"): "got 'adam' (did you mean adamw?)",
         ("1gbit", "--most-steps", 2): "--most-steps is for local updates: it needs --local",
         ("1gbit", "--local", "--most-steps", 0.5): "most-steps must be at least",

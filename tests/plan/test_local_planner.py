@@ -10,14 +10,15 @@ from statistics import mean
 
 import pytest
 
-from packsaddle import Identity
+from packsaddle import Identity, Sign, TopK
 from packsaddle.compressors import parse_compressor as parse
 from packsaddle.plan.coding import Line, Pace
 from packsaddle.plan.local import Setting, forecast_local, measured_with
 from packsaddle.plan.model_size import ModelSize
 from packsaddle.plan.step_time import Fleet, Link
 
-RACE = Path(__file__).parents[2] / "experiments" / "race"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+RACE = EXPERIMENTS / "race"
 FREE = Pace(Line(0, 0), Line(0, 0), Line(0, 0))
 Losses = Mapping[int, float]  # the last loss, by seed
 
@@ -65,6 +66,29 @@ def test_the_multiples_are_those_of_the_races_rows() -> None:
                 seeds = {*losses[with_delay, 600]} & {*losses[plain, 600]}
                 found *= multiple(losses, with_delay, seeds) / multiple(losses, plain, seeds)
             assert stated == pytest.approx(found, abs=0.00501), (workers, setting)
+
+
+MUON = {2: "gpt-2.csv", 4: "char-4.csv"}
+METHODS = {Sign(per_tensor=True): "Sign", TopK(1 / 2, values="int2"): "TopK 1/2 int2"}
+
+
+def muon_loss(rows: list[dict[str, str]], method: str) -> float:
+    """Return the mean loss over seeds at a method's best rate of seed 0."""
+    mine = [row for row in rows if row["method"] == method]
+    best = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
+    return mean(float(row["validation_loss"]) for row in mine if row["rate"] == best["rate"])
+
+
+@pytest.mark.parametrize("workers", MUON)
+def test_the_multiples_of_muon_are_those_of_its_rows(workers: int) -> None:
+    """On the line in log2 of the steps through dense training of all the steps and of half of them."""
+    with (EXPERIMENTS / "muon" / MUON[workers]).open() as file:
+        rows = list(csv.DictReader(file))
+    full, half = (muon_loss(rows, f"Muon, dense{rest}") for rest in ("", ", half of the steps"))
+    for setting, stated in measured_with(workers, "muon").items():
+        how = METHODS.get(setting.compressor, "")
+        name = f"Muon, local {setting.every}, {how}" if how else f"Muon, local SGD {setting.every}"
+        assert stated == pytest.approx(2 ** ((muon_loss(rows, name) - full) / (half - full)), abs=0.00501), name
 
 
 def test_a_delay_costs_steps() -> None:

@@ -46,8 +46,8 @@ def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
 
 
 COMMANDS = Group(
-    f"packsaddle {packsaddle.__version__}: train over slow networks with compressed gradients, without getting stuck "
-    "at saddle points",
+    f"packsaddle {packsaddle.__version__}: train on slow networks with the optimizer you have, and know where you have "
+    "arrived",
     {
         "demo": run.demo,
         "init": run.init,

@@ -23,7 +23,7 @@ from packsaddle.errors import ConfigError, config_errors
 from packsaddle.plan import link as link_planner
 from packsaddle.plan.coding import Pace, measure
 from packsaddle.plan.link import MEASURED, Forecast, Optimizer, Verdict, forecast, probe, probe_locally
-from packsaddle.plan.local import LocalForecast, check_most_steps, forecast_local, measured_with
+from packsaddle.plan.local import Inner, LocalForecast, check_most_steps, forecast_local, measured_with
 from packsaddle.plan.model_size import ModelSize, compute_seconds, update_seconds
 from packsaddle.plan.step_time import FRAMING, LATENCY, Fleet, Link
 from packsaddle.runs.progress import Report, countdown, megabytes
@@ -40,9 +40,10 @@ _STEPS_NOTE = (
     "(docs/choosing.md). Try it on yours."
 )
 _LOCAL_NOTE = (
-    "Local updates with AdamW: x steps as measured on a small language model, with 2 or 4 workers, each setting at its "
-    "best rate (experiments/race). Try it on yours."
+    "Local updates with {}: x steps as measured on a small language model, with 2 or 4 workers, each setting at its "
+    "best rate ({}). Try it on yours."
 )
+_MEASURED_IN = {"adamw": ("AdamW", "experiments/race"), "muon": ("Muon and AdamW", "experiments/muon")}
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class LinkOptions:
         batch: Examples per worker and step, to measure that, 32 by default.
         spread: Standard deviation of the workers' compute times, as a fraction of them.
         noise: Count the drawing of the artificial noise in a step's time.
-        local: Plan local updates too (their period, compressor, fragments and overlap), and choose. What was measured
-            of them is with adamw, which is then the optimizer.
+        local: Plan local updates too (their period, compressor, fragments and overlap), and choose. They were measured
+            with adamw, which is the optimizer unless it is muon.
         most_steps: Leave out local updates that need more than this multiple of dense training's steps.
     """
 
@@ -114,6 +115,7 @@ def link(
 
     Examples:
         packsaddle plan link 100mbit --model char-transformer --workers 2 --local
+        packsaddle plan link 100mbit --model char-transformer --workers 2 --optimizer muon
         packsaddle plan link 100mbit --model resnet18 --optimizer sgd
         packsaddle plan link 20mbit/100mbit --model char-transformer --local
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan link auto --model resnet18
@@ -125,15 +127,19 @@ def link(
         compressor: "best" (all of them), or one of RandomK, TopK, SketchTopK, SharedTopK, LinearSketch, AdaptiveTopK,
             Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
         ratio: Fraction of the coordinates that are sent, as 0.01 or 1%; by default 0.01.
-        optimizer: Behind the DDP hook: multiply times by the steps that each compressor was measured to need with it.
-            Without --ratio, the compressors that were measured are compared.
+        optimizer: Multiply times by the steps that each compressor was measured to need with it, behind the DDP hook
+            with sgd and adamw. Without --ratio, the compressors that were measured are compared. muon (with AdamW for
+            what is no hidden matrix) was measured in local updates, and implies --local.
         workers: Number of workers, 4 by default; under torchrun its own.
         json: Print one JSON document.
     """
     if options.local and optimizer == "sgd":
-        raise ConfigError("--local is with adamw, with which local updates were measured: leave out --optimizer sgd")
+        raise ConfigError("--local is with adamw or muon, with which it was measured: leave out --optimizer sgd")
     with config_errors():
-        verdict, asked = _answer(rate, options, compressor, ratio, "adamw" if options.local else optimizer, workers)
+        if optimizer == "muon":
+            options = replace(options, local=True)
+        chosen = optimizer or ("adamw" if options.local else None)
+        verdict, asked = _answer(rate, options, compressor, ratio, chosen, workers)
     if is_first():
         show = _print_json if json else _print_tables
         show(verdict, asked)
@@ -156,7 +162,9 @@ def _answer(
     link = Link.nominal(bits or 1.0, LATENCY if options.latency is None else options.latency)
     source, workload = "as given", options.workload()
     most = math.inf if options.most_steps is None else options.most_steps
-    check_most_steps(most, measured_with(workers))
+    inner: Inner = "muon" if optimizer == "muon" else "adamw"
+    settings = measured_with(workers, inner)
+    check_most_steps(most, settings)
     fleet = Fleet(workers, options.compute or 0.0, options.spread)
 
     with process_group() if under_launcher() else nullcontext() as group:
@@ -164,7 +172,7 @@ def _answer(
         device = torch.device("cpu") if group is None else local_device()
         if bits is None:
             link, source = _measured(group, workers, device)
-        total = len(candidates) + len({s.compressor for s in measured_with(workers)}) * options.local + 1
+        total = len(candidates) + len({s.compressor for s in settings}) * options.local + 1
         with countdown("plan", total, quiet=not is_first()) as report:
             report(0, "timing the model and an update")
             if options.compute is None:
@@ -177,7 +185,7 @@ def _answer(
             verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
             local: tuple[LocalForecast, ...] = ()
             if options.local:
-                local = forecast_local(workload, link, fleet, pace, update=update, most_steps=most)
+                local = forecast_local(workload, link, fleet, pace, optimizer=inner, update=update, most_steps=most)
     return verdict, _Asked(workload, link, source, fleet, update, optimizer, local)
 
 
@@ -276,14 +284,17 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
 
     # The verdict.
     of_what = "Gradients: " if asked.local else ""
-    print(f"{of_what}{_sentence(verdict, link, counted=asked.optimizer is not None)}")
-    print(_NOTE if asked.optimizer is None else _STEPS_NOTE.format(asked.optimizer))
+    if asked.optimizer == "muon":
+        print("Gradients: no compressor was measured behind the hook with muon.")
+    else:
+        print(f"{of_what}{_sentence(verdict, link, counted=asked.optimizer is not None)}")
+        print(_NOTE if asked.optimizer is None else _STEPS_NOTE.format(asked.optimizer))
     if asked.local:
-        _print_local(verdict.dense.seconds, asked.local)
+        _print_local(verdict.dense.seconds, asked.local, asked.optimizer or "adamw")
         print(_use(verdict, asked.local[0]))
 
 
-def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
+def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Optimizer) -> None:
     """Print the table of local updates, and the best of them compared with dense training, in seconds a step."""
     table = number_table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
     for f in forecasts:
@@ -301,8 +312,9 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast]) -> None:
         setting += f", overlap={delay}" if fragments == 1 else f", overlap=Overlap({delay}, fragments={fragments})"
     times = dense / best.seconds
     verdict = f"{times:.3g} times as fast" if times > 1 + _ERROR else "NOT WORTH IT on this link"
-    print(f"LocalUpdates(optimizer, {setting}): {took}: {verdict}; {best.computing:.0%} of the time is computing.")
-    print(_LOCAL_NOTE)
+    inner = "[muon, adamw]" if optimizer == "muon" else "optimizer"
+    print(f"LocalUpdates({inner}, {setting}): {took}: {verdict}; {best.computing:.0%} of the time is computing.")
+    print(_LOCAL_NOTE.format(*_MEASURED_IN[optimizer]))
 
 
 def _use(verdict: Verdict, local: LocalForecast) -> str:

@@ -7,7 +7,7 @@ to the loss of dense training was measured (experiments/race); a setting that wa
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from packsaddle.comm.aggregators import Work
 from packsaddle.comm.cost_model import RingAllGather
@@ -31,10 +31,10 @@ class Setting:
 
 
 _SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(1 / 48, values="int2")
-# Multiples of dense training's steps for the same loss, AdamW, each setting at its best rate of one grid, for two and
-# four workers: experiments/race, "Steps needed". Dense training gains more from a larger batch than local updates do.
-# A delay was measured at a quarter of the period, and 1 of 2: "Delays".
-_MEASURED: Mapping[int, Mapping[Setting, float]] = {
+# Multiples of dense training's steps for the same loss, each setting at its best rate of one grid, for two and four
+# workers. Dense training gains more from a larger batch than local updates do. AdamW: experiments/race, "Steps needed";
+# a delay was measured at a quarter of the period, and 1 of 2: "Delays".
+_ADAMW: Mapping[int, Mapping[Setting, float]] = {
     2: {
         Setting(2, _SIGN, keep_unsent=True): 1.11,
         Setting(2, _TOPK, keep_unsent=True): 1.18,
@@ -66,9 +66,17 @@ _MEASURED: Mapping[int, Mapping[Setting, float]] = {
 }
 
 
-def measured_with(workers: int) -> Mapping[Setting, float]:
+# Muon, compared with dense training with Muon: experiments/muon.
+_MUON: Mapping[int, Mapping[Setting, float]] = {
+    2: {Setting(8, _SIGN, keep_unsent=True): 1.5},
+    4: {Setting(8, _SIGN, keep_unsent=True): 1.5},
+}
+Inner = Literal["adamw", "muon"]
+
+
+def measured_with(workers: int, optimizer: Inner = "adamw") -> Mapping[Setting, float]:
     """Return the multiples of dense training's steps for a number of workers; from three on those of four."""
-    return _MEASURED[2 if workers <= 2 else 4]
+    return (_MUON if optimizer == "muon" else _ADAMW)[2 if workers <= 2 else 4]
 
 
 @dataclass(frozen=True)
@@ -121,19 +129,21 @@ def forecast_local(
     fleet: Fleet,
     pace: Callable[[Compressor, int], Pace],
     *,
+    optimizer: Inner = "adamw",
     update: float = 0.0,
     most_steps: float = math.inf,
     measured: Mapping[Setting, float] | None = None,
 ) -> tuple[LocalForecast, ...]:
-    """Predict the settings that need at most `most_steps` times dense training's steps, the quickest first.
+    """Predict the measured settings that need at most `most_steps` times dense training's steps, the quickest first.
 
-    `pace(compressor, d)` says how fast one codes, `update` the time to make v and to absorb, in seconds a
-    round. With a delay the model is exchanged in the number of fragments of which steps wait the least; without one
-    they wait for all of it. Raises ValueError for fewer than two workers, and if no setting is left.
+    They were measured with `optimizer` inside. `pace(compressor, d)` says how fast one codes, `update` the time to make
+    v and to absorb, in seconds a round. With a delay the model is exchanged in the number of fragments of which steps
+    wait the least; without one they wait for all of it. Raises ValueError for fewer than two workers, and if no setting
+    is left.
     """
     if fleet.workers < 2:
         raise ValueError(f"workers must be at least 2 (one worker sends nothing), got {fleet.workers}")
-    measured = measured_with(fleet.workers) if measured is None else measured
+    measured = measured_with(fleet.workers, optimizer) if measured is None else measured
     check_most_steps(most_steps, measured)
     chosen = {setting: steps for setting, steps in measured.items() if steps <= most_steps}
     bound = {compressor: workload.bind(compressor) for compressor in (s.compressor for s in chosen)}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from packsaddle.compressors import Identity, RandomK, TopK
+from packsaddle.compressors import Identity, RandomK, Sign, TopK
 from packsaddle.local.options import OuterSGD, Overlap
 from packsaddle.options.describe import descriptions
 from packsaddle.options.schema import choices, settable
@@ -179,18 +179,18 @@ TASKS: dict[TaskName, Task] = {
         ),
     ),
     "char-transformer-local": Task(
-        "The small language model by local updates, for slow links: AdamW on each worker, an exchange every 30 steps.",
+        "The small language model by local updates, for slow links: Muon and AdamW inside, an exchange every 8 steps.",
         Config(
             data=DataConfig("text"),
             model=ModelConfig("char-transformer"),
-            lr=0.003,
+            lr=0.01,
             epochs=30.0,
             batch_size=16,
-            compressor=TopK(1 / 32),
+            compressor=Sign(per_tensor=True),
             weight_decay=0.1,
             workers=2,
             plateau=3.25,
-            local=LocalConfig(betas=(0.9, 0.99), warm_up=0.5, schedule="cosine", clip=1.0),
+            local=LocalConfig(every=8, optimizer="muon", betas=(0.8, 0.99), warm_up=0.5, schedule="cosine", clip=1.0),
         ),
     ),
     "digits": Task(

@@ -99,6 +99,8 @@ class FlatTarget:
 class CompressedSGD(Optimizer):
     """Compressed, perturbed SGD with error feedback, on one process or on many with the same code.
 
+    It is an optimizer itself: for AdamW or Muon see `LocalUpdates` and `register_ddp_hook`.
+
     Args:
         params: parameters or parameter groups; a group may have its own `lr` and `weight_decay`.
         lr: the step size eta.

@@ -1,0 +1,348 @@
+"""Local updates with AdamW or Muon inside, beside dense training and other ways to train every H steps.
+
+One table for each of three settings, at equal tokens:
+
+    char-4   the character transformer of benchmarks/adamw.py, 0.36 million parameters, on the reference of the Python
+             language; 800 steps of four workers with 8 windows each
+    gpt-2    the GPT of the race, 0.83 million parameters, on the source of Python's standard library; 1,000 steps of
+             two workers with 8 windows each
+    gpt-4    the same with four workers
+
+Every method has the same warm-up, cosine and clipping, and its best rate of one grid of powers of two: the search
+starts at three neighbouring rates and goes on until the best is not at an end. Workers take turns in one process (see
+`packsaddle.simulate`); dense training is one process with all workers' windows. Muon steps on hidden matrices, AdamW on
+embeddings, norms, biases and the head, at the same rate (`match_rms_adamw`).
+
+    python benchmarks/muon.py char-4 search     # every method, seed 0; resumes what is not there yet
+    python benchmarks/muon.py char-4 seeds      # seeds 1 and 2 at each method's best rate
+    python benchmarks/muon.py char-4 table
+"""
+
+import argparse
+import csv
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rate_search import append, rate_at
+
+import packsaddle
+from benchmarks.race.workload import evenly_spaced, load_library
+from packsaddle.comm import resolve
+from packsaddle.compressors import Compressor, Identity, Sign, TopK
+from packsaddle.runs import DataConfig, ModelConfig
+from packsaddle.runs.local_training import hidden_matrices
+from packsaddle.runs.tasks import Batches, Dataset, load_data, make_task, shard
+
+GRID = tuple(0.0005 * 2**i for i in range(10))  # rates
+BATCH = 8  # windows of a worker in a step
+CURVE = 50  # steps between two points of the curve, of the loss at the anchor on 256 held-out windows
+
+
+@dataclass(frozen=True)
+class Setting:
+    model: ModelConfig
+    workers: int
+    steps: int
+
+
+SETTINGS = {
+    "char-4": Setting(ModelConfig("char-transformer", width=96, depth=3, heads=4), 4, 800),
+    "gpt-2": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 2, 1000),
+    "gpt-4": Setting(ModelConfig("char-transformer", width=128, depth=4, heads=4), 4, 1000),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How workers train: dense without a compressor, else by local updates; `start` is the first rate to try."""
+
+    inner: str = "adamw"
+    compressor: Compressor | None = None
+    every: int = 8
+    outer: tuple[float, float] | None = None  # rate and momentum
+    decay: float = 1.0
+    keep: bool = True
+    betas: tuple[float, float] = (0.9, 0.99)
+    momentum: float = 0.95  # Muon's
+    exchange: Literal["auto", "direct"] = "auto"
+    share: float = 1.0  # of the setting's steps
+
+    @property
+    def start(self) -> float:
+        return 0.016 if self.inner == "muon" else 0.004
+
+
+def _methods() -> Iterator[tuple[str, Method]]:
+    for name, base in (("Muon", Method("muon")), ("AdamW", Method(betas=(0.8, 0.99)))):
+        for words, share in (("half of the steps", 0.5), ("3/4 of the steps", 0.75)):
+            yield f"{name}, dense, {words}", replace(base, share=share)
+        sign = replace(base, compressor=Sign(per_tensor=True))
+        yield f"{name}, local 4, Sign", replace(sign, every=4)
+        yield f"{name}, local 8, Sign, gathered", replace(sign, exchange="direct")
+        for every in (8, 16, 32):
+            two_bits = replace(base, compressor=TopK(1 / 2, values="int2"), every=every)
+            yield f"{name}, local {every}, TopK 1/2 int2", two_bits
+            yield f"{name}, local {every}, TopK 1/2 int2, outer 0.7 0.5", replace(two_bits, outer=(0.7, 0.5))
+    yield "AdamW, dense", Method()
+    yield "AdamW, dense, beta1 0.8", Method(betas=(0.8, 0.99))
+    yield "Muon, dense", Method("muon")
+    sign, top, sparse = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(64 / 4096, chunk=4096, values="int2")
+    for name, base in (("Muon", Method("muon")), ("AdamW", Method(betas=(0.8, 0.99)))):
+        for every in (8, 32):
+            for how, compressor in (("Sign", sign), ("TopK 1/16 int2", top)):
+                plain = replace(base, compressor=compressor, every=every)
+                yield f"{name}, local {every}, {how}", plain
+                yield f"{name}, local {every}, {how}, outer 0.7 0.5", replace(plain, outer=(0.7, 0.5))
+            exact = replace(base, compressor=Identity(), every=every, keep=False)
+            yield f"{name}, local SGD {every}", exact
+            for momentum in (0.9, 0.5, 0.0):
+                yield f"{name}, DiLoCo {every}, {momentum:g}", replace(exact, outer=(0.7, momentum))
+            yield f"{name}, SparseLoCo {every}", replace(exact, compressor=sparse, outer=(1.0, 0.0), decay=0.95)
+
+
+METHODS = dict(_methods())
+
+
+def train(setting: Setting, how: Method, rate: float, seed: int) -> dict[str, object]:
+    """Train one model on this worker's shard, and return its row but for its name."""
+    setting = replace(setting, steps=round(how.share * setting.steps))
+    data, held_out = texts(setting.model.width == 128)
+    # This worker's batches; dense training has those of all workers.
+    group, workers, cpu = resolve(None), setting.workers, torch.device("cpu")
+    mine = range(workers) if how.compressor is None else [group.rank]
+    shards = [shard(data, "iid", worker=i, workers=workers, seed=seed) for i in mine]
+    batches = [Batches(part, BATCH, worker=i, seed=seed) for i, part in zip(mine, shards, strict=True)]
+
+    network = make_task(setting.model, data.shape, data.classes, seed=seed)
+    optimizers = make_inner(network, how, rate)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_at(step, setting.steps)) for o in optimizers]
+    local = make_local(optimizers, how)
+    losses, curve, taken = [], [], 0.0
+    for step in range(setting.steps):
+        start = time.perf_counter()
+        network.zero_grad()
+        loss = network(*data.batch(torch.cat([batch[step] for batch in batches]), cpu))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for each in (*optimizers, *schedules):
+            each.step()
+        losses.append(loss.item())
+        taken += time.perf_counter() - start
+        if (step + 1) % CURVE == 0:
+            with torch.no_grad(), nullcontext() if local is None else local.at_anchor():
+                curve.append(held_out_loss(network, held_out, evenly_spaced(len(held_out), 256)))
+
+    # Bytes of the rounds, and with start and flush. A dense step is a ring all-reduce.
+    payload = sum(p.numel() * p.element_size() for p in network.parameters())
+    sent = total = setting.steps * payload * 2 * (workers - 1) / workers
+    if local is not None:
+        sent = sum(moved.sent for purpose, moved in local.ledger.by_purpose.items() if purpose != "start")
+        local.flush()
+        total = local.ledger.total.sent
+    with torch.no_grad():
+        found = held_out_loss(network, held_out, torch.arange(len(held_out)))
+    last = torch.tensor([statistics.fmean(losses[-max(1, setting.steps // 10) :]) / group.size])
+    group.all_reduce(last)
+    return {
+        "rate": rate,
+        "seed": seed,
+        "steps": setting.steps,
+        "validation_loss": round(found, 4),
+        "training_loss": round(float(last), 4),
+        "kB_a_step": round(sent / setting.steps / 1e3, 2),
+        "total_kB": round(total / 1e3),
+        "curve": " ".join(f"{loss:.4f}" for loss in curve),
+        "s": round(taken, 1),
+    }
+
+
+def held_out_loss(network: torch.nn.Module, held_out: Dataset, windows: torch.Tensor) -> float:
+    """Return the mean loss on some windows, each worker's share of them summed over workers."""
+    group = resolve(None)
+    mine = windows[group.rank :: group.size].split(64)
+    total = torch.tensor([sum(float(network(*held_out.batch(i, torch.device("cpu")))) * len(i) for i in mine)])
+    group.all_reduce(total)
+    return float(total) / len(windows)
+
+
+def make_inner(network: torch.nn.Module, how: Method, rate: float) -> list[torch.optim.Optimizer]:
+    """Return AdamW, or Muon for hidden matrices and AdamW for the rest."""
+    hidden = hidden_matrices(network) if how.inner == "muon" else set()
+    matrices = [p for name, p in network.named_parameters() if name in hidden]
+    others = [p for name, p in network.named_parameters() if name not in hidden]
+    adamw = torch.optim.AdamW(others, rate, betas=how.betas, weight_decay=0.1)
+    if not matrices:
+        return [adamw]
+    return [torch.optim.Muon(matrices, rate, 0.1, how.momentum, adjust_lr_fn="match_rms_adamw"), adamw]
+
+
+def make_local(optimizers: list[torch.optim.Optimizer], how: Method) -> packsaddle.LocalUpdates | None:
+    """Return the exchange of a method, None for dense training."""
+    if how.compressor is None:
+        return None
+    return packsaddle.LocalUpdates(
+        optimizers,
+        packsaddle.Compression(how.compressor, exchange=how.exchange, decay=how.decay),
+        every=how.every,
+        outer=None if how.outer is None else packsaddle.OuterSGD(*how.outer),
+        keep_unsent=how.keep,
+    )
+
+
+@cache
+def texts(library: bool) -> tuple[Dataset, Dataset]:
+    """Return the text to train on, and what is held out (of the library a tenth of it)."""
+    config = DataConfig("text")
+    if not library:
+        return load_data(config, None, train=True), load_data(config, None, train=False)
+    return load_library(config, train=True), load_library(config, train=False)
+
+
+class Runs:
+    """The runs of one setting, in a file."""
+
+    def __init__(self, name: str, out: Path) -> None:
+        self.setting, self.out = SETTINGS[name], out
+
+    def rows(self, method: str) -> list[dict[str, str]]:
+        """Return the rows of a method, in the order in which they were made."""
+        if not self.out.exists():
+            return []
+        with self.out.open() as file:
+            return [row for row in csv.DictReader(file) if row["method"] == method]
+
+    def make(self, method: str, rate: float, seed: int) -> None:
+        """Train, unless the file has it already."""
+        if any(float(row["rate"]) == rate and int(row["seed"]) == seed for row in self.rows(method)):
+            return
+        torch.set_num_threads(1)
+        how = METHODS[method]
+        workers = 1 if how.compressor is None else self.setting.workers
+        row = packsaddle.simulate(lambda _: train(self.setting, how, rate, seed), workers)[0]
+        append(self.out, {"method": method, **row})
+
+    def best(self, method: str) -> list[dict[str, str]]:
+        """Return the rows of the rate with the least loss of seed 0."""
+        mine = self.rows(method)
+        first = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))
+        return [row for row in mine if row["rate"] == first["rate"]]
+
+    def search(self, method: str) -> None:
+        """Train at neighbouring rates until the best is not at an end of those tried."""
+        middle = GRID.index(METHODS[method].start)
+        while True:
+            for i in (middle, middle - 1, middle + 1):
+                self.make(method, GRID[i], 0)
+            if (best := GRID.index(float(self.best(method)[0]["rate"]))) == middle:
+                return
+            middle = best
+
+    def table(self, methods: Sequence[str]) -> str:
+        """Return the Markdown table of the methods that have runs, the lowest loss first."""
+        dense = 2 * (self.setting.workers - 1) / self.setting.workers * 4 * self.parameters()
+        lines = [
+            "| | kB a step | of dense | MB with start and flush | rate | loss | range, seeds | seed 0 by rate |",
+            "| --- " * 8 + "|",
+        ]
+        found = {method: self.best(method) for method in methods if self.rows(method)}
+        for method, best in sorted(found.items(), key=lambda item: _mean(item[1])):
+            losses = sorted(float(row["validation_loss"]) for row in best)
+            sent = 1e3 * float(best[0]["kB_a_step"])
+            few = f"1/{dense / sent:.0f}" if sent < 0.99 * dense else "1"
+            tried = sorted((row for row in self.rows(method) if row["seed"] == "0"), key=lambda row: float(row["rate"]))
+            by_rate = ", ".join(f"{float(row['rate']):g}: {float(row['validation_loss']):.3f}" for row in tried)
+            lines.append(
+                f"| {method} | {sent / 1e3:,.4g} | {few} | {float(best[0]['total_kB']) / 1e3:,.4g} | "
+                f"{float(best[0]['rate']):g} | {_mean(best):.3f} | {losses[0]:.3f} to {losses[-1]:.3f}, "
+                f"{len(losses)} | {by_rate} |"
+            )
+        return "\n".join(lines)
+
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+        data, _ = texts(self.setting.model.width == 128)
+        return sum(p.numel() for p in make_task(self.setting.model, data.shape, data.classes, seed=0).parameters())
+
+    def draw(self, path: Path) -> None:
+        """Draw the loss of the methods of `FIGURE` against steps and against bytes, named at the curves."""
+        import matplotlib.pyplot as plt
+
+        plt.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11}
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained", sharey=True)
+        ends = {}
+        for method, (label, colour) in FIGURE.items():
+            if not self.rows(method):
+                continue
+            best = self.best(method)
+            losses = [statistics.fmean(points) for points in zip(*map(_curve, best), strict=True)]
+            steps = [CURVE * (i + 1) for i in range(len(losses))]
+            sent = [step * float(best[0]["kB_a_step"]) / 1e3 for step in steps]
+            left.plot(steps, losses, color=colour, lw=2)
+            right.plot(sent, losses, color=colour, lw=2)
+            ends[label] = losses[-1], colour
+        left.set(xlabel="steps", ylabel="validation loss at the anchor", xlim=(0, self.setting.steps * 1.6))
+        left.set_xticks(range(0, self.setting.steps + 1, self.setting.steps // 4))
+        right.set(xlabel="megabytes that a worker has sent", xscale="log")
+
+        # Names at the ends of the curves, moved apart where these are close.
+        low, high = left.get_ylim()
+        at, gap = -math.inf, (high - low) * 0.06
+        for label, (loss, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
+            at = max(loss, at + gap)
+            left.text(self.setting.steps * 1.02, at, label, color=colour, va="center")
+        for axes in (left, right):
+            axes.grid(alpha=0.2)
+        figure.savefig(path, dpi=130)
+
+
+def _mean(rows: Sequence[dict[str, str]]) -> float:
+    return statistics.fmean(float(row["validation_loss"]) for row in rows)
+
+
+def _curve(row: dict[str, str]) -> list[float]:
+    return [float(loss) for loss in row["curve"].split()]
+
+
+FIGURE = {
+    "AdamW, dense, beta1 0.8": ("AdamW, dense", "0.15"),
+    "Muon, dense": ("Muon, dense", "0.55"),
+    "AdamW, local 8, Sign": ("AdamW, LocalUpdates", "#e8871e"),
+    "Muon, local 8, Sign": ("Muon, LocalUpdates", "#d1495b"),
+    "Muon, local SGD 8": ("Muon, torch's local SGD", "#6a994e"),
+    "Muon, DiLoCo 32, 0.9": ("Muon, DiLoCo", "#2e6f95"),
+}
+
+
+def main() -> None:
+    assert __doc__
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("setting", choices=list(SETTINGS))
+    parser.add_argument("command", choices=("search", "seeds", "table", "figure"))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--out", type=Path, help="by default experiments/muon/SETTING.csv")
+    options = parser.parse_args()
+    out = options.out or Path(f"experiments/muon/{options.setting}.csv")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    runs = Runs(options.setting, out)
+    if options.command == "table":
+        print(runs.table(options.methods))
+    elif options.command == "figure":
+        runs.draw(out.with_suffix(".png"))
+    for method in options.methods:
+        if options.command == "search":
+            runs.search(method)
+        elif options.command == "seeds":
+            for seed in (1, 2):
+                runs.make(method, float(runs.best(method)[0]["rate"]), seed)
+
+
+if __name__ == "__main__":
+    main()
