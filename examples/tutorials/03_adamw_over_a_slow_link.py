@@ -161,7 +161,8 @@ figure.savefig("runs/03_adamw_over_a_slow_link.png", dpi=120)
 #
 # - Uncompressed local updates reach it with about a seventh of the bytes of gradients at every step. One exchange of
 #   parameters stands for eight exchanges of gradients.
-# - Compressed local updates need about a fifteenth of those, so some 100 times fewer bytes than gradients at every step.
+# - Compressed local updates need about a fifteenth of those, so some 100 times fewer bytes than gradients at every
+#   step.
 # - They need more steps. Count the dots, one for each 24 steps: the red curve is at 0.02 after about three times as
 #   many as the black one. After 720 steps its loss is still an eighth above the black curve's.
 # - With an exchange every 24 steps the loss falls slower still, and 0.02 is not reached in this short training. Per
@@ -191,8 +192,8 @@ for name, make in {"AdamW": adamw, "Muon and AdamW": muon_and_adamw}.items():
     print(f"local, every 8, Sign, {name:15} {1000 * sent / STEPS:.2f} kB a step, test loss {loss:.4f}")
 
 # %% [markdown]
-# In this small autoencoder both come to the same loss. On transformers Muon needs far fewer steps, with local updates as
-# with gradients at every step: [measured](../../experiments/muon/README.md).
+# In this small autoencoder both come to the same loss. On transformers Muon needs far fewer steps, with local updates
+# as with gradients at every step: [measured](../../experiments/muon/README.md).
 #
 # ## What a link of 50 Mbit/s makes of it
 #
