@@ -119,6 +119,34 @@ def test_sixteen_bits_and_integers() -> None:
     assert simulate(body, 2) == [([1.0, 1.5], 5)] * 2
 
 
+def test_the_average_of_the_anchor_and_its_state_dict_need_no_exchange() -> None:
+    def body(worker: int) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], bool]:
+        net = network()
+        optimizer, ema = torch.optim.SGD(net.parameters(), lr=0.1), AveragedModel(net)
+        local = LocalUpdates(optimizer, Sign(), every=3)
+        rng = torch.Generator().manual_seed(worker)
+        for _ in range(10):
+            optimizer.zero_grad()
+            net(torch.randn(8, 6, generator=rng)).square().mean().backward()
+            optimizer.step()
+            if local.exchanging:
+                with local.at_anchor():
+                    ema.update_parameters(net)
+        before, own = local.ledger.total.sent, nn.utils.parameters_to_vector(net.parameters()).detach().clone()
+        saved = local.state_dict_of(net)
+        unchanged = torch.equal(own, nn.utils.parameters_to_vector(net.parameters()).detach())
+        parameters = nn.utils.parameters_to_vector(ema.parameters()).detach()
+        return parameters, saved, local.anchor(), unchanged and local.ledger.total.sent == before
+
+    (ema, saved, anchor, unchanged), (ema_too, saved_too, _, _) = simulate(body, 2)
+    assert unchanged
+    assert torch.equal(ema, ema_too)
+    trained = [name for name, _ in network().named_parameters()]
+    for name, a in zip(trained, anchor.values(), strict=True):
+        assert torch.equal(saved[name], a)
+        assert torch.equal(saved[name], saved_too[name])
+
+
 def test_a_call_of_one_worker_alone_is_an_error() -> None:
     def body(worker: int) -> None:
         local = LocalUpdates(torch.optim.SGD(network().parameters(), lr=0.1), Sign())

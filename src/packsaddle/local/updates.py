@@ -529,6 +529,25 @@ class LocalUpdates:
             for x, old in zip(xs, before, strict=True):
                 x.copy_(old)
 
+    def state_dict_of(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """Return a copy of the model's `state_dict` at the anchor: one model for all workers, to save on rank 0.
+
+        `model.state_dict()` has this worker's own parameters. Tensors that `LocalUpdates` does not exchange, such as
+        buffers, are this worker's. No collective.
+
+        >>> import torch
+        >>> from packsaddle import LocalUpdates
+        >>> model = torch.nn.Linear(64, 64)
+        >>> local = LocalUpdates(torch.optim.AdamW(model.parameters()))
+        >>> list(local.state_dict_of(model))
+        ['weight', 'bias']
+        """
+        with self.at_anchor():
+            return {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in model.state_dict().items()
+            }
+
     @torch.no_grad()
     def flush(self) -> bool:
         """Exchange all that is pending, uncompressed, so that all workers have the anchor and no errors; collective.
