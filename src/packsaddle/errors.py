@@ -1,7 +1,7 @@
-"""Errors that users meet as one line, checks of numbers, the text of a file, and the import of optional packages.
+"""Exceptions with messages for users, checks of numbers, reading of text files, and import of optional packages.
 
-Every layer may raise them, so they are apart from all algorithms. The command line prints a ConfigError and exits with
-code 2, and a GuardError with code 1.
+For use in every layer. The command line prints the message of a ConfigError and exits with code 2; for a GuardError,
+with code 1.
 """
 
 import importlib
@@ -13,9 +13,9 @@ from types import ModuleType
 
 
 class ConfigError(ValueError):
-    """A configuration (or command) that cannot be used; the message is one line.
+    """An invalid configuration or command; the message is one line.
 
-    `key` is the path of the key that it is about, of the table if it is about several, () if there is none.
+    `key` is the path of the invalid key, or of the table if several keys are involved; (): none.
     """
 
     def __init__(self, message: str, key: tuple[str, ...] = ()) -> None:
@@ -24,13 +24,13 @@ class ConfigError(ValueError):
 
 
 class GuardError(RuntimeError):
-    """A run cannot go on as it is, on any of its workers; the message says why."""
+    """A check during training failed, on all workers; the message gives the reason."""
 
 
 class MessageError(ValueError):
     """A compressor's message that cannot be decoded: a part has a wrong dtype, length or value, or is incomplete.
 
-    `part` is the part's name, `expected` and `found` say what it must be and what it is, `compressor` whose it is.
+    `part` is the part's name, `expected` its requirement, `found` the actual value, `compressor` the compressor's name.
     """
 
     def __init__(self, part: str, expected: str, found: object, compressor: str = "the compressor") -> None:
@@ -46,19 +46,19 @@ class MissingExtraError(ConfigError):
 
 
 def is_below(value: float, least: int) -> bool:
-    """Return whether a value is not an integer of at least `least`; True and False are not."""
+    """Return True if a number is below `least`, or is a bool."""
     return isinstance(value, bool) or value < least
 
 
 def check_positive(**values: float | None) -> None:
-    """Raise ValueError, with the name, for a value that is not positive and finite; None is not given, and passes."""
+    """Raise ValueError, with the argument's name, for a value that is not positive and finite. None is accepted."""
     for name, value in values.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def check_not_negative(**values: float | None) -> None:
-    """Raise ValueError, with the name, for a value that is negative or not finite; None is not given, and passes."""
+    """Raise ValueError, with the argument's name, for a value that is negative or not finite. None is accepted."""
     for name, value in values.items():
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {value}")
@@ -66,9 +66,9 @@ def check_not_negative(**values: float | None) -> None:
 
 @contextmanager
 def config_errors(prefix: str = "") -> Iterator[None]:
-    """Raise a ValueError of the body as a ConfigError, its message after `prefix`.
+    """Convert a ValueError of the body to a ConfigError, with `prefix` before its message.
 
-    With "--" the message must begin with a parameter, which is written as its flag: --checkpoint-every.
+    With "--" the message must begin with a parameter's name, which becomes a flag: --checkpoint-every.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def config_errors(prefix: str = "") -> Iterator[None]:
 
 
 def read_text(path: Path, name: str) -> str:
-    """Return the text of a UTF-8 file, or raise ConfigError that calls the file `name`."""
+    """Return the text of a UTF-8 file. Raises ConfigError, whose message calls the file `name`."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -91,7 +91,7 @@ def read_text(path: Path, name: str) -> str:
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional dependency, or raise MissingExtraError that names the extra which brings it."""
+    """Import an optional dependency. Raises MissingExtraError, naming the extra to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Values, labels and errors as text that a person reads: short, and nothing that a terminal would obey."""
+"""Formatting of values, labels and errors for messages: short, and without terminal control characters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,28 +8,28 @@ _LINE = 1000  # characters of a message
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: its repr, cut in its middle where that is long."""
+    """Return the repr of a value for a message, shortened in the middle if it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # integers of more digits than Python writes; lists in lists in lists
+    except (ValueError, RecursionError):  # an integer with too many digits for repr; deeply nested lists
         return f"a {type(value).__name__} that is too large to show"
     return shortened(text)
 
 
 def shortened(text: str, most: int = _SHOWN) -> str:
-    """Return a text, without its middle if it has more than `most` characters."""
+    """Return a text, with its middle replaced by " ... " if it has more than `most` characters."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def printable(text: str) -> str:
-    """Return a text whose control characters (a terminal obeys them), line ends included, are written as escapes."""
+    """Return a text with its control characters, line ends included, replaced by escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def cell(value: Any) -> Any:
-    """Return a value for a CSV file: a text that a spreadsheet would run as a formula has an apostrophe before it.
+    """Return a value for a CSV file, with an apostrophe before text that a spreadsheet would run as a formula.
 
-    So has one that begins with an apostrophe, so that `read_cell` can undo it.
+    Text that begins with an apostrophe gets another one, so that `read_cell` can undo it.
     """
     starts = ("'", "=", "+", "-", "@", "\t", "\r", "\n")
     return f"'{value}" if isinstance(value, str) and value.startswith(starts) else value
@@ -41,7 +41,7 @@ def read_cell(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a message as one line that a terminal shows and does not obey."""
+    """Return a message as one printable line, shortened if it is long."""
     return shortened(printable(" ".join(text.split())), _LINE)
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints: files that are whole or not there, saved by each worker and restored on any number of workers.
+"""Checkpoints: written atomically by each worker, and restored on any number of workers.
 
-Read `save_load` first (`save_checkpoint`, `load_checkpoint`); `files` has the format of one worker's files, `parts`
-what may be saved, `reshard` how states of W workers become those of another number. `atomic_files` is used by all that
-writes files.
+Read `save_load` first (`save_checkpoint`, `load_checkpoint`); `files` defines the format of one worker's files, `parts`
+the objects that can be saved, `reshard` the conversion to another number of workers. `atomic_files` is used by all
+modules that write files; `file_lock` is a lock between processes.
 """
 
 from packsaddle.checkpoint.files import CheckpointError

@@ -1,18 +1,18 @@
-"""Files that are there whole or not at all, also when a process is killed or the power goes."""
+"""Atomic file writes: a file is complete or absent, even after a killed process or a power failure."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-PARTIAL = ".partial"  # what a file is called until it is whole
+PARTIAL = ".partial"  # suffix of a file that is being written
 
 
 def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = None) -> int:
-    """Make a file by `write(file)`: aside, to the disk, and renamed; the folder is made. Raises OSError.
+    """Write a file atomically, by `write(file)` to a temporary file, fsync and rename. Raises OSError.
 
-    What was there before stays if that fails, and nothing else is left behind. `file` has `write` and `flush`, as
-    `torch.save` needs them. Returns the size in bytes; `digest`, of hashlib, is updated with what is written.
+    Creates the folder. On failure an existing file is unchanged, and the temporary file is removed. `file` has `write`
+    and `flush`, for `torch.save`. Returns the size in bytes; `digest`, of hashlib, is updated with the written bytes.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + PARTIAL)
@@ -32,7 +32,7 @@ def write_whole(target: Path, write: Callable[[BinaryIO], Any], digest: Any = No
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file or folder that cannot be used to PATH.unusable, or PATH.unusable-2, ...: the first free name.
+    """Rename an unusable file or folder to PATH.unusable, or PATH.unusable-2, ...: the first free name.
 
     Returns the new path. Raises OSError.
     """
@@ -44,7 +44,7 @@ def set_aside(path: Path) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk. Raises OSError."""
+    """Call fsync on a folder, so that renames in it are durable. Raises OSError."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -53,7 +53,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 class _Sink:
-    """A file that raises the first OSError of its writes in `check`, since `torch.save` may not survive it."""
+    """A file whose `check` raises the first OSError of its writes, since `torch.save` may crash if `write` raises."""
 
     def __init__(self, file: BinaryIO, digest: Any) -> None:
         self._file, self._digest = file, digest

@@ -1,7 +1,7 @@
-"""An advisory lock between processes: a file that one of them has locked.
+"""An advisory lock between processes, on a file (flock).
 
-The lock is the operating system's (flock). It is released when no process has the file open any more, however they
-ended. The file names its holder. It is removed at the end, and one that is left by a killed process locks nothing.
+The operating system releases it when no process has the file open any more, however they ended. The file contains the
+holder's process id and host. `release` removes it; a file left by a killed process is not locked.
 """
 
 import errno
@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_LONGEST = 4096  # bytes of the file
+_LONGEST = 4096  # bytes read of the file
 
 
 class HeldError(RuntimeError):
@@ -24,7 +24,7 @@ class HeldError(RuntimeError):
 
 
 class NoLocksError(OSError):
-    """The file system has no locks."""
+    """The file system does not support locks."""
 
 
 def acquire(path: Path) -> int:
@@ -32,7 +32,7 @@ def acquire(path: Path) -> int:
 
     Raises HeldError if another process has the lock, NoLocksError, and OSError if the file cannot be opened.
     """
-    # The last holder may remove the file between open and lock: then the lock is on nothing.
+    # The last holder may remove the file between open and lock: then the lock is on a deleted file.
     while True:
         number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -62,7 +62,7 @@ def release(number: int, path: Path) -> None:
 
 
 def release_everywhere(number: int, path: Path) -> None:
-    """Release a lock also for processes that were forked since, which have inherited the descriptor."""
+    """Release a lock even if forked processes have inherited its descriptor."""
     assert fcntl is not None
     fcntl.flock(number, fcntl.LOCK_UN)
     release(number, path)
@@ -70,7 +70,7 @@ def release_everywhere(number: int, path: Path) -> None:
 
 def check_not_held(path: Path) -> None:
     """Raise HeldError if another process has the lock now."""
-    with suppress(OSError):  # it was never taken, or there are no locks here
+    with suppress(OSError):  # never locked, or locks are not supported
         number = os.open(path, os.O_RDWR)
         try:
             if not _lock(number, shared=True):
@@ -80,7 +80,7 @@ def check_not_held(path: Path) -> None:
 
 
 def _lock(number: int, *, shared: bool = False) -> bool:
-    """Lock an open file, unless another process has; return True if it is locked. Raises OSError without locks."""
+    """Lock an open file; return False if another process holds the lock. Raises OSError if locks are unsupported."""
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     try:
@@ -98,7 +98,7 @@ def _is_at(number: int, path: Path) -> bool:
 
 
 def _sign(number: int) -> None:
-    """Write the holder's name to the file; on a full disk the lock holds all the same."""
+    """Write the holder's process id and host to the file, if possible; the lock is valid without it."""
     with suppress(OSError):
         os.ftruncate(number, 0)
         os.pwrite(number, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)

@@ -1,11 +1,11 @@
-"""One worker's two files of one step: its tensors, and a manifest by which damage is found before anything is read.
+"""One worker's two files of one step: its tensors, and a manifest, which detects damage before tensors are loaded.
 
-    DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save), but for those that worker-0.pt has
+    DIR/step-00001200/worker-3.pt      tensors and plain types (torch.save), except those stored in worker-0.pt
     DIR/step-00001200/worker-3.json    the manifest: size and sha256 of that file, and its own sha256
 
-The manifest is written last, so where it is whole the other is whole too. Nothing in either is ever executed: the
-manifest is JSON, and the tensors are read with weights_only=True, after their sha256 was found right. Files of older
-steps are removed, and those of steps that are not whole set aside.
+The manifest is written last, so if it is intact the other file is complete. Nothing in either is ever executed: the
+manifest is JSON, and the tensors are loaded with weights_only=True, after their sha256 was verified. Files of older
+steps are removed, and folders of incomplete steps are renamed ("set aside").
 """
 
 import hashlib
@@ -27,12 +27,12 @@ FORMAT = 2  # 1, of development versions, had all tensors in every worker's file
 _STEP = re.compile(r"step-(\d{8,18})(\.unusable(?:-\d+)?)?")  # set aside with the suffix
 _MANIFEST = re.compile(r"worker-(\d{1,6})\.json")
 _NUMBERS = ("step", "rank", "workers", "bytes")
-_LARGEST_MANIFEST = 1 << 26  # bytes; names and shapes of 100,000 parameters take a tenth
+_LARGEST_MANIFEST = 1 << 26  # bytes; names and shapes of 100,000 parameters need a tenth
 _PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 
 
 class CheckpointError(ConfigError):
-    """The error of a checkpoint that cannot be written, read, or used here; the message is one line.
+    """A checkpoint cannot be written or read, or does not fit these parts; the message is one line.
 
     >>> import tempfile
     >>> import torch
@@ -48,49 +48,49 @@ class CheckpointError(ConfigError):
 
 
 class DamagedError(CheckpointError):
-    """A file of a checkpoint is not what was written."""
+    """A file of a checkpoint is corrupt or unreadable."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A worker's description of its file of a step."""
+    """Metadata of one worker's tensor file of one step."""
 
     step: int
     rank: int
     workers: int
     bytes: int
     sha256: str
-    common_sha256: str  # of the tensors that the file leaves out, since worker 0's has them; "" if it has all
-    shapes: Mapping[str, Mapping[str, str]]  # of each part that is a module: dtype and shape of each tensor, by name
+    common_sha256: str  # of the tensors that only worker 0's file contains; "": none
+    shapes: Mapping[str, Mapping[str, str]]  # dtype and shape of each tensor, by module part and tensor name
     packsaddle: str
     torch: str
     format: int = FORMAT
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """The paths of a step's files."""
+    """Return the folder of a step's files."""
     return folder / f"step-{step:08d}"
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of which a folder has anything, in rising order."""
+    """Return the steps with a folder, except those set aside, in ascending order."""
     return sorted(step for step, _, aside in _step_folders(folder) if not aside)
 
 
 def _step_folders(folder: Path) -> list[tuple[int, Path, bool]]:
-    """Return each step with its folder, and True if that is set aside."""
+    """Return step, folder, and True if it is set aside, for each step folder."""
     found = [(_STEP.fullmatch(p.name), p) for p in folder.iterdir() if p.is_dir()] if folder.is_dir() else []
     return [(int(match[1]), path, match[2] is not None) for match, path in found if match]
 
 
 def ranks_in(step: Path) -> list[int]:
-    """The workers whose manifests a step's folder has."""
+    """Return the ranks with a manifest in a step's folder, in ascending order."""
     found = [_MANIFEST.fullmatch(p.name) for p in step.iterdir()] if step.is_dir() else []
     return sorted(int(m[1]) for m in found if m)
 
 
 def write_files(folder: Path, content: Mapping[str, Any], **said: Any) -> None:
-    """Write a worker's file of a step, then its manifest, of which `said` is the rest. Raises OSError."""
+    """Write a worker's tensor file of a step, then its manifest, with `said` as further fields. Raises OSError."""
     base = step_folder(folder, said["step"]) / f"worker-{said['rank']}"
     digest = hashlib.sha256()
     size = write_whole(base.with_suffix(".pt"), lambda file: torch.save(content, file), digest)
@@ -129,7 +129,7 @@ def read_manifest(folder: Path, step: int, rank: int) -> Manifest:
 
 
 def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
-    """Read a worker's tensors, to the CPU, if they are what its manifest says. Raises DamagedError."""
+    """Load a worker's tensors to the CPU, if size and sha256 match its manifest. Raises DamagedError."""
     path = step_folder(folder, manifest.step) / f"worker-{manifest.rank}.pt"
 
     # Only bytes with the manifest's size and sha256 reach torch.load.
@@ -155,7 +155,7 @@ def read_content(folder: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def check_plain(value: Any, where: str) -> None:
-    """Raise CheckpointError, naming the place, for what could not be read without executing something."""
+    """Raise CheckpointError, naming the place, for a value that weights_only=True would not load."""
     if type(value) in (dict, OrderedDict, Counter):
         for key, inner in value.items():
             if not _is_plain_key(key):
@@ -184,12 +184,12 @@ _OURS = re.compile(r"worker-\d+\.(pt|json)(\.partial)?")
 
 
 def newest_of(folder: Path, rank: int) -> int:
-    """Return the newest step of which a worker's files are there, -1 if there is none."""
+    """Return the newest step for which a worker's manifest exists, -1 if there is none."""
     return max((step for step in steps_in(folder) if rank in ranks_in(step_folder(folder, step))), default=-1)
 
 
 def rotate(folder: Path, keep: int, had: int) -> None:
-    """Remove the files of all but the newest steps, the others' too; all workers have saved step `had`, which stays."""
+    """Remove all workers' files of steps older than the `keep` newest and than `had`, which all workers have saved."""
     oldest = min(steps_in(folder)[-keep:][0], had)
     for step, path, _ in _step_folders(folder):
         if step < oldest:
@@ -197,24 +197,24 @@ def rotate(folder: Path, keep: int, had: int) -> None:
 
 
 def remove_all(folder: Path) -> None:
-    """Remove the files of all steps, when they are not needed any more."""
+    """Remove the files of all steps, including those set aside."""
     for _, path, _ in _step_folders(folder):
         remove(path)
 
 
 def remove(step: Path) -> None:
-    """Remove a step's folder, manifests first; other workers may be at it as well."""
+    """Remove a step's folder, manifests first. Other workers may do so at the same time."""
     try:
         for file in sorted(step.iterdir(), key=lambda p: p.suffix != ".json"):
             if _OURS.fullmatch(file.name):
                 file.unlink(missing_ok=True)
         step.rmdir()
-    except OSError:  # another worker was faster, or something else lies in it
+    except OSError:  # another worker was faster, or there are other files in it
         pass
 
 
 def set_aside_after(folder: Path, step: int) -> None:
-    """Rename the folders of later steps, which could not be used, so that this run never reads them."""
+    """Rename the folders of all steps after `step`, which are unusable, so that this run never reads them."""
     for path in [step_folder(folder, later) for later in steps_in(folder) if later > step]:
         try:
             set_aside(path)

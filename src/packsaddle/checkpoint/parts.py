@@ -1,4 +1,4 @@
-"""The parts of a checkpoint: what may be one, whether a saved state fits it, and filling all of them or none."""
+"""The parts of a checkpoint, objects with a state_dict: validation of parts and states, and loading of all or none."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -16,17 +16,17 @@ class Part(Protocol):
     """A part of a checkpoint: a model, an optimizer, a hook, a scheduler, a GradScaler."""
 
     def state_dict(self) -> Any:
-        """Return it as tensors and plain types."""
+        """Return the state as tensors and plain types."""
 
     def load_state_dict(self, state_dict: Any) -> Any:
-        """Restore it."""
+        """Restore the state."""
 
 
 Parts = Mapping[str, Part]
 
 
 def check_parts(parts: Parts) -> None:
-    """Raise CheckpointError for what is no part, for parts that are no mapping, and where local updates are missing."""
+    """Raise CheckpointError if `parts` is not a mapping to parts, or misses an optimizer's LocalUpdates."""
     if not isinstance(parts, Mapping):
         raise CheckpointError(f'parts must be by name, such as {{"model": model}}, got a {type(parts).__name__}')
     for name, part in parts.items():
@@ -40,7 +40,7 @@ def check_parts(parts: Parts) -> None:
 
 
 def modules(parts: Parts) -> list[str]:
-    """Return the names of those that are modules."""
+    """Return the names of the parts that are modules."""
     return [name for name, part in parts.items() if isinstance(part, nn.Module)]
 
 
@@ -61,7 +61,7 @@ def device_of(parts: Parts) -> torch.device:
 
 
 def check_shapes(part: str, saved: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Raise CheckpointError, naming the first difference, unless a module's tensors are those of a saved one."""
+    """Raise CheckpointError, naming the first difference, unless a module's tensors match the saved ones."""
     for name, shape in here.items():
         if saved.get(name) != shape:
             raise CheckpointError(f"{part}: {name} is {shape} here, but {saved.get(name, 'not')} in the checkpoint")
@@ -71,14 +71,14 @@ def check_shapes(part: str, saved: Mapping[str, str], here: Mapping[str, str]) -
 
 
 def check_names(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the saved parts have these names."""
+    """Raise CheckpointError unless the saved parts have the names of `parts`."""
     if parts.keys() != state.keys():
         here, there = ", ".join(sorted(parts)), ", ".join(sorted(state))
         raise CheckpointError(f"the parts are {here} here, but {there} in the checkpoint")
 
 
 def check_fit(parts: Parts, state: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless the states fit, as far as that shows without loading."""
+    """Raise CheckpointError unless the saved states fit the parts, as far as can be checked without loading."""
     check_names(parts, state)
     for name, part in parts.items():
         try:
@@ -109,7 +109,7 @@ def fill_all(parts: Parts, state: Mapping[str, Any], together: Together) -> None
         for name, part in parts.items():
             try:
                 part.load_state_dict(state[name])
-            except Exception as error:  # whatever a part finds wrong, the others are to be restored
+            except Exception as error:  # on any error, the other parts must be restored
                 raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
 
     try:
@@ -130,7 +130,7 @@ def _copied(value: Any) -> Any:
 
 
 def attempt(work: Callable[[], None]) -> tuple[str, str]:
-    """Do it, and return the kind and text of the CheckpointError there was, if there was one."""
+    """Call `work`; return type name and message of the CheckpointError that it raises, "" and "" without one."""
     try:
         work()
     except CheckpointError as error:
@@ -139,7 +139,7 @@ def attempt(work: Callable[[], None]) -> tuple[str, str]:
 
 
 def first_problem(outcomes: list[Any]) -> tuple[str, str]:
-    """The first problem among the workers' `attempt`s, with the worker; what is no damage goes before."""
+    """Return the error of the first worker, from all workers' `attempt`; DamagedErrors only if there are no others."""
     found = sorted((kind == "DamagedError", rank, kind, text) for rank, (kind, text) in enumerate(outcomes) if text)
     if not found:
         return "", ""
@@ -148,7 +148,7 @@ def first_problem(outcomes: list[Any]) -> tuple[str, str]:
 
 
 def on_all(together: Together, work: Callable[[], None]) -> None:
-    """Do it on every worker; if one raises CheckpointError, all do."""
+    """Call `work` on every worker; if one raises CheckpointError, all do. Collective."""
     _, problem = first_problem(together.gather(attempt(work)))
     if problem:
         raise CheckpointError(problem)

@@ -1,14 +1,14 @@
-"""States of several workers: tensors that all share and one writes, and states for another number of workers.
+"""States of several workers: deduplication of shared tensors, and conversion to another number of workers.
 
-Two tensors are shared if the sha256 of their dtype, shape and bytes is equal: of a DistributedDataParallel model the
-weights, of a torch optimizer its state. Each worker's file leaves out those tensors and says where they go. Its
-manifest has the fingerprint of all of them, so that a file of worker 0 from another moment is detected.
+Tensors are shared if the sha256 of their dtype, shape and bytes is equal, such as the weights of a
+DistributedDataParallel model and the state of a torch optimizer. Only worker 0's file contains them; the other files
+have their paths, and the manifests their joint fingerprint, so that a worker-0 file of another save is detected.
 
-For another number of workers, what is equal everywhere is kept and the rest is averaged. The mean of the error
-memories, which is all that x has not received, stays what it was; so do x, y and means of momenta, which are linear in
-each worker's gradients. What an owner of a two-way exchange holds back is an error of the mean: it goes to the
-memories. Where workers train apart between exchanges (a part says `trains_apart`), the parameters and the optimizer's
-state that they have by themselves are averaged too, as an exchange would do.
+For another number of workers, values equal on all workers are kept and the rest is averaged. This preserves the mean of
+the error memories (the sum of all unapplied updates), x, y, and means of momenta, which are linear in each worker's
+gradients. Owner errors of a two-way exchange are errors of the mean, and are added to the error memories. If workers
+train separately between exchanges (a part has `trains_apart`), their parameters and optimizer states are averaged too,
+as an exchange would do.
 """
 
 import copy
@@ -28,7 +28,7 @@ Path = tuple[Any, ...]  # keys from the outermost
 
 
 def fingerprint(value: Any) -> bytes:
-    """Return what equal values have in common, and others have not."""
+    """Return bytes that are equal for equal values only: the sha256 of a tensor, else the repr."""
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest = hashlib.sha256(f"{value.dtype}{list(value.shape)}".encode())
@@ -38,9 +38,9 @@ def fingerprint(value: Any) -> bytes:
 
 
 def paths_in_common(content: Mapping[str, Any], together: Together) -> tuple[list[Path], str]:
-    """Return where this worker has tensors equal to worker 0's, and their common fingerprint; collective.
+    """Return the paths of this worker's tensors that equal worker 0's, and their joint fingerprint; collective.
 
-    Worker 0 writes all that it has itself, so it leaves out none.
+    Empty on worker 0, which writes all of its tensors.
     """
     if together.group.size == 1:
         return [], ""
@@ -51,14 +51,14 @@ def paths_in_common(content: Mapping[str, Any], together: Together) -> tuple[lis
 
 
 def without(content: Any, paths: list[Path]) -> Any:
-    """Return a copy of nested dictionaries, lists and tuples with None at these places."""
+    """Return a copy of nested dictionaries, lists and tuples with None at these paths."""
     return _replaced(content, dict.fromkeys(paths))
 
 
 def filled(content: Any, paths: list[Path], whole: Any) -> tuple[Any, str]:
-    """Return a copy with what `whole` has at these places, and the fingerprint of that. Raises LookupError, TypeError.
+    """Return a copy of `content` with the tensors of `whole` at these paths, and their joint fingerprint.
 
-    Tensors are copied, so that two workers' contents share no memory.
+    Tensors are copied, so that two workers' contents share no memory. Raises LookupError or TypeError without them.
     """
     found = {path: _at(whole, path) for path in paths}
     if not all(isinstance(tensor, Tensor) for tensor in found.values()):
@@ -68,7 +68,7 @@ def filled(content: Any, paths: list[Path], whole: Any) -> tuple[Any, str]:
 
 
 def _tensors(value: Any, path: Path = ()) -> Iterator[tuple[Path, Tensor]]:
-    """The plain tensors with elements, and their places; those that are sharded or compressed stay each worker's."""
+    """Yield path and tensor of all non-empty plain tensors; DTensors, sparse and quantized ones are never shared."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _tensors(inner, (*path, key))
@@ -97,7 +97,7 @@ def _replaced(value: Any, by: Mapping[Path, Any], path: Path = ()) -> Any:
     if path in by:
         return by[path]
     if isinstance(value, Mapping):
-        copied: Any = copy.copy(value)  # a module's state has an attribute with the versions of its parts
+        copied: Any = copy.copy(value)  # keeps `_metadata` of a module's state_dict
         for key, inner in value.items():  # not by update, which adds to a Counter
             copied[key] = _replaced(inner, by, (*path, key))
         return copied
@@ -108,7 +108,7 @@ def _replaced(value: Any, by: Mapping[Path, Any], path: Path = ()) -> Any:
 
 @dataclass
 class Split:
-    """One worker's state, in what is averaged, and what must be equal on all."""
+    """One worker's state, divided into tensors to average and values that must be equal on all workers."""
 
     means: dict[Path, Tensor] = field(default_factory=dict)
     equal: dict[Path, Any] = field(default_factory=dict)
@@ -117,10 +117,10 @@ class Split:
 def carried(
     parts: Mapping[str, Any], template: dict[str, Any], held: Sequence[dict[str, Any]], workers: int, together: Together
 ) -> dict[str, Any]:
-    """Return what a worker has of a checkpoint that `workers` saved; collective.
+    """Return this worker's state from a checkpoint that another number of `workers` saved; collective.
 
-    `template` is worker 0's file, here on every worker, and `held` are the files that this worker has read, each of
-    them read by one. Raises CheckpointError, on every worker, for what cannot be carried.
+    `template` is the content of worker 0's file, on every worker, and `held` the contents of the files that this worker
+    has read, each read by one worker. Raises CheckpointError, on every worker, if a state cannot be converted.
     """
     made: dict[str, dict[str, Any]] = {"parts": {}, "extra": _mean_of_extra(template, held, workers, together)}
     apart = any(getattr(part, "trains_apart", False) for part in parts.values())
@@ -134,7 +134,7 @@ def carried(
                 f"it, or not of one shape, so it cannot be carried to another number of workers"
             )
 
-        # What differs has a mean if it is a buffer's, or a parameter's between rounds of local updates.
+        # Differing floats are averaged in buffers and, between rounds of local updates, parameters and optimizers.
         different = _different(split, mine, together)
         buffers = dict(part.named_buffers()) if isinstance(part, nn.Module) else {}
         own = apart and isinstance(part, nn.Module | Optimizer)  # between rounds of local updates
@@ -148,7 +148,7 @@ def carried(
                     f"would be is not known, so it cannot be carried to another number of workers"
                 )
 
-        # Means over the workers that saved, each of whose files one worker has read.
+        # Means over the workers that saved; each file was read by one worker.
         means = split.means | {path: split.equal[path] for path in different}
         sums = [{p: one.means.get(p, one.equal.get(p)) for p in means} for one in mine]
         _put(part, state, _mean(means, sums, workers, together))
@@ -157,7 +157,7 @@ def carried(
 
 
 def _split_of(name: str, part: Any, template: dict[str, Any], workers: int) -> "Split":
-    """Of the template, so that what cannot be carried is found on every worker."""
+    """Split a part of the template, which all workers have, so that all raise if it cannot be converted."""
     try:
         return _split(part, template["parts"][name], workers)
     except ValueError as error:
@@ -167,7 +167,7 @@ def _split_of(name: str, part: Any, template: dict[str, Any], workers: int) -> "
 def _mean_of_extra(
     template: dict[str, Any], held: Sequence[dict[str, Any]], workers: int, together: Together
 ) -> dict[str, Any]:
-    """Floating-point tensors averaged, if all workers have them in one shape; the rest is worker 0's."""
+    """Return worker 0's `extra`, with floating-point tensors averaged if all workers have them with one shape."""
     extra: dict[str, Any] = template["extra"]
     candidates = [k for k, t in extra.items() if isinstance(t, Tensor) and t.is_floating_point()]
     here = [[_form(content["extra"].get(k)) == _form(extra[k]) for content in held] for k in candidates]
@@ -180,7 +180,7 @@ def _mean_of_extra(
 def _mean(
     like: Mapping[Path, Tensor], mine: Sequence[Mapping[Path, Tensor | None]], workers: int, together: Together
 ) -> dict[Path, Tensor]:
-    """The means over all old workers, summed in double precision."""
+    """Return the means over all workers that saved, accumulated in float64."""
     found = {}
     for path, tensor in like.items():
         total = torch.zeros(tensor.shape, dtype=torch.float64, device=together.device)
@@ -194,12 +194,12 @@ def _mean(
 
 
 def _form(value: Any) -> Any:
-    """Return the shape and whether it is floating point, of a tensor; None for anything else."""
+    """Return a tensor's shape, and True if it is floating point; None for other values."""
     return (value.shape, value.is_floating_point()) if isinstance(value, Tensor) else None
 
 
 def _lone(template: Split, mine: Sequence[Split], together: Together) -> Path | None:
-    """Return a place that not all workers' states have, with a tensor of one shape if with one; collective."""
+    """Return a path that is missing, or has another shape, in some worker's state; else None; collective."""
 
     def forms(split: Split) -> dict[Path, Any]:
         return {path: _form(value) for path, value in {**split.equal, **split.means}.items()}
@@ -215,7 +215,7 @@ def _lone(template: Split, mine: Sequence[Split], together: Together) -> Path | 
 
 
 def _different(template: Split, mine: Sequence[Split], together: Together) -> list[Path]:
-    """The places of what should be equal and is not."""
+    """Return the paths of values that must be equal on all workers but differ; collective."""
     paths = list(template.equal)
     here = {
         i
@@ -241,7 +241,7 @@ def _leaves(value: Any, path: Path = ()) -> dict[Path, Any]:
 
 
 def _put(part: Any, state: dict[str, Any], means: Mapping[Path, Tensor]) -> None:
-    """Put means in a state, in place, and make it this worker's."""
+    """Write means, and the values of this worker's own, into a state, in place."""
     replaced = part.saved_state.merge(_leaves(state)) if hasattr(part, "saved_state") else {}
     for path, value in {**means, **replaced}.items():
         *outer, key = path

@@ -1,5 +1,5 @@
-"""Checkpoints: every worker saves what is its own, worker 0 also what is equal on all; and all go on from the newest
-step of which every file is whole."""
+"""Saving and loading of checkpoints: every worker saves its own tensors, worker 0 also the shared ones; all load the
+newest step with every file intact."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -43,12 +43,12 @@ from packsaddle.comm.failures import told_in
 from packsaddle.comm.group import Group, ProcessGroup, resolve
 from packsaddle.version import __version__
 
-Contents = dict[int, dict[str, Any]]  # what was read, by the worker that had saved it
+Contents = dict[int, dict[str, Any]]  # contents of files, by the rank that saved them
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The checkpoint that was loaded.
+    """A loaded checkpoint.
 
     >>> import tempfile
     >>> import torch
@@ -61,8 +61,8 @@ class Checkpoint:
 
     step: int  # after which it was saved
     extra: dict[str, Any]  # as it was saved
-    workers: int  # how many saved it
-    notes: tuple[str, ...] = field(default=(), repr=False)  # what a user should know, a line each
+    workers: int  # number of workers that saved it
+    notes: tuple[str, ...] = field(default=(), repr=False)  # warnings for the user, one line each
 
 
 @told_in("save_checkpoint")
@@ -78,13 +78,13 @@ def save_checkpoint(
     """Write this worker's files of a step, to FOLDER/step-STEP/, and remove all but those of the `keep` newest steps.
 
     Collective: every worker calls it between the same two steps. Tensors that are equal to worker 0's, by their
-    sha256, are written by worker 0 alone; no worker waits for another's writing. The newest step that all have stays,
-    also if a worker's later ones could not be written. Workers may
-    have one folder or each its own. `parts` maps names to whatever has a state_dict and a load_state_dict; `extra` is
-    what else the run needs: tensors and plain types. `process_group` has the workers; None is the default group if
-    there is one, else this process alone. Returns the step's folder.
+    sha256, are written by worker 0 alone; no worker waits for another to write. The newest step that all workers have
+    saved is kept, even if a later one could not be written on some worker. Workers may share a folder or have one each.
+    `parts` maps names to objects with a state_dict and a load_state_dict; `extra` is further state of the run, tensors
+    and plain types. `process_group` has the workers; None: the default group if there is one, else this process alone.
+    Returns the step's folder.
 
-    Raises CheckpointError if the files cannot be written, with those of earlier steps as they were; and on every worker
+    Raises CheckpointError if the files cannot be written, with those of earlier steps unchanged; and on every worker
     if `keep` is below 2 or `step` below 0, if a state is not plain, or if the folder has later steps, which this run
     cannot have loaded.
 
@@ -120,8 +120,8 @@ def save_checkpoint(
 
 
 def _gather_states(folder: Path, parts: Parts, content: dict[str, Any], step: int, keep: int) -> None:
-    """Put the parts' states into the content, if they can be saved there. Raises CheckpointError."""
-    if keep < 2:  # while the newest is being saved by others, the one before is all there is
+    """Add the parts' states to `content`. Raises CheckpointError if they cannot be saved there as this step."""
+    if keep < 2:  # while a step is being written, only the one before is complete
         raise CheckpointError(f"keep must be at least 2 checkpoints, got {keep}")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise CheckpointError(f"step must be an integer of 0 or more, got {step!r}")
@@ -148,13 +148,13 @@ def _unwritable(folder: Path, step: int, error: OSError) -> CheckpointError:
 def load_checkpoint(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:
-    """Restore the newest step in `folder` of which every worker's files are whole; collective. None if there is none.
+    """Restore the newest step in `folder` with intact files of every worker; collective.
 
-    Steps that are newer and not whole are set aside (as step-STEP.unusable), with a warning. On another number of
-    workers than it was saved by, x is kept, and each gets the mean of the error memories, with a warning. On the same,
-    training continues bit for bit. Raises CheckpointError, on every worker and with all parts as they were, if nothing
-    is whole, if a part does not fit (another model, another seed, ...), or if it cannot be carried over. `parts` and
-    `process_group` are as in `save_checkpoint`.
+    Newer, damaged steps are renamed to step-STEP.unusable, with a warning. On another number of workers, x is kept and
+    each worker gets the mean of the error memories, with a warning. On the same number, training continues bitwise
+    identically. Returns None if there is no step, or only one unfinished step. Raises CheckpointError, on every worker
+    and with all parts unchanged, if no step is intact, if a part does not fit (another model, another seed, ...), or
+    if it cannot be converted to this number of workers. `parts` and `process_group` are as in `save_checkpoint`.
 
     >>> import tempfile
     >>> import torch
@@ -180,14 +180,14 @@ def load_checkpoint(
 def restore(
     folder: str | Path, parts: Parts, *, process_group: Group | ProcessGroup | None = None
 ) -> Checkpoint | None:
-    """`load_checkpoint` without its warnings; a step of -1 says that the run begins, and the notes why."""
+    """`load_checkpoint` with its warnings in `notes`. Step -1: only an unfinished first step existed, as in `notes`."""
     folder, group = Path(folder), resolve(process_group)
     check_parts(parts)
     return _Restoring(folder, parts, Together(group, device_of(parts))).run()
 
 
 class _Restoring:
-    """One worker's part in finding the newest whole step and loading it; every method is collective."""
+    """Finds the newest intact step and loads it; every method is collective."""
 
     def __init__(self, folder: Path, parts: Parts, together: Together) -> None:
         self._folder, self._parts, self._together = folder, parts, together
@@ -199,7 +199,7 @@ class _Restoring:
         problems: dict[int, str] = {}  # by step
         damaged = False
 
-        # The newest whole step, with the problems of those passed over.
+        # The newest intact step, and the problems of newer ones.
         for step in sorted({step for survey in seen for step in survey}, reverse=True):
             there = [survey.get(step, {}) for survey in seen]
             workers, problem, unfinished = _whole(there)
@@ -211,7 +211,7 @@ class _Restoring:
             problems[step] = problem
             damaged = damaged or not unfinished
 
-        # One unfinished step alone is set aside: the run ended during its first save.
+        # A single, unfinished step is set aside: the run ended during its first save.
         if not problems:
             return None
         if damaged or len(problems) > 1:
@@ -221,8 +221,8 @@ class _Restoring:
         return Checkpoint(-1, {}, self._size, _notes(problems))
 
     def _read(self, step: int, holders: list[int], see_first: list[bool]) -> tuple[Contents, str]:
-        """Read the files that this worker is to read, and put in what they have in common with worker 0's, which
-        travels to workers that do not see it; or say, on every worker, what is wrong with them."""
+        """Return the contents of the files that `holders` assigns to this worker, and any damage found ("": none), the
+        same on all workers. Tensors shared with worker 0 are filled in; workers without its file receive them."""
         contents: Contents = {}
         mine = [i for i, holder in enumerate(holders) if holder == self._rank]
         wanted = [*mine, *([0] if see_first[self._rank] and 0 not in mine else [])]
@@ -237,7 +237,7 @@ class _Restoring:
         return contents, problem
 
     def _problem(self, work: Callable[[], None]) -> str:
-        """Do it, and say on every worker what damage was found. Raises CheckpointError for anything else."""
+        """Call `work`; return the first DamagedError's text, or "", on all. Raises CheckpointError for other errors."""
         kind, problem = first_problem(self._together.gather(attempt(work)))
         if problem and kind != "DamagedError":
             raise CheckpointError(problem)
@@ -258,7 +258,7 @@ class _Restoring:
         return Checkpoint(step, content["extra"], workers, notes)
 
     def _same(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
-        """This worker's own content; it may come from another worker's disk, if ranks were dealt anew."""
+        """Return this worker's own content, sent by another worker if that one has the file on its disk."""
         for i, holder in enumerate(holders):
             if holder != i:
                 sent = self._together.send(contents.get(i), holder)
@@ -267,7 +267,7 @@ class _Restoring:
         return contents[self._rank]
 
     def _carried(self, contents: Contents, holders: list[int]) -> dict[str, Any]:
-        """Return this worker's share of what another number of workers saved."""
+        """Return this worker's state from a checkpoint that another number of workers saved."""
         template = self._together.send(contents.get(0), holders[0])
         on_all(self._together, lambda: check_names(self._parts, template["parts"]))
         return carried(self._parts, template, list(contents.values()), len(holders), self._together)
@@ -280,7 +280,7 @@ def _notes(problems: Mapping[int, str]) -> tuple[str, ...]:
 
 
 def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
-    """Return what a worker sees: by step and rank the number of workers, or the fault of the manifest."""
+    """Return, by step and rank, the number of workers in each manifest in the folder, or the manifest's error."""
     found: dict[int, dict[int, int | str]] = {}
     for step in steps_in(folder):
         found[step] = {}
@@ -293,20 +293,20 @@ def _survey(folder: Path) -> dict[int, dict[int, int | str]]:
 
 
 def _whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
-    """Return the number of workers that saved a step; its fault, as far as manifests tell ("" if none); and whether
-    that may be because the run ended while it was being saved. `there` is what each worker sees of the step."""
+    """Return the number of workers that saved a step, the error in its manifests ("": none), and True if an interrupted
+    save explains the error. `there` is each worker's `_survey` of the step."""
     ranks: dict[int, set[int]] = {}
     for survey in there:
         for rank, found in survey.items():
             if isinstance(found, int):
                 ranks.setdefault(found, set()).add(int(rank))
 
-    # Whole: all the workers that a manifest counts are there.
+    # Intact: the manifests of all workers that saved are present.
     for workers, present in ranks.items():
         if present == set(range(workers)):
             return workers, "", False
 
-    # Damage comes before absence, which an interrupted save explains.
+    # Report damage before absence, which an interrupted save explains.
     wrong = [found for survey in there for found in survey.values() if isinstance(found, str)]
     if wrong:
         return 0, wrong[0], False
@@ -318,7 +318,7 @@ def _whole(there: list[dict[str, Any]]) -> tuple[int, str, bool]:
 
 
 def _holders(workers: int, there: list[dict[str, Any]]) -> list[int]:
-    """Return the worker that reads each file: its owner if it sees the file, else the first that does."""
+    """Return the rank that reads each file i: rank i modulo the group size if it has it, else the first that does."""
     found = []
     for i in range(workers):
         able = [r for r, survey in enumerate(there) if survey.get(str(i)) == workers]
@@ -341,7 +341,7 @@ def _read_files(
 
 
 def _complete(folder: Path, found: Mapping[int, tuple[Manifest, dict[str, Any]]], first: Any, out: Contents) -> None:
-    """Put worker 0's tensors into the contents where they are to go. Raises DamagedError if they are not the ones."""
+    """Fill worker 0's shared tensors into the contents. Raises DamagedError if their fingerprint does not match."""
     for rank, (manifest, content) in found.items():
         common = content.pop("common")
         try:

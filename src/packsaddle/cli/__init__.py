@@ -1,4 +1,4 @@
-"""The command line: `packsaddle` by itself lists the commands."""
+"""The command line: `packsaddle` without arguments lists the commands."""
 
 import os
 import select
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
-    """Print a script that lets a shell complete commands, flags and names of files.
+    """Print a script that adds completion of commands, flags and file names to a shell.
 
     Examples:
         packsaddle completion bash > ~/.local/share/bash-completion/completions/packsaddle
@@ -40,7 +40,7 @@ def completion(shell: Annotated[Shell, tyro.conf.Positional]) -> None:
         packsaddle completion fish > ~/.config/fish/completions/packsaddle.fish
 
     Args:
-        shell: For which shell.
+        shell: The shell that will read the script.
     """
     print(script(COMMANDS, "packsaddle", shell))
 
@@ -67,38 +67,38 @@ COMMANDS = Group(
 
 
 def main() -> None:
-    """Run the command that `packsaddle` was given; the entry point of the console script."""
+    """Run the command in `sys.argv`; entry point of the console script `packsaddle`."""
     serve(COMMANDS, "packsaddle")
 
 
 def serve(commands: Command | Group, program: str) -> None:
-    """Run what `sys.argv` asks of `commands`: bad input is one line on stderr and exit code 2.
+    """Run the command in `sys.argv`, one of `commands`. Bad input prints one line on stderr and exits with code 2.
 
-    If the reader of its output has closed the pipe (`| head`), the process ends quietly with code 1, as Python's
-    documentation of SIGPIPE recommends. `program` is the name in messages and help.
+    If the reader of the output has closed the pipe (`| head`), exits silently with code 1, as Python's documentation
+    of SIGPIPE recommends. `program` is the program's name in messages and help.
     """
     _open_streams()
     try:
         try:
             _obey(commands, program)
         finally:
-            sys.stdout.flush()  # else the interpreter does, and complains, when nothing can catch it
+            sys.stdout.flush()  # at exit the interpreter would print a BrokenPipeError that cannot be caught
     except BrokenPipeError:
-        if not _silence_unread():  # some other pipe
+        if not _silence_unread():  # the error is of another pipe
             raise
         sys.exit(1)
 
 
 def _open_streams() -> None:
-    """Point standard streams that were closed before the start (`>&-`), which Python has not opened, to nowhere."""
+    """Redirect to os.devnull the standard streams that were closed before the start (`>&-`) and are None in Python."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 -- for as long as the process lives
 
 
 def _silence_unread() -> bool:
-    """Point standard streams whose reader has gone to nowhere, for what their buffers hold; return whether there are
-    any."""
+    """Redirect standard streams without a reader to os.devnull, so that flushing their buffers succeeds. Return True
+    if there are any."""
     unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream)]
     for number in unread:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -110,13 +110,13 @@ def _silence_unread() -> bool:
 def _is_unread(stream: TextIO) -> bool:
     try:
         number = stream.fileno()
-    except OSError:  # something in memory that stands in for it
+    except OSError:  # an in-memory replacement of the stream
         return False
     if not hasattr(select, "poll"):  # Windows
         return True
     poll = select.poll()
-    poll.register(number, 0)  # an error is reported unasked: of a pipe's writing end, that no reader is left
-    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # of a socket: POLLHUP
+    poll.register(number, 0)  # POLLERR, always reported: the pipe of this writing end has no reader
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))  # POLLHUP: a socket
 
 
 def _obey(commands: Command | Group, program: str) -> None:
@@ -134,7 +134,7 @@ def _obey(commands: Command | Group, program: str) -> None:
             print(f"{program}: {error}", file=sys.stderr)
         sys.exit(1)
     except WorkerFailedError as error:
-        if not error.trace and _is_unread(sys.stdout):  # a worker that prints found that its reader has left
+        if not error.trace and _is_unread(sys.stdout):  # a worker printed to the closed pipe
             raise BrokenPipeError from None
         print(error.trace, end="", file=sys.stderr)
         print(f"{program}: {one_line(str(error))}", file=sys.stderr)
@@ -143,12 +143,12 @@ def _obey(commands: Command | Group, program: str) -> None:
         sys.exit(143)
     except PeerLostError as error:
         print(f"{program}: {one_line(str(error))}", file=sys.stderr, flush=True)
-        os._exit(1)  # what gloo's threads and a store behind a cut network wait for would be waited for here
+        os._exit(1)  # a normal exit would block on gloo's threads and on a store that is cut off from the network
     except KeyboardInterrupt:
         sys.exit(130)
     if under_launcher():
-        # The work is done and on disk. Interpreters that take themselves apart while gloo's threads run abort now and
-        # then, which the launcher would report as a failed run.
+        # The work is done and on disk. Interpreters that finalize while gloo's threads run abort occasionally, which
+        # the launcher would report as a failed run.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)

@@ -1,4 +1,4 @@
-"""python -m packsaddle.cli, which torchrun's -m takes as well."""
+"""Entry point of `python -m packsaddle.cli` and `torchrun -m packsaddle.cli`."""
 
 from packsaddle.cli import main
 

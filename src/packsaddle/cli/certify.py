@@ -1,4 +1,4 @@
-"""packsaddle certify."""
+"""The command `packsaddle certify`."""
 
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -17,7 +17,7 @@ from packsaddle.errors import ConfigError, check_positive, config_errors, requir
 from packsaddle.runs.config import Config
 from packsaddle.runs.run_folder import read_runs
 
-_SAMPLE = 512  # training examples, where the command does not say: a minute or so of a small network on a processor
+_SAMPLE = 512  # default number of training examples: about a minute for a small network on a CPU
 
 
 def certify(
@@ -39,12 +39,12 @@ def certify(
     out: Path | None = None,
     json: bool = False,
 ) -> None:
-    """Certify that a run's last point is a saddle, or second-order stationary, or say that it is undecided.
+    """Certify a run's last point as a saddle or as second-order stationary, or report it as undecided.
 
-    Prints the certificate, of a random sample of the training examples unless --examples says other; writes it, the
-    extreme directions and a picture of the loss along them into a new folder. Under torchrun the world it made is used.
-    Options of the search that are not given are those of the run's [certify], except pilot_examples; without one those
-    of packsaddle.Search.
+    Prints the certificate, computed on a random sample of the training examples (see --examples). Writes it, the
+    extreme directions and a plot of the loss along them to a new folder. Under torchrun its workers are used.
+    Search options default to those in the run's [certify] (except pilot_examples), or to packsaddle.Search's if the
+    run has none.
 
     Examples:
         packsaddle certify runs/a
@@ -57,20 +57,20 @@ def certify(
     Args:
         run: The run folder.
         checkpoint: Weights to certify instead of the last: a file, or its name inside the run folder.
-        iterates: Certify the iterates that the run drew (certify.iterates in its configuration), and the share.
-        epsilon: The gradient's threshold; the curvature's is -sqrt(rho epsilon). By default the run's certify.epsilon,
-            else the gradient's norm at the point and twice its standard error: then the curvature decides.
-        hessian_lipschitz: rho. By default the run's certify.hessian_lipschitz, else measured along the direction
-            found; it decides what counts as a saddle, so state it when you compare points.
-        spectrum: Estimate the density of all eigenvalues too, with 4 probes of 40 products.
-        population: Certify also the loss of the population that the examples are drawn from; costs some 150 products.
+        iterates: Certify the iterates that the run drew (certify.iterates); bound the fraction that is stationary.
+        epsilon: Threshold of the gradient norm; that of the curvature is -sqrt(rho epsilon). By default the run's
+            certify.epsilon, else the gradient norm at the point plus twice its standard error: the curvature decides.
+        hessian_lipschitz: rho. By default the run's certify.hessian_lipschitz, else measured along the escape
+            direction. It decides what counts as a saddle: set it when you compare points.
+        spectrum: Also estimate the density of all eigenvalues, with 4 probes of 40 Hessian-vector products.
+        population: Also certify the loss of the population from which the examples are drawn; about 150 products.
         examples: Size of the random sample of training examples, or "all"; by default 512, or all if there are fewer.
-        batch_size: Examples read at once; by default 64, and 500 if they are all.
+        batch_size: Examples per batch; by default 64, or 500 if all examples are used.
         double: Compute the products in float64.
-        distance: How far to each side the picture follows the escape direction.
-        data_dir: Folder of the dataset, as the run had it (not needed for digits, nor for Python's own text).
+        distance: Distance that the plot covers to each side; by default twice the best escape step, or 1.
+        data_dir: Folder of the dataset, as for the run (not needed for digits, nor for Python's own text).
         workers: Worker processes; under torchrun, its own.
-        seed: Of the sample and of the random start.
+        seed: Seed of the sample and of the random start vector.
         out: A new folder for the results; by default certificate/ in the run folder, or certificate-2/ and so on.
         json: Print one JSON document instead.
     """
@@ -81,7 +81,7 @@ def certify(
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz, distance=distance)
         check_positive(batch_size=batch_size, workers=workers)
 
-    # What is not given is the run's; its pilot is one of the examples along the run.
+    # Options not given are the run's; its pilot_examples applies to certificates along the run only.
     config = read_config(run)
     options = Search()
     if config.certify is not None:
@@ -89,7 +89,7 @@ def certify(
         hessian_lipschitz = config.certify.hessian_lipschitz if hessian_lipschitz is None else hessian_lipschitz
         options = replace(config.certify, pilot_examples=options.pilot_examples)
 
-    # Bad input is reported, and the folder made, before the work.
+    # Validate the input and create the folder before the work.
     require("matplotlib", "plot", "the certificate's picture")
     drawn = _drawn(run, config) if iterates else []
     folder = out or _numbered(run / "certificate")
@@ -106,7 +106,7 @@ def certify(
             print(dumps({**document, "folder": str(folder)}, indent=2, allow_nan=False))
         else:
             print("\n".join(map(str, [*findings, *([share] if share else [])])))
-        write(findings, document, folder)  # after what it finds is said
+        write(findings, document, folder)  # after printing, so that a full disk does not lose the result
         if not json:
             print(f"certificate: {folder}")
 
@@ -115,7 +115,7 @@ def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, .
     if drawn:
         if checkpoint is not None:
             raise ConfigError("--checkpoint and --iterates exclude each other")
-        return tuple(run / name for name in dict.fromkeys(drawn))  # each once
+        return tuple(run / name for name in dict.fromkeys(drawn))  # without duplicates
     if checkpoint is None:
         return (run / "checkpoint" / "model.pt",)
     inside = run / checkpoint
@@ -123,8 +123,8 @@ def _files(run: Path, checkpoint: str | None, drawn: list[str]) -> tuple[Path, .
 
 
 def _drawn(run: Path, config: Config) -> list[str]:
-    """The names of the iterates that the run drew, as often as they were drawn. Raises ConfigError if some are not
-    there, as in a run that was cut off: those that are would be a biased sample."""
+    """Return the file names of the iterates drawn along the run, repeated as often as drawn. Raises ConfigError if any
+    is missing, as in an unfinished run: the others would be a biased sample."""
     from packsaddle.runs.run_checks import drawn_names
 
     (found,) = read_runs([run])
@@ -155,6 +155,6 @@ def _share(findings: list[Any], drawn: list[str]) -> Any:
 
 
 def _numbered(folder: Path) -> Path:
-    """The folder, or the first of its numbered siblings that does not exist."""
+    """Return `folder`, or if it exists the first of FOLDER-2, FOLDER-3, ... that does not."""
     siblings = (folder.with_name(f"{folder.name}-{n}") for n in count(2))
     return next(path for path in chain([folder], siblings) if not path.exists())

@@ -1,4 +1,4 @@
-"""packsaddle certify-script."""
+"""The command `packsaddle certify-script`."""
 
 import sys
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from packsaddle.errors import ConfigError, check_positive, config_errors, requir
 from packsaddle.messages import first_line
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # keys under which scripts keep weights
-# Of names: a compiled model's, a DistributedDataParallel's, or both, in either order.
+# Prefixes of parameter names: of a compiled model, of a DistributedDataParallel, or of both in either order.
 _PREFIXES = ("_orig_mod.", "module.", "_orig_mod.")
 
 
@@ -33,11 +33,11 @@ def certify_script(
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Certify a checkpoint of any script: is it a saddle, second-order stationary, or undecided.
+    """Certify a checkpoint of any script as a saddle or second-order stationary, or report it as undecided.
 
-    The function, found from the present folder, takes nothing and returns a model, a loss of (model, batch), and the
-    batches, which can be read again. Under torchrun every worker calls it, and returns its own batches; it may shard
-    the model by FSDP2.
+    FUNCTION is imported from the current folder and called without arguments. It returns a model, a loss function of
+    (model, batch), and the batches, which can be iterated again. Under torchrun every worker calls it and returns its
+    own batches; it may shard the model with FSDP2.
 
     Examples:
         packsaddle certify-script train:problem checkpoint.pt
@@ -47,20 +47,20 @@ def certify_script(
 
     Args:
         function: module:function.
-        checkpoint: A file by torch.save: the model's state_dict, or a dict that has it as "model", "state_dict" or
-            "model_state_dict"; of the model itself, of its DistributedDataParallel or compiled.
-        epsilon: The gradient's threshold; the curvature's is -sqrt(rho epsilon). By default the gradient's norm at the
-            point: then the curvature decides.
-        hessian_lipschitz: rho. By default measured along the direction found.
-        spectrum: Estimate the density of all eigenvalues too, with 4 probes of 40 products.
-        population: Certify also the loss of the population that the examples are drawn from; costs some 150 products.
-        out: A new folder for the certificate, its directions, and a picture of the loss along them.
-        seed: Of the random start.
+        checkpoint: A file written by torch.save: a state_dict, or a dict with one under "model", "state_dict" or
+            "model_state_dict". It may be that of the compiled or DistributedDataParallel model.
+        epsilon: Threshold of the gradient norm; that of the curvature is -sqrt(rho epsilon). By default the gradient
+            norm at the point plus twice its standard error: the curvature decides.
+        hessian_lipschitz: rho. By default measured along the escape direction.
+        spectrum: Also estimate the density of all eigenvalues, with 4 probes of 40 Hessian-vector products.
+        population: Also certify the loss of the population from which the examples are drawn; about 150 products.
+        out: A new folder for the certificate, its directions, and a plot of the loss along them.
+        seed: Seed of the random start vector.
         json: Print one JSON document instead.
     """
     from packsaddle.runs.findings import Questions, new_folder, write
 
-    # Bad input first, before the work.
+    # Validate the input before the work.
     with config_errors("--"):
         check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if out is not None:
@@ -75,14 +75,14 @@ def certify_script(
     if is_first():
         print(dumps(finding.to_dict(), indent=2, allow_nan=False) if json else finding)
         if out is not None:
-            write([finding], {"points": [finding.to_dict()]}, out)  # after what it finds is said
+            write([finding], {"points": [finding.to_dict()]}, out)  # after printing: a full disk loses nothing
             if not json:
                 print(f"certificate: {out}")
 
 
 @contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Import from a folder within, also what the function, the loss and the batches import when they are called."""
+    """Add `folder` to sys.path within, also for imports that the function, loss and batches make when called."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -104,25 +104,25 @@ def _certify(function: str, checkpoint: Path, questions: Any) -> Any:
         except Exception as error:
             raise ConfigError(f"the loss function of {function} failed: {first_line(error)}") from None
 
-    # The verdict, then the rest of the questions.
+    # The verdict, then profiles, spectrum and population.
     try:
         if questions.population:
-            check_population(model, batches)  # before the work, not after
+            check_population(model, batches)  # fails before the work
         with questions.countdown("certify", questions.search.max_hvps) as progress:
             certificate = questions.certify(model, loss_fn, batches, progress)
         return questions.look(checkpoint, model, loss_fn, batches, certificate)
-    except ValueError as error:  # what certify says of the model, the loss and the batches
+    except ValueError as error:  # invalid model, loss or batches
         raise ConfigError(f"{function}: {error}") from None
 
 
 def _problem(function: str) -> tuple[Any, Any, Any]:
-    """Return the function's model, loss and batches. Raises ConfigError if it is absent, fails or returns others."""
+    """Call MODULE:NAME; return its model, loss and batches. Raises ConfigError if it fails or returns others."""
     module, colon, name = function.partition(":")
     if not (module and colon and name.isidentifier()):
         raise ConfigError(f"the function must be given as module:function, got {function!r}")
     try:
         found = getattr(import_module(module), name, None)
-    except Exception as error:  # a script raises whatever it likes
+    except Exception as error:  # a script can raise anything
         raise ConfigError(f"{module} cannot be imported: {first_line(error)}") from None
     if not callable(found):
         raise ConfigError(f"{module} has no function {name!r}")
@@ -141,7 +141,7 @@ def _load(model: Any, checkpoint: Path) -> None:
     from packsaddle.runs.certification import read_weights
 
     weights = read_weights(checkpoint)
-    model = getattr(model, "_orig_mod", model)  # of a compiled one
+    model = getattr(model, "_orig_mod", model)  # inside a compiled model
     if isinstance(weights, dict):
         own = model.state_dict().keys()
         weights = next((weights[key] for key in _WRAPPERS if isinstance(weights.get(key), dict)), weights)

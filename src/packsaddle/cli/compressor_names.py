@@ -1,4 +1,4 @@
-"""Compressors by the names and calls that `packsaddle plan` takes for --compressor, with --ratio."""
+"""Parsing of --compressor and --ratio in `packsaddle plan`: a name such as topk, or a call such as TopK(0.01)."""
 
 from collections.abc import Callable, Mapping
 
@@ -25,14 +25,14 @@ FIXED: Mapping[str, Compressor] = {
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError for a lowercase name that is neither a compressor's nor "best"."""
+    """Raise ConfigError unless `name`, in lowercase, is that of a compressor or "best"."""
     names = ["best", *WITH_RATIO, *FIXED]
     if name not in names:
         raise ConfigError(f"compressor must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
 
 
 def called(text: str, ratio: float | None) -> Compressor:
-    """Return the compressor of a call such as TopK(0.01). Raises ConfigError, also if a ratio is given."""
+    """Return the compressor of a call such as "TopK(0.01)". Raises ConfigError if it is invalid or `ratio` is given."""
     if ratio is not None:
         raise ConfigError(f"ratio is for a compressor by name, got compressor {text!r}")
     with config_errors():

@@ -1,4 +1,4 @@
-"""Helpers of all commands: tables, names of new folders, and the process that prints."""
+"""Helpers of all commands: tables, names of new folders, and the check for the printing process (rank 0)."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def print_runs(runs: Sequence[Run]) -> None:
 
 
 def number_table(*headings: str, words: int = 1) -> Table:
-    """Return a table whose first `words` columns are of words, and the others of numbers."""
+    """Return a table with its first `words` columns aligned left, for words, and the others right, for numbers."""
     table = Table(*headings)
     for column in table.columns[words:]:
         column.justify = "right"
@@ -42,14 +42,14 @@ def number_table(*headings: str, words: int = 1) -> Table:
 
 
 def plain_text(text: str) -> Text:
-    """A text for a rich table as it is: brackets mean nothing, and control characters are shown, not obeyed."""
+    """Return a literal text for a rich table, without markup; control characters are escaped."""
     return Text(printable(text))
 
 
 def print_table(table: Table, uncut: str = "") -> None:
-    """Print a table, as wide as the terminal at most; in a pipe or a file 80 columns, or what its longest words need.
+    """Print a table no wider than the terminal; in a pipe or file 80 columns, or more if its longest words need it.
 
-    `uncut` says where its content is whole, for terminals that are too narrow.
+    `uncut`: hint printed below a table that is too wide, such as "--json prints it whole" ("": no hint).
     """
     console = Console()
     if table.box is None:
@@ -57,7 +57,7 @@ def print_table(table: Table, uncut: str = "") -> None:
         return
     table.box, table.pad_edge, table.show_edge, table.padding = box.SIMPLE_HEAD, False, False, (0, 1, 0, 0)
 
-    # A column is at least as wide as its longest word, at most as its longest cell.
+    # Column widths range from that of the longest word to that of the longest cell.
     wide = console.options.update(width=_UNLIMITED)
     least, widths = [], []
     for column in table.columns:
@@ -69,7 +69,7 @@ def print_table(table: Table, uncut: str = "") -> None:
     if not console.is_terminal:
         console = Console(width=max(_WIDTH, needed))
 
-    # The widest column gives way first.
+    # Shrink the widest column first.
     while sum(widths) + gaps > console.width and widths != least:
         widest = max((i for i in range(len(widths)) if widths[i] > least[i]), key=widths.__getitem__)
         widths[widest] -= 1
@@ -87,12 +87,12 @@ def _cells(column: Column) -> Iterator[RenderableType]:
 
 
 def brief(compressor: str) -> str:
-    """A compressor as it may be typed, without the name of its first argument: TopK(0.01, values='int8')."""
+    """Drop the name of the first argument from a compressor's repr: TopK(0.01, values='int8')."""
     return re.sub(r"\((ratio|share|compressor|matrix_rank)=", "(", compressor)
 
 
 def require_plots(purpose: str) -> None:
-    """Raise MissingExtraError if what draws figures and pages is not installed: before the work, not after it."""
+    """Raise MissingExtraError if matplotlib, jinja2 or plotly is missing. Call before the work, not after it."""
     for module in ("matplotlib", "jinja2", "plotly"):
         require(module, "plot", purpose)
 
@@ -102,6 +102,6 @@ def dated(name: str) -> Path:
 
 
 def is_first() -> bool:
-    """Tell if this process prints: under a launcher, only rank 0 does."""
+    """Return True if this process prints: under a launcher, only rank 0 does."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # nonsense must be shown
+    return not (rank.isdecimal() and size.isdecimal() and 0 < int(rank) < int(size))  # invalid values: print the error

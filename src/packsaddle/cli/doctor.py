@@ -1,7 +1,7 @@
-"""The command `packsaddle doctor`: what training would use on this machine, what it would not, and why.
+"""The command `packsaddle doctor`: a report of the hardware and software that training can use on this machine.
 
-Its facts include the machine's network interfaces and which of them gloo would listen on; what the system does not
-report is None.
+It includes the network interfaces and the one on which gloo would listen. Values that the system does not report are
+None.
 """
 
 import importlib
@@ -45,24 +45,24 @@ class Interface:
     """One network interface."""
 
     name: str
-    addresses: tuple[str, ...]  # IPv4 before IPv6; empty if it has none, or if the system does not tell
-    state: str | None  # "up", "down" or what else the system calls it
-    mbit: int | None  # Mbit/s; virtual links mostly have none
+    addresses: tuple[str, ...]  # IPv4 before IPv6; empty: none, or not reported by the system
+    state: str | None  # operstate: "up", "down", "unknown", ...
+    mbit: int | None  # link speed in Mbit/s; None for most virtual links
     loopback: bool
 
 
 @dataclass(frozen=True)
 class Listening:
-    """The address where gloo listens for the other workers, and the reason."""
+    """The address on which gloo listens for the other workers, and the reason for it."""
 
-    address: str  # of a host, or the names of interfaces
+    address: str  # IP address, or names of interfaces
     why: str
-    reachable: bool  # from other hosts
+    reachable: bool  # True: from other hosts
     possible: bool = True  # False: gloo fails
 
 
 def interfaces(sysfs: Path = Path("/sys/class/net")) -> list[Interface]:
-    """Return the interfaces of this machine; Linux tells all of each, others at least the names."""
+    """Return the network interfaces of this machine; outside Linux their names only."""
     inet6 = _inet6()
     found = []
     for _, name in socket.if_nameindex():
@@ -78,7 +78,7 @@ def interfaces(sysfs: Path = Path("/sys/class/net")) -> list[Interface]:
 def _read(path: Path) -> str | None:
     try:
         return path.read_text().strip() or None
-    except OSError:  # not Linux; or a link that has no speed
+    except OSError:  # not Linux, or a link without a speed
         return None
 
 
@@ -96,7 +96,7 @@ def _inet(name: str) -> tuple[str, ...]:
 
 
 def _inet6() -> dict[str, list[str]]:
-    """The IPv6 addresses of each interface, but for those of the link alone."""
+    """Return the IPv6 addresses of each interface, without link-local ones."""
     found: dict[str, list[str]] = {}
     for line in (_read(Path("/proc/net/if_inet6")) or "").splitlines():
         digits, _, _, _, _, name = line.split()
@@ -107,7 +107,7 @@ def _inet6() -> dict[str, list[str]]:
 
 
 def gloo_listens() -> Listening:
-    """Return where torch's gloo listens: on GLOO_SOCKET_IFNAME, else where this host's name leads, else on loopback."""
+    """Return the address on which gloo listens: of GLOO_SOCKET_IFNAME, else of this host's name, else loopback."""
     if asked := os.environ.get("GLOO_SOCKET_IFNAME"):
         known = {i.name: i for i in interfaces()}
         for name in asked.split(","):
@@ -124,7 +124,7 @@ def gloo_listens() -> Listening:
 
 
 def _usable_address(host: str) -> str | None:
-    """The first address of a name that can be listened on, as gloo takes it."""
+    """Return the first address of a host name that a socket can be bound to, the one that gloo uses; None if none."""
     try:
         candidates = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -143,8 +143,8 @@ Verdict = Literal["ok", "note", "warning", "problem"]
 Topic = Literal["versions", "machine", "devices", "loops", "extras", "network", "environment", "exchange"]
 
 _DRIVER = Path("/proc/driver/nvidia/version")
-_PATIENCE = timedelta(seconds=60)  # for two processes to find each other, where it takes a second
-_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # whose name differs from their package's
+_PATIENCE = timedelta(seconds=60)  # timeout for two processes to connect, which takes about a second
+_MODULES = {"scikit-learn": "sklearn", "mlflow-skinny": "mlflow"}  # modules not named like their package
 _PURPOSES = {
     "plot": "figures and pages of demo, report and certify",
     "digits": "the digits that demo and data.name = digits train on",
@@ -156,7 +156,7 @@ _PURPOSES = {
     "torchft": "LocalUpdates(..., workers=): workers that come and go",
     "track": "run --track",
 }
-_OURS = ("dev", "docs")  # extras for working on packsaddle
+_OURS = ("dev", "docs")  # extras for developers of packsaddle
 _VARIABLES = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"}
 _VARIABLES |= {"TORCHFT_LIGHTHOUSE", "TORCHFT_TIMEOUT_SEC", "TORCHFT_QUORUM_TIMEOUT_SEC"}
 _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES", "TORCH_DISTRIBUTED_DEBUG"}
@@ -164,7 +164,7 @@ _VARIABLES |= {"GLOO_SOCKET_IFNAME", "PACKSADDLE_KERNELS", "CUDA_VISIBLE_DEVICES
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing found. note: nothing is wrong, but something is not there; problem: training fails."""
+    """One finding. verdict: note (absent or unused), warning (some uses may fail), problem (training fails) or ok."""
 
     topic: Topic
     name: str
@@ -174,9 +174,9 @@ class Fact:
 
 
 def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[Fact]:
-    """Return the facts, of the topics `only` if there are any.
+    """Return the facts of the topics `only`; empty: of all.
 
-    `try_processes` starts two workers that exchange something (under torchrun, its own do).
+    `try_processes`: run an all-reduce between two new processes, or between torchrun's workers.
     """
     found: dict[Topic, list[Callable[[], Iterable[Fact]]]] = {
         "versions": [versions],
@@ -192,7 +192,7 @@ def examine(*, try_processes: bool = True, only: Sequence[Topic] = ()) -> list[F
 
 
 def versions() -> Iterator[Fact]:
-    """Versions of packsaddle, Python and required packages, with the oldest that are tested."""
+    """Yield the versions of packsaddle, Python and required packages, with the oldest tested versions."""
     yield Fact("versions", "packsaddle", f"{packsaddle.__version__}, {Path(packsaddle.__file__).parent}")
     yield Fact("versions", "Python", f"{platform.python_version()}, {sys.executable}, {platform.platform()}")
     for package, least, extra in _requirements():
@@ -206,7 +206,7 @@ def versions() -> Iterator[Fact]:
 
 
 def _requirements() -> list[tuple[str, str, str | None]]:
-    """Package, least version and extra (None: always needed) of packsaddle as installed; none if it is not."""
+    """Return (package, minimum version, extra or None) of each requirement; empty if packsaddle is not installed."""
     try:
         lines = importlib.metadata.requires("packsaddle") or []
     except importlib.metadata.PackageNotFoundError:
@@ -229,7 +229,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def machine() -> Iterator[Fact]:
-    """Cores, threads and memory."""
+    """Yield cores, threads and memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Fact("machine", "cores", f"{cores}, of which torch uses {torch.get_num_threads()} here")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -237,7 +237,7 @@ def machine() -> Iterator[Fact]:
 
 
 def _available() -> str:
-    """Return the memory left according to Linux, and a container's limit."""
+    """Return a text with the available memory (Linux) and the cgroup's memory limit; "" if unknown."""
     said = ""
     if Path("/proc/meminfo").exists():
         kilobytes = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
@@ -249,7 +249,7 @@ def _available() -> str:
 
 
 def devices() -> Iterator[Fact]:
-    """The GPUs that torch sees, or why it sees none."""
+    """Yield the GPUs that torch can use, or the reason why there are none."""
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             of = torch.cuda.get_device_properties(i)
@@ -268,7 +268,7 @@ def devices() -> Iterator[Fact]:
 
 
 def built_with() -> Iterator[Fact]:
-    """The backends of torch.distributed, without which workers cannot exchange anything."""
+    """Yield the available backends of torch.distributed."""
     found = backends()
     if found["gloo"]:
         yield Fact("exchange", "gloo", "available")
@@ -281,17 +281,17 @@ def built_with() -> Iterator[Fact]:
         yield Fact("exchange", "nccl", "not in this torch: workers on GPUs would exchange by gloo", "note")
 
 
-_REACH = 3.0  # seconds to reach a lighthouse
+_REACH = 3.0  # timeout for connecting to a lighthouse, in seconds
 
 
 def elastic() -> Iterator[Fact]:
-    """Support for workers that join and leave: torchft, and the lighthouse that the environment names."""
+    """Yield the support for workers that join and leave: torchft, and the lighthouse set in the environment."""
     if _version("torchft") is None:
         advice = "pip install 'packsaddle[torchft]'"
         yield Fact("exchange", "elastic", "workers cannot come and go: there is no torchft", "note", advice)
         return
 
-    # Its import can fail as well as the lighthouse's address: either is the fact to report.
+    # Report a failing import of torchft and an unreachable lighthouse alike.
     try:
         importlib.import_module("torchft")
         place = lighthouse_place()
@@ -301,20 +301,20 @@ def elastic() -> Iterator[Fact]:
             yield Fact("exchange", "elastic", value, "note", advice)
             return
         here = reach(*place, _REACH)
-    except Exception as error:  # whatever stops it is what was asked for
+    except Exception as error:  # any failure is the finding
         yield Fact("exchange", "elastic", f"fails: {one_line(str(error))}", "warning")
         return
     yield Fact("exchange", "elastic", f"the lighthouse at {place[0]}:{place[1]} is reached from {here}")
 
 
 def loops() -> Iterator[Fact]:
-    """The compiler of the inner loops, by device; torch alone gives the same results, more slowly."""
+    """Yield the compiler of the inner loops, by device; without one torch computes the same results more slowly."""
     for where, package in (("cpu", "numba"), ("cuda", "triton")):
         if where == "cuda" and not torch.cuda.is_available():
             yield Fact("loops", where, "not used: there is no GPU", "note")
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # it is said here
+            warnings.simplefilter("ignore", kernels.SlowKernelsWarning)  # the fact replaces it
             obstacle = kernels.obstacle(where)
         if obstacle:
             advice = "pip install 'packsaddle[fast]'" if obstacle == "numba is not installed" else ""
@@ -326,7 +326,7 @@ def loops() -> Iterator[Fact]:
 
 
 def extras() -> Iterator[Fact]:
-    """The optional packages, what needs them, and how to get them."""
+    """Yield the extras: their packages, purpose, and the command that installs missing ones."""
     needed: dict[str, list[str]] = {}
     for package, _, extra in _requirements():
         if extra not in (None, "all", *_OURS):
@@ -340,7 +340,7 @@ def extras() -> Iterator[Fact]:
 
 
 def network() -> Iterator[Fact]:
-    """The interfaces, and which one gloo would listen on."""
+    """Yield the network interfaces, and the address on which gloo would listen."""
     found = interfaces()
     for i in found:
         yield Fact("network", i.name, _described(i), "note" if i.state == "down" else "ok")
@@ -368,7 +368,7 @@ def _described(i: Interface) -> str:
 
 
 def variables() -> Iterator[Fact]:
-    """The environment variables that matter here, where they are set."""
+    """Yield the environment variables that affect training and are set."""
     for name in sorted(os.environ):
         if name in _VARIABLES or name.startswith("NCCL_"):
             yield Fact("environment", name, os.environ[name])
@@ -378,12 +378,12 @@ def variables() -> Iterator[Fact]:
 
 
 def all_reduce() -> Fact:
-    """Start two processes here that add up two numbers by gloo; under torchrun, let its workers do so."""
+    """Run an all-reduce of one number by gloo between two new processes, or between torchrun's workers."""
     start = time.perf_counter()
-    logging.disable()  # the launcher would log the workers' tracebacks; the fact says what is in them
+    logging.disable()  # the launcher would log the workers' tracebacks, which the fact summarizes
     try:
         total, workers = sum_over_workers() if under_launcher() else launch(sum_over_workers, (), 2)
-    except Exception as error:  # whatever stops it is what was asked for
+    except Exception as error:  # any failure is the finding
         reason = " ".join(str(error).split()) or type(error).__name__
         return Fact("exchange", "all-reduce", f"fails: {reason}", "problem", "see the network above")
     finally:
@@ -395,7 +395,7 @@ def all_reduce() -> Fact:
 
 
 def sum_over_workers() -> tuple[float, int]:
-    """Return 1 + 2 + ... + W, by an all-reduce of W workers on CPUs, and W; in a process that a launcher started."""
+    """Return (1 + 2 + ... + W, W), from an all-reduce between W workers on CPUs. Call in a launcher's process."""
     with process_group(_PATIENCE) as group:
         mine = torch.tensor([group.rank + 1.0])
         group.all_reduce(mine)
@@ -407,11 +407,11 @@ _LEGEND = "- not there, or not used   ! may fail in some uses   X training fails
 
 
 def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = False) -> None:
-    """Check what training can use on this machine, and explain what it cannot.
+    """Check the hardware and software that training can use on this machine, and explain what is missing.
 
-    Versions, cores, GPUs, compiled loops, optional packages, network interfaces and which of them gloo listens on,
-    and the variables that matter; then two processes exchange a number. Under torchrun its workers do, on all hosts.
-    The exit code is 1 if something is found that training fails at, else 0.
+    Checks versions, cores, GPUs, compiled loops, optional packages, network interfaces, the address on which gloo
+    listens, and environment variables; then two processes exchange a number (under torchrun, its workers on all
+    hosts). The exit code is 1 if training would fail, else 0.
 
     Examples:
         packsaddle doctor
@@ -420,7 +420,7 @@ def doctor(only: tuple[Topic, ...] = (), no_try: bool = False, json: bool = Fals
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli doctor
 
     Args:
-        only: The topics to check; by default all. Processes are started for "exchange" alone.
+        only: The topics to check; by default all. Processes are started only for "exchange".
         no_try: Start no processes.
         json: Print one JSON document.
     """
@@ -440,7 +440,7 @@ def _show(facts: list[Fact]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 1), caption=_LEGEND, caption_justify="left")
     before = ""
     for fact in facts:
-        found = Text(f"{fact.value}\n> {fact.advice}" if fact.advice else fact.value)  # no markup: [plot] is an extra
+        found = Text(f"{fact.value}\n> {fact.advice}" if fact.advice else fact.value)  # no markup: prints [plot]
         table.add_row(_MARKS[fact.verdict], "" if fact.topic == before else fact.topic, fact.name, found)
         before = fact.topic
     print_table(table)

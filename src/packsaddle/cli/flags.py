@@ -1,4 +1,4 @@
-"""The flags of a command: its arguments, and the fields of an option class among them."""
+"""The flags of a command: its parameters, with each option class expanded into its fields."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -9,25 +9,25 @@ from packsaddle.errors import config_errors
 from packsaddle.options.describe import option_class
 from packsaddle.options.schema import is_required, settable
 
-Command = Callable[..., Any]  # a function, or a class whose instances are called
+Command = Callable[..., Any]  # a function, or a class with callable instances
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Given(Generic[T]):
-    """The options of a class T that a command line gives; the others have no defaults of their own."""
+    """The fields of an option class T that are set on the command line; the others get no default."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
 
     def over(self, base: T) -> T:
-        """Return `base` with the given options in place of its own."""
+        """Return `base` with these fields replaced."""
         return replace(base, **self.values)  # type: ignore[type-var]
 
 
 def flags_of(command: Command) -> dict[str, inspect.Parameter]:
-    """Return a command's parameters with evaluated annotations, an option class replaced by its settable fields.
+    """Return a command's parameters with evaluated annotations, each option class replaced by its settable fields.
 
-    Defaults are those of the argument's own default, else of the class; None for fields of a `Given`.
+    A field's default is its value in the parameter's default, else the class's; None for fields of a `Given`.
     """
     found: dict[str, inspect.Parameter] = {}
     hints = get_type_hints(command, include_extras=True)
@@ -46,9 +46,9 @@ def flags_of(command: Command) -> dict[str, inspect.Parameter]:
 
 
 def arguments_of(command: Command, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a command's arguments from the values of its flags, those of an option class as one argument.
+    """Return the arguments of a command from the values of its flags: inverse of `flags_of`.
 
-    Raises ConfigError, which names the flag, for a value outside its range.
+    Raises ConfigError, naming the flag, for a value outside its range.
     """
     arguments = dict(values)
     for name, hint in get_type_hints(command).items():

@@ -1,8 +1,7 @@
-"""From the words of a command line to a call; every mistake is one line that names the nearest valid word.
+"""Parsing of a command line into a call. Every error is one line that names the nearest valid word.
 
-tyro parses a command's flags by its signature, and writes its help and the scripts that complete it in a shell. Its
-errors are boxes of many lines: `_one_line` makes one line of their text, and of the errors that it recognizes one in
-our words.
+tyro parses a command's flags from its signature, and writes its help and shell completion scripts. Its errors are
+boxes of several lines: `_one_line` joins them into one, and rewords the errors that it recognizes.
 """
 
 import functools
@@ -59,22 +58,22 @@ def _number(
 Seconds = Annotated[float, _number(float, seconds, "SECONDS", "seconds such as 30, 55ms or 2min")]
 
 MARKERS = (
-    tyro.conf.DisallowNone,  # what may be left out is left out, not given as None
+    tyro.conf.DisallowNone,  # None is not accepted as a value of optional flags
     tyro.conf.FlagCreatePairsOff,  # --serial, without --no-serial
     tyro.conf.PositionalMetavarFromFieldName,
 )
-UNSAID = tyro.conf.arg(help_behavior_hint="")  # for a default that the help says in words
+UNSAID = tyro.conf.arg(help_behavior_hint="")  # for a default that the help text describes
 
 
 @dataclass(frozen=True)
 class Group:
-    """Commands under one word."""
+    """A group of commands, by name."""
 
     about: str
     commands: Mapping[str, "Command | Group"]
 
     def overview(self, name: str) -> str:
-        """Return what `packsaddle` says when it is asked for nothing: the commands, one line each."""
+        """Return the help of the group: its commands, one line each."""
         width = max(map(len, self.commands))
         lines = [f"  {word:<{width}}  {summary(command)}" for word, command in self.commands.items()]
         last = f"{name} COMMAND --help says what a command takes, with examples."
@@ -82,14 +81,14 @@ class Group:
 
 
 def summary(command: Command | Group) -> str:
-    """Return the line that describes a command."""
+    """Return the first line of a command's docstring, or a group's `about`."""
     return (command.about if isinstance(command, Group) else inspect.getdoc(command) or "").partition("\n")[0]
 
 
 def parse(group: Command | Group, words: Sequence[str], name: str) -> Callable[[], Any]:
-    """Return the call that `words`, which follow `name` on the command line, ask of a command or a group.
+    """Parse `words`, which follow `name` on the command line, into a call of a command of the group.
 
-    Raises ConfigError if they cannot be parsed, and SystemExit after printing help.
+    Raises ConfigError if they are invalid, and SystemExit after printing help.
     """
     if not isinstance(group, Group):
         return _parse_flags(group, words, name)
@@ -130,14 +129,14 @@ def _parse_flags(command: Command, words: Sequence[str], name: str) -> Callable[
 
 
 def _joined(command: Command, words: Sequence[str]) -> list[str]:
-    """Put together what a flag of several values is given in several places, of which tyro would take the last."""
+    """Merge repetitions of a flag with several values (tyro would keep only the last), moved behind the other words."""
     tuples = [name for name, flag in flags_of(command).items() if get_origin(flag.annotation) is tuple]
     several = {f"--{name.replace('_', '-')}" for name in tuples}
     values: dict[str, list[str]] = {}
     others: list[str] = []
     place, repeated = others, False
 
-    # A value belongs to the last flag before it.
+    # Assign each value to the last flag before it.
     for word in words:
         flag, equals, value = word.partition("=")
         flag = flag.replace("_", "-")
@@ -152,18 +151,18 @@ def _joined(command: Command, words: Sequence[str]) -> list[str]:
 
 
 def _description(command: Command) -> str:
-    """Return the part of a docstring before its arguments, with examples."""
+    """Return the docstring of a command up to its arguments, examples included, wrapped to the terminal."""
     first, *others = (inspect.getdoc(command) or "").partition("\n\nArgs:")[0].split("\n\n")
     width = shutil.get_terminal_size().columns
-    # tyro would unwrap lines that begin with a letter, and leave them to the terminal
+    # tyro would join lines that begin with a letter, without wrapping the result
     wrapped = (p if p.startswith("Examples:") else textwrap.fill(p, width, subsequent_indent=" ") for p in others)
     return "\n\n".join([first, *wrapped])
 
 
 def deferred(command: Command) -> Command:
-    """Return a function of the command's flags that returns the call to be made, as a class does by itself.
+    """Return a function for tyro with one parameter per flag, which returns the call of `command` without running it.
 
-    Where the default is nothing, or off, its help does not repeat it.
+    Defaults None, True, False and () are not shown in its help. A class is returned unchanged.
     """
     if inspect.isclass(command):
         return command
@@ -186,7 +185,7 @@ def deferred(command: Command) -> Command:
 
 @contextmanager
 def _unwrapped(words: Sequence[str]) -> Iterator[None]:
-    """Let tyro write errors on lines of any length, so that it breaks no word; help keeps the terminal's width."""
+    """Widen COLUMNS within, so that tyro breaks no words in errors. No-op for --help: it keeps the terminal's width."""
     before = os.environ.get("COLUMNS")
     if not {"-h", "--help"} & {*words}:
         os.environ["COLUMNS"] = "100000"
@@ -209,14 +208,14 @@ def _check_flags(command: Command, words: Sequence[str], name: str) -> None:
 
 
 def _flags(command: Command) -> list[str]:
-    """Return its own flags; those that are on by default are turned off by --no-NAME."""
+    """Return the flags of a command as typed: --NAME, or --no-NAME if it is on by default."""
     parameters = flags_of(command).values()
     positional = [p for p in parameters if tyro.conf.Positional in getattr(p.annotation, "__metadata__", ())]
     names = [f"{'no-' * (p.default is True)}{p.name}" for p in parameters if p not in positional]
     return [f"--{name.replace('_', '-')}" for name in names]
 
 
-# The text of tyro's errors, and what replaces it. Another version's wording is printed as it is.
+# Patterns of tyro's errors, with their replacements. The wording of other versions is printed unchanged.
 _ERRORS = (
     (r"Error parsing (\S+): (?:.*(?:'>|\)\]): )?(must be .*)", r"\1 \2"),
     (r"Missing value for argument '(\S+)'.*", r"\1 needs a value after it"),
@@ -226,14 +225,14 @@ _ERRORS = (
 
 
 def _one_line(text: str, words: Sequence[str]) -> str:
-    """Return an error of tyro's as one line, without box, title and trailer."""
+    """Return a tyro error as one line, without its box, title and trailing hints."""
     lines = [line.strip(" │|") for line in text.splitlines()]
     rules = [i for i, line in enumerate(lines) if re.match(r"[─╭╰]|\+-|----", line)]
-    first = rules[0] + 1 if rules else 0  # the title is in or above the first rule
+    first = rules[0] + 1 if rules else 0  # skip the title, in or above the first rule
     text = " ".join(line for i, line in enumerate(lines) if line and i >= first and i not in rules)
     text = re.split(r"\s*(?:Argument helptext:|For full helptext)", text)[0]
 
-    # Errors whose values are known.
+    # Errors that contain the values.
     if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(\S+)'\. Expected one of \((.*)\)\.?", text):
         choices = sorted(set(re.findall(r"'([^']*)'", choice[3])) - {"None"}, key=choice[3].index)
         place = choice[2] if choice[2].startswith("-") else choice[2].upper()
@@ -242,14 +241,14 @@ def _one_line(text: str, words: Sequence[str]) -> str:
         unknown = next((word for word in words if rest[1].startswith(" ".join(word.split()))), rest[1])
         return f"unexpected argument {_shown(unknown)}"
 
-    # Others, reworded if their wording is known.
+    # Other errors, reworded if a pattern matches.
     for pattern, replacement in _ERRORS:
         text = re.sub(pattern, replacement, text)
     return re.sub(r"\.? \(required\) ", "; ", text)
 
 
 def _subject(name: str) -> str:
-    """The command that a message is about, without the program's name, which every message begins with."""
+    """Return the prefix "COMMAND: " of a message, without the program's name, which is printed before it."""
     _, _, command = name.removeprefix("python -m ").partition(" ")
     return f"{command}: " if command else ""
 
@@ -260,7 +259,7 @@ def _shown(word: str) -> str:
 
 Shell = Literal["bash", "zsh", "fish"]
 
-# tyro completes files where a flag takes one, but not in place of a positional argument; with these, its scripts do.
+# Replacements in tyro's scripts: they complete file names for flags, and with these for positional arguments too.
 _FILES_TOO: dict[Shell, tuple[str, str]] = {
     "bash": ("complete -F", "complete -o default -F"),
     "zsh": ("completion_array\n}", "completion_array || _files\n}"),
@@ -269,7 +268,7 @@ _FILES_TOO: dict[Shell, tuple[str, str]] = {
 
 
 def script(group: Group, name: str, shell: Shell) -> str:
-    """Return the script, as tyro writes it, but that names of files are completed too."""
+    """Return tyro's completion script for `shell`, extended to complete file names everywhere."""
     written = io.StringIO()
     with redirect_stdout(written), suppress(SystemExit):
         _app(group).cli(prog=name, args=["--tyro-print-completion", shell], config=MARKERS)

@@ -1,4 +1,4 @@
-"""packsaddle plan link."""
+"""The command `packsaddle plan link`."""
 
 import math
 import os
@@ -30,7 +30,7 @@ from packsaddle.runs.progress import Report, countdown, megabytes
 
 _BATCH = 32
 _UNCUT = "--json prints it whole"
-_ERROR = 0.1  # of the model, on quiet machines (experiments/scale)
+_ERROR = 0.1  # relative error of the time model on idle machines (experiments/scale)
 _NOTE = (
     "This is the time of a step. How many steps a compressor needs depends on the optimizer: --optimizer sgd or adamw "
     "counts those that were measured."
@@ -51,17 +51,17 @@ class LinkOptions:
     """The model and the workers of a plan for a link. Raises ValueError for options that exclude one another.
 
     Args:
-        d: Coordinates of the parameter vector, as 25000000, 25e6 or 25M, instead of --model.
-        model: What is trained, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
+        d: Number of parameters, as 25000000, 25e6 or 25M, instead of --model.
+        model: The network to train, instead of --d: mnist-autoencoder, char-transformer (117,221 parameters, over
             Python's own reference), or resnet18, resnet34 or resnet50 (for 32 x 32 images).
         latency: Time that a small message takes on a link of a given rate, 100us by default.
-        compute: Time of a step's forward and backward pass, as in 55ms; by default the model's is measured here.
-        batch: Examples per worker and step, to measure that, 32 by default.
-        spread: Standard deviation of the workers' compute times, as a fraction of them.
-        noise: Count the drawing of the artificial noise in a step's time.
-        local: Plan local updates too (their period, compressor, fragments and overlap), and choose. They were measured
-            with adamw, which is the optimizer unless it is muon.
-        most_steps: Leave out local updates that need more than this multiple of dense training's steps.
+        compute: Time of a step's forward and backward pass, as in 55ms; by default measured here for --model.
+        batch: Examples per worker and step in that measurement, 32 by default.
+        spread: Standard deviation of the workers' compute times, as a fraction of their mean.
+        noise: Include the time to generate the artificial noise in a step.
+        local: Also plan local updates (their period, compressor, fragments and overlap), and recommend the fastest.
+            They were measured with adamw, the default optimizer here, and with muon.
+        most_steps: Exclude local updates that need more than this multiple of the steps of dense training.
     """
 
     d: int | None = None
@@ -91,15 +91,15 @@ class LinkOptions:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The question that a verdict answers; `source` tells where the link's rate comes from, `update` is in seconds."""
+    """The inputs of a plan, and the forecasts of local updates."""
 
     workload: ModelSize
     link: Link
-    source: str
+    source: str  # origin of the link's rate, as text
     fleet: Fleet
-    update: float
+    update: float  # seconds of error memory and noise per step, beyond plain SGD's update
     optimizer: Optimizer | None
-    local: tuple[LocalForecast, ...]  # the quickest first; empty: not asked for
+    local: tuple[LocalForecast, ...]  # the fastest first; empty: not requested
 
 
 def link(
@@ -111,7 +111,7 @@ def link(
     workers: int | None = None,
     json: bool = False,
 ) -> None:
-    """Plan for a link: which compressor makes the shortest step on it, or that none beats dense training.
+    """Find the compressor with the shortest step on a network link, or report that none beats dense training.
 
     Examples:
         packsaddle plan link 100mbit --model char-transformer --workers 2 --local
@@ -121,16 +121,16 @@ def link(
         torchrun --nnodes 2 --nproc-per-node 1 -m packsaddle.cli plan link auto --model resnet18
 
     Args:
-        rate: Of each worker's link, as in 100mbit, 1gbit or 12.5MB/s; UP/DOWN as in 20mbit/100mbit, where it sends and
-            receives at different rates, of which the slower counts; or "auto" to measure it: between torchrun's
-            workers, else between processes on this machine.
+        rate: Rate of each worker's link, as in 100mbit, 1gbit or 12.5MB/s; UP/DOWN as in 20mbit/100mbit if it sends
+            and receives at different rates (the slower one counts); or "auto" to measure it between torchrun's
+            workers, or without torchrun between processes on this machine.
         compressor: "best" (all of them), or one of RandomK, TopK, SketchTopK, SharedTopK, LinearSketch, AdaptiveTopK,
             Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
-        ratio: Fraction of the coordinates that are sent, as 0.01 or 1%; by default 0.01.
-        optimizer: Multiply times by the steps that each compressor was measured to need with it, behind the DDP hook
-            with sgd and adamw. Without --ratio, the compressors that were measured are compared. muon (with AdamW for
-            what is no hidden matrix) was measured in local updates, and implies --local.
-        workers: Number of workers, 4 by default; under torchrun its own.
+        ratio: Fraction of the coordinates to send, as 0.01 or 1%; by default 0.01.
+        optimizer: Multiply step times by the relative number of steps that each compressor needed in measurements with
+            this optimizer: behind the DDP hook for sgd and adamw; then only measured compressors are compared, unless
+            --ratio is given. muon (AdamW for all but hidden matrices) was measured in local updates: implies --local.
+        workers: Number of workers, 4 by default; under torchrun, the number that it started.
         json: Print one JSON document.
     """
     if options.local and optimizer == "sgd":
@@ -153,7 +153,7 @@ def _answer(
     optimizer: Optimizer | None,
     workers: int | None,
 ) -> tuple[Verdict, _Asked]:
-    # What can be refused is refused before anything is measured.
+    # Validate everything before measuring.
     candidates = _candidates(compressor, ratio, optimizer)
     bits = None if rate == "auto" else link_planner.slower_rate(rate)
     workers = _workers(workers)
@@ -168,7 +168,7 @@ def _answer(
     fleet = Fleet(workers, options.compute or 0.0, options.spread)
 
     with process_group() if under_launcher() else nullcontext() as group:
-        # The link, the computing and the optimizer's own passes, where they are not given.
+        # Measure the link and the compute time unless given, and the update.
         device = torch.device("cpu") if group is None else local_device()
         if bits is None:
             link, source = _measured(group, workers, device)
@@ -180,7 +180,7 @@ def _answer(
                 fleet = replace(fleet, compute=compute_seconds(workload.name, batch, device=device))
             update = update_seconds(workload.d, noise=options.noise, device=device)
 
-            # Each compressor is timed as its forecast asks for it.
+            # `forecast` times each compressor through `pace`.
             pace = _reporting(partial(measure, repeats=3, device=device), report)
             verdict = forecast(workload, link, fleet, candidates, pace, update=update, optimizer=optimizer)
             local: tuple[LocalForecast, ...] = ()
@@ -190,7 +190,7 @@ def _answer(
 
 
 def _candidates(name: str, ratio: float | None, optimizer: Optimizer | None) -> list[Compressor]:
-    """Return the compressors to compare: all ("best"), or one; Identity is what dense training sends anyway."""
+    """Return the compressors to compare: one, or for "best" all measured with the optimizer or all lossy ones."""
     if "(" in name:
         return [called(name, ratio)]
     name = name.lower()
@@ -218,13 +218,13 @@ def _reporting(pace: Callable[[Compressor, int], Pace], report: Report) -> Calla
 
 
 def ms(seconds: float) -> str:
-    """Return milliseconds with four digits, never in powers of ten."""
+    """Format a time in milliseconds with four digits, without an exponent."""
     number = 1e3 * seconds
     return f"{number:,.0f}" if number >= 1000 else f"{number:.4g}"
 
 
 def _workers(asked: int | None) -> int:
-    """torchrun's, if it runs; else as many as asked for."""
+    """Return the number of workers: torchrun's, else `asked`, else 4. Raises ConfigError if invalid."""
     world = int(os.environ["WORLD_SIZE"]) if under_launcher() else None
     if world is not None and asked not in (None, world):
         raise ConfigError(f"workers must be torchrun's {world}, or be left out, got {asked}")
@@ -270,7 +270,7 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
         table.add_row(name, f.exchange, megabytes(f.sent), *cells, _pays_below(f, verdict), style=style)
     print_table(table, _UNCUT)
 
-    # What every forecast of the table has in common.
+    # Quantities common to all forecasts.
     print(f"{workload.name}: {workload.d:,} compressed coordinates, {workload.dense:,} dense, {fleet.workers} workers.")
     waiting = f" and {ms(fleet.waiting)} ms of waiting for the slowest worker" if fleet.waiting else ""
     print(f"In every step: {ms(fleet.compute)} ms of computing{waiting}.")
@@ -295,7 +295,7 @@ def _print_tables(verdict: Verdict, asked: _Asked) -> None:
 
 
 def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Optimizer) -> None:
-    """Print the table of local updates, and the best of them compared with dense training, in seconds a step."""
+    """Print the table of local updates, and compare the best with dense training (`dense` seconds per step)."""
     table = number_table("local updates", "every", "parts", "delay", "sent", "step ms", "computes", "x steps")
     for f in forecasts:
         name = brief(describe(f.setting.compressor)) + (", kept" if f.setting.keep_unsent else "")
@@ -303,7 +303,7 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
         table.add_row(name, *cells, f"{f.computing:.0%}", f"{f.steps:.3g}")
     print_table(table, _UNCUT)
 
-    # The quickest: seconds of a step times the steps needed.
+    # The fastest: seconds per step times the relative number of steps.
     best = forecasts[0]
     took = f"{ms(best.seconds)} ms for the progress of one dense step, which takes {ms(dense)}"
     setting = f"every={best.setting.every}, compressor={describe(best.setting.compressor)}"
@@ -318,7 +318,7 @@ def _print_local(dense: float, forecasts: Sequence[LocalForecast], optimizer: Op
 
 
 def _use(verdict: Verdict, local: LocalForecast) -> str:
-    """Return the line that chooses among dense training, the hook and local updates."""
+    """Return the line that recommends dense training, the hook or local updates."""
     dense, hook = verdict.dense.seconds, verdict.best
     best = min(hook.seconds, local.seconds)
     if dense < best * (1 + _ERROR):
@@ -326,7 +326,7 @@ def _use(verdict: Verdict, local: LocalForecast) -> str:
     if local.seconds <= hook.seconds:
         return f"Use: LocalUpdates, {dense / best:.3g} times as fast as dense training."
     name = hook.compressor
-    if hook.exchange == "two-way":  # which must be asked for
+    if hook.exchange == "two-way":  # not the default
         name = f'Compression({name}, exchange="two-way")'
     return f"Use: register_ddp_hook with {name}, {dense / best:.3g} times as fast as dense training."
 
@@ -348,7 +348,7 @@ def _pays_below(f: Forecast, verdict: Verdict) -> str:
 
 
 def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
-    """Return the verdict on compressed gradients; `counted` tells if the steps that they need are in it."""
+    """Return the verdict on compressed gradients; `counted`: times include the number of steps needed."""
     if not verdict.compress:
         return f"DO NOT COMPRESS: nothing is known to be quicker than dense training. {_elsewhere(verdict)}"
     best, dense, equal = verdict.best.seconds, verdict.dense.seconds, verdict.break_even
@@ -364,7 +364,7 @@ def _sentence(verdict: Verdict, link: Link, *, counted: bool) -> str:
 
 
 def _elsewhere(verdict: Verdict) -> str:
-    """Return what is known of other links, where compression does not pay on this one."""
+    """Return a sentence on the links where compression pays, if it does not on this one."""
     if verdict.break_even is not None:
         return f"Compression pays below {_line(verdict.break_even)}."
     if unknown := [f.compressor for f in verdict.forecasts if not f.is_known]:
@@ -373,5 +373,5 @@ def _elsewhere(verdict: Verdict) -> str:
 
 
 def _line(payload: float) -> str:
-    """A payload rate as the nominal rate of the line that carries it."""
+    """Format a payload rate, in bytes per second, as the nominal rate of the link that carries it."""
     return link_planner.format_rate(8 * payload / FRAMING)

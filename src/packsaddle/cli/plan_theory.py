@@ -1,4 +1,4 @@
-"""packsaddle plan theory and packsaddle plan table."""
+"""The commands `packsaddle plan theory` and `packsaddle plan table`."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ from packsaddle.theory.table1 import TABLE_1, Order, check_range
 
 _BEST = {name.lower(): family for name, family in FAMILIES.items()}
 _UNCUT = "--json prints it whole"
-_PACE = 1000  # steps a second, of a fast machine and a small network
+_PACE = 1000  # steps per second of a small network on a fast machine
 _SECONDS_PER_YEAR = 365.25 * 24 * 3600
 
 
@@ -31,10 +31,10 @@ def theory(
     workers: int = 4,
     json: bool = False,
 ) -> None:
-    """Plan the parameters of Algorithm 1 for an epsilon-second-order stationary point, by the theorems.
+    """Compute the parameters of Algorithm 1 for an epsilon-second-order stationary point from the theorems.
 
-    Prints step size, steps, noise, escape check and bytes, or that the target is OUT OF REACH, with what would have to
-    change.
+    Prints step size, number of steps, noise, escape check and bytes; or that the target is OUT OF REACH, and which
+    changes would bring it within reach.
 
     Examples:
         packsaddle plan theory --d 1000000 --epsilon 0.2 --lipschitz-gradient 1
@@ -44,20 +44,20 @@ def theory(
     Args:
         compressor: "best" (RandomK, TopK, SketchTopK, SharedTopK and LinearSketch, each at its best k), or one of
             these, AdaptiveTopK, Sign, QSGD, LowRank and Identity, in any case; or a call: 'TopK(0.01, values="int8")'.
-        ratio: Fraction of the coordinates that are sent, as 0.01 or 1%, for one compressor by name; by default the
-            best.
-        mode: "theory" has the constants and logarithms of a proof, "practical" some that can be run.
+        ratio: Fraction of the coordinates to send, as 0.01 or 1%, for one compressor by name; by default the best
+            one.
+        mode: "theory" uses the constants and logarithms of a proof, "practical" constants that give feasible runs.
         workers: Number of workers, at least 2.
         json: Print one JSON document.
     """
-    # The uncompressed plan comes first: the others are compared with it.
+    # The first plan is uncompressed: the others are compared with it.
     with config_errors():
         constants = Constants.theory(assumptions) if mode == "theory" else PRACTICAL
         plans = [plan(assumptions, Identity(), constants=constants, workers=workers)]
         plans += _asked_for(assumptions, constants, workers, compressor, ratio)
         reached = reach(assumptions, constants)
 
-    # Its document or its table.
+    # Print JSON or the table.
     if json:
         document = {
             "assumptions": asdict(assumptions),
@@ -75,13 +75,13 @@ def theory(
 
 
 def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ratio: float | None) -> list[Plan]:
-    """Return the plans other than the uncompressed one."""
+    """Return the plans of `name` and `ratio`, without the uncompressed one."""
     if "(" in name:
         return [plan(a, called(name, ratio), constants=constants, workers=workers)]
     name = name.lower()
     check_name(name)
 
-    # With a ratio this compressor; without one the best k of its family, or a compressor that has none.
+    # With a ratio this compressor; without one the best k of its family, or a compressor without a ratio.
     if ratio is not None and name not in WITH_RATIO:
         raise ConfigError(f"ratio is for one of {', '.join(WITH_RATIO)}, got compressor {name!r}")
     if ratio is not None:
@@ -97,7 +97,7 @@ def _asked_for(a: Assumptions, constants: Constants, workers: int, name: str, ra
 
 
 def _balanced_k(p: Plan) -> int | None:
-    """Corollary 3.3's k for the plan's kind of compressor."""
+    """Return k from Corollary 3.3 for the plan's kind of compressor; None if it has no k."""
     family = FAMILIES.get(type(p.compressor).__name__)
     return balanced_k(p.assumptions, family, constants=p.constants) if family else None
 
@@ -109,7 +109,7 @@ def _show(plans: list[Plan]) -> None:
         table.add_row(label, *map(cell, plans))
     print_table(table, _UNCUT)
 
-    # r, R and F are the same for every compressor.
+    # r, R and F do not depend on the compressor.
     setting = "Assumption C holds" if a.lipschitz_gradient is not None else "Assumption C is not assumed (alpha = d)"
     print(f"d = {a.d:,}, epsilon = {a.epsilon:g}, {setting}, {first.workers} workers.")
     print(
@@ -123,14 +123,14 @@ def _show(plans: list[Plan]) -> None:
 
 
 def _out_of_reach(reached: Reach, a: Assumptions) -> str:
-    """Return the verdict on a plan that is out of reach, and what would have to change."""
+    """Return the verdict on a plan that is out of reach, with the changes that would bring it within reach."""
     days = MOST_STEPS / _PACE / 86400
     lines = [
         f"OUT OF REACH: the fewest steps here are {reached.steps:.1e}, and a plan of more than {MOST_STEPS:.0e} "
         f"({days:.0f} days at {_PACE:,} a second) is none.",
     ]
 
-    # What would have to change: epsilon, or the assumptions.
+    # Changes that help: a larger epsilon, or Assumption C.
     if reached.at_twice_epsilon is not None:
         times = reached.steps / reached.at_twice_epsilon
         power = math.log2(times)
@@ -149,7 +149,7 @@ def _out_of_reach(reached: Reach, a: Assumptions) -> str:
 
 
 def _rounded_up(value: float) -> float:
-    """To two significant digits."""
+    """Round up to two significant digits."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return math.ceil(value / unit) * unit
 
@@ -184,7 +184,7 @@ def _how_far_to_trust(plans: list[Plan]) -> str:
     c = plans[0].constants
     lines = ["~ Order of magnitude: the theorems hide their constants."]
 
-    # What the numbers promise depends on where the constants come from.
+    # The guarantee depends on the source of the constants.
     if c.mode == "theory":
         years = min(p.steps for p in plans) / 1e6 / _SECONDS_PER_YEAR
         verdict = "Out of reach: at" if years > 1 else "At"
@@ -206,14 +206,14 @@ def _how_far_to_trust(plans: list[Plan]) -> str:
 
 
 def table(d: int, epsilon: float, json: bool = False) -> None:
-    """Print Table 1 of the paper with numbers: iterations and communication for d coordinates and epsilon.
+    """Print Table 1 of the paper with numbers: iterations and communication for given d and epsilon.
 
     Examples:
         packsaddle plan table --d 1000000 --epsilon 0.2
         packsaddle plan table --d 25M --epsilon 0.1 --json
 
     Args:
-        d: Coordinates of the parameter vector, as 25000000, 25e6 or 25M.
+        d: Number of parameters, as 25000000, 25e6 or 25M.
         epsilon: Target: gradient norm at most epsilon, in (0, 1).
         json: Print one JSON document.
     """
@@ -223,7 +223,7 @@ def table(d: int, epsilon: float, json: bool = False) -> None:
         print(dumps({"d": d, "epsilon": epsilon, "table": [row.plain(d, epsilon) for row in TABLE_1]}, indent=2))
         return
 
-    # A row's numbers stand below its formulas.
+    # Each row has its numbers below its formulas.
     rows = Table("gradient", "compressor", "mu", "iterations", "communication", "improvement", "printed")
     for row in TABLE_1:
         cells = [_formula(order, d, epsilon) for order in (row.iterations, row.communication, row.improvement)]

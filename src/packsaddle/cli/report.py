@@ -1,4 +1,4 @@
-"""packsaddle report | compressors."""
+"""The commands `packsaddle report` and `packsaddle compressors`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,16 +15,16 @@ from packsaddle.runs.run_folder import read_runs
 def report(
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, UNSAID], out: Path | None = None, overwrite: bool = False
 ) -> None:
-    """Compare runs, over seeds: tables, a figure and one self-contained, interactive HTML page.
+    """Compare runs, averaged over seeds: tables, a figure and one self-contained, interactive HTML page.
 
     Examples:
         packsaddle report runs/a runs/b
         packsaddle report runs --out comparison --overwrite
 
     Args:
-        runs: Run folders, folders of run folders, or studies.
+        runs: Run folders, or folders that contain run folders (up to three levels deep, as in a study).
         out: A new folder for the report; by default `report` in the first folder given.
-        overwrite: Allow the report's folder to exist.
+        overwrite: Allow the report's folder to exist, and overwrite the files in it.
     """
     from packsaddle.runs.report import write_report
 
@@ -32,20 +32,20 @@ def report(
         raise ConfigError("report needs at least one run folder")
     found = read_runs(runs)
     print_runs(found)
-    require_plots("the report's page")  # the table needs nothing
+    require_plots("the report's page")  # the table is printed without them
     print(f"report: {write_report(found, out or runs[0] / 'report', overwrite=overwrite)}")
 
 
 def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json: bool = False) -> None:
-    """List every compressor: contraction, linear or not, protocol, bytes of a step and time on this machine.
+    """List all compressors: contraction, linear or not, protocol, bytes per step and time on this machine.
 
     Examples:
         packsaddle compressors --d 1000000 --ratio 0.01 --workers 8
 
     Args:
-        d: Coordinates of the vector tried, a Gaussian one of float32.
-        ratio: Share of the coordinates that are sent, in (0, 1], for those that have one.
-        workers: Workers, for the bytes.
+        d: Length of the Gaussian float32 vector that is compressed.
+        ratio: Fraction of the coordinates to send, in (0, 1], for compressors that have one.
+        workers: Number of workers for which bytes are counted.
         json: Print JSON lines instead of a table.
     """
     from dataclasses import asdict
@@ -59,7 +59,7 @@ def compressors(d: int = 1_000_000, ratio: float = 0.01, workers: int = 4, json:
     with config_errors():
         listed = registry.compressors(ratio)
 
-    # A document is printed as soon as its compressor is timed.
+    # Each JSON line is printed as soon as its compressor is timed.
     if json:
         for compressor in listed:
             print(dumps(asdict(coding_speed.tabulate(compressor, d, workers))))

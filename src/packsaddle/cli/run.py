@@ -1,4 +1,4 @@
-"""packsaddle demo | init | run."""
+"""The commands `packsaddle demo`, `packsaddle init` and `packsaddle run`."""
 
 import os
 import shlex
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from packsaddle.runs.job import How, Job
 
 
-_LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts milliseconds and takes 0 for no wait at all
+_LEAST_TIMEOUT, _MOST_TIMEOUT = 1.0, 1e7  # seconds; torch counts whole milliseconds, and 0 means no wait
 
 
 def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs: float = 60.0, seed: int = 0) -> None:
-    """Show compressed, perturbed SGD leaving a saddle that plain SGD sits on.
+    """Show compressed, perturbed SGD leaving a saddle on which plain SGD stalls.
 
     Trains a deep autoencoder on scikit-learn's digits four times (dense; dense, RandomK 1% and TopK 1% with noise),
     prints a table and writes a figure and an HTML page. About two minutes on two cores.
@@ -42,10 +42,10 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
 
     Args:
         out: A new folder for the runs and the report; by default one under runs/ named by the time.
-        workers: Worker processes.
-        serial: Simulate the workers in this process instead, one after the other.
+        workers: Number of worker processes.
+        serial: Simulate the workers one after the other in this process instead.
         epochs: Passes of all workers together over the digits.
-        seed: Seed of everything random.
+        seed: Seed of all random numbers.
     """
     from packsaddle.runs import templates
     from packsaddle.runs.job import Job
@@ -57,7 +57,7 @@ def demo(out: Path | None = None, workers: int = 2, serial: bool = False, epochs
     folder = out or dated("demo")
     job = Job(tuple(configs.values()), tuple(folder / name for name in configs))
 
-    # Checked before the folder is made, so that a refusal leaves nothing behind.
+    # Check before creating the folder, so that invalid input leaves no files.
     job.check(workers)
     make_new(folder)
     job.run(workers, "serial" if serial else "processes")
@@ -83,10 +83,10 @@ def run(
     elastic: str | None = None,
     memory: Path | None = None,
 ) -> None:
-    """Train from a TOML configuration, on one process or several.
+    """Train from a TOML configuration, in one process or several.
 
-    Under torchrun the world it made is used; otherwise this command starts its own workers. A run that was killed, or
-    stopped by SIGTERM, continues from its last checkpoint with --resume, bit for bit.
+    Under torchrun its workers are used; otherwise this command starts them. A run that was killed, or stopped by
+    SIGTERM, continues from its last checkpoint with --resume; results are bitwise identical to an uninterrupted run's.
 
     Examples:
         packsaddle run config.toml --workers 2 --set lr=0.05 compressor.ratio=0.001
@@ -98,24 +98,24 @@ def run(
     Args:
         config: The TOML file; packsaddle init writes one with every key.
         set: Overrides of the file, key=value by dotted key; a value is TOML, or a bare word; key= drops the key.
-        workers: Worker processes, W; by default the file's.
-        serial: Simulate the workers in this process, one after the other, instead of starting processes.
-        batched: The same with all their gradients in one pass, faster for many workers with small batches.
-        fused: Simulate them as one that holds their mean: faster, for compressors that travel by all-reduce.
+        workers: Number of worker processes, W; by default the file's.
+        serial: Simulate the workers one after the other in this process, instead of starting processes.
+        batched: Like --serial, with all gradients in one pass: faster for many workers with small batches.
+        fused: Simulate all workers as one that holds their mean: faster; needs a compressor that uses all-reduce.
         data_dir: Folder of the dataset (not needed for digits, nor for Python's own text).
-        download: Fetch the dataset into --data-dir if it is not there.
+        download: Download the dataset to --data-dir if it is missing.
         out: A new folder for the run; by default (not under torchrun) one under runs/ named by the file and the time.
-        resume: The folder of a run to continue; with CONFIG it may not have begun yet.
+        resume: The folder of a run to continue; with CONFIG the run starts if the folder is missing or empty.
         checkpoint_every: Steps between checkpoints; by default about an epoch, at least half a minute; 0: none.
-        timeout: How long a worker process waits for the others before it gives up; by default 30min with gloo.
-        track: Trackers that get the run's numbers too, in files in its folder: tensorboard, wandb (offline), mlflow.
-        elastic: Be one of the workers, which come and go, under this torchft_lighthouse; the file must have [local].
-        memory: With --elastic, the file in which this worker's error memory waits while it is away.
+        timeout: Time that a worker process waits for the others before it fails; by default 30min with gloo.
+        track: Trackers that also record the metrics, in the run's folder: tensorboard, wandb (offline), mlflow.
+        elastic: Run as one worker that may join and leave, with the torchft_lighthouse at this URL; needs [local].
+        memory: With --elastic, the file that keeps this worker's error memory while it is disconnected.
     """
     from packsaddle.runs.job import Job, train_under_launcher
     from packsaddle.runs.run_checkpoints import CheckpointPolicy
 
-    # Flags that exclude one another.
+    # Check for flags that exclude one another.
     how = _way(serial=serial, batched=batched, fused=fused)
     if timeout is not None and how != "processes":
         raise ConfigError(f"--timeout is of worker processes, and --{how} starts none")
@@ -127,7 +127,7 @@ def run(
     if elastic is not None:
         _check_alone(workers, how, resume, checkpoint_every)
 
-    # The configuration, its folder, and how the run is saved or continued.
+    # Load the configuration; choose the folder and the checkpoints.
     loaded = _configured(config, set, workers, resume, out)
     if elastic is not None:
         from packsaddle.runs.elastic_run import check_elastic
@@ -143,7 +143,7 @@ def run(
     job = replace(job, lighthouse=elastic, memory=memory)
     job = replace(job, resume=resume is not None)
 
-    # Under torchrun this process is one of the workers; else it starts them.
+    # Under torchrun this process is a worker; otherwise it starts the workers.
     if under_launcher():
         done = train_under_launcher(job)
     else:
@@ -161,7 +161,7 @@ def run(
 
 
 def remarks(run: Run) -> list[str]:
-    """Return remarks on a finished run: the noise that would suit it, and a loss that stood still."""
+    """Return remarks on a finished run: a suggested noise std, and a loss that stopped falling."""
     from packsaddle.runs.report.curves import standstill
 
     noise, still, said = (run.summary or {}).get("noise") or {}, standstill(run.metrics), []
@@ -173,7 +173,7 @@ def remarks(run: Run) -> list[str]:
         walk = f"noise.std = {suggested:.1g} would move x by {GOOD:g} times ||x_0|| over this run"
         said.append(f"noise: {was}; {walk}, which helps against plateaus")
 
-    # Noise of the suggested size helps against a plateau; too much of it keeps the loss up.
+    # Noise of the suggested size helps to leave a plateau; too much of it keeps the loss high.
     if still is not None:
         remedy = ""
         if suggested is not None and noise["r"] < suggested / 2:
@@ -190,7 +190,7 @@ def remarks(run: Run) -> list[str]:
 def _configured(
     config: Path | None, overrides: tuple[str, ...], workers: int | None, resume: Path | None, out: Path | None
 ) -> tuple[Config, ...]:
-    """Return the configuration of the command; none if the run's folder has it."""
+    """Return the configuration from the flags, as a tuple of one; empty for `resume` without `config`."""
     if resume is not None and out is not None:
         raise ConfigError("--resume names the folder; leave --out out")
     if config is None:
@@ -215,7 +215,7 @@ def _configured(
 
 
 def _way(**simulations: bool) -> "How":
-    """Return the way to the workers. Raises ConfigError for two."""
+    """Return the chosen simulation, else "processes". Raises ConfigError if several are chosen."""
     chosen = [how for how, given in simulations.items() if given]
     if len(chosen) > 1:
         raise ConfigError(f"--{chosen[0]} and --{chosen[1]} are two ways to simulate workers; choose one")
@@ -223,7 +223,7 @@ def _way(**simulations: bool) -> "How":
 
 
 def _check_alone(workers: int | None, how: "How", resume: Path | None, every: int | None) -> None:
-    """Raise ConfigError for flags that are of workers which are all there."""
+    """Raise ConfigError for flags that need a fixed set of workers."""
     flags: dict[str, Any] = {"--workers": workers, f"--{how}": None if how == "processes" else how}
     flags |= {"--resume": resume, "--checkpoint-every": every}
     for flag, given in flags.items():
@@ -234,7 +234,7 @@ def _check_alone(workers: int | None, how: "How", resume: Path | None, every: in
 
 
 def _going_on(folder: Path, how: str, workers: int | None, data_dir: Path | None, again: Mapping[str, object]) -> str:
-    """Return the command that resumes a stopped run, with those of the flags that are not None."""
+    """Return the command that resumes a stopped run, with the flags in `again` that are not None."""
     if under_launcher():
         return "the same command, with --resume instead of --out" if "--out" in sys.argv else "the same command again"
     words = ["packsaddle", "run", "--resume", str(folder)]
@@ -279,7 +279,7 @@ What is commented out is at its default, or an example of what is off."""
 def init(
     file: Annotated[Path, tyro.conf.Positional] = Path("config.toml"), task: TaskName = "char-transformer"
 ) -> None:
-    """Write a configuration to start from, with a comment for every key.
+    """Write a configuration file to start from, with a comment on every key.
 
     Examples:
         packsaddle init
@@ -287,10 +287,10 @@ def init(
         packsaddle init digits.toml --task digits
 
     Args:
-        file: The new TOML file; a file that exists is left as it is, and refused.
-        task: What to train. char-transformer needs nothing, nor does char-transformer-local, the same by local updates;
-            digits needs packsaddle[digits]; mnist-autoencoder (the paper's) and resnet18 (on CIFAR-10) need
-            packsaddle[vision] and a folder of data.
+        file: The TOML file to create; it is an error if it exists.
+        task: The model and data. char-transformer, and char-transformer-local (the same with local updates), need no
+            extra; digits needs packsaddle[digits]; mnist-autoencoder (the paper's) and resnet18 (on CIFAR-10) need
+            packsaddle[vision] and a data folder.
     """
     chosen = TASKS[task]
     text = template(chosen.config, _HEADING.format(about=chosen.about, file=file, flags=chosen.flags))
@@ -299,7 +299,7 @@ def init(
     except UnicodeEncodeError:
         raise ConfigError(f"{printable(str(file))} is not a name that a file of UTF-8 text can hold") from None
 
-    # Mode x overwrites no file; one that was written in part is removed.
+    # Mode x overwrites no file; a partly written one is removed.
     try:
         with file.open("xb") as new:
             try:

@@ -1,10 +1,10 @@
 """Communication between workers: groups, launching, failures, byte counts, and averaging compressed vectors.
 
-Read `group` first (four collectives, and which group `resolve` finds), then `communicator` (the same with bytes
-counted in a `ledger`) and `aggregators` (one class for each way to average messages, chosen by `select_aggregator`).
-`simulation` runs W workers in one process, `machines` has one of each machine's processes send for all, and the workers
-of a `managed` group come and go; `cost_model` predicts bytes. torch.distributed is imported here, and otherwise only in
-`hooks.ddp` and by the benchmarks' peers.
+Read `group` first (the four collectives, and how `resolve` selects a group), then `communicator` (the same collectives,
+counted in a `ledger`) and `aggregators` (one class for each way to average messages; `select_aggregator` chooses).
+`simulation` runs W workers in one process, a group of `machines` sends from one process per machine, and workers of a
+`managed` group may join and leave; `cost_model` predicts bytes and critical paths. torch.distributed is imported here,
+and otherwise only in `hooks.ddp` and the benchmarks' peers.
 """
 
 from packsaddle.comm.aggregators import Aggregator

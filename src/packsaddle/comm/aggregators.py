@@ -1,4 +1,4 @@
-"""Averaging compressed vectors over workers: one aggregator per class, each an exact mean of what the workers sent."""
+"""Aggregators: averaging of compressed vectors over workers. Each class here returns the exact mean of the messages."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class Term:
-    """weight * C(.) on the coordinates [start, stop)."""
+    """A decoded message times `weight`, on the coordinates [start, stop) of a vector."""
 
     compressor: Compressor
     message: Message
@@ -34,21 +34,21 @@ class Term:
         self.compressor.add_decoded(self.message, out[self.start : self.stop], alpha * self.weight)
 
     def magnitude(self) -> Tensor:
-        """Return about the largest magnitude of this term, float64[], from its message; finite if the message is."""
+        """Return an approximate largest magnitude of this term, float64[]; finite if its message is."""
         parts = [magnitude(part) for part in self.message.parts.values() if part.is_floating_point()]
         return torch.stack(parts).sum() * self.weight
 
 
 @dataclass(frozen=True)
 class Averaged:
-    """The outcome of one exchange; each part is a sum of terms, on the compressed coordinates."""
+    """The result of one exchange. `own` and `mean` are sums of terms, on the compressed coordinates."""
 
-    own: tuple[Term, ...]  # what this worker sent: its error memory subtracts it
-    mean: tuple[Term, ...]  # what all apply
-    dense: Tensor  # float[d - compressed d], the mean of the dense parts
+    own: tuple[Term, ...]  # this worker's C(v), which its error memory subtracts
+    mean: tuple[Term, ...]  # the mean of C(v) over workers, identical on all
+    dense: Tensor  # float[d - compressed d], the mean of the uncompressed parts
 
     def write_to(self, out: Tensor) -> Tensor:
-        """Write the mean to out, float[d] of zeros, and return it."""
+        """Write the mean to out, float[d], which must be zero; return out."""
         n = len(out) - len(self.dense)
         for term in self.mean:
             term.add_to(out[:n], 1.0)
@@ -56,44 +56,44 @@ class Averaged:
         return out
 
     def magnitude(self) -> Tensor:
-        """Return about the largest magnitude of the mean, float64[]; the same bits on every worker.
+        """Return an approximate largest magnitude of the mean, float64[]; bitwise identical on all workers.
 
-        What is sparse is judged by what was sent of it. A worker sends nothing of which C(.) could overflow (see
-        `numerics.finite.is_in_range`), so the mean is finite if its messages and its dense part are.
+        Computed from the messages, without decoding them. Workers send no vector whose C(v) could overflow (see
+        `numerics.finite.is_in_range`), so the mean is finite if the messages and the uncompressed part are.
         """
         return torch.stack([magnitude(self.dense), *(term.magnitude() for term in self.mean)]).sum()
 
 
 @dataclass(frozen=True)
 class Work:
-    """The number of operations of a worker on messages of `coordinates` coordinates, in one step."""
+    """Operation counts of a worker in one exchange, for messages of `coordinates` coordinates."""
 
     compressor: Compressor
     coordinates: int
     encode: int = 0
-    decode: int = 0  # from what another worker sent, added to a vector
-    add: int = 0  # of a message whose context is known, to a vector or to the error memory
+    decode: int = 0  # messages of other workers, received and added to a vector
+    add: int = 0  # messages whose context is known, added to a vector or to the error memory
 
 
 class Aggregator(ABC):
-    """A way to average C(v_i), v_i float[d], plus a dense part. May keep state, such as a second error memory."""
+    """Averages C(v_i), v_i float[d], and an uncompressed part over workers i. May have state, such as owner errors."""
 
     def __init__(self, compressor: Compressor) -> None:
         self.compressor = compressor
 
     def adopt(self, compressor: Compressor) -> None:
-        """Go on with another compressor of the same kind, which sends more or less; workers need not have the same."""
+        """Replace the compressor by one of the same kind with another ratio. Ratios may differ between workers."""
         self.compressor = compressor
 
     @abstractmethod
     def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
-        """Exchange v, float[d], and the dense part; collective. v and dense are not changed."""
+        """Average C(v), v float[d], and the uncompressed part `dense`; collective. v and dense are not changed."""
 
     @abstractmethod
     def collectives(self, d: int, dense: int, workers: int, itemsize: int) -> list[Collective]:
-        """Return the collectives of one exchange of d compressed and `dense` dense coordinates, in order.
+        """Return the collectives of one exchange of d compressed and `dense` uncompressed coordinates, in order.
 
-        Exact where messages are of fixed size, else for the expected sizes.
+        Sizes are exact if messages have a fixed size, else expected ones.
         """
 
     def wire(self, d: int, dense: int, rank: int, workers: int, itemsize: int) -> Bytes:
@@ -101,58 +101,58 @@ class Aggregator(ABC):
         return sum((c.wire(rank, workers) for c in self.collectives(d, dense, workers, itemsize)), Bytes())
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """Return what the busiest worker codes in one exchange and in applying it."""
+        """Return the busiest worker's coding operations in one exchange, including its application."""
         return [Work(self.compressor, d, encode=1, add=2)]
 
     def vectors(self, like: Tensor) -> dict[str, Tensor]:
-        """Return what the aggregator holds back as named vectors like `like`, float[>= d]: made once, checkpointed."""
+        """Return the aggregator's residuals by name, vectors like `like`, float[>= d]. Allocated once; checkpointed."""
         return {}
 
     def add_residual(self, pending: Tensor, workers: int) -> Tensor:
-        """Return `pending`, float[>= d], plus this worker's share of errors that the aggregator itself holds back.
+        """Return `pending`, float[>= d], plus this worker's part of the aggregator's own residuals.
 
-        The mean of the results over workers is everything that has not been applied yet.
+        The mean of the results over workers is the sum of all unapplied updates.
         """
         return pending
 
     def mu(self, d: int, workers: int) -> float:
-        """Return the share of its energy that a vector of d coordinates of equal magnitude keeps in one exchange."""
+        """Return the contraction mu of one exchange for a vector of d coordinates of equal magnitude."""
         return self.compressor.mu(d) if d else 1.0
 
     def validate(self, d: int, workers: int) -> None:
-        """Raise ValueError if the compressor cannot act on d coordinates, or on a chunk of them."""
+        """Raise ValueError if the compressor does not support d coordinates, or the size of a chunk of them."""
         if d:
             self.compressor.validate(d)
 
-    def reset(self) -> None:  # noqa: B027 -- most aggregators hold nothing back
-        """Drop what the aggregator holds back."""
+    def reset(self) -> None:  # noqa: B027 -- most aggregators have no state
+        """Reset the aggregator's state, residuals included."""
 
     def snapshot(self) -> Any:
-        """Return all that the aggregator holds, for `restore`."""
+        """Return the aggregator's state, for `restore`."""
         return None
 
-    def restore(self, snapshot: Any) -> None:  # noqa: B027 -- most aggregators hold nothing back
-        """Be as when `snapshot` was made, as if no exchange had happened since."""
+    def restore(self, snapshot: Any) -> None:  # noqa: B027 -- most aggregators have no state
+        """Roll back to `snapshot`, discarding the exchanges since."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what else helps to go on as before, tensors and plain types; losing it loses no update."""
+        """Return state other than residuals, such as a warm start: tensors and plain types. It contains no update."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:  # noqa: B027
-        """Restore `state_dict`; what does not fit is left out."""
+        """Restore `state`, from `state_dict`, to `device`. Entries that do not fit have no effect."""
 
     def _terms(self, message: Message, d: int, weight: float = 1.0) -> tuple[Term, ...]:
         return (Term(self.compressor, message, 0, d, weight),) if d else ()
 
     def _seed_of(self, worker: int, seed: int) -> int:
-        """The seed of a worker's own encoding: its own if the compressor's randomness is private."""
+        """Return the seed of a worker's encoding, a separate one if the compressor's randomness is private."""
         return mix(seed, worker + 1) if self.compressor.private else seed
 
 
 class AllReduce(Aggregator):
-    """One all-reduce of a linear compressor's message and the dense part together; C of the mean, exactly.
+    """One all-reduce of a linear compressor's message and the uncompressed part. The result is exactly C of the mean.
 
-    They travel in a buffer that is kept: the outcome holds until the next exchange.
+    The buffer is reused: a result is valid until the next exchange.
     """
 
     def __init__(self, compressor: Compressor) -> None:
@@ -175,7 +175,7 @@ class AllReduce(Aggregator):
 
 
 class AllGather(Aggregator):
-    """An all-gather of every worker's message, from which each forms the same mean; and the dense part's all-reduce."""
+    """All-gather of the messages, averaged locally by every worker, and an all-reduce of the uncompressed part."""
 
     def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         mean_dense = mean_of_dense(channel, dense)
@@ -197,14 +197,14 @@ class AllGather(Aggregator):
         return [RingAllReduce((dense * itemsize,)), RingAllGather(sizes), RingAllGather(message)]
 
     def work(self, d: int, workers: int) -> list[Work]:
-        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # its own message it need not decode
+        return [Work(self.compressor, d, encode=1, decode=workers - 1, add=2)]  # all but its own are decoded
 
 
 class SharedSupportAllReduce(Aggregator):
-    """An all-reduce of sketches, and one of the exact values at the places that the mean sketch shows.
+    """An all-reduce of sketches, then one of the exact values at the coordinates selected by the mean sketch.
 
     After Ivkin et al. 2019 (SketchTopK) and ARC-TopK (SharedTopK).
-    Workers find the same places because an all-reduce leaves them the same bits.
+    Workers select the same coordinates because the mean sketch is bitwise identical on all of them.
     """
 
     compressor: SharedSupport
@@ -230,12 +230,12 @@ class SharedSupportAllReduce(Aggregator):
 
 
 class LowRankAllReduce(Aggregator):
-    """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1), the second with the dense part.
+    """PowerSGD's two all-reduces (Vogels et al. 2019, Algorithm 1), the second with the uncompressed part.
 
-    Each worker's error memory subtracts the projection P P^T M_i of its own matrix, whose mean is what all apply;
-    theirs subtracts the mean from every M_i, which leaves differences between workers to grow without bound. Q is
-    the last step's P^T M (a warm start) plus a tenth of a fresh Gaussian, shared, so that a direction that Q has
-    lost can come back.
+    Each worker's error memory subtracts P P^T M_i, the projection of its own matrix, and all apply the mean of these.
+    PowerSGD subtracts the mean from every M_i instead, and differences between workers grow without bound. Q is the
+    last step's (P^T M)^T (a warm start) plus a tenth of a fresh Gaussian, identical on all workers, so that Q recovers
+    directions that it has lost.
     """
 
     compressor: LowRank
@@ -284,7 +284,7 @@ class LowRankAllReduce(Aggregator):
         self._qs = None
 
     def snapshot(self) -> Any:
-        return self._qs  # replaced at every step, never changed
+        return self._qs  # replaced at every step, never modified in place
 
     def restore(self, snapshot: Any) -> None:
         self._qs = snapshot
@@ -299,22 +299,22 @@ class LowRankAllReduce(Aggregator):
 @cache
 def part_count(compressor: Compressor, d: int) -> int:
     """Return the number of parts of a compressor's messages."""
-    part = min(d, 1 << 20)  # of a huge vector, without its memory
+    part = min(d, 1 << 20)  # without allocating a huge vector
     return len(compressor.restrict(part, d).encode(torch.zeros(part), seed=0, step=0).parts)
 
 
 @cache
 def message_bytes(compressor: Compressor, d: int, itemsize: int) -> int:
-    """Predict the bytes of a message."""
+    """Return the expected bytes of a message for d coordinates."""
     return round(compressor.message_bytes(d, itemsize)) if d else 0
 
 
 def mean_of_dense(channel: Communicator, dense: Tensor) -> Tensor:
-    """All-reduce the dense part, if there is one."""
+    """Return the mean of the uncompressed part over workers, without a collective if it is empty."""
     return channel.mean(dense.clone(), "dense") if len(dense) else dense
 
 
 def mean_with_dense(channel: Communicator, part: Tensor, name: str, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """All-reduce a part of messages, counted by its name, together with the dense part; return both means."""
+    """All-reduce a message part, counted under `name`, together with the uncompressed part; return both means."""
     mean = channel.mean(torch.cat([part, dense]), {name: len(part), "dense": len(dense)})
     return mean[: len(part)], mean[len(part) :]

@@ -1,9 +1,9 @@
-"""A group's collectives with their bytes counted, collectives for plain objects, and the check of equal arguments.
+"""Collectives with byte counts, collectives for Python objects, and a check that all workers have equal arguments.
 
-Hop factors, for W workers: a ring all-reduce of n bytes makes each worker send and receive 2 (W - 1) / W n; a ring
-all-gather of n bytes each, (W - 1) n; an all-to-all, what is addressed to others; a broadcast of n bytes is counted
-as n received by every worker but rank 0, which sends n to each. Objects travel outside of training and are in no
-ledger.
+Bytes that each of W workers sends and receives: 2 (W - 1) / W n in a ring all-reduce of n bytes; (W - 1) n in a ring
+all-gather of n bytes per worker; in an all-to-all, the messages to and from other workers. A broadcast of n bytes
+counts as n received by every worker except rank 0, which sends (W - 1) n. Python objects are exchanged outside of
+training and are not counted.
 """
 
 import io
@@ -24,23 +24,23 @@ Parts = Mapping[str, Tensor]
 
 
 def ring_all_reduce(payload: int, workers: int) -> Bytes:
-    """Bytes of one worker in an all-reduce."""
+    """Return one worker's bytes in a ring all-reduce of `payload` bytes."""
     wire = round(2 * (workers - 1) / workers * payload)
     return Bytes(payload, wire, wire)
 
 
 def ring_all_gather(payload: int, workers: int) -> Bytes:
-    """Bytes of one worker in an all-gather of equal messages."""
+    """Return one worker's bytes in a ring all-gather of messages of `payload` bytes."""
     return Bytes(payload, (workers - 1) * payload, (workers - 1) * payload)
 
 
 def star_broadcast(payload: int, rank: int, workers: int) -> Bytes:
-    """Bytes of one worker in a broadcast from rank 0."""
+    """Return one worker's bytes in a broadcast of `payload` bytes from rank 0."""
     return Bytes(payload, payload * (workers - 1), 0) if rank == 0 else Bytes(0, 0, payload)
 
 
 class Communicator:
-    """A group's collectives, entered in a ledger under `step`, which the caller advances."""
+    """A group's collectives. Their bytes are recorded in a ledger under `step`, which the caller advances."""
 
     def __init__(self, group: Group, ledger: Ledger) -> None:
         self.group = group
@@ -50,7 +50,7 @@ class Communicator:
     def mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> Tensor:
         """Average a tensor over workers in place by all-reduce, and return it.
 
-        `purpose` is a name, or how many elements of the tensor serve which purpose.
+        `purpose` is the name in the ledger, or the number of elements under each name.
         """
         self.group.all_reduce(tensor)
         if self.group.size > 1:
@@ -59,14 +59,14 @@ class Communicator:
         return tensor
 
     def count_mean(self, tensor: Tensor, purpose: str | Mapping[str, int]) -> None:
-        """Enter the bytes of a `mean`, which has been found otherwise."""
+        """Record the bytes of a `mean` that was computed without a collective."""
         for name, elements in ({purpose: tensor.numel()} if isinstance(purpose, str) else purpose).items():
             self._count(name, "all-reduce", ring_all_reduce(elements * tensor.element_size(), self.group.size))
 
     def gather(self, parts: Parts, *, fixed_size: bool, purpose: str | None = None) -> list[Parts]:
-        """Return every worker's parts, by rank; names and dtypes are equal everywhere, and sizes if `fixed_size`.
+        """Return every worker's parts, by rank. Names and dtypes must match on all workers, sizes if `fixed_size`.
 
-        Otherwise sizes are announced first, and shorter messages are padded to the longest. Bytes are entered
+        Otherwise sizes are gathered first, and shorter messages are padded to the longest. Bytes are recorded
         under the parts' names, "sizes" and "padding", or all under `purpose`.
         """
         wire = _join(parts)
@@ -82,15 +82,15 @@ class Communicator:
         return [_split(w, parts, s) for w, s in zip(gathered, sizes, strict=True)]
 
     def gather_text(self, text: str, device: torch.device, purpose: str | None = None) -> list[str]:
-        """Return every worker's text, by rank."""
+        """Return every worker's text, by rank; collective."""
         parts = {"text": torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)}
         gathered = self.gather(parts, fixed_size=False, purpose=purpose)
         return [bytes(p["text"].tolist()).decode() for p in gathered]
 
     def exchange(self, outgoing: Sequence[Parts | None], like: Parts) -> list[Parts]:
-        """Send parts to each worker (None: nothing) and return what each sent here, by rank; an all-to-all.
+        """All-to-all: send outgoing[r] (None: nothing) to worker r; return the parts received, by sender's rank.
 
-        `like` has the names and dtypes of parts. Sizes are announced first.
+        `like` has the names and dtypes of the parts. Sizes are exchanged first.
         """
         nothing = [0] * len(like)
         sizes = [nothing if parts is None else _sizes(parts) for parts in outgoing]
@@ -109,13 +109,13 @@ class Communicator:
         return [_split(w, like, s) for w, s in zip(received, incoming, strict=True)]
 
     def broadcast(self, tensor: Tensor, purpose: str) -> None:
-        """Replace a tensor by rank 0's, in place."""
+        """Overwrite a tensor with rank 0's, in place."""
         self.group.broadcast(tensor)
         payload = tensor.numel() * tensor.element_size()
         self._count(purpose, "broadcast", star_broadcast(payload, self.group.rank, self.group.size))
 
     def broadcast_parts(self, parts: Parts | None, like: Parts) -> Parts:
-        """Return rank 0's parts; others pass None. `like` has the names and dtypes. Sizes are announced first."""
+        """Return rank 0's parts; others pass None. `like` has the names and dtypes. Sizes are broadcast first."""
         device = next(iter(like.values())).device
         sizes = torch.tensor([0] * len(like) if parts is None else _sizes(parts), device=device)
         self.broadcast(sizes, "sizes")
@@ -131,41 +131,41 @@ class Communicator:
 
 
 def _sizes(parts: Parts) -> list[int]:
-    """Bytes of each part."""
+    """Return the bytes of each part."""
     return [part.numel() * part.element_size() for part in parts.values()]
 
 
 def _join(parts: Parts) -> Tensor:
-    """Lay parts out as one byte buffer, uint8[n]."""
+    """Concatenate parts into one byte buffer, uint8[n]."""
     return torch.cat([_packed(part).view(torch.uint8) for part in parts.values()])
 
 
 def _packed(part: Tensor) -> Tensor:
-    """Return a flat tensor with stride 1 (one element of a column counts as contiguous, and has another)."""
+    """Return a flat tensor with stride 1, copied if necessary: `contiguous()` keeps other strides of one element."""
     return part if part.stride() == (1,) else part.new_empty(part.numel()).copy_(part)
 
 
 def _split(wire: Tensor, like: Parts, sizes: Sequence[int]) -> Parts:
-    """Cut a byte buffer into parts of the names and dtypes of `like`; the copies are aligned for their dtypes."""
+    """Split a byte buffer into parts with the names and dtypes of `like`; copies, to be aligned for their dtypes."""
     pieces = torch.split(wire, [*sizes, len(wire) - sum(sizes)])  # the last is padding
     return {name: b.clone().view(part.dtype) for (name, part), b in zip(like.items(), pieces, strict=False)}
 
 
 class Together:
-    """Collectives for plain values, in no ledger; every method is collective."""
+    """Collectives for Python values, not counted in a ledger. Every method is collective."""
 
     def __init__(self, group: Group, device: torch.device) -> None:
         self.group, self.device = group, device
         self._channel = Communicator(group, Ledger())
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every worker's value, as JSON carries it, by rank."""
+        """Return every worker's value, by rank, after a round trip through JSON."""
         if self.group.size == 1:
             return [json.loads(json.dumps(value))]
         return [json.loads(text) for text in self._channel.gather_text(json.dumps(value), self.device)]
 
     def send(self, content: Any, source: int) -> Any:
-        """Return the source's tensors and plain types on every worker; the others' `content` is not looked at."""
+        """Return the `content` of rank `source`, tensors and plain types, on all workers. Other content is ignored."""
         if self.group.size == 1:
             return content
         file = io.BytesIO()
@@ -180,7 +180,7 @@ class Together:
 
 
 def check_agreement(channel: Communicator, arguments: Mapping[str, object], device: torch.device) -> None:
-    """Raise ValueError on every worker, naming the first argument that differs and the workers; collective."""
+    """Raise ValueError on all workers, naming the first argument that differs and two workers; collective."""
     if channel.group.size == 1:
         return
     texts = [t.split("\n") for t in channel.gather_text(as_text(arguments), device, "start")]
@@ -192,7 +192,7 @@ def check_agreement(channel: Communicator, arguments: Mapping[str, object], devi
 
 
 def as_text(arguments: Mapping[str, object]) -> str:
-    """Return arguments as lines of text that are the same on workers which have the same."""
+    """Return arguments as text, one per line, identical on workers with equal arguments."""
     arguments = {"packsaddle": __version__, **arguments}
     text = "\n".join(f"{name}={value!r}" for name, value in arguments.items())
-    return re.sub(r" at 0x[0-9a-f]+", "", text)  # where an object lies is each process's own matter
+    return re.sub(r" at 0x[0-9a-f]+", "", text)  # addresses differ between processes

@@ -1,7 +1,7 @@
-"""The collectives of an exchange before they happen: the bytes each worker moves, and what the last of them waits for.
+"""Predicted cost of collectives: each worker's bytes, and the critical path until the last worker has finished.
 
 Costs are those of gloo's algorithms, as measured (experiments/scale). NCCL's rings are the same; its all-to-all and its
-all-gather of two workers use a link both ways at once, and its broadcast is a pipelined ring.
+all-gather of two workers use both directions of a link simultaneously, and its broadcast is a pipelined ring.
 """
 
 from abc import ABC, abstractmethod
@@ -14,11 +14,11 @@ from packsaddle.comm.ledger import Bytes
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of an exchange, from its start to its end on the last worker; costs in sequence add up."""
+    """Critical path of an exchange, from its start to its end on the last worker. Consecutive costs add."""
 
-    hops: int = 0  # messages that wait for one another
-    fan: int = 0  # further messages of one worker: they leave, or arrive, together with another
-    bytes: float = 0.0  # one after another through the busiest link
+    hops: int = 0  # sequential messages
+    fan: int = 0  # additional messages that one worker sends or receives concurrently with these
+    bytes: float = 0.0  # transferred sequentially over the busiest link
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.hops + other.hops, self.fan + other.fan, self.bytes + other.bytes)
@@ -33,12 +33,12 @@ class Collective(ABC):
 
     @abstractmethod
     def cost(self, workers: int) -> Cost:
-        """Return what the last worker waits for; nothing for one worker or an empty message."""
+        """Return the critical path; zero for one worker or an empty message."""
 
 
 @dataclass(frozen=True)
 class RingAllReduce(Collective):
-    """An all-reduce of messages that travel as one, of these sizes in bytes."""
+    """One all-reduce of concatenated messages, of these sizes in bytes."""
 
     payloads: tuple[int, ...]
 
@@ -60,9 +60,9 @@ class RingAllGather(Collective):
         return ring_all_gather(self.payload, workers)
 
     def cost(self, workers: int) -> Cost:
-        """Two workers have one connection, and gloo says "ready to receive" on it after its own first half.
+        """Two workers share one connection, on which gloo signals "ready to receive" after sending its first half.
 
-        So whoever comes later sends that half before the other can start: one and a half messages one after another.
+        So the later worker sends this half before the other can start: one and a half sequential messages.
         """
         hops = workers - 1 if self.payload else 0
         return Cost(hops, 0, hops * self.payload * (1.5 if workers == 2 else 1))
@@ -73,18 +73,18 @@ class AllToAll(Collective):
     """Every worker sends sizes[j] bytes to worker j."""
 
     sizes: Sequence[int]
-    to_self: bool = True  # whether what a worker keeps is part of its payload
+    to_self: bool = True  # count a worker's message to itself in its payload
 
     def wire(self, rank: int, workers: int) -> Bytes:
         total, own = sum(self.sizes), self.sizes[rank]
         return Bytes(total if self.to_self else total - own, total - own, (workers - 1) * own)
 
     def cost(self, workers: int) -> Cost:
-        """All messages are posted at once, but a link is not always busy both ways.
+        """All messages are posted immediately, but links are not always used in both directions.
 
-        A pair of workers has one connection, and gloo says "ready to receive" on it after its own message. So with two,
-        whoever comes later sends all before the other starts. With more, others fill some of the time: 3 and 4 were
-        measured half-way between both ways at once and one after the other.
+        Two workers share one connection, on which gloo signals "ready to receive" after sending its own message. So
+        with two, the later worker sends everything before the other starts. With more, other pairs use some of the
+        time: 3 and 4 workers measured halfway between simultaneous and sequential directions.
         """
         if workers == 1 or not any(self.sizes):
             return Cost()
@@ -104,10 +104,10 @@ class Broadcast(Collective):
         return star_broadcast(self.payload, rank, workers)
 
     def cost(self, workers: int) -> Cost:
-        """gloo's is a binomial tree, whose root posts all its ceil(log2 W) sends at once.
+        """gloo uses a binomial tree, whose root posts all its ceil(log2 W) sends immediately.
 
-        They share its link, so the first child gets the message when the last does, and only then starts to send
-        to its own children; so does its first child, and so on: about log2(W)^2 / 2 messages one after another.
+        They share the root's link, so its first child receives the message as late as its last one, and then sends
+        to its own children in the same way: about log2(W)^2 / 2 sequential messages.
         """
         depth = (workers - 1).bit_length() if self.payload else 0
         children = [sum((1 << i) - 1 + (1 << j) < workers for j in range(i, depth)) for i in range(depth)]

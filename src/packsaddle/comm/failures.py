@@ -1,4 +1,4 @@
-"""Failures of workers: a lost peer, with a roll call that names the workers which do not answer; a failed launch."""
+"""Failures of workers: errors for lost peers and failed launches, and a roll call to find unresponsive workers."""
 
 import threading
 import time
@@ -11,19 +11,19 @@ from typing import Any, Protocol
 from packsaddle.errors import ConfigError
 from packsaddle.messages import numbered
 
-GRACE = 5.0  # seconds in which the workers that are left say so
+GRACE = 5.0  # seconds for the remaining workers to answer a roll call
 _PAUSE = 0.1
-# In errors of gloo.
+# Substrings of gloo's network errors.
 _NETWORK = ("gloo/transport", "pair closure", "Connection closed", "Connection reset", "Broken pipe")
 
 
 class PeerLostError(RuntimeError):
-    """A collective failed because other workers died, hang, or cannot be reached; the message names them."""
+    """A collective failed because other workers died, hang, or are unreachable; the message names them."""
 
 
 @contextmanager
 def told_in(call: str) -> Iterator[None]:
-    """Say in a PeerLostError in which call this worker waited for the others; they may not have made it."""
+    """Add `call`, the collective function in which this worker waited, to the message of a PeerLostError."""
     try:
         yield
     except PeerLostError as error:
@@ -31,7 +31,7 @@ def told_in(call: str) -> Iterator[None]:
 
 
 class Store(Protocol):
-    """The methods used of torch.distributed's stores, through which workers find each other."""
+    """The methods of torch.distributed.Store that are used here."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -42,22 +42,22 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Roll:
-    """The answers to a roll call."""
+    """The result of a roll call."""
 
     answered: tuple[int, ...]  # ranks, this worker's own included
-    absent: tuple[int, ...]  # ranks
+    absent: tuple[int, ...]  # ranks without an answer
     reached: bool  # False: the store itself did not answer
 
 
 def is_network(error: Exception) -> bool:
-    """Return True if a collective's error is about connections or waiting, and not about its arguments."""
+    """Return True if a collective's error is a connection failure or a timeout, not invalid arguments."""
     return any(sign in str(error) for sign in _NETWORK)
 
 
 def roll_call(store: Store, rank: int, ranks: Sequence[int], grace: float = GRACE) -> Roll:
-    """Announce this worker in the store, and return which ranks announce themselves within `grace` seconds.
+    """Announce this worker in the store, and return the ranks that announce themselves within `grace` seconds.
 
-    Every worker whose collective fails calls it, so the absent ones are dead, hung or cut off. If the store does
+    Every worker whose collective fails calls this, so absent ones are dead, hung or cut off. If the store does
     not answer, `reached` is False and all others are absent.
     """
     found: list[Roll] = []
@@ -67,7 +67,7 @@ def roll_call(store: Store, rank: int, ranks: Sequence[int], grace: float = GRAC
             store.set(f"packsaddle/here/{rank}", "1")
             absent = _wait(store, "here", ranks, grace)
             answered = tuple(r for r in ranks if r not in absent)
-            # The first rank may host the store, which ends with it: it waits until the others have read the answers.
+            # The first rank may host the store: it must not exit before the others have read the answers.
             store.set(f"packsaddle/heard/{rank}", "1")
             if rank == ranks[0]:
                 _wait(store, "heard", answered, grace)
@@ -75,14 +75,14 @@ def roll_call(store: Store, rank: int, ranks: Sequence[int], grace: float = GRAC
         except RuntimeError:  # the connection to the store broke
             pass
 
-    thread = threading.Thread(target=call, daemon=True)  # a store behind a cut network answers nothing, for minutes
+    thread = threading.Thread(target=call, daemon=True)  # calls to an unreachable store block for minutes
     thread.start()
     thread.join(2 * grace + 1)
     return found[0] if found else Roll((rank,), tuple(r for r in ranks if r != rank), False)
 
 
 def _wait(store: Store, word: str, ranks: Sequence[int], seconds: float) -> tuple[int, ...]:
-    """Wait for a word of each of these workers, and return those that have not said it in time."""
+    """Wait for the key packsaddle/WORD/RANK of each rank; return the ranks without it after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         silent = tuple(r for r in ranks if not store.check([f"packsaddle/{word}/{r}"]))
@@ -110,11 +110,11 @@ def explanation(roll: Roll, rank: int, size: int, error: Exception, timeout: tim
 
 
 class TerminatedError(RuntimeError):
-    """This process was sent SIGTERM, which was passed on to its workers; they have ended since."""
+    """This process received SIGTERM and forwarded it to its workers, which have ended."""
 
 
 class WorkerFailedError(RuntimeError):
-    """A launched worker process raised; the message is its first error. `trace` is where, "" if that tells nothing."""
+    """A launched worker process failed; the message is the first error. `trace` is its traceback ("": none)."""
 
     def __init__(self, message: str, trace: str = "") -> None:
         super().__init__(message)
@@ -122,7 +122,7 @@ class WorkerFailedError(RuntimeError):
 
 
 def failure_of(rank: int, failure: Any) -> Exception:
-    """The error to raise for the first worker that failed."""
+    """Return the exception to raise for torch's record of the first worker that failed."""
     if not isinstance(failure.message, dict):  # killed, or out of memory
         return WorkerFailedError(f"worker {rank} failed: {failure.message}")
     message: str = failure.message["message"]

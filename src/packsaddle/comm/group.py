@@ -1,8 +1,8 @@
-"""Groups of workers: four collectives, for one process, for a torch.distributed process group, for threads.
+"""Groups of workers: four collectives over one process, a torch.distributed process group, or threads.
 
 `Solo` is the group of one worker and `TorchGroup` a torch.distributed process group (gloo or NCCL);
-`packsaddle.simulate` adds a group of threads. What is sent is decided in `aggregators`; bytes are counted in
-`communicator`; processes are started in `launch`.
+`packsaddle.simulate` adds a group of threads. `aggregators` defines the messages, `communicator` counts bytes, and
+`launching` starts processes.
 """
 
 import gc
@@ -23,42 +23,42 @@ from torch.nn.parallel import DistributedDataParallel
 from packsaddle.comm.failures import PeerLostError, explanation, is_network, roll_call
 
 ProcessGroup = dist.ProcessGroup
-_NO_TAG = 7_654_321  # of messages that are never sent
+_NO_TAG = 7_654_321  # tag that no message has
 
 
 class Group(ABC):
-    """Workers that call the same collectives in the same order. `rank` is this worker, `size` their number W."""
+    """Workers that call the same collectives in the same order. `rank` is this worker's index, `size` the number W."""
 
     rank: int
     size: int
-    sends = True  # whether this process sends over the network, or another one in its place
+    sends = True  # False: another process of this machine uses the network in its place
 
     @abstractmethod
     def all_reduce(self, tensor: Tensor) -> None:
-        """Replace the tensor by its sum over workers, in place; equal shapes and dtypes everywhere."""
+        """Replace the tensor by its sum over workers, in place. Shapes and dtypes must match on all workers."""
 
     @abstractmethod
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Return every worker's tensor, by rank; equal shapes and dtypes everywhere."""
+        """Return every worker's tensor, by rank. Shapes and dtypes must match on all workers."""
 
     @abstractmethod
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        """Send outgoing[r], flat, to worker r, and return what each sent here, by rank; sizes[r] elements from r."""
+        """Send outgoing[r], flat, to worker r; return the tensors received, by rank: sizes[r] elements from rank r."""
 
     @abstractmethod
     def broadcast(self, tensor: Tensor) -> None:
-        """Replace the tensor by rank 0's, in place."""
+        """Overwrite the tensor with rank 0's, in place."""
 
     def background(self, device: torch.device) -> "Group | None":
         """Return a new group of the same workers, whose collectives may overlap those of this one; collective.
 
-        None where workers cannot do anything during a collective.
+        None if collectives of this group cannot overlap other work.
         """
         return None
 
 
 class Solo(Group):
-    """One worker, nothing to exchange."""
+    """A group of one worker; its collectives are no-ops."""
 
     rank = 0
     size = 1
@@ -91,7 +91,7 @@ class TorchGroup(Group):
 
     @property
     def process_group(self) -> dist.ProcessGroup:
-        """The group itself, where None was given the default one."""
+        """The torch.distributed process group; the default one if None was given."""
         group = self._group or dist.group.WORLD
         assert group is not None
         return group
@@ -115,7 +115,7 @@ class TorchGroup(Group):
         return list(torch.split(received, list(sizes)))
 
     def broadcast(self, tensor: Tensor) -> None:
-        whole = tensor.contiguous()  # gloo would fill a tensor with gaps as if it had none
+        whole = tensor.contiguous()  # gloo ignores the strides of its output
         with self.told():
             dist.broadcast(whole, src=self.ranks[0], group=self._group)
         if whole is not tensor:
@@ -126,7 +126,7 @@ class TorchGroup(Group):
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """Raise PeerLostError, which names the workers that are gone, where a collective's network fails."""
+        """Convert a network error of a collective to PeerLostError, which names the lost workers."""
         try:
             yield
         except RuntimeError as error:
@@ -137,8 +137,8 @@ class TorchGroup(Group):
     def _lost(self, error: RuntimeError) -> PeerLostError:
         backend: Any = self.process_group._get_backend(torch.device("cpu"))
         for peer in range(self.size):
-            # A receive that is never answered: when it times out gloo closes the group's connections, so that workers
-            # which wait for this one fail too, and answer the roll call.
+            # A receive without a matching send: on its timeout gloo closes the group's connections, so that workers
+            # waiting for this one fail too, and answer the roll call.
             with suppress(RuntimeError):
                 if peer != self.rank:
                     backend.recv([torch.empty(1)], peer, _NO_TAG).wait(timedelta(milliseconds=1))
@@ -152,7 +152,7 @@ _ambient: ContextVar[Group | None] = ContextVar("packsaddle_group", default=None
 
 @contextmanager
 def ambient_group(group: Group) -> Iterator[None]:
-    """Make `group` the one that `resolve(None)` finds in this thread."""
+    """Make `resolve(None)` return `group` in this thread."""
     token = _ambient.set(group)
     try:
         yield
@@ -177,9 +177,9 @@ def resolve(process_group: Group | dist.ProcessGroup | None) -> Group:
 
 
 def training_group(process_group: Group | dist.ProcessGroup | None, *, stacklevel: int = 2) -> Group:
-    """Return the group to train in, as `resolve` does.
+    """Return the group to train in, as `resolve` does, with a warning if this process would train alone by mistake.
 
-    A process that a launcher started as one of several and that has no default group would train alone: it is warned.
+    That is the case if a launcher started several processes (WORLD_SIZE) and there is no default group.
     """
     group = resolve(process_group)
     if process_group is None and isinstance(group, Solo) and int(os.environ.get("WORLD_SIZE") or 1) > 1:
@@ -192,9 +192,9 @@ def training_group(process_group: Group | dist.ProcessGroup | None, *, stackleve
 
 
 def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
-    """Return True if a DistributedDataParallel without a hook averages gradients of these over workers of the group.
+    """Return True if a DistributedDataParallel without a hook averages gradients of these parameters in the group.
 
-    It may have been made after them and be known to the script alone, so all objects are searched (30 ms).
+    Parameters do not refer to it, so all live Python objects are searched (30 ms).
     """
     if not isinstance(group, TorchGroup) or group.size == 1:
         return False
@@ -208,15 +208,15 @@ def is_averaged_by_ddp(parameters: Iterable[Tensor], group: Group) -> bool:
 
 
 def group_like(model: DistributedDataParallel) -> Group:
-    """Return a new group of the workers of a model's group, so that other collectives can overlap its own; collective.
+    """Return a new group with the workers and timeout of a model's group; collective.
 
-    It has the timeout of the model's own group.
+    Its collectives can overlap those of the model.
     """
     return TorchGroup(same_workers(model.process_group, next(model.parameters()).device))
 
 
 def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
-    """Return a new process group of the workers of another, with its timeout; collective."""
+    """Return a new process group with the workers and timeout of another; collective."""
     timeout = process_group._get_backend(device).options._timeout
     ranks = dist.get_process_group_ranks(process_group)
     group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
@@ -225,5 +225,5 @@ def same_workers(process_group: dist.ProcessGroup, device: torch.device) -> dist
 
 
 def backends() -> dict[str, bool]:
-    """Return which of the backends that are used this torch has been built with."""
+    """Return the availability of gloo and NCCL in this build of torch, by name."""
     return {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}

@@ -1,8 +1,8 @@
 """Worker processes: the launcher's environment, joining and leaving the process group, starting and ending workers.
 
-torchrun's store outlives a restart (torch 2.13), and in it the addresses of the workers before, which the new ones
-would try to reach without end. So each start writes under its own prefix, on which workers agree; the number of
-restarts would not do, since with several machines each torchrun counts its own.
+torchrun's store survives a restart (torch 2.13), with the addresses of the old workers, to which new workers would
+connect indefinitely. So each start uses its own key prefix, agreed on by all workers. The number of restarts cannot
+be the prefix: with several machines each torchrun counts its own.
 """
 
 import logging
@@ -58,7 +58,7 @@ def _variable(name: str, least: int, most: int, default: int | None = None) -> i
 
 
 def check_interface() -> None:
-    """Raise ConfigError if gloo is told to listen on an interface that this machine does not have."""
+    """Raise ConfigError if GLOO_SOCKET_IFNAME names a network interface that this machine does not have."""
     named = os.environ.get("GLOO_SOCKET_IFNAME", "")
     there = [name for _, name in socket.if_nameindex()] if hasattr(socket, "if_nameindex") else []
     missing = [name for name in named.split(",") if name and there and name not in there]
@@ -67,7 +67,7 @@ def check_interface() -> None:
 
 
 def not_joined(error: Exception) -> str:
-    """Return the message and advice for a world that could not be joined; it ends with torch's own first line."""
+    """Return the message, with advice, for a failed `init_process_group`; it ends with the first line of `error`."""
     place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if "EADDRINUSE" in str(error) or "already in use" in str(error):
@@ -82,14 +82,14 @@ def not_joined(error: Exception) -> str:
 
 
 _PAUSE = 0.02
-_ROUND = 1.0  # seconds after which what has been heard is looked at again
+_ROUND = 1.0  # seconds to wait for a confirmation before the answers are read again
 
 
 def agree_on_prefix(store: Store, rank: int, size: int, seconds: float) -> str:
     """Agree on a key prefix for this launch; collective. Raises RuntimeError after `seconds`.
 
-    Rank 0 proposes it and waits until every worker of this launch has acknowledged it: each finds its own name in the
-    list of those that answered, where an earlier worker may have answered last.
+    Rank 0 proposes it and publishes the ids of the workers that answered. Each worker confirms once the list has its
+    own id, so answers of workers of an earlier launch are detected.
     """
     me, deadline = uuid.uuid4().hex, time.monotonic() + seconds
     if rank == 0:
@@ -136,13 +136,13 @@ _asked = threading.Event()
 
 
 def asked_to_stop() -> bool:
-    """Return True if this process has received SIGTERM in `hearing_sigterm`."""
+    """Return True if this process received SIGTERM in a `hearing_sigterm` block."""
     return _asked.is_set()
 
 
 @contextmanager
 def hearing_sigterm() -> Iterator[None]:
-    """Note a SIGTERM in the block; a second one ends the process, as usual. For the main thread."""
+    """Record a SIGTERM in the block for `asked_to_stop`; a second one has its previous effect. Main thread only."""
     _asked.clear()
     before = signal.getsignal(signal.SIGTERM)
 
@@ -157,15 +157,15 @@ def hearing_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-SHUTDOWN_SECONDS = 3.0  # before SIGTERM, and then before SIGKILL
+SHUTDOWN_SECONDS = 3.0  # until SIGTERM, and from there until SIGKILL
 
 
 @contextmanager
 def short_shutdown_grace() -> Iterator[None]:
-    """After a worker failed, give the others SHUTDOWN_SECONDS to end, and as long again after SIGTERM.
+    """After a worker failed, send the others SIGTERM after SHUTDOWN_SECONDS, and SIGKILL after as many more.
 
-    torch's launcher gives them 30 s after SIGTERM, which a stopped worker uses up, and has no setting for it.
-    LaunchConfig's shutdown_timeout is for signals to the launcher, when workers save: 30 s, here too.
+    torch's launcher waits 30 s after SIGTERM, which a stopped worker uses up, and has no setting for it.
+    LaunchConfig's shutdown_timeout applies to signals to the launcher, when workers save: it stays at 30 s.
     """
     context: Any = ProcessContext
     join = context.join
@@ -180,15 +180,15 @@ def short_shutdown_grace() -> Iterator[None]:
         context.join = join
 
 
-ORPHAN_SECONDS = 30.0  # to save, for a worker whose launcher was killed
-_MOMENT = 2.0  # seconds, in which a launcher that still listens has heard a result
+ORPHAN_SECONDS = 30.0  # for a worker to save after its launcher was killed
+_MOMENT = 2.0  # seconds, enough for a running launcher to receive a result
 
 
 def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
-    """Return entry(*args), in a launched worker, which ends when its launcher gets SIGTERM or is killed.
+    """Run entry(*args) in a launched worker and return its result; exit if the launcher received SIGTERM or is killed.
 
-    Workers wait for the launcher's news that all have returned, which one that got SIGTERM does not send: it would kill
-    them after 30 s, as long as SLURM and Kubernetes give it itself. So the process ends a moment later.
+    Workers wait until the launcher reports that all have returned. After SIGTERM it does not, and kills them in 30 s,
+    the time that SLURM and Kubernetes give the launcher itself. So it then exits _MOMENT seconds after `entry` returns.
     """
     threading.Thread(target=_follow_launcher, daemon=True).start()
     result = entry(*args)
@@ -201,7 +201,7 @@ def in_worker(entry: Callable[..., Any], *args: Any) -> Any:
 
 
 def _follow_launcher() -> None:
-    """Wait for the end of the launcher, which ends its workers before unless it is killed; then send SIGTERM."""
+    """Wait for the launcher's exit, then send this process SIGTERM: only a killed launcher exits before its workers."""
     launcher = multiprocessing.parent_process()
     if launcher is not None:
         launcher.join()
@@ -216,10 +216,10 @@ _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocess
 
 @contextmanager
 def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
-    """Join the world that the launcher set up (NCCL where every worker has a GPU, else gloo), and leave it.
+    """Initialize the launcher's process group (NCCL if every worker has a GPU, else gloo), and destroy it at the end.
 
-    Collectives that take longer than `timeout`, by default torch's, raise PeerLostError.
-    Raises ConfigError if the world cannot be joined.
+    Collectives that exceed `timeout` (None: torch's default) raise PeerLostError.
+    Raises ConfigError if the process group cannot be initialized.
     """
     under_launcher()  # checks the variables
     check_interface()
@@ -227,7 +227,7 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
     use_nccl = dist.is_nccl_available() and torch.cuda.device_count() >= local_size
     if use_nccl:
         torch.cuda.set_device(local_rank)
-    # Scalars that live on the CPU (metrics, flags) travel by gloo even where vectors go by NCCL.
+    # CPU scalars (metrics, flags) use gloo even if vectors use NCCL.
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_nccl else "gloo", timeout=timeout, **_meeting(timeout))
     except (RuntimeError, ValueError) as error:  # torch's errors of stores and networks are RuntimeErrors
@@ -236,14 +236,14 @@ def process_group(timeout: timedelta | None = None) -> Iterator[Group]:
         group = TorchGroup()
         yield group
         with group.told():
-            dist.barrier()  # a worker that leaves early takes its connections away from the others
+            dist.barrier()  # an early exit would close connections that others still use
     finally:
         # Without this, interpreters that exit while gloo threads live sometimes abort.
         dist.destroy_process_group()
 
 
 def _meeting(timeout: timedelta | None) -> dict[str, Any]:
-    """Return the arguments of `init_process_group` if torchrun may have used this rendezvous store before."""
+    """Return a store with a new prefix as arguments of `init_process_group`; {} if torchrun's store is never reused."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ.get("TORCHELASTIC_MAX_RESTARTS") == "0":
         return {}
     rank, size, patience = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timeout or timedelta(minutes=30)
@@ -260,16 +260,16 @@ def local_device() -> torch.device:
 
 
 def preload_workers(module: str) -> None:
-    """Import `module`, torch and the compiled loops in multiprocessing's forkserver, unless it has been started.
+    """Preload `module`, torch and the compiled kernels in multiprocessing's forkserver. No-op once it is running.
 
-    And torch._dynamo, which the first optimizer of a process imports, and which takes as long as torch.
+    Also torch._dynamo, which the first optimizer of a process imports and which takes as long as torch.
     """
     multiprocessing.set_forkserver_preload(["torch", "torch._dynamo", "packsaddle.numerics.kernels.preloaded", module])
 
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Put back the handlers of signals afterwards, which torch's launcher replaces for good; for the main thread."""
+    """Restore the signal handlers at the end: torch's launcher replaces them permanently. Main thread only."""
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         yield
@@ -317,7 +317,7 @@ def launch(entry: Callable[..., Any], args: tuple[Any, ...], workers: int) -> An
 
 @contextmanager
 def _quiet_launcher() -> Iterator[None]:
-    """Keep torch's launcher from logging the trace of a failed worker, which `launch` raises."""
+    """Suppress torch's log of a failed worker's traceback, since `launch` raises the error."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""The ledger: how many bytes this worker put on the wire and took from it, by step and by purpose."""
+"""The ledger: bytes that this worker sent and received, by step and by purpose."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 _KEPT = 1000  # spans
-Totals = list[tuple[str, str, int, int, int]]  # purpose, collective, and the bytes of `Bytes`
+Totals = list[tuple[str, str, int, int, int]]  # purpose, collective, payload, sent, received
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """Numbers of bytes of one worker: `payload` is its own messages; `sent` and `received` cross the wire.
+    """Byte counts of one worker: `payload` of its own messages, `sent` and `received` over the network.
 
-    In a ring all-reduce a worker also forwards the messages of others, which `sent` and `received` include.
+    `sent` and `received` include the messages of others that a worker forwards in a ring.
 
     >>> from packsaddle import Bytes
     >>> Bytes(payload=4, sent=8, received=8) + Bytes(sent=1)
@@ -33,7 +33,7 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Span:
-    """Consecutive steps, first..last, that moved the same bytes for the same purposes.
+    """Consecutive steps, first..last, with equal bytes for each purpose.
 
     >>> from packsaddle import Bytes, Ledger
     >>> ledger = Ledger()
@@ -51,10 +51,9 @@ class Span:
 
 
 class Ledger:
-    """The record of one worker's bytes, of every collective by step and purpose.
+    """Record of one worker's bytes in every collective, by step and purpose.
 
-    Steps that move equal bytes are kept as one `Span`, and of spans the newest 1,000, so that a run of any length needs
-    little memory. Totals are of all steps.
+    Consecutive steps with equal bytes are one `Span`, and only the newest 1,000 spans are kept. Totals cover all steps.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, TopK, simulate
@@ -90,7 +89,7 @@ class Ledger:
         )
 
     def add(self, step: int, purpose: str, collective: str, moved: Bytes) -> None:
-        """Record bytes that a collective moved for a purpose at a step; steps must not decrease."""
+        """Record `moved`, the bytes of a collective for a purpose at a step; steps must not decrease."""
         self._totals[purpose, collective] = self._totals.get((purpose, collective), Bytes()) + moved
         current = dict(self._spans[-1].by_purpose) if self._spans and self._spans[-1].last == step else {}
         current[purpose] = current.get(purpose, Bytes()) + moved
@@ -107,7 +106,7 @@ class Ledger:
             self._spans.append(Span(step, step, current))
 
     def at(self, step: int) -> Mapping[str, Bytes]:
-        """Return the bytes of one step by purpose (empty if nothing moved, or it is too long ago to be kept)."""
+        """Return the bytes of one step by purpose; empty if nothing was sent, or if its span is no longer kept."""
         for span in reversed(self.spans):
             if span.first <= step <= span.last:
                 return span.by_purpose
@@ -117,7 +116,7 @@ class Ledger:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        """The history as far as it is kept, run-length coded, in order of steps."""
+        """The newest spans of the history, in order of steps."""
         return tuple(self._spans)
 
     @property

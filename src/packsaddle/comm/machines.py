@@ -1,7 +1,7 @@
-"""Machines as workers: one process of each sends over the slow network, and the others there get its result.
+"""Machines as workers: one process of each uses the slow network, and broadcasts the result within its machine.
 
-For processes of one machine that train one copy of the model, by DistributedDataParallel within the machine, say: they
-hold the same values, so what one of them exchanges with other machines all of them would.
+For machines whose processes train one copy of the model, for example with DistributedDataParallel within the machine.
+These processes hold identical values, so one of them exchanges for all.
 """
 
 import os
@@ -15,7 +15,7 @@ from packsaddle.comm.group import Group, TorchGroup, same_workers
 
 
 class MachineGroup(Group):
-    """The group whose workers are machines: `rank` is this process's machine, `size` their number.
+    """A group whose workers are machines: `rank` is the index of this process's machine, `size` the number of machines.
 
     `within` is the process group of this machine, for DistributedDataParallel(model, process_group=group.within).
     Every process of a machine must call the same collectives with the same values.
@@ -66,9 +66,10 @@ class MachineGroup(Group):
 
 
 def machine_group(processes: int | None = None) -> MachineGroup:
-    """Return the group of machines with this many processes each, of consecutive ranks; collective over all processes.
+    """Return the group of machines; collective over all processes.
 
-    None takes torchrun's LOCAL_WORLD_SIZE. Raises ValueError unless the number of all processes is a multiple of it.
+    Each machine has `processes` processes, of consecutive ranks. None: torchrun's LOCAL_WORLD_SIZE. Raises ValueError
+    unless it divides the number of all processes.
 
     >>> import torch.distributed as dist
     >>> from packsaddle.comm import machine_group
@@ -84,7 +85,7 @@ def machine_group(processes: int | None = None) -> MachineGroup:
         raise ValueError(f"processes must divide the {world} processes there are, got {each}")
     machine, first = divmod(rank, each)
     within = dist.new_group(range(machine * each, (machine + 1) * each), use_local_synchronization=True)
-    # Of processes that send nothing too: torch names a group by how many its members have made.
+    # Also on processes that do not send: torch names a group by the number of groups its members have created.
     between = dist.new_group(range(first, world, each), use_local_synchronization=True)
     assert isinstance(within, dist.ProcessGroup)
     assert isinstance(between, dist.ProcessGroup)

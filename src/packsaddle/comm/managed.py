@@ -1,9 +1,9 @@
-"""The group of a torchft Manager, whose workers come and go, and the Manager of this process.
+"""The group of a torchft Manager, whose workers may join and leave, and `connect`, which creates a Manager.
 
-torchft's lighthouse says who is there, and its Manager reconfigures the process group at every quorum. A collective
-in which a worker is lost raises here, as in any group, and whoever called it reports that to the Manager, whose vote
-then discards what was tried. The Manager's own all-reduce would not do: it knows no all-gather, which sparse messages
-need, and it scales and zeroes what it is given.
+torchft's lighthouse tracks the workers, and the Manager reconfigures the process group at every quorum. A collective
+that loses a worker raises here, as in any group; the caller reports the error to the Manager, whose vote then rejects
+the exchange. The Manager's own collectives are not used: it has no all-gather, which sparse messages need, and its
+all-reduce scales and zeroes its input.
 """
 
 import logging
@@ -24,9 +24,9 @@ from torch import Tensor
 from packsaddle.comm.group import Group
 from packsaddle.errors import ConfigError, require
 
-LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # the environment variable, which torchft reads too
-_dist: Any = dist  # whose types lack what is used
-_AGAIN = 3.0  # seconds after which a lighthouse that does not answer is asked again
+LIGHTHOUSE = "TORCHFT_LIGHTHOUSE"  # environment variable, also read by torchft
+_dist: Any = dist  # untyped: its type stubs are incomplete
+_AGAIN = 3.0  # seconds between attempts to reach a lighthouse
 _c10d: Any = dist.distributed_c10d
 
 
@@ -46,14 +46,14 @@ class ManagedGroup(Group):
         self._group: Any = managed.ManagedProcessGroup(manager).parent  # the Manager reconfigures it in place
 
     def renew(self) -> None:
-        """Take rank and size of the latest quorum. Raises ConfigError if the Manager leaves this worker out of it."""
+        """Read rank and size from the latest quorum. Raises ConfigError if this worker does not participate in it."""
         rank = self.manager.participating_rank()
         if rank is None:
             raise ConfigError("manager must have world_size_mode=DYNAMIC and use_async_quorum=False: no worker spares")
         self.rank, self.size = rank, self.manager.num_participants()
 
     def abort(self) -> None:
-        """Break the connections of the latest quorum, so that no other worker waits for this one in a collective."""
+        """Close the connections of the latest quorum, so that no other worker waits for this one in a collective."""
         self._group.abort()
 
     def all_reduce(self, tensor: Tensor) -> None:
@@ -89,8 +89,8 @@ def connect(
     Args:
         lighthouse: URL of `torchft_lighthouse`, http://HOST:PORT. None: the variable TORCHFT_LIGHTHOUSE.
         name: this worker's name in torchft's log.
-        min_workers: fewest workers of a committed round; identical on all workers.
-        timeout: seconds that a collective may take, or fetching the state of another worker.
+        min_workers: minimum number of workers for a round to be applied; identical on all workers.
+        timeout: limit in seconds for a collective, or for fetching the state of another worker.
         quorum_timeout: seconds to wait for other workers to join a round.
         connect_timeout: seconds to wait for a connection to the lighthouse.
         hostname: this machine's address for other workers. None: its address in the connection to the lighthouse.
@@ -102,14 +102,14 @@ def connect(
     >>> manager = connect("http://10.0.0.1:29510", min_workers=2)  # doctest: +SKIP
     >>> local = packsaddle.LocalUpdates(optimizer, workers=manager)  # doctest: +SKIP
     """
-    os.environ.setdefault("RUST_LOG", "warn")  # torchft's servers say several lines in every round
+    os.environ.setdefault("RUST_LOG", "warn")  # torchft's servers log several lines in every round
     torchft: Any = require("torchft", "torchft", "elastic training")
     logging.getLogger("torchft.manager").addFilter(_is_of_use)
     address = lighthouse or os.environ.get(LIGHTHOUSE, "")
     host, port = _place(address)
-    # Other workers reach this machine by the interface that leads to the lighthouse.
+    # Other workers connect to the address of the interface that reaches the lighthouse.
     here = hostname or reach(host, port, connect_timeout)
-    # To torchft a worker is a replica group of one process, with its own store for the others to meet at.
+    # For torchft a worker is a replica group of one process, with its own rendezvous store.
     store: Any = _dist.TCPStore(here, 0, is_master=True, wait_for_workers=False)
     try:
         manager = torchft.Manager(
@@ -129,16 +129,16 @@ def connect(
             replica_id=name,
             hostname=here,
             checkpoint_transport=_transport(here, timeout),
-            quorum_retries=max(1, int(quorum_timeout / _AGAIN)),  # else one failure costs all of quorum_timeout
+            quorum_retries=max(1, int(quorum_timeout / _AGAIN)),  # else one failure uses up quorum_timeout
         )
     except RuntimeError as error:
         raise ConfigError(_absent(address, str(error))) from None
-    weakref.finalize(manager, lambda _: None, store)  # other workers meet there as long as the Manager lives
+    weakref.finalize(manager, lambda _: None, store)  # keep the store alive as long as the Manager
     return manager
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:
-    """Leave out of torchft's log what it says at every quorum of workers without NCCL."""
+    """Return False for the warning that torchft logs at every quorum of workers without NCCL."""
     return "NCCL flight recorder" not in record.getMessage()
 
 
@@ -149,7 +149,7 @@ def check_lighthouse(address: str, seconds: float = 10.0) -> None:
 
 
 def reach(host: str, port: int, seconds: float) -> str:
-    """Return the address of this machine from which a lighthouse is reached. Raises ConfigError if it is not there."""
+    """Return this machine's address in a connection to the lighthouse. Raises ConfigError if it cannot connect."""
     try:
         with socket.create_connection((host, port), timeout=seconds) as connection:
             return str(connection.getsockname()[0]).removeprefix("::ffff:")
@@ -158,12 +158,12 @@ def reach(host: str, port: int, seconds: float) -> str:
 
 
 def lighthouse_place() -> tuple[str, int] | None:
-    """Return host and port of the lighthouse that the environment names, None if it names none. Raises ConfigError."""
+    """Return host and port from TORCHFT_LIGHTHOUSE, None if it is not set. Raises ConfigError if it is invalid."""
     return _place(os.environ[LIGHTHOUSE]) if os.environ.get(LIGHTHOUSE) else None
 
 
 def _place(address: str) -> tuple[str, int]:
-    """Return host and port of http://HOST:PORT."""
+    """Return host and port of http://HOST:PORT. Raises ConfigError for another form."""
     scheme, host, port = "", None, None
     with suppress(ValueError):
         parts = urllib.parse.urlsplit(address)
@@ -182,11 +182,11 @@ def _absent(address: str, reason: str) -> str:
 
 
 def _transport(host: str, seconds: float) -> Any:
-    """Return torchft's transport of states to joining workers, at the address `host` and without pickled objects."""
+    """Return torchft's transport of states to joining workers, served at `host` and without pickled objects."""
     http: Any = require("torchft.checkpointing.http_transport", "torchft", "elastic training")
 
     class PlainTransport(http.HTTPTransport):  # type: ignore[misc]
-        # torchft's has this machine's hostname, which other machines may fail to resolve.
+        # torchft's own uses this machine's hostname, which other machines may fail to resolve.
         def address(self) -> str:
             where = f"[{host}]" if ":" in host else host
             return f"http://{where}:{self._server.socket.getsockname()[1]}/checkpoint/"
@@ -198,9 +198,9 @@ def _transport(host: str, seconds: float) -> Any:
                 http.urllib.request.urlopen(address, timeout=timeout.total_seconds()) as answer,
                 warnings.catch_warnings(),
             ):
-                warnings.simplefilter("ignore", UserWarning)  # torch's, of buffers that cannot be written
+                warnings.simplefilter("ignore", UserWarning)  # torch's, about non-writable buffers
                 return http._streaming_load(answer, weights_only=True)
 
     transport = PlainTransport(timeout=timedelta(seconds=seconds), num_chunks=0)
-    transport._server.RequestHandlerClass.log_message = lambda *_: None  # a line on stderr for each newcomer
+    transport._server.RequestHandlerClass.log_message = lambda *_: None  # no line on stderr for each joining worker
     return transport

@@ -1,7 +1,7 @@
-"""Aggregation through owners: every chunk of the vector has a worker that averages it and sends the mean back.
+"""Two-way exchanges: every chunk of the vector has an owner, a worker that averages it and sends the mean back.
 
-`TwoWay` gives each worker an equal chunk; `Coordinator` gives all of it to rank 0, the paper's star. The mean may be
-compressed again on the way back, with an error memory at the owner.
+With `TwoWay` each worker owns an equal chunk; with `Coordinator` rank 0 owns the whole vector, the paper's star. The
+owner may compress the mean again, with an error memory of its own (the owner error).
 """
 
 from abc import abstractmethod
@@ -21,17 +21,17 @@ Chunk = tuple[int, int]
 
 
 class Owners(Aggregator):
-    """Workers send C(chunk) to the chunk's owner; it sends back B(mean + its own error), B the `back` compressor.
+    """Workers send C(chunk) to the chunk's owner, which sends back B(mean + owner error), B the `back` compressor.
 
-    A compressor with k= or columns= keeps its share of them in each chunk. The owner's error is a mean over workers
-    already, so for the mean of all errors it counts W times on its owner alone (`add_residual`).
+    k= or columns= of a compressor is divided among chunks by their sizes. The owner error is an error of the mean
+    over workers, so in a mean over workers of all residuals it counts W times, on its owner (`add_residual`).
     """
 
     def __init__(self, compressor: Compressor, back: Compressor) -> None:
         super().__init__(compressor)
         self.back = back
-        self._residual: Tensor | None = None  # float[>= d], this owner's error on its own chunk, zero elsewhere
-        self._own: Chunk | None = None  # known from the first exchange
+        self._residual: Tensor | None = None  # float[>= d], the owner error on this worker's chunk, zero elsewhere
+        self._own: Chunk | None = None  # this worker's chunk; None before the first exchange
 
     def adopt(self, compressor: Compressor) -> None:
         if self.back is self.compressor:
@@ -40,7 +40,7 @@ class Owners(Aggregator):
 
     @abstractmethod
     def bounds(self, d: int, workers: int) -> list[int]:
-        """Return where chunks begin and end: worker j owns [bounds[j], bounds[j + 1])."""
+        """Return the chunk boundaries, W + 1 coordinates: worker j owns [bounds[j], bounds[j + 1])."""
 
     def average(self, channel: Communicator, v: Tensor, dense: Tensor, *, seed: int, step: int) -> Averaged:
         mean_dense = mean_of_dense(channel, dense)
@@ -88,8 +88,8 @@ class Owners(Aggregator):
     def _return(
         self, channel: Communicator, reply: Message | None, v: Tensor, chunks: list[Chunk], seed: int, step: int
     ) -> tuple[Term, ...]:
-        """Send every owner's reply to every worker, and return them as terms of the mean."""
-        # Names and dtypes of the parts, from a compression of zeros, for workers that own nothing.
+        """Send every owner's reply to every worker; return the replies as terms of the mean."""
+        # Workers without a chunk get the names and dtypes of the parts by compressing zeros.
         n = next(b - a for a, b in chunks if a < b)
         example = reply or self.back.restrict(n, len(v)).encode(v.new_zeros(n), seed=seed, step=step)
         like = example.parts
@@ -103,7 +103,7 @@ class Owners(Aggregator):
 
     @abstractmethod
     def _send_back(self, channel: Communicator, parts: Parts, like: Parts) -> list[Parts]:
-        """Send this worker's reply to all; return every owner's, by rank."""
+        """Send this worker's reply to all; return all workers' replies, by rank."""
 
     def vectors(self, like: Tensor) -> dict[str, Tensor]:
         if self._residual is None:
@@ -125,13 +125,13 @@ class Owners(Aggregator):
             return
         if snapshot is None:
             self._residual.zero_()
-        elif len(snapshot) == len(self._residual):  # taken before the chunk was known
+        elif len(snapshot) == len(self._residual):  # made before the first exchange
             self._residual.copy_(snapshot)
         elif self._own:
             self._residual[slice(*self._own)].copy_(snapshot)
 
     def mu(self, d: int, workers: int) -> float:
-        """Both compressions keep their share, chunk by chunk; the second one's error is kept at the owner."""
+        """Return the mean over chunks, weighted by size, of the product of both compressors' mu."""
         parts = [(n, self.compressor.restrict(n, d), self.back.restrict(n, d)) for n in self._sizes(d, workers)]
         return sum(n / d * up.mu(n) * back.mu(n) for n, up, back in parts) if d else 1.0
 
@@ -156,7 +156,7 @@ class Owners(Aggregator):
         """Return the collectives that send replies of these sizes back."""
 
     def work(self, d: int, workers: int) -> list[Work]:
-        """An owner's: it decodes every worker's message of its chunk, and like all others every reply."""
+        """Return an owner's operations: it decodes every worker's message for its chunk, and every owner's reply."""
         sizes = self._sizes(d, workers)
         if not d:
             return []
@@ -171,7 +171,7 @@ class Owners(Aggregator):
 
 
 class TwoWay(Owners):
-    """Each worker owns an equal chunk: an all-to-all up, an all-gather back. By default B = C."""
+    """Each worker owns an equal chunk: an all-to-all to the owners, an all-gather back. By default B = C."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or compressor)
@@ -187,7 +187,7 @@ class TwoWay(Owners):
 
 
 class Coordinator(Owners):
-    """Rank 0 owns everything: a gather to it, and a broadcast. By default the mean comes back uncompressed."""
+    """Rank 0 owns the whole vector: a gather to rank 0, then a broadcast of the mean, by default uncompressed."""
 
     def __init__(self, compressor: Compressor, back: Compressor | None = None) -> None:
         super().__init__(compressor, back or Identity())

@@ -1,4 +1,4 @@
-"""Choice of the aggregator of a compressor's messages: the one asked for, or the one that moves the fewest bytes."""
+"""Selection of the aggregator for a compressor: the requested one, or the one that sends the fewest bytes."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from packsaddle.comm.aggregators import (
 from packsaddle.comm.owner_aggregators import Coordinator, TwoWay
 from packsaddle.compressors import Compressor
 
-# What a compressor's `aggregation` names.
+# By the name in a compressor's `aggregation`.
 _DIRECT: Mapping[str, Callable[[Any], Aggregator]] = {
     "all-reduce": AllReduce,
     "all-gather": AllGather,
@@ -31,7 +31,7 @@ Exchange = Literal["direct", "auto", "all-reduce", "all-gather", "two-way", "coo
 
 @dataclass(frozen=True)
 class Choice:
-    """An aggregator and why it was chosen."""
+    """The selected aggregator, its name, and the reason."""
 
     aggregator: Aggregator
     name: str
@@ -39,7 +39,7 @@ class Choice:
 
 
 def warn_of_nothing(compressor: Compressor, d: int, dense_below: int, *, stacklevel: int) -> None:
-    """Warn, as from `stacklevel` calls above the caller's, if there are no coordinates to compress."""
+    """Warn if there are no coordinates to compress. `stacklevel` is that of `warnings.warn` in the caller."""
     if d == 0 and not compressor.lossless:
         warnings.warn(
             f"nothing will be compressed: every tensor is a vector or below dense_below={dense_below} elements "
@@ -49,7 +49,7 @@ def warn_of_nothing(compressor: Compressor, d: int, dense_below: int, *, stackle
 
 
 def check_exchange(exchange: str, back: Compressor | None) -> None:
-    """Raise ValueError for an exchange that is not known, or that does not compress the mean on its way back."""
+    """Raise ValueError for an unknown exchange, or for a `back` compressor with an exchange that does not use it."""
     if exchange not in get_args(Exchange):
         raise ValueError(f"exchange must be one of {', '.join(get_args(Exchange))}, got {exchange!r}")
     if back is not None and exchange not in ("two-way", "coordinator"):
@@ -66,12 +66,12 @@ def choose(
     itemsize: int = 4,
     back: Compressor | None = None,
 ) -> Choice:
-    """Return the aggregator for d compressed and `dense` dense coordinates.
+    """Return the aggregator for d compressed and `dense` uncompressed coordinates.
 
-    "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (or brings its
-    own two rounds: SketchTopK, SharedTopK, LowRank), else an all-gather. "auto" takes the aggregator whose busiest
-    worker sends clearly the fewest predicted bytes; "two-way" and "coordinator" may compress the mean again, with
-    `back`. Raises ValueError if the exchange is unknown or impossible for the compressor, or a compressor for d.
+    "direct" is the exact mean of the workers' messages: an all-reduce if the compressor is linear (two all-reduces for
+    SketchTopK, SharedTopK and LowRank), else an all-gather. "auto" is "direct" or, in place of an all-gather, "two-way"
+    if its busiest worker is predicted to send over 5% fewer bytes. "two-way" and "coordinator" may compress the mean
+    again, with `back`. Raises ValueError if the exchange is unknown or unsupported by the compressor, or d is.
     """
     choice = _choose(compressor, exchange, d, dense, workers, itemsize, back)
     choice.aggregator.validate(d, workers)
@@ -86,7 +86,7 @@ def _choose(
     if name not in _DIRECT:
         raise ValueError(f"aggregation of {compressor!r} must be one of {', '.join(_DIRECT)}, got {name!r}")
     direct = _DIRECT[name](compressor)
-    # The exact mean, by the aggregator that the compressor names; "senders" weighs that mean afterwards.
+    # The exact mean, by the compressor's own aggregator; "senders" reweights that mean afterwards.
     if exchange in ("direct", "senders", name):
         return Choice(direct, name, "asked for")
     if name not in get_args(Exchange) and exchange != "auto":
@@ -97,8 +97,8 @@ def _choose(
         return Choice(AllGather(compressor), exchange, "asked for")
     if exchange in ("two-way", "coordinator"):
         return Choice((TwoWay if exchange == "two-way" else Coordinator)(compressor, back), exchange, "asked for")
-    # "auto": the least bytes of the busiest worker; the exact mean, which has fewer messages, unless another exchange
-    # saves a twentieth. A two-way exchange needs a chunk for each worker.
+    # "auto": the fewest bytes sent by the busiest worker. The exact mean needs fewer messages, and is preferred unless
+    # another exchange saves 5%. A two-way exchange needs a chunk for each worker.
     candidates: dict[str, Aggregator] = {name: direct}
     if name == "all-gather" and d >= workers:
         candidates["two-way"] = TwoWay(compressor)

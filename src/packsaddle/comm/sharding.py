@@ -11,12 +11,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def is_replicated(tensor: Tensor) -> bool:
-    """Return True for a DTensor of which every process of its mesh has the whole."""
+    """Return True for a DTensor that is replicated on all processes of its mesh."""
     placements = getattr(tensor, "placements", ())
     return bool(placements) and all(placement.is_replicate() for placement in placements)
 
 
 def local_part(tensor: Any) -> Tensor:
-    """Return a tensor's data on this process, in the same memory and without a graph: of a DTensor its shard."""
+    """Return the local shard of a DTensor, or another tensor itself; detached, sharing memory."""
     here: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return here.detach()

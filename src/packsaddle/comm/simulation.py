@@ -1,7 +1,7 @@
-"""A serial simulation of W workers in one process, which runs a script written for torchrun unchanged.
+"""A serial simulation of W workers in one process, for training code written for torchrun.
 
-Each worker is a thread with its own model and optimizer, and only one thread runs at a time: the turn passes from rank
-to rank at every collective. So results do not depend on scheduling.
+Each worker is a thread with its own model and optimizer. Only one thread runs at a time, and each collective switches
+to the next rank, so results do not depend on scheduling.
 """
 
 import contextvars
@@ -14,24 +14,24 @@ from torch import Tensor
 from packsaddle.comm.group import Group, ambient_group
 
 T = TypeVar("T")
-_PATIENCE = 5.0  # seconds that an interruption waits for a worker that waits for something else than its turn
+_PATIENCE = 5.0  # seconds to wait for each thread to end after an interruption
 
 
 class _Aborted(BaseException):
-    """Ends a worker's thread because another one failed."""
+    """Raised in a worker's thread to end it after another worker failed."""
 
 
 class _Turns:
-    """The worker whose turn it is, and each worker's input to the current collective."""
+    """Scheduler of the workers' threads: the rank that may run, and each worker's input to the current collective."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._turn = 0
         self._lock = threading.Lock()
-        self._changed = [threading.Condition(self._lock) for _ in range(size)]  # by rank: a turn wakes one thread
+        self._changed = [threading.Condition(self._lock) for _ in range(size)]  # by rank, to wake one thread only
         self._table: list[tuple[str, tuple[Tensor, ...]] | None] = [None] * size
         self._result: list[tuple[Tensor, ...]] = []
-        self.computed: Sequence[Any] = ()  # for each worker, by one of them
+        self.computed: Sequence[Any] = ()  # results of `computed_at_once`, by rank
         self._finished = 0
         self.failure: BaseException | None = None
 
@@ -53,20 +53,20 @@ class _Turns:
                 changed.notify_all()
 
     def finish(self, rank: int) -> None:
-        """Let this worker leave. Ranks leave in order of rank, unless some wait in a collective without end."""
+        """Mark this worker as finished. Raises RuntimeError if another one waits for it in a collective."""
         if rank != self._finished or any(entry is not None for entry in self._table):
             raise RuntimeError(f"worker {rank} finished while another waits for it in a collective")
         self._finished += 1
         self._pass_on(rank)
 
     def exchange(self, rank: int, kind: str, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-        """Put copies on the table and return, once all have, what the collective gives (not to be changed)."""
+        """Submit copies of tensors, wait for all workers, and return the collective's result by rank (read-only)."""
         if self._finished:
             raise RuntimeError(f"worker {rank} calls {kind}, but {self._finished} workers have finished")
         self._table[rank] = (kind, tuple(t.clone() for t in tensors))
         self._pass_on(rank)
         self.wait(rank)
-        if rank == 0:  # the first to be woken, after everyone has put something down
+        if rank == 0:  # runs first after all workers have submitted
             entries = self._clear_table()
             if kind == "all_reduce":
                 for (other,) in entries[1:]:
@@ -85,7 +85,7 @@ class _Turns:
 
 
 class SimulatedGroup(Group):
-    """One worker's end of a simulation."""
+    """The group of a simulation, on one worker."""
 
     def __init__(self, rank: int, turns: _Turns) -> None:
         self.rank = rank
@@ -105,20 +105,20 @@ class SimulatedGroup(Group):
         tensor.copy_(self._turns.exchange(self.rank, "broadcast", tensor)[0][0])
 
     def computed_at_once(self, tensor: Tensor, work: Callable[[list[Tensor]], Sequence[T]]) -> T:
-        """Return this worker's of `work`'s results by rank, of all workers' tensors; rank 0 does the work for all."""
+        """Return this rank's entry of work(tensors of all workers), which rank 0 calls once for all; collective."""
         given = self._turns.exchange(self.rank, "computed_at_once", tensor)
-        if self.rank == 0:  # the first to go on
+        if self.rank == 0:  # rank 0 resumes first
             self._turns.computed = work([t for (t,) in given])
         mine: T = self._turns.computed[self.rank]
         return mine
 
 
 class FusedGroup(Group):
-    """One process that stands for W workers at once: what it holds is the mean of what they would hold.
+    """One process that emulates W workers: its tensors are the means of the workers' tensors.
 
-    That is enough where all that workers exchange is means of what is linear in their gradients: RandomK, Identity and
-    whatever else travels by all-reduce. Their batches go through the network as one, and there is one error memory,
-    the mean. Results are those of W workers but for rounding, and so are the bytes counted.
+    Exact, up to rounding, if workers exchange only means of vectors that are linear in their gradients: with RandomK,
+    Identity and other linear compressors. The workers' batches are processed as one batch, and the one error memory is
+    the mean of theirs. Bytes are counted as for W workers.
     """
 
     rank = 0
@@ -130,7 +130,7 @@ class FusedGroup(Group):
         tensor.mul_(self.size)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        return [tensor] * self.size  # arguments, say, in which workers agree
+        return [tensor] * self.size  # for values equal on all workers, such as arguments
 
     def all_to_all(self, outgoing: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         raise RuntimeError("a fused simulation has no all-to-all: its workers differ in nothing")

@@ -1,8 +1,8 @@
-"""The contract of a compressor, the message it makes, and a schedule that changes a compressor's ratio along a run.
+"""The compressor interface, the message of a compressed vector, and a schedule for a compressor's ratio.
 
 A mu-compressor satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 for every v (Definition 2.1, read with <=
-because its strict < fails at v = 0). It is *linear* when C(a + b) = C(a) + C(b) for fixed randomness
-(Definition 2.2): then messages of different workers add up, one all-reduce averages them, and
+because its strict < fails at v = 0). It is *linear* if C(a + b) = C(a) + C(b) for fixed randomness
+(Definition 2.2). The messages of different workers can then be averaged by one all-reduce, and
 Theorem 3.2's faster rate applies.
 """
 
@@ -18,12 +18,12 @@ from torch import Tensor
 
 from packsaddle.compressors.parts import Expected, check_expected, decoding
 
-_PART = 1 << 20  # coordinates that are compressed to predict the bytes of a message of many
+_PART = 1 << 20  # coordinates; for a longer vector, `message_bytes` extrapolates from a vector of this length
 
 
 @dataclass(frozen=True)
 class Message:
-    """The message of a vector: `parts` cross the wire; `context` every worker computes for itself.
+    """The compressed form of a vector: `parts` are sent; `context` is recomputed by every worker.
 
     >>> import torch
     >>> from packsaddle import TopK
@@ -34,8 +34,8 @@ class Message:
     10
     """
 
-    parts: Mapping[str, Tensor]  # flat tensors [n], of any dtype, by content: "values", "indices", "scales", ...
-    context: Any = None  # from shared randomness, such as RandomK's support; costs no bytes
+    parts: Mapping[str, Tensor]  # flat tensors [n] of any dtype, by name: "values", "indices", "scales", ...
+    context: Any = None  # data that is not sent, such as RandomK's support, which follows from (seed, step)
 
     @property
     def nbytes(self) -> int:
@@ -44,9 +44,9 @@ class Message:
 
 
 def check_share(name: str, value: Any, hint: str) -> None:
-    """Raise ValueError unless a value is a share in (0, 1], with a hint at what else an integer may have meant.
+    """Raise ValueError unless `value` is a fraction in (0, 1]. `hint`, added to the message, names the alternatives.
 
-    An integer 1 would be all of it, where one coordinate (or 1%) was meant at least as often; so 1.0 says all.
+    The integer 1 is an error: it could mean one coordinate, 1% or everything. Pass 1.0 for everything.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise ValueError(f"{name} must be a number in (0, 1], got {value!r}")
@@ -58,31 +58,31 @@ def check_share(name: str, value: Any, hint: str) -> None:
 
 
 def check_flag(name: str, value: Any) -> None:
-    """Raise ValueError unless a value is True or False."""
+    """Raise ValueError unless `value` is True or False."""
     if type(value) is not bool:
         raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raise ValueError unless a value is a positive integer, and not True."""
+    """Raise ValueError unless `value` is a positive int; a bool is an error."""
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 class Compressor(ABC):
-    """A (possibly random) map C of flat vectors, written as `encode` to a message and `add_decoded` from it.
+    """A (possibly random) map C of flat vectors: `encode` turns v into a message, `add_decoded` adds C(v) to a tensor.
 
     It satisfies E||v - C(v)||^2 <= (1 - mu) ||v||^2 (Definition 2.1 of the paper). A subclass is a frozen dataclass
-    with `mu`, `encode` and `add_decoded`; `packsaddle.compressors.testing.check_compressor` tests it. It also overrides
-    - `linear`, to return True, if it is; then `encode` makes one floating part, linear in v, whose length v does
-      not change;
-    - `receive` if its messages have a context; it begins with `check_parts`;
-    - `expected_parts`, so that a message that was cut or corrupted raises MessageError;
-    - `private = True` if workers should use different randomness (as unbiased rounding should);
-    - `fixed_size = True` if the size of every part depends on d alone, which saves announcing sizes;
-    - `lossless = True` if C(v) = v for every v, so that nothing is compressed;
-    - `aggregation`, if messages are averaged neither by an all-reduce nor by gathering them all;
-    - `rates`, and `shared_cells`, if what is sent of v does not depend on its values.
+    with `mu`, `encode` and `add_decoded`; `packsaddle.compressors.testing.check_compressor` tests it. Override also
+    - `linear`, to return True, if C is linear; `encode` must then return one floating-point part, linear in v, whose
+      length does not depend on v;
+    - `receive` if messages have a context; call `check_parts` first;
+    - `expected_parts`, so that a truncated or corrupted message raises MessageError;
+    - `private = True` if the randomness should differ between workers (as for unbiased rounding);
+    - `fixed_size = True` if the size of every part depends on d alone; sizes are then not exchanged;
+    - `lossless = True` if C(v) = v for every v;
+    - `aggregation`, if messages are averaged by neither an all-reduce nor an all-gather;
+    - `rates` and `shared_cells`, if the coordinates sent do not depend on the values of v.
 
     >>> import torch
     >>> from packsaddle import Compressor, TopK
@@ -105,12 +105,12 @@ class Compressor(ABC):
 
     @property
     def aggregation(self) -> str:
-        """The exact way to average workers' messages, by its name in `comm.select_aggregator`."""
+        """The name, in `comm.select_aggregator`, of the collective that averages messages exactly."""
         return "all-reduce" if self.linear else "all-gather"
 
     @property
     def needs_tensors(self) -> bool:
-        """True if C(v) depends on where the tensors in v begin and end, so that `for_tensors` has an effect."""
+        """True if C(v) depends on the shapes of the tensors in v; then call `for_tensors`."""
         return self.for_tensors([torch.Size([2, 3])]) != self
 
     @abstractmethod
@@ -119,79 +119,79 @@ class Compressor(ABC):
 
     @abstractmethod
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
-        """Return the message for v, float[d]; v is not changed. The randomness is a function of (seed, step)."""
+        """Return the message of v, float[d]; v does not change. The randomness is a function of (seed, step)."""
 
     @abstractmethod
     def add_decoded(self, message: Message, out: Tensor, alpha: float = 1.0) -> None:
         """Add alpha * C(v) to out, float[d], in place; `message` is from `encode` or `receive`.
 
-        Raises MessageError if the message is incomplete or out of range; out is then partly changed.
+        Raises MessageError if the message is incomplete or out of range; out may then be partly updated.
         """
 
     def receive(self, parts: Mapping[str, Tensor], d: int, *, seed: int, step: int) -> Message:
-        """Return another worker's message of d coordinates from its parts; `seed`, `step` are those of its `encode`.
+        """Rebuild another worker's message of d coordinates from its `parts`; pass the `seed` and `step` of `encode`.
 
-        Raises MessageError unless the parts are as `expected_parts` describes them.
+        Raises MessageError if the parts do not match `expected_parts`.
         """
         self.check_parts(parts, d)
         return Message(parts)
 
     def expected_parts(self, d: int) -> Mapping[str, Expected] | None:
-        """Return the description of each part of a message of d coordinates; None if parts are not checked."""
+        """Return the expected dtype and length of each part for d coordinates; None: parts are not checked."""
         return None
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless `parts` are as `expected_parts` describes those of d coordinates."""
+        """Raise MessageError if `parts` do not match `expected_parts` for d coordinates."""
         if (expected := _expected_parts(self, d)) is not None:
             with decoding(self):
                 check_expected(parts, expected, d)
 
     def support_of(self, message: Message, d: int) -> Tensor | None:
-        """Return the coordinates that a message speaks of, int64[...], distinct; None if it speaks of all d.
+        """Return the indices of the coordinates that `message` contains, int64[...], distinct; None: all d.
 
-        Raises MessageError as `add_decoded` does.
+        Raises MessageError under the same conditions as `add_decoded`.
         """
         return None
 
     def validate(self, d: int) -> None:  # noqa: B027 -- optional to override, on purpose
-        """Raise ValueError if this compressor cannot act on vectors of d coordinates."""
+        """Raise ValueError if this compressor does not support vectors of d coordinates."""
 
     def restrict(self, part: int, d: int) -> "Compressor":
-        """Return what this compressor is on `part` coordinates of d, where a protocol compresses chunks."""
+        """Return the compressor for a chunk of `part` of the d coordinates, such as one with k scaled to the chunk."""
         return self
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
-        """Return in what share of the steps a coordinate is sent, if v's values do not matter; else None.
+        """Return the probability per step that a coordinate is sent; None if it depends on the values of v.
 
-        Pairs of a number of coordinates and their share, for stretches of v one after the other, d together.
+        A list of (number of coordinates, probability) for consecutive ranges of v; the numbers add up to d.
         """
         return [(d, 1.0)] if self.lossless else None
 
     def shared_cells(self, d: int) -> tuple[int, int] | None:
-        """Return number and size of the cells of v, float[d], if messages are the values at some of them; else None.
+        """Return the number and size of the cells of v, float[d], if a message is v at some of them; else None.
 
-        All workers know which cells these are, and v's values do not matter; the message's context is the
-        `sparse.Cells`, and "values" its one part.
+        The cells must be identical on all workers and independent of the values of v. The message then has the
+        `sparse.Cells` as its context and "values" as its only part.
         """
         return None
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> "list[Compressor] | None":
-        """Return what this compressor is on each of several sections, if it chooses among the coordinates of them all.
+        """Return one compressor per section of a vector, dividing the coordinates to send by the sections' magnitudes.
 
-        `samples` are some coordinates of each section, float[1 or more], `sizes` how many coordinates it has. None if
-        what it does on a section does not depend on the other sections' magnitudes.
+        `samples` has some coordinates of each section, float[1 or more], `sizes` the section lengths. Returns None if
+        the compression of a section does not depend on the other sections.
         """
         return None
 
     def for_tensors(self, shapes: Sequence[torch.Size]) -> "Compressor":
-        """Return this compressor for vectors that are tensors of these shapes, one after the other."""
+        """Return this compressor for vectors that concatenate flattened tensors of these shapes."""
         return self
 
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
-        """Predict the bytes of the message of a vector of d coordinates of `itemsize` bytes.
+        """Predict the message size in bytes for a vector of d coordinates of `itemsize` bytes each.
 
-        Exact if `expected_parts` have fixed lengths. Else a Gaussian vector, or a million coordinates of it, is
-        compressed and its message weighed.
+        Exact if `expected_parts` has fixed lengths. Otherwise measured on a Gaussian vector of at most 2^20 coordinates
+        and scaled to d.
         """
         if (expected := _expected_parts(self, d)) is not None and all(e.least == e.most for e in expected.values()):
             return sum(e.nbytes(itemsize) for e in expected.values())
@@ -200,9 +200,9 @@ class Compressor(ABC):
         return self.restrict(part, d).encode(v, seed=0, step=0).nbytes * (d / part if d else 1)
 
     def __call__(self, v: Tensor, seed: int = 0, step: int = 0) -> Tensor:
-        """Return the dense C(v), float[d], for a flat floating tensor v; raises ValueError on any other input.
+        """Return C(v) as a full vector, float[d], for a flat floating-point tensor v, at (seed, step).
 
-        It is not differentiable: a gradient that v requires does not pass through it.
+        Not differentiable: the result is detached from v. Raises ValueError if v is not flat or not floating-point.
         """
         if v.ndim != 1 or not v.is_floating_point():
             raise ValueError(f"v must be a flat floating-point tensor, got shape {tuple(v.shape)} of {v.dtype}")
@@ -220,10 +220,10 @@ def _expected_parts(compressor: Compressor, d: int) -> Mapping[str, Expected] | 
 
 @dataclass(frozen=True)
 class RatioRamp:
-    """The compressor for a step: its ratio falls geometrically from `first` to the compressor's own at step `stop`.
+    """A schedule step -> compressor; the ratio falls geometrically from `first` to the compressor's own at step `stop`.
 
-    Deep Gradient Compression (Lin et al. 2018, section 3.3) warms up so, from 25% over the first epochs. Raises
-    ValueError if the compressor has no ratio, if `first` is below it or above 1, or if `stop` is below 1.
+    This is the warm-up of Deep Gradient Compression (Lin et al. 2018, section 3.3), which starts at 25%. Raises
+    ValueError if the compressor has no ratio, if `first` is below that ratio or above 1, or if `stop` is below 1.
 
     >>> from packsaddle import RatioRamp, TopK
     >>> ramp = RatioRamp(TopK(0.01), stop=100)
@@ -231,9 +231,9 @@ class RatioRamp:
     [0.25, 0.05, 0.01]
     """
 
-    compressor: Compressor  # with a ratio: TopK, RandomK, SharedTopK, SketchTopK, LinearSketch
-    stop: int  # step from which on the compressor's own ratio holds, at least 1
-    first: float = 0.25  # ratio of step 0, in (0, 1]
+    compressor: Compressor  # one with a ratio: TopK, RandomK, SharedTopK, SketchTopK, LinearSketch
+    stop: int  # first step with the compressor's own ratio, at least 1
+    first: float = 0.25  # ratio at step 0, in (0, 1]
 
     def __post_init__(self) -> None:
         ratio = getattr(self.compressor, "ratio", None)

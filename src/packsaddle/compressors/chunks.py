@@ -1,9 +1,9 @@
-"""The largest coordinates of each chunk of a vector: how many, which, and how their indices travel.
+"""Selection of the largest coordinates of each chunk of a vector, and the coding of their indices.
 
-Chunks are runs of consecutive coordinates of one length, the last of them perhaps shorter. As every chunk keeps a
-number that both ends know, nothing looks at the whole vector, and no lengths travel. An index is coded by its gap from
-the one before it in its chunk: a Rice code takes log2(n / k) + 1.5 bits for k of n, and at most 2 log2(e) more where
-the support is not random, since gaps add up to less than n.
+A chunk is a run of consecutive coordinates; all have the same length except the last, which may be shorter. The number
+kept per chunk is fixed, so no statistics of the whole vector are needed and no lengths are sent. An index is coded by
+its gap from the previous one in its chunk. Rice codes take log2(n / k) + 1.5 bits per index for k of n, and at most
+2 log2(e) more if the support is not random, since the gaps add up to less than n.
 """
 
 import math
@@ -19,22 +19,22 @@ from packsaddle.compressors.parts import Expected, octets
 from packsaddle.compressors.selection import as_integers
 from packsaddle.numerics.kernels import kernel
 
-_SLAB = 1 << 20  # coordinates at a time, so that scratch memory does not grow with d
+_SLAB = 1 << 20  # coordinates processed at a time, to bound scratch memory
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """`kept` coordinates of each whole chunk of `size`, and `kept_of_rest` of the `rest` that is left of d."""
+    """The division of a vector into chunks, and the number of coordinates kept of each."""
 
-    whole: int  # chunks
-    size: int
-    kept: int
-    rest: int  # coordinates of the chunk that is cut short, below `size`
-    kept_of_rest: int
+    whole: int  # number of full chunks
+    size: int  # coordinates of a full chunk
+    kept: int  # coordinates kept of a full chunk
+    rest: int  # coordinates of the shorter last chunk, below `size`; 0: none
+    kept_of_rest: int  # coordinates kept of the last chunk
 
     @classmethod
     def of(cls, d: int, size: int, count: Callable[[int], int]) -> "Chunks":
-        """Cut d coordinates in chunks, of which those of n coordinates keep count(n)."""
+        """Divide d coordinates into chunks of `size`; a chunk of n coordinates keeps count(n)."""
         whole, rest = divmod(d, size)
         return cls(whole, size, count(size), rest, count(rest) if rest else 0)
 
@@ -45,14 +45,14 @@ class Chunks:
 
     @property
     def share(self) -> float:
-        """The least share of its coordinates that a chunk keeps; 1 of none."""
+        """The smallest fraction of its coordinates that any chunk keeps; 1 if there are no chunks."""
         shares = [self.kept / self.size] * bool(self.whole) + [self.kept_of_rest / max(1, self.rest)] * bool(self.rest)
         return min(shares, default=1.0)
 
     def largest(self, v: Tensor) -> Tensor:
         """Return the indices of the largest magnitudes of each chunk of v, increasing int64[total].
 
-        NaN is the largest; of equal ones the first are taken, but elsewhere than on the CPU it is torch.topk's choice.
+        NaN counts as the largest. Of equal magnitudes the CPU selects the first; other devices select as torch.topk.
         """
         if loop := kernel("largest_of_chunks", v):
             index: Tensor = loop(v, self.size, self.kept, self.kept_of_rest)
@@ -68,26 +68,26 @@ class Chunks:
         return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64, device=v.device)
 
     def encode(self, index: Tensor) -> Tensor:
-        """Code what `largest` returned, uint8[...]."""
+        """Encode the indices from `largest`, uint8[...]; empty if all are kept."""
         if self.total == self.whole * self.size + self.rest:
             return torch.empty(0, dtype=torch.uint8, device=index.device)
         return wire.pack_gaps(index, self.kept, self.size, self._rice_parameter)
 
     def decode(self, coded: Tensor) -> Tensor:
-        """Return the indices that `encode` coded; raises MessageError if they are incomplete or not in their chunks."""
+        """Invert `encode`, int64[total]. Raises MessageError if indices are missing or outside their chunks."""
         if self.total == self.whole * self.size + self.rest:
             return torch.arange(self.total, device=coded.device)
         stop = self.whole * self.size + self.rest
         return wire.unpack_gaps(coded, self.total, self.kept, self.size, self._rice_parameter, stop)
 
     def expected(self) -> Expected:
-        """Return the description of what `encode` returns."""
+        """Return the expected dtype and length of the output of `encode`."""
         if self.total == self.whole * self.size + self.rest:
             return octets(0)
         return wire.gap_bytes(self.total, self.whole + bool(self.rest), self.size, self._rice_parameter)
 
     def bits(self) -> float:
-        """Predict the bits of `encode` for random supports."""
+        """Predict the number of bits of `encode` for a random support."""
         if self.total == self.whole * self.size + self.rest:
             return 0.0
         b = self._rice_parameter
@@ -100,7 +100,7 @@ class Chunks:
 
 
 def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
-    """Return the indices, in the flat vector, of the k largest magnitudes of each row, increasing int64[n k]."""
+    """Return the flat indices of the k largest magnitudes of each of n rows, increasing int64[n k]."""
     if rows.device.type != "cpu":
         places = torch.topk(rows.abs(), k, dim=1, sorted=False).indices.sort(1).values
         return (places + torch.arange(len(rows), device=rows.device)[:, None] * rows.shape[1]).view(-1)
@@ -113,9 +113,9 @@ def _largest_of_rows(rows: Tensor, k: int) -> Tensor:
 
 @cache
 def _quotients(n: int, k: int, b: int) -> float:
-    """The expected sum of the quotients by 2^b of the gaps of k random indices of n.
+    """Return the expected sum of floor(gap / 2^b) over the k gaps of k random indices of n.
 
-    Each of the k gaps is m or more with probability C(n - m, k) / C(n, k).
+    Each gap is at least m with probability C(n - m, k) / C(n, k).
     """
     total, m = 0.0, 1 << b
     while m <= n - k:

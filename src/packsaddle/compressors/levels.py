@@ -1,10 +1,9 @@
-"""Levels of a quantizer in about as many bits as their entropy.
+"""Entropy coding of a quantizer's integer levels. The first byte selects one of three codes.
 
-Where there are few, most are 0, and the larger the fewer. So they are coded in layers: which coordinates are not 0,
-which of these are above 1 in magnitude, which of those above 2, and so on; each layer is a set among the members of the
-one before, coded by the gaps between those that go on, or that do not, whichever are fewer. Signs of what is not 0
-follow, a bit each. Where levels are large, Rice codes of them, folded into 0, 1, -1, 2, -2, ... -> 0, 1, 2, 3, 4, ...,
-take as few bits and are much faster. Or else codes of a fixed width are sent. The first byte says which.
+*Layers*, for mostly small levels: layer j is the set of coordinates with magnitude above j, a subset of layer j - 1. It
+is coded by the gaps between its elements, or between those of its complement in layer j - 1, whichever are fewer. One
+sign bit per nonzero level follows. *Rice codes*, for large levels: nearly as short and much faster, of levels folded by
+0, 1, -1, 2, -2, ... -> 0, 1, 2, 3, 4, .... *Fixed width*, if neither is shorter.
 """
 
 import math
@@ -22,41 +21,41 @@ from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
 
 _FIXED, _LAYERS, _RICE = 0, 1, 2
-_FOR_SPEED = 1.04  # layers of large levels may be so much shorter than Rice codes, which are ten times as fast
-_LARGE = 2.0  # mean magnitude of those that are not 0
-MOST_BITS = 8  # of a code of fixed width that can be coded in layers
+_FOR_SPEED = 1.04  # for large levels Rice codes, ten times as fast, are chosen if at most 4% longer than layers
+_LARGE = 2.0  # levels are large if the nonzero ones have a mean magnitude above this
+MOST_BITS = 8  # largest fixed width of a level that can be entropy-coded
 
 
 @dataclass(frozen=True)
 class Layer:
-    """`going_on` of `members` go on to the next layer."""
+    """Sizes of layer j: it selects, among the coordinates with magnitude at least j, those with magnitude above j."""
 
-    members: int
-    going_on: int
+    members: int  # coordinates with magnitude at least j
+    going_on: int  # those with magnitude above j, the members of the next layer
 
     @property
     def inverted(self) -> bool:
-        """True if those are coded that are not in the next layer."""
+        """True if the complement is coded, the members with magnitude j."""
         return 2 * self.going_on > self.members
 
     @property
     def coded(self) -> int:
-        """The number of coded ones."""
+        """The number of coded members."""
         return self.members - self.going_on if self.inverted else self.going_on
 
     @cached_property
     def rice(self) -> int:
-        """The parameter of the gaps' Rice codes."""
+        """The Rice parameter of the gaps."""
         return wire.shortest_rice(self.members, self.coded) if self.coded else 0
 
     @property
     def gaps(self) -> Expected:
-        """The description of the coded gaps."""
+        """The expected dtype and length of the coded gaps."""
         return wire.gap_bytes(self.coded, 1 if self.coded else 0, self.members, self.rice)
 
     @property
     def bits(self) -> float:
-        """The expected bits of the gaps."""
+        """The expected number of bits of the coded gaps."""
         if not self.coded:
             return 0.0
         return self.coded * (self.rice + 1 / (1 - (1 - self.coded / self.members) ** (1 << self.rice)))
@@ -64,23 +63,23 @@ class Layer:
 
 @dataclass(frozen=True)
 class Rice:
-    """Rice codes of `members` levels: `unary` bits of quotients by 2^b, and remainders of b bits."""
+    """Sizes of the Rice codes of a vector of levels."""
 
-    members: int
-    unary: int
-    b: int
+    members: int  # number of levels
+    unary: int  # total bits of the quotients by 2^b
+    b: int  # Rice parameter, bits of a remainder
 
     @property
     def bits(self) -> int:
-        """The bits of all."""
+        """The total number of bits."""
         return self.unary + self.members * self.b
 
 
 def encode_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Return the code of d levels from -top to top, uint8[...]; `packed` has level + top in `bits` bits each."""
+    """Encode d levels from -top to top, uint8[...]; `packed` holds level + top in `bits` bits each."""
     if not d:
         return packed
-    # The sizes of all codes are predicted from how often each level occurs.
+    # Predict the size of each code from the histogram of the levels.
     levels: Tensor | None = None
     if loop := kernel("count_levels", device=packed.device):
         counts = loop(packed, d, top, bits)
@@ -88,10 +87,10 @@ def encode_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
         codes = wire.unpack(packed, bits, d)
         levels, counts = codes - top, torch.bincount(codes, minlength=2 * top + 1).tolist()
     layers, rice = _layers(_of_magnitudes(counts, top)), _shortest_rice(counts, top)
-    # Layers: the gaps, two numbers of each layer in the header, and a sign for each level that is not 0.
+    # Layers: the gaps, two numbers per layer in the header, and a sign bit per nonzero level.
     in_layers = sum(layer.bits + 2 * _width(d) for layer in layers) + (layers[0].going_on if layers else 0)
     are_large = len(layers) > 1 and sum(layer.going_on for layer in layers) > _LARGE * layers[0].going_on
-    # Rice codes decode ten times as fast: where levels are large they may be 4% longer than layers.
+    # Prefer Rice codes for large levels even if 4% longer: they decode ten times as fast.
     coded = None
     if rice.bits < min((_FOR_SPEED if are_large else 1.0) * in_layers, 8 * len(packed)):
         coded = _in_rice(packed, levels, d, top, bits, rice)
@@ -103,14 +102,14 @@ def encode_levels(packed: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def level_bytes(d: int, bits: int) -> Expected:
-    """Return the description of what `encode_levels` codes at most d levels in."""
+    """Return the expected dtype and length of the output of `encode_levels` for at most d levels."""
     return octets(0, bool(d) + math.ceil(d * bits / 8))
 
 
 def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
-    """Return the levels that `encode_levels` coded, packed as they were given to it.
+    """Invert `encode_levels`: return d levels packed as level + top in `bits` bits each, uint8[...].
 
-    Raises MessageError unless they are the code of d levels; a level in a fixed width may be above top.
+    Raises MessageError unless `coded` encodes d levels. Fixed-width levels are not checked against `top`.
     """
     code = _code_of(coded, d)
     if code == _FIXED:
@@ -124,9 +123,10 @@ def decode_levels(coded: Tensor, d: int, top: int, bits: int) -> Tensor:
 
 
 def add_coded_levels(coded: Tensor, top: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
-    """Add alpha level norm to out, float[d], by a compiled loop; return False where there is none, or nothing coded.
+    """Add alpha * level * norm to out, float[d], decoding in a compiled loop; one norm per `bucket` coordinates.
 
-    Raises MessageError unless they are the code of d levels; out is then partly changed.
+    Returns False, out unchanged, if there is no such loop or the levels have a fixed width or no layer. Raises
+    MessageError unless `coded` encodes d levels; out is then partly updated.
     """
     code, d = _code_of(coded, len(out)), len(out)
     if code == _RICE and (loop := kernel("add_rice_levels", out, norms)):
@@ -142,7 +142,7 @@ def add_coded_levels(coded: Tensor, top: int, bucket: int, norms: Tensor, out: T
 
 
 def _code_of(coded: Tensor, d: int) -> int:
-    """The code of d levels, of which all but that of a fixed width have a second byte."""
+    """Return the type of code from the first byte. All codes except fixed width need a second byte."""
     code = int(coded[0]) if d and len(coded) else _FIXED
     if code not in (_FIXED, _LAYERS, _RICE) or (code != _FIXED and len(coded) < 2):
         raise MessageError("levels", f"in code {_FIXED}, {_LAYERS} or {_RICE}", f"code {code} in {len(coded)} bytes")
@@ -157,12 +157,12 @@ def _rice_parameter(coded: Tensor) -> int:
 
 
 def _of_magnitudes(counts: Sequence[int], top: int) -> list[int]:
-    """Return the counts of magnitudes 0 to top, of the counts of levels from -top on."""
+    """Return the counts of magnitudes 0 to top, from the counts of levels -top to top."""
     return [counts[top]] + [counts[top - m] + counts[top + m] for m in range(1, top + 1)]
 
 
 def _shortest_rice(counts: Sequence[int], top: int) -> Rice:
-    """The Rice codes of fewest bits, of levels of which there are counts[level + top]."""
+    """Return the shortest Rice codes for levels with frequencies counts[level + top]."""
     members = np.array(counts)
     folded = _folded(torch.arange(-top, top + 1)).numpy()
     d = int(members.sum())
@@ -180,13 +180,13 @@ def _in_rice(packed: Tensor, levels: Tensor | None, d: int, top: int, bits: int,
         body = loop(packed, d, top, bits, rice.b, rice.unary)
     else:
         assert levels is not None
-        ends = torch.cumsum(_folded(levels) + 1, 0)  # as if they were gaps between these places
+        ends = torch.cumsum(_folded(levels) + 1, 0)  # indices whose gaps are the folded levels
         body = wire.pack_gaps(ends - 1, d, int(ends[-1]), rice.b)
     return torch.cat([packed.new_tensor([_RICE, rice.b]), body])
 
 
 def _from_rice(coded: Tensor, d: int, top: int) -> Tensor:
-    """The levels, int64[d]."""
+    """Decode Rice codes into levels, int64[d]."""
     places = wire.unpack_gaps(coded[2:], d, d, 0, _rice_parameter(coded), (2 * top + 1) * d, "levels")
     folded = torch.diff(places, prepend=places.new_tensor([-1])) - 1
     return torch.where(folded % 2 == 1, (folded + 1) // 2, -(folded // 2))
@@ -209,11 +209,11 @@ def _in_layers(packed: Tensor, levels: Tensor | None, d: int, top: int, bits: in
 
 
 def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
-    """Return the levels that `_in_layers` coded, int64[d]."""
+    """Invert `_in_layers`: return the levels, int64[d]."""
     layers, bodies, signs = _taken_apart(coded, d, top)
     levels = torch.zeros(d, dtype=torch.int64, device=coded.device)
     members = None
-    # Each layer adds 1 to the magnitudes in it; its indices count the members of the layer before.
+    # Each layer adds 1 to the magnitudes of its coordinates; its indices refer to the members of the previous layer.
     for layer, body in zip(layers, bodies, strict=True):
         kept = max(1, layer.coded)
         index = wire.unpack_gaps(body, layer.coded, kept, layer.members, layer.rice, layer.members, "levels")
@@ -223,7 +223,7 @@ def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
             index = goes_on.nonzero().squeeze(1)
         members = index if members is None else members[index]
         levels[members] += 1
-    # A sign for each level that is not 0, in the order of coordinates.
+    # One sign per nonzero level, in the order of coordinates.
     if layers:
         negative = wire.unpack_bits(signs, layers[0].going_on)
         levels[levels > 0] *= torch.where(negative, -1, 1)
@@ -231,7 +231,7 @@ def _from_layers(coded: Tensor, d: int, top: int) -> Tensor:
 
 
 def _layers(counts: Sequence[int]) -> list[Layer]:
-    """The layers of levels, from the counts of the magnitudes 0, 1, ...."""
+    """Return the layers, from the counts of the magnitudes 0, 1, ...."""
     members, layers = sum(counts), []
     for count in counts:
         if members == count:
@@ -242,17 +242,17 @@ def _layers(counts: Sequence[int]) -> list[Layer]:
 
 
 def _table(layers: Sequence[Layer]) -> list[tuple[int, int, int, bool]]:
-    """Return the arguments of compiled loops: members, number of coded ones, Rice parameter, inverted or not."""
+    """Return (members, coded, Rice parameter, inverted) of each layer, the arguments of the compiled loops."""
     return [(layer.members, layer.coded, layer.rice, layer.inverted) for layer in layers]
 
 
 def _taken_apart(coded: Tensor, d: int, top: int) -> tuple[list[Layer], list[Tensor], Tensor]:
-    """The layers, their gaps, and the signs, of the lengths that they must have."""
+    """Split a code into its layers, their gaps and the signs. Raises MessageError if the lengths are inconsistent."""
     count, width = int(coded[1]), _width(d)
     start = 2 + math.ceil(2 * count * width / 8)
     if count > top or start > len(coded):
         raise MessageError("levels", f"of at most {top} layers, and their sizes", f"{count} in {len(coded)} bytes")
-    # Each layer has members of the one before, a body for them, and the signs of the first are the rest.
+    # The header has two numbers per layer: its size, and the bytes of its gaps.
     sizes = wire.unpack(coded[2:start], width, 2 * count).tolist()
     going_on, lengths = sizes[::2], sizes[1::2]
     layers = [Layer(members, k) for members, k in zip([d, *going_on], going_on, strict=False)]
@@ -267,5 +267,5 @@ def _taken_apart(coded: Tensor, d: int, top: int) -> tuple[list[Layer], list[Ten
 
 
 def _width(d: int) -> int:
-    """Bits of a number of coordinates, or of bytes of a layer."""
+    """Return the bits of one number in the header of a layer code."""
     return (d + 16).bit_length()

@@ -12,21 +12,21 @@ from packsaddle.compressors.parts import Expected, floats
 from packsaddle.numerics.seeds import Stream, add_gaussians, keys, mix
 from packsaddle.numerics.sketches import RowHash
 
-_GAUSSIAN_ROWS = 64  # made at a time
+_GAUSSIAN_ROWS = 64  # rows of S generated at a time
 
 
 @dataclass(frozen=True)
 class LinearSketch(Compressor):
-    """The linear compressor C(v) = S^T S v / (1 + omega) of a random sketch S of c rows.
+    """The linear compressor C(v) = S^T S v / (1 + omega), with S a random sketch, float[c, d]; S v is all-reduced.
 
-    Messages are all-reduced, and no support is chosen (Charikar et al. 2002; the paper's Definition 2.2). The
-    sketch "count" is one row of a count sketch, omega = (d - n) / c with n the size of the last chunk of c
-    (see `numerics.sketches`), so mu = 1 / (1 + omega) is c / d if c divides d, and never below the c / (c + d - 1)
-    of a sketch with independent hashes. The sketch "gaussian" has independent N(0, 1/c) entries, omega = (d + 1) / c,
-    at the cost of c d Gaussians a step, so for small problems. S^T S v is unbiased with variance
-    omega ||v||^2, and scaling by 1 / (1 + omega) makes it contract.
+    S^T S v is unbiased with variance omega ||v||^2; scaling by 1 / (1 + omega) makes it a contraction with
+    mu = 1 / (1 + omega) (Charikar et al. 2002; the paper's Definition 2.2). The sketch "count" is one row of a count
+    sketch: omega = (d - n) / c with n the size of the last chunk of c coordinates (see `numerics.sketches`), so mu is
+    c / d if c divides d, and never below the c / (c + d - 1) of a sketch with independent hashes. The sketch "gaussian"
+    has independent N(0, 1/c) entries: omega = (d + 1) / c. It generates c d Gaussians per step, so it suits small
+    problems only.
 
-    Raises ValueError unless exactly one of ratio and columns is given, in range, and the sketch is one of the two.
+    Raises ValueError unless exactly one of ratio and columns is given, in range, and sketch is "count" or "gaussian".
 
     >>> import torch
     >>> from packsaddle import LinearSketch
@@ -39,9 +39,9 @@ class LinearSketch(Compressor):
     """
 
     fixed_size: ClassVar[bool] = True
-    ratio: float | None = field(default=None, metadata={"share": True})  # c/d, counters by coordinate, in (0, 1]
-    columns: int | None = None  # c, instead of the ratio
-    sketch: Literal["count", "gaussian"] = "count"  # gaussian: c d random numbers a step, so for small problems
+    ratio: float | None = field(default=None, metadata={"share": True})  # c/d, counters per coordinate, in (0, 1]
+    columns: int | None = None  # c, number of counters, instead of the ratio
+    sketch: Literal["count", "gaussian"] = "count"  # gaussian: c d random numbers per step, for small problems only
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.columns is None):
@@ -58,11 +58,11 @@ class LinearSketch(Compressor):
         return self if self.columns is None else replace(self, columns=max(1, round(self.columns * part / d)))
 
     def width(self, d: int) -> int:
-        """Return c, the counters for d coordinates."""
+        """Return c, the number of counters for d coordinates."""
         return max(1, min(d, self.columns if self.columns is not None else round((self.ratio or 0) * d)))
 
     def omega(self, d: int) -> float:
-        """Return the variance of S^T S v over ||v||^2, for d coordinates."""
+        """Return omega for d coordinates, the variance of S^T S v divided by ||v||^2."""
         if not d:
             return 0.0
         c = self.width(d)
@@ -105,7 +105,7 @@ class LinearSketch(Compressor):
             out.add_(rows.T @ part, alpha=scale)
 
     def _gaussian_rows(self, d: int, like: Tensor, seed: int, step: int) -> list[Tensor]:
-        """Return S in blocks of rows: the same on every device, as each worker makes its own."""
+        """Return S in blocks of rows. Identical on every device, so that workers can each generate it."""
         c, blocks = self.width(d), []
         for start in range(0, c, _GAUSSIAN_ROWS):
             rows = like.new_zeros(min(_GAUSSIAN_ROWS, c - start), d)

@@ -1,4 +1,4 @@
-"""LowRank: PowerSGD's factors (Vogels et al. 2019), as what users will compare with."""
+"""LowRank: the low-rank factors of PowerSGD (Vogels et al. 2019), for comparison."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,20 +11,20 @@ from packsaddle.compressors.base import Compressor, Message, check_count
 from packsaddle.compressors.parts import Expected, check_magnitudes, decoding, floats
 from packsaddle.numerics.seeds import Stream, generator
 
-_LARGEST_OF_BASIS = 1 + 2.0**-6  # in magnitude: 1, rounded in 16 bits after a QR in 32
+_LARGEST_OF_BASIS = 1 + 2.0**-6  # bound on the entries of an orthonormal basis rounded to 16 bits
 
 
 @dataclass(frozen=True)
 class LowRank(Compressor):
     """The compressor of PowerSGD: low-rank factors of each tensor (Vogels et al. 2019, Algorithm 1).
 
-    A tensor, seen as a matrix M, float[n, m], becomes P P^T M with P, float[n, matrix_rank], an orthonormal basis of M
-    Q and Q float[m, matrix_rank]. Over workers (`comm.aggregators.LowRankAllReduce`) P comes from an all-reduce of M Q
-    and P^T M from a second one, and Q is the last step's P^T M: a step of power iteration each time. Called on one
-    vector, or without the shapes of `for_tensors`, Q is Gaussian and a vector is seen as a nearly square matrix. A
-    tensor whose factors would be no smaller is sent as it is. ||M - P P^T M|| is at most ||M||, and in the mean over
-    random Q at most sqrt(1 - matrix_rank / min(n, m)) of it. Raises ValueError unless matrix_rank is a positive
-    integer.
+    A tensor, viewed as a matrix M, float[n, m], is replaced by P P^T M, where P, float[n, matrix_rank], is an
+    orthonormal basis of the columns of M Q for some Q, float[m, matrix_rank]. Between workers
+    (`comm.aggregators.LowRankAllReduce`) M Q and P^T M are all-reduced, and Q is the previous step's (P^T M)^T plus a
+    small Gaussian: warm-started power iteration. For a single vector Q is Gaussian. Without the shapes of `for_tensors`
+    a vector is viewed as a nearly square matrix. Tensors whose factors would not be smaller are sent uncompressed.
+    ||M - P P^T M|| is at most ||M||, and for random Q on average at most sqrt(1 - matrix_rank / min(n, m)) ||M||.
+    Raises ValueError unless matrix_rank is a positive integer.
 
     >>> import torch
     >>> from packsaddle import LowRank
@@ -36,8 +36,8 @@ class LowRank(Compressor):
     64
     """
 
-    matrix_rank: int = 1  # of the factors of each tensor
-    # Of the tensors in v, as matrices, from `for_tensors`.
+    matrix_rank: int = 1  # rank of the factors of each tensor
+    # Matrix shapes of the tensors in v, from `for_tensors`; empty: v is one nearly square matrix.
     shapes: tuple[tuple[int, int], ...] = field(default=(), metadata={"internal": True})
 
     @property
@@ -54,22 +54,22 @@ class LowRank(Compressor):
         return self if part == d else replace(self, shapes=())
 
     def matrices(self, v: Tensor) -> list[Tensor]:
-        """Return the tensors in v, float[d], as matrices float[n, m]: views."""
+        """Return views of the tensors in v, float[d], as matrices float[n, m]."""
         tensors = torch.split(v, self._sizes(len(v)))
         return [t.view(shape) for t, shape in zip(tensors, self._shapes(len(v)), strict=True)]
 
     def rank(self, shape: tuple[int, int]) -> int:
-        """Return the rank used for a matrix of this shape: 0 if it is sent as it is."""
+        """Return the rank used for a matrix of this shape; 0: sent uncompressed."""
         n, m = shape
         return self.matrix_rank if self.matrix_rank * (n + m) < n * m else 0
 
     def mu(self, d: int) -> float:
-        """Return the least matrix_rank / min(n, m) over the tensors of d coordinates (expected over random Q)."""
+        """Return the smallest matrix_rank / min(n, m) over the tensors of d coordinates (in expectation over Q)."""
         shares = [self.rank(s) / min(s) for s in self._shapes(d) if self.rank(s)]
         return min([1.0, *shares])
 
     def gaussian(self, v: Tensor, *, seed: int, step: int) -> list[Tensor]:
-        """Return a random Q, float[m, rank], for each matrix in v, float[d], a function of seed and step."""
+        """Return a Gaussian Q, float[m, rank], for each matrix in v, float[d]; a function of (seed, step)."""
         rng = generator(seed, step, Stream.SKETCH, device=v.device)
         qs = []
         for shape in self._shapes(len(v)):
@@ -83,7 +83,7 @@ class LowRank(Compressor):
         return self.message(matrices, ps)
 
     def message(self, matrices: list[Tensor], ps: list[Tensor]) -> Message:
-        """Return the message of `ps`, P float[n, rank], and P^T M of `matrices` (of M itself where the rank is 0)."""
+        """Return the message of `ps`, each P float[n, rank], and P^T M of `matrices` (M itself if the rank is 0)."""
         rows = [p.T @ m if p.numel() else m for p, m in zip(ps, matrices, strict=True)]
         return Message({"left": _join(ps), "right": _join(rows)})
 
@@ -103,7 +103,7 @@ class LowRank(Compressor):
             matrix.add_(p @ q.view(r, m) if r else q.view(n, m), alpha=alpha)
 
     def factor_sizes(self, d: int) -> tuple[int, int]:
-        """Return how many numbers the left and right factors of d coordinates have; matrices sent whole are right."""
+        """Return the total sizes of left and right factors for d coordinates; uncompressed matrices count as right."""
         shapes = self._shapes(d)
         left = sum(n * self.rank((n, m)) for n, m in shapes)
         return left, sum(self.rank((n, m)) * m if self.rank((n, m)) else n * m for n, m in shapes)
@@ -113,7 +113,7 @@ class LowRank(Compressor):
             return list(self.shapes)
         n = math.isqrt(d)
         square = [(n, d // n)] if n else []
-        return square + ([(d - n * (d // n), 1)] if n and d % n else [])  # and what the rectangle leaves over
+        return square + ([(d - n * (d // n), 1)] if n and d % n else [])  # the remainder, as a column
 
     def _sizes(self, d: int) -> list[int]:
         return [n * m for n, m in self._shapes(d)]
@@ -124,12 +124,12 @@ def _join(tensors: list[Tensor]) -> Tensor:
 
 
 def scaled(matrix: Tensor) -> Tensor:
-    """Return a matrix divided by its largest magnitude: the same column space, without over- or underflow."""
+    """Return `matrix` divided by its largest magnitude, which avoids overflow and underflow in products."""
     largest = matrix.abs().amax() if matrix.numel() else matrix.new_zeros(())
     return matrix / torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
-    """Return an orthonormal basis, float[n, r], that spans the columns of float[n, r] (by Householder QR)."""
-    dtype = torch.promote_types(matrix.dtype, torch.float32)  # QR knows no half precision
+    """Return an orthonormal basis, float[n, r], of the columns of `matrix`, float[n, r] (Householder QR)."""
+    dtype = torch.promote_types(matrix.dtype, torch.float32)  # QR does not support half precision
     return torch.linalg.qr(matrix.to(dtype)).Q.to(matrix.dtype) if matrix.numel() else matrix

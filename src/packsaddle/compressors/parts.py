@@ -1,7 +1,7 @@
-"""The parts that a message must have: names, dtypes and lengths, compared before anything is decoded.
+"""Validation of received messages: names, dtypes and lengths of their parts are checked before decoding.
 
-What only decoding can find (indices out of order, codes that end too early) the decoders find: compiled loops stay
-within their arrays whatever these contain, and return whether the message was complete. Both raise MessageError.
+Errors in the contents (indices out of order, truncated codes) are detected by the decoders. Compiled loops never index
+out of bounds, whatever a message contains, and return False or None if it is invalid; callers raise MessageError.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Expected(NamedTuple):
-    """The dtypes that a part may have, and its number of elements, from `least` to `most`."""
+    """The allowed dtypes of a part and its allowed number of elements, from `least` to `most`."""
 
     dtypes: tuple[torch.dtype, ...]
     least: int
     most: int
-    last: int | None = None  # the value of the last element. None: any
+    last: int | None = None  # required value of the last element; None: any
 
     def __str__(self) -> str:
         kind = str(self.dtypes[0]).removeprefix("torch.") if len(self.dtypes) == 1 else "float"
@@ -30,28 +30,28 @@ class Expected(NamedTuple):
         return f"{kind}[{length}]" + ("" if self.last is None else f" that ends with {self.last}")
 
     def nbytes(self, itemsize: int) -> int:
-        """Return the most bytes of the part, in a message of a vector with elements of `itemsize` bytes."""
+        """Return the maximum size of the part in bytes, for a vector with elements of `itemsize` bytes."""
         sizes = [dtype.itemsize for dtype in self.dtypes]
         return self.most * min(max(itemsize, min(sizes)), max(sizes))
 
     def describes(self, part: Tensor) -> bool:
-        """Return True if a flat part has such a dtype, length and end."""
+        """Return True if the dtype, length and last element of a flat `part` are allowed."""
         fits = part.dtype in self.dtypes and self.least <= part.numel() <= self.most
         return fits and (self.last is None or int(part[-1]) == self.last)
 
 
 def floats(n: int, *dtypes: torch.dtype) -> Expected:
-    """Return the description of n floating-point numbers, of any such dtype by default."""
+    """Return the `Expected` of a part of n floating-point numbers; default `dtypes`: any floating-point dtype."""
     return Expected(dtypes or _FLOATING, n, n)
 
 
 def octets(least: int, most: int | None = None, last: int | None = None) -> Expected:
-    """Return the description of `least` bytes, or of `least` to `most`."""
+    """Return the `Expected` of a part of `least` to `most` bytes; None: exactly `least`."""
     return Expected((torch.uint8,), least, least if most is None else most, last)
 
 
 def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected], d: int) -> None:
-    """Raise MessageError unless parts are flat, and the expected ones of a vector of d coordinates."""
+    """Raise MessageError unless `parts` are flat and match `expected`; the message names d, the vector's length."""
     if parts.keys() != expected.keys():
         raise MessageError("parts", ", ".join(sorted(expected)), ", ".join(sorted(parts)) or "none")
     for name, part in parts.items():
@@ -64,9 +64,9 @@ def check_expected(parts: Mapping[str, Tensor], expected: Mapping[str, Expected]
 
 
 def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
-    """Raise MessageError if one of float[n] numbers is above `most` in magnitude; a NaN is not, and reaches the guard.
+    """Raise MessageError if a magnitude in `numbers`, float[n], exceeds `most`. NaNs pass; the guard detects them.
 
-    No-op elsewhere than on the CPU: the device would have to be waited for.
+    No-op on a GPU: the check would synchronize.
     """
     if numbers.device.type == "cpu" and len(numbers):
         low, high = map(float, torch.aminmax(numbers))
@@ -74,8 +74,8 @@ def check_magnitudes(part: str, numbers: Tensor, most: float) -> None:
             raise MessageError(part, f"at most {most:g} in magnitude", f"{low:g} to {high:g}")
 
 
-class decoding:  # noqa: N801 -- a context manager, which costs a fifth of one by contextlib
-    """Name the compressor in a MessageError that is raised inside, and put `prefix` before the name of the part."""
+class decoding:  # noqa: N801 -- a context manager, five times as fast as one by contextlib
+    """A context manager that adds the compressor, and `prefix` before the part's name, to a MessageError inside."""
 
     def __init__(self, compressor: Any, prefix: str = "") -> None:
         self._compressor, self._prefix = compressor, prefix

@@ -1,4 +1,4 @@
-"""Compressors that send every coordinate in few bits: Sign and QSGD."""
+"""Compressors that quantize every coordinate to a few bits: Sign and QSGD."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,19 +17,19 @@ from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
 from packsaddle.numerics.seeds import Keys, Stream, keys, words
 
-_SLAB = 1 << 18  # coordinates at a time, so that scratch memory does not grow with d
-_AT_ONCE = 1 << 16  # coordinates of a bucket that one program of a GPU takes
-_MOST_LEVELS = 1 << 23
-_NEGLIGIBLE = 2.0**-28  # of the largest magnitude
+_SLAB = 1 << 18  # coordinates processed at a time, to bound scratch memory
+_AT_ONCE = 1 << 16  # largest bucket that the Triton kernel supports, in coordinates
+_MOST_LEVELS = 1 << 23  # float32 represents all integers up to this exactly
+_NEGLIGIBLE = 2.0**-28  # buckets below this fraction of the vector's largest magnitude are sent as 0
 
 
 @dataclass(frozen=True)
 class Sign(Compressor):
-    """The compressor C(v) = (||v||_1 / d) sign(v): one bit a coordinate and a scale (Karimireddy et al. 2019).
+    """The compressor C(v) = (||v||_1 / d) sign(v): one bit per coordinate and a scale (Karimireddy et al. 2019).
 
-    ||v - C(v)||^2 = ||v||^2 - ||v||_1^2 / d, so mu = ||v||_1^2 / (d ||v||_2^2): 2/pi for a Gaussian v, 1/d at
-    worst. With `per_tensor` each tensor of the model has its own scale. The sign of 0 is taken as +. Raises ValueError
-    unless per_tensor is True or False.
+    ||v - C(v)||^2 = ||v||^2 - ||v||_1^2 / d, so mu = ||v||_1^2 / (d ||v||_2^2): 2/pi for a Gaussian v, 1/d in the
+    worst case. With `per_tensor` each tensor of the model has its own scale. sign(0) is +1. Raises ValueError unless
+    per_tensor is True or False.
 
     >>> import torch
     >>> from packsaddle import Sign
@@ -40,8 +40,8 @@ class Sign(Compressor):
     """
 
     fixed_size: ClassVar[bool] = True
-    per_tensor: bool = False  # a scale for each tensor
-    sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # of the tensors in v, from `for_tensors`
+    per_tensor: bool = False  # one scale per tensor instead of one for the vector
+    sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # tensor lengths, from `for_tensors`
 
     def __post_init__(self) -> None:
         check_flag("per_tensor of Sign", self.per_tensor)
@@ -53,7 +53,7 @@ class Sign(Compressor):
         return replace(self, sizes=tuple(s.numel() for s in shapes)) if self.per_tensor else self
 
     def restrict(self, part: int, d: int) -> "Sign":
-        # A chunk cuts tensors apart: one scale for it.
+        # Chunks do not end at tensor boundaries, so a chunk has a single scale.
         return self if part == d else replace(self, sizes=())
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -76,7 +76,7 @@ class Sign(Compressor):
 
 
 def _mean_magnitude(v: Tensor) -> Tensor:
-    """Return ||v||_1 / d in double precision, where sums of 1e30s do not overflow; 0 for no coordinates."""
+    """Return the mean magnitude ||v||_1 / d, float64[], so that large sums do not overflow; 0 if d is 0."""
     if not len(v):
         return v.new_zeros((), dtype=torch.float64)
     if loop := kernel("sum_of_magnitudes", v):
@@ -85,7 +85,7 @@ def _mean_magnitude(v: Tensor) -> Tensor:
 
 
 def _add_signs(signs: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
-    """Add +scale or -scale to each of out, float[n], as the bits from number `first` on say."""
+    """Add +scale (bit 1) or -scale (bit 0) to each element of out, float[n], by the n bits from index `first` on."""
     if loop := kernel("add_signs", out):
         loop(signs, first, scale, out)
         return
@@ -97,15 +97,14 @@ def _add_signs(signs: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
 
 @dataclass(frozen=True)
 class QSGD(Compressor):
-    """The compressor that rounds |v| / ||v|| at random to `levels` levels, with signs (Alistarh et al. 2017).
+    """Stochastic rounding of |v| / ||v|| to multiples of 1 / `levels`, with signs (Alistarh et al. 2017).
 
     The rounded Q(v) is unbiased with E||Q(v) - v||^2 <= omega ||v||^2, omega = min(b / s^2, sqrt(b) / s) for s
-    levels and buckets of b coordinates that share a norm; so Q(v) / (1 + omega) is a mu-compressor with
-    mu = 1 / (1 + omega), and that is C. A level and its sign take ceil(log2(2 s + 1)) bits, and `coded` about
-    their entropy (see `compressors.levels`). Of a bucket in which no magnitude reaches 2^-28 of the vector's largest
-    nothing is sent, unless the vector's end cuts it short: what is left of a message is smaller by 1 - mu, and would be
-    sent again and again. Raises ValueError unless levels, at most 2^23, and bucket are positive integers and coded is
-    True or False.
+    levels and buckets of b coordinates with one norm each. C(v) = Q(v) / (1 + omega), a mu-compressor with
+    mu = 1 / (1 + omega). A level with its sign takes ceil(log2(2 s + 1)) bits, or about its entropy if `coded` (see
+    `compressors.levels`). A full bucket whose magnitudes are all below 2^-28 of the vector's largest is sent as 0:
+    residuals shrink by a factor 1 - mu per step and would otherwise be sent until they underflow. Raises ValueError
+    unless levels, at most 2^23, and bucket are positive integers and coded is True or False.
 
     >>> import torch
     >>> from packsaddle import QSGD
@@ -116,9 +115,9 @@ class QSGD(Compressor):
     """
 
     private: ClassVar[bool] = True
-    levels: int = 7  # s, of a magnitude; a coordinate takes ceil(log2(2 s + 1)) bits
-    bucket: int = 512  # b, coordinates that share a norm
-    coded: bool = True  # levels travel in about as many bits as their entropy, if up to 127; then sizes vary
+    levels: int = 7  # s, nonzero levels of a magnitude; a coordinate takes ceil(log2(2 s + 1)) bits
+    bucket: int = 512  # b, coordinates per norm
+    coded: bool = True  # entropy-code the levels, if levels is at most 127; message sizes then vary
 
     def __post_init__(self) -> None:
         for name in ("levels", "bucket"):
@@ -129,12 +128,12 @@ class QSGD(Compressor):
 
     @property
     def bits(self) -> int:
-        """Bits of one coordinate that is not coded."""
+        """Bits per coordinate without entropy coding."""
         return (2 * self.levels).bit_length()
 
     @property
     def fixed_size(self) -> bool:  # type: ignore[override]
-        """True if levels travel in a fixed width."""
+        """True if levels are sent in a fixed width."""
         return not self.coded or self.bits > MOST_BITS
 
     def omega(self, d: int) -> float:
@@ -147,7 +146,7 @@ class QSGD(Compressor):
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         key, b = keys(seed, step, Stream.ROUNDING), self._width(len(v))
-        # bfloat16 has too few bits to round without bias.
+        # bfloat16 has too few bits for unbiased rounding.
         precise = _without_negligible(v.to(torch.promote_types(v.dtype, torch.float32)), b)
         on_cpu = v.device.type == "cpu"
         if len(v) and self.bits <= 8 and (on_cpu or b <= _AT_ONCE) and (loop := kernel("pack_levels", precise)):
@@ -165,14 +164,14 @@ class QSGD(Compressor):
     def _message(self, packed: Tensor, norms: Tensor, d: int) -> Message:
         if self.fixed_size:
             return Message({"levels": packed, "scales": norms})
-        if (some := self._not_zero(norms, d)) is not None:  # levels of the others are not sent
+        if (some := self._not_zero(norms, d)) is not None:  # skip buckets whose norm is 0
             packed, d = some.of(packed, self._width(d) * self.bits // 8), some.coordinates
         return Message({"levels": encode_levels(packed, d, self.levels, self.bits), "scales": norms})
 
     def _codes(self, buckets: Tensor, first: int, key: Keys) -> tuple[Tensor, Tensor]:
-        """Return the codes, int64[n, b], and norms, float[n], of buckets whose first coordinate is number `first`."""
+        """Return codes, int64[n, b], and norms, float[n], of `buckets`, float[n, b], which begin at index `first`."""
         largest = buckets.abs().amax(1, keepdim=True)
-        # In units of the largest magnitude neither 1e30 overflows nor a denormal loses its bits.
+        # Dividing by the largest magnitude first avoids overflow and loss of denormals.
         unit = torch.where(largest > 0, buckets / largest, buckets)
         norms = unit.double().square().sum(1, keepdim=True).sqrt().to(unit.dtype)
         counters = torch.arange(first, first + buckets.numel(), device=buckets.device).to(torch.int32)
@@ -199,8 +198,8 @@ class QSGD(Compressor):
         some.add(found, out)
 
     def _add(self, packed: Tensor, norms: Tensor, b: int, out: Tensor, scale: float) -> None:
-        """Add scale * level * norm to out, float[n]; each bucket of b coordinates has a norm."""
-        # Compiled loops decode and add in one pass; without one, coded levels are first brought to a fixed width.
+        """Add scale * level * norm to out, float[n]; one norm per bucket of b coordinates."""
+        # Compiled loops decode and add in one pass. Without one, first decode coded levels to a fixed width.
         if not self.fixed_size:
             if add_coded_levels(packed, self.levels, b, norms, out, scale):
                 return
@@ -209,7 +208,7 @@ class QSGD(Compressor):
             if not loop(packed, self.levels, self.bits, b, norms, out, scale):
                 raise MessageError("levels", f"codes of at most {2 * self.levels}", "a larger one")
             return
-        # In torch, by slabs that end at a byte and at a bucket.
+        # PyTorch fallback, in slabs that end at byte and bucket boundaries.
         size = _slab(b)
         pieces = torch.split(packed, size * self.bits // 8), torch.split(norms, size // b)
         for slab, codes, scales in zip(torch.split(out, size), *pieces, strict=True):
@@ -220,7 +219,7 @@ class QSGD(Compressor):
             slab.add_(levels.mul_(scale) * scales.repeat_interleave(b)[: len(slab)])  # in this order: no overflow
 
     def _not_zero(self, norms: Tensor, d: int) -> "_Buckets | None":
-        """The buckets of which a norm is not 0; None if they are most, or codes do not end at bytes there."""
+        """Return the buckets with a nonzero norm. None if over 7/8 are, or buckets do not end at byte boundaries."""
         b = self._width(d)
         if b * self.bits % 8:
             return None
@@ -228,37 +227,37 @@ class QSGD(Compressor):
         return None if 8 * len(index) > 7 * len(norms) else _Buckets(index, b, d)
 
     def _width(self, d: int) -> int:
-        """Coordinates of a bucket."""
+        """Return the number of coordinates of a bucket."""
         return max(1, min(d, self.bucket))
 
 
 @dataclass(frozen=True)
 class _Buckets:
-    """Buckets of `width` coordinates of a vector of d, by number, int64[n], increasing; the last may be short."""
+    """A subset of the buckets of a vector of d coordinates; the last bucket of the vector may be shorter."""
 
-    index: Tensor
-    width: int
+    index: Tensor  # bucket numbers, int64[n], increasing
+    width: int  # coordinates of a full bucket
     d: int
 
     @cached_property
     def _cut(self) -> int:
-        """The number of coordinates that the last bucket lacks, if it is one of these."""
+        """The number of coordinates missing from the vector's last bucket; 0 if it is not in the subset."""
         last = (self.d - 1) // self.width
         return -self.d % self.width if len(self.index) and int(self.index[-1]) == last else 0
 
     @property
     def coordinates(self) -> int:
-        """The number of their coordinates."""
+        """The number of coordinates in the subset."""
         return len(self.index) * self.width - self._cut
 
     def of(self, packed: Tensor, size: int) -> Tensor:
-        """Return their part of what has `size` bytes for each bucket, uint8[...]."""
+        """Select the bytes of these buckets from `packed`, which has `size` bytes per bucket, uint8[...]."""
         missing = -len(packed) % size
         padded = torch.nn.functional.pad(packed, (0, missing)).view(-1, size)[self.index].view(-1)
         return padded[: len(padded) - missing] if self._cut else padded
 
     def add(self, found: Tensor, out: Tensor) -> None:
-        """Add float[coordinates] to their coordinates of out, float[d]."""
+        """Add `found`, float[coordinates], to out, float[d], at these buckets, in place."""
         whole = out[: self.d // self.width * self.width].view(-1, self.width)
         some = self.index[:-1] if self._cut else self.index
         whole[some] += found[: len(some) * self.width].view(-1, self.width)
@@ -267,7 +266,7 @@ class _Buckets:
 
 
 def _without_negligible(v: Tensor, bucket: int) -> Tensor:
-    """Return v, float[d], with zeros for the buckets that are negligible compared with its largest magnitude."""
+    """Return v, float[d], with full buckets set to 0 if they are negligible relative to its largest magnitude."""
     if len(v) <= bucket:
         return v
     edge = len(v) // bucket * bucket
@@ -281,5 +280,5 @@ def _without_negligible(v: Tensor, bucket: int) -> Tensor:
 
 
 def _slab(bucket: int) -> int:
-    """Coordinates at a time: whole buckets, whose codes end at a byte."""
+    """Return the coordinates to process at a time: a multiple of 8 buckets, so that codes end at a byte."""
     return 8 * bucket * max(1, _SLAB // (8 * bucket))

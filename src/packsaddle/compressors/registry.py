@@ -1,4 +1,4 @@
-"""The list of all compressors; a compressor from and to text, and in plain types."""
+"""The list of all compressors, and their conversion from and to text and plain types."""
 
 import ast
 import re
@@ -21,10 +21,10 @@ _PERCENT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)%(?=\s*[,)])")
 
 @dataclass(frozen=True)
 class Summary:
-    """A compressor in words: its contraction, and its message."""
+    """A compressor's row in the table of the documentation."""
 
-    mu: str
-    message: str
+    mu: str  # formula of the contraction
+    message: str  # contents of a message
 
 
 SUMMARIES: Mapping[type[Compressor], Summary] = {
@@ -43,7 +43,7 @@ SUMMARIES: Mapping[type[Compressor], Summary] = {
 
 
 def compressors(ratio: float) -> list[Compressor]:
-    """Return every compressor, those that have a ratio at this one. Raises ValueError for a ratio outside (0, 1]."""
+    """Return all compressors, in one or more variants, with this `ratio` if any. Raises ValueError unless in (0, 1]."""
     return [
         Identity(),
         RandomK(ratio),
@@ -65,10 +65,10 @@ def compressors(ratio: float) -> list[Compressor]:
 
 
 def parse_compressor(text: str) -> Compressor:
-    """Return the compressor of a constructor call, whose arguments are literals, ratios or such calls.
+    """Parse a constructor call in `text`, such as TopK(1/32), TopK(1%), Stages(Sign(), 3) or Sign.
 
-    Examples are TopK(1/32), TopK(1%) and Stages(Sign(), 3); a name alone is a call without arguments. Raises
-    ValueError.
+    Arguments are literals, quotients or nested calls; parentheses may be omitted without arguments. Raises ValueError
+    if the text is not such a call or an argument is invalid.
     """
     written = _PERCENT.sub(r"\1/100", text)
     try:
@@ -81,7 +81,7 @@ def parse_compressor(text: str) -> Compressor:
 
 
 def classes() -> dict[str, type[Compressor]]:
-    """Return every compressor's class by its name."""
+    """Return a dict from name to class of every compressor."""
     return {kind.__name__: kind for kind in SUMMARIES}
 
 
@@ -112,14 +112,14 @@ def _argument(node: ast.expr) -> Any:
 
 
 def describe(compressor: Compressor) -> str:
-    """The compressor with those of its fields that are not at their defaults; by its name if it is no dataclass."""
+    """Return the constructor call as text, without fields at their defaults (no fields if it is not a dataclass)."""
     given = [(f, getattr(compressor, f.name)) for f in _fields(compressor)]
     shown = [f"{f.name}={_described(value)}" for f, value in given if value != f.default]
     return f"{type(compressor).__name__}({', '.join(shown)})"
 
 
 def _fields(compressor: Compressor) -> "list[Field[Any]]":
-    """Return the fields that a user sets; none if it is no dataclass."""
+    """Return the fields that users can set; an empty list if it is not a dataclass."""
     if not is_dataclass(compressor):
         return []
     return [f for f in fields(compressor) if not f.metadata.get("internal")]
@@ -132,7 +132,7 @@ def _described(value: Any) -> str:
 
 
 def identify(compressor: Compressor) -> dict[str, Any]:
-    """Return a compressor's name (its `kind` in a configuration) and parameters, in plain types, for a saved state."""
+    """Return a compressor's class name as "kind" and its fields, in plain types, for a checkpoint."""
     values = {f.name: _plain(getattr(compressor, f.name)) for f in _fields(compressor)}
     return {"kind": type(compressor).__name__, **values}
 
@@ -143,5 +143,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, float):
-        return float(value)  # not numpy's
+        return float(value)  # also converts numpy.float64
     return value if isinstance(value, str | int | None) else repr(value)

@@ -1,8 +1,8 @@
-"""Choosing coordinates by magnitude: the k largest, and the fewest that hold a fraction of the energy.
+"""Selection of coordinates by magnitude: the k largest, or the fewest that hold a fraction of the energy ||v||^2.
 
-Magnitudes are compared as the integers of their bits, which have the same order and in which NaN is the largest, so
-every way of choosing gives the same coordinates. How a choice among several sections divides between them is estimated
-from a sample of each.
+Magnitudes are compared as integers, by their bit patterns: the order is the same and NaN is the largest, so compiled
+loops and PyTorch code on the CPU select the same coordinates. For a selection among several sections of a vector, the
+number per section is estimated from samples.
 """
 
 import math
@@ -16,24 +16,24 @@ from packsaddle.numerics.kernels import kernel
 
 _WORTH_SAMPLING = 1 << 18  # elements from which `largest` samples
 _SAMPLE = 1 << 16
-_SLAB = 1 << 18  # elements at a time, so that scratch memory does not grow with d
+_SLAB = 1 << 18  # elements processed at a time, to bound scratch memory
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_FEWEST = 64  # sampled coordinates that shares rest on; fewer would make them jump
-HISTOGRAM_BITS = 12  # of a magnitude, from the top: its exponent and the first bits of its mantissa
+_FEWEST = 64  # selected sample coordinates below which an estimate of section counts is too noisy
+HISTOGRAM_BITS = 12  # leading bits of a magnitude that index a bin: the exponent and the first bits of the mantissa
 
 
 def as_integers(v: Tensor) -> Tensor:
-    """Return the magnitudes of v, float[n], as integers in the same order, int[n] of as many bits."""
+    """Return the magnitudes of v, float[n], as integers in the same order, int[n] of the same width."""
     integer = _INTEGER[v.element_size()]
     return v.view(integer) & torch.iinfo(integer).max
 
 
 def largest(v: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest magnitudes, increasing int64[k]; of equal ones the first are taken.
+    """Return the indices of the k largest magnitudes, increasing int64[k]; the first among equal ones on the CPU.
 
-    On the CPU a strided sample gives a threshold that a few more than k are expected to reach, and only these are
-    ranked. Where fewer do, because the sample misleads, all are. Elsewhere it is torch.topk's choice, which nothing
-    waits for.
+    On the CPU a threshold from a strided sample selects slightly more than k candidates, and only these are ranked; if
+    it selects fewer than k, all elements are. Other devices use torch.topk, which does not synchronize but breaks ties
+    in its own way.
     """
     if v.device.type != "cpu":
         return torch.topk(v.abs(), k, sorted=False).indices.sort().values
@@ -49,15 +49,15 @@ def largest(v: Tensor, k: int) -> Tensor:
 def largest_of_blocks(
     blocks: Callable[[], Iterable[Tensor]], sample: Callable[[Tensor], Tensor], n: int, k: int, first: int = 0
 ) -> Tensor:
-    """Return `largest` of the n values in `blocks()`, on the CPU without holding them all.
+    """Return `largest` of the n values that `blocks()` yields; on the CPU they are not all in memory together.
 
-    `sample` returns the values at given indices. Of equal magnitudes the first are chosen, counted from index `first`
-    on and then from 0.
+    `sample` maps indices to values. Among equal magnitudes those from index `first` on are preferred, then those from
+    index 0 on. `blocks` is called several times.
     """
     device = next(iter(blocks())).device
     if device.type != "cpu":
         return (largest(torch.cat(list(blocks())).roll(-first), k) + first).remainder_(n).sort().values
-    # Hold only magnitudes that reach a sampled threshold; all of them if fewer than k do.
+    # Keep only magnitudes that reach a sampled threshold, or all of them if fewer than k do.
     threshold, expected = sampled_threshold(sample(torch.arange(0, n, max(1, n // _SAMPLE))), k, n)
     while True:
         start, found, values = 0, [], []
@@ -69,15 +69,15 @@ def largest_of_blocks(
         index, magnitudes = torch.cat(found), as_integers(torch.cat(values))
         if len(index) >= k:
             break
-        threshold, expected = 0, n  # the sample misled
-    # `_top` prefers the front: rotate those from `first` on to it.
+        threshold, expected = 0, n  # the sampled threshold was too high
+    # `_top` prefers low positions: rotate the indices from `first` on to the front.
     turn = int((index < first).sum())
     index, magnitudes = index.roll(-turn), magnitudes.roll(-turn)
     return index[_top(magnitudes, k)].sort().values
 
 
 def _top(magnitudes: Tensor, k: int) -> Tensor:
-    """Return the indices of the k largest integers, on the CPU, increasing int64[k]; of equal ones the first."""
+    """Return the indices of the k largest integers, increasing int64[k]; the first among equal ones. CPU only."""
     n = len(magnitudes)
     if k in (0, n):
         return torch.arange(k)
@@ -87,7 +87,7 @@ def _top(magnitudes: Tensor, k: int) -> Tensor:
 
 
 def _without_last_equal(kept: Tensor, equal: Tensor, surplus: int) -> Tensor:
-    """Drop the last `surplus` of those that are marked."""
+    """Return `kept` without the last `surplus` of the elements that `equal`, bool[n], marks."""
     if surplus == 0:
         return kept
     places = equal.nonzero().squeeze(1)
@@ -97,16 +97,16 @@ def _without_last_equal(kept: Tensor, equal: Tensor, surplus: int) -> Tensor:
 
 
 def sampled_threshold(sample: Tensor, k: int, n: int) -> tuple[int, int]:
-    """Return a magnitude, as an integer, that k of the n values that were sampled should reach, and how many will."""
+    """Return an integer magnitude that at least k of n values should reach, and the number expected to reach it."""
     magnitudes = as_integers(sample)
     expected = len(sample) * k / n
-    # Four standard deviations, and something where so few are expected.
+    # A margin of four standard deviations, plus 8 for small expected counts.
     rank = min(len(sample), math.ceil(expected + 4 * math.sqrt(expected) + 8))
     return int(torch.topk(magnitudes, rank, sorted=False).values.min()), math.ceil(rank * n / len(sample))
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the indices, increasing int64, whose magnitude as an integer is at least `threshold`."""
+    """Return the indices of magnitudes that, as integers, reach `threshold`, increasing int64[about `expected`]."""
     if loop := kernel("reaching", v):
         reached: Tensor = loop(v, threshold, expected)
         return reached
@@ -114,19 +114,19 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 
 def holding(v: Tensor, share: float) -> Tensor:
-    """Return the fewest indices, increasing int64, that hold a fraction of ||v||^2, in (0, 1]; none if v is zero.
+    """Return the fewest indices that hold the fraction `share` in (0, 1] of ||v||^2, increasing int64[...].
 
-    A histogram of the energy by the first bits of the magnitudes gives the bin of the smallest chosen one; histograms
-    of that bin by the next bits narrow it down, until all bits are known. Of equal magnitudes the first are chosen.
-    Returns the index of the largest magnitude alone if v is non-finite.
+    A histogram of the energy by the leading bits of the magnitudes locates the smallest selected magnitude; histograms
+    of its bin by the next bits refine it to all bits. Among equal magnitudes the first are selected. Empty if v is
+    zero; only the index of the largest magnitude if v is non-finite.
     """
     top = max((abs(float(x)) for x in torch.aminmax(v)), default=0.0) if len(v) else 0.0
     if not math.isfinite(top):
         return largest(v, 1)
-    # Zeros hold no energy: none of them for a zero v, or for all of ||v||^2.
+    # Zeros have no energy and are never selected.
     if top == 0 or share == 1:
         return v.nonzero().squeeze(1)
-    # The bin of the smallest chosen magnitude; all magnitudes above it are chosen.
+    # The bin of the smallest selected magnitude; all magnitudes above this bin are selected.
     shift = _bits(v) - HISTOGRAM_BITS
     counts, energy = _histogram(v, top, shift)
     needed = share * float(energy.sum())
@@ -135,7 +135,7 @@ def holding(v: Tensor, share: float) -> Tensor:
     reached = reaching(v, threshold, int(counts[last:].sum()))
     magnitudes = as_integers(v.index_select(0, reached))
     inside = reached[(magnitudes < threshold + (1 << shift)).nonzero().squeeze(1)]
-    # Narrow the bin down to one magnitude.
+    # Refine the bin to a single magnitude.
     while shift > 0:
         values, below = v[inside], shift
         shift = max(0, shift - HISTOGRAM_BITS)
@@ -144,17 +144,17 @@ def holding(v: Tensor, share: float) -> Tensor:
         last, needed = _last_bin(torch.bincount(bins, minlength=len(energy)), energy, needed)
         threshold += last << shift
         inside = inside[(bins == last).nonzero().squeeze(1)]
-    # Of the coordinates that have it, the first ceil(needed / x^2) suffice.
-    one = float(v[inside[0]].double() / top) ** 2  # all inside are now of one magnitude
+    # Of the coordinates with this magnitude x, the first ceil(needed / x^2) suffice.
+    one = float(v[inside[0]].double() / top) ** 2  # all of `inside` now have the same magnitude
     taken = min(len(inside), max(1, math.ceil(needed / one))) if one else 1
     kept = (magnitudes >= threshold).nonzero().squeeze(1)
     return reached[_without_last_equal(kept, magnitudes[kept] == threshold, len(inside) - taken)]
 
 
 def _last_bin(counts: Tensor, energy: Tensor, needed: float) -> tuple[int, float]:
-    """Return the first bin from the top with which the energy needed is held, and what is needed of that bin's."""
+    """Return the highest bin with at least `needed` energy in it and above, and the energy needed from this bin."""
     held = energy.flip(0).cumsum(0)
-    occupied = counts.nonzero()  # rounding may leave the sum below what is needed, or nothing needed
+    occupied = counts.nonzero()  # bounds for the case that rounding makes the sum too small or `needed` zero
     last = min(max(len(counts) - 1 - int((held < needed).sum()), int(occupied[0])), int(occupied[-1]))
     return last, needed - float(energy[last + 1 :].sum())
 
@@ -164,7 +164,7 @@ def _bits(v: Tensor) -> int:
 
 
 def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
-    """Return how many magnitudes, and how much of ||v / top||^2, lie in each bin, int64 and float64."""
+    """Return the counts, int64[bins], and energies of v / top, float64[bins], of the magnitudes by leading bits."""
     if loop := kernel("energy_histogram", v):
         counts, energy = loop(v, top, HISTOGRAM_BITS)
         return counts, energy
@@ -180,8 +180,8 @@ def _histogram(v: Tensor, top: float, shift: int) -> tuple[Tensor, Tensor]:
 def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int) -> list[float]:
     """Estimate each section's number of coordinates among the k largest magnitudes of all sections.
 
-    `samples` are coordinates of each section, float[m], in about equal proportion to its size in `sizes`. Exact if they
-    are all coordinates and k is at least 64; for a smaller k, proportional to the numbers among the 64 largest.
+    `samples` has some coordinates of each section, float[m], at nearly the same sampling rate relative to `sizes`.
+    Exact if it has all coordinates and k is at least 64; for smaller k, the counts among the 64 largest are scaled.
     """
     pooled = torch.cat(list(samples))
     rank = min(len(pooled), max(_FEWEST, round(k * len(pooled) / sum(sizes))))
@@ -190,9 +190,9 @@ def counts_among_largest(samples: Sequence[Tensor], sizes: Sequence[int], k: int
 
 
 def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
-    """Estimate the fraction of each section's energy in the smallest support that holds `share` of all energy.
+    """Estimate the fraction of each section's energy in the smallest support with the fraction `share` of all energy.
 
-    `samples` are as in `counts_among_largest`. Fractions are from 1e-6 to 1; all are `share` if the samples are zero.
+    `samples` as in `counts_among_largest`. Fractions are clamped to [1e-6, 1]; a section of zeros gets `share`.
     """
     pooled = torch.cat(list(samples)).double()
     energies = (pooled / pooled.abs().max().clamp_min(torch.finfo(torch.float32).tiny)).square()
@@ -203,7 +203,7 @@ def shares_of_support(samples: Sequence[Tensor], share: float) -> list[float]:
 
 
 def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> list[float]:
-    """Return the sum of the values in each section; `index` locates them in the pooled samples, increasing."""
+    """Return the sum of `values` per section; `index` has their positions in the concatenated samples."""
     ends = torch.tensor([len(sample) for sample in samples], device=index.device).cumsum(0)
     section = torch.bucketize(index, ends, right=True)
     sums = torch.zeros(len(samples), dtype=torch.float64, device=index.device)
@@ -212,12 +212,12 @@ def _by_section(index: Tensor, values: Tensor, samples: Sequence[Tensor]) -> lis
 
 
 def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> list[int]:
-    """Return integers that add up to `total`, in proportion to `weights` except where the bounds 1 and size apply.
+    """Return integers that add up to `total`, proportional to `weights` and clamped to [1, size].
 
-    Fractions are rounded by largest remainders. `total` is clamped to the sums of the bounds; sizes are at least 1.
+    Rounded by largest remainders. `total` is clamped to the sums of the bounds; sizes must be at least 1.
     """
     total = min(max(total, len(sizes)), sum(sizes))
-    # A little by size, so that weights of zero do not keep the total from being met.
+    # A small weight by size, so that the total can be reached even with zero weights.
     most = max(weights) or 1.0
     shares = [w / most for w in weights]
     lifted = [w + 1e-9 * (sum(shares) or 1.0) * n / sum(sizes) for w, n in zip(shares, sizes, strict=True)]
@@ -225,7 +225,7 @@ def shared_out(weights: Sequence[float], sizes: Sequence[int], total: int) -> li
     def exact(scale: float) -> list[float]:
         return [min(max(scale * w, 1.0), float(n)) for w, n in zip(lifted, sizes, strict=True)]
 
-    # The scale at which they add up to the total, by bisection: the sum grows with it.
+    # Bisect for the scale at which the clamped weights add up to the total; the sum is increasing in the scale.
     low, high = 0.0, max(n / w for w, n in zip(lifted, sizes, strict=True))
     for _ in range(100):
         middle = (low + high) / 2

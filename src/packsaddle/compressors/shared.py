@@ -1,4 +1,4 @@
-"""One support for all workers, found in an all-reduced linear sketch of their mean: SharedTopK and SketchTopK."""
+"""SharedTopK and SketchTopK: the support is identical on all workers, from an all-reduced sketch of their mean."""
 
 import math
 from abc import abstractmethod
@@ -16,53 +16,53 @@ from packsaddle.compressors.sparse import Cells, KOfD
 from packsaddle.numerics.seeds import Keys, Stream, add_gaussians, keys, mix
 from packsaddle.numerics.sketches import RowHash, estimates_at, median_estimates
 
-_SLAB = 1 << 17  # random numbers at a time, so that scratch memory stays in a near cache
-_MOST_ROWS = 100  # beyond some ten a median hardly gains
-_COUNTERS = 16  # columns of a row for each kept coordinate
-_OVERSAMPLE = 4  # candidates for each kept coordinate
+_SLAB = 1 << 17  # random numbers generated at a time, so that scratch memory fits a fast cache
+_MOST_ROWS = 100  # a median of more than about ten rows is hardly more accurate
+_COUNTERS = 16  # columns of a row per kept coordinate
+_OVERSAMPLE = 4  # candidates per kept coordinate
 
 
 class Drawn(NamedTuple):
     """The randomness of a sketch, a function of (seed, step)."""
 
-    numbers: Any  # Keys of projections, or the RowHash of each row
-    first: int  # of equal estimates, the first from here on are chosen
+    numbers: Any  # Keys of the projections, or the RowHash of each row
+    first: int  # ties are broken in cyclic order from this index on
 
 
 class Kept(NamedTuple):
-    """The context of a message: the kept cells, and which of its values they have."""
+    """The context of a message: the kept cells, and the positions of their values in the message."""
 
     cells: Cells
-    which: Tensor | None  # int64[k], increasing. None: all
+    which: Tensor | None  # positions, increasing int64[k]; None: all
 
 
 class SharedSupport(KOfD):
-    """Base of compressors that choose places by a linear sketch, and send the exact values there.
+    """Base of compressors that select coordinates by a linear sketch and send their exact values.
 
-    Over workers (`comm.aggregators.SharedSupportAllReduce`) the sketches are all-reduced, every worker finds the same
-    places in the mean, and a second all-reduce carries the values. On one vector it is the same without workers.
+    Between workers (`comm.aggregators.SharedSupportAllReduce`) the sketches are all-reduced, every worker selects the
+    same coordinates from the mean sketch, and a second all-reduce averages the values.
     """
 
     half: bool
 
     @abstractmethod
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Return the randomness of a sketch of d coordinates, a function of `seed` and `step`."""
+        """Return the randomness of a sketch of d coordinates, a pure function of `seed` and `step`."""
 
     @abstractmethod
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the sketch of v, float[d], by `drawn`, bfloat16 or float[n]; empty if all values travel."""
+        """Return the sketch of v, float[d], with the randomness `drawn`, [n]; empty if all values are sent."""
 
     @abstractmethod
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the places among d coordinates whose values travel, by their `sketch` and `drawn`."""
+        """Return the cells of d coordinates to send, selected by `sketch`, with the randomness `drawn`."""
 
     @abstractmethod
     def sizes(self, d: int) -> tuple[int, int]:
-        """Return the numbers of a sketch of d coordinates, and of values."""
+        """Return the sizes of the sketch of d coordinates and of the values."""
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Return which of these values at `places` of d coordinates are kept."""
+        """Return the subset of `places`, of d coordinates, to keep, given their exact `values`; default: all."""
         return Kept(places, None)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -93,18 +93,18 @@ class SharedSupport(KOfD):
 
 @dataclass(frozen=True)
 class SharedTopK(SharedSupport):
-    """The compressor that keeps the blocks of largest estimated energy, the same on all workers (after ARC-TopK, 2025).
+    """A compressor that keeps the blocks of largest estimated energy of the mean over workers (after ARC-TopK, 2025).
 
-    No index travels. k is `ratio` * d, rounded and at least 1, or given. The vector is cut in B blocks of `block_size`
-    b coordinates, of which the K of largest ||G_j v_j||^2 are kept, v the mean over workers and G_j float[r, b] of
-    independent N(0, 1), equal on all workers. The projections G_j v_j, r = `projections`, are all-reduced first, and
-    then the exact values of the K blocks (arXiv 2510.26709 does so with the rows of each matrix). Given the support C
-    is linear, so the mean of C(v_i) is C(mean v_i): Algorithm 1 on the mean, as in Theorem 3.1, at a cost that does not
-    depend on W.
+    k is `ratio` * d, rounded and at least 1, or given. The vector is divided into B blocks of `block_size` b
+    coordinates. The K blocks with the largest ||G_j v_j||^2 are kept, where v is the mean over workers and G_j,
+    float[r, b], has independent N(0, 1) entries, identical on all workers. First the projections G_j v_j,
+    r = `projections`, are all-reduced, then the exact values of the K blocks; no indices are sent (arXiv 2510.26709
+    uses the rows of each matrix as blocks). For a given support C is linear, so the mean of C(v_i) is C(mean v_i):
+    Algorithm 1 on the mean, as in Theorem 3.1. The cost does not depend on the number of workers.
 
-    mu = K / B >= k/d, in expectation, for every v. The proof, and the default block size, which makes the projections a
-    quarter of the values' bytes, are in docs/compressors.md. Where B r + K b is d or more nothing is projected, and all
-    blocks are kept, exactly.
+    mu = K / B >= k/d, in expectation, for every v. docs/compressors.md has the proof and derives the default block
+    size, with which the projections take a quarter of the values' bytes. If B r + K b is at least d, there are no
+    projections and all values are sent.
 
     Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and the others are in
     range.
@@ -122,8 +122,8 @@ class SharedTopK(SharedSupport):
 
     fixed_size: ClassVar[bool] = True
     block_size: int | None = None  # b, consecutive coordinates kept together; by default about 2 r d / k
-    projections: int = 2  # r, numbers a block is judged by
-    half: bool = True  # projections travel in bfloat16, else in the vector's format
+    projections: int = 2  # r, random projections per block
+    half: bool = True  # send projections in bfloat16, else in the vector's dtype
 
     @property
     def aggregation(self) -> str:
@@ -147,10 +147,10 @@ class SharedTopK(SharedSupport):
         kept = max(1, round(k / max(1, nearest)))
         if kept == 1:
             k = min(d, max(k, math.isqrt(round(nearest * k / 4))))
-        return -(-d // max(1, d * kept // k))  # the most blocks of which `kept` are k/d
+        return -(-d // max(1, d * kept // k))  # the largest number of blocks of which `kept` are the fraction k/d
 
     def grid(self, d: int) -> tuple[int, int, int]:
-        """Return the number of blocks of d coordinates, of kept blocks, and of projections of each (0: all kept)."""
+        """Return (blocks, kept blocks, projections per block) for d coordinates; 0 projections: all are kept."""
         if not d:
             return 0, 0, 0
         b, r = self.block(d), self.projections
@@ -159,7 +159,7 @@ class SharedTopK(SharedSupport):
         return (blocks, kept, r) if blocks * r + kept * b < d else (blocks, blocks, 0)
 
     def mu(self, d: int) -> float:
-        """Return the share of the blocks that is kept, K / B, at least k/d."""
+        """Return the fraction of the blocks that is kept, K / B, at least k/d."""
         blocks, kept, _ = self.grid(d)
         return kept / blocks if d else 1.0
 
@@ -168,17 +168,17 @@ class SharedTopK(SharedSupport):
         return blocks * rows, kept * self.block(d)
 
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Return the keys of the projections of d coordinates, and a random block, a function of `seed` and `step`."""
+        """Return the keys of the projections and the tie-breaking block of d coordinates, from `seed` and `step`."""
         first = mix(seed, step, int(Stream.PROJECTION)) % max(1, self.grid(d)[0])
         return Drawn(keys(seed, step, Stream.PROJECTION), first)
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the projections of v's blocks by the keys in `drawn`, bfloat16 or float[blocks * rows]."""
+        """Return the projections of v's blocks with the keys in `drawn`, bfloat16 or float[blocks * projections]."""
         rows, sent = self.grid(len(v))[2], torch.bfloat16 if self.half else v.dtype
         return project_blocks(v, self.block(len(v)), rows, drawn.numbers).to(sent) if rows else v[:0].to(sent)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the blocks of d coordinates of largest energy in a `sketch`, [blocks * rows], by `drawn`."""
+        """Return the blocks of d coordinates with the largest energy in `sketch`; ties are broken by `drawn`."""
         blocks, kept, rows = self.grid(d)
         if not rows:
             return Cells(torch.arange(blocks, device=sketch.device), self.block(d))
@@ -188,10 +188,10 @@ class SharedTopK(SharedSupport):
 
 
 def project_blocks(v: Tensor, size: int, rows: int, key: Keys) -> Tensor:
-    """Return G_j v_j for each block v_j of `size` coordinates, float[blocks * rows], with G_j of N(0, 1) numbers.
+    """Return G_j v_j, float[blocks * rows], for each block v_j of `size` coordinates; G_j has N(0, 1) entries.
 
-    The numbers are a function of the key and of block, row and place, so all workers project alike and no matrix is
-    stored. The last block may be cut short. Numbers are of single precision at least, whatever v has.
+    Entries are a function of the key and of block, row and column, so they are identical on all workers and no matrix
+    is stored. The last block may be shorter. Computed in at least float32.
     """
     dtype = torch.promote_types(v.dtype, torch.float32)
     together = max(1, _SLAB // (size * rows))  # blocks
@@ -208,19 +208,18 @@ def project_blocks(v: Tensor, size: int, rows: int, key: Keys) -> Tensor:
 
 @dataclass(frozen=True)
 class SketchTopK(SharedSupport):
-    """The compressor that finds the k largest coordinates of a mean by a count sketch (Ivkin et al. 2019).
+    """A compressor that keeps the k largest coordinates of the mean, found by a count sketch (Ivkin et al. 2019).
 
-    Of the P k coordinates of largest estimated magnitude in the mean over workers it keeps the k of largest exact
-    magnitude; k is `ratio` * d, rounded and at least 1, or given, and P is `oversample`. The sketches, `rows` x
-    `columns` counters, are all-reduced first, and then the exact values of the P k candidates; so one support serves
-    all and the mean is compressed, as Theorem 3.1 wants.
+    First the workers' sketches, `rows` x `columns` counters, are all-reduced. They estimate the mean; the P k
+    coordinates of largest estimated magnitude are candidates, P = `oversample`. Then the exact values of the candidates
+    are all-reduced, and the k of largest exact magnitude are kept. k is `ratio` * d, rounded and at least 1, or given.
+    The support is identical on all workers and the mean is compressed, as Theorem 3.1 requires.
 
-    An estimate has variance at most ||v||^2 / columns in each row (see `numerics.sketches`), and the median over rows
-    is taken. docs/compressors.md derives the default sizes, 16 k columns and rows of order log(d / k). Where a sketch
-    and its candidates would be d numbers or more none is made: all values travel and the k largest stay, which is TopK
-    of the mean.
+    The estimate is the median over rows; in each row its variance is at most ||v||^2 / columns (see
+    `numerics.sketches`). docs/compressors.md derives the default sizes, 16 k columns and O(log(d / k)) rows. If sketch
+    and candidates would be d numbers or more, all values are sent instead and the k largest kept: TopK of the mean.
 
-    mu is stated as k/d. Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and
+    `mu` returns k/d. Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and
     the others are in range.
 
     >>> import torch
@@ -231,10 +230,10 @@ class SketchTopK(SharedSupport):
     tensor([[17]])
     """
 
-    rows: int | None = None  # R, over which the median is taken; by default of order log(d / k), odd
-    columns: int | None = None  # c, counters of a row; by default 16 k
-    oversample: int = _OVERSAMPLE  # P, candidates by kept coordinate; their exact values travel
-    half: bool = True  # counters travel in bfloat16, else in the vector's format
+    rows: int | None = None  # R, estimates per median; by default odd, of order log(d / k)
+    columns: int | None = None  # c, counters per row; by default 16 k
+    oversample: int = _OVERSAMPLE  # P, candidates per kept coordinate; their exact values are sent
+    half: bool = True  # send counters in bfloat16, else in the vector's dtype
 
     @property
     def aggregation(self) -> str:
@@ -254,9 +253,9 @@ class SketchTopK(SharedSupport):
         return replace(self, columns=columns, k=super().restrict(part, d).k)
 
     def shape(self, d: int) -> tuple[int, int, int]:
-        """Return rows and columns of the sketch of d coordinates, and the number of candidates.
+        """Return (rows, columns, candidates) of the sketch of d coordinates.
 
-        (0, 0, d) if no sketch is made, since the values themselves are no more numbers.
+        (0, 0, d) if all values are sent instead, because a sketch would not be smaller.
         """
         if not d:
             return 0, 0, 0
@@ -268,7 +267,7 @@ class SketchTopK(SharedSupport):
         return (rows, columns, candidates) if rows * columns + candidates < d else (0, 0, d)
 
     def hashes(self, d: int, *, seed: int, step: int) -> list[RowHash]:
-        """Return the hash of each row of the sketch of d coordinates, a function of seed and step."""
+        """Return the hash of each row of the sketch of d coordinates, a pure function of seed and step."""
         rows, columns, _ = self.shape(d)
         return [RowHash.draw(d, columns, seed=seed, step=step, row=r) for r in range(rows)]
 
@@ -277,19 +276,19 @@ class SketchTopK(SharedSupport):
         return rows * columns, candidates
 
     def draw(self, d: int, *, seed: int, step: int) -> Drawn:
-        """Return the rows' hashes of d coordinates, and a random one of these, a function of `seed` and `step`."""
+        """Return the rows' hashes and the tie-breaking coordinate of d, from `seed` and `step`."""
         return Drawn(self.hashes(d, seed=seed, step=step), mix(seed, step, int(Stream.SKETCH)) % max(1, d))
 
     def sketch(self, v: Tensor, drawn: Drawn) -> Tensor:
-        """Return the counters of v by the rows' hashes in `drawn`, bfloat16 or float[rows * columns]."""
+        """Return the counters of v in all rows, with the hashes in `drawn`, bfloat16 or float[rows * columns]."""
         counters = [h.sketch(v) for h in drawn.numbers] or [v[:0]]
         return torch.cat(counters).to(torch.bfloat16 if self.half else v.dtype)
 
     def places(self, sketch: Tensor, drawn: Drawn, d: int) -> Cells:
-        """Return the coordinates of largest estimated magnitude of d by their `sketch` and `drawn`, increasing.
+        """Return the candidates, increasing: the coordinates of d with the largest magnitude estimated by `sketch`.
 
-        Coordinates that share a counter with a much larger one tie with it in that row, so ties must not be broken by
-        position, but from a random place on.
+        Coordinates that share a counter with a much larger one tie with it in that row. Ties are therefore broken in
+        cyclic order from the random coordinate in `drawn` on, not by position.
         """
         hashes = drawn.numbers
         if not hashes:
@@ -305,6 +304,6 @@ class SketchTopK(SharedSupport):
         return Cells(index, 1)
 
     def keep(self, places: Cells, values: Tensor, d: int) -> Kept:
-        """Return the k `places` of largest values, float[m], of d coordinates."""
+        """Return the k of `places`, of d coordinates, whose `values`, float[m], have the largest magnitudes."""
         which = largest(values, min(len(values), self.count(d) if d else 0))
         return Kept(Cells(places.index[which], 1), which)

@@ -1,6 +1,6 @@
-"""Compressors that send some coordinates (nearly) exactly and none of the others.
+"""Sparsifying compressors: some coordinates are sent (nearly) exactly, the others not at all.
 
-A vector is laid out as a grid of cells, runs of consecutive coordinates, so that memory is read and written in runs.
+A vector is divided into cells of consecutive coordinates, so that memory is accessed in contiguous runs.
 """
 
 import math
@@ -35,23 +35,23 @@ _LONGEST_CHUNK = 1 << 30  # coordinates
 
 @dataclass(frozen=True)
 class Cells:
-    """Some of the cells [i size, (i + 1) size) of a vector of at least `size` coordinates; the last may be cut short.
+    """A subset of the cells [i size, (i + 1) size) of a vector of at least `size` coordinates; the last may be shorter.
 
-    `index` are their numbers, distinct int64[m]. Values at cells are float[m size]; beyond the vector's end they are 0.
+    The values at m cells are a float[m size] tensor, with zeros beyond the end of the vector.
     """
 
-    index: Tensor
-    size: int
+    index: Tensor  # cell numbers i, distinct int64[m]
+    size: int  # coordinates of a cell
 
     def coordinates(self, d: int) -> Tensor:
-        """Return the coordinates of these cells that are below d, int64[at most m size]."""
+        """Return the indices below d of the coordinates in these cells, int64[at most m size]."""
         if self.size == 1:
             return self.index
         runs = self.index[:, None] * self.size + torch.arange(self.size, device=self.index.device)
         return runs[runs < d]
 
     def gather(self, v: Tensor) -> Tensor:
-        """Return v, float[d], at the cells."""
+        """Return the values of v, float[d], at these cells, float[m size]."""
         if self.size == 1:
             return v.index_select(0, self.index)
         if loop := kernel("gather_cells", v):
@@ -66,7 +66,7 @@ class Cells:
         return values.view(-1)
 
     def add_to(self, out: Tensor, values: Tensor, alpha: float) -> None:
-        """Add alpha times values, float[m size], to out, float[d], in place at the cells."""
+        """Add alpha * values, float[m size], to out, float[d], at these cells, in place."""
         if self.size == 1:
             out.index_add_(0, self.index, values, alpha=alpha)
             return
@@ -82,22 +82,22 @@ class Cells:
         whole.index_add_(0, self.index.clamp_max(len(whole) - 1), rows, alpha=alpha)
 
     def _split(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the whole cells, float[n, size], and of the last one that is cut short, if there is one."""
+        """Return views of the n full cells, float[n, size], and of the shorter last cell; empty: none."""
         n = len(v) // self.size
         return v[: n * self.size].view(n, self.size), v[n * self.size :]
 
     def _is_rest(self, whole: Tensor) -> Tensor:
-        """Mark the cell that is cut short, bool[m, 1]; computed on the device, without a wait."""
+        """Return a mask of the shorter last cell, bool[m, 1]; does not synchronize."""
         return (self.index == len(whole))[:, None]
 
 
-_MOST_TOGETHER = 128  # coordinates of a cell: 512 bytes, from where longer runs are hardly moved faster
-_CELLS_KEPT = 1024  # fewer would make the energy that one step keeps vary much
+_MOST_TOGETHER = 128  # largest default cell, in coordinates: longer runs are hardly copied faster
+_CELLS_KEPT = 1024  # kept cells by default, at least: with fewer the kept energy varies much between steps
 
 
 @dataclass(frozen=True)
 class Identity(Compressor):
-    """The compressor C(v) = v, which sends everything. mu = 1, linear.
+    """The compressor C(v) = v, which sends all values unchanged. mu = 1, linear.
 
     >>> import torch
     >>> from packsaddle import Identity
@@ -129,11 +129,11 @@ class Identity(Compressor):
 
 @dataclass(frozen=True)
 class KOfD(Compressor):
-    """Base of compressors that keep k coordinates of d, given as a ratio k/d or as k itself."""
+    """Base of compressors that keep k of d coordinates, given as a ratio k/d or as k."""
 
-    # k/d, the share of the coordinates that is sent, in (0, 1]; no integer, which may be meant as k.
+    # k/d, fraction of the coordinates that is sent, a float in (0, 1].
     ratio: float | None = field(default=None, metadata={"share": True})
-    k: int | None = None  # instead of the ratio: how many
+    k: int | None = None  # number of coordinates that are sent, instead of the ratio
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -153,7 +153,7 @@ class KOfD(Compressor):
         return replace(self, k=min(part, max(1, round(self.k * part / d)))) if self.k is not None and part else self
 
     def count(self, d: int) -> int:
-        """Return the number of coordinates sent of d: k, or ratio * d rounded and at least one."""
+        """Return the number of coordinates sent of d: k, or ratio * d, rounded and at least 1."""
         if self.k is not None:
             return min(self.k, d)
         assert self.ratio is not None  # __post_init__
@@ -166,10 +166,10 @@ class KOfD(Compressor):
 
 @dataclass(frozen=True)
 class _OfEachTensor(KOfD):
-    """k of all coordinates together, or with `per_tensor` the ratio of each tensor's, rounded and at least one."""
+    """Base of compressors that keep k of all coordinates or, with `per_tensor`, the ratio of each tensor's."""
 
-    per_tensor: bool = False  # the ratio of each tensor, instead of all together
-    sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # of the tensors, from `for_tensors`
+    per_tensor: bool = False  # apply the ratio to each tensor separately, not to the whole vector
+    sizes: tuple[int, ...] = field(default=(), metadata={"internal": True})  # tensor lengths, from `for_tensors`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,11 +181,11 @@ class _OfEachTensor(KOfD):
         return replace(self, sizes=tuple(shape.numel() for shape in shapes)) if self.per_tensor else self
 
     def restrict(self, part: int, d: int) -> KOfD:
-        """Chunks are not tensors: each is one vector."""
+        """Drop the tensor sizes for a chunk, which does not end at tensor boundaries."""
         return KOfD.restrict(replace(self, sizes=self.sizes if part == d else ()), part, d)
 
     def tensors(self, d: int) -> list[tuple[int, int]]:
-        """Return start and size of each part of a vector of d coordinates that has its own k; one part is all of it."""
+        """Return (start, size) of each part of a vector of d coordinates that has its own k, by default one part."""
         sizes = self.sizes if sum(self.sizes) == d else (d,)
         return [(start, n) for start, n in zip(accumulate((0, *sizes)), sizes, strict=False) if n]
 
@@ -193,26 +193,26 @@ class _OfEachTensor(KOfD):
         return sum(super(_OfEachTensor, self).count(n) for _, n in self.tensors(d))
 
     def mu(self, d: int) -> float:
-        """Return the least k/d over tensors: a vector may lie in one of them."""
+        """Return the smallest k/d over tensors: all energy may be in one of them."""
         return min((super(_OfEachTensor, self).count(n) / n for _, n in self.tensors(d)), default=1.0)
 
 
 @dataclass(frozen=True)
 class RandomK(_OfEachTensor):
-    """The compressor that keeps k random coordinates, the same on every worker. mu = k/d, linear, no index bytes.
+    """A compressor that keeps k random coordinates, identical on all workers. mu = k/d, linear, no index bytes.
 
-    k is `ratio` * d, rounded and at least 1, or given (Stich et al. 2018). Values are not rescaled by d/k: under error
-    feedback the kept part must be a contraction, not unbiased.
+    k is `ratio` * d, rounded and at least 1, or given (Stich et al. 2018). Values are not rescaled by d/k: error
+    feedback needs a contraction, not an unbiased estimate.
 
-    The vector is cut in cells of `block_size` b consecutive coordinates, of which the share k/d is kept (rounded
-    up), each with the same probability; so each coordinate is kept with at least probability k/d, and memory is
-    moved in runs.
-    The message has b values for each cell (for b = 1 exactly k, else fewer than k (1 + b/d) + b). By default b is
-    the largest power of two, at most 128, that leaves 1,024 cells or more to keep; with `per_tensor` it is 1.
+    The vector is divided into cells of `block_size` b consecutive coordinates, which makes memory accesses contiguous.
+    The fraction k/d of the cells, rounded up, is kept, each cell with the same probability. A coordinate is therefore
+    kept with probability at least k/d.
+    A message has b values per kept cell (for b = 1 exactly k, else fewer than k (1 + b/d) + b). By default b is
+    the largest power of two, at most 128, with at least 1,024 kept cells; with `per_tensor` it is 1.
 
-    `values` rounds the values to fewer bits, and then C is not linear: an all-reduce would round the sum again,
-    where no error memory sees it. So rounded messages are gathered, still without index bytes, and each
-    worker's rounding error stays in its own memory.
+    `values` rounds the values to fewer bits; C is then not linear. An all-reduce would round the sum again, an error
+    that no error memory corrects. Rounded messages are therefore all-gathered, still without index bytes, and each
+    worker's rounding error goes to its own error memory.
 
     Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and the others are in
     range.
@@ -227,8 +227,8 @@ class RandomK(_OfEachTensor):
     """
 
     fixed_size: ClassVar[bool] = True
-    block_size: int | None = None  # b, consecutive coordinates kept together; by default 1 to 128, by k
-    values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
+    block_size: int | None = None  # b, consecutive coordinates kept together; by default 1 to 128, depending on k
+    values: ValueFormat | None = None  # format to which values are rounded; None: no rounding
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -243,7 +243,7 @@ class RandomK(_OfEachTensor):
         return self.values is None
 
     def block(self, d: int) -> int:
-        """Return b, the coordinates of a cell, for vectors of d."""
+        """Return b, the coordinates per cell, for vectors of d coordinates."""
         if self.per_tensor:
             return 1
         k = self.count(d)
@@ -251,12 +251,12 @@ class RandomK(_OfEachTensor):
         return min(max(k, 1), self.block_size or b)
 
     def grid(self, d: int) -> tuple[int, int]:
-        """Return how many cells a vector of d coordinates has, and how many of them are kept."""
+        """Return the number of cells of a vector of d coordinates, and the number of kept cells."""
         n = -(-d // self.block(d))
         return n, -(-self.count(d) * n // d) if d else 0
 
     def mu(self, d: int) -> float:
-        """Return the share of the cells that is kept, at least k/d; times what rounding leaves."""
+        """Return the fraction of the cells that is kept, at least k/d, times the retention of `values`."""
         n, m = self.grid(d)
         share = super().mu(d) if self.per_tensor or not d else m / n
         return share * value_retention(self.values)
@@ -271,7 +271,7 @@ class RandomK(_OfEachTensor):
         return (self.grid(d)[0], self.block(d)) if self.linear else None
 
     def cells(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Cells:
-        """Return the kept cells of d coordinates on `device`, a pure function of (seed, step)."""
+        """Return the kept cells for d coordinates, on `device`; a pure function of (seed, step)."""
         if not self.per_tensor:
             n, m = self.grid(d)
             return Cells(sample_without_replacement(n, m, seed=seed, step=step, device=device), self.block(d))
@@ -282,7 +282,7 @@ class RandomK(_OfEachTensor):
         return Cells(torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64, device=device), 1)
 
     def support(self, d: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
-        """Return the kept coordinates of d, int64[...] on `device`, a pure function of (seed, step)."""
+        """Return the indices of the kept coordinates of d, int64[...], on `device`; a pure function of (seed, step)."""
         return self.cells(d, seed=seed, step=step, device=device).coordinates(d)
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
@@ -307,13 +307,13 @@ class RandomK(_OfEachTensor):
 
 
 class _CodedSupport(Compressor):
-    """Base of compressors whose support depends on v: coded indices travel with the values."""
+    """Base of compressors whose support depends on v, so that a message contains coded indices."""
 
     values: ValueFormat | None
 
     @abstractmethod
     def select(self, v: Tensor) -> Tensor:
-        """Return the coordinates of v, float[d], that are sent, increasing int64[k]."""
+        """Return the indices of the coordinates of v, float[d], to send, increasing int64[k]."""
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Message:
         index = self.select(v)
@@ -324,13 +324,13 @@ class _CodedSupport(Compressor):
         return wire.encode_indices(index, d)
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless `parts` are those of the number of values among them, at most d."""
+        """Raise MessageError unless `parts` are consistent with the number of values in them, at most d."""
         k = min(d, value_count(parts, self.values)) if "values" in parts else 0
         with decoding(self):
             check_expected(parts, {"indices": wire.index_bytes(d, k), **value_parts(k, self.values)}, d)
 
     def support_of(self, message: Message, d: int) -> Tensor:
-        index: Tensor | None = message.context  # the sender still has it
+        index: Tensor | None = message.context  # set by `encode`, None after `receive`
         if index is None:
             with decoding(self):
                 index = self._decode_indices(message.parts, d)
@@ -348,16 +348,16 @@ class _CodedSupport(Compressor):
 
 @dataclass(frozen=True)
 class TopK(_CodedSupport, _OfEachTensor):
-    """The compressor that keeps the k coordinates of largest magnitude. mu >= k/d, not linear.
+    """A compressor that keeps the k coordinates of largest magnitude. mu >= k/d, not linear.
 
-    k is `ratio` * d, rounded and at least 1, or given (Stich et al. 2018). Values and coded indices travel.
+    k is `ratio` * d, rounded and at least 1, or given (Stich et al. 2018). A message has values and coded indices.
 
-    With `chunk` n the ratio of each n consecutive coordinates of the vector is kept, rounded and at least one, and of
-    fewer at its end in proportion. The largest k_j of n_j coordinates have at least k_j / n_j of their energy; added up
-    over chunks, so for every v, mu is the least k_j / n_j. Nothing then depends on the whole vector, and each part
-    of it is sent at its own scale.
+    With `chunk` n the ratio applies to each run of n consecutive coordinates separately, rounded and at least 1; the
+    last run may be shorter. The largest k_j of n_j coordinates have at least the fraction k_j / n_j of their energy, so
+    mu is the smallest k_j / n_j over the runs. The selection in one run does not depend on the rest of the vector, so
+    coordinates of regions with small magnitudes are sent too.
 
-    `values` rounds the values to fewer bits, which multiplies mu by `value_retention`; the rounding error stays in the
+    `values` rounds the values to fewer bits, which multiplies mu by `value_retention`; the rounding error goes to the
     error memory.
 
     Raises ValueError unless exactly one of ratio and k is given, ratio is a float in (0, 1] and the others are in
@@ -374,8 +374,8 @@ class TopK(_CodedSupport, _OfEachTensor):
     tensor([ 0., -3.,  2.,  0.])
     """
 
-    values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
-    chunk: int | None = None  # the ratio is kept of each chunk of this many coordinates; by default of all together
+    values: ValueFormat | None = None  # format to which values are rounded; None: no rounding
+    chunk: int | None = None  # apply the ratio to each run of this many coordinates; None: to the whole vector
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -390,7 +390,7 @@ class TopK(_CodedSupport, _OfEachTensor):
             raise ValueError("chunk of TopK is of the whole vector, it cannot be used with per_tensor")
 
     def chunks(self, d: int) -> Chunks | None:
-        """Return the chunks of a vector of d coordinates; None if it is chosen among all of them."""
+        """Return the chunks of a vector of d coordinates; None without `chunk`."""
         return None if self.chunk is None else Chunks.of(d, self.chunk, lambda n: KOfD.count(self, n))
 
     def count(self, d: int) -> int:
@@ -402,9 +402,9 @@ class TopK(_CodedSupport, _OfEachTensor):
         return (super().mu(d) if chunks is None else chunks.share) * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Give each section its share of the k largest, by `samples` float[1 or more] of `sizes` coordinates.
+        """Return one TopK per section; their k, estimated from `samples` and `sizes`, add up to the k of the vector.
 
-        None with `per_tensor` or `chunk`, where every part keeps its own k.
+        None with `per_tensor` or `chunk`, since k is then fixed for each part.
         """
         if self.per_tensor or self.chunk is not None:
             return None
@@ -423,7 +423,7 @@ class TopK(_CodedSupport, _OfEachTensor):
         return {"indices": chunks.expected() if chunks else wire.index_bytes(d, k), **value_parts(k, self.values)}
 
     def check_parts(self, parts: Mapping[str, Tensor], d: int) -> None:
-        """Raise MessageError unless `parts` fit d coordinates; the k of `apportion` differs between workers."""
+        """Raise MessageError unless `parts` fit d coordinates. A given k is not checked: `apportion` varies it."""
         if self.k is None:
             Compressor.check_parts(self, parts, d)
         else:
@@ -445,9 +445,9 @@ class TopK(_CodedSupport, _OfEachTensor):
 
 @dataclass(frozen=True)
 class AdaptiveTopK(_CodedSupport):
-    """The compressor that keeps the smallest support with a share c of ||v||^2: a c-compressor for every v.
+    """A compressor that keeps the fewest coordinates with the fraction `share` of ||v||^2: mu = share for every v.
 
-    It is the paper's Assumption D made true. The number of coordinates sent varies from step to step. Raises
+    It satisfies the paper's Assumption D by construction. The number of coordinates sent varies between steps. Raises
     ValueError unless share is a float in (0, 1] and values is a format.
 
     >>> import torch
@@ -458,8 +458,8 @@ class AdaptiveTopK(_CodedSupport):
     tensor([ 0., -3.,  2.,  0.])
     """
 
-    share: float = field(metadata={"share": True})  # c, of ||v||^2 that is sent, in (0, 1]
-    values: ValueFormat | None = None  # rounds the values to fewer bits; by default they are sent as they are
+    share: float = field(metadata={"share": True})  # fraction of ||v||^2 that is sent, in (0, 1]
+    values: ValueFormat | None = None  # format to which values are rounded; None: no rounding
 
     def __post_init__(self) -> None:
         check_share("share of AdaptiveTopK", self.share, "it is of ||v||^2; a number of coordinates is TopK's k=")
@@ -470,7 +470,7 @@ class AdaptiveTopK(_CodedSupport):
         return self.share * value_retention(self.values)
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Give each section the share of its energy in the smallest support of all, by `samples`, whatever `sizes`."""
+        """Return one AdaptiveTopK per section, its share estimated from `samples`; `sizes` has no effect."""
         return [replace(self, share=share) for share in shares_of_support(samples, self.share)]
 
     def select(self, v: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stages: a compressor again on what it has left of a vector, in one message."""
+"""Stages: a compressor applied repeatedly to its own residual, in one message."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,17 +15,17 @@ from packsaddle.numerics.seeds import mix
 
 @dataclass(frozen=True)
 class Stages(Compressor):
-    """The composition of `passes` passes of one compressor, each on the residual of the pass before.
+    """The composition of `passes` passes of one compressor, each applied to the residual of the previous pass.
 
-    C(v) = C_1(r_0) + ... + C_p(r_{p-1}) with r_0 = v and r_i = r_{i-1} - C_i(r_{i-1}). v - C(v) = r_p, and r_i has at
-    most the share 1 - mu of the energy of r_{i-1} in the mean over what is random in pass i, which is independent of
-    what was random before: so C is a (1 - (1 - mu)^p)-compressor if C_1 is a mu-compressor. That of pass i is a
-    function of (seed, step, i); the first is as without Stages. A message has the parts of all passes, "1 signs", "2
-    signs", ...
+    C(v) = C_1(r_0) + ... + C_p(r_{p-1}) with r_0 = v and r_i = r_{i-1} - C_i(r_{i-1}), so v - C(v) = r_p. The passes
+    have independent randomness, and the expected energy of r_i is at most 1 - mu times that of r_{i-1}. C is therefore
+    a (1 - (1 - mu)^p)-compressor if each C_i is a mu-compressor. The randomness of pass i is a function of
+    (seed, step, i); the first pass equals the compressor without Stages. A message has the parts of all passes:
+    "1 signs", "2 signs", ....
 
-    For compressors that are not linear: a linear one sends the same with a larger ratio, in one part and by all-reduce.
-    Messages are gathered, also of those that would have an exchange of their own (LowRank, SketchTopK). Raises
-    ValueError if the compressor is none, linear or lossless, or if passes is not a positive integer.
+    Linear compressors are not allowed: a larger ratio sends the same, in one part and by all-reduce. Messages are
+    all-gathered, even for compressors with another aggregation (LowRank, SketchTopK). Raises ValueError if the
+    compressor is not a Compressor, or is linear or lossless, or if passes is not a positive integer.
 
     >>> import torch
     >>> from packsaddle import Sign, Stages
@@ -36,8 +36,8 @@ class Stages(Compressor):
     tensor([ 0.5000, -2.5000,  2.5000,  0.5000])
     """
 
-    compressor: Compressor  # of each pass
-    passes: int = 2  # p
+    compressor: Compressor  # compressor of each pass
+    passes: int = 2  # p, number of passes
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
@@ -73,12 +73,12 @@ class Stages(Compressor):
         return replace(self, compressor=self.compressor.for_tensors(shapes))
 
     def apportion(self, samples: Sequence[Tensor], sizes: Sequence[int]) -> list[Compressor] | None:
-        """Give each section in every pass the compressor of its first, by `samples` and `sizes` as there."""
+        """Return one Stages per section, with the compressor's own division by `samples` and `sizes` in every pass."""
         allotted = self.compressor.apportion(samples, sizes)
         return None if allotted is None else [replace(self, compressor=compressor) for compressor in allotted]
 
     def rates(self, d: int) -> list[tuple[int, float]] | None:
-        """Return the share of the steps in which one pass at least sends a coordinate, for stretches of d."""
+        """Return the probability per step that at least one pass sends a coordinate, for consecutive ranges of d."""
         rates = self.compressor.rates(d)
         return None if rates is None else [(n, 1 - (1 - rate) ** self.passes) for n, rate in rates]
 
@@ -118,10 +118,10 @@ class Stages(Compressor):
     def message_bytes(self, d: int, itemsize: int = 4) -> float:
         if self.fixed_size:
             return self.passes * self.compressor.message_bytes(d, itemsize)
-        return super().message_bytes(d, itemsize)  # what a pass leaves has another distribution: only passing can tell
+        return super().message_bytes(d, itemsize)  # residuals are not Gaussian, so measure all passes
 
     def _split(self, parts: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The parts of each pass; raises MessageError if one belongs to none."""
+        """Return the parts of each pass. Raises MessageError if a part belongs to no pass."""
         split: list[dict[str, Tensor]] = []
         for i in range(1, self.passes + 1):
             split.append({n.removeprefix(f"{i} "): part for n, part in parts.items() if n.startswith(f"{i} ")})
@@ -130,15 +130,15 @@ class Stages(Compressor):
         return split
 
     def _messages(self, message: Message) -> list[Message]:
-        """The message of each pass; one whose context is not known knows none of them."""
+        """Return the message of each pass; their contexts are None if that of `message` is."""
         contexts = message.context or (None,) * self.passes
         return [Message(parts, context) for parts, context in zip(self._split(message.parts), contexts, strict=True)]
 
     @property
     def _depth(self) -> int:
-        """The number of stages within one another."""
+        """The nesting depth of Stages."""
         return 1 + (self.compressor._depth if isinstance(self.compressor, Stages) else 0)
 
     def _seed_of(self, i: int, seed: int) -> int:
-        """The seed of a pass, from 0; that of no pass of another depth."""
+        """Return the seed of pass i: `seed` for pass 0, else one that differs between passes and nesting depths."""
         return mix(seed, i, i * self._depth) if i else seed

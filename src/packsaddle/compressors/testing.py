@@ -1,6 +1,6 @@
-"""A conformance suite for compressors, ours and yours: `check_compressor(C)` in a test of your own.
+"""A conformance suite for compressors, built-in and custom: call `check_compressor(C)` in a test.
 
-Each check has an oracle that knows nothing of the compressor's code. The checks of one vector v, float[d], raise
+Each check is independent of the compressor's implementation. The checks on one vector v, float[d], raise
 AssertionError, whose message begins with `where`.
 """
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from packsaddle.compressors import Compressor, Message
 from packsaddle.compressors.base import check_count
 
-STANDARD_ERRORS = 5.0  # a correct random compressor fails a comparison about once in three million
+STANDARD_ERRORS = 5.0  # tolerance; a correct random compressor fails about one comparison in three million
 
 
 def nasty_vectors() -> dict[str, Tensor]:
-    """Return flat vectors, float[n], by name: zeros, a spike, ties, denormals, scales of 1e+-30, one coordinate, ....
+    """Return a dict of adversarial flat vectors, float[n]: zeros, a spike, ties, denormals, scales of 1e+-30, ....
 
     >>> from packsaddle.compressors.testing import nasty_vectors
     >>> sorted(nasty_vectors())[:3]
@@ -29,7 +29,7 @@ def nasty_vectors() -> dict[str, Tensor]:
     spike[17] = -3.0
     denormal = torch.full((30,), 1e-42)
     denormal[::3] *= -2
-    # Squares that under- or overflow, ties that every choice must break, and zeros of both signs.
+    # Squares that underflow or overflow, ties between magnitudes, and zeros of both signs.
     return {
         "gaussian": gaussian,
         "double": torch.randn(33, generator=rng, dtype=torch.float64),
@@ -50,11 +50,11 @@ def nasty_vectors() -> dict[str, Tensor]:
 
 
 def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | None = None, *, seeds: int = 200) -> None:
-    """Check a compressor against its contract, with every check of this module.
+    """Check that `compressor` satisfies the contract of `Compressor`, with every check of this module.
 
-    `vectors` are flat floating tensors, `nasty_vectors()` by default; those that the compressor's own `validate`
-    refuses are left out. Expectations are means over `seeds` draws. Raises AssertionError, which names the property
-    and the vector; ValueError unless seeds is a positive integer.
+    `vectors` are flat floating-point tensors, by default `nasty_vectors()`; those rejected by `compressor.validate`
+    are skipped. Expectations are estimated by means over `seeds` draws. Raises AssertionError, which names the property
+    and the vector, and ValueError unless seeds is a positive integer.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.compressors.testing import check_compressor
@@ -79,7 +79,7 @@ def check_compressor(compressor: Compressor, vectors: Mapping[str, Tensor] | Non
 
 
 def check_fields(compressor: Compressor) -> None:
-    """Check that the `compressor` is a frozen dataclass whose fields can be hashed; raises AssertionError."""
+    """Check that `compressor` is a dataclass and hashable; raises AssertionError."""
     name = type(compressor).__name__
     assert is_dataclass(compressor), f"{name}: must be a frozen dataclass"
     try:
@@ -89,7 +89,7 @@ def check_fields(compressor: Compressor) -> None:
 
 
 def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: int = 200) -> None:
-    """Check `compressor` on v: E||v - C(v)||^2 <= (1 - mu) ||v||^2, a mean over `seeds`, and 0 < mu <= 1.
+    """Check `compressor` on v: 0 < mu <= 1, and E||v - C(v)||^2 <= (1 - mu) ||v||^2, estimated with `seeds` draws.
 
     Raises AssertionError, which begins with `where`, and ValueError unless seeds is a positive integer.
     """
@@ -107,7 +107,7 @@ def check_contraction(compressor: Compressor, v: Tensor, where: str, *, seeds: i
 
 
 def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: C is a function of (v, seed, step) alone, and changes neither v nor global random state.
+    """Check `compressor` on v: C depends only on (v, seed, step) and changes neither v nor the global random state.
 
     Raises AssertionError, which begins with `where`.
     """
@@ -119,7 +119,7 @@ def check_purity(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, sizes are as declared.
+    """Check `compressor` on v: sender and receiver decode the same vector, alpha scales it, `fixed_size` holds.
 
     Raises AssertionError, which begins with `where`.
     """
@@ -127,14 +127,14 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     scratch = v.clone()
     message = compressor.encode(scratch, seed=8, step=9)
     assert all(part.ndim == 1 for part in message.parts.values()), f"{where}: parts must be flat"
-    scratch.fill_(7.0)  # the error memory changes v afterwards: a message must not be a view of it
-    # The receiver has the bytes alone, without the sender's context.
+    scratch.fill_(7.0)  # a message must not be a view of v, which the error memory overwrites
+    # The receiver has only the bytes, without the sender's context.
     wire = {
         name: part.clone().contiguous().view(torch.uint8).clone().view(part.dtype)
         for name, part in message.parts.items()
     }
     received = compressor.receive(wire, d, seed=8, step=9)
-    # Both compute y - 2 C(v) from y = 1, and differ in no bit.
+    # Both compute 1 - 2 C(v); the results must be bitwise identical.
     own, other = torch.ones_like(v), torch.ones_like(v)
     compressor.add_decoded(message, own, alpha=-2.0)
     compressor.add_decoded(received, other, alpha=-2.0)
@@ -142,7 +142,7 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
     expected, tolerance = 1 - 2 * compressor(v, seed=8, step=9), 8 * torch.finfo(v.dtype).eps
     scale = 1 + _largest(v)
     assert torch.allclose(own, expected, rtol=tolerance, atol=tolerance * scale), f"{where}: alpha is not a factor"
-    # A fixed size depends on d alone, so it is that of C(0).
+    # A fixed size depends on d alone, so the message of 0 must have it too.
     if compressor.fixed_size:
         zeros = compressor.encode(torch.zeros_like(v), seed=1, step=1)
         sizes = [{name: part.numel() for name, part in m.parts.items()} for m in (message, zeros)]
@@ -151,14 +151,14 @@ def check_message(compressor: Compressor, v: Tensor, where: str) -> None:
 
 
 def check_homogeneity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v: C(2 v) = 2 C(v), so that the error memory may hold eta e; `where` begins the error."""
+    """Check `compressor` on v: C(2 v) = 2 C(v), so that vectors may be scaled by eta; `where` begins the error."""
     doubled, single = compressor(v * 2, seed=4, step=5), compressor(v, seed=4, step=5)
     eps = torch.finfo(v.dtype).eps
     assert torch.allclose(doubled, 2 * single, rtol=8 * eps, atol=_subnormal(v)), f"{where}: C(2 v) is not 2 C(v)"
 
 
 def check_linearity(compressor: Compressor, v: Tensor, where: str) -> None:
-    """Check `compressor` on v and its reverse: C(a + b) = C(a) + C(b) to rounding; `where` begins the error."""
+    """Check `compressor` on v and v reversed: C(a + b) = C(a) + C(b) up to rounding; `where` begins the error."""
     a, b = v, v.flip(0) * 0.5
     whole = compressor(a + b, seed=6, step=7)
     parts = compressor(a, seed=6, step=7) + compressor(b, seed=6, step=7)
@@ -177,11 +177,11 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
     if compressor.lossless:
         assert compressor.mu(len(v)) == 1, f"{where}: is declared lossless, and mu is {compressor.mu(len(v))}"
         assert torch.equal(compressor(v, seed=3, step=4), v), f"{where}: is declared lossless and is not"
-    # rates: the support is independent of v, and holds a coordinate with probability `rate`.
+    # rates: the support is independent of v, and contains a coordinate with probability `rate`.
     ones, start = torch.ones_like(v), 0
     if (rates := compressor.rates(len(v))) is not None:
         assert sum(n for n, _ in rates) == len(v), f"{where}: rates are of {rates} coordinates"
-        other = torch.where(v < 0, -ones, ones) * torch.linspace(1, 2, len(v)).to(v)  # values that nothing rounds to 0
+        other = torch.where(v < 0, -ones, ones) * torch.linspace(1, 2, len(v)).to(v)  # not rounded to 0 in any format
         sent = torch.stack([compressor(ones, seed=s, step=3) != 0 for s in range(seeds)])
         assert torch.equal(sent[0], compressor(other, seed=0, step=3) != 0), f"{where}: what is sent depends on v"
         for n, rate in rates:
@@ -189,7 +189,7 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
             spread = STANDARD_ERRORS * (rate * (1 - rate) / seeds) ** 0.5
             assert abs(found - rate) <= spread + 1e-9, f"{where}: rates say {rate:.4g}, and {found:.4g} is sent"
             start += n
-    # shared_cells: the message is v itself, at cells that (seed, step) determine.
+    # shared_cells: the message has the values of v at cells determined by (seed, step).
     if (grid := compressor.shared_cells(len(v))) is not None:
         message = compressor.encode(v, seed=3, step=4)
         assert set(message.parts) == {"values"}, f"{where}: has shared cells, and the message {list(message.parts)}"
@@ -201,7 +201,7 @@ def check_declared(compressor: Compressor, v: Tensor, where: str, *, seeds: int 
 
 
 def check_empty(compressor: Compressor) -> None:
-    """Check that the message of an empty vector decodes to one; raises AssertionError, naming the `compressor`."""
+    """Check that `compressor` encodes and decodes an empty vector; raises AssertionError."""
     empty = torch.zeros(0)
     message = compressor.encode(empty, seed=0, step=0)
     out = torch.zeros(0)
@@ -210,16 +210,16 @@ def check_empty(compressor: Compressor) -> None:
 
 
 def _largest(v: Tensor) -> float:
-    """The largest magnitude; 0 of no coordinates."""
+    """Return the largest magnitude; 0 for an empty vector."""
     return float(v.double().abs().max()) if len(v) else 0.0
 
 
 def _energy(v: Tensor, scale: float) -> float:
-    """||v / scale||^2 of v in double precision."""
+    """Return ||v / scale||^2 of v, float64[d]."""
     return float((v / scale).square().sum())
 
 
 def _subnormal(v: Tensor) -> float:
-    """The rounding of a sum of some denormals, which come in units of tiny * eps."""
+    """Return a tolerance for sums of denormals, whose spacing is tiny * eps."""
     info = torch.finfo(v.dtype)
     return float(64 * info.tiny * info.eps)

@@ -1,10 +1,9 @@
-"""Values in fewer bits: formats to which what is sent of a vector is rounded, in blocks that share a scale.
+"""Rounding of the sent values to formats of fewer bits, in blocks with one scale or a few levels each.
 
-In units of its block's largest magnitude no value overflows a format or sinks below it, whatever its scale. Rounding is
-to nearest, but for "int1", "int2" and "int3": a sign, and which of 1, 2 or 4 levels the magnitude has. Magnitudes are
-parted at their block's mean, "int3"'s once more at the means of both sides, and a level is the mean of its magnitudes.
-
-The scales of formats that are packed in bytes (4 bits and fewer) travel in 16 bits, in units of the largest.
+Floating-point formats, "int8" and "int4" round to nearest after division by the largest magnitude of the block, so that
+values of any scale fit the format. "int1", "int2" and "int3" store a sign and one of 1, 2 or 4 levels per value:
+magnitudes are split at the mean of their block, for "int3" each half again at its own mean, and a level is the mean of
+its magnitudes. For formats of at most 4 bits, scales and levels are sent in 16 bits, relative to the largest of all.
 """
 
 import math
@@ -20,33 +19,33 @@ from packsaddle.errors import MessageError
 
 ValueFormat = Literal["float32", "bfloat16", "float16", "int8", "int4", "int3", "int2", "int1"]
 FORMATS = get_args(ValueFormat)
-VALUE_BLOCK = 256  # values that share a scale
+VALUE_BLOCK = 256  # values per scale
 _LARGEST = {"int8": 127, "int4": 7}
-_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits; a last byte has the number of values modulo 8
-_HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # partings at a mean, of which two levels each come
+_PACKED = {"int4": 4, "int3": 3, "int2": 2, "int1": 1}  # bits; an extra last byte has the number of values modulo 8
+_HALVINGS = {"int3": 2, "int2": 1, "int1": 0}  # recursive splits at the mean; h splits give 2^h levels
 _DTYPES = {name: getattr(torch, name) for name in FORMATS if name not in _PACKED}
 _SCALE_SHIFT = 15  # a scale is a float32 without its sign and its last 15 bits: 8 bits of exponent, 8 of mantissa
-_SCALE_UNIT = 2.0**126  # what the largest scale is then, so that all exponents are used
-_MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # below two units, as a subnormal one may be half the largest
+_SCALE_UNIT = 2.0**126  # the largest scale is normalized to this, to use the full range of exponents
+_MOST_SCALE = ((127 + 127) << (23 - _SCALE_SHIFT)) - 1  # code of twice the unit, less 1: a subnormal unit is inexact
 
 
 def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
-    """Return the parts of float[k] values rounded to a format (None: unchanged): "values", and "scales" of blocks.
+    """Encode `values`, float[k], in format `how` (None: unchanged) as parts "values" and "scales", one per block.
 
-    16-bit scales have a common "unit", float[1].
+    Formats of at most 4 bits have 16-bit scales, relative to a part "unit", float[1].
     """
     if how is None:
         return {"values": values}
     if not len(values):
         coded = values.to(torch.uint8 if how in _PACKED else _DTYPES[how])
         return {"values": coded, **(_scales_to_16_bits(values, values.dtype) if how in _PACKED else {"scales": values})}
-    # In units of its block's largest magnitude a value neither overflows nor underflows any format.
+    # Divide by the largest magnitude of the block, so that values of any scale fit the format.
     blocks = torch.nn.functional.pad(values, (0, -len(values) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
     if how in _HALVINGS:
         return _to_levels(values, blocks, how)
     scales = blocks.abs().amax(1)
     parts = {"scales": scales}
-    # Divide by the scale that the receiver multiplies by, which 16 bits have rounded.
+    # Divide by the scale as rounded to 16 bits, by which the receiver multiplies.
     if how in _PACKED:
         parts = _scales_to_16_bits(scales, values.dtype)
         scales = _scales_of(parts, values.dtype)
@@ -60,7 +59,7 @@ def encode_values(values: Tensor, how: ValueFormat | None) -> dict[str, Tensor]:
 
 
 def _to_levels(values: Tensor, blocks: Tensor, how: ValueFormat) -> dict[str, Tensor]:
-    """A sign and a level each, and a block's levels. The padding of the last block is in no level."""
+    """Encode each value as a sign and a level number, with levels per block; padding is excluded from the means."""
     there = (torch.arange(blocks.numel(), device=values.device) < len(values)).view_as(blocks)
     codes, levels = _parted(blocks.abs().double(), there, _HALVINGS[how])
     codes += (blocks < 0).to(torch.uint8) << _HALVINGS[how]
@@ -69,7 +68,7 @@ def _to_levels(values: Tensor, blocks: Tensor, how: ValueFormat) -> dict[str, Te
 
 
 def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor, list[Tensor]]:
-    """Return the level of each member, uint8[n, b], and the means of levels, float64[n, 1] each, in rising order."""
+    """Return the level number of each member, uint8[n, b], and the levels, float64[n, 1] each, in rising order."""
     count = members.sum(1, keepdim=True)
     mean = torch.where(members, magnitudes, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
     if not halvings:
@@ -81,9 +80,9 @@ def _parted(magnitudes: Tensor, members: Tensor, halvings: int) -> tuple[Tensor,
 
 
 def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Code float[m] scales, none negative, to within 2^-9 of each: "scales", int16[m], and the largest as "unit".
+    """Encode nonnegative scales, float[m], to relative error 2^-9 as "scales", int16[m], and the largest as "unit".
 
-    Below 2^-252 of the largest they are 0. In its own dtype the unit says whether all are finite.
+    Scales below 2^-252 of the largest become 0. The unit, in `dtype`, is non-finite if any scale is.
     """
     unit = (scales.amax(0, keepdim=True) if len(scales) else scales).to(dtype)
     ratio = torch.where(unit > 0, scales.double() / unit.double(), 0.0)
@@ -92,7 +91,7 @@ def _scales_to_16_bits(scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return the scales, float[m]."""
+    """Decode the scales of a message, float[m]."""
     if "unit" not in parts:
         return parts["scales"].to(dtype)
     codes = parts["scales"].to(torch.int32) & 0xFFFF
@@ -104,9 +103,9 @@ def _scales_of(parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: torch.dtype) -> Tensor:
-    """Return the float[k] values of `encode_values`, for parts as `value_parts` describes them.
+    """Invert `encode_values`: return the values, float[k]. `parts` must match `value_parts`.
 
-    Raises MessageError if a value or a scale is larger than its unit.
+    Raises MessageError if a value or a scale is out of range.
     """
     if how is None:
         return parts["values"].to(dtype)
@@ -123,14 +122,14 @@ def decode_values(parts: Mapping[str, Tensor], how: ValueFormat | None, dtype: t
 
 
 def _of_levels(codes: Tensor, levels: Tensor, halvings: int) -> Tensor:
-    """The values of int64[k] codes."""
+    """Decode codes of sign and level number, int64[k], to values, float[k]."""
     blocks = torch.nn.functional.pad(codes, (0, -len(codes) % VALUE_BLOCK)).view(-1, VALUE_BLOCK)
     signed = torch.cat([levels.view(-1, 1 << halvings), -levels.view(-1, 1 << halvings)], 1)
     return signed.gather(1, blocks).view(-1)[: len(codes)]
 
 
 def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:
-    """Return the description of the parts of `encode_values` for k values."""
+    """Return the expected dtype and length of each part of `encode_values` for k values."""
     if how is None:
         return {"values": floats(k)}
     blocks = math.ceil(k / VALUE_BLOCK)
@@ -142,7 +141,7 @@ def value_parts(k: int, how: ValueFormat | None) -> dict[str, Expected]:
 
 
 def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
-    """Return k, the number of values in a message."""
+    """Return k, the number of values in the parts of a message."""
     coded = parts["values"].flatten()
     if how not in _PACKED or not coded.numel():
         return coded.numel()
@@ -151,23 +150,23 @@ def value_count(parts: Mapping[str, Tensor], how: ValueFormat | None) -> int:
 
 
 def _packed(numbers: Tensor, width: int) -> Tensor:
-    """Pack numbers, and how many there are modulo 8."""
+    """Pack numbers and append a byte with their count modulo 8."""
     return torch.cat([pack(numbers, width), numbers.new_tensor([len(numbers) % 8]).to(torch.uint8)])
 
 
 def value_retention(how: ValueFormat | None) -> float:
-    """A lower bound on 1 - ||v - round(v)||^2 / ||v||^2.
+    """Return a lower bound on 1 - ||v - round(v)||^2 / ||v||^2, the energy retained, for a format (None: 1).
 
     int8 and int4: in a block with largest magnitude m, errors are at most m / (2 l) for l levels and never above the
-    value, so the share lost is at most (b - 1) / (4 l^2 + b - 1) for b values; a scale within 2^-9 of m costs int4 less
-    than 2^-7 of that. bfloat16 has a unit roundoff of 2^-8, float16 of 2^-11 and float32 of 2^-24; the room left is for
-    subnormals and the rounding of the scaling itself.
+    value, so the lost fraction is at most (b - 1) / (4 l^2 + b - 1) for b values. A scale within 2^-9 of m costs int4
+    less than 2^-7 of that. bfloat16 has a unit roundoff of 2^-8, float16 of 2^-11 and float32 of 2^-24; the bounds
+    leave room for subnormals and the rounding of the scaling.
 
-    int1: with the mean magnitude a as the scale, ||v||^2 - b a^2 is lost, and (b a)^2 = ||v||_1^2 >= ||v||^2, so 1 / b
-    is kept at least; a scale that is off by a share of 2^-9 costs 2^-18 of it. int2: above the mean a, magnitudes of
-    mean m_a keep S_a m_a of at most S_a M; those below have at most b a^2, which a mean of all would keep. The worst
-    found is 6.7 / b, one magnitude among b / 3 at the mean; less is stated. int3: its levels part
-    int2's, and a mean for each part loses no more than one for both. (Gaussian tails keep 0.97 and more.)
+    int1: with the mean magnitude a as the scale, ||v||^2 - b a^2 is lost, and (b a)^2 = ||v||_1^2 >= ||v||^2, so at
+    least 1 / b is retained. A relative error of 2^-9 in the scale costs 2^-18 of it. int2: magnitudes above the mean a,
+    with sum S_a, mean m_a and maximum M, retain S_a m_a of at most S_a M; those below have at most b a^2, which a
+    single mean retains. The worst case found is 6.7 / b (one large magnitude among b / 3 at the mean); returns 4 / b.
+    int3: its levels split those of int2, so no more is lost. (Gaussian tails retain at least 0.97.)
     """
     if how is None:
         return 1.0

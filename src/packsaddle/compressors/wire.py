@@ -1,7 +1,7 @@
-"""The bits on the wire: fixed-width packing, signs, coded index sets.
+"""Bit-level encodings: fixed-width packing, sign bits, and sets of indices.
 
-Everything is vectorised torch on the tensor's own device. A set of k indices of [0, d) costs log2 C(d, k) bits
-at least; `encode_indices` takes the cheapest of three codes for it and says which in its first byte.
+All functions run on the device of their tensors. A set of k indices of [0, d) takes at least log2 C(d, k) bits.
+`encode_indices` uses the shortest of three codes, selected by its first byte.
 """
 
 import math
@@ -15,15 +15,15 @@ from packsaddle.errors import MessageError
 from packsaddle.numerics.kernels import kernel
 
 _BITMAP, _FIXED, _RICE = 0, 1, 2
-_COMPILED_WIDTH = 56  # bits, the most that compiled loops take
-_SLAB = 1 << 18  # numbers taken to bits at a time, a multiple of 8, so that scratch memory does not grow with n
+_COMPILED_WIDTH = 56  # largest width in bits that the compiled loops support
+_SLAB = 1 << 18  # numbers expanded to bits at a time, a multiple of 8, to bound scratch memory
 
 
 def pack(numbers: Tensor, width: int) -> Tensor:
-    """Pack int64[n] numbers below 2^width into uint8[ceil(n width / 8)], most significant bit first."""
+    """Pack `numbers` below 2^width, int64[n], into uint8[ceil(n width / 8)], most significant bit first."""
     if width == 0:
         return torch.empty(0, dtype=torch.uint8, device=numbers.device)
-    if 8 % width == 0:  # whole numbers in a byte: no need to take them to bits
+    if 8 % width == 0:  # numbers do not cross byte boundaries
         per_byte = 8 // width
         padded = torch.nn.functional.pad(numbers.to(torch.uint8), (0, -len(numbers) % per_byte)).view(-1, per_byte)
         packed = torch.zeros(len(padded), dtype=torch.uint8, device=numbers.device)
@@ -39,7 +39,7 @@ def pack(numbers: Tensor, width: int) -> Tensor:
 
 
 def unpack(packed: Tensor, width: int, n: int) -> Tensor:
-    """Return the int64[n] numbers that `pack` packed."""
+    """Invert `pack`: return n numbers, int64[n]."""
     if width == 0:
         return torch.zeros(n, dtype=torch.int64, device=packed.device)
     if 8 % width == 0:
@@ -57,18 +57,18 @@ def unpack(packed: Tensor, width: int, n: int) -> Tensor:
 
 
 def pack_bits(bits: Tensor) -> Tensor:
-    """Pack bool[n] into uint8[ceil(n / 8)], most significant bit first, zeros at the end."""
+    """Pack bool[n] into uint8[ceil(n / 8)], most significant bit first, padded with zeros."""
     if bits.device.type == "cpu":
         return torch.from_numpy(np.packbits(bits.numpy()))
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(-1, 8)
     packed = torch.zeros(len(padded), dtype=torch.uint8, device=bits.device)
-    for column in padded.unbind(1):  # eight passes over bytes, no wider intermediate
+    for column in padded.unbind(1):  # eight passes over bytes avoid a wider intermediate tensor
         packed = (packed << 1) | column
     return packed
 
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
-    """Return the bool[n] that `pack_bits` packed."""
+    """Invert `pack_bits`: return n bits, bool[n]."""
     if packed.device.type == "cpu":
         return torch.from_numpy(np.unpackbits(packed.numpy(), count=n)).view(torch.bool)
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
@@ -76,10 +76,11 @@ def unpack_bits(packed: Tensor, n: int) -> Tensor:
 
 
 def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
-    """Pack increasing int64[k] indices by their gaps in Rice codes, uint8[...]; k, `kept`, `size` and b are not coded.
+    """Encode the gaps of increasing indices, int64[k], in Rice codes, uint8[...]; the other arguments are not stored.
 
-    The i-th lies in [c size, (c + 1) size) for c = floor(i / kept): gaps begin anew there. The quotients of all gaps by
-    2^b come first, each as that many zeros and a one, then the remainders, of b bits.
+    There are `kept` indices in each chunk of `size`: index i is in [c size, (c + 1) size) for c = floor(i / kept), and
+    the first gap of a chunk is relative to its start. The quotients of all gaps by 2^b come first, each in unary as
+    zeros and a one, then the remainders of b bits.
     """
     if b <= _COMPILED_WIDTH and (loop := kernel("pack_gaps", device=index.device)):
         packed: Tensor = loop(index, kept, size, b)
@@ -94,10 +95,9 @@ def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
 
 
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int, part: str = "indices") -> Tensor:
-    """Return the int64[k] indices that `pack_gaps` packed.
+    """Invert `pack_gaps`: return the indices, int64[k].
 
-    Raises MessageError, about `part`, unless `packed` codes k indices, all in their [c size, (c + 1) size) and below
-    `stop`, and nothing else.
+    Raises MessageError, naming `part`, unless `packed` encodes exactly k indices, all in their chunks and below `stop`.
     """
     if b <= _COMPILED_WIDTH and (loop := kernel("unpack_gaps", device=packed.device)):
         index: Tensor | None = loop(packed, k, kept, size, b)
@@ -109,7 +109,7 @@ def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int, stop: int,
 
 
 def _unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor | None:
-    """Return the int64[k] indices; None if others than k gaps are coded, or some lead beyond their chunk."""
+    """Return the indices, int64[k]; None unless exactly k gaps are coded and all indices are in their chunks."""
     split = len(packed) - math.ceil(k * b / 8)
     if split < 0:
         return None
@@ -127,11 +127,11 @@ def _unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor
 
 
 def encode_indices(index: Tensor, d: int) -> Tensor:
-    """Code an increasing int64[k] of [0, d) in the fewest bytes, uint8[...]; k is not coded.
+    """Encode increasing indices of [0, d), int64[k], in the shortest of three codes, uint8[...]; k is not stored.
 
     A bitmap takes d bits, fixed width k ceil(log2 d), and Rice codes of the gaps k (b + 1) plus the sum of
-    gaps / 2^b: about log2(d / k) + 1.5 bits an index for a random set. The cheapest exceeds log2 C(d, k) in the mean by
-    at most 4.1% for k/d up to 1%, 6.6% up to 10% and 7.5% up to 1/2, and by three bytes.
+    floor(gap / 2^b): about log2(d / k) + 1.5 bits per index for a random set. On average the shortest exceeds
+    log2 C(d, k) by at most 4.1% for k/d up to 1%, 6.6% up to 10% and 7.5% up to 1/2, plus three bytes.
     """
     k = len(index)
     if k in (0, d):
@@ -149,9 +149,9 @@ def encode_indices(index: Tensor, d: int) -> Tensor:
 
 
 def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
-    """Return the increasing int64[k] that `encode_indices` coded, for coded bytes as `index_bytes` describes them.
+    """Invert `encode_indices`: return the increasing indices, int64[k]. `coded` must match `index_bytes`.
 
-    Raises MessageError unless they are the code of k indices of [0, d).
+    Raises MessageError unless `coded` encodes k indices of [0, d).
     """
     if k in (0, d):
         return torch.arange(k, device=coded.device)
@@ -170,40 +170,40 @@ def decode_indices(coded: Tensor, k: int, d: int) -> Tensor:
 
 
 def index_bytes(d: int, k: int) -> Expected:
-    """Return the description of what `encode_indices` codes k indices of [0, d) in."""
+    """Return the expected dtype and length of the output of `encode_indices` for k indices of [0, d)."""
     return octets(0) if k in (0, d) else octets(2, 1 + math.ceil(min(d, k * _width(d)) / 8))
 
 
 def gap_bytes(k: int, chunks: int, size: int, b: int) -> Expected:
-    """Return the description of what `pack_gaps` packs k indices, of `chunks` times [0, size), in."""
+    """Return the expected dtype and length of the output of `pack_gaps` for k indices in `chunks` chunks of `size`."""
     remainders = math.ceil(k * b / 8)
     return octets(remainders + math.ceil(k / 8), remainders + math.ceil((k + chunks * (size >> b)) / 8))
 
 
 def index_bits(d: int, k: int) -> float:
-    """Predict the bits of `encode_indices` for k random indices of [0, d), its first byte included."""
+    """Predict the number of bits of `encode_indices` for k random indices of [0, d), including the first byte."""
     if k in (0, d):
         return 0.0
     b = _rice_parameter(d, k)
-    # A gap is about geometric with success probability p = k / d; its quotient by 2^b has mean q / (1 - q).
+    # A gap is nearly geometric with success probability p = k / d; its quotient by 2^b has mean q / (1 - q).
     q = (1 - k / d) ** (1 << b)
     rice = k * (b + 1 + q / (1 - q))
     return 8 + min(d, k * _width(d), rice)
 
 
 def _width(d: int) -> int:
-    """Bits of an index below d."""
+    """Return the bits of an index below d."""
     return max(1, (d - 1).bit_length())
 
 
 def _rice_parameter(d: int, k: int) -> int:
-    """The b that makes 2^b nearest above the mean gap times log 2 (Golomb 1966), known to both ends."""
+    """Return the least b with 2^b at least log 2 times the mean gap (Golomb 1966); a function of d and k alone."""
     mean_gap = (d - k) / k
     return max(0, math.ceil(math.log2(mean_gap * math.log(2)))) if mean_gap > 1 else 0
 
 
 def shortest_rice(n: int, k: int) -> int:
-    """The b that makes Rice codes of k random indices of n shortest (Kiely 2004, "Selecting the Golomb Parameter")."""
+    """Return the b of the shortest codes of k random indices of n (Kiely 2004, "Selecting the Golomb Parameter")."""
     if 2 * k >= n:
         return 0
     golden = (5**0.5 - 1) / 2

@@ -1,11 +1,11 @@
 """Second-order information: Hessian-vector products, Lanczos, certificates of stationarity, stability of step sizes.
 
-Read `certify` first: the certificate, from `hessian` (derivatives on one worker or many; `sharded`, of a model of which
-each has a part), `products` (of the Hessian and a vector, with or without double backward), `lanczos` (bounds on the
-extreme eigenvalues) and `search` (steps until the verdict is settled, on a part of the examples first). `options` has
-the limits of a search. `certificate` has the verdict and its evidence, and draws the iterates to certify; `population`
-speaks of the loss that examples are drawn from, and `watch` certifies a training as it goes. `spectral_density` is that
-of all eigenvalues; `step_stability` finds steps that are too long for the curvature.
+Read `certify` first. It uses `hessian` (derivatives on one worker or many; `sharded` for sharded models), `products`
+(Hessian-vector products, with or without double backward), `lanczos` (bounds on the extreme eigenvalues) and `search`
+(Lanczos steps until the verdict is decided, first on a part of the examples). `options` has the limits of a search,
+`certificate` the verdict and its evidence, and the iterates to certify. `population` certifies the population loss,
+`watch` certifies at intervals during training. `spectral_density` estimates the density of all eigenvalues;
+`step_stability` finds step sizes too large for the curvature.
 """
 
 from packsaddle.curvature.certificate import Certificate, Share, Verdict, draw_iterates

@@ -1,7 +1,7 @@
-"""Certificates of second-order stationarity, and what those of iterates drawn from a run say of the whole run.
+"""Certificates of second-order stationarity, and bounds on the fraction of a run's iterates that are stationary.
 
-`certify` makes a certificate. Theorems 3.1 and 3.2 promise that at least half of x_0 ... x_T are epsilon-second-order
-stationary, not that x_T is. If at least half are, m independent uniform draws all miss with probability at most 2^-m.
+`certify` returns a certificate. Theorems 3.1 and 3.2 promise that at least half of x_0 ... x_T are epsilon-second-order
+stationary, not that x_T is. If so, m independent uniform draws are all non-stationary with probability at most 2^-m.
 """
 
 import math
@@ -26,7 +26,7 @@ class Verdict(StrEnum):
 
 
 def judge(least: float, most: float, epsilon: float, threshold: float, upper: float, lower: float) -> Verdict:
-    """Compare the evidence with Definition 2.4: `least` and `most` bound ||grad f||, `upper` and `lower` lambda_min.
+    """Return the verdict of Definition 2.4: `least` and `most` bound ||grad f||, `lower` and `upper` lambda_min.
 
     A Rayleigh quotient below the threshold is proof of a saddle, whatever its residual.
     """
@@ -40,10 +40,10 @@ def judge(least: float, most: float, epsilon: float, threshold: float, upper: fl
 
 
 def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float:
-    """Return an epsilon where none is given: the least for which the gradient is small enough in spite of its error.
+    """Return the default epsilon: the smallest for which the gradient is small enough in spite of its standard error.
 
-    That is its norm and twice its standard error (if there is one, and it is finite), rounded up to two digits; `eps`
-    for a gradient of 0. At a smaller one the verdict would be about the gradient, and at a larger one a saddle of less
+    It is the gradient's norm plus twice its standard error (if given and finite), rounded up to two digits; `eps` for a
+    gradient of 0. At a smaller epsilon the gradient would decide the verdict; at a larger one a saddle of less
     curvature would pass.
     """
     most = grad_norm + (2 * error if error is not None and math.isfinite(error) else 0.0)
@@ -55,50 +55,50 @@ def proposed_epsilon(grad_norm: float, error: float | None, eps: float) -> float
 
 
 def for_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return values with None for each float that is not finite, which JSON does not have."""
+    """Return `values` with None in place of non-finite floats, which JSON does not support."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """The evidence at one point; the Hessian is that of the mean loss over `examples` examples, in eval mode."""
+    """The verdict on one point and its evidence; H is the Hessian of the mean loss over the examples, in eval mode."""
 
-    verdict: Verdict  # on the point
+    verdict: Verdict  # verdict on the point
     epsilon: float  # the gradient's threshold
-    epsilon_proposed: bool  # none was given: the gradient's norm and twice its standard error, to two digits upwards
+    epsilon_proposed: bool  # True: none was given; see `proposed_epsilon`
     loss: float
     grad_norm: float  # ||grad f||
-    grad_norm_error: float | None  # standard error of the gradient, if the examples are a sample of more
-    lambda_min_upper: float  # lambda_min is at most this: the escape direction's Rayleigh quotient, and rounding
-    lambda_min_lower: float  # and at least this, less rounding, but for the failure probability; -inf after a pilot
-    lambda_max_lower: float  # lambda_max is at least this: the largest Ritz value, less rounding; -inf after a pilot
-    lambda_max_upper: float  # and at most this, but for the failure probability, which is each bound's own
+    grad_norm_error: float | None  # standard error of the gradient; None: the examples are not a sample of more
+    lambda_min_upper: float  # upper bound on lambda_min: the escape direction's Rayleigh quotient plus rounding
+    lambda_min_lower: float  # lower bound on it, less rounding, up to the failure probability; -inf after a pilot
+    lambda_max_lower: float  # lower bound on lambda_max: the largest Ritz value less rounding; -inf after a pilot
+    lambda_max_upper: float  # upper bound on it, up to a failure probability of its own; inf after a pilot
     residual: float  # ||H v - lambda v|| for the escape direction v
-    failure_probability: float  # of each bound that rests on the random start
+    failure_probability: float  # of each bound that depends on the random start
     threshold: float  # -sqrt(rho epsilon)
     hessian_lipschitz: float  # rho
-    hessian_lipschitz_estimated: bool  # rho was measured along v, not given: an estimate from below
+    hessian_lipschitz_estimated: bool  # True: rho was measured along v, an estimate from below
     escape_direction: Tensor  # unit v, float64[d]; of a sharded model this worker's part
-    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, or of a pilot's; None if not kept
+    sharpest_direction: Tensor | None  # unit Ritz vector of lambda_max, or of a pilot's; None: not stored
     slope: float  # <grad f, v>
-    escape_distance: float | None  # of a saddle: s for which f(x + s v) is the lowest that was found
-    escape_loss: float | None  # f(x + s v)
-    escape_bend: float | None  # the most that [f(x + s v) + f(x - s v)] / 2 was found below f(x)
-    ritz_values: tuple[float, ...]  # in rising order
-    ritz_shares: tuple[float, ...]  # of the random start along each Ritz vector: a spectral density
+    escape_distance: float | None  # s of the lowest f(x + s v) found; None: no saddle
+    escape_loss: float | None  # f(x + s v) at this s
+    escape_bend: float | None  # largest f(x) - [f(x + s v) + f(x - s v)] / 2 found
+    ritz_values: tuple[float, ...]  # ascending
+    ritz_shares: tuple[float, ...]  # squared component of the random start along each Ritz vector
     examples: int
-    sample_of: int | None  # how many examples these were drawn from; None: they are all there are
-    pilot_examples: int | None  # on which v was found, and Ritz values are of these; None: the search was on all
-    pilot_hvps: int  # products over them
-    precision: str  # of the products; recurrences are in double precision
-    hvp: str  # how products were taken: "double backward" or "differences of gradients"
-    hvp_reason: str | None  # why not by double backward, where it was tried
-    hvp_error: float  # what a product of a unit vector may be wrong by, supposed and measured; taken off both bounds
-    hvp_step: float | None  # h of the differences, the last one
+    sample_of: int | None  # number of examples that these were drawn from; None: these are all
+    pilot_examples: int | None  # number of examples that v and the Ritz values are from; None: all
+    pilot_hvps: int  # products over the pilot's examples
+    precision: str  # dtype of the products; the recurrences are in float64
+    hvp: str  # method of the products: "double backward" or "differences of gradients"
+    hvp_reason: str | None  # why double backward failed; None: it did not, or was not tried
+    hvp_error: float  # error of a product of a unit vector, measured or estimated; included in both bounds
+    hvp_step: float | None  # last h of the differences; None: double backward
     hvps: int  # Hessian-vector products over the examples
-    backward_passes: int  # over the examples, a pilot's by its share; two a product by double backward
+    backward_passes: int  # over the examples, a pilot's in proportion; double backward has two a product
     bytes_sent: int  # by this worker
-    seconds: float  # for all of it
+    seconds: float  # for the whole certificate
 
     @property
     def smallest_epsilon(self) -> float:
@@ -108,14 +108,14 @@ class Certificate:
 
     @property
     def saddle_below_rho(self) -> float | None:
-        """With a rho below this the point would be a saddle: lambda_min_upper^2 / epsilon; None if no negative
+        """The rho below which the point would be a saddle, lambda_min_upper^2 / epsilon; None if no negative
         curvature was found."""
         return self.lambda_min_upper**2 / self.epsilon if self.lambda_min_upper < 0 else None
 
     def escape_steps(self, lr: float) -> float | None:
-        """Return the steps in which SGD's distance from here along v grows tenfold.
+        """Return the number of SGD steps in which the distance from this point along v grows tenfold.
 
-        They are ln(10) / ln(1 + lr |lambda|) for lambda = lambda_min_upper. With momentum m, lr is over 1 - m. Returns
+        It is ln(10) / ln(1 + lr |lambda|), lambda = lambda_min_upper. With momentum m, pass lr / (1 - m). Returns
         None if lr is 0 or no negative curvature was found. Raises ValueError if lr is negative or not finite.
         """
         if not 0 <= lr < math.inf:
@@ -124,13 +124,13 @@ class Certificate:
 
     @property
     def whose(self) -> str:
-        """The function whose Hessian it is."""
+        """A description of the function whose Hessian this is."""
         named = "" if self.sample_of is None else f", a sample of {self.sample_of:,}"
         return f"the mean loss over {self.examples:,} examples{named}, in evaluation mode"
 
     @property
     def _how(self) -> str:
-        """The error of differences, and why they were taken."""
+        """The step and error of differences, and the reason for using them; empty for double backward."""
         if self.hvp_step is None:
             return ""
         why = "" if self.hvp_reason is None else f"; no double backward: {self.hvp_reason}"
@@ -138,7 +138,7 @@ class Certificate:
 
     @property
     def _whence(self) -> str:
-        """The proposed epsilon and its reason, where none was given."""
+        """The origin of a default epsilon; empty if one was given."""
         if not self.epsilon_proposed:
             return ""
         error = self.grad_norm_error
@@ -146,9 +146,9 @@ class Certificate:
         return f" (none was given: the gradient's norm{more}, so that the curvature decides)"
 
     def to_dict(self, lr: float | None = None) -> dict[str, Any]:
-        """Return everything but the directions as plain types, for JSON, which has no infinity: None.
+        """Return everything except the directions as plain types for JSON; non-finite floats become None.
 
-        `escape_steps` are those of the step size `lr`, None without one.
+        `escape_steps` is for the step size `lr`; None without one.
         """
         directions = ("escape_direction", "sharpest_direction")
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in directions}
@@ -176,8 +176,8 @@ class Certificate:
         return "\n  ".join(lines)
 
     def _curvature(self) -> list[str]:
-        """The bounds on both extreme eigenvalues, or the one that a pilot's direction gives, and the threshold."""
-        if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # for the record
+        """The lines on bounds of both extreme eigenvalues, or of one by a pilot's direction, and on the threshold."""
+        if self.verdict is Verdict.GRADIENT_TOO_LARGE and len(self.ritz_values) == 1:  # one product, for the record
             return ["curvature was not looked at: the gradient decides"]
         if self.pilot_examples is None:
             bounds = [
@@ -196,7 +196,7 @@ class Certificate:
         return [*bounds, f"threshold -sqrt(rho epsilon) = {self.threshold:.3e}, rho {value} ({given})"]
 
     def _remarks(self) -> list[str]:
-        """The lines that the verdict needs: f(x + s v), the gap between the bounds, or what the verdict leaves open."""
+        """The remarks on a verdict: f(x + s v) of a saddle, the gap between the bounds, or caveats."""
         if self.escape_distance is not None and self.escape_loss is not None and self.escape_bend is not None:
             fall = self.loss - self.escape_loss
             found = f"falls by {fall:.3e}" if fall > 0 else "does not fall"
@@ -208,7 +208,7 @@ class Certificate:
         if self.verdict is not Verdict.SECOND_ORDER_STATIONARY:
             return []
 
-        # Definition 2.4 asks for little where rho is large, and rho measured from below may be too small.
+        # A large rho makes Definition 2.4 weak, and a rho measured from below may be too small.
         below, lines = self.saddle_below_rho, []
         if self.hessian_lipschitz_estimated:
             other = "a smaller one asks for more" if below is None else f"below rho = {below:.1e} this is a saddle"
@@ -223,19 +223,19 @@ class Certificate:
 
 
 def draw_iterates(m: int, steps: int, seed: int) -> list[int]:
-    """Return m independent uniform draws from 0 ... T for T = `steps`, in rising order (some may be equal).
+    """Return m independent uniform draws from 0 ... T for T = `steps`, sorted; some may be equal.
 
-    The same for the same `seed`.
+    Deterministic given `seed`.
     """
     return sorted(torch.randint(steps + 1, (m,), generator=generator(seed, 0, Stream.ITERATES)).tolist())
 
 
 @dataclass(frozen=True)
 class Share:
-    """Bounds from m certificates on the share of a run's iterates that are second-order stationary."""
+    """Bounds from m certificates on the fraction of a run's iterates that are second-order stationary."""
 
     drawn: int  # m
-    stationary: int  # certified
+    stationary: int  # certified as second-order stationary
     refuted: int  # saddles and large gradients; the rest are undecided
 
     @classmethod
@@ -247,21 +247,21 @@ class Share:
 
     @property
     def all_fail(self) -> float:
-        """2^-m: if at least half of the iterates are second-order stationary, no draw is with at most this
-        probability."""
+        """2^-m, an upper bound on the probability that no draw is second-order stationary, if at least half of the
+        iterates are."""
         return 0.5**self.drawn
 
     @property
     def surprise(self) -> float:
-        """If at least half of the iterates are second-order stationary, so few draws are (undecided ones counted as
-        stationary) with at most this probability: small values speak against the theorem's promise."""
+        """A p-value of the theorem's promise: an upper bound on the probability of at most this many stationary draws
+        (undecided ones included), if at least half of the iterates are second-order stationary."""
         from scipy.special import bdtr  # slow to import, and only this needs it
 
         return float(bdtr(self.drawn - self.refuted, self.drawn, 0.5))
 
     def at_least(self, confidence: float = 0.95) -> float:
-        """A lower confidence bound on the share (Clopper and Pearson's, one-sided), certificates assumed true: each
-        may be wrong with its own failure probability."""
+        """Return a lower confidence bound on the fraction (Clopper-Pearson, one-sided). It assumes right certificates,
+        each of which may fail with its own probability."""
         if self.stationary == 0:
             return 0.0
         from scipy.special import betaincinv  # slow to import, and only this needs it

@@ -1,7 +1,7 @@
-"""Is it a saddle? A certificate that a point is, or is not, an epsilon-second-order stationary point (Definition 2.4).
+"""Certificates that a point is, or is not, an epsilon-second-order stationary point (Definition 2.4).
 
 The verdict is never stronger than its evidence: a Rayleigh quotient below the threshold proves a saddle; the absence of
-negative curvature is claimed with a failure probability (see `lanczos`); and otherwise it is undecided.
+negative curvature is claimed with a failure probability (see `lanczos`); otherwise the verdict is "undecided".
 """
 
 import math
@@ -39,55 +39,55 @@ def certify(
     tensor_parallel: Any = None,
     progress: Callable[[Bounds], None] = lambda bounds: None,
 ) -> Certificate:
-    """Certify the model's present parameters; collective, with each worker's own batches.
+    """Certify the model's current parameters; collective, with each worker's own batches.
 
     Args:
-        model: a network; put in eval mode meanwhile. Only trainable parameters count. Where FSDP2 or tensor
-            parallelism has sharded it over the workers, every vector is sharded too.
+        model: a network, evaluated in eval mode. Only trainable parameters count. If it is sharded over the workers
+            by FSDP2 or tensor parallelism, every vector is sharded too.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
-        batches: batches that can be read again and are the same every time.
-        epsilon: the gradient's threshold; the curvature's is -sqrt(rho epsilon). None takes the least that the gradient
-            passes (`curvature.certificate.proposed_epsilon`), for a verdict on the curvature; state one to compare
+        batches: a list, or another iterable that yields the same batches every time.
+        epsilon: the gradient's threshold; the curvature's is -sqrt(rho epsilon). None: the smallest that the gradient
+            passes (`curvature.certificate.proposed_epsilon`), for a verdict on the curvature; give one to compare
             points.
-        hessian_lipschitz: rho; None measures ||H(x + h v) v - H(x - h v) v|| / (2 h) along the escape direction v.
+        hessian_lipschitz: rho. None: measured as ||H(x + h v) v - H(x - h v) v|| / (2 h) along the escape direction v.
         search: the limits of the search, its precision, and the method of Hessian-vector products.
-        sample_of: how many examples the batches of all workers were drawn from; if those are more, the gradient
-            norm then comes with its standard error, from how batches differ.
+        sample_of: number of examples that the batches of all workers were drawn from. If these are more, the gradient
+            norm has a standard error, from the variation between batches.
         process_group: the workers; None for the default group, or this process alone.
-        tensor_parallel: the DeviceMesh of the workers that tensor parallelism gives the same batches, if any.
-        progress: called after each of the search's products with the bounds then (`curvature.search.Bounds`).
+        tensor_parallel: the DeviceMesh of tensor parallelism, whose workers get the same batches. None: not used.
+        progress: called with the current bounds (`curvature.search.Bounds`) after each product of the search.
 
-    Stops as soon as the verdict is settled, unless `search` asks for more. Raises ValueError for bad arguments, for
-    losses that are not a function of the parameters, and for "double-backward" where it is wrong.
+    Stops once the verdict is decided, unless `search` requires more. Raises ValueError for invalid arguments, for
+    losses that vary between evaluations (dropout, augmentation), and for "double-backward" if it is wrong.
     """
     begin = time.perf_counter()
     check_positive(epsilon=epsilon, hessian_lipschitz=hessian_lipschitz)
     if sample_of is not None and sample_of < 1:
         raise ValueError(f"sample_of must be at least 1 example, got {sample_of}")
     channel = Communicator(resolve(process_group), Ledger())
-    if not is_sharded(model):  # whose workers go through as many batches together
+    if not is_sharded(model):  # workers of a sharded model run every batch together
         batches = with_examples(batches)
     with certifying(model, channel):
-        # The point: its loss, its gradient, and how products are taken.
+        # Loss and gradient at the point, and the method of products.
         of = partial(derivatives, model, loss_fn, channel=channel, tensor_parallel=tensor_parallel)
         curvature = of(batches)
         if sample_of is not None and sample_of < curvature.examples:
             raise ValueError(f"sample_of must be at least the {curvature.examples} examples given, got {sample_of}")
         if sample_of == curvature.examples:
             sample_of = None
-        # Before a gradient, with which a compiled model would fix its graph.
+        # Before the first gradient, at which a compiled model would fix its graph.
         chosen = choose_products(curvature, search.hvp)
         gradient, error = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         grad_norm_error = None
-        if sample_of is not None:  # a mean of examples drawn without replacement
+        if sample_of is not None:  # corrected for drawing without replacement
             grad_norm_error = error * math.sqrt(max(0.0, 1 - curvature.examples / sample_of))
         precision = torch.finfo(curvature.parameters[0].dtype).eps
         given, epsilon = epsilon, epsilon or proposed_epsilon(grad_norm, grad_norm_error, precision)
         goal = Goal(grad_norm, epsilon, hessian_lipschitz, search)
 
         def decide(products: Products) -> tuple[CurvatureSearch, CurvatureSearch | None, Walk | None]:
-            """A direction found on a part of the examples, and proved on all; or the search on all."""
+            """Prove a saddle on all examples by a direction found on a part of them, or search on all."""
             full, scout = CurvatureSearch(products, goal, progress), None
             if grad_norm <= epsilon and math.isinf(search.tolerance) and math.isinf(search.sharpness):
                 scout = pilot(products, goal, batches, of, progress)
@@ -96,7 +96,7 @@ def certify(
                 full.run()
             return full, scout, full.walk(scout) if full.verdict is Verdict.SADDLE else None
 
-        # -sqrt(rho epsilon), and lambda_min on one side of it or the other.
+        # Decide on which side of -sqrt(rho epsilon) lambda_min is.
         full, scout, walk = with_products(chosen, search.hvp, decide)
         products, sharpest = full.products, (scout or full).sharpest
     distance, lowest, bend = walk or (None, None, None)

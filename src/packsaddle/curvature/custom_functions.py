@@ -1,7 +1,7 @@
-"""Functions in a loss's graph whose backward torch takes as written: `torch.autograd.Function` and its kin in C++.
+"""Detection of functions with a custom backward in a loss's graph: `torch.autograd.Function`, in Python or C++.
 
-Their second derivatives may be silently wrong. A backward that returns a gradient computed in the forward pass, as
-those of fused losses do, gives torch a constant, and double backward then leaves that function's Hessian out.
+Their second derivatives may be silently wrong. A backward that returns a gradient computed in the forward pass, as in
+fused losses, is a constant to autograd, so double backward omits that function's Hessian.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-_GENERATED = ("torch._library.", "torch._functorch.")  # modules whose functions wrap custom ones: operators, under vmap
+_GENERATED = ("torch._library.", "torch._functorch.")  # modules whose functions wrap custom ones
 
 
 def custom_functions(loss: Tensor) -> set[str]:
@@ -19,7 +19,7 @@ def custom_functions(loss: Tensor) -> set[str]:
 
 
 def graph_nodes(outputs: Iterable[Tensor | None]) -> Iterator[Any]:
-    """Yield every node of the graphs that tensors were computed by, each once."""
+    """Yield every node of the autograd graphs of `outputs`, each once."""
     waiting: list[Any] = [t.grad_fn for t in outputs if t is not None and t.grad_fn is not None]
     seen = set(waiting)
     while waiting:

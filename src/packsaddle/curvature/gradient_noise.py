@@ -1,8 +1,8 @@
-"""The noise that mini-batches give a gradient, compared with which artificial noise r is loud or drowned.
+"""Mini-batch noise of gradients, to compare with artificial noise xi_t of standard deviation r per coordinate.
 
-A worker's gradient is grad f_i plus mini-batch noise of variance tr(Cov) / b for b examples; the mean over W workers
-has a W-th of it, while xi_t is the same on all workers and no mean makes it smaller. Both are multiplied by the same
-learning rate and pass the same error memories, so that r sqrt(d) compares with sqrt(E||g - grad f||^2) at any of them.
+A worker's gradient is grad f_i plus mini-batch noise of variance tr(Cov) / b for b examples. The mean over W workers
+divides this variance by W, but not that of xi_t, which is identical on all workers. Both are scaled by the same
+learning rate and pass the same error memories, so r sqrt(d) is comparable with sqrt(E||g - grad f||^2) at any of them.
 """
 
 import math
@@ -21,12 +21,12 @@ from packsaddle.curvature.hessian import LossFn, NotFiniteError, batch_size, dif
 
 @dataclass(frozen=True)
 class GradientNoise:
-    """The measured noise: the variance of an example's gradient, and what that is for the mean of workers' batches."""
+    """Measured mini-batch noise: the variance of one example's gradient, and of the mean over the workers' batches."""
 
     per_example: float  # tr(Cov) of the gradient of one example
-    error: float  # its standard error, from how batches differ; inf if a single pair was compared
-    batch_size: float  # examples of a batch, in the mean
-    batches: int  # that were compared, of all workers
+    error: float  # its standard error, from the variation between batches; inf for a single pair
+    batch_size: float  # mean number of examples in a batch
+    batches: int  # number of batches compared, of all workers
     workers: int  # W, whose batches are averaged in a step
     d: int  # trainable coordinates
 
@@ -37,7 +37,7 @@ class GradientNoise:
 
     @property
     def std(self) -> float:
-        """sqrt(E||g - grad f||^2): the norm that mini-batch noise has."""
+        """sqrt(E||g - grad f||^2): the root mean square norm of mini-batch noise."""
         return math.sqrt(self.variance)
 
     @property
@@ -46,16 +46,16 @@ class GradientNoise:
         return self.std * self.error / (2 * self.per_example) if self.per_example else 0.0
 
     def times(self, r: float, *, momentum: float = 0.0) -> float:
-        """Return r sqrt(d) as a multiple of the mini-batch noise; inf if there is none of that.
+        """Return r sqrt(d) as a multiple of the mini-batch noise; inf if that is 0.
 
-        Momentum m carries a gradient's noise on until x has moved by 1 / (1 - m) of it; xi_t is added after momentum
-        and moves x once.
+        Momentum m amplifies mini-batch noise by 1 / (1 - m); xi_t is assumed to be added after momentum, so it is not
+        amplified.
         """
         own = self.std / (1 - momentum)
         return r * math.sqrt(self.d) / own if own else (math.inf if r else 0.0)
 
     def r(self, times: float, *, momentum: float = 0.0) -> float:
-        """Return the r for which r sqrt(d) is `times` the mini-batch noise, with the momentum that SGD has."""
+        """Return the r for which r sqrt(d) is `times` the mini-batch noise, with momentum as in `times`."""
         return times * self.std / (1 - momentum) / math.sqrt(self.d)
 
 
@@ -67,38 +67,38 @@ def gradient_noise(
     workers: int | None = None,
     process_group: Any = None,
 ) -> GradientNoise:
-    """Measure how mini-batch gradients differ at the model's present parameters; collective, with own batches each.
+    """Measure the variance of mini-batch gradients at the model's current parameters; collective, own batches each.
 
-    With the k-th batch of n_k examples, N_k in all so far, and m_k the mean gradient of those, each
-    n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 is an unbiased estimate of an example's tr(Cov) (Welford 1962); their mean is
-    the sample variance, and how they differ gives its standard error. Two vectors of d numbers are held.
+    The k-th batch has n_k examples, the first k batches have N_k and mean gradient m_k. Each
+    n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 is an unbiased estimate of an example's tr(Cov) (Welford 1962). Their mean is
+    the sample variance, and their variation gives its standard error. Memory: two vectors of d numbers.
 
     Args:
-        model: a network; put in eval mode meanwhile, so that noise of dropout and of batch statistics is not counted.
+        model: a network, evaluated in eval mode to exclude noise from dropout and batch statistics.
         loss_fn: loss_fn(model, batch) is the batch's mean loss.
-        batches: at least two on every worker, drawn as in training; eight give the deviation to about a tenth.
-        workers: W, if not the process group's: how many workers' batches are averaged in a step.
+        batches: at least two on every worker, drawn as in training; eight determine `std` to about 10%.
+        workers: W, the number of workers whose batches a step averages. None: that of the process group.
         process_group: the workers; None for the default group, or this process alone.
 
-    Raises ValueError for bad arguments, NotFiniteError if a gradient is not finite.
+    Raises ValueError for invalid arguments, NotFiniteError if a gradient is not finite.
     """
     group = resolve(process_group)
     if workers is not None and workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
 
-    # Sums over workers: of tr(Cov)'s estimates n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2, of their squares and numbers.
+    # Sums over workers of the estimates n_k N_{k-1} / N_k ||g_k - m_{k-1}||^2 of tr(Cov), their squares and counts.
     apart, examples, d = _apart(model, loss_fn, batches)
     found = torch.tensor(apart, dtype=torch.float64)
     counts = torch.tensor([len(apart), examples, not apart], dtype=torch.float64)
     sums = torch.cat([found.sum().view(1), found.square().sum().view(1), counts])
     sums = sums.to(next(model.parameters()).device)
     total, squares, count, seen, short = Communicator(group, Ledger()).mean(sums, "noise").mul_(group.size).tolist()
-    if short:  # on all workers alike
+    if short:  # on all workers
         raise ValueError("batches must be at least 2 on every worker, for their gradients to differ")
     if not math.isfinite(total):
         raise NotFiniteError("a mini-batch gradient is not finite at the present parameters")
 
-    # Their mean, and the variance of it: (sum of squares / K - mean^2) / (K - 1).
+    # Their mean, and its variance: (sum of squares / K - mean^2) / (K - 1).
     mean = total / count
     spread = max(0.0, squares / count - mean * mean) / (count - 1) if count > 1 else math.inf
     drawn = int(count) + group.size
@@ -124,7 +124,7 @@ def _apart(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any]) -> tuple[l
 
 @torch.no_grad()
 def _move(mean: list[Tensor], grads: tuple[Tensor | None, ...], weight: float) -> float:
-    """Move the mean gradient towards another by its weight, in place; return the square of how far apart they were."""
+    """Move `mean` toward `grads` by `weight` of their distance, in place; return the square of that distance."""
     square = torch.zeros((), dtype=torch.float64, device=mean[0].device)
     for m, g in zip(mean, grads, strict=True):
         apart = -m if g is None else g.detach() - m

@@ -2,7 +2,7 @@
 
 The loss is the mean over examples: f = sum_b n_b loss_b / N over every batch b of every worker. Each product takes two
 backward passes a batch on this worker and one all-reduce of d numbers, since the Hessian of a mean is the mean of
-Hessians; the network is used as it is, not through DistributedDataParallel, whose hooks do not see second derivatives.
+Hessians. The network must not be wrapped in DistributedDataParallel, whose hooks do not support second derivatives.
 """
 
 import copy
@@ -28,11 +28,11 @@ from packsaddle.curvature.narrow_convolutions import safe_derivatives
 from packsaddle.numerics.seeds import Stream, generator
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-# What torch says where a gradient cannot be differentiated: fused kernels and compiled graphs.
+# Parts of torch's errors for gradients without a derivative: of fused kernels and compiled graphs.
 _NO_DOUBLE_BACKWARD = ("is not implemented", "double backward")
 UNWATCHED = nullcontext()
 _SHORT = (torch.float32, torch.float16, torch.bfloat16)
-_UNDIFFERENTIABLE = "torch::autograd::Error"  # the node of a function marked so
+_UNDIFFERENTIABLE = "torch::autograd::Error"  # node name of a function marked once_differentiable
 
 
 class NotFiniteError(ValueError):
@@ -40,7 +40,7 @@ class NotFiniteError(ValueError):
 
 
 def fresh_generator() -> torch.Generator:
-    """Return a generator that the operating system has seeded."""
+    """Return a generator seeded by the operating system."""
     generator = torch.Generator()
     generator.seed()
     return generator
@@ -58,31 +58,31 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 
 
 class Curvature:
-    """Derivatives of the mean loss at a network's present parameters, in a flat vector of its trainable ones.
+    """Derivatives of the mean loss at a network's current parameters, as flat vectors over the trainable ones.
 
     `loss_fn(model, batch)` returns the mean loss of a batch; `batches` is this worker's batches, an iterable that can
-    be read again. Construction is collective and reads the batches twice; it raises ValueError if the two readings
-    disagree on any worker (data augmentation, shuffling, an iterator that is used up), or if there is nothing to
-    read or to train; NotFiniteError if the loss is not finite. A worker may have no batches if another has some.
+    be iterated repeatedly. Construction is collective and evaluates the loss twice. Raises ValueError if the two values
+    differ on any worker (data augmentation, shuffling, an exhausted iterator), or without examples or trainable
+    parameters; NotFiniteError if the loss is not finite. A worker may have no batches if another has some.
     """
 
     has_double_backward = True
-    _alike = 1  # workers that go through the same batch together
+    _alike = 1  # number of workers that process the same batch
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], channel: Communicator) -> None:
         self._model, self._loss_fn, self._batches, self._channel = model, loss_fn, batches, channel
         self.parameters = trainable(model)
         self.d = sum(p.numel() for p in self.parameters)
-        self.held = self.d  # numbers of a vector on the worker that has most of it
+        self.held = self.d  # most elements of a vector on one worker
         self._tensors = [local_part(p) for p in self.parameters]  # this worker's part of x
         self.device = self.parameters[0].device
         self.products = 0  # Hessian-vector products so far
-        self.passes = 0.0  # backward passes over the examples so far; a pass over a part of them is so much less
-        self._sizes_of_batches: list[int] = []  # of this worker's
-        self._derives = False  # whether the loss takes derivatives itself
-        self._displaced = 0  # gradients at other points so far, for the seed of dithering
+        self.passes = 0.0  # backward passes over the examples so far; passes over a part count in proportion
+        self._sizes_of_batches: list[int] = []  # examples in each batch of this worker
+        self._derives = False  # the loss itself computes derivatives
+        self._displaced = 0  # gradients at displaced points so far: the seed of dithering
 
-        # sum_b n_b loss_b, twice: a loss is a function of the parameters if both are equal.
+        # sum_b n_b loss_b, twice: the values differ if loss or batches are random.
         watch = _Precision()
         first = self._totals(watch if self.parameters[0].dtype is torch.float64 else nullcontext())
         second = self._totals()
@@ -105,12 +105,12 @@ class Curvature:
 
         # The coarsest precision in which the loss computes, and f = sum_b n_b loss_b / N.
         used = [p.dtype for p in self.parameters] + [dtype for dtype, n in zip(_SHORT, short, strict=True) if n]
-        self.precision = max(torch.finfo(dtype).eps for dtype in used)  # the unit roundoff of what the loss computes
+        self.precision = max(torch.finfo(dtype).eps for dtype in used)  # unit roundoff of the loss
         self.examples = int(examples) // self._alike
         self.loss = loss / examples
 
     def _differs_from_rank_0(self) -> bool:
-        """Compare this worker's parameters, frozen ones too, with rank 0's by two sums."""
+        """Return True if two checksums of this worker's parameters, frozen ones included, differ from rank 0's."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for p in self._model.parameters():
             values = p.detach().to(self.device, torch.float64)
@@ -120,7 +120,7 @@ class Curvature:
         return not torch.equal(sums.nan_to_num(), theirs.nan_to_num())
 
     def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[float, int]:
-        """This worker's sum of losses over examples, and its number of examples; `watch` is entered for each loss."""
+        """Return this worker's sum of losses over examples, and number of examples; each loss runs within `watch`."""
         total, sizes = 0.0, []
         with evaluating(self._model):
             for batch, n in self.read():
@@ -132,7 +132,7 @@ class Curvature:
         return total, sum(sizes)
 
     def _value(self, batch: Any) -> Tensor:
-        """Return a batch's loss, without a graph if the loss needs none: a gradient penalty, say, does."""
+        """Return a batch's loss, detached. Gradients are enabled only if the loss needs them (a gradient penalty)."""
         try:
             with torch.set_grad_enabled(self._derives):
                 return self._loss_of(batch).detach()
@@ -143,7 +143,7 @@ class Curvature:
         return self._value(batch)
 
     def _loss_of(self, batch: Any) -> Tensor:
-        """Return a batch's loss, float[], with its graph where gradients are enabled. Raises ValueError."""
+        """Return a batch's loss, float[], with a graph if gradients are enabled. Raises ValueError if invalid."""
         loss = whole(self._loss_fn(self._model, batch))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"{tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -153,7 +153,7 @@ class Curvature:
         return loss
 
     def read(self) -> Iterator[tuple[Any, int]]:
-        """Yield this worker's batches and their examples."""
+        """Yield each of this worker's batches with its number of examples."""
         for batch in self._batches:
             yield batch, batch_size(batch)
 
@@ -181,8 +181,8 @@ class Curvature:
     def gradient(self) -> tuple[Tensor, float]:
         """Return grad f, float64[d], and its standard error if the examples are a sample; collective.
 
-        With gradients g_b of batches of n_b examples, B in all, an example's variance is estimated without bias by
-        sum_b n_b ||g_b - grad f||^2 / (B - 1), and the mean's is that over N; inf with a single batch.
+        For B batches of n_b examples and gradient g_b, sum_b n_b ||g_b - grad f||^2 / (B - 1) is an unbiased estimate
+        of one example's variance; divided by N it is that of the mean. The error is inf for a single batch.
         """
         spread = torch.zeros(2, dtype=torch.float64, device=self.device)  # sum_b n_b ||g_b||^2 and B
 
@@ -198,7 +198,7 @@ class Curvature:
         return mean, self._standard_error(squares, float(mean.square().sum()), batches)
 
     def _standard_error(self, squares: float, square_of_mean: float, batches: float) -> float:
-        """Return that of the mean gradient, for squares = sum_b n_b ||g_b||^2; inf with a single batch."""
+        """Return the standard error of the mean gradient from squares = sum_b n_b ||g_b||^2; inf for a single batch."""
         if batches == 1:
             return math.inf
         within = max(0.0, squares - self.examples * square_of_mean) / (batches - 1)
@@ -207,7 +207,7 @@ class Curvature:
     def hessian_vector(self, v: Tensor, inspect: Callable[[Tensor], None] = lambda loss: None) -> Tensor:
         """Return H v, float64[d], for v float64[d], by double backward; collective.
 
-        `inspect` is called with the loss of every batch of this worker, and its graph.
+        `inspect` is called with the loss of every batch of this worker, before its graph is freed.
         """
         self.products += 1
         self.passes += 2
@@ -249,7 +249,7 @@ class Curvature:
         return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, self.parameters, strict=True)]
 
     def why_no_double_backward(self) -> str | None:
-        """Return what torch says if a worker's first batch has no double backward, None if all have; collective."""
+        """Return torch's error if a worker's first batch has no double backward, None if all have; collective."""
         reason = self._try_double_backward()
         if not self.on_any_worker(reason is not None):
             return None
@@ -262,7 +262,7 @@ class Curvature:
                 try:
                     loss = self._loss_of(batch)
                     grads = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-                    # Torch would leave it out without a word.
+                    # Torch would omit its second derivative without an error.
                     if any(node.name() == _UNDIFFERENTIABLE for node in graph_nodes(grads)):
                         return "a function is marked once_differentiable"
                     self._differentiate_twice(self._loss_of(batch), ones)
@@ -274,29 +274,29 @@ class Curvature:
         return None
 
     def in_double(self) -> "Curvature | None":
-        """Return the derivatives of a copy of the model in float64, over this worker's examples, whose floating-point
-        tensors become float64 too; None without examples; not collective."""
+        """Return the `Curvature` of a float64 copy of the model over this worker's examples, floating-point tensors
+        cast to float64; None without examples; not collective."""
         if not sum(self._sizes_of_batches):
             return None
         model, doubled = copy.deepcopy(self._model).double(), partial(map, _doubled)
         return Curvature(model, self._loss_fn, Reread(self._batches, doubled), Communicator(Solo(), Ledger()))
 
     def gradient_at(self, direction: Tensor, distance: float) -> Tensor:
-        """Return grad f(x + distance * direction), float64[d]; parameters of 16 bits are dithered; collective."""
+        """Return grad f(x + distance * direction), float64[d], with 16-bit x rounded stochastically; collective."""
         self.passes += 1
         self._displaced += 1
         with self.moved(direction, distance, dither=self._displaced):
             return self._mean(lambda loss, _: torch.autograd.grad(loss, self.parameters, allow_unused=True))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
-        """Return a Gaussian vector, float64[d], equal on every worker, from rank 0's generator; None takes a seed from
-        the operating system; collective."""
+        """Return a Gaussian vector, float64[d], equal on all workers, from rank 0's generator (None: seeded by the
+        operating system); collective."""
         rng = self._shared_generator(generator)
         parts = [torch.randn(p.numel(), generator=rng, dtype=torch.float64) for p in self.parameters]
         return torch.cat(parts).to(self.device)
 
     def _shared_generator(self, generator: torch.Generator | None) -> torch.Generator:
-        """A generator on the CPU, seeded on every worker by what rank 0's draws."""
+        """Return a CPU generator, seeded on all workers by one draw from rank 0's generator."""
         generator = fresh_generator() if generator is None else generator
         seed = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device).to(self.device)
         self._channel.broadcast(seed, "certificate")
@@ -307,7 +307,7 @@ class Curvature:
         return float(a @ b)
 
     def norm(self, a: Tensor) -> float:
-        """Return ||a||, float64[d]."""
+        """Return ||a|| of a vector, float64[d]."""
         return math.sqrt(self.dot(a, a))
 
     def size_of_parameters(self) -> float:
@@ -315,7 +315,7 @@ class Curvature:
         return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.parameters))
 
     def _mean(self, derivative: Callable[[Tensor, int], tuple[Tensor | None, ...]]) -> Tensor:
-        """Sum a derivative of every batch's total loss, and average over all examples of all workers."""
+        """Average a derivative of each batch's mean loss over all examples of all workers, float64[d]; collective."""
         total = torch.zeros(self.d, dtype=torch.float64, device=self.device)
         with differentiating(self._model):
             for batch, n in self.read():
@@ -328,10 +328,10 @@ class Curvature:
 
     @contextmanager
     def moved(self, direction: Tensor, distance: float, dither: int | None = None) -> Iterator[None]:
-        """Within, the parameters are x + distance * direction, direction float64[d]; afterwards x, to the bit.
+        """Context in which the parameters are x + distance * direction, direction float64[d]; x is restored bitwise.
 
-        With a seed `dither`, parameters of 16 bits are rounded to a neighbour by chance, so that they are in the mean
-        where they should be: a displacement below their last place would else be lost.
+        With a seed `dither`, 16-bit parameters are rounded stochastically, so that their expected value is exact: a
+        displacement below their resolution would otherwise be lost.
         """
         pieces = torch.split(direction, [t.numel() for t in self._tensors])
         with _restored(self._tensors):
@@ -352,7 +352,7 @@ class Curvature:
 
 
 class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the dtypes to which operations shorten float64 numbers: a loss may round what its parameters do not."""
+    """Records the shorter dtypes to which operations cast float64 inputs: a loss may be coarser than its parameters."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -367,22 +367,22 @@ class _Precision(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def whole(loss: Any) -> Tensor:
-    """Return a loss, which tensor parallelism may have made a DTensor, as a plain tensor."""
+    """Return a loss as a plain tensor; with tensor parallelism it may be a DTensor."""
     plain: Tensor = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
     return plain
 
 
 def _dithered(x: Tensor, dtype: torch.dtype, rng: torch.Generator) -> Tensor:
-    """Round doubles to a dtype of fewer bits, up or down by chance, so that the mean is x (where it is normal)."""
-    place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)  # the last one's unit
+    """Round doubles stochastically to a shorter dtype, so that the expected value is x (for normal numbers)."""
+    place = torch.ldexp(torch.full_like(x, torch.finfo(dtype).eps / 2), torch.frexp(x).exponent)  # unit in last place
     return (x + place * (torch.rand(x.shape, generator=rng, dtype=x.dtype, device=x.device) - 0.5)).to(dtype)
 
 
 @contextmanager
 def certifying(model: nn.Module, channel: Communicator) -> Iterator[None]:
-    """Within, every worker has rank 0's buffers (statistics of batch normalisation); collective.
+    """Context in which every worker has rank 0's buffers (batch normalization statistics); collective.
 
-    Afterwards its own are restored, and so is torch's generator, from which a DataLoader draws each time it is read.
+    On exit its own are restored, and so is torch's generator, from which a DataLoader draws in every iteration.
     """
     buffers = [b.data for b in model.buffers() if b.is_floating_point()] if channel.group.size > 1 else []
     with torch.random.fork_rng(devices=()), _restored(buffers):
@@ -393,7 +393,7 @@ def certifying(model: nn.Module, channel: Communicator) -> Iterator[None]:
 
 @contextmanager
 def _restored(tensors: list[Tensor]) -> Iterator[None]:
-    """Within, tensors may be changed; afterwards they are as before, to the bit."""
+    """Context on whose exit these tensors are restored bitwise."""
     before = [t.clone() for t in tensors]
     try:
         yield
@@ -404,14 +404,14 @@ def _restored(tensors: list[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def differentiating(model: nn.Module) -> Iterator[None]:
-    """Within, a loss of the model in evaluation mode has a graph, and its derivatives are right."""
+    """Context for derivatives of a loss: eval mode, gradients enabled, no oneDNN where it is wrong."""
     with torch.enable_grad(), evaluating(model), safe_derivatives(model):
         yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within, every module is in evaluation mode; afterwards each is in its own again."""
+    """Context in which every module is in eval mode; on exit the modes are restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -423,7 +423,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reread:
-    """Batches as `read` yields them from an iterator over others; can be read as often as those."""
+    """An iterable over `read(iter(batches))`, which can be iterated as often as `batches`."""
 
     batches: Iterable[Any]
     read: Callable[[Iterator[Any]], Iterator[Any]]
@@ -433,12 +433,12 @@ class Reread:
 
 
 def with_examples(batches: Iterable[Any]) -> Reread:
-    """Return the batches that have examples, whose mean loss is a number."""
+    """Return the batches without empty ones, whose mean loss would be NaN."""
     return Reread(batches, partial(filter, batch_size))
 
 
 def every_nth(batches: Iterable[Any], n: int, first: int = 0) -> Reread:
-    """Return every n-th batch, from the one with index `first` on."""
+    """Return every n-th batch, starting at index `first`."""
     return Reread(batches, lambda read: islice(read, first, None, n))
 
 

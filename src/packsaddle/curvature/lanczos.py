@@ -1,32 +1,32 @@
-"""Extreme eigenvalues of a symmetric matrix known by its products: bounds on both sides, with a failure probability.
+"""Two-sided bounds on extreme eigenvalues of a symmetric matrix given by products, with a failure probability.
 
-A Ritz value bounds lambda_min from above, always. From below nothing does for a fixed start. For a start b that is
-uniform on the sphere, write p_j for the Lanczos polynomials, q_j = p_j(A) b. If v is a unit eigenvector of lambda_min,
+A Ritz value is always an upper bound on lambda_min. For a fixed start there is no lower bound. For a start b uniform
+on the sphere, let p_j be the Lanczos polynomials, q_j = p_j(A) b. If v is a unit eigenvector of lambda_min, then
 <q_j, v> = p_j(lambda_min) <b, v>, and the q_j are orthonormal, so by Bessel's inequality
 
     <b, v>^2 sum_{j <= k} p_j(lambda_min)^2 <= 1,
 
-while <b, v>^2 has a Beta(1/2, (n - 1)/2) law: it is below its delta-quantile w with probability delta. Below the
-smallest Ritz value the sum grows as lambda falls, so with probability 1 - delta
+while <b, v>^2 has a Beta(1/2, (n - 1)/2) distribution: it is below its delta-quantile w with probability delta. Below
+the smallest Ritz value the sum grows as lambda falls, so with probability 1 - delta
 
     lambda_min >= the lambda at which sum_{j <= k} p_j(lambda)^2 = 1 / w.
 
-The Lanczos polynomials of -A from b are p_j turned about 0, so that the same bound of -A is an upper one on lambda_max.
+The Lanczos polynomials of -A from b are p_j reflected at 0, so the same bound for -A is an upper one on lambda_max.
 (van Dorsselaer, Hochstenbach and van der Vorst, SIAM J. Matrix Anal. Appl. 22, 2000, use the last polynomial alone; the
-sum is never worse. Kuczynski and Wozniakowski's bound of 1992 supposes the worst of all spectra instead of the one that
-was met, and is weaker.) The event is the same for every k, so whoever stops when the bound suffices pays nothing.
+sum is never worse. Kuczynski and Wozniakowski's bound of 1992 assumes the worst spectrum instead of the observed one,
+and is weaker.) The event is the same for every k, so stopping once the bound suffices adds no failure probability.
 
-Products that round, as in single precision, leave noise where the process would end. Once a beta is no more than that,
-the next vector is noise too, so betas are taken as no smaller than `Ritz.rounding`. It is measured, not supposed:
-A q_k has no part along q_0 ... q_{k-2}, and beta_k along q_{k-1}; what is found there instead is the products' error.
+Rounding of the products, as in float32, leaves noise where the process would end. Once a beta is at that level, the
+next vector is noise too, so betas are clamped to at least `Ritz.rounding`. It is measured: exact A q_k has component 0
+along q_0 ... q_{k-2} and beta_k along q_{k-1}, so deviations from these are errors of the products.
 
-Products that are wrong by a known tau, as differences of gradients are, are those of a matrix within tau of A if they
-are linear, and its eigenvalues are within tau of A's (Weyl): `Ritz.rounding` is no less than tau, and both bounds are
-moved by it. The lower bound supposes in addition that what is wrong does not depend on <b, v>, as rounding and the
-third derivatives of a loss do not: an error that knew the start could hide v.
+Linear products with a known error tau, as differences of gradients have, are those of a matrix within tau of A, whose
+eigenvalues are within tau of A's (Weyl). So `Ritz.rounding` is at least tau, and both bounds are widened by it. The
+lower bound also assumes that the error is independent of <b, v>, as rounding and the third derivatives of a loss are:
+an error that depends on the start could hide v.
 
 Without stored vectors orthogonality is lost to rounding, but each q_j still has norm 1, so p_j(lambda_min)^2 <= 1 / w
-for each j alone: beyond the memory limit the largest term takes the place of the sum.
+for each j separately: beyond the memory limit the bound uses the largest term instead of the sum.
 """
 
 import math
@@ -36,50 +36,50 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-_EVALUATIONS = 100  # at most, of which a dozen are usual
-_ROUNDING = 16  # of a product, in units of the last place of ||A||: roughly what long sums lose
-_LEAST_PROBABILITY = 1e-100  # the quantile underflows some way below
+_EVALUATIONS = 100  # most evaluations of the sum for a bound; about a dozen are usual
+_ROUNDING = 16  # error of a product in units of the last place of ||A||, roughly that of long sums
+_LEAST_PROBABILITY = 1e-100  # the quantile underflows at still smaller ones
 
 
 @dataclass(frozen=True)
 class Ritz:
-    """The knowledge of k steps about a symmetric n x n matrix A."""
+    """The result of k Lanczos steps on a symmetric n x n matrix A."""
 
     n: int
-    alphas: tuple[float, ...]  # k, the tridiagonal's diagonal
-    betas: tuple[float, ...]  # k, off it; the last one is the norm of what the k-th step left over
-    thetas: tuple[float, ...]  # k Ritz values in rising order
-    shares: tuple[float, ...]  # k, how much of ||b||^2 = 1 lies along each Ritz vector
+    alphas: tuple[float, ...]  # k, diagonal of the tridiagonal matrix
+    betas: tuple[float, ...]  # k, its off-diagonal; the last is the norm of the residual of step k
+    thetas: tuple[float, ...]  # k Ritz values, ascending
+    shares: tuple[float, ...]  # k, squared component of the unit start b along each Ritz vector
     residual: float  # ||A v - theta_min v|| for the Ritz vector v of theta_min
-    rounding: float  # what products are wrong by along one direction, about
+    rounding: float  # approximate error of a product along one direction
     exhausted: bool  # the Krylov space is invariant: Ritz values are eigenvalues, to rounding
-    orthogonal: bool  # every vector was kept and used to reorthogonalise
+    orthogonal: bool  # every vector was stored and used to reorthogonalize
 
     @property
     def steps(self) -> int:
-        """k, products with A so far."""
+        """k, the number of steps, with one product each."""
         return len(self.alphas)
 
     @property
     def theta_min(self) -> float:
-        """lambda_min is at most this (with `orthogonal`; otherwise ask for the Ritz vector's own quotient)."""
+        """Upper bound on lambda_min if `orthogonal`; otherwise use the Ritz vector's Rayleigh quotient."""
         return self.thetas[0]
 
     @property
     def theta_max(self) -> float:
-        """lambda_max is at least this."""
+        """Lower bound on lambda_max if `orthogonal`."""
         return self.thetas[-1]
 
     @property
     def is_settling(self) -> bool:
-        """True if the Ritz vector of theta_min is nearly an eigenvector: a residual of a tenth of the curvature."""
+        """True if the Ritz vector of theta_min is nearly an eigenvector: residual at most |theta_min| / 10."""
         return self.residual <= 0.1 * abs(self.theta_min)
 
     def lower_bound(self, failure_probability: float) -> float:
-        """Return a lower bound on lambda_min that holds, for all k at once, but with `failure_probability` over the
-        start.
+        """Return a lower bound on lambda_min, less `rounding`.
 
-        Less `rounding`. Raises ValueError unless the probability is in [1e-100, 1).
+        With probability 1 - `failure_probability` over the start it holds for all k simultaneously. Raises ValueError
+        unless the probability is in [1e-100, 1).
         """
         check_probability(failure_probability)
         scale = max(abs(self.theta_min), abs(self.theta_max), self.betas[-1])
@@ -89,7 +89,7 @@ class Ritz:
 
         limit = -math.log(float(betaincinv(0.5, (self.n - 1) / 2, failure_probability)))
         # In s = log(theta_min - lambda) each log p_j^2 is a sum of log(e^s + distance to a root), so the growth is
-        # convex, and secants through points where it is above the limit end at one where it is, too, but for rounding.
+        # convex, and secants through points where it is above the limit stay above it, up to rounding.
         least, s = math.log(scale) - 45.0, math.log(scale) + limit
         before, last, back = s + 1.0, self._log_growth(self.theta_min - math.exp(s + 1.0), scale), 0.0
         for _ in range(_EVALUATIONS):
@@ -105,19 +105,19 @@ class Ritz:
         return self.theta_min - math.exp(s) - self.rounding
 
     def upper_bound(self, failure_probability: float) -> float:
-        """Return an upper bound on lambda_max, with its own `failure_probability`: the lower bound of -A, turned."""
+        """Return an upper bound on lambda_max, with its own `failure_probability`: minus the lower bound for -A."""
         turned = replace(
             self, alphas=tuple(-a for a in self.alphas), thetas=tuple(-theta for theta in reversed(self.thetas))
         )
         return -turned.lower_bound(failure_probability)
 
     def _log_growth(self, below: float, scale: float) -> float:
-        """log of sum_j p_j(lambda)^2, or of its largest term, at a lambda below theta_min.
+        """Return log sum_j p_j(lambda)^2, or the log of its largest term, at lambda = `below`, less than theta_min.
 
         -p_{j+1} / p_j = d_j / beta_{j+1} with the pivots d_j of the tridiagonal minus lambda, all positive there.
         """
         floor, least = max(self.rounding, _rounding(self.n) * scale), math.ulp(scale)
-        pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # log p_j^2, and of the sum
+        pivot, term, total, before = 0.0, 0.0, 0.0, 0.0  # term: log p_j^2; total: log of the sum
         for alpha, beta in zip(self.alphas, self.betas, strict=True):
             pivot = alpha - below - (before * before / pivot if before else 0.0)
             pivot = pivot if pivot > least else least
@@ -131,12 +131,12 @@ class Ritz:
 class Lanczos:
     """The Lanczos process on a symmetric A, one product a `step`.
 
-    `matvec` maps float64[n] to A v, float64[n]; `start`, float64[n], is Gaussian, fresh for every certificate (and the
-    same on every worker); `precision` is the unit roundoff of the products, and `error` returns what one of a unit
-    vector may be wrong by otherwise, as far as is known now. Vectors may be a worker's parts of longer ones, of `n`
-    numbers in all, with a collective `dot`. Recurrences are in double precision; the first `max_vectors` vectors (None:
-    all) are kept, and while they all are, each new one is orthogonalised against them twice. Beyond, three vectors are
-    in memory and the rest is found again when a Ritz vector is asked for. Raises ValueError for `max_vectors` below 2.
+    `matvec` maps v, float64[n], to A v, float64[n]; `start`, float64[n], is Gaussian, fresh for every certificate and
+    equal on all workers; `precision` is the unit roundoff of the products; `error()` is the current estimate of their
+    other errors for a unit vector. Vectors may be sharded: then `n` is their whole length, and `dot` is collective.
+    Recurrences are in float64. The first `max_vectors` vectors (None: all) are stored; while all are, each new one is
+    orthogonalized against them twice. Later steps use three more vectors, and a Ritz vector recomputes those that are
+    not stored. Raises ValueError for `max_vectors` below 2.
     """
 
     def __init__(
@@ -155,8 +155,8 @@ class Lanczos:
         n = len(start) if n is None else n
         self._matvec, self._n, self._limit, self._precision = matvec, n, max_vectors or n, precision
         self._known_error, self._dot = error, dot
-        self._error = 0.0  # the largest found of what should have been nothing
-        self.products = 0  # all of them, also those for Ritz vectors
+        self._error = 0.0  # largest component found that exact products would not have
+        self.products = 0  # number of products so far, including those for Ritz vectors
         self._basis = [start / self._norm(start)]
         self._pair = (torch.zeros(0), self._basis[0])  # the last two vectors
         self._alphas: list[float] = []
@@ -169,11 +169,11 @@ class Lanczos:
         return bool(self._betas) and self._betas[-1] == 0.0
 
     def step(self) -> Ritz:
-        """Do one product and return what is known now. Raises RuntimeError after `exhausted`."""
+        """Do one step, with one product, and return the result so far. Raises RuntimeError if `exhausted`."""
         if self.exhausted:
             raise RuntimeError("the Krylov space is exhausted; there is no further step")
 
-        # beta_{k+1} q_{k+1} = A q_k - alpha_k q_k - beta_k q_{k-1}, orthogonalised against all q_j that are kept.
+        # beta_{k+1} q_{k+1} = A q_k - alpha_k q_k - beta_k q_{k-1}, orthogonalized against all stored q_j.
         before, q = self._pair
         w = self._product(q)
         alpha = self._dot(w, q)
@@ -184,12 +184,12 @@ class Lanczos:
                 for p in self._basis:
                     found = self._dot(w, p)
                     w.sub_(p, alpha=found)
-                    if sweep == 0 and p is not q:  # along q it is alpha's own rounding
+                    if sweep == 0 and p is not q:  # along q it is the rounding of alpha
                         self._error = max(self._error, abs(found))
         self._alphas.append(alpha)
         beta = self._norm(w)
 
-        # Ritz values: eigenvalues of the tridiagonal; the process ends where beta is rounding.
+        # Ritz values: eigenvalues of the tridiagonal; the process ends if beta is at rounding level.
         thetas, vectors = torch.linalg.eigh(self._tridiagonal())
         self._ends = vectors[:, [0, -1]]
         scale = max(abs(float(thetas[0])), abs(float(thetas[-1])), beta)
@@ -216,7 +216,7 @@ class Lanczos:
     def run(
         self, most: int, is_enough: Callable[[Ritz], bool], progress: Callable[[int], None] = lambda steps: None
     ) -> Ritz:
-        """Do steps until `is_enough`, `most` are done or none is possible; return what is known then.
+        """Do up to `most` steps, until `is_enough` or exhaustion; return the result.
 
         `progress` is called with the number of steps so far.
         """
@@ -228,8 +228,8 @@ class Lanczos:
         return ritz
 
     def ritz_vector(self, *, largest: bool = False) -> Tensor:
-        """Return the unit Ritz vector v of theta_min, or with `largest` of theta_max, float64[n]; vectors not kept cost
-        one product each."""
+        """Return the unit Ritz vector v of theta_min, or with `largest` of theta_max, float64[n]. Each vector not
+        stored costs one product."""
         v = torch.zeros_like(self._basis[0])
         weights = self._ends[:, int(largest)].tolist()
         for weight, q in zip(weights, self._basis, strict=False):
@@ -243,8 +243,8 @@ class Lanczos:
         return v.div_(self._norm(v))
 
     def _spread_error(self) -> float:
-        """The norm of n x k numbers whose columns are independent, with the norm of one product's error (Marchenko and
-        Pastur): what k products' errors are as a matrix, hardly more than one's unless k is near n."""
+        """Return the norm of an n x k matrix with the errors of k products as independent columns of the known norm
+        (Marchenko and Pastur): hardly more than that of one column unless k is near n."""
         return self._known_error() * (1 + math.sqrt(len(self._alphas) / self._n))
 
     def _norm(self, v: Tensor) -> float:
@@ -255,7 +255,7 @@ class Lanczos:
         return self._matvec(q)
 
     def _recur(self, product: Tensor, alpha: float, q: Tensor, before: Tensor, j: int | None = None) -> Tensor:
-        """A q_j - alpha_j q_j - beta_j q_{j-1}; A q_j, which may be the caller's, stays as it is."""
+        """Return A q_j - alpha_j q_j - beta_j q_{j-1}; `product`, A q_j, is not modified."""
         j = len(self._alphas) if j is None else j
         w = product.sub(q, alpha=alpha)
         return w.sub_(before, alpha=self._betas[j - 1]) if j else w
@@ -266,11 +266,11 @@ class Lanczos:
 
 
 def check_probability(failure_probability: float) -> None:
-    """Raise ValueError unless a failure probability can be worked with."""
+    """Raise ValueError unless a failure probability is in [1e-100, 1)."""
     if not _LEAST_PROBABILITY <= failure_probability < 1:
         raise ValueError(f"failure_probability must be in [{_LEAST_PROBABILITY:g}, 1), got {failure_probability}")
 
 
 def _rounding(n: int) -> float:
-    """Relative rounding of sums of n doubles, with room."""
+    """Return a generous estimate of the relative rounding error of sums of n doubles."""
     return 8 * math.sqrt(n) * torch.finfo(torch.float64).eps

@@ -1,10 +1,10 @@
-"""Convolutions whose weight gradients oneDNN gets wrong in channels-last memory, and how to go around that.
+"""Convolutions whose weight gradients are wrong with oneDNN in channels-last memory, and a workaround.
 
-Of a 1 x 1 convolution with a stride and fewer input channels than a vector register holds (8 numbers with AVX2, 16 with
+For a strided 1 x 1 convolution with fewer input channels than a vector register holds (8 numbers with AVX2, 16 with
 AVX-512), oneDNN's `backward_weights` writes past its workspace (github.com/uxlfoundation/oneDNN/issues/6035, in torch
-2.13): the process crashes or hangs, or the gradient is wrong without a word. One such tensor, input or weight, is
+2.13): the process crashes or hangs, or the gradient is silently wrong. One channels-last tensor, input or weight, is
 enough. Narrow ResNets have such convolutions in their shortcuts. Contiguous tensors are safe, and so is torch without
-oneDNN, which takes one and a half times as long for such networks.
+oneDNN, which takes 1.5 times as long for such networks.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 
 
 def has_narrow_convolutions(model: nn.Module) -> bool:
-    """Tell if a network has a convolution that is not to be trusted on a CPU with channels last."""
+    """Return True if a network has a convolution whose gradients may be wrong on a CPU with channels last."""
     return any(isinstance(module, _Convolution) and _is_narrow(module) for module in model.modules())
 
 
@@ -32,9 +32,9 @@ def _is_narrow(layer: Any) -> bool:
 
 @contextmanager
 def safe_derivatives(model: nn.Module) -> Iterator[None]:
-    """Within, derivatives of a network on a CPU are taken without oneDNN, if it has narrow convolutions.
+    """Context without oneDNN, for derivatives of a network on a CPU that has narrow convolutions; otherwise no-op.
 
-    Whether tensors are channels last is not looked at: a network may make its own so on the way.
+    The memory format is not checked, since a network may convert its tensors in the forward pass.
     """
     backend: Any = torch.backends.mkldnn
     before = backend.enabled

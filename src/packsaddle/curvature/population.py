@@ -1,21 +1,21 @@
-"""A certificate of the population's loss, f(x) = E f(x, z), from n examples that were drawn from it.
+"""A certificate for the population loss, f(x) = E f(x, z), from n examples drawn from the population.
 
-Batches are independent draws; n_b examples of batch b have the mean gradient g_b and Hessian H_b, B batches have n. The
-mean over the examples is (g_n, H_n), and what is said of (g, H) of the population follows from how batches differ:
+Batches are independent draws; the n_b examples of batch b have mean gradient g_b and Hessian H_b, those of all B
+batches g_n and H_n. Bounds for g and H of the population follow from the variation between batches:
 
 gradient    ||g_n - g|| <= s (1 + sqrt(2 log(1 / delta))) for a Gaussian vector of covariance C with s^2 = tr C
             (Borell's inequality, and ||C|| <= tr C); s^2 = sum_b n_b ||g_b - g_n||^2 / ((B - 1) n), as measured.
-above       v is found on every second batch and measured on the others, which know nothing of it: their quotients
-            v^T H_b v have the mean v^T H v >= lambda_min(H), so lambda_min(H) is at most their mean and Student's
-            t-quantile of B' - 1 degrees times its standard error.
+above       v is found on every second batch and measured on the B' others, which are independent of it: the
+            v^T H_b v have expected value v^T H v >= lambda_min(H), so lambda_min(H) is at most their mean plus
+            Student's t-quantile for B' - 1 degrees of freedom times its standard error.
 below       lambda_min(H) >= lambda_min(H_n) - lambda_max(H_n - H), and for a symmetric Gaussian matrix Z of mean 0 the
             largest eigenvalue exceeds t with probability d exp(-t^2 / (2 ||E Z^2||)) at most (Tropp, Found. Comput.
             Math. 12, 2012, theorem 4.1), so it is at most sqrt(2 ||E Z^2|| log(d / delta)).
             E Z^2 = sum_b n_b (H_b - H_n)^2 / ((B - 1) n), as measured, its norm bounded from above by Lanczos.
 
 Assumed: batches are independent draws from the population (drawn without replacement they vary less), means over them
-are near Gaussian (many batches), and variances are as measured. Each of five statements fails with a fifth of the
-failure probability, so all hold together but for it.
+are near Gaussian (many batches), and variances are as measured. Each of five statements fails with at most a fifth of
+the failure probability, so all hold together up to that probability.
 """
 
 import math
@@ -39,41 +39,41 @@ from packsaddle.errors import check_positive
 
 _STATEMENTS = 5
 _FEWEST_BATCHES = 8
-_STEPS = 40  # of each search on the examples
+_STEPS = 40  # most Lanczos steps of each search on the examples
 _VARIANCE_STEPS = 24
-_CLOSE = 1.5  # bounds on the variance's norm apart by so much are good enough
-MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # about
+_CLOSE = 1.5  # ratio of the bounds on the variance's norm at which its search stops
+MOST_PRODUCTS = 2 * _STEPS + 3 * _VARIANCE_STEPS  # approximately
 
 
 @dataclass(frozen=True)
 class PopulationCertificate:
-    """Bounds for the loss that n examples were drawn from; all hold together but for `failure_probability`."""
+    """Bounds for the population loss; all hold together with probability 1 - `failure_probability`."""
 
     verdict: Verdict
     epsilon: float
-    epsilon_proposed: bool  # none was given: the least that the bound on the gradient passes
+    epsilon_proposed: bool  # True: none was given; the smallest that passes the bound on the gradient
     hessian_lipschitz: float  # rho
-    hessian_lipschitz_estimated: bool  # measured along v on the examples
+    hessian_lipschitz_estimated: bool  # True: measured along v on the examples
     threshold: float  # -sqrt(rho epsilon)
     grad_norm: float  # ||g_n||
-    grad_norm_lower: float  # of ||g||
-    grad_norm_upper: float  # of the same
-    quotient: float  # v^T H v over the batches that v was not found on
+    grad_norm_lower: float  # lower bound on ||g||
+    grad_norm_upper: float  # upper bound on ||g||
+    quotient: float  # v^T H v over the batches not used to find v
     quotient_error: float  # its standard error
-    lambda_min_upper: float  # of H
-    lambda_min_lower: float  # of H; -inf where the verdict did not need it
-    sample_lower: float  # of H_n
-    deviation: float  # lambda_max(H_n - H) is at most this
+    lambda_min_upper: float  # upper bound on lambda_min(H)
+    lambda_min_lower: float  # lower bound on lambda_min(H); -inf if not needed for the verdict
+    sample_lower: float  # lower bound on lambda_min(H_n); -inf likewise
+    deviation: float  # upper bound on lambda_max(H_n - H); inf if not needed
     escape_direction: Tensor  # v, float64[d]
     failure_probability: float  # of all bounds together
     examples: int  # n
     batches: int  # B
-    hvp: str  # how products were taken
-    hvp_reason: str | None  # why not by double backward, where it was tried
+    hvp: str  # method of the products
+    hvp_reason: str | None  # why double backward failed; None: it did not, or was not tried
     backward_passes: int  # over the examples
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the escape direction as plain types, for JSON, which has no infinity: None."""
+        """Return everything except the escape direction as plain types for JSON; non-finite floats become None."""
         values = {k: v for k, v in asdict(self).items() if k != "escape_direction"} | {"verdict": str(self.verdict)}
         return for_json(values)
 
@@ -119,22 +119,22 @@ def certify_population(
     process_group: Any = None,
     progress: Callable[[int], None] = lambda products: None,
 ) -> PopulationCertificate:
-    """Certify the model's present parameters for the population that the batches were drawn from; collective.
+    """Certify the model's current parameters for the population that the batches were drawn from; collective.
 
-    Batches are independent draws, eight or more on all workers together, and better many small ones.
+    Needs eight batches or more on all workers together; many small ones are better than few large ones.
 
     Args:
         model, loss_fn, process_group: as for `certify`.
         batches: as for `certify`; each an independent draw from the population.
-        epsilon: the gradient's threshold; None takes the least that the bound on the gradient passes.
-        hessian_lipschitz: rho; None measures it along the direction found, over the examples.
+        epsilon: the gradient's threshold. None: the smallest that passes the bound on the gradient.
+        hessian_lipschitz: rho. None: measured along the direction found, over the examples.
         search: its `failure_probability`, of all bounds together, by default 0.05, and `hvp`, `memory_limit` and
             `generator`; the other options do not apply.
-        progress: called with the number of products so far, of `MOST_PRODUCTS` at most, about; a product of the
-            variance costs three over the examples.
+        progress: called with the number of products so far, at most about `MOST_PRODUCTS`; a product of the variance
+            counts as three.
 
-    Raises ValueError for bad arguments, for fewer than eight batches, for a sharded model (whose workers see no batch's
-    Hessian) and for losses that are not a function of the parameters.
+    Raises ValueError for invalid arguments, for fewer than eight batches, for a sharded model (whose workers have no
+    Hessian of a single batch) and for losses that vary between evaluations.
 
     >>> import torch
     >>> from packsaddle.curvature import certify_population
@@ -155,8 +155,8 @@ def certify_population(
         count = check_population(model, batches, process_group)
         chosen = choose_products(curvature, search.hvp)
 
-        # The gradient, and a direction from every second batch, measured on the others; half of the workers begin with
-        # the second batch, so that both halves have about as many.
+        # The gradient, and a direction from every second batch, measured on the others. Half of the workers start at
+        # the second batch, so that both halves have about the same number of batches.
         gradient, spread = curvature.gradient()
         grad_norm = curvature.norm(gradient)
         off = spread * (1 + math.sqrt(2 * math.log(1 / delta)))
@@ -175,7 +175,7 @@ def certify_population(
             quotient, error, degrees = _quotient(fresh, v)
             upper = quotient + float(stdtrit(degrees, 1 - delta)) * error + off_by
 
-            # The examples' own lower bound, less what their Hessian may be off by.
+            # The lower bound for the examples, less the deviation of their Hessian from the population's.
             sample_lower, deviation = -math.inf, math.inf
             if grad_norm + off <= epsilon and upper >= threshold:
                 sample_lower = _lower_bound(products, delta, threshold, search, progress)
@@ -212,7 +212,7 @@ def certify_population(
 
 
 def check_population(model: nn.Module, batches: Iterable[Any], process_group: Any = None) -> int:
-    """Return the number of batches of all workers; raises ValueError, on all of them, if `certify_population` would."""
+    """Return the number of batches of all workers. Raises ValueError, on all, for a sharded model or too few."""
     if any(hasattr(p, "placements") for p in model.parameters()):
         raise ValueError("model must not be sharded: its workers see no single batch's Hessian")
     channel = Communicator(resolve(process_group), Ledger())
@@ -225,14 +225,14 @@ def check_population(model: nn.Module, batches: Iterable[Any], process_group: An
 
 
 def _lowest_direction(products: Products, search: Search, progress: Callable[[int], None]) -> Tensor:
-    """Return the Ritz vector of lambda_min, nearly an eigenvector or after all steps; any vector would be valid."""
+    """Return the Ritz vector of lambda_min, once nearly an eigenvector or after all steps; any vector is valid."""
     lanczos = lanczos_over(products, search)
     lanczos.run(_STEPS, lambda ritz: ritz.is_settling, progress)
     return lanczos.ritz_vector()
 
 
 def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
-    """v^T H v over batches, its standard error and degrees of freedom; collective."""
+    """Return v^T H v over the batches, its standard error and degrees of freedom; collective."""
     curvature = products.curvature
     sums = torch.zeros(3, dtype=torch.float64)  # n_b q_b, n_b q_b^2, batches
     for batch, n in curvature.read():
@@ -248,7 +248,7 @@ def _quotient(products: Products, v: Tensor) -> tuple[float, float, int]:
 def _lower_bound(
     products: Products, delta: float, threshold: float, search: Search, progress: Callable[[int], None]
 ) -> float:
-    """Bound lambda_min of the examples from below, until more steps would gain little, or they have a saddle."""
+    """Return a lower bound on lambda_min of the examples; stops if more steps gain little, or at a saddle."""
 
     def is_enough(ritz: Ritz) -> bool:
         room = ritz.theta_min - threshold
@@ -259,12 +259,12 @@ def _lower_bound(
 
 
 def _variance_norm(products: Products, delta: float, search: Search, progress: Callable[[int], None]) -> float:
-    """An upper bound on the norm of the variance of H_n, sum_b n_b (H_b - H_n)^2 / ((B - 1) n); collective."""
+    """Return an upper bound on the norm of the variance of H_n, sum_b n_b (H_b - H_n)^2 / ((B - 1) n); collective."""
     curvature = products.curvature
     count = curvature.batches()
 
     def variance(u: Tensor) -> Tensor:
-        """sum_b n_b H_b (H_b - H_n) u over (B - 1) n, which is that: sum_b n_b (H_b - H_n) is 0."""
+        """Return sum_b n_b H_b (H_b - H_n) u / ((B - 1) n): the variance times u, as sum_b n_b (H_b - H_n) = 0."""
         mean = products(u)
         total = torch.zeros_like(u)
         for batch, n in curvature.read():

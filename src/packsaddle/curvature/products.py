@@ -1,8 +1,8 @@
-"""Hessian-vector products and what they may be wrong by: by double backward, or by central differences of gradients.
+"""Hessian-vector products and their errors, by double backward or by central differences of gradients.
 
-`choose_products` decides. Double backward differentiates the gradient exactly, to rounding. Fused attention and
-compiled networks have no second derivative in torch, and `Differences` takes (g(x + h v) - g(x - h v)) / (2 h) in its
-place, which asks for nothing but gradients. For a unit vector v it is wrong by
+`choose_products` selects one. Double backward differentiates the gradient exactly, up to rounding. Fused attention and
+compiled networks have no second derivative in torch; for them `Differences` computes (g(x + h v) - g(x - h v)) / (2 h),
+which needs only gradients. For a unit vector v its error is
 
     rounding / h + h^2 M_3 / 6,    M_3 the norm of the third derivative of g along v,
 
@@ -10,9 +10,9 @@ and both terms are measured at the point and along the vector. Products at h and
 and at 2 h by rounding and by h^2 M_3 / 2, three times the second term: so h is chosen where the first is twice the
 second.
 
-Double backward trusts the backward of an `autograd.Function`, which may be right once and wrong twice
-(`custom_functions`). If a loss has one, products are compared with differences along the first vector and along the
-direction on which the verdict rests.
+The backward of a custom `autograd.Function` may have a right first and a wrong second derivative (`custom_functions`).
+If a loss has one, products by double backward are compared with differences along the first vector and along the
+direction that decides the verdict.
 """
 
 import math
@@ -31,28 +31,28 @@ from packsaddle.curvature.options import Hvp, Search
 
 Result = TypeVar("Result")
 
-_NEARBY = 17 / 16  # steps so close give products that differ by rounding alone, nearly
-_ROUNDS = 6  # of looking for a step
-_LONGEST = 1 / 16  # of ||x||: h; farther out M_3 at two steps says little of the error
-_FARTHEST = 64.0  # from one round's step to the next one's
-_FAR = 0.1  # of a product: an error beyond which a step says little of shorter ones
-_SHORTEN = 1 / 16  # at least, from there
+_NEARBY = 17 / 16  # ratio of two steps whose products differ almost only by rounding
+_ROUNDS = 6  # most trials of a step
+_LONGEST = 1 / 16  # largest h / ||x||; beyond it M_3 at two steps does not predict the error
+_FARTHEST = 64.0  # largest ratio of the steps of consecutive rounds
+_FAR = 0.1  # relative error of a product above which a step does not predict shorter ones
+_SHORTEN = 1 / 16  # largest factor to the next step in that case
 _SHRUNK = 0.9
-_LOUD = 16  # times the least rounding measured: more is none
-_KINKED = 1e-3  # of a product: an error that a smooth function has in no double precision
-_ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff
-_SHORTEST = 64  # of ||x||'s last place
+_LOUD = 16  # times the smallest rounding error measured; a larger difference is not rounding
+_KINKED = 1e-3  # relative error of a product that no smooth function has in float64
+_ROOM_FOR_SHORT_STEPS = 1e-12  # unit roundoff below which a step may fit between kinks
+_SHORTEST = 64  # smallest h, in units of ||x||'s last place
 _CHECK_EVERY = 2  # products number 1, 2, 4, 8, ... are checked: the second is the first of a curved direction
 _RHO_DISTANCE = 1e-2  # along v to each side
-_DOUBT = 2  # factor of the errors of two products beyond which they differ
-_SURE = 0.01  # what is allowed for errors at most where products are compared, of the largest product's norm
+_DOUBT = 2  # two products differ if their distance exceeds this times their errors
+_SURE = 0.01  # largest error at which products are comparable, relative to the largest product's norm
 _ROUNDING = 16  # error of a product by double backward, in units of its last place
-_RANDOM = 16  # least difference of two products by chance, in square roots of the unit roundoff of their norm
-_RANDOM_OF_16_BITS = 0.25  # the same, at most, of their norm
+_RANDOM = 16  # smallest relative difference that shows a random loss, in square roots of the unit roundoff
+_RANDOM_OF_16_BITS = 0.25  # upper limit of that difference, relative to the norm
 
 
 class DoubleBackwardError(ValueError):
-    """Products by double backward are wrong; `reason` says by how much."""
+    """Products by double backward are wrong; `reason` has the size of the error."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"hvp must be 'differences' or 'auto' for this loss: {reason}")
@@ -60,13 +60,13 @@ class DoubleBackwardError(ValueError):
 
 
 class Products(ABC):
-    """H v for float64[d] vectors v, collective; `error` bounds ||H v - product|| for a unit v, rounding aside."""
+    """Hessian-vector products, float64[d]; collective. `error` bounds ||H v - product|| for unit v, less rounding."""
 
     name: str
-    reason: str | None = None  # why not by double backward, where that was tried
-    precision: float  # unit roundoff of what `error` does not contain
+    reason: str | None = None  # why double backward failed; None: it did not, or was not tried
+    precision: float  # unit roundoff of the products, which `error` does not include
     error: float = 0.0
-    unproven = False  # the direction on which a verdict rests needs `checked`
+    unproven = False  # True: the direction that decides a verdict needs `checked`
 
     def __init__(self, curvature: Curvature) -> None:
         self.curvature = curvature
@@ -77,7 +77,7 @@ class Products(ABC):
 
     @abstractmethod
     def checked(self, v: Tensor) -> tuple[Tensor, float]:
-        """Return H v for a unit vector and what this one may be wrong by, which `error` is raised to."""
+        """Return H v for a unit vector v and the error of this product; `error` becomes at least that."""
 
     @abstractmethod
     def of_batch(self, batch: Any, v: Tensor) -> Tensor:
@@ -85,22 +85,22 @@ class Products(ABC):
 
     @abstractmethod
     def of(self, curvature: Curvature) -> "Products":
-        """Return products of other examples, taken in the same way."""
+        """Return products over other examples, by the same method."""
 
     def learn(self, other: "Products") -> None:  # noqa: B027 -- most have nothing to learn
-        """Begin with what products of other examples have found."""
+        """Initialize step sizes and error estimates from products over other examples."""
 
     @abstractmethod
     def change(self, v: Tensor) -> float:
-        """Return ||d/ds H(x + s v) v|| as measured over |s| <= 0.01 or more."""
+        """Return ||d/ds H(x + s v) v||, measured by differences over |s| <= 0.01 or more."""
 
     def rho(self, v: Tensor) -> float:
-        """Return an estimate of rho from below, the change along v; never 0."""
+        """Return `change(v)`, an estimate of rho from below; never 0."""
         return max(self.change(v), torch.finfo(torch.float64).tiny)
 
 
 class DoubleBackward(Products):
-    """The derivative of <grad f, v>.
+    """Products as the derivative of <grad f, v>, by autograd.
 
     The first product is computed twice. Raises ValueError if the two differ, as those of a random loss do. If the loss
     has custom functions, the first product and those of `checked` are compared with differences of gradients. Raises
@@ -114,9 +114,9 @@ class DoubleBackward(Products):
         self.precision = curvature.precision
         self._begun = self._repeats = False
         self._custom: set[str] = set()  # names of the custom functions in this worker's losses
-        self._largest = 0.0  # norm of a product so far
-        self._differences: Differences | None = None  # to compare with
-        self._coarse = False  # whether their errors are too large to compare with
+        self._largest = 0.0  # largest norm of a product so far
+        self._differences: Differences | None = None  # for comparison
+        self._coarse = False  # errors of the differences are too large for a comparison
 
     def __call__(self, v: Tensor) -> Tensor:
         return self.curvature.hessian_vector(v) if self._begun else self.checked(v)[0]
@@ -143,8 +143,8 @@ class DoubleBackward(Products):
     def _compare(self, v: Tensor, product: Tensor) -> None:
         """Raise DoubleBackwardError if a product differs from differences of gradients.
 
-        Below double precision kinks hide a difference, or look like one. There a copy of the model in double precision
-        decides. A loss that cannot be computed in it counts as different.
+        Below float64, kinks of the loss can hide or imitate a difference. There a float64 copy of the model decides;
+        a loss that raises in float64 counts as different.
         """
         why = None
         if not self._coarse:
@@ -165,7 +165,7 @@ class DoubleBackward(Products):
             if curvature is None:
                 return None
             why = _disagreement(Differences(curvature), v, curvature.hessian_vector(v), self._largest)
-        except Exception as error:  # a loss made for other dtypes raises what its code leads to
+        except Exception as error:  # a loss written for other dtypes may raise anything
             return f"its product cannot be compared with differences of gradients in float64 ({type(error).__name__})"
         self.curvature.passes += curvature.passes
         return why and f"in float64 {why}"
@@ -192,20 +192,20 @@ class DoubleBackward(Products):
 
 @dataclass(frozen=True)
 class _Trial:
-    """A product at one step, and what was measured of its error."""
+    """A product by differences with step h, and its measured errors."""
 
-    step: float
+    step: float  # h
     product: Tensor  # float64[d]
     noise: float  # rounding / h
-    apart: float  # from the product at 2 h
+    apart: float  # distance from the product at 2 h
     error: float
 
 
 def _disagreement(differences: "Differences", v: Tensor, product: Tensor, largest: float) -> str | None:
     """Return how a product by double backward differs from differences of gradients; None if it does not.
 
-    They differ beyond both errors, or where errors are not small compared with the `largest` norm of products: they
-    would hide a missing product.
+    They differ if their distance exceeds both errors, or if these are not small relative to the `largest` norm of
+    products: then a missing term would not be detected.
     """
     curvature = differences.curvature
     other, error = differences.checked(v)
@@ -219,9 +219,9 @@ def _disagreement(differences: "Differences", v: Tensor, product: Tensor, larges
 
 
 class Differences(Products):
-    """(g(x + h v) - g(x - h v)) / (2 h), two gradients a product and six or more where its error is measured.
+    """Products (g(x + h v) - g(x - h v)) / (2 h): two gradients each, six or more if the error is measured.
 
-    Parameters of 16 bits are displaced to neighbours drawn at random, so that they move by h v in the mean.
+    16-bit parameters are rounded stochastically, so that they move by h v in the mean.
     """
 
     name = "differences of gradients"
@@ -234,10 +234,10 @@ class Differences(Products):
         reach = max(1.0, curvature.size_of_parameters())
         self._longest, self._shortest = _LONGEST * reach, _SHORTEST * self._eps * reach
         self.step = min(math.cbrt(self._eps) * reach, self._longest)  # h; a first guess
-        self._rounding = 0.0  # of one gradient, in norm
-        self._quietest = math.inf  # the least that was measured of it
+        self._rounding = 0.0  # norm of the rounding error of one gradient
+        self._quietest = math.inf  # smallest one measured
         self._count, self._next_check = 0, 1
-        self._dithers = 0  # seeds of dithering for batches so far
+        self._dithers = 0  # number of rounding seeds used for batches
 
     def __call__(self, v: Tensor) -> Tensor:
         self._count += 1
@@ -257,9 +257,9 @@ class Differences(Products):
                 break
             tried = self._trial(v, step)
             worse = tried.error > best.error > 0
-            if (worse and not far) or (far and not tried.noise):  # a step that nothing moves by
+            if (worse and not far) or (far and not tried.noise):  # no parameter moves by this step
                 break
-            # Products of a valley grow with shorter steps; those of a step that moves only some numbers shrink.
+            # In a valley products grow with shorter steps; they shrink if a step moves only some parameters.
             shrunk = far and self.curvature.norm(tried.product) < _SHRUNK * self.curvature.norm(best.product)
             best, last = best if worse or shrunk else tried, tried
         best = self._between_kinks(v, best)
@@ -269,19 +269,19 @@ class Differences(Products):
         return best.product, best.error
 
     def _is_far(self, last: _Trial, best: _Trial) -> bool:
-        """Tell if the last step is far beyond what bends the loss, as that of a flat direction is for a sharp valley.
+        """Return True if the last step is far too long for the loss, as a flat direction's step is in a sharp valley.
 
-        There a product is mostly error, and not of rounding, which no direction changes much; third derivatives say
-        nothing yet, and errors may rise before they fall.
+        Then a product is mostly error, and not of rounding, which hardly depends on the direction. Third derivatives do
+        not predict a better step yet, and errors may rise before they fall.
         """
         rounds = last.noise * last.step <= _LOUD * self._quietest
         return best.error > _FAR * self.curvature.norm(best.product) and (last.noise < last.apart or not rounds)
 
     def _between_kinks(self, v: Tensor, best: _Trial) -> _Trial:
-        """Look for a step that crosses no kink, where rounding leaves room for one: in double precision.
+        """Return a trial whose step crosses no kink of the loss, else `best`. Only float64 allows such short steps.
 
-        Among kinks, as those of ReLU, neighbouring steps differ by which they cross, and errors grow with shorter steps
-        until none is crossed. A trial at such a step sees the Hessian that double backward has.
+        With kinks, as of ReLU, similar steps cross different ones, and errors grow with shorter steps until none is
+        crossed. A product with such a step is that of double backward.
         """
         step = best.step
         while self._eps < _ROOM_FOR_SHORT_STEPS and best.error > _KINKED * self.curvature.norm(best.product):
@@ -301,10 +301,10 @@ class Differences(Products):
 
     @staticmethod
     def _better(trial: _Trial) -> float:
-        """The factor from a trial's step to the one where rounding / h is twice h^2 M_3 / 6."""
-        if trial.noise == 0.0:  # nothing moved: a step that 16 bits do not see, or a gradient that is constant
+        """Return the factor from a trial's step to the one where rounding / h is twice h^2 M_3 / 6."""
+        if trial.noise == 0.0:  # no change: a step below 16-bit resolution, or a constant gradient
             return _FARTHEST
-        # Of independent errors e / h and e / (2 h) against e / h and 16 e / (17 h): squares are as 5/4 to 1.89.
+        # Independent rounding errors e of a gradient add 5/4 (e / h)^2 to apart^2 and 1.89 (e / h)^2 to noise^2.
         squares = trial.apart**2 - 0.66 * trial.noise**2
         curved = math.sqrt(max(squares, (trial.noise / 64) ** 2)) / 3
         # h^2 M_3 / 6 changes by 0.129 of it between h and 17 h / 16.
@@ -325,7 +325,7 @@ class Differences(Products):
         return other
 
     def learn(self, other: Products) -> None:
-        """Begin with the other's step, and what it has found of rounding."""
+        """Copy the step and the rounding estimates of `other`."""
         assert isinstance(other, Differences)
         self.step, self._rounding, self._quietest = other.step, other._rounding, other._quietest
 
@@ -334,7 +334,7 @@ class Differences(Products):
         return ahead.sub_(self.curvature.gradient_at(v, -h)).div_(2 * h)
 
     def change(self, v: Tensor) -> float:
-        """The second difference of the gradient, less what rounding adds to its square."""
+        """Return the norm of the gradient's second difference over s^2, corrected for rounding."""
         s = max(_RHO_DISTANCE, 2 * self.step)
         second = self.curvature.gradient_at(v, s).add_(self.curvature.gradient_at(v, -s))
         second.sub_(self.curvature.gradient_at(v, 0.0), alpha=2.0)
@@ -343,9 +343,9 @@ class Differences(Products):
 
 
 def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], Tensor] | None = None) -> Lanczos:
-    """Return a Lanczos process of products from a random start; vectors are kept up to `search.memory_limit` bytes.
+    """Return a Lanczos process on H from a random start, which stores up to `search.memory_limit` bytes of vectors.
 
-    `matvec` is that of a matrix made of products, for the process of that instead.
+    `matvec`, if given, is the product with another matrix to use in place of H.
     """
     curvature = products.curvature
     return Lanczos(
@@ -360,7 +360,7 @@ def lanczos_over(products: Products, search: Search, matvec: Callable[[Tensor], 
 
 
 def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
-    """Return how products are taken; "auto" tries double backward on one batch; collective. Raises ValueError."""
+    """Return the products for a method; "auto" tries double backward on one batch; collective. Raises ValueError."""
     if hvp == "differences":
         return Differences(curvature)
     if hvp == "auto" and (reason := curvature.why_no_double_backward()) is not None:
@@ -371,9 +371,9 @@ def choose_products(curvature: Curvature, hvp: Hvp) -> Products:
 
 
 def with_products(products: Products, hvp: Hvp, work: Callable[[Products], Result]) -> Result:
-    """Return work(products), of what `choose_products` returned; collective.
+    """Return work(products) for the products from `choose_products`; collective.
 
-    If double backward is found wrong meanwhile, work is repeated with differences for "auto". Otherwise raises
+    If double backward turns out wrong, the work is repeated with differences for "auto"; other methods raise
     DoubleBackwardError, a ValueError.
     """
     try:

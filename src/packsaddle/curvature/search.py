@@ -1,8 +1,8 @@
-"""The search for curvature below the threshold: Lanczos steps until the verdict is settled.
+"""The search for curvature below the threshold: Lanczos steps until the verdict is decided.
 
-A saddle is proved by one Rayleigh quotient over all examples, whatever its direction came from. So `pilot` looks for a
-direction on a part of the examples first, where a product costs a fraction, and `CurvatureSearch.proves` takes one
-product over all of them. Only the absence of negative curvature needs the whole process over all examples.
+One Rayleigh quotient over all examples proves a saddle, for a direction from any source. So `pilot` first searches for
+a direction on a part of the examples, where products are cheaper, and `CurvatureSearch.proves` computes one product
+over all. Only the absence of negative curvature needs the whole process over all examples.
 """
 
 import math
@@ -25,11 +25,11 @@ _PILOT_COST = 2  # products over all examples that a pilot may cost
 
 @dataclass(frozen=True)
 class Bounds:
-    """The knowledge of a search after `products`, as its progress is told."""
+    """The bounds of a search after some products, as passed to its progress callback."""
 
-    products: int
-    most: int  # products at most
-    examples: int  # over which they are
+    products: int  # so far
+    most: int  # limit of the products
+    examples: int  # number of examples in a product
     lambda_min: tuple[float, float]  # lower and upper bound
     lambda_max: tuple[float, float]  # the same
     threshold: float | None  # of lambda_min for a saddle; None: rho is not measured yet
@@ -41,12 +41,12 @@ class Bounds:
 
 
 Told = Callable[[Bounds], None]
-Walk = tuple[float, float, float]  # s, f(x + s v), and the most that [f(x + s v) + f(x - s v)] / 2 is below f(x)
+Walk = tuple[float, float, float]  # s, f(x + s v), and the largest f(x) - [f(x + s v) + f(x - s v)] / 2
 
 
 @dataclass(frozen=True)
 class Goal:
-    """The question of a search, and its limits."""
+    """The gradient norm and thresholds that a verdict depends on, and the limits of a search."""
 
     grad_norm: float
     epsilon: float
@@ -56,7 +56,7 @@ class Goal:
 
 @dataclass
 class CurvatureSearch:
-    """Steps of the Lanczos process until the goal is reached; after `run` or `proves`, the knowledge then."""
+    """Lanczos steps until the goal is reached, and their results after `run` or `proves`."""
 
     products: Products
     goal: Goal
@@ -67,7 +67,7 @@ class CurvatureSearch:
     lanczos: Lanczos | None = None
     ritz: Ritz | None = None
     v: Tensor = field(init=False)
-    error: float = 0.0  # what a product may be wrong by, taken off the bounds
+    error: float = 0.0  # error of a product, included in the bounds
     upper: float = math.inf
     residual: float = math.inf
     verdict: Verdict = Verdict.UNDECIDED
@@ -77,29 +77,29 @@ class CurvatureSearch:
 
     @property
     def curvature(self) -> Curvature:
-        """The derivatives that products come from."""
+        """The derivatives that the products use."""
         return self.products.curvature
 
     def run(self) -> None:
-        """Do steps from a random start until the verdict is settled, v and lambda_max good enough, `max_hvps` are done,
-        or there are no more."""
+        """Do Lanczos steps from a random start until the verdict is decided and v and lambda_max meet their tolerances,
+        or until `max_hvps` products or exhaustion."""
         goal, measured_at = self.goal, 0
         self.rho = goal.rho or 0.0
         self.lanczos = lanczos = lanczos_over(self.products, goal.options)
         for k in range(1, goal.options.max_hvps + 1):
             self.ritz = ritz = lanczos.step()
-            self._bound(ritz)  # never worse than an earlier bound but by its error
+            self._bound(ritz)  # never worse than an earlier bound, up to rounding
             self._tell(ritz, k, measured_at > 0 or goal.rho is not None)
             last = k == goal.options.max_hvps or lanczos.exhausted
 
-            # rho where it is not given: ||H(x + h v) v - H(x - h v) v|| / (2 h), as soon as v is good enough.
+            # Measure rho, if not given, once v is good enough: ||H(x + h v) v - H(x - h v) v|| / (2 h).
             if goal.rho is None and not measured_at:
                 if not (last or goal.grad_norm > goal.epsilon or ritz.is_settling):
                     continue
                 self.rho, measured_at = self.products.rho(lanczos.ritz_vector()), k
             if not (last or self._settled(ritz)):
                 continue
-            if goal.rho is None and measured_at < k:  # rho is that of the final v at least
+            if goal.rho is None and measured_at < k:  # rho is at least that along the final v
                 self.rho = max(self.rho, self.products.rho(lanczos.ritz_vector()))
                 measured_at = k
 
@@ -110,9 +110,9 @@ class CurvatureSearch:
                     break
 
     def proves(self, v: Tensor, rounding: float) -> bool:
-        """Measure v's Rayleigh quotient, and rho along it where it is not given; tell if they prove a saddle.
+        """Measure v's Rayleigh quotient, and rho along v if not given; return True if they prove a saddle.
 
-        `rounding` is what products of other examples were found to be wrong by, and no less is allowed for here.
+        `rounding` is the error of products over other examples; the error assumed here is at least that.
         """
         self.v = v
         quotient, error = self._measure_quotient()
@@ -125,17 +125,17 @@ class CurvatureSearch:
 
     @property
     def sharpest(self) -> Tensor | None:
-        """The unit Ritz vector of lambda_max, float64[d]; None after one product, and where vectors were not kept."""
+        """The unit Ritz vector of lambda_max, float64[d]; None after one product, or if vectors were not stored."""
         if self.lanczos is None or self.ritz is None or not self.ritz.orthogonal or self.ritz.steps == 1:
             return None
         return self.lanczos.ritz_vector(largest=True)
 
     def walk(self, scout: "CurvatureSearch | None") -> Walk:
-        """Follow v both ways, from ||x|| / 1000 or less, each step four times the last, while the loss falls on a side.
+        """Evaluate f(x + s v) and f(x - s v), from s = ||x|| / 1000 or less in factors of 4, while one of them falls.
 
-        A scout follows it on its own examples, and the two steps that its losses choose are measured on all. Returns s
-        and f(x + s v) with the lowest loss found, and the most that the mean of both sides fell, which a slope cannot
-        do: with rho true, |lambda|^3 / (10 rho^2) at least, at any s from |lambda| / (2 rho) to four times that.
+        With a scout, the losses of its examples select two s, at which f is then evaluated on all examples. Returns s
+        and f(x + s v) of the lowest loss, and the largest decrease of the mean of both sides, which a slope cannot
+        cause: |lambda|^3 / (10 rho^2) or more for the true rho, at any s from |lambda| / (2 rho) to four times that.
         """
         losses = (scout or self)._follow(self.v, self.upper, self.rho)
         if scout is not None:
@@ -146,14 +146,14 @@ class CurvatureSearch:
         return distance, lowest, max(self.curvature.loss - sum(pair) / 2 for pair in losses.values())
 
     def _follow(self, v: Tensor, upper: float, rho: float) -> dict[float, tuple[float, float]]:
-        """The losses ahead and behind at every distance looked at."""
+        """Return f(x + s v) and f(x - s v) for every distance s evaluated."""
         reach = max(1.0, self.curvature.size_of_parameters())
         s = min(abs(upper) / (2 * rho), 1e-3 * reach)
         losses: dict[float, tuple[float, float]] = {}
         last = (self.curvature.loss, self.curvature.loss)
         for _ in range(_LONGEST_WALK):
             losses[s] = ahead, behind = self._on_both_sides(v, s)
-            # Shorter steps may rise by rounding alone.
+            # At shorter distances the loss may rise by rounding alone.
             if s >= 1e-2 * reach and not (ahead < last[0] or behind < last[1]):
                 break
             last, s = (ahead, behind), 4 * s
@@ -182,8 +182,8 @@ class CurvatureSearch:
         return verdict is not Verdict.UNDECIDED
 
     def _measure_direction(self, ritz: Ritz, v: Tensor) -> None:
-        """v, its Rayleigh quotient and its residual: known from the recurrence if the basis is orthonormal and products
-        are exact, else measured, and then the verdict is what the measurement says."""
+        """Set v, its residual, the bound by its Rayleigh quotient and the verdict: from the recurrence if the basis is
+        orthonormal and products are exact, else from a measurement."""
         self.v, quotient, self.residual = v, ritz.theta_min, ritz.residual
         if not ritz.orthogonal or self.products.error or (self.products.unproven and ritz.steps > 1):
             quotient, error = self._measure_quotient()
@@ -213,11 +213,11 @@ def pilot(
     derivatives: Callable[[Iterable[Any]], Curvature],
     told: Told,
 ) -> CurvatureSearch | None:
-    """Search on about `pilot_examples` examples, evenly spaced batches of them; collective.
+    """Search on about `pilot_examples` examples, in evenly spaced batches; collective.
 
-    Returns the search if it has found a saddle of theirs. None if it has not, or if there are not eight times as many
-    examples, or batches are too large to leave out seven of eight. Products are taken as `full` takes them, and cost
-    at most about two over all examples.
+    Returns the search if it found a saddle of these examples, else None; None also if there are fewer than eight times
+    as many examples, or batches are too large to skip seven of eight. The method of products is that of `full`; their
+    total cost is at most about two products over all examples.
     """
     curvature, search = full.curvature, goal.options
     examples = search.pilot_examples

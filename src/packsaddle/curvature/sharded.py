@@ -1,12 +1,12 @@
-"""Derivatives of a network that FSDP2 or tensor parallelism shards: vectors are this worker's part.
+"""Derivatives of a network sharded by FSDP2 or tensor parallelism; each worker has its part of every vector.
 
 A vector is float64[n], the concatenation of the local shards of the trainable parameters (`DTensor.to_local()`); of R
 shards each has about d / R numbers. Dot products are one all-reduce of one double, replicas counted once. Gradients
 come from `backward`, in which FSDP averages over workers, and Hessian-vector products from differences of them: FSDP
-has no double backward. As its passes are collective, workers with fewer batches go through their last one again, with
-weight 0. Workers of one tensor-parallel group go through equal batches, which count once.
+has no double backward. As its passes are collective, workers with fewer batches repeat their last one with weight 0.
+Workers of one tensor-parallel group process equal batches, which count once.
 
-Whether a parameter is sharded is asked without importing torch.distributed.
+Sharded parameters are detected without importing torch.distributed.
 """
 
 import math
@@ -23,11 +23,11 @@ from packsaddle.curvature.hessian import UNWATCHED, Curvature, LossFn, NotFinite
 
 
 class ShardedCurvature(Curvature):
-    """`Curvature` of a model whose trainable parameters FSDP2 has sharded, or tensor parallelism, or both.
+    """`Curvature` of a model whose trainable parameters are sharded by FSDP2, tensor parallelism or both.
 
-    Meshes may replicate (HSDP). `tensor_parallel` is the mesh of the workers that get the same batch; parameters that
-    it leaves alone may be whole. Raises ValueError, on all workers, where another parameter is not sharded over all
-    workers, for a placement that is not a shard or a copy, and for a worker without batches.
+    Meshes may replicate (HSDP). `tensor_parallel` is the mesh of the workers that get the same batch; if it has all
+    workers, parameters may be plain tensors. Raises ValueError, on all workers, if another parameter is not sharded
+    over all workers, for partial placements, and for a worker without batches.
     """
 
     has_double_backward = False
@@ -47,7 +47,7 @@ class ShardedCurvature(Curvature):
             _check_mesh(p, workers, tensor_parallel)
         self._copies = [_copies(p, workers) for p in parameters]
 
-        # FSDP's passes are collective: all workers go through as many batches as the one that has most.
+        # FSDP's passes are collective: all workers process as many batches as the one with most.
         mine = torch.tensor([sum(1 for _ in batches) for _ in range(2)], device=parameters[0].device)
         first, second = torch.stack(channel.group.all_gather(mine)).T.tolist()
         if first != second:
@@ -63,7 +63,7 @@ class ShardedCurvature(Curvature):
     def gradient(self) -> tuple[Tensor, float]:
         """Return this worker's part of grad f and the standard error; collective.
 
-        The batches that workers go through together count as one.
+        The batches that workers process at the same time count as one.
         """
         self.passes += 1
         spread, rounds = 0.0, 0
@@ -91,11 +91,11 @@ class ShardedCurvature(Curvature):
         raise NotImplementedError("a sharded model has no double backward")
 
     def why_no_double_backward(self) -> str | None:
-        """Return that parameters are sharded."""
+        """Return the reason: parameters are sharded."""
         return "parameters are sharded"
 
     def dot(self, a: Tensor, b: Tensor) -> float:
-        """Return <a, b> of two vectors of which each worker has its part; collective, one double."""
+        """Return <a, b> of two sharded vectors, given this worker's parts; collective, one double."""
         pieces = zip(torch.split(a, self._sizes), torch.split(b, self._sizes), self._copies, strict=True)
         return self.sum_of(sum(float(x @ y) / copies for x, y, copies in pieces))
 
@@ -105,7 +105,7 @@ class ShardedCurvature(Curvature):
         return math.sqrt(self.sum_of(sum(float(t.double().square().sum()) / copies for t, copies in pieces)))
 
     def random_vector(self, generator: torch.Generator | None) -> Tensor:
-        """Return this worker's part of the vector that an unsharded model has; a parameter's at a time is whole."""
+        """Return this worker's part of an unsharded model's vector, drawn whole for one parameter at a time."""
         rng = self._shared_generator(generator)
         parts = []
         for p in self.parameters:
@@ -119,8 +119,8 @@ class ShardedCurvature(Curvature):
         return vector
 
     def _backward(self) -> Iterator[tuple[Tensor, int]]:
-        """Yield, batch by batch, this worker's part of the gradient of the losses of all workers' examples, and the
-        number of its own examples. Gradients that parameters had are put back afterwards."""
+        """Yield per round of batches this worker's part of the gradient of the summed losses of all workers' examples,
+        and the number of its own examples. Previous gradients of the parameters are restored at the end."""
         parameters: list[Any] = self.parameters
         before = [p.grad for p in parameters]
         try:
@@ -133,7 +133,7 @@ class ShardedCurvature(Curvature):
                         _local_gradient(p, t).reshape(-1).double()
                         for p, t in zip(parameters, self._tensors, strict=True)
                     ]
-                    # FSDP took the mean over workers with other batches.
+                    # Undo FSDP's mean over the workers with other batches.
                     yield torch.cat(flat).mul_(self._channel.group.size / self._alike), n
         finally:
             for p, grad in zip(parameters, before, strict=True):
@@ -150,14 +150,14 @@ class ShardedCurvature(Curvature):
     def _totals(self, watch: AbstractContextManager[Any] = UNWATCHED) -> tuple[float, int]:
         try:
             return super()._totals(watch)
-        finally:  # FSDP keeps the outermost parameters whole after a forward pass alone, and would use them again
+        finally:  # after a forward pass alone FSDP keeps the outermost parameters unsharded, and would reuse them
             modules: Iterable[Any] = self._model.modules()
             for module in modules:
                 if hasattr(module, "reshard") and hasattr(module, "unshard"):
                     module.reshard()
 
     def _differs_from_rank_0(self) -> bool:
-        return False  # every worker has another part
+        return False  # each worker has another part
 
 
 def derivatives(
@@ -177,7 +177,7 @@ def derivatives(
 
 def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
     """Raise ValueError unless FSDP averages a parameter's gradient over all workers that have other batches."""
-    # A DTensor's mesh times the one of equal batches must be all workers, with one worker in common.
+    # The mesh of a DTensor and the one of equal batches must span all workers, with one worker in common.
     if hasattr(p, "placements"):
         size = p.device_mesh.size()
         if size == workers:
@@ -195,13 +195,13 @@ def _check_mesh(p: Any, workers: int, tensor_parallel: Any) -> None:
             f"mesh of {size} workers, {len(shared)} of them in this worker's tensor_parallel"
         )
 
-    # A whole parameter: the same on all workers only if all get the same batches.
+    # A plain tensor: its gradient is equal on all workers only if all get the same batches.
     if tensor_parallel is None or tensor_parallel.size() != workers:
         raise ValueError("model must have all trainable parameters sharded, or none: some are not DTensors")
 
 
 def _copies(p: Any, workers: int) -> int:
-    """Return the number of workers with the same shard. Raises ValueError for other placements than shards."""
+    """Return the number of workers with the same shard. Raises ValueError for partial sums."""
     shards = 1
     for i, placement in enumerate(getattr(p, "placements", ())):
         if placement.is_partial():
@@ -212,9 +212,9 @@ def _copies(p: Any, workers: int) -> int:
 
 
 def part_of(tensor: Tensor, p: Any) -> Tensor:
-    """Return this worker's shard of a tensor that is laid out like a parameter, which may be a DTensor.
+    """Return this worker's part of a whole tensor, under the placements of the parameter p (all of it for a plain p).
 
-    A strided shard, FSDP's of what tensor parallelism has sharded along the same dimension, is cut after the others.
+    A strided shard, as FSDP makes along a dimension that tensor parallelism also shards, is split after the others.
     """
     placements = list(enumerate(getattr(p, "placements", ())))
     for i, placement in sorted(placements, key=lambda entry: hasattr(entry[1], "split_factor")):
@@ -243,7 +243,7 @@ def load_whole(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _local_gradient(p: Any, local: Tensor) -> Tensor:
-    """This worker's part of a parameter's gradient, laid out as the parameter is."""
+    """Return this worker's part of a parameter's gradient, with the parameter's placements."""
     if p.grad is None:
         return torch.zeros_like(local)
     if not hasattr(p, "placements"):

@@ -3,10 +3,10 @@
 For b uniform on the sphere E[b^T f(H) b] = tr f(H) / d, and k steps of Lanczos from b give a Gauss quadrature of
 b^T f(H) b: Ritz values theta_j with weights tau_j, exact for polynomials of degree 2 k - 1 (Golub and Meurant 1994;
 Ubaru, Chen and Saad, SIAM J. Matrix Anal. Appl. 38, 2017). With f a Gaussian about t, the mean over probes is the
-density at t, smoothed by the Gaussian's width. How probes differ gives its standard error, which the quadrature's own
-error is not part of; that is small where the width is no less than the spread of the spectrum over k.
+density at t, smoothed by the Gaussian's width. The variation between probes gives its standard error, which excludes
+the error of the quadrature; that is small if the width is at least the spread of the spectrum divided by k.
 
-Shares of eigenvalues below t need no smoothing: Chebyshev, Markov and Stieltjes's inequalities bound each probe's from
+Fractions of eigenvalues below t need no smoothing: the Chebyshev-Markov-Stieltjes inequalities bound each probe's from
 both sides by sums of its weights.
 """
 
@@ -39,7 +39,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Estimate":
-        """The mean of independent values."""
+        """Return the estimate from independent values."""
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
         return cls(statistics.fmean(values), error)
 
@@ -48,27 +48,27 @@ class Estimate:
 class SpectralDensity:
     """The distribution of the Hessian's eigenvalues, as a probability density."""
 
-    values: tuple[float, ...]  # t, in rising order
-    density: tuple[float, ...]  # at each, smoothed by a Gaussian of `width`
+    values: tuple[float, ...]  # t, ascending
+    density: tuple[float, ...]  # density at each value, smoothed by a Gaussian of `width`
     error: tuple[float, ...]  # its standard error over probes
     width: float  # standard deviation of the Gaussian
-    nodes: tuple[tuple[float, ...], ...]  # Ritz values of each probe, in rising order
-    weights: tuple[tuple[float, ...], ...]  # of each, adding up to 1
+    nodes: tuple[tuple[float, ...], ...]  # Ritz values of each probe, ascending
+    weights: tuple[tuple[float, ...], ...]  # quadrature weights of each probe, summing to 1
     d: int  # coordinates
-    examples: int  # whose mean loss it is
-    hvp: str  # how products were taken
-    hvp_error: float  # what one of a unit vector may be wrong by: no eigenvalue is known better
-    hvps: int  # Hessian-vector products
+    examples: int  # number of examples in the mean loss
+    hvp: str  # method of the products
+    hvp_error: float  # error of a product of a unit vector, and so of eigenvalues
+    hvps: int  # number of Hessian-vector products
 
     @property
     def trace(self) -> Estimate:
-        """tr H."""
+        """The estimate of tr H."""
         pairs = zip(self.nodes, self.weights, strict=True)
         return Estimate.of([self.d * sum(t * w for t, w in zip(*pair, strict=True)) for pair in pairs])
 
     def share_below(self, t: float) -> tuple[Estimate, Estimate]:
-        """Return bounds on the share of eigenvalues below t, the lower and the upper one, each with its standard
-        error: the sum of a probe's weights of Ritz values below t, without and with its neighbours'."""
+        """Return a lower and an upper bound on the fraction of eigenvalues below t, with standard errors: sums of a
+        probe's weights of Ritz values below t, without the last of them and with the next one."""
         least, most = [], []
         for nodes, weights in zip(self.nodes, self.weights, strict=True):
             below = sum(theta < t for theta in nodes)
@@ -103,18 +103,18 @@ def spectral_density(
     process_group: Any = None,
     progress: Callable[[int], None] = lambda products: None,
 ) -> SpectralDensity:
-    """Estimate the density of the Hessian's eigenvalues at the model's present parameters; collective.
+    """Estimate the density of the Hessian's eigenvalues at the model's current parameters; collective.
 
     Args:
         model, loss_fn, batches, process_group: as for `certify`.
-        probes: random vectors; standard errors fall as the inverse square root of their number.
-        steps: Hessian-vector products a probe, at most; fewer where its Krylov space ends.
-        width: standard deviation of the smoothing Gaussian; None takes the spread of Ritz values over `steps`.
-        points: at which the density is given, from four widths below the least Ritz value to as far above the largest.
-        search: its `hvp`, `memory_limit` and `generator`, of the probes; the other options do not apply.
-        progress: called with the number of products so far, of probes * steps at most.
+        probes: number of random vectors; standard errors fall as the inverse square root of their number.
+        steps: most Hessian-vector products per probe; fewer if its Krylov space is exhausted.
+        width: standard deviation of the smoothing Gaussian; None: the range of Ritz values divided by `steps`.
+        points: number of points of the density, from four widths below the least Ritz value to four above the largest.
+        search: its `hvp`, `memory_limit` and `generator` (of the probes); the other options do not apply.
+        progress: called with the number of products so far, at most probes * steps.
 
-    Raises ValueError for bad arguments and for losses that are not a function of the parameters.
+    Raises ValueError for invalid arguments and for losses that vary between evaluations.
     """
     for name, count in (("probes", probes), ("steps", steps), ("points", points)):
         if count < 1:
@@ -136,7 +136,7 @@ def spectral_density(
 
         name, ritzes = with_products(choose_products(curvature, search.hvp), search.hvp, quadratures)
 
-    # The mean over probes of sum_j tau_j exp(-(t - theta_j)^2 / (2 width^2)), and how probes differ.
+    # The mean over probes of sum_j tau_j exp(-(t - theta_j)^2 / (2 width^2)), and its standard error.
     nodes, weights = tuple(r.thetas for r in ritzes), tuple(r.shares for r in ritzes)
     low, high = min(n[0] for n in nodes), max(n[-1] for n in nodes)
     narrowest = max(*(r.rounding for r in ritzes), 1e-12 * max(abs(low), abs(high)), 1e-30)
@@ -160,7 +160,7 @@ def spectral_density(
 
 
 def _smooth(grid: torch.Tensor, nodes: Sequence[float], weights: Sequence[float], width: float) -> torch.Tensor:
-    """A probe's density, float64[points]."""
+    """Return a probe's smoothed density, float64[points]."""
     at = torch.tensor(nodes, dtype=torch.float64)
     bells = torch.exp(-((grid[:, None] - at) ** 2) / (2 * width**2)) / (width * math.sqrt(2 * math.pi))
     return bells @ torch.tensor(weights, dtype=torch.float64)

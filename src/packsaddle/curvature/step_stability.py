@@ -1,9 +1,9 @@
-"""Is the effective step past what the curvature allows? Asked of single coordinates, where RandomK makes it so.
+"""Check of single coordinates for an effective step size too large for their curvature, as RandomK can cause.
 
-A coordinate that is sent with probability mu a step waits T steps, 1 / mu in the mean, and then moves by all the
-gradients of that time at once: x_j <- (1 - eta T H_jj) x_j on a quadratic, T geometric. That grows without bound where
-E ln|1 - eta T H_jj| > 0: for small mu, with T mu exponential, where (eta / mu) H_jj > 2.68; for mu = 1 where it is > 2.
-Directions that are spread over many coordinates are not concerned: of them only a few coordinates move at a time.
+A coordinate that is sent with probability mu a step waits T steps, 1 / mu in the mean, and then moves by the sum of
+their gradients: x_j <- (1 - eta T H_jj) x_j on a quadratic, T geometric. That grows without bound if
+E ln|1 - eta T H_jj| > 0: for small mu, with T mu exponential, if (eta / mu) H_jj > 2.68; for mu = 1 if it is > 2.
+Directions spread over many coordinates are not affected, since only a few of these move at a time.
 """
 
 import math
@@ -20,38 +20,38 @@ LIMIT = 2.684  # E ln|1 - a U| = 0 for U exponential
 
 @dataclass(frozen=True)
 class CoordinateStep:
-    """A parameter's learning rate, and the mean number of steps that its coordinates wait to be sent."""
+    """The learning rate of a parameter, and the mean number of steps that its coordinates wait to be sent."""
 
-    name: str  # the parameter's
+    name: str  # name of the parameter
     lr: float  # its learning rate, eta
     wait: float  # 1 / mu, in steps
 
     @property
     def effective(self) -> float:
-        """The factor of a gradient that reaches x at last, with all that has gathered: eta / mu."""
+        """The effective step size eta / mu: when sent, a coordinate moves by 1 / mu gradients in the mean."""
         return self.lr * self.wait
 
 
 @dataclass(frozen=True)
 class Overshoot:
-    """The coordinate found for which (eta / mu) H_jj is largest."""
+    """The coordinate with the largest (eta / mu) H_jj found."""
 
-    step: CoordinateStep  # of the parameter that has it
-    index: tuple[int, ...]  # in its parameter
-    curvature: float  # H_jj; less the error of products that are not exact
+    step: CoordinateStep  # step of its parameter
+    index: tuple[int, ...]  # index in its parameter
+    curvature: float  # H_jj, less the error of the product
 
     @property
     def gain(self) -> float:
-        """(eta / mu) H_jj: 2 is a jump to the other side, as far away."""
+        """(eta / mu) H_jj; at 2 a mean step ends on the other side of the minimum, at the same distance."""
         return self.step.effective * self.curvature
 
     @property
     def is_unstable(self) -> bool:
-        """True if it grows without bound on a quadratic."""
+        """True if the coordinate grows without bound on a quadratic."""
         return self.gain > LIMIT
 
     def advice(self) -> str:
-        """Say what happens, in numbers, and what to change."""
+        """Return a message with the numbers and the possible changes."""
         lr, where = self.step.lr * LIMIT / self.gain, ", ".join(map(str, self.index))
         return (
             f"past stability: {self.step.name}[{where}] waits 1/mu = {self.step.wait:,.0f} steps to be sent and then "
@@ -73,16 +73,16 @@ def largest_overshoot(
     """Return the worst coordinate that `probes` + `candidates` Hessian-vector products find; collective.
 
     Hutchinson's estimate of the diagonal (Bekas, Kokiopoulou and Saad 2007) proposes candidates, whose curvature is
-    then computed, so what is returned is true of its coordinate, and a lower bound for the worst. Products are taken as
-    for a certificate with hvp="auto": by differences of gradients where double backward is wrong. `steps` are in the
-    order of `curvature.parameters`; the generator, on the CPU, must be in the same state on every worker.
+    then computed: the result is right for its coordinate, and a lower bound for the worst. The method of products is
+    hvp="auto": differences of gradients if double backward is wrong. `steps` are in the order of
+    `curvature.parameters`; the generator, on the CPU, must be in the same state on every worker.
     """
     sizes = [p.numel() for p in curvature.parameters]
     scale = torch.cat([torch.full((n,), s.effective, dtype=torch.float64) for n, s in zip(sizes, steps, strict=True)])
     scale = scale.to(curvature.device)
     length = 2.0 ** round(
         math.log2(curvature.d) / 2
-    )  # of the signs, to a power of two, by which numbers divide exactly
+    )  # about the norm of the signs; division by a power of two is exact
 
     def worst(products: Products) -> Overshoot:
         # The diagonal is E[s * H s] for random signs s.

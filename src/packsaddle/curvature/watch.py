@@ -1,4 +1,4 @@
-"""Certificates of a training as it goes, at equal intervals of steps."""
+"""Certificates at equal intervals of steps during training."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,15 +16,15 @@ class CertifyEvery:
     """Certifies the model's parameters after every `every` steps of a training loop; collective.
 
     Args:
-        model, loss_fn, batches: as for `certify`; batches are this worker's, the same every time.
+        model, loss_fn, batches: as for `certify`; batches are this worker's, equal in every iteration.
         every: steps between two certificates.
-        at: where to certify: a function that returns a context within which all workers have one model, as
-            `LocalUpdates.at_anchor`; by default the parameters as they are.
+        at: a function that returns a context in which all workers have equal parameters, such as
+            `LocalUpdates.at_anchor`; by default the current parameters are certified.
         told: called with each certificate, on every worker.
-        options: those of `certify`, as `epsilon`, `hessian_lipschitz` and `search`. State both to compare points.
+        options: further options of `certify`. Set `epsilon` and `hessian_lipschitz` to compare points.
 
-    `certificates` has the step and the certificate of each. Raises ValueError for `every` below 1, and what `certify`
-    raises. One certificate costs as much as its products: two backward passes over the batches each.
+    `certificates` is a list of (step, certificate). Raises ValueError for `every` below 1, and the errors of `certify`.
+    The cost of a certificate is that of its products: two backward passes over the batches each.
 
     >>> import torch
     >>> from packsaddle.curvature import CertifyEvery
@@ -52,7 +52,7 @@ class CertifyEvery:
         if every < 1:
             raise ValueError(f"every must be at least 1 step, got {every}")
         self.every = every
-        self.steps = 0  # so far
+        self.steps = 0  # steps counted so far
         self.certificates: list[tuple[int, Certificate]] = []
         self._certify: Callable[[], Certificate] = partial(certify, model, loss_fn, batches, **options)
         self._at, self._told = at, told
@@ -73,5 +73,5 @@ class CertifyEvery:
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue to count from the steps of a `state_dict`, `state`."""
+        """Restore the step counter from `state`, a `state_dict`."""
         self.steps = int(state["steps"])

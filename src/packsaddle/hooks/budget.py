@@ -1,10 +1,10 @@
-"""A compressor's budget over the slices of a gradient: as many coordinates for each as its magnitudes deserve.
+"""Division of a compressor's budget k among the slices of a gradient, by the magnitudes of their coordinates.
 
-The k largest of each of DistributedDataParallel's buckets are not the k largest of the model: a bucket whose gradients
-are large gets no more than its size's share, and its error memory grows. The k largest of the model are known only when
-all buckets have come, and by then the backward pass is over. So each slice gets the count that it had among the
-model's k largest a step ago: k is met at every step, a bucket leaves as soon as it is there, and what a slice gets
-too little of at one step is in its error memory, and so in its count, at the next.
+A budget divided among DistributedDataParallel's buckets by size does not select the k largest coordinates of the model:
+a bucket with large gradients gets too few, and its error memory grows. The k largest of the model are known only at the
+end of the backward pass. So the budget of each slice is its number of coordinates among the model's k largest of the
+previous step. The budgets add up to k at every step, a bucket is sent as soon as it is ready, and coordinates that were
+not sent raise a slice's budget at the next step, since they are in its error memory.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +17,12 @@ from packsaddle.compressors import Compressor
 from packsaddle.feedback.state import Value, check_tensor
 
 Names = tuple[str, ...]
-_SAMPLE = 1 << 17  # coordinates of the model that are looked at; a smaller model's are all
+_SAMPLE = 1 << 17  # coordinates of the model that are sampled; all of a smaller model
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """Some coordinates of a slice's vector, float[m], and how many it has."""
+    """A sample of the coordinates of a slice's vector: `values`, float[m], of `size` coordinates."""
 
     names: Names  # of the slice's parameters
     size: int
@@ -33,23 +33,23 @@ class _Sample:
 
 
 class Allocation:
-    """The compressor of a model of d coordinates on each of its slices, by the vectors of the step before.
+    """The compressors of the slices of a model of d coordinates, from samples of the previous step's vectors.
 
-    Each worker has its own, as each has its own k largest; a slice of which nothing is known gets its size's share.
-    Slices go by the names of their parameters.
+    They differ between workers, as the k largest coordinates do. The budget of a slice without a sample is
+    proportional to its size. Slices are identified by the names of their parameters.
     """
 
     def __init__(self, d: int) -> None:
         self.d = d
-        # Odd, so that it meets all columns of a matrix whose width is a power of two.
+        # Odd, to sample all columns of a matrix whose width is a power of two.
         self._stride = max(1, d // _SAMPLE) | 1
-        self._last: Mapping[Names, _Sample] = {}  # of the step before, by slice
+        self._last: Mapping[Names, _Sample] = {}  # of the previous step, by slice
         self._next: dict[Names, _Sample] = {}
         self._compressor: Compressor | None = None  # of this step
         self._allotted: Mapping[Names, Compressor] = {}
 
     def begin(self, compressor: Compressor) -> None:
-        """Allot a step's compressor."""
+        """Begin a step: divide the budget of its compressor among the slices of the previous step."""
         known, self._next, self._compressor = self._last, {}, compressor
         allotted = None
         if sum(sample.size for sample in known.values()) == self.d and len(known) > 1:
@@ -57,17 +57,17 @@ class Allocation:
         self._allotted = dict(zip(known, allotted, strict=True)) if allotted else {}
 
     def of(self, part: Names, compressor: Compressor) -> Compressor | None:
-        """Return what this step's compressor is on a slice; None where nothing is known of it, or for another one."""
+        """Return a slice's compressor in this step; None without a sample, or if `compressor` is not this step's."""
         return self._allotted.get(part) if compressor == self._compressor else None
 
     def observe(self, part: Names, vector: Tensor, compressor: Compressor) -> None:
-        """Look at a slice's corrected vector, float[n], in this step, if compressors of this kind want to know."""
+        """Sample a slice's corrected vector, float[n], if this type of compressor divides its budget by magnitudes."""
         if 0 < len(vector) < self.d and type(compressor).apportion is not Compressor.apportion:
             first = min(self._stride, len(vector)) // 2
             self._next[part] = _Sample(part, len(vector), vector[first :: self._stride].clone())
 
     def close(self, *, apply: bool) -> None:
-        """Go by what was observed in this step, or by what was before it."""
+        """Commit this step's samples, or roll back to the previous step's."""
         if apply:
             self._last = self._next
         self._next = {}

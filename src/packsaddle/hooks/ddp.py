@@ -1,7 +1,7 @@
-"""Compressed exchange behind DistributedDataParallel, with any optimizer: two lines in a script that has it.
+"""Compressed gradient exchange for DistributedDataParallel, with any optimizer: two lines in an existing script.
 
-`register_ddp_hook` and `attach` return a `DDPHook` (see `ddp_hook`): the bytes, the steps, the error memory, and how to
-save it. `keep_gradients_local` disables the exchange of DistributedDataParallel, for `LocalUpdates`.
+`register_ddp_hook` and `attach` return a `DDPHook` (see `ddp_hook`), with byte counts, steps, error memory and
+state_dict. `keep_gradients_local` disables the exchange of DistributedDataParallel, for `LocalUpdates`.
 """
 
 import warnings
@@ -50,8 +50,8 @@ def register_ddp_hook(
 ) -> DDPHook:
     """Average the gradients of a DistributedDataParallel with compression, noise and error feedback; collective.
 
-    Every worker's p.grad after a backward pass is the mean of all workers' messages, and any optimizer may use it. With
-    plain SGD and scope="model" the run is that of `CompressedSGD` (with eager noise), step by step.
+    Every worker's p.grad after a backward pass is the mean of all workers' messages, for any optimizer. With plain SGD
+    and scope="model" every step is that of `CompressedSGD` (with eager noise).
 
     Args:
         model: a DistributedDataParallel without a communication hook.
@@ -60,21 +60,21 @@ def register_ddp_hook(
             be "buffer" and its on_drift "stop".
         noise: as in `CompressedSGD`, but not lazy.
         escape: the escape check of lines 4-8, made after each step of `optimizer`, which must be plain SGD.
-        start_step: the number of first steps that are exchanged uncompressed.
+        start_step: the number of initial steps, which are exchanged uncompressed.
         seed: as in `CompressedSGD`.
-        scope: the vector that is compressed: each of DDP's buckets ("bucket"), during the backward pass, or all of the
+        scope: the vector that is compressed: each of DDP's buckets ("bucket"), during the backward pass, or the whole
             model ("model") at its end, as in Algorithm 1.
         optimizer: the optimizer of the model, or a list of them, as [muon, adamw], whose steps are skipped after a
-            rejected exchange. With plain SGD the error memory follows its learning rates, so that y = x - eta e does
-            not jump; with any other it stays as it is.
-        scaler: the GradScaler whose scale is in the gradients; the error memory is kept unscaled.
+            rejected exchange. If the learning rate of plain SGD changes, the error memory is rescaled, so that
+            y = x - eta e does not jump; with other optimizers it is not.
+        scaler: the GradScaler that scales the gradients; the error memory is kept unscaled.
 
     If a worker's gradient is invalid, all workers reject the exchange: error memories, noise and step count are rolled
-    back, and every worker's gradients have NaNs, so that scalers skip the step on all of them together. The worker with
+    back, and all gradients become NaN on every worker, so that scalers skip the step on all of them. The worker with
     the invalid gradient logs the name of the parameter (on a CPU), and `hook.skips` records the step. More than
     `max_skipped` consecutive rejections raise NonFiniteError in the backward pass (with None they never do, and
-    `optimizer` receives the NaNs). Parameters that are found to differ raise DriftError on all workers.
-    If gradients are computed and the hook is never called (the model is run without DistributedDataParallel, as
+    `optimizer` receives the NaNs). Parameters that differ between workers when compared raise DriftError on all.
+    If gradients are computed without a call of the hook (the model runs without DistributedDataParallel, as
     `model.module(x)`), the next forward pass raises RuntimeError.
 
     Raises TypeError or ValueError for bad arguments, also if workers differ in them, RuntimeError for a second hook.
@@ -97,7 +97,7 @@ def register_ddp_hook(
             f"model must be a DistributedDataParallel, got {type(model).__name__}: wrap the model first, "
             f"or, where a framework has wrapped it, see packsaddle.attach"
         )
-    # The options, each alone and with this model.
+    # Validate the options, each alone and for this model.
     spec, noise = Compression.of(compressor), Noise.of(noise).check_eager()
     rules = HookOptions(spec, scope, start_step, as_seed(seed))
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
@@ -116,12 +116,12 @@ def register_ddp_hook(
         one = optimizers[0] if optimizers else None
         checker = EscapeAfterStep(escape, hook, one, found, rates, dense_below=spec.dense_below, seed=rules.seed)
         hook.parts["escape"] = checker
-    # All workers must have been given the same.
+    # Options and parameters must match on all workers.
     same = {**rules.agreement(), "noise": noise, "escape": escape, "lr": rates.now()}
     same["kernels"] = compiler(found[0].parameter.device)
     same |= {place.name: (tuple(place.parameter.shape), place.parameter.dtype) for place in found}
     check_agreement(channel, same, found[0].parameter.device)
-    # A rejected exchange leaves NaNs in the gradients, by which no optimizer should step.
+    # A rejected exchange leaves NaNs in the gradients, which no optimizer should apply.
     if scaler is not None:
         hook.register_scaler(scaler)
     for each in optimizers:
@@ -132,12 +132,12 @@ def register_ddp_hook(
 
 
 def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
-    """Register the hook on the DistributedDataParallel within a model that a framework has wrapped.
+    """Register the hook on the DistributedDataParallel in a model that a framework has wrapped.
 
     It is found through torch.compile and other wrappers. `arguments` and `options` are those of `register_ddp_hook`.
-    If there is no DistributedDataParallel and one worker, there is nothing to exchange, and None is returned.
-    Raises TypeError for more than one, for none among several workers, and for a model that FSDP shards; and the errors
-    of `register_ddp_hook`.
+    Returns None for one worker without a DistributedDataParallel: there is nothing to exchange.
+    Raises TypeError for several of them, for none with several workers, and for a model that FSDP shards; and the
+    errors of `register_ddp_hook`.
 
     >>> import torch
     >>> import packsaddle
@@ -165,11 +165,11 @@ def attach(model: nn.Module, *arguments: Any, **options: Any) -> DDPHook | None:
 
 
 def keep_gradients_local(model: nn.Module) -> None:
-    """Have every DistributedDataParallel in a model exchange neither gradients nor buffers, for `LocalUpdates`.
+    """Disable the exchange of gradients and buffers in every DistributedDataParallel of a model, for `LocalUpdates`.
 
-    For frameworks that wrap each model: backward passes leave each worker's own gradient, and forward passes its own
-    buffers, such as running statistics. A model without one is left as it is. Raises RuntimeError for a
-    DistributedDataParallel that has a communication hook already.
+    For frameworks that wrap each model. Each worker keeps its own gradients, and its own buffers, such as running
+    statistics. No-op for a model without one. Raises RuntimeError for a DistributedDataParallel that has a
+    communication hook already.
 
     >>> import torch
     >>> import torch.distributed as dist
@@ -189,11 +189,11 @@ def keep_gradients_local(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             on_buckets(module, own)
-            module.broadcast_buffers = False  # which would wait for worker 0's at each forward pass
+            module.broadcast_buffers = False  # else each forward pass waits for rank 0's
 
 
 def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[Tensor]"]) -> None:
-    """Let `take` exchange a model's buckets. Raises RuntimeError if the model has a communication hook already."""
+    """Register `take` as a model's communication hook. Raises RuntimeError if the model has one already."""
 
     def hook(take: Callable[[Bucket], Future[Tensor]], bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         return take(Bucket(bucket.index(), bucket.is_last(), bucket.buffer(), bucket.gradients(), bucket.parameters()))
@@ -210,7 +210,7 @@ def on_buckets(model: DistributedDataParallel, take: Callable[[Bucket], "Future[
 
 
 def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
-    """Raise ValueError if the compressor cannot act on the model, before a step finds out."""
+    """Raise ValueError if the compressor does not support the model's parameters, before the first step."""
     for place in found:
         if not place.parameter.is_floating_point():
             raise ValueError(f"parameters must be floating point, but {place.name} is {place.parameter.dtype}")
@@ -223,7 +223,7 @@ def _check_sizes(found: list[Place], rules: HookOptions, workers: int) -> None:
 
 
 def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
-    """Raise RuntimeError at a forward pass if gradients before it should have passed through the hook and did not."""
+    """Make a forward pass raise RuntimeError if earlier gradients were computed without a call of the hook."""
     for handle in _guards.pop(model.module, ()):  # of an earlier DistributedDataParallel
         handle.remove()
     # One gradient shows that a backward pass ran; a pass within no_sync does not call the hook.
@@ -236,7 +236,7 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
 
     def on_forward(module: nn.Module, _: Any) -> None:
         nonlocal synchronized
-        synchronized = model.require_backward_grad_sync  # DDP goes by what it is in the forward pass
+        synchronized = model.require_backward_grad_sync  # DDP reads it in the forward pass
         # One call proves that DistributedDataParallel uses the hook.
         if hook.calls:
             for handle in handles:
@@ -254,4 +254,4 @@ def _guard(model: DistributedDataParallel, hook: DDPHook) -> None:
     _guards[model.module] = handles
 
 
-_guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # by the model that is wrapped
+_guards: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()  # by wrapped model

@@ -1,7 +1,7 @@
-"""The hook that exchanges the buckets of a backward pass, as DistributedDataParallel hands them over.
+"""The communication hook of DistributedDataParallel, called with one `Bucket` of gradients at a time.
 
-A `Bucket` is what it hands over. DistributedDataParallel makes its buckets anew after the first step or two, so the
-hook keeps a slice, with an error memory, for each set of parameters that has come together. `ddp` registers it.
+DistributedDataParallel may rebuild its buckets after the first step or two, so the hook keeps a slice, with an error
+memory, for each set of parameters that shared a bucket. `ddp` registers it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ class Bucket:
 
     index: int  # 0 is the first of a backward pass
     is_last: bool
-    buffer: Tensor  # float[n], all of them
+    buffer: Tensor  # float[n], all gradients of the bucket
     gradients: list[Tensor]  # views of the buffer, shaped as their parameters
     parameters: list[Tensor]
 
@@ -74,7 +74,7 @@ class DDPHook(GradientHook):
         self._named = {id(place.parameter): place for place in places}
         self._perturbation = noise
         self._background = Background(self.device)
-        # Slices are made as buckets come, since DistributedDataParallel may rebuild its buckets.
+        # Slices are created when buckets arrive, since DistributedDataParallel may rebuild its buckets.
         self._slices: dict[frozenset[str], ErrorFeedback] = {}
         self._loose: dict[str, Tensor] = {}  # error memory of parameters without a slice, by name
         self.calls = 0  # buckets received from DDP
@@ -82,8 +82,8 @@ class DDPHook(GradientHook):
         self._waiting: list[tuple[Bucket, Promise]] = []
         self._noise: GaussianNoise | None = None
         self._factors: Mapping[str, float] = {}
-        self._scaled = 1.0  # the factor of the gradients
-        self._failure: Exception | None = None  # of one of its buckets
+        self._scaled = 1.0  # the GradScaler's factor of the gradients
+        self._failure: Exception | None = None  # the first failure of a bucket
 
     @property
     def device(self) -> torch.device:
@@ -122,9 +122,9 @@ class DDPHook(GradientHook):
         return [self._named[id(p)].name for p in parameters]
 
     def _exchange_buckets(self, buckets: Sequence[Bucket]) -> None:
-        """Average buckets as one vector, in place; raise the error of an earlier bucket of the pass again.
+        """Average buckets as one vector, in place. After a failed bucket, the pass's later ones raise the same error.
 
-        DDP sends all buckets of a pass, also after an error.
+        DDP submits all buckets of a pass, also after an error.
         """
         if buckets[0].index == 0:
             self._failure = None
@@ -143,12 +143,12 @@ class DDPHook(GradientHook):
                 self._begin()
             part = self._slice(frozenset(gradients))
         code = self._exchange(part, gradients, self._noise, self._scaled, self._factors)
-        for bucket in buckets:  # all workers get NaNs if one had any, so that the scalers of all skip the step
+        for bucket in buckets:  # a rejected exchange becomes NaN on all workers, so all scalers skip the step
             fill_where(bucket.buffer, code > 0, float("nan"))
         self._complete = buckets[-1].is_last
 
     def _begin(self) -> None:
-        """Line 9, once the outcome of the last step is known."""
+        """Settle the last pass, compare parameters if due, and draw the noise of this one (line 9)."""
         self._open()
         if self._steps and self._drift.due(self._steps - 1):
             named = [(place.name, place.parameter) for place in self._places]
@@ -232,7 +232,7 @@ class DDPHook(GradientHook):
 
     @property
     def _whole(self) -> ErrorFeedback | None:
-        """The slice of all parameters, once there is one; it is the same after loading."""
+        """The slice of all parameters, with scope="model" after the first exchange or loading; else None."""
         return next(iter(self._slices.values()), None) if self._rules.scope == "model" else None
 
     def _errors(self) -> dict[str, Tensor]:
@@ -247,7 +247,7 @@ class DDPHook(GradientHook):
         return None if self._whole is None else self._whole.aggregator_state()
 
     def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Keep errors by parameter until buckets come and make slices."""
+        """Store errors by parameter until slices are created for the next buckets."""
         self._slices, self._loose = {}, {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

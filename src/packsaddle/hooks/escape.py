@@ -15,26 +15,26 @@ from packsaddle.hooks.rates import Rates, are_plain_sgd
 
 
 class Hook(Protocol):
-    """A gradient hook whose optimizer's steps are checked."""
+    """A gradient hook whose optimizer's steps `EscapeAfterStep` checks."""
 
     resets: list[Reset]
     channel: Communicator
 
     @property
     def steps(self) -> int:
-        """The number of exchanges so far."""
+        """The number of applied exchanges."""
 
     def memory(self) -> dict[str, Tensor]:
         """Return this worker's e^(i), in units of a gradient, by parameter."""
 
     def forget(self, lost: Mapping[str, Tensor]) -> None:
-        """Set e to zero (line 7), or to what is given by parameter."""
+        """Reset e to zero (line 7), or to `lost`, by parameter."""
 
 
 class EscapeAfterStep:
-    """Runs the check after each step of plain SGD behind a hook, with y = x - eta e.
+    """Runs the escape check after each step of plain SGD with a gradient hook, on y = x - eta e.
 
-    That is the paper's y for plain SGD alone, so any other optimizer raises ValueError. The parameters are moved into
+    This is the paper's y for plain SGD only, so any other optimizer raises ValueError. The parameters are moved into
     one flat tensor.
     """
 
@@ -85,7 +85,7 @@ class EscapeAfterStep:
         reset, lost = self._check.run(steps, pending)
         if reset is None:
             return
-        # Line 7: e <- 0, or the rounding error of x, in units of a gradient.
+        # Line 7: e <- 0, or x's rounding error, in units of a gradient.
         left = {}
         if lost is not None:
             for place, view in zip(self._places, self._flat.views(lost), strict=True):

@@ -1,8 +1,8 @@
-"""Compressed exchange between replicas of a model that FSDP2 shards: dense inside a machine, compressed between them.
+"""Compressed gradient exchange between replicas of an FSDP2 model: uncompressed in a machine, compressed between them.
 
 `fully_shard` on a mesh of one machine reduces gradients there and then calls a hook with this worker's shard; the hook
-averages it over the workers that have the same shard on other machines. Whether a model is sharded is asked without
-importing FSDP.
+averages it over the workers that have the same shard on other machines. FSDP is looked up in sys.modules, not
+imported.
 """
 
 import sys
@@ -32,7 +32,7 @@ from packsaddle.numerics.seeds import as_seed, mix
 
 def uses_fsdp(model: nn.Module) -> bool:
     """Return True if FSDP or FSDP2 shards a model, or a part of it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and there if it is in use
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and loaded if it is in use
     kinds = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
     return any(isinstance(m, kinds) for m in model.modules())
 
@@ -44,9 +44,9 @@ def sharded_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str, Tensor]]:
-    """Return this worker's shard of every parameter that FSDP2 shards, by name, or of its gradient, where it has one.
+    """Return name and local shard of every parameter that FSDP2 shards, or with `gradients` of every gradient.
 
-    Outside of forward and backward passes, in which parameters are whole.
+    Call outside of forward and backward passes, in which parameters are unsharded.
     """
     found: list[tuple[str, Tensor]] = []
     for name, p in model.named_parameters():
@@ -57,7 +57,7 @@ def local_shards(model: nn.Module, *, gradients: bool = False) -> list[tuple[str
 
 
 def padded_size(model: nn.Module) -> int:
-    """Return the coordinates of this worker's gradients, whose shards are padded to equal lengths (dimension 0)."""
+    """Return the number of coordinates of this worker's gradient shards, padded to equal length in dimension 0."""
     shards, found = int(_mesh(model).size()), 0
     for p in model.parameters():
         if hasattr(p, "to_local") and p.requires_grad:
@@ -67,7 +67,7 @@ def padded_size(model: nn.Module) -> int:
 
 
 def shard_of(model: nn.Module) -> tuple[int, int]:
-    """Return which shard of a model that FSDP2 shards is this worker's, and of how many."""
+    """Return this worker's shard index and the number of shards. Raises ValueError unless the mesh is 1-dimensional."""
     mesh = _mesh(model)
     if mesh.ndim != 1:
         raise ValueError(
@@ -78,7 +78,7 @@ def shard_of(model: nn.Module) -> tuple[int, int]:
 
 
 def mesh_device(model: nn.Module) -> torch.device:
-    """Return the device of the workers that share a model, also if its weights are elsewhere, or not made yet."""
+    """Return the device of a model's mesh; weights may be offloaded, or still on the meta device."""
     return torch.device(_mesh(model).device_type)
 
 
@@ -129,9 +129,9 @@ class FSDPHook(GradientHook):
         self._slices: dict[str, ErrorFeedback] = {}
         self._seeds: dict[str, int] = {}
         self._sizes: dict[str, int] = {}  # bytes of each module's gradient
-        self._bits: dict[str, Tensor] = {}  # of each module's index among the sharded ones, float[b]
+        self._bits: dict[str, Tensor] = {}  # binary digits of each module's index, int64[b]
         self._loose: dict[str, Tensor] = {}  # loaded errors of modules without a slice
-        self._seen: dict[str, int] = {}  # modules of this backward pass, and autograd's number of it
+        self._seen: dict[str, int] = {}  # autograd's id of this backward pass, by module in it
 
     @torch.no_grad()
     def start(self) -> None:
@@ -156,13 +156,13 @@ class FSDPHook(GradientHook):
                 f"that is called twice), and FSDP hands over its gradient in parts, which cannot be exchanged as one: "
                 f"call backward() after each use"
             )
-        if not self._pass or name in self._seen:  # the pass before is over
+        if not self._pass or name in self._seen:  # a new pass begins
             self._open()
             self._seen = {}
             # FSDP adds this pass's gradients to those of earlier ones, which the exchange does not see.
             self._fresh = all(p.grad is None for p in self._model.parameters())
             self._step_rates.add([self._perturbation.at_step(self._steps)])
-            # After FSDP's own, which takes gradients to their parameters.
+            # Runs after FSDP's own callback, which sets the gradients of parameters.
             torch.autograd.Variable._execution_engine.queue_callback(self._end)
         self._seen[name] = number
         is_first = name not in self._bits
@@ -170,14 +170,14 @@ class FSDPHook(GradientHook):
         xi = self._perturbation.drawn(seed=self._seeds[name], step=self._steps)  # line 9
         code = self._exchange(part, {name: gradient}, xi, identity=[self._bits[name]])
         fill_where(gradient, code > 0, float("nan"))
-        # On a GPU, reading the outcome waits for it: once for each module, later only where a pass is settled.
+        # Reading the code waits for the GPU: here once for each module, later only when a pass is settled.
         if (is_first or code.device.type == "cpu") and code >= UNLIKE:
             self._complete = True
             self._settle()
 
     @torch.no_grad()
     def _end(self) -> None:
-        """End a backward pass: set the gradients of modules before an invalid one to NaN as well."""
+        """End a backward pass. If one of its exchanges was rejected, set all gradients to NaN, on all replicas."""
         if not self._pass:
             return
         bad = torch.stack(self._codes).sum() > 0
@@ -196,13 +196,13 @@ class FSDPHook(GradientHook):
     def _slice(self, name: str, index: int, gradient: Tensor) -> ErrorFeedback:
         if name not in self._slices:
             # The first gradient of a module has the size of its slice, padding included.
-            place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # a shape alone
+            place = Place(name, torch.empty_like(gradient, device="meta"), dense=False, start=0)  # shape only
             if name in self._loose and len(self._loose[name]) != len(gradient):
                 raise RuntimeError(
                     f"the error of {name or ROOT} that was loaded has {len(self._loose[name])} "
                     f"coordinates, and its gradient {len(gradient)}: is it another model, or sharded otherwise?"
                 )
-            self._seeds[name] = mix(self._rules.seed, index, self._shard[0])  # replicas have the same
+            self._seeds[name] = mix(self._rules.seed, index, self._shard[0])  # identical on all replicas
             self._sizes[name] = gradient.numel() * gradient.element_size()
             width = (len(sharded_modules(self._model)) - 1).bit_length()
             self._bits[name] = torch.tensor([index >> i & 1 for i in range(width)], device=gradient.device)
@@ -218,7 +218,7 @@ class FSDPHook(GradientHook):
     def uncompressed(self) -> Bytes:
         """The bytes of the same number of exchanges without compression: ring all-reduces of gradients.
 
-        Modules count from the first backward pass on that this hook has seen.
+        A module is counted once it was in a backward pass with this hook.
         """
         exchanges = self.steps + self.skipped
         return ring_all_reduce(exchanges * sum(self._sizes.values()), self.channel.group.size)
@@ -238,7 +238,7 @@ class FSDPHook(GradientHook):
         return [*super()._saved_fields(), Vector(("error", ANY), shapes, self.memory, self._load_errors)]
 
     def _load_errors(self, saved: Mapping[str, Tensor]) -> None:
-        """Keep errors by module until gradients come and make slices."""
+        """Store errors by module until slices are created for the next gradients."""
         self._slices, self._seeds, self._bits, self._seen = {}, {}, {}, {}
         self._loose = {name: error.to(self.device, copy=True) for name, error in saved.items()}
 
@@ -258,26 +258,26 @@ def register_fsdp_hook(
     start_step: int = 0,
     seed: int = 0,
 ) -> FSDPHook:
-    """Average the gradients of a model that `fully_shard` shards over its replicas, compressed; collective.
+    """Average the gradients of a `fully_shard` model over its replicas, compressed, with error feedback; collective.
 
     Args:
-        model: sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, that of one machine, say.
+        model: sharded by `torch.distributed.fsdp.fully_shard` on a mesh of one dimension, such as one machine.
         replicas: the workers with the same shard on other machines: mesh["replicate"].get_group() of a mesh of two.
         compressor: C for the flat shards of all modules, or a function of the step that returns it, or a `Compression`
-            as in `register_ddp_hook`, except that all is compressed. Each module's is one message; TopK and
-            AdaptiveTopK choose among the coordinates of them all, as behind DDP's buckets. Parameters are compared at
+            as in `register_ddp_hook`, except that all tensors are compressed. Each module's shard is one message; TopK
+            and AdaptiveTopK divide their budget among all modules, as among DDP's buckets. Parameters are compared at
             the end of a backward pass; each shard counts its own skipped steps.
         noise, start_step, seed: as in `register_ddp_hook`.
 
     Replicas start from rank 0's parameters, broadcast here or, if the model is still on the meta device, in the first
-    forward pass that records gradients; weights that are loaded after that stay.
+    forward pass that records gradients; weights loaded later are not overwritten.
 
     If a gradient, or the mean, is invalid in any module of a backward pass, the pass is rejected: error memories, noise
     and step count are rolled back, and after it all gradients are NaN on all replicas of the shard. Other shards do not
-    detect it: clip gradients by their norm, which is over shards, or use a GradScaler as well, and all skip the step,
-    but the error memories of other shards have been committed. `hook.protect(optimizer)` makes an optimizer without a
-    scaler skip steps with NaNs. Every sharded module must be part of every backward pass that exchanges. A pass raises
-    RuntimeError on all replicas of the shard if they reduce different modules of one size.
+    detect it and apply the step. A GradScaler skips the step on all shards, but the error memories of other shards have
+    been committed. `hook.protect(optimizer)` makes an optimizer without a scaler skip rejected steps. Every sharded
+    module must be part of every backward pass that exchanges. A pass raises RuntimeError on all replicas of the shard
+    if they reduce different modules of one size.
 
     Raises TypeError if the model is not sharded, and ValueError if its mesh has two dimensions, for an argument that is
     out of range or one that differs between workers.
@@ -299,7 +299,7 @@ def register_fsdp_hook(
         raise TypeError(f"model must have been sharded by fully_shard, got {type(model).__name__}")
     spec, noise, shard = Compression.of(compressor), Noise.of(noise).check_eager(), shard_of(model)
     rules = HookOptions(spec, "bucket", start_step, as_seed(seed))
-    # In flat shards tensors are cut, so none is left to be sent uncompressed, or compressed as a matrix.
+    # Flat shards cut tensors, so no whole tensor can be sent uncompressed, or compressed as a matrix.
     if spec.dense_below not in (0, Compression.dense_below):
         raise ValueError(
             f"dense_below is for whole tensors, and flat shards are compressed as they are, got {spec.dense_below}"
@@ -311,7 +311,7 @@ def register_fsdp_hook(
         )
     channel = Communicator(resolve(replicas), Ledger())
     hook = FSDPHook(model, channel, rules, noise, shard)
-    # All replicas of the shard must have been given the same, and they start from the same x.
+    # Options must match on all replicas of the shard, and they start from the same x.
     same = {**rules.agreement(), "noise": noise, "modules": [name for name, _ in modules], "shard": shard}
     same["kernels"] = compiler(hook.device)
     same |= {name: (tuple(local.shape), local.dtype) for name, local in local_shards(model)}
@@ -326,9 +326,9 @@ def register_fsdp_hook(
 
 
 def _start(model: nn.Module, hook: FSDPHook) -> None:
-    """Have replicas start alike: at once, or, where there are no weights yet, in the first forward pass for training.
+    """Broadcast rank 0's parameters: now or, for a model on the meta device, in the first forward pass with gradients.
 
-    Before FSDP's own hook, so that parameters are shards.
+    That is done before FSDP's own forward hook, while parameters are sharded.
     """
     if not any(local.is_meta for _, local in local_shards(model)):
         hook.start()
@@ -336,7 +336,7 @@ def _start(model: nn.Module, hook: FSDPHook) -> None:
 
     def on_forward(*_: Any) -> None:
         if not torch.is_grad_enabled() or any(local.is_meta for _, local in local_shards(model)):
-            return  # one replica may evaluate alone; and FSDP has something to say of weights that are still missing
+            return  # one replica may evaluate alone; FSDP itself raises for weights on the meta device
         for handle in handles:
             handle.remove()
         hook.start()

@@ -1,9 +1,9 @@
-"""A backward pass as one transaction, for the hooks of DistributedDataParallel and FSDP.
+"""A backward pass as one transaction: the base class of the hooks of DistributedDataParallel and FSDP.
 
-Gradients come in slices, DDP's buckets or FSDP's modules, each with an `ErrorFeedback`; the rounds of a pass are all
-committed, or all rolled back. DistributedDataParallel makes its buckets anew after the first step or two, so an error
-belongs to a parameter, never to a bucket. The memory is in units of a gradient, so it must follow the learning rate of
-plain SGD (see `rates`).
+Gradients arrive in slices, DDP's buckets or FSDP's modules, each with an `ErrorFeedback`; the exchanges of a pass are
+all committed, or all rolled back. DistributedDataParallel rebuilds its buckets after the first step or two, so errors
+are stored by parameter, not by bucket. The memory is in units of a gradient, so it is rescaled when the learning rate
+of plain SGD changes (see `rates`).
 """
 
 from abc import ABC, abstractmethod
@@ -54,7 +54,7 @@ class HookOptions(Option):
         for name, only in {
             "memory": "buffer",
             "on_drift": "stop",
-        }.items():  # another optimizer steps, by its own state
+        }.items():  # the others need CompressedSGD's own step
             if (given := getattr(self.compression, name)) != only:
                 raise ValueError(f'{name} must be "{only}" in a hook, got "{given}", which is for CompressedSGD')
 
@@ -63,15 +63,15 @@ class HookOptions(Option):
         return Identity() if step < self.start_step else self.compression.at(step)
 
     def agreement(self) -> dict[str, object]:
-        """Return what all workers must be given, by name."""
+        """Return the options that must match on all workers, by name."""
         return {name.removeprefix("compression."): value for name, value in agreement(self).items()}
 
 
 @dataclass(frozen=True)
 class BucketUpdate(Update):
-    """A slice's gradients as the update of its memory, g / scale + xi, after e was multiplied by its factor.
+    """A slice's gradients as the update of its error memory: v = decay * factor * e + g / scale + xi.
 
-    `decay` and `factors` are the factors of e, of all of it and by parameter, 1 where none is given.
+    `decay` multiplies all of e; `factors` has further factors by parameter name (default 1).
     """
 
     of: Slice
@@ -82,7 +82,7 @@ class BucketUpdate(Update):
     decay: float = 1.0
 
     def add(self, base: Shaped, out: Shaped) -> None:
-        """Set out to factor base + g / scale + xi, both float[n]; out is not base."""
+        """Set out to decay * factor * base + g / scale + xi; base and out are float[n] and must not overlap."""
         for place, e, v in zip(self.of.places, base.views, out.views, strict=True):
             g, factor = self.gradients[place.name], self.decay * self.factors.get(place.name, 1.0)
             if self.scale == 1.0:
@@ -92,7 +92,7 @@ class BucketUpdate(Update):
         self.perturb(out.flat)
 
     def perturb(self, out: Tensor) -> None:
-        """Add xi to out, float[n]; its coordinates are those of the whole vector."""
+        """Add xi to out, float[n]; xi is indexed by the coordinates of the whole model."""
         if self.noise is not None:
             for first, last, start in self.of.stretches():
                 self.noise.add_to(out[first:last], 1.0, start)
@@ -100,7 +100,7 @@ class BucketUpdate(Update):
 
 @dataclass(frozen=True)
 class BucketTarget:
-    """A slice's gradients as the target of a round: another optimizer applies the mean (line 11)."""
+    """Writes the mean of an exchange to a slice's gradients; the user's optimizer applies it (line 11)."""
 
     of: Slice
     gradients: Mapping[str, Tensor]
@@ -108,7 +108,7 @@ class BucketTarget:
     defers = True
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
-        """Write mean_i g^(i), times the scale, over the gradients. Their rounding error is that of 16-bit gradients."""
+        """Overwrite the gradients with scale * mean_i g^(i). Only 16-bit gradients cause a rounding error."""
         total = self.of.zeros()
         g.write_to(total.flat)
         outs = [self.gradients[place.name] for place in self.of.places]
@@ -117,14 +117,14 @@ class BucketTarget:
             torch.mul(view, self.scale, out=out)
             if not exact:
                 view.sub_(out, alpha=1 / self.scale)
-        # Gradients must hold the mean times the scale; what 16 bits cannot hold is in the rounding error.
+        # The scaled mean must not overflow; precision lost by 16-bit gradients is in the rounding error.
         dtypes = {torch.promote_types(out.dtype, torch.float32) for out in outs}
         fits = torch.as_tensor(magnitude) * self.scale <= min((torch.finfo(t).max for t in dtypes), default=0.0)
         return Applied(fits) if exact else Applied(fits & is_finite(total.flat), total.flat)
 
 
 _NO_FACTORS: Mapping[str, float] = {}
-UNLIKE = 4.0  # the code of an exchange in which workers had different slices
+UNLIKE = 4.0  # added to the code of an exchange in which workers had different slices
 
 
 _RULES = [
@@ -138,10 +138,10 @@ _RULES = [
 
 
 class GradientHook(ABC):
-    """The rounds of the running or last backward pass, and the count of applied passes.
+    """The exchanges of the running or last backward pass, and the number of applied passes.
 
-    A pass's verdicts are read on demand or when the next one begins, so that a pass waits for no GPU. `d` is the number
-    of coordinates that all slices compress together, `owner` the function that registers the hook.
+    Verdicts are read on demand or at the beginning of the next pass, so a pass does not wait for a GPU. `d` is the
+    number of compressed coordinates of all slices, `owner` the name of the function that registers the hook.
     """
 
     def __init__(
@@ -161,17 +161,17 @@ class GradientHook(ABC):
         self._contraction = Contraction(rules.compression.monitor_every)
         self._drift = DriftGuard(rules.compression.compare_every, rules.compression.on_drift, channel)
         self._step_rates = StepRates()
-        self._lock = RLock()  # a backward pass may read what a background thread is making
+        self._lock = RLock()  # a background thread runs the exchanges of a pass
         self._skips = Skips(rules.compression.max_skipped, channel.group.rank, protected=False)
         self._steps = 0
         # The running or last pass.
         self._pass: list[Round] = []
-        self._codes: list[Tensor] = []  # `Verdict.code` of each round, UNLIKE more if workers had different slices
+        self._codes: list[Tensor] = []  # `Verdict.code` of each round, plus UNLIKE if workers had different slices
         self._bad_name = ""  # the first parameter whose part of this worker's vector is invalid
         self._complete = False
         self._protected: list[Optimizer] = []
-        self._spoiled: list[Optimizer] = []  # those whose gradients have NaNs of a rejected pass
-        self._fresh = True  # the running pass exchanges all that gradients have accumulated
+        self._spoiled: list[Optimizer] = []  # protected ones whose gradients have NaNs of a rejected pass
+        self._fresh = True  # False: gradients include those of earlier passes
 
     def __repr__(self) -> str:  # without waiting for a running pass
         compressor, workers = describe(self._rules.at(self._steps)), self.channel.group.size
@@ -184,7 +184,7 @@ class GradientHook(ABC):
 
     @property
     def steps(self) -> int:
-        """The number of applied exchanges, without those `skipped`."""
+        """The number of applied backward passes, not counting `skipped` ones."""
         self._settle()
         return self._steps
 
@@ -209,8 +209,8 @@ class GradientHook(ABC):
     def protect(self, optimizer: Optimizer) -> None:
         """Make `optimizer` skip its step after a rejected exchange, as scalers do.
 
-        Gradients are set to None for that step, so parameters and optimizer state do not change; also if `step` calls a
-        closure for them, once.
+        Gradients are set to None for that step, so parameters and optimizer state do not change. A closure that `step`
+        calls once for the gradients is supported.
         """
         if self._skips.most is not None:
             optimizer.register_step_pre_hook(self._withhold)
@@ -224,7 +224,7 @@ class GradientHook(ABC):
     def _withhold(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Clear the gradients of a rejected exchange, before the optimizer's step or after the step's closure."""
         named = kwargs.get("closure")
-        closure = named or (args[1] if len(args) > 1 and callable(args[1]) else None)  # the optimizer is the first
+        closure = named or (args[1] if len(args) > 1 and callable(args[1]) else None)  # args[0] is the optimizer
         if closure is None:
             self._take_away(optimizer)
             return None
@@ -244,7 +244,7 @@ class GradientHook(ABC):
                 p.grad = None
 
     def _open(self) -> None:
-        """Begin a pass, once the outcome of the last one is known."""
+        """Settle the last pass and begin a new one. Raises NonFiniteError after too many consecutive skips."""
         self._settle(broken_off=True)
         self._skips.check(self._skips.in_a_row)
         self.channel.step = self._steps
@@ -260,7 +260,7 @@ class GradientHook(ABC):
         return ErrorFeedback(*parts, seed=seed, back=self._rules.compression.back, whole=self._allocation.d)
 
     def _use(self, part: ErrorFeedback, step: int, *, still: bool = False) -> Compressor:
-        """Set and return a slice's compressor of a step. With `still` errors it is one that leaves no owner errors."""
+        """Set and return a slice's compressor of a step. With `still` errors it causes no owner errors."""
         exchange = self._rules.compression.exchange
         compressor = Identity() if still and exchange != "direct" else self._rules.at(step)
         allotted = self._allocation.of(tuple(part.slice.names), compressor)
@@ -296,7 +296,7 @@ class GradientHook(ABC):
             for name, view in part.slice.by_name(owner_error).items():
                 view.mul_(factors.get(name, 1.0))
         r.exchange([bits.to(v) for bits in identity])
-        # Lines 11 and 12: the optimizer that has the gradients moves x.
+        # Lines 11 and 12: the user's optimizer applies the gradients to x.
         r.apply(BucketTarget(part.slice, gradients, scale), keep=still)
         if not decay:  # no error feedback
             for vector in (v, *part.owner_errors().values()):
@@ -308,7 +308,7 @@ class GradientHook(ABC):
         return code
 
     def _settle(self, *, broken_off: bool = False) -> None:
-        """Commit the last step, or roll it back if it was broken off or a worker's gradient was invalid.
+        """Commit the last pass, or roll it back if it was interrupted or a worker's gradient was invalid.
 
         No-op during a backward pass. Raises RuntimeError if workers exchanged different slices.
         """
@@ -378,4 +378,4 @@ class GradientHook(ABC):
         self._settle(broken_off=True)
         self._step_rates.clear()
         self.saved_state.load(state)
-        self._drift.resume(max(0, self._steps - 1))  # a step is compared when the next begins
+        self._drift.resume(max(0, self._steps - 1))  # parameters are compared when the next step begins

@@ -1,4 +1,4 @@
-"""Learning rates behind a hook: an error memory in units of a gradient follows plain SGD's, so that y does not jump."""
+"""Rescaling of a hook's error memory when plain SGD's learning rate changes, so that y = x - eta e does not jump."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,21 +8,21 @@ from packsaddle.feedback.slices import Place
 
 
 def are_plain_sgd(optimizers: Sequence[Optimizer]) -> bool:
-    """Return True if optimizers only subtract eta times the gradient: then the effect of an error e on x is known."""
+    """Return True if all are SGD without momentum or maximize: then an error e changes x by -eta e."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     return {type(o) for o in optimizers} == {SGD} and not any(g["momentum"] or g["maximize"] for g in groups)
 
 
 class Rates:
-    """The factor of e when plain SGD's rate changes from a to b: a / b, so that y = x - eta e stays.
+    """Computes the factor of e when plain SGD's learning rate changes from a to b: a / b keeps y = x - eta e unchanged.
 
-    Without optimizers, or with others, nothing: momentum and second moments would take what is multiplied for
-    gradients. Raises ValueError if the optimizers do not have all of the parameters.
+    No factor without optimizers, or with others: momentum and second moments would accumulate the rescaled error like
+    a gradient. Raises ValueError if the optimizers miss a parameter.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], places: Sequence[Place]) -> None:
         self._optimizers = optimizers
-        # The optimizer of each parameter, by number, and its parameter group there.
+        # By parameter name: the index of its optimizer, and of its parameter group there.
         self._group: dict[str, tuple[int, int]] = {}
         groups = [(i, j, group) for i, o in enumerate(optimizers) for j, group in enumerate(o.param_groups)]
         owner = {id(p): (i, j) for i, j, group in groups for p in group["params"]}
@@ -30,7 +30,7 @@ class Rates:
             if id(place.parameter) not in owner:
                 raise ValueError(f"optimizer must have all parameters of the model, and lacks {place.name}")
             self._group[place.name] = owner[id(place.parameter)]
-        self.units: dict[str, float] = {}  # the rate that each parameter's e is in units of, once there was one
+        self.units: dict[str, float] = {}  # by parameter: the last nonzero rate, which scales e
         self._next: dict[str, float] = {}
 
     def now(self) -> dict[str, float]:
@@ -38,9 +38,9 @@ class Rates:
         return {name: float(self._optimizers[i].param_groups[j]["lr"]) for name, (i, j) in self._group.items()}
 
     def factors(self) -> Mapping[str, float]:
-        """Return the factor of every parameter whose rate has changed, and note the rates for `close`.
+        """Return the factors of e of the parameters whose rate has changed, and record the rates for `close`.
 
-        It is 0 where the rate is 0: x will not move, so e is to be left as it is, and out of what is exchanged.
+        A factor is 0 if the rate is 0: x will not move, so e must be kept and excluded from the exchange.
         """
         if not are_plain_sgd(self._optimizers):
             return {}

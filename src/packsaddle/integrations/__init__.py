@@ -1,7 +1,7 @@
-"""Frameworks that make the DistributedDataParallel themselves; what they need of the exchange, and a module for each.
+"""Integrations with frameworks that construct the DistributedDataParallel model: common functions and callbacks.
 
-`packsaddle.attach` finds the model in what any of them made; `integrations.lightning` and `integrations.huggingface`
-have callbacks that also log and save. Those modules import their framework; this one imports none.
+`packsaddle.attach` works on the wrapped model of any framework. The callbacks in `integrations.lightning` and
+`integrations.huggingface` also log and save; only these modules import their framework.
 """
 
 from packsaddle.integrations.callbacks import WorkerState, load_state, measures, save_state

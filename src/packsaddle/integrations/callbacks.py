@@ -1,4 +1,4 @@
-"""Common parts of the frameworks' callbacks: a hook or local updates attached, measured, kept with a checkpoint."""
+"""Common parts of the frameworks' callbacks: attaching a hook or local updates, metrics, saving and loading state."""
 
 import warnings
 from collections.abc import Mapping
@@ -28,20 +28,20 @@ NOTHING_TO_DO = "packsaddle has nothing to do: there is one worker, and so no ex
 
 
 class Attached:
-    """A framework's callback with the exchange attached to its model; None before training, and with one worker."""
+    """Base of the frameworks' callbacks. `exchange`: attached to the model; None before training or with one worker."""
 
     def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
-        self._compressor, self._options = compressor, options  # of the exchange
+        self._compressor, self._options = compressor, options
         self.exchange: DDPHook | WorkerState | None = None
 
     @property
     def hook(self) -> DDPHook | None:
-        """The hook, once training has begun among workers; None for local updates."""
+        """The hook; None before training, with one worker, or for local updates."""
         return self.exchange if isinstance(self.exchange, DDPHook) else None
 
     @property
     def local(self) -> LocalUpdates | None:
-        """The local updates, once training has begun among workers; None for a hook."""
+        """The local updates; None before training, with one worker, or for a hook."""
         return self.exchange.local if isinstance(self.exchange, WorkerState) else None
 
 
@@ -51,9 +51,9 @@ def attach_among_workers(
     optimizers: list[Optimizer],
     **options: Any,
 ) -> DDPHook | None:
-    """`packsaddle.attach`; or a warning and None where there is one worker, in DistributedDataParallel or not.
+    """Call `packsaddle.attach`; with one worker, warn and return None instead, whether or not the model is wrapped.
 
-    Raises what `register_ddp_hook` raises.
+    Raises the errors of `register_ddp_hook`.
     """
     if resolve(None).size == 1:
         warnings.warn(NOTHING_TO_DO, stacklevel=3)
@@ -62,10 +62,10 @@ def attach_among_workers(
 
 
 class WorkerState:
-    """The state of one worker of local updates; a framework's checkpoint has worker 0's alone.
+    """The state of one worker with local updates, to save separately: a framework's checkpoint has only worker 0's.
 
-    That is the state of `local`, of its optimizers and of the GradScaler `scaler`, and the trained parameters and the
-    persistent buffers of `model`. To be loaded after the framework has loaded its checkpoint.
+    It consists of the states of `local`, of its optimizers and of the GradScaler `scaler`, and of the trained
+    parameters and persistent buffers of `model`. Load it after the framework has loaded its checkpoint.
 
     >>> import torch
     >>> import packsaddle
@@ -83,13 +83,12 @@ class WorkerState:
 
     @property
     def steps(self) -> int:
-        """Inner steps so far."""
+        """Number of inner steps."""
         return self.local.steps
 
     def finish(self) -> None:
-        """End training with one model on all workers: `local.flush()`, and worker 0's buffers; collective.
-
-        Warns if the flush was not taken.
+        """Make the model identical on all workers at the end of training: `local.flush()`, then broadcast worker 0's
+        buffers; collective. Warns if the flush was rejected.
         """
         if not self.local.flush():
             warnings.warn("parameters are not finite, so workers end with models of their own", stacklevel=3)
@@ -98,7 +97,7 @@ class WorkerState:
                 self.channel.broadcast(buffer, "buffers")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return it, tensors and plain types; collective during an exchange."""
+        """Return the state, tensors and plain types; collective if an exchange is in progress."""
         return {
             "steps": self.steps,
             "local": self.local.state_dict(),
@@ -108,7 +107,7 @@ class WorkerState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore this worker's `state_dict`, `state`; raises ValueError, changing nothing, if it does not fit."""
+        """Restore `state`, from this worker's `state_dict`. Raises ValueError, changing nothing, if it does not fit."""
         if "local" not in state:
             raise ValueError("the state has no local updates; was it saved by a hook?")
         self.local.check_state_dict(state["local"])
@@ -123,7 +122,7 @@ class WorkerState:
             self._scaler.load_state_dict(state["scaler"])
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The tensors that training changes, by name; not copies."""
+        """Return trained parameters and persistent buffers, by name; views."""
         trained = {name: p.detach() for name, p in self._model.named_parameters() if p.requires_grad}
         return trained | persistent_buffers(self._model)
 
@@ -135,11 +134,11 @@ def attach_local_updates(
     compressor: Compressor | Schedule | Compression,
     **options: Any,
 ) -> WorkerState | None:
-    """Make `LocalUpdates` of a framework's optimizers; or warn and return None where there is one worker.
+    """Make `LocalUpdates` around a framework's optimizers; with one worker, warn and return None.
 
-    `wrapped` is what the framework made of `model`: its DistributedDataParallel exchanges no gradients from here on.
-    The contraction is measured in every round; a `Compression` says itself when. Raises TypeError without a
-    DistributedDataParallel, and what `LocalUpdates` raises.
+    `wrapped`: the framework's wrapper of `model`; its DistributedDataParallel stops exchanging gradients. The
+    contraction is measured in every round, or as set by a `Compression`. Raises TypeError without a
+    DistributedDataParallel, and the errors of `LocalUpdates`.
     """
     if resolve(None).size == 1:
         warnings.warn(NOTHING_TO_DO, stacklevel=3)
@@ -155,15 +154,15 @@ def attach_local_updates(
 
 
 def monitored(compressor: Compressor | Schedule | Compression, every: int) -> Compression:
-    """Return how to compress, the contraction measured every `every` steps; a `Compression` as it is."""
+    """Return a `Compression` that measures the contraction every `every` steps; a given `Compression` is unchanged."""
     return compressor if isinstance(compressor, Compression) else Compression(compressor, monitor_every=every)
 
 
 def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str, float]:
-    """Return the numbers so far of an `exchange`, a hook or local updates, for a logger (docs/metrics.md).
+    """Return the metrics of an `exchange`, a hook or local updates, for a logger (docs/metrics.md).
 
-    They are bytes on this worker's wire, steps, contraction: `mu` is there once `monitor_every` has measured it. A hook
-    has `sent_in_step`, in bytes, local updates have `rounds`. None, what `attach` returns for one worker, has none.
+    They are totals of this worker's steps and bytes, and the contraction `mu` once `monitor_every` has measured it. A
+    hook also has `sent_in_step`, in bytes; local updates have `rounds`. Empty for None (`attach` with one worker).
 
     >>> import torch
     >>> import packsaddle
@@ -186,7 +185,7 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
         "reduction": alone / sent if sent else 1.0,
     }
 
-    # A hook exchanges in every step, local updates once a round.
+    # A hook exchanges in every step, local updates once per round.
     if isinstance(exchange, LocalUpdates):
         found["rounds"] = float(exchange.rounds)
     else:
@@ -195,11 +194,11 @@ def measures(exchange: DDPHook | LocalUpdates | WorkerState | None) -> dict[str,
 
 
 def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> None:
-    """Write this worker's `state_dict()` of a hook or of local updates to its own file in a folder, atomically.
+    """Save this worker's `state_dict()` of a hook or of local updates to the file NAME-RANK.pt in `folder`, atomically.
 
-    Every worker calls it, and only an unfinished exchange travels: states differ, are as large as the
-    model, and are in place when the run continues. The file is NAME-RANK.pt: several exchanges in one folder, of two
-    models, say, need a `name` each. None, what `attach` returns for one worker, has no state.
+    Call on every worker: states differ between workers and are as large as the model, so they are not gathered; only
+    an exchange in progress is collective. Give each `exchange` in one folder, such as those of two models, another
+    `name`. No-op for None (`attach` with one worker).
 
     >>> import pathlib, tempfile, torch
     >>> import packsaddle
@@ -216,11 +215,11 @@ def save_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
 
 def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, name: str = "packsaddle") -> bool:
-    """Restore an `exchange` from the files of `save_state` in a `folder`; collective. Return False if there is none.
+    """Restore an `exchange` from the files of `save_state` in a `folder`; collective. Return True if restored.
 
-    `name` is that of `save_state`. Without a file it warns, and all stays as it is. Raises ValueError, with nothing
-    changed, if only some workers have a file, if these are of different steps, or if they do not fit (another number of
-    workers, another seed, ...).
+    `name`: as in `save_state`. Returns False with a warning, and nothing changed, if no worker has a file. Raises
+    ValueError, with nothing changed, if only some workers have one, if steps differ between files, or if they do not
+    fit (another number of workers, another seed, ...).
 
     >>> import tempfile
     >>> import torch
@@ -257,12 +256,12 @@ def load_state(exchange: DDPHook | WorkerState | None, folder: str | Path, *, na
 
 
 def _path(folder: str | Path, name: str) -> Path:
-    """This worker's file; the rank is that among all workers, since an exchange may be among some of them."""
+    """Return this worker's file, named by its global rank, since an exchange may be between some workers only."""
     return Path(folder) / f"{name}-{resolve(None).rank}.pt"
 
 
 def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the numbers among some values, those of mappings inside by name/name."""
+    """Return the numbers in a mapping as floats, those in nested mappings as NAME/NAME; other values are dropped."""
     found: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
@@ -273,6 +272,6 @@ def scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def certificate_scalars(certificate: Certificate) -> dict[str, float]:
-    """Return a certificate's numbers for a logger, as certificate/grad_norm; certificate/saddle is 0 or 1."""
+    """Return a certificate's numbers for a logger, such as certificate/grad_norm; certificate/saddle is 0 or 1."""
     found = scalars(certificate.to_dict(), "certificate/")
     return found | {"certificate/saddle": float(certificate.verdict is Verdict.SADDLE)}

@@ -1,7 +1,7 @@
-"""Hugging Face's Trainer: callbacks that compress what its workers exchange, and certify the model.
+"""Callbacks for Hugging Face's Trainer: compressed gradients, local updates, and certification of the model.
 
-The Trainer makes DistributedDataParallel itself and has no argument for a communication hook. Both callbacks log
-`measures` and keep every worker's own state in the checkpoints. Needs transformers 5: pip install 'packsaddle[hf]'.
+The Trainer constructs DistributedDataParallel and has no argument for a communication hook. The first two callbacks log
+`measures` and save every worker's state in the checkpoints. Needs transformers 5: pip install 'packsaddle[hf]'.
 """
 
 import os
@@ -35,7 +35,7 @@ from packsaddle.integrations.callbacks import (
 
 
 class _Attached(Attached, TrainerCallback):
-    """Attaches an exchange to a trainer when training begins, logs its measures and keeps its state."""
+    """Base callback: attaches an exchange when training begins, logs its `measures`, saves and restores its state."""
 
     def __init__(
         self,
@@ -46,8 +46,8 @@ class _Attached(Attached, TrainerCallback):
     ) -> None:
         super().__init__(compressor, options)
         self._trainer, self._resume_from = trainer, resume_from
-        self._resumed: Path | None = None  # the checkpoint that `train` was given
-        self._attached: Any = None  # to this model
+        self._resumed: Path | None = None  # the checkpoint passed to `train`
+        self._attached: Any = None  # the model with the exchange
         trainer.train = self._hearing(trainer.train)
         trainer._save_checkpoint = self._saving(trainer._save_checkpoint)
 
@@ -55,7 +55,7 @@ class _Attached(Attached, TrainerCallback):
         raise NotImplementedError
 
     def _hearing(self, train: Callable[..., Any]) -> Callable[..., Any]:
-        """Callbacks are not told where a run continues from."""
+        """Wrap `train` to record the checkpoint to resume from, which callbacks do not receive."""
 
         @wraps(train)
         def hearing(resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
@@ -66,21 +66,21 @@ class _Attached(Attached, TrainerCallback):
         return hearing
 
     def _saving(self, save: Callable[..., Any]) -> Callable[..., Any]:
-        """`on_save` is not called for the checkpoint that a SIGTERM causes."""
+        """Wrap `_save_checkpoint` to save this worker's state too. `on_save` is not called after a SIGTERM."""
 
         @wraps(save)
         def saving(model: nn.Module, trial: Any = None) -> None:
             save(model, trial)
             trainer = self._trainer
             if self.exchange is not None and not trainer.args.save_only_model:
-                folder = Path(trainer._get_output_dir(trial=trial))  # a trial of a search has its own
+                folder = Path(trainer._get_output_dir(trial=trial))  # differs per trial in a hyperparameter search
                 save_state(self.exchange, folder / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}")
 
         return saving
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach, and restore in a run that continues; raises what attaching raises."""
-        if self._trainer.model_wrapped is not self._attached:  # it is the same at another call of train()
+        """Attach the exchange, and restore its state in a resumed run. Raises the errors of attaching."""
+        if self._trainer.model_wrapped is not self._attached:  # unchanged in further calls of train()
             self._attached = self._trainer.model_wrapped
             self.exchange = self._attach(state)
         if self.exchange is not None and state.global_step:
@@ -90,21 +90,21 @@ class _Attached(Attached, TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Log with the training loss, and only then."""
+        """Log `measures` together with the training loss."""
         if self.exchange is not None and logs is not None and "loss" in logs:
             self._trainer.log({f"packsaddle/{name}": value for name, value in measures(self.exchange).items()})
 
 
 class PacksaddleCallback(_Attached):
-    """Exchanges gradients compressed from the start of training, and logs `measures` as packsaddle/sent and so on.
+    """Compresses the exchanged gradients from the start of training, and logs `measures` as packsaddle/sent and so on.
 
-    To be added to the trainer it is given: `trainer.add_callback(PacksaddleCallback(trainer, QSGD(127)))`.
-    Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. The contraction
-    is measured every `logging_steps`; a `Compression` says itself when.
+    Add it to the trainer passed to it: `trainer.add_callback(PacksaddleCallback(trainer, QSGD(127)))`. Accepts the
+    arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The contraction is
+    measured every `logging_steps`, or as set by a `Compression`.
 
-    Every worker keeps its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A run that continues
-    (`train(resume_from_checkpoint=...)`) takes it from the checkpoint that it continues from, or from `resume_from`.
-    With one worker a warning is all that happens. `hook` is the DDPHook, which another call of `train` keeps.
+    Every worker saves its own state in the trainer's checkpoint folders, as packsaddle-RANK.pt. A resumed run
+    (`train(resume_from_checkpoint=...)`) restores it from its checkpoint, or from the folder `resume_from`. With one
+    worker it only warns. `hook` is the DDPHook; further calls of `train` keep it.
     """
 
     def __init__(
@@ -118,27 +118,27 @@ class PacksaddleCallback(_Attached):
         super().__init__(trainer, compressor, resume_from, options)
 
     def _attach(self, state: TrainerState) -> DDPHook | None:
-        trainer = self._trainer  # callbacks are shown the model that is inside DistributedDataParallel alone
+        trainer = self._trainer  # callbacks receive only the model inside DistributedDataParallel
         options = {"scaler": trainer.accelerator.scaler, **self._options}
         spec = monitored(self._compressor, int(state.logging_steps))
         return attach_among_workers(self._attached, spec, [trainer.optimizer], **options)
 
 
 class LocalUpdatesCallback(_Attached):
-    """Has each worker step by itself and exchanges what was moved every `every` steps: `packsaddle.LocalUpdates`.
+    """Trains with `packsaddle.LocalUpdates`: workers step separately and exchange their changes every `every` steps.
 
-    To be added to the trainer it is given: `trainer.add_callback(LocalUpdatesCallback(trainer, every=8))`. Takes what
-    `LocalUpdates` takes, but for `optimizer` and `scaler`, which are the trainer's. DistributedDataParallel exchanges
-    no gradients from the start of training on. `measures` are logged as packsaddle/sent and so on; the contraction is
-    measured in every round; a `Compression` says itself when.
+    Add it to the trainer passed to it: `trainer.add_callback(LocalUpdatesCallback(trainer, every=8))`. Accepts the
+    arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DistributedDataParallel
+    exchanges no gradients from the start of training. `measures` are logged as packsaddle/sent and so on; the
+    contraction is measured in every round, or as set by a `Compression`.
 
-    While training the trainer evaluates, predicts and saves the anchor, which is the same on all workers; at the end
-    all that is pending is exchanged, and every worker has the anchor. With `load_best_model_at_end` each has the best
-    model instead, and another call of `train` raises RuntimeError.
+    During training the trainer evaluates, predicts and saves the anchor, which is identical on all workers. At the end
+    all pending updates are exchanged, and every worker has the anchor. With `load_best_model_at_end` every worker has
+    the best model instead, and another call of `train` raises RuntimeError.
 
-    Every worker keeps its own state, parameters and optimizer's state among it, in the trainer's checkpoint folders, as
-    packsaddle-RANK.pt; a run that continues takes it as `PacksaddleCallback` does. With one worker it only
-    warns. `local` is the LocalUpdates, which another call of `train` keeps.
+    Every worker saves its own state, including parameters and optimizer state, in the trainer's checkpoint folders, as
+    packsaddle-RANK.pt; a resumed run restores it as with `PacksaddleCallback`. With one worker it only warns. `local`
+    is the LocalUpdates; further calls of `train` keep it.
     """
 
     def __init__(
@@ -150,9 +150,9 @@ class LocalUpdatesCallback(_Attached):
         **options: Any,
     ) -> None:
         super().__init__(trainer, compressor, resume_from, options)
-        self._at_anchor = False  # whether there are workers apart
+        self._at_anchor = False  # True during training: evaluation and saving switch to the anchor
         self._ended_at_best = False
-        for name in ("evaluate", "predict", "save_model"):  # callbacks hear of these when they are over
+        for name in ("evaluate", "predict", "save_model"):  # callbacks are called only after these
             setattr(trainer, name, self._inside(getattr(trainer, name)))
 
     def _attach(self, state: TrainerState) -> WorkerState | None:
@@ -171,14 +171,14 @@ class LocalUpdatesCallback(_Attached):
         return inside
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Attach, and restore in a run that continues; raises what attaching raises."""
+        """Attach and restore as the base does. Raises RuntimeError if the last training ended with the best model."""
         if self._ended_at_best and self._trainer.model_wrapped is self._attached:
             raise RuntimeError("the best model was loaded after the last training: make a new Trainer to train on")
         super().on_train_begin(args, state, control)
         self._at_anchor = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Exchange what is pending, unless all workers have just loaded the best model."""
+        """Exchange all pending updates, unless the best model was loaded."""
         self._at_anchor = False
         self._ended_at_best = bool(args.load_best_model_at_end and state.best_model_checkpoint is not None)
         if isinstance(self.exchange, WorkerState) and not self._ended_at_best:
@@ -188,10 +188,10 @@ class LocalUpdatesCallback(_Attached):
 class CertificateCallback(TrainerCallback):
     """Certifies the model every `every_n_steps` (is it at a saddle?) and logs certificate/grad_norm and so on.
 
-    To be added to the trainer it is given. loss_fn(model, batch) is a batch's mean loss, by default the `loss` of
-    `model(**batch)`; `batches` are this worker's, the same each time; `options` are those of `packsaddle.certify`.
-    `certificate` is the last one. With a `LocalUpdatesCallback` in the trainer it certifies the anchor.
-    Raises ValueError for an interval below 1.
+    Add it to the trainer passed to it. `loss_fn(model, batch)` returns the mean loss of a batch, by default the `loss`
+    of `model(**batch)`; `batches` are this worker's, identical in every pass; `options` are those of
+    `packsaddle.certify`. `certificate` is the last certificate. With a `LocalUpdatesCallback` in the trainer the anchor
+    is certified. Raises ValueError for an interval below 1.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
-"""Lightning: callbacks that compress what DDPStrategy's workers exchange, gradients or local updates, log it, keep its
-state, and certify the model.
+"""Callbacks for Lightning's DDPStrategy: compressed gradients, local updates, and certification of the model.
 
-Lightning's own `DDPStrategy(ddp_comm_hook=...)` registers hooks on GPUs only; these callbacks work wherever DDPStrategy
-does. Needs lightning 2.x: pip install 'packsaddle[lightning]'.
+The first two log metrics and save every worker's state. Lightning's `DDPStrategy(ddp_comm_hook=...)` registers hooks
+on GPUs only; these callbacks work wherever DDPStrategy does. Needs lightning 2.x: pip install 'packsaddle[lightning]'.
 """
 
 import shutil
@@ -38,61 +37,61 @@ from packsaddle.integrations.callbacks import (
 
 
 class _Attached(Attached, Callback):
-    """Attaches an exchange when training starts, logs its measures and keeps its state with checkpoints."""
+    """Base callback: attaches an exchange when training starts, logs `measures`, saves its state with checkpoints."""
 
     def __init__(self, compressor: Compressor | Schedule | Compression, options: Mapping[str, Any]) -> None:
         super().__init__(compressor, options)
-        self._saved = False  # whether the checkpoint that is being loaded has workers' states next to it
+        self._saved = False  # True: the loaded checkpoint has workers' states next to it
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> DDPHook | WorkerState | None:
         raise NotImplementedError
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Have the strategy save and remove this worker's state with its checkpoints."""
+        """Wrap the strategy's methods to save and remove this worker's state with its checkpoints."""
         if stage == "fit":
-            self.exchange, self._saved = None, False  # the latter may be of a checkpoint that was tested
+            self.exchange, self._saved = None, False  # _saved may stem from a checkpoint loaded for testing
             _Files(self).accompany(trainer.strategy)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attach, and restore; raises what attaching raises."""
+        """Attach the exchange, and restore its state. Raises the errors of attaching."""
         self.exchange = self._attach(trainer, pl_module)
         if self.exchange is not None and self._saved:
             load_state(self.exchange, folder_of(Path(trainer.ckpt_path).resolve()))  # last.ckpt may be a link
         self._saved = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log in double precision, since single is too short for bytes; rank 0's numbers are those that loggers get."""
+        """Log `measures` in float64, since float32 is too short for bytes; loggers receive rank 0's values."""
         if self.exchange is not None:
             now = measures(self.exchange).items()
             found = {f"packsaddle/{k}": torch.tensor(v, dtype=torch.float64) for k, v in now}
             pl_module.log_dict(found, on_step=True, on_epoch=False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Mark a checkpoint that has workers' states next to it."""
+        """Return a mark for checkpoints that have workers' states next to them; else empty."""
         return {} if self.exchange is None else {"steps": self.exchange.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Note the mark; `on_train_start` restores, once there is an exchange."""
+        """Read the mark; `on_train_start` restores the state after attaching."""
         self._saved = "steps" in state
 
     def apart(self) -> AbstractContextManager[None]:
-        """Have this worker's own parameters for a while."""
+        """Return a context in which the model has this worker's own parameters."""
         return nullcontext()
 
     def together(self) -> AbstractContextManager[None]:
-        """Have what is the same on all workers for a while."""
+        """Return a context in which the parameters are identical on all workers."""
         return nullcontext()
 
 
 class PacksaddleCallback(_Attached):
-    """Exchanges gradients compressed when training starts, and logs `measures` as packsaddle/sent and so on.
+    """Compresses the exchanged gradients from the start of training, and logs `measures` as packsaddle/sent and so on.
 
-    Takes what `register_ddp_hook` takes, but for `optimizer` and `scaler`, which are the trainer's. The contraction
-    is measured every `log_every_n_steps`; a `Compression` says itself when.
+    Accepts the arguments of `register_ddp_hook` except `optimizer` and `scaler`, which are the trainer's. The
+    contraction is measured every `log_every_n_steps`, or as set by a `Compression`.
 
-    Every worker keeps its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which goes
-    when the checkpoint goes; `Trainer.fit(ckpt_path=...)` restores it. With one worker a warning is all that happens.
-    `hook` is the DDPHook while there is one.
+    Every worker saves its own state next to the checkpoint, as CHECKPOINT.packsaddle/packsaddle-RANK.pt, which is
+    removed with the checkpoint; `Trainer.fit(ckpt_path=...)` restores it. With one worker it only warns. `hook` is the
+    DDPHook, or None.
     """
 
     def __init__(
@@ -109,18 +108,17 @@ class PacksaddleCallback(_Attached):
 
 
 class LocalUpdatesCallback(_Attached):
-    """Has each worker step by itself and exchanges what was moved every `every` steps: `packsaddle.LocalUpdates`.
+    """Trains with `packsaddle.LocalUpdates`: workers step separately and exchange their changes every `every` steps.
 
-    Takes what `LocalUpdates` takes, but for `optimizer` and `scaler`, which are the trainer's. DDPStrategy exchanges no
-    gradients from the start of training on. `measures` are logged as packsaddle/sent and so on; the contraction is
-    measured in every round; a `Compression` says itself when.
+    Accepts the arguments of `LocalUpdates` except `optimizer` and `scaler`, which are the trainer's. DDPStrategy
+    exchanges no gradients from the start of training. `measures` are logged as packsaddle/sent and so on; the
+    contraction is measured in every round, or as set by a `Compression`.
 
-    Validation during `fit` sees the anchor, which is the same on all workers, and checkpoints have it. At the end all
-    that is pending is exchanged, and every worker has the anchor.
+    Validation during `fit` and checkpoints use the anchor, which is identical on all workers. At the end all pending
+    updates are exchanged, and every worker has the anchor.
 
-    Every worker keeps its own state, parameters and optimizer's state among it, next to the checkpoint, as
-    `PacksaddleCallback` does. With one worker a warning is all that happens. `local` is the LocalUpdates while there is
-    one.
+    Every worker saves its own state, including parameters and optimizer state, next to the checkpoint, as with
+    `PacksaddleCallback`. With one worker it only warns. `local` is the LocalUpdates, or None.
     """
 
     def __init__(
@@ -131,7 +129,7 @@ class LocalUpdatesCallback(_Attached):
     ) -> None:
         super().__init__(compressor, options)
         self._training = self._evaluating = False
-        self._evaluation = ExitStack()  # has the parameters at the anchor while there is something in it
+        self._evaluation = ExitStack()  # contains `together()` during validation
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> WorkerState | None:
         options = {"scaler": getattr(trainer.precision_plugin, "scaler", None), **self._options}
@@ -142,37 +140,37 @@ class LocalUpdatesCallback(_Attached):
         return found
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go to the anchor; not in `trainer.validate`, which may have loaded another model."""
+        """Set the parameters to the anchor. No-op in `trainer.validate`, which may have loaded another model."""
         self._evaluating = True
         self._evaluation.enter_context(self.together())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go back to this worker's parameters."""
+        """Restore this worker's parameters."""
         self._evaluating = False
         self._evaluation.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Go back to this worker's parameters."""
+        """Restore this worker's parameters."""
         self._evaluating = False
         self._evaluation.close()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Exchange what is pending."""
+        """Exchange all pending updates."""
         self._training = False
         if isinstance(self.exchange, WorkerState):
             self.exchange.finish()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave the parameters to others."""
+        """Stop switching to the anchor: the parameters may change afterwards."""
         self._training = False
 
     def together(self) -> AbstractContextManager[None]:
-        """Have the parameters at the anchor for a while, in training."""
+        """Return a context in which the parameters are the anchor. No-op outside training."""
         return self.local.at_anchor() if self.local is not None and self._training else nullcontext()
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Have this worker's own parameters for a while, if a checkpoint is saved during validation."""
+        """Restore this worker's own parameters within, if in validation: checkpoints may be saved then."""
         self._evaluation.close()
         yield
         if self._evaluating:
@@ -180,7 +178,7 @@ class LocalUpdatesCallback(_Attached):
 
 
 def _check_order(callbacks: list[Callback], local: LocalUpdatesCallback) -> None:
-    """Raise ValueError for a callback that would replace, at the end of training, what workers have agreed on."""
+    """Raise ValueError for a later callback that would replace the anchor by a worker's own average after training."""
     names = ("StochasticWeightAveraging", "WeightAveraging")  # the latter from Lightning 2.6 on
     kinds = tuple(getattr(theirs, name) for name in names if hasattr(theirs, name))
     for callback in callbacks[callbacks.index(local) :]:
@@ -192,23 +190,23 @@ def _check_order(callbacks: list[Callback], local: LocalUpdatesCallback) -> None
 
 
 def folder_of(checkpoint: str | Path) -> Path:
-    """Return the folder of workers' states that belongs to a checkpoint."""
+    """Return the folder of workers' states next to a checkpoint."""
     path = Path(checkpoint)
     return path.with_name(path.name + ".packsaddle")
 
 
 class _Files:
-    """Takes part when a strategy collects, saves or removes a checkpoint.
+    """Wraps a strategy's methods that collect, save and remove a checkpoint.
 
-    Lightning tells callbacks that it saves but not where, and only the strategy hears that on every worker.
+    Callbacks do not receive the path of a checkpoint; only the strategy's methods do, and on every worker.
     """
 
     def __init__(self, callback: _Attached) -> None:
         self._callback = callback
 
     def accompany(self, strategy: Strategy) -> None:
-        """Stand before the strategy's three methods, once."""
-        if isinstance(getattr(strategy.save_checkpoint, "__self__", None), _Files):  # since an earlier fit
+        """Replace the strategy's three methods by wrappers. No-op if they are wrapped already."""
+        if isinstance(getattr(strategy.save_checkpoint, "__self__", None), _Files):  # by an earlier fit
             return
         self._strategy, self._names = strategy, dict[str, str]()
         self._save, self._remove = strategy.save_checkpoint, strategy.remove_checkpoint
@@ -217,9 +215,9 @@ class _Files:
         strategy.lightning_module_state_dict = self.tensors
 
     def save(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **options: Any) -> None:
-        """Save this worker's state too, unless the checkpoint is of weights alone.
+        """Save a checkpoint, and next to it this worker's state unless the checkpoint contains only weights.
 
-        A name may have a metric in it, of which every worker has a value of its own: rank 0's is the checkpoint's.
+        The name may contain a metric with another value on every worker: rank 0's name is used.
         """
         exchange = self._callback.exchange
         if exchange is not None:
@@ -231,17 +229,17 @@ class _Files:
             else:
                 with self._callback.apart():
                     save_state(exchange, folder_of(filepath))
-        with self._callback.together():  # the checkpoint may have the parameters themselves
+        with self._callback.together():  # the checkpoint may contain views of the parameters
             self._save(checkpoint, filepath, *args, **options)
 
     def tensors(self) -> dict[str, Any]:
-        """Return the model's `state_dict`, which may make copies, of the model that is the same on all workers."""
+        """Return the strategy's model `state_dict` at the anchor; it may contain copies."""
         with self._callback.together():
             found: dict[str, Any] = self._tensors()
         return found
 
     def remove(self, filepath: str | Path) -> None:
-        """Remove the workers' states too, where rank 0 removes the checkpoint: others may have chosen another one."""
+        """Remove a checkpoint, and on rank 0 the workers' states: the others may have chosen another checkpoint."""
         filepath = self._names.pop(str(filepath), filepath)
         if self._callback.exchange is not None and self._strategy.is_global_zero:
             shutil.rmtree(folder_of(filepath), ignore_errors=True)
@@ -251,9 +249,9 @@ class _Files:
 class CertificateCallback(Callback):
     """Certifies the model every N epochs or steps (is it at a saddle?) and logs certificate/grad_norm and so on.
 
-    loss_fn(pl_module, batch) is a batch's mean loss, without calls of `log`; `batches` are this worker's, the same each
-    time; `options` are those of `packsaddle.certify`. `certificate` is the last one. With a LocalUpdatesCallback in the
-    trainer it certifies the anchor.
+    `loss_fn(pl_module, batch)` returns the mean loss of a batch, without calling `log`; `batches` are this worker's,
+    identical in every pass; `options` are those of `packsaddle.certify`. `certificate` is the last certificate. With a
+    LocalUpdatesCallback in the trainer the anchor is certified.
     Raises ValueError unless one of the two intervals is given.
     """
 
@@ -273,14 +271,14 @@ class CertificateCallback(Callback):
         self.certificate: Certificate | None = None
         self._loss_fn, self._batches, self._options = loss_fn, batches, options
         self._epochs, self._steps = every_n_epochs, every_n_steps
-        self._seen = 0  # steps at the last batch's end
+        self._seen = 0  # trainer.global_step after the last batch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count from the steps of a checkpoint on."""
+        """Start counting at the trainer's current step, that of a restored checkpoint."""
         self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Certify if the batch ended a step that is due."""
+        """Certify if a step of this batch is due."""
         before, self._seen = self._seen, trainer.global_step
         if self._steps is not None and self._seen // self._steps > before // self._steps:  # each optimizer counts
             self._certify(trainer, pl_module)

@@ -1,6 +1,6 @@
-"""Stateless numerics: seeds and random numbers, finiteness, sketches of vectors, compiled inner loops.
+"""Stateless numerics: random numbers, finiteness checks, sketches of vectors, compiled inner loops.
 
-Pure functions, which know nothing of workers or of training. Read `seeds` first.
+These functions are independent of communication and training. Start with `seeds`.
 """
 
 from packsaddle.numerics.finite import is_in_range

@@ -1,14 +1,14 @@
-"""Random numbers as pure functions of (seed, step), so there is nothing to store, resume or synchronise.
+"""Random numbers as pure functions of (seed, step): there is no generator state to store, resume or synchronize.
 
 A *shared* stream is identical on every worker (Algorithm 1's xi_t and the compressor's randomness); a *private* one
 also depends on the worker (its batches). Global random state is never read or written.
 
-Counter-based numbers are also functions of a counter and a key: any stretch of a sequence can be computed on any
-device, in any order, so a vector's noise needs no memory but the vector's. Words are 32 bits of the counter, mixed
-twice (a multiply-xorshift permutation with low bias, found by Chris Wellons's search,
-https://github.com/skeeto/hash-prospector) with a key added before each, so that sequences of different keys are not
-stretches of one. Normal numbers are Box and Muller's, in single precision. A sequence repeats after 2^32 words, or
-2^33 normal numbers.
+Counter-based numbers are functions of a counter and a key. Any range of a sequence can be computed on any device, in
+any order, so adding noise to a vector needs no second vector. A random word is the 32-bit counter, hashed twice (a
+multiply-xorshift permutation with low bias, found by Chris Wellons's search,
+https://github.com/skeeto/hash-prospector) with a key added before each, so that the sequences of different keys do not
+overlap as shifted copies. Normal numbers are from the Box-Muller transform in float32. A sequence repeats after 2^32
+words, or 2^33 normal numbers.
 """
 
 import math
@@ -23,29 +23,29 @@ from packsaddle.numerics.kernels import kernel
 
 _MASK64 = (1 << 64) - 1
 _FEISTEL_ROUNDS = 6
-# Below this a Feistel network has too few bits to mix well, and drawing the whole permutation is cheap.
+# Up to this n a Feistel network has too few bits to mix well, and drawing the whole permutation is cheap.
 _SMALL_DOMAIN = 4096
 
 
 class Stream(IntEnum):
     """The purpose of random numbers; two streams of one (seed, step) are independent."""
 
-    SUPPORT = 1  # the cells of coordinates that RandomK keeps
-    NOISE = 2  # the perturbation xi_t
-    SKETCH = 3  # hashes and signs of the norm sketch
-    BATCH = 4  # which examples a worker reads
-    SHARD = 5  # how the examples are dealt to the workers
-    INIT = 6  # the starting point x_0
+    SUPPORT = 1  # cells of coordinates that RandomK keeps
+    NOISE = 2  # perturbation xi_t
+    SKETCH = 3  # sketches of norms and compressors, and LowRank's Gaussian Q
+    BATCH = 4  # order of a worker's examples
+    SHARD = 5  # assignment of examples to workers
+    INIT = 6  # initial parameters x_0
     ROUNDING = 7  # stochastic rounding
-    CERTIFY = 8  # the start of a certificate, and the examples it looks at
-    ITERATES = 9  # which iterates of a run are certified
-    OUTSTANDING = 10  # noise drawn when it reaches x
-    SETTLED = 11  # all of that noise, where e or y is wanted
-    PROJECTION = 12  # the projections of blocks
+    CERTIFY = 8  # start vectors and examples of a certificate
+    ITERATES = 9  # selection of the iterates to certify
+    OUTSTANDING = 10  # deferred noise, drawn when it is applied to x
+    SETTLED = 11  # all deferred noise, drawn when e or y is read
+    PROJECTION = 12  # SharedTopK's projections of blocks
 
 
 def mix(*words: int) -> int:
-    """Hash integers to 64 bits (splitmix64's finaliser, chained), the same on every platform."""
+    """Hash integers to 64 bits (chained splitmix64 finalizers); identical on every platform."""
     state = 0
     for word in words:
         state = (state + (operator.index(word) & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
@@ -56,7 +56,7 @@ def mix(*words: int) -> int:
 
 
 def as_seed(seed: int) -> int:
-    """Return a seed as a plain integer (from numpy's, say). Raises ValueError for anything that is not one."""
+    """Convert an integer `seed`, such as numpy.int64, to int. Raises ValueError for other types, bool included."""
     try:
         if isinstance(seed, bool):
             raise TypeError
@@ -68,32 +68,32 @@ def as_seed(seed: int) -> int:
 def generator(
     seed: int, step: int, stream: Stream, *, worker: int | None = None, device: torch.device | str = "cpu"
 ) -> torch.Generator:
-    """Return a generator for (seed, step, stream): shared, or private when `worker` is given."""
+    """Return a generator on `device` for (seed, step, stream): shared, or private if `worker` is given."""
     private = () if worker is None else (worker + 1,)
-    # torch's CPU generator keeps 32 bits of the seed; CUDA's keeps 63. Give both the same few.
+    # PyTorch's CPU generator uses 32 bits of a seed, the CUDA generator 63: pass 32 bits to both.
     return torch.Generator(device).manual_seed(mix(seed, step, int(stream), *private) >> 32)
 
 
 def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: torch.device | str = "cpu") -> Tensor:
     """Return k distinct integers of [0, n), int64[k]; each is included with probability exactly k/n.
 
-    It is a keyed permutation of [0, n) evaluated at 0..k-1: O(k) time and memory however large n is, and
-    integer arithmetic alone, so the same on every device. The permutation is a Feistel network on the
-    next power of two, walked along its cycles until it lands below n, followed by a uniform rotation;
-    the rotation is what makes the marginals uniform whatever the quality of the network.
+    A keyed permutation of [0, n) is evaluated at 0..k-1, in O(k) time and memory for any n and in integer arithmetic,
+    so the result is identical on every device. The permutation is a Feistel network on the next power of two, iterated
+    until the result is below n (cycle walking), followed by a uniform rotation. The rotation makes the marginals
+    uniform regardless of the quality of the network. For n up to 4096 it is torch.randperm.
     """
     if not 0 <= k <= n:
         raise ValueError(f"k must be in [0, n = {n}], got {k}")
     if k == n:
         return torch.arange(n, device=device)
     if n <= _SMALL_DOMAIN:
-        # Drawn on the CPU on purpose: CPU and CUDA generators give different numbers.
+        # Always drawn on the CPU, since CPU and CUDA generators give different numbers.
         return _moved(torch.randperm(n, generator=generator(seed, step, Stream.SUPPORT))[:k], device)
     keys = [mix(seed, step, int(Stream.SUPPORT), r) for r in range(_FEISTEL_ROUNDS + 1)]
     bits = (n - 1).bit_length()
     if loop := kernel("feistel_sample"):
         permuted: Tensor = loop(n, k, bits, keys).add_(keys[-1] % n).remainder_(n)
-        return _moved(permuted, device)  # walking cycles on a device would wait for it
+        return _moved(permuted, device)  # cycle walking on a GPU would synchronize
     index = _feistel(torch.arange(k, device=device), bits, keys)
     outside = (index >= n).nonzero().squeeze(1)
     while len(outside):
@@ -104,13 +104,13 @@ def sample_without_replacement(n: int, k: int, *, seed: int, step: int, device: 
 
 
 def _moved(index: Tensor, device: torch.device | str) -> Tensor:
-    """Move integers from the CPU to a device, from pinned memory, so that nothing waits for it."""
+    """Copy `index` from the CPU to a device, asynchronously from pinned memory."""
     on_cpu = torch.device(device).type == "cpu"
     return index if on_cpu else index.pin_memory().to(device, non_blocking=True)
 
 
 def _feistel(x: Tensor, bits: int, keys: list[int]) -> Tensor:
-    """Permute the integers below 2^bits: each round xors one half with a keyed hash of the other."""
+    """Apply a permutation of the integers below 2^bits to x; a round XORs one half with a keyed hash of the other."""
     low_bits = bits // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
     low, high = x & low_mask, x >> low_bits
@@ -130,11 +130,11 @@ def _round(half: Tensor, key: int) -> Tensor:
 
 
 _PAIRS = 1024  # the normal numbers 2048 c + i and 2048 c + 1024 + i, i < 1024, come from counter 1024 c + i
-_SLAB = 64 * 2 * _PAIRS  # numbers made at a time, so that scratch memory does not grow
+_SLAB = 64 * 2 * _PAIRS  # numbers generated at a time, to bound scratch memory
 
 
 class Keys(NamedTuple):
-    """Three 32-bit keys."""
+    """Three 32-bit keys of a counter-based sequence: the first for all words, then one per word of a pair."""
 
     first: int
     second: int
@@ -152,7 +152,7 @@ def words(counters: Tensor, key: Keys) -> Tensor:
 
 
 def _mixed(h: Tensor) -> Tensor:
-    """Permute 32-bit words, in place; products and sums wrap, and shifts are masked to be logical."""
+    """Apply a permutation of 32-bit words to h, in place; products wrap, and shifts are masked to be logical."""
     h ^= (h >> 16) & 0xFFFF
     h *= _signed(0x7FEB352D)
     h ^= (h >> 15) & 0x1FFFF
@@ -162,14 +162,14 @@ def _mixed(h: Tensor) -> Tensor:
 
 
 def _signed(word: int, bits: int = 32) -> int:
-    """Reinterpret unsigned bits as the signed integer that torch accepts."""
+    """Reinterpret an unsigned word as a signed integer, since PyTorch has few unsigned operations."""
     return word - (1 << bits) if word >= 1 << (bits - 1) else word
 
 
 def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
     """Add scale times the standard normal numbers `start`, start + 1, ... of a key to out, float[n], in place.
 
-    The same on every device, up to the last digits of a logarithm and a sine.
+    Identical on every device up to rounding in the logarithm, sine and cosine.
     """
     if loop := kernel("add_gaussians", out):
         loop(out, scale, key, start)
@@ -183,7 +183,7 @@ def add_gaussians(out: Tensor, scale: float, key: Keys, start: int = 0) -> None:
 
 
 def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
-    """Add standard normal numbers of a key to out, float[m b], those of cell i times scales[i], float[m], in place."""
+    """Add the standard normal numbers of a key, in cell i times scales[i], to out, float[m b], in place."""
     b = len(out) // max(1, len(scales))
     if (loop := kernel("add_cell_gaussians", out, scales)) and 2 * _PAIRS % max(1, b) == 0:
         loop(out, scales, key)
@@ -194,13 +194,13 @@ def add_cell_gaussians(out: Tensor, scales: Tensor, key: Keys) -> None:
 
 
 def _gaussians(first: int, last: int, key: Keys, device: torch.device) -> Tensor:
-    """Return the numbers of chunks first, ..., last - 1, float32[2048 (last - first)]."""
+    """Return the normal numbers of chunks first, ..., last - 1, of 2048 each, float32[2048 (last - first)]."""
     counters = torch.arange(first * _PAIRS, last * _PAIRS, device=device).to(torch.int32)
     hashed = _mixed(counters * _signed(0x9E3779B1) + _signed(key.first))
     radial, angular = _mixed(hashed + _signed(key.second)), _mixed(hashed + _signed(key.third))
     u = ((radial >> 1) & 0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(2.0**-31)
     radius = u.log_().mul_(-2).sqrt_()
-    # 30 bits for an angle of less than an eighth of a turn, one to mirror it, one to swap axes.
+    # 30 bits for an angle within +-45 degrees, one bit to negate the cosine, one to swap cosine and sine.
     angle = ((angular & 0x3FFFFFFF) - (1 << 29)).to(torch.float32).mul_(math.pi * 2.0**-31)
     sine, cosine = angle.sin().mul_(radius), angle.cos_().mul_(radius)
     cosine = torch.where(angular < 0, -cosine, cosine)

@@ -1,20 +1,20 @@
-"""Random linear sketches: the norm of a mean over workers, and count sketches that coordinates are read back from.
+"""Random linear sketches: for the norm of a mean over workers, and count sketches for estimates of its coordinates.
 
-Norm sketch (AY21, section 3: "using linear sketches"). No worker knows v = mean_i v_i. Each sends S v_i for the same
-random linear S; the sketches' mean is S v, and ||S v||^2 estimates ||v||^2 (Alon, Matias and Szegedy 1999, with the
-buckets of Charikar et al. 2002).
+Norm sketch (AY21, section 3: "using linear sketches"). The mean v = mean_i v_i is not on any worker. Each worker sends
+S v_i for the same random linear S; the mean of the sketches is S v, and ||S v||^2 estimates ||v||^2 (Alon, Matias and
+Szegedy 1999, with the buckets of Charikar et al. 2002).
 
-Count sketch. Its hash has structure, so that sketching and reading back are a few shifted sums. v is cut into chunks
+Count sketch. Its hash is structured, so that sketching and estimation are a few shifted sums. v is divided into chunks
 of c coordinates; chunk b is rotated by a random rho_b and multiplied by a random sign sigma_b, and the chunks are
 summed: (S v)_q = sum_b sigma_b v[b, q - rho_b]. The estimate of coordinate (b, p) is
 sigma_b (S v)_{p + rho_b} = v[b, p] + sum_{b' != b} sigma_b sigma_b' v[b', p + rho_b - rho_b'].
 
 *Variance.* The signs of different chunks are independent, so the estimate is unbiased and the cross terms vanish;
-each other chunk adds one coordinate, uniform over that chunk since the rotations are. Hence the variance is
+each other chunk adds one coordinate, uniform over that chunk since its rotation is. Hence the variance is
 sum_{b' != b} ||v_b'||^2 / c <= ||v||^2 / c, as for a count sketch with a table of d independent hashes
 (Charikar et al. 2002). Summed over coordinates, E||S^T S v - v||^2 = sum_b ||v_b||^2 (d - n_b) / c for chunks of n_b
-coordinates, at most ((d - n) / c) ||v||^2 with n the smallest chunk. No table: d / c rotations and signs, drawn from
-(seed, step).
+coordinates, at most ((d - n) / c) ||v||^2 with n the smallest chunk. The hash is d / c rotations and signs, drawn from
+(seed, step), instead of a table.
 """
 
 from collections.abc import Iterator
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from packsaddle.numerics.seeds import Stream, generator
 
-_MANY = 256  # chunks above which index arithmetic on blocks is faster than a few slices a chunk
-_BLOCK = 1 << 16  # coordinates of a block, whose scratch memory stays in a near cache
+_MANY = 256  # number of chunks above which index arithmetic on blocks is faster than slices per chunk
+_BLOCK = 1 << 16  # coordinates of a block, whose scratch memory fits a fast cache
 
 
 @dataclass(frozen=True)
 class RowHash:
-    """One row of a sketch of c = `columns` counters over d coordinates."""
+    """The hash of one row of a count sketch, from d coordinates to c = `columns` counters; a linear map S."""
 
     columns: int
     rotations: tuple[int, ...]  # rho_b in [0, c), one per chunk
@@ -39,7 +39,7 @@ class RowHash:
 
     @classmethod
     def draw(cls, d: int, columns: int, *, seed: int, step: int, row: int = 0) -> "RowHash":
-        """Draw the hash of a row, a pure function of (seed, step, row), the same on every device."""
+        """Draw the hash of a row for d coordinates: a pure function of (seed, step, row), identical on every device."""
         chunks = -(-d // columns)
         rng = generator(seed, step, Stream.SKETCH, worker=row)
         rotations = torch.randint(columns, (chunks,), generator=rng)
@@ -47,7 +47,7 @@ class RowHash:
         return cls(columns, tuple(rotations.tolist()), tuple(signs.to(torch.float64).tolist()))
 
     def sketch(self, v: Tensor) -> Tensor:
-        """Return S v, float[c], reading v once."""
+        """Return S v, float[c]. Reads v once."""
         c = self.columns
         if len(self.rotations) > _MANY:
             counters = torch.zeros(c, dtype=v.dtype, device=v.device)
@@ -64,17 +64,17 @@ class RowHash:
         return counters
 
     def add_transposed(self, counters: Tensor, out: Tensor, alpha: float = 1.0) -> None:
-        """Add alpha S^T counters to out, float[d], in place: the estimate of every coordinate."""
+        """Add alpha * S^T counters to out, float[d], in place; S^T S v is the estimate of v."""
         if len(self.rotations) > _MANY:
             flat = torch.cat([counters[place] * signs[:, None] for place, signs in self._places(out)]).view(-1)
             out.add_(flat[: len(out)], alpha=alpha)
             return
-        doubled = torch.cat([counters, counters])  # a rotated row is a slice of it
+        doubled = torch.cat([counters, counters])  # each rotation of `counters` is a slice of this
         for chunk, rho, sigma in zip(torch.split(out, self.columns), self.rotations, self.signs, strict=True):
             chunk.add_(doubled[rho : rho + len(chunk)], alpha=alpha * sigma)
 
     def _blocks(self, v: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield chunks of v as matrices of c columns (the last padded), with their rotations and signs."""
+        """Yield blocks of v as matrices of chunks, float[rows, c] (zero-padded), with their rotations and signs."""
         c = self.columns
         rotations = torch.tensor(self.rotations, device=v.device)
         signs = torch.tensor(self.signs, dtype=v.dtype, device=v.device)
@@ -85,16 +85,16 @@ class RowHash:
             yield chunk, rotations[place], signs[place]
 
     def _places(self, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, block by block, the counter of every coordinate, int64[rows, c], and the chunks' signs."""
+        """Yield per block the counter index of each coordinate, int64[rows, c], and the signs of the chunks."""
         positions = torch.arange(self.columns, device=out.device)
         for _, rows, signs in self._blocks(out):
             yield (positions + rows[:, None]).remainder_(self.columns), signs
 
 
 def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[Tensor]:
-    """Yield the median over rows of each coordinate's estimate, float[d] in blocks; tables is float[rows, c]."""
+    """Yield the median over rows of each coordinate's estimate, float[d] in blocks; tables is S v, float[rows, c]."""
     chunks, c = len(hashes[0].rotations), hashes[0].columns
-    # A row's estimate of coordinate (b, p) is sigma_b (S v)_{p + rho_b}; by indices for many short chunks,
+    # A row's estimate of coordinate (b, p) is sigma_b (S v)_{p + rho_b}. For many short chunks gather by indices,
     if chunks > _MANY:
         group = max(1, _BLOCK // c)
         rotations = torch.tensor([h.rotations for h in hashes], device=tables.device)
@@ -105,8 +105,8 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
             estimates = tables.gather(1, places).view(len(hashes), -1, c) * signs[:, b : b + group, None]
             yield _median(list(estimates.flatten(1)))[: d - b * c]
         return
-    # and by slices for a few long ones.
-    doubled = torch.cat([tables, tables], dim=1)  # a rotated row is a slice of it
+    # for a few long ones use slices.
+    doubled = torch.cat([tables, tables], dim=1)  # each rotation of a row is a slice of this
     for b in range(chunks):
         for start in range(0, min(c, d - b * c), _BLOCK):
             stop = min(start + _BLOCK, c, d - b * c)
@@ -118,7 +118,7 @@ def median_estimates(hashes: list[RowHash], tables: Tensor, d: int) -> Iterator[
 
 
 def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor:
-    """Return the medians of `median_estimates` at some coordinates, float[n] for int64[n]."""
+    """Return the values of `median_estimates` at the coordinates `index`, int64[n], as float[n]."""
     chunk, place = index // hashes[0].columns, index % hashes[0].columns
     rows = []
     for row, table in zip(hashes, tables, strict=True):
@@ -129,11 +129,11 @@ def estimates_at(hashes: list[RowHash], tables: Tensor, index: Tensor) -> Tensor
 
 
 def _median(rows: list[Tensor]) -> Tensor:
-    """The median of an odd number of vectors, elementwise; of an even number, the mean of the middle two.
+    """Return the elementwise median of vectors; for an even number, the mean of the middle two.
 
-    Of more than half of the values the least and the largest cannot be the median of all: they are forgotten, and
-    another value takes their place until three are left. Elementwise minima and maxima are several times faster than
-    a sort.
+    Among n // 2 + 2 of n values the smallest and the largest cannot be the median of all. They are discarded and
+    another value is added, repeatedly, until only the median remains. Elementwise minima and maxima are several times
+    faster than a sort.
     """
     n = len(rows)
     if n % 2 == 0:
@@ -141,7 +141,7 @@ def _median(rows: list[Tensor]) -> Tensor:
         return (ordered[n // 2 - 1] + ordered[n // 2]) / 2
     held, waiting = rows[: n // 2 + 2], rows[n // 2 + 2 :]
     while len(held) > 2:
-        # The maximum bubbles to the end, and then the minimum to the front.
+        # Bubble the maximum to the end, and then the minimum to the front.
         for i in range(len(held) - 1):
             held = [*held[:i], *_ordered(held[i], held[i + 1]), *held[i + 2 :]]
         for i in range(len(held) - 3, -1, -1):
@@ -154,19 +154,19 @@ def _ordered(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.minimum(a, b), torch.maximum(a, b)
 
 
-_SLAB = 1 << 20  # coordinates hashed at a time, so that scratch memory does not grow with d
+_SLAB = 1 << 20  # coordinates hashed at a time, to bound scratch memory
 
 
 @dataclass(frozen=True)
 class NormSketch:
-    """The estimate of a norm from `rows` independent count sketches of `columns` counters (Charikar et al. 2002).
+    """An estimator of ||v|| from `rows` independent count sketches of `columns` counters (Charikar et al. 2002).
 
-    rows x columns floats stand for d. Structure instead of tables: v is cut in chunks of `columns` coordinates, each
-    chunk is rotated at random and given random signs, and the chunks are summed. Two coordinates of one chunk never
-    meet, two of different chunks meet with probability 1/columns, and signs are independent; so each row's energy Z has
-    E Z = ||v||^2 and Var Z = 2 sum_{i != j} v_i^2 v_j^2 P(i meets j) <= (2 / columns) ||v||^4. The estimate is the
-    median of Z over rows. A vector no longer than the sketch is sent as it is, and its norm is exact. Raises ValueError
-    unless rows and columns are at least 1.
+    It replaces d floats by rows x columns. v is divided into chunks of `columns` coordinates, each chunk is rotated at
+    random and given random signs, and the chunks are summed. Two coordinates of one chunk never collide, two of
+    different chunks collide with probability 1/columns, and signs are independent. The energy Z of each row therefore
+    has E Z = ||v||^2 and Var Z = 2 sum_{i != j} v_i^2 v_j^2 P(i, j collide) <= (2 / columns) ||v||^4. The estimate of
+    ||v||^2 is the median of Z over rows. A vector no longer than the sketch is sent unchanged, and its norm is exact.
+    Raises ValueError unless rows and columns are at least 1.
 
     >>> import torch
     >>> from packsaddle import NormSketch
@@ -185,18 +185,18 @@ class NormSketch:
                 raise ValueError(f"{name} of NormSketch must be at least 1, got {getattr(self, name)}")
 
     def failure_probability(self, relative_error: float) -> float:
-        """Bound P(| estimate^2 - ||v||^2 | > relative_error ||v||^2).
+        """Return an upper bound on P(| estimate^2 - ||v||^2 | > relative_error ||v||^2).
 
-        Chebyshev bounds one row's failure by p = 2 / (columns relative_error^2); the median of the rows fails
-        only if at least half of them do, which a binomial tail bounds.
+        By Chebyshev a row fails with probability at most p = 2 / (columns relative_error^2). The median fails only if
+        at least half of the rows do, which is bounded by a binomial tail.
         """
-        from scipy.stats import binom  # slow to import, and only needed to state the guarantee
+        from scipy.stats import binom  # slow to import, and used only here
 
         p = min(1.0, 2.0 / (self.columns * relative_error**2))
         return float(binom.sf((self.rows + 1) // 2 - 1, self.rows, p))
 
     def encode(self, v: Tensor, *, seed: int, step: int) -> Tensor:
-        """Return S v, float[rows, columns] (or v itself, if no longer), for the S drawn from (seed, step)."""
+        """Return S v, float[rows, columns], for S drawn from (seed, step); a copy of v if v is no longer than S v."""
         if v.numel() <= self.rows * self.columns:
             return v.clone()
         return torch.stack([self._row(v, generator(seed, step, Stream.SKETCH, worker=row)) for row in range(self.rows)])
@@ -209,7 +209,7 @@ class NormSketch:
             chunks = -(-slab.numel() // c)
             padded = torch.zeros(chunks, c, dtype=v.dtype, device=v.device)
             padded.view(-1)[: slab.numel()] = slab
-            # Drawn on the CPU, so that the sketch is the same function on every device.
+            # Drawn on the CPU, so that S is identical on every device.
             rotation = torch.randint(c, (chunks, 1), generator=rng).to(v.device)
             signs = torch.randint(2, (chunks, c), generator=rng, dtype=torch.int8).to(v.device).mul_(2).sub_(1)
             padded.mul_(signs)
@@ -217,7 +217,7 @@ class NormSketch:
         return counters
 
     def norm(self, sketch: Tensor) -> float:
-        """Return the estimate of ||v|| from its `sketch` S v, float[rows, columns], or v itself if it is shorter."""
+        """Return the estimate of ||v|| from `sketch`, the output of `encode` or a mean of such outputs."""
         if sketch.ndim == 1:
             return float(torch.linalg.vector_norm(sketch, dtype=torch.float64))
         energies = sketch.to(torch.float64).square().sum(1).sort().values

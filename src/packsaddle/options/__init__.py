@@ -1,4 +1,4 @@
-"""Options: dataclasses built from TOML, and numbers as people write them; `schema` first."""
+"""Options: dataclasses built from TOML (`schema`; read it first), and parsing of numbers with units (`numerals`)."""
 
 from packsaddle.options.schema import build, first_difference, nearest, plain
 

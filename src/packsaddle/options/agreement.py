@@ -1,4 +1,4 @@
-"""Agreement between workers: what all of them must be given, from the fields of option classes."""
+"""Options that must be equal on all workers, read from the fields of option classes."""
 
 import dataclasses
 from typing import Any
@@ -9,7 +9,7 @@ class Option:
 
 
 def own(default: Any) -> Any:
-    """Return a dataclass field that may differ between workers, and is in no configuration."""
+    """Return a dataclass field that may differ between workers and cannot be set in a configuration."""
     return dataclasses.field(default=default, metadata={"own": True, "internal": True})
 
 

@@ -1,4 +1,4 @@
-"""The description of each option, read from the code: comments and texts of fields, and "Args:" in docstrings."""
+"""Descriptions of options, read from the source: comments and strings of fields, and "Args:" in docstrings."""
 
 import ast
 import dataclasses
@@ -13,8 +13,8 @@ from typing import Any, get_args, get_type_hints
 def descriptions(of: type | Callable[..., Any]) -> dict[str, str]:
     """Return the description of each argument of a function, or of each field of a dataclass.
 
-    A field's comes from its class's "Args:", else from its comment, else from the text below it. Of a function's
-    argument that is an option class, its fields' are among them.
+    A field's description is its entry in the class's "Args:", else its comment, else the string below it. A function's
+    descriptions include those of the fields of its arguments that are option classes.
     """
     return {**(comments(of) if isinstance(of, type) else _options_of(of)), **arguments(of)}
 
@@ -25,7 +25,7 @@ def _options_of(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def option_class(hint: Any) -> type[Any] | None:
-    """Return the dataclass that an annotation is, or is a generic of; None for others."""
+    """Return the first dataclass among an annotation and its type arguments; None if there is none."""
     return next((h for h in (hint, *get_args(hint)) if inspect.isclass(h) and dataclasses.is_dataclass(h)), None)
 
 
@@ -45,7 +45,7 @@ def arguments(of: type | Callable[..., Any]) -> dict[str, str]:
 
 @cache
 def comments(cls: type) -> dict[str, str]:
-    """Return the comment of each field of a dataclass, on its line or above it; else the text below it; else ""."""
+    """Return the comment of each field of a dataclass, on its line or above; else the string below it; else ""."""
     found = {}
     for base in reversed(cls.__mro__):
         if not dataclasses.is_dataclass(base):

@@ -31,7 +31,7 @@ _INT64 = range(-(2**63), 2**63)
 def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     """Return cls(**data), checking every key and value against the dataclass's annotations.
 
-    `where` is the place of `data`, for messages. A field whose type is a union of dataclasses takes a
+    `where` is the place of `data`, for messages. A field whose type is a union of dataclasses needs a
     table with a `kind`, the class's name. Raises ConfigError.
     """
     if not isinstance(data, Mapping):
@@ -39,7 +39,7 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     hints = get_type_hints(cls)
     fields = {f.name: f for f in settable(cls)}
 
-    # Unknown keys are named before any value is judged.
+    # Report unknown keys before checking any value.
     for key in data:
         if key not in fields:
             moved = getattr(cls, "moved_keys", {}).get(key)
@@ -52,26 +52,26 @@ def build(cls: type[T], data: Mapping[str, Any], where: Place = ()) -> T:
     try:
         return cls(**values)
     except ValueError as error:
-        about = str(error).partition(" ")[0].split(".")  # most messages begin with the name of what they are about
+        about = str(error).partition(" ")[0].split(".")  # most messages begin with a field's name
         raise _about(
             (*where, *about) if _has(data, about) else where, f"{_dotted(where)}: {error}" if where else str(error)
         ) from error
 
 
 def _has(data: Any, path: Sequence[str]) -> bool:
-    """Tell if nested tables have a key."""
+    """Return True if nested tables contain the key at this path."""
     return not path or (isinstance(data, Mapping) and path[0] in data and _has(data[path[0]], path[1:]))
 
 
 def _value(field: dataclasses.Field[Any], hint: Any, value: Any, where: Place) -> Any:
-    """Convert a key's value; an integer for a share stays one, for the class to refuse: `ratio = 1` may mean k = 1."""
+    """Convert a key's value. An integer for a fraction stays one, so the class rejects it (ratio = 1 for k = 1)."""
     if field.metadata.get("share") and isinstance(value, int) and not isinstance(value, bool):
         return value
     return _convert(hint, value, where)
 
 
 def _about(where: Place, message: str) -> ConfigError:
-    """The error about a key, or about one of the places in its list."""
+    """Return a ConfigError about a key, or about an item of its list."""
     return ConfigError(message, tuple(takewhile(lambda part: isinstance(part, str), where)))  # type: ignore[arg-type]
 
 
@@ -80,7 +80,7 @@ def _takes(cls: type[Any], names: list[str]) -> str:
 
 
 def settable(cls: Any) -> list[dataclasses.Field[Any]]:
-    """Return the fields a configuration may set, required ones first: not those that code fills in."""
+    """Return the fields that a configuration may set, required ones first; not internal ones."""
     found = [f for f in dataclasses.fields(cls) if f.init and not f.metadata.get("internal")]
     return sorted(found, key=lambda f: not is_required(f))
 
@@ -107,7 +107,7 @@ def _plain_field(hint: Any, value: Any) -> Any:
 
 
 def choices(hint: Any) -> tuple[Any, ...]:
-    """Return the dataclasses among the members of a union of several (none if there is at most one)."""
+    """Return the dataclasses in a union; () if there are fewer than two."""
     alternatives = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
     classes = tuple(m for m in alternatives if dataclasses.is_dataclass(m))
     return classes if len(classes) > 1 else ()
@@ -133,10 +133,10 @@ def _convert(hint: Any, value: Any, where: Place) -> Any:
         return tuple(_convert(args[0], item, (*where, i)) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping) and (first := settable(hint)) and first[0].default is not dataclasses.MISSING:
-            value = {first[0].name: value}  # a scalar stands for its first field
+            value = {first[0].name: value}  # a scalar sets the first field
         return build(hint, value, where)  # type: ignore[arg-type]
 
-    # A plain type; a number may be written as people do, and a bool is none.
+    # A plain type. A number may be text such as "25M"; a bool is not a number.
     if isinstance(value, int) and value not in _INT64:
         raise _about(where, f"{_dotted(where)} must fit in 64 bits, got {shown(value)}")
     if hint in (int, float) and not isinstance(value, bool):
@@ -171,13 +171,13 @@ def _convert_choice(kinds: tuple[Any, ...], value: Any, where: Place) -> Any:
 
 
 def nearest(word: Any, candidates: Any) -> str:
-    """Return a hint at the candidate most like a word, empty if none is."""
+    """Return " (did you mean X?)" with the candidate closest to a word, or "" if none is close."""
     match = difflib.get_close_matches(shortened(str(word)), [str(c) for c in candidates], n=1)
     return f" (did you mean {match[0]}?)" if match else ""
 
 
 def _dotted(where: Place) -> str:
-    """A place as TOML writes it; keys that would need quotes there have them, so that it is one line."""
+    """Return a place in TOML's dotted notation, with keys quoted if necessary, on one line."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{_quoted(part)}" for part in where)
     return shortened("".join(parts).removeprefix("."))
 
@@ -186,12 +186,12 @@ def _quoted(key: str) -> str:
     return shortened(key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key))
 
 
-_DEEPEST = 100  # lists, tables and parts of a key within one another; tomllib's time grows with their square
+_DEEPEST = 100  # nesting levels of lists, tables and dotted keys; tomllib's time is quadratic in them
 _ATOMS = re.compile(r'''"""(?:\\.|[^\\])*?"""|\'\'\'.*?\'\'\'|"(?:\\.|[^"\\\n])*"|'[^'\n]*'|\#[^\n]*''', re.DOTALL)
 
 
 def is_too_deep(text: str) -> bool:
-    """Tell if a TOML text has more nested brackets, or dots in a key, than any configuration; in linear time."""
+    """Return True if a TOML text has over _DEEPEST nested brackets or dots in a key; in linear time."""
     depth = dots = 0
     for mark in re.findall(r"[.\[\]{},=\n]", _ATOMS.sub("", text)):  # without strings and comments
         dots = dots + 1 if mark == "." else 0
@@ -202,7 +202,7 @@ def is_too_deep(text: str) -> bool:
 
 
 Key = tuple[str, ...]
-_LONGEST = 300  # lines of a statement; each is read again with every line more
+_LONGEST = 300  # lines of a statement; all are parsed again with each added line
 
 
 def line_of(key: Key, path: Path, text: str) -> str:
@@ -214,8 +214,8 @@ def line_of(key: Key, path: Path, text: str) -> str:
 
 
 def syntax_error(path: Path, error: ValueError) -> str:
-    """Return the one line to say of a file that is not TOML, position first."""
-    if not isinstance(error, tomllib.TOMLDecodeError):  # Python's, of integers with thousands of digits
+    """Return a one-line message for a file that is not valid TOML, position first."""
+    if not isinstance(error, tomllib.TOMLDecodeError):  # Python's error for integers with thousands of digits
         return f"{path}: an integer has too many digits; the largest is {2**63 - 1}"
     found = re.fullmatch(r"(.*) \(at (?:(line \d+, column \d+)|end of document)\)", str(error), re.DOTALL)
     reason, position = found.groups() if found else (str(error), None)
@@ -223,17 +223,17 @@ def syntax_error(path: Path, error: ValueError) -> str:
 
 
 def key_lines(text: str) -> dict[Key, int]:
-    """Return the line, from 1, where each key and each table of a TOML text is given.
+    """Return the line number, from 1, of each key and each table of a TOML text.
 
-    Lines are added until tomllib takes them: then they are one statement, since no part of one is valid by itself.
-    A table's line is its header's, or where it is first named without one. The tables of an array ([[x]]) share their
-    keys: of more than one, the keys inside are left out. So is all from a statement of hundreds of lines on.
+    Lines are accumulated until tomllib parses them: then they are one statement, since no part of one is valid alone.
+    A table's line is that of its header, or of its first key without one. Tables of an array ([[x]]) share their keys,
+    so inner keys are omitted if there are several. Parsing stops at a statement of over _LONGEST lines.
     """
     lines: dict[Key, int] = {}
     table: Key = ()
     arrays: Counter[Key] = Counter()
     start, statement = 1, ""
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: TOML's lines end in nothing else
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(), which splits at more characters than TOML
         statement += line + "\n"
         try:
             given = list(_keys(tomllib.loads(statement)))
@@ -257,7 +257,7 @@ def key_lines(text: str) -> dict[Key, int]:
 
 
 def _keys(table: dict[str, Any]) -> Iterator[Key]:
-    """The paths of all keys, outer before inner; none of tables in lists. Without recursion, for any depth."""
+    """Yield the paths of all keys, outer before inner, except in lists. Not recursive, for any depth."""
     waiting: list[tuple[Key, dict[str, Any]]] = [((), table)]
     while waiting:
         path, table = waiting.pop()
@@ -270,7 +270,7 @@ def _keys(table: dict[str, Any]) -> Iterator[Key]:
 def first_difference(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], where: str = ""
 ) -> tuple[str, Any, Any] | None:
-    """Return the first dotted key that differs, but for workers, and its two values."""
+    """Return the first dotted key with different values, and both values, or None. Ignores the key "workers"."""
     for key in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(key), theirs.get(key)
         if a == b or (where + key) == "workers":

@@ -1,7 +1,7 @@
-"""Plans for a link: a model of the time of a step, what pays at which rate, and the measurements that it needs.
+"""Plans for a link: a model of step time, the compressors that pay off at a given rate, and the measurements needed.
 
-Read `step_time` first (what a step costs, term by term), then `link` (compressed gradients at every step) and `local`
-(local updates). `coding` times compressors, `model_size` a model's computing.
+Read `step_time` first (the terms of a step's time), then `link` (compressed gradients at every step) and `local` (local
+updates). `coding` times compressors, `model_size` the forward and backward pass of a model.
 """
 
 from packsaddle.plan.coding import Line, Pace, measure

@@ -1,6 +1,6 @@
-"""The speed of compressors on this machine, and the table of all of them.
+"""Measured speed of compressors on this machine, and the entries of a table of compressors.
 
-The time to code a message is measured at two lengths; other lengths follow from the line through them. A table's entry
+Encoding and decoding are timed at two lengths; times at other lengths lie on the line through them. A table entry
 is measured on a Gaussian vector: contraction, protocol, bytes, and time.
 """
 
@@ -18,20 +18,20 @@ from packsaddle.compressors import Compressor
 from packsaddle.compressors.registry import describe
 from packsaddle.plan.timing import side_by_side
 
-_SHORT = 4096  # coordinates; about where what a call costs by itself outweighs what coordinates cost
-_LONG = 1 << 25  # longer vectors are extrapolated to
+_SHORT = 4096  # coordinates; for so short a vector the fixed cost of a call dominates
+_LONG = 1 << 25  # coordinates; times of longer vectors are extrapolated
 
 
 @dataclass(frozen=True)
 class Line:
     """Seconds as a function of the number of coordinates."""
 
-    fixed: float
+    fixed: float  # seconds per call
     per_coordinate: float
 
     @classmethod
     def through(cls, a: tuple[int, float], b: tuple[int, float]) -> "Line":
-        """Return the line through two points (coordinates, seconds), of equal coordinates: through the second and 0."""
+        """Return the line through two points (coordinates, seconds); through b and 0 if they have equal coordinates."""
         slope = (b[1] - a[1]) / (b[0] - a[0]) if b[0] > a[0] else b[1] / b[0]
         slope = max(0.0, slope)
         return cls(max(0.0, b[1] - slope * b[0]), slope)
@@ -42,23 +42,23 @@ class Line:
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds of one call: `encode` a vector, `decode` what was sent, `add` a message whose context is known."""
+    """Seconds of one call: `encode` a vector, `decode` a received message, `add` a message that has its context."""
 
     encode: Line
     decode: Line
     add: Line
 
     def seconds(self, work: Work) -> float:
-        """Return the seconds of a piece of work of this compressor."""
+        """Return the seconds that this compressor needs for `work`."""
         n = work.coordinates
         return work.encode * self.encode.at(n) + work.decode * self.decode.at(n) + work.add * self.add.at(n)
 
 
 def measure(compressor: Compressor, d: int, *, repeats: int = 5, device: torch.device | str = "cpu") -> Pace:
-    """Time a compressor on Gaussian vectors of d coordinates and of a few on a `device`, with the threads of torch.
+    """Time a compressor on Gaussian vectors on a `device`, one of d and one of few coordinates, with torch's threads.
 
-    Return its pace: seconds of encoding, decoding and adding, as lines in the number of coordinates, through medians of
-    `repeats`. Raises ValueError if the compressor cannot act on d coordinates.
+    Return its pace: seconds to encode, decode and add as linear functions of the number of coordinates, each through
+    two medians of `repeats`. Raises ValueError if the compressor cannot act on d coordinates.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.plan.coding import measure
@@ -84,7 +84,7 @@ def _works(compressor: Compressor, n: int, device: torch.device | str) -> Mappin
     out, message = torch.zeros_like(v), compressor.encode(v, seed=0, step=0)
 
     def decode(out: Tensor = out) -> None:
-        # With a context, so that what only the sender is spared is paid here.
+        # `receive` makes the context, which only the sender has already.
         compressor.add_decoded(compressor.receive(message.parts, n, seed=0, step=0), out, 1e-6)
 
     return {
@@ -102,8 +102,8 @@ class CompressorEntry:
     """One compressor on a Gaussian vector of d coordinates; bytes are one worker's, of one step."""
 
     compressor: str
-    mu: float  # guaranteed for every vector
-    kept: float  # share of this vector's energy that one compression keeps
+    mu: float  # contraction guaranteed for every vector
+    kept: float  # fraction of this vector's energy that one compression keeps
     linear: bool
     protocol: str
     sent: int  # bytes up
@@ -112,9 +112,9 @@ class CompressorEntry:
 
 
 def tabulate(compressor: Compressor, d: int, workers: int) -> CompressorEntry:
-    """Try one compressor. Raises ValueError if it cannot act on d coordinates."""
+    """Measure the entry of one compressor. Raises ValueError if it cannot act on d coordinates."""
     compressor.validate(d)
-    torch.set_num_threads(1)  # as a worker that shares its machine
+    torch.set_num_threads(1)  # as for a worker that shares its machine with others
     v = torch.randn(d, generator=torch.Generator().manual_seed(0))
     times = []
     for step in range(_REPEATS):

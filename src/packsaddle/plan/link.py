@@ -1,8 +1,8 @@
-"""The plan for a link: which compressor makes the shortest step on it, and whether any beats sending everything.
+"""The plan for a link: the compressor with the shortest step on it, and whether it beats uncompressed training.
 
-A link between workers is measured by small all-reduces, for its latency, and large ones, for its rate. Rates are read
-and written as people write them: 100mbit, 1gbit, 12.5MB/s. Steps to the loss of dense training, by optimizer and
-compressor, are multiples of dense training's, from measurements.
+A link between workers is measured by all-reduces: small ones for its latency, large ones for its rate. Rates are parsed
+and printed in common notation: 100mbit, 1gbit, 12.5MB/s. `MEASURED` has the steps to the loss of uncompressed ("dense")
+training, by optimizer and compressor, as multiples of the dense steps.
 """
 
 import re
@@ -24,16 +24,16 @@ from packsaddle.plan.step_time import Dense, Fastest, Fleet, Link, Step, StepTim
 from packsaddle.plan.timing import clocked
 
 _SMALL = 20  # all-reduces of one element
-_ENOUGH = 0.5  # seconds: an all-reduce that takes so long tells the rate
-_MOST = 1 << 26  # bytes
+_ENOUGH = 0.5  # seconds; an all-reduce of this duration measures the rate
+_MOST = 1 << 26  # bytes of the largest all-reduce
 _LARGE = 5  # all-reduces of the largest message
 
 
 def probe(group: Group, device: torch.device | str = "cpu") -> Link:
-    """Measure the link between the workers of a group, by tensors on `device`; collective, the same on every worker.
+    """Measure the link between the workers of a group with tensors on `device`; collective, equal on all workers.
 
-    Both ends of the fit are medians, so a worker that is late once does not count. Raises ValueError for one worker,
-    and RuntimeError if a large message takes no longer than a small one, so that there is no rate to read.
+    Latency and rate are fitted to medians, so one late worker does not matter. Raises ValueError for one worker, and
+    RuntimeError if a large message takes no longer than a small one, so that no rate can be computed.
 
     >>> from packsaddle import simulate
     >>> from packsaddle.comm.group import resolve
@@ -56,9 +56,9 @@ def probe(group: Group, device: torch.device | str = "cpu") -> Link:
 
 
 def _seconds(group: Group, elements: int, repeats: int, device: torch.device | str) -> float:
-    """The median time of an all-reduce, averaged over workers so that all go on alike."""
+    """Return the median seconds of an all-reduce, averaged over workers so that it is equal on all of them."""
     tensor = torch.zeros(elements, device=device)
-    group.all_reduce(tensor)  # connects, allocates, and lets all begin together
+    group.all_reduce(tensor)  # warm-up: connects, allocates and synchronizes
     taken = torch.tensor(median(clocked(lambda: group.all_reduce(tensor)) for _ in range(repeats)))
     shared = taken.to(device)
     group.all_reduce(shared)
@@ -66,7 +66,7 @@ def _seconds(group: Group, elements: int, repeats: int, device: torch.device | s
 
 
 def probe_locally(workers: int) -> Link:
-    """Measure this machine's loopback between processes started for it, by gloo on the CPU (NCCL with enough GPUs)."""
+    """Measure the link between `workers` local processes, started for it: gloo on the CPU, NCCL with enough GPUs."""
     found: Link = launch(_probe_world, (), workers)
     return found
 
@@ -89,7 +89,7 @@ def parse_rate(text: str) -> float:
     match = _PATTERN.fullmatch(text)
     try:
         number = float(match[1]) if match else 0.0
-    except ValueError:  # two points, say
+    except ValueError:  # such as two decimal points
         number = 0.0
     if match is None or match[3] in ("BPS", "B/S") or not 0 < number < float("inf"):
         raise ValueError(f"rate must be positive, such as 100mbit, 1gbit or 12.5MB/s, got {text!r}")
@@ -98,9 +98,9 @@ def parse_rate(text: str) -> float:
 
 
 def slower_rate(text: str) -> float:
-    """Return the rate of a link, or the slower of UP/DOWN such as 20mbit/100mbit, in bits a second.
+    """Return the rate of a link in bits a second: one rate, or the slower of UP/DOWN, such as 20mbit/100mbit.
 
-    Every exchange receives as much as it sends, so the slower direction counts. Raises ValueError.
+    Every exchange receives as much as it sends, so the slower direction counts. Raises ValueError as `parse_rate` does.
     """
     return min(map(parse_rate, re.split(r"/(?=\s*[\d.])", text, maxsplit=1)))
 
@@ -118,14 +118,14 @@ Optimizer = Literal["sgd", "adamw", "muon"]
 
 @dataclass(frozen=True)
 class StepsNeeded:
-    """A multiple of dense training's steps, each method at its best learning rate."""
+    """Steps to the loss of dense training as a multiple of its steps, each method at its best learning rate."""
 
     factor: float
-    at_least: bool = False  # where the measurement ended before the loss was reached
+    at_least: bool = False  # True: the measurement ended before the loss was reached
 
 
 # sgd: experiments/char-transformer (30 passes); adamw: experiments/adamw (800 steps, three seeds). Muon was measured
-# inside local updates alone.
+# within local updates only.
 MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
     "sgd": {TopK(0.01): StepsNeeded(1.0), RandomK(0.01): StepsNeeded(2.0)},
     "adamw": {
@@ -142,7 +142,7 @@ MEASURED: Mapping[Optimizer, Mapping[Compressor, StepsNeeded]] = {
 
 
 def steps_needed(compressor: Compressor, optimizer: Optimizer | None) -> StepsNeeded | None:
-    """Return what was measured, None if nothing was; without an optimizer steps count alike."""
+    """Return the measured steps, None if not measured; a factor of 1 if lossless or without an optimizer."""
     if optimizer is None or compressor.lossless:
         return StepsNeeded(1.0)
     return MEASURED[optimizer].get(compressor)
@@ -153,40 +153,40 @@ DENSE = "none"
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast of one contender."""
+    """The forecast for one compressor, or for DistributedDataParallel without compression."""
 
     compressor: str  # "none" for DistributedDataParallel
     exchange: str  # "all-reduce", "all-gather", "two-way", ...
-    sent: int  # bytes of the busiest worker a step
+    sent: int  # bytes a step, of the worker that sends most
     time: StepTime  # of one step
-    break_even: float | None  # payload bytes a second, below which this beats dense training; None: always, or never
-    steps: StepsNeeded | None  # for the progress of one dense step; None: not measured
+    break_even: float | None  # payload bytes a second below which this beats dense training; None: always or never
+    steps: StepsNeeded | None  # steps needed for the progress of one dense step; None: not measured
 
     @property
     def is_dense(self) -> bool:
-        """True of DistributedDataParallel without compression."""
+        """True for DistributedDataParallel without compression."""
         return self.compressor == DENSE
 
     @property
     def is_known(self) -> bool:
-        """True if the steps it needs have been measured to their end."""
+        """True if the steps needed were measured, and the measurement reached the loss."""
         return self.steps is not None and not self.steps.at_least
 
     @property
     def seconds(self) -> float:
-        """The time for the progress of one dense step; where steps are not known, of one of its own."""
+        """Seconds for the progress of one dense step; of one step of its own if the steps needed were not measured."""
         return self.time.total * (self.steps.factor if self.steps else 1.0)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The forecasts of all contenders, the quickest first, those whose steps are not known last."""
+    """All forecasts, the fastest first; those whose steps were not fully measured are last."""
 
     forecasts: tuple[Forecast, ...]  # dense training among them
 
     @property
     def best(self) -> Forecast:
-        """The quickest."""
+        """The fastest forecast."""
         return self.forecasts[0]
 
     @property
@@ -196,12 +196,12 @@ class Verdict:
 
     @property
     def compress(self) -> bool:
-        """True if a compressor beats dense."""
+        """True if a compressor beats dense training."""
         return not self.best.is_dense
 
     @property
     def break_even(self) -> float | None:
-        """The payload rate below which some compressor beats dense; None if it cannot be, or is on every link."""
+        """The payload rate below which some compressor beats dense training; None if none does, or one always does."""
         return max((f.break_even for f in self.forecasts if f.is_known and f.break_even is not None), default=None)
 
     def plain(self) -> list[dict[str, Any]]:
@@ -220,13 +220,13 @@ def forecast(
     overlap: bool = True,
     optimizer: Optimizer | None = None,
 ) -> Verdict:
-    """Predict every compressor's step in single precision, each by its fastest exchange, and DDP's.
+    """Predict the step time of each of `compressors` in float32, with its fastest exchange, and of DDP.
 
-    `workload` is exchanged over `link` by the workers of `fleet`; with `overlap` DDP's exchange runs during the
-    backward pass. `pace(compressor, d)` says how fast one codes, `update` the rest of CompressedSGD's time, in seconds
-    (see `plan.update_seconds`); both are counted as compression. With an optimizer, times are
-    multiplied by the steps that compressors were measured to need behind it. Raises ValueError for fewer than two
-    workers or an impossible compressor.
+    `workload` is exchanged over `link` by the workers of `fleet`; with `overlap`, DDP's exchange runs during the
+    backward pass. `pace(compressor, d)` returns the speed of encoding and decoding; `update` is the other time of
+    CompressedSGD's step in seconds (see `plan.update_seconds`). Both count as compression. With an `optimizer`, times
+    are multiplied by the steps measured for each compressor with it (`MEASURED`). Raises ValueError for fewer than two
+    workers or a compressor that cannot act on the workload.
 
     >>> from functools import partial
     >>> from packsaddle import TopK
@@ -245,7 +245,7 @@ def forecast(
     sent = round(2 * (fleet.workers - 1) / fleet.workers * nbytes)
     found = [Forecast(DENSE, "all-reduce", sent, dense.time(link, fleet), None, StepsNeeded(1.0))]
 
-    # A compressor takes its fastest exchange here, and breaks even with the fastest at each rate.
+    # The forecast uses the fastest exchange on this link, the break-even rate the fastest one at each rate.
     for compressor in compressors:
         bound = workload.bind(compressor)
         seconds = pace(bound, workload.d).seconds
@@ -254,17 +254,17 @@ def forecast(
             coded = compressed(choice.aggregator, workload.d, workload.dense, fleet.workers, seconds)
             steps.append((choice, replace(coded, compression=coded.compression + update)))
         choice, step = min(steps, key=lambda s: s[1].time(link, fleet).total)
-        ranks = {0, fleet.workers - 1}  # chunks, and so bytes, differ by a coordinate at most
+        ranks = {0, fleet.workers - 1}  # chunks differ by one coordinate at most
         wires = [choice.aggregator.wire(workload.d, workload.dense, rank, fleet.workers, 4).sent for rank in ranks]
         needed = steps_needed(compressor, optimizer)
-        fastest = Fastest(tuple(step for _, step in steps))  # at other rates another exchange may be
+        fastest = Fastest(tuple(step for _, step in steps))  # the fastest exchange depends on the rate
         equal = break_even(fastest, dense, link, fleet, needed.factor if needed else 1.0)
         found.append(Forecast(describe(compressor), choice.name, max(wires), step.time(link, fleet), equal, needed))
     return Verdict(tuple(sorted(found, key=lambda f: (not f.is_known, f.seconds))))
 
 
 def _choices(compressor: Compressor, workload: ModelSize, workers: int) -> list[Choice]:
-    """The direct exchange and, where that is an all-gather, the owners'."""
+    """Return the direct exchange and, if that is an all-gather, also the two-way exchange."""
     d, dense = workload.d, workload.dense
     direct = choose(compressor, "direct", d=d, dense=dense, workers=workers)
     if direct.name != "all-gather" or d < workers:

@@ -1,4 +1,4 @@
-"""The size of a model's exchange (compressed and dense coordinates), and the time that its step computes."""
+"""The number of coordinates that a model exchanges, and measured compute and update times of its step."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from packsaddle.runs.tasks.models import CharTransformer, mnist_autoencoder, res
 from packsaddle.runs.tasks.text import load_text
 from packsaddle.sgd.optimizer import CompressedSGD
 
-_LONG = 1 << 25  # coordinates; longer vectors take in proportion
+_LONG = 1 << 25  # coordinates; times of longer vectors are extrapolated in proportion
 _DENSE_BELOW = 1024  # elements, as in CompressedSGD
 
 
@@ -33,18 +33,18 @@ class ModelSize:
     (209920, 449)
     """
 
-    name: str  # of the model
+    name: str  # name of the model
     d: int  # compressed coordinates
-    dense: int  # coordinates that are sent as they are
-    shapes: tuple[torch.Size, ...] = ()  # of the compressed tensors, one after the other, if they are known
+    dense: int  # uncompressed coordinates
+    shapes: tuple[torch.Size, ...] = ()  # shapes of the compressed tensors, in order; empty: unknown
 
     def bind(self, compressor: Compressor) -> Compressor:
-        """Return a compressor for these tensors."""
+        """Return the compressor bound to the shapes of these tensors, if known."""
         return compressor.for_tensors(self.shapes) if self.shapes else compressor
 
     @classmethod
     def of_size(cls, d: int) -> "ModelSize":
-        """Return a workload of d compressed coordinates of no particular shape. Raises ConfigError for d < 1."""
+        """Return a size of d compressed coordinates of unknown shapes. Raises ConfigError for d < 1."""
         if d < 1:
             raise ConfigError(f"d must be at least 1, got {d}")
         return cls(f"d = {d:,}", d, 0)
@@ -63,7 +63,7 @@ class ModelSize:
 
 
 def _char_transformer() -> CharTransformer:
-    """Return what `packsaddle init` trains, over the characters of Python's own reference."""
+    """Return the model that `packsaddle init` configures, with the character set of Python's reference manual."""
     classes = load_text(DataConfig("text"), None, train=True).classes
     defaults = ModelConfig("char-transformer")
     return CharTransformer(
@@ -71,7 +71,7 @@ def _char_transformer() -> CharTransformer:
     )
 
 
-# Each with the shape of an example; the ResNets are those for small images, as packsaddle trains them.
+# Constructor and shape of an example; the ResNets are the variants for small images that packsaddle trains.
 MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mnist-autoencoder": (mnist_autoencoder, (1, 28, 28)),
     "char-transformer": (_char_transformer, (DataConfig.context,)),
@@ -84,12 +84,12 @@ MODELS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def _build(name: str) -> nn.Module:
     if name not in MODELS:
         raise ConfigError(f"model must be one of {', '.join(MODELS)}, got {name!r}{nearest(name, MODELS)}")
-    with torch.random.fork_rng(devices=[]):  # layers initialise themselves from the global generator
+    with torch.random.fork_rng(devices=[]):  # layers initialize their weights from the global generator
         return MODELS[name][0]()
 
 
 def _examples(model: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
-    """Random codes of characters, int64, or pixels, float."""
+    """Return random examples: character codes, int64, or pixels, float."""
     rng = torch.Generator().manual_seed(0)
     if isinstance(model, CharTransformer):
         return torch.randint(model.characters.num_embeddings, shape, generator=rng)
@@ -111,9 +111,9 @@ def compute_seconds(name: str, batch: int, *, repeats: int = 5, device: torch.de
 
 
 def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: torch.device | str = "cpu") -> float:
-    """Return how much longer than torch.optim.SGD's CompressedSGD's step takes on d coordinates, coding aside.
+    """Return the seconds by which a CompressedSGD step exceeds one of torch.optim.SGD on d coordinates, without coding.
 
-    That is its error memory and, if asked for, the noise; from the medians of `repeats`, on 2^25 coordinates at most.
+    It is spent on the error memory and, with `noise`, on noise; from medians of `repeats`, on at most 2^25 coordinates.
     """
     n = min(d, _LONG)
     gradient = torch.randn(1, n, generator=torch.Generator().manual_seed(0)).to(device)
@@ -129,7 +129,7 @@ def update_seconds(d: int, *, noise: bool = False, repeats: int = 5, device: tor
 
         return step
 
-    # With k = 1 there is nothing to code: what remains is the error memory and the noise.
+    # With k = 1 coding takes no time: error memory and noise remain.
     spec, std = Compression(RandomK(k=1), dense_below=0), 1e-6 if noise else 0.0
     times = side_by_side(
         {

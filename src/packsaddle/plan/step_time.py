@@ -1,8 +1,8 @@
-"""The time of one training step: computing, waiting for the slowest worker, coding, and the exchange.
+"""A model of the time of one training step: compute, waiting for the slowest worker, coding, and the exchange.
 
-A message of n bytes takes latency + n / rate seconds (the alpha-beta model), on links that are busy both ways at once;
-`cost_model` says how many messages wait for one another and what crosses the busiest link. It is a model of a step,
-not of a run: compressors need different numbers of steps.
+A message of n bytes takes latency + n / rate seconds (the alpha-beta model) on full-duplex links; `cost_model` has the
+number of sequential messages and the bytes over the busiest link. It models a step, not a run: compressors need
+different numbers of steps.
 """
 
 import math
@@ -15,10 +15,10 @@ from typing import Literal, get_args
 from packsaddle.comm.aggregators import Aggregator, Work
 from packsaddle.comm.cost_model import Cost, RingAllReduce
 
-FRAMING = 1448 / 1514  # of an Ethernet frame of 1,514 bytes, what TCP over IP leaves to its user
-LATENCY = 1e-4  # seconds of a small message, gloo's over a local network
+FRAMING = 1448 / 1514  # TCP/IP payload as a fraction of an Ethernet frame of 1,514 bytes
+LATENCY = 1e-4  # seconds of a small message, typical of gloo in a local network
 Tail = Literal["lognormal", "exponential"]
-_MOST = 1e9  # seconds, and standard deviations: sums and squares of larger ones may overflow
+_MOST = 1e9  # limit of seconds and of spreads: sums and squares of larger ones may overflow
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Link:
 
     latency: float  # seconds from the start of a small message to its end, software included
     rate: float  # payload bytes a second, each way
-    overhead: float = 1e-5  # seconds of each further message that leaves or arrives together with another
+    overhead: float = 1e-5  # seconds of each further message sent or received at the same time
 
     def __post_init__(self) -> None:
         if not self.rate > 0:
@@ -44,7 +44,7 @@ class Link:
 
     @classmethod
     def nominal(cls, bits: float, latency: float) -> "Link":
-        """Return the link of a nominal rate in bits a second, less its headers, and a `latency` in seconds."""
+        """Return the link with a nominal rate in bits a second, headers included, and a `latency` in seconds."""
         return cls(latency, bits / 8 * FRAMING)
 
     @property
@@ -53,13 +53,13 @@ class Link:
         return self.rate / FRAMING * 8
 
     def parts(self, cost: Cost) -> tuple[float, float]:
-        """Return the seconds of a cost that latency takes, and those that the rate takes."""
+        """Return the seconds of `cost` due to latency, and those due to the rate."""
         return cost.hops * self.latency + cost.fan * self.overhead, cost.bytes / self.rate
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """The workers, which compute independently, for `compute` seconds in the mean, standard deviation spread x compute.
+    """The workers, whose compute times are independent: mean `compute` seconds, standard deviation spread * compute.
 
     Raises ValueError unless workers is at least 1, compute and spread are from 0 to 1e9, and spread is at most 1 with
     the tail "exponential".
@@ -70,8 +70,8 @@ class Fleet:
     """
 
     workers: int  # W
-    compute: float  # seconds of forward and backward pass, the mean
-    spread: float = 0.0  # standard deviation of that time over its mean
+    compute: float  # mean seconds of the forward and backward pass
+    spread: float = 0.0  # standard deviation of that time divided by its mean
     tail: Tail = "lognormal"  # the distribution of that time: "lognormal" or "exponential"
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class Fleet:
 
     @property
     def waiting(self) -> float:
-        """Seconds that the mean worker waits for the slowest of the W, in expectation."""
+        """Expected seconds of waiting for the slowest of the W, averaged over workers."""
         return self.compute * (expected_maximum(self.workers, self.spread, self.tail) - 1)
 
 
@@ -95,8 +95,8 @@ class Fleet:
 def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> float:
     """Return the expected maximum of `workers` independent times of mean 1 and standard deviation `spread`.
 
-    The `tail` "exponential": 1 - spread + an exponential time; its maximum is spread * H_W above the least (Renyi
-    1953). "lognormal": by quadrature over the normal score of the slowest.
+    `tail` "exponential": 1 - spread plus an exponential time of mean spread, whose expected maximum is spread * H_W
+    (Renyi 1953). "lognormal": by quadrature over the normal score of the slowest.
 
     >>> from packsaddle.plan.step_time import expected_maximum
     >>> round(expected_maximum(8, 0.2), 3), expected_maximum(8, 0.0)
@@ -115,13 +115,13 @@ def expected_maximum(workers: int, spread: float, tail: Tail = "lognormal") -> f
         log_density = math.log(workers / math.sqrt(2 * math.pi)) - z**2 / 2 + (workers - 1) * log_ndtr(z)
         return math.exp(sigma * z - sigma**2 / 2 + log_density)
 
-    centre = float(ndtri(1 - 1 / workers))  # about where the slowest is
+    centre = float(ndtri(1 - 1 / workers))  # approximate normal score of the slowest
     return float(quad(integrand, centre - 8, centre + 10 + sigma, limit=200)[0])
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, by what they go to; `total` is their sum.
+    """Seconds of one step by cause; `total` is their sum.
 
     >>> from packsaddle.plan import StepTime
     >>> round(StepTime(compute=0.1, waiting=0.0, compression=0.01, latency=0.001, bandwidth=0.02).total, 3)
@@ -129,14 +129,14 @@ class StepTime:
     """
 
     compute: float  # forward and backward pass
-    waiting: float  # for the slowest worker
-    compression: float  # coding, and the optimizer's other work
-    latency: float  # the exchange: messages that wait for one another
-    bandwidth: float  # the exchange: bytes through the busiest link
+    waiting: float  # waiting for the slowest worker
+    compression: float  # encoding, decoding and the optimizer's other work
+    latency: float  # of the exchange: sequential messages
+    bandwidth: float  # of the exchange: bytes over the busiest link
 
     @property
     def exchange(self) -> float:
-        """Latency and bandwidth."""
+        """Seconds of the exchange: latency and bandwidth."""
         return self.latency + self.bandwidth
 
     @property
@@ -146,18 +146,18 @@ class StepTime:
 
 
 class Step(ABC):
-    """A way to make a step, given the link and the workers."""
+    """A kind of training step, whose time depends on the link and the workers."""
 
     @abstractmethod
     def time(self, link: Link, fleet: Fleet) -> StepTime:
-        """Predict its time."""
+        """Predict the time of one step."""
 
 
 @dataclass(frozen=True)
 class Compressed(Step):
-    """Compute, then code, then exchange, as `CompressedSGD` does."""
+    """A step of `CompressedSGD`: compute, coding and exchange, sequentially."""
 
-    cost: Cost
+    cost: Cost  # of the exchange
     compression: float  # seconds
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
@@ -166,7 +166,7 @@ class Compressed(Step):
 
 @dataclass(frozen=True)
 class Fastest(Step):
-    """Of several ways the one that takes the least time on a link."""
+    """The fastest of several kinds of step on the given link."""
 
     steps: tuple[Step, ...]
 
@@ -181,12 +181,12 @@ class Dense(Step):
     nbytes: int
     overlap: bool = True
     bucket: int = 25 * 2**20  # bytes, torch's default
-    backward: float = 2 / 3  # of the computing
+    backward: float = 2 / 3  # fraction of the compute time
 
     def time(self, link: Link, fleet: Fleet) -> StepTime:
-        """Buckets become ready evenly along the backward pass and are sent one after another.
+        """Predict the time of a step whose buckets become ready at even intervals of the backward pass.
 
-        So what is waited for is the last bucket or, on a slow link, all but what fitted into the backward pass.
+        They are sent sequentially. The last one does not overlap; on a slow link, neither does all beyond the pass.
         """
         buckets = max(1, math.ceil(self.nbytes / self.bucket))
         latency, bandwidth = link.parts(RingAllReduce((self.nbytes,)).cost(fleet.workers))
@@ -198,29 +198,29 @@ class Dense(Step):
         return StepTime(fleet.compute, fleet.waiting, 0.0, latency * share, bandwidth * share)
 
 
-Seconds = Callable[[Work], float]  # of the coding that a piece of work says
+Seconds = Callable[[Work], float]  # maps the coding of a step to its duration
 
 
 def compressed(
     aggregator: Aggregator, d: int, dense: int, workers: int, seconds: Seconds, itemsize: int = 4
 ) -> Compressed:
-    """Return an aggregator's step, which exchanges d compressed and `dense` dense coordinates of `itemsize` bytes."""
+    """Return the step of an aggregator on d compressed and `dense` uncompressed coordinates of `itemsize` bytes."""
     cost = sum((c.cost(workers) for c in aggregator.collectives(d, dense, workers, itemsize)), Cost())
     return Compressed(cost, sum(seconds(work) for work in aggregator.work(d, workers)))
 
 
 def break_even(step: Step, dense: Step, link: Link, fleet: Fleet, steps: float = 1.0) -> float | None:
-    """Return the rate, payload bytes a second, at which `steps` of one take as long as one of the dense ones.
+    """Return the rate, payload bytes a second, at which `steps` steps of `step` take as long as one `dense` step.
 
-    The latency is the link's. `step` takes less on links slower than that. None if it never does, or always: compare
-    them on any link to tell.
+    The latency is the link's. Below this rate `step` is faster. None if it never is, or always: to distinguish the
+    two, compare the times on any link.
     """
 
     def pays(rate: float) -> bool:
         slower = replace(link, rate=rate)
         return steps * step.time(slower, fleet).total < dense.time(slower, fleet).total
 
-    rates = [10.0**exponent for exponent in range(16)]  # a byte a second to a petabyte a second
+    rates = [10.0**exponent for exponent in range(16)]  # one byte to one petabyte a second
     if not pays(rates[0]):
         return None
     above = next((rate for rate in rates if not pays(rate)), None)
@@ -228,7 +228,7 @@ def break_even(step: Step, dense: Step, link: Link, fleet: Fleet, steps: float =
 
 
 def bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-    """Return where `holds`, true at `low` and false at `high`, changes, by halving the logarithm of the interval."""
+    """Bisect in logarithms for the point at which `holds`, true at `low` and false at `high`, becomes false."""
     while high / low > 1 + 1e-12:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if holds(middle) else (low, middle)

@@ -1,4 +1,4 @@
-"""Times of pieces of work, taken in turn so that what else the machine does falls on all of them alike."""
+"""Timing of several functions in interleaved rounds, so that other load on the machine affects all of them equally."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one piece of work over several repeats."""
+    """Seconds of one function over several repeats."""
 
     median: float
     low: float
@@ -28,9 +28,9 @@ def side_by_side(
     warm_up: int = 1,
     prepare: Callable[[], object] = int,
 ) -> dict[str, Timing]:
-    """Time every piece of work `repeats` times, in rounds: the first, the second, ..., the first again.
+    """Time every function in `works` `repeats` times, in rounds: the first, the second, ..., the first again.
 
-    `prepare` runs before each of them, outside the clock.
+    `prepare` runs before each call and is not timed.
     """
     taken: dict[str, list[float]] = {name: [] for name in works}
     for attempt in range(warm_up + repeats):
@@ -43,7 +43,7 @@ def side_by_side(
 
 
 def clocked(work: Callable[[], object]) -> float:
-    """Seconds of one call, the work it leaves on a GPU included."""
+    """Return the seconds of one call, with the GPU work that it launches."""
     _synchronise()
     begin = time.perf_counter()
     work()
@@ -57,6 +57,6 @@ def _synchronise() -> None:
 
 
 def copy_bandwidth(numel: int, *, repeats: int = 7, device: torch.device | str = "cpu") -> float:
-    """Bytes a second that copying float32[numel] moves: each element is read once and written once."""
+    """Return the bytes a second moved by copying float32[numel]: each element is read once and written once."""
     source, target = (torch.ones(numel, device=device) for _ in range(2))
     return 8 * numel / side_by_side({"copy": lambda: target.copy_(source)}, repeats=repeats)["copy"].median

@@ -1,7 +1,7 @@
 """Configured runs: configuration, training loop, run folder, certificates along a run, reports.
 
 Read `config` first, then `job` (a run, from its configuration to its folder) and `trainer` (the run on one worker).
-`tasks` has data and networks, `report` reads finished runs.
+`tasks` contains data and networks; `report` makes tables and figures from run folders.
 """
 
 from importlib import import_module
@@ -75,7 +75,7 @@ _FILES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use (PEP 562), so that the command line starts without a trainer."""
+    """Import a public name on first use (PEP 562), so that the command line starts without importing the trainer."""
     for file, names in _FILES.items():
         if name in names.split():
             return getattr(import_module(f"{__name__}.{file}"), name)

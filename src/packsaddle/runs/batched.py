@@ -1,4 +1,4 @@
-"""The gradients of all simulated workers in one pass through the network."""
+"""Computation of the gradients of all simulated workers in one pass through the network."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ Tensors = dict[str, Tensor]
 
 
 def why_not_batched(config: Config) -> str:
-    """Return why a run's gradients cannot be computed at once; "" if they can."""
+    """Return the reason why a run's gradients cannot be computed in one pass; "" if they can."""
     if config.local is not None:
         return "local: workers have an x each, and batched gradients are all at one x"
     if config.model.name.startswith("resnet") and config.model.norm == "worker":
@@ -24,11 +24,11 @@ def why_not_batched(config: Config) -> str:
 
 
 class BatchedGradients:
-    """One evaluation for W workers of a serial simulation: `torch.func.vmap` over their batches, at the x they share.
+    """Gradients of the W workers of a serial simulation by `torch.func.vmap` over their batches, at identical x.
 
-    A small batch occupies little of a processor, so W of them at once take less time than one after the other. Workers'
-    gradients are those of their own passes but for rounding. The running statistics of normalisation over all workers
-    are one set of tensors for all tasks, and what it would have exchanged is entered in each worker's ledger.
+    Small batches use a processor poorly, so one pass is faster than W. Gradients equal those of separate passes up to
+    rounding. Batch normalization over all workers shares its running statistics between the workers' tasks, and the
+    exchanges that it would have made are entered in each worker's ledger.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class BatchedGradients:
             setattr(task.get_submodule(owner), attribute, buffer)
 
     def evaluate(self, index: Tensor) -> Tensor:
-        """Set this worker's gradients of its mean loss over the chosen examples, int64[b], and return the loss."""
+        """Set `.grad` to the gradients of this worker's mean loss on examples `index`, int64[b]; return the loss."""
         loss, gradients = self._group.computed_at_once(index, self._of_all)
         for name, p in self._parameters.items():
             p.grad = gradients[name].contiguous(memory_format=_format(p))
@@ -61,7 +61,7 @@ class BatchedGradients:
     def _of_all(self, indices: list[Tensor]) -> Sequence[tuple[Tensor, Tensors]]:
         together = self._batch(torch.cat(indices))
         inputs, targets = (t.view(len(indices), -1, *t.shape[1:]) for t in together)
-        # Channels last are slower here, and warn.
+        # channels_last would be slower here, and warn.
         parameters = {name: p.detach().contiguous() for name, p in self._parameters.items()}
         of_each = vmap(grad_and_value(self._loss), in_dims=(None, None, 0, 0))
         gradients, losses = of_each(parameters, dict(self._task.named_buffers()), inputs, targets)
@@ -74,6 +74,6 @@ class BatchedGradients:
 
 
 def _format(p: Tensor) -> torch.memory_format:
-    """The order in which a parameter lies, which is that of the optimizer's vector."""
+    """Return the memory format of a parameter, which the optimizer's flat vector has too."""
     last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format

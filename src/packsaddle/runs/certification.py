@@ -1,4 +1,4 @@
-"""Certificates of a finished run's weights, by one process or several, with the loss along the escape direction."""
+"""Certification of saved weights of a run, in one process or several, with all results of `findings`."""
 
 import os
 import warnings
@@ -27,25 +27,25 @@ from packsaddle.runs.tasks.models import Task, make_task, task_loss
 from packsaddle.runs.tasks.sharding import Examples
 
 _AUDIT_BATCH, _BATCH_OF_SAMPLE = 500, 64
-_WORKERS_PER_CORE = 8  # new ones at most; each is a process
-_BATCHES_OF_POPULATION = 32  # or more: how they differ is what its bounds come from
+_WORKERS_PER_CORE = 8  # maximum number of worker processes per core
+_BATCHES_OF_POPULATION = 32  # minimum: the population's bounds come from the variance between batches
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Certificates of weights of one run, each on the same examples."""
+    """Certification of weights of one run, all on the same examples."""
 
     run: Path
-    files: tuple[Path, ...]  # weights, as `Trainer` saves them
+    files: tuple[Path, ...]  # weights, as saved by `Trainer`
     questions: Questions = Questions()  # noqa: RUF009 -- immutable
-    examples: int | None = None  # size of a random sample, by the questions' seed; None: all, or `at_most` of them
-    at_most: int | None = None
-    batch_size: int | None = None  # None: 500, and of a sample 64, so that a standard error has batches to come from
+    examples: int | None = None  # size of the random sample (by `questions.seed`); None: all, or `at_most` of them
+    at_most: int | None = None  # None: no limit
+    batch_size: int | None = None  # None: 500 for all examples, 64 for a sample: a standard error needs many batches
     double: bool = False  # products in float64
     data_dir: Path | None = None
 
     def load(self) -> tuple[Task, Dataset, list[dict[str, Tensor]]]:
-        """Return the run's network, its training examples and every file's weights, raising ConfigError for what is
+        """Return the run's network, its training examples and the weights in every file. Raises ConfigError if any is
         missing or does not fit."""
         config = read_config(self.run)
         data = load_data(config.data, self.data_dir, train=True)
@@ -63,10 +63,10 @@ class Audit:
         return task, data, weights
 
     def execute(self, workers: int) -> list[Finding]:
-        """Certify in this process, or with `workers` new ones. Raises ConfigError for more than have work."""
+        """Certify in this process, or in `workers` new ones. Raises ConfigError if these are too many."""
         if workers == 1:
             return self.certify()
-        _, data, _ = self.load()  # bad input is told before any worker starts
+        _, data, _ = self.load()  # raises for invalid input before any worker starts
         examples = self.examples or min(self.at_most or len(data), len(data))
         for most, of in ((examples, "examples"), (_WORKERS_PER_CORE * (os.cpu_count() or 1), "cores")):
             if workers > most:
@@ -75,7 +75,7 @@ class Audit:
         return findings
 
     def certify(self) -> list[Finding]:
-        """Certify every file in the present group; collective."""
+        """Certify every file in the current process group; collective."""
         task, data, weights = self.load()
         examples = self._examples(data)
         task.to(examples.device, examples.dtype)
@@ -85,7 +85,7 @@ class Audit:
             except ValueError as error:
                 raise ConfigError(f"{error}; --batch-size makes them smaller") from None
 
-        # All verdicts, with one countdown; then the rest of the questions.
+        # All verdicts, with one countdown; then profiles, spectra and populations.
         certificates = []
         most = len(self.files) * self.questions.search.max_hvps
         with self.questions.countdown("certify", most) as progress:
@@ -113,7 +113,7 @@ class Audit:
         return task.to(examples.device, examples.dtype), examples
 
     def _examples(self, data: Dataset) -> Examples:
-        """This worker's part of the sample."""
+        """Return this worker's part of the sample."""
         group, n = resolve(None), len(data)
         order = torch.randperm(n, generator=generator(self.questions.seed, 0, Stream.CERTIFY))
         dtype = torch.float64 if self.double else torch.float32
@@ -126,13 +126,13 @@ class Audit:
 
 
 def certify_in_process_group(audit: Audit) -> list[Finding]:
-    """`Audit.certify` in a process that a launcher started."""
+    """Call `Audit.certify` in a process started by a launcher."""
     with process_group():
         return audit.certify()
 
 
 def read_config(run: Path) -> Config:
-    """Return the configuration that a run folder keeps. Raises ConfigError."""
+    """Read the configuration of a run folder. Raises ConfigError."""
     if not (run / "config.json").is_file():
         raise ConfigError(f"{run} is not a run folder (it has no config.json)")
     try:
@@ -142,11 +142,11 @@ def read_config(run: Path) -> Config:
 
 
 def read_weights(file: Path) -> Any:
-    """Return the content of a file by `torch.save`, on the CPU. Raises ConfigError."""
+    """Load a file written by `torch.save` to the CPU. Raises ConfigError."""
     try:
-        with warnings.catch_warnings(action="ignore"):  # of its format: the error says it
+        with warnings.catch_warnings(action="ignore"):  # about the format; an error mentions it
             return torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ConfigError(f"checkpoint {file} does not exist") from None
-    except Exception as error:  # a damaged file raises whatever its bytes lead to
+    except Exception as error:  # a damaged file can raise anything
         raise ConfigError(f"checkpoint {file} cannot be read: {first_line(error)}") from None

@@ -1,6 +1,6 @@
-"""The configuration of a run: typed, frozen, read from TOML, and saved resolved with every run.
+"""The configuration of a run: typed, frozen, read from TOML, and saved with all defaults in every run folder.
 
-The comment on a field is what `packsaddle init` says of its key (see `templates`).
+The comments on fields are written into the file of `packsaddle init` (see `templates`).
 """
 
 import tomllib
@@ -31,8 +31,8 @@ from packsaddle.messages import shortened, shown
 from packsaddle.options.schema import build, is_too_deep, line_of, syntax_error
 from packsaddle.sgd.gradient import Storm
 
-_EPOCHS = (1e-9, 1e9)  # the least and the most that a number of epochs may be
-_WIDEST = 2**20  # units of a layer
+_EPOCHS = (1e-9, 1e9)  # smallest and largest number of epochs
+_WIDEST = 2**20  # largest number of units in a layer
 
 AnyCompressor = (
     Identity | RandomK | TopK | AdaptiveTopK | SharedTopK | SketchTopK | Sign | QSGD | LinearSketch | LowRank
@@ -44,10 +44,10 @@ class DataConfig:
     """The training examples, and their distribution to the workers."""
 
     name: Literal["digits", "mnist", "cifar10", "folder", "text"]  # folder: train/CLASS/* and test/CLASS/* images
-    # class: worker i gets the classes c with c mod W = i; of text, the i-th of W stretches
+    # iid: at random; class: worker i gets the classes c with c mod W = i, or of text the i-th of W consecutive parts
     shard: Literal["iid", "class"] = "iid"
     limit: int | None = None  # use only this many training examples; by default all
-    context: int = 64  # of text: characters of a window, which is an example
+    context: int = 64  # text only: characters per example
 
     def __post_init__(self) -> None:
         check_positive(limit=self.limit, context=self.context)
@@ -59,15 +59,15 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    # mnist-autoencoder: the paper's; autoencoder: of the widths below
+    # mnist-autoencoder: the paper's; autoencoder: fully connected, with the widths below
     name: Literal["mnist-autoencoder", "autoencoder", "resnet18", "resnet34", "char-transformer"]
-    widths: tuple[int, ...] = ()  # autoencoder: the encoder's layers after the input; the decoder mirrors them
+    widths: tuple[int, ...] = ()  # autoencoder: units of the encoder's layers after the input; the decoder mirrors them
     output: Literal["sigmoid", "linear"] = "sigmoid"  # autoencoders: the last activation
-    width: int = 64  # resnet: channels of the first stage; char-transformer: numbers per character between the layers
+    width: int = 64  # resnet: channels of the first stage; char-transformer: embedding dimension
     stem: Literal["small", "imagenet"] = "small"  # resnet: 3 x 3 convolution, or 7 x 7 with stride 2 and max pooling
-    norm: Literal["worker", "all", "group"] = "worker"  # resnet: batch norm by worker or over all, or group norm
-    depth: int = 2  # char-transformer: blocks
-    heads: int = 2  # char-transformer: attention heads, of width / heads numbers each
+    norm: Literal["worker", "all", "group"] = "worker"  # resnet: batch norm per worker or over all, or group norm
+    depth: int = 2  # char-transformer: number of blocks
+    heads: int = 2  # char-transformer: attention heads, of dimension width / heads each
 
     def __post_init__(self) -> None:
         if self.width < 4:
@@ -94,13 +94,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
-    """Artificial noise: r is the standard deviation of each coordinate of xi_t."""
+    """Artificial noise xi_t, Gaussian with standard deviation r in each coordinate."""
 
-    # r; 0: no noise. packsaddle run says at its end which r would suit, and warns of too much. With [local] it is in
-    # the units of x, and there is one xi in each round
+    # r; 0: no noise. packsaddle run suggests a value at its end, and warns if r is too large. With [local], r is in
+    # the units of x and one xi is added per round
     std: float = 0.0
-    lower_from: float | None = None  # in epochs: from here r falls linearly ...; by default never
-    lower_until: float | None = None  # ... to zero here, in epochs; by default at the end of the run
+    lower_from: float | None = None  # epoch from which r falls linearly; by default never
+    lower_until: float | None = None  # epoch at which r reaches zero; by default the end of the run
 
     def __post_init__(self) -> None:
         check_not_negative(std=self.std, lower_from=self.lower_from, lower_until=self.lower_until)
@@ -115,7 +115,7 @@ class NoiseConfig:
 class EscapeConfig(EscapeRule):
     """The escape check of Algorithm 1."""
 
-    examples: int = 1024  # of each worker, on which f is evaluated
+    examples: int = 1024  # examples per worker on which f is evaluated
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,17 +124,17 @@ class EscapeConfig(EscapeRule):
 
 @dataclass(frozen=True, kw_only=True)
 class CertifyConfig(Search):
-    """Certificates along the run (see `packsaddle.certify`), and iterates kept to be certified afterwards."""
+    """Certificates along the run (see `packsaddle.certify`), and iterates saved for certification afterwards."""
 
-    epsilon: float  # gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon)
+    epsilon: float  # target: gradient norm at most epsilon, smallest eigenvalue at least -sqrt(rho epsilon)
     hessian_lipschitz: float | None = None  # rho; by default measured along the escape direction
     every: float | None = None  # epochs between certificates; by default none along the run
     at: tuple[float, ...] = ()  # epochs of further certificates
-    last_epsilon: float | None = None  # of the last point, where gradients may be larger; by default epsilon
-    iterates: int = 0  # m, drawn uniformly from x_0 ... x_T and kept, for packsaddle certify --iterates
-    examples: int = 1024  # of each worker, along the run
+    last_epsilon: float | None = None  # epsilon of the certificate at the end; by default epsilon
+    iterates: int = 0  # iterates drawn uniformly from x_0 ... x_T and saved, for packsaddle certify --iterates
+    examples: int = 1024  # examples per worker, along the run
     max_hvps: int = 100
-    pilot_examples: int = 0  # curves need bounds from both sides
+    pilot_examples: int = 0  # off by default: curves need both bounds
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,18 +155,18 @@ class LocalConfig:
     """
 
     every: int = 30  # H, steps between two exchanges
-    # the optimizer of each worker, with lr and weight_decay, and of sgd and muon with momentum and nesterov; muon:
-    # matrices of hidden layers by Muon (momentum 0.95 with nesterov unless there is one), the rest by AdamW
+    # the optimizer of each worker; uses lr and weight_decay, and for sgd and muon momentum and nesterov; muon: Muon for
+    # matrices of hidden layers (by default momentum 0.95 with nesterov), AdamW for the rest
     optimizer: Literal["sgd", "adamw", "muon"] = "adamw"
-    betas: tuple[float, ...] = (0.9, 0.999)  # of AdamW
+    betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's betas
     warm_up: float = 0.0  # epochs in which lr rises linearly at the start
-    schedule: Literal["constant", "cosine"] = "constant"  # of lr after that; cosine: down to a tenth at the end
-    clip: float | None = None  # the largest norm of a gradient, which is scaled down to it; by default any
-    keep_unsent: bool = True  # after a round a worker starts at the anchor less its own error, not at the anchor
+    schedule: Literal["constant", "cosine"] = "constant"  # of lr after the warm-up; cosine: down to a tenth at the end
+    clip: float | None = None  # maximum gradient norm; larger gradients are scaled down; by default no limit
+    keep_unsent: bool = True  # after a round, start from the anchor minus the worker's error memory; false: the anchor
     overlap: Overlap = field(default_factory=Overlap)
     outer: OuterSGD | None = None
 
-    # Keys of earlier versions, and those that replace them.
+    # Keys of earlier versions, with their replacements.
     moved_keys: ClassVar[Mapping[str, str]] = {
         "outer_lr": "local.outer.lr",
         "outer_momentum": "local.outer.momentum",
@@ -190,7 +190,7 @@ class LocalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Compression):
-    """One run; the options of `Compression` are keys of it."""
+    """One run. The options of `Compression` are top-level keys."""
 
     data: DataConfig
     model: ModelConfig
@@ -199,28 +199,28 @@ class Config(Compression):
     batch_size: int  # examples per worker and step
     # the compressor of each worker's vector in a step; `packsaddle compressors` compares the kinds
     compressor: AnyCompressor = field(default_factory=Identity)
-    # the compressor of the mean on its way back, in the two-way and coordinator exchanges
+    # the compressor of the mean sent back to the workers, in the two-way and coordinator exchanges
     back: AnyCompressor | None = None
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     escape: EscapeConfig | None = None
     certify: CertifyConfig | None = None
     local: LocalConfig | None = None
     label: str = ""  # name in tables and figures; by default the folder's
-    weight_decay: float = 0.0  # times x is added to the gradient, before compression; of adamw and muon their own
-    momentum: float = 0.0  # of each worker's gradients, before compression
-    nesterov: bool = False  # Nesterov's momentum
+    weight_decay: float = 0.0  # times x is added to the gradient before compression (L2); decoupled in adamw and muon
+    momentum: float = 0.0  # applied to each worker's gradients before compression
+    nesterov: bool = False  # Nesterov momentum
     memory: Literal["buffer", "ef21"] = "buffer"  # buffer: error feedback; ef21: an estimate of the gradient instead
-    # STORM's variance reduction, by two gradients a step: the weight of a new one; by default off
+    # weight of the new gradient in STORM's variance reduction, which needs two gradients per step; by default off
     storm: float | None = None
-    precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: the forward pass alone (autocast)
-    # consecutive steps (with [local] rounds) that may be skipped because a gradient was not finite
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"  # bfloat16: autocast of the forward pass only
+    # maximum number of consecutive steps (with [local] rounds) that are skipped because of non-finite gradients
     max_skipped: int = 20
-    monitor_every: int = field(default=0, init=False)  # once for each line of metrics
-    seed: int = 0  # of everything random
-    workers: int = 1  # W; --workers overrides
-    log_every: int = 100  # steps that one line of metrics averages
-    test_every: float | None = None  # epochs between tests along the run; by default at its end alone
-    plateau: float | None = None  # the loss of a plateau whose length is to be measured
+    monitor_every: int = field(default=0, init=False)  # replaced by log_every
+    seed: int = 0  # seed of all random numbers
+    workers: int = 1  # W; overridden by --workers
+    log_every: int = 100  # steps averaged in one line of metrics
+    test_every: float | None = None  # epochs between tests along the run; by default only at its end
+    plateau: float | None = None  # loss of a plateau; the epochs spent on it are measured
 
     def __post_init__(self) -> None:
         _epochs(self, "epochs", "test_every")
@@ -238,7 +238,7 @@ class Config(Compression):
             raise ValueError('exchange = "senders" and a decay are of [local], and the configuration has none')
 
     def _check_local(self, local: LocalConfig) -> None:
-        """Raise ValueError, which begins with the key, for what does not go with local updates."""
+        """Raise ValueError, beginning with the key, for options that local updates do not support."""
         if self.memory != "buffer":
             raise ValueError(f'memory must be "buffer" with [local], got {self.memory!r}')
         if not self.decay:
@@ -260,16 +260,16 @@ class Config(Compression):
 
     @property
     def averaging(self) -> Exchange:
-        """The exchange of the run: what the configuration says, or what its front does without."""
+        """The exchange of the run: as configured, else "direct" or with [local] "auto"."""
         return self.exchange or ("direct" if self.local is None else "auto")
 
     def compression(self) -> Compression:
-        """Return the options of compression alone; contraction is measured once for each line of metrics."""
+        """Return the options of compression; the contraction is measured every `log_every` steps."""
         values = {f.name: getattr(self, f.name) for f in fields(Compression)}
         return Compression(**values | {"monitor_every": self.log_every})
 
     def sgd_lr(self) -> float | None:
-        """Return the step size of the plain SGD that the run amounts to; None if it is none."""
+        """Return the equivalent step size lr / (1 - momentum) of plain SGD; None for other optimizers."""
         if self.local is not None and (self.local.optimizer != "sgd" or self.local.outer is not None):
             return None
         return self.lr / (1 - self.momentum)
@@ -278,7 +278,7 @@ class Config(Compression):
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration from a TOML file, with `key=value` overrides by dotted key. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8-sig")  # an editor on Windows may write a byte order mark
+        text = path.read_text(encoding="utf-8-sig")  # accepts a byte order mark, which Windows editors add
         if is_too_deep(text):
             raise RecursionError
         data = tomllib.loads(text)
@@ -296,9 +296,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
 def configure(
     data: dict[str, Any], overrides: Sequence[str], origin: Callable[[tuple[str, ...]], str] = lambda key: ""
 ) -> Config:
-    """Return the configuration of nested dictionaries, changed in place by `key=value` overrides by dotted key.
+    """Build a Config from nested dictionaries, after applying `key=value` overrides by dotted key in place.
 
-    Raises ConfigError, which says which override is to blame, or else `origin` of the key.
+    Raises ConfigError, which names the override at fault, else `origin(key)`, such as a line of a file.
     """
     given = {override(data, text): f"--set {shortened(text)}" for text in overrides}
     try:
@@ -306,13 +306,13 @@ def configure(
     except ConfigError as error:
         where = _origin(error.key, given) or origin(error.key)
         same = [text for k, text in given.items() if k[:1] == error.key[:1] and text != where]
-        also = f" (with {same[-1]})" if same else ""  # a value in the file may be wrong because of an override
+        also = f" (with {same[-1]})" if same else ""  # an override may make a value in the file invalid
         drop = f"; --set {'.'.join(error.key)}= drops it" if same and str(error).startswith("unknown key") else ""
         raise ConfigError(f"{where}{also}: {error}{drop}" if where else str(error), error.key) from None
 
 
 def _origin(key: tuple[str, ...], given: dict[tuple[str, ...], str]) -> str:
-    """The last override that set a key or a table around it, else one that set something in it; else ""."""
+    """Return the last override of `key` or a table that contains it, else of a key inside it; else ""."""
     found = [k for k in given if key[: len(k)] == k] or [k for k in given if k[: len(key)] == key != ()]
     return given[found[-1]] if found else ""
 
@@ -334,7 +334,7 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
     except (ValueError, RecursionError):
         raise ConfigError(f"--set {shortened(assignment)}: too many digits, or brackets in brackets") from None
 
-    # Tables on the way are created.
+    # Create missing tables.
     *path, last = key = tuple(name.strip().split("."))
     for part in path:
         data = data.setdefault(part, {})
@@ -348,7 +348,7 @@ def override(data: dict[str, Any], assignment: str) -> tuple[str, ...]:
 
 
 def _epochs(config: Any, *names: str) -> None:
-    """Check numbers of epochs: between those, steps can be counted in 64 bits."""
+    """Raise ValueError unless these numbers of epochs are in `_EPOCHS`, where steps fit into 64 bits."""
     check_positive(**{name: getattr(config, name) for name in names})
     for name in names:
         value = getattr(config, name)

@@ -1,8 +1,8 @@
-"""One worker's side of a configured run whose workers come and go: `packsaddle run --elastic`.
+"""One worker of a configured run whose workers may join and leave: `packsaddle run --elastic`.
 
-Every worker is started by itself and writes a folder of its own. Steps, epochs and the learning rate's schedule are
-those of all workers together: the run is over when the anchor has `epochs` passes' worth of steps, whoever made them.
-There are no shards, since the number of workers is unknown: each draws its own order of all the data.
+Every worker is started separately and writes its own folder. Steps, epochs and the learning rate schedule count the
+steps of all workers together: the run ends when these amount to `epochs` passes over the data.
+There are no shards, since the number of workers is unknown: each worker draws its own order of all the data.
 """
 
 import os
@@ -27,7 +27,7 @@ from packsaddle.runs.trainer import RunCounters, Trainer
 
 
 def check_elastic(config: Config) -> Config:
-    """Return the configuration for one worker of such a run. Raises ConfigError if it cannot be one."""
+    """Return the configuration of one worker of an elastic run. Raises ConfigError for unsupported options."""
     if config.local is None:
         raise ConfigError("--elastic needs [local] in the file: packsaddle init --task char-transformer-local has it")
     for name, found in (
@@ -43,12 +43,12 @@ def check_elastic(config: Config) -> Config:
 
 
 class ElasticTrainer(Trainer):
-    """The trainer of a worker under a Manager; it takes part in rounds, and does all else by itself."""
+    """The trainer of a worker under a torchft Manager. Only rounds are collective; all else is local."""
 
     training: LocalTraining
 
     def __init__(self, config: Config, data_dir: Path | None, download: bool, elastic: Elastic) -> None:
-        self._elastic, self._seen = elastic, 0  # the position at the last line of metrics
+        self._elastic, self._seen = elastic, 0  # _seen: front.position at the last line of metrics
         with ambient_group(Solo()):
             super().__init__(check_elastic(config), data_dir, download)
 
@@ -56,7 +56,7 @@ class ElasticTrainer(Trainer):
         return LocalTraining(self.config, self.task, self.calendar, None, self._elastic)
 
     def _indices(self) -> Iterator[Tensor]:
-        """Yield batches of all the data without end, in an order of this worker's own."""
+        """Yield endless batches of indices into all the data, int64[b], in this worker's own random order."""
         rng = torch.Generator().manual_seed(int.from_bytes(os.urandom(7), "little"))
         size = min(self.config.batch_size, len(self.data))
         while True:
@@ -64,13 +64,13 @@ class ElasticTrainer(Trainer):
             yield from (index for index in torch.split(order, size) if len(index) == size)
 
     def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER) -> bool:
-        """Train until all workers together have come to the end, recording this worker's losses on the way."""
+        """Train until all workers together have done the run's steps; write this worker's metrics and results."""
         tally, training, steps, begin = self.tally, self.training, self.calendar.steps, time.perf_counter()
         if not quiet:
             print("waiting for the other workers' next round", flush=True)
         training.front.join()
 
-        # The end is a position of all workers together: one that joined late takes fewer steps.
+        # The end is a number of steps of all workers together: a worker that joins late does fewer steps.
         with live(self.config.label or folder.path.name, steps, quiet=quiet) as report:
             for index in self._indices():
                 if training.front.position >= steps:
@@ -85,16 +85,16 @@ class ElasticTrainer(Trainer):
                 loss = f"loss {tally.line['loss']:.4f}  " if tally.line else ""
                 report(min(steps, training.front.position), f"{loss}{there.workers} workers")
 
-        # The last exchange, then what records this worker's part.
+        # The last exchange, then this worker's results.
         training.finish()
-        if tally.step > tally.since or not tally.line:  # else this worker has nothing to say since its last line
+        if tally.step > tally.since or not tally.line:  # else no steps since the last line
             tally.line = self._log(folder, time.perf_counter() - begin)
         self._finish(folder, tally)
         self._elastic.manager.shutdown(wait=False)
         return True
 
     def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
-        """See `Trainer`; the step is that of all workers together."""
+        """See `Trainer`; `step` counts the steps of all workers together."""
         return super()._line(min(self.calendar.steps, self.training.front.position), means, seconds)
 
     def _test_due(self, steps: int, since: int) -> bool:
@@ -102,5 +102,5 @@ class ElasticTrainer(Trainer):
         return super()._test_due(self._seen, seen)
 
     def _final_loss(self, tally: RunCounters) -> float:
-        """See `Trainer`; of this worker's last line of metrics."""
+        """Return the loss in this worker's last line of metrics."""
         return float(tally.line["loss"])

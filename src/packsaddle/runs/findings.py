@@ -1,4 +1,4 @@
-"""The findings at a certified point: the certificate, the loss along its directions, the spectrum, the population."""
+"""Results at one certified point: certificate, loss along its directions, spectrum, population certificate."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,9 +27,9 @@ from packsaddle.runs.report import figures
 from packsaddle.runs.report.certificate_figure import draw_certificate
 from packsaddle.runs.run_folder import RunFolder, make_new, written
 
-_POINTS = 20  # of a profile, to each side
-_PROFILED = 4096  # examples of a profile, about: 41 losses over all of them would cost more than most verdicts
-_PROBES, _STEPS = 4, 40  # of the spectral density
+_POINTS = 20  # points of a profile to each side
+_PROFILED = 4096  # approximate number of examples of a profile: on all, its 41 losses would dominate the cost
+_PROBES, _STEPS = 4, 40  # Lanczos probes of the spectral density, and products of each
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,25 @@ class Profile:
     """The loss along a direction v: f(x + s v)."""
 
     distances: tuple[float, ...]  # s
-    losses: tuple[float | None, ...]  # None: not finite
-    examples: int  # whose mean loss it is
+    losses: tuple[float | None, ...]  # f(x + s v); None: non-finite
+    examples: int  # number of examples in the mean loss
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The findings at one point."""
+    """The results at one point."""
 
-    file: Path
+    file: Path  # weights
     certificate: Certificate
     profile: Profile  # along the escape direction
-    sharpest: Profile | None  # along the sharpest direction; None where it is not known
+    sharpest: Profile | None  # along the sharpest direction; None if unknown
     spectrum: SpectralDensity | None
     population: PopulationCertificate | None
-    sharded: bool  # the model was, and directions are a worker's part
-    lr: float | None  # of SGD that may go on from here, over 1 - momentum
+    sharded: bool  # the model is sharded: directions are this worker's shard
+    lr: float | None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the directions as plain types, for JSON."""
+        """Return everything except the directions as plain types, for JSON."""
         return {
             "file": str(self.file),
             **self.certificate.to_dict(self.lr),
@@ -75,22 +75,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions at a point: the verdict, and others."""
+    """Options of the certification of a point."""
 
-    epsilon: float | None = None  # None: the least that the point's gradient passes
+    epsilon: float | None = None  # None: the smallest that the gradient at the point satisfies
     hessian_lipschitz: float | None = None  # rho; None: measured
     search: Search = Search()  # noqa: RUF009 -- immutable
     spectrum: bool = False  # estimate the density of all eigenvalues
-    population: bool = False  # certify the loss that the examples are drawn from
-    distance: float | None = None  # of the profiles to each side; None: as far as the certificate suggests
-    lr: float | None = None  # of SGD that may go on from here, over 1 - momentum
-    seed: int = 0  # of the random starts
-    quiet: bool = True  # else rank 0 shows progress on stderr
+    population: bool = False  # certify the loss of the population from which the examples are drawn
+    distance: float | None = None  # length of the profiles to each side; None: twice the escape distance, else 1
+    lr: float | None = None  # lr / (1 - momentum) of SGD, for escape times; None: unknown
+    seed: int = 0  # seed of the random start vectors
+    quiet: bool = True  # False: rank 0 shows progress on stderr
 
     def certify(
         self, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], progress: Report, sample_of: int | None = None
     ) -> Certificate:
-        """Return the certificate; progress is of `max_hvps` products, most of which are not needed; collective."""
+        """Return the certificate; collective. `progress` counts Hessian-vector products, of at most `max_hvps`."""
         most = self.search.max_hvps
         progress(0, f"0 of at most {most} products")
 
@@ -103,7 +103,7 @@ class Questions:
     def look(
         self, file: Path, model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], certificate: Certificate
     ) -> Finding:
-        """Follow the extreme directions, and take the spectral density and the population's bounds; collective."""
+        """Return all results at a certified point: profiles, and if chosen spectrum and population; collective."""
         # f(x + s v) along the extreme directions v.
         v, w = certificate.escape_direction, certificate.sharpest_direction
         every = every_nth(batches, max(1, certificate.examples // _PROFILED))
@@ -125,7 +125,7 @@ class Questions:
         return Finding(file, certificate, escape, sharpest, spectrum, population, is_sharded(model), self.lr)
 
     def countdown(self, what: str, most: int) -> AbstractContextManager[Report]:
-        """Return the context of progress through `most` products, shown by rank 0 alone."""
+        """Return a context that shows progress through at most `most` products, on rank 0 unless `quiet`."""
         return countdown(what, most, quiet=self.quiet or resolve(None).rank != 0)
 
     @property
@@ -137,13 +137,13 @@ class Questions:
 
     @contextmanager
     def _counting(self, what: str, most: int) -> Iterator[Callable[[int], None]]:
-        """Give a function to call with the number of products so far."""
+        """Show progress within; yields a function to call with the number of products so far."""
         with self.countdown(what, most) as progress:
             yield lambda products: progress(products, f"{products} of at most {most} products")
 
 
 def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], direction: Tensor, reach: float) -> Profile:
-    """The loss along a direction on a grid; collective."""
+    """Evaluate the loss at x + s v on a grid of s from -reach to reach, v = `direction`; collective."""
     curvature = derivatives(model, loss_fn, batches, Communicator(resolve(None), Ledger()))
     direction = direction.to(curvature.device)
     distances = [reach * i / _POINTS for i in range(-_POINTS, _POINTS + 1)]
@@ -154,7 +154,7 @@ def _profile(model: nn.Module, loss_fn: LossFn, batches: Iterable[Any], directio
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[None]:
-    """Make a folder before the work whose results it is for; if that fails, it is removed. Raises ConfigError."""
+    """Create a folder for the results of the work within; remove it if the work fails. Raises ConfigError."""
     make_new(folder)
     try:
         yield
@@ -165,9 +165,9 @@ def new_folder(folder: Path) -> Iterator[None]:
 
 
 def write(findings: Sequence[Finding], document: dict[str, Any], folder: Path) -> None:
-    """Write certificates.json, and the directions and the picture of every point, into a folder. Raises ConfigError.
+    """Write certificates.json (`document`), and the directions and plot of every point. Raises ConfigError.
 
-    Directions of a sharded model are not written: each worker has a part of them.
+    Directions of a sharded model are not written, since each worker has only its shard of them.
     """
     writer = RunFolder(folder)
     with written(folder):

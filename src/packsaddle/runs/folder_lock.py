@@ -1,7 +1,7 @@
-"""The lock on a folder that is being trained in: one process and its workers, until the last of them is gone.
+"""The lock on a run folder, held by one process and its workers until the last of them has exited.
 
-A launcher that is killed leaves workers that still have to save, so they have the lock's file, `.lock`, open as well
-(see `checkpoint.file_lock`).
+The workers of a killed launcher still have to save, so they keep the lock's file, `.lock`, open too (see
+`checkpoint.file_lock`).
 """
 
 import os
@@ -20,13 +20,13 @@ LOCK = ".lock"
 
 
 class FolderLock:
-    """An open lock's file; what it is pickled into has it open too, where multiprocessing starts a process with it."""
+    """The file descriptor of a held lock. Unpickling it in a process started by multiprocessing duplicates it there."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
     def close(self) -> None:
-        """Let go of it in this process."""
+        """Close the descriptor in this process."""
         os.close(self.number)
 
     def __reduce__(self) -> tuple[Callable[[Any], "FolderLock"], tuple[Any]]:
@@ -39,12 +39,12 @@ def _inherited(sent: Any) -> FolderLock:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[FolderLock | None]:
-    """Hold the lock of a folder within, which is made if it is not there.
+    """Hold the lock of a folder within; the folder is created if missing.
 
-    Raises ConfigError, naming the holder, if another process has it, and if the folder cannot be written. None, with a
-    warning on stderr, where the file system has no locks.
+    Yields the lock; or None, with a warning on stderr, if the file system has no locks. Raises ConfigError if another
+    process holds the lock (it is named) or the folder cannot be written.
     """
-    # Only a file system without locks lets the work begin without one.
+    # Only on a file system without locks, training starts without one.
     path = folder / LOCK
     with written(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def locked(folder: Path) -> Iterator[FolderLock | None]:
 
 
 def check_free(folder: Path) -> None:
-    """Raise ConfigError, naming the holder, if another process has a folder's lock now."""
+    """Raise ConfigError, naming the holder, if another process holds the lock of a folder."""
     try:
         check_not_held(folder / LOCK)
     except HeldError as holder:

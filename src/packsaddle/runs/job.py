@@ -1,4 +1,4 @@
-"""Jobs: configured runs, and the workers that do them, as processes or simulated."""
+"""Jobs: configured runs with their folders, done by worker processes or in a simulation."""
 
 import json
 import os
@@ -34,48 +34,48 @@ from packsaddle.runs.trackers import TrackerName, require_tracker, tracked
 from packsaddle.runs.trainer import Trainer
 from packsaddle.version import __version__
 
-_ELASTIC_TIMEOUT = 60.0  # seconds of a collective of workers that come and go
-# The way to W workers: processes, one after the other in this process, that with all gradients at once, or one that
-# holds their mean.
+_ELASTIC_TIMEOUT = 60.0  # default timeout of a collective with --elastic, in seconds
+# Execution of W workers: as processes, or simulated in this process: one after the other ("serial"), the same with all
+# gradients in one pass ("batched"), or as one worker that holds their mean ("fused").
 How = Literal["processes", "serial", "batched", "fused"]
 AGREED: dict[str, type[Exception]] = {e.__name__: e for e in (LoadingError, NonFiniteError, DriftError)}
 
 
 def can_be_fused(config: Config) -> bool:
-    """Tell if a run's workers exchange only means, at equal points (see `FusedGroup`)."""
+    """Return True if a run's workers exchange only means, at identical parameters (see `FusedGroup`)."""
     if config.local is not None:
         return False
     try:
         choice = choose(config.compressor, config.averaging, d=1 << 20, dense=1, workers=max(2, config.workers))
-    except ValueError:  # also for a compressor that does not know its tensors yet
+    except ValueError:  # also for a compressor that is not bound to tensor shapes yet
         return False
     wires = choice.aggregator.collectives(1 << 20, 1, max(2, config.workers), 4)
     return all(isinstance(wire, RingAllReduce) for wire in wires)
 
 
 def fastest_simulation(config: Config) -> How:
-    """Return the way to simulate a run's workers that takes the least time."""
+    """Return the fastest simulation that supports a run."""
     return "fused" if can_be_fused(config) else "serial" if why_not_batched(config) else "batched"
 
 
 @dataclass(frozen=True)
 class Job:
-    """Runs to do one after the other with the same workers, each into its own new folder."""
+    """Runs to do one after the other with the same workers, each in its own folder."""
 
     configs: tuple[Config, ...]
     folders: tuple[Path, ...]
     data_dir: Path | None = None
     download: bool = False
     quiet: bool = False
-    track: tuple[TrackerName, ...] = ()  # rank 0's numbers go there too
+    track: tuple[TrackerName, ...] = ()  # trackers that also record rank 0's metrics
     saving: CheckpointPolicy = NEVER
-    resume: bool = False  # there is one folder, which may have been begun, and then `configs` may be empty
-    timeout: timedelta | None = None  # of a collective of worker processes; by default torch's
-    lighthouse: str | None = None  # of workers that come and go, of which this process is one
-    memory: Path | None = None  # the file of this one's error memory
+    resume: bool = False  # continue the run in `folders[0]`, the only folder, if begun; `configs` may be empty then
+    timeout: timedelta | None = None  # of a collective of worker processes; None: torch's default
+    lighthouse: str | None = None  # address of the torchft lighthouse, for one elastic worker; None: not elastic
+    memory: Path | None = None  # file of the elastic worker's error memory
 
     def check(self, workers: int, how: How = "processes") -> None:
-        """Raise ConfigError for whatever would stop a worker at its start; in one process, before any is launched."""
+        """Raise ConfigError for anything that would make a worker fail at its start. Call before launching workers."""
         self._check_simulation(how)
         for name in self.track:
             require_tracker(name)
@@ -85,9 +85,9 @@ class Job:
                 shard(trainer.data, config.data.shard, worker=worker, workers=workers, seed=config.seed)
 
     def located(self) -> "Job | None":
-        """Return the job as its folder has it, if it is to continue (`resume`); None if it is done.
+        """Return the job with the configuration in its folder if `resume`, else itself; None if the run is done.
 
-        Raises ConfigError, also if another command trains in the folder.
+        Raises ConfigError, also if another process is training in the folder.
         """
         if not self.resume:
             return self
@@ -100,7 +100,7 @@ class Job:
         return replace(self, configs=(config,), saving=replace(self.saving, resume=state == "begun"))
 
     def make_folders(self) -> None:
-        """Make the folders; those of a run to continue may be there. Raises ConfigError."""
+        """Create the folders; with `resume` they may exist. Raises ConfigError."""
         for folder in self.folders:
             check_free(folder)
             if not (self.resume and folder.is_dir()):
@@ -108,27 +108,27 @@ class Job:
 
     @contextmanager
     def held(self) -> Iterator[tuple[FolderLock | None, ...]]:
-        """Hold the locks of the folders within. Raises ConfigError if another process is training in one."""
+        """Hold the locks of the folders within. Raises ConfigError if another process holds one."""
         with ExitStack() as stack:
             yield tuple(stack.enter_context(locked(folder)) for folder in self.folders)
 
     def _check_unchanged(self) -> None:
-        """Raise ConfigError if another process has come and gone since the folder was looked at."""
+        """Raise ConfigError if another process has trained in the folder since `located` read it."""
         expected = "begun" if self.saving.resume else "new"
         if self.resume and state_of(self.folders[0]) != expected:
             raise ConfigError(f"{self.folders[0]} has been trained in by another process meanwhile; try again")
 
     def claim(self, stack: ExitStack) -> "Job | None":
-        """`located`, checked and with its folders made, and held until the stack is closed, on rank 0; collective. If
-        that fails, every worker stops: rank 0 with a ConfigError, the others with exit code 2."""
+        """Locate and check the job, create its folders and lock them until `stack` closes, on rank 0; collective.
+        Returns the job, or None if it is done. On failure rank 0 raises ConfigError; the others exit with code 2."""
         together, problem = Together(resolve(None), torch.device("cpu")), None
         self._check_given(together)
         said: dict[str, Any] = {"failed": False, "configs": None, "resume": False}
 
-        # Rank 0 alone checks, makes folders and takes locks.
+        # Only rank 0 checks, creates folders and acquires locks.
         if together.group.rank == 0:
             try:
-                with ambient_group(Solo()):  # the check makes optimizers, which are collective
+                with ambient_group(Solo()):  # the check constructs optimizers, which is collective
                     job = self.located()
                     if job is not None:
                         job.check(together.group.size)
@@ -139,7 +139,7 @@ class Job:
             except ConfigError as error:
                 problem, said["failed"] = error, True
 
-        # The outcome on rank 0 is shared before any worker stops.
+        # Broadcast the outcome of rank 0 before any worker stops.
         said = together.gather(said)[0]
         if problem is not None:
             raise problem
@@ -151,7 +151,7 @@ class Job:
         return replace(self, configs=configs, saving=replace(self.saving, resume=said["resume"]))
 
     def _check_given(self, together: Together) -> None:
-        """Raise ConfigError, on every worker, if workers were given unlike configurations."""
+        """Raise ConfigError on all workers if their configurations differ; collective."""
         given = together.gather([plain(config) for config in self.configs])
         for worker, configs in enumerate(given):
             for ours, theirs in zip(given[0], configs, strict=False):
@@ -163,7 +163,7 @@ class Job:
                     )
 
     def train(self, *, batched: bool = False) -> bool:
-        """Do the runs in the present group (see `comm.group.resolve`); collective. False if told to stop."""
+        """Do the runs in the current group (see `comm.group.resolve`); collective. Return False if stopped."""
         for config, path in zip(self.configs, self.folders, strict=True):
             trainer = self._trainer(config, batched)
             is_first = trainer.group.rank == 0
@@ -179,7 +179,7 @@ class Job:
     def _trainer(self, config: Config, batched: bool) -> Trainer:
         if self.lighthouse is None:
             return Trainer(config, self.data_dir, self.download, batched)
-        # Its import is left to those that need it.
+        # Imported here since only elastic runs need it.
         from packsaddle.runs.elastic_run import ElasticTrainer
 
         seconds = self.timeout.total_seconds() if self.timeout is not None else _ELASTIC_TIMEOUT
@@ -187,10 +187,10 @@ class Job:
         return ElasticTrainer(config, self.data_dir, self.download, elastic)
 
     def _describe(self, folder: RunFolder, config: Config, device: str, workers: int) -> None:
-        """Write the configuration and the machine; of a run that continues, add the machine."""
+        """Write config.json and environment.json. For a resumed run, only append this machine to the latter."""
         here = environment(__version__, workers, device)
         if not self.saving.resume:
-            folder.write_json("config.json", plain(config))  # first: it alone is enough to continue a run
+            folder.write_json("config.json", plain(config))  # first: it suffices to resume the run
         began = folder.path / "environment.json"
         if self.saving.resume and began.exists():
             found = json.loads(began.read_text())
@@ -198,8 +198,8 @@ class Job:
         folder.write_json("environment.json", here)
 
     def run(self, workers: int, how: How) -> bool:
-        """Do the runs with `workers` workers; False if told to stop. Raises ConfigError if they cannot be fused and are
-        to be, or another process is at them, TerminatedError if the launcher was told to and the workers could not."""
+        """Do the runs with `workers` workers. Return False if stopped. Raises ConfigError if they do not support `how`
+        or another process uses a folder, TerminatedError if the launcher was stopped and the workers have not saved."""
         with self.held() as locks:
             self._check_unchanged()
             return self._launch(workers, locks) if how == "processes" and workers > 1 else self._run_here(workers, how)
@@ -243,9 +243,8 @@ class Job:
 
 
 def train_in_process_group(job: Job, locks: tuple[FolderLock | None, ...]) -> bool | tuple[str, str]:
-    """`Job.train` in a process that `launch` started; or an error that all workers have met together, and have ended
-    with: its kind and message. The launcher's locks are held here too, as long as there is training, should it be
-    killed."""
+    """Call `Job.train` in a process started by `launch`. Return its result, or class name and message of an error that
+    all workers raised. The launcher's locks stay open here while training, in case the launcher is killed."""
     with _in_process_group(job), ExitStack() as stack:
         for lock in filter(None, locks):
             stack.callback(lock.close)
@@ -256,7 +255,7 @@ def train_in_process_group(job: Job, locks: tuple[FolderLock | None, ...]) -> bo
 
 
 def train_under_launcher(job: Job) -> bool | None:
-    """`Job.claim` and `Job.train` in a process that torchrun started; None if the job was done before."""
+    """Call `Job.claim` and `Job.train` in a process started by torchrun. Return None if the job was already done."""
     with _in_process_group(job), ExitStack() as stack:
         claimed = job.claim(stack)
         return None if claimed is None else claimed.train()

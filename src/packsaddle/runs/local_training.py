@@ -1,4 +1,4 @@
-"""Training by local updates: an optimizer on each worker, and LocalUpdates between them."""
+"""Training with local updates: an inner optimizer on each worker, and exchanges by `LocalUpdates`."""
 
 import math
 from collections.abc import Mapping
@@ -25,15 +25,15 @@ from packsaddle.runs.config import Config, LocalConfig
 from packsaddle.runs.tasks.sharding import Calendar
 from packsaddle.runs.training import Closure, Training
 
-_LAST_FRACTION = 0.1  # of the peak rate, at the end of a cosine
-_MUON_MOMENTUM = 0.95  # with Nesterov's form, where the configuration has none
+_LAST_FRACTION = 0.1  # learning rate at the end of a cosine schedule, as a fraction of the peak
+_MUON_MOMENTUM = 0.95  # with nesterov, if momentum is not configured
 
 
 class LocalTraining(Training):
-    """Local updates of a configuration's [local].
+    """Training with the local updates configured in [local].
 
-    Other averages of workers go through the main group and have a ledger of their own, because an exchange may run in
-    another thread at the same time.
+    All other averages over workers use the default group and a separate ledger, because an exchange may run in another
+    thread at the same time.
     """
 
     front: LocalUpdates
@@ -50,7 +50,7 @@ class LocalTraining(Training):
         self._local = local = config.local
         super().__init__(config, calendar, local.every)
 
-        # The optimizer of this worker, then the exchanges around it.
+        # The inner optimizer of this worker, then the exchanges.
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._inner = make_inner(config, local, model)
         with config_errors():
@@ -67,10 +67,10 @@ class LocalTraining(Training):
                 seed=config.seed,
             )
         self.channel = Communicator(resolve(None), Ledger())
-        self._mu: dict[str, Any] = {}  # as measured before `finish`, which sends everything
+        self._mu: dict[str, Any] = {}  # contraction before `finish`, which sends everything
 
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
-        # Gradients, clipped if that is asked for.
+        # Compute gradients, and clip them if configured.
         self.channel.step = self.front.steps
         loss = closure()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -79,7 +79,7 @@ class LocalTraining(Training):
         measured = torch.stack([loss, norm])
         self.took = bool(measured.isfinite().all())
 
-        # A step at the rate of the calendar: with workers that come and go, of the anchor's steps.
+        # Set the scheduled learning rate. With elastic workers it depends on the anchor's steps.
         done = self.front.steps if self.front.membership is None else self.front.position
         for group in self._inner.param_groups:
             group["lr"] = self.rate(done)
@@ -90,7 +90,7 @@ class LocalTraining(Training):
         return measured
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step, from 0: a linear warm-up, then constant or half a cosine to a tenth."""
+        """Return the learning rate of a step: a linear warm-up, then constant or a cosine down to 10% of the peak."""
         calendar, peak = self._calendar, self._config.lr
         done, end = calendar.position(step), calendar.position(calendar.steps)
         rising = self._local.warm_up * calendar.per_epoch
@@ -102,7 +102,7 @@ class LocalTraining(Training):
         return peak * (_LAST_FRACTION + (1 - _LAST_FRACTION) * (1 + math.cos(math.pi * passed)) / 2)
 
     def finish(self) -> None:
-        """Exchange all that is pending, and again what the others have moved if the first exchange is rejected."""
+        """Exchange all pending updates. If rejected, flush again: only valid updates of the others are left."""
         self._mu = self.contraction()
         if not self.front.flush():
             self.front.flush()
@@ -111,7 +111,7 @@ class LocalTraining(Training):
         return self.front.at_anchor()
 
     def parts(self) -> dict[str, Any]:
-        """See `Training`; schedules are functions of the step, and have no state."""
+        """See `Training`. Learning rate schedules are functions of the step, without a state."""
         return {"optimizer": self._inner, "local": self.front, "ledger": self.channel.ledger}
 
     def state_dict(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class LocalTraining(Training):
         return self._mu or {"mu": self.front.contraction, "mu_by_tensor": {}}
 
     def summary(self) -> dict[str, Any]:
-        """See `Training`; the exchange is that of all fragments together."""
+        """See `Training`. The exchange is described as if all fragments were exchanged together."""
         # n of the d coordinates are compressed.
         config = self._config
         compressed = [p for p in self._parameters if not goes_dense(p, config.dense_below)]
@@ -160,7 +160,7 @@ class LocalTraining(Training):
 
 
 def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimizer:
-    """Return the optimizer of a configuration's [local], which steps on each worker between exchanges."""
+    """Return the inner optimizer configured in [local], which steps on each worker between exchanges."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     rate: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
     if local.optimizer == "sgd":
@@ -169,7 +169,7 @@ def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimize
     if local.optimizer == "adamw":
         return torch.optim.AdamW(named, **adamw)
 
-    # Muon steps on the matrices of hidden layers; all else is AdamW's, at the same rate (match_rms_adamw).
+    # Muon for the matrices of hidden layers, AdamW for the rest, at the same learning rate (match_rms_adamw).
     hidden = hidden_matrices(model)
     matrices = [(name, p) for name, p in named if name in hidden]
     others = [(name, p) for name, p in named if name not in hidden]
@@ -184,6 +184,6 @@ def make_inner(config: Config, local: LocalConfig, model: nn.Module) -> Optimize
 
 
 def hidden_matrices(model: nn.Module) -> set[str]:
-    """Return the names of the weights of linear layers but for the last one, the output's, which Muon is not for."""
+    """Return the names of the weights of all linear layers except the last one, the output layer."""
     linear = [f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return set(linear[:-1])

@@ -1,4 +1,4 @@
-"""Live progress of a run on the terminal: loss, gradient norm, bytes sent and time left."""
+"""Live progress on the terminal: a bar or lines with a text, such as the loss, and the time left."""
 
 import time
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ _BETWEEN_LINES = 10.0  # seconds
 
 
 class Report(Protocol):
-    """Called with the step reached and what was measured there."""
+    """A function to call with the current step and a text to show, such as the loss."""
 
     def __call__(self, step: int, text: str) -> None: ...
 
 
 @contextmanager
 def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Report]:
-    """Show a bar on a terminal, a line at every tenth of the way elsewhere, and nothing if `quiet`.
+    """Show progress through `total` steps: a bar on a terminal, elsewhere a line every 10%, or nothing if `quiet`.
 
-    `first` steps were done before.
+    `first`: number of steps done before.
     """
     console, label = Console(), printable(label)
     if quiet:
@@ -35,7 +35,7 @@ def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Rep
             task = bar.add_task(escape(label), total=total, completed=first, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
-        # A line at each tenth; the time left follows from the steps since `first`.
+        # The time left is extrapolated from the steps since `first`.
         tenths, last, begin = first * 10 // total, "", time.monotonic()
 
         def report(step: int, text: str) -> None:
@@ -43,7 +43,7 @@ def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Rep
             if step * 10 // total > tenths:
                 tenths = step * 10 // total
                 left = (time.monotonic() - begin) / (step - first) * (total - step)
-                said = [text] * (text != last) + [time_left(left)] * (step < total)  # what was measured is said once
+                said = [text] * (text != last) + [time_left(left)] * (step < total)  # an unchanged text is not repeated
                 console.print(
                     f"{label}: {tenths * 10:3d}%  {'  '.join(said)}", highlight=False, soft_wrap=True, markup=False
                 )
@@ -54,7 +54,7 @@ def live(label: str, total: int, *, quiet: bool, first: int = 0) -> Iterator[Rep
 
 @contextmanager
 def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
-    """Show on stderr how much is left at most: a bar on a terminal, elsewhere lines at intervals, or nothing."""
+    """Show an upper bound on the time left on stderr: a bar on a terminal, elsewhere a line every 10 s, or nothing."""
     console = Console(stderr=True)
     if quiet:
         yield lambda step, text: None
@@ -64,7 +64,7 @@ def countdown(label: str, total: int, *, quiet: bool) -> Iterator[Report]:
             task = bar.add_task(escape(label), total=total, text="starting")
             yield lambda step, text: bar.update(task, completed=step, text=text)
     else:
-        # A line at most every few seconds, for logs.
+        # Few lines, for logs.
         begin = printed = time.monotonic()
 
         def report(step: int, text: str) -> None:

@@ -1,7 +1,7 @@
-"""The checkpoints of a run: when one is saved, what its folder keeps, and how a run stops and resumes.
+"""The checkpoints of a run: their schedule and files, stopping and resuming.
 
-When to save or stop is agreed on where workers exchange. A folder that is given again is compared with the
-configuration before its run resumes.
+Workers agree to save or stop in a step's exchange. Before a run resumes, the configuration in its folder is compared
+with that of the command.
 """
 
 import json
@@ -28,21 +28,21 @@ from packsaddle.runs.config import Config
 from packsaddle.runs.folder_lock import LOCK
 from packsaddle.runs.run_folder import RunFolder
 
-_SECONDS = 30.0  # between checkpoints at least, where no number of steps is given
-_STOP = 1024.0  # more than all workers' other wishes together, and exact in single precision
-_COSTS = 50  # times as long as saving the last one took, too: so saving takes at most 2% of a run
+_SECONDS = 30.0  # minimum time between checkpoints, if `every` is None
+_STOP = 1024.0  # a vote to stop: exceeds the only vote to save (1, of rank 0), and is exact in float32
+_COSTS = 50  # minimum time between checkpoints, in units of the last save: saving takes at most 2% of a run
 
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """The interval of a run's checkpoints: N steps; None: about an epoch, at least half a minute; 0: none.
+    """The schedule of a run's checkpoints.
 
-    Where a run does not `stop` on SIGTERM nothing need be agreed on, and None is every epoch.
+    With `stops` False, workers need not vote, and `every` = None means exactly one epoch.
     """
 
-    every: int | None = None
-    resume: bool = False  # go on from what the folder has
-    stops: bool = True
+    every: int | None = None  # steps; None: about an epoch, at least half a minute; 0: no checkpoints
+    resume: bool = False  # restore the newest checkpoint in the folder
+    stops: bool = True  # on SIGTERM, save a checkpoint and stop
     hint: str = ""  # the command that resumes a stopped run
 
     def __post_init__(self) -> None:
@@ -59,9 +59,9 @@ NEVER = CheckpointPolicy(every=0)
 
 
 class StopAndSaveVote:
-    """Collective decision to save a checkpoint or to stop, taken at the same step on all workers.
+    """Collective decision to save a checkpoint or to stop, at the same step on all workers.
 
-    The votes of all are averaged where they exchange; the clock that counts is worker 0's.
+    The votes of all workers are averaged in a step's exchange. Only worker 0's clock is used.
     """
 
     def __init__(self, saving: CheckpointPolicy, per_epoch: int, rank: int, workers: int, step: int) -> None:
@@ -69,7 +69,7 @@ class StopAndSaveVote:
         self._saved, self._since, self._cost = step, time.monotonic(), 0.0
 
     def scalars(self, step: int) -> Tensor | None:
-        """Return this worker's vote in step `step`, float[1], or None if no worker ever votes."""
+        """Return this worker's vote, float[1], to be averaged in step `step`; None if there is no voting."""
         if not (self._saving.on and self._saving.stops):
             return None
         due = self._rank == 0 and self._by_the_clock(step + 1)
@@ -81,8 +81,8 @@ class StopAndSaveVote:
         return time.monotonic() - self._since >= max(_SECONDS, _COSTS * self._cost)
 
     def heard(self, steps: int, means: Tensor | None) -> tuple[bool, bool]:
-        """Return whether to save and whether to stop after a number of steps, from the means of the scalars; None
-        after a step without an exchange, where there is saving by the number of steps alone."""
+        """Return (save, stop) after `steps` steps, from the mean of the votes. `means` is None after a step without an
+        exchange; then only the number of steps decides."""
         if not self._saving.on:
             return False, False
         total = round(float(means[0]) * self._workers) if self._saving.stops and means is not None else 0
@@ -95,28 +95,28 @@ class StopAndSaveVote:
         return due or stop, stop
 
     def saved(self, steps: int, seconds: float) -> None:
-        """Know that a checkpoint was saved, and how long that took."""
+        """Record that a checkpoint was saved after `steps` steps, in `seconds` seconds."""
         self._saved, self._since, self._cost = steps, time.monotonic(), seconds
 
 
-CHECKPOINTS = "checkpoint"  # the folder in a run's folder
-FINAL_WEIGHTS = f"{CHECKPOINTS}/model.pt"  # is there when the last step is done; the checkpoints of steps go later
-STOPPED = "stopped.json"  # is there while a run is stopped that was told to
+CHECKPOINTS = "checkpoint"  # name of the folder in a run's folder
+FINAL_WEIGHTS = f"{CHECKPOINTS}/model.pt"  # written after the last step, before checkpoints are removed
+STOPPED = "stopped.json"  # exists while a run is stopped by SIGTERM
 
 
 class LoadingError(CheckpointError):
-    """No worker can go on from the checkpoints there are, for a reason that all know."""
+    """The checkpoints cannot be restored. Raised on all workers with the same message."""
 
 
 class RunCheckpoints:
-    """The checkpoints in a run's folder; every method is collective in `group`, those who have files."""
+    """The checkpoints in a run's folder. Every method is collective in `group`, the processes that write files."""
 
     def __init__(self, folder: RunFolder, policy: CheckpointPolicy, parts: Mapping[str, Any], group: Group) -> None:
         self.policy = policy
         self._folder, self._parts, self._group = folder, parts, group
 
     def save(self, step: int, extra: Mapping[str, Any]) -> float:
-        """Save a checkpoint; return the seconds it took."""
+        """Save a checkpoint; return the time it took, in seconds."""
         before = time.perf_counter()
         if self._group.rank == 0:
             self._folder.settle()
@@ -124,9 +124,9 @@ class RunCheckpoints:
         return time.perf_counter() - before
 
     def resume(self, load: Callable[[Checkpoint], None]) -> tuple[str, ...]:
-        """Load the parts from the newest checkpoint, if there is one, and cut off what was recorded since.
+        """Restore the parts from the newest checkpoint, if any, and truncate the recorded metrics to its step.
 
-        `load` takes over the rest of the checkpoint. Returns notes for the user. Raises LoadingError.
+        `load` restores the rest of the checkpoint. Returns notes for the user. Raises LoadingError.
         """
         try:
             found = restore(self._path, self._parts, process_group=self._group)
@@ -148,8 +148,8 @@ class RunCheckpoints:
                 raise CheckpointError(str(error)) from error
 
     def say_stopped(self, step: int, steps: int, *, quiet: bool) -> None:
-        """Record that the run was stopped at a step of its total, when all have saved, and say how to resume."""
-        self._group.all_reduce(torch.zeros(1))  # all have saved
+        """Write stopped.json when all workers have saved, and print how to resume. `steps`: those of the whole run."""
+        self._group.all_reduce(torch.zeros(1))  # a barrier
         if self._group.rank == 0:
             hint = self.policy.hint
             self._folder.write_json(STOPPED, {"step": step, "of": steps, "resume": hint})
@@ -169,9 +169,9 @@ State = Literal["new", "begun", "done"]
 
 
 def find(path: Path, config: Config | None) -> tuple[Config, State]:
-    """Return a run's configuration, and how far it is. `config` is that of the command, if it has one.
+    """Return the configuration and state of the run in a folder. `config`: that of the command, or None.
 
-    Raises ConfigError if the folder is something else, or has another configuration but for the number of workers.
+    Raises ConfigError if the folder is no run folder, or its configuration differs in more than the number of workers.
     """
     state = state_of(path)
     if state == "new":
@@ -181,7 +181,7 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
             )
         return config, state
 
-    # A run that was begun has its configuration in its folder.
+    # The folder of a begun run contains its configuration.
     file = path / "config.json"
     try:
         saved = build(Config, json.loads(file.read_text()))
@@ -194,7 +194,7 @@ def find(path: Path, config: Config | None) -> tuple[Config, State]:
 
 
 def state_of(path: Path) -> State:
-    """Return the progress of the run in a folder. Raises ConfigError if there is something else in it."""
+    """Return the state of the run in a folder. Raises ConfigError if it contains other files, but no run."""
     if (path / "config.json").is_file():
         if (path / "summary.json").is_file():
             return "done"

@@ -1,9 +1,9 @@
-"""Checks that a run makes along the way: certificates, the stability of its step size, and its artificial noise.
+"""Checks along a run: certificates, stability of the step size, and the size of the artificial noise.
 
 The step size is checked before training and after 1, 2, 4, ... epochs (see `packsaddle.curvature.step_stability`).
-Mini-batch noise changes as the loss leaves its start: on a plateau it was eleven times that of the first step. So the
-artificial noise is compared with it at the start, after an epoch (or a tenth of the steps if that is sooner), after
-twice, four times, ... as many, and at the end.
+The noise of mini-batch gradients changes during training: on one plateau it was eleven times that of the first step.
+The artificial noise is therefore compared with it at the start, after n, 2n, 4n, ... steps (n: an epoch, or a tenth of
+the run if that is less), and at the end.
 """
 
 import math
@@ -35,28 +35,28 @@ _BATCHES = 8
 
 
 class NoiseCheck:
-    """Compares some coming batches of this process, whose gradients differ as those of every worker do.
+    """Compares the artificial noise with that of mini-batch gradients, measured on this process's next batches.
 
-    The gradients of networks with batch normalisation are left out: in evaluation mode, before statistics have
-    gathered, they are not those that the network trains by.
+    Gradients of networks with batch normalization are not measured: in evaluation mode, before running statistics have
+    accumulated, they differ from those in training.
     """
 
     def __init__(self, config: Config, task: Task, data: Dataset, workers: int) -> None:
-        """Take note of the size of x_0, which `task` is at."""
+        """Record the size of x_0, the parameters of `task`."""
         self._config, self._task, self._data, self._workers = config, task, data, workers
         self._size = rms(task)
-        # With local updates noise is in the units of x, which are not those of a gradient.
+        # With local updates the noise is in the units of x, not of a gradient.
         normalised = any(hasattr(module, "running_mean") for module in task.modules())
         self._measures = config.local is None and not normalised
 
     def due(self, step: int, steps: int, per_epoch: int) -> bool:
-        """Tell if a check is due before step `step`, or at the end, if that is `steps`."""
+        """Return True if a check is due before step `step`, or at the end (`step` = `steps`)."""
         first = max(1, min(per_epoch, steps // 10))
         times, rest = divmod(step, first)
         return step == steps or (rest == 0 and times & (times - 1) == 0)
 
     def look(self, step: int, batches: Batches, moves: tuple[float, float]) -> dict[str, Any]:
-        """Return what is found before a step, as plain types; `moves` is what `Training.walk` returns."""
+        """Return the measurements before step `step`, as plain types; `moves`: the result of `Training.walk`."""
         r = self._config.noise.std
         walk = Walk(*moves, self._size)
         said = {"step": step, "r": r, "walk": walk.times(r), "suggested": walk.suggested()}
@@ -72,11 +72,11 @@ class NoiseCheck:
         try:
             return gradient_noise(self._task, task_loss, read, workers=self._workers, process_group=Solo())
         except NotFiniteError:
-            return None  # the gradient tells
+            return None  # the step itself reports non-finite gradients
 
 
 def noise_warning(look: dict[str, Any], *, by_round: bool = False) -> str | None:
-    """Return what is to be said of a run's noise, if it carries x too far; `by_round`: of local updates."""
+    """Return a warning if a run's noise would move x too far, else None; `by_round`: noise of local updates."""
     walk, times, suggested = look["walk"], look.get("times"), look["suggested"]
     if walk is None or suggested is None or not walk > FAR:
         return None
@@ -89,17 +89,17 @@ def noise_warning(look: dict[str, Any], *, by_round: bool = False) -> str | None
 
 
 class Inspector:
-    """One worker's part in the certificates of a run in progress; every method is collective."""
+    """One worker's part in the certificates along a run. Every method is collective."""
 
     def __init__(
         self, config: Config, task: Task, data: Dataset, shards: Sequence[Tensor], steps: int, per_epoch: int
     ) -> None:
-        """`shards` has the shard of each worker that this process stands for (see `FusedGroup`)."""
+        """`shards`: the shards of the workers in this process, several in a fused simulation (see `FusedGroup`)."""
         assert config.certify is not None
         self._rule, self._lr, self._seed = config.certify, config.sgd_lr(), config.seed
         self._task, self._steps, self._per_epoch, self._population = task, steps, per_epoch, len(data)
         like = next(task.parameters())
-        # At random, since a shard may be sorted by class.
+        # Chosen at random, since a shard may be sorted by class.
         chosen = [
             mine[self._order(len(mine), worker)[: self._rule.examples]]
             for worker, mine in enumerate(shards, start=resolve(None).rank)
@@ -112,11 +112,11 @@ class Inspector:
         return torch.randperm(n, generator=generator(self._seed, 0, Stream.CERTIFY, worker=worker))
 
     def due(self, step: int) -> bool:
-        """Tell if x_t is to be kept or certified."""
+        """Return True if x_t, t = `step`, should be saved or certified."""
         return step in self._iterates or step in self._due
 
     def look(self, step: int, folder: RunFolder) -> None:
-        """Keep x_t if it was drawn, and certify it if it is due; t = `step`, before its gradient."""
+        """Save x_t if it was drawn, and certify it if due; t = `step`. Call before the step."""
         if step in self._iterates and resolve(None).rank == 0:
             folder.save_tensors(iterate_name(step), self._task.network.state_dict())
         if step in self._due:
@@ -143,7 +143,7 @@ class Inspector:
 
 
 def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]:
-    """The steps of a run's certificates: every N epochs, at chosen epochs within the run, and then at its end."""
+    """Return the steps of a run's certificates: every `rule.every` epochs, at `rule.at`, and if any, at the end."""
     due = {round(epoch * per_epoch) for epoch in rule.at}
     if rule.every is not None:
         stride = max(1, round(rule.every * per_epoch))
@@ -152,23 +152,23 @@ def certified_steps(rule: CertifyConfig, steps: int, per_epoch: int) -> set[int]
 
 
 def iterate_name(step: int) -> str:
-    """Return the path of the drawn iterate x_t."""
+    """Return the path of the iterate x_t, t = `step`, inside the run folder."""
     return f"iterates/step-{step:08d}.pt"
 
 
 def drawn_names(config: Config, steps: int) -> list[str]:
-    """The files of the iterates that a run of T = `steps` draws, as often as they are drawn."""
+    """Return the files of the iterates drawn by a run of T = `steps` steps, repeated as often as drawn."""
     m = 0 if config.certify is None else config.certify.iterates
     return [iterate_name(step) for step in draw_iterates(m, steps, config.seed)]
 
 
-# Ten Hessian-vector products of a 128th of the examples take about as long as a quarter of an epoch.
+# Ten Hessian-vector products on 1/128 of the examples take about as long as a quarter of an epoch.
 _LEAST, _MOST, _SHARE = 32, 256, 128
-_LONG = 5.0  # steps in the mean; who waits for less moves by few gradients at once
+_LONG = 5.0  # mean steps between two sends of a coordinate; below this it moves by few gradients at once
 
 
 class StepSizeCheck:
-    """Looks where a coordinate waits long to be sent, at the examples of this process alone.
+    """Checks the stability of the step size for coordinates that are rarely sent, on this process's examples.
 
     The mean over workers would cost several dense exchanges.
     """
@@ -176,7 +176,7 @@ class StepSizeCheck:
     def __init__(
         self, config: Config, task: Task, waits: Sequence[float] | None, data: Dataset, shards: Sequence[Tensor]
     ) -> None:
-        """`waits` are in steps, by parameter, if known; `shards` has those of the workers that this process is."""
+        """`waits`: see `Training.waits`; `shards`: the shards of the workers in this process."""
         self._config, self._task = config, task
         self._steps = [
             CoordinateStep(name, config.lr / (1 - config.momentum), wait)
@@ -190,21 +190,21 @@ class StepSizeCheck:
         self._examples = Examples(data, chosen, first.device, first.dtype)
 
     def due(self, step: int, calendar: Calendar) -> bool:
-        """Tell if a check is due before step `step`."""
+        """Return True if a check is due before step `step`."""
         epochs, rest = divmod(step, calendar.per_epoch)
         return self._concerned and rest == 0 and epochs & (epochs - 1) == 0
 
     def warning(self, step: int) -> str | None:
-        """Return what is to be said, if the step is past stability."""
+        """Return a warning if the step size is unstable, else None."""
         channel = Communicator(Solo(), Ledger())
         dice = generator(self._config.seed, step, Stream.CERTIFY)
         try:
             worst = largest_overshoot(Curvature(self._task, task_loss, self._examples, channel), self._steps, dice)
         except NotFiniteError:
-            return None  # the gradient tells
+            return None  # the step itself reports non-finite gradients
         return worst.advice() if worst.is_unstable else None
 
 
 def _spread(shard: Tensor, n: int) -> Tensor:
-    """Some indices from all over a shard, which may be sorted by class."""
+    """Return up to n evenly spaced indices of a shard, since it may be sorted by class."""
     return shard[:: max(1, len(shard) // n)][:n]

@@ -1,10 +1,10 @@
-"""A run's folder: config.json, environment.json, metrics.jsonl, summary.json and checkpoint/; where certificates were
-asked for, certificates.jsonl and iterates/.
+"""A run's folder: config.json, environment.json, metrics.jsonl, summary.json and checkpoint/; with [certify] also
+certificates.jsonl and iterates/.
 
-A folder is made once and never overwritten. Every file but the .jsonl, which grow line by line, is written
-aside and renamed, so that a reader or a crash never finds half of one. summary.json appears when the run is done.
-What is read back is checked: JSON of the types that reports and certificates rely on. Fields that are not known are let
-through, so that a folder of another version is read as far as it goes.
+A folder is created once and never overwritten. Every file except the .jsonl, which grow line by line, is written to a
+temporary file and renamed, so that it is never read half-written. summary.json is written when the run is done.
+When a folder is read, the types of the fields that reports and certificates use are checked. Unknown fields are
+accepted, so that folders of other versions can be read.
 """
 
 import json
@@ -31,7 +31,7 @@ from packsaddle.messages import printable, shown
 from packsaddle.version import __version__
 
 Kind = Literal["number", "count", "text", "verdict", "finite number"]
-Fields = tuple[dict[str, Kind], dict[str, Kind]]  # those that must be there, those that may be, or be null
+Fields = tuple[dict[str, Kind], dict[str, Kind]]  # required fields; optional fields, which may be null
 _TYPES: dict[Kind, Any] = {
     "number": int | float,
     "count": int,
@@ -64,13 +64,13 @@ _FIELDS: dict[str, Fields] = {
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in one file of a run folder. Raises ConfigError that names the file and the field."""
+    """Read and check a JSON object from a file of a run folder. Raises ConfigError, naming the file and the field."""
     return _checked(_parsed(read_text(path, path.name), path.name), path.name, path.name)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the JSON lines in a file of a run folder, none if there is no such file; the last one may be cut off, as
-    by a kill in the middle of it. Raises ConfigError that names the line and the field."""
+    """Read and check the JSON lines in a file of a run folder; empty if it does not exist. An incomplete last line, of
+    a killed process, is ignored. Raises ConfigError, naming the line and the field."""
     lines = read_text(path, path.name).splitlines() if path.exists() else []
     found = []
     for number, line in enumerate(lines, 1):
@@ -108,7 +108,7 @@ def _checked(content: Any, name: str, where: str) -> dict[str, Any]:
         if not _is(kind, content[field]):
             raise ConfigError(f"{where}: {field} must be a {kind}, got {shown(content[field])}")
 
-    # Keys that a certificate lacks are null; its two bounds come together.
+    # Missing keys of a certificate become null; its two bounds are both numbers or both null.
     if name == "certificates.jsonl":
         bounds = [content.setdefault(f"lambda_min_{end}", None) is None for end in ("lower", "upper")]
         content.setdefault("threshold", None)
@@ -127,7 +127,7 @@ def _is(kind: Kind, value: Any) -> bool:
 
 
 class RunFolder:
-    """The writing end, for rank 0 (and for each worker's part of the checkpoint)."""
+    """Writer of a run folder, for rank 0 (and for each worker's own file in checkpoint/)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -142,13 +142,13 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def settle(self) -> None:
-        """Have the .jsonl files reach the disk, before a checkpoint says that they are there. Raises OSError."""
+        """Flush the .jsonl files to disk (fsync). Call before saving a checkpoint. Raises OSError."""
         for path in self.path.glob("*.jsonl"):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
     def cut(self, step: int) -> None:
-        """Cut the .jsonl files back to what they were when `step` steps were done. Raises ConfigError if damaged."""
+        """Truncate the .jsonl files to the lines written in the first `step` steps. Raises ConfigError if damaged."""
         for name, last in (("metrics.jsonl", step), ("certificates.jsonl", step - 1)):
             path = self.path / name
             if path.exists():
@@ -161,7 +161,7 @@ class RunFolder:
                     self._write(name, text)
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file, if it exists."""
         (self.path / name).unlink(missing_ok=True)
 
     def save_tensors(self, name: str, content: Mapping[str, Any]) -> None:
@@ -173,7 +173,7 @@ class RunFolder:
 
 
 def make_new(path: Path) -> None:
-    """Make a folder that must not exist yet, with its parents. Raises ConfigError."""
+    """Create a folder and its parents. Raises ConfigError if it exists or cannot be created."""
     try:
         path.mkdir(parents=True)
     except FileExistsError:
@@ -184,7 +184,7 @@ def make_new(path: Path) -> None:
 
 @contextmanager
 def written(folder: Path) -> Iterator[None]:
-    """Raise ConfigError where the system refuses to write into a folder: its disk is full, or read-only."""
+    """Convert an OSError within, such as of a full or read-only disk, to a ConfigError that names the folder."""
     try:
         yield
     except OSError as error:
@@ -194,11 +194,11 @@ def written(folder: Path) -> Iterator[None]:
 
 @cache
 def commit() -> str | None:
-    """The commit of the code that runs, with "+" if files differ from it; None outside a checkout of packsaddle."""
+    """Return the commit of the running code, with "+" if files differ; None outside a checkout of packsaddle."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str | None:
-        call = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]  # a run that is killed leaves no lock
+        call = ["git", "--no-optional-locks", "-C", str(here.parent), *arguments]  # no lock file remains if killed
         try:
             answer = subprocess.run(call, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError):
@@ -212,7 +212,7 @@ def commit() -> str | None:
 
 
 def environment(version: str, workers: int, device: str) -> dict[str, Any]:
-    """Describe what a run ran on."""
+    """Return the versions, command and hardware of this run, for environment.json."""
     return {
         "packsaddle": version,
         "commit": commit(),
@@ -229,36 +229,36 @@ def environment(version: str, workers: int, device: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Run:
-    """The reading end: what a run left in its folder."""
+    """The content of a run folder, as read from its files."""
 
     path: Path
     config: dict[str, Any]
     environment: dict[str, Any]
     metrics: list[dict[str, Any]]
     summary: dict[str, Any] | None  # None: the run has not finished
-    certificates: list[dict[str, Any]]  # along the run, as `Certificate.to_dict` gives them, with step and epoch
+    certificates: list[dict[str, Any]]  # along the run: `Certificate.to_dict()` with step and epoch
 
     @property
     def label(self) -> str:
-        """The run's name in tables and figures: as configured, or its folder's (of SETTING/seed-N: SETTING).
+        """The run's name in tables and figures: the configured label, or the folder's name (SETTING of SETTING/seed-N).
 
-        Control characters in it are shown as escapes.
+        Control characters are escaped.
         """
         folder = self.path.absolute()
         inner = folder.parent.name if re.fullmatch(r"seed-\d+", folder.name) else folder.name
         return printable(str(self.config.get("label") or inner))
 
 
-_DEPTHS = ("*", "*/*", "*/*/*")  # of runs in a folder: side by side, by setting and seed, in a study's runs/
+_DEPTHS = ("*", "*/*", "*/*/*")  # patterns of run folders: RUN, SETTING/seed-N, runs/SETTING/seed-N of a study
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read run folders, or folders that hold run folders, up to a study's runs/SETTING/seed-N.
+    """Read run folders, and folders that contain run folders, down to a study's runs/SETTING/seed-N.
 
-    Runs side by side in a folder come in order of time, those further down by path, seed 2 before seed 10.
-    One that is named twice is read once. Raises ConfigError that names what is not a run folder and holds none.
+    Runs directly in a folder are sorted by modification time, deeper ones by path, with seed-2 before seed-10.
+    Duplicates are read once. Raises ConfigError for a path that neither is nor contains a run folder.
     """
-    found: dict[Path, Path] = {}  # by what it is: a folder may be named in several ways
+    found: dict[Path, Path] = {}  # by resolved path, since one folder can be given by several paths
     for path in paths:
         if (path / "config.json").is_file():
             found.setdefault(path.resolve(), path)
@@ -274,7 +274,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _natural(path: Path) -> list[list[str | int]]:
-    """A key that sorts numbers within names by value."""
+    """Return a sort key that orders numbers within names by value."""
     return [[int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", part)] for part in path.parts]
 
 
@@ -293,7 +293,7 @@ def _read_run(path: Path) -> Run:
 
 
 def damaged(path: Path, error: ConfigError) -> ConfigError:
-    """Return the error to raise for a run folder that cannot be read, which says so if another version wrote it."""
+    """Return the error to raise for an unreadable run folder; it mentions if another version wrote the folder."""
     try:
         version = read_object(path / "environment.json").get("packsaddle") or __version__
     except ConfigError:

@@ -1,7 +1,7 @@
 """Configurations to start from: the presets of `packsaddle init`, the demo's four runs, and their TOML text.
 
-A preset is written as a commented TOML file: values from a Config, words from the comments on its fields. The demo
-is a deep autoencoder on digits, from a start where plain SGD stalls at a saddle.
+A preset is written as a TOML file with the values of a Config and the comments on its fields. The demo trains a deep
+autoencoder on digits from a start where plain SGD stalls at a saddle.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from packsaddle.runs.config import (
     NoiseConfig,
 )
 
-# What stands, commented out, where a configuration has nothing.
+# Example values, written commented out for keys and tables that are None.
 _EXAMPLES: dict[str, Any] = {
     "exchange": "two-way",
     "storm": 0.1,
@@ -60,16 +60,16 @@ _COLUMN, _WIDTH = 28, 120
 
 
 def template(config: Config, heading: str) -> str:
-    """Return TOML that loads as `config`, with every key: those at their defaults, or without a value, commented out.
+    """Return TOML text with every key that loads as `config`. Keys at their defaults or None are commented out.
 
-    The values of the latter are examples. `heading` is what the file begins with.
+    Keys that are None have example values. `heading`: text at the top of the file, written as a comment.
     """
     lines = [f"# {line}".rstrip() for line in heading.splitlines()]
     return "\n".join([*lines, "", *_content(config, "")]) + "\n"
 
 
 def _content(value: Any, where: str, off: str = "") -> Iterator[str]:
-    """Yield a table's own keys, then the tables inside it, the order that TOML needs; `where` ends in a point."""
+    """Yield the lines of a table: its keys, then its tables, as TOML requires. `where`: key prefix, "" or "TABLE."."""
     hints, fields = get_type_hints(type(value)), settable(type(value))
     tables = [f for f in fields if any(map(dataclasses.is_dataclass, (hints[f.name], *get_args(hints[f.name]))))]
     for f in fields:
@@ -106,7 +106,7 @@ def _key(owner: Any, f: dataclasses.Field[Any], hint: Any, name: str, off: str =
 
 
 def _line(statement: str, about: str) -> Iterator[str]:
-    """Yield a statement with a comment; a long one continues below."""
+    """Yield a statement with a comment; a long comment continues on further lines."""
     at = max(_COLUMN, len(statement) + 1)
     first, *others = textwrap.wrap(about, _WIDTH - at - 2, break_on_hyphens=False) or [""]
     yield f"{statement:<{at}}# {first}" if first else statement
@@ -125,14 +125,14 @@ PLATEAU = 0.0735
 
 
 def demo_configs(workers: int, epochs: float = EPOCHS, seed: int = 0) -> dict[str, Config]:
-    """Return the four runs by folder name: they differ in compressor and noise alone."""
+    """Return the demo's four configurations by folder name. They differ only in label, compressor and noise."""
     settings: dict[str, tuple[str, AnyCompressor, float]] = {
         "dense": ("dense", Identity(), 0.0),
         "dense-noise": ("dense + noise", Identity(), 0.003),
         "randomk-noise": ("RandomK 1% + noise", RandomK(0.01), 0.003),
         "topk-noise": ("TopK 1% + noise", TopK(0.01), 0.003),
     }
-    shared = Config(  # without noise, whose epochs follow from `epochs`: that is checked first
+    shared = Config(  # validates `epochs` before the noise schedule is computed from it
         data=DataConfig("digits"),
         model=ModelConfig("autoencoder", (256, 128, 64, 32, 10)),
         lr=1.0,
@@ -157,11 +157,11 @@ TaskName = Literal["char-transformer", "char-transformer-local", "digits", "mnis
 
 @dataclass(frozen=True)
 class Task:
-    """Something to train, and how."""
+    """A preset: a configuration with its description."""
 
     about: str
     config: Config
-    flags: str = ""  # that `packsaddle run` needs, or begins with a space
+    flags: str = ""  # further flags that `packsaddle run` needs, with a leading space
 
 
 TASKS: dict[TaskName, Task] = {
@@ -207,7 +207,7 @@ TASKS: dict[TaskName, Task] = {
             batch_size=64,
             compressor=RandomK(0.001),
             noise=NoiseConfig(0.01, lower_from=10.0, lower_until=14.0),
-            plateau=0.095,  # the loss of the best constant grey
+            plateau=0.095,  # the loss of the best constant gray
         ),
         " --data-dir DIR --download",
     ),

@@ -1,7 +1,7 @@
-"""Experiment trackers that a run's numbers go to as well: TensorBoard, Weights & Biases and MLflow, on this machine.
+"""Experiment trackers that record a run's metrics on this machine: TensorBoard, Weights & Biases and MLflow.
 
-A tracker is anything with `log` and `finish`. Nothing leaves the machine unless the environment asks for it, in the
-library's own way (WANDB_MODE, MLFLOW_TRACKING_URI); their reports on themselves are off unless it switches them on.
+A tracker is any object with `log` and `finish`. No data leaves the machine unless the library's environment variables
+(WANDB_MODE, MLFLOW_TRACKING_URI) are set so; telemetry of the libraries is off unless such a variable enables it.
 """
 
 import os
@@ -16,11 +16,11 @@ from packsaddle.integrations.callbacks import scalars
 from packsaddle.runs.run_folder import RunFolder
 
 TrackerName = Literal["tensorboard", "wandb", "mlflow"]
-_FINAL = ("final_loss", "test_loss", "test_accuracy")  # what a summary has that the lines before may not have
+_FINAL = ("final_loss", "test_loss", "test_accuracy")  # results in summary.json that metrics.jsonl may lack
 
 
 class Tracker(Protocol):
-    """A receiver of one process's numbers of a run.
+    """Interface of a tracker, which records the metrics of a run on one process.
 
     >>> class Printer:
     ...     def log(self, metrics, step):
@@ -35,10 +35,10 @@ class Tracker(Protocol):
     """
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record the `metrics` of a step, by name; steps do not decrease."""
+        """Record the `metrics` of a step, by name; `step` never decreases between calls."""
 
     def finish(self) -> None:
-        """Write what is left, and close."""
+        """Flush and close."""
 
 
 class TensorBoard:
@@ -59,14 +59,14 @@ class TensorBoard:
             self._writer.add_scalar(name, value, step)
 
     def finish(self) -> None:
-        """Write what is left, and close."""
+        """Flush and close."""
         self._writer.close()
 
 
 class WandB:
-    """A tracker that records a run of Weights & Biases, in `folder`/wandb.
+    """A tracker that records a Weights & Biases run in `folder`/wandb.
 
-    It is offline, to be sent with `wandb sync`, unless WANDB_MODE says other. `project`, `name` and `config` are those
+    The run is offline, for upload with `wandb sync`, unless WANDB_MODE is set. `project`, `name` and `config` are those
     of `wandb.init`. Raises MissingExtraError without wandb.
     """
 
@@ -86,7 +86,7 @@ class WandB:
             config=dict(config or {}),
             dir=str(folder),
             mode=os.environ.get("WANDB_MODE", "offline"),
-            settings=wandb.Settings(silent=True, console="off"),  # the terminal is the run's own
+            settings=wandb.Settings(silent=True, console="off"),  # wandb prints nothing and does not capture output
         )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -94,15 +94,15 @@ class WandB:
         self._run.log(dict(metrics), step=step)
 
     def finish(self) -> None:
-        """Write what is left, and close."""
+        """Flush and close."""
         self._run.finish()
 
 
 class MLflow:
-    """A tracker that records a run of MLflow, in `folder`/mlflow.db (SQLite) or in the store of MLFLOW_TRACKING_URI.
+    """A tracker that records an MLflow run in `folder`/mlflow.db (SQLite), or in the store at MLFLOW_TRACKING_URI.
 
-    `mlflow ui --backend-store-uri sqlite:///FOLDER/mlflow.db` shows it. `experiment` and `name` are the experiment's
-    and the run's, `config` becomes its parameters. Raises MissingExtraError without mlflow.
+    `mlflow ui --backend-store-uri sqlite:///FOLDER/mlflow.db` shows it. `experiment` and `name` are the names of the
+    experiment and the run; `config` is logged as the run's parameters. Raises MissingExtraError without mlflow.
     """
 
     def __init__(
@@ -141,27 +141,27 @@ _REPORTS_OFF = {"wandb": {"WANDB_ERROR_REPORTING": "false"}, "mlflow": {"MLFLOW_
 
 
 def require_tracker(name: TrackerName) -> Any:
-    """Import a tracker's library, its reports on itself off. Raises MissingExtraError that names the extra."""
+    """Import a tracker's library with telemetry off. Raises MissingExtraError, which names the extra."""
     for variable, value in _REPORTS_OFF.get(name, {}).items():
         os.environ.setdefault(variable, value)
     return require(_LIBRARIES[name], "track", f"tracking with {name}")
 
 
 class TrackedFolder(RunFolder):
-    """A run's folder whose lines of metrics and certificates, and final results, go to trackers as well."""
+    """A run folder that also sends metrics, certificates and final results to trackers."""
 
     def __init__(self, path: Path, trackers: Sequence[Tracker]) -> None:
         super().__init__(path)
         self._trackers = trackers
 
     def append(self, name: str, line: Mapping[str, Any]) -> None:
-        """Add one line to a .jsonl file, and to the trackers: metrics under their names, others' as file/name."""
+        """Append a line to a .jsonl file and log its numbers: metrics by name, those of other files as FILE/NAME."""
         super().append(name, line)
         found = scalars(line, "" if name == "metrics.jsonl" else name.removesuffix(".jsonl") + "/")
         self._log({key: value for key, value in found.items() if key.split("/")[-1] != "step"}, line["step"])
 
     def write_json(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write a JSON file atomically; of summary.json, the results go to the trackers."""
+        """Write a JSON file atomically; log the results in summary.json."""
         super().write_json(name, content)
         if name == "summary.json":
             self._log(scalars({key: content[key] for key in _FINAL if key in content}), content["steps"])
@@ -173,7 +173,7 @@ class TrackedFolder(RunFolder):
 
 @contextmanager
 def tracked(path: Path, names: Sequence[TrackerName], label: str, config: Mapping[str, Any]) -> Iterator[RunFolder]:
-    """Give a run's folder with these trackers, which write inside it, and finish them afterwards."""
+    """Yield a run folder with the named trackers, which write inside it; finish them afterwards."""
     with ExitStack() as stack:
         trackers = []
         for name in dict.fromkeys(names):
@@ -187,7 +187,7 @@ def _open(name: TrackerName, folder: Path, label: str, config: Mapping[str, Any]
         case "tensorboard":
             return TensorBoard(folder / "tensorboard")
         case "wandb":
-            return WandB(folder, name=label, config=config)  # makes a folder wandb
+            return WandB(folder, name=label, config=config)  # creates a subfolder wandb
         case "mlflow":
             return MLflow(folder / "mlflow", name=label, config=config)
 

@@ -1,7 +1,7 @@
 """The trainer of a configured run on one worker: its setup, training loop, evaluation and counters.
 
-The loop is the same for one process, for torchrun's workers and for a simulation. `run_checkpoints` has what is kept
-of a run, when, and how a run resumes.
+The loop is the same for one process, for torchrun's workers and for a simulation. `run_checkpoints` decides when to
+save, and saves, stops and resumes.
 """
 
 import math
@@ -42,25 +42,25 @@ from packsaddle.runs.training import CompressedTraining, Training
 
 @dataclass
 class RunCounters:
-    """One worker's counters; what is not a tensor is the same on all workers, except seconds.
+    """One worker's counters. Only `step` and `since` are always identical on all workers.
 
-    `sums` are of the steps since the last line, `final` is of those of the last epoch.
+    `sums` adds up the steps since the last line of metrics, `final` those of the last epoch.
     """
 
-    step: int = 0  # how many are done
-    since: int = 0  # at the last line of metrics
+    step: int = 0  # number of steps done
+    since: int = 0  # `step` at the last line of metrics
     sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))  # loss, gradient norm
-    final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # losses
-    line: dict[str, Any] = field(default_factory=dict)  # the last one; the last step always writes one
-    elapsed: float = 0.0  # seconds, at the last checkpoint
-    left_out: int = 0  # steps since the last line of metrics that were not taken, and have no loss
-    in_final: int = 0  # how many losses `final` is the sum of
-    tested: float = 0.0  # of them spent on tests along the run
-    saved: float = 0.0  # and on checkpoints
-    noise: dict[str, Any] | None = None  # the last look at it (see `run_checks`)
+    final: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.float64))  # loss
+    line: dict[str, Any] = field(default_factory=dict)  # the last line of metrics; the last step always writes one
+    elapsed: float = 0.0  # seconds of the run at the last checkpoint
+    left_out: int = 0  # skipped steps, without a loss, since the last line of metrics
+    in_final: int = 0  # number of losses in `final`
+    tested: float = 0.0  # seconds spent on tests along the run
+    saved: float = 0.0  # seconds spent on saving checkpoints
+    noise: dict[str, Any] | None = None  # result of the last noise check (see `run_checks`)
 
     def add(self, measured: Tensor, *, taken: bool, last: bool) -> None:
-        """Count a step's loss and gradient norm, float64[2], if it was taken; `last` if it is of the last epoch."""
+        """Add a step's loss and gradient norm, float64[2]; if not `taken`, count it as skipped. `last`: last epoch."""
         if not taken:
             self.left_out += 1
             return
@@ -70,36 +70,36 @@ class RunCounters:
             self.in_final += 1
 
     def totals(self) -> Tensor:
-        """Return the sums since the last line, and of how many steps that were taken, float64[3]."""
+        """Return the sums since the last line and the number of steps in them, float64[3]."""
         return torch.cat([self.sums, self.sums.new_tensor([self.step - self.since - self.left_out])])
 
     def final_totals(self) -> Tensor:
-        """Return the sum of the losses of the last epoch, and of how many, float64[2]."""
+        """Return the sum of the losses of the last epoch and their number, float64[2]."""
         return torch.cat([self.final, self.final.new_tensor([self.in_final])])
 
     def begin_line(self) -> None:
-        """Count anew for the next one."""
+        """Reset the sums for the next line of metrics."""
         self.sums, self.since, self.left_out = torch.zeros_like(self.sums), self.step, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is not a tensor."""
+        """Return all fields except tensors."""
         return {k: v for k, v in vars(self).items() if not isinstance(v, Tensor)}
 
     def load_state_dict(self, state: Mapping[str, Any], sums: Tensor, final: Tensor) -> None:
-        """Restore `state_dict`, and the tensors."""
+        """Restore the fields of `state_dict`, and the tensors `sums` and `final`."""
         vars(self).update(state)
         self.sums, self.final = sums.clone(), final.clone()
 
 
-EVAL_BATCH = 512  # examples at once where no gradients are needed
-_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # purposes of bytes other than gradients
+EVAL_BATCH = 512  # batch size without gradients
+_NOT_TRAINING = ("start", "metrics", "buffers", "guard")  # bytes for these purposes are not counted as gradients
 
 
 class Trainer:
-    """One worker's side of a run.
+    """The training of a configured run on one worker.
 
-    Construction loads data and model; `run` trains and writes the run folder. Both are collective. `batched`: all
-    simulated workers' gradients are computed at once (see `batched`).
+    Construction loads data and model; `run` trains and writes the run folder. Both are collective. `batched`: compute
+    the gradients of all simulated workers in one pass (see `packsaddle.runs.batched`).
     """
 
     def __init__(self, config: Config, data_dir: Path | None, download: bool, batched: bool = False) -> None:
@@ -111,14 +111,14 @@ class Trainer:
         self.test_data = load_data(config.data, data_dir, train=False, download=download)
         self._check_data()
         rank, size = self.group.rank, self.group.size
-        # The workers this process stands for: all of them in a fused simulation, else one.
+        # Ranks of the workers in this process: all of them in a fused simulation, else one.
         self.members = range(size) if isinstance(self.group, FusedGroup) else range(rank, rank + 1)
         self.history = [(0, size)]
         self._plan()
         start = mix(config.seed, int(Stream.INIT)) >> 33
         shape, parts = self.data.shape, len(self.members)
         task = make_task(config.model, shape, self.data.classes, start, parts).to(self.device, self.dtype)
-        # Convolutions on a CPU are a quarter faster with channels last, where their gradients are right.
+        # Convolutions on a CPU are 25% faster in channels_last, but gradients of narrow ones are wrong in it.
         layout = torch.contiguous_format if has_narrow_convolutions(task) else torch.channels_last
         self.task: Task = task.to(memory_format=layout)  # type: ignore[call-overload]
         calendar = self.calendar
@@ -142,13 +142,13 @@ class Trainer:
         return kind(self.config, self.task, self.calendar, self._escape())
 
     def _check_data(self) -> None:
-        """Raise ConfigError if workers have read unlike data."""
+        """Raise ConfigError if workers have different numbers of examples; collective."""
         found = {"training examples": len(self.data), "test examples": len(self.test_data)}
         with config_errors():
             check_agreement(Communicator(self.group, Ledger()), found, self.device)
 
     def _plan(self) -> None:
-        """Deal the data and lay out the run, as the history of the numbers of workers has it."""
+        """Set shards, batches and calendar from `history`, the numbers of workers so far."""
         config, (_, size) = self.config, self.history[-1]
         how, seed = config.data.shard, config.seed
         self.shards = [shard(self.data, how, worker=w, workers=size, seed=seed) for w in self.members]
@@ -170,7 +170,7 @@ class Trainer:
         return {"model": self.task, **self.training.parts()}
 
     def _own_group(self) -> Group:
-        """The group of those that have files: a fused simulation is one."""
+        """Return the group of the processes that write files: a fused simulation is a single one."""
         return Solo() if isinstance(self.group, FusedGroup) else self.group
 
     def _escape(self) -> Escape | None:
@@ -190,10 +190,10 @@ class Trainer:
     # Training
 
     def run(self, folder: RunFolder, *, quiet: bool, saving: CheckpointPolicy = NEVER) -> bool:
-        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarise.
+        """Train, recording a line of metrics every `log_every` steps, then evaluate and summarize.
 
-        Returns False if the run was told to stop; it has saved a checkpoint then. Raises CheckpointError if one cannot
-        be written, or continued from.
+        Returns False if the run was stopped by SIGTERM, after saving a checkpoint. Raises CheckpointError if a
+        checkpoint cannot be written or restored.
         """
         quiet = quiet or self.group.rank != 0
         tally = self.tally
@@ -204,7 +204,7 @@ class Trainer:
                 where = f"continues from step {tally.step} of {self.calendar.steps}" if tally.step else "begins"
                 print("\n".join([*notes, f"{folder.path}: {where}"]), flush=True)
 
-        # Save and stop are voted on: all workers do them at the same step.
+        # Workers vote on saving and stopping, so that all do it at the same step.
         steps, first = self.calendar.steps, tally.step
         vote = StopAndSaveVote(saving, self.calendar.per_epoch, self.group.rank, self.group.size, first)
         begin, text = time.perf_counter() - tally.elapsed, "starting"
@@ -218,7 +218,7 @@ class Trainer:
                 except NonFiniteError as error:
                     raise self._given_up(error, checkpoints) from error
 
-                # Recorded seconds are of training alone, without certificates, tests and saving.
+                # Recorded seconds exclude checks, tests and saving.
                 tally.add(measured, taken=self.training.took, last=step >= steps - self.calendar.per_epoch)
                 tally.step = step + 1
                 if (step + 1) % self.config.log_every == 0 or step + 1 == steps:
@@ -236,13 +236,13 @@ class Trainer:
                         return False
             self._look(steps, folder, quiet=quiet)
 
-        # Checkpoints go last: without a summary the run can still be continued.
+        # Remove checkpoints last: without a summary the run can still be resumed.
         self._finish(folder, tally)
         checkpoints.remove()
         return True
 
     def _go_on_from(self, found: Checkpoint) -> None:
-        """Take over counters and history from a checkpoint whose parts are loaded. Raises CheckpointError."""
+        """Restore counters and history from a checkpoint, after its parts; replan if the number of workers changed."""
         self.tally.load_state_dict(found.extra["tally"], found.extra["sums"], found.extra["final"])
         self.inspected, self.warnings = found.extra["inspected"], found.extra["warnings"]
         history = [(step, workers) for step, workers in found.extra["history"]]
@@ -259,7 +259,7 @@ class Trainer:
         self.training.replan(self.calendar)
 
     def _save(self, checkpoints: RunCheckpoints) -> float:
-        """Save a checkpoint; return the seconds it took."""
+        """Save a checkpoint; return the time it took, in seconds."""
         tally = self.tally
         extra: dict[str, Any] = {"tally": tally.state_dict(), "history": [list(pair) for pair in self.history]}
         extra |= {"warnings": self.warnings, "inspected": self.inspected, "sums": tally.sums, "final": tally.final}
@@ -268,10 +268,10 @@ class Trainer:
         return seconds
 
     def _given_up(self, error: NonFiniteError, checkpoints: RunCheckpoints) -> NonFiniteError:
-        """Keep what there was before, when a run cannot go on; return the error to raise."""
+        """Save a checkpoint when too many steps were skipped; return `error`, extended by the command that resumes."""
         if not checkpoints.policy.on:
             return error
-        self.training.front.reset_skip_streak()  # whoever resumes may have corrected the cause
+        self.training.front.reset_skip_streak()  # resuming allows max_skipped new skips
         self._save(checkpoints)
         hint = f"; to go on: {checkpoints.policy.hint}" if checkpoints.policy.hint else ""
         return NonFiniteError(f"{error} A checkpoint of step {self.tally.step} is kept{hint}")
@@ -290,13 +290,13 @@ class Trainer:
         return line
 
     def _look(self, step: int, folder: RunFolder, *, quiet: bool) -> None:
-        """Do the checks that are due before step `step`, or at the end: certificates, step size, noise; collective."""
+        """Do the checks due before step `step`, or at the end: certificates, step size and noise; collective."""
         begin, steps, per_epoch = time.perf_counter(), self.calendar.steps, self.calendar.per_epoch
         if self.inspector is not None and self.inspector.due(step):
             with self.training.at_anchor():
                 self.inspector.look(step, folder)
 
-        # Warnings are of rank 0: of steps past stability, and at the start of noise that carries x too far.
+        # Rank 0 warns of unstable step sizes, and at the start of too much noise.
         if self.group.rank == 0 and step < steps and self.footing.due(step, self.calendar):
             self._warn(self.footing.warning(step), quiet=quiet)
         if self.group.rank == 0 and self.noise_check.due(step, steps, per_epoch):
@@ -306,19 +306,19 @@ class Trainer:
         self.inspected += time.perf_counter() - begin
 
     def _warn(self, text: str | None, *, quiet: bool) -> None:
-        """Record and print a warning, once."""
+        """Record and print a warning, unless recorded before. No-op for None."""
         if text and text not in self.warnings:
             self.warnings.append(text)
             if not quiet:
                 print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _step(self, step: int, scalars: Tensor | None) -> Tensor:
-        """One step of the algorithm, `scalars` exchanged with it; returns this worker's loss and gradient norm,
+        """Do step `step`, averaging `scalars` in its exchange. Returns this worker's loss and gradient norm,
         float64[2]."""
         return self._step_on(torch.cat([batches[step] for batches in self.batches]), scalars)
 
     def _step_on(self, index: Tensor, scalars: Tensor | None) -> Tensor:
-        """The same on the examples that are given."""
+        """Do a step on the examples `index`, int64[b]; see `_step`."""
 
         def closure() -> Tensor:
             if self.batched is not None:
@@ -331,14 +331,14 @@ class Trainer:
         return self.training.step(closure, scalars).to("cpu", torch.float64)
 
     def _test_due(self, steps: int, since: int) -> bool:
-        """Tell if a test fell due since the last line of metrics."""
+        """Return True if a test became due since the last line of metrics, at step `since`."""
         if self.config.test_every is None:
             return False
         every = self.config.test_every * self.calendar.per_epoch
         return self.calendar.position(steps) // every > self.calendar.position(since) // every
 
     def _line(self, steps: int, means: Tensor, seconds: float) -> dict[str, Any]:
-        purposes = self.training.moved()  # the start is sent once, however long the run
+        purposes = self.training.moved()  # without the start, which is sent once
         moved = sum((b for name, b in purposes.items() if name != "start"), Bytes())
         return {
             "step": steps,
@@ -356,7 +356,7 @@ class Trainer:
     # Evaluation
 
     def _finish(self, folder: RunFolder, tally: RunCounters) -> None:
-        """Save the checkpoint before anything that could still fail, then evaluate and summarise."""
+        """Save the final weights and states first, since the rest could fail; then evaluate and summarize."""
         final_loss = self._final_loss(tally)
         folder.save_tensors(f"checkpoint/worker-{self.group.rank}.pt", self.training.state_dict())
         with self.training.at_anchor():
@@ -367,21 +367,21 @@ class Trainer:
             test = self._test()
         if self.group.rank == 0:
             self._summarise(folder, test, final_loss)
-        self._own_group().all_reduce(torch.zeros(1))  # the run is done, whoever ends now
+        self._own_group().all_reduce(torch.zeros(1))  # a barrier: the run is done on all workers
 
     def _final_loss(self, tally: RunCounters) -> float:
-        """The mean loss of the last epoch, also of what was the last before the number of workers changed."""
+        """Return the mean loss of the steps counted as the last epoch, over workers; collective."""
         return self._means(tally.final_totals()).item()
 
     def _means(self, totals: Tensor) -> Tensor:
-        """Return all workers' sums over their number of terms, the last of the totals; NaN if there is no term."""
+        """Return the sums over all workers, `totals[:-1]`, divided by their counts, `totals[-1]`; NaN if 0."""
         means = self.training.channel.mean(totals, "metrics")
         return means[:-1] / means[-1]
 
     def _summarise(self, folder: RunFolder, test: dict[str, float], final_loss: float) -> None:
         said, moved = self.training.summary(), self.training.moved()
 
-        # compression = bytes of float32 gradients / payload of what trains.
+        # compression = bytes of float32 gradients / payload of the training exchanges.
         dense = self.tally.step * said["parameters"] * 4
         training = sum(b.payload for name, b in moved.items() if name not in _NOT_TRAINING)
         folder.write_json(
@@ -406,12 +406,12 @@ class Trainer:
 
     @torch.no_grad()
     def _test(self) -> dict[str, float]:
-        """Mean test loss, and accuracy of a classifier; each worker takes its share of the test images."""
+        """Return the mean test loss and, for classifiers, accuracy. Each worker evaluates its part; collective."""
         average_buffers(self.task, self.training.channel)
         totals = torch.zeros(3, dtype=torch.float64)  # loss, correct, examples
         self.task.eval()
         mine = torch.cat([torch.arange(len(self.test_data))[w :: self.group.size] for w in self.members])
-        for index in torch.split(mine, EVAL_BATCH) if len(mine) else ():  # there may be fewer than workers
+        for index in torch.split(mine, EVAL_BATCH) if len(mine) else ():  # there may be fewer examples than workers
             batch = self.test_data.batch(index, self.device, self.dtype)
             correct = float(self.task.correct(*batch)) if self.task.classifies else 0.0
             totals += torch.tensor([float(self.task(*batch)) * len(index), correct, len(index)], dtype=torch.float64)

@@ -27,7 +27,7 @@ Closure = Callable[[], Tensor]  # clears the gradients, computes them, and retur
 
 @dataclass(repr=False)
 class Rescheduled:
-    """A noise schedule whose ramp is replaced when the number of workers, and so of steps in an epoch, changes."""
+    """A noise schedule with a replaceable ramp: steps per epoch change with the number of workers."""
 
     ramp: Ramp
 
@@ -35,28 +35,28 @@ class Rescheduled:
         return self.ramp(exchange)
 
     def __repr__(self) -> str:
-        return repr(self.ramp)  # as workers compare it
+        return repr(self.ramp)  # compared between workers
 
 
 class Training(ABC):
-    """One worker's optimizer with its exchanges, as a trainer sees it.
+    """Interface of one worker's optimizer and its exchanges, used by `Trainer`.
 
-    `front` has the exchanges, `every` steps apart. `channel` averages everything else, with its bytes in the same
-    totals. `reach` is the distance that noise of r = 1 moves a coordinate in one exchange.
+    `front` does the exchanges, `every` steps apart. `channel` averages everything else; its bytes are in the same
+    totals. `reach` is the distance by which noise with r = 1 moves a coordinate in one exchange.
     """
 
     front: "CompressedSGD | LocalUpdates"
     channel: Communicator
     reach = 1.0
     scalars: Tensor | None = None  # means over workers of the last step's scalars; None if it had no exchange
-    took: bool = True  # whether the last step counts in means of losses
+    took: bool = True  # the last step counts in mean losses; False: skipped or non-finite
 
     def __init__(self, config: Config, calendar: Calendar, every: int) -> None:
         self._config, self._calendar, self._every = config, calendar, every
         self._noise = None if config.noise.lower_from is None else Rescheduled(self._ramp())
 
     def _ramp(self) -> Ramp:
-        """Translate the noise schedule from epochs to exchanges."""
+        """Convert the noise schedule from epochs to exchanges."""
         noise, calendar = self._config.noise, self._calendar
         assert noise.lower_from is not None
         stop = calendar.steps if noise.lower_until is None else calendar.step_at(noise.lower_until)
@@ -64,7 +64,7 @@ class Training(ABC):
         return Ramp(noise.std, start // self._every, stop // self._every)
 
     def replan(self, calendar: Calendar) -> None:
-        """Change the calendar of the schedules, since the number of workers has changed."""
+        """Replace the calendar of the schedules. Call when the number of workers has changed."""
         self._calendar = calendar
         if self._noise is not None:
             self._noise.ramp = self._ramp()
@@ -84,25 +84,25 @@ class Training(ABC):
 
     @abstractmethod
     def step(self, closure: Closure, scalars: Tensor | None) -> Tensor:
-        """Do a step, averaging `scalars` over workers if it has an exchange; collective then.
+        """Do one step. If it has an exchange, it is collective and averages `scalars` over workers into `self.scalars`.
 
         Returns this worker's loss and the norm of its gradient before clipping, float[2]. Raises NonFiniteError.
         """
 
-    def finish(self) -> None:  # noqa: B027 -- nothing to do where there is one x throughout
-        """Set one x on all workers at the end of a run; collective. Raises NonFiniteError."""
+    def finish(self) -> None:  # noqa: B027 -- no-op if x is identical on all workers
+        """Make x identical on all workers at the end of a run; collective. Raises NonFiniteError."""
 
     def at_anchor(self) -> AbstractContextManager[None]:
-        """Return a context in which the parameters are those on which all workers agree."""
+        """Return a context in which the parameters are the anchor, identical on all workers."""
         return nullcontext()
 
     @abstractmethod
     def parts(self) -> dict[str, Any]:
-        """Return the parts of a checkpoint in addition to the model, by name."""
+        """Return the stateful objects to checkpoint in addition to the model, by name."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, to be kept at the end of a run."""
+        """Return this worker's state at the end of a run, for its file in the run folder."""
 
     @abstractmethod
     def moved(self) -> Mapping[str, Bytes]:
@@ -110,24 +110,24 @@ class Training(ABC):
 
     @abstractmethod
     def contraction(self) -> dict[str, Any]:
-        """Return `mu` and `mu_by_tensor`, as last measured."""
+        """Return the last measured contraction: `mu` of the whole vector and `mu_by_tensor`."""
 
     @abstractmethod
     def summary(self) -> dict[str, Any]:
-        """Return the entries of the summary that do not change in a run, as plain types."""
+        """Return the constant entries of the run's summary, such as numbers of parameters, as plain types."""
 
     @property
     @abstractmethod
     def rounds(self) -> int:
-        """The number of exchanges that were applied; with local updates of fragments."""
+        """Number of applied exchanges; with local updates, of fragments."""
 
     def waits(self) -> list[float] | None:
-        """Return the mean number of steps that a coordinate waits to be sent, by parameter; None if unknown."""
+        """Return the mean number of steps between two sends of a coordinate, one per parameter; None if unknown."""
         return None
 
 
 class CompressedTraining(Training):
-    """CompressedSGD: an exchange in every step, and one x."""
+    """Training with CompressedSGD: an exchange in every step; x is identical on all workers."""
 
     front: CompressedSGD
 

@@ -2,5 +2,5 @@
 
 - `gradient`: the update u of a step: gradient, momentum or STORM, weight decay, noise
 - `memories`: EF21's estimates, and the error memory kept in the gradients
-- `lazy_noise`: noise that is drawn only for the coordinates that a step sends
+- `lazy_noise`: noise drawn only for the coordinates that a step sends
 """

@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Extras:
-    """Terms added to gradients: weight decay by parameter group, and xi from coordinate `noisy_from` on.
+    """Terms added to the gradients: weight decay of each parameter group, and noise xi from coordinate `noisy_from` on.
 
-    `scale` is a GradScaler's factor, which the gradients have and the terms have not.
+    `scale` is the GradScaler factor contained in the gradients; the terms are unscaled.
     """
 
     decays: Sequence[float]
@@ -38,7 +38,7 @@ class Storm:
     Args:
         a: the weight of a new gradient, in (0, 1].
 
-    Raises ValueError for another weight.
+    Raises ValueError for a weight out of range.
 
     >>> import torch
     >>> from packsaddle import CompressedSGD, Storm
@@ -53,28 +53,28 @@ class Storm:
 
 
 class Gradient:
-    """u = grad F_i(x) + weight_decay x + xi.
+    """The plain direction, u = grad F_i(x) + weight_decay x + xi.
 
-    A parameter without a gradient has gradient zero. The vectors of a direction change when `close` commits the step.
+    A parameter without a gradient has gradient zero. Subclasses keep vectors, which `close` commits or rolls back.
     """
 
-    kind = "gradient"  # in saved states
+    kind = "gradient"  # its name in saved states
     started = True
-    keeps = False  # has a vector that a step changes
+    keeps = False  # True: keeps a vector between steps
 
     def __init__(self, flat: FlatParameters) -> None:
         self._flat = flat
-        self.norm: Tensor | None = None  # upper bound on that of the last sum; None: would need a pass
+        self.norm: Tensor | None = None  # upper bound on the norm of the last sum; None: not measured
 
     def evaluate(self, closure: Callable[[], T] | None, decays: Sequence[float]) -> T | None:
-        """Compute gradients by the closure, if there is one, and return its value."""
+        """Compute gradients by calling the closure, if given, and return its value."""
         if closure is None:
             return None
         with torch.enable_grad():
             return closure()
 
     def add(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Set out to base + scale u, both float[d], and out may be base; scales by parameter group."""
+        """Set out to base + scale u, both float[d]; out may be base. One scale per parameter group."""
         if out is base:  # in place
             self.perturb(out.flat, scales, extras)
             self._add_gradients(base, out, scales, extras)
@@ -97,13 +97,13 @@ class Gradient:
         return True
 
     def subtract(self, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        """Subtract scale u from out, float[d], while gradients and x are as they were when it was added."""
+        """Subtract scale u from out, float[d]. Gradients and x must be unchanged since it was added."""
         self.perturb(out.flat, [-scale for scale in scales], extras)
         for view, grad, alpha in self._sums(out, scales, extras):
             view.sub_(grad, alpha=alpha)
 
     def _sums(self, out: Shaped, scales: Sequence[float], extras: Extras) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """Yield a view of out, a gradient and its factor, for every parameter that has a gradient."""
+        """Yield (view of out, gradient, factor) of every parameter that has a gradient."""
         for members, scale in zip(self._flat.members, scales, strict=True):
             for i in members:
                 if (grad := self._flat.parameters[i].grad) is not None:
@@ -117,10 +117,10 @@ class Gradient:
         """Commit the vectors of the step, or roll back."""
 
     def _add_gradients(self, base: Shaped, out: Shaped, scales: Sequence[float], extras: Extras) -> None:
-        in_one_pass = out is not base and out.flat.device.type == "cpu"  # elsewhere a pass is cheaper than many calls
+        in_one_pass = out is not base and out.flat.device.type == "cpu"  # a GPU prefers a pass to many kernels
         if out is not base and not in_one_pass:
             out.flat.copy_(base.flat)
-        # norm(base + alpha g) <= the sum of the tensors' norms, which is measured in the pass that adds.
+        # norm(base + alpha g) <= the sum of the norms of its tensors, measured in the same pass.
         total = out.flat.new_zeros(())
         self.norm = total if in_one_pass else None
         for members, scale in zip(self._flat.members, scales, strict=True):
@@ -143,7 +143,7 @@ class Gradient:
                 extras.noise.add_to(out[start : run.stop], scales[run.group], start)
 
     def _add_decay(self, out: Tensor, scales: Sequence[float], decays: Sequence[float]) -> None:
-        """The decay is part of the objective, so its gradient is compressed with the rest."""
+        """Add scale weight_decay x to out, float[d]: the decay is part of the objective, so it is compressed too."""
         for run in self._flat.ranges:
             if decays[run.group]:
                 stretch = slice(run.start, run.stop)
@@ -151,7 +151,7 @@ class Gradient:
 
     @property
     def spare_bytes(self) -> int:
-        """The size of the vector that exists only to roll a step back, 0 without one."""
+        """Bytes of the vector that exists only to roll back a step; 0 without one."""
         return 0
 
     def vectors(self) -> dict[str, Tensor]:
@@ -159,17 +159,17 @@ class Gradient:
         return {}
 
     def views(self) -> dict[str, list[Tensor]]:
-        """Return the vectors that a step may swap, shaped as the parameters."""
+        """Return per-parameter views of the kept vectors, by name. A step may swap their buffers."""
         return {}
 
     def reset(self) -> None:
-        """Clear the vectors, gathered along a segment that was rolled back."""
+        """Clear the kept vectors. Call after the escape check has rolled x back."""
 
 
 class _Gathered(Gradient):
-    """A direction with a vector of its own, float[d], in at least single precision.
+    """A direction that keeps a vector between steps, float[d], in at least float32.
 
-    A step computes the next one, `_next`; in the same memory if steps are never rolled back (not `spare`).
+    A step computes its next value in `_next`: the same buffer as `_now` without `spare`, where no step is rolled back.
     """
 
     keeps = True
@@ -194,7 +194,7 @@ class _Gathered(Gradient):
             self.started = True
 
     def _add_next(self, base: Shaped, out: Shaped, scales: Sequence[float], factor: float = 1.0) -> None:
-        """Set out to base + factor scale times the next vector."""
+        """Set out to base + factor * scale * next vector, all float[d]; frozen parameters count as 0."""
         for view in self._flat.frozen(self._next.flat):
             view.zero_()
         for run in self._flat.ranges:
@@ -203,11 +203,11 @@ class _Gathered(Gradient):
 
 
 class Momentum(_Gathered):
-    """m <- beta m + u on each worker, before compression; u = m, or with `nesterov` beta m + u.
+    """Momentum of each worker's g = grad F_i(x) + weight_decay x + xi, before compression: m <- beta m + g.
 
-    With error feedback y then moves as in SGD with momentum on the mean gradient, whatever the compressor: the scheme
-    of Zheng, Huang and Kwok 2019 (dist-EF-SGDM). `averaging` has m <- beta m + (1 - beta) u instead, beginning
-    with the first u: with memory="ef21" that is EF21-SGDM of Fatkhullin, Tyurin and Richtarik 2023.
+    u = m, or with `nesterov` u = g + beta m. With error feedback, y = x - eta e follows SGD with momentum on the mean
+    gradient for any compressor (dist-EF-SGDM; Zheng, Huang and Kwok 2019). `averaging`: m <- beta m + (1 - beta) g,
+    with m = g in the first step; with memory="ef21" it is EF21-SGDM (Fatkhullin, Tyurin and Richtarik 2023).
     """
 
     kind = "momentum"
@@ -223,7 +223,7 @@ class Momentum(_Gathered):
         if self._nesterov:
             super().add(base, out, [share * scale for scale in scales], extras)
             base = out
-            self.norm = None  # it is not that of the sum with m
+            self.norm = None  # the measured norm does not include m
         self._add_next(base, out, scales, self._beta if self._nesterov else 1.0)
 
     def vectors(self) -> dict[str, Tensor]:
@@ -236,8 +236,8 @@ class Momentum(_Gathered):
 class StormGradient(_Gathered):
     """STORM (Cutkosky and Orabona 2019): d_t = g(x_t) + (1 - a) (d_{t-1} - g(x_{t-1})), both g of the same examples.
 
-    So a step needs a closure that computes loss and gradients, and calls it twice, at x_t and at x_{t-1}. g has weight
-    decay in it; xi is added to d, not gathered. With memory="ef21" it is EF21-STORM of Fatkhullin et al. 2023.
+    A step needs a closure that computes loss and gradients, called twice: at x_t and at x_{t-1}. g includes weight
+    decay; xi is added to d_t but not accumulated. With memory="ef21" it is EF21-STORM (Fatkhullin et al. 2023).
     """
 
     kind = "storm"
@@ -260,7 +260,7 @@ class StormGradient(_Gathered):
             gradients = [None if p.grad is None else p.grad.clone() for p in self._flat.parameters]
             self._flat.x.copy_(self._previous)
             for p in self._flat.parameters:
-                p.grad = None  # else a closure that does not clear gradients would add to them
+                p.grad = None  # otherwise a closure that does not clear gradients would add to them
             try:
                 super().evaluate(closure, decays)
                 minus = [-1.0] * len(decays)
@@ -280,7 +280,7 @@ class StormGradient(_Gathered):
         self._add_next(base, out, scales)
         self._add_noise(out.flat, scales, extras)
 
-    def first_out_of_range(self) -> str | None:  # of both gradients
+    def first_out_of_range(self) -> str | None:  # in the gradient or in d_t
         return super().first_out_of_range() or first_out_of_range(zip(self._flat.names, self._next.views, strict=True))
 
     def close(self, *, apply: bool) -> None:
@@ -297,13 +297,13 @@ class StormGradient(_Gathered):
 
 @dataclass(frozen=True)
 class GradientUpdate(Update):
-    """scale u of one step, float[d], which is never made as a vector of its own; scales by parameter group."""
+    """The update of one step, scale u, float[d], not stored as a vector of its own. One scale per parameter group."""
 
     direction: Gradient
     scales: Sequence[float]
     extras: Extras
     is_known_invalid: bool = False  # a GradScaler found an Inf
-    x_is_large: bool = False  # then weight decay may overflow, and gradients alone do not show if u is finite
+    x_is_large: bool = False  # weight decay may overflow, so finite gradients do not imply a finite u
 
     @property
     def norm(self) -> Tensor | None:  # type: ignore[override]
@@ -314,7 +314,7 @@ class GradientUpdate(Update):
         self.direction.add(base, out, self.scales, self.extras)
 
     def add_if_finite(self, out: Shaped) -> bool:
-        """Add scale u to out, float[d], in place, unless that may not be finite: see `Gradient.add_if_finite`."""
+        """Add scale u to out, float[d], in place; False if it may be non-finite, see `Gradient.add_if_finite`."""
         bounded = not (self.is_known_invalid or self.x_is_large)
         return bounded and self.direction.add_if_finite(out, self.scales, self.extras)
 
@@ -323,16 +323,16 @@ class GradientUpdate(Update):
         self.direction.subtract(out, self.scales, self.extras)
 
     def perturb(self, out: Tensor) -> None:
-        """Add scale u to out, float[d], which has its gradient already."""
+        """Add scale (xi + weight_decay x) to out, float[d], which contains the gradient already."""
         self.direction.perturb(out, self.scales, self.extras)
 
 
 def make_direction(
     flat: FlatParameters, momentum: float | Storm, nesterov: bool, memory: str, *, spare: bool
 ) -> Gradient:
-    """Return the direction asked for, with `spare` memory if it is to leave steps out.
+    """Return the direction for these options. `spare` allocates the buffer for rolling back skipped steps.
 
-    Raises ValueError for values out of range and for what does not go together.
+    Raises ValueError for values out of range and for unsupported combinations.
     """
     if memory == "gradient" and momentum:
         raise ValueError('memory="gradient" leaves no gradient to make a momentum or Storm of; use memory="buffer"')

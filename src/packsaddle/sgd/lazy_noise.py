@@ -16,16 +16,16 @@ from packsaddle.feedback.slices import FlatParameters
 from packsaddle.feedback.state import check_tensor
 from packsaddle.numerics.seeds import Keys, Stream, add_cell_gaussians, keys
 
-_NEGLIGIBLE = 1e-9  # of a sum in double precision
+_NEGLIGIBLE = 1e-9  # ratio to a float64 sum below which a term loses too many digits
 
 
 @dataclass(frozen=True)
 class SavedNoise:
     """Outstanding noise in a saved state."""
 
-    total: float  # the variance of a coordinate that was never kept
-    kept: Tensor  # float[cells], the total when each cell was kept last
-    size: int  # coordinates of a cell
+    total: float  # the variance of a coordinate that was never sent
+    kept: Tensor  # float[cells], the total when each cell was last sent
+    size: int  # coordinates per cell
 
     def __post_init__(self) -> None:
         check_tensor("noise", self.kept, None)
@@ -34,11 +34,11 @@ class SavedNoise:
 class OutstandingNoise:
     """The noise that has not been applied to x yet, represented by its variance: one number for each cell of a grid.
 
-    If all workers send the same cells, the noise in the error memories is identical on all of them. x receives from a
-    cell that is sent sum_s eta_s xi_s over the steps s since it was last sent: Gaussian with variance
-    sum_s (eta_s r_s)^2, independent of all that x received before. So it is drawn when the cell is sent, one Gaussian
-    for each coordinate sent, and x_0, x_1, ... have the joint law of Algorithm 1. A reader of the outstanding noise (y,
-    e) gets a draw of its own: its law at that step is right, but not jointly with other draws or with x afterwards.
+    If all workers send the same cells, the noise in the error memories is identical on all workers. Sending a cell adds
+    sum_s eta_s xi_s to x, over the steps s since the cell was last sent: Gaussian with variance sum_s (eta_s r_s)^2,
+    independent of the noise added before. So one Gaussian per coordinate is drawn when the cell is sent, and
+    x_0, x_1, ... have the joint distribution of Algorithm 1. Reading the outstanding noise (for y or e) makes a
+    separate draw: right at that step, but not jointly with other draws or with later x.
     """
 
     def __init__(self, cells: int, size: int, device: torch.device) -> None:
@@ -56,14 +56,14 @@ class OutstandingNoise:
         self._total += variance
 
     def take(self, cells: Cells, out: Tensor, alpha: float = 1.0, *, seed: int, step: int) -> None:
-        """Draw the noise at these cells, add alpha times it to out, float[m b], and leave none outstanding there."""
+        """Add alpha times the noise of these m cells of b coordinates to out, float[m b], and clear it there."""
         self._add(self._total - self._kept[cells.index], out, alpha, keys(seed, step, Stream.OUTSTANDING))
         self._kept[cells.index] = self._total
 
     def draw(self, like: Tensor, *, seed: int, step: int) -> Tensor:
-        """Draw the noise at every coordinate, float[d] as `like`, and leave it outstanding."""
+        """Return a draw of the noise of every coordinate, float[d] as `like`; the noise stays outstanding."""
         noise = like.new_zeros(len(self._kept) * self._size)
-        # Not the numbers that `take` draws at this step, since both may reach x.
+        # A random stream other than that of `take` at this step, since both draws may reach x.
         self._add(self._total - self._kept, noise, 1.0, keys(seed, step, Stream.SETTLED))
         return noise[: len(like)]
 
@@ -81,37 +81,37 @@ class OutstandingNoise:
 
     @property
     def anything(self) -> bool:
-        """True if noise was added since all was cleared."""
+        """True if noise was added since the last `clear`."""
         return self._total != 0
 
     def clear(self) -> None:
-        """Leave none outstanding."""
+        """Clear the outstanding noise."""
         self._total = 0.0
         self._kept.zero_()
 
     def state(self) -> SavedNoise:
-        """Return the state."""
+        """Return the state for a checkpoint; `kept` is not a copy."""
         return SavedNoise(self._total, self._kept, self._size)
 
     @classmethod
     def of(cls, saved: SavedNoise, device: torch.device) -> "OutstandingNoise":
-        """Return a copy of the noise with this state."""
+        """Return the outstanding noise with a copy of this state."""
         made = cls(len(saved.kept), saved.size, device)
         made._total = saved.total
         made._kept.copy_(saved.kept)
         return made
 
     def is_on_grid_of(self, other: "OutstandingNoise") -> bool:
-        """Tell if both have the same cells."""
+        """Return True if both have the same number and size of cells."""
         return (len(self._kept), self._size) == (len(other._kept), other._size)
 
 
 class Perturber:
-    """The noise of CompressedSGD (line 9 of Algorithm 1), and the part of it that is outstanding if `lazy`.
+    """The noise of CompressedSGD (line 9 of Algorithm 1); with lazy noise, also its outstanding part.
 
-    Noise can be lazy if all workers send the same coordinates of a vector that nothing else reads, so that k Gaussians
-    a step replace d. Raises ValueError if `lazy` is True and the aggregator is not an all-reduce of `shared_cells`,
-    such as RandomK's, the error feedback is not `plain`, or there is an `escape` check.
+    Lazy noise draws k Gaussians a step instead of d. It needs an aggregator with which all workers send the same
+    coordinates (an all-reduce of `shared_cells`, as of RandomK), `plain` error feedback and no `escape` check. Raises
+    ValueError if `noise.lazy` is True without these.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class Perturber:
         self._seed, self._flat, self._d = seed, flat, flat.compressed_d
         self._step = 0  # t of the last draw
         self._outstanding: OutstandingNoise | None = None
-        self.grown = 0.0  # std, in units of x, of the noise that the last step added to the outstanding
-        # The cells that all workers send, if there are such.
+        self.grown = 0.0  # std of the noise that the last step left outstanding, in units of x
+        # The grid (cells, size) of which all workers send the same cells; None without one.
         grid = aggregator.compressor.shared_cells(self._d) if isinstance(aggregator, AllReduce) else None
         if not plain:
             if lazy:
@@ -154,7 +154,7 @@ class Perturber:
         return self._outstanding is not None
 
     def draw(self, memory: ErrorMemory, lrs: Sequence[float], step: int) -> tuple[GaussianNoise | None, int]:
-        """Return xi_t (None: zero), and the number of first coordinates whose noise stays outstanding."""
+        """Return xi_t (None: zero), and the number of leading coordinates whose noise stays outstanding."""
         xi, self._step = self._noise.drawn(seed=self._seed, step=step), step
         self.grown = 0.0
         if self._outstanding is None:
@@ -162,20 +162,20 @@ class Perturber:
         if len(set(lrs)) == 1 and not self._flat.has_frozen:
             self.grown = lrs[0] * xi.std if xi else 0.0
             return xi, self._d
-        # Cells cross the borders of parameters, so the outstanding noise joins the error memory.
+        # A cell may span several rates, or frozen parameters: move the outstanding noise to the memory.
         self._settle(self._outstanding, memory, step)
         return xi, 0
 
     def _settle(self, outstanding: OutstandingNoise, memory: ErrorMemory, step: int) -> None:
-        """Draw all outstanding noise into the error memory, where eager noise would be."""
+        """Draw all outstanding noise and move it to the error memory, as with eager noise."""
         if outstanding.anything:
             memory.add(outstanding.draw(memory.vector[: self._d], seed=self._seed, step=step))
             outstanding.clear()
 
     def add_outstanding(self, g: Averaged, unit: float) -> None:
-        """Add the outstanding noise of the cells that this step exchanged to their values in g, which all apply.
+        """Add the outstanding noise of the cells that this step exchanged to their values in the mean g, in place.
 
-        Values are in multiples of `unit`. This step's noise becomes outstanding first. No-op if noise is never so.
+        Values are in multiples of `unit`. The noise of this step is included. No-op if noise is eager.
         """
         if self._outstanding is None:
             return
@@ -187,26 +187,26 @@ class Perturber:
 
     @property
     def bound(self) -> float:
-        """A bound on the change of x by `add_outstanding`: Gaussians of 32 random bits stay below 7."""
+        """Upper bound on the change of x by `add_outstanding`: Gaussians from 32 random bits stay below 7."""
         return 0.0 if self._outstanding is None else 7 * math.hypot(self.grown, self._outstanding.std)
 
     def snapshot(self) -> Any:
-        """Return all that is outstanding, for `restore`."""
+        """Return a copy of the outstanding noise, for `restore`."""
         return None if self._outstanding is None else self._outstanding.clone()
 
     def restore(self, snapshot: Any) -> None:
-        """Have outstanding what was when `snapshot` was made."""
+        """Roll the outstanding noise back to a `snapshot`."""
         self._outstanding = snapshot
 
     def pending(self, pending: Tensor, step: int) -> Tensor:
-        """Return eta e, float[d], with outstanding noise: drawn anew for each t, so looking does not change the run."""
+        """Return `pending`, eta e, float[d], plus a draw of the outstanding noise. Does not change the run."""
         if self._outstanding is None or not self._outstanding.anything:
             return pending
         noise = self._outstanding.draw(pending[: self._d], seed=self._seed, step=step)
         return torch.cat([pending[: self._d] + noise, pending[self._d :]])
 
     def clear(self) -> None:
-        """Leave no noise outstanding."""
+        """Clear the outstanding noise."""
         if self._outstanding is not None:
             self._outstanding.clear()
 
@@ -215,7 +215,7 @@ class Perturber:
         return None if self._outstanding is None else self._outstanding.state()
 
     def load(self, saved: SavedNoise | None, memory: ErrorMemory, step: int) -> None:
-        """Restore `state`; outstanding noise of other cells, or where noise is eager, is added to the error memory."""
+        """Restore `state`. If noise is eager here, or on another grid, the saved noise is added to the error memory."""
         self.clear()
         if saved is None:
             return

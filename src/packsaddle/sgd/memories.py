@@ -1,8 +1,8 @@
-"""The error memories that only CompressedSGD can have, since they need the parameters' gradients or learning rates.
+"""Error memories for CompressedSGD alone: they need the gradients or the learning rates of the parameters.
 
 `GradientMemory` keeps e in the gradients themselves: no second buffer, and no pass over all coordinates in a step. Each
-`p.grad` is a view of one vector. The residual stays there, and the next backward pass adds to it, as autograd does
-where a gradient is present. So the vector holds e, and e + grad F_i after the pass, in units of a gradient.
+`p.grad` is a view of one vector. The residual stays there, and the next backward pass accumulates into it. So the
+vector is e before the pass and e + grad F_i after it, in units of a gradient.
 
 `EstimateMemory` is EF21 (Richtarik, Sokolov and Fatkhullin 2021): workers send the difference between their gradient
 and a running estimate of it.
@@ -20,7 +20,7 @@ from packsaddle.feedback.memory import ErrorMemory, InPlaceMemory, Memory, Updat
 from packsaddle.feedback.slices import FlatParameters
 from packsaddle.numerics.finite import magnitude as measured
 
-_LARGE = 1 << 20  # coordinates: a smaller vector's spare fits a cache, and rolls a step back exactly
+_LARGE = 1 << 20  # coordinates; a smaller vector has a spare, which fits the cache and makes rollback exact
 _HOLD = 'with memory="gradient" the gradients store the error memory'
 
 
@@ -30,9 +30,9 @@ class GradientMemory(ErrorMemory):
     A change of gradients between the backward pass and the step (clearing, replacing, clipping, unscaling) would change
     the memory, and raises RuntimeError at the next step; a change of `p.grad.data`, or in numpy, is not detected.
     `rates` returns the learning rates by parameter group, which must be equal. An update is applied at the rate under
-    which it was accumulated: when the rate changes, the vector is rescaled before the next gradient, so that y does not
-    jump. Raises ValueError if rates differ or are 0, and for 16-bit parameters, whose gradients are too coarse for an
-    error.
+    which it was accumulated: when the rate changes, the vector is rescaled before the next gradient, so that
+    y = x - eta e does not jump. Raises ValueError if rates differ or are 0, and for 16-bit parameters, whose gradients
+    are too coarse for residuals.
     """
 
     kind = "gradient"
@@ -68,7 +68,7 @@ class GradientMemory(ErrorMemory):
         self._version = self.vector._version
 
     def close(self, *, apply: bool) -> None:
-        if apply:  # otherwise the gradient stays in it, and `validate` raises at the next step
+        if apply:  # after a skip the gradient stays in the vector, and the optimizer raises
             self.after_load()
 
     def after_load(self, unit: float | None = None) -> None:
@@ -84,11 +84,11 @@ class GradientMemory(ErrorMemory):
 
     def _watch(self) -> None:
         """Register hooks that run before and after autograd adds to a parameter's gradient."""
-        # Weak, since parameters keep their hooks.
+        # A weak reference, since parameters own their hooks.
         memory, handles = weakref.ref(self), []
 
         def watched(p: Tensor, view: Tensor) -> "GradientMemory | None":
-            """Return the memory, unless it is gone or another optimizer has replaced the gradient."""
+            """Return the memory; None if it was deleted or another optimizer replaced the gradient."""
             return memory() if p.grad is not None and p.grad.data_ptr() == view.data_ptr() else None
 
         def before(p: Tensor, view: Tensor, _: Tensor) -> None:
@@ -102,7 +102,7 @@ class GradientMemory(ErrorMemory):
 
         for p, view in zip(self._flat.parameters, self.views, strict=True):
             trained = p.requires_grad
-            p.requires_grad_(True)  # hooks can only be set then, and it may be unfrozen later
+            p.requires_grad_(True)  # needed to register hooks; p may be unfrozen later
             handles.append(p.register_hook(partial(before, p, view)))  # type: ignore[no-untyped-call]
             handles.append(p.register_post_accumulate_grad_hook(partial(after, view)))  # type: ignore[no-untyped-call]
             p.requires_grad_(trained)
@@ -135,9 +135,9 @@ class GradientMemory(ErrorMemory):
 class EstimateMemory(ErrorMemory):
     """This worker's estimate g^(i), float[d], and the mean of all workers', in units of a gradient.
 
-    C(u - g^(i)) is sent and added to g^(i) everywhere; x moves against the mean of the estimates, so nothing is ever
-    pending: e = 0 and y = x. It has no bounded-gradient assumption, and with small batches it needs momentum. Raises
-    ValueError for 16-bit parameters.
+    Workers send C(u - g^(i)) and add it to g^(i); x <- x - eta mean_i g^(i). So no update is ever pending: e = 0 and
+    y = x. Its proof does not assume bounded gradients; small batches need momentum. Raises ValueError for 16-bit
+    parameters.
     """
 
     kind = "ef21"
@@ -154,14 +154,14 @@ class EstimateMemory(ErrorMemory):
         self._bound: float | None = None  # on the magnitude of `mean`
 
     def bound(self, magnitude: float) -> float:
-        """The mean estimate moves x in each step: it is measured once, and its growth is bounded afterwards."""
+        """Return a bound on the change of x by the mean estimate: measured once, then its growth is bounded."""
         if self._bound is None:
             self._bound = float(measured(self.mean))
         self._bound += magnitude
         return self._bound * max(self._rates(), default=0.0)
 
     def local_factors(self, grown: float, *, lazy: bool, can_wait: bool) -> Sequence[float]:
-        return self._rates()  # every step, on a GPU too: nothing else holds x together
+        return self._rates()  # compared in every step, on a GPU too: x differs between workers if rates do
 
     def close(self, *, apply: bool) -> None:
         """No-op: `apply_mean` and `absorb` have changed the estimates."""
@@ -201,7 +201,7 @@ class EstimateMemory(ErrorMemory):
         raise NotImplementedError("an estimate takes no update: nothing is ever pending")
 
     def reset(self, rounding: Tensor | None = None) -> None:
-        """No-op: the estimates are as good a start from another x as any."""
+        """No-op: the estimates stay valid when x is rolled back."""
 
     def vectors(self) -> dict[str, Tensor]:
         return {"mean_estimate": self.mean}
@@ -215,9 +215,9 @@ def make_memory(
     spare: bool,
     revocable: bool,
 ) -> ErrorMemory:
-    """Return the memory of this kind; `spare`: its steps can be rolled back.
+    """Return the error memory of this kind; `spare`: its steps can be rolled back.
 
-    A large buffer on a CPU, where memory bandwidth is the limit, needs no spare vector if updates are `revocable`.
+    A large buffer on a CPU, limited by memory bandwidth, has no spare vector if updates are `revocable` (subtractable).
     """
     if kind == "buffer":
         in_place = spare and revocable and flat.d >= _LARGE and flat.x.device.type == "cpu"

@@ -1,7 +1,7 @@
 """CompressedSGD: Algorithm 1 of "Escaping Saddle Points with Compressed SGD" as a torch optimizer.
 
-Read `CompressedSGD.step` first. `gradient` makes the update u, and `feedback.round` the exchange of v = e + u, a
-transaction. `FlatTarget` applies its mean to x.
+Read `CompressedSGD.step` first. `gradient` computes the update u, `feedback.round` exchanges v = e + u as a
+transaction, and `FlatTarget` applies the mean to x.
 """
 
 import math
@@ -39,8 +39,8 @@ from packsaddle.sgd.lazy_noise import Perturber, SavedNoise
 from packsaddle.sgd.memories import make_memory
 
 T = TypeVar("T")  # a loss, as the user's closure returns it
-_NUMBERS = ("step", "unit", "started", "anchor_step")  # of a saved state, in each parameter group
-# Entries of a saved state that torch's checkpoint tools drop, and their values then.
+_NUMBERS = ("step", "unit", "started", "anchor_step")  # entries of each parameter group of a saved state
+# Entries of a saved state that torch's checkpoint tools drop, with the values loaded instead.
 _DROPPED: dict[str, Any] = {
     "aggregator": {"compressor": {}, "state": {}},
     "noise": None,
@@ -64,13 +64,13 @@ _RULES = [
 
 
 class FlatTarget:
-    """x as the target of a round. A step that would overflow it is rejected."""
+    """Applies the mean of a round to x, and rejects a step that would overflow x."""
 
     defers = False
 
     def __init__(self, flat: FlatParameters, memory: ErrorMemory, noise: Perturber) -> None:
         self._flat, self._memory, self._noise = flat, memory, noise
-        self.x_was_large = False  # a step might have overflowed x
+        self.x_was_large = False  # an update was large enough to overflow x
 
     def apply(self, g: Averaged, magnitude: Tensor | float) -> Applied:
         """Subtract the mean g from x (line 11)."""
@@ -78,7 +78,7 @@ class FlatTarget:
         bound = self._memory.bound(float(magnitude)) + self._noise.bound
         if bound <= overflow_margin(self._flat.x.dtype):
             return Applied(rounding=self._move(g))
-        # x may overflow: try it, look, and restore it if it did.
+        # x may overflow: apply the mean, check, and restore x if it did.
         self.x_was_large = True
         moved = {"x": self._flat.x, **self._memory.vectors()}
         before, noise = {name: vector.clone() for name, vector in moved.items()}, self._noise.snapshot()
@@ -91,7 +91,7 @@ class FlatTarget:
         return Applied(fits=False)
 
     def _move(self, g: Averaged) -> Tensor | None:
-        """x <- x - mean_i g^(i), where eta is in the messages or the memory's unit; return the rounding error of x."""
+        """Set x <- x - mean_i g^(i), eta in the messages or the memory's unit; return the rounding error of x."""
         self._noise.add_outstanding(g, self._memory.unit)
         return self._flat.change(lambda x: self._memory.apply_mean(x, g))
 
@@ -109,8 +109,8 @@ class CompressedSGD(Optimizer):
         noise: r, the standard deviation of each coordinate of xi_t, in units of a gradient; a function of the step that
             returns it (see `Ramp`); or a `Noise`.
         escape: the escape check of lines 4-8; None: no check.
-        momentum: of each worker's gradients, before compression (see `Momentum`); or a `Storm`.
-        nesterov: Nesterov's form of the momentum.
+        momentum: coefficient in [0, 1), applied by each worker before compression (see `Momentum`); or a `Storm`.
+        nesterov: use Nesterov's form of the momentum.
         weight_decay: coefficient of x added to the gradient, before compression.
         seed: seed of all shared randomness; identical on all workers.
         process_group: a torch.distributed process group; None is the default group if there is one, else
@@ -167,7 +167,7 @@ class CompressedSGD(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._check_rates()
         self._step = 0
-        self._is_busy = False  # a function of the user's is running
+        self._is_busy = False  # the user's closure or objective is running
         self._step_supports_amp_scaling = True  # a GradScaler then lets `step` skip steps
         self.resets: list[Reset] = []
         self.scalars = torch.zeros(0)
@@ -178,7 +178,7 @@ class CompressedSGD(Optimizer):
         self.ledger = Ledger()
         self.channel = Communicator(training_group(process_group), self.ledger)
 
-        # The update, the error memory, the exchange, and where its mean goes.
+        # The update, the error memory, the exchange, and the target of its mean.
         spare = spec.max_skipped is not None
         self._direction = make_direction(self._flat, momentum, nesterov, spec.memory, spare=spare)
         rates = partial(self._each, "lr")
@@ -256,7 +256,7 @@ class CompressedSGD(Optimizer):
     def step(self, closure: Callable[[], T] | None = None, *, scalars: Tensor | None = None) -> T | None:
         """Do one iteration of Algorithm 1; collective. Returns the closure's value, if one is given.
 
-        Gradients do not change; call `zero_grad` as with any optimizer (but see `memory`). `scalars`, float[n], such as
+        Gradients do not change; call `zero_grad` as usual, except with memory="gradient". `scalars`, float[n], such as
         a loss, are averaged over workers in the same collective, and their means are in `opt.scalars`. Raises
         ValueError for a learning rate or weight decay that is negative or not finite, and RuntimeError if it is called
         within a step, such as by the closure.
@@ -317,7 +317,7 @@ class CompressedSGD(Optimizer):
         return self._step
 
     def _update(self, t: int) -> GradientUpdate:
-        """Return eta (grad F_i(x_t) + weight_decay x + xi_t), with momentum or STORM its sum over steps (line 9)."""
+        """Return the update eta (grad F_i(x_t) + weight_decay x + xi_t), with momentum or STORM applied (line 9)."""
         lrs, decays = self._each("lr"), self._each("weight_decay")
         noise, noisy_from = self._noise.draw(self._memory, lrs, t)
         if self.channel.group.size > 1:
@@ -402,7 +402,7 @@ class CompressedSGD(Optimizer):
         self._skips.reset_streak()
 
     def _check_escape(self) -> None:
-        """Lines 4-8."""
+        """Run the escape check (lines 4-8). If it fires, reset the memory; after a rollback of x also the direction."""
         if self._escape is None:
             return
         with self._busy():
@@ -442,8 +442,8 @@ class CompressedSGD(Optimizer):
     def mu(self) -> float:
         """The effective contraction of the whole vector: 1 - E||v - C(v)||^2 / ||v||^2 for v of even energy.
 
-        Dense coordinates are sent exactly, so this exceeds `compressor.mu` of the compressed part, which is
-        what holds for every v (all of v's energy may lie there).
+        Uncompressed coordinates are sent exactly, so this exceeds `compressor.mu`. Only the latter holds for every v,
+        since all energy of v may lie in the compressed part.
         """
         d, compressed = self._flat.d, self._flat.compressed_d
         kept = self.choice.aggregator.mu(compressed, self.channel.group.size) * compressed
@@ -462,7 +462,7 @@ class CompressedSGD(Optimizer):
     def waits(self) -> list[float] | None:
         """Return the mean number of steps that a coordinate waits to be sent, by parameter in the user's order.
 
-        None where that depends on the values (see `Compressor.rates`).
+        None if that depends on the values (see `Compressor.rates`).
         """
         rates = self.choice.aggregator.compressor.rates(self._flat.compressed_d)
         if rates is None:
@@ -477,7 +477,7 @@ class CompressedSGD(Optimizer):
     def error(self) -> Tensor:
         """Return e_t = mean_i e^(i), float[d], in the order of torch's `parameters_to_vector`; collective.
 
-        Raises RuntimeError where a learning rate is 0 (then e_t is undefined; `corrected` is not).
+        Raises RuntimeError if a learning rate is 0 (then e_t is undefined; `corrected` is not).
         """
         if 0.0 in self._each("lr"):
             raise RuntimeError("error() divides by the learning rate, which is 0; use corrected()")
@@ -490,13 +490,13 @@ class CompressedSGD(Optimizer):
     def corrected(self) -> Tensor:
         """Return y_t = x_t - eta e_t, float[d], in the order of torch's `parameters_to_vector`; collective.
 
-        With lazy noise it is right in its marginal law only: what is outstanding is drawn for each t by itself, so that
-        y_t and y_{t+1}, or y_t and a later x, are not jointly those of a run with eager noise. So with `error`.
+        With lazy noise only its marginal distribution is right: outstanding noise is drawn separately for each t, so
+        y_t and y_{t+1}, or y_t and a later x, are not distributed jointly as with eager noise. Same for `error`.
         """
         return self._flat.in_order(self._flat.x - self._mean_pending())
 
     def _outstanding(self) -> Tensor:
-        """This worker's part of eta e: its own memory, what the aggregator holds back, outstanding noise."""
+        """Return this worker's part of eta e: error memory, the aggregator's residuals and outstanding noise."""
         return self._noise.pending(self._feedback.pending(), self._step)
 
     def _mean_pending(self) -> Tensor:
@@ -506,27 +506,27 @@ class CompressedSGD(Optimizer):
         return [float(group[name]) for group in self.param_groups]
 
     def _flat_state(self) -> dict[str, Tensor]:
-        """The flat vectors of a checkpoint: this worker's memory, and x_t' if there is an escape check."""
+        """Return the flat vectors of a checkpoint by name: memory, direction, residuals, the escape check's x_t'."""
         anchor = {"anchor": self._escape.anchor} if self._escape else {}
         kept = self._memory.vectors() | self._direction.vectors()
         return {"pending": self._memory.vector, **anchor, **kept, **self._feedback.owner_errors()}
 
     def _shared(self) -> dict[str, Tensor]:
-        """Those of them that are the same on every worker."""
+        """Return the vectors of `_flat_state` that are identical on all workers."""
         return {name: v for name, v in self._flat_state().items() if name in ("anchor", "mean_estimate")}
 
     def _publish_state(self) -> None:
-        """Show the flat vectors as per-parameter state, so that torch's checkpoint tools find them."""
+        """Set views of the flat vectors as per-parameter state, for torch's checkpoint tools."""
         for name, flat in self._flat_state().items():
             for p, view in zip(self._flat.parameters, self._flat.views(flat), strict=True):
                 self.state[p][name] = view
 
     def state_dict(self) -> dict[str, Any]:
-        """Return this worker's state, of tensors and plain types only; each worker has its own.
+        """Return the state of this worker, which differs between workers: tensors and plain types only.
 
-        It has "pending" (eta e^(i), or e^(i) with memory="gradient") and "anchor" (x_t') of each parameter, shaped as
-        it; format, t, t', seed, rank and number of workers in each group; the aggregator's state; outstanding noise;
-        the ledger's totals; resets. The tensors of parameters are not copies.
+        Each parameter has "pending" (eta e^(i), or e^(i) with memory="gradient") and with an escape check "anchor"
+        (x_t'), as views; each group has format, t, t', seed, rank and number of workers. Further entries: the
+        aggregator's state, outstanding noise, skips, the ledger's totals, resets and drifts.
         """
         return self.saved_state.save(super().state_dict())
 
@@ -536,10 +536,10 @@ class CompressedSGD(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore this worker's `state_dict`; raises ValueError, changing nothing, if it does not fit."""
+        """Restore this worker's `state_dict`. Raises ValueError, with nothing changed, if it does not fit."""
         state = self._by_index(state_dict)
         self.saved_state.validate(state)
-        # torch would cast state to the parameters' dtype, so only the groups go through it.
+        # torch would cast state to the parameters' dtype, so only the groups are passed to it.
         ours = ("format", *_NUMBERS, *self._identity())
         groups = [{name: group[name] for name in group if name not in ours} for group in state["param_groups"]]
         super().load_state_dict({"state": {}, "param_groups": groups})
@@ -549,9 +549,9 @@ class CompressedSGD(Optimizer):
         self._drift.resume(self._step)
 
     def _by_index(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return a state with the parameters' indices as keys, and what torch's checkpoint tools drop at its default.
+        """Return a state with parameter indices as keys, and defaults for entries that torch's checkpoint tools drop.
 
-        They keep groups and tensors alone, and have names as keys. Raises ValueError for other parameters.
+        These tools keep only groups and tensors, with names as keys. Raises ValueError for other group sizes.
         """
         groups = state_dict.get("param_groups")
         if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
@@ -614,5 +614,5 @@ class CompressedSGD(Optimizer):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Refuse copying and pickling: parameters, flat vector and group belong together. Use `state_dict`."""
+        """Raise TypeError: a copied or unpickled optimizer would lose its parameters and group. Use `state_dict`."""
         raise TypeError("CompressedSGD cannot be copied or pickled; use state_dict() and load_state_dict()")

@@ -1,9 +1,9 @@
-"""The theorems with numbers: assumptions, the constants that O-tilde hides, step sizes, steps, first-order plans.
+"""The theorems in numbers: assumptions, the constants hidden in O-tilde, step sizes, steps, first-order plans.
 
-Theorems 3.1 and 3.2 hide constants and logarithms in O-tilde. In their place `Constants.theory` has what Jin et al.
-(JACM 2021, Eq. (8)) prove for uncompressed SGD, and `Constants.practical` what can be derived for one saddle at a time.
-So step sizes, steps, interval, radius, noise and decrease are *orders of magnitude*: they say how a run scales.
-`first_order_plan` alone is proved with its constants.
+Theorems 3.1 and 3.2 hide constants and logarithms in O-tilde. `Constants.theory` replaces them by those that Jin et al.
+(JACM 2021, Eq. (8)) prove for uncompressed SGD, `Constants.practical` by values derived for one saddle at a time.
+So step sizes, steps, interval, radius, noise and decrease are *orders of magnitude*: they show how a run scales.
+Only `first_order_plan` is proved with its constants.
 """
 
 import math
@@ -14,7 +14,7 @@ from packsaddle.errors import check_positive
 from packsaddle.theory.saddle_dynamics import predicted_escape_time
 
 Mode = Literal["practical", "theory"]
-_RANGE = (1e-20, 1e20)  # of every constant of a problem: keeps their products, to the powers needed, within doubles
+_RANGE = (1e-20, 1e20)  # of every constant of a problem; keeps products of their powers within float64
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Assumptions:
 
     @property
     def noise_ratio(self) -> float:
-        """N of Jin et al., Eq. (8): about alpha sigma^2 / epsilon^2, with alpha = 1 under Assumption C and d else."""
+        """N of Jin et al., Eq. (8): about alpha sigma^2 / epsilon^2, alpha = 1 under Assumption C, d otherwise."""
         relative = (self.sigma / self.epsilon) ** 2
         if self.lipschitz_gradient is None:
             return 1 + relative * self.d
@@ -80,11 +80,11 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Constants:
-    """The constants that O-tilde hides: powers of iota, a logarithm, and factors.
+    """The constants hidden in O-tilde: powers of the logarithm iota, and factors.
 
-    The defaults are Jin et al.'s (2021), (8), of the proof of uncompressed SGD; that Algorithm 1 shares them up to
-    logarithms is an assumption, and the factors of 1 on the compression's terms of eta are a guess. `practical` has no
-    proof and no failure probability, but it can be run. Raises ValueError unless all are positive and finite.
+    The defaults are from the proof for uncompressed SGD (Jin et al. 2021, Eq. (8)). That Algorithm 1 shares them up to
+    logarithms is an assumption; the factors 1 of the compression terms of eta are a guess. `practical` has no proof and
+    no failure probability, but feasible steps. Raises ValueError unless all are positive and finite.
 
     >>> from packsaddle.theory import Assumptions, Constants
     >>> c = Constants.theory(Assumptions(d=1000, epsilon=0.1))
@@ -94,20 +94,20 @@ class Constants:
 
     mode: Mode  # "theory" or "practical"
     iota: float  # the logarithm
-    failure_probability: float | None = None  # delta, that iota is for
-    eta_power: float = 9.0  # eta carries iota^-9
-    gradient_noise_factor: float = 1.0  # of eta's first term
-    first_order_factor: float = 1.0  # of eta's second term
-    second_order_factor: float = 1.0  # of eta's third term
+    failure_probability: float | None = None  # delta, which iota depends on
+    eta_power: float = 9.0  # eta is proportional to iota^-9
+    gradient_noise_factor: float = 1.0  # factor of eta's first term
+    first_order_factor: float = 1.0  # factor of eta's second term
+    second_order_factor: float = 1.0  # factor of eta's third term
     noise_power: float = 1.0  # the noise's norm is iota^1 epsilon sqrt(N)
     interval_power: float = 1.0  # I = iota^1 / (eta sqrt(rho epsilon)), unless `patience` is given
     patience: float | None = None  # I = patience * the median escape time predicted for curvature -sqrt(rho eps)
     radius_power: float = 2.0  # R = 2 iota^-2 sqrt(epsilon / rho)
-    radius_factor: float = 2.0  # of R
+    radius_factor: float = 2.0  # factor of R
     decrease_power: float = 5.0  # F = 1 iota^-5 sqrt(epsilon^3 / rho)
-    decrease_factor: float = 1.0  # of F
+    decrease_factor: float = 1.0  # factor of F
     escape_factor: float = 100.0  # T = f_max max(100 I / F, 100 / (eta epsilon^2))
-    descent_factor: float = 100.0  # of T's second term
+    descent_factor: float = 100.0  # factor of T's second term
 
     def __post_init__(self) -> None:
         check_positive(**{f.name: getattr(self, f.name) for f in fields(self)[1:]})
@@ -116,10 +116,10 @@ class Constants:
     def theory(cls, a: Assumptions, failure_probability: float = 0.1, log_factor: float = 1.0) -> "Constants":
         """Return the constants of the proof, with iota = log_factor * log(d L f_max N / (rho epsilon delta)).
 
-        `a` are the assumptions, N is `a.noise_ratio` and delta `failure_probability`, in (0, 1); any other raises
-        ValueError. The printed argument has units, so its logarithm can be small or negative; below 1 it is replaced by
-        that of d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, which has none, and by 1 at least.
-        `log_factor` is the proof's absolute constant, "sufficiently large" there: 1 is the least that can be hoped for.
+        `a` are the assumptions, N is `a.noise_ratio`, delta is `failure_probability`. ValueError unless 0 < delta < 1.
+        The printed argument has units, so its logarithm can be small or negative. A logarithm below 1 is replaced by
+        that of the unitless d N max(1, L f_max / epsilon^2) (L / sqrt(rho epsilon)) / delta, or by 1 if that is larger.
+        `log_factor` is the proof's absolute constant, there only "sufficiently large"; 1 is optimistic.
         """
         if not 0 < failure_probability < 1:
             raise ValueError(f"failure_probability must be in (0, 1), got {failure_probability}")
@@ -132,14 +132,14 @@ class Constants:
 
     @classmethod
     def practical(cls) -> "Constants":
-        """Return iota = 1 and factors for which half of the iterates are epsilon-SOSPs if each saddle is as predicted.
+        """Return iota = 1 and factors for which half of the iterates are epsilon-SOSPs if saddles are as predicted.
 
         At most a quarter of the gradients are too large: the first two terms of eta are below `first_order_plan`'s for
-        epsilon / 2 (chi^2 <= 2 epsilon^2 N, so 1 / (64 N) <= epsilon^2 / (32 chi^2)), with which
-        T = 32 f_max / (eta epsilon^2) is proved to do. At most a quarter of the iterates are near saddles: leaving one
-        takes I steps, twice the median time that `theory.saddle_dynamics.predicted_escape_time` gives, and lowers f by
-        F, which is 2/3 sqrt(epsilon^3 / rho) at least at distance R where the Hessian is rho-Lipschitz; so T = 4 f_max
-        I / F. The factor 1 of eta's third term remains a guess.
+        epsilon / 2 (chi^2 <= 2 epsilon^2 N, so 1 / (64 N) <= epsilon^2 / (32 chi^2)), for which
+        T = 32 f_max / (eta epsilon^2) provably suffices. At most a quarter of the iterates are near saddles: an escape
+        takes I steps, twice the median of `theory.saddle_dynamics.predicted_escape_time`, and decreases f by F, at
+        least 2/3 sqrt(epsilon^3 / rho) at distance R if the Hessian is rho-Lipschitz; so T = 4 f_max I / F. The factor
+        1 of eta's third term remains a guess.
         """
         return cls(
             "practical",
@@ -157,10 +157,10 @@ PRACTICAL = Constants.practical()
 
 
 def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict[str, float]:
-    """Return the three terms of eta in Theorems 3.1 and 3.2, units restored; the step size is the least.
+    """Return the three terms of eta in Theorems 3.1 and 3.2 by name, units restored; the step size is their minimum.
 
-    iota^-9 times 1 / (L N), mu epsilon / (L chi sqrt(1 - mu)) and mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), each with
-    its factor, with D = 1 for a linear compressor and d otherwise, and chi^2 = sigma^2 + ||xi||^2.
+    iota^-9 times 1 / (L N), mu epsilon / (L chi sqrt(1 - mu)) and mu^2 sqrt(rho epsilon) / ((1 - mu) L^2 D), each times
+    its factor in `c`; D is 1 for a linear compressor and d otherwise, chi^2 = sigma^2 + ||xi||^2.
     """
     chi = math.hypot(a.sigma, noise_norm(a, c))
     lost = 1 - mu
@@ -175,46 +175,46 @@ def step_sizes(a: Assumptions, c: Constants, mu: float, *, linear: bool) -> dict
 
 
 def noise_norm(a: Assumptions, c: Constants) -> float:
-    """Jin et al.'s r, which is about ||xi||."""
+    """Return Jin et al.'s r, approximately ||xi||."""
     return float(c.iota**c.noise_power) * a.epsilon * math.sqrt(a.noise_ratio)
 
 
 def interval_and_steps(a: Assumptions, c: Constants, eta: float) -> tuple[int, int]:
-    """Return I and T for a step size."""
+    """Return the escape interval I and the number of steps T for a step size."""
     if c.patience is None:
         interval = math.ceil(c.iota**c.interval_power / (eta * a.curvature))
     else:
         noise = noise_norm(a, c) / math.sqrt(a.d)
         predicted = predicted_escape_time(eta, a.curvature, noise, radius(a, c))
-        interval = math.ceil(c.patience * max(predicted, 1 / (eta * a.curvature)))  # noise beyond R predicts nothing
+        interval = math.ceil(c.patience * max(predicted, 1 / (eta * a.curvature)))  # predicted: 0 if noise exceeds R
     longest = max(c.escape_factor * interval / decrease(a, c), c.descent_factor / (eta * a.epsilon**2))
     return interval, math.ceil(a.f_max * longest)
 
 
 def radius(a: Assumptions, c: Constants) -> float:
-    """Return R."""
+    """Return R, the radius of the escape check."""
     return float(c.radius_factor * c.iota**-c.radius_power) * math.sqrt(a.epsilon / a.hessian_lipschitz)
 
 
 def decrease(a: Assumptions, c: Constants) -> float:
-    """Return F, by which f falls at least in an escape."""
+    """Return F, the least decrease of f in an escape."""
     return float(c.decrease_factor * c.iota**-c.decrease_power) * math.sqrt(a.epsilon**3 / a.hessian_lipschitz)
 
 
 def balanced_mu(assumptions: Assumptions, *, linear: bool, constants: Constants = PRACTICAL) -> float:
     """Return the mu at which the third term of eta equals the first (Corollary 3.3), in (0, 1).
 
-    mu^2 / (1 - mu) = q, so about sqrt(q): epsilon^(3/4) / sqrt(alpha) for a linear compressor, sqrt(d) times that
-    for others, where that is small.
+    It solves mu^2 / (1 - mu) = q, with q the ratio of the first term to the third's other factors. If q is small, mu is
+    about sqrt(q): epsilon^(3/4) / sqrt(alpha) if linear, else sqrt(d) times that, alpha as in `noise_ratio`.
     """
     half = step_sizes(assumptions, constants, 0.5, linear=linear)  # where mu^2 / (1 - mu) = 1/2
     q = half["gradient noise"] / (2 * half["second-order"])
-    return 2 / (1 + math.sqrt(1 + 4 / q))  # of the quadratic's roots the positive one, without cancellation
+    return 2 / (1 + math.sqrt(1 + 4 / q))  # the positive root of the quadratic, without cancellation
 
 
 @dataclass(frozen=True)
 class FirstOrderPlan:
-    """A step size and steps after which the mean of E||grad f(x_t)||^2 over t is at most epsilon^2.
+    """Step size and number of steps for which the mean of E||grad f(x_t)||^2 over t is at most epsilon^2.
 
     >>> from packsaddle.theory import Assumptions, first_order_plan
     >>> found = first_order_plan(Assumptions(d=1000, epsilon=0.1), mu=1.0)
@@ -233,8 +233,8 @@ def first_order_plan(assumptions: Assumptions, mu: float, *, noise: float = 0.0)
     With chi^2 = sigma^2 + d noise^2, the descent lemma for y_t and E||e_t||^2 (as in Lemma A.5 of the paper) give, for
     eta <= 1/(4L) and eta <= mu / (4 L sqrt(1 - mu)),
     mean ||grad f||^2 <= 4 f_max / (eta T) + 2 chi^2 (L eta + 4 L^2 eta^2 (1 - mu) / mu^2):
-    T makes the first half of epsilon^2, the last two bounds on eta a quarter each of the rest. C must act on the
-    workers' mean. `assumptions` have d, L, sigma, f_max and epsilon; `mu` is C's contraction, in (0, 1].
+    T bounds the first term by epsilon^2 / 2, eta each of the other two by epsilon^2 / 4. C must act on the workers'
+    mean. Of `assumptions`, rho and l-tilde are not used; `mu` is C's contraction, in (0, 1].
 
     >>> from packsaddle.theory import Assumptions, first_order_plan
     >>> first_order_plan(Assumptions(d=1000, epsilon=0.1), mu=0.01)

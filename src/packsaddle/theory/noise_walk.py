@@ -1,10 +1,10 @@
-"""The random walk on which artificial noise takes x, and the r that it suggests.
+"""The random walk of x under artificial noise xi_t of standard deviation r, and the r that it suggests.
 
-xi_t moves x by eta xi_t, so that T steps of it, where nothing pulls back, move a coordinate by eta r sqrt(T) and x by
-eta r sqrt(d T). Its ratio to ||x_0|| tells what noise does: three autoencoders left their plateaus at ratios from 2.4
-to 5.4, at learning rates from 0.1 to 1; the one for which r was varied gained less at 1 and nothing at 0.3, and was
-kept from learning at 10 (experiments/noise-rule).
-The mini-batches' own noise is no such measure: good ones were 104 and 3,400 times that.
+Noise moves x by eta xi_t a step. Without gradients, T steps move a coordinate by eta r sqrt(T) and x by
+eta r sqrt(d T). The ratio to ||x_0|| predicts the effect: three autoencoders left their plateaus at ratios from 2.4
+to 5.4, at learning rates from 0.1 to 1. For the one with several r, a ratio of 1 gained less, 0.3 gained nothing, and
+10 prevented learning (experiments/noise-rule).
+The ratio to mini-batch noise does not predict it: the same effect needed ratios of 104 and 3,400.
 """
 
 import math
@@ -20,11 +20,11 @@ FAR = 8.0
 
 @dataclass(frozen=True)
 class Walk:
-    """A run's walk with noise of r = 1: its length, and the norm of where it begins."""
+    """A run's random walk under noise: the quantities that set its length relative to ||x_0||."""
 
     lr: float  # eta
-    steps: float  # sum_t (r_t / r)^2: T, less where r falls
-    rms: float  # of a coordinate of x_0: ||x_0|| / sqrt(d)
+    steps: float  # sum_t (r_t / r)^2; T if r is constant
+    rms: float  # root mean square of x_0: ||x_0|| / sqrt(d)
 
     def times(self, r: float) -> float:
         """Return the length of the walk over ||x_0||: eta r sqrt(T) / rms. Infinite if x_0 is zero."""
@@ -38,11 +38,11 @@ class Walk:
 
 
 def suggest_noise(model: nn.Module, *, lr: float, steps: float, times: float = GOOD) -> float:
-    """Suggest r, the noise of `CompressedSGD(noise=r)`, for a model as it is before training.
+    """Suggest r, the noise of `CompressedSGD(noise=r)`, for a model before training.
 
-    r = times ||x_0|| / (lr sqrt(d steps)), with d trainable coordinates. Where r falls on the way (`Ramp`), `steps` is
-    sum_t (r_t / r)^2, about the steps before it falls and a third of those while it does. Momentum changes nothing,
-    as xi_t is added after it.
+    r = times ||x_0|| / (lr sqrt(d steps)), with d trainable coordinates. If r decreases (`Ramp`), `steps` is
+    sum_t (r_t / r)^2: about the steps before the decrease and a third of those during it. Momentum m accumulates xi_t
+    too and makes the walk 1 / (1 - m) times as long: pass lr / (1 - m).
 
     Without gradients the noise would move x by `times` ||x_0|| in root mean square. Raises ValueError if lr, steps or
     times are not positive and finite, or if all parameters are zero.

@@ -1,8 +1,8 @@
 """Plans: parameters of Algorithm 1 for a target accuracy, the bytes they cost, and the k that costs the fewest.
 
-Exact are mu, k and (but for coded indices) the bytes of a step; the rest is of the order of magnitude that
-`packsaddle.theory` describes. The reach of a plan tells whether its steps can be taken at all, and what would have to
-change where they cannot.
+mu, k and the bytes of a step (except coded indices) are exact; the rest are orders of magnitude, as described in
+`packsaddle.theory.bounds`. `reach` reports whether the number of steps is feasible, and the easier assumptions that
+would reduce it.
 """
 
 import math
@@ -28,7 +28,7 @@ from packsaddle.theory.bounds import (
     step_sizes,
 )
 
-Family = Callable[[int], Compressor]  # the compressor that sends k coordinates
+Family = Callable[[int], Compressor]  # maps k to the compressor that sends k coordinates
 
 FAMILIES: Mapping[str, Family] = {
     "RandomK": lambda k: RandomK(k=k),
@@ -43,8 +43,8 @@ FAMILIES: Mapping[str, Family] = {
 class Plan:
     """Parameters for `CompressedSGD(lr=eta, noise=noise, escape=Escape(interval, radius, ...))`, and what they cost.
 
-    Orders of magnitude, but for mu, k and `sent`. Bytes are one worker's, up; the escape check's and its resets'
-    are not in them (a dense all-reduce per commit, so at most d / I values a step).
+    Orders of magnitude, except mu, k and `sent`. Bytes are those that one worker sends, without the escape check and
+    its resets (an uncompressed all-reduce per commit, so at most d / I values a step).
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -63,21 +63,21 @@ class Plan:
     theorem: str  # "3.2" for a linear compressor, else "3.1"
     protocol: str  # the exchange: "all-reduce", "all-gather", ...
     mu: float  # of C on d coordinates
-    k: int | None  # coordinates (or counters) sent, where the compressor has such a number
+    k: int | None  # coordinates (or counters) sent; None: not defined for this compressor
     eta: float  # step size
-    bound_by: str  # the term of eta that is least: "gradient noise", "first-order" or "second-order"
+    bound_by: str  # the smallest term of eta: "gradient noise", "first-order" or "second-order"
     steps: int  # T
     interval: int  # I
     radius: float  # R
-    noise: float  # r per coordinate, as everywhere here: the norm of xi is about noise * sqrt(d), Jin et al.'s r
-    decrease: float  # F: what f falls by per escape
+    noise: float  # r, std of a coordinate of xi; ||xi|| is about noise * sqrt(d), Jin et al.'s r
+    decrease: float  # F: decrease of f per escape
     sent: int  # bytes per step
-    total: int  # bytes in all
+    total: int  # bytes of all steps
     improvement: float  # the total of Algorithm 1 without compression, divided by this total
 
     @property
     def name(self) -> str:
-        """The compressor as it is written."""
+        """The compressor with its arguments, such as RandomK(ratio=0.01)."""
         return describe(self.compressor)
 
     @property
@@ -92,11 +92,11 @@ class Plan:
 
     @property
     def proved_for_workers(self) -> bool:
-        """True if C acts on the workers' mean, as in the proofs; a mean of C's (all-gather) is outside them."""
+        """True if C acts on the workers' mean, as the proofs assume; an all-gather averages each worker's C(v)."""
         return self.protocol != "all-gather"
 
     def plain(self) -> dict[str, Any]:
-        """Return the plan as plain types, for JSON; assumptions and constants aside."""
+        """Return the plan as plain types, for JSON, without assumptions and constants."""
         shown = {f.name: getattr(self, f.name) for f in fields(self)[2:]}
         derived = {"noise_norm": self.noise_norm, "noise_suffices": self.noise_suffices, "mode": self.constants.mode}
         first_order = asdict(first_order_plan(self.assumptions, self.mu))
@@ -109,9 +109,9 @@ def plan(
 ) -> Plan:
     """Plan a run with this compressor: Theorem 3.2 if it is linear, else Theorem 3.1.
 
-    `assumptions` are those of the problem, `constants` what O-tilde hides. The compressor acts on all d coordinates, in
-    single precision, over the direct exchange. Raises ValueError if it cannot, or if there are fewer than two workers,
-    which send nothing.
+    `assumptions` are those of the problem, `constants` replace O-tilde. The compressor acts on all d coordinates, in
+    float32, with the direct exchange. Raises ValueError if it cannot, or for fewer than two workers, since one sends
+    nothing.
 
     >>> from packsaddle import TopK
     >>> from packsaddle.theory import Assumptions
@@ -156,7 +156,7 @@ def plan(
 
 
 def _exchange(compressor: Compressor, d: int, workers: int) -> tuple[str, int]:
-    """The protocol and the bytes that one worker sends in a step."""
+    """Return the protocol and the bytes that one worker sends in a step."""
     choice = choose(compressor, "direct", d=d, dense=0, workers=workers)
     return choice.name, choice.aggregator.wire(d, 0, 1, workers, 4).sent
 
@@ -175,7 +175,7 @@ def _steps(a: Assumptions, c: Constants, compressor: Compressor) -> int:
 
 
 def balanced_k(assumptions: Assumptions, family: Family, *, constants: Constants = PRACTICAL) -> int:
-    """Return Corollary 3.3's k, from 1 to d: the coordinates of balanced mu = k / d.
+    """Return Corollary 3.3's k, from 1 to d, whose mu = k / d is the balanced one.
 
     `assumptions` and `constants` are those of `plan`; `family(k)` is the compressor of k coordinates.
 
@@ -193,11 +193,11 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
     """Plan with the k of least total bytes: about the smallest k that takes no more steps than k = d.
 
     `family(k)` is the compressor of k coordinates; `assumptions`, `constants`, `workers` and ValueError are as in
-    `plan`. With fewer coordinates a compression's term of eta binds, and k T grows as k falls; with more, T stays and
-    each step costs more. So the least is at this k, at the next smaller mu, or at k = d, which needs no indices. It is
-    `balanced_k`, unless the first-order term, which Corollary 3.3 leaves out, binds longer, or whole steps and
-    coordinates round. (For a LinearSketch, whose mu is 1 / ceil(d / k), rounding can hide a better k: by a few percent,
-    by 13% at d = 7.)
+    `plan`. Below it a compression term limits eta, and k T grows as k falls; above it T is constant and each step costs
+    more. So the minimum is at this k, at the next smaller mu, or at k = d, which sends no indices. It is `balanced_k`,
+    up to rounding, unless the first-order term, which Corollary 3.3 ignores, limits eta up to a larger k. (LinearSketch
+    has mu = 1 / ceil(d / k), and rounding can hide a better k, typically by a few percent of the bytes, by 13% at
+    d = 7.)
 
     >>> from packsaddle import RandomK
     >>> from packsaddle.theory import Assumptions
@@ -216,35 +216,35 @@ def best_plan(assumptions: Assumptions, family: Family, *, constants: Constants 
 
 
 def _first(holds: Callable[[int], bool], d: int) -> int:
-    """The smallest of 1, ..., d that holds, if all after it do."""
+    """Return the smallest k in 1, ..., d with holds(k), which must be true for all larger k."""
     return bisect_left(range(1, d), True, key=holds) + 1
 
 
 MOST_STEPS = 10**9  # twelve days at a thousand steps a second
-_HALVINGS = 40  # of the interval of epsilon in logarithms, which is 92 at most
+_HALVINGS = 40  # bisections of an interval of log(epsilon), at most 92 long
 
 
 @dataclass(frozen=True)
 class Reach:
-    """The steps of the plan without compression, than which no compressor's has fewer."""
+    """Steps of the plan without compression, the fewest of any compressor, and its steps on easier terms."""
 
-    steps: int
-    at_twice_epsilon: int | None  # None: every first-order stationary point is one of second order there
-    epsilon: float | None  # the least with MOST_STEPS or fewer; None: the greatest has more
-    with_lipschitz_gradient: int | None  # under Assumption C with l-tilde = L; None where it holds already
+    steps: int  # T without compression
+    at_twice_epsilon: int | None  # steps there; None: every first-order stationary point is second-order
+    epsilon: float | None  # the smallest with at most MOST_STEPS steps; None: no epsilon has
+    with_lipschitz_gradient: int | None  # steps under Assumption C with l-tilde = L; None: already assumed
 
     @property
     def out_of_reach(self) -> bool:
-        """True if even the fewest steps are too many."""
+        """True if there are more than MOST_STEPS steps."""
         return self.steps > MOST_STEPS
 
 
 def reach(a: Assumptions, constants: Constants) -> Reach:
-    """Return how far away a plan is, and what its steps would be on easier terms."""
+    """Return the steps without compression: as given, with a larger epsilon, and under Assumption C."""
 
     def steps(**easier: Any) -> int:
         b, c = replace(a, **easier), constants
-        if c.mode == "theory":  # whose logarithm depends on the problem
+        if c.mode == "theory":  # its logarithm depends on the problem
             c = Constants.theory(b, c.failure_probability or 0.1)
         return _steps(b, c, Identity())
 
@@ -258,8 +258,8 @@ def reach(a: Assumptions, constants: Constants) -> Reach:
 
 
 def _least_epsilon(within: Callable[[float], bool], given: float, greatest: float) -> float | None:
-    """Bisect in log(epsilon) for the least epsilon with few enough steps, which fall as it grows."""
-    low, high = math.log(given), math.log(greatest) - 1e-12  # inside what rounding allows
+    """Bisect log(epsilon) in [given, greatest] for the smallest epsilon that is `within`; None if none is."""
+    low, high = math.log(given), math.log(greatest) - 1e-12  # inside the range by more than rounding
     if within(given):
         return given
     if high <= low or not within(math.exp(high)):

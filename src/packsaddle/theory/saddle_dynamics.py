@@ -1,4 +1,4 @@
-"""The linear recursion that perturbed SGD follows near a saddle of curvature -gamma, in closed form.
+"""The linear recursion of perturbed SGD near a saddle of curvature -gamma, in closed form.
 
 Along the unstable direction x_{t+1} = (1 + eta gamma) x_t - eta xi_t, so a difference or a distance grows like
 (1 + eta gamma)^t, with a prefactor set by the noise.
@@ -10,14 +10,14 @@ from itertools import pairwise
 from packsaddle.errors import check_positive
 
 _MEDIAN_OF_ABSOLUTE_NORMAL = 0.6744897501960817
-_NEGLIGIBLE = 45.0  # powers of e
+_NEGLIGIBLE = 45.0  # exp(-45) is negligible
 
 
 def growth_rate(eta: float, gamma: float, mu: float = 1.0) -> float:
     """Return the exponential growth per step of the unstable coordinate: ln(1 + eta gamma) without compression.
 
     With RandomK and error feedback (mu = k/d) and a saddle whose unstable direction is a coordinate axis, x_1 moves
-    only when coordinate 1 is sent, after T steps with probability mu (1 - mu)^(T-1), and then by what has gathered:
+    only when coordinate 1 is sent, after T steps with probability mu (1 - mu)^(T-1), and then by T updates at once:
     x_1 <- (1 + eta gamma T) x_1. So the rate is exactly mu E ln(1 + eta gamma T), which is ln(1 + eta gamma) up to a
     factor 1 - O(eta gamma / mu): the slowdown vanishes as eta -> 0, as Theorem 3.2 predicts. The mean over T is an
     integral, by ln(1 + z) = int_0^inf (1 - exp(-z s)) exp(-s) / s ds (Frullani).

@@ -1,7 +1,7 @@
 """Table 1 of the paper (Corollary 3.4), as exponents of d and epsilon: exact, readable and evaluated.
 
-Orders of magnitude with every constant 1 and logarithms left out. `improvement` follows from the communication
-columns; `printed` is what the paper prints there.
+Orders of magnitude: every constant is 1 and logarithms are omitted. `improvement` is computed from the communication
+columns; `printed` is the paper's entry.
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ Powers = tuple[Fraction, Fraction]  # of d and of epsilon
 
 @dataclass(frozen=True)
 class Order:
-    """The sum, or the least, of monomials d^a epsilon^b."""
+    """The sum, or with `least` the minimum, of monomials d^a epsilon^b."""
 
     terms: frozenset[Powers]
     least: bool = False
@@ -28,7 +28,7 @@ class Order:
         return f"min({', '.join(terms)})" if self.least and len(terms) > 1 else " + ".join(terms)
 
     def per(self, other: "Order") -> "Order":
-        """Return this monomial divided by a sum, up to a factor: the least of the quotients by its terms."""
+        """Return this monomial over the sum `other`, up to a factor: the minimum of its quotients by the terms."""
         ((a, b),) = self.terms
         return Order(frozenset((a - c, b - e) for c, e in other.terms), least=len(other.terms) > 1)
 
@@ -52,7 +52,7 @@ def _power(base: str, exponent: Fraction) -> str:
 class Row:
     """One line of Table 1."""
 
-    lipschitz: bool  # whether Assumption C holds
+    lipschitz: bool  # True: Assumption C holds
     compressor: str
     mu: Order | None  # None: a constant c > 0
     iterations: Order
@@ -94,7 +94,7 @@ class Row:
 
 
 def check_range(d: int, epsilon: float) -> None:
-    """Raise ValueError unless the formulas speak of this d and epsilon."""
+    """Raise ValueError if d or epsilon is outside the range of the formulas."""
     if d < 1:
         raise ValueError(f"d must be at least 1, got {d}")
     if not 0 < epsilon < 1:

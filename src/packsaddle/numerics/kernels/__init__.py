@@ -1,7 +1,7 @@
-"""Choice of the inner loops: compiled ones if possible, torch's otherwise.
+"""Lookup of compiled inner loops, with a fallback to PyTorch.
 
-On the CPU numba compiles them (the extra `packsaddle[fast]`), on CUDA Triton, which comes with torch there. Every
-caller has a twin of each loop in torch, with the same results, for where `kernel` returns None.
+Loops are compiled by numba on the CPU (the extra `packsaddle[fast]`), and by Triton on CUDA, where PyTorch includes it.
+Every caller has an equivalent PyTorch implementation for the case that `kernel` returns None.
 """
 
 import importlib
@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LARGE = 1 << 20  # coordinates from which it matters
+_LARGE = 1 << 20  # vector length from which missing loops cause a warning
 _DTYPES = (torch.float32, torch.float64)
-_COMPILERS = {  # of a device, with the modules of their loops
+_COMPILERS = {  # by device type: the compiler's package, and the modules with its loops
     "cpu": ("numba", ("numba_loops", "numba_random", "numba_codes", "numba_levels")),
     "cuda": ("triton", ("triton_loops",)),
 }
 
 
 class SlowKernelsWarning(UserWarning):
-    """Large vectors are compressed by torch alone because numba is not installed, or cannot work here."""
+    """Warning that compiled loops are unavailable (numba is missing or fails), so large vectors use slower code."""
 
 
 def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> Callable[..., Any] | None:
-    """Return the compiled loop of this name for these vectors (for none: on `device`), or None if there is none.
+    """Return the compiled loop `name` for the device of these vectors (without vectors: `device`), or None.
 
-    Vectors must lie on one device, be of stride 1, in single or double precision, and not require a gradient.
+    None also unless all vectors are on one device, have stride 1, are float32 or float64, and do not require gradients.
     """
     if any(v.dtype not in _DTYPES or v.stride() != (1,) or v.requires_grad for v in vectors):
         return None
@@ -44,19 +44,19 @@ def kernel(name: str, *vectors: Tensor, device: torch.device | str = "cpu") -> C
 
 
 def compiler(device: torch.device | str) -> str:
-    """Return what compiles loops for a device: "numba", "triton", or "torch" where nothing does."""
+    """Return the compiler of loops for a device: "numba", "triton", or "torch" if there is none."""
     where = torch.device(device).type
     return _COMPILERS[where][0] if _load(where)[0] else "torch"
 
 
 def obstacle(device: torch.device | str) -> str:
-    """Return why nothing compiles loops for a device; "" if something does."""
+    """Return the reason that a device has no compiled loops; "" if it has."""
     return _load(torch.device(device).type)[1]
 
 
 @cache
 def _load(where: str) -> tuple[dict[str, Any], str]:
-    """Return the compiled loops by name, or none and the reason."""
+    """Return (compiled loops by name, ""), or ({}, reason) if there are none."""
     if os.environ.get("PACKSADDLE_KERNELS") == "torch":
         return {}, "PACKSADDLE_KERNELS=torch asks for torch alone"
     if where not in _COMPILERS:
@@ -64,17 +64,17 @@ def _load(where: str) -> tuple[dict[str, Any], str]:
     needed, modules = _COMPILERS[where]
     if importlib.util.find_spec(needed) is None:
         return {}, f"{needed} is not installed"
-    try:  # not at the top: numba takes a second to import
+    try:  # imported here because importing numba takes a second
         loops = [vars(importlib.import_module(f"{__name__}.{module}")).items() for module in modules]
         return {name: loop for found in loops for name, loop in found}, ""
-    except (ImportError, RuntimeError) as error:  # numba raises the latter where it may write no cache anywhere
+    except (ImportError, RuntimeError) as error:  # numba raises RuntimeError without a writable cache directory
         warnings.warn(f"{needed} cannot be used: {error}", SlowKernelsWarning, stacklevel=4)
         return {}, f"{needed} cannot be used: {error}"
 
 
 @cache
 def _announce() -> None:
-    """Warn once that numba is missing, unless torch was asked for."""
+    """Warn once that numba is missing, unless PACKSADDLE_KERNELS=torch."""
     if os.environ.get("PACKSADDLE_KERNELS") != "torch" and importlib.util.find_spec("numba") is None:
         warnings.warn(
             "numba is not installed, so large vectors are compressed by torch alone, some of them several times "

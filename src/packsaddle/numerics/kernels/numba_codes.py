@@ -1,4 +1,4 @@
-"""Compiled loops that pack and unpack: signs, levels and numbers of few bits, and gaps between indices."""
+"""Compiled loops that pack and unpack signs, quantizer levels, numbers of few bits, and gaps between indices."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from packsaddle.numerics.kernels.numba_random import word
 
 
 def pack_signs(v: Tensor) -> Tensor:
-    """Return a bit for each coordinate, 1 where v >= 0, uint8[ceil(d / 8)], most significant bit first."""
+    """Return one bit per coordinate, 1 where v >= 0, uint8[ceil(d / 8)], most significant bit first."""
     out = torch.empty(-(-len(v) // 8), dtype=torch.uint8)
     a, o = v.numpy(), out.numpy()
     in_parts(len(v), 8, lambda start, stop: _pack_signs(a[start:stop], o[start // 8 :]))
@@ -43,7 +43,7 @@ def _pack_signs(v: Array, out: Array) -> None:
 
 
 def sum_of_magnitudes(v: Tensor) -> float:
-    """Return ||v||_1, summed in double precision."""
+    """Return ||v||_1, summed in float64."""
     a = v.numpy()
     return float(sum(in_parts(len(v), 1, lambda start, stop: _sum_of_magnitudes(a[start:stop]))))
 
@@ -57,7 +57,7 @@ def _sum_of_magnitudes(v: Array) -> float:
 
 
 def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
-    """Add +scale or -scale, float[], to each of out, float[n], as the bits from number `first` on say."""
+    """Add +scale (bit 1) or -scale (bit 0), float[], to out, float[n], by the n bits of `packed` from `first` on."""
     check_room("signs", packed, -(-(first + len(out)) // 8))
     p, o = packed.numpy(), out.numpy()
     s = scalar(float(scale), o)
@@ -69,7 +69,7 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
     head = min(len(out), -first % 8)
     full = (len(out) - head) // 8
     whole, body = packed[(first + head) >> 3 :][:full], out[head : head + 8 * full]
-    for j in range(len(whole)):  # over slices: numba then knows that no index is negative, and makes vector code
+    for j in range(len(whole)):  # over slices: without negative indices numba vectorizes
         for i in range(8):
             body[8 * j + i] += scale if (whole[j] >> (7 - i)) & 1 else -scale
     for i in range(len(out)):
@@ -78,8 +78,8 @@ def _add_signs(packed: Array, first: int, scale: float, out: Array) -> None:
 
 
 def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Return QSGD's codes, uint8[ceil(d bits / 8)], and each bucket's norm; bits at most 8. See
-    `compressors.quantized`."""
+    """Return QSGD's codes, uint8[ceil(d bits / 8)], and the norms of buckets, float[ceil(d / bucket)]; bits at most 8.
+    See `compressors.quantized`."""
     d = len(v)
     out = torch.empty(-(-d * bits // 8), dtype=torch.uint8)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype)
@@ -100,7 +100,7 @@ def _pack_levels(
     v: Array, bits_of_v: Array, mask: int, shape: Any, key: Any, offset: int, out: Array, norms: Array
 ) -> None:
     levels, bits, bucket = shape
-    # Loops run over slices: numba then knows that no index is negative, and makes vector code of them.
+    # Loops run over slices: numba then excludes negative indices, and vectorizes them.
     unit, codes = np.empty(bucket, v.dtype), np.zeros(8 * bucket, np.uint8)  # eight buckets end at a byte
     for group in range(0, len(v), 8 * bucket):
         held = v[group : group + 8 * bucket]
@@ -115,20 +115,20 @@ def _pack_levels(
 
 @compiled_loop
 def _levels_of(x: Array, bits: Array, mask: int, unit: Array, top: float, key: Any, place: Any, codes: Array) -> Any:
-    """Write the codes of a bucket, whose first coordinate is number `place`, and return its norm."""
+    """Write the codes of the bucket that begins at index `place` of the vector, and return its norm."""
     first, second = key
     zero, one = x.dtype.type(0), x.dtype.type(1)
     most = bits.dtype.type(0)
-    for i in range(len(x)):  # as integers, magnitudes have an order that NaN is part of, and vector code
+    for i in range(len(x)):  # as integers: NaN is ordered, and the loop vectorizes
         most = max(most, bits[i] & mask)
     scratch = np.empty(1, bits.dtype)
     scratch[0] = most
     largest = scratch.view(x.dtype)[0]
-    # A non-finite bucket decodes to NaN: its levels are 0, its norm NaN.
+    # A non-finite bucket gets levels 0 and norm NaN, and so decodes to NaN.
     if not np.isfinite(largest):
         codes[:] = np.uint8(top)
         return x.dtype.type(np.nan)
-    # In units of the largest magnitude: squares neither over- nor underflow.
+    # Divide by the largest magnitude, so that squares neither overflow nor underflow.
     for i in range(len(x)):
         unit[i] = abs(x[i]) / (largest if largest > zero else one)
     norm = x.dtype.type(np.sqrt(_sum_of_squares(unit)))
@@ -162,9 +162,9 @@ def pack_codes(codes: Array, bits: int, out: Array) -> None:
 
 
 def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
-    """Add alpha (code - levels) norm to out, float[d], for the codes and norms of `pack_levels`.
+    """Add alpha * (code - levels) * norm to out, float[d], for the codes and norms of `pack_levels`.
 
-    Returns False if a code is above 2 levels.
+    Returns False if a code is above 2 * levels.
     """
     check_room("packed levels", packed, -(-len(out) * bits // 8))
     check_room("norms", norms, -(-len(out) // bucket))
@@ -182,7 +182,7 @@ def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tenso
 
 @compiled_loop
 def _add_levels(packed: Array, levels: int, bits: int, bucket: int, norms: Array, out: Array, alpha: float) -> Any:
-    """Return the largest code."""
+    """Add the decoded levels, and return the largest code."""
     codes, largest = np.empty(8 * bucket, np.uint8), np.uint8(0)
     for group in range(0, len(out), 8 * bucket):
         held = out[group : group + 8 * bucket]
@@ -210,7 +210,7 @@ def unpack_codes(packed: Array, bits: int, codes: Array) -> None:
 
 
 def pack_numbers(numbers: Tensor, width: int) -> Tensor:
-    """Pack int64[n] numbers below 2^width, width at most 56, most significant bit first, uint8[ceil(n width / 8)]."""
+    """Pack numbers below 2^width, int64[n], into uint8[ceil(n width / 8)], high bit first; width at most 56."""
     out = torch.empty(-(-len(numbers) * width // 8), dtype=torch.uint8)
     _pack_numbers(numbers.numpy(), width, out.numpy())
     return out
@@ -231,7 +231,7 @@ def _pack_numbers(numbers: Array, width: int, out: Array) -> None:
 
 
 def pack_gaps(index: Tensor, kept: int, size: int, b: int) -> Tensor:
-    """Code int64[k] indices by their gaps, `kept` after each multiple of `size`, uint8[...]. See `wire.pack_gaps`."""
+    """Encode the gaps of indices, int64[k], `kept` in each chunk of `size`, uint8[...]. See `wire.pack_gaps`."""
     k = len(index)
     unary = torch.zeros((k + (-(-k // kept) * size >> b)) // 8 + 1, dtype=torch.uint8)
     remainders = torch.empty(-(-k * b // 8), dtype=torch.uint8)
@@ -247,7 +247,7 @@ def _pack_gaps(index: Array, kept: int, size: int, b: int, unary: Array, remaind
     for i in range(len(index)):
         if i % kept == 0:
             last = np.int64(i // kept) * size - 1
-        # The quotient by 2^b in unary, zeros and a one; then its remainder, of b bits.
+        # The quotient by 2^b in unary, as zeros and a one; then the remainder in b bits.
         gap = np.uint64(index[i] - last - 1)
         last = index[i]
         bit += np.int64(gap >> np.uint64(b))
@@ -265,8 +265,8 @@ def _pack_gaps(index: Array, kept: int, size: int, b: int, unary: Array, remaind
 
 
 def unpack_gaps(packed: Tensor, k: int, kept: int, size: int, b: int) -> Tensor | None:
-    """Return the int64[k] indices that `pack_gaps` coded; None if others than k gaps are coded, or some lead beyond
-    their chunk. What the last chunk ends at is left to the caller."""
+    """Invert `pack_gaps`: return the indices, int64[k]; None unless exactly k gaps are coded and all indices are in
+    their chunks. The end of the last chunk is not checked."""
     out = torch.empty(k, dtype=torch.int64)
     split = len(packed) - -(-k * b // 8)
     if split < 0:
@@ -282,22 +282,22 @@ def _unpack_gaps(unary: Array, remainders: Array, kept: int, size: int, b: int, 
     for j in range(len(unary)):
         if m == len(out):
             return False
-        # The ones in this byte of quotients, each the end of one.
+        # The positions of the ones in this byte; each ends a quotient.
         byte = unary[j]
         found: Any = 0
-        for i in range(8):  # no branch to mispredict: where there is no one, what is written is written over
+        for i in range(8):  # branch-free: positions of zeros are overwritten
             ends[found] = 8 * j + i
             found += np.int64((byte >> (7 - i)) & 1)
         if found > len(out) - m:
             return False
-        # A remainder of b bits for each.
+        # The remainder of each, in b bits.
         for i in range(found):
             while held < b:
                 accumulator = (accumulator << np.uint64(8)) | np.uint64(remainders[place])
                 held += 8
                 place += 1
             held -= b
-            # A chunk's first gap begins at the chunk, which the chunk before must not have reached.
+            # A chunk's first gap is relative to its start, which the previous chunk must not have passed.
             if m % kept == 0:
                 before_chunk = np.int64(m // kept) * size - 1
                 if last > before_chunk:
@@ -312,7 +312,7 @@ def _unpack_gaps(unary: Array, remainders: Array, kept: int, size: int, b: int, 
 
 
 def unpack_numbers(packed: Tensor, width: int, n: int) -> Tensor:
-    """Return the int64[n] numbers that `pack_numbers` packed."""
+    """Invert `pack_numbers`: return n numbers, int64[n]."""
     check_room("packed numbers", packed, -(-n * width // 8))
     out = torch.empty(n, dtype=torch.int64)
     _unpack_numbers(packed.numpy(), width, out.numpy())

@@ -1,4 +1,4 @@
-"""Common parts of compiled loops: the compilation, and the division of a vector among threads."""
+"""Shared helpers of compiled loops: compiler options, threads, and checks."""
 
 import functools
 import os
@@ -13,21 +13,21 @@ from torch import Tensor
 
 Array = np.ndarray
 MAGNITUDE = {torch.float32: 0x7FFFFFFF, torch.float64: 0x7FFFFFFFFFFFFFFF}  # all bits but the sign
-BLOCK = 64  # elements that are looked at together
-WORTH_THREADS = 1 << 18  # elements of a part that are worth a thread
+BLOCK = 64  # elements per block of a selection
+WORTH_THREADS = 1 << 18  # minimum number of elements per thread
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 compiled_loop = numba.njit(nogil=True, cache=True, error_model="numpy")
 compiled_sum = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc"})  # sums in any order
-# Sums in any order, and a product and a sum rounded once, as torch's `add` with an alpha has it.
+# Sums in any order, and fused multiply-add, as torch.add with alpha.
 compiled_fma = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
 T = TypeVar("T")
 
 
 def in_parts(n: int, multiple: int, work: Callable[[int, int], T]) -> list[T]:
-    """Call work(start, stop) on parts of [0, n), begun at multiples of `multiple`, one for each of torch's threads.
+    """Call work(start, stop) in parallel on parts of [0, n) that start at multiples of `multiple`; return the results.
 
-    So the two never ask for more cores than torch was given.
+    There are at most torch.get_num_threads() parts.
     """
     parts = max(1, min(torch.get_num_threads(), n // WORTH_THREADS))
     if parts == 1:
@@ -45,17 +45,17 @@ os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive 
 
 
 def check_room(what: str, array: Tensor, least: int) -> None:
-    """Raise ValueError if an array has fewer than `least` elements, which a loop would read beyond its end."""
+    """Raise ValueError if `array` has fewer than `least` elements, to prevent out-of-bounds reads in a loop."""
     if len(array) < least:
         raise ValueError(f"{what} must have at least {least} elements, got {len(array)}")
 
 
 def scalar(value: float, like: Array) -> Any:
-    """Return a number in the precision of an array; infinite where it is too large for that, as in torch."""
+    """Return `value` in the dtype of an array; infinite if too large, as in PyTorch."""
     with np.errstate(over="ignore"):
         return like.dtype.type(value)
 
 
 def bits_of(v: Tensor) -> Array:
-    """The bits of floating v as signed integers: without the sign they are in the order of the magnitudes."""
+    """Return the bits of floating-point v as signed integers; without the sign bit they are ordered as magnitudes."""
     return v.detach().view(_INTEGER[v.dtype]).numpy()

@@ -1,4 +1,4 @@
-"""Compiled loops of levels in layers and in Rice codes; see `compressors.levels`, which has the same in torch."""
+"""Compiled entropy coding of levels, in layers and in Rice codes; `compressors.levels` has the PyTorch version."""
 
 from typing import Any, NamedTuple
 
@@ -9,20 +9,20 @@ from torch import Tensor
 from packsaddle.numerics.kernels.numba_codes import pack_codes, unpack_codes
 from packsaddle.numerics.kernels.numba_common import Array, check_room, compiled_loop, scalar
 
-Table = list[tuple[int, int, int, bool]]  # of each layer: members, how many are coded, the Rice parameter, inverted
-_GROUP = 4096  # coordinates that are looked at together, a multiple of 8
-_NEVER = 1 << 62
+Table = list[tuple[int, int, int, bool]]  # per layer: members, coded members, Rice parameter, inverted
+_GROUP = 4096  # coordinates processed at a time, a multiple of 8
+_NEVER = 1 << 62  # gap after the last coded member of a layer
 
 
 def count_levels(packed: Tensor, d: int, top: int, bits: int) -> list[int]:
-    """Return how many levels there are of each from -top to top."""
+    """Return the number of occurrences of each level from -top to top, for d levels packed as level + top."""
     counts = np.zeros(256, np.int64)
-    if 8 % bits == 0:  # whole codes in a byte
+    if 8 % bits == 0:  # codes do not cross byte boundaries
         of_bytes = np.zeros((4, 256), np.int64)
         _count_bytes(packed.numpy(), of_bytes)
         for shift in range(0, 8, bits):
             np.add.at(counts, (np.arange(256) >> shift) & ((1 << bits) - 1), of_bytes.sum(0))
-        counts[0] -= len(packed) * 8 // bits - d  # what fills the last byte
+        counts[0] -= len(packed) * 8 // bits - d  # padding of the last byte
     else:
         _count_codes(packed.numpy(), d, bits, counts)
     return [int(count) for count in counts[: 2 * top + 1]]
@@ -30,7 +30,7 @@ def count_levels(packed: Tensor, d: int, top: int, bits: int) -> list[int]:
 
 @compiled_loop
 def _count_bytes(values: Array, table: Array) -> None:
-    for i in range(0, len(values) // 4 * 4, 4):  # four tables, so that equal ones do not wait for each other's sum
+    for i in range(0, len(values) // 4 * 4, 4):  # four tables, so that increments for equal values are independent
         for j in range(4):
             table[j, values[i + j]] += 1
     for i in range(len(values) // 4 * 4, len(values)):
@@ -50,7 +50,7 @@ def _count_codes(packed: Array, d: int, bits: int, counts: Array) -> None:
 
 
 def code_levels(packed: Tensor, d: int, top: int, bits: int, layers: Table) -> tuple[list[Tensor], Tensor]:
-    """Return the gaps of each layer, uint8[...] each, and the signs of what is not 0."""
+    """Return the coded gaps of each layer, uint8[...] each, and the sign bits of the nonzero levels, uint8[...]."""
     table = np.array(layers, np.int64).reshape(-1, 4)
     unary_bytes = [(coded + (members >> b)) // 8 + 1 for members, coded, b, _ in layers]
     rest_bytes = [-(-coded * b // 8) for _, coded, b, _ in layers]
@@ -71,24 +71,24 @@ def _starts(lengths: list[int]) -> Array:
 
 
 class _Writer(NamedTuple):
-    """The gaps of all layers as far as they are written; in `used` and below a number for each.
+    """State of writing the coded gaps of all layers; the fields except `unary` and `rest` have one entry per layer.
 
-    Loops get a plain tuple of it: a call with a named one takes 20 microseconds more.
+    Passed to loops as a plain tuple: a call with a NamedTuple takes 20 microseconds more.
     """
 
-    unary: Array  # bits of quotients
-    used: Array  # the next bit
-    rest: Array  # bytes of remainders
-    place: Array  # the next byte
-    waiting: Array  # bits that do not fill a byte yet
-    held: Array  # their number
+    unary: Array  # quotients in unary, packed bits
+    used: Array  # next bit in `unary`
+    rest: Array  # remainders, packed bits
+    place: Array  # next byte in `rest`
+    waiting: Array  # remainder bits that do not fill a byte yet
+    held: Array  # number of these bits
 
 
 @compiled_loop
 def _code_levels(packed: Array, d: int, top: int, bits: int, table: Array, writer: Any, signs: Array) -> None:
     _, _, rest, place, waiting, held_bits = writer
     layers = len(table)
-    gaps = np.zeros(layers, np.int64)  # of each layer, since its last coded member
+    gaps = np.zeros(layers, np.int64)  # per layer, since its last coded member
     codes, coded, others = np.empty(_GROUP, np.uint8), np.empty(_GROUP + 1, np.int32), np.empty(_GROUP + 1, np.int32)
     last: Any = np.int64(-1)
     sign = 0
@@ -96,11 +96,11 @@ def _code_levels(packed: Array, d: int, top: int, bits: int, table: Array, write
         held = codes[: min(_GROUP, d - group)]
         unpack_codes(packed[group * bits // 8 :], bits, codes[: -(-len(held) // 8) * 8])
         m: Any = 0
-        for i in range(len(held)):  # no branch to mispredict: what is 0 is written over
+        for i in range(len(held)):  # branch-free: positions of zeros are overwritten
             coded[m] = i
             m += np.int64(held[i] != top)
         members = coded[:m]
-        # The first layer: gaps between levels that are not 0; inverted, between those that are.
+        # The first layer: gaps between nonzero levels or, inverted, between zeros.
         if table[0, 3]:
             zeros: Any = 0
             for i in range(len(held)):
@@ -121,7 +121,7 @@ def _code_levels(packed: Array, d: int, top: int, bits: int, table: Array, write
                     gaps[j] = 0
                 else:
                     gaps[j] += 1
-    # Zeros fill the last byte of remainders.
+    # Pad the last byte of remainders with zeros.
     for j in range(layers):
         if held_bits[j]:
             rest[place[j]] = np.uint8((waiting[j] << np.uint64(8 - held_bits[j])) & np.uint64(255))
@@ -129,8 +129,8 @@ def _code_levels(packed: Array, d: int, top: int, bits: int, table: Array, write
 
 @compiled_loop
 def _append_gaps(places: Array, group: int, last: int, b: int, writer: Any) -> Any:
-    """Append the gaps of the first layer between places of a group, and return the last one's number."""
-    # In local variables, which the loop keeps in registers, as it would not array elements.
+    """Append the gaps of the first layer between positions in a group, and return the last position in the vector."""
+    # Local variables, which stay in registers in the loop; array elements would not.
     unary, used, rest, place, waiting, held_bits = writer
     bit, at, accumulator, held = used[0], place[0], waiting[0], held_bits[0]
     mask = np.uint64((1 << b) - 1)
@@ -138,7 +138,7 @@ def _append_gaps(places: Array, group: int, last: int, b: int, writer: Any) -> A
     for i in range(len(places)):
         gap = np.uint64(places[i] - before - 1)
         before = places[i]
-        # The quotient by 2^b in unary, zeros and a one; then the remainder, of b bits.
+        # The quotient by 2^b in unary, as zeros and a one; then the remainder in b bits.
         bit += np.int64(gap >> np.uint64(b))
         unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
         bit += 1
@@ -168,27 +168,27 @@ def _append(j: int, gap: int, b: int, writer: Any) -> None:
 
 
 class _Reader(NamedTuple):
-    """The gaps of all layers as far as they are read; in `left`, `unary_at` and `rest_at` a number for each."""
+    """State of reading the coded gaps of all layers; the fields except `stream` have one entry per layer."""
 
-    stream: Array
-    left: Array  # gaps that are not read yet
-    unary_at: Array  # the next bit of quotients
-    rest_at: Array  # the next bit of remainders
+    stream: Array  # coded gaps of all layers, concatenated
+    left: Array  # number of unread gaps
+    unary_at: Array  # next bit of the quotients in `stream`
+    rest_at: Array  # next bit of the remainders in `stream`
 
 
 def add_coded_levels(
     layers: Table, bodies: list[Tensor], signs: Tensor, top: int, bucket: int, norms: Tensor, out: Tensor, alpha: float
 ) -> bool:
-    """Add alpha level norm to out, float[d], for what `code_levels` returned and a norm for each bucket.
+    """Add alpha * level * norm to out, float[d], for `bodies` and `signs` from `code_levels`; one norm per bucket.
 
-    There are at most `top` layers, and a body has its remainders at least. Returns False if a layer does not code its
-    number of members, or others.
+    Preconditions: at most `top` layers, each body at least as long as its remainders. Returns False if a body does not
+    encode exactly the coded members of its layer.
     """
     check_room("norms", norms, -(-len(out) // bucket))
     table = np.array(layers, np.int64).reshape(-1, 4)
     rest_bytes = [-(-coded * b // 8) for _, coded, b, _ in layers]
     unary_bytes = [len(body) - n for body, n in zip(bodies, rest_bytes, strict=True)]
-    # A search for a one that leads beyond its body ends in ones behind all bodies, as many as there are codes.
+    # Padding with ones, as many as there are codes, stops searches for a one that run past the end of a body.
     codes = max((coded for _, coded, _, _ in layers), default=0)
     stream = torch.cat([*bodies, torch.full((codes // 8 + 2,), 255, dtype=torch.uint8)]).numpy()
     starts = _starts([len(body) for body in bodies])
@@ -215,7 +215,7 @@ def _add_coded_levels(
     last, pending, sign = np.int64(-1), 0, 0
     for group in range(0, d, size):
         n = min(size, d - group)
-        # The coded members of the first layer, up to one beyond this group.
+        # The coded members of the first layer, until one is beyond this group.
         while left[0] > 0 and (pending == 0 or hits[pending - 1] < group + n):
             byte = unary[byte_at]
             ones: Any = 0
@@ -239,7 +239,7 @@ def _add_coded_levels(
         inside = pending
         while inside > 0 and hits[inside - 1] >= group + n:
             inside -= 1
-        # Which are not 0.
+        # The positions of nonzero levels.
         if table[0, 3]:
             marks[:n] = 1
             for i in range(inside):
@@ -255,7 +255,7 @@ def _add_coded_levels(
         for i in range(inside, pending):
             hits[i - inside] = hits[i]
         pending -= inside
-        # Their levels.
+        # The levels at these positions.
         if sign + m > 8 * len(signs):
             return False
         codes[:n] = top
@@ -279,7 +279,7 @@ def _add_coded_levels(
             norm = norms[(group + start) // bucket]
             for i in range(len(x)):
                 x[i] += (alpha * out.dtype.type(np.int32(c[i]) - np.int32(top))) * norm  # in this order: no overflow
-    # All codes were found, lead to members of their layer, and end in the last byte of quotients, with zeros.
+    # Complete: all gaps were read, lead to members of their layer, and end in the last byte of quotients, zero-padded.
     unary_at[0] += before + 1
     complete = left[0] == 0 and pending == 0
     for j in range(layers):
@@ -291,7 +291,7 @@ def _add_coded_levels(
 
 @compiled_loop
 def _next_gap(j: int, b: int, reader: Any) -> Any:
-    """Read a layer's next gap, bit by bit; _NEVER after the last."""
+    """Read the next gap of layer j, bit by bit; _NEVER after the last."""
     stream, left, unary_at, rest_at = reader
     if left[j] == 0:
         return np.int64(_NEVER)
@@ -310,9 +310,9 @@ def _next_gap(j: int, b: int, reader: Any) -> Any:
 
 
 def rice_levels(packed: Tensor, d: int, top: int, bits: int, b: int, unary_bits: int) -> Tensor:
-    """Return the Rice codes of d levels, which `pack_levels` packed: quotients in unary, then remainders, uint8[...].
+    """Return the Rice codes of d levels packed by `pack_levels`: quotients in unary, then remainders, uint8[...].
 
-    `unary_bits` is the sum of all quotients, plus d.
+    `unary_bits` is the length of the unary part, the sum of all quotients plus d.
     """
     unary = torch.zeros(-(-unary_bits // 8), dtype=torch.uint8)
     rest = torch.empty(-(-d * b // 8), dtype=torch.uint8)
@@ -331,22 +331,22 @@ def _rice_levels(packed: Array, d: int, top: int, bits: int, b: int, unary: Arra
         unpack_codes(packed[group * bits // 8 :], bits, codes[:whole])
         for i in range(n):
             level = np.int32(codes[i]) - np.int32(top)
-            # 0, 1, -1, 2, -2, ... -> 0, 1, 2, 3, 4, ...: the quotient by 2^b in unary, zeros and a one.
+            # 0, 1, -1, 2, -2, ... -> 0, 1, 2, 3, 4, ...; the quotient by 2^b in unary, as zeros and a one.
             folded = 2 * level - 1 if level > 0 else -2 * level
             remainders[i] = np.uint8(folded & mask)
             bit += np.int64(folded >> b)
             unary[bit >> 3] |= np.uint8(128 >> (bit & 7))
             bit += 1
-        # Remainders of b bits. Groups end at a byte; zeros fill the last one.
+        # Remainders of b bits. Groups end at byte boundaries; the last byte is padded with zeros.
         remainders[n:whole] = 0
         if b:
             pack_codes(remainders[:whole], b, rest[group * b // 8 :])
 
 
 def add_rice_levels(body: Tensor, top: int, b: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
-    """Add alpha level norm to out, float[d], for what `rice_levels` returned and a norm for each bucket.
+    """Add alpha * level * norm to out, float[d], for `body` from `rice_levels`; one norm per bucket.
 
-    Returns False if others than d levels are coded, or if one is not from -top to top.
+    Returns False unless exactly d levels from -top to top are coded.
     """
     check_room("norms", norms, -(-len(out) // bucket))
     o = out.numpy()
@@ -361,8 +361,8 @@ def add_rice_levels(body: Tensor, top: int, b: int, bucket: int, norms: Tensor, 
 def _add_rice_levels(
     unary: Array, rest: Array, top: int, b: int, bucket: int, norms: Array, out: Array, alpha: float
 ) -> bool:
-    longest = np.int64((2 * top >> b) + 1)  # bits of a quotient
-    size = 8 * bucket * max(1, _GROUP // (8 * bucket))  # whole buckets, whose remainders end at a byte
+    longest = np.int64((2 * top >> b) + 1)  # maximum bits of a quotient
+    size = 8 * bucket * max(1, _GROUP // (8 * bucket))  # whole buckets, whose remainders end at a byte boundary
     remainders, quotients, levels = np.zeros(size, np.uint8), np.empty(size + 8, np.int32), np.empty(size, np.int32)
     ends = np.empty(9, np.int64)
     pending, byte_at, before = 0, 0, np.int64(-1)
@@ -376,7 +376,7 @@ def _add_rice_levels(
                 return False
             byte = unary[byte_at]
             ones: Any = 0
-            for i in range(8):  # no branch to mispredict: where there is no one, what is written is written over
+            for i in range(8):  # branch-free: positions of zeros are overwritten
                 ends[ones] = 8 * byte_at + i
                 ones += np.int64((byte >> (7 - i)) & 1)
             byte_at += 1

@@ -1,6 +1,6 @@
-"""Compiled loops of sparse vectors (cells of b coordinates, permutations, selection by magnitude) and of safe sums.
+"""Compiled loops for sparse vectors (cells of b coordinates, permutations, selection by magnitude) and checked sums.
 
-Each reads and writes memory once.
+Most read and write each element in memory once.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from packsaddle.numerics.kernels.numba_common import (
 
 
 def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
-    """Return v at the cells, float[m b], with zeros where the last cell of the grid is cut short."""
+    """Return the values of v at the cells, float[m b], zero-padded if the last cell of the grid is shorter."""
     out = torch.empty(cells.numel() * b, dtype=v.dtype)
     _gather_cells(v.numpy(), cells.numpy(), b, out.numpy())
     return out
@@ -35,7 +35,7 @@ def _gather_cells(v: Array, cells: Array, b: int, out: Array) -> None:
     d = len(v)
     for i in range(len(cells)):
         start = cells[i] * b
-        # Loops run over slices: numba then knows that no index is negative, and makes vector code of them.
+        # Loops run over slices: numba then excludes negative indices, and vectorizes them.
         source, target = v[start : min(d, start + b)], out[i * b : (i + 1) * b]
         for j in range(len(source)):
             target[j] = source[j]
@@ -43,7 +43,7 @@ def _gather_cells(v: Array, cells: Array, b: int, out: Array) -> None:
 
 
 def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
-    """Add alpha times values, float[m b], to out, float[d], at the cells."""
+    """Add alpha * values, float[m b], to out, float[d], at the cells, in place."""
     scale = scalar(alpha, out.numpy())
     _add_cells(out.numpy(), cells.numpy(), b, values.numpy(), scale)
 
@@ -60,7 +60,7 @@ def _add_cells(out: Array, cells: Array, b: int, values: Array, alpha: float) ->
 
 
 def feistel_sample(n: int, k: int, bits: int, keys: list[int]) -> Tensor:
-    """Return the permutation's values at 0..k-1, int64[k], before the rotation; the last key is not used."""
+    """Return the permutation of `seeds.sample_without_replacement` at 0..k-1, int64[k], before its rotation."""
     out = torch.empty(k, dtype=torch.int64)
     _feistel(out.numpy(), np.uint64(n), bits // 2, bits - bits // 2, np.array(keys[:-1], dtype=np.uint64))
     return out
@@ -91,7 +91,7 @@ def _round(half: np.uint64, key: np.uint64) -> np.uint64:
 
 
 def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
-    """Return the increasing indices, about `expected`, of the magnitudes that, as integers, reach a threshold."""
+    """Return the indices of magnitudes that, as integers, reach `threshold`, increasing int64[about `expected`]."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     limit = bits.dtype.type(threshold)
 
@@ -110,26 +110,26 @@ def reaching(v: Tensor, threshold: int, expected: int) -> Tensor:
 
 @compiled_loop
 def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
-    """Return how many reach the limit; they are all in `out` if BLOCK places are left over."""
+    """Write the indices that reach the limit to `out`, and return their number; complete if BLOCK places remain."""
     m: Any = 0
     full = len(bits) // BLOCK * BLOCK
-    # A block in which none reaches the limit, as in most, costs a count alone.
+    # Blocks without a hit, the majority, cost only a count.
     for s in range(0, full, BLOCK):
         block: Array = bits[s : s + BLOCK]
         c: Any = np.int32(0)
-        for i in range(BLOCK):  # vector code; most blocks have no hit
+        for i in range(BLOCK):  # vectorized
             c += np.int32((block[i] & mask) >= limit)
         if c > 0:
-            # Out of room: count on, so that the caller knows how much is needed.
+            # Without room left, only count, so that the caller can allocate enough.
             if m + BLOCK > len(out):
                 m += c
                 continue
             n: Any = m
-            for i in range(BLOCK):  # no branch to mispredict: what does not reach is written over
+            for i in range(BLOCK):  # branch-free: indices below the limit are overwritten
                 out[n] = offset + s + i
                 n += np.int64((block[i] & mask) >= limit)
             m = n
-    # The block that is cut short.
+    # The shorter last block.
     for i in range(full, len(bits)):
         if (bits[i] & mask) >= limit:
             if m < len(out):
@@ -139,8 +139,8 @@ def _select(bits: Array, limit: int, mask: int, offset: int, out: Array) -> Any:
 
 
 def largest_of_chunks(v: Tensor, chunk: int, kept: int, kept_of_last: int) -> Tensor:
-    """Return the `kept` largest magnitudes' indices of each chunk, and of one that is cut short `kept_of_last`'s,
-    increasing int64[...]; of equal ones the first."""
+    """Return the indices of the `kept` largest magnitudes of each chunk (`kept_of_last` of a shorter last chunk),
+    increasing int64[...]; the first among equal magnitudes."""
     d = len(v)
     out = torch.empty(d // chunk * kept + (kept_of_last if d % chunk else 0), dtype=torch.int64)
     bits, o = bits_of(v), out.numpy()
@@ -163,7 +163,7 @@ def _largest_of_chunks(
     for start in range(0, len(bits), chunk):
         block = bits[start : start + chunk]
         k = kept if len(block) == chunk else kept_of_last
-        # Somewhat less than what the chunk before reached; where too few do that, all are ranked.
+        # Candidates reach slightly less than the previous chunk's threshold; rank all if there are too few.
         m = _reached_places(block, mask, block.dtype.type(guess), found)
         if m < k:
             m = _reached_places(block, mask, block.dtype.type(0), found)
@@ -178,7 +178,7 @@ def _largest_of_chunks(
 
 @compiled_loop
 def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
-    """List where a limit is reached, and return how many there are; `found` has a place more, for what is not."""
+    """Write the indices that reach `limit` to `found`, one element longer than `bits`, and return their number."""
     m: Any = 0
     for i in range(len(bits)):
         found[m] = i
@@ -188,21 +188,21 @@ def _reached_places(bits: Array, mask: int, limit: Any, found: Array) -> Any:
 
 @compiled_loop
 def _least_of_largest(magnitudes: Array, k: int, step: int) -> Any:
-    """Return an integer that k magnitudes reach, or the k-th largest of equal ones, which more do.
+    """Return an integer that exactly k magnitudes reach or, if there is none because of ties, the k-th largest.
 
-    From the largest on downwards in growing steps, about half a power of two at first, then by bisection.
+    Searches from the largest magnitude down in growing steps, at first about a factor sqrt(2), then by bisection.
     """
     most = magnitudes.dtype.type(0)
     for i in range(len(magnitudes)):
         most = max(most, magnitudes[i])
     high = np.int64(most)
     low, reached = high, _count_reaching(magnitudes, most)
-    # Downwards until k or more reach `low`; fewer than k reach `high`, unless that is the largest.
+    # Decrease `low` until k or more reach it; fewer than k reach `high`, unless it is the largest.
     while reached < k:
         high, low = low, max(np.int64(0), low - step)
         step = min(2 * step, 1 << 61)
         reached = _count_reaching(magnitudes, magnitudes.dtype.type(low))
-    # Bisection keeps both, until exactly k reach `low` or it is the k-th largest.
+    # Bisect with these invariants, until exactly k reach `low` or it is the k-th largest.
     while reached > k and high - low > 1:
         middle = low + (high - low) // 2
         c = _count_reaching(magnitudes, magnitudes.dtype.type(middle))
@@ -223,7 +223,7 @@ def _count_reaching(magnitudes: Array, limit: Any) -> Any:
 
 @compiled_loop
 def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: int, out: Array) -> None:
-    """Write offset + found where the limit is reached; of those equal to it the first, so that there are k."""
+    """Write offset + found for magnitudes above the limit and the first equal to it, k in all."""
     equal: Any = k
     for i in range(len(magnitudes)):
         equal -= np.int64(magnitudes[i] > limit)
@@ -237,12 +237,12 @@ def _write_reached(magnitudes: Array, limit: Any, k: int, found: Array, offset: 
 
 
 def energy_histogram(v: Tensor, top: float, first_bits: int) -> tuple[Tensor, Tensor]:
-    """Return how many magnitudes, and how much of ||v / top||^2, have each first bits; int64 and float64."""
+    """Return the counts, int64[bins], and energies of v / top, float64[bins], of magnitudes by leading bits."""
     bits, mask = bits_of(v), MAGNITUDE[v.dtype]
     shift = 8 * v.element_size() - 1 - first_bits
 
     def part(start: int, stop: int) -> tuple[Array, Array]:
-        # Four tables, so that runs of one bin do not wait for each other's sum.
+        # Four tables, so that increments of the same bin are independent.
         counts, energy = np.zeros((4, 1 << first_bits), np.int64), np.zeros((4, 1 << first_bits))
         _histogram(v.numpy()[start:stop], bits[start:stop], bits.dtype.type(mask), shift, top, counts, energy)
         return counts.sum(0), energy.sum(0)
@@ -267,16 +267,15 @@ def _histogram(v: Array, bits: Array, mask: int, shift: int, top: float, counts:
 
 
 def add_finite(sums: Sequence[tuple[Tensor, Tensor, float]]) -> tuple[list[tuple[int, int, int]], float]:
-    """Add alpha more to out, in place, for every (out, more, alpha), both float[n], until a square is not finite.
+    """Add alpha * more to out, float[n], in place, for every (out, more, alpha), until a square is non-finite.
 
-    Returns the stretches that were added to, as numbers of the sum, start and stop, and the sum of the squares that
-    out and alpha more had there; infinite if a block was left out. All arrays are made before the first is touched:
-    little is left in a cache after that.
+    Returns the completed ranges as (index of the sum, start, stop), and the sum of the squares of out and alpha * more
+    there, infinite if stopped. All arrays are created before the first sum: the sums evict everything from the cache.
     """
     arrays = [(out.numpy(), more.numpy(), alpha) for out, more, alpha in sums]
     ready = [(out, more, scalar(alpha, out)) for out, more, alpha in arrays]
     added, total = [], 0.0
-    # Threads divide long vectors. The caller undoes every stretch in `added` if a square is non-finite.
+    # Long vectors are divided among threads. If a square is non-finite, the caller undoes all ranges in `added`.
     for i, (o, m, factor) in enumerate(ready):
         if len(o) < WORTH_THREADS:
             stop, squares = _add_finite(o, m, factor)
@@ -300,7 +299,7 @@ def _in_threads(out: Array, more: Array, factor: Any) -> list[tuple[int, int, fl
     return in_parts(len(out), _LINE, part)
 
 
-_LINE = 128  # elements: few enough for the next ones to be read from memory while these are added
+_LINE = 128  # elements per step, few enough that prefetching of the next overlaps with the addition
 
 
 @compiled_fma

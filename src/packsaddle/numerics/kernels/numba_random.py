@@ -1,4 +1,4 @@
-"""Random numbers as a function of a counter and keys; `numerics.seeds` has the same in torch."""
+"""Compiled counter-based random numbers; `numerics.seeds` has the PyTorch version and the definition."""
 
 from typing import Any
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 from packsaddle.numerics.kernels.numba_common import Array, compiled_loop, in_parts, scalar
 
-PAIRS = 1024  # made at once, whose scratch memory stays in the nearest cache
+PAIRS = 1024  # pairs of normal numbers generated at a time, whose scratch memory fits the L1 cache
 
 
 @compiled_loop
 def word(counter: Any, first: Any, second: Any) -> Any:
     """Return 32 random bits for a uint32 counter and uint32 keys.
 
-    Other modules compile it into their loops, and numba's cache on disk does not notice: delete it after a change.
+    After a change delete numba's disk cache: it does not recompile the loops in other modules that inline this one.
     """
     return mixed(np.uint32(mixed(np.uint32(np.uint32(counter * np.uint32(0x9E3779B1)) + first)) + second))
 
 
 @compiled_loop
 def mixed(h: Any) -> Any:
-    """Permute the 32-bit words; products and sums are taken modulo 2^32 one by one, since numba would widen them."""
+    """Apply a permutation of 32-bit words to h. Each operation is cast to uint32, since numba would widen it."""
     h = np.uint32(h ^ np.uint32(h >> np.uint32(16)))
     h = np.uint32(h * np.uint32(0x7FEB352D))
     h = np.uint32(h ^ np.uint32(h >> np.uint32(15)))
@@ -30,7 +30,7 @@ def mixed(h: Any) -> Any:
 
 
 def add_gaussians(out: Tensor, scale: float, keys: tuple[int, int, int], start: int) -> None:
-    """Add scale times numbers `start`, start + 1, ... of the sequence of `counter.gaussians` to out, float[n]."""
+    """Add scale times the normal numbers `start`, start + 1, ... of `keys` to out. See `seeds.add_gaussians`."""
     o, (first, second, third) = out.numpy(), (np.uint32(key) for key in keys)
     factor = scalar(scale, o)
     in_parts(len(out), 2 * PAIRS, lambda a, b: _add_gaussians(o[a:b], factor, first, second, third, start + a))
@@ -51,7 +51,7 @@ def _add_gaussians(out: Array, scale: Any, first: Any, second: Any, third: Any, 
 
 
 def add_cell_gaussians(out: Tensor, scales: Tensor, keys: tuple[int, int, int]) -> None:
-    """Add scales[i] times the numbers i b, ..., i b + b - 1 to those of out, float[m b], b a divisor of 2048."""
+    """Add scales[i] times the normal numbers i b, ..., i b + b - 1 to cell i of out, float[m b]; b divides 2048."""
     o, s, (first, second, third) = out.numpy(), scales.numpy(), (np.uint32(key) for key in keys)
     b = len(out) // max(1, len(scales))
     _add_cell_gaussians(o, s, b, first, second, third)
@@ -70,8 +70,8 @@ def _add_cell_gaussians(out: Array, scales: Array, b: int, first: Any, second: A
 
 @compiled_loop
 def _chunk(counter: Any, first: Any, second: Any, third: Any, scratch: Array) -> Array:
-    """Return the 2 PAIRS numbers of counters counter, counter + 1, ..., in scratch memory of three times as many."""
-    # Loops read from some arrays and write to others: vector code is made of them only where these do not overlap.
+    """Return the 2 PAIRS normal numbers of PAIRS counters from `counter` on, in `scratch`, float32[6 PAIRS]."""
+    # Each loop reads and writes disjoint arrays, without which it would not vectorize.
     uniform, angles = scratch[:PAIRS], scratch[PAIRS : 2 * PAIRS].view(np.uint32)
     mantissas, radii = scratch[2 * PAIRS : 3 * PAIRS], scratch[3 * PAIRS : 4 * PAIRS]
     numbers = scratch[4 * PAIRS :]
@@ -94,7 +94,7 @@ def _hash(start: Any, first: Any, second: Any, third: Any, u: Array, angles: Arr
 
 @compiled_loop
 def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Array) -> None:
-    """Points of circles: 30 bits for an angle of less than an eighth of a turn, one to mirror it, one to swap axes."""
+    """Write radii * (cos, sin): 30 bits for an angle within +-45 degrees, one to negate the cosine, one to swap."""
     one = np.float32(1)
     for i in range(len(angles)):
         a = angles[i]
@@ -111,7 +111,7 @@ def _multiply_directions(angles: Array, radii: Array, cosines: Array, sines: Arr
 
 @compiled_loop
 def _split(bits: Array, mantissas: Array, exponents: Array) -> None:
-    """Write the floats of these bits as mantissa, between sqrt(1/2) and sqrt(2), times 2^exponent."""
+    """Split floats, given by their bits, into mantissa in [sqrt(1/2), sqrt(2)) and exponent: mantissa 2^exponent."""
     for i in range(len(bits)):
         exponent = (bits[i] - np.int32(0x3F3504F3)) >> np.int32(23)
         mantissas[i] = bits[i] - (exponent << np.int32(23))
@@ -120,7 +120,7 @@ def _split(bits: Array, mantissas: Array, exponents: Array) -> None:
 
 @compiled_loop
 def _radii(mantissas: Array, exponents: Array) -> None:
-    """Turn exponents into sqrt(-2 log u) for the u that was split; the logarithm as in musl's logf."""
+    """Replace exponents by sqrt(-2 log u) for u = mantissa 2^exponent; the logarithm is that of musl's logf."""
     one, two, half = np.float32(1), np.float32(2), np.float32(0.5)
     for i in range(len(mantissas)):
         f = mantissas[i] - one

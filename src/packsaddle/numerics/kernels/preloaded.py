@@ -1,6 +1,6 @@
-"""To be imported by a server of processes, which are forks of it: compiled loops, ready for their first call.
+"""Preload module for a multiprocessing fork server: imports and initializes numba once for all forked processes.
 
-To import numba takes a process half a second, and what numba loads at the first call of any loop as long again.
+Importing numba takes half a second, and its initialization at the first call of a loop as long again.
 """
 
 import os
@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 
 if os.environ.get("PACKSADDLE_KERNELS") != "torch":
-    with suppress(ImportError, RuntimeError):  # where numba is missing, or may write no cache
+    with suppress(ImportError, RuntimeError):  # numba is missing, or has no writable cache directory
         from packsaddle.numerics.kernels import numba_random
 
         numba_random.add_gaussians(torch.zeros(1), 1.0, (0, 0, 0), 0)

@@ -1,6 +1,6 @@
-"""The same loops for CUDA, in Triton: one kernel each, queued on the present stream, and nothing that waits for them.
+"""Triton versions of the loops for CUDA, launched on the current stream without synchronization.
 
-Choosing by magnitude is left to torch, whose topk is a radix select. With TRITON_INTERPRET=1 they run on CPU tensors.
+Selection by magnitude has none: torch.topk is a radix select. With TRITON_INTERPRET=1 the loops run on CPU tensors.
 """
 
 from typing import Any
@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_AT_ONCE = 1024  # elements of a program
+_AT_ONCE = 1024  # elements per program
 _PAIRS = 1024  # as in `numerics.seeds`
-_BYTES = 128  # packed bytes, or groups of eight codes, of a program
+_BYTES = 128  # packed bytes, or groups of eight codes, per program
 
 
 @triton.jit
@@ -25,10 +25,10 @@ def _mixed(h):  # type: ignore[no-untyped-def]
 
 
 def add_gaussians(out: Tensor, scale: float, keys: tuple[int, int, int], start: int) -> None:
-    """Add scale times numbers `start`, start + 1, ... of the sequence of `counter.gaussians` to out, float[n]."""
+    """Add scale times the normal numbers `start`, start + 1, ... of `keys` to out. See `seeds.add_gaussians`."""
     first = start // (2 * _PAIRS)
     chunks = -(-(start + len(out)) // (2 * _PAIRS)) - first
-    words = [key - (1 << 32) if key >= 1 << 31 else key for key in keys]  # as the int32 that a kernel takes
+    words = [key - (1 << 32) if key >= 1 << 31 else key for key in keys]  # reinterpret as int32
     _launch(_gaussians, chunks, out, len(out), scale, *words, first, start, PAIRS=_PAIRS)
 
 
@@ -57,7 +57,7 @@ def _add(out, place, values, n):  # type: ignore[no-untyped-def]
 
 
 def gather_cells(v: Tensor, cells: Tensor, b: int) -> Tensor:
-    """Return v at the cells, float[m b], with zeros where the last cell of the grid is cut short."""
+    """Return the values of v at the cells, float[m b], zero-padded if the last cell of the grid is shorter."""
     out = torch.empty(len(cells) * b, dtype=v.dtype, device=v.device)
     _launch(_gather, -(-len(out) // _AT_ONCE), v, cells, out, b, len(v), len(out), SIZE=_AT_ONCE)
     return out
@@ -71,7 +71,7 @@ def _gather(v, cells, out, b, d, n, SIZE: tl.constexpr):  # type: ignore[no-unty
 
 
 def add_cells(out: Tensor, cells: Tensor, b: int, values: Tensor, alpha: float) -> None:
-    """Add alpha times values, float[m b], to out, float[d], at the cells, which are distinct."""
+    """Add alpha * values, float[m b], to out, float[d], at the cells, in place. Cells must be distinct."""
     _launch(
         _add_to_cells, -(-len(values) // _AT_ONCE), out, cells, values, alpha, b, len(out), len(values), SIZE=_AT_ONCE
     )
@@ -87,7 +87,7 @@ def _add_to_cells(out, cells, values, alpha, b, d, n, SIZE: tl.constexpr):  # ty
 
 
 def pack_signs(v: Tensor) -> Tensor:
-    """Return a bit for each coordinate, 1 where v >= 0, uint8[ceil(d / 8)], most significant bit first."""
+    """Return one bit per coordinate, 1 where v >= 0, uint8[ceil(d / 8)], most significant bit first."""
     out = torch.empty(-(-len(v) // 8), dtype=torch.uint8, device=v.device)
     _launch(_pack_signs, -(-len(out) // _BYTES), v, out, len(v), len(out), SIZE=_BYTES)
     return out
@@ -102,7 +102,7 @@ def _pack_signs(v, out, d, n, SIZE: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 def add_signs(packed: Tensor, first: int, scale: Tensor, out: Tensor) -> None:
-    """Add +scale or -scale, float[], to each of out, float[n], as the bits from number `first` on say."""
+    """Add +scale (bit 1) or -scale (bit 0), float[], to out, float[n], by the n bits of `packed` from `first` on."""
     _launch(_add_signs, -(-len(out) // _AT_ONCE), packed, first, scale, out, len(out), SIZE=_AT_ONCE)
 
 
@@ -115,8 +115,8 @@ def _add_signs(packed, first, scale, out, n, SIZE: tl.constexpr):  # type: ignor
 
 
 def pack_levels(v: Tensor, levels: int, bits: int, bucket: int, keys: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """Return QSGD's codes, uint8[ceil(d bits / 8)], and each bucket's norm; bits at most 8. See
-    `compressors.quantized`."""
+    """Return QSGD's codes, uint8[ceil(d bits / 8)], and the norms of buckets, float[ceil(d / bucket)]; bits at most 8.
+    See `compressors.quantized`."""
     d = len(v)
     norms = torch.empty(-(-d // bucket), dtype=v.dtype, device=v.device)
     codes = torch.zeros(-(-d // 8) * 8, dtype=torch.uint8, device=v.device)
@@ -158,9 +158,9 @@ def _pack_codes(codes, out, groups, n, BITS: tl.constexpr, SIZE: tl.constexpr): 
 
 
 def add_levels(packed: Tensor, levels: int, bits: int, bucket: int, norms: Tensor, out: Tensor, alpha: float) -> bool:
-    """Add alpha (code - levels) norm to out, float[d], for the codes and norms of `pack_levels`.
+    """Add alpha * (code - levels) * norm to out, float[d], for the codes and norms of `pack_levels`.
 
-    Returns True: to find a code above 2 levels the device would have to be waited for. It adds at most twice a level.
+    Always returns True: checking for codes above 2 * levels would synchronize. Invalid codes decode below 3 * levels.
     """
     programs, sizes = -(-len(out) // _AT_ONCE), (len(out), len(packed))
     _launch(_add_levels, programs, packed, norms, out, alpha, levels, bucket, *sizes, BITS=bits, SIZE=_AT_ONCE)

@@ -1,4 +1,4 @@
-"""Run folders to tables, figures and one self-contained HTML page. Reads files only; knows no algorithm."""
+"""Reports on runs: tables, figures and a self-contained HTML page, made from run folders only."""
 
 import csv
 from collections.abc import Sequence
@@ -33,11 +33,10 @@ __all__ = [
 
 
 def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) -> Path:
-    """Write index.html, figure.png, figure.svg, table.csv (of runs), settings.csv and curves.csv into a new folder,
-    and return the page's path.
+    """Write index.html, figure.png, figure.svg, table.csv (of runs), settings.csv and curves.csv to a new folder.
 
-    Raises ConfigError if the folder exists, unless `overwrite`; MissingExtraError without the plot extra;
-    ConfigError also where the disk is full.
+    Returns the path of index.html. Raises ConfigError if the folder exists, unless `overwrite`, or if it cannot be
+    written; MissingExtraError without the plot extra.
     """
     found = settings(runs)
     curves = [curve(setting) for setting in found]
@@ -54,7 +53,7 @@ def write_report(runs: Sequence[Run], folder: Path, *, overwrite: bool = False) 
 
 
 def _flat(r: SettingRow) -> dict[str, Any]:
-    """Return a setting's columns: of an estimate its mean and the ends of its interval."""
+    """Return the CSV columns of a setting; each estimate becomes its mean and the ends of its interval."""
     found = {name: value for name, value in vars(r).items() if name != "estimates"}
     for name, e in r.estimates.items():
         ends = (None, None, None) if e is None else (e.mean, e.low, e.high)

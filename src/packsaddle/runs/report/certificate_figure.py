@@ -1,12 +1,12 @@
-"""The picture of a certificate: the loss along the extreme directions, and the spectrum of the Hessian."""
+"""The figure of a certificate: the loss along the extreme directions, and the spectrum of the Hessian."""
 
 from typing import Any
 
 from packsaddle.errors import require
 from packsaddle.runs.report.figures import COLOURS, STYLE
 
-_LEAST_SHARE = 1e-9  # of a random direction, on the logarithmic axis
-_LEAST_DENSITY = 1e-6  # of the highest
+_LEAST_SHARE = 1e-9  # lower end of the logarithmic axis of shares
+_LEAST_DENSITY = 1e-6  # lower end of the axis of densities, relative to the maximum
 
 
 def draw_certificate(
@@ -17,15 +17,15 @@ def draw_certificate(
 ) -> Any:
     """Return a figure of a certificate (`Certificate.to_dict`).
 
-    Panels: the loss along the escape direction (`distances`, `losses`, and of how many `examples`), the same along the
-    sharpest direction where it is known, and the spectrum: Ritz values, or the density of all eigenvalues where
-    `spectrum` has it (the fields of a `SpectralDensity`), with the bounds on the extreme eigenvalues.
+    Panels: the loss along the `escape` direction and, if given, the `sharpest` direction (fields of a `Profile`); the
+    spectrum, with bounds on the extreme eigenvalues: Ritz values, or the density of all eigenvalues if `spectrum` is
+    given (fields of a `SpectralDensity`).
     """
     require("matplotlib", "plot", "drawing figures")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    random = len(certificate["ritz_values"]) == 1  # one product: v is the start, and the spectrum was not looked at
+    random = len(certificate["ritz_values"]) == 1  # one product: v is the start vector, and there is no spectrum
     panels = 1 + (sharpest is not None) + (spectrum is not None or not random)
 
     # Panels from the left: along v, along w, the spectrum.
@@ -63,14 +63,14 @@ def _draw_profile(
     part = "" if examples == certificate["examples"] else f" on {examples:,} of the examples"
     axis.plot(s, measured, color=COLOURS[1], label=f"measured{part}")
 
-    # f(x) + slope s + bend s^2 / 2, which gradient and curvature at x predict.
+    # The quadratic model f(x) + slope s + bend s^2 / 2.
     here = losses[len(losses) // 2]
     if slope is not None and bend is not None and here is not None:
         model = [here + slope * x + bend * x**2 / 2 for x in s]
         axis.plot(s, model, color="grey", linestyle="--", linewidth=1.2, label="gradient and curvature at x")
     low, high = min(finite), max(finite)
     room = 0.25 * (high - low) or abs(high) or 1.0
-    axis.set_ylim(low - room, high + room)  # the model may leave the picture
+    axis.set_ylim(low - room, high + room)  # the model may exceed the axes
     axis.axvline(0, color="grey", linewidth=0.8, linestyle=":")
     axis.locator_params(axis="x", nbins=6)
     axis.set_xlabel(f"distance s along {along}")
@@ -79,7 +79,7 @@ def _draw_profile(
 
 
 def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
-    """Ritz values with the start's share along each, a spectral density: shares add up to 1."""
+    """Draw Ritz values and the start vector's squared components along them, which add up to 1: a spectral density."""
     values = certificate["ritz_values"]
     shares = [max(share, _LEAST_SHARE) for share in certificate["ritz_shares"]]
     axis.vlines(values, _LEAST_SHARE, shares, color=COLOURS[1], linewidth=1.8)
@@ -93,7 +93,7 @@ def _draw_ritz_values(axis: Any, certificate: dict[str, Any]) -> None:
 
 
 def _draw_density(axis: Any, certificate: dict[str, Any], spectrum: dict[str, Any]) -> None:
-    """The density of all eigenvalues, with its standard error over probes."""
+    """Draw the density of all eigenvalues, with its standard error over probes."""
     t, density, error = spectrum["values"], spectrum["density"], spectrum["error"]
     least = _LEAST_DENSITY * max(density)
     probes = len(spectrum["nodes"])
@@ -109,7 +109,7 @@ def _draw_density(axis: Any, certificate: dict[str, Any], spectrum: dict[str, An
 
 
 def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: float) -> None:
-    """The intervals of the extreme eigenvalues, as far as they are known, and the threshold of a saddle."""
+    """Draw the known bounds on the extreme eigenvalues, and the threshold of a saddle."""
     threshold = certificate["threshold"]
     for end, colour in (("min", COLOURS[5]), ("max", COLOURS[3])):
         low, high = certificate[f"lambda_{end}_lower"], certificate[f"lambda_{end}_upper"]
@@ -118,7 +118,7 @@ def _draw_bounds(axis: Any, certificate: dict[str, Any], least: float, largest: 
         elif end == "min":
             axis.axvline(high, color=colour, label="lambda_min is at most this")
     axis.axvline(threshold, color=COLOURS[2], linestyle="--", label="threshold of a saddle")
-    if max(largest - least, abs(threshold)) > 20 * abs(least):  # the interesting end would be a point
+    if max(largest - least, abs(threshold)) > 20 * abs(least):  # on a linear axis the smallest ones would be one point
         axis.set_xscale("symlog", linthresh=max(abs(least), abs(threshold)), linscale=0.5)
         axis.margins(x=0.08)
         axis.xaxis.get_major_locator().set_params(numticks=7)

@@ -1,10 +1,10 @@
-"""Curves over seeds as a table of plain numbers, small enough to keep: what figures are drawn from.
+"""The data of figures: curves over seeds, as small tables of numbers, with marks on them.
 
-Marks belong to the curves: certificates, the levels of plateaus, and losses that stand still. To find the last, a line
-is fitted to the last part of a run's training losses: its slope says how much they fell there, and their scatter how
-sure that is. A loss stands still if that fall is no more than twice its standard error, or negligible, and the
-standard error is small enough that a substantial fall would have shown. So noise can hide a standstill, but not
-simulate one. Losses alone cannot tell a plateau from a minimum.
+Marks are certificates, the levels of plateaus, and standstills of the loss. To find a standstill, a line is fitted to
+the last part of a run's training losses. It gives their fall over that part, and the fall's standard error. The loss
+stands still if the fall is at most twice its standard error, or negligible, and the standard error is small enough to
+detect a substantial fall. Noise can hide a standstill, but not simulate one. A plateau and a minimum cannot be
+distinguished by losses alone.
 """
 
 import csv
@@ -20,35 +20,35 @@ from packsaddle.messages import cell, read_cell
 from packsaddle.runs.report.settings import Axis, Setting, position
 from packsaddle.runs.run_folder import Run
 
-LEAST_LINES = 8  # of a window, which is cut into as many blocks
-LEAST_SHARE = 1 / 3  # of the run
-NEGLIGIBLE = 0.005  # a fall of so much of the loss over the window, or less
-SURE = 0.01  # the standard error of that fall, as a share of the loss, at most
+LEAST_LINES = 8  # minimum number of lines in a window, and its number of blocks
+LEAST_SHARE = 1 / 3  # minimum length of the window, as a fraction of the run
+NEGLIGIBLE = 0.005  # largest negligible fall over the window, as a fraction of the loss
+SURE = 0.01  # largest standard error of the fall, as a fraction of the loss
 
 
 @dataclass(frozen=True)
 class Standstill:
     """The last part of a run, in which its loss did not fall."""
 
-    since: int  # the step it began at
-    lines: int  # of metrics since then
-    level: float  # the mean loss from there on
-    fall: float  # along the line through it; negative: it rose
-    error: float  # the standard error of that
+    since: int  # step at which it begins
+    lines: int  # number of its lines of metrics
+    level: float  # its mean loss
+    fall: float  # fall of the fitted line; negative: rise
+    error: float  # standard error of the fall
 
 
 def standstill(metrics: Sequence[dict[str, Any]]) -> Standstill | None:
-    """Return since when the loss has stood still up to the end of a run's lines of metrics; None if it has not, or if
-    there are too few lines or too much scatter to say.
+    """Return the standstill at the end of a run's lines of metrics; None if the loss changes there, or if there are too
+    few lines or too much noise.
 
-    The window is the longest one that stands still, of at least a third of the lines and 8 of them. A line covers the
-    steps since the one before it, so the window begins there.
+    It is the longest window at the end in which the loss stands still, of at least 8 lines and a third of all. A line
+    averages the steps since the previous line, so the standstill begins at the step of the line before the window.
     """
     n = len(metrics)
     losses = [line["loss"] for line in metrics]
     first = next((i + 1 for i in reversed(range(n)) if not math.isfinite(losses[i])), 0)
     latest = n - max(LEAST_LINES, math.ceil(n * LEAST_SHARE))
-    if latest < first or not _level(*trend(losses[latest:])):  # it may be about to leave
+    if latest < first or not _level(*trend(losses[latest:])):  # the loss may be leaving a plateau
         return None
     for start in range(first, latest + 1):
         level, fall, error = trend(losses[start:])
@@ -58,13 +58,12 @@ def standstill(metrics: Sequence[dict[str, Any]]) -> Standstill | None:
 
 
 def trend(losses: Sequence[float]) -> tuple[float, float, float]:
-    """Return the mean of at least 8 losses, their fall from end to end along the least-squares line, and the standard
-    error of that.
+    """Return the mean of at least 8 losses, the fall of their least-squares line, and the fall's standard error.
 
-    The error is the larger of two: by the scatter of single losses about the line, as if they were independent, and by
-    that of the means of eight blocks, which is the larger one where neighbours are alike, as on a slow swing.
+    The standard error is the larger of two estimates: from the residuals of single losses, assumed independent, and
+    from those of the means of eight blocks, which is larger if neighboring losses are correlated.
     """
-    n, scale = len(losses), max(map(abs, losses)) or 1.0  # squares of large numbers overflow
+    n, scale = len(losses), max(map(abs, losses)) or 1.0  # scaled, since squares of large numbers overflow
     losses = [loss / scale for loss in losses]
     edges = [round(b * n / LEAST_LINES) for b in range(LEAST_LINES + 1)]
     blocks = [math.fsum(losses[a:b]) / (b - a) for a, b in pairwise(edges)]
@@ -78,7 +77,7 @@ def _level(level: float, fall: float, error: float) -> bool:
 
 
 def _line(y: Sequence[float]) -> tuple[float, float]:
-    """The slope of the least-squares line through y_0, y_1, ..., and its standard error."""
+    """Return the slope of the least-squares line through y_0, y_1, ..., and its standard error."""
     n = len(y)
     x0, y0 = (n - 1) / 2, math.fsum(y) / n
     spread = n * (n * n - 1) / 12
@@ -94,13 +93,13 @@ _PARTS = ("mean", "low", "high")
 
 @dataclass(frozen=True)
 class Curve:
-    """One setting's quantities along the axes; lists of one length, NaN where a quantity was not measured."""
+    """One setting's quantities along the axes: columns of equal length, NaN where a quantity was not measured."""
 
     setting: str
-    columns: dict[str, list[float]]  # the axes, seeds, and loss_mean, loss_low (10%), loss_high (90%), ...
+    columns: dict[str, list[float]]  # by name: the axes, seeds, and loss_mean, loss_low (10%), loss_high (90%), ...
 
     def along(self, axis: str, quantity: str) -> tuple[list[float], list[float], list[float], list[float]]:
-        """Return x, mean, 10% and 90% quantile where the quantity was measured."""
+        """Return x, mean, 10% and 90% quantile at the points where the quantity was measured."""
         c = self.columns
         rows = zip(c[axis], *(c[f"{quantity}_{part}"] for part in _PARTS), strict=True)
         kept = [row for row in rows if not math.isnan(row[1])]
@@ -109,7 +108,7 @@ class Curve:
 
 
 def curve(setting: Setting) -> Curve:
-    """Average a setting's metrics over its seeds, step by step; axes and `seeds` are of all that wrote the line."""
+    """Average a setting's metrics over its seeds, step by step; `seeds`: number of runs with a line at that step."""
     by_step: dict[int, list[dict[str, Any]]] = {}
     for run in setting.runs:
         for line in run.metrics:
@@ -134,7 +133,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _quantile(values: Sequence[float], q: float) -> float:
-    """numpy.quantile's answer, NaN where a value is not finite or there is none; much sooner for a few values."""
+    """Return numpy.quantile's result, faster for few values; NaN if a value is non-finite or there are none."""
     if not values or any(not math.isfinite(v) for v in values):
         return math.nan
     ordered, place = sorted(values), q * (len(values) - 1)
@@ -147,7 +146,7 @@ def _names() -> list[str]:
 
 
 def write_curves(curves: Sequence[Curve], path: Path) -> None:
-    """Write a CSV, a line per setting and step, to six digits; empty where nothing was measured."""
+    """Write a CSV file with one line per setting and step, to six digits; cells are empty where not measured."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["setting", *_names()])
@@ -161,7 +160,7 @@ def _text(value: float) -> str:
 
 
 def read_curves(path: Path) -> list[Curve]:
-    """Read what `write_curves` wrote. Raises ConfigError if it is not that."""
+    """Read a file of `write_curves`. Raises ConfigError if it is invalid."""
     found: dict[str, list[dict[str, Any]]] = {}
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -173,14 +172,14 @@ def read_curves(path: Path) -> list[Curve]:
 
 
 def _number(row: dict[str, Any], name: str) -> float:
-    """A number in a row; rounds are not in every file."""
+    """Return the number in a cell, NaN if empty; old files lack the column `rounds`."""
     text = row.get(name) if name == "rounds" else row[name]
     return float(text) if text else math.nan
 
 
 @dataclass(frozen=True)
 class Point:
-    """A certificate of a run, and where it lies along every axis."""
+    """A certificate of a run, with its position along every axis."""
 
     run: Run
     x: dict[str, float]
@@ -188,7 +187,7 @@ class Point:
 
     @property
     def looked(self) -> bool:
-        """True if curvature was looked at: not so if the gradient was too large."""
+        """True if curvature was measured; False if the gradient was too large."""
         return bool(self.certificate["verdict"] != "gradient too large")
 
 
@@ -203,8 +202,8 @@ def points(setting: Setting) -> list[Point]:
 
 
 def _place(run: Run, certificate: dict[str, Any]) -> dict[str, float]:
-    """Return the position of a certificate. Bytes and seconds are the last line's before it, else the first's: a
-    logarithmic axis has no zero."""
+    """Return the position of a certificate. Bytes and seconds are those of the last line of metrics before it, else of
+    the first line, since a logarithmic axis has no zero."""
     line = next((m for m in reversed(run.metrics) if m["step"] <= certificate["step"]), run.metrics[0])
     exact = {axis: float(certificate[axis]) for axis in ("step", "epoch")}
     return {axis: exact[axis] if axis in exact else position(line, axis) for axis in AXES}
@@ -212,15 +211,15 @@ def _place(run: Run, certificate: dict[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Still:
-    """The part of a run in which its loss stood still: from its first line to its last along every axis."""
+    """A standstill of a run's loss, with its position along every axis."""
 
     run: Run
-    x: dict[str, tuple[float, float]]
+    x: dict[str, tuple[float, float]]  # by axis: positions of its first and last line of metrics
     found: Standstill
 
 
 def stills(setting: Setting) -> list[Still]:
-    """Return where the losses of a setting's runs stood still up to their ends."""
+    """Return the standstills at the ends of a setting's runs."""
     marked = []
     for run in setting.runs:
         if (found := standstill(run.metrics)) is not None:
@@ -230,12 +229,12 @@ def stills(setting: Setting) -> list[Still]:
 
 
 def plateaus(settings: Sequence[Setting]) -> list[float]:
-    """Return the levels of the plateaus that configurations name."""
+    """Return the finite values of `plateau` in the configurations, sorted."""
     found = {s.config["plateau"] for s in settings if s.config.get("plateau") is not None}
     return sorted(level for level in found if math.isfinite(level))
 
 
 def smallest_threshold(settings: Sequence[Setting]) -> float:
-    """Return the start of the logarithmic part of the curvature's axis: a tenth of the smallest threshold."""
+    """Return the end of the linear part of the curvature's symlog axis: a tenth of the smallest threshold."""
     found = [-p.certificate["threshold"] for s in settings for p in points(s) if p.certificate.get("threshold")]
     return float(min((t for t in found if 0 < t < math.inf), default=1.0)) / 10

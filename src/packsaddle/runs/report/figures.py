@@ -1,4 +1,4 @@
-"""Pictures on paper: settings over seeds, against epochs and against bytes sent."""
+"""Static figures of settings: means over seeds against epochs and bytes sent."""
 
 import math
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "svg.hashsalt": "packsaddle",  # the same runs give the same file
+    "svg.hashsalt": "packsaddle",  # reproducible files
 }
 _NO_METADATA = {"Date": None, "Creator": None}
-# Okabe and Ito's palette, distinguishable by colour-blind readers; black first, for the baseline.
+# Okabe and Ito's palette for color-blind readers; black first, for the baseline.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
 QUANTITY_NAMES = {
     "loss": "training loss",
@@ -34,14 +34,14 @@ _COLUMNS: dict[Axis, str] = {"epoch": "epochs", "megabytes": "megabytes per work
 
 
 def line_style(i: int) -> dict[str, str]:
-    """The i-th setting's colour and dashes: beyond eight settings colours come again, in another line style."""
+    """Return color and line style of the i-th setting; after eight settings colors repeat in another line style."""
     return {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i // len(COLOURS) % 3]}
 
 
 def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
-    """Return a figure of settings and their curves: means over seeds, and bands between their 10% and 90% quantiles.
+    """Return a figure of settings and their curves: means over seeds, with bands from the 10% to the 90% quantile.
 
-    Columns: epochs and megabytes per worker. Rows: loss, gradient norm and, where measured, test loss, test accuracy
+    Columns: epochs and megabytes per worker. Rows: loss, gradient norm and, if measured, test loss, test accuracy
     and the bounds on the Hessian's smallest eigenvalue.
     """
     require("matplotlib", "plot", "drawing figures")
@@ -53,12 +53,12 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
     certified = any(points(setting) for setting in settings)
     rows = len(quantities) + certified
 
-    # A row for each quantity, and the certificates' bounds below them.
+    # One row per quantity, then the bounds of certificates.
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10.5, 3.2 * rows + 0.5), layout="constrained")
         axes = figure.subplots(rows, 2, sharex="col", sharey="row")
         for column, (along, name) in zip(axes.T, _COLUMNS.items(), strict=True):
-            for axis, quantity in zip(column, quantities, strict=False):  # the certificates' row is left
+            for axis, quantity in zip(column, quantities, strict=False):  # without the certificates' row
                 _draw_curves(axis, curves, along, quantity)
             for level in plateaus(settings):
                 column[0].axhline(level, color="grey", linewidth=1, linestyle=":")
@@ -67,7 +67,7 @@ def draw(settings: Sequence[Setting], curves: Sequence[Curve]) -> Any:
                 _draw_bounds(column[-1], settings, along)
             column[-1].set_xlabel(name)
 
-        # Names and scales, which the panels of a row or a column share; limits depend on the order.
+        # Names and scales, shared by rows and columns. Axis limits depend on this order of calls.
         for axis, quantity in zip(axes[:, 0], quantities, strict=False):
             axis.set_ylabel(QUANTITY_NAMES[quantity])
         if certified:
@@ -88,7 +88,7 @@ def _draw_curves(axes: Any, curves: Sequence[Curve], along: Axis, quantity: str)
 
 
 def _draw_stills(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
-    """A broad, pale bar where a run's loss stood still, at its level there."""
+    """Draw a broad, pale bar for each standstill of a loss, at its level."""
     for i, setting in enumerate(settings):
         for still in stills(setting):
             style = {"color": COLOURS[i % len(COLOURS)], "linewidth": 7, "alpha": 0.3, "solid_capstyle": "butt"}
@@ -96,17 +96,17 @@ def _draw_stills(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
 
 
 def _positive(*columns: Sequence[float]) -> bool:
-    """Tell if a logarithmic axis has data: a line that is positive and finite. It has none if all runs diverged."""
+    """Return True if a log axis has data: a row that is positive and finite in all columns (none if runs diverged)."""
     return any(all(0 < v < math.inf for v in line) for line in zip(*columns, strict=True))
 
 
 def _plain(label: str) -> str:
-    """A label that matplotlib shows as it is: neither as a formula nor, for its first "_", not at all."""
+    """Escape a label for matplotlib, which would read "$" as a formula and hide labels that start with "_"."""
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
 def _add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """As many columns as fit: some 130 letters in a line. matplotlib fills column by column."""
+    """Add a legend with the largest number of columns that fits into about 130 letters, filled column by column."""
 
     def letters(columns: int) -> int:
         height = -(-len(labels) // columns)
@@ -116,12 +116,12 @@ def _add_legend(figure: Any, handles: Sequence[Any], labels: Sequence[str]) -> N
     figure.legend(handles, labels, loc="outside upper center", ncols=columns)
 
 
-# What a certificate said, as a marker.
+# Markers by verdict.
 _MARKERS = {"saddle": "v", "second-order stationary": "o", "gradient too large": "x", "undecided": "."}
 
 
 def _draw_bounds(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
-    """A bar from the lower to the upper bound for every certificate, its verdict, and the threshold."""
+    """Draw a bar from the lower to the upper bound of every certificate, a marker for its verdict, the threshold."""
     for i, setting in enumerate(settings):
         colour, known = COLOURS[i % len(COLOURS)], points(setting)
         for run in setting.runs:
@@ -132,7 +132,7 @@ def _draw_bounds(axes: Any, settings: Sequence[Setting], along: Axis) -> None:
             c, x = p.certificate, p.x[along]
             if p.looked:
                 axes.vlines(x, c["lambda_min_lower"], c["lambda_min_upper"], colors=colour)
-            # Where curvature was not looked into, the mark lies on the threshold.
+            # Without curvature bounds, the marker is on the threshold.
             height = c["lambda_min_upper"] if p.looked else c["threshold"]
             axes.plot(x, height, _MARKERS[c["verdict"]], color=colour, markersize=7, label=c["verdict"])
 
@@ -147,8 +147,8 @@ def _name_bounds(axes: Any, settings: Sequence[Setting]) -> None:
 
 
 def save(figure: Any, folder: Path, name: str = "figure", dpi: int = 150, source: str | None = None) -> None:
-    """Write NAME.png and NAME.svg into a folder; `source`, if given, stands in both as their source."""
+    """Write NAME.png and NAME.svg to a folder, with `source`, if given, as metadata."""
     said = {"Source": source} if source else {}
     figure.savefig(folder / f"{name}.png", dpi=dpi, metadata=said)
-    figure.set_layout_engine("none")  # it is laid out, which takes as long as to draw it
+    figure.set_layout_engine("none")  # keep the layout; computing it takes as long as drawing
     figure.savefig(folder / f"{name}.svg", metadata={**_NO_METADATA, **said})

@@ -1,5 +1,5 @@
 "use strict";
-// Draws the charts that the JSON of the page describes. The controls act on all charts at once.
+// Draws the charts described in the page's JSON. The controls apply to all charts.
 
 const { axes, settings, charts } = JSON.parse(document.getElementById("data").textContent);
 const state = { x: "epoch", y: "auto", hidden: new Set() };
@@ -36,7 +36,7 @@ function lineTraces(chart, line) {
   return line.low ? [bandTrace(line, colour), mean] : [mean];
 }
 
-// Where the loss of a run stood still up to its end: a broad, pale bar at its level.
+// Standstill of a loss at the end of a run: a broad, pale bar at its level.
 function stillTrace(still) {
   const { name } = settings[still.setting];
   const text = `<b>${name}</b>, seed ${still.seed}<br>the loss has stood still since step ${still.since}<br>`
@@ -85,7 +85,7 @@ function pointTraces(chart, setting, points) {
   return [threshold, marks];
 }
 
-// Curvature has both signs and many magnitudes: unless asked for otherwise it is drawn as asinh(y / scale).
+// Curvature has both signs and many magnitudes: by default it is drawn as asinh(y / scale).
 const heightOf = (chart) => (y) => (y === null ? null : state.y === "linear" ? y : Math.asinh(y / chart.scale));
 
 function curvatureAxis(chart) {
@@ -133,7 +133,7 @@ function draw() {
   }
 }
 
-// Pictures have a title and a legend of their own, and what the chart is zoomed to.
+// Saved images have a title and a legend, and keep the chart's zoom.
 function savePicture(chart, format) {
   const now = plotOf(chart).layout;
   const page = layout(chart);
@@ -141,7 +141,7 @@ function savePicture(chart, format) {
   const own = { title: { text: chart.title }, showlegend: true, margin: { t: 50 }, legend: { orientation: "h", y: -0.18 } };
   const drawn = [...new Set(shown(chart.lines ?? chart.points).map((item) => item.setting))];
   const widest = Math.max(1, ...drawn.map((i) => settings[i].label.length));
-  const columns = Math.max(1, Math.floor(820 / (60 + 7 * widest))); // of the legend, as plotly will lay it out
+  const columns = Math.max(1, Math.floor(820 / (60 + 7 * widest))); // columns of plotly's legend
   const height = 520 + 20 * Math.ceil(drawn.length / columns);
   Plotly.downloadImage(
     { data: traces(chart), layout: { ...page, ...own } },
@@ -158,7 +158,7 @@ function saveNumbers(chart) {
       shown(chart.lines).flatMap((line) => lines(line).map((row) => [settings[line.setting].label, ...row])))
     : [["setting", "x", "low", "high", "threshold", "verdict", "seed"]].concat(shown(chart.points).map((p) =>
       [settings[p.setting].label, p[state.x], p.lower, p.upper, p.threshold, p.verdict, p.seed]));
-  // A text that a spreadsheet would run as a formula has an apostrophe before it, as in the CSV files of commands.
+  // Prefix texts that a spreadsheet would run as formulas with an apostrophe, as in the CSV files of commands.
   const plain = (cell) => (/^['=+\-@\t\r\n]/.test(cell) ? `'${cell}` : cell);
   const quoted = (cell) => `"${plain(String(cell ?? "")).replaceAll('"', '""')}"`;
   const text = rows.map((row) => row.map((c) => (typeof c === "number" ? c : quoted(c))).join(",")).join("\r\n");
@@ -183,7 +183,7 @@ const isolate = (i) => hide(all.filter((j) => j !== i));
 for (const box of boxes) {
   const i = Number(box.dataset.setting);
   box.addEventListener("change", () => hide(all.filter((j) => !boxes[j].checked)));
-  // The two clicks of a double click have undone each other.
+  // The two single clicks of a double click cancel out.
   box.closest("label").addEventListener("dblclick", () => isolate(i));
   box.closest("li").querySelector("button").addEventListener("click", () => isolate(i));
 }
@@ -191,7 +191,7 @@ document.getElementById("show-all").addEventListener("click", () => hide([]));
 for (const name of ["x", "y"]) {
   for (const radio of document.querySelectorAll(`input[name=${name}]`)) {
     radio.addEventListener("change", () => { state[name] = radio.value; draw(); });
-    if (radio.checked) state[name] = radio.value; // a browser may have kept it over a reload
+    if (radio.checked) state[name] = radio.value; // browsers may restore it after a reload
   }
 }
 for (const chart of charts) {

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of settings: interactive charts and tables. It asks the network for nothing."""
+"""A self-contained HTML page of settings: interactive charts and tables. It makes no network requests."""
 
 import base64
 import hashlib
@@ -27,7 +27,7 @@ from packsaddle.runs.report.figures import COLOURS, QUANTITY_NAMES, line_style
 from packsaddle.runs.report.settings import Setting
 from packsaddle.runs.run_folder import Run
 
-# Axis x of every chart: its name, and whether it is logarithmic, as compressed and dense runs are far apart in bytes.
+# x axis of every chart: title and scale. Megabytes are logarithmic, since compression changes them by orders.
 _AXES = {
     "epoch": {"title": "epochs", "log": False},
     "megabytes": {"title": "megabytes per worker", "log": True},
@@ -35,18 +35,18 @@ _AXES = {
     "seconds": {"title": "seconds", "log": False},
     "step": {"title": "steps", "log": False},
 }
-_DASHES = {"-": ("solid", ""), "--": ("dash", "6 4"), ":": ("dot", "2 3")}  # plotly's, SVG's
+_DASHES = {"-": ("solid", ""), "--": ("dash", "6 4"), ":": ("dot", "2 3")}  # matplotlib: (plotly, SVG)
 
 
 def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
-    """Return the page of settings and their curves. Raises MissingExtraError without the plot extra."""
+    """Return the HTML page of settings and their curves. Raises MissingExtraError without the plot extra."""
     jinja2 = require("jinja2", "plot", "writing the report")
     plotly = require("plotly.offline", "plot", "writing the report").get_plotlyjs()
     templates = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     runs = [run for setting in settings for run in setting.runs]
     data, script = charts_of(settings, curves), _read("page.js")
 
-    # One file: scripts are inside, and the page's policy allows them by their hashes.
+    # Scripts are inline; the page's content security policy allows them by their hashes.
     page: str = templates.from_string(_read("page.html.j2")).render(
         axes=data["axes"],
         charts=data["charts"],
@@ -66,7 +66,7 @@ def render(settings: Sequence[Setting], curves: Sequence[Curve]) -> str:
 
 
 def _pictures(run: Run) -> list[dict[str, str]]:
-    """The pictures that `packsaddle certify` has left in a run's folder."""
+    """Return name and base64 data of the PNG files that `packsaddle certify` wrote to a run's folder."""
     found = sorted(png for png in run.path.glob("certificate*/*.png") if (png.parent / "certificates.json").is_file())
     return [
         {
@@ -78,7 +78,7 @@ def _pictures(run: Run) -> list[dict[str, str]]:
 
 
 def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str, Any]:
-    """Return what the page's script draws: axes, settings and charts, with plain numbers."""
+    """Return the data of the page's script: axes, settings and charts, as plain numbers."""
     charts: list[dict[str, Any]] = []
     for quantity in QUANTITIES:
         lines = [line for i, c in enumerate(curves) if (line := _line(i, c, quantity))["step"]]
@@ -89,7 +89,7 @@ def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str,
             kind = {"id": quantity, "title": title, "log": log, "percent": quantity == "test_accuracy"}
             charts.append({**kind, "levels": levels, "lines": lines, "still": still})
 
-    # Certificates are points: they are not computed at every step.
+    # Certificates are drawn as points, since few steps have one.
     certified = [_mark(i, point) for i, setting in enumerate(settings) for point in points(setting)]
     if certified:
         title = "Bounds on the smallest eigenvalue of the Hessian"
@@ -103,14 +103,14 @@ def charts_of(settings: Sequence[Setting], curves: Sequence[Curve]) -> dict[str,
         }
         for i, setting in enumerate(settings)
     ]
-    # Rounds are steps, unless a run has local updates.
+    # Without local updates rounds equal steps: no axis of their own.
     has_rounds = any(setting.config.get("local") for setting in settings)
     axes = {name: axis for name, axis in _AXES.items() if name != "rounds" or has_rounds}
     return {"axes": axes, "settings": named, "charts": charts}
 
 
 def _line(i: int, c: Curve, quantity: str) -> dict[str, Any]:
-    """A setting's line: where its mean is known, and a band if there are several seeds."""
+    """Return a setting's line for a quantity: the points with a mean, and a band if there are several seeds."""
     columns = {name: c.columns[f"{quantity}_{name}"] for name in ("mean", "low", "high")}
     columns |= {name: c.columns[name] for name in (*AXES, "seeds")}
     kept = [k for k, mean in enumerate(columns["mean"]) if math.isfinite(mean)]
@@ -132,24 +132,24 @@ def _mark(i: int, point: Point) -> dict[str, Any]:
 
 
 def _bar(i: int, still: Still) -> dict[str, Any]:
-    """Return the part in which a run's loss stood still: both ends along every axis, the step and the level."""
+    """Return a standstill of a run's loss: both ends along every axis, its first step and level."""
     ends = {axis: [_short(x) for x in pair] for axis, pair in still.x.items()}
     identity = {"setting": i, "seed": still.run.config.get("seed", 0), "since": still.found.since}
     return {**identity, **ends, "level": _short(still.found.level)}
 
 
 def _short(value: float | None) -> float | None:
-    """Six digits, which charts do not tell from more; JSON has no infinity."""
+    """Round to six digits, enough for charts; None for non-finite values, which JSON cannot represent."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 
 def for_plotly(text: str) -> str:
-    """Escape a text for plotly, which reads a subset of HTML, links included, and formulas in labels."""
+    """Escape a text for plotly, which interprets a subset of HTML, with links, and formulas in labels."""
     return html.escape(text).replace("$", "&#36;")
 
 
 def for_script(data: Any) -> str:
-    """JSON that may stand in a <script> element, whatever the strings in it."""
+    """Serialize to JSON that is safe inside a <script> element, whatever strings it contains."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -157,7 +157,7 @@ def for_script(data: Any) -> str:
 
 
 def _described(i: int, setting: Setting) -> dict[str, Any]:
-    """Return the page's text on a setting."""
+    """Return the data of a setting for the page's template: label, style, configuration, environments, commands."""
     commands = [printable(str(c)) for run in setting.runs if (c := run.environment.get("command"))]
     environments = [{k: v for k, v in run.environment.items() if k != "command"} for run in setting.runs]
     return {
@@ -177,5 +177,5 @@ def _read(name: str) -> str:
 
 
 def _hash(script: str) -> str:
-    """A script's hash, by which the page allows it and no other to run."""
+    """Return the hash of a script for the page's content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

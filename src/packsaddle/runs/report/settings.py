@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, as one setting: means and confidence intervals over seeds."""
+"""Settings, groups of runs that differ only in their seed: means and confidence intervals over seeds."""
 
 import json
 import math
@@ -14,7 +14,7 @@ Axis = Literal["step", "epoch", "megabytes", "seconds", "rounds"]
 
 @dataclass(frozen=True)
 class Setting:
-    """Runs of one configuration, one per seed; the seed and who certifies are all that may differ."""
+    """Runs of one configuration, one per seed; they may differ only in `seed` and `certify`."""
 
     label: str
     runs: tuple[Run, ...]
@@ -31,7 +31,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with a 95% confidence interval (Student's t); without one if there is a single seed."""
+    """A mean over seeds with a 95% confidence interval (Student's t), or None for a single seed."""
 
     mean: float
     low: float | None
@@ -42,7 +42,7 @@ class Estimate:
 def settings(runs: Iterable[Run]) -> list[Setting]:
     """Group runs by configuration, in order of first appearance; equal labels of different settings are numbered.
 
-    A further run of one seed, or a copy of it, would make a mean seem surer than it is: it is of another setting.
+    Repeated runs of one seed go to separate settings, since duplicates would make intervals too narrow.
     """
     groups: dict[tuple[str, int], list[Run]] = {}
     times = Counter[tuple[str, int]]()
@@ -61,14 +61,14 @@ def settings(runs: Iterable[Run]) -> list[Setting]:
 
 
 def _identity(run: Run) -> str:
-    """Return the keys that are equal within a setting: all but the seed, and certificates, which change no iterate."""
+    """Return the configuration as JSON without `seed` and `certify` (which does not change iterates)."""
     return json.dumps({k: v for k, v in run.config.items() if k not in ("seed", "certify")}, sort_keys=True)
 
 
 def position(line: dict[str, Any], axis: Axis) -> float:
-    """Return a line's position on an axis; megabytes are those a worker sent (with one: of its messages).
+    """Return the position of a line of metrics on an axis; NaN if not recorded.
 
-    A position is NaN if it was not recorded.
+    Megabytes are those sent by a worker; with a single worker, those of its messages.
     """
     if axis == "megabytes":
         return float(line.get("sent") or line.get("payload") or 0) / 1e6
@@ -77,13 +77,13 @@ def position(line: dict[str, Any], axis: Axis) -> float:
 
 
 def estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """Return the mean and its confidence interval (none if a value diverged). Raises ValueError without values."""
+    """Return the mean and its confidence interval (None for one or non-finite values). Raises ValueError if empty."""
     if not values:
         raise ValueError("values must hold at least one number")
     mean = sum(values) / len(values)
     if len(values) == 1 or not math.isfinite(mean):
         return Estimate(mean, None, None, tuple(values))
-    from scipy import stats  # slow to import, and only intervals need it
+    from scipy import stats  # a slow import, needed for intervals only
 
     half = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values))
     return Estimate(mean, mean - half, mean + half, tuple(values))

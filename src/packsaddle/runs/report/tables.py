@@ -1,4 +1,4 @@
-"""Tables of runs and of settings: one row each, as numbers and as people read them."""
+"""Tables of runs and of settings, one row each: as numbers, and as formatted text."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ PLATEAU_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class Row:
-    """One run in the table; None is unknown or not applicable."""
+    """The row of one run; None: unknown or not applicable."""
 
     run: str
     final_loss: float | None  # mean training loss of the last epoch
@@ -22,26 +22,26 @@ class Row:
     test_accuracy: float | None
     plateau_epochs: float | None  # epochs spent on the plateau
     left_plateau: bool | None
-    still_since: int | None  # the step since which the loss has stood still, up to the end (see `standstill`)
-    megabytes: float  # sent per worker (with one worker: of its messages)
+    still_since: int | None  # first step of a standstill of the loss that lasts to the end (see `standstill`)
+    megabytes: float  # sent per worker; with one worker, of its messages
     compression: float | None  # bytes of uncompressed SGD's gradients over bytes of this run's messages
     seconds: float
 
 
 @dataclass(frozen=True)
 class SettingRow:
-    """One setting in the table: quantities over its seeds; None is unknown or not applicable."""
+    """The row of one setting: quantities over its seeds; None: unknown or not applicable."""
 
     setting: str
-    seeds: int
-    unfinished: int  # how many of them have not finished
-    on_plateau: int  # how many were still on the plateau at the end
-    still: int  # of how many the loss stood still at the end
-    estimates: dict[str, Estimate | None]  # by quantity, in the order of the table
+    seeds: int  # number of runs
+    unfinished: int  # number of unfinished runs
+    on_plateau: int  # number of runs on the plateau at the end
+    still: int  # number of runs with a standstill at the end
+    estimates: dict[str, Estimate | None]  # by quantity, in the order of the columns
 
 
 def row(run: Run) -> Row:
-    """Summarise a run, finished or not."""
+    """Summarize a run, finished or not."""
     last = run.metrics[-1] if run.metrics else {}
     summary = run.summary or {}
     spent, left = plateau(run.metrics, run.config.get("plateau"))
@@ -61,12 +61,12 @@ def row(run: Run) -> Row:
 
 
 def _latest(run: Run, quantity: str) -> float | None:
-    """The last one measured along a run."""
+    """Return the last value of a quantity in a run's metrics, or None."""
     return next((line[quantity] for line in reversed(run.metrics) if line.get(quantity) is not None), None)
 
 
 def setting_row(setting: Setting) -> SettingRow:
-    """Summarise a setting. A quantity is of the seeds that have it."""
+    """Summarize a setting. Each quantity is averaged over the runs that have it."""
     rows = [row(run) for run in setting.runs]
 
     def over(quantity: str) -> Estimate | None:
@@ -84,10 +84,10 @@ def setting_row(setting: Setting) -> SettingRow:
 
 
 def plateau(metrics: Sequence[dict[str, Any]], level: float | None) -> tuple[float | None, bool | None]:
-    """Return the epochs spent on a plateau, and whether it was left.
+    """Return the number of epochs on a plateau at loss `level`, and True if the run left it; None: not applicable.
 
-    It begins with the first line of metrics whose loss is at most 5% above `level` and ends with the first
-    later one whose loss is 5% below it; a run that does not leave it stays to its end.
+    The plateau begins with the first line of metrics whose loss is at most 5% above `level`. It ends with the first
+    later line more than 5% below `level`, or else with the run.
     """
     if level is None:
         return None, None
@@ -99,7 +99,7 @@ def plateau(metrics: Sequence[dict[str, Any]], level: float | None) -> tuple[flo
     return (after[-1]["epoch"] if left is None else left) - entered, left is not None
 
 
-# Quantities of a table: heading, and how a number of it is written.
+# Quantities in the tables: heading and number format.
 _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "final_loss": ("final loss", "{:.4f}".format),
     "test_loss": ("test loss", "{:.4f}".format),
@@ -110,19 +110,19 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "compression": ("compression", "{:,.1f}x".format),
     "seconds": ("seconds", "{:.1f}".format),
 }
-_OPTIONAL = {"test_accuracy", "still_since"}  # not every run has them: a column without a number is left out
+_OPTIONAL = {"test_accuracy", "still_since"}  # columns that are omitted if no run has a value
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table for people; the first column names the row."""
+    """A table of formatted text; the first column names the row."""
 
     headings: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
 def run_table(runs: Sequence[Run]) -> Table:
-    """Return the table of every single run."""
+    """Return the table of runs."""
     rows = [row(run) for run in runs]
     shown = _shown(map(vars, rows))
     return Table(
@@ -135,7 +135,7 @@ def run_table(runs: Sequence[Run]) -> Table:
 
 
 def setting_table(settings: Sequence[Setting]) -> Table:
-    """Return the table of settings: means over seeds, and 95% intervals where there are several."""
+    """Return the table of settings: means over seeds, with 95% intervals for several seeds."""
     rows = [setting_row(setting) for setting in settings]
     shown = _shown(r.estimates for r in rows)
     return Table(
@@ -152,13 +152,13 @@ def _seed(run: Run) -> str:
 
 
 def _shown(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the quantities that have a column."""
+    """Return the quantities to show as columns."""
     found = [*rows]
     return [n for n in _COLUMNS if n not in _OPTIONAL or any(r.get(n) is not None for r in found)]
 
 
 def _progress(r: SettingRow) -> str:
-    """Return what the name of a setting is followed by, on its seeds."""
+    """Return the suffix of a setting's name, such as " (1 of 3 unfinished)"; "" if there is none."""
     counts = {"unfinished": r.unfinished, "standing still": r.still}
     said = [what if n == r.seeds else f"{n} of {r.seeds} {what}" for what, n in counts.items() if n]
     return f" ({', '.join(said)})" if said else ""
@@ -183,7 +183,7 @@ def _interval(name: str, found: Estimate | None, r: SettingRow) -> str:
 
 
 def certificate_table(runs: Sequence[Run]) -> Table:
-    """Return the table of every certificate along the runs."""
+    """Return the table of all certificates along the runs."""
     return Table(
         ("run", "seed", "epoch", "verdict", "loss", "gradient norm", "smallest eigenvalue in", "threshold"),
         tuple((run.label, _seed(run), *_certificate_cells(c)) for run in runs for c in run.certificates),

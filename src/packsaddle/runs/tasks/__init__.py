@@ -1,4 +1,4 @@
-"""Data and networks of runs: images, text, their split over workers, models, batch normalisation."""
+"""Data and networks of runs: images, text, sharding over workers, models, batch normalization."""
 
 from packsaddle.runs.tasks.images import Dataset, Images, load_data, load_images
 from packsaddle.runs.tasks.models import Task, make_task, mnist_autoencoder, task_loss

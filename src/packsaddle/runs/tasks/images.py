@@ -1,4 +1,4 @@
-"""Images in memory, and the `Dataset` protocol that training and certificates ask of images and of text."""
+"""Images in memory, and the `Dataset` protocol of images and text, used by training and certification."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,24 +22,24 @@ class Dataset(Protocol):
 
     @property
     def shape(self) -> torch.Size:
-        """One input's shape."""
+        """Shape of one input."""
 
     @property
     def classes(self) -> int:
-        """The number of values that a target can have."""
+        """Number of values of a target."""
 
     def __len__(self) -> int: ...
 
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return the inputs and targets of the examples index, int64[b], on a device; real numbers as `dtype`."""
+        """Return inputs and targets of the examples `index`, int64[b], on `device`; floating-point ones as `dtype`."""
 
     def owners(self, workers: int) -> Tensor:
-        """Return which worker each example goes to, int64[n], where workers are to see different kinds."""
+        """Return the rank of the worker that owns each example, int64[n], with data.shard = "class"."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images and their classes; pixels are levels / full_scale, in [0, 1]."""
+    """Images with labels; pixels are levels / full_scale, in [0, 1]."""
 
     levels: Tensor  # uint8[n, channels, height, width]
     labels: Tensor  # int64[n]
@@ -51,24 +51,24 @@ class Images:
 
     @property
     def shape(self) -> torch.Size:
-        """An image's shape, [channels, height, width]."""
+        """Shape of an image, [channels, height, width]."""
         return self.levels.shape[1:]
 
     def owners(self, workers: int) -> Tensor:
-        """Worker c mod W gets class c: int64[n]."""
+        """Return the owner of each image, int64[n]: worker c mod W for class c."""
         return self.labels % workers
 
     def pixels(self, index: Tensor) -> Tensor:
-        """Return the chosen images, float32[b, channels, height, width] in [0, 1]."""
+        """Return the images `index`, int64[b], as float32[b, channels, height, width] in [0, 1]."""
         return self.levels[index].to(torch.float32).div_(self.full_scale)
 
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return the chosen images' pixels and labels on a device."""
+        """Return pixels and labels of the images `index`, int64[b], on a device."""
         return self.pixels(index).to(device, dtype), self.labels[index].to(device)
 
 
 def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Dataset:
-    """Load the training or test part of images or of a text. Raises ConfigError that names what is missing."""
+    """Load the training or test part of images or of a text. Raises ConfigError if data are missing or damaged."""
     try:
         if config.name == "text":
             return load_text(config, data_dir, train=train)
@@ -78,13 +78,13 @@ def load_data(config: DataConfig, data_dir: Path | None, *, train: bool, downloa
 
 
 def load_images(config: DataConfig, data_dir: Path | None, *, train: bool, download: bool = False) -> Images:
-    """Load the training or test part of a dataset. Raises ConfigError that names what is missing."""
+    """Load the training or test part of an image dataset. Raises ConfigError if data are missing or damaged."""
     images = _load(config.name, data_dir, train, download)
     if config.limit is None or not train:
         return images
     if config.limit > len(images):
         raise ConfigError(f"data.limit must be at most {len(images)} (the examples of {config.name})")
-    # At random, since image folders are sorted by class; the same for every seed of a run.
+    # A random choice, since image folders are sorted by class; it does not depend on the run's seed.
     chosen = torch.randperm(len(images), generator=generator(0, 0, Stream.SHARD))[: config.limit]
     return Images(images.levels[chosen], images.labels[chosen], images.full_scale, images.classes)
 
@@ -105,12 +105,12 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
         "cifar10": (vision.datasets.CIFAR10, data_dir / "cifar-10-batches-py"),
     }[name]
 
-    # Files that exist and cannot be read are damaged; others are missing.
+    # If reading fails, files that exist are damaged; else they are missing.
     there = place.exists()
     damaged = f"{name} in --data-dir {data_dir} is damaged; remove {place}, and --download fetches it again"
     try:
         dataset = reader(data_dir, train=train, download=download)
-    except Exception as error:  # a damaged file raises whatever its bytes lead to
+    except Exception as error:  # a damaged file can raise anything
         if there:
             raise ConfigError(damaged) from None
         if download:
@@ -118,7 +118,7 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
             raise ConfigError(f"{name} could not be downloaded to --data-dir {data_dir}: {reason}") from None
         raise ConfigError(f"{name} is not in --data-dir {data_dir}; --download fetches it there") from None
 
-    # Damage that the reader overlooks: no images, or labels that do not match them.
+    # Damage that the reader does not detect: no images, or labels that do not match them.
     levels, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     if len(levels) == 0 or len(levels) != len(labels) or not 0 <= int(labels.min()) <= int(labels.max()) < 10:
         raise ConfigError(damaged)
@@ -127,9 +127,9 @@ def _load(name: str, data_dir: Path | None, train: bool, download: bool) -> Imag
 
 
 def _digits(train: bool) -> Images:
-    """scikit-learn's 1,797 digits, 8 x 8 pixels of 17 levels; every sixth is a test digit.
+    """Load scikit-learn's 1,797 digits, 8 x 8 pixels with 17 levels; every sixth is a test digit.
 
-    Read from its file where that can be found, since importing scikit-learn costs every worker a second.
+    Read from scikit-learn's data file if found, since the import takes every worker a second.
     """
     library = find_spec("sklearn")
     file = Path(library.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if library else None
@@ -149,9 +149,9 @@ def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
         raise ConfigError(f"an image folder needs train/CLASS/* and test/CLASS/*, but {root} is not a folder")
     try:
         for path in root.iterdir():
-            path.stat()  # torchvision overlooks classes that are dangling links
+            path.stat()  # raises for dangling links, which torchvision ignores
         dataset = vision.datasets.ImageFolder(root, transform=vision.transforms.PILToTensor(), loader=_open_image)
-    except OSError as error:  # also torchvision's own, of a class without images
+    except OSError as error:  # torchvision raises FileNotFoundError for a class without images
         raise ConfigError(f"image folder {root}: {str(error).splitlines()[0]}") from None
     if dataset.classes != classes:
         difference = ", ".join(sorted(set(dataset.classes) ^ set(classes)))
@@ -159,7 +159,7 @@ def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
             f"train and test of image folder {data_dir} must have the same classes; only one has {difference}"
         )
 
-    # Training images decide the size of all.
+    # Test images must have the shape of the training images.
     first = None if part == "train" else _load("folder", data_dir, True, False).shape
     images: list[Tensor] = []
     for (path, _), index in zip(dataset.samples, range(len(dataset)), strict=True):
@@ -167,7 +167,7 @@ def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
             image = dataset[index][0]
         except ConfigError:
             raise
-        except Exception:  # a damaged file raises whatever its bytes lead to
+        except Exception:  # a damaged file can raise anything
             raise ConfigError(f"{path} cannot be read as an image") from None
         first = first or image.shape
         if image.shape != first:
@@ -177,7 +177,7 @@ def _folder(vision: ModuleType, data_dir: Path, part: str) -> Images:
 
 
 def _open_image(path: str) -> Any:
-    """An image of three channels, as torchvision opens it, but for pixels of more than 8 bits, which it would clip."""
+    """Open an image as RGB, like torchvision; raises ConfigError for more than 8 bits, which torchvision would clip."""
     from PIL import Image
 
     with open(path, "rb") as file, Image.open(file) as image:

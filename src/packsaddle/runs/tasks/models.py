@@ -1,9 +1,9 @@
 """The networks of the paper's experiments, small relatives of them, and a decoder-only transformer over characters.
 
-Batch normalisation among W workers: a worker that sees one class normalises by that class's own mean and variance,
-of which there is no such thing when testing: it trains and does not generalise. Statistics over all workers are those
-of one machine with the whole batch, and cost two small all-reduces a layer, which are counted. Group normalisation
-looks at one example at a time.
+Batch normalization with W workers: if each worker has examples of few classes, statistics per worker are those of its
+classes; they differ from the running statistics used in tests, so the network does not generalize. Statistics over all
+workers equal those of one machine with the whole batch, and cost two small all-reduces per layer, which are counted.
+Group normalization uses the statistics of single examples.
 """
 
 import itertools
@@ -24,11 +24,11 @@ _MOMENTUM, _EPS = 0.1, 1e-5
 
 
 class WorkerBatchNorm2d(nn.Module):
-    """Batch normalisation over each worker's batch ("worker") or all workers' ("all"); float[b, c, h, w] to the same.
+    """Batch normalization over each worker's batch ("worker") or all workers' ("all"); float[b, c, h, w] to the same.
 
-    The local batch holds `parts` workers' batches, one after the other (a fused simulation; else 1). The running
-    statistics are those of first and second moments, both linear in the batches, so that averaging them over workers
-    gives the moments of the mixture. Before training with "all", `connect` the workers.
+    The local batch is the concatenation of the batches of `parts` workers (1 except in a fused simulation). Running
+    statistics are first and second moments, both linear in the batches, so their averages over workers are the moments
+    of all batches together. Call `connect` before training with "all".
     """
 
     def __init__(self, channels: int, over: Literal["worker", "all"], parts: int = 1) -> None:
@@ -50,13 +50,13 @@ class WorkerBatchNorm2d(nn.Module):
         channel = self.channel
         if channel is not None and channel.group.size > self.parts:
             return self._exchanged(x, channel)
-        if channel is not None and self.parts > 1:  # all are here: what they would have exchanged is counted
+        if channel is not None and self.parts > 1:  # all workers are in this process: count their exchanges
             for _ in ("forward", "backward"):
                 channel.mean(x.new_zeros(2 * len(self.weight)), "batch norm")
         return self._local(x, self.weight, self.bias)
 
     def _apart(self, x: Tensor) -> Tensor:
-        """Each part by its own moments: parts become channels."""
+        """Normalize each worker's part by its own statistics, by folding workers into the channel dimension."""
         n, c, h, w = x.shape
         if self.parts == 1:
             return self._local(x, self.weight, self.bias)
@@ -68,13 +68,13 @@ class WorkerBatchNorm2d(nn.Module):
         mean, variance = torch.zeros_like(weight), torch.ones_like(weight)
         y = nn.functional.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=_EPS)
         count = x.numel() // x.shape[1]
-        # torch's running variance is unbiased; the moments are those that the batch was normalised by.
+        # torch's running variance is unbiased, but batches are normalized by the biased one.
         biased = variance * ((count - 1) / count)
         self._run(mean.detach(), (biased + mean.square()).detach())
         return y
 
     def _exchanged(self, x: Tensor, channel: Communicator) -> Tensor:
-        exact = x.to(self.weight.dtype)  # of 16-bit activations neither the moments nor their difference
+        exact = x.to(self.weight.dtype)  # moments and their difference need more than 16 bits
         local = torch.cat([exact.mean((0, 2, 3)), exact.square().mean((0, 2, 3))])
         mean, square = _mean_over_workers(local, channel).chunk(2)
         self._run(mean.detach(), square.detach())
@@ -93,8 +93,8 @@ def _normalise(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: 
 
 
 class _MeanOverWorkers(torch.autograd.Function):
-    """The mean over workers of a tensor. Of a mean of losses the derivative is, for each worker's part, the mean of
-    the workers' derivatives. Under `vmap` over workers (see `batched`) all their tensors are here."""
+    """Differentiable mean of a tensor over workers. The backward averages gradients over workers, since the total loss
+    is the mean of their losses. Under `vmap` over workers (see `batched`) all their tensors are in this process."""
 
     @staticmethod
     def forward(local: Tensor, channel: Communicator) -> Tensor:
@@ -119,14 +119,14 @@ def _mean_over_workers(local: Tensor, channel: Communicator) -> Tensor:
 
 
 def make_norm(channels: int, norm: Norm, parts: int) -> nn.Module:
-    """A normalisation of `channels` channels; groups have four channels, and there are at most 32 groups."""
+    """Make the normalization layer for `channels` channels; "group": groups of four channels, at most 32 groups."""
     if norm == "group":
         return nn.GroupNorm(max(1, min(32, channels // 4)), channels)
     return WorkerBatchNorm2d(channels, norm, parts)
 
 
 def connect(model: nn.Module, channel: Communicator) -> None:
-    """Let a model's normalisation over all workers find them."""
+    """Set the communicator of all `WorkerBatchNorm2d` layers of a model."""
     for module in model.modules():
         if isinstance(module, WorkerBatchNorm2d):
             module.channel = channel
@@ -134,7 +134,7 @@ def connect(model: nn.Module, channel: Communicator) -> None:
 
 @torch.no_grad()
 def average_buffers(model: nn.Module, channel: Communicator) -> None:
-    """Replace floating-point buffers (running statistics) by their means over workers; collective."""
+    """Replace floating-point buffers (running statistics) by their means over workers, in place; collective."""
     buffers = [b for b in model.buffers() if b.is_floating_point()]
     if buffers and channel.group.size > 1:
         mean = channel.mean(torch.cat([b.reshape(-1) for b in buffers]), "buffers")
@@ -143,7 +143,7 @@ def average_buffers(model: nn.Module, channel: Communicator) -> None:
 
 
 class Attention(nn.Module):
-    """Causal self-attention: position i of [b, length, width] sees positions 0 to i."""
+    """Causal self-attention: position i of [b, length, width] attends to positions 0 to i."""
 
     def __init__(self, width: int, heads: int, gain: float) -> None:
         super().__init__()
@@ -152,12 +152,12 @@ class Attention(nn.Module):
         self.outwards = linear(width, width, gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what each position reads, [b, length, width]."""
+        """Map [b, length, width] to the same."""
         query, key, value = (
             part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.inwards(x).chunk(3, 2)
         )
-        # Spelled out: the fused kernels of scaled_dot_product_attention have no second derivative, which
-        # certificates need; at 64 characters they would save a few percent of a step.
+        # The fused kernels of scaled_dot_product_attention have no second derivative, which certificates need; they
+        # would save a few percent of a step at 64 characters.
         scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
         later = torch.ones(scores.shape[2:], dtype=torch.bool, device=x.device).triu(1)
         read = scores.masked_fill(later, -math.inf).softmax(3) @ value
@@ -166,7 +166,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a GELU network of four times the width, each added to its input after a norm of it."""
+    """Pre-norm transformer block: attention, then an MLP with GELU and four times the width, each with a residual."""
 
     def __init__(self, width: int, heads: int, gain: float) -> None:
         super().__init__()
@@ -182,12 +182,12 @@ class Block(nn.Module):
 
 
 class CharTransformer(nn.Module):
-    """`depth` blocks between learned embeddings of characters and places, and logits of the next character.
+    """Decoder-only transformer: embeddings of characters and positions, `depth` blocks, logits of the next character.
 
-    Without dropout, so that the loss is a function of weights and batch alone; input and output embeddings are two
-    tensors, since CompressedSGD refuses parameters that share memory. It starts with small embeddings, whose gradients
-    the first norms then enlarge, as SGD of one step size for all needs; with residual branches that add up to about
-    the width of one; and with nearly even logits, so at a loss near log(classes).
+    Without dropout, so that the loss is a function of weights and batch only; without weight tying, since
+    CompressedSGD rejects parameters that share memory. Initial embeddings are small, so that the first layer norms
+    enlarge their gradients, as SGD with a single step size requires; residual branches are scaled by
+    1 / sqrt(2 depth); logits are nearly equal, so the initial loss is near log(classes).
     """
 
     def __init__(self, classes: int, context: int, *, width: int, depth: int, heads: int) -> None:
@@ -201,15 +201,15 @@ class CharTransformer(nn.Module):
         self.head = linear(width, classes, 0.1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Return the logits of every next character, [b, length, classes], from codes int64[b, length], length at
-        most the context."""
+        """Return the logits of the next character at every position, [b, length, classes], from codes
+        int64[b, length], length <= context."""
         places = self.places.weight[: codes.shape[1]]
         logits: Tensor = self.head(self.norm(self.blocks(self.characters(codes) + places)))
         return logits
 
 
 def linear(width_in: int, width_out: int, gain: float = 1.0) -> nn.Linear:
-    """A linear layer that starts without bias and turns inputs of variance 1 into outputs of deviation `gain`."""
+    """Make a linear layer with zero initial bias; inputs of variance 1 give outputs of standard deviation `gain`."""
     layer = nn.Linear(width_in, width_out)
     nn.init.normal_(layer.weight, std=gain / math.sqrt(width_in))
     nn.init.zeros_(layer.bias)
@@ -217,11 +217,11 @@ def linear(width_in: int, width_out: int, gain: float = 1.0) -> nn.Linear:
 
 
 def mnist_autoencoder(output: str = "sigmoid") -> nn.Module:
-    """The paper's deep MNIST autoencoder (its footnote 7), 210,369 parameters; [b, 1, 28, 28] to the same.
+    """Make the paper's deep MNIST autoencoder (its footnote 7), 210,369 parameters; [b, 1, 28, 28] to the same.
 
     Encoder: convolutions (16, kernel 3, stride 2, padding 1), (32, 3, 2, 1), (64, 7, 1, 0) with ReLU. "The
-    decoder is symmetrical": transposed convolutions in reverse. Open in the paper: nothing follows the code
-    layer, and the output passes a sigmoid (see experiments/figure2 for what happens without it).
+    decoder is symmetrical": transposed convolutions in reverse. Two choices are open in the paper; here the code layer
+    has no activation, and the output has a sigmoid (experiments/figure2 shows results without it).
     """
     layers = [
         nn.Conv2d(1, 16, 3, stride=2, padding=1),
@@ -243,7 +243,7 @@ def _last(output: str) -> list[nn.Module]:
 
 
 def autoencoder(shape: torch.Size, widths: tuple[int, ...], output: str = "sigmoid") -> nn.Module:
-    """A fully connected autoencoder with ReLU, mirrored; [b, *shape] to the same."""
+    """Make a fully connected autoencoder with ReLU; the decoder mirrors `widths`; [b, *shape] to the same."""
     sizes = [shape.numel(), *widths]
     sizes += sizes[-2::-1]
     layers: list[nn.Module] = [nn.Flatten()]
@@ -255,9 +255,9 @@ def autoencoder(shape: torch.Size, widths: tuple[int, ...], output: str = "sigmo
 def resnet(
     depth: int, classes: int, *, width: int = 64, stem: str = "small", norm: Norm = "worker", parts: int = 1
 ) -> nn.Module:
-    """torchvision's ResNet of `width` channels in its first stage, with its own stem ("imagenet") or the one for small
-    images (a 3 x 3 convolution, no max pooling), and a normalisation (see `packsaddle.runs.tasks.models`,
-    also for `parts`)."""
+    """Make torchvision's ResNet with `width` channels in its first stage. `stem`: torchvision's ("imagenet"), or for
+    small images a 3 x 3 convolution without max pooling ("small"). `norm`: batch normalization per worker or over all,
+    or group normalization. `parts`: see `WorkerBatchNorm2d`."""
     vision = require("torchvision", "vision", f"ResNet-{depth}")
 
     def scaled(channels: int) -> int:
@@ -276,7 +276,7 @@ def resnet(
 
 
 def _narrow(module: nn.Module, scaled: Callable[[int], int]) -> None:
-    """Replace every convolution and the last layer of a ResNet by one with as many times the channels."""
+    """Replace all convolutions and the last layer of a ResNet by ones with channels scaled by `scaled`."""
     for name, child in list(module.named_children()):
         if isinstance(child, nn.Conv2d):
             inside = child.in_channels if child.in_channels == 3 else scaled(child.in_channels)
@@ -289,14 +289,14 @@ def _narrow(module: nn.Module, scaled: Callable[[int], int]) -> None:
 
 
 def _convolution(inside: int, outside: int, size: int, stride: int, padding: int) -> nn.Conv2d:
-    """A convolution without bias, initialised as torchvision's ResNets are."""
+    """Make a convolution without bias, initialized as in torchvision's ResNets."""
     convolution = nn.Conv2d(inside, outside, size, stride, padding, bias=False)
     nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
     return convolution
 
 
 class Task(nn.Module):
-    """A network with its loss: mean squared reconstruction error, or cross entropy, on normalised images or per
+    """A network with its loss: mean squared reconstruction error, or cross-entropy on normalized images or per
     character of text."""
 
     def __init__(self, config: ModelConfig, shape: torch.Size, classes: int, parts: int = 1) -> None:
@@ -307,7 +307,7 @@ class Task(nn.Module):
             examples = "data.name = 'text'" if self.reads_text else "images"
             raise ConfigError(f"model {config.name} needs {examples}, got examples of shape {list(shape)}")
 
-        # Each network fits one kind of example.
+        # Each network supports certain shapes of examples.
         if self.reads_text:
             self.network: nn.Module = CharTransformer(
                 classes, shape[0], width=config.width, depth=config.depth, heads=config.heads
@@ -333,7 +333,7 @@ class Task(nn.Module):
         return nn.functional.cross_entropy(self._logits(inputs).flatten(0, -2), targets.flatten())
 
     def correct(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return how many of a batch are predicted right; a window counts as the share of its characters that are."""
+        """Return the number of correct predictions in a batch; windows of text count by fraction of characters."""
         hits = (self._logits(inputs).argmax(-1) == targets).sum()
         return hits * len(targets) / targets.numel()
 
@@ -343,17 +343,16 @@ class Task(nn.Module):
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Map [0, 1] to [-2, 2], near zero mean and unit variance for natural images."""
+    """Map pixels from [0, 1] to [-2, 2]: about zero mean and unit variance for natural images."""
     return (pixels - 0.5) * 4.0
 
 
 def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, parts: int = 1) -> Task:
-    """Build a task from its own random start, a function of the seed; the global random state is restored.
+    """Build a task with initial weights that depend on `seed` only; the global random state is restored.
 
-    `parts`: how many workers' batches its batch holds, one after the other (see
-    `packsaddle.runs.tasks.models`).
+    `shape`: of one input; `parts`: number of workers whose batches are concatenated (see `WorkerBatchNorm2d`).
     """
-    # torch's layers initialise themselves from the global generator and offer no other way.
+    # torch's layers can be initialized from the global generator only.
     with torch.random.fork_rng(devices=[]):
         _check_memory(config, shape, classes)
         torch.manual_seed(seed)
@@ -361,7 +360,7 @@ def make_task(config: ModelConfig, shape: torch.Size, classes: int, seed: int, p
 
 
 def _check_memory(config: ModelConfig, shape: torch.Size, classes: int) -> None:
-    """Raise ConfigError for a network that this machine's memory cannot hold, before any of it is taken."""
+    """Raise ConfigError if the network's parameters exceed this machine's memory, before allocating them."""
     try:
         with torch.device("meta"):  # shapes without memory
             needed = sum(p.numel() * p.element_size() for p in Task(config, shape, classes).parameters())
@@ -373,6 +372,6 @@ def _check_memory(config: ModelConfig, shape: torch.Size, classes: int) -> None:
 
 
 def task_loss(task: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The mean loss of a batch, for `certify`."""
+    """Return the mean loss of a batch (inputs, targets); a loss function for `certify`."""
     loss: Tensor = task(*batch)
     return loss

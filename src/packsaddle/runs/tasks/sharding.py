@@ -1,6 +1,6 @@
-"""Examples dealt to workers, chosen examples in batches, and the epochs and steps of a run.
+"""Shards and training batches of workers, batches of chosen examples, and the epochs and steps of a run.
 
-The number of workers may change in the course of a run. Training batches are pure functions of (seed, worker, step).
+Training batches are pure functions of (seed, worker, step), and of the changes in the number of workers of a run.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,21 +14,21 @@ from packsaddle.errors import ConfigError
 from packsaddle.numerics.seeds import Stream, generator
 from packsaddle.runs.tasks.images import Dataset
 
-History = Sequence[tuple[int, int]]  # since which step how many workers there are
+History = Sequence[tuple[int, int]]  # (first step, number of workers) of each part of a run
 
 
 @dataclass(frozen=True)
 class Calendar:
-    """Steps of the present number of workers: an epoch is a pass of all workers together over the data."""
+    """Conversion of steps to epochs (passes of all workers together) for the current number of workers."""
 
     per_epoch: int  # steps in an epoch
-    start: int  # the step since which there is this number of workers
-    done: float  # epochs by then
-    steps: int  # of the whole run
+    start: int  # first step with this number of workers
+    done: float  # epochs done at `start`
+    steps: int  # steps of the whole run
 
     @classmethod
     def of(cls, history: History, examples: int, batch_size: int, epochs: float) -> "Calendar":
-        """Return it. A run does not end before something is done."""
+        """Make the calendar of a run, with at least one step after the last change of workers."""
         done = 0.0
         for (start, workers), (stop, _) in pairwise(history):
             done += (stop - start) / _per_epoch(examples, batch_size, workers)
@@ -37,15 +37,15 @@ class Calendar:
         return cls(per_epoch, start, done, start + max(1, round((epochs - done) * per_epoch)))
 
     def position(self, step: int) -> float:
-        """Return the step that it would be had the number of workers always been the present one."""
+        """Return the number of steps that the current number of workers would have needed to get to `step`."""
         return step - self.start + self.done * self.per_epoch
 
     def epoch(self, step: int) -> float:
-        """Return the number of epochs that are done at a step."""
+        """Return the number of epochs done at a step."""
         return self.position(step) / self.per_epoch
 
     def step_at(self, epoch: float) -> int:
-        """Return the step at which a number of epochs is done, at the earliest that of the last change of workers."""
+        """Return the step at which `epoch` epochs are done, but at least `start`."""
         return self.start + max(0, round(epoch * self.per_epoch - self.done * self.per_epoch))
 
 
@@ -54,10 +54,10 @@ def _per_epoch(examples: int, batch_size: int, workers: int) -> int:
 
 
 def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> Tensor:
-    """Return the indices, int64, that this worker owns: an equal random share (iid), or its kind of examples (class:
-    whole classes of images, a stretch of a text).
+    """Return the indices of a worker's examples, int64: an equal random part (`how` = "iid"), or whole classes of
+    images or one consecutive part of a text ("class").
 
-    Raises ConfigError if a worker would get nothing.
+    Raises ConfigError if there are none.
     """
     if how == "class":
         mine = (data.owners(workers) == worker).nonzero().squeeze(1)
@@ -69,10 +69,10 @@ def shard(data: Dataset, how: str, *, worker: int, workers: int, seed: int) -> T
 
 
 class Batches:
-    """This worker's batches, without replacement within a pass over its shard; batch t depends only on t.
+    """A worker's batches by step: shuffled passes over its shard, without replacement within a pass.
 
-    They begin at step `start` with what `rest` has, int64[m], if a pass that other workers began is to be ended, and
-    then continue with this worker's own passes, from number `first`.
+    At step `start` they begin with the examples `rest`, int64[m], of an unfinished pass of earlier workers, and
+    continue with this worker's own passes, numbered from `first`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Batches:
         self._epoch, self._order = -1, indices
 
     def __getitem__(self, step: int) -> Tensor:
-        """Return the indices of the batch of a step, int64[batch_size]; a batch may straddle two passes."""
+        """Return the indices of the batch of a step, int64[batch_size]; a batch may span passes."""
         picked = []
         position, missing = (step - self._start) * self._batch_size, self._batch_size
         while missing:
@@ -102,14 +102,14 @@ class Batches:
         return torch.cat(picked)
 
     def left(self, step: int) -> tuple[Tensor, int]:
-        """Return the rest of the pass at a step, int64[m], and the number of the next one."""
+        """Return the remaining examples of the current pass at a step, int64[m], and the number of the next pass."""
         left, number = self._from((step - self._start) * self._batch_size)
         if number >= self._first and len(left) == len(self._indices):
             return left[:0], number
         return left, number + 1
 
     def _from(self, position: int) -> tuple[Tensor, int]:
-        """Return what follows in a pass after a number of examples, and the pass's number."""
+        """Return the remaining examples of the pass at `position`, a number of examples, and the pass's number."""
         if position < len(self._rest):
             return self._rest[position:], self._first - 1
         number, offset = divmod(position - len(self._rest), len(self._indices))
@@ -125,10 +125,10 @@ class Batches:
 def deal(
     data: Dataset, how: str, batch_size: int, *, seed: int, history: History, workers: Iterable[int]
 ) -> list[Batches]:
-    """Return the batches of some of the present workers, in a run whose number of workers changed as `history` says.
+    """Return the batches of the given current workers, in a run with a `history` of changing numbers of workers.
 
-    The rest of the unfinished passes is dealt to the new workers by who owns which example, so that none
-    is repeated and none dropped. Raises ConfigError if a worker would get nothing.
+    After a change, the remaining examples of unfinished passes go to the new workers that own them, so that none is
+    repeated or dropped. Raises ConfigError if a worker has no examples.
     """
     rest, first = torch.empty(0, dtype=torch.int64), 0
     for (start, size), (stop, _) in pairwise(history):
@@ -154,10 +154,10 @@ _BATCH = 500
 
 @dataclass(frozen=True)
 class Examples:
-    """Chosen examples as batches that can be read again, on a device and in a precision."""
+    """Chosen examples as an iterable of batches, on a device and in a dtype; may be iterated repeatedly."""
 
     data: Dataset
-    index: Tensor  # int64
+    index: Tensor  # int64[n]
     device: torch.device
     dtype: torch.dtype = torch.float32
     batch_size: int = _BATCH

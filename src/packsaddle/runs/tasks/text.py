@@ -1,4 +1,4 @@
-"""Text in memory as codes of characters, read in windows; the reference of the Python language, or a folder's files."""
+"""Text in memory as character codes, cut into windows: Python's language reference, or the files of a folder."""
 
 import importlib
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from packsaddle.errors import ConfigError, read_text
 from packsaddle.runs.config import DataConfig
 
 UNKNOWN = 0  # the code of every character outside the vocabulary
-_MOST = 1024  # codes, the unknown one included
-_LEAST = 5  # occurrences in the training text, below which a character is unknown
+_MOST = 1024  # maximum number of codes, UNKNOWN included
+_LEAST = 5  # minimum number of occurrences of a character in the training text
 _CODE_POINTS = 0x110000
 
 
@@ -30,37 +30,37 @@ class Text:
 
     @property
     def shape(self) -> torch.Size:
-        """A window's shape, [c]."""
+        """Shape of a window, [c]."""
         return torch.Size((self.context,))
 
     @property
     def classes(self) -> int:
-        """The number of codes."""
+        """Number of codes."""
         return len(self.vocabulary) + 1
 
     def batch(self, index: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Return windows and the characters that follow, both int64[b, c] (`dtype` is of real inputs, images')."""
+        """Return windows `index` and the characters after each position, both int64[b, c]; `dtype` is unused."""
         at = index[:, None] * self.context + torch.arange(self.context + 1)
         windows = self.codes[at].to(device, torch.int64)
         return windows[:, :-1], windows[:, 1:]
 
     def owners(self, workers: int) -> Tensor:
-        """One stretch of the text after the other, equally long but for one window: int64[n]."""
+        """Return the owner of each window, int64[n]: consecutive parts of the text, equal up to one window."""
         return torch.arange(len(self)) * workers // len(self)
 
 
 def load_text(config: DataConfig, data_dir: Path | None, *, train: bool) -> Text:
-    """Load all but the last tenth of a text, or the last tenth. Raises ConfigError that says what is wrong with it.
+    """Load a text without its last tenth (`train`), or that last tenth. Raises ConfigError if it is missing or short.
 
-    `data.limit` keeps the first windows, so that they stay one stretch; the vocabulary is the whole training text's.
+    `data.limit` selects the first windows, so that they stay consecutive; the vocabulary is of the full training text.
     """
     return cut_text(config, *_encoded(data_dir), data_dir or "pydoc_data.topics", train=train)
 
 
 def cut_text(config: DataConfig, codes: Tensor, vocabulary: str, source: object, *, train: bool) -> Text:
-    """Return all of a text but its last tenth, or that, in whole windows. Raises ConfigError if there is none.
+    """Return a text without its last tenth (`train`), or that tenth, in whole windows. Raises ConfigError if none fit.
 
-    `codes` are in the `vocabulary`, `source` is the text's name in messages.
+    `codes` are indices into `vocabulary`; `source` is the text's name in messages.
     """
     cut, c = len(codes) - len(codes) // 10, config.context
     part = codes[:cut] if train else codes[cut:]
@@ -79,7 +79,7 @@ def cut_text(config: DataConfig, codes: Tensor, vocabulary: str, source: object,
 
 @lru_cache(maxsize=4)  # the workers of a simulation share one copy
 def _encoded(data_dir: Path | None) -> tuple[Tensor, str]:
-    """The whole text's codes, int16[n], in the vocabulary of all but its last tenth."""
+    """Return the whole text's codes, int16[n], and the vocabulary of all but its last tenth."""
     text = _topics() if data_dir is None else _files(data_dir)
     if not text:
         raise ConfigError(f"the text in --data-dir {data_dir} is empty")
@@ -88,7 +88,7 @@ def _encoded(data_dir: Path | None) -> tuple[Tensor, str]:
 
 def encode_text(text: str) -> tuple[Tensor, str]:
     """Return a text's codes, int16[n], and their vocabulary, that of all but its last tenth."""
-    # A code point per character; a table of every code point is a thousandth of a dictionary's time.
+    # Encode by a table of all code points, which takes 1/1000 of the time of a dictionary.
     points = torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32)
     vocabulary = frequent(points[: len(points) - len(points) // 10])
     table = torch.zeros(_CODE_POINTS, dtype=torch.int16)
@@ -97,15 +97,15 @@ def encode_text(text: str) -> tuple[Tensor, str]:
 
 
 def frequent(points: Tensor) -> Tensor:
-    """Return the code points of a vocabulary, int64, ascending: of those that are not rare the most frequent, and of
-    equally frequent ones the lower."""
+    """Return the vocabulary of a text, its code points in ascending order, int64: the most frequent ones that occur at
+    least 5 times; ties go to the lower code point."""
     count = torch.bincount(points, minlength=_CODE_POINTS)
     by_count = count.sort(descending=True, stable=True).indices[: _MOST - 1]
     return by_count[count[by_count] >= _LEAST].sort().values
 
 
 def _topics() -> str:
-    """The topics of pydoc's help: parts of the language reference that every CPython brings."""
+    """Return the topics of pydoc's help: parts of the language reference that CPython includes."""
     try:
         topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
