@@ -45,18 +45,16 @@ class GradientNoise:
         """The standard error of `std`."""
         return self.std * self.error / (2 * self.per_example) if self.per_example else 0.0
 
-    def times(self, r: float, *, momentum: float = 0.0) -> float:
+    def times(self, r: float) -> float:
         """Return r sqrt(d) as a multiple of the mini-batch noise; inf if that is 0.
 
-        Momentum m amplifies mini-batch noise by 1 / (1 - m); xi_t is assumed to be added after momentum, so it is not
-        amplified.
+        With momentum too: xi_t is added to the gradient, so both noises are accumulated alike (see `Momentum`).
         """
-        own = self.std / (1 - momentum)
-        return r * math.sqrt(self.d) / own if own else (math.inf if r else 0.0)
+        return r * math.sqrt(self.d) / self.std if self.std else (math.inf if r else 0.0)
 
-    def r(self, times: float, *, momentum: float = 0.0) -> float:
-        """Return the r for which r sqrt(d) is `times` the mini-batch noise, with momentum as in `times`."""
-        return times * self.std / (1 - momentum) / math.sqrt(self.d)
+    def r(self, times: float) -> float:
+        """Return the r for which r sqrt(d) is `times` the mini-batch noise."""
+        return times * self.std / math.sqrt(self.d)
 
 
 def gradient_noise(

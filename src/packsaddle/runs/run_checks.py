@@ -62,7 +62,7 @@ class NoiseCheck:
         said = {"step": step, "r": r, "walk": walk.times(r), "suggested": walk.suggested()}
         found = self._measure(step, batches) if self._measures else None
         if found is not None:
-            times = found.times(r, momentum=self._config.momentum)
+            times = found.times(r)
             said |= {"times": times, "std": found.std, "std_error": found.std_error, **asdict(found)}
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in said.items()}
 
