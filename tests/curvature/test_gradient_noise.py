@@ -78,7 +78,7 @@ def test_momentum_accumulates_artificial_noise_as_it_does_that_of_batches() -> N
         for _ in range(60):
             x.grad = batch * torch.randn(20, 50, generator=rng)
             optimizer.step()
-        return float(x.std())
+        return float(x.detach().std())
 
     assert spread(0.5, 0.0, 0.9) == pytest.approx(spread(0.0, 0.5, 0.9), rel=0.1)
     assert spread(0.5, 0.0, 0.9) > 7 * spread(0.5, 0.0, 0.0)
