@@ -61,3 +61,37 @@ def test_what_local_updates_lose() -> None:
         for kind, every, number in zip(kinds, (2, 8, 32), numbers, strict=True):
             lost = loss(workers, kind.format(every)) - loss(workers, "ddp")
             assert float(number) == round(lost, 2), (workers, every, lost)
+
+
+def muon(setting: str) -> dict[str, tuple[float, float]]:
+    """Return the mean loss over seeds at the best rate of seed 0, and the kB a step, of each method."""
+    with (DOCS.parent / "experiments" / "muon" / f"{setting}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for method in {row["method"] for row in rows}:
+        mine = [row for row in rows if row["method"] == method]
+        best = min((row for row in mine if row["seed"] == "0"), key=lambda row: float(row["validation_loss"]))["rate"]
+        losses = [float(row["validation_loss"]) for row in mine if row["rate"] == best]
+        found[method] = mean(losses), float(mine[0]["kB_a_step"])
+    return found
+
+
+def test_local_updates_of_muon() -> None:
+    """The guide's table, and the bytes on the front pages, are those of the rows."""
+    methods = {
+        "AdamW, dense gradients, every step": "AdamW, dense, beta1 0.8",
+        "Muon and AdamW, dense gradients, every step": "Muon, dense",
+        "Muon and AdamW, `LocalUpdates`, every 8, 2 bits": "Muon, local 8, TopK 1/2 int2",
+        "Muon and AdamW, `LocalUpdates`, every 8, 1 bit (the default)": "Muon, local 8, Sign",
+    }
+    four, two = muon("char-4"), muon("gpt-2")
+    guide = (DOCS / "local-updates.md").read_text()
+    for name, method in methods.items():
+        (line,) = [line for line in guide.splitlines() if line.startswith(f"| {name} |")]
+        cells = [float(cell.replace(",", "")) for cell in line.split("|")[2:6]]
+        expected = [four[method][1], four[method][0], two[method][1], two[method][0]]
+        assert all(abs(a - b) <= 0.0006 + 0.0005 * b for a, b in zip(cells, expected, strict=True)), (name, expected)
+    times = round(four["Muon, dense"][1] / four["Muon, local 8, Sign"][1])
+    assert four["Muon, local 8, Sign"][0] < four["AdamW, dense, beta1 0.8"][0]
+    for page in (DOCS.parent / "README.md", DOCS / "index.md"):
+        assert re.search(rf"lower loss than\s+dense AdamW, at a {times}th of its bytes", page.read_text()), page

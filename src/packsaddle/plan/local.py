@@ -30,6 +30,7 @@ class Setting:
     delay: int = 0
 
 
+_TWO_BITS = TopK(1 / 2, values="int2")
 _SIGN, _TOPK, _SPARSE = Sign(per_tensor=True), TopK(1 / 16, values="int2"), TopK(1 / 48, values="int2")
 # Multiples of dense training's steps for the same loss, each setting at its best rate of one grid, for two and four
 # workers. Dense training gains more from a larger batch than local updates do. AdamW: experiments/race, "Steps needed";
@@ -68,8 +69,8 @@ _ADAMW: Mapping[int, Mapping[Setting, float]] = {
 
 # Muon, compared with dense training with Muon: experiments/muon.
 _MUON: Mapping[int, Mapping[Setting, float]] = {
-    2: {Setting(8, _SIGN, keep_unsent=True): 1.5},
-    4: {Setting(8, _SIGN, keep_unsent=True): 1.5},
+    2: {Setting(8, _SIGN, keep_unsent=True): 1.11, Setting(8, _TWO_BITS, keep_unsent=True): 1.09},
+    4: {Setting(8, _SIGN, keep_unsent=True): 1.4, Setting(8, _TWO_BITS, keep_unsent=True): 1.17},
 }
 Inner = Literal["adamw", "muon"]
 
